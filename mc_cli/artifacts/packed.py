@@ -1,0 +1,108 @@
+"""How a packed model is laid out: which encoding every matrix has, and the names of its stored tensors.
+
+The layout goes into `packed/layout.json` and, unchanged, into `quantization_config` of an exported config.json.
+Experts of one projection and encoding are stacked in one 3-D tensor per stored part, in ascending expert order:
+`<experts path>.<projection>_<encoding key>_<part>` [experts with that encoding, ...]; a packed linear keeps its path:
+`<linear path>.<part>`. Everything else keeps its module-tree name and dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mc_cli.encodings import Encoding, encoding_from_key
+from mc_cli.errors import ArtifactError
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "mc_cli"
+PRUNED = -1
+KEPT = "kept"  # an expert projection stored as in the checkpoint, [experts kept so, out_features, in_features]
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """One experts module: which encoding each expert has, per projection."""
+
+    path: str
+    num_experts: int
+    projections: Mapping[str, tuple[int, int]]  # name -> (out_features, in_features), upright
+    encodings: Mapping[str, tuple[str | None, ...]]  # projection -> encoding key per expert; None = pruned
+
+    def groups(self, projection: str) -> dict[str, list[int]]:
+        """Encoding key -> the experts that have it, ascending: the slots of the stacked tensors."""
+        found: dict[str, list[int]] = {}
+        for expert, key in enumerate(self.encodings[projection]):
+            if key is not None:
+                found.setdefault(key, []).append(expert)
+        return dict(sorted(found.items()))
+
+
+def stacked_name(projection: str, key: str, part: str) -> str:
+    """Attribute name of a stacked tensor on its experts module."""
+    return f"{projection}_{key}_{part}"
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Everything a loader needs to know beside the tensors."""
+
+    experts: tuple[ExpertLayout, ...]
+    linears: Mapping[str, str] = field(default_factory=dict)  # module path -> encoding key
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: encoding keys once in a table, per-expert entries as indices into it (-1 = pruned)."""
+        keys = sorted(
+            {key for block in self.experts for row in block.encodings.values() for key in row if key} | set(self.linears.values())
+        )
+        index: dict[str | None, int] = {key: number for number, key in enumerate(keys)}
+        index[None] = PRUNED
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": self.format_version,
+            "encodings": keys,
+            "experts": [
+                {
+                    "path": block.path,
+                    "num_experts": block.num_experts,
+                    "projections": {name: list(shape) for name, shape in block.projections.items()},
+                    "encodings": {name: [index[key] for key in row] for name, row in block.encodings.items()},
+                }
+                for block in self.experts
+            ],
+            "linears": {path: index[key] for path, key in sorted(self.linears.items())},
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> PackedLayout:
+        """Reads `to_json` back. Raises ArtifactError for another version or a damaged layout."""
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ArtifactError(
+                f"The packed format has version {version!r}; this version of mc-cli reads {FORMAT_VERSION}. Install a matching mc-cli."
+            )
+        try:
+            keys: dict[int, str | None] = dict(enumerate(content["encodings"]))
+            keys[PRUNED] = None
+            for key in content["encodings"]:
+                encoding_of(key)
+            experts = tuple(
+                ExpertLayout(
+                    path=block["path"],
+                    num_experts=block["num_experts"],
+                    projections={name: (shape[0], shape[1]) for name, shape in block["projections"].items()},
+                    encodings={name: tuple(keys[number] for number in row) for name, row in block["encodings"].items()},
+                )
+                for block in content["experts"]
+            )
+            linears = {path: str(keys[number]) for path, number in content["linears"].items()}
+        except (KeyError, TypeError, IndexError) as error:
+            raise ArtifactError(f"The packed layout is damaged: {error!r}.") from error
+        return cls(experts, linears, version)
+
+
+def encoding_of(key: str) -> Encoding | None:
+    """The encoding of a key, None for `kept`. Raises ArtifactError for an unknown one."""
+    return None if key == KEPT else encoding_from_key(key)

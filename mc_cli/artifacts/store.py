@@ -1,0 +1,302 @@
+"""Files that are whole or absent: atomic writes, digests, and the manifest that is written last.
+
+A stage folder passes through three states: absent; begun (`begun.json`, no manifest); done (`manifest.json`).
+Killing the process at any moment leaves one of them, never a half-written file under its final name.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+BEGUN = "begun.json"
+PARTIAL_SUFFIX = ".partial"
+
+
+def write_bytes_with(path: Path, writer: Callable[[Path], None]) -> None:
+    """Calls `writer(partial)`, flushes it to disk and moves it to `path` in one step; removes it if that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    try:
+        writer(partial)
+        with open(partial, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(path.parent).free
+            raise ArtifactError(
+                f"The disk is full: {path} could not be written, {free:,} bytes are free in {path.parent}. "
+                "What was finished before is kept; free some space and run the same command again."
+            ) from error
+        raise ArtifactError(f"{path} could not be written: {error.strerror or error}.") from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text atomically."""
+    write_bytes_with(path, lambda partial: _write_plain(partial, text))
+
+
+def _write_plain(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON atomically; NaN and infinity are refused, since JSON has no word for them."""
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise ArtifactError(f"{path}: a measured value is not finite ({error}); nothing was written.") from error
+    write_text(path, text + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file atomically, tensors on the CPU and contiguous."""
+    from safetensors.torch import save_file
+
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes_with(path, lambda partial: save_file(ready, partial, metadata=dict(metadata or {"format": "pt"})))
+
+
+def read_text(path: Path) -> str:
+    """The file's text. Raises ArtifactError where it is missing or not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} does not exist. Run the stage that writes it first.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's JSON object. Raises ArtifactError where it is missing or not one."""
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path} is not valid JSON: {error}. Delete it and run its stage again.") from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path} should hold a JSON object, but holds a {type(content).__name__}.")
+    return content
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, in memory. Raises ArtifactError where it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} does not exist. Run the stage that writes it first.") from error
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} is not a whole safetensors file: {error}. Delete it and run its stage again.") from error
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def content_digest(content: Any) -> str:
+    """sha256 of the canonical JSON of `content`."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class DigestCache:
+    """sha256 of input files, each hashed once: remembered by path, size and modification time in one JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, Any] = read_json(path) if path.exists() else {}
+
+    def digest(self, path: Path) -> str:
+        """The file's sha256, from memory where size and modification time (nanoseconds) are unchanged."""
+        stat = path.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns]
+        entry = self._known.get(str(path.resolve()))
+        if entry is None or entry["stamp"] != stamp:
+            entry = {"stamp": stamp, "sha256": file_digest(path)}
+            self._known[str(path.resolve())] = entry
+            write_json(self._path, self._known)
+        return entry["sha256"]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What made a stage folder, from what, with which settings, and the files it holds."""
+
+    stage: str
+    fingerprint: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, Mapping[str, Any]]  # file -> {"sha256", "size_bytes"}
+    tool_version: str
+    warnings: tuple[str, ...] = ()
+    schema: int = SCHEMA
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """The folder's manifest, or None where the stage has not finished."""
+        path = folder / MANIFEST
+        if not path.exists():
+            return None
+        content = read_json(path)
+        if content.get("schema") != SCHEMA:
+            raise ArtifactError(f"{path} has schema {content.get('schema')!r}; this version reads {SCHEMA}. Use --force to rebuild.")
+        return cls(**{**content, "warnings": tuple(content["warnings"])})
+
+
+@dataclass
+class StageFolder:
+    """The folder of one stage in a work directory, and whether it is done, begun, new or stale.
+
+    settings   everything that changes the result; what does not (progress, batch of a GPU) stays out
+    inputs     name -> digest of what the stage reads: model files, data, fingerprints of earlier stages
+    """
+
+    work_dir: Path
+    stage: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        return self.work_dir / self.stage
+
+    @property
+    def fingerprint(self) -> str:
+        return content_digest({"stage": self.stage, "schema": SCHEMA, "settings": self.settings, "inputs": self.inputs})
+
+    def path(self, name: str) -> Path:
+        """Where the file `name` of this stage lies."""
+        return self.folder / name
+
+    def state(self) -> str:
+        """`done`, `begun`, `stale` or `new`, compared with the settings and inputs asked for now."""
+        if not self.folder.exists():
+            return "new"
+        manifest = Manifest.read(self.folder)
+        begun = self.path(BEGUN)
+        if manifest is not None:
+            return "done" if manifest.fingerprint == self.fingerprint else "stale"
+        if begun.exists():
+            return "begun" if read_json(begun)["fingerprint"] == self.fingerprint else "stale"
+        return "new"
+
+    def differences(self) -> list[str]:
+        """Each setting and input that differs between what lies on disk and what is asked for now."""
+        record = self.path(MANIFEST) if self.path(MANIFEST).exists() else self.path(BEGUN)
+        if not record.exists():
+            return []
+        then = read_json(record)
+        lines = []
+        for kind, now in (("settings", self.settings), ("inputs", self.inputs)):
+            for name in sorted(set(now) | set(then[kind])):
+                before, after = then[kind].get(name), now.get(name)
+                if json.loads(json.dumps(after)) != before:
+                    lines.append(f"{kind[:-1]} {name}: made with {_short(before)}, asked for {_short(after)}")
+        return lines
+
+    def begin(self, *, force: bool) -> bool:
+        """True if the stage has to run, False if it is done. Stale folders raise, or are removed with `force`.
+
+        Raises StaleArtifactError naming every setting and input that changed.
+        """
+        state = self.state()
+        if state == "done" and not force:
+            self.verify()
+            return False
+        if state == "stale" and not force:
+            raise StaleArtifactError(
+                f"{self.folder} was made with other settings or inputs:\n{listed(self.differences())}\n"
+                "Use --force to rebuild it, another work directory to keep both, or the old settings to continue."
+            )
+        if force or state == "new":
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.path(BEGUN).exists():
+            begun = {"fingerprint": self.fingerprint, "settings": self.settings, "inputs": self.inputs}
+            write_json(self.path(BEGUN), begun)
+        return True
+
+    def verify(self) -> None:
+        """Raises ArtifactError if a file named in the manifest is missing or has another size."""
+        manifest = Manifest.read(self.folder)
+        if manifest is None:
+            raise ArtifactError(f"{self.folder} has no {MANIFEST}: the stage has not finished. Run it again.")
+        wrong = []
+        for name, facts in manifest.outputs.items():
+            path = self.path(name)
+            size = path.stat().st_size if path.exists() else None
+            if size != facts["size_bytes"]:
+                wrong.append(f"{path}: {facts['size_bytes']:,} bytes in the manifest, {'missing' if size is None else f'{size:,}'} on disk")
+        if wrong:
+            raise ArtifactError(f"{self.folder} is damaged:\n{listed(wrong)}\nUse --force to rebuild this stage.")
+
+    def finish(self, tool_version: str) -> Manifest:
+        """Removes what only a resume needs, and writes the manifest: from here on the stage is done."""
+        shutil.rmtree(self.path("resume"), ignore_errors=True)
+        for leftover in self.folder.rglob(f"*{PARTIAL_SUFFIX}"):
+            leftover.unlink()
+        outputs = {}
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_file() and path.name not in (BEGUN, MANIFEST):
+                outputs[str(path.relative_to(self.folder))] = {"sha256": file_digest(path), "size_bytes": path.stat().st_size}
+        manifest = Manifest(
+            stage=self.stage,
+            fingerprint=self.fingerprint,
+            settings=self.settings,
+            inputs=self.inputs,
+            outputs=outputs,
+            tool_version=tool_version,
+            warnings=tuple(self.warnings),
+        )
+        write_json(self.path(MANIFEST), asdict(manifest))
+        self.path(BEGUN).unlink(missing_ok=True)
+        return manifest
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def require_done(work_dir: Path, stage: str) -> Manifest:
+    """The manifest of a finished earlier stage. Raises InputError naming the command to run where it is not."""
+    manifest = Manifest.read(work_dir / stage)
+    if manifest is None:
+        begun = (work_dir / stage / BEGUN).exists()
+        raise InputError(
+            f"{work_dir / stage} {'is not finished' if begun else 'does not exist'}: this stage reads it. "
+            f"Run `mc-cli {stage}` on {work_dir} first."
+        )
+    return manifest

@@ -1,0 +1,77 @@
+"""How a weight matrix is stored: one file per encoding. Sizes are known without torch; tensors only on use.
+
+An encoding is written as a key, for example `affine_b2_g128`, in plans, tensor names and exported configs.
+A quantizer decides the codes; an encoding knows their shapes, their bytes and the way back to numbers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from mc_cli.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPE_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "int16": 2, "int32": 4}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype name of one stored tensor of one encoded matrix (without batch dimensions)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * _DTYPE_BYTES[self.dtype]
+
+
+class Encoding(Protocol):
+    """A storage format of a matrix [out_features, in_features], with its parameters fixed."""
+
+    @property
+    def key(self) -> str:
+        """The name that `encoding_from_key` reads back."""
+        ...
+
+    @property
+    def code_bits(self) -> float:
+        """Bits of the codes alone per weight; scales and zero points are not counted."""
+        ...
+
+    def tensor_specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        """The stored tensors of one matrix, by name. Raises ShapeError where the widths do not fit."""
+        ...
+
+    def dequantize(self, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
+        """The float32 matrix [..., out_features, in_features] that the tensors stand for; leading dims are batch."""
+        ...
+
+
+def stored_bytes(encoding: Encoding, out_features: int, in_features: int) -> int:
+    """Bytes on disk of one encoded matrix, scales and padding included."""
+    return sum(spec.size_bytes for spec in encoding.tensor_specs(out_features, in_features).values())
+
+
+def encoding_from_key(key: str) -> Encoding:
+    """The encoding that `key` names. Raises ArtifactError for a key that no encoding of this version reads."""
+    for module in _encoding_modules():
+        found: Encoding | None = module.from_key(key)
+        if found is not None:
+            return found
+    names = ", ".join(module.PATTERN for module in _encoding_modules())
+    raise ArtifactError(
+        f"Unknown weight encoding {key!r}. This version of mc-cli reads {names}; "
+        "the file may come from a newer version, or be damaged."
+    )
+
+
+def _encoding_modules():
+    return [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]

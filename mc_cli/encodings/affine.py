@@ -1,0 +1,88 @@
+"""Affine grids: `weight = scale * (code - zero_point)`, one scale and zero point per group of inputs.
+
+Version 1 layout, per matrix [out_features, in_features]:
+  codes        uint8   [out_features, ceil(in_features / 8) * bits]
+               row by row a little-endian bit stream: code i of a row is bits i*bits .. i*bits + bits - 1 of the
+               stream; rows are padded with zero codes to a multiple of 8, so 8 codes take exactly `bits` bytes
+               and 3 bits take 3 bits
+  scales       float16 [out_features, in_features / group_size], positive
+  zero_points  uint8   [out_features, in_features / group_size], in units of 2^-(8 - bits) of a step:
+               zero_point = stored / 2^(8 - bits), from 0 to just under 2^bits, so grids can be centred off the codes
+A row's codes are contiguous and groups follow each other, so a kernel streams them in order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mc_cli.encodings import TensorSpec
+from mc_cli.errors import ShapeError
+
+if TYPE_CHECKING:
+    import torch
+
+PATTERN = "affine_b<bits>_g<group_size>"
+_KEY = re.compile(r"affine_b([1-8])_g([1-9][0-9]*)")
+
+
+def from_key(key: str) -> AffineEncoding | None:
+    """The encoding of a key of this file's pattern, None for any other key."""
+    match = _KEY.fullmatch(key)
+    return AffineEncoding(int(match[1]), int(match[2])) if match else None
+
+
+@dataclass(frozen=True)
+class AffineEncoding:
+    """Uniform grid of 2^bits levels per group of `group_size` consecutive inputs of a row."""
+
+    bits: int
+    group_size: int
+
+    @property
+    def key(self) -> str:
+        return f"affine_b{self.bits}_g{self.group_size}"
+
+    @property
+    def code_bits(self) -> float:
+        return float(self.bits)
+
+    @property
+    def zero_point_denominator(self) -> int:
+        """Stored zero points are in units of one over this of a step."""
+        return 1 << (8 - self.bits)
+
+    def tensor_specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        """Shapes and dtypes of `codes`, `scales` and `zero_points`; ShapeError if the group does not divide."""
+        if in_features % self.group_size:
+            raise ShapeError(f"group_size {self.group_size} does not divide in_features {in_features}")
+        groups = in_features // self.group_size
+        return {
+            "codes": TensorSpec((out_features, -(-in_features // 8) * self.bits), "uint8"),
+            "scales": TensorSpec((out_features, groups), "float16"),
+            "zero_points": TensorSpec((out_features, groups), "uint8"),
+        }
+
+    def dequantize(self, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
+        """float32 [..., out_features, in_features] from packed `codes`, `scales`, `zero_points`."""
+        from mc_cli.numerics.packing import unpack_codes
+
+        codes = unpack_codes(tensors["codes"], bits=self.bits, count=in_features)
+        grouped = codes.unflatten(-1, (-1, self.group_size)).float()
+        zero_points = tensors["zero_points"].float() / self.zero_point_denominator
+        grouped.sub_(zero_points.unsqueeze(-1)).mul_(tensors["scales"].float().unsqueeze(-1))
+        return grouped.flatten(-2)
+
+
+def choose_group_size(in_features: int, limit: int = 128) -> int:
+    """The largest group of at most `limit` inputs that divides `in_features`; multiples of 32, then of 8, first.
+
+    Vector kernels read 32 or 8 codes at a time, so 2880 gets 96 and not 120, and 1408 gets 128.
+    """
+    for step in (32, 8, 1):
+        for size in range(limit - limit % step, 0, -step):
+            if in_features % size == 0:
+                return size
+    raise ShapeError(f"no group size divides in_features {in_features}")

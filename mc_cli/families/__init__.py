@@ -1,0 +1,56 @@
+"""Model families: which ones are contract-tested, and the facts that transformers' experts interface does not tell.
+
+A family file holds a `FAMILY = FamilyFacts(...)`; most families need none, the default facts fit them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from dataclasses import dataclass
+
+from mc_cli.parts import Role
+
+# Every type here has a contract test on a tiny checkpoint: stream, calibrate, quantize, export, load, equal logits.
+CONTRACT_TESTED = (
+    "deepseek_v2",
+    "deepseek_v3",
+    "ernie4_5_moe",
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoe",
+    "hunyuan_v1_moe",
+    "jamba",
+    "minimax",
+    "mixtral",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_next",
+)
+
+
+@dataclass(frozen=True)
+class FamilyFacts:
+    """What differs in one family. Patterns are searched in module-tree names below a decoder layer, first match wins."""
+
+    model_type: str
+    roles: tuple[tuple[str, Role], ...] = ()
+
+    def role_of(self, name: str) -> Role | None:
+        """The role that this family gives to the tensor `name`, None where the general rules hold."""
+        for pattern, role in self.roles:
+            if re.search(pattern, name):
+                return role
+        return None
+
+
+def facts_for(model_type: str) -> FamilyFacts:
+    """The facts of one model type; the default facts where the family has no file."""
+    for info in pkgutil.iter_modules(__path__):
+        family = importlib.import_module(f"{__name__}.{info.name}").FAMILY
+        if family.model_type == model_type:
+            return family
+    return FamilyFacts(model_type)

@@ -1,0 +1,100 @@
+"""What a model is made of: roles, tensors and linears, with shapes and bytes. Knows no torch."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Role(enum.StrEnum):
+    """What a tensor does in the model; bit-widths and the byte account are kept per role."""
+
+    EXPERT = "expert"  # weights of routed experts
+    EXPERT_BIAS = "expert_bias"  # biases and norms inside routed experts: always kept
+    ATTENTION = "attention"  # every linear of the sequence mixer: attention, MLA, linear attention, Mamba
+    SHARED = "shared"  # shared experts, which every token uses
+    DENSE = "dense"  # MLP of a layer without experts
+    ROUTER = "router"
+    HEAD = "head"
+    EMBEDDING = "embedding"
+    OTHER = "other"  # norms, convolutions, scalars: always kept
+
+
+QUANTIZABLE_ROLES = (Role.EXPERT, Role.ATTENTION, Role.SHARED, Role.DENSE, Role.ROUTER, Role.HEAD)
+
+
+@dataclass(frozen=True, order=True)
+class ExpertId:
+    """One routed expert: decoder layer index and index inside the layer."""
+
+    layer: int
+    expert: int
+
+    def __str__(self) -> str:
+        return f"layers.{self.layer}.experts.{self.expert}"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One fused expert parameter: `name` [num_experts, out_features, in_features] once it is turned upright."""
+
+    name: str  # gate_up_proj, up_proj or down_proj
+    out_features: int
+    in_features: int
+
+    @property
+    def weight_count(self) -> int:
+        """Weights of one expert in this projection."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class ExpertBlock:
+    """The routed experts of one decoder layer."""
+
+    layer: int
+    path: str  # module path of the experts, for example model.layers.3.mlp.experts
+    router_path: str
+    num_experts: int
+    top_k: int
+    projections: tuple[Projection, ...]
+
+    @property
+    def weights_per_expert(self) -> int:
+        return sum(projection.weight_count for projection in self.projections)
+
+
+@dataclass(frozen=True)
+class TensorPart:
+    """One parameter or persistent buffer of the model, by its module-tree name."""
+
+    name: str
+    role: Role
+    layer: int | None  # None outside the decoder layers
+    shape: tuple[int, ...]
+    dtype: str  # as stored when kept: "bfloat16", "float32", ...
+    size_bytes: int  # stored size when kept
+    linear: bool = False  # the 2-D weight of a torch.nn.Linear, so it can be packed
+
+
+@dataclass(frozen=True)
+class ModelInventory:
+    """Every tensor of a model and its expert blocks: enough to plan bytes without touching a weight."""
+
+    model_type: str
+    num_layers: int
+    expert_blocks: tuple[ExpertBlock, ...]
+    tensors: tuple[TensorPart, ...]
+    tied_head: bool
+    contract_tested: bool = True
+
+    def bytes_by_role(self) -> dict[Role, int]:
+        """Stored bytes of the unquantized model, per role."""
+        total: dict[Role, int] = {}
+        for tensor in self.tensors:
+            total[tensor.role] = total.get(tensor.role, 0) + tensor.size_bytes
+        return total
+
+    @property
+    def expert_weight_count(self) -> int:
+        return sum(block.num_experts * block.weights_per_expert for block in self.expert_blocks)

@@ -1,0 +1,201 @@
+"""Routed experts through transformers' experts interface: one forward for dense and packed, every layout.
+
+transformers 5 holds the experts of a layer as fused 3-D parameters and dispatches their forward by name. Ours is
+registered as `mc_cli`; it reads the family's own flags (transposed, biased, ungated, post norm) and calls the family's
+own gate activation, so no family needs code of its own here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from mc_cli import kernels
+from mc_cli.artifacts.packed import KEPT, ExpertLayout, encoding_of, stacked_name
+from mc_cli.encodings import Encoding
+from mc_cli.parts import Projection
+
+IMPLEMENTATION = "mc_cli"
+
+
+@dataclass(frozen=True)
+class ExpertCall:
+    """One expert's share of one forward: the tokens routed to it and what became of them."""
+
+    expert: int
+    token_index: torch.Tensor  # [tokens] int64, rows of the layer's flattened hidden states
+    inputs: torch.Tensor  # [tokens, hidden]
+    activated: torch.Tensor  # [tokens, intermediate], the inputs of down_proj
+    outputs: torch.Tensor  # [tokens, hidden], before the routing weight
+    routing_weights: torch.Tensor  # [tokens]
+
+
+Observer = Callable[[nn.Module, ExpertCall], None]
+
+
+@dataclass(frozen=True)
+class PackedExpert:
+    """Where one projection of one expert lies in the stacked tensors."""
+
+    encoding: Encoding | None  # None: kept as in the checkpoint
+    names: dict[str, str]  # stored part -> attribute name
+    slot: int
+    in_features: int
+
+
+def is_standard_experts(module: nn.Module) -> bool:
+    """True for modules that transformers' experts decorator has marked: the ones we can reach."""
+    return all(hasattr(module, name) for name in ("has_gate", "is_transposed", "has_bias", "num_experts"))
+
+
+def find_experts(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path below `root`, experts module) of every standard experts module."""
+    for path, module in root.named_modules():
+        if is_standard_experts(module):
+            yield path, module
+
+
+def up_name(module: nn.Module) -> str:
+    """The first projection's parameter name: `gate_up_proj`, or `up_proj` where the family has no gate."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def projections_of(module: nn.Module) -> tuple[Projection, ...]:
+    """The fused projections of a dense experts module, as upright [out_features, in_features] facts."""
+    found = []
+    for name in (up_name(module), "down_proj"):
+        rows, columns = getattr(module, name).shape[-2:]
+        found.append(Projection(name, columns, rows) if module.is_transposed else Projection(name, rows, columns))
+    return tuple(found)
+
+
+def expert_weight(module: nn.Module, projection: str, expert: int) -> torch.Tensor:
+    """A view of one dense expert's weight, upright [out_features, in_features]."""
+    weight = getattr(module, projection)[expert]
+    return weight.T if module.is_transposed else weight
+
+
+def expert_bias(module: nn.Module, projection: str, expert: int) -> torch.Tensor | None:
+    """The expert's bias [out_features] where the family has biases."""
+    return getattr(module, f"{projection}_bias")[expert] if module.has_bias else None
+
+
+def attach_packed(module: nn.Module, layout: ExpertLayout, *, kept_dtype: torch.dtype) -> None:
+    """Replaces the fused parameters of an experts module by empty stacked tensors of `layout`, in place.
+
+    The module stays the family's own object (activation, limits, biases, norms). `_is_hf_initialized` keeps
+    transformers from re-initialising parameters that no longer exist.
+    """
+    device = getattr(module, up_name(module)).device
+    table: dict[str, list[PackedExpert | None]] = {}
+    for projection, (out_features, in_features) in layout.projections.items():
+        delattr(module, projection)
+        rows: list[PackedExpert | None] = [None] * layout.num_experts
+        for key, members in layout.groups(projection).items():
+            encoding = encoding_of(key)
+            shapes = {"weight": ((out_features, in_features), kept_dtype)} if encoding is None else {
+                part: (spec.shape, getattr(torch, spec.dtype))
+                for part, spec in encoding.tensor_specs(out_features, in_features).items()
+            }
+            names = {part: stacked_name(projection, key, part) for part in shapes}
+            for part, (shape, dtype) in shapes.items():
+                empty = torch.empty((len(members), *shape), dtype=dtype, device=device)
+                module.register_parameter(names[part], nn.Parameter(empty, requires_grad=False))
+            for slot, expert in enumerate(members):
+                rows[expert] = PackedExpert(encoding, names, slot, in_features)
+        table[projection] = rows
+    module._mc_packed = table
+    module._is_hf_initialized = True
+
+
+def is_packed(module: nn.Module) -> bool:
+    """True once `attach_packed` has replaced the module's storage."""
+    return hasattr(module, "_mc_packed")
+
+
+def dense_weight(module: nn.Module, projection: str, expert: int) -> torch.Tensor:
+    """The weight that the forward uses, upright [out_features, in_features], dequantized if packed; zeros if pruned."""
+    if not is_packed(module):
+        return expert_weight(module, projection, expert)
+    place = module._mc_packed[projection][expert]
+    if place is None:
+        raise KeyError(f"expert {expert} is pruned")
+    parts = {part: getattr(module, name)[place.slot] for part, name in place.names.items()}
+    return parts["weight"] if place.encoding is None else place.encoding.dequantize(parts, place.in_features)
+
+
+def project(module: nn.Module, projection: str, expert: int, inputs: torch.Tensor) -> torch.Tensor:
+    """`inputs` [tokens, in_features] through one projection of one expert, bias included."""
+    if is_packed(module):
+        place = module._mc_packed[projection][expert]
+        parts = {part: getattr(module, name)[place.slot] for part, name in place.names.items()}
+        if place.encoding is None:
+            outputs = nn.functional.linear(inputs, parts["weight"].to(inputs.dtype))
+        else:
+            outputs = kernels.packed_linear(inputs, parts, place.encoding, in_features=place.in_features)
+    else:
+        outputs = nn.functional.linear(inputs, expert_weight(module, projection, expert))
+    bias = expert_bias(module, projection, expert)
+    return outputs if bias is None else outputs + bias.to(outputs.dtype)
+
+
+def activate(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """The family's own activation between the projections (clamps, interleaving and scales live there)."""
+    return module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+
+
+def expert_output(module: nn.Module, activated: torch.Tensor, expert: int) -> torch.Tensor:
+    """down_proj and, where the family has one, the post-expert norm."""
+    outputs = project(module, "down_proj", expert, activated)
+    return module.post_expert_norm(outputs) if module.has_post_expert_norm else outputs
+
+
+def is_pruned(module: nn.Module, expert: int) -> bool:
+    return is_packed(module) and module._mc_packed["down_proj"][expert] is None
+
+
+def experts_forward(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The routed experts' weighted sum, same shape as `hidden_states`; only experts with tokens are touched.
+
+    top_k_index    [tokens, k] int64; indices >= num_experts are transformers' expert-parallel sentinels and skipped
+    top_k_weights  [tokens, k]; used as passed: families differ in what they sum to
+    The sum over experts is accumulated in float32.
+    """
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    total = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
+    for expert, token_index, weights in routed_tokens(top_k_index, top_k_weights, module.num_experts):
+        if is_pruned(module, expert):
+            continue
+        inputs = flat[token_index]
+        activated = activate(module, project(module, up_name(module), expert, inputs))
+        outputs = expert_output(module, activated, expert)
+        observer: Observer | None = getattr(module, "_mc_observer", None)
+        if observer is not None:
+            observer(module, ExpertCall(expert, token_index, inputs, activated, outputs, weights))
+        total.index_add_(0, token_index, (outputs * weights[:, None]).float())
+    return total.to(hidden_states.dtype).reshape(hidden_states.shape)
+
+
+def routed_tokens(
+    top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(expert, token indices, routing weights) of every expert that was chosen, ascending by expert."""
+    flat = top_k_index.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat.clamp(max=num_experts), minlength=num_experts + 1)[:num_experts].tolist()
+    weights = top_k_weights.reshape(-1)
+    begin = 0
+    for expert, count in enumerate(counts):
+        if count:
+            chosen = order[begin : begin + count]
+            yield expert, chosen // top_k_index.shape[-1], weights[chosen]
+            begin += count
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

@@ -1,0 +1,135 @@
+"""Which tensor of a model does what: the inventory, read from the model's skeleton without a weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from mc_cli.errors import FamilyError, listed
+from mc_cli.families import CONTRACT_TESTED, FamilyFacts, facts_for
+from mc_cli.parts import ExpertBlock, ModelInventory, Role, TensorPart
+from mc_cli.runtime import experts
+
+_ROUTER_NAMES = ("gate", "router")
+_MLP_PARTS = {"mlp", "feed_forward", "block_sparse_moe", "ffn", "shared_mlp"}
+
+
+def find_decoder_layers(model: nn.Module) -> str:
+    """Path of the decoder's ModuleList. Raises FamilyError where there is none."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and path.split(".")[-1] in ("layers", "blocks", "h"):
+            return path
+    raise FamilyError(f"{type(model).__name__} has no list of decoder layers; mc-cli compresses decoder-only MoE models.")
+
+
+def take_inventory(model: nn.Module, *, stored_dtypes: Mapping[str, torch.dtype]) -> ModelInventory:
+    """The inventory of a skeleton (meta) model.
+
+    stored_dtypes   module-tree name -> dtype in the checkpoint, where it differs from the parameter's
+    Raises FamilyError if no routed experts are reached.
+    """
+    layers_path = find_decoder_layers(model)
+    layers = model.get_submodule(layers_path)
+    blocks = tuple(_expert_block(layers_path, index, layer) for index, layer in enumerate(layers) if _has_experts(layer))
+    model_type = model.config.model_type
+    if not blocks:
+        raise FamilyError(
+            f"model_type {model_type!r}: no routed experts are reachable in {type(model).__name__}. mc-cli reaches experts "
+            "through transformers' experts interface (fused expert parameters); this family does not use it, or is not "
+            f"a Mixture of Experts. Families that are contract-tested:\n{listed(CONTRACT_TESTED)}"
+        )
+    tensors = _tensor_parts(model, layers_path, blocks, stored_dtypes)
+    return ModelInventory(
+        model_type=model_type,
+        num_layers=len(layers),
+        expert_blocks=blocks,
+        tensors=tensors,
+        tied_head=_head_is_tied(model),
+        contract_tested=model_type in CONTRACT_TESTED,
+    )
+
+
+def _has_experts(layer: nn.Module) -> bool:
+    return next(experts.find_experts(layer), None) is not None
+
+
+def _expert_block(layers_path: str, index: int, layer: nn.Module) -> ExpertBlock:
+    found = list(experts.find_experts(layer))
+    if len(found) > 1:
+        raise FamilyError(f"{layers_path}.{index} has {len(found)} experts modules: {[path for path, _ in found]}; mc-cli handles one.")
+    path, module = found[0]
+    parent_path = path.rpartition(".")[0]
+    parent = layer.get_submodule(parent_path) if parent_path else layer
+    router = next((name for name in _ROUTER_NAMES if isinstance(getattr(parent, name, None), nn.Module)), None)
+    if router is None:
+        raise FamilyError(f"{layers_path}.{index}.{parent_path} has experts but no router named {' or '.join(_ROUTER_NAMES)}.")
+    top_k = getattr(getattr(parent, router), "top_k", None) or getattr(parent, "top_k", None)
+    prefix = f"{layers_path}.{index}."
+    return ExpertBlock(
+        layer=index,
+        path=prefix + path,
+        router_path=prefix + (f"{parent_path}." if parent_path else "") + router,
+        num_experts=int(module.num_experts),
+        top_k=int(top_k or 0),
+        projections=experts.projections_of(module),
+    )
+
+
+def _head_is_tied(model: nn.Module) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+
+
+def _tensor_parts(
+    model: nn.Module, layers_path: str, blocks: tuple[ExpertBlock, ...], stored_dtypes: Mapping[str, torch.dtype]
+) -> tuple[TensorPart, ...]:
+    facts = facts_for(model.config.model_type)
+    linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    head = model.get_output_embeddings()
+    head_path = next((path for path, module in model.named_modules() if module is head), None)
+    by_layer = {block.layer: block for block in blocks}
+    tied = {f"{head_path}.weight"} if _head_is_tied(model) else set()
+    parts = []
+    for name, tensor in model.state_dict().items():
+        if name in tied:
+            continue
+        layer = _layer_index(name, layers_path)
+        module_path, _, leaf = name.rpartition(".")
+        is_linear = module_path in linears and leaf == "weight"
+        role = _role(name, layer, by_layer.get(layer) if layer is not None else None, facts, is_linear, head_path)
+        dtype = stored_dtypes.get(name, tensor.dtype)
+        size = math.prod(tensor.shape) * dtype.itemsize
+        parts.append(TensorPart(name, role, layer, tuple(tensor.shape), str(dtype).removeprefix("torch."), size, is_linear))
+    return tuple(parts)
+
+
+def _layer_index(name: str, layers_path: str) -> int | None:
+    if not name.startswith(layers_path + "."):
+        return None
+    return int(name[len(layers_path) + 1 :].split(".")[0])
+
+
+def _role(
+    name: str, layer: int | None, block: ExpertBlock | None, facts: FamilyFacts, is_linear: bool, head_path: str | None
+) -> Role:
+    given = facts.role_of(name)
+    if given is not None:
+        return given
+    if layer is None:
+        if head_path is not None and name.startswith(head_path + "."):
+            return Role.HEAD
+        return Role.EMBEDDING if "embed" in name or "wte" in name else Role.OTHER
+    pieces = name.split(".")
+    if block is not None:
+        if name.startswith(block.path + "."):
+            return Role.EXPERT if pieces[-1] in {projection.name for projection in block.projections} else Role.EXPERT_BIAS
+        if name.startswith(block.router_path + ".") or "shared_expert_gate" in pieces:
+            return Role.ROUTER
+    if any(piece.startswith("shared_") for piece in pieces):
+        return Role.SHARED if is_linear else Role.OTHER
+    if not is_linear:
+        return Role.OTHER
+    return Role.DENSE if _MLP_PARTS & set(pieces) else Role.ATTENTION

@@ -1,0 +1,198 @@
+"""Advancing hidden states layer by layer, with one decoder layer resident: calibration and evaluation alike.
+
+The model itself builds masks, positions and layer arguments: its layers are replaced by recorders for one pass over
+the embeddings. Then each layer is loaded, run over all batches, and freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from mc_cli.errors import InputError
+from mc_cli.runtime.checkpoint import REST
+
+
+class LayerSource(Protocol):
+    """A skeleton model whose parts can be materialised and freed: a checkpoint, or a packed folder."""
+
+    model: nn.Module
+    layers_path: str
+    device: torch.device
+
+    def load(self, part: int) -> None: ...
+
+    def free(self, layer: int) -> None: ...
+
+
+class _AllLayersSeen(Exception):
+    """Ends the recording pass before the head, which would cost a vocabulary-wide product."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer, notes what it is called with, and passes the hidden states on."""
+
+    def __init__(self, real: nn.Module, calls: list[tuple[torch.Tensor, tuple, dict]], last: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "real", real)
+        object.__setattr__(self, "calls", calls)
+        object.__setattr__(self, "last", last)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "real"), name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.calls.append((hidden_states, args, kwargs))
+        if self.last:
+            raise _AllLayersSeen
+        return hidden_states
+
+
+class _Injector(_Recorder):
+    """Stands in for a decoder layer and returns given hidden states, so that only norm and head compute."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.calls[0][0]
+
+
+LayerArguments = list[tuple[tuple, dict]]  # per layer: positional and keyword arguments after the hidden states
+
+
+class LayerWalk:
+    """All sequences' hidden states at one depth of the model, and the way to the next depth.
+
+    token_ids   [sequences, length] int64
+    batch_size  sequences per forward
+    hidden      [sequences, length, hidden], on the CPU, in the model's dtype; the input of layer `depth`
+    """
+
+    def __init__(self, source: LayerSource, token_ids: torch.Tensor, *, batch_size: int) -> None:
+        self.source = source
+        self.token_ids = token_ids
+        self.batch_size = batch_size
+        self.depth = 0
+        self.layers = source.model.get_submodule(source.layers_path)
+        source.load(REST)
+        self.hidden, self._arguments = self._embed()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def batches(self) -> Iterator[slice]:
+        """Row ranges of the batches, in order."""
+        for begin in range(0, len(self.token_ids), self.batch_size):
+            yield slice(begin, min(begin + self.batch_size, len(self.token_ids)))
+
+    def restore(self, hidden: torch.Tensor, depth: int) -> None:
+        """Continues from saved hidden states, the input of layer `depth`."""
+        if hidden.shape != self.hidden.shape or hidden.dtype != self.hidden.dtype:
+            raise InputError(
+                f"saved hidden states have shape {tuple(hidden.shape)} {hidden.dtype}, this run needs {tuple(self.hidden.shape)} "
+                f"{self.hidden.dtype}. Use --force to start the stage anew."
+            )
+        self.hidden, self.depth = hidden, depth
+
+    @torch.no_grad()
+    def run_layer(self, on_batch: Callable[[slice, torch.Tensor], None] | None = None, *, advance: bool) -> None:
+        """Runs the resident layer `depth` over all batches; its hooks see every batch.
+
+        on_batch   called with the rows and the layer's output of each batch
+        advance    replaces the hidden states by the outputs, and moves on by one layer
+        """
+        layer = self.layers[self.depth]
+        for rows in self.batches():
+            output = self._call(layer, self.hidden[rows].to(self.source.device), rows)
+            if on_batch is not None:
+                on_batch(rows, output)
+            if advance:
+                self.hidden[rows] = output.to(self.hidden.device)
+        if advance:
+            self.depth += 1
+
+    def _call(self, layer: nn.Module, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
+        args, kwargs = self._arguments_of(rows)[self.depth]
+        output = layer(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def call_layer(self, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
+        """The resident layer's output for given hidden states of the batch `rows`; gradients flow if enabled."""
+        return self._call(self.layers[self.depth], hidden, rows)
+
+    @torch.no_grad()
+    def logits(self, rows: slice, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """Next-token logits [sequences, length, vocabulary] of one batch after the last layer."""
+        return self.head(rows, self.hidden[rows] if hidden is None else hidden)
+
+    def head(self, rows: slice, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm and head applied to `hidden` [sequences, length, hidden]; gradients flow if enabled."""
+        calls = [(hidden.to(self.source.device), (), {})]
+        with _replaced(self.layers, lambda index, real: _Injector(real, calls, False)):
+            return self.source.model(self.token_ids[rows].to(self.source.device), use_cache=False).logits
+
+    def _arguments_of(self, rows: slice) -> LayerArguments:
+        return self._arguments[rows.start] if rows.start in self._arguments else self._arguments[-(rows.stop - rows.start)]
+
+    @torch.no_grad()
+    def _embed(self) -> tuple[torch.Tensor, dict[int, LayerArguments]]:
+        """Embeddings of all sequences, and the layers' arguments.
+
+        Arguments that do not depend on the tokens are kept once per batch length (under minus the length), others once
+        per batch (under its first row).
+        """
+        kept: dict[int, LayerArguments] = {}
+        hidden: torch.Tensor | None = None
+        for rows in self.batches():
+            first, arguments = self._record(rows)
+            if hidden is None:
+                hidden = torch.empty((len(self.token_ids), *first.shape[1:]), dtype=first.dtype)
+            hidden[rows] = first.to(hidden.device)
+            same_length = -(rows.stop - rows.start)
+            if same_length not in kept:
+                kept[same_length] = arguments
+            elif not _equal(arguments, kept[same_length]):
+                kept[rows.start] = arguments
+        if hidden is None:
+            raise InputError("there are no calibration sequences to run.")
+        return hidden, kept
+
+    def _record(self, rows: slice) -> tuple[torch.Tensor, LayerArguments]:
+        calls: list[tuple[torch.Tensor, tuple, dict]] = []
+        count = self.num_layers
+        with _replaced(self.layers, lambda index, real: _Recorder(real, calls, index == count - 1)):
+            try:
+                self.source.model(self.token_ids[rows].to(self.source.device), use_cache=False)
+            except _AllLayersSeen:
+                pass
+        return calls[0][0], [(args, kwargs) for _, args, kwargs in calls]
+
+
+class _replaced:
+    """Context in which every decoder layer is replaced by a stand-in."""
+
+    def __init__(self, layers: nn.Module, make: Callable[[int, nn.Module], nn.Module]) -> None:
+        self._layers, self._make = layers, make
+
+    def __enter__(self) -> None:
+        self._real = dict(self._layers._modules)
+        for index, (name, real) in enumerate(self._real.items()):
+            self._layers._modules[name] = self._make(index, real)
+
+    def __exit__(self, *_: object) -> None:
+        self._layers._modules.update(self._real)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.shape == other.shape and bool(torch.equal(one, other))
+    if isinstance(one, (list, tuple)):
+        return isinstance(other, type(one)) and len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    return one is other or one == other
