@@ -25,6 +25,16 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"
 PARTIAL_SUFFIX = ".partial"
+RESUME = "resume"  # what only a resume needs: hidden states after the last finished layer
+
+# command -> folder in the work directory, in the order of a run
+STAGE_FOLDERS = {
+    "calibrate": "calibration",
+    "score": "importance",
+    "allocate": "plan",
+    "quantize": "packed",
+    "prune-eval": "evaluation",
+}
 
 
 def write_bytes_with(path: Path, writer: Callable[[Path], None]) -> None:
@@ -190,7 +200,7 @@ class StageFolder:
 
     @property
     def folder(self) -> Path:
-        return self.work_dir / self.stage
+        return self.work_dir / STAGE_FOLDERS[self.stage]
 
     @property
     def fingerprint(self) -> str:
@@ -264,7 +274,7 @@ class StageFolder:
 
     def finish(self, tool_version: str) -> Manifest:
         """Removes what only a resume needs, and writes the manifest: from here on the stage is done."""
-        shutil.rmtree(self.path("resume"), ignore_errors=True)
+        shutil.rmtree(self.path(RESUME), ignore_errors=True)
         for leftover in self.folder.rglob(f"*{PARTIAL_SUFFIX}"):
             leftover.unlink()
         outputs = {}
@@ -292,11 +302,12 @@ def _short(value: Any) -> str:
 
 def require_done(work_dir: Path, stage: str) -> Manifest:
     """The manifest of a finished earlier stage. Raises InputError naming the command to run where it is not."""
-    manifest = Manifest.read(work_dir / stage)
+    folder = work_dir / STAGE_FOLDERS[stage]
+    manifest = Manifest.read(folder)
     if manifest is None:
-        begun = (work_dir / stage / BEGUN).exists()
+        begun = (folder / BEGUN).exists()
         raise InputError(
-            f"{work_dir / stage} {'is not finished' if begun else 'does not exist'}: this stage reads it. "
-            f"Run `mc-cli {stage}` on {work_dir} first."
+            f"{folder} {'is not finished' if begun else 'does not exist'}: this stage reads it. "
+            f"Run `mc-cli {stage} -w {work_dir}` first."
         )
     return manifest

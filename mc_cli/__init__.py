@@ -1,0 +1,6 @@
+"""mc-cli: measure, allocate, quantize, pack, evaluate and export Mixture-of-Experts language models.
+
+Importing this package teaches transformers to load exported directories; it imports neither torch nor transformers.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,138 @@
+"""Second moments of a layer's inputs, and the triangular factor that error propagation needs. All batched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mc_cli.errors import McError, ShapeError
+
+FLOAT64_LIMIT = 8192  # in_features up to which factors are computed in float64: 0.5 GB a matrix
+_TOKENS_AT_ONCE = 4096
+_LARGEST_DAMPING = 10.0  # times the mean diagonal: a matrix that this does not make positive definite is not a Hessian
+
+
+def accumulate(hessian: Tensor, inputs: Tensor, weights: Tensor | None = None) -> None:
+    """Add sum over tokens of weight^2 x x^T to `hessian`, in place, in float32.
+
+    hessian  [in_features, in_features] float32; modified
+    inputs   [tokens, in_features], any float dtype; zero tokens change nothing
+    weights  [tokens] or None for ones: what each token's output is multiplied by, for example the routing weight
+    Raises ShapeError where shapes or the Hessian's dtype do not fit.
+    """
+    if hessian.dtype != torch.float32 or inputs.ndim != 2 or hessian.shape != (inputs.shape[1],) * 2:
+        raise ShapeError(
+            f"inputs {tuple(inputs.shape)} do not accumulate into a Hessian {tuple(hessian.shape)} of {hessian.dtype}; "
+            "it must be float32 [in_features, in_features]"
+        )
+    if weights is not None and weights.shape != inputs.shape[:1]:
+        raise ShapeError(f"{tuple(weights.shape)} token weights for {inputs.shape[0]} tokens")
+    for start in range(0, inputs.shape[0], _TOKENS_AT_ONCE):
+        rows = inputs[start : start + _TOKENS_AT_ONCE].to(torch.float32)
+        if weights is not None:
+            rows = rows * weights[start : start + _TOKENS_AT_ONCE, None].to(torch.float32)
+        hessian.addmm_(rows.T, rows)
+
+
+def shrink(hessian: Tensor, pooled: Tensor, *, token_count: Tensor, strength: float) -> Tensor:
+    """Each Hessian moved towards the pooled one, the more the fewer tokens it has seen; a new tensor.
+
+    hessian      [B, in_features, in_features] float32, sums over each expert's own tokens; not modified
+    pooled       [in_features, in_features] float32, the sum over all experts; not modified
+    token_count  [B] tokens behind each Hessian
+    strength     in tokens: an expert that saw this many gets half its estimate from the pool; 0 changes nothing
+
+    With lambda = strength / (strength + token_count) the result is (1 - lambda) * hessian + lambda * pooled *
+    trace(hessian) / trace(pooled), so that the pool lends its shape only and losses keep the expert's own scale.
+    A Hessian of trace zero (no tokens) has no scale to keep: it becomes the pooled one as it is.
+    """
+    token_count = token_count.to(hessian.device, torch.float32)
+    own_trace = hessian.diagonal(dim1=-2, dim2=-1).sum(-1)
+    pooled_trace = pooled.diagonal().sum()
+    seen = own_trace > 0
+    share = torch.where(seen, strength / (strength + token_count).clamp_min(1e-30), 1.0)
+    ratio = torch.where(seen, own_trace / pooled_trace.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
+    return hessian * (1 - share)[:, None, None] + pooled * (share * ratio)[:, None, None]
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """The upper triangular U with (hessian + damping * mean diagonal * I)^-1 = U^T U, per batch item."""
+
+    factor: Tensor  # [B, in_features, in_features] float32, zero below the diagonal
+    damping: Tensor  # [B] float32, the fraction of the mean diagonal that was really added
+    notes: tuple[str, ...]  # one message per batch item whose damping had to grow, or that has no data
+
+
+def inverse_cholesky(hessian: Tensor, *, damping: float) -> InverseFactor:
+    """The upper Cholesky factor of the damped inverse.
+
+    hessian  [B, in_features, in_features] float32, symmetric positive semi-definite; not modified
+    damping  fraction of mean(diag(hessian)) added to the diagonal
+
+    Computed as the inverse of R where hessian = R R^T with R upper triangular, which needs no inverse of the Hessian
+    itself; in float64 up to FLOAT64_LIMIT inputs. Items that are not positive definite are damped ten times more until
+    they are; inputs that were always zero get the damping, or where that is zero the mean diagonal, so that they are
+    rounded on their own; an all-zero Hessian becomes the identity. Each of these is in `notes`.
+    Raises McError for non-finite Hessians and for matrices that no damping makes positive definite.
+    """
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    if not bool(torch.isfinite(hessian.sum(dim=(-2, -1))).all()):
+        raise McError("a Hessian holds non-finite values: the inputs of that layer overflowed during calibration")
+    notes: list[str] = []
+    mean = diagonal.mean(-1)
+    empty = mean <= 0
+    notes.extend(f"item {item}: no calibration data, rounded without error propagation" for item in _indices(empty))
+    mean = torch.where(empty, 1.0, mean)
+    dead_value = mean * (0.0 if damping > 0 else 1.0) + empty  # what an always-zero input gets before damping
+    base = (diagonal <= 0) * dead_value[:, None]
+    used = torch.full_like(mean, damping)
+    factor = torch.empty_like(hessian)
+    pending = torch.arange(len(hessian), device=hessian.device)
+    while len(pending):
+        added = base[pending] + (used * mean)[pending, None]
+        computed, failed = _factor_once(hessian[pending], added)
+        factor[pending[~failed]] = computed[~failed]
+        pending = pending[failed]
+        used[pending] = (used[pending] * 10).clamp_min(1e-4)
+        if len(pending) and float(used[pending].max()) > _LARGEST_DAMPING:
+            raise McError(f"Hessians {pending.tolist()} of the batch are not positive semi-definite at any damping")
+    notes.extend(
+        f"item {item}: singular Hessian, damping raised from {damping:g} to {float(used[item]):g} of the mean diagonal"
+        for item in _indices(used > damping)
+    )
+    return InverseFactor(factor, used, tuple(notes))
+
+
+def _factor_once(hessian: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """(factors float32, failed bool [B]) with `added` [B, in_features] on the diagonal."""
+    dtype = torch.float64 if hessian.shape[-1] <= FLOAT64_LIMIT else torch.float32
+    damped = hessian.to(dtype, copy=True)
+    damped.diagonal(dim1=-2, dim2=-1).add_(added)
+    lower, info = torch.linalg.cholesky_ex(damped.flip(-2, -1))
+    failed = info != 0
+    lower = torch.where(failed[:, None, None], torch.eye(lower.shape[-1], dtype=dtype, device=lower.device), lower)
+    identity = torch.eye(lower.shape[-1], dtype=dtype, device=lower.device).expand_as(lower)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False).flip(-2, -1).to(torch.float32)
+    failed |= ~torch.isfinite(inverse.sum(dim=(-2, -1)))
+    return inverse.contiguous(), failed
+
+
+def trace_error(difference: Tensor, hessian: Tensor) -> Tensor:
+    """float64 [B]: trace(D hessian D^T), the summed squared output error over the tokens behind the Hessian.
+
+    difference  D, float32 [B, out_features, in_features]: weight minus what replaces it
+    hessian     float32 [B or 1, in_features, in_features]
+    """
+    if hessian.shape[0] == 1:
+        product = difference.flatten(0, 1) @ hessian[0]
+        product = product.unflatten(0, difference.shape[:2])
+    else:
+        product = torch.bmm(difference, hessian)
+    return product.mul_(difference).sum(-1, dtype=torch.float64).sum(-1)
+
+
+def _indices(mask: Tensor) -> list[int]:
+    return mask.nonzero().flatten().tolist()

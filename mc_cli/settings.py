@@ -1,0 +1,233 @@
+"""Settings of every stage: one frozen dataclass each, with defaults, units and validation. Imports no torch.
+
+`result_fields` are what changes a stage's result, and go into its fingerprint; device and batch size do not.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from mc_cli.errors import InputError
+from mc_cli.parts import Role
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(B|[KMGT]i?B)?\s*", re.IGNORECASE)
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value
+
+
+def _one_of(flag: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"{flag} {value!r}: known are {', '.join(known)}.")
+
+
+def _at_least(flag: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise InputError(f"{flag} {value}: at least {minimum}.")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size like `16GiB`, `900MB` or `123456`. Raises InputError for anything else."""
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise InputError(f"{text!r} is not a size. Write bytes, or a number with B, kB, MB, GB, KiB, MiB or GiB, for example 16GiB.")
+    return round(float(match[1]) * _UNITS[(match[2] or "B").upper()])
+
+
+def parse_bits_list(text: str) -> tuple[int, ...]:
+    """Candidate widths of a list like `1,2,3,4`, ascending. Raises InputError for anything else."""
+    try:
+        widths = tuple(sorted({int(piece) for piece in text.split(",")}))
+    except ValueError as error:
+        raise InputError(f"--bits {text!r}: write widths separated by commas, for example 1,2,3,4.") from error
+    if not widths or widths[0] < 1 or widths[-1] > 8:
+        raise InputError(f"--bits {text!r}: widths are 1 to 8.")
+    return widths
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How to compute: nothing here may change what is computed beyond rounding, so none of it is fingerprinted.
+
+    device       auto = cuda where there is one
+    dtype        auto = float32 on a CPU, the checkpoint's on a GPU; this one IS part of each stage's fingerprint
+    batch_tokens tokens per forward
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_tokens: int = 8192
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("--device", self.device, DEVICES)
+        _one_of("--dtype", self.dtype, DTYPES)
+        _at_least("--batch-tokens", self.batch_tokens, 1)
+
+
+class StageSettings:
+    """Base of what a stage's settings share: their plain form for manifests."""
+
+    not_fingerprinted: ClassVar[frozenset[str]] = frozenset()
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain JSON values of all fields that change the result."""
+        names = {field.name for field in fields(self)} - self.not_fingerprinted  # type: ignore[arg-type]
+        return {name: _plain(value) for name, value in asdict(self).items() if name in names}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class CalibrateSettings(StageSettings):
+    """model: folder, hub id or bundled:NAME. data: file, folder of files, datasets name or bundled:NAME."""
+
+    model: str = ""
+    data: str = ""
+    revision: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    sequences: int = 128
+    length: int = 2048
+    seed: int = 0
+    # The digests of model files and of the token ids stand for these two.
+    not_fingerprinted = frozenset({"model", "data"})
+
+    def __post_init__(self) -> None:
+        _at_least("--sequences", self.sequences, 1)
+        _at_least("--length", self.length, 8)
+
+
+@dataclass(frozen=True)
+class QuantizerSettings(StageSettings):
+    """Which quantizer, and its knobs; score and quantize must agree on them, so that score predicts what ships."""
+
+    quantizer: str = "gptq"
+    damping: float = 0.01
+    activation_order: bool = False
+    group_size: int = 0  # 0 = the largest divisor up to 128, chosen per matrix width and reported
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping < 1:
+            raise InputError(f"--damping {self.damping}: a fraction of the mean Hessian diagonal, between 0 and 1.")
+        _at_least("--group-size", self.group_size, 0)
+
+
+@dataclass(frozen=True)
+class ScoreSettings(StageSettings):
+    """bits: candidate widths. loss_tokens: tokens per expert at most on which output errors are measured.
+
+    gradient_sequences: sequences of the backward pass that gives each layer's sensitivity; 0 uses the share of the
+    residual stream's energy instead, without a backward pass.
+    """
+
+    bits: tuple[int, ...] = (1, 2, 3, 4)
+    quantizer: QuantizerSettings = QuantizerSettings()
+    loss_tokens: int = 4096
+    gradient_sequences: int = 16
+
+    def __post_init__(self) -> None:
+        _at_least("--loss-tokens", self.loss_tokens, 1)
+        _at_least("--gradient-sequences", self.gradient_sequences, 0)
+
+
+@dataclass(frozen=True)
+class AllocateSettings(StageSettings):
+    """Exactly one target: stored bits or code bits (mean per expert weight), or bytes of the whole checkpoint.
+
+    role_bits      width of every part that is not a routed expert; 16 = kept
+    exact_floors   at least this many experts per layer of each width, for example {3: 1, 2: 1}; None = the method's own
+    """
+
+    method: str = "global"
+    target_stored_bits: float | None = None
+    target_bits: float | None = None
+    target_size_bytes: int | None = None
+    bits: tuple[int, ...] | None = None  # None = the candidates that were scored
+    attention_bits: int = 4
+    shared_bits: int = 4
+    dense_bits: int | None = None  # None = shared_bits
+    head_bits: int = 16
+    router_bits: int = 16
+    floors: tuple[tuple[int, int], ...] | None = None
+    alpha: float = 1.0
+    beta: float = 1.5
+    gamma: float = 1.0
+    seed: int = 0
+    gap: float = 1e-4
+    time_limit_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("target_stored_bits", "target_bits", "target_size_bytes") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InputError(
+                f"allocate needs exactly one target, {len(given)} given: --target-stored-bits (scales included), "
+                "--target-bits (codes only) or --target-size (the whole checkpoint, for example 16GiB)."
+            )
+        for role, bits in self.role_bits().items():
+            if not (1 <= bits <= 8 or bits == 16):
+                raise InputError(f"--{role.value}-bits {bits}: a width is 1 to 8, or 16 to keep the checkpoint's own.")
+
+    def role_bits(self) -> dict[Role, int]:
+        """Width per role; DENSE follows SHARED unless set."""
+        return {
+            Role.ATTENTION: self.attention_bits,
+            Role.SHARED: self.shared_bits,
+            Role.DENSE: self.shared_bits if self.dense_bits is None else self.dense_bits,
+            Role.ROUTER: self.router_bits,
+            Role.HEAD: self.head_bits,
+        }
+
+
+@dataclass(frozen=True)
+class QuantizeSettings(StageSettings):
+    """shrinkage: tokens at which an expert's own Hessian and the layer's pooled one weigh the same, per input width.
+
+    plan: a plan.yaml to use instead of the work directory's.
+    """
+
+    quantizer: QuantizerSettings = QuantizerSettings()
+    plan: str | None = None
+    not_fingerprinted = frozenset({"plan"})
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(StageSettings):
+    """data: held-out text. Perplexity over windows of `length` tokens that advance by `stride` (0 = length)."""
+
+    data: str = ""
+    split: str = "test"
+    text_field: str = "text"
+    length: int = 2048
+    stride: int = 0
+    max_sequences: int = 0  # 0 = all of the text
+    tasks: tuple[str, ...] = ()
+    include_path: str | None = None
+    task_limit: int | None = None
+    not_fingerprinted = frozenset({"data"})
+
+    def __post_init__(self) -> None:
+        _at_least("--length", self.length, 8)
+        if not 0 <= self.stride <= self.length:
+            raise InputError(f"--stride {self.stride}: from 0 (no overlap) to --length {self.length}.")
+
+
+@dataclass(frozen=True)
+class ExportSettings(StageSettings):
+    """format: an exporter's name. out: the directory to make."""
+
+    format: str = "transformers"
+    out: str = ""
+    shard_bytes: int = 4 * 10**9
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            raise InputError("export needs --out, the directory to write.")
