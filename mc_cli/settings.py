@@ -31,6 +31,11 @@ def _one_of(flag: str, value: str, known: tuple[str, ...]) -> None:
         raise InputError(f"{flag} {value!r}: known are {', '.join(known)}.")
 
 
+def _length(value: int) -> None:
+    if value and value < 8:
+        raise InputError(f"--length {value}: at least 8 tokens, or 0 for 2048 (or the model's whole context where shorter).")
+
+
 def _at_least(flag: str, value: int, minimum: int) -> None:
     if value < minimum:
         raise InputError(f"{flag} {value}: at least {minimum}.")
@@ -88,7 +93,11 @@ class StageSettings:
 
 @dataclass(frozen=True)
 class CalibrateSettings(StageSettings):
-    """model: folder, hub id or bundled:NAME. data: file, folder of files, datasets name or bundled:NAME."""
+    """model: folder, hub id or bundled:NAME. data: file, folder of files, datasets name or bundled:NAME.
+
+    gradient_sequences: sequences of the backward pass that gives each layer's sensitivity; 0 leaves it out, and score
+    then uses the share of the residual stream's energy.
+    """
 
     model: str = ""
     data: str = ""
@@ -96,14 +105,16 @@ class CalibrateSettings(StageSettings):
     split: str = "train"
     text_field: str = "text"
     sequences: int = 128
-    length: int = 2048
+    length: int = 0  # 0 = 2048, or the model's whole context where that is shorter
     seed: int = 0
+    gradient_sequences: int = 16
     # The digests of model files and of the token ids stand for these two.
     not_fingerprinted = frozenset({"model", "data"})
 
     def __post_init__(self) -> None:
         _at_least("--sequences", self.sequences, 1)
-        _at_least("--length", self.length, 8)
+        _at_least("--gradient-sequences", self.gradient_sequences, 0)
+        _length(self.length)
 
 
 @dataclass(frozen=True)
@@ -113,30 +124,27 @@ class QuantizerSettings(StageSettings):
     quantizer: str = "gptq"
     damping: float = 0.01
     activation_order: bool = False
-    group_size: int = 0  # 0 = the largest divisor up to 128, chosen per matrix width and reported
+    shrinkage: float = 0.25  # tokens per input feature at which an expert's own Hessian and the pooled one weigh the same
+    group_size: int = 128  # inputs per scale at most: the largest divisor of each matrix's width up to this is taken
 
     def __post_init__(self) -> None:
         if not 0 < self.damping < 1:
             raise InputError(f"--damping {self.damping}: a fraction of the mean Hessian diagonal, between 0 and 1.")
-        _at_least("--group-size", self.group_size, 0)
+        if self.shrinkage < 0:
+            raise InputError(f"--shrinkage {self.shrinkage}: tokens per input feature, 0 or more.")
+        _at_least("--group-size", self.group_size, 8)
 
 
 @dataclass(frozen=True)
 class ScoreSettings(StageSettings):
-    """bits: candidate widths. loss_tokens: tokens per expert at most on which output errors are measured.
-
-    gradient_sequences: sequences of the backward pass that gives each layer's sensitivity; 0 uses the share of the
-    residual stream's energy instead, without a backward pass.
-    """
+    """bits: candidate widths. loss_tokens: tokens per expert at most on which output errors are measured."""
 
     bits: tuple[int, ...] = (1, 2, 3, 4)
     quantizer: QuantizerSettings = QuantizerSettings()
     loss_tokens: int = 4096
-    gradient_sequences: int = 16
 
     def __post_init__(self) -> None:
         _at_least("--loss-tokens", self.loss_tokens, 1)
-        _at_least("--gradient-sequences", self.gradient_sequences, 0)
 
 
 @dataclass(frozen=True)
@@ -189,10 +197,7 @@ class AllocateSettings(StageSettings):
 
 @dataclass(frozen=True)
 class QuantizeSettings(StageSettings):
-    """shrinkage: tokens at which an expert's own Hessian and the layer's pooled one weigh the same, per input width.
-
-    plan: a plan.yaml to use instead of the work directory's.
-    """
+    """plan: a plan.yaml to use instead of the work directory's."""
 
     quantizer: QuantizerSettings = QuantizerSettings()
     plan: str | None = None
@@ -206,7 +211,7 @@ class EvaluateSettings(StageSettings):
     data: str = ""
     split: str = "test"
     text_field: str = "text"
-    length: int = 2048
+    length: int = 0  # 0 = 2048, or the model's whole context where that is shorter
     stride: int = 0
     max_sequences: int = 0  # 0 = all of the text
     tasks: tuple[str, ...] = ()
@@ -215,8 +220,8 @@ class EvaluateSettings(StageSettings):
     not_fingerprinted = frozenset({"data"})
 
     def __post_init__(self) -> None:
-        _at_least("--length", self.length, 8)
-        if not 0 <= self.stride <= self.length:
+        _length(self.length)
+        if self.stride < 0 or (self.length and self.stride > self.length):
             raise InputError(f"--stride {self.stride}: from 0 (no overlap) to --length {self.length}.")
 
 

@@ -1,0 +1,169 @@
+"""Which width every expert gets: a problem, one strategy per file, and the way from importance.json to a plan.
+
+A strategy is a file of this package that holds a `STRATEGY` (see strategy.py); it is found by itself. No torch here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Iterable, Mapping
+
+from mc_cli.allocators.problem import BUDGET_UNITS, AllocationProblem, Budget, Choice, Floor, Unit
+from mc_cli.allocators.report import make_plan
+from mc_cli.allocators.strategy import Assignment, CostSettings, SolverSettings, Strategy
+from mc_cli.artifacts.importance import Importance, LayerImportance
+from mc_cli.artifacts.plan import Plan
+from mc_cli.errors import InputError, listed
+from mc_cli.parts import Role
+
+__all__ = [
+    "BUDGET_UNITS",
+    "AllocationProblem",
+    "Assignment",
+    "Budget",
+    "Choice",
+    "Floor",
+    "SolverSettings",
+    "Strategy",
+    "Unit",
+    "allocate",
+    "build_problem",
+    "strategies",
+    "strategy_named",
+]
+
+DEFAULT_METHOD = "global"
+
+
+def strategies() -> dict[str, Strategy]:
+    """Every strategy of this package by name, in alphabetical order."""
+    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+    found = [module.STRATEGY for module in modules if hasattr(module, "STRATEGY")]
+    return {strategy.name: strategy for strategy in sorted(found, key=lambda strategy: strategy.name)}
+
+
+def strategy_named(name: str) -> Strategy:
+    """The strategy of that name. Raises InputError listing the known ones with what they do."""
+    known = strategies()
+    if name not in known:
+        lines = listed(f"{strategy.name:<16} {strategy.description}" for strategy in known.values())
+        raise InputError(f"Unknown allocation method {name!r}. Choose one of these:\n{lines}")
+    return known[name]
+
+
+def allocate(
+    importance: Importance,
+    *,
+    method: str = DEFAULT_METHOD,
+    budget: Budget,
+    role_bits: Mapping[Role, int],
+    candidate_bits: Iterable[int] | None = None,
+    floors: Iterable[Floor] | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
+    gamma: float | None = None,
+    seed: int = 0,
+    time_limit_s: float = 300.0,
+    gap: float | None = None,
+    solver: str | None = None,
+) -> Plan:
+    """The plan that a strategy makes of the measures: a width per expert, what it takes, and how sure that is.
+
+    role_bits        widths of the other roles, handed on to the plan
+    candidate_bits   widths to choose from; None = the strategy's own, else every width that was measured
+    floors           constraints per layer; None = the strategy's own, () = none
+    alpha, beta, gamma   exponents of pmq; None = as published
+    seed             of the strategy `random`
+    gap, time_limit_s, solver   see SolverSettings
+    Equal arguments give an equal plan, unless the time limit stops the solver.
+    Raises InputError for unknown methods, widths, exponents or non-finite costs; BudgetError for a budget that cannot be met.
+    """
+    strategy = strategy_named(method)
+    settings = CostSettings(_exponents(strategy, alpha=alpha, beta=beta, gamma=gamma), seed)
+    widths = _candidates(importance, strategy, candidate_bits)
+    problem = build_problem(importance, strategy, budget, widths, _floors(strategy, floors), settings)
+    assignment = strategy.assign(problem, SolverSettings(gap, time_limit_s, solver))
+    return make_plan(importance, strategy, problem, assignment, settings=settings, role_bits=role_bits)
+
+
+def build_problem(
+    importance: Importance,
+    strategy: Strategy,
+    budget: Budget,
+    candidate_bits: tuple[int, ...],
+    floors: tuple[Floor, ...] = (),
+    settings: CostSettings | None = None,
+) -> AllocationProblem:
+    """One unit per expert, its choices costed by the strategy. Raises InputError naming experts with non-finite costs."""
+    settings = settings or CostSettings(strategy.exponents)
+    units: list[Unit] = []
+    for layer in importance.layers:
+        units += _units(layer, strategy.costs(layer, candidate_bits, settings), candidate_bits)
+    broken = [
+        f"{unit}   cost {choice.cost} at {choice.bits} bits"
+        for unit in units
+        for choice in unit.choices
+        if not math.isfinite(choice.cost)
+    ]
+    if broken:
+        raise InputError(
+            f"{len(broken)} costs of method {strategy.name} are not finite numbers:\n{listed(broken)}\n"
+            "Run score again with more calibration text; if that does not help, choose another method."
+        )
+    return AllocationProblem.of(units, budget, floors)
+
+
+def _units(layer: LayerImportance, costs: Mapping[int, Iterable[float]], candidate_bits: tuple[int, ...]) -> list[Unit]:
+    columns = {bits: list(costs[bits]) for bits in candidate_bits}
+    count = layer.weights_per_expert
+    return [
+        Unit(
+            layer=layer.layer,
+            expert=expert,
+            weight_count=count,
+            choices=tuple(
+                Choice(bits, bits * count, layer.stored_bytes_by_bits[bits], float(columns[bits][expert]))
+                for bits in candidate_bits
+            ),
+        )
+        for expert in range(layer.num_experts)
+    ]
+
+
+def _exponents(strategy: Strategy, **given: float | None) -> dict[str, float]:
+    asked = {name: value for name, value in given.items() if value is not None}
+    unused = sorted(set(asked) - set(strategy.exponents))
+    if unused:
+        raise InputError(
+            f"Method {strategy.name} has no {' or '.join(unused)}: these are exponents of pmq. Leave them out, or choose pmq."
+        )
+    return {**strategy.exponents, **asked}
+
+
+def _floors(strategy: Strategy, floors: Iterable[Floor] | None) -> tuple[Floor, ...]:
+    if floors is None:
+        return strategy.floors
+    if (floors := tuple(floors)) and not strategy.takes_floors:
+        raise InputError(
+            f"Method {strategy.name} keeps no floors, but was given: {'; '.join(map(str, floors))}. "
+            "Leave them out, or choose another method."
+        )
+    return floors
+
+
+def _candidates(importance: Importance, strategy: Strategy, asked: Iterable[int] | None) -> tuple[int, ...]:
+    widths = tuple(sorted(set(asked or strategy.candidate_bits or importance.candidate_bits)))
+    measured = set(importance.candidate_bits)
+    for layer in importance.layers:
+        measured &= set(layer.stored_bytes_by_bits)
+    missing = [bits for bits in widths if bits not in measured]
+    if missing:
+        whose = "" if asked else f" of method {strategy.name}"
+        raise InputError(
+            f"The candidate width{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}{whose} "
+            f"{'were' if len(missing) > 1 else 'was'} not measured: importance.json holds {', '.join(map(str, sorted(measured)))}. "
+            f"Run score with --candidate-bits {','.join(map(str, widths))}, or choose among the measured ones here."
+        )
+    return widths

@@ -53,6 +53,7 @@ class Importance:
     candidate_bits: tuple[int, ...]
     layers: tuple[LayerImportance, ...]
     sensitivity_method: str = ""
+    group_size_limit: int = 128  # at which the losses and stored bytes were measured
     units: dict[str, str] = field(default_factory=lambda: dict(UNITS))
     warnings: tuple[str, ...] = ()
 
@@ -76,6 +77,7 @@ class Importance:
                 candidate_bits=tuple(content["candidate_bits"]),
                 layers=layers,
                 sensitivity_method=content["sensitivity_method"],
+                group_size_limit=int(content.get("group_size_limit", 128)),
                 units=content["units"],
                 warnings=tuple(content["warnings"]),
             )

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from mc_cli.artifacts.store import read_json
 from mc_cli.encodings import Encoding, encoding_from_key
 from mc_cli.errors import ArtifactError
 
@@ -19,6 +21,21 @@ FORMAT_VERSION = 1
 QUANT_METHOD = "mc_cli"
 PRUNED = -1
 KEPT = "kept"  # an expert projection stored as in the checkpoint, [experts kept so, out_features, in_features]
+
+# The packed folder is a whole model: the layout, a file per decoder layer, one for everything else, and a folder with
+# config.json and the tokenizer.
+LAYOUT = "layout.json"
+CONFIG_FOLDER = "config"
+
+
+def part_file(part: int) -> str:
+    """File name of a decoder layer's tensors; any negative number is everything outside the layers."""
+    return "rest.safetensors" if part < 0 else f"layer_{part:02d}.safetensors"
+
+
+def read_layout(folder: Path) -> PackedLayout:
+    """The layout of a packed folder. Raises ArtifactError where it is missing or damaged."""
+    return PackedLayout.from_json(read_json(folder / LAYOUT))
 
 
 @dataclass(frozen=True)
@@ -55,7 +72,8 @@ class PackedLayout:
     def to_json(self) -> dict[str, Any]:
         """Plain values: encoding keys once in a table, per-expert entries as indices into it (-1 = pruned)."""
         keys = sorted(
-            {key for block in self.experts for row in block.encodings.values() for key in row if key} | set(self.linears.values())
+            {key for block in self.experts for row in block.encodings.values() for key in row if key}
+            | set(self.linears.values())
         )
         index: dict[str | None, int] = {key: number for number, key in enumerate(keys)}
         index[None] = PRUNED
@@ -81,7 +99,8 @@ class PackedLayout:
         version = content.get("format_version")
         if version != FORMAT_VERSION:
             raise ArtifactError(
-                f"The packed format has version {version!r}; this version of mc-cli reads {FORMAT_VERSION}. Install a matching mc-cli."
+                f"The packed format has version {version!r}; this version of mc-cli reads {FORMAT_VERSION}. "
+                "Install a matching mc-cli."
             )
         try:
             keys: dict[int, str | None] = dict(enumerate(content["encodings"]))

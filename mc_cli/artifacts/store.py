@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
+from mc_cli.progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -37,12 +38,22 @@ STAGE_FOLDERS = {
 }
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()
+
+
 def write_bytes_with(path: Path, writer: Callable[[Path], None]) -> None:
     """Calls `writer(partial)`, flushes it to disk and moves it to `path` in one step; removes it if that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
         writer(partial)
+        partial.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
         with open(partial, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(partial, path)
@@ -271,6 +282,17 @@ class StageFolder:
                 wrong.append(f"{path}: {facts['size_bytes']:,} bytes in the manifest, {'missing' if size is None else f'{size:,}'} on disk")
         if wrong:
             raise ArtifactError(f"{self.folder} is damaged:\n{listed(wrong)}\nUse --force to rebuild this stage.")
+
+    def warn(self, message: str, progress: Progress) -> None:
+        """Shows a warning now, and keeps it for the manifest."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+            progress.warn(message)
+
+    def recorded_warnings(self) -> tuple[str, ...]:
+        """The warnings in the manifest of a finished stage."""
+        manifest = Manifest.read(self.folder)
+        return manifest.warnings if manifest else ()
 
     def finish(self, tool_version: str) -> Manifest:
         """Removes what only a resume needs, and writes the manifest: from here on the stage is done."""

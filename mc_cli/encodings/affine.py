@@ -86,3 +86,8 @@ def choose_group_size(in_features: int, limit: int = 128) -> int:
             if in_features % size == 0:
                 return size
     raise ShapeError(f"no group size divides in_features {in_features}")
+
+
+def affine_for(bits: int, in_features: int, *, group_size_limit: int = 128) -> AffineEncoding:
+    """The affine encoding of a matrix with `in_features` inputs: the largest fitting group up to the limit."""
+    return AffineEncoding(bits, choose_group_size(in_features, group_size_limit))

@@ -34,10 +34,15 @@ CONTRACT_TESTED = (
 
 @dataclass(frozen=True)
 class FamilyFacts:
-    """What differs in one family. Patterns are searched in module-tree names below a decoder layer, first match wins."""
+    """What differs in one family. Patterns are searched in module-tree names, first match wins.
+
+    roles    pattern -> role, where the general rules say something else
+    derived  patterns of persistent buffers that the config determines, so that a checkpoint may lack them
+    """
 
     model_type: str
     roles: tuple[tuple[str, Role], ...] = ()
+    derived: tuple[str, ...] = ()
 
     def role_of(self, name: str) -> Role | None:
         """The role that this family gives to the tensor `name`, None where the general rules hold."""
@@ -45,6 +50,10 @@ class FamilyFacts:
             if re.search(pattern, name):
                 return role
         return None
+
+    def is_derived(self, name: str) -> bool:
+        """True for a persistent buffer that a checkpoint may lack."""
+        return any(re.search(pattern, name) for pattern in self.derived)
 
 
 def facts_for(model_type: str) -> FamilyFacts:

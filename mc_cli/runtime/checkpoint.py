@@ -1,180 +1,220 @@
 """Reading a Hugging Face checkpoint part by part, through transformers' own renaming and conversion.
 
-One decoder layer at a time is converted onto the skeleton model, straight from lazily read safetensors slices.
-Three internal functions of transformers are used; the version is pinned, and checked here.
+One decoder layer at a time is converted onto the skeleton model, straight from lazily read safetensors slices. Names,
+shapes and completeness are checked against the files' headers before the first weight is read. A few internal functions
+of transformers are used; the version is pinned, and checked here.
 """
 
 from __future__ import annotations
 
 import copy
-import json
+import math
+import re
 from collections import defaultdict
-from collections.abc import Iterable
-from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    build_glob_alternation,
     convert_and_load_state_dict_in_model,
+    dot_natural_key,
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import logging as transformers_logging
 
-from mc_cli.errors import CheckpointError, FamilyError, InputError, listed
-from mc_cli.families import CONTRACT_TESTED
+from mc_cli.errors import CheckpointError, listed
+from mc_cli.families import facts_for
 from mc_cli.runtime.inventory import find_decoder_layers
+from mc_cli.runtime.model_folder import read_config, resolve_model
+from mc_cli.runtime.skeleton import build_skeleton, initialise, rebuild_buffers
+from mc_cli.runtime.tensor_files import StoredTensor, TensorFiles, check_format
 
-TESTED_TRANSFORMERS = "5.23."
+__all__ = ["REST", "Checkpoint", "build_skeleton", "read_config", "rebuild_buffers", "resolve_model"]
+
 REST = -1  # everything outside the decoder layers
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+@dataclass
+class _Target:
+    """The stored tensors that one tensor of the model is made of, by the source pattern of the conversion."""
+
+    name: str
+    pieces: dict[str | None, list[StoredTensor]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def all_pieces(self) -> list[StoredTensor]:
+        return [piece for pieces in self.pieces.values() for piece in pieces]
 
 
-def check_transformers_version() -> None:
-    """Raises InputError for a transformers release whose internals this version was not tested with."""
-    if not transformers.__version__.startswith(TESTED_TRANSFORMERS):
-        raise InputError(
-            f"transformers {transformers.__version__} is installed; mc-cli reads checkpoints through internals of "
-            f"transformers {TESTED_TRANSFORMERS}x and is tested with it alone. Run `pip install 'transformers=={TESTED_TRANSFORMERS}0'`."
-        )
+class _FusedSlice:
+    """Per-expert tensors that become one fused tensor when indexed.
 
-
-def resolve_model(name: str, *, revision: str | None = None) -> Path:
-    """The folder of a model: a directory, `bundled:NAME`, or a hub id, whose files are downloaded to the hub's cache.
-
-    Raises InputError if it is none of these.
+    transformers' own conversion holds the parts and the whole at once, several times a layer's size for large models.
     """
-    if name.startswith("bundled:"):
-        from mc_cli.bundled import bundled_path
 
-        return bundled_path(name.removeprefix("bundled:"))
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(f"--model {name}: no such directory. Give a folder with config.json and *.safetensors, or a hub id like org/name.")
-    from huggingface_hub import snapshot_download
+    def __init__(self, rows: list[list[Any]], shape: torch.Size, dtype: torch.dtype) -> None:
+        self._rows, self._shape, self._dtype = rows, shape, dtype
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:
-        raise InputError(
-            f"--model {name}: neither a directory here nor to be had from the hub ({type(error).__name__}: {str(error).splitlines()[0]}). "
-            "Check the name, the revision and the network, or give a directory."
-        ) from error
-
-
-def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The model's configuration. Raises CheckpointError or FamilyError saying what is wrong with it."""
-    check_transformers_version()
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is not a Hugging Face checkpoint.")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        kind = _raw_model_type(folder)
-        raise FamilyError(
-            f"{folder}: transformers {transformers.__version__} cannot read model_type {kind!r} ({str(error).splitlines()[0]}). "
-            f"Contract-tested families:\n{listed(CONTRACT_TESTED)}"
-        ) from error
-    except Exception as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be used: {type(error).__name__}: {error}") from error
-    return config
-
-
-def _raw_model_type(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def build_skeleton(config: PretrainedConfig, *, dtype: torch.dtype) -> nn.Module:
-    """The model on the meta device: shapes, modules and code, no weights."""
-    with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except ValueError as error:
-            raise FamilyError(
-                f"model_type {config.model_type!r} has no causal language model in transformers {transformers.__version__}. "
-                f"Contract-tested families:\n{listed(CONTRACT_TESTED)}"
-            ) from error
-    model.eval().requires_grad_(False)
-    model.config.use_cache = False
-    return model
-
-
-def rebuild_buffers(model: nn.Module, device: torch.device) -> None:
-    """Fills the non-persistent buffers (rotary frequencies and the like) that no checkpoint holds."""
-    for module in model.modules():
-        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        if not any(name in module._non_persistent_buffers_set for name in names):
-            continue
-        for name in names:
-            if name in module._non_persistent_buffers_set:
-                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-        model._init_weights(module)
-        for name in names:
-            if name in module._non_persistent_buffers_set:
-                module._buffers[name] = module._buffers[name].to(device)
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        fused = torch.empty(self._shape, dtype=self._dtype)
+        for expert in range(self._shape[0]):
+            begin = 0
+            for parts in self._rows:
+                part = parts[expert][...]
+                fused[expert, begin : begin + len(part)] = part
+                begin += len(part)
+        return fused[index]
 
 
 class Checkpoint:
-    """A checkpoint's tensors, sorted by the decoder layer of the skeleton they belong to."""
+    """A checkpoint's tensors, sorted by the decoder layer of the skeleton they belong to.
+
+    model          the skeleton; `load` and `free` fill and empty its parts
+    layers_path    module path of the decoder layers
+    stored_dtypes  module-tree name -> dtype of the tensor when it is kept as it is
+    unused         keys that the causal language model has no place for, such as the layers of multi-token prediction
+    """
 
     def __init__(self, folder: Path, config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         transformers_logging.disable_progress_bar()
         self.folder = folder
         self.device = device
-        self._dequantizer, config = _dequantizer(folder, config)
-        self.model = build_skeleton(config, dtype=dtype)
-        if self._dequantizer is not None:
-            self._dequantizer.preprocess_model(model=self.model, dtype=dtype, device_map=None, checkpoint_files=[])
-        self._mapping = get_model_conversion_mapping(self.model, None, self._dequantizer)
+        self.dtype = dtype
+        quantization = _quantization_entry(config)
+        check_format(folder, quantization)
+        self.model = build_skeleton(_without_quantization(config), dtype=dtype)
         self.layers_path = find_decoder_layers(self.model)
+        self.files = TensorFiles(folder, quantization)
         self.stored_dtypes: dict[str, torch.dtype] = {}
         self.unused: list[str] = []
-        self._keys: dict[int, list[tuple[str, str]]] = defaultdict(list)
-        self._sort_keys(_weight_map(folder))
+        self._mapping = get_model_conversion_mapping(self.model)
+        self._targets: dict[int, list[_Target]] = defaultdict(list)
+        self._derived: dict[int, list[str]] = defaultdict(list)
+        self._sort_keys(getattr(config.get_text_config(), "dtype", None) or torch.bfloat16)
+        self._conversions = [entry for entry in self._mapping if entry.was_used()]
         rebuild_buffers(self.model, device)
 
-    def _sort_keys(self, weight_map: dict[str, str]) -> None:
+    def _sort_keys(self, dequantized: torch.dtype) -> None:
+        """dequantized: the dtype that tensors of block formats take when they are kept."""
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        prefix = self.model.base_model_prefix
         known = self.model.state_dict()
-        reached: set[str] = set()
-        dtypes = _header_dtypes(self.folder, weight_map)
-        for key, file in weight_map.items():
-            name, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, known)
+        targets: dict[str, _Target] = {}
+        for key, tensor in sorted(self.files.tensors.items(), key=lambda entry: dot_natural_key(entry[0])):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, known)
             if name not in known and key in known:
-                name = key
+                name, pattern = rename_source_key(key, [], [], prefix, known)
             if name not in known:
                 self.unused.append(key)
                 continue
-            reached.add(name)
-            self.stored_dtypes[name] = dtypes[key] or self.model.config.dtype or torch.bfloat16
-            self._keys[self.layer_of(name)].append((key, file))
-        missing = sorted(set(known) - reached - self._tied_names())
+            targets.setdefault(name, _Target(name)).pieces[pattern].append(tensor)
+            self.stored_dtypes[name] = tensor.dtype or dequantized
+        self._check_tied(targets)
+        self._check_complete(targets, known)
+        self._check_shapes(targets, known)
+        for target in targets.values():
+            self._targets[self.layer_of(target.name)].append(target)
+
+    def _check_tied(self, targets: dict[str, _Target]) -> None:
+        """Leaves out a tied tensor that is stored beside its twin; they must be equal."""
+        for name, twin in self.model.all_tied_weights_keys.items():
+            if name in targets and twin in targets:
+                keys = [targets[each].all_pieces[0].key for each in (name, twin)]
+                with self.files.reading(keys) as slices:
+                    equal = torch.equal(slices[keys[0]][...], slices[keys[1]][...])
+                if not equal:
+                    raise CheckpointError(
+                        f"{self.folder}: config.json says that {name} is {twin} (tie_word_embeddings), but the files hold "
+                        f"different values for the two. If the model has a head of its own, set tie_word_embeddings to false "
+                        "in config.json."
+                    )
+                del targets[name]
+            elif name in targets:
+                self.stored_dtypes[twin] = self.stored_dtypes[name]
+
+    def _check_complete(self, targets: dict[str, _Target], known: dict[str, torch.Tensor]) -> None:
+        reached = {other for target in targets.values() for other in self._made_together(target)}
+        facts = facts_for(self.model.config.model_type)
+        missing = []
+        for name in sorted(known.keys() - reached, key=dot_natural_key):
+            if facts.is_derived(name):
+                self._derived[self.layer_of(name)].append(name)
+            elif not self._is_tied_to(name, reached):
+                missing.append(name)
         if missing:
             raise CheckpointError(
                 f"{self.folder} lacks {len(missing)} tensors that {type(self.model).__name__} needs:\n{listed(missing)}\n"
                 "The download may be incomplete, or config.json may be of another model."
             )
 
-    def _tied_names(self) -> set[str]:
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        return set(tied) if getattr(self.model.config.get_text_config(), "tie_word_embeddings", False) else set()
+    def _is_tied_to(self, name: str, reached: set[str]) -> bool:
+        tied = self.model.all_tied_weights_keys
+        return tied.get(name) in reached or any(twin == name and other in reached for other, twin in tied.items())
+
+    def _made_together(self, target: _Target) -> list[str]:
+        """The names that the target's conversion yields: one, or several where it splits a tensor."""
+        converter = self._converter(target)
+        patterns = converter.target_patterns if converter else []
+        return [target.name, *(target.name.replace(patterns[0], other) for other in patterns[1:])]
+
+    def _converter(self, target: _Target) -> WeightConverter | None:
+        pattern = next(iter(target.pieces))
+        return next(
+            (
+                entry
+                for entry in self._mapping
+                if isinstance(entry, WeightConverter) and pattern in entry.source_patterns
+            ),
+            None,
+        )
+
+    def _check_shapes(self, targets: dict[str, _Target], known: dict[str, torch.Tensor]) -> None:
+        """Raises CheckpointError for tensors that do not fit the skeleton, as far as the headers tell."""
+        wrong, lost = [], []
+        for name, target in targets.items():
+            wanted = tuple(known[name].shape)
+            pieces = target.all_pieces
+            stored = ", ".join(sorted({str(piece.shape) for piece in pieces}))
+            if self._fuses_experts(target):
+                short = _lost_experts(target, wanted[0])
+                lost += short
+                fits = short or sum(math.prod(piece.shape) for piece in pieces) == math.prod(wanted)
+                stored += f" of {len(pieces)} parts"
+            else:
+                fits = None not in target.pieces or pieces[0].shape == wanted
+            if not fits:
+                wrong.append(f"{name}: checkpoint {stored}, config {wanted}")
+        if lost:
+            raise CheckpointError(
+                f"{self.folder} lacks {len(lost)} tensors of experts that config.json counts:\n{listed(lost)}\n"
+                "The download may be incomplete, or config.json may be of another model."
+            )
+        if wrong:
+            raise CheckpointError(
+                f"{self.folder}: {len(wrong)} tensors do not fit config.json:\n{listed(wrong)}\n"
+                "config.json may be of another model, or the files of another revision."
+            )
+
+    def _fuses_experts(self, target: _Target) -> bool:
+        converter = self._converter(target)
+        steps = [(type(step), step.dim) for step in converter.operations if hasattr(step, "dim")] if converter else []
+        return bool(
+            converter
+            and len(steps) == len(converter.operations)
+            and steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+        )
 
     def layer_of(self, name: str) -> int:
         """The decoder layer of a module-tree name, REST outside the layers."""
@@ -182,134 +222,123 @@ class Checkpoint:
         return int(name[len(prefix) :].split(".")[0]) if name.startswith(prefix) else REST
 
     def load(self, part: int) -> None:
-        """Materialises one decoder layer, or REST, on the device. Raises CheckpointError on damage or non-finite weights."""
-        with ExitStack() as stack:
-            slices = {}
-            handles: dict[str, Any] = {}
-            for key, file in self._keys[part]:
-                if file not in handles:
-                    handles[file] = stack.enter_context(_open(self.folder / file))
-                slices[key] = handles[file].get_slice(key)
-            self._convert(slices, part)
-        if part == REST:
-            self.model.tie_weights()
+        """Materialises one decoder layer, or REST, on the device. Raises CheckpointError on non-finite weights."""
+        where = f"{self.folder}, {'outside the layers' if part == REST else f'layer {part}'}"
+        keys = [piece.key for target in self._targets[part] for piece in target.all_pieces]
+        with self.files.reading(keys) as slices:
+            readable: dict[str, Any] = {}
+            for target in self._targets[part]:
+                readable |= self._readable(target, slices)
+            self._convert(readable | self._derive(part), where)
         root = self.model if part == REST else self.model.get_submodule(f"{self.layers_path}.{part}")
-        _check_finite(root, f"{self.folder}, {'outside the layers' if part == REST else f'layer {part}'}")
+        if part == REST:
+            missing = {name for name, tensor in self.model.named_parameters(remove_duplicate=False) if tensor.is_meta}
+            self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        root.requires_grad_(False)
+        _check_finite(root, where)
 
-    def _convert(self, slices: dict[str, Any], part: int) -> None:
+    def _readable(self, target: _Target, slices: dict[str, Any]) -> dict[str, Any]:
+        """What transformers' conversion gets for one tensor; experts are fused here, under the fused name."""
+        if not self._fuses_experts(target) or self._is_kept_in_float32(target.name):
+            return {piece.key: slices[piece.key] for piece in target.all_pieces}
+        converter = self._converter(target)
+        assert converter is not None
+        rows = [[slices[piece.key] for piece in target.pieces[pattern]] for pattern in converter.source_patterns]
+        wanted = self.model.get_parameter(target.name)
+        return {target.name: _FusedSlice(rows, wanted.shape, wanted.dtype)}
+
+    def _dtype_plan(self) -> dict[str, torch.dtype]:
+        return self.model._get_dtype_plan(self.dtype)
+
+    def _is_kept_in_float32(self, name: str) -> bool:
+        plan = self._dtype_plan()
+        return bool(plan) and build_glob_alternation(list(plan))[0].search(name) is not None
+
+    def _derive(self, part: int) -> dict[str, torch.Tensor]:
+        """Persistent buffers that the config determines, for checkpoints that do not hold them."""
+        derived: dict[str, torch.Tensor] = {}
+        for name in self._derived[part]:
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            initialise(self.model, module, [leaf])
+            buffer = module._buffers[leaf]
+            assert buffer is not None
+            derived[name] = buffer
+        return derived
+
+    def _convert(self, readable: dict[str, Any], where: str) -> None:
         plan = LoadStateDictConfig(
             device_map={"": str(self.device)},
-            dtype=self.model.dtype,
-            dtype_plan=self.model._get_dtype_plan(self.model.dtype),
+            dtype=self.dtype,
+            dtype_plan=self._dtype_plan(),
             weight_mapping=copy.deepcopy(self._mapping),
-            hf_quantizer=self._dequantizer,
         )
         try:
-            info, _ = convert_and_load_state_dict_in_model(self.model, slices, plan)
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.folder}: layer {part} cannot be read: {error}. Download the file again.") from error
-        wrong = [f"{name}: {reason}" for name, reason in dict(info.conversion_errors or {}).items()]
-        wrong += [f"{name}: checkpoint {tuple(have)}, config {tuple(want)}" for name, have, want in info.mismatched_keys or ()]
+            info, _ = convert_and_load_state_dict_in_model(self.model, readable, plan)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{where}: cannot be read: {error}. Download the files again.") from error
+        # What saving reverses: the conversions of the whole checkpoint, not those of the part that was read last.
+        self.model._weight_conversions = self._conversions
+        wrong = [
+            f"{name}: {reason.strip().splitlines()[-1]}" for name, reason in (info.conversion_errors or {}).items()
+        ]
+        wrong += [
+            f"{name}: checkpoint {tuple(have)}, config {tuple(want)}" for name, have, want in info.mismatched_keys or ()
+        ]
         if wrong:
-            raise CheckpointError(f"{self.folder}: {len(wrong)} tensors do not fit config.json:\n{listed(wrong)}")
+            raise CheckpointError(f"{where}: {len(wrong)} tensors do not fit config.json:\n{listed(wrong)}")
 
     def free(self, layer: int) -> None:
-        """Returns a decoder layer's memory; its non-persistent buffers come back with the next load."""
-        module = self.model.get_submodule(f"{self.layers_path}.{layer}")
+        """Returns a decoder layer's memory; its non-persistent buffers stay, no file holds them."""
+        root = self.model.get_submodule(f"{self.layers_path}.{layer}")
         kept = {
-            (path, name): buffer
-            for path, inner in module.named_modules()
-            for name, buffer in inner.named_buffers(recurse=False)
-            if name in inner._non_persistent_buffers_set
+            (module, name): module._buffers[name]
+            for module in root.modules()
+            for name in module._non_persistent_buffers_set
         }
-        module.to("meta")
-        for (path, name), buffer in kept.items():
-            module.get_submodule(path)._buffers[name] = buffer
+        root.to("meta")
+        for (module, name), buffer in kept.items():
+            module._buffers[name] = buffer
 
 
-def _dequantizer(folder: Path, config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
-    """transformers' own dequantizer for FP8 and MXFP4 checkpoints, None for plain ones; others are refused."""
-    source = getattr(config, "quantization_config", None)
-    if source is None:
-        return None, config
-    method = source.get("quant_method") if isinstance(source, dict) else getattr(source, "quant_method", None)
-    method = str(getattr(method, "value", method))
-    if method == "fp8":
-        from transformers import FineGrainedFP8Config as Wanted
-    elif method == "mxfp4":
-        from transformers import Mxfp4Config as Wanted
-    else:
-        raise CheckpointError(
-            f"{folder} is already quantized with {method!r}. mc-cli starts from 16- or 32-bit, FP8 or MXFP4 checkpoints; "
-            "give the original model."
-        )
-    quantizer, config, _ = get_hf_quantizer(config, Wanted(dequantize=True), {"": "cpu"}, True, {})
-    return quantizer, config
+def _quantization_entry(config: PretrainedConfig) -> dict[str, Any] | None:
+    entry = getattr(config, "quantization_config", None)
+    if entry is None:
+        entry = getattr(config.get_text_config(), "quantization_config", None)
+    return entry if entry is None or isinstance(entry, dict) else entry.to_dict()
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor key -> file name. Raises CheckpointError if there is no safetensors file, or the index names a missing one."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{index} is damaged: {error!r}. Download it again.") from error
-        missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
-        if missing:
-            raise CheckpointError(f"{folder}: the index names {len(missing)} files that are not there:\n{listed(missing)}\nDownload them.")
-        return weight_map
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not files:
-        others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
-        hint = f" It has {', '.join(others[:3])}: pickled weights are never read, convert them to safetensors first." if others else ""
-        raise CheckpointError(f"{folder} has no *.safetensors file.{hint}")
-    weight_map = {}
-    for file in files:
-        with _open(folder / file) as handle:
-            weight_map.update(dict.fromkeys(handle.keys(), file))
-    return weight_map
+def _without_quantization(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the dequantized model."""
+    config = copy.deepcopy(config)
+    for owner in (config, config.get_text_config()):
+        if hasattr(owner, "quantization_config"):
+            del owner.quantization_config
+    return config
 
 
-def _header_dtypes(folder: Path, weight_map: dict[str, str]) -> dict[str, torch.dtype | None]:
-    """The stored dtype of each key from the files' headers; None for block formats that are dequantized on load."""
-    by_file: dict[str, list[str]] = defaultdict(list)
-    for key, file in weight_map.items():
-        by_file[file].append(key)
-    found: dict[str, torch.dtype | None] = {}
-    for file, keys in by_file.items():
-        with _open(folder / file) as handle:
-            there = set(handle.keys())
-            lost = [key for key in keys if key not in there]
-            if lost:
-                raise CheckpointError(f"{folder / file} lacks {len(lost)} tensors that the index places there:\n{listed(lost)}")
-            for key in keys:
-                found[key] = _DTYPES.get(handle.get_slice(key).get_dtype())
-    return found
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size if path.exists() else 0
-        raise CheckpointError(
-            f"{path} ({size:,} bytes) is not a whole safetensors file: {error}. The download may be truncated; fetch the file again."
-        ) from error
+def _lost_experts(target: _Target, num_experts: int) -> list[str]:
+    """Keys of the experts' tensors that are missing among the target's pieces."""
+    lost = []
+    for pieces in target.pieces.values():
+        there = {int(re.findall(r"\.(\d+)\.", piece.key)[-1]): piece.key for piece in pieces}
+        before, _, after = next(iter(there.values())).rpartition(f".{next(iter(there))}.")
+        lost += [f"{before}.{expert}.{after}" for expert in range(num_experts) if expert not in there]
+    return lost
 
 
 def _check_finite(root: nn.Module, where: str) -> None:
     wrong = []
-    for name, tensor in _own_tensors(root):
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
-            wrong.append(f"{name}: {count:,} of {tensor.numel():,} values are NaN or infinite")
+    for name, tensor in root.state_dict().items():
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        rows = tensor if tensor.ndim == 3 else tensor[None]  # expert by expert: the test needs several bytes per value
+        counts = [0 if bool(row.isfinite().all()) else row.numel() - int(row.isfinite().sum()) for row in rows]
+        if any(counts):
+            which = [str(index) for index, count in enumerate(counts) if count]
+            of_experts = f", experts {', '.join(which[:10])}" if len(counts) > 1 else ""
+            wrong.append(f"{name}: {sum(counts):,} of {tensor.numel():,} values{of_experts}")
     if wrong:
-        raise CheckpointError(f"{where}: weights that are not finite:\n{listed(wrong)}\nThe checkpoint is damaged; fetch it again.")
-
-
-def _own_tensors(root: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    yield from root.named_parameters()
-    yield from ((name, buffer) for name, buffer in root.named_buffers())
-
-
+        raise CheckpointError(
+            f"{where}: weights that are NaN or infinite:\n{listed(wrong)}\nThe checkpoint is damaged; fetch it again."
+        )

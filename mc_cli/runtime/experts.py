@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mc_cli import kernels
-from mc_cli.artifacts.packed import KEPT, ExpertLayout, encoding_of, stacked_name
+from mc_cli.artifacts.packed import ExpertLayout, encoding_of, stacked_name
 from mc_cli.encodings import Encoding
 from mc_cli.parts import Projection
 
 IMPLEMENTATION = "mc_cli"
+
+Experts = Any  # an nn.Module with the flags and methods that transformers' experts decorator gives it
 
 
 @dataclass(frozen=True)
@@ -52,19 +55,19 @@ def is_standard_experts(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("has_gate", "is_transposed", "has_bias", "num_experts"))
 
 
-def find_experts(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def find_experts(root: nn.Module) -> Iterator[tuple[str, Experts]]:
     """(path below `root`, experts module) of every standard experts module."""
     for path, module in root.named_modules():
         if is_standard_experts(module):
             yield path, module
 
 
-def up_name(module: nn.Module) -> str:
+def up_name(module: Experts) -> str:
     """The first projection's parameter name: `gate_up_proj`, or `up_proj` where the family has no gate."""
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
-def projections_of(module: nn.Module) -> tuple[Projection, ...]:
+def projections_of(module: Experts) -> tuple[Projection, ...]:
     """The fused projections of a dense experts module, as upright [out_features, in_features] facts."""
     found = []
     for name in (up_name(module), "down_proj"):
@@ -73,18 +76,18 @@ def projections_of(module: nn.Module) -> tuple[Projection, ...]:
     return tuple(found)
 
 
-def expert_weight(module: nn.Module, projection: str, expert: int) -> torch.Tensor:
+def expert_weight(module: Experts, projection: str, expert: int) -> torch.Tensor:
     """A view of one dense expert's weight, upright [out_features, in_features]."""
     weight = getattr(module, projection)[expert]
     return weight.T if module.is_transposed else weight
 
 
-def expert_bias(module: nn.Module, projection: str, expert: int) -> torch.Tensor | None:
+def expert_bias(module: Experts, projection: str, expert: int) -> torch.Tensor | None:
     """The expert's bias [out_features] where the family has biases."""
     return getattr(module, f"{projection}_bias")[expert] if module.has_bias else None
 
 
-def attach_packed(module: nn.Module, layout: ExpertLayout, *, kept_dtype: torch.dtype) -> None:
+def attach_packed(module: Experts, layout: ExpertLayout, *, kept_dtype: torch.dtype) -> None:
     """Replaces the fused parameters of an experts module by empty stacked tensors of `layout`, in place.
 
     The module stays the family's own object (activation, limits, biases, norms). `_is_hf_initialized` keeps
@@ -97,10 +100,14 @@ def attach_packed(module: nn.Module, layout: ExpertLayout, *, kept_dtype: torch.
         rows: list[PackedExpert | None] = [None] * layout.num_experts
         for key, members in layout.groups(projection).items():
             encoding = encoding_of(key)
-            shapes = {"weight": ((out_features, in_features), kept_dtype)} if encoding is None else {
-                part: (spec.shape, getattr(torch, spec.dtype))
-                for part, spec in encoding.tensor_specs(out_features, in_features).items()
-            }
+            shapes = (
+                {"weight": ((out_features, in_features), kept_dtype)}
+                if encoding is None
+                else {
+                    part: (spec.shape, getattr(torch, spec.dtype))
+                    for part, spec in encoding.tensor_specs(out_features, in_features).items()
+                }
+            )
             names = {part: stacked_name(projection, key, part) for part in shapes}
             for part, (shape, dtype) in shapes.items():
                 empty = torch.empty((len(members), *shape), dtype=dtype, device=device)
@@ -112,12 +119,18 @@ def attach_packed(module: nn.Module, layout: ExpertLayout, *, kept_dtype: torch.
     module._is_hf_initialized = True
 
 
-def is_packed(module: nn.Module) -> bool:
+def stored_parts(module: Experts) -> dict[str, str]:
+    """Attribute name -> stored part of every packed tensor of an experts module; kept projections are not packed."""
+    places = (place for rows in module._mc_packed.values() for place in rows if place is not None)
+    return {name: part for place in places if place.encoding is not None for part, name in place.names.items()}
+
+
+def is_packed(module: Experts) -> bool:
     """True once `attach_packed` has replaced the module's storage."""
     return hasattr(module, "_mc_packed")
 
 
-def dense_weight(module: nn.Module, projection: str, expert: int) -> torch.Tensor:
+def dense_weight(module: Experts, projection: str, expert: int) -> torch.Tensor:
     """The weight that the forward uses, upright [out_features, in_features], dequantized if packed; zeros if pruned."""
     if not is_packed(module):
         return expert_weight(module, projection, expert)
@@ -128,7 +141,7 @@ def dense_weight(module: nn.Module, projection: str, expert: int) -> torch.Tenso
     return parts["weight"] if place.encoding is None else place.encoding.dequantize(parts, place.in_features)
 
 
-def project(module: nn.Module, projection: str, expert: int, inputs: torch.Tensor) -> torch.Tensor:
+def project(module: Experts, projection: str, expert: int, inputs: torch.Tensor) -> torch.Tensor:
     """`inputs` [tokens, in_features] through one projection of one expert, bias included."""
     if is_packed(module):
         place = module._mc_packed[projection][expert]
@@ -143,23 +156,23 @@ def project(module: nn.Module, projection: str, expert: int, inputs: torch.Tenso
     return outputs if bias is None else outputs + bias.to(outputs.dtype)
 
 
-def activate(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def activate(module: Experts, hidden: torch.Tensor) -> torch.Tensor:
     """The family's own activation between the projections (clamps, interleaving and scales live there)."""
     return module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
 
 
-def expert_output(module: nn.Module, activated: torch.Tensor, expert: int) -> torch.Tensor:
+def expert_output(module: Experts, activated: torch.Tensor, expert: int) -> torch.Tensor:
     """down_proj and, where the family has one, the post-expert norm."""
     outputs = project(module, "down_proj", expert, activated)
     return module.post_expert_norm(outputs) if module.has_post_expert_norm else outputs
 
 
-def is_pruned(module: nn.Module, expert: int) -> bool:
+def is_pruned(module: Experts, expert: int) -> bool:
     return is_packed(module) and module._mc_packed["down_proj"][expert] is None
 
 
 def experts_forward(
-    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    module: Experts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """The routed experts' weighted sum, same shape as `hidden_states`; only experts with tokens are touched.
 

@@ -1,0 +1,64 @@
+"""Registers the transformers plug-in as soon as transformers is there, whichever is imported first.
+
+Importing torch and transformers takes seconds, so `import mc_cli` does neither: it leaves a finder in `sys.meta_path`
+that waits for transformers' table of quantizers to be imported, adds ours to it, and is gone.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+TABLE = "transformers.quantizers.auto"
+
+
+class _AfterImport:
+    """Finds nothing itself: hands the table's module on with a loader that registers once it has run."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != TABLE:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                _register_after(spec.loader, self)
+                return spec
+        return None
+
+
+def _register_after(loader: Any, finder: _AfterImport) -> None:
+    execute = loader.exec_module
+
+    def execute_then_register(module: ModuleType) -> None:
+        execute(module)
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
+        _register()
+
+    loader.exec_module = execute_then_register
+
+
+def _register() -> None:
+    """A transformers that has changed too much must still be importable; packed models then fail to load, loudly."""
+    try:
+        from mc_cli.runtime.plugin import register
+
+        register()
+    except Exception as error:
+        warnings.warn(
+            f"mc_cli could not register with this version of transformers, so packed models will not load: {error!r}",
+            stacklevel=2,
+        )
+
+
+def install() -> None:
+    """Registers at once if transformers' table is there, else as soon as it is; again is harmless."""
+    table = sys.modules.get(TABLE)
+    if table is not None and hasattr(table, "register_quantizer"):
+        _register()
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())

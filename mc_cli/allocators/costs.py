@@ -1,0 +1,46 @@
+"""Costs of a layer's experts at each width, from the measures of importance.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mc_cli.allocators.strategy import CostSettings
+from mc_cli.artifacts.importance import LayerImportance
+from mc_cli.errors import InputError
+
+
+def predicted_loss(layer: LayerImportance, candidate_bits: tuple[int, ...], settings: CostSettings) -> dict[int, Sequence[float]]:
+    """Expected rise of the model's loss, nats per token: the same unit in every layer."""
+    return widths_of(layer, "predicted_loss_by_bits", layer.predicted_loss_by_bits, candidate_bits)
+
+
+def output_error(layer: LayerImportance, candidate_bits: tuple[int, ...], settings: CostSettings) -> dict[int, Sequence[float]]:
+    """L2 norm of the change of the MoE output: comparable within one layer only."""
+    return widths_of(layer, "loss_by_bits", layer.loss_by_bits, candidate_bits)
+
+
+def widths_of(
+    layer: LayerImportance, name: str, measured: Mapping[int, Sequence[float]], candidate_bits: tuple[int, ...]
+) -> dict[int, Sequence[float]]:
+    """The entries of a measure at the candidate widths. Raises InputError naming the widths it lacks."""
+    missing = [bits for bits in candidate_bits if bits not in measured]
+    if missing:
+        raise InputError(
+            f"importance.json holds no {name} of layer {layer.layer} at width {', '.join(map(str, missing))}; it holds "
+            f"{', '.join(map(str, sorted(measured))) or 'none'}. Run score with these candidate widths, or choose another method."
+        )
+    return {bits: measured[bits] for bits in candidate_bits}
+
+
+def halving(factors: Sequence[float], candidate_bits: tuple[int, ...]) -> dict[int, list[float]]:
+    """`factor * 2^-bits`: the error of a uniform grid halves with every bit, alike for all experts.
+
+    For strategies that weigh experts by one factor and know nothing of their quantization error.
+    """
+    return {bits: [factor * 2.0**-bits for factor in factors] for bits in candidate_bits}
+
+
+def normalised(values: Sequence[float]) -> list[float]:
+    """`values` divided by their sum; all zero where the sum is zero (a layer that saw no token)."""
+    total = sum(values)
+    return [value / total if total else 0.0 for value in values]

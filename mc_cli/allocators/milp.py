@@ -1,0 +1,69 @@
+"""Runs a PuLP model with HiGHS, or with CBC where HiGHS is not installed, and says truly how it ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pulp
+
+from mc_cli.errors import InputError, MissingDependencyError, SolverError
+
+HIGHS = "HiGHS"
+CBC = "CBC"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a solver run ended.
+
+    solution_status   PuLP's sol_status. `status` is not used: CBC says "Optimal" there even when stopped by the clock
+    bound             the solver's own lower bound on the objective (in the model's unit), None where it gives none
+    """
+
+    solver: str
+    solution_status: int
+    bound: float | None
+
+
+def choose_solver(name: str | None) -> str:
+    """`name` if it can run here; for None HiGHS, else CBC. Raises MissingDependencyError where none can."""
+    available = [known for known, solver in ((HIGHS, pulp.HiGHS), (CBC, pulp.PULP_CBC_CMD)) if solver(msg=False).available()]
+    if name is None and available:
+        return available[0]
+    if name in available:
+        return str(name)
+    if name not in (None, HIGHS, CBC):
+        raise InputError(f"Unknown solver {name!r}. Known: {HIGHS}, {CBC}.")
+    raise MissingDependencyError(
+        f"The solver {name or 'of the integer programme'} cannot run here. Install highspy: pip install highspy."
+    )
+
+
+def run_solver(
+    model: pulp.LpProblem, *, time_limit_s: float, absolute_gap: float, name: str | None = None, relaxed: bool = False
+) -> Outcome:
+    """Solves `model` in place and returns how that ended; one thread, so that two runs end alike.
+
+    absolute_gap   distance to the optimum, in the model's objective, at which the solver may stop
+    relaxed        True solves the linear relaxation, which also gives each constraint its dual value `pi`
+    Raises SolverError where the solver fails to run.
+    """
+    name = choose_solver(name)
+    settings = {"mip": not relaxed, "msg": False, "timeLimit": time_limit_s, "threads": 1, "gapRel": 0.0}
+    if name == HIGHS:
+        solver = pulp.HiGHS(**settings, gapAbs=absolute_gap)
+    else:
+        solver = pulp.PULP_CBC_CMD(**settings, options=[f"allowableGap {absolute_gap!r}"])
+    try:
+        model.solve(solver)
+    except pulp.PulpSolverError as error:
+        raise SolverError(f"{name} did not run: {error}. Reinstall pulp and highspy.") from error
+    return Outcome(name, model.sol_status, _own_bound(model, name, absolute_gap))
+
+
+def _own_bound(model: pulp.LpProblem, name: str, absolute_gap: float) -> float | None:
+    if name == HIGHS:
+        return float(model.solverModel.getInfo().mip_dual_bound)
+    if model.sol_status == pulp.LpSolutionOptimal:
+        return pulp.value(model.objective) - absolute_gap
+    return None

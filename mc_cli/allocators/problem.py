@@ -1,0 +1,173 @@
+"""What an allocation strategy is given: units with their candidate widths, one budget, and floors per layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from mc_cli.errors import InputError
+
+ALL_EXPERTS = -1  # `Unit.expert` of a unit that stands for every expert of its layer
+
+BUDGET_UNITS = {
+    "code_bits": "mean code bits per expert weight",
+    "stored_bits": "mean stored bits per expert weight, scales and zero points included",
+    "expert_bytes": "bytes of all experts, scales and zero points included",
+}
+BUDGET_FLAGS = {"code_bits": "--target-bits", "stored_bits": "--target-stored-bits", "expert_bytes": "--target-size"}
+
+# A budget such as 20/12 bits is meant exactly, but reaches us rounded to a double: its last digit must not cost a step.
+ROUNDING = Fraction(1, 10**12)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One width a unit may get: what it takes (for the whole unit) and what it costs in the strategy's objective."""
+
+    bits: int
+    code_bits: int
+    stored_bytes: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What gets one width of its own: an expert, or one projection of it; `projection` None is the whole expert."""
+
+    layer: int
+    expert: int
+    weight_count: int
+    choices: tuple[Choice, ...]
+    projection: str | None = None
+
+    def __str__(self) -> str:
+        name = f"layers.{self.layer}.experts.{self.expert}"
+        return name if self.projection is None else f"{name}.{self.projection}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An upper limit on what all units take together; `amount` in the unit that BUDGET_UNITS gives for `kind`.
+
+    Raises InputError for an unknown kind, or an amount that is not a positive finite number.
+    """
+
+    kind: str
+    amount: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in BUDGET_UNITS:
+            raise InputError(f"Unknown kind of budget {self.kind!r}. Known: {', '.join(BUDGET_UNITS)}.")
+        if not math.isfinite(self.amount) or self.amount <= 0:
+            raise InputError(f"A budget of {self.amount} {self.unit} cannot be met. Ask for a positive number.")
+
+    @property
+    def unit(self) -> str:
+        return BUDGET_UNITS[self.kind]
+
+    def size(self, choice: Choice) -> int:
+        """What the budget counts of a choice: code bits for `code_bits`, stored bytes for the other kinds."""
+        return choice.code_bits if self.kind == "code_bits" else choice.stored_bytes
+
+    def limit(self, weight_count: int) -> Fraction:
+        """The most that `weight_count` weights may take, in the unit of `size`; unrounded."""
+        amount = Fraction(repr(self.amount))
+        if self.kind == "expert_bytes":
+            return amount
+        bits = amount * weight_count * (1 + ROUNDING)
+        return bits if self.kind == "code_bits" else bits / 8
+
+    def amount_of(self, size: int, weight_count: int) -> float:
+        """The amount, in the budget's own unit, that a total of `size` is."""
+        if self.kind == "expert_bytes":
+            return size
+        return size / weight_count if self.kind == "code_bits" else 8 * size / weight_count
+
+    def shown(self, amount: float, *, up: bool = False) -> str:
+        """An amount for a message, to three decimals: rounded up for a least amount, so that asking for it works."""
+        if self.kind == "expert_bytes":
+            return f"{int(amount):,} bytes"
+        rounded = (math.ceil if up else math.floor)(amount * 1000 + (-1e-6 if up else 1e-6)) / 1000
+        return f"{rounded:.3f} {'code' if self.kind == 'code_bits' else 'stored'} bits per expert weight"
+
+
+@dataclass(frozen=True)
+class Floor:
+    """At least `count` experts of every layer have a width `comparison` (`==` or `>=`) `bits`.
+
+    With one width per projection the floor holds for each projection on its own.
+    """
+
+    bits: int
+    count: int = 1
+    comparison: str = "=="
+
+    def __post_init__(self) -> None:
+        if self.comparison not in ("==", ">=") or self.count < 1:
+            raise InputError(
+                f"Floor {self.comparison!r} {self.bits} bits, {self.count} experts: a floor compares with == or >=, "
+                "and asks for at least 1 expert."
+            )
+
+    def admits(self, bits: int) -> bool:
+        """Whether an expert of that width counts."""
+        return bits == self.bits if self.comparison == "==" else bits >= self.bits
+
+    def __str__(self) -> str:
+        width = f"{self.bits} bits" if self.comparison == "==" else f"{self.bits} bits or more"
+        return f"at least {self.count} expert{'s' if self.count > 1 else ''} of {width} in every layer"
+
+
+@dataclass(frozen=True)
+class AllocationProblem:
+    """Choose one width per unit: within the budget, above the floors, at the least total cost.
+
+    limit   what all units together may take, in the unit of `budget.size`
+    """
+
+    units: tuple[Unit, ...]
+    budget: Budget
+    limit: int
+    floors: tuple[Floor, ...] = ()
+
+    @classmethod
+    def of(cls, units: Iterable[Unit], budget: Budget, floors: Iterable[Floor] = ()) -> AllocationProblem:
+        """The problem of those units, its limit worked out from the budget."""
+        units = tuple(units)
+        return cls(units, budget, math.floor(budget.limit(sum(unit.weight_count for unit in units))), tuple(floors))
+
+    @property
+    def weight_count(self) -> int:
+        return sum(unit.weight_count for unit in self.units)
+
+    @property
+    def candidate_bits(self) -> tuple[int, ...]:
+        return tuple(sorted({choice.bits for unit in self.units for choice in unit.choices}))
+
+    def layers(self) -> dict[int, list[int]]:
+        """Layer -> positions of its units in `units`, in order of first appearance."""
+        found: dict[int, list[int]] = {}
+        for position, unit in enumerate(self.units):
+            found.setdefault(unit.layer, []).append(position)
+        return found
+
+    def floor_groups(self) -> list[list[int]]:
+        """Positions of the units among which a floor counts: those of one layer and one projection."""
+        found: dict[tuple[int, str | None], list[int]] = {}
+        for position, unit in enumerate(self.units):
+            found.setdefault((unit.layer, unit.projection), []).append(position)
+        return list(found.values())
+
+    def part(self, positions: Iterable[int], limit: int) -> AllocationProblem:
+        """The problem of some of the units, with a limit of its own."""
+        return replace(self, units=tuple(self.units[position] for position in positions), limit=limit)
+
+    def size(self, picks: Iterable[int]) -> int:
+        """What the choices with those indices, one per unit, take together."""
+        return sum(self.budget.size(unit.choices[pick]) for unit, pick in zip(self.units, picks, strict=True))
+
+    def value(self, picks: Iterable[int]) -> float:
+        """The total cost of the choices with those indices, one per unit."""
+        return math.fsum(unit.choices[pick].cost for unit, pick in zip(self.units, picks, strict=True))

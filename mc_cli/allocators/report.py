@@ -1,0 +1,140 @@
+"""From an assignment to a plan: the widths, what they take, and what is known about how good they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mc_cli.allocators.problem import AllocationProblem
+from mc_cli.allocators.strategy import Assignment, CostSettings, Strategy
+from mc_cli.artifacts.importance import UNITS, Importance
+from mc_cli.artifacts.plan import ExpertBits, Plan
+from mc_cli.parts import Role
+
+
+def make_plan(
+    importance: Importance,
+    strategy: Strategy,
+    problem: AllocationProblem,
+    assignment: Assignment,
+    *,
+    settings: CostSettings,
+    role_bits: Mapping[Role, int],
+) -> Plan:
+    """The plan of an assignment. No duration goes into it: equal inputs give equal bytes."""
+    expert_bits = _expert_bits(problem, assignment)
+    return Plan(
+        model_type=importance.model_type,
+        method=strategy.name,
+        expert_bits=expert_bits,
+        role_bits=dict(role_bits),
+        group_size_limit=importance.group_size_limit,
+        budget=_budget(problem, assignment),
+        objective=_objective(importance, strategy, problem, assignment, expert_bits, settings),
+        solver=_solver(problem, assignment),
+        warnings=_warnings(problem, assignment),
+    )
+
+
+def _expert_bits(problem: AllocationProblem, assignment: Assignment) -> dict[int, tuple[ExpertBits, ...]]:
+    rows: dict[int, dict[int, Any]] = {}
+    for unit, pick in zip(problem.units, assignment.picks, strict=True):
+        bits = unit.choices[pick].bits
+        row = rows.setdefault(unit.layer, {})
+        if unit.projection is None:
+            row[unit.expert] = bits
+        else:
+            row.setdefault(unit.expert, {})[unit.projection] = bits
+    return {layer: tuple(row[expert] for expert in sorted(row)) for layer, row in sorted(rows.items())}
+
+
+def _budget(problem: AllocationProblem, assignment: Assignment) -> dict[str, Any]:
+    chosen = [unit.choices[pick] for unit, pick in zip(problem.units, assignment.picks, strict=True)]
+    weights = problem.weight_count
+    stored = sum(choice.stored_bytes for choice in chosen)
+    budget = problem.budget
+    return {
+        "kind": budget.kind,
+        "unit": budget.unit,
+        "asked": budget.amount,
+        "reached": budget.amount_of(problem.size(assignment.picks), weights),
+        "reached_code_bits": sum(choice.code_bits for choice in chosen) / weights,
+        "reached_stored_bits": 8 * stored / weights,
+        "expert_bytes": stored,
+        "expert_weights": weights,
+        "candidate_bits": list(problem.candidate_bits),
+        "floors": [str(floor) for floor in problem.floors],
+    }
+
+
+def _objective(
+    importance: Importance,
+    strategy: Strategy,
+    problem: AllocationProblem,
+    assignment: Assignment,
+    expert_bits: Mapping[int, tuple[ExpertBits, ...]],
+    settings: CostSettings,
+) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "value": problem.value(assignment.picks) if assignment.status != "constructed" else None,
+        "unit": strategy.unit,
+        "formula": strategy.formula,
+        **settings.exponents,
+    }
+    if strategy.uses_seed:
+        report["seed"] = settings.seed
+    loss = predicted_loss_of(importance, expert_bits)
+    if loss is not None:
+        report["predicted_loss"] = loss
+        report["predicted_loss_unit"] = UNITS["predicted_loss_by_bits"]
+    return report
+
+
+def predicted_loss_of(importance: Importance, expert_bits: Mapping[int, tuple[ExpertBits, ...]]) -> float | None:
+    """Sum of predicted_loss_by_bits at these widths: compares plans of any method. None where it was not measured."""
+    terms = []
+    for layer in importance.layers:
+        for expert, bits in enumerate(expert_bits[layer.layer]):
+            if not isinstance(bits, int) or bits not in layer.predicted_loss_by_bits:
+                return None
+            terms.append(layer.predicted_loss_by_bits[bits][expert])
+    total = math.fsum(terms)
+    return total if math.isfinite(total) else None
+
+
+def _solver(problem: AllocationProblem, assignment: Assignment) -> dict[str, Any]:
+    report: dict[str, Any] = {"name": assignment.solver, "status": assignment.status}
+    value = problem.value(assignment.picks)
+    for name, bound in (("gap", assignment.bound), ("lagrangian_gap", assignment.lagrangian_bound)):
+        if bound is not None:
+            report[name] = relative_gap(value, bound)
+    return report
+
+
+def relative_gap(value: float, bound: float) -> float:
+    """`(value - bound) / |value|` to three significant digits, rounded up; 0 where both agree to rounding."""
+    distance = value - bound
+    if distance <= 1e-12 * abs(value):
+        return 0.0
+    gap = distance / abs(value) if value else math.inf
+    return float(f"{gap * 1.0005:.3g}") if math.isfinite(gap) else 1.0
+
+
+def _warnings(problem: AllocationProblem, assignment: Assignment) -> tuple[str, ...]:
+    warnings = []
+    budget = problem.budget
+    if all(pick == _widest(unit.choices) for unit, pick in zip(problem.units, assignment.picks, strict=True)):
+        reached = budget.amount_of(problem.size(assignment.picks), problem.weight_count)
+        if reached < 0.999 * budget.amount:
+            warnings.append(
+                f"The budget of {budget.amount:g} {budget.unit} is more than the widest candidate takes ({reached:g}); "
+                "every expert has that width."
+            )
+    if assignment.status == "feasible":
+        warnings.append("The solver stopped before the gap asked for was proven; solver.gap says how far the optimum may be.")
+    return tuple(warnings)
+
+
+def _widest(choices) -> int:
+    return max(range(len(choices)), key=lambda index: choices[index].bits)

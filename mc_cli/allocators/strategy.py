@@ -1,0 +1,78 @@
+"""What one allocation strategy is made of, and what it hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mc_cli.allocators.problem import AllocationProblem, Floor
+from mc_cli.artifacts.importance import LayerImportance
+
+
+@dataclass(frozen=True)
+class CostSettings:
+    """What a strategy's costs may depend on beside the measures: its exponents by name, and the seed."""
+
+    exponents: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """How far an integer programme is solved.
+
+    gap            relative distance to the optimum at which it may stop; None = the strategy's own
+    time_limit_s   seconds for one programme; what is found by then is used and recorded as `feasible`
+    name           `HiGHS` or `CBC`; None = HiGHS where it is installed
+    """
+
+    gap: float | None = None
+    time_limit_s: float = 300.0
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One choice per unit, and how sure it is.
+
+    picks             index into the choices of each unit
+    bound             no assignment costs less than this; None where no programme was solved
+    lagrangian_bound  the same from the Lagrangian relaxation alone, computed here and not by the solver
+    status            `optimal` (within the gap asked for), `feasible` (stopped early) or `constructed` (no programme)
+    """
+
+    picks: tuple[int, ...]
+    solver: str
+    status: str
+    bound: float | None = None
+    lagrangian_bound: float | None = None
+
+
+Costs = Callable[[LayerImportance, tuple[int, ...], CostSettings], Mapping[int, Sequence[float]]]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to decide widths; a file of this package that holds a `STRATEGY` is found by itself.
+
+    costs           the costs of one layer: width -> one number per expert
+    assign          the choices for a problem built from these costs
+    unit, formula   what the sum of the chosen costs is
+    candidate_bits  widths it chooses from unless others are asked for; None = every width that was measured
+    floors          floors it keeps unless others are asked for
+    takes_floors    whether floors mean anything to it
+    uses_seed       whether its costs depend on the seed
+    exponents       the exponents it takes, with their defaults
+    """
+
+    name: str
+    description: str
+    unit: str
+    formula: str
+    costs: Costs
+    assign: Callable[[AllocationProblem, SolverSettings], Assignment]
+    candidate_bits: tuple[int, ...] | None = None
+    floors: tuple[Floor, ...] = ()
+    takes_floors: bool = True
+    uses_seed: bool = False
+    exponents: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,97 @@
+"""`calibration/`: the token windows, what the model is made of, how it routes, and how its loss reacts.
+
+  tokens.safetensors       token_ids [sequences, length] int64
+  inventory.json           every tensor with role, shape and bytes; every experts module
+  routing/layer_NN.json    routing statistics of one MoE layer
+  sensitivity.safetensors  layers.N.gradient_square [hidden] float32: mean over tokens of the squared gradient of the
+                           summed loss at the MoE output; layers.N.expert_scale [experts] float32: the same mean over
+                           the expert's own tokens, summed over features, relative to the layer's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mc_cli.artifacts.store import read_json, write_json
+from mc_cli.errors import ArtifactError
+from mc_cli.parts import ExpertBlock, ModelInventory, Projection, Role, TensorPart
+
+SCHEMA = 1
+TOKENS = "tokens.safetensors"
+INVENTORY = "inventory.json"
+SENSITIVITY = "sensitivity.safetensors"
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """How the router of one layer spread the calibration tokens; sequences are indexed by expert.
+
+    routing_weight_quantiles  per expert, at QUANTILES, of the weights its tokens carry; empty where it saw none
+    weight_ratio_quantiles    per rank r >= 1, at QUANTILES, of weight(r) / weight(0) over tokens
+    residual_energy           mean over tokens of the squared L2 norm of the layer's output
+    """
+
+    layer: int
+    top_k: int
+    token_count: int
+    routing_count: Sequence[int]
+    routing_weight_sum: Sequence[float]
+    router_probability_sum: Sequence[float]
+    routing_weight_quantiles: Sequence[Sequence[float]]
+    weight_ratio_quantiles: Sequence[Sequence[float]]
+    residual_energy: float
+
+    def write(self, path: Path) -> None:
+        """Writes the JSON file in one atomic replace."""
+        write_json(path, {"schema": SCHEMA, "quantiles": list(QUANTILES), **asdict(self)})
+
+    @classmethod
+    def read(cls, path: Path) -> LayerRouting:
+        """Reads the file back. Raises ArtifactError where it is damaged."""
+        content = read_json(path)
+        try:
+            if content.pop("schema") != SCHEMA:
+                raise ValueError("schema")
+            content.pop("quantiles")
+            return cls(**content)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} is not a routing file of this version: {error!r}. Run calibrate --force.") from error
+
+
+def routing_file(layer: int) -> str:
+    """Name of a layer's routing file inside the calibration folder."""
+    return f"routing/layer_{layer:03d}.json"
+
+
+def write_inventory(path: Path, inventory: ModelInventory) -> None:
+    """Writes the inventory as JSON in one atomic replace."""
+    write_json(path, {"schema": SCHEMA, **asdict(inventory)})
+
+
+def read_inventory(path: Path) -> ModelInventory:
+    """Reads the inventory back. Raises ArtifactError where it is damaged."""
+    content: dict[str, Any] = read_json(path)
+    try:
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"schema {content['schema']!r}")
+        blocks = tuple(
+            ExpertBlock(**{**block, "projections": tuple(Projection(**entry) for entry in block["projections"])})
+            for block in content["expert_blocks"]
+        )
+        tensors = tuple(
+            TensorPart(**{**tensor, "role": Role(tensor["role"]), "shape": tuple(tensor["shape"])}) for tensor in content["tensors"]
+        )
+        return ModelInventory(
+            model_type=content["model_type"],
+            num_layers=content["num_layers"],
+            expert_blocks=blocks,
+            tensors=tensors,
+            tied_head=content["tied_head"],
+            contract_tested=content["contract_tested"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} is not an inventory of this version: {error!r}. Run calibrate --force.") from error

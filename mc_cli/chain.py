@@ -1,0 +1,94 @@
+"""Stages by name: one of them or all in turn, run or only planned. Imports a stage's module, and so torch, on use."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mc_cli.errors import InputError
+from mc_cli.flags import STAGES
+from mc_cli.progress import Progress, StageResult
+from mc_cli.recipe import RunPlan
+from mc_cli.settings import RunSettings
+
+_WAITING = "waiting"
+_ACTIONS = {
+    "new": "would run",
+    "done": "nothing to do",
+    "begun": "would continue after the last finished layer",
+    "stale": "would stop with an error: made with other settings or inputs; --force rebuilds it",
+}
+_FORCED = {
+    "new": "would run",
+    "done": "would be rebuilt (--force)",
+    "begun": "would start over (--force)",
+    "stale": "would be rebuilt (--force): made with other settings or inputs",
+}
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """What a stage would do. `state` is new, done, begun, stale, or waiting: for an earlier stage's result."""
+
+    stage: str
+    state: str
+    action: str
+    folder: str | None = None
+    differences: tuple[str, ...] = ()
+
+    def plain(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**self.__dict__, "differences": list(self.differences)}
+
+
+def stage_module(stage: str) -> Any:
+    """The module that does a stage."""
+    return importlib.import_module(f"mc_cli.stages.{stage.replace('-', '_')}")
+
+
+def planned_stage(stage: str, settings: Any, compute: RunSettings, work_dir: Path, *, force: bool) -> PlannedStage:
+    """What running this stage now would do."""
+    folder = stage_module(stage).plan_stage(settings, compute, work_dir)
+    state = folder.state()
+    actions = _FORCED if force else _ACTIONS
+    differences = tuple(folder.differences()) if state == "stale" else ()
+    return PlannedStage(stage, state, actions[state], str(folder.folder), differences)
+
+
+def planned_chain(plan: RunPlan, *, force_from: str | None) -> list[PlannedStage]:
+    """What running all stages now would do; behind one that is not done, later ones wait for what it makes."""
+    found: list[PlannedStage] = []
+    waits_for = ""
+    for stage, force in _forced(force_from):
+        if waits_for:
+            found.append(PlannedStage(stage, _WAITING, f"after {waits_for}"))
+            continue
+        found.append(planned_stage(stage, plan.stages[stage], plan.compute, plan.work_dir, force=force))
+        if found[-1].state != "done" or force:
+            waits_for = stage
+    return found
+
+
+def run_chain(
+    plan: RunPlan, *, force_from: str | None, progress: Progress, tell: Callable[[StageResult], None]
+) -> list[StageResult]:
+    """All stages in turn, those that are done skipped; `tell` is called after each."""
+    results = []
+    for stage, force in _forced(force_from):
+        module = stage_module(stage)
+        results.append(module.run(plan.stages[stage], plan.compute, plan.work_dir, force=force, progress=progress))
+        tell(results[-1])
+    return results
+
+
+def _forced(force_from: str | None) -> Iterator[tuple[str, bool]]:
+    """Every stage, and whether it is rebuilt: from `force_from` on. Raises InputError for an unknown stage."""
+    if force_from is not None and force_from not in STAGES:
+        raise InputError(f"--force-from {force_from!r}: no stage of that name. Choose one of {', '.join(STAGES)}.")
+    begun = False
+    for stage in STAGES:
+        begun = begun or stage == force_from
+        yield stage, begun

@@ -1,0 +1,281 @@
+"""What the user sees: results on stdout as tables or one JSON document; progress, warnings and errors on stderr.
+
+On a terminal progress is a live bar; elsewhere plain lines, a few per minute, so that a log stays readable.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from mc_cli.progress import StageResult
+
+PLAIN_INTERVAL_S = 10.0  # between two progress lines where there is no terminal
+_PLAIN_WIDTH = 160  # columns of a table in a pipe or file, where there is no terminal to ask
+
+
+def stdout_console() -> Console:
+    """Where results go."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+
+
+def stderr_console() -> Console:
+    """Where everything else goes."""
+    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+
+def say(message: str, style: str = "") -> None:
+    """One line or paragraph to stderr, as it is."""
+    stderr_console().print(Text(message, style=style))
+
+
+def say_error(message: str) -> None:
+    """The error paragraph."""
+    stderr_console().print(Text.assemble(("Error: ", "bold red"), message))
+
+
+def say_warning(message: str) -> None:
+    """One warning."""
+    stderr_console().print(Text.assemble(("Warning: ", "bold yellow"), message))
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident memory this process has had, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def size_text(size_bytes: float) -> str:
+    """Bytes in the largest binary unit that leaves at least 1."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size_bytes) < 1024:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.1f} TiB"
+
+
+def duration_text(seconds: float) -> str:
+    """`1:02:03`, or `02:03` below an hour."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
+
+
+class _Count:
+    """How far one step is, and what that says about the time left; an earlier run's units do not count as speed."""
+
+    def __init__(self, title: str, total: int, unit: str, done: int) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.units = unit if total == 1 or unit.endswith("s") else f"{unit}s"
+        self.earlier = self.done = done
+        self.started = time.monotonic()
+        self.note = ""
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.started
+
+    def rate_text(self) -> str:
+        fresh = self.done - self.earlier
+        if not fresh or not self.elapsed_s:
+            return ""
+        rate = fresh / self.elapsed_s
+        return f"{rate:.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}"
+
+    def left_text(self) -> str:
+        fresh = self.done - self.earlier
+        return f"{duration_text(self.elapsed_s / fresh * (self.total - self.done))} left" if fresh else ""
+
+    def line(self) -> str:
+        parts = [
+            f"{self.done}/{self.total} {self.units}",
+            self.rate_text(),
+            self.left_text() if self.done < self.total else "",
+        ]
+        parts += [f"peak memory {size_text(peak_memory_bytes())}", self.note]
+        return f"{self.title}: {', '.join(part for part in parts if part)}"
+
+    def closing_line(self) -> str:
+        earlier = f" ({self.earlier} by an earlier run)" if self.earlier else ""
+        rest = f"{duration_text(self.elapsed_s)}, peak memory {size_text(peak_memory_bytes())}"
+        return f"{self.title}: {self.done}/{self.total} {self.units}{earlier} in {rest}"
+
+
+class _Step:
+    def __init__(self, count: _Count, progress: ConsoleProgress) -> None:
+        self._count, self._progress = count, progress
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        self._count.done += amount
+        self._count.note = note
+        self._progress.changed(self._count)
+
+
+class ConsoleProgress:
+    """Draws the steps of stages on stderr; a step inside a step has its own bar while it lasts."""
+
+    def __init__(self, *, live: bool | None = None, interval_s: float = PLAIN_INTERVAL_S) -> None:
+        self.console = stderr_console()
+        self._live = self.console.is_terminal if live is None else live
+        self._interval_s = interval_s
+        self._last_line = -math.inf
+        self._bars: Bars | None = None
+        self._tasks: dict[int, Any] = {}
+        self._depth = 0
+
+    @contextmanager
+    def step(self, title: str, *, total: int, unit: str, done: int = 0) -> Iterator[_Step]:
+        """Shows one step while it runs, and a closing line where it is not inside another one."""
+        count = _Count(title, total, unit, done)
+        self._open(count)
+        try:
+            yield _Step(count, self)
+        except BaseException:
+            self._close(count)
+            raise
+        self._close(count)
+        if self._depth == 0:
+            self.console.print(Text(count.closing_line(), style="dim"))
+            self._last_line = -math.inf
+
+    def warn(self, message: str) -> None:
+        """Shows a warning above the bars."""
+        console = self._bars.console if self._bars else self.console
+        console.print(Text.assemble(("Warning: ", "bold yellow"), message))
+
+    def changed(self, count: _Count) -> None:
+        """Redraws one step, or writes a line if the last one is long enough ago."""
+        if self._bars is not None:
+            self._bars.update(self._tasks[id(count)], completed=count.done)
+        elif time.monotonic() - self._last_line >= self._interval_s:
+            self._last_line = time.monotonic()
+            self.console.print(Text(count.line()))
+
+    def _open(self, count: _Count) -> None:
+        self._depth += 1
+        if not self._live:
+            if self._depth == 1:
+                self._last_line = time.monotonic()
+                again = f", continuing after {count.done}" if count.done else ""
+                self.console.print(Text(f"{count.title}: {count.total} {count.units}{again}"))
+            return
+        if self._bars is None:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), _Facts())
+            self._bars = Bars(*columns, console=self.console, transient=True, refresh_per_second=4)
+            self._bars.start()
+        task = self._bars.add_task(escape(count.title), total=count.total, completed=count.done, count=count)
+        self._tasks[id(count)] = task
+
+    def _close(self, count: _Count) -> None:
+        self._depth -= 1
+        if self._bars is None:
+            return
+        self._bars.remove_task(self._tasks.pop(id(count)))
+        if self._depth == 0:
+            self._bars.stop()
+            self._bars = None
+
+
+class _Facts(ProgressColumn):
+    """Count, rate, time left, peak memory and note of a bar."""
+
+    def render(self, task: Task) -> Text:
+        count: _Count = task.fields["count"]
+        return Text(count.line().removeprefix(f"{count.title}: "))
+
+
+def value_text(value: Any, unit: str | None = None) -> str:
+    """A cell: whole numbers grouped by thousands, other numbers to four figures, nothing as a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return str(value) if not math.isfinite(value) else f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {value_text(item)}" for key, item in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(value_text(item) for item in value)
+    return str(value)
+
+
+def table_of(content: Mapping[str, Any]) -> Table:
+    """A rich table of `{"title", "columns": [{"name", "unit", "align"}], "rows"}`; what is missing is left out."""
+    title = content.get("title")
+    table = Table(
+        title=None if title is None else Text(str(title)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for entry in content.get("columns", []):
+        column = entry if isinstance(entry, Mapping) else {"name": entry}
+        unit = column.get("unit")
+        name = str(column.get("name", ""))
+        right = column.get("align", "left") == "right"
+        table.add_column(Text(f"{name} [{unit}]" if unit else name), justify="right" if right else "left")
+    for row in content.get("rows", []):
+        table.add_row(*(Text(value_text(cell)) for cell in row))
+    return table
+
+
+def facts_text(facts: Mapping[str, Any]) -> str:
+    """Aligned `label  value` lines; whole numbers of bytes also in a unit that can be read."""
+    width = max((len(label) for label in facts), default=0)
+    return "\n".join(f"{label:<{width}}  {_fact_text(label, value)}" for label, value in facts.items())
+
+
+def _fact_text(label: str, value: Any) -> str:
+    is_bytes = label.replace("_", " ").endswith("bytes") and isinstance(value, int) and not isinstance(value, bool)
+    return f"{value:,} ({size_text(value)})" if is_bytes else value_text(value)
+
+
+def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """The facts and tables of a stage's summary; other keys are for --json."""
+    console = console or stdout_console()
+    facts = summary.get("facts")
+    if isinstance(facts, Mapping) and facts:
+        console.print(Text(facts_text(facts)), soft_wrap=True)
+    for content in summary.get("tables") or []:
+        console.print()
+        console.print(table_of(content))
+
+
+def result_json(result: StageResult) -> dict[str, Any]:
+    """A stage's result as plain JSON values."""
+    return {
+        "stage": result.stage,
+        "folder": str(result.folder),
+        "ran": result.ran,
+        "warnings": list(result.warnings),
+        "summary": result.summary,
+    }
+
+
+def print_json(content: Any) -> None:
+    """One JSON document; what is not finite becomes null, since JSON has no word for it."""
+    sys.stdout.write(json.dumps(_finite(content), indent=1, default=str, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,375 @@
+"""Every flag of the command line: which settings field it sets, in which unit, and what it says about itself.
+
+One table per settings dataclass, so that a flag means the same in every command. Types and defaults are not repeated
+here: they come from the dataclass. A recipe's keys are the field names, checked by the same table.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from typing import Any
+
+from mc_cli import settings as s
+from mc_cli.errors import InputError
+
+# The sections of a recipe, in the order of a run; all but `compute` are stages and commands.
+COMPUTE = "compute"
+SECTIONS: dict[str, type] = {
+    "calibrate": s.CalibrateSettings,
+    "score": s.ScoreSettings,
+    "allocate": s.AllocateSettings,
+    "quantize": s.QuantizeSettings,
+    "prune-eval": s.EvaluateSettings,
+    "export": s.ExportSettings,
+    COMPUTE: s.RunSettings,
+}
+STAGES = tuple(section for section in SECTIONS if section != COMPUTE)
+TARGETS = ("target_stored_bits", "target_bits", "target_size_bytes")  # of allocate; they exclude each other
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag, and the settings field that it sets.
+
+    option   its name; "" = the field's, with dashes
+    parse    from a flag's text (a list of texts where `repeated`) to the field's value; None = the plain type's own
+    default  how help shows the default; "" = the dataclass's value
+    """
+
+    field: str
+    help: str
+    panel: str
+    option: str = ""
+    metavar: str | None = None
+    parse: Callable[[Any], Any] | None = None
+    repeated: bool = False
+    default: str = ""
+    required: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.option or "--" + self.field.replace("_", "-")
+
+
+def parse_floors(texts: list[str]) -> tuple[tuple[int, int], ...]:
+    """(width, experts) pairs of texts like `3:1`; `none` alone is no floor. Raises InputError for anything else."""
+    if texts == ["none"]:
+        return ()
+    try:
+        return tuple((int(width), int(count or 1)) for width, _, count in (text.partition(":") for text in texts))
+    except ValueError as error:
+        shown = " ".join(texts)
+        raise InputError(
+            f"--floor {shown!r}: write WIDTH:EXPERTS, for example 3:1, once per width, or none."
+        ) from error
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """The names in a comma-separated list."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+_TEXT, _SCORE, _BUDGET, _PARTS = "Text", "Measures", "Budget (exactly one)", "Widths of the other parts"
+_METHOD, _QUANTIZER, _EVALUATION, _OUTPUT, _MODEL = "Method", "Quantizer", "Evaluation", "Output", "Model"
+COMPUTING = "Computing"
+
+_DATA = "Text: a .txt, .jsonl or .parquet file, a folder of them, a `datasets` name (NAME or NAME:CONFIG), or bundled:"
+_SPLIT = "Split of a `datasets` name; files have none."
+_TEXT_FIELD = "Field of a .jsonl object, a .parquet row or a `datasets` row that holds the text."
+_SEED = "Seed of everything random in this stage."
+_WIDTH = "1 to 8, or 16 to keep the checkpoint's own."
+
+FLAGS: dict[type, tuple[Flag, ...]] = {
+    s.CalibrateSettings: (
+        Flag(
+            "model",
+            "Checkpoint: a folder with config.json and *.safetensors, a hub id, or bundled:demo-moe.",
+            _MODEL,
+            metavar="DIR|ID",
+            required=True,
+        ),
+        Flag("revision", "Branch, tag or commit of a hub id.", _MODEL, default="the hub's main branch"),
+        Flag("data", _DATA + "calibration.", _TEXT, metavar="PATH|NAME", required=True),
+        Flag("split", _SPLIT, _TEXT),
+        Flag("text_field", _TEXT_FIELD, _TEXT),
+        Flag("sequences", "Sequences to measure on.", _TEXT, metavar="COUNT"),
+        Flag(
+            "length",
+            "Tokens per sequence.",
+            _TEXT,
+            metavar="TOKENS",
+            default="2048, or the model's whole context where that is shorter",
+        ),
+        Flag("seed", _SEED, _TEXT),
+        Flag(
+            "gradient_sequences",
+            "Sequences of the backward pass that measures how much each layer matters; 0 goes by the residual "
+            "stream's energy instead, without a backward pass.",
+            _TEXT,
+            metavar="COUNT",
+        ),
+    ),
+    s.QuantizerSettings: (
+        Flag("quantizer", "How weights are rounded: gptq, or rtn (round to nearest).", _QUANTIZER, metavar="NAME"),
+        Flag("damping", "Fraction of the mean Hessian diagonal that is added to it.", _QUANTIZER, metavar="FRACTION"),
+        Flag(
+            "shrinkage",
+            "Tokens per input feature at which an expert's own statistics and its layer's pooled ones weigh the same.",
+            _QUANTIZER,
+            metavar="TOKENS",
+        ),
+        Flag("activation_order", "Round the columns with the largest inputs first.", _QUANTIZER),
+        Flag(
+            "group_size",
+            "Weights that share one scale, at most; each matrix gets the largest divisor of its width up to this.",
+            _QUANTIZER,
+            metavar="COUNT",
+        ),
+    ),
+    s.ScoreSettings: (
+        Flag("bits", "Candidate widths, bits per weight.", _SCORE, metavar="LIST", parse=s.parse_bits_list),
+        Flag(
+            "loss_tokens", "Tokens per expert, at most, on which output errors are measured.", _SCORE, metavar="TOKENS"
+        ),
+    ),
+    s.AllocateSettings: (
+        Flag(
+            "target_stored_bits",
+            "Mean stored bits per expert weight, scales and zero points included.",
+            _BUDGET,
+            metavar="BITS",
+            default="not set",
+        ),
+        Flag(
+            "target_bits",
+            "Mean code bits per expert weight, scales and zero points left out.",
+            _BUDGET,
+            metavar="BITS",
+            default="not set",
+        ),
+        Flag(
+            "target_size_bytes",
+            "Bytes of the whole checkpoint, for example 16GiB.",
+            _BUDGET,
+            option="--target-size",
+            metavar="SIZE",
+            parse=s.parse_size,
+            default="not set",
+        ),
+        Flag(
+            "method",
+            "How widths are chosen: global (over the whole model), pmq (per layer, as published), uniform, ...",
+            _METHOD,
+            metavar="NAME",
+        ),
+        Flag(
+            "bits",
+            "Candidate widths, bits per weight.",
+            _METHOD,
+            metavar="LIST",
+            parse=s.parse_bits_list,
+            default="the method's own, else those that were scored",
+        ),
+        Flag(
+            "floors",
+            "At least this many experts of a width in each layer, WIDTH:EXPERTS; once per width; none for no floor.",
+            _METHOD,
+            option="--floor",
+            metavar="3:1",
+            parse=parse_floors,
+            repeated=True,
+            default="the method's own",
+        ),
+        Flag("alpha", "pmq: exponent of the routing frequency.", _METHOD),
+        Flag("beta", "pmq: exponent of the routing weight.", _METHOD),
+        Flag("gamma", "pmq: exponent of the loss.", _METHOD),
+        Flag("seed", _SEED, _METHOD),
+        Flag("gap", "Relative distance to the optimum at which the solver may stop.", _METHOD, metavar="FRACTION"),
+        Flag("time_limit_s", "Seconds for one integer programme.", _METHOD, option="--time-limit", metavar="SECONDS"),
+        Flag("attention_bits", f"Attention and other sequence mixers: {_WIDTH}", _PARTS, metavar="BITS"),
+        Flag("shared_bits", f"Shared experts: {_WIDTH}", _PARTS, metavar="BITS"),
+        Flag(
+            "dense_bits",
+            f"MLPs of layers without experts: {_WIDTH}",
+            _PARTS,
+            metavar="BITS",
+            default="as --shared-bits",
+        ),
+        Flag("head_bits", f"Output head: {_WIDTH}", _PARTS, metavar="BITS"),
+        Flag("router_bits", f"Routers: {_WIDTH}", _PARTS, metavar="BITS"),
+    ),
+    s.QuantizeSettings: (
+        Flag(
+            "plan",
+            "A plan.yaml to follow instead of the work directory's.",
+            "Plan",
+            metavar="FILE",
+            default="the one that allocate wrote",
+        ),
+    ),
+    s.EvaluateSettings: (
+        Flag(
+            "data",
+            _DATA + "heldout. Never text that was calibrated on.",
+            _EVALUATION,
+            metavar="PATH|NAME",
+            default="none",
+        ),
+        Flag("split", _SPLIT, _EVALUATION),
+        Flag("text_field", _TEXT_FIELD, _EVALUATION),
+        Flag(
+            "length",
+            "Tokens per window.",
+            _EVALUATION,
+            metavar="TOKENS",
+            default="2048, or the model's whole context where that is shorter",
+        ),
+        Flag(
+            "stride",
+            "Tokens by which windows advance; smaller than --length gives each token more context.",
+            _EVALUATION,
+            metavar="TOKENS",
+            default="--length: no overlap",
+        ),
+        Flag(
+            "max_sequences",
+            "Windows at most, taken evenly over the text.",
+            _EVALUATION,
+            metavar="COUNT",
+            default="all of the text",
+        ),
+        Flag(
+            "tasks",
+            "lm-eval tasks, separated by commas (needs the extra: pip install 'mc-cli[eval]').",
+            _EVALUATION,
+            metavar="LIST",
+            parse=parse_names,
+            default="none",
+        ),
+        Flag(
+            "include_path",
+            "Folder with lm-eval task files of your own (YAML).",
+            _EVALUATION,
+            metavar="DIR",
+            default="none",
+        ),
+        Flag("task_limit", "Examples per lm-eval task at most.", _EVALUATION, metavar="COUNT", default="all"),
+    ),
+    s.ExportSettings: (
+        Flag(
+            "format",
+            "transformers: packed, loads after `import mc_cli`; dense: dequantized, original layout.",
+            _OUTPUT,
+            metavar="NAME",
+        ),
+        Flag("out", "Directory to make.", _OUTPUT, metavar="DIR", required=True),
+        Flag(
+            "shard_bytes",
+            "Bytes per safetensors file at most.",
+            _OUTPUT,
+            option="--shard-size",
+            metavar="SIZE",
+            parse=s.parse_size,
+        ),
+    ),
+    s.RunSettings: (
+        Flag("device", "auto takes cuda where there is one.", COMPUTING, metavar="auto|cpu|cuda"),
+        Flag(
+            "dtype",
+            "Of activations and kept weights: auto, float32, bfloat16 or float16; auto is float32 on a CPU and the "
+            "checkpoint's own on a GPU.",
+            COMPUTING,
+            metavar="NAME",
+        ),
+        Flag("batch_tokens", "Tokens per forward.", COMPUTING, metavar="TOKENS"),
+        Flag("trust_remote_code", "Run the Python code that the checkpoint brings along.", COMPUTING),
+    ),
+}
+
+# `run` reads two texts; the flags of the one that is evaluated on get this prefix there.
+RUN_PREFIX = "eval"
+_PREFIXED = ("data", "split", "text_field", "length")
+
+
+@cache
+def flags_of(section: str) -> tuple[Flag, ...]:
+    """The flags of a stage or of `compute`, nested settings included, in the table's order."""
+    return tuple(_flags(SECTIONS[section]))
+
+
+def _flags(cls: type) -> Iterator[Flag]:
+    yield from FLAGS[cls]
+    for kind in annotations_of(cls).values():
+        if kind in FLAGS:
+            yield from FLAGS[kind]
+
+
+@cache
+def annotations_of(cls: type) -> Mapping[str, Any]:
+    """Field name -> resolved type of a settings dataclass."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
+@cache
+def type_of(section: str, name: str) -> Any:
+    """The resolved type of a field, nested settings included."""
+    return annotations_of(_owner(SECTIONS[section], name))[name]
+
+
+def plain_type(kind: Any) -> type:
+    """int, float, bool or str of `kind` or `kind | None`; tuple for every sequence."""
+    if isinstance(kind, types.UnionType):
+        kind = next(member for member in kind.__args__ if member is not type(None))
+    return typing.get_origin(kind) or kind
+
+
+def default_text(section: str, flag: Flag) -> str:
+    """How help and docs show a flag's default; "" for none."""
+    if flag.required or flag.default:
+        return flag.default
+    field = next(f for f in fields(_owner(SECTIONS[section], flag.field)) if f.name == flag.field)
+    value = field.default
+    if value is MISSING or value is None or value is False or value == "":
+        return "no" if value is False else ""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else "yes" if value is True else str(value)
+
+
+def _owner(cls: type, name: str) -> type:
+    """The dataclass that a flat field name belongs to: one nested in `cls` if it has the name, else `cls`."""
+    kinds = annotations_of(cls)
+    for kind in kinds.values():
+        if kind in FLAGS and name in annotations_of(kind):
+            return kind
+    return cls
+
+
+def build(section: str, values: Mapping[str, Any]) -> Any:
+    """The settings of a section from flat field values. Raises InputError where the dataclass refuses one."""
+    return _build(SECTIONS[section], values)
+
+
+def _build(cls: type, values: Mapping[str, Any]) -> Any:
+    kinds = annotations_of(cls)
+    given = {name: values[name] for name, kind in kinds.items() if kind not in FLAGS and name in values}
+    return cls(**given, **{name: _build(kind, values) for name, kind in kinds.items() if kind in FLAGS})
+
+
+def run_name(section: str, flag: Flag) -> str:
+    """The parameter that sets a field in `run`: its own name, or with a prefix where calibrate has the plain one."""
+    return f"{RUN_PREFIX}_{flag.field}" if section == "prune-eval" and flag.field in _PREFIXED else flag.field
+
+
+def run_option(section: str, flag: Flag) -> str:
+    """The flag that sets a field in `run`."""
+    prefixed = run_name(section, flag) != flag.field
+    return f"--{RUN_PREFIX}-{flag.name.removeprefix('--')}" if prefixed else flag.name
+
+
+def parsed(flag: Flag, value: Any) -> Any:
+    """A flag's value as its field holds it."""
+    return value if flag.parse is None or value is None else flag.parse(value)

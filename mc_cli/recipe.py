@@ -1,0 +1,201 @@
+"""A run's recipe: a YAML file with one section per stage, whose keys are the fields of that stage's settings.
+
+  work_dir: runs/demo
+  calibrate: {model: bundled:demo-moe, data: bundled:calibration, sequences: 64}
+  allocate: {target_stored_bits: 2.5}
+
+Flag > recipe > default. Everything that is wrong with a recipe is said at once, before any work starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mc_cli.errors import InputError, listed
+from mc_cli.flags import (
+    COMPUTE,
+    SECTIONS,
+    STAGES,
+    TARGETS,
+    Flag,
+    build,
+    flags_of,
+    plain_type,
+    run_option,
+    type_of,
+)
+from mc_cli.settings import RunSettings
+
+TOP = ("description", "work_dir")  # what a recipe holds beside its sections
+HELD_OUT = "bundled:heldout"  # what `run` evaluates on unless told: never the text it calibrated on
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe or its flags ask for: per section, flat field values; only those that were given."""
+
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    work_dir: str | None = None
+    description: str = ""
+
+    def override(self, flags: Iterable[tuple[str, str, Any]], work_dir: str | None) -> Recipe:
+        """This recipe with (section, field, value) from flags put over it; a target replaces the recipe's target."""
+        sections = {name: dict(values) for name, values in self.sections.items()}
+        flags = list(flags)
+        if any(name in TARGETS for _, name, _ in flags):
+            for name in TARGETS:
+                sections.get("allocate", {}).pop(name, None)
+        for section, name, value in flags:
+            sections.setdefault(section, {})[name] = value
+        return Recipe(sections, work_dir or self.work_dir, self.description)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All that `run` needs: settings per stage, in order, and where to work."""
+
+    work_dir: Path
+    stages: Mapping[str, Any]
+    compute: RunSettings
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML file. Raises InputError naming every section, key and value that cannot be used."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist. Give a recipe, for example recipes/demo.yaml.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {_one_line(error)}.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} should hold sections ({', '.join(SECTIONS)}), but holds {_kind(content)}.")
+    problems: list[str] = []
+    sections = {
+        name: _section(name, values, problems)
+        for name, values in content.items()
+        if name in SECTIONS and values is not None
+    }
+    problems += [_unknown("section", name, (*TOP, *SECTIONS)) for name in content if name not in (*TOP, *SECTIONS)]
+    problems += [
+        f"{name}: {_kind(content[name])}, should be a text"
+        for name in TOP
+        if not isinstance(content.get(name, ""), str)
+    ]
+    if problems:
+        raise InputError(f"{path} has {len(problems)} entries that cannot be used:\n{listed(problems)}")
+    return Recipe(sections, content.get("work_dir"), content.get("description", ""))
+
+
+def plan_run(recipe: Recipe) -> RunPlan:
+    """The settings of all stages. Raises InputError naming every required one that is missing.
+
+    What `run` adds to the defaults: quantize rounds as score did, and evaluation reads the bundled held-out text.
+    """
+    sections = {name: dict(recipe.sections.get(name, {})) for name in SECTIONS}
+    missing = [
+        f"{run_option(section, flag)} (in a recipe: {section}: {{{flag.field}: ...}})   {flag.help}"
+        for section in STAGES
+        for flag in flags_of(section)
+        if flag.required and not sections[section].get(flag.field)
+    ]
+    if not recipe.work_dir:
+        missing.insert(0, "--work-dir (in a recipe: work_dir: ...)   Where this run's artifacts go.")
+    if not any(sections["allocate"].get(name) is not None for name in TARGETS):
+        missing.append("one of --target-stored-bits, --target-bits, --target-size   How small the result is to be.")
+    if missing:
+        raise InputError(f"run lacks {len(missing)} settings:\n{listed(missing)}")
+    for flag in flags_of("quantize"):
+        if flag.field in {other.field for other in flags_of("score")} and flag.field in sections["score"]:
+            sections["quantize"].setdefault(flag.field, sections["score"][flag.field])
+    sections["prune-eval"].setdefault("data", HELD_OUT)
+    stages = {stage: build(stage, sections[stage]) for stage in STAGES}
+    return RunPlan(Path(str(recipe.work_dir)), stages, build(COMPUTE, sections[COMPUTE]))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without tags that run code, and without keys given twice, of which YAML would keep the last silently."""
+
+
+def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+    if twice:
+        raise yaml.constructor.ConstructorError(None, None, f"given twice: {', '.join(twice)}", node.start_mark)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _section(section: str, values: Any, problems: list[str]) -> dict[str, Any]:
+    """The checked values of one section; what cannot be used is added to `problems`."""
+    if not isinstance(values, dict):
+        problems.append(f"{section}: {_kind(values)}, should be settings, for example {section}: {{...}}")
+        return {}
+    known = {flag.field: flag for flag in flags_of(section)}
+    checked = {}
+    for name, value in values.items():
+        if name not in known:
+            problems.append(_unknown(f"key in {section}:", name, tuple(known)))
+            continue
+        try:
+            checked[name] = _value(section, known[name], value)
+        except (InputError, TypeError, ValueError) as error:
+            problems.append(f"{section}: {name}: {error}")
+    return checked
+
+
+def _value(section: str, flag: Flag, value: Any) -> Any:
+    """A YAML value as the field's type. Raises TypeError, ValueError or InputError saying what would fit."""
+    annotation = type_of(section, flag.field)
+    if value is None:
+        if type(None) in getattr(annotation, "__args__", ()):
+            return None
+        raise TypeError("is empty; leave the key out for the default")
+    if flag.parse is not None:
+        return _parsed(flag, value)
+    wanted = plain_type(annotation)
+    if wanted is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as text
+        except ValueError:
+            pass
+    elif type(value) is wanted:
+        return value
+    raise TypeError(f"is {_kind(value)} ({value!r}), should be {_KINDS[wanted]}")
+
+
+def _parsed(flag: Flag, value: Any) -> Any:
+    """The field's value of a flag that has a text form; YAML may also give lists, mappings and numbers."""
+    assert flag.parse is not None
+    if isinstance(value, bool):
+        raise TypeError(f"is {_kind(value)} ({value!r}), should be written as {flag.name} takes it")
+    if isinstance(value, dict):
+        value = [f"{key}:{item}" for key, item in value.items()]
+    pieces = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return flag.parse(pieces if flag.repeated else ",".join(pieces))
+
+
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "nothing", dict: "a mapping", list: "a list", **_KINDS}
+    return names.get(type(value), type(value).__name__)
+
+
+def _unknown(what: str, name: Any, known: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"unknown {what} {name!r}{f' (did you mean {close[0]}?)' if close else ''}; known: {', '.join(known)}"
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    return " ".join(str(error).split())

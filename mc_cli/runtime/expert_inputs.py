@@ -1,0 +1,162 @@
+"""The calibration inputs of one layer's experts, expert by expert: Hessians, samples, and the expert as a function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mc_cli.numerics.hessian import accumulate, shrink
+from mc_cli.parts import ExpertBlock
+from mc_cli.runtime import experts
+from mc_cli.runtime.routing import RoutingCapture
+
+TOKENS_AT_ONCE = 8192  # rows of an expert's input on the device at a time
+POOL_TOKENS = 4096  # tokens of the whole layer that stand in where an expert has few of its own
+WELL_SAMPLED = 16  # an expert with this many tokens per input feature keeps its own Hessian as it is
+CHUNK_BYTES = 2**30  # of Hessians and weights that are worked on together
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens of one expert on which it is measured.
+
+    inputs  [tokens, hidden];  weights [tokens] routing weights;  scale: routed tokens per sampled token
+    pooled  True where the expert saw no token and the layer's pool stands in, scaled to one token in all
+    """
+
+    inputs: torch.Tensor
+    weights: torch.Tensor
+    scale: float
+    pooled: bool
+
+
+class ExpertInputs:
+    """Captured inputs of the routed experts of one layer, grouped by expert."""
+
+    def __init__(self, capture: RoutingCapture, block: ExpertBlock, device: torch.device) -> None:
+        self.block = block
+        self.device = device
+        self._inputs = capture.inputs
+        self._chosen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {
+            expert: (tokens, weights)
+            for expert, tokens, weights in experts.routed_tokens(capture.index, capture.weights, block.num_experts)
+        }
+        self._mean_weight = float(capture.weights.mean())
+
+    @property
+    def token_count(self) -> int:
+        """Tokens that the layer saw."""
+        return len(self._inputs)
+
+    def count(self, expert: int) -> int:
+        """Tokens routed to one expert."""
+        return len(self._chosen[expert][0]) if expert in self._chosen else 0
+
+    def chunks(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(inputs [n, hidden] float32, routing weights [n] float32) on the device, all tokens of one expert in pieces."""
+        if expert not in self._chosen:
+            return
+        tokens, weights = self._chosen[expert]
+        for begin in range(0, len(tokens), TOKENS_AT_ONCE):
+            rows = slice(begin, begin + TOKENS_AT_ONCE)
+            yield self._inputs[tokens[rows]].to(self.device).float(), weights[rows].to(self.device)
+
+    def pool(self) -> torch.Tensor:
+        """[tokens, hidden] float32: tokens of the whole layer, evenly spaced, at most POOL_TOKENS."""
+        step = max(1, -(-self.token_count // POOL_TOKENS))
+        return self._inputs[::step].to(self.device).float()
+
+    def sample(self, expert: int, limit: int) -> Sample:
+        """At most `limit` of the expert's tokens, evenly spaced."""
+        if expert not in self._chosen:
+            pool = self.pool()
+            weights = torch.full((len(pool),), self._mean_weight, device=self.device)
+            return Sample(pool, weights, 1 / len(pool), pooled=True)
+        tokens, weights = self._chosen[expert]
+        step = max(1, -(-len(tokens) // limit))
+        inputs = self._inputs[tokens[::step]].to(self.device).float()
+        return Sample(inputs, weights[::step].to(self.device), len(tokens) / len(inputs), pooled=False)
+
+
+def expert_chunks(block: ExpertBlock) -> Iterator[list[int]]:
+    """Experts in ascending order, as many at a time as fit CHUNK_BYTES with their Hessians and working copies."""
+    squares = sum(projection.in_features**2 for projection in block.projections)
+    each = 4 * (2 * squares + 4 * block.weights_per_expert)
+    size = max(1, CHUNK_BYTES // each)
+    for begin in range(0, block.num_experts, size):
+        yield list(range(begin, min(begin + size, block.num_experts)))
+
+
+def run_expert(
+    module: nn.Module, expert: int, inputs: torch.Tensor, up_weight: torch.Tensor, down_weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(activations [n, intermediate], outputs [n, hidden] or None) of one expert with the given upright weights.
+
+    Biases, gate and norm are the family's own, taken from `module`.
+    """
+    bias = experts.expert_bias(module, experts.up_name(module), expert)
+    hidden = nn.functional.linear(inputs, up_weight.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype))
+    activated = experts.activate(module, hidden)
+    if down_weight is None:
+        return activated, None
+    bias = experts.expert_bias(module, "down_proj", expert)
+    outputs = nn.functional.linear(activated, down_weight.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype))
+    return activated, module.post_expert_norm(outputs) if module.has_post_expert_norm else outputs
+
+
+def up_hessians(inputs: ExpertInputs, members: list[int], *, strength: float) -> torch.Tensor:
+    """[members, hidden, hidden] float32: routing-weighted second moments of the experts' inputs, shrunk where starved.
+
+    strength   tokens per input feature at which an expert's own estimate and the layer's pool weigh the same
+    """
+    width = inputs.block.projections[0].in_features
+    hessians = torch.zeros((len(members), width, width), device=inputs.device)
+    for slot, expert in enumerate(members):
+        for rows, weights in inputs.chunks(expert):
+            accumulate(hessians[slot], rows, weights)
+    starved = _starved(inputs, members, width)
+    if starved and strength > 0:
+        pooled = torch.zeros((width, width), device=inputs.device)
+        accumulate(pooled, inputs.pool())
+        for slot in starved:
+            hessians[slot] = _shrunk(hessians[slot], pooled, inputs.count(members[slot]), strength * width)
+    return hessians
+
+
+def down_hessians(
+    module: nn.Module, inputs: ExpertInputs, members: list[int], up_weights: torch.Tensor, *, strength: float
+) -> torch.Tensor:
+    """[members, intermediate, intermediate] float32: the same of the activations that `up_weights` give.
+
+    up_weights  [members, out_features, in_features], original or already quantized
+    The pool of a starved expert is the layer's tokens sent through that expert: experts share no intermediate basis.
+    """
+    width = inputs.block.projections[-1].in_features
+    hessians = torch.zeros((len(members), width, width), device=inputs.device)
+    for slot, expert in enumerate(members):
+        for rows, weights in inputs.chunks(expert):
+            accumulate(hessians[slot], run_expert(module, expert, rows, up_weights[slot], None)[0], weights)
+    if strength > 0:
+        for slot in _starved(inputs, members, width):
+            pooled = torch.zeros((width, width), device=inputs.device)
+            accumulate(pooled, run_expert(module, members[slot], inputs.pool(), up_weights[slot], None)[0])
+            hessians[slot] = _shrunk(hessians[slot], pooled, inputs.count(members[slot]), strength * width)
+    return hessians
+
+
+def pooled_share(token_count: int, in_features: int, *, strength: float) -> float:
+    """The weight of the pool in a Hessian of an expert that saw `token_count` tokens; 0 for a well-sampled one."""
+    if token_count >= WELL_SAMPLED * in_features or strength == 0:
+        return 0.0
+    return strength * in_features / (strength * in_features + token_count)
+
+
+def _starved(inputs: ExpertInputs, members: list[int], width: int) -> list[int]:
+    return [slot for slot, expert in enumerate(members) if inputs.count(expert) < WELL_SAMPLED * width]
+
+
+def _shrunk(hessian: torch.Tensor, pooled: torch.Tensor, token_count: int, strength: float) -> torch.Tensor:
+    return shrink(hessian[None], pooled, token_count=torch.tensor([token_count]), strength=strength)[0]

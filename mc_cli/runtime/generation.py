@@ -1,0 +1,114 @@
+"""Text from a model folder, as any user of transformers would get it: one load, one generate, words as they come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, TextStreamer
+
+import mc_cli  # noqa: F401  teaches transformers to load packed directories
+from mc_cli.errors import CheckpointError, InputError, McError
+from mc_cli.runtime.checkpoint import resolve_model
+from mc_cli.runtime.text import load_tokenizer
+from mc_cli.settings import RunSettings
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What came out, without the prompt, and how fast; the speed counts the prompt's own pass too."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    load_s: float
+    generate_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.new_tokens / self.generate_s if self.generate_s else 0.0
+
+
+class _Pieces(TextStreamer):
+    """Hands finished words to a function instead of printing them."""
+
+    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._show = show
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._show(text)
+
+
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    compute: RunSettings,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    show: Callable[[str], None],
+) -> Generated:
+    """The continuation of `prompt`, handed to `show` piece by piece as it comes.
+
+    temperature   0 takes the most likely token each time; above, tokens are drawn with `seed`
+    Raises InputError for an empty prompt or one too long for the model, CheckpointError where the folder cannot be loaded.
+    """
+    folder = resolve_model(model)
+    tokenizer = load_tokenizer(folder, trust_remote_code=compute.trust_remote_code)
+    encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    prompt_tokens = int(encoded["input_ids"].shape[1])
+    if not prompt_tokens:
+        raise InputError("--prompt holds no token. Give some text to continue.")
+    begun = time.monotonic()
+    network = _load(folder, compute)
+    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    if limit and prompt_tokens + max_new_tokens > limit:
+        raise InputError(
+            f"--prompt has {prompt_tokens} tokens and --max-new-tokens is {max_new_tokens}: together more than the model's "
+            f"{limit} positions. Use --max-new-tokens {max(0, limit - prompt_tokens)} or less, or a shorter prompt."
+        )
+    loaded = time.monotonic()
+    torch.manual_seed(seed)
+    pieces: list[str] = []
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    with torch.inference_mode():
+        output = network.generate(
+            **encoded.to(network.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            streamer=_Pieces(tokenizer, lambda text: (pieces.append(text), show(text))[1]),
+            **sampling,
+        )
+    return Generated(
+        text="".join(pieces),
+        prompt_tokens=prompt_tokens,
+        new_tokens=int(output.shape[1]) - prompt_tokens,
+        load_s=loaded - begun,
+        generate_s=time.monotonic() - loaded,
+    )
+
+
+def _load(folder: Any, compute: RunSettings) -> Any:
+    """The model, in float32 on a CPU and in its own dtype on a GPU unless asked otherwise; in evaluation mode."""
+    cuda = torch.cuda.is_available()
+    if compute.device == "cuda" and not cuda:
+        raise InputError(
+            "--device cuda: torch sees no CUDA device here. Use --device cpu, or install a CUDA build of torch."
+        )
+    device = "cuda" if cuda and compute.device != "cpu" else "cpu"
+    automatic: Any = "auto" if device == "cuda" else torch.float32
+    dtype = automatic if compute.dtype == "auto" else getattr(torch, compute.dtype)
+    try:
+        network = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=compute.trust_remote_code
+        )
+    except McError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded as a causal language model ({type(error).__name__}: {error}).") from error
+    return network.to(device).eval()

@@ -1,0 +1,166 @@
+"""The tensors of a packed model on disk: of stage quantize's folder, or of a directory exported for transformers.
+
+Only headers are read until a tensor is asked for; tensors on the CPU stay memory-mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mc_cli.artifacts.packed import CONFIG_FOLDER, LAYOUT, QUANT_METHOD, PackedLayout, read_layout
+from mc_cli.artifacts.store import read_json, write_json
+from mc_cli.errors import ArtifactError, InputError, listed
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "BOOL": torch.bool,
+}
+# What makes a model usable beside its weights: configuration, tokenizer, and the licence its weights come under.
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "tokenization*.py",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+# What config.json says of the original's weights: their quantization, and code that reads their files.
+_OF_THE_ORIGINAL = ("quantization_config", "auto_map", "transformers_weights")
+
+
+def copy_model_files(source_folder: Path, target_folder: Path) -> None:
+    """Copies configuration, tokenizer and licence files; config.json without what describes the original's weights."""
+    target_folder.mkdir(parents=True, exist_ok=True)
+    found = {path for pattern in MODEL_FILES for path in source_folder.glob(pattern) if path.is_file()}
+    for path in sorted(found):
+        if path.name == "config.json":
+            write_json(target_folder / path.name, _plain_config(json.loads(path.read_text(encoding="utf-8"))))
+        else:
+            shutil.copyfile(path, target_folder / path.name)
+
+
+def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in config.items() if name not in _OF_THE_ORIGINAL}
+    if isinstance(kept.get("text_config"), dict):
+        kept["text_config"] = _plain_config(kept["text_config"])
+    return kept
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor as its file's header describes it."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PackedFiles:
+    """Where a packed model's tensors, layout and config lie."""
+
+    folder: Path
+    config_folder: Path
+    layout: PackedLayout
+    tensors: Mapping[str, StoredTensor]
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of each name, memory-mapped. Raises ArtifactError where a file has changed or gone."""
+        with ExitStack() as stack:
+            handles: dict[Path, Any] = {}
+            for name in names:
+                path = self.tensors[name].path
+                if path not in handles:
+                    handles[path] = stack.enter_context(_open(path))
+                yield name, handles[path].get_tensor(name)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.size_bytes for tensor in self.tensors.values())
+
+
+def open_packed(folder: Path) -> PackedFiles:
+    """The packed model in `folder`: stage quantize's, or an export for transformers.
+
+    Raises InputError where there is none, ArtifactError where it is damaged.
+    """
+    if (folder / LAYOUT).is_file():
+        paths = sorted(folder.glob("*.safetensors"))
+        return PackedFiles(folder, folder / CONFIG_FOLDER, read_layout(folder), _headers(paths))
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder} holds no packed model: it has neither {LAYOUT} nor config.json. Run quantize first."
+        )
+    quantization = read_json(folder / "config.json").get("quantization_config") or {}
+    if quantization.get("quant_method") != QUANT_METHOD:
+        raise InputError(
+            f"{folder} holds a model, but not one packed by mc-cli. Give a packed folder or an exported directory."
+        )
+    return PackedFiles(folder, folder, PackedLayout.from_json(quantization), _headers(_indexed_files(folder)))
+
+
+def _indexed_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ArtifactError(f"{index} is damaged: it has no weight_map. Export again.")
+    return sorted({folder / str(name) for name in weight_map.values()})
+
+
+def _headers(paths: list[Path]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    twice = []
+    for path in paths:
+        with _open(path) as handle:
+            for name in handle.keys():  # noqa: SIM118 a handle is no mapping
+                if name in tensors:
+                    twice.append(f"{name}: in {tensors[name].path.name} and {path.name}")
+                stored = handle.get_slice(name)
+                tensors[name] = StoredTensor(path, tuple(stored.get_shape()), DTYPES[stored.get_dtype()])
+    if twice:
+        raise ArtifactError(
+            f"{paths[0].parent}: {len(twice)} tensors are stored twice:\n{listed(twice)}\nMake the packed model again."
+        )
+    return tensors
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} does not exist: the packed model is not whole. Make it again.") from error
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is not a whole safetensors file: {error}. Make the packed model again.") from error

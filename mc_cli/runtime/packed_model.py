@@ -1,0 +1,291 @@
+"""Packed models: the skeleton with packed storage, layers read straight from a packed folder, or all at once.
+
+A packed folder holds every tensor of the model in final form under its module-tree name, so nothing is converted here:
+names, shapes and dtypes must agree with the skeleton, or an ArtifactError lists what does not.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+
+from mc_cli.artifacts.packed import PackedLayout, encoding_of
+from mc_cli.errors import ArtifactError, McError, PlanError, listed
+from mc_cli.parts import Role
+from mc_cli.runtime import experts
+from mc_cli.runtime.checkpoint import REST, build_skeleton, read_config, rebuild_buffers
+from mc_cli.runtime.inventory import find_decoder_layers, take_inventory
+from mc_cli.runtime.packed_files import PackedFiles, copy_model_files, open_packed
+from mc_cli.runtime.packed_modules import pack_experts, pack_weight
+
+__all__ = ["PackedSource", "StoredBytes", "attach", "copy_model_files", "load_packed", "model_bytes", "tied_names"]
+
+
+def tied_names(model: Any) -> set[str]:
+    """Names of parameters that share another one's storage, and so are not stored: a tied head's weight."""
+    return set(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict[str, str]:
+    """Gives a (meta) model the packed storage that `layout` describes, in place, and our experts implementation.
+
+    kept_dtype   dtype of expert projections that are kept, and of `weight` where code reads it from a packed module
+    Returns full tensor name -> stored part (`codes`, `scales`, ...) of every packed tensor.
+    Raises ArtifactError if layout and model do not fit, PlanError for a tied head or embedding.
+    """
+    _check_experts(model, layout)
+    _check_linears(model, layout)
+    packed: dict[str, str] = {}
+    for block in layout.experts:
+        parts = pack_experts(model.get_submodule(block.path), block, dtype=kept_dtype)
+        packed |= {f"{block.path}.{name}": part for name, part in parts.items()}
+    for path, key in layout.linears.items():
+        encoding = encoding_of(key)
+        assert encoding is not None  # _check_linears
+        parts = pack_weight(model.get_submodule(path), encoding, dtype=kept_dtype)
+        packed |= {f"{path}.{name}": part for name, part in parts.items()}
+    model.set_experts_implementation(experts.IMPLEMENTATION)
+    return packed
+
+
+def _check_experts(model: Any, layout: PackedLayout) -> None:
+    blocks = {block.path: block for block in layout.experts}
+    modules = dict(experts.find_experts(model))
+    problems = [f"{path}: the model has experts, the layout none" for path in modules.keys() - blocks.keys()]
+    for path, block in blocks.items():
+        if path not in modules:
+            problems.append(f"{path}: the layout has experts, the model none")
+            continue
+        module = modules[path]
+        shapes = {
+            projection.name: (projection.out_features, projection.in_features)
+            for projection in experts.projections_of(module)
+        }
+        if block.num_experts != module.num_experts:
+            problems.append(f"{path}: layout {block.num_experts} experts, model {module.num_experts}")
+        if dict(block.projections) != shapes:
+            problems.append(f"{path}: layout {dict(block.projections)}, model {shapes}")
+        for projection, row in block.encodings.items():
+            if len(row) != block.num_experts:
+                problems.append(f"{path}.{projection}: {len(row)} encodings for {block.num_experts} experts")
+        for name, shape in block.projections.items():
+            problems += _misfits(f"{path}.{name}", shape, block.groups(name))
+    _raise_if_any(model, problems)
+
+
+def _check_linears(model: Any, layout: PackedLayout) -> None:
+    modules = dict(model.named_modules())
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    both_ends = {name for pair in tied.items() for name in pair}
+    shared = [path for path in layout.linears if f"{path}.weight" in both_ends]
+    if shared:
+        raise PlanError(
+            f"head and embedding of this model are one tensor, which cannot be packed:\n{listed(shared)}\n"
+            "Keep the head at 16 bits: allocate --head-bits 16."
+        )
+    problems = []
+    for path, key in layout.linears.items():
+        weight = modules[path]._parameters.get("weight") if path in modules else None
+        if weight is None or weight.ndim != 2:
+            problems.append(f"{path}: the layout packs it, the model has no matrix there")
+        elif encoding_of(key) is None:
+            problems.append(f"{path}: a linear that is kept does not belong in the layout")
+        else:
+            problems += _misfits(path, tuple(weight.shape), [key])
+    _raise_if_any(model, problems)
+
+
+def _misfits(where: str, shape: tuple[int, ...], keys: Iterable[str]) -> list[str]:
+    problems = []
+    for key in keys:
+        try:
+            encoding = encoding_of(key)
+            if encoding is not None:
+                encoding.tensor_specs(shape[0], shape[1])
+        except McError as error:
+            problems.append(f"{where}: {key} does not fit {list(shape)}: {error}")
+    return problems
+
+
+def _raise_if_any(model: nn.Module, problems: list[str]) -> None:
+    if problems:
+        raise ArtifactError(
+            f"The packed layout does not fit {type(model).__name__}, {len(problems)} differences:\n"
+            f"{listed(sorted(problems))}\nThe files are of different models, or damaged; make the packed model again."
+        )
+
+
+class PackedSource:
+    """A packed model as a layer source: one decoder layer resident at a time, read by name, memory-mapped.
+
+    folder   what stage quantize writes, or a directory exported for transformers
+    dtype    compute dtype: kept floating tensors are cast to it, save those the family keeps in float32; packed tensors
+             are never cast
+    Raises ArtifactError, before a tensor is read, if names, shapes or dtypes on disk do not fit the layout.
+    """
+
+    def __init__(
+        self, folder: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    ) -> None:
+        self.folder = folder
+        self.device = device
+        self.files = open_packed(folder)
+        self.layout = self.files.layout
+        self.config = read_packed_config(self.files, trust_remote_code=trust_remote_code)
+        self.model: Any = build_skeleton(self.config, dtype=dtype)
+        self.layers_path = find_decoder_layers(self.model)
+        self.packed = attach(self.model, self.layout, kept_dtype=dtype)
+        self._plan = self.model._get_dtype_plan(dtype)
+        self._dtypes = self._check_names()
+        rebuild_buffers(self.model, device)
+
+    @property
+    def parts(self) -> list[int]:
+        """REST and every decoder layer, in the order of a forward."""
+        return [REST, *range(len(self.model.get_submodule(self.layers_path)))]
+
+    def part_of(self, name: str) -> int:
+        """The decoder layer of a module-tree name, REST outside the layers."""
+        prefix = self.layers_path + "."
+        return int(name[len(prefix) :].split(".")[0]) if name.startswith(prefix) else REST
+
+    def names(self, part: int) -> list[str]:
+        """Names of the stored tensors of one decoder layer, or of REST."""
+        return [name for name in self._dtypes if self.part_of(name) == part]
+
+    def load(self, part: int) -> None:
+        """Materialises one decoder layer, or REST, on the device. Raises ArtifactError on damage."""
+        for name, tensor in self.files.read(self.names(part)):
+            self._place(name, tensor.to(device=self.device, dtype=self._dtypes[name] or tensor.dtype))
+        if part == REST:
+            self.model.tie_weights()
+
+    def free(self, layer: int) -> None:
+        """Returns a decoder layer's memory; buffers that no file holds stay."""
+        module = self.model.get_submodule(f"{self.layers_path}.{layer}")
+        kept = [
+            (inner, name, buffer)
+            for inner in module.modules()
+            for name, buffer in inner.named_buffers(recurse=False)
+            if name in inner._non_persistent_buffers_set
+        ]
+        module.to("meta")
+        for inner, name, buffer in kept:
+            inner._buffers[name] = buffer
+
+    def _check_names(self) -> dict[str, torch.dtype | None]:
+        """Stored name -> the dtype it is cast to, None for as it is."""
+        there = self.files.tensors
+        wanted = {
+            name: tensor for name, tensor in self.model.state_dict().items() if name not in tied_names(self.model)
+        }
+        problems = [f"{name}: missing" for name in sorted(wanted.keys() - there.keys())]
+        problems += [f"{name}: not part of the model" for name in sorted(there.keys() - wanted.keys())]
+        for name in sorted(wanted.keys() & there.keys()):
+            stored, tensor = there[name], wanted[name]
+            if stored.shape != tuple(tensor.shape):
+                problems.append(f"{name}: stored {stored.shape}, model {tuple(tensor.shape)}")
+            elif name in self.packed and stored.dtype != tensor.dtype:
+                problems.append(f"{name}: stored as {stored.dtype}, its encoding has {tensor.dtype}")
+        if problems:
+            raise ArtifactError(
+                f"{self.folder}: {len(problems)} tensors do not fit the layout:\n{listed(problems)}\n"
+                "The files are damaged or of another model; run quantize or export again with --force."
+            )
+        return {
+            name: None if name in self.packed else self._kept_dtype(name, tensor) for name, tensor in wanted.items()
+        }
+
+    def _kept_dtype(self, name: str, tensor: torch.Tensor) -> torch.dtype | None:
+        """transformers' own rule for loading: the family's dtype plan, else the dtype that the module declares."""
+        if not tensor.is_floating_point():
+            return None
+        if self._plan:
+            pattern, group_names, _ = build_glob_alternation(list(self._plan))
+            match = pattern.search(name)
+            if match is not None and match.lastgroup is not None:
+                return self._plan[group_names[match.lastgroup]]
+        return tensor.dtype
+
+    def _place(self, name: str, tensor: torch.Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor
+        else:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def read_packed_config(files: PackedFiles, *, trust_remote_code: bool = False) -> Any:
+    """The native model config of a packed model, without what only from_pretrained needs."""
+    config = read_config(files.config_folder, trust_remote_code=trust_remote_code)
+    for name in ("quantization_config", "transformers_weights"):
+        if hasattr(config, name):
+            delattr(config, name)
+    return config
+
+
+def load_packed(
+    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The whole packed model in memory, ready for `generate`. Raises ArtifactError on a damaged folder.
+
+    It cannot be saved by `save_pretrained`: the folder it was read from is the model, `mc-cli export` writes others.
+    """
+    source = PackedSource(folder, dtype=dtype, device=torch.device(device))
+    for part in source.parts:
+        source.load(part)
+    model = source.model
+    if (source.files.config_folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.files.config_folder)
+    model.config.use_cache = getattr(source.config, "use_cache", True)
+    from mc_cli.runtime.plugin import mark_quantized
+
+    mark_quantized(model, source.layout)
+    return model
+
+
+@dataclass
+class StoredBytes:
+    """Bytes on disk of one role's tensors."""
+
+    codes: int = 0
+    side: int = 0  # scales, zero points and whatever else an encoding stores beside its codes
+    kept: int = 0  # as in the checkpoint
+
+    @property
+    def total(self) -> int:
+        return self.codes + self.side + self.kept
+
+
+def model_bytes(folder: Path) -> dict[Role, StoredBytes]:
+    """Stored bytes of a packed model's tensors per role, read from the files' headers alone.
+
+    Raises ArtifactError where a tensor belongs to nothing in the model.
+    """
+    files = open_packed(folder)
+    model = build_skeleton(read_packed_config(files), dtype=torch.float32)
+    inventory = take_inventory(model, stored_dtypes={})
+    packed = attach(model, files.layout, kept_dtype=torch.float32)
+    role_of = {block.path: Role.EXPERT for block in inventory.expert_blocks} | {
+        part.name: part.role for part in inventory.tensors
+    }
+    found: dict[Role, StoredBytes] = defaultdict(StoredBytes)
+    for name, tensor in files.tensors.items():
+        path = name.rpartition(".")[0]
+        role = (
+            role_of.get(name) or role_of.get(f"{path}.weight") or role_of.get(path)
+        )  # kept, packed linear, stacked experts
+        if role is None:
+            raise ArtifactError(f"{folder}: {name} belongs to no tensor of the model. Run quantize again with --force.")
+        kind = "kept" if name not in packed else "codes" if packed[name] == "codes" else "side"
+        setattr(found[role], kind, getattr(found[role], kind) + tensor.size_bytes)
+    return dict(found)

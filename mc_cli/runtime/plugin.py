@@ -1,0 +1,95 @@
+"""The transformers plug-in: `quant_method: mc_cli` in a config.json is loaded by `from_pretrained` natively.
+
+Imported while transformers itself is half imported, so that only its quantizer base classes are used at the top.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mc_cli.artifacts.packed import QUANT_METHOD, PackedLayout
+from mc_cli.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """The packed layout as transformers' quantization config: plain JSON values, written back as they were read."""
+
+    def __init__(self, quant_method: str = QUANT_METHOD, **layout: Any) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.layout = PackedLayout.from_json(layout)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.layout.to_json()
+
+
+class PackedQuantizer(HfQuantizer):
+    """Gives the meta model its packed storage before the weights are read; nothing is quantized here."""
+
+    requires_calibration = True  # transformers' word for: only checkpoints that are already packed
+    quantization_config: PackedConfig
+
+    def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._packed: dict[str, str] = {}
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Clears the notice that stops every loader without this plug-in; runs before weight files are looked up."""
+        if hasattr(config, "transformers_weights"):
+            del config.transformers_weights
+        return config
+
+    def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+        from mc_cli.runtime.packed_model import attach
+
+        self._packed = attach(model, self.quantization_config.layout, kept_dtype=dtype or model.dtype)
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """None: packed files hold module-tree names and converted tensors, and a conversion must not run twice."""
+        return []
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """None, which is as stored, for codes and scales, even where a family keeps a whole module in float32."""
+        if any(name in self._packed for name in converter.target_patterns):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """Raises instead of answering: `save_pretrained` would drop the notice that guards against random experts."""
+        raise InputError(
+            "A packed model is not saved by save_pretrained: the result would load without mc_cli, but with random "
+            "experts. Copy the exported directory instead, or make another one with `mc-cli export`."
+        )
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def mark_quantized(model: Any, layout: PackedLayout) -> None:
+    """Makes transformers treat a packed model that it did not load itself like one it did: no casting, no saving."""
+    quantizer = PackedQuantizer(PackedConfig(**layout.to_json()), pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = quantizer.quantization_config
+
+
+def register() -> None:
+    """Adds the quantization method to transformers' tables; again is harmless."""
+    from transformers.quantizers import auto
+
+    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(QUANT_METHOD)(PackedConfig)
+        auto.register_quantizer(QUANT_METHOD)(PackedQuantizer)

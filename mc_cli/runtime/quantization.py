@@ -1,0 +1,13 @@
+"""Building the quantizer that the settings ask for: score and quantize use the same."""
+
+from __future__ import annotations
+
+from mc_cli.quantizers import Quantizer, quantizer_from_name
+from mc_cli.settings import QuantizerSettings
+
+
+def quantizer_for(settings: QuantizerSettings) -> Quantizer:
+    """The quantizer named in the settings. Raises InputError for an unknown one."""
+    if settings.quantizer == "rtn":
+        return quantizer_from_name("rtn")
+    return quantizer_from_name(settings.quantizer, damping=settings.damping)

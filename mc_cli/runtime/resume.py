@@ -1,0 +1,29 @@
+"""Where a layer-by-layer stage goes on after it was killed: the hidden states after the last finished layer."""
+
+from __future__ import annotations
+
+import re
+
+from mc_cli.artifacts.store import RESUME, StageFolder, read_tensors, write_tensors
+from mc_cli.runtime.layerwise import LayerWalk
+
+_NAME = re.compile(r"before_([0-9]+)\.safetensors")
+
+
+def save_progress(folder: StageFolder, walk: LayerWalk) -> None:
+    """Keeps the input of the walk's next layer; older states are removed after the new ones are safely on disk."""
+    path = folder.path(f"{RESUME}/before_{walk.depth}.safetensors")
+    write_tensors(path, {"hidden": walk.hidden})
+    for other in path.parent.glob("before_*.safetensors"):
+        if other != path:
+            other.unlink()
+
+
+def restore_progress(folder: StageFolder, walk: LayerWalk) -> int:
+    """Moves the walk to the first layer that is not finished, and returns its index (0 on a fresh start)."""
+    depths = [int(match[1]) for path in folder.path(RESUME).glob("*") if (match := _NAME.fullmatch(path.name))]
+    if not depths:
+        return 0
+    depth = max(depths)
+    walk.restore(read_tensors(folder.path(f"{RESUME}/before_{depth}.safetensors"))["hidden"], depth)
+    return depth

@@ -1,0 +1,105 @@
+"""Watching routers: which experts the tokens of a layer go to, with which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from mc_cli.artifacts.calibration import QUANTILES, LayerRouting
+from mc_cli.parts import ExpertBlock
+
+
+class RoutingCapture:
+    """What the experts of one layer were called with, in token order: kept on the CPU, a chunk per batch.
+
+    inputs     [tokens, hidden] in the model's dtype, only if `keep_inputs`
+    index      [tokens, k] int64;  weights [tokens, k] float32;  probabilities: sums per expert, see LayerRouting
+    """
+
+    def __init__(self, block: ExpertBlock, *, keep_inputs: bool) -> None:
+        self._block = block
+        self._keep_inputs = keep_inputs
+        self._inputs: list[torch.Tensor] = []
+        self._index: list[torch.Tensor] = []
+        self._weights: list[torch.Tensor] = []
+        self._probabilities: list[torch.Tensor] = []
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        return torch.cat(self._inputs)
+
+    @property
+    def index(self) -> torch.Tensor:
+        return torch.cat(self._index)
+
+    @property
+    def weights(self) -> torch.Tensor:
+        return torch.cat(self._weights)
+
+    def on_experts(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Forward pre-hook of the experts module: (hidden states, index, weights)."""
+        hidden, index, weights = args[:3]
+        if self._keep_inputs:
+            self._inputs.append(hidden.detach().reshape(-1, hidden.shape[-1]).cpu())
+        self._index.append(index.detach().reshape(-1, index.shape[-1]).cpu())
+        self._weights.append(weights.detach().reshape(-1, weights.shape[-1]).float().cpu())
+
+    def on_router(self, _: nn.Module, __: Any, output: Any) -> None:
+        """Forward hook of the router: softmax over all experts of its raw logits, at the chosen experts."""
+        logits = output[0] if isinstance(output, (tuple, list)) else output
+        probabilities = logits.detach().reshape(-1, logits.shape[-1]).float().softmax(-1).cpu()
+        self._probabilities.append(probabilities)
+
+    def probability_sums(self) -> torch.Tensor:
+        """[experts] float64: over the tokens routed to an expert, the sum of its softmax probability before top-k."""
+        chosen = torch.cat(self._probabilities).gather(1, self.index)
+        sums = torch.zeros(self._block.num_experts, dtype=torch.float64)
+        return sums.index_add_(0, self.index.reshape(-1), chosen.reshape(-1).double())
+
+
+@contextmanager
+def watching(root: nn.Module, block: ExpertBlock, *, keep_inputs: bool = False) -> Iterator[RoutingCapture]:
+    """Captures the routing of one layer while its forward runs inside the context; `root` is the whole model."""
+    capture = RoutingCapture(block, keep_inputs=keep_inputs)
+    handles = [
+        root.get_submodule(block.path).register_forward_pre_hook(capture.on_experts),
+        root.get_submodule(block.router_path).register_forward_hook(capture.on_router),
+    ]
+    try:
+        yield capture
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def routing_statistics(capture: RoutingCapture, block: ExpertBlock, *, residual_energy: float) -> LayerRouting:
+    """Counts, sums and quantiles of one layer's routing."""
+    index, weights = capture.index, capture.weights
+    flat_index, flat_weights = index.reshape(-1), weights.reshape(-1).double()
+    counts = torch.bincount(flat_index, minlength=block.num_experts)
+    sums = torch.zeros(block.num_experts, dtype=torch.float64).index_add_(0, flat_index, flat_weights)
+    ordered = weights.double().sort(dim=-1, descending=True).values
+    ratios = ordered[:, 1:] / ordered[:, :1]
+    return LayerRouting(
+        layer=block.layer,
+        top_k=int(index.shape[-1]),
+        token_count=int(index.shape[0]),
+        routing_count=counts.tolist(),
+        routing_weight_sum=sums.tolist(),
+        router_probability_sum=capture.probability_sums().tolist(),
+        routing_weight_quantiles=[_quantiles(flat_weights[flat_index == expert]) for expert in range(block.num_experts)],
+        weight_ratio_quantiles=[_quantiles(ratios[:, rank]) for rank in range(ratios.shape[1])],
+        residual_energy=residual_energy,
+    )
+
+
+def _quantiles(values: torch.Tensor) -> Sequence[float]:
+    """QUANTILES of a 1-D tensor by nearest rank; torch.quantile refuses more than 16 million values."""
+    if not len(values):
+        return []
+    ordered = values.sort().values
+    return [float(ordered[min(len(ordered) - 1, int(fraction * len(ordered)))]) for fraction in QUANTILES]

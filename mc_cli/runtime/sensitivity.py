@@ -1,0 +1,108 @@
+"""How much the model's loss reacts to errors at each MoE output: one streamed backward pass.
+
+Labels are sampled from the model itself, so the expected outer product of gradients is the Fisher matrix, the second
+derivative of the KL divergence from the original model. Its diagonal turns a squared output error into nats:
+    KL per token  ~  1/2 * mean over tokens of sum over features of gradient^2 * error^2
+Source: GEMQ (arXiv:2605.23078) for gradient-weighted errors; the sampled-label Fisher is standard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mc_cli.parts import ExpertBlock
+from mc_cli.runtime.layerwise import LayerWalk
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """Second moments of the loss gradient at one MoE output, over the tokens of the backward pass.
+
+    gradient_square  [hidden] float32, mean over tokens
+    expert_scale     [experts] float32, mean of the summed squares over the expert's tokens / over all tokens; 1 if unseen
+    """
+
+    gradient_square: torch.Tensor
+    expert_scale: torch.Tensor
+
+
+def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, seed: int) -> torch.Tensor:
+    """Gradient [sequences, length, hidden] of the summed loss at the last layer's output, labels sampled with `seed`."""
+    gradients = torch.empty_like(final_hidden)
+    generator = torch.Generator().manual_seed(seed)
+    for row in range(len(final_hidden)):
+        rows = slice(row, row + 1)
+        with torch.enable_grad():
+            hidden = final_hidden[rows].to(walk.source.device).requires_grad_(True)
+            log_probabilities = walk.head(rows, hidden).float().log_softmax(-1)[0]
+            labels = torch.multinomial(log_probabilities.detach().exp().cpu(), 1, generator=generator)
+            loss = -log_probabilities.gather(1, labels.to(log_probabilities.device)).sum()
+            (gradient,) = torch.autograd.grad(loss, hidden)
+        gradients[rows] = gradient.to(gradients.device)
+    return gradients
+
+
+def backward_layer(
+    walk: LayerWalk, layer_inputs: torch.Tensor, gradients: torch.Tensor, block: ExpertBlock | None
+) -> tuple[torch.Tensor, LayerSensitivity | None]:
+    """The gradient at the resident layer's input, and its sensitivity if it has experts (`block`).
+
+    layer_inputs  [sequences, length, hidden], what the layer `walk.depth` was given
+    gradients     [sequences, length, hidden], of the summed loss at the layer's output
+    """
+    collector = _Collector(block.num_experts) if block is not None else None
+    before = torch.empty_like(gradients)
+    module = walk.source.model.get_submodule(block.path) if block is not None else None
+    for row in range(len(layer_inputs)):
+        rows = slice(row, row + 1)
+        handle = module.register_forward_hook(collector.keep) if module is not None and collector is not None else None
+        with torch.enable_grad():
+            hidden = layer_inputs[rows].to(walk.source.device).requires_grad_(True)
+            output = walk.call_layer(hidden, rows)
+            (gradient,) = torch.autograd.grad(
+                (output * gradients[rows].to(output.device)).sum(), hidden, retain_graph=False
+            ) if collector is None else collector.differentiate(output, gradients[rows].to(output.device), hidden)
+        if handle is not None:
+            handle.remove()
+        before[rows] = gradient.to(before.device)
+    return before, collector.result() if collector is not None else None
+
+
+class _Collector:
+    """Sums squared gradients at the experts' output, over tokens and per expert."""
+
+    def __init__(self, num_experts: int) -> None:
+        self._square: torch.Tensor | None = None
+        self._expert_sum = torch.zeros(num_experts, dtype=torch.float64)
+        self._expert_count = torch.zeros(num_experts, dtype=torch.float64)
+        self._tokens = 0
+        self._output: torch.Tensor | None = None
+        self._index: torch.Tensor | None = None
+
+    def keep(self, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        """Forward hook of the experts module: splits the graph there, so that later in-place additions do not matter."""
+        self._index = args[1]
+        self._output = output
+
+    def differentiate(self, output: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor]:
+        """Gradient at the layer's input; the one at the experts' output is added to the sums."""
+        assert self._output is not None and self._index is not None
+        at_input, at_experts = torch.autograd.grad((output * gradient).sum(), (hidden, self._output))
+        squares = at_experts.reshape(-1, at_experts.shape[-1]).double().square().cpu()
+        self._square = squares.sum(0) if self._square is None else self._square + squares.sum(0)
+        per_token = squares.sum(-1)
+        index = self._index.reshape(len(per_token), -1).cpu()
+        for rank in range(index.shape[1]):
+            self._expert_sum.index_add_(0, index[:, rank], per_token)
+            self._expert_count.index_add_(0, index[:, rank], torch.ones_like(per_token))
+        self._tokens += len(per_token)
+        return (at_input,)
+
+    def result(self) -> LayerSensitivity:
+        assert self._square is not None
+        mean = self._square.sum() / self._tokens
+        scale = torch.where(self._expert_count > 0, self._expert_sum / self._expert_count.clamp(min=1) / mean.clamp(min=1e-300), 1.0)
+        return LayerSensitivity((self._square / self._tokens).float(), scale.float())

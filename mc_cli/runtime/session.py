@@ -1,0 +1,103 @@
+"""What every stage on a live model needs first: device and dtype, the checkpoint's place and digest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mc_cli.artifacts.store import DigestCache, content_digest, read_json, write_json
+from mc_cli.errors import InputError
+from mc_cli.runtime.checkpoint import Checkpoint, read_config, resolve_model
+from mc_cli.settings import RunSettings
+
+POINTER = "model.json"  # where the model lies on this machine; not an artifact: the digests say which model it is
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model folder, opened for a stage."""
+
+    work_dir: Path
+    folder: Path
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+    compute: RunSettings
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def batch_size(self, length: int) -> int:
+        """Sequences of `length` tokens per forward."""
+        return max(1, self.compute.batch_tokens // length)
+
+    def digests(self) -> DigestCache:
+        """Digests of input files, remembered in the work directory."""
+        return digest_cache(self.work_dir)
+
+    def open_checkpoint(self) -> Checkpoint:
+        """The checkpoint over a skeleton on the session's device."""
+        return Checkpoint(self.folder, self.config, dtype=self.dtype, device=self.device)
+
+    def model_digest(self) -> str:
+        """One digest over config, tokenizer and weights."""
+        cache = self.digests()
+        files = sorted(path for path in self.folder.iterdir() if path.suffix in (".json", ".safetensors", ".model"))
+        return content_digest([[path.name, cache.digest(path)] for path in files])
+
+
+def digest_cache(work_dir: Path) -> DigestCache:
+    """The work directory's memory of file digests."""
+    return DigestCache(work_dir / "digests.json")
+
+
+def first_session(work_dir: Path, model: str, revision: str | None, compute: RunSettings) -> Session:
+    """Opens the model that `--model` names, and notes its place for the later stages."""
+    if not model:
+        raise InputError("--model is missing: give a folder with config.json and *.safetensors, a hub id, or bundled:demo-moe.")
+    folder = resolve_model(model, revision=revision).resolve()
+    session = _open(work_dir, folder, compute)
+    pointer = {"folder": str(folder), "model": model, "revision": revision}
+    if not (work_dir / POINTER).exists() or read_json(work_dir / POINTER) != pointer:
+        write_json(work_dir / POINTER, pointer)
+    return session
+
+
+def later_session(work_dir: Path, compute: RunSettings) -> Session:
+    """Opens the model that calibrate noted. Raises InputError where it has moved."""
+    pointer = work_dir / POINTER
+    if not pointer.exists():
+        raise InputError(f"{work_dir} has no {POINTER}: it is not a work directory, or calibrate has not run. Run `mc-cli calibrate` first.")
+    folder = Path(read_json(pointer)["folder"])
+    if not folder.is_dir():
+        raise InputError(f"The model was at {folder}, and is no longer there. Run `mc-cli calibrate --model NEW_PLACE -w {work_dir}`: what is done is kept.")
+    return _open(work_dir, folder, compute)
+
+
+def _open(work_dir: Path, folder: Path, compute: RunSettings) -> Session:
+    config = read_config(folder, trust_remote_code=compute.trust_remote_code)
+    device = _device(compute.device)
+    return Session(work_dir, folder, config, device, _dtype(compute.dtype, device, config), compute)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device here. Use --device cpu, or install a CUDA build of torch.")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device, config: Any) -> torch.dtype:
+    """auto is float32 on a CPU, where bfloat16 is slow and rounds what is measured, and the checkpoint's on a GPU."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    return config.get_text_config().dtype or torch.bfloat16
+
+

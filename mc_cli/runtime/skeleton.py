@@ -1,0 +1,56 @@
+"""The model without weights: on the meta device, with the buffers that no checkpoint holds."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import transformers
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
+
+from mc_cli.errors import CheckpointError, FamilyError
+from mc_cli.runtime.model_folder import SUPPORTED, first_line
+
+
+def build_skeleton(config: PretrainedConfig, *, dtype: torch.dtype) -> nn.Module:
+    """The model on the meta device: shapes, modules and code, no weights.
+
+    Raises FamilyError if there is no causal language model for this config, CheckpointError if its entries do not fit.
+    """
+    custom = type(config).__module__.startswith("transformers_modules")  # its code was trusted when it was read
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not custom:
+        raise FamilyError(
+            f"model_type {config.model_type!r} has no causal language model in transformers {transformers.__version__}. "
+            f"{SUPPORTED}"
+        )
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=custom)
+        except Exception as error:  # whatever a model's constructor makes of entries that do not fit each other
+            raise CheckpointError(
+                f"config.json (model_type {config.model_type!r}) describes a model that cannot be built: {first_line(error)}"
+            ) from error
+    model.eval().requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+def rebuild_buffers(model: nn.Module, device: torch.device) -> None:
+    """Fills the non-persistent buffers (rotary frequencies and the like) that no checkpoint holds."""
+    for module in model.modules():
+        initialise(
+            model, module, [name for name in module._non_persistent_buffers_set if module._buffers[name].is_meta]
+        )
+        for name in module._non_persistent_buffers_set:
+            module._buffers[name] = module._buffers[name].to(device)
+
+
+def initialise(model: nn.Module, module: nn.Module, names: list[str]) -> None:
+    """Lets the model's own initialisation compute these buffers of a module, on the CPU."""
+    if not names:
+        return
+    for name in names:
+        module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+    with torch.no_grad():
+        model._init_weights(module)

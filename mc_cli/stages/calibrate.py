@@ -1,0 +1,243 @@
+"""calibrate: token windows, routing statistics and the loss's sensitivity, one decoder layer resident at a time.
+
+1. text to token windows            4. forward, layer by layer: routing statistics
+2. the model's inventory            5. backward, layer by layer: gradient second moments (optional)
+3. where an earlier run stopped     6. starved experts, manifest
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mc_cli import __version__
+from mc_cli.artifacts import calibration as artifact
+from mc_cli.artifacts.calibration import LayerRouting
+from mc_cli.artifacts.store import RESUME, StageFolder, read_tensors, write_tensors
+from mc_cli.parts import ExpertBlock, ModelInventory
+from mc_cli.progress import Progress, StageResult
+from mc_cli.runtime import text
+from mc_cli.runtime.checkpoint import REST, Checkpoint
+from mc_cli.runtime.experts import IMPLEMENTATION
+from mc_cli.runtime.inventory import take_inventory
+from mc_cli.runtime.layerwise import LayerWalk
+from mc_cli.runtime.resume import restore_progress, save_progress
+from mc_cli.runtime.routing import routing_statistics, watching
+from mc_cli.runtime.sensitivity import backward_layer, output_gradient
+from mc_cli.runtime.session import Session, first_session
+from mc_cli.settings import CalibrateSettings, RunSettings
+
+STAGE = "calibrate"
+
+
+def plan_stage(settings: CalibrateSettings, compute: RunSettings, work_dir: Path) -> StageFolder:
+    """The stage's folder with its settings and input digests; nothing is run."""
+    return _folder(settings, first_session(work_dir, settings.model, settings.revision, compute))
+
+
+def run(
+    settings: CalibrateSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress
+) -> StageResult:
+    """Writes `calibration/`. Raises InputError, CheckpointError or FamilyError; can be killed at any moment."""
+    session = first_session(work_dir, settings.model, settings.revision, compute)
+    folder = _folder(settings, session)
+    if not folder.begin(force=force):
+        return _result(folder, ran=False)
+    token_ids = _token_ids(settings, session, folder, progress)
+    checkpoint = session.open_checkpoint()
+    checkpoint.model.set_experts_implementation(IMPLEMENTATION)
+    inventory = _write_inventory(checkpoint, folder, progress)
+    walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
+    sequences = min(settings.gradient_sequences, len(token_ids))
+    _forward(walk, checkpoint, inventory, folder, sequences, progress)
+    if sequences:
+        _backward(walk, checkpoint, inventory, folder, sequences, settings.seed, progress)
+    for message in starved_experts(read_routing(folder.folder, inventory), inventory):
+        folder.warn(message, progress)
+    folder.finish(__version__)
+    return _result(folder, ran=True)
+
+
+def _folder(settings: CalibrateSettings, session: Session) -> StageFolder:
+    settings = replace(settings, length=text.fit_length(settings.length, session.config))
+    data = text.data_digest(settings.data, settings.split, settings.text_field, session.digests())
+    resolved = {**settings.resolved(), "dtype": session.dtype_name}
+    return StageFolder(session.work_dir, STAGE, resolved, {"model": session.model_digest(), "data": data})
+
+
+def _token_ids(settings: CalibrateSettings, session: Session, folder: StageFolder, progress: Progress) -> torch.Tensor:
+    """Windows of calibration tokens, written once; a shortfall of text is a warning."""
+    path = folder.path(artifact.TOKENS)
+    if not path.exists():
+        tokenizer = text.load_tokenizer(session.folder, trust_remote_code=session.compute.trust_remote_code)
+        documents = text.read_documents(settings.data, split=settings.split, text_field=settings.text_field)
+        windows = text.calibration_windows(
+            documents,
+            tokenizer,
+            sequences=settings.sequences,
+            length=text.fit_length(settings.length, session.config),
+            seed=settings.seed,
+        )
+        vocabulary = session.config.get_text_config().vocab_size
+        text.check_vocabulary(windows, vocabulary)
+        write_tensors(path, {"token_ids": windows})
+    token_ids = read_tensors(path)["token_ids"]
+    if len(token_ids) < settings.sequences:
+        folder.warn(f"the text fills {len(token_ids)} of the {settings.sequences} sequences asked for; all of it is used.", progress)
+    return token_ids
+
+
+def _write_inventory(checkpoint: Checkpoint, folder: StageFolder, progress: Progress) -> ModelInventory:
+    inventory = take_inventory(checkpoint.model, stored_dtypes=checkpoint.stored_dtypes)
+    if not inventory.contract_tested:
+        folder.warn(
+            f"model_type {inventory.model_type!r} is reached through transformers' experts interface but has no contract "
+            "test here; compare the exported model with the original before relying on it.",
+            progress,
+        )
+    if checkpoint.unused:
+        shown = ", ".join(checkpoint.unused[:3])
+        folder.warn(
+            f"{len(checkpoint.unused)} tensors of the checkpoint are not part of the causal language model and are left "
+            f"out of every result (for example {shown}).",
+            progress,
+        )
+    artifact.write_inventory(folder.path(artifact.INVENTORY), inventory)
+    return inventory
+
+
+def _forward(
+    walk: LayerWalk,
+    checkpoint: Checkpoint,
+    inventory: ModelInventory,
+    folder: StageFolder,
+    gradient_sequences: int,
+    progress: Progress,
+) -> None:
+    """Routing statistics of every MoE layer; the inputs of the gradient's sequences are kept for the way back."""
+    blocks = {block.layer: block for block in inventory.expert_blocks}
+    first = restore_progress(folder, walk)
+    with progress.step("calibrate: forward", total=walk.num_layers, unit="layer", done=first) as step:
+        for layer in range(first, walk.num_layers):
+            if gradient_sequences:
+                write_tensors(folder.path(_inputs_file(layer)), {"hidden": walk.hidden[:gradient_sequences]})
+            checkpoint.load(layer)
+            _forward_layer(walk, checkpoint, blocks.get(layer), folder)
+            checkpoint.free(layer)
+            save_progress(folder, walk)
+            step.advance(note=f"layer {layer}")
+
+
+def _forward_layer(walk: LayerWalk, checkpoint: Checkpoint, block: ExpertBlock | None, folder: StageFolder) -> None:
+    if block is None:
+        walk.run_layer(advance=True)
+        return
+    with watching(checkpoint.model, block) as capture:
+        walk.run_layer(advance=True)
+    energy = float(walk.hidden.double().square().sum(-1).mean())
+    routing_statistics(capture, block, residual_energy=energy).write(folder.path(artifact.routing_file(block.layer)))
+
+
+def _backward(
+    walk: LayerWalk,
+    checkpoint: Checkpoint,
+    inventory: ModelInventory,
+    folder: StageFolder,
+    sequences: int,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """Gradient second moments of every MoE layer, from the last to the first that has experts."""
+    blocks = {block.layer: block for block in inventory.expert_blocks}
+    walk = LayerWalk(checkpoint, walk.token_ids[:sequences], batch_size=1) if walk.batch_size != 1 else walk
+    gradients, layer = _gradient_start(walk, folder, sequences, seed)
+    first = min(blocks)
+    with progress.step("calibrate: backward", total=walk.num_layers - first, unit="layer", done=walk.num_layers - 1 - layer) as step:
+        for depth in range(layer, first - 1, -1):
+            checkpoint.load(depth)
+            walk.depth = depth
+            inputs = read_tensors(folder.path(_inputs_file(depth)))["hidden"]
+            gradients, sensitivity = backward_layer(walk, inputs, gradients, blocks.get(depth))
+            checkpoint.free(depth)
+            state = {"gradients": gradients}
+            if sensitivity is not None:
+                part = {"gradient_square": sensitivity.gradient_square, "expert_scale": sensitivity.expert_scale}
+                write_tensors(folder.path(f"{RESUME}/sensitivity_{depth}.safetensors"), part)
+            write_tensors(folder.path(f"{RESUME}/gradient_before_{depth}.safetensors"), state)
+            folder.path(f"{RESUME}/gradient_before_{depth + 1}.safetensors").unlink(missing_ok=True)
+            step.advance(note=f"layer {depth}")
+    merged: dict[str, torch.Tensor] = {}
+    for depth in sorted(blocks):
+        part = read_tensors(folder.path(f"{RESUME}/sensitivity_{depth}.safetensors"))
+        merged |= {f"layers.{depth}.{name}": tensor for name, tensor in part.items()}
+    write_tensors(folder.path(artifact.SENSITIVITY), merged)
+
+
+def _gradient_start(walk: LayerWalk, folder: StageFolder, sequences: int, seed: int) -> tuple[torch.Tensor, int]:
+    """Gradients at the output of a layer, and that layer: the last one, or where an earlier run stopped."""
+    saved = sorted(folder.path(RESUME).glob("gradient_before_*.safetensors"), key=lambda path: int(path.stem.split("_")[-1]))
+    if saved:
+        return read_tensors(saved[0])["gradients"], int(saved[0].stem.split("_")[-1]) - 1
+    final = read_tensors(folder.path(f"{RESUME}/before_{walk.num_layers}.safetensors"))["hidden"][:sequences]
+    return output_gradient(walk, final, seed=seed), walk.num_layers - 1
+
+
+def _inputs_file(layer: int) -> str:
+    return f"{RESUME}/gradient_inputs_{layer}.safetensors"
+
+
+def read_routing(folder: Path, inventory: ModelInventory) -> list[LayerRouting]:
+    """The routing statistics of every MoE layer, in layer order."""
+    return [LayerRouting.read(folder / artifact.routing_file(block.layer)) for block in inventory.expert_blocks]
+
+
+def starved_experts(routing: list[LayerRouting], inventory: ModelInventory) -> list[str]:
+    """A warning per kind of shortage: experts with fewer tokens than their widest input has features.
+
+    Below that the expert's own Hessian cannot have full rank, and quantize leans on the layer's pooled one.
+    """
+    never, starved, needed = [], [], 0
+    for block, layer in zip(inventory.expert_blocks, routing, strict=True):
+        width = max(projection.in_features for projection in block.projections)
+        for expert, count in enumerate(layer.routing_count):
+            if count == 0:
+                never.append(f"{block.layer}.{expert}")
+            elif count < width:
+                starved.append(f"{block.layer}.{expert}")
+                needed = max(needed, -(-layer.token_count * width // count) - layer.token_count)
+    messages = []
+    if starved:
+        messages.append(
+            f"{len(starved)} experts saw fewer tokens than their input has features (layer.expert: {', '.join(starved[:8])}"
+            f"{' ...' if len(starved) > 8 else ''}); about {needed:,} more calibration tokens would give each enough."
+        )
+    if never:
+        messages.append(
+            f"{len(never)} experts saw no calibration token (layer.expert: {', '.join(never[:8])}{' ...' if len(never) > 8 else ''}); "
+            "they will be rounded with the layer's pooled statistics. More varied text would help."
+        )
+    return messages
+
+
+def _result(folder: StageFolder, *, ran: bool) -> StageResult:
+    inventory = artifact.read_inventory(folder.path(artifact.INVENTORY))
+    routing = read_routing(folder.folder, inventory)
+    rows: list[list[Any]] = []
+    for layer in routing:
+        counts = sorted(layer.routing_count)
+        share = 100 / max(1, sum(counts))
+        rows.append([layer.layer, len(counts), counts[0], counts[len(counts) // 2], counts[-1], round(counts[0] * share, 2), round(counts[-1] * share, 2)])
+    columns = ["layer", "experts", "fewest tokens", "median", "most tokens", "fewest %", "most %"]
+    manifest_warnings = folder.recorded_warnings()
+    facts = {
+        "model type": inventory.model_type,
+        "calibration tokens": routing[0].token_count,
+        "expert weights": inventory.expert_weight_count,
+        "model bytes": sum(inventory.bytes_by_role().values()),
+        "expert bytes": inventory.bytes_by_role().get(next(iter(role for role in inventory.bytes_by_role() if role.value == "expert")), 0),
+    }
+    table = {"title": "Routing of the calibration tokens", "columns": [{"name": name, "align": "right"} for name in columns], "rows": rows}
+    return StageResult(STAGE, folder.folder, ran, {"facts": facts, "tables": [table]}, manifest_warnings)

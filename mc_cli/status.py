@@ -1,0 +1,95 @@
+"""What lies in a work directory: read from its manifests alone, so it needs no model and answers at once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mc_cli.artifacts.store import BEGUN, MANIFEST, RESUME, STAGE_FOLDERS, Manifest, StageFolder, read_json
+from mc_cli.errors import ArtifactError, InputError
+
+DONE, BEGUN_STATE, STALE, DAMAGED, TO_DO = "done", "begun", "stale", "damaged", "to do"
+_NEXT_LAYER = re.compile(r"before_([0-9]+)\.safetensors")  # the resume state in front of that layer
+_LAYER_FILE = re.compile(r"layer_([0-9]+)\..*")
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage of a work directory; `detail` says how far it is, or why it is stale or damaged."""
+
+    stage: str
+    state: str
+    folder: Path
+    detail: str = ""
+    size_bytes: int = 0
+    warnings: tuple[str, ...] = ()
+
+    def plain(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**self.__dict__, "folder": str(self.folder), "warnings": list(self.warnings)}
+
+
+def work_dir_status(work_dir: Path) -> list[StageStatus]:
+    """Every stage in the order of a run. Raises InputError where `work_dir` is no work directory."""
+    if not work_dir.is_dir():
+        raise InputError(f"{work_dir} does not exist. Give the work directory that calibrate or run was given with -w.")
+    if not any((work_dir / name / file).exists() for name in STAGE_FOLDERS.values() for file in (MANIFEST, BEGUN)):
+        raise InputError(
+            f"{work_dir} is not a work directory of mc-cli: it holds none of the folders {', '.join(STAGE_FOLDERS.values())}. "
+            "Give the directory that calibrate or run was given with -w."
+        )
+    found: dict[str, StageStatus] = {}
+    for stage, name in STAGE_FOLDERS.items():
+        found[stage] = _stage_status(work_dir, stage, work_dir / name, found)
+    return list(found.values())
+
+
+def _stage_status(work_dir: Path, stage: str, folder: Path, earlier: dict[str, StageStatus]) -> StageStatus:
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+    try:
+        manifest = Manifest.read(folder)
+        if manifest is None and (folder / BEGUN).exists():
+            why = _outdated(work_dir, read_json(folder / BEGUN).get("inputs", {}), earlier)
+            return StageStatus(stage, STALE if why else BEGUN_STATE, folder, why or _progress(work_dir, folder), size)
+        if manifest is None:
+            return StageStatus(stage, TO_DO, folder, size_bytes=size)
+        StageFolder(work_dir, stage, manifest.settings, manifest.inputs).verify()
+    except ArtifactError as error:
+        return StageStatus(stage, DAMAGED, folder, str(error), size)
+    why = _outdated(work_dir, manifest.inputs, earlier)
+    return StageStatus(stage, STALE if why else DONE, folder, why, size, tuple(manifest.warnings))
+
+
+def _outdated(work_dir: Path, inputs: Any, earlier: dict[str, StageStatus]) -> str:
+    """Which earlier stages are no longer what this one read; empty if all are."""
+    reasons = []
+    for name, fingerprint in inputs.items():
+        if name not in earlier:
+            continue
+        now = earlier[name]
+        manifest = Manifest.read(now.folder) if now.state in (DONE, STALE) else None
+        if manifest is None:
+            reasons.append(f"{name} is {now.state}")
+        elif manifest.fingerprint != fingerprint:
+            reasons.append(f"{name} was made anew since")
+        elif now.state == STALE:
+            reasons.append(f"{name} is stale")
+    return ", ".join(reasons)
+
+
+def _progress(work_dir: Path, folder: Path) -> str:
+    """How many layers of an unfinished stage are on disk."""
+    ready = [int(match[1]) for path in (folder / RESUME).glob("*") if (match := _NEXT_LAYER.fullmatch(path.name))]
+    files = {int(match[1]) for path in folder.rglob("*") if (match := _LAYER_FILE.fullmatch(path.name))}
+    count = max(ready, default=len(files))
+    total = _layer_count(work_dir)
+    return f"{count} of {total} layers" if total else f"{count} layers"
+
+
+def _layer_count(work_dir: Path) -> int | None:
+    """Decoder layers of the model, from the inventory that calibrate writes first."""
+    path = work_dir / STAGE_FOLDERS["calibrate"] / "inventory.json"
+    count = read_json(path).get("num_layers") if path.exists() else None
+    return count if isinstance(count, int) else None

@@ -1,0 +1,113 @@
+"""Packed folders made from tiny checkpoints by plain rounding, with widths mixed in every way the format allows.
+
+Written without stage quantize, so that loading and exporting are tested against an independent writer of the format.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from mc_cli.artifacts.packed import CONFIG_FOLDER, KEPT, LAYOUT, ExpertLayout, PackedLayout, part_file, stacked_name
+from mc_cli.artifacts.store import write_json
+from mc_cli.encodings.affine import AffineEncoding, choose_group_size
+from mc_cli.numerics.packing import pack_codes
+from mc_cli.parts import ModelInventory, Role
+from mc_cli.runtime import experts
+from mc_cli.runtime.checkpoint import REST, Checkpoint, read_config
+from mc_cli.runtime.inventory import take_inventory
+from mc_cli.runtime.packed_model import copy_model_files, tied_names
+
+WIDTHS = (1, 2, 3, 4, 16)
+LINEAR_BITS = {Role.ATTENTION: 4, Role.SHARED: 4, Role.DENSE: 3}
+
+
+def pack_folder(
+    checkpoint_folder: Path,
+    folder: Path,
+    *,
+    widths: tuple[int, ...] = WIDTHS,
+    role_bits: dict[Role, int] | None = None,
+    pruned: tuple[int, ...] = (),
+) -> Path:
+    """Writes the packed folder of a tiny checkpoint: expert e's projection p has width number e + p of `widths`.
+
+    role_bits   width of other roles' linears; what is not named is kept
+    pruned      experts without weights, in every layer
+    """
+    config = read_config(checkpoint_folder)
+    source = Checkpoint(checkpoint_folder, config, dtype=config.dtype or torch.bfloat16, device=torch.device("cpu"))
+    inventory = take_inventory(source.model, stored_dtypes=source.stored_dtypes)
+    for part in [REST, *range(inventory.num_layers)]:
+        source.load(part)
+    bits_of = LINEAR_BITS if role_bits is None else role_bits
+    linears = _linear_keys(source.model, inventory, bits_of)
+    layout = PackedLayout(tuple(_expert_layout(block, widths, pruned) for block in inventory.expert_blocks), linears)
+    tensors = _tensors(source.model, layout)
+    copy_model_files(checkpoint_folder, folder / CONFIG_FOLDER)
+    write_json(folder / LAYOUT, layout.to_json())
+    for part in [REST, *range(inventory.num_layers)]:
+        mine = {name: tensor.contiguous() for name, tensor in tensors.items() if source.layer_of(name) == part}
+        save_file(mine, folder / part_file(part), metadata={"format": "pt"})
+    return folder
+
+
+def encode(weight: torch.Tensor, encoding: AffineEncoding) -> dict[str, torch.Tensor]:
+    """The stored parts of a matrix [out_features, in_features], rounded to the nearest level of each group's range."""
+    grouped = weight.float().unflatten(-1, (-1, encoding.group_size))
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    levels = 2**encoding.bits - 1
+    scales = ((high - low) / levels).clamp_min(1e-6).half()
+    denominator = encoding.zero_point_denominator
+    zero_points = (-low / scales.float() * denominator).round().clamp(0, 255).to(torch.uint8)
+    codes = grouped / scales.float()[..., None] + (zero_points.float() / denominator)[..., None]
+    codes = codes.round().clamp(0, levels).to(torch.uint8).flatten(-2)
+    return {"codes": pack_codes(codes, bits=encoding.bits), "scales": scales, "zero_points": zero_points}
+
+
+def _key(bits: int, in_features: int) -> str:
+    return KEPT if bits == 16 else AffineEncoding(bits, choose_group_size(in_features, 32)).key
+
+
+def _expert_layout(block, widths: tuple[int, ...], pruned: tuple[int, ...]) -> ExpertLayout:
+    encodings = {
+        projection.name: tuple(
+            None if expert in pruned else _key(widths[(expert + number) % len(widths)], projection.in_features)
+            for expert in range(block.num_experts)
+        )
+        for number, projection in enumerate(block.projections)
+    }
+    shapes = {projection.name: (projection.out_features, projection.in_features) for projection in block.projections}
+    return ExpertLayout(block.path, block.num_experts, shapes, encodings)
+
+
+def _linear_keys(model: torch.nn.Module, inventory: ModelInventory, bits_of: dict[Role, int]) -> dict[str, str]:
+    return {
+        part.name.removesuffix(".weight"): _key(bits_of[part.role], part.shape[1])
+        for part in inventory.tensors
+        if part.role in bits_of and len(part.shape) == 2 and part.name.endswith(".weight")
+    }
+
+
+def _tensors(model: torch.nn.Module, layout: PackedLayout) -> dict[str, torch.Tensor]:
+    """Every tensor of the packed model by its stored name."""
+    from mc_cli.artifacts.packed import encoding_of
+
+    found = {name: tensor for name, tensor in model.state_dict().items() if name not in tied_names(model)}
+    for path, key in layout.linears.items():
+        weight = found.pop(f"{path}.weight")
+        found |= {f"{path}.{part}": tensor for part, tensor in encode(weight, encoding_of(key)).items()}
+    for block in layout.experts:
+        module = model.get_submodule(block.path)
+        for projection in block.projections:
+            del found[f"{block.path}.{projection}"]
+            for key, members in block.groups(projection).items():
+                encoding = encoding_of(key)
+                weights = [experts.expert_weight(module, projection, expert) for expert in members]
+                parts = [{"weight": weight} if encoding is None else encode(weight, encoding) for weight in weights]
+                for part in parts[0]:
+                    name = f"{block.path}.{stacked_name(projection, key, part)}"
+                    found[name] = torch.stack([entry[part] for entry in parts])
+    return found
