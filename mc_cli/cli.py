@@ -1,4 +1,4 @@
-"""The command line: flags to settings, one stage, and what it says printed. Imports no torch at module level.
+"""The command line: flags to settings, one stage or all, and what they say printed. Imports no torch at module level.
 
 Commands are built from the table in flags.py, so that a flag has one name, one help text and one meaning everywhere.
 """
@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import inspect
 import os
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mc_cli import __version__
-from mc_cli.failures import telling_errors
+from mc_cli.failures import INTERRUPTED, interrupted_message, telling_errors
 from mc_cli.flags import (
     COMPUTE,
+    HELD_OUT,
     STAGES,
     Flag,
     build,
@@ -29,55 +30,74 @@ from mc_cli.flags import (
     run_option,
     type_of,
 )
+from mc_cli.help import GroupedCommand, GroupedCommands
 
-app = typer.Typer(
-    name="mc-cli",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Compress Mixture-of-Experts language models: measure, allocate bits, quantize, pack, evaluate, export.",
-)
+if TYPE_CHECKING:
+    from mc_cli.chain import PlannedStage
+    from mc_cli.progress import StageResult
+    from mc_cli.recipe import RunPlan
 
 SUMMARIES = {
-    "calibrate": "Run text through the model and count what its routers do.",
+    "calibrate": "Run text through the model and measure what its routers do.",
     "score": "Measure what each expert matters and what each candidate width would cost.",
     "allocate": "Choose a width for every expert within a budget.",
     "quantize": "Round and pack the weights as the plan says, layer by layer.",
     "prune-eval": "Measure the original and the packed model on held-out text.",
     "export": "Write the packed model as a directory that loads elsewhere, and read it back.",
 }
-_NO_MODEL = ("allocate",)  # stages that compute nothing on the model: they take no --device, --dtype, ...
+_RUN_HELP = "Do all stages in turn, from a recipe, from flags, or both; skips what is done."
+_NO_MODEL = ("allocate",)  # computes nothing on the model, so it takes no --device, --dtype, ...
+_RUN_DEFAULTS = {"eval_data": HELD_OUT}  # parameters whose default differs in `run`
 _RUN_LEAVES_OUT = {("allocate", "bits")}  # `run --bits` is what is scored; allocate chooses among that
 _STAGES, _REST = "Stages, in the order of a run", "Whole runs and results"
-_WORK = "Work directory and output"
+_WORK, _GENERATION = "Work directory and output", "Text"
+
+app = typer.Typer(
+    name="mc-cli",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    cls=GroupedCommands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
 
 
-def _option(name: str, *more: str, help: str, panel: str = _WORK, **details: Any) -> Any:
-    return typer.Option(name, *more, help=help, rich_help_panel=panel, show_default=False, **details)
+def _option(*names: str, help: str, panel: str = _WORK, **details: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **details)
 
 
 _WORK_DIR = _option("--work-dir", "-w", help="Where the artifacts of this run lie.", metavar="DIR")
 _FORCE = _option("--force", help="Rebuild what is there, also if it was made with other settings.")
 _DRY_RUN = _option("--dry-run", help="Say what would be done, and do none of it.")
 _JSON = _option("--json", help="Print one JSON document instead of tables.")
-_DEBUG = _option("--debug", help="Show the traceback of an error, and the libraries' own messages.")
+_DEBUG = _option("--debug", help="Show the traceback of an error, and the libraries' own notices.")
 _COMMON = {"force": _FORCE, "dry_run": _DRY_RUN, "json": _JSON, "debug": _DEBUG}
+
+
+def main() -> None:
+    """Runs the command line and exits with its status."""
+    try:
+        app()
+    except KeyboardInterrupt:  # before a command was reached, or after it ended
+        typer.echo(interrupted_message(None), err=True)
+        raise SystemExit(INTERRUPTED) from None
+
+
+# Flags from the table
 
 
 def _parameter(name: str, kind: Any, info: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info], default=default)
 
 
-def _flag_parameter(section: str, flag: Flag, *, name: str, option: str, required: bool) -> inspect.Parameter:
+def _flag_parameter(section: str, flag: Flag, *, name: str, option: str, required: bool = False) -> inspect.Parameter:
     """The parameter of one flag: None unless given, so that what is given can be told from a default."""
     kind: Any = list[str] if flag.repeated else str if flag.parse else plain_type(type_of(section, flag.field))
-    default = default_text(section, flag)
-    text = f"{flag.help} [default: {default}]" if default else flag.help
+    default = _RUN_DEFAULTS.get(name) or default_text(section, flag)
     info = _option(
         f"{option}/--no-{option.removeprefix('--')}" if kind is bool else option,
-        help=text.replace("[", r"\["),  # brackets are rich's markup
+        help=f"{flag.help} [default: {default}]" if default else flag.help,
         panel=flag.panel,
         metavar=flag.metavar,
     )
@@ -86,9 +106,12 @@ def _flag_parameter(section: str, flag: Flag, *, name: str, option: str, require
 
 def _stage_parameters(stage: str) -> list[inspect.Parameter]:
     sections = (stage,) if stage in _NO_MODEL else (stage, COMPUTE)
-    flags = [(section, flag) for section in sections for flag in flags_of(section)]
     return [
-        *(_flag_parameter(section, f, name=f.field, option=f.name, required=f.required) for section, f in flags),
+        *(
+            _flag_parameter(section, flag, name=flag.field, option=flag.name, required=flag.required)
+            for section in sections
+            for flag in flags_of(section)
+        ),
         _parameter("work_dir", Path, _WORK_DIR),
         *(_parameter(name, bool, info, False) for name, info in _COMMON.items()),
     ]
@@ -105,37 +128,45 @@ def run_flags() -> dict[str, list[tuple[str, Flag]]]:
 
 
 def _run_parameters() -> list[inspect.Parameter]:
-    recipe = typer.Argument(help="Recipe, for example recipes/demo.yaml; flags go over it.", metavar="[RECIPE.yaml]", show_default=False)
-    force_from = _option("--force-from", help="Like --force, but only this stage and those after it.", metavar="STAGE")
-    settings = [
-        _flag_parameter(section, flag, name=name, option=run_option(section, flag), required=False)
-        for name, ((section, flag), *_) in run_flags().items()
-    ]
+    recipe = typer.Argument(
+        help="Recipe, for example recipes/demo.yaml; flags go over it.", metavar="[RECIPE.yaml]", show_default=False
+    )
+    force_from = _option(
+        "--force-from", help="Like --force, but only for this stage and those after it.", metavar="STAGE"
+    )
     return [
         _parameter("recipe", Path | None, recipe, None),
-        *settings,
+        *(
+            _flag_parameter(section, flag, name=name, option=run_option(section, flag))
+            for name, ((section, flag), *_) in run_flags().items()
+        ),
         _parameter("work_dir", Path | None, _WORK_DIR, None),
         *(_parameter(name, bool, info, False) for name, info in _COMMON.items()),
         _parameter("force_from", str | None, force_from, None),
     ]
 
 
-def _add_command(name: str, body: Callable[..., None], parameters: list[inspect.Parameter], *, help: str) -> None:
-    """Registers a command that hands its flags to `body` as one mapping."""
+def _add_command(
+    name: str, body: Callable[[Mapping[str, Any]], None], parameters: list[inspect.Parameter], help: str
+) -> None:
+    """Registers a command that hands all its flags to `body` as one mapping."""
 
     def command(**given: Any) -> None:
         body(given)
 
-    ordered = sorted(parameters, key=lambda parameter: parameter.default is not inspect.Parameter.empty)
-    command.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
-    app.command(name, help=help, rich_help_panel=_STAGES if name in STAGES else _REST)(command)
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    panel = _STAGES if name in STAGES else _REST
+    app.command(name, cls=GroupedCommand, help=help, rich_help_panel=panel)(command)
 
 
 def _given(section: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a section's flags that were given."""
     asked = [flag for flag in flags_of(section) if given.get(flag.field) is not None]
     return {flag.field: parsed(flag, given[flag.field]) for flag in asked}
+
+
+# Commands
 
 
 def _run_stage(stage: str, given: Mapping[str, Any]) -> None:
@@ -158,8 +189,8 @@ def _run_stage(stage: str, given: Mapping[str, Any]) -> None:
 
 
 def _run_all(given: Mapping[str, Any]) -> None:
-    """All stages, from a recipe, flags, or both."""
-    with telling_errors(debug=given["debug"], work_dir=given["work_dir"]):
+    """All stages, from a recipe, from flags, or both."""
+    with telling_errors(debug=given["debug"]):
         from mc_cli.recipe import Recipe, plan_run, read_recipe
 
         asked = [
@@ -170,22 +201,21 @@ def _run_all(given: Mapping[str, Any]) -> None:
         ]
         recipe = read_recipe(given["recipe"]) if given["recipe"] else Recipe()
         plan = plan_run(recipe.override(asked, given["work_dir"] and str(given["work_dir"])))
-        force_from = given["force_from"] or (STAGES[0] if given["force"] else None)
-        _run_plan(plan, force_from, given)
+    with telling_errors(debug=given["debug"], work_dir=plan.work_dir):
+        _run_plan(plan, given["force_from"] or (STAGES[0] if given["force"] else None), given)
 
 
 def _run_plan(plan: RunPlan, force_from: str | None, given: Mapping[str, Any]) -> None:
-    with telling_errors(debug=given["debug"], work_dir=plan.work_dir):
-        _prepare_libraries(debug=given["debug"])
-        from mc_cli import chain, console
+    _prepare_libraries(debug=given["debug"])
+    from mc_cli import chain, console
 
-        if given["dry_run"]:
-            return _print_planned(chain.planned_chain(plan, force_from=force_from), given)
-        progress = console.ConsoleProgress()
-        results = chain.run_chain(plan, force_from=force_from, progress=progress, tell=_tell_end)
-        if given["json"]:
-            return console.print_json({"work_dir": str(plan.work_dir), "stages": [console.result_json(r) for r in results]})
-        return console.print_chain(results)
+    if given["dry_run"]:
+        return _print_planned(chain.planned_chain(plan, force_from=force_from), given)
+    results = chain.run_chain(plan, force_from=force_from, progress=console.ConsoleProgress(), tell=_tell_end)
+    if given["json"]:
+        stages = [console.result_json(result) for result in results]
+        return console.print_json({"work_dir": str(plan.work_dir), "stages": stages})
+    return console.print_chain(results)
 
 
 def _tell_end(result: StageResult) -> None:
@@ -206,7 +236,7 @@ def _print_planned(planned: list[PlannedStage], given: Mapping[str, Any]) -> Non
     if given["json"]:
         return console.print_json({"stages": [entry.plain() for entry in planned]})
     for entry in planned:
-        print(f"{entry.stage}: {entry.state}: {entry.action}{f', {entry.folder}' if entry.folder else ''}")
+        print(f"{entry.stage}: {entry.state}: {entry.action}{f' ({entry.folder})' if entry.folder else ''}")
         for difference in entry.differences:
             print(f"  {difference}")
     return None
@@ -214,25 +244,24 @@ def _print_planned(planned: list[PlannedStage], given: Mapping[str, Any]) -> Non
 
 def _prepare_libraries(*, debug: bool) -> None:
     """Keeps the libraries' own notices off stderr unless --debug asks for them; must come before their import."""
-    if debug:
-        return
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 for _stage in STAGES:
-    _add_command(_stage, partial(_run_stage, _stage), _stage_parameters(_stage), help=SUMMARIES[_stage])
-_add_command("run", _run_all, _run_parameters(), help=_RUN_HELP)
+    _add_command(_stage, partial(_run_stage, _stage), _stage_parameters(_stage), SUMMARIES[_stage])
+_add_command("run", _run_all, _run_parameters(), _RUN_HELP)
 
 
-@app.command("status", rich_help_panel=_REST)
+@app.command("status", cls=GroupedCommand, rich_help_panel=_REST)
 def status(
+    *,
     work_dir: Annotated[Path, _WORK_DIR],
     json: Annotated[bool, _JSON] = False,
     debug: Annotated[bool, _DEBUG] = False,
 ) -> None:
-    """Show per stage what is done, begun, stale or to do; reads manifests only."""
+    """Show what is done, begun, stale or still to do in a work directory; reads manifests only."""
     with telling_errors(debug=debug):
         from mc_cli import console
         from mc_cli.status import work_dir_status
@@ -243,12 +272,76 @@ def status(
         return console.print_status(found)
 
 
-@app.command("generate", rich_help_panel=_REST)
-def generate(
-    model: Annotated[str, typer.Argument(help="Exported directory, or any model folder.", metavar="DIR", show_default=False)],
-    prompt: Annotated[str, _option("--prompt", help="Text to continue.", panel=_TEXT, metavar="TEXT")],
-    max_new_tokens: Annotated[
-        int, _option("--max-new-tokens", help="Tokens to add at most. [default: 64]".replace("[", r"\["), panel=_TEXT, min=1)
-    ] = 64,
+def _generate(given: Mapping[str, Any]) -> None:
+    """Text to stdout as it comes; speed and memory to stderr."""
+    with telling_errors(debug=given["debug"]):
+        compute = build(COMPUTE, _given(COMPUTE, given))
+        _prepare_libraries(debug=given["debug"])
+        from mc_cli import console
+        from mc_cli.runtime.generation import generate
+
+        show = console.stream if not given["json"] else lambda text: None
+        show(given["prompt"])
+        made = generate(
+            given["model"],
+            given["prompt"],
+            compute=compute,
+            max_new_tokens=given["max_new_tokens"],
+            temperature=given["temperature"],
+            seed=given["seed"],
+            show=show,
+        )
+        peak = console.peak_memory_bytes()
+        if given["json"]:
+            figures = {"tokens_per_s": made.tokens_per_s, "peak_memory_bytes": peak}
+            return console.print_json({"prompt": given["prompt"], **made.__dict__, **figures})
+        show("\n")
+        speed = f"{made.new_tokens} tokens in {made.generate_s:.1f} s, {made.tokens_per_s:.1f} tokens/s"
+        return console.say(f"{speed}; loaded in {made.load_s:.1f} s; peak memory {console.size_text(peak)}")
+
+
+def _generate_parameters() -> list[inspect.Parameter]:
+    model = typer.Argument(help="Exported directory, or any model folder.", metavar="DIR", show_default=False)
+    option = partial(_option, panel=_GENERATION)
+    tokens = option("--max-new-tokens", help="Tokens to add at most. [default: 64]", metavar="COUNT", min=1)
+    temperature = option(
+        "--temperature",
+        help="0 takes the most likely token; above, tokens are drawn. [default: 0]",
+        metavar="NUMBER",
+        min=0,
+    )
+    return [
+        _parameter("model", str, model),
+        _parameter("prompt", str, option("--prompt", help="Text to continue.", metavar="TEXT")),
+        _parameter("max_new_tokens", int, tokens, 64),
+        _parameter("temperature", float, temperature, 0.0),
+        _parameter("seed", int, option("--seed", help="Seed of what is drawn. [default: 0]"), 0),
+        *(
+            _flag_parameter(COMPUTE, flag, name=flag.field, option=flag.name)
+            for flag in flags_of(COMPUTE)
+            if flag.field != "batch_tokens"
+        ),
+        _parameter("json", bool, _JSON, False),
+        _parameter("debug", bool, _DEBUG, False),
+    ]
+
+
+_add_command("generate", _generate, _generate_parameters(), "Continue a text with an exported model.")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mc-cli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
-    ...
+    """Compress Mixture-of-Experts language models: measure, allocate bits, quantize, pack, evaluate, export.
+
+    Stages meet in a work directory (-w): each can be stopped at any time and goes on where it was.
+    """

@@ -22,9 +22,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mc_cli.progress import StageResult
+from mc_cli.status import StageStatus
 
 PLAIN_INTERVAL_S = 10.0  # between two progress lines where there is no terminal
 _PLAIN_WIDTH = 160  # columns of a table in a pipe or file, where there is no terminal to ask
+_RESULT_STAGES = ("prune-eval", "export")  # the stages whose tables a whole run ends with
 
 
 def stdout_console() -> Console:
@@ -279,3 +281,33 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
+
+
+def print_status(stages: Sequence[StageStatus]) -> None:
+    """One row per stage of a work directory."""
+    styles = {"done": "green", "begun": "yellow", "stale": "yellow", "damaged": "red", "to do": "dim"}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, right in (("stage", False), ("state", False), ("size", True), ("warnings", True), ("", False)):
+        table.add_column(name, justify="right" if right else "left")
+    for entry in stages:
+        size = size_text(entry.size_bytes) if entry.size_bytes else "-"
+        count = str(len(entry.warnings)) if entry.state in ("done", "stale") else "-"
+        state = Text(entry.state, style=styles.get(entry.state, ""))
+        table.add_row(entry.stage, state, size, count, Text(entry.detail))
+    stdout_console().print(table)
+
+
+def print_chain(results: Sequence[StageResult]) -> None:
+    """What a whole run came to: the facts of every stage that has any, and the tables of the stages that measure it."""
+    console = stdout_console()
+    for result in results:
+        shown = dict(result.summary) if result.stage in _RESULT_STAGES else {"facts": result.summary.get("facts")}
+        if shown.get("facts") or shown.get("tables"):
+            console.print(Text(f"\n{result.stage}", style="bold"))
+            print_summary(shown, console)
+
+
+def stream(text: str) -> None:
+    """Text to stdout at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

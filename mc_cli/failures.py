@@ -1,4 +1,4 @@
-"""How a command ends when it does not end well: one paragraph on stderr, an exit status, no traceback unless asked for."""
+"""How a command ends that does not end well: one paragraph on stderr, an exit status, a traceback only if asked for."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def error_message(error: Exception) -> str:
         )
     if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
         return (
-            f"There is not enough memory ({_first_line(text) or type(error).__name__}). Finished layers are kept: run the "
-            "same command again with a smaller --batch-tokens, or on a machine with more memory."
+            f"There is not enough memory ({_first_line(text) or type(error).__name__}). Finished layers are kept: run "
+            "the same command again with a smaller --batch-tokens, or on a machine with more memory."
         )
     return (
-        f"mc-cli has a defect: {type(error).__name__}: {text or '(no message)'}. This is not your mistake; finished layers "
-        "are kept. Run the same command with --debug for the traceback, and report it with the command line."
+        f"mc-cli has a defect: {type(error).__name__}: {text or '(no message)'}. This is not your mistake; finished "
+        "layers are kept. Run the same command with --debug for the traceback, and report it with the command line."
     )
 
 

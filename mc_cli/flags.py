@@ -292,6 +292,7 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
 
 # `run` reads two texts; the flags of the one that is evaluated on get this prefix there.
 RUN_PREFIX = "eval"
+HELD_OUT = "bundled:heldout"  # what `run` evaluates on unless told: never the text it calibrated on
 _PREFIXED = ("data", "split", "text_field", "length")
 
 

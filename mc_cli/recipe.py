@@ -20,6 +20,7 @@ import yaml
 from mc_cli.errors import InputError, listed
 from mc_cli.flags import (
     COMPUTE,
+    HELD_OUT,
     SECTIONS,
     STAGES,
     TARGETS,
@@ -33,7 +34,6 @@ from mc_cli.flags import (
 from mc_cli.settings import RunSettings
 
 TOP = ("description", "work_dir")  # what a recipe holds beside its sections
-HELD_OUT = "bundled:heldout"  # what `run` evaluates on unless told: never the text it calibrated on
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,17 @@ from mc_cli.parts import Role
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(B|[KMGT]i?B)?\s*", re.IGNORECASE)
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 def _plain(value: Any) -> Any:
@@ -33,7 +43,9 @@ def _one_of(flag: str, value: str, known: tuple[str, ...]) -> None:
 
 def _length(value: int) -> None:
     if value and value < 8:
-        raise InputError(f"--length {value}: at least 8 tokens, or 0 for 2048 (or the model's whole context where shorter).")
+        raise InputError(
+            f"--length {value}: at least 8 tokens, or 0 for 2048 (or the model's whole context where shorter)."
+        )
 
 
 def _at_least(flag: str, value: int, minimum: int) -> None:
@@ -45,7 +57,9 @@ def parse_size(text: str) -> int:
     """Bytes of a size like `16GiB`, `900MB` or `123456`. Raises InputError for anything else."""
     match = _SIZE.fullmatch(text)
     if not match:
-        raise InputError(f"{text!r} is not a size. Write bytes, or a number with B, kB, MB, GB, KiB, MiB or GiB, for example 16GiB.")
+        raise InputError(
+            f"{text!r} is not a size. Write bytes, or a number with B, kB, MB, GB, KiB, MiB or GiB, for example 16GiB."
+        )
     return round(float(match[1]) * _UNITS[(match[2] or "B").upper()])
 
 
@@ -124,7 +138,9 @@ class QuantizerSettings(StageSettings):
     quantizer: str = "gptq"
     damping: float = 0.01
     activation_order: bool = False
-    shrinkage: float = 0.25  # tokens per input feature at which an expert's own Hessian and the pooled one weigh the same
+    shrinkage: float = (
+        0.25  # tokens per input feature at which an expert's own Hessian and the pooled one weigh the same
+    )
     group_size: int = 128  # inputs per scale at most: the largest divisor of each matrix's width up to this is taken
 
     def __post_init__(self) -> None:
@@ -152,7 +168,7 @@ class AllocateSettings(StageSettings):
     """Exactly one target: stored bits or code bits (mean per expert weight), or bytes of the whole checkpoint.
 
     role_bits      width of every part that is not a routed expert; 16 = kept
-    exact_floors   at least this many experts per layer of each width, for example {3: 1, 2: 1}; None = the method's own
+    floors         at least this many experts per layer of each width, for example {3: 1, 2: 1}; None = the method's own
     """
 
     method: str = "global"
@@ -166,15 +182,19 @@ class AllocateSettings(StageSettings):
     head_bits: int = 16
     router_bits: int = 16
     floors: tuple[tuple[int, int], ...] | None = None
-    alpha: float = 1.0
-    beta: float = 1.5
-    gamma: float = 1.0
+    alpha: float | None = None  # exponents of pmq; None = as published (1, 1.5, 1)
+    beta: float | None = None
+    gamma: float | None = None
     seed: int = 0
     gap: float = 1e-4
     time_limit_s: float = 300.0
 
     def __post_init__(self) -> None:
-        given = [name for name in ("target_stored_bits", "target_bits", "target_size_bytes") if getattr(self, name) is not None]
+        given = [
+            name
+            for name in ("target_stored_bits", "target_bits", "target_size_bytes")
+            if getattr(self, name) is not None
+        ]
         if len(given) != 1:
             raise InputError(
                 f"allocate needs exactly one target, {len(given)} given: --target-stored-bits (scales included), "

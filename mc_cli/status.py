@@ -37,8 +37,8 @@ def work_dir_status(work_dir: Path) -> list[StageStatus]:
         raise InputError(f"{work_dir} does not exist. Give the work directory that calibrate or run was given with -w.")
     if not any((work_dir / name / file).exists() for name in STAGE_FOLDERS.values() for file in (MANIFEST, BEGUN)):
         raise InputError(
-            f"{work_dir} is not a work directory of mc-cli: it holds none of the folders {', '.join(STAGE_FOLDERS.values())}. "
-            "Give the directory that calibrate or run was given with -w."
+            f"{work_dir} is not a work directory of mc-cli: it holds no finished or begun "
+            f"{', '.join(STAGE_FOLDERS.values())}. Give the directory that calibrate or run was given with -w."
         )
     found: dict[str, StageStatus] = {}
     for stage, name in STAGE_FOLDERS.items():

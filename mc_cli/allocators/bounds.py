@@ -11,6 +11,9 @@ import numpy.typing as npt
 
 from mc_cli.allocators.problem import AllocationProblem
 
+BISECTIONS = 60
+FLOOR_ROUNDS = 8
+
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -72,6 +75,20 @@ class Table:
         served = math.fsum(price * row.count for row, price in zip(self.floors, multipliers.floors, strict=True))
         return math.fsum(self.penalised(multipliers).min(axis=1)) - multipliers.budget * self.limit + served
 
+    @cached_property
+    def floor_groups(self) -> list[list[int]]:
+        """Numbers of the floor rows, those over the same units together."""
+        found: dict[int, list[int]] = {}
+        for number, row in enumerate(self.floors):
+            found.setdefault(int(row.units[0]), []).append(number)
+        return list(found.values())
+
+    def keeps(self, picks: Ints) -> bool:
+        """Whether one choice per unit is within the limit and above every floor."""
+        if self.total(picks)[1] > self.limit:
+            return False
+        return all(row.members[np.arange(len(row.units)), picks[row.units]].sum() >= row.count for row in self.floors)
+
     def total(self, picks: Ints) -> tuple[float, int]:
         """(cost, size) of one choice per unit."""
         return math.fsum(self.cost[self.positions, picks]), int(self.size[self.positions, picks].sum())
@@ -96,7 +113,76 @@ def _floor_rows(problem: AllocationProblem, bits: Ints) -> tuple[FloorRow, ...]:
     return tuple(rows)
 
 
-def best_budget_multiplier(table: Table) -> float:
+def best_multipliers(table: Table) -> Multipliers:
+    """The multipliers of the highest Lagrangian bound: exactly without floors, very nearly with them."""
+    plain = Multipliers(_budget_price(table), (0.0,) * len(table.floors))
+    if not table.floors or table.keeps(np.argmin(table.penalised(plain), axis=1)):
+        return plain
+    free = _with_floor_prices(table, 0.0)
+    if _excess(table, free) <= 0:
+        return max(plain, free, key=table.bound)
+    low, high = 0.0, plain.budget or _spread(table) / max(1, int(table.size.max()))
+    tried = [plain, free]
+    for _ in range(BISECTIONS):
+        tried.append(_with_floor_prices(table, high))
+        if _excess(table, tried[-1]) <= 0:
+            break
+        low, high = high, 2 * high
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        tried.append(_with_floor_prices(table, middle))
+        low, high = (middle, high) if _excess(table, tried[-1]) > 0 else (low, middle)
+    return max(tried, key=table.bound)
+
+
+def _excess(table: Table, multipliers: Multipliers) -> int:
+    """By how much the assignment of least penalised cost is over the limit: the slope of the bound in the price."""
+    return table.total(_first(table.penalised(multipliers), table.size))[1] - table.limit
+
+
+def _with_floor_prices(table: Table, price: float) -> Multipliers:
+    """The budget price with, floor by floor, the worth that makes just enough units of the layer serve it.
+
+    For one floor the best worth is the `count`-th smallest of what serving it costs a unit. Floors of one layer compete
+    for units, so this is repeated, also with the worth of all of them moved together.
+    """
+    worth = [0.0] * len(table.floors)
+    for numbers in table.floor_groups:
+        rows = [table.floors[number] for number in numbers]
+        units = rows[0].units
+        plain = table.cost[units] + price * table.size[units]
+        disjoint = not (np.sum([row.members for row in rows], axis=0) > 1).any()
+        moves = [(index,) for index in range(len(rows))] + ([tuple(range(len(rows)))] if disjoint and len(rows) > 1 else [])
+        for _ in range(FLOOR_ROUNDS):
+            before = list(worth)
+            for move in moves:
+                current = plain - sum(worth[number] * row.members for number, row in zip(numbers, rows, strict=True))
+                members = np.logical_or.reduce([rows[index].members for index in move])
+                step = _serving_price(current, members, sum(rows[index].count for index in move))
+                step = max(step, *(-worth[numbers[index]] for index in move))
+                for index in move:
+                    worth[numbers[index]] += step
+            if worth == before:
+                break
+    return Multipliers(price, tuple(worth))
+
+
+def _serving_price(penalised: Floats, members: Bools, count: int) -> float:
+    """By how much serving has to be rewarded more (or less, negative) so that `count` units serve."""
+    serving = np.where(members, penalised, np.inf).min(axis=1)
+    other = np.where(members, np.inf, penalised).min(axis=1)
+    extra = np.sort(np.where(np.isinf(serving), np.inf, serving - np.where(np.isinf(other), 0.0, other)))
+    extra = np.where(np.isinf(other).sum() >= np.arange(1, len(extra) + 1), -np.inf, extra)
+    step = float(extra[count - 1])
+    return step if np.isfinite(step) else 0.0
+
+
+def _spread(table: Table) -> float:
+    finite = table.cost[np.isfinite(table.cost)]
+    return float(np.ptp(finite)) or abs(float(finite.max())) or 1.0
+
+
+def _budget_price(table: Table) -> float:
     """The price of size at which the Lagrangian bound is highest, floors left out of account.
 
     The bound is a concave, piecewise linear function of the price. Two assignments, one over the limit and one within
@@ -111,9 +197,8 @@ def best_budget_multiplier(table: Table) -> float:
         (cost_over, size_over), (cost_within, size_within) = table.total(over), table.total(within)
         price = (cost_within - cost_over) / (size_over - size_within)
         picks = _first(table.cost + price * table.size, table.size)
-        cost, size = table.total(picks)
-        crossing = cost_within + price * size_within
-        if not cost + price * size < crossing - 1e-14 * (abs(crossing) + price * size_within) or size in (size_over, size_within):
+        size = table.total(picks)[1]
+        if size in (size_over, size_within):
             break
         over, within = (over, picks) if size <= table.limit else (picks, within)
     return max(price, 0.0)

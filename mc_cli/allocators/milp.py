@@ -40,16 +40,15 @@ def choose_solver(name: str | None) -> str:
 
 
 def run_solver(
-    model: pulp.LpProblem, *, time_limit_s: float, absolute_gap: float, name: str | None = None, relaxed: bool = False
+    model: pulp.LpProblem, *, time_limit_s: float, absolute_gap: float, name: str | None = None
 ) -> Outcome:
     """Solves `model` in place and returns how that ended; one thread, so that two runs end alike.
 
     absolute_gap   distance to the optimum, in the model's objective, at which the solver may stop
-    relaxed        True solves the linear relaxation, which also gives each constraint its dual value `pi`
     Raises SolverError where the solver fails to run.
     """
     name = choose_solver(name)
-    settings = {"mip": not relaxed, "msg": False, "timeLimit": time_limit_s, "threads": 1, "gapRel": 0.0}
+    settings = {"msg": False, "timeLimit": time_limit_s, "threads": 1, "gapRel": 0.0}
     if name == HIGHS:
         solver = pulp.HiGHS(**settings, gapAbs=absolute_gap)
     else:

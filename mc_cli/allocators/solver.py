@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pulp
 
-from mc_cli.allocators.bounds import Bools, Floats, Ints, Multipliers, Table, best_budget_multiplier
+from mc_cli.allocators.bounds import Bools, Floats, Ints, Table, best_multipliers
 from mc_cli.allocators.milp import Outcome, choose_solver, run_solver
 from mc_cli.allocators.polish import polish
 from mc_cli.allocators.problem import AllocationProblem
@@ -35,8 +35,8 @@ def solve(problem: AllocationProblem, settings: SolverSettings, *, default_gap: 
     """
     gap = default_gap if settings.gap is None else settings.gap
     table = Table.of(problem)
-    scale = _Scale.of(table, best_budget_multiplier(table))
-    multipliers = _multipliers(table, scale, settings)
+    multipliers = best_multipliers(table)
+    scale = _Scale.of(table, multipliers.budget)
     bound = table.bound(multipliers)
     reduced = table.penalised(multipliers)
     reduced -= reduced.min(axis=1, keepdims=True)
@@ -91,31 +91,6 @@ class _Core:
     bound: float  # from the solver, -inf where it gives none
 
 
-def _multipliers(table: Table, scale: _Scale, settings: SolverSettings) -> Multipliers:
-    """The multipliers of the best Lagrangian bound: by line search, or from the linear relaxation where floors hold."""
-    plain = Multipliers(best_budget_multiplier(table), (0.0,) * len(table.floors))
-    if not table.floors:
-        return plain
-    start = np.argmin(table.penalised(plain), axis=1)
-    if _within(table, start):
-        return plain
-    everything = np.isfinite(table.cost)
-    model, _ = _build(table, everything, start, scale, table.limit, relaxed=True)
-    run_solver(model, time_limit_s=settings.time_limit_s, absolute_gap=0.0, name=settings.name, relaxed=True)
-    if model.sol_status != pulp.LpSolutionOptimal:
-        return plain
-    prices = {name: constraint.pi or 0.0 for name, constraint in model.constraints.items()}
-    budget = max(0.0, -prices.get("budget", 0.0)) * scale.cost / scale.size
-    floors = tuple(max(0.0, prices.get(f"floor_{row}", 0.0)) * scale.cost for row in range(len(table.floors)))
-    return max(plain, Multipliers(budget, floors), key=table.bound)
-
-
-def _within(table: Table, picks: Ints) -> bool:
-    if table.total(picks)[1] > table.limit:
-        return False
-    return all(row.members[np.arange(len(row.units)), picks[row.units]].sum() >= row.count for row in table.floors)
-
-
 def _solve_core(
     table: Table, undecided: Bools, reduced: Floats, scale: _Scale, tolerance: float, settings: SolverSettings
 ) -> _Core | None:
@@ -123,7 +98,7 @@ def _solve_core(
     start = np.argmin(reduced, axis=1)
     limit = table.limit
     for _ in range(TIGHTENINGS):
-        model, variables = _build(table, undecided, start, scale, limit, relaxed=False)
+        model, variables = _build(table, undecided, start, scale, limit)
         if not variables:
             picks = start
             outcome = Outcome(choose_solver(settings.name), pulp.LpSolutionOptimal, 0.0)
@@ -134,7 +109,7 @@ def _solve_core(
             if outcome.solution_status == pulp.LpSolutionInfeasible:
                 return None
             picks = _read(variables, start, outcome, settings)
-        if _within(table, picks):
+        if table.keeps(picks):
             base = math.fsum(table.cost[table.positions, start])
             own = -math.inf if outcome.bound is None or limit != table.limit else outcome.bound * scale.cost + base
             optimal = outcome.solution_status == pulp.LpSolutionOptimal
@@ -148,7 +123,7 @@ def _solve_core(
 
 
 def _build(
-    table: Table, undecided: Bools, start: Ints, scale: _Scale, limit: int, *, relaxed: bool
+    table: Table, undecided: Bools, start: Ints, scale: _Scale, limit: int
 ) -> tuple[pulp.LpProblem, dict[tuple[int, int], pulp.LpVariable]]:
     """The programme of the units with several undecided choices; the others keep `start`, and their sizes are taken off."""
     model = pulp.LpProblem("widths", pulp.LpMinimize)
@@ -156,12 +131,11 @@ def _build(
     is_free = np.zeros(len(start), bool)
     is_free[free] = True
     left = limit - int(table.size[table.positions, start][~is_free].sum())
-    category = pulp.LpContinuous if relaxed else pulp.LpBinary
     variables: dict[tuple[int, int], pulp.LpVariable] = {}
     objective, sizes = [], []
     for unit in free.tolist():
         options = np.flatnonzero(undecided[unit]).tolist()
-        row = [(pulp.LpVariable(f"x_{unit}_{option}", 0, None if relaxed else 1, category), option) for option in options]
+        row = [(pulp.LpVariable(f"x_{unit}_{option}", 0, 1, pulp.LpBinary), option) for option in options]
         origin = table.cost[unit, start[unit]]
         for variable, option in row:
             variables[unit, option] = variable

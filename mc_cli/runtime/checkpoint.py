@@ -37,7 +37,7 @@ from mc_cli.errors import CheckpointError, listed
 from mc_cli.families import facts_for
 from mc_cli.runtime.inventory import find_decoder_layers
 from mc_cli.runtime.model_folder import read_config, resolve_model
-from mc_cli.runtime.skeleton import build_skeleton, initialise, rebuild_buffers
+from mc_cli.runtime.skeleton import build_skeleton, initialise, non_persistent_buffers, rebuild_buffers
 from mc_cli.runtime.tensor_files import StoredTensor, TensorFiles, check_format
 
 __all__ = ["REST", "Checkpoint", "build_skeleton", "read_config", "rebuild_buffers", "resolve_model"]
@@ -98,11 +98,11 @@ class Checkpoint:
         self.files = TensorFiles(folder, quantization)
         self.stored_dtypes: dict[str, torch.dtype] = {}
         self.unused: list[str] = []
-        self._mapping = get_model_conversion_mapping(self.model)
+        self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         self._targets: dict[int, list[_Target]] = defaultdict(list)
         self._derived: dict[int, list[str]] = defaultdict(list)
         self._sort_keys(getattr(config.get_text_config(), "dtype", None) or torch.bfloat16)
-        self._conversions = [entry for entry in self._mapping if entry.was_used()]
+        self._used = [entry for entry in self._mapping if entry.was_used()]
         rebuild_buffers(self.model, device)
 
     def _sort_keys(self, dequantized: torch.dtype) -> None:
@@ -136,9 +136,9 @@ class Checkpoint:
                     equal = torch.equal(slices[keys[0]][...], slices[keys[1]][...])
                 if not equal:
                     raise CheckpointError(
-                        f"{self.folder}: config.json says that {name} is {twin} (tie_word_embeddings), but the files hold "
-                        f"different values for the two. If the model has a head of its own, set tie_word_embeddings to false "
-                        "in config.json."
+                        f"{self.folder}: config.json says that {name} is {twin} (tie_word_embeddings), but the files "
+                        "hold different values for the two. If the model has a head of its own, set tie_word_embeddings "
+                        "to false in config.json."
                     )
                 del targets[name]
             elif name in targets:
@@ -155,8 +155,8 @@ class Checkpoint:
                 missing.append(name)
         if missing:
             raise CheckpointError(
-                f"{self.folder} lacks {len(missing)} tensors that {type(self.model).__name__} needs:\n{listed(missing)}\n"
-                "The download may be incomplete, or config.json may be of another model."
+                f"{self.folder} lacks {len(missing)} tensors that {type(self.model).__name__} needs:\n"
+                f"{listed(missing)}\nThe download may be incomplete, or config.json may be of another model."
             )
 
     def _is_tied_to(self, name: str, reached: set[str]) -> bool:
@@ -171,14 +171,8 @@ class Checkpoint:
 
     def _converter(self, target: _Target) -> WeightConverter | None:
         pattern = next(iter(target.pieces))
-        return next(
-            (
-                entry
-                for entry in self._mapping
-                if isinstance(entry, WeightConverter) and pattern in entry.source_patterns
-            ),
-            None,
-        )
+        converters = (entry for entry in self._mapping if isinstance(entry, WeightConverter))
+        return next((entry for entry in converters if pattern in entry.source_patterns), None)
 
     def _check_shapes(self, targets: dict[str, _Target], known: dict[str, torch.Tensor]) -> None:
         """Raises CheckpointError for tensors that do not fit the skeleton, as far as the headers tell."""
@@ -278,7 +272,7 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{where}: cannot be read: {error}. Download the files again.") from error
         # What saving reverses: the conversions of the whole checkpoint, not those of the part that was read last.
-        self.model._weight_conversions = self._conversions
+        self.model._weight_conversions = self._used  # type: ignore[assignment]
         wrong = [
             f"{name}: {reason.strip().splitlines()[-1]}" for name, reason in (info.conversion_errors or {}).items()
         ]
@@ -291,14 +285,10 @@ class Checkpoint:
     def free(self, layer: int) -> None:
         """Returns a decoder layer's memory; its non-persistent buffers stay, no file holds them."""
         root = self.model.get_submodule(f"{self.layers_path}.{layer}")
-        kept = {
-            (module, name): module._buffers[name]
-            for module in root.modules()
-            for name in module._non_persistent_buffers_set
-        }
+        kept = [(module, non_persistent_buffers(module)) for module in root.modules()]
         root.to("meta")
-        for (module, name), buffer in kept.items():
-            module._buffers[name] = buffer
+        for module, buffers in kept:
+            module._buffers.update(buffers)
 
 
 def _quantization_entry(config: PretrainedConfig) -> dict[str, Any] | None:

@@ -38,8 +38,10 @@ class _Pieces(TextStreamer):
     def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._show = show
+        self.pieces: list[str] = []
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.pieces.append(text)
         self._show(text)
 
 
@@ -56,7 +58,7 @@ def generate(
     """The continuation of `prompt`, handed to `show` piece by piece as it comes.
 
     temperature   0 takes the most likely token each time; above, tokens are drawn with `seed`
-    Raises InputError for an empty prompt or one too long for the model, CheckpointError where the folder cannot be loaded.
+    Raises InputError for an empty prompt or one too long for the model, CheckpointError where loading fails.
     """
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder, trust_remote_code=compute.trust_remote_code)
@@ -69,23 +71,23 @@ def generate(
     limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     if limit and prompt_tokens + max_new_tokens > limit:
         raise InputError(
-            f"--prompt has {prompt_tokens} tokens and --max-new-tokens is {max_new_tokens}: together more than the model's "
-            f"{limit} positions. Use --max-new-tokens {max(0, limit - prompt_tokens)} or less, or a shorter prompt."
+            f"--prompt has {prompt_tokens} tokens and --max-new-tokens is {max_new_tokens}: together more than the "
+            f"model's {limit} positions. Use --max-new-tokens {max(0, limit - prompt_tokens)} or less."
         )
     loaded = time.monotonic()
     torch.manual_seed(seed)
-    pieces: list[str] = []
+    streamer = _Pieces(tokenizer, show)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     with torch.inference_mode():
         output = network.generate(
             **encoded.to(network.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            streamer=_Pieces(tokenizer, lambda text: (pieces.append(text), show(text))[1]),
+            streamer=streamer,
             **sampling,
         )
     return Generated(
-        text="".join(pieces),
+        text="".join(streamer.pieces),
         prompt_tokens=prompt_tokens,
         new_tokens=int(output.shape[1]) - prompt_tokens,
         load_s=loaded - begun,
@@ -104,11 +106,13 @@ def _load(folder: Any, compute: RunSettings) -> Any:
     automatic: Any = "auto" if device == "cuda" else torch.float32
     dtype = automatic if compute.dtype == "auto" else getattr(torch, compute.dtype)
     try:
-        network = AutoModelForCausalLM.from_pretrained(
+        network: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=compute.trust_remote_code
         )
     except McError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded as a causal language model ({type(error).__name__}: {error}).") from error
+        raise CheckpointError(
+            f"{folder} cannot be loaded as a causal language model ({type(error).__name__}: {error})."
+        ) from error
     return network.to(device).eval()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from mc_cli.errors import FamilyError, listed
+from mc_cli.errors import FamilyError
 from mc_cli.families import CONTRACT_TESTED, FamilyFacts, facts_for
 from mc_cli.parts import ExpertBlock, ModelInventory, Role, TensorPart
 from mc_cli.runtime import experts
@@ -22,7 +24,9 @@ def find_decoder_layers(model: nn.Module) -> str:
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and path.split(".")[-1] in ("layers", "blocks", "h"):
             return path
-    raise FamilyError(f"{type(model).__name__} has no list of decoder layers; mc-cli compresses decoder-only MoE models.")
+    raise FamilyError(
+        f"{type(model).__name__} has no list of decoder layers; mc-cli compresses decoder-only MoE models."
+    )
 
 
 def take_inventory(model: nn.Module, *, stored_dtypes: Mapping[str, torch.dtype]) -> ModelInventory:
@@ -32,23 +36,35 @@ def take_inventory(model: nn.Module, *, stored_dtypes: Mapping[str, torch.dtype]
     Raises FamilyError if no routed experts are reached.
     """
     layers_path = find_decoder_layers(model)
-    layers = model.get_submodule(layers_path)
-    blocks = tuple(_expert_block(layers_path, index, layer) for index, layer in enumerate(layers) if _has_experts(layer))
-    model_type = model.config.model_type
+    layers: Any = model.get_submodule(layers_path)
+    config: Any = model.config
+    blocks = tuple(
+        _expert_block(layers_path, index, layer) for index, layer in enumerate(layers) if _has_experts(layer)
+    )
     if not blocks:
-        raise FamilyError(
-            f"model_type {model_type!r}: no routed experts are reachable in {type(model).__name__}. mc-cli reaches experts "
-            "through transformers' experts interface (fused expert parameters); this family does not use it, or is not "
-            f"a Mixture of Experts. Families that are contract-tested:\n{listed(CONTRACT_TESTED)}"
-        )
+        raise _no_experts(model, config.model_type)
     tensors = _tensor_parts(model, layers_path, blocks, stored_dtypes)
     return ModelInventory(
-        model_type=model_type,
+        model_type=config.model_type,
         num_layers=len(layers),
         expert_blocks=blocks,
         tensors=tensors,
-        tied_head=_head_is_tied(model),
-        contract_tested=model_type in CONTRACT_TESTED,
+        tied_head=f"{_head_path(model)}.weight" in _tied_names(model),
+        contract_tested=config.model_type in CONTRACT_TESTED,
+    )
+
+
+def _no_experts(model: nn.Module, model_type: str) -> FamilyError:
+    is_mixture = any(re.search("moe|expert", type(module).__name__, re.IGNORECASE) for module in model.modules())
+    reason = (
+        "is a Mixture of Experts whose experts do not use transformers' experts interface (fused expert parameters with "
+        "a registered forward), the only way in which mc-cli reaches experts"
+        if is_mixture
+        else "is not a Mixture of Experts: it has no routed experts, and mc-cli has nothing to allocate bits among"
+    )
+    return FamilyError(
+        f"model_type {model_type!r} ({type(model).__name__}) {reason}. "
+        f"Contract-tested families: {', '.join(CONTRACT_TESTED)}."
     )
 
 
@@ -59,39 +75,48 @@ def _has_experts(layer: nn.Module) -> bool:
 def _expert_block(layers_path: str, index: int, layer: nn.Module) -> ExpertBlock:
     found = list(experts.find_experts(layer))
     if len(found) > 1:
-        raise FamilyError(f"{layers_path}.{index} has {len(found)} experts modules: {[path for path, _ in found]}; mc-cli handles one.")
+        paths = ", ".join(path for path, _ in found)
+        raise FamilyError(f"{layers_path}.{index} has {len(found)} experts modules ({paths}); mc-cli handles one.")
     path, module = found[0]
     parent_path = path.rpartition(".")[0]
     parent = layer.get_submodule(parent_path) if parent_path else layer
     router = next((name for name in _ROUTER_NAMES if isinstance(getattr(parent, name, None), nn.Module)), None)
-    if router is None:
-        raise FamilyError(f"{layers_path}.{index}.{parent_path} has experts but no router named {' or '.join(_ROUTER_NAMES)}.")
-    top_k = getattr(getattr(parent, router), "top_k", None) or getattr(parent, "top_k", None)
     prefix = f"{layers_path}.{index}."
+    if router is None:
+        raise FamilyError(f"{prefix}{parent_path} has experts but no router named {' or '.join(_ROUTER_NAMES)}.")
+    top_k = getattr(getattr(parent, router), "top_k", None) or getattr(parent, "top_k", None)
+    if not isinstance(top_k, int):
+        raise FamilyError(f"{prefix}{parent_path}: its router {router} does not say how many experts a token uses.")
     return ExpertBlock(
         layer=index,
         path=prefix + path,
         router_path=prefix + (f"{parent_path}." if parent_path else "") + router,
-        num_experts=int(module.num_experts),
-        top_k=int(top_k or 0),
+        num_experts=int(module.num_experts),  # type: ignore[arg-type]
+        top_k=top_k,
         projections=experts.projections_of(module),
     )
 
 
-def _head_is_tied(model: nn.Module) -> bool:
+def _tied_names(model: nn.Module) -> set[str]:
+    """Names of tensors that are another tensor, such as a head that is the embedding."""
+    tied: Any = getattr(model, "all_tied_weights_keys", None)
+    return set(tied or {})
+
+
+def _head_path(model: Any) -> str | None:
     head = model.get_output_embeddings()
-    return head is not None and bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    return None if head is None else next(path for path, module in model.named_modules() if module is head)
 
 
 def _tensor_parts(
     model: nn.Module, layers_path: str, blocks: tuple[ExpertBlock, ...], stored_dtypes: Mapping[str, torch.dtype]
 ) -> tuple[TensorPart, ...]:
-    facts = facts_for(model.config.model_type)
+    config: Any = model.config
+    facts = facts_for(config.model_type)
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    head = model.get_output_embeddings()
-    head_path = next((path for path, module in model.named_modules() if module is head), None)
+    head_path = _head_path(model)
     by_layer = {block.layer: block for block in blocks}
-    tied = {f"{head_path}.weight"} if _head_is_tied(model) else set()
+    tied = _tied_names(model)
     parts = []
     for name, tensor in model.state_dict().items():
         if name in tied:
@@ -101,8 +126,9 @@ def _tensor_parts(
         is_linear = module_path in linears and leaf == "weight"
         role = _role(name, layer, by_layer.get(layer) if layer is not None else None, facts, is_linear, head_path)
         dtype = stored_dtypes.get(name, tensor.dtype)
-        size = math.prod(tensor.shape) * dtype.itemsize
-        parts.append(TensorPart(name, role, layer, tuple(tensor.shape), str(dtype).removeprefix("torch."), size, is_linear))
+        shape = tuple(tensor.shape)
+        size = math.prod(shape) * dtype.itemsize
+        parts.append(TensorPart(name, role, layer, shape, str(dtype).removeprefix("torch."), size, is_linear))
     return tuple(parts)
 
 
@@ -125,7 +151,8 @@ def _role(
     pieces = name.split(".")
     if block is not None:
         if name.startswith(block.path + "."):
-            return Role.EXPERT if pieces[-1] in {projection.name for projection in block.projections} else Role.EXPERT_BIAS
+            weights = {projection.name for projection in block.projections}
+            return Role.EXPERT if pieces[-1] in weights else Role.EXPERT_BIAS
         if name.startswith(block.router_path + ".") or "shared_expert_gate" in pieces:
             return Role.ROUTER
     if any(piece.startswith("shared_") for piece in pieces):

@@ -1,25 +1,31 @@
 """Advancing hidden states layer by layer, with one decoder layer resident: calibration and evaluation alike.
 
 The model itself builds masks, positions and layer arguments: its layers are replaced by recorders for one pass over
-the embeddings. Then each layer is loaded, run over all batches, and freed.
+the embeddings. Then each layer is loaded, run over all batches, and freed. That is the model's own forward as long as
+layers hand on nothing but hidden states; a family whose layers hand on more is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from mc_cli.errors import InputError
+from mc_cli.errors import FamilyError, InputError
 from mc_cli.runtime.checkpoint import REST
+
+Calls = list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]]  # hidden states and arguments, per layer
 
 
 class LayerSource(Protocol):
     """A skeleton model whose parts can be materialised and freed: a checkpoint, or a packed folder."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
+
     layers_path: str
     device: torch.device
 
@@ -35,7 +41,7 @@ class _AllLayersSeen(Exception):
 class _Recorder(nn.Module):
     """Stands in for a decoder layer, notes what it is called with, and passes the hidden states on."""
 
-    def __init__(self, real: nn.Module, calls: list[tuple[torch.Tensor, tuple, dict]], last: bool) -> None:
+    def __init__(self, real: nn.Module, calls: Calls, last: bool) -> None:
         super().__init__()
         object.__setattr__(self, "real", real)
         object.__setattr__(self, "calls", calls)
@@ -61,7 +67,9 @@ class _Injector(_Recorder):
         return self.calls[0][0]
 
 
-LayerArguments = list[tuple[tuple, dict]]  # per layer: positional and keyword arguments after the hidden states
+LayerArguments = list[
+    tuple[tuple[Any, ...], dict[str, Any]]
+]  # per layer: positional and keyword arguments after the hidden states
 
 
 class LayerWalk:
@@ -77,7 +85,7 @@ class LayerWalk:
         self.token_ids = token_ids
         self.batch_size = batch_size
         self.depth = 0
-        self.layers = source.model.get_submodule(source.layers_path)
+        self.layers = decoder_layers(source.model, source.layers_path)
         source.load(REST)
         self.hidden, self._arguments = self._embed()
 
@@ -94,8 +102,8 @@ class LayerWalk:
         """Continues from saved hidden states, the input of layer `depth`."""
         if hidden.shape != self.hidden.shape or hidden.dtype != self.hidden.dtype:
             raise InputError(
-                f"saved hidden states have shape {tuple(hidden.shape)} {hidden.dtype}, this run needs {tuple(self.hidden.shape)} "
-                f"{self.hidden.dtype}. Use --force to start the stage anew."
+                f"saved hidden states have shape {tuple(hidden.shape)} {hidden.dtype}, this run needs "
+                f"{tuple(self.hidden.shape)} {self.hidden.dtype}. Use --force to start the stage anew."
             )
         self.hidden, self.depth = hidden, depth
 
@@ -118,8 +126,18 @@ class LayerWalk:
 
     def _call(self, layer: nn.Module, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
         args, kwargs = self._arguments_of(rows)[self.depth]
+        vessels = [value for value in (*args, *kwargs.values()) if _is_empty_vessel(value)]
         output = layer(hidden, *args, **kwargs)
+        beside = [value for value in output[1:] if value is not None] if isinstance(output, tuple) else []
+        if beside or any(map(len, vessels)):
+            raise self._refusal("its layers hand more than hidden states to the layers after them")
         return output[0] if isinstance(output, tuple) else output
+
+    def _refusal(self, reason: str) -> FamilyError:
+        return FamilyError(
+            f"{type(self.source.model).__name__} cannot be run with one layer in memory: {reason}. mc-cli has no other "
+            "way to calibrate and measure this family."
+        )
 
     def call_layer(self, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
         """The resident layer's output for given hidden states of the batch `rows`; gradients flow if enabled."""
@@ -132,12 +150,18 @@ class LayerWalk:
 
     def head(self, rows: slice, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head applied to `hidden` [sequences, length, hidden]; gradients flow if enabled."""
-        calls = [(hidden.to(self.source.device), (), {})]
+        calls: Calls = [(hidden.to(self.source.device), (), {})]
         with _replaced(self.layers, lambda index, real: _Injector(real, calls, False)):
-            return self.source.model(self.token_ids[rows].to(self.source.device), use_cache=False).logits
+            return self._forward(rows).logits
+
+    def _forward(self, rows: slice) -> Any:
+        # Router logits are for a training loss; without routers in the pass there are none to make it from.
+        with _without_router_logits(self.source.model):
+            return self.source.model(self.token_ids[rows].to(self.source.device), use_cache=False)
 
     def _arguments_of(self, rows: slice) -> LayerArguments:
-        return self._arguments[rows.start] if rows.start in self._arguments else self._arguments[-(rows.stop - rows.start)]
+        same_length = -(rows.stop - rows.start)
+        return self._arguments[rows.start if rows.start in self._arguments else same_length]
 
     @torch.no_grad()
     def _embed(self) -> tuple[torch.Tensor, dict[int, LayerArguments]]:
@@ -163,29 +187,59 @@ class LayerWalk:
         return hidden, kept
 
     def _record(self, rows: slice) -> tuple[torch.Tensor, LayerArguments]:
-        calls: list[tuple[torch.Tensor, tuple, dict]] = []
+        calls: Calls = []
         count = self.num_layers
         with _replaced(self.layers, lambda index, real: _Recorder(real, calls, index == count - 1)):
             try:
-                self.source.model(self.token_ids[rows].to(self.source.device), use_cache=False)
+                self._forward(rows)
             except _AllLayersSeen:
                 pass
+            except ValueError as error:  # the model unpacks what the recorders return
+                raise self._refusal(f"its layers do not return hidden states alone ({error})") from error
+        if len(calls) != count or any(hidden is not calls[0][0] for hidden, _, _ in calls):
+            raise self._refusal("it changes the hidden states between its layers, or does not call each layer once")
         return calls[0][0], [(args, kwargs) for _, args, kwargs in calls]
 
 
 class _replaced:
     """Context in which every decoder layer is replaced by a stand-in."""
 
-    def __init__(self, layers: nn.Module, make: Callable[[int, nn.Module], nn.Module]) -> None:
+    def __init__(self, layers: nn.ModuleList, make: Callable[[int, nn.Module], nn.Module]) -> None:
         self._layers, self._make = layers, make
 
     def __enter__(self) -> None:
-        self._real = dict(self._layers._modules)
+        self._real = {str(index): layer for index, layer in enumerate(self._layers)}
         for index, (name, real) in enumerate(self._real.items()):
             self._layers._modules[name] = self._make(index, real)
 
     def __exit__(self, *_: object) -> None:
         self._layers._modules.update(self._real)
+
+
+@contextlib.contextmanager
+def _without_router_logits(model: nn.Module) -> Iterator[None]:
+    config: Any = model.config
+    wanted = getattr(config, "output_router_logits", None)
+    if wanted is None:
+        yield
+        return
+    config.output_router_logits = False
+    try:
+        yield
+    finally:
+        config.output_router_logits = wanted
+
+
+def decoder_layers(model: nn.Module, layers_path: str) -> nn.ModuleList:
+    """The list of decoder layers at `layers_path`."""
+    layers = model.get_submodule(layers_path)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def _is_empty_vessel(value: Any) -> bool:
+    """True for an empty dictionary or list, which layers may fill for each other."""
+    return isinstance(value, (MutableMapping, list)) and not value
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -194,5 +248,6 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)):
         return isinstance(other, type(one)) and len(one) == len(other) and all(map(_equal, one, other))
     if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    return one is other or one == other
+        same_keys = isinstance(other, dict) and one.keys() == other.keys()
+        return same_keys and all(_equal(one[key], other[key]) for key in one)
+    return one is other or bool(one == other)

@@ -44,7 +44,8 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
         raise InputError(f"--model {name} is a file. Give the folder that holds config.json and *.safetensors.")
     if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(
-            f"--model {name}: no such directory. Give a folder with config.json and *.safetensors, or a hub id like org/name."
+            f"--model {name}: no such directory. Give a folder with config.json and *.safetensors, or a hub id like "
+            "org/name."
         )
     return _download(name, revision)
 
@@ -59,8 +60,8 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=second_copies))
     except Exception as error:  # the hub client raises its own, requests' and file system errors
         raise InputError(
-            f"--model {name}: not a directory here, and not to be had from the hub: {first_line(error)} Check the name, the "
-            "revision and the network, or give a directory."
+            f"--model {name}: not a directory here, and not to be had from the hub: {first_line(error)} Check the "
+            "name, the revision and the network, or give a directory."
         ) from error
 
 
@@ -106,6 +107,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
+    """The beginning of an error's message as one sentence, its type where it has no message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2]) or type(error).__name__
     return text if text.endswith((".", "!", "?")) else text + "."

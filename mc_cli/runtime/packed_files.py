@@ -5,7 +5,6 @@ Only headers are read until a tensor is asked for; tensors on the CPU stay memor
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING
 
 from mc_cli.artifacts.packed import CONFIG_FOLDER, LAYOUT, QUANT_METHOD, PackedLayout, read_layout
 from mc_cli.artifacts.store import read_json, write_json
@@ -34,9 +34,8 @@ DTYPES = {
     "F64": torch.float64,
     "BOOL": torch.bool,
 }
-# What makes a model usable beside its weights: configuration, tokenizer, and the licence its weights come under.
+# What makes a model usable beside config.json and its weights, and the licence they come under.
 MODEL_FILES = (
-    "config.json",
     "generation_config.json",
     "tokenizer*",
     "tokenization*.py",
@@ -51,25 +50,29 @@ MODEL_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-# What config.json says of the original's weights: their quantization, and code that reads their files.
-_OF_THE_ORIGINAL = ("quantization_config", "auto_map", "transformers_weights")
+# What config.json says of the original's weights and of the code that reads their files.
+_OF_THE_ORIGINAL = ("quantization_config", "transformers_weights", "auto_map")
 
 
 def copy_model_files(source_folder: Path, target_folder: Path) -> None:
-    """Copies configuration, tokenizer and licence files; config.json without what describes the original's weights."""
+    """Copies configuration, tokenizer and licence files; config.json without what describes the original's weights.
+
+    A model whose architecture is not part of transformers keeps its own code.
+    """
     target_folder.mkdir(parents=True, exist_ok=True)
-    found = {path for pattern in MODEL_FILES for path in source_folder.glob(pattern) if path.is_file()}
-    for path in sorted(found):
-        if path.name == "config.json":
-            write_json(target_folder / path.name, _plain_config(json.loads(path.read_text(encoding="utf-8"))))
-        else:
-            shutil.copyfile(path, target_folder / path.name)
+    config = read_json(source_folder / "config.json")
+    own_code = config.get("model_type") not in CONFIG_MAPPING
+    patterns = (*MODEL_FILES, "*.py") if own_code else MODEL_FILES
+    for path in sorted({path for pattern in patterns for path in source_folder.glob(pattern) if path.is_file()}):
+        shutil.copyfile(path, target_folder / path.name)
+    dropped = _OF_THE_ORIGINAL[:-1] if own_code else _OF_THE_ORIGINAL
+    write_json(target_folder / "config.json", _without(config, dropped))
 
 
-def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in config.items() if name not in _OF_THE_ORIGINAL}
+def _without(config: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    kept = {name: value for name, value in config.items() if name not in names}
     if isinstance(kept.get("text_config"), dict):
-        kept["text_config"] = _plain_config(kept["text_config"])
+        kept["text_config"] = _without(kept["text_config"], names)
     return kept
 
 

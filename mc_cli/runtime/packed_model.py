@@ -21,10 +21,12 @@ from mc_cli.artifacts.packed import PackedLayout, encoding_of
 from mc_cli.errors import ArtifactError, McError, PlanError, listed
 from mc_cli.parts import Role
 from mc_cli.runtime import experts
-from mc_cli.runtime.checkpoint import REST, build_skeleton, read_config, rebuild_buffers
+from mc_cli.runtime.checkpoint import REST
 from mc_cli.runtime.inventory import find_decoder_layers, take_inventory
+from mc_cli.runtime.model_folder import read_config
 from mc_cli.runtime.packed_files import PackedFiles, copy_model_files, open_packed
 from mc_cli.runtime.packed_modules import pack_experts, pack_weight
+from mc_cli.runtime.skeleton import build_skeleton, rebuild_buffers
 
 __all__ = ["PackedSource", "StoredBytes", "attach", "copy_model_files", "load_packed", "model_bytes", "tied_names"]
 
@@ -143,8 +145,7 @@ class PackedSource:
         self.model: Any = build_skeleton(self.config, dtype=dtype)
         self.layers_path = find_decoder_layers(self.model)
         self.packed = attach(self.model, self.layout, kept_dtype=dtype)
-        self._plan = self.model._get_dtype_plan(dtype)
-        self._dtypes = self._check_names()
+        self._dtypes = self._check_names(dtype)
         rebuild_buffers(self.model, device)
 
     @property
@@ -181,12 +182,11 @@ class PackedSource:
         for inner, name, buffer in kept:
             inner._buffers[name] = buffer
 
-    def _check_names(self) -> dict[str, torch.dtype | None]:
+    def _check_names(self, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
         """Stored name -> the dtype it is cast to, None for as it is."""
         there = self.files.tensors
-        wanted = {
-            name: tensor for name, tensor in self.model.state_dict().items() if name not in tied_names(self.model)
-        }
+        tied = tied_names(self.model)
+        wanted = {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
         problems = [f"{name}: missing" for name in sorted(wanted.keys() - there.keys())]
         problems += [f"{name}: not part of the model" for name in sorted(there.keys() - wanted.keys())]
         for name in sorted(wanted.keys() & there.keys()):
@@ -200,19 +200,18 @@ class PackedSource:
                 f"{self.folder}: {len(problems)} tensors do not fit the layout:\n{listed(problems)}\n"
                 "The files are damaged or of another model; run quantize or export again with --force."
             )
-        return {
-            name: None if name in self.packed else self._kept_dtype(name, tensor) for name, tensor in wanted.items()
-        }
+        plan = self.model._get_dtype_plan(dtype)
+        return {name: self._target_dtype(name, tensor, plan) for name, tensor in wanted.items()}
 
-    def _kept_dtype(self, name: str, tensor: torch.Tensor) -> torch.dtype | None:
+    def _target_dtype(self, name: str, tensor: torch.Tensor, plan: dict[str, torch.dtype]) -> torch.dtype | None:
         """transformers' own rule for loading: the family's dtype plan, else the dtype that the module declares."""
-        if not tensor.is_floating_point():
+        if name in self.packed or not tensor.is_floating_point():
             return None
-        if self._plan:
-            pattern, group_names, _ = build_glob_alternation(list(self._plan))
+        if plan:
+            pattern, group_names, _ = build_glob_alternation(list(plan))
             match = pattern.search(name)
             if match is not None and match.lastgroup is not None:
-                return self._plan[group_names[match.lastgroup]]
+                return plan[group_names[match.lastgroup]]
         return tensor.dtype
 
     def _place(self, name: str, tensor: torch.Tensor) -> None:

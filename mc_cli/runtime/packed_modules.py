@@ -91,7 +91,7 @@ def pack_weight(module: Any, encoding: Encoding, *, dtype: torch.dtype) -> dict[
     for part, spec in specs.items():
         empty = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=weight.device)
         module.register_parameter(part, nn.Parameter(empty, requires_grad=False))
-    module.__class__ = _subclass(type(module), _PackedLinear if plain_linear else _PackedWeightModule)
+    module.__class__ = _subclass(module.__class__, _PackedLinear if plain_linear else _PackedWeightModule)
     module._mc_weight = PackedWeight(encoding, tuple(specs), in_features, dtype)
     module._mc_stored = frozenset(specs)
     module._is_hf_initialized = True  # else transformers re-initialises a weight that is no parameter any more
@@ -105,6 +105,6 @@ def pack_experts(module: Any, layout: ExpertLayout, *, dtype: torch.dtype) -> di
     """
     experts.attach_packed(module, layout, kept_dtype=dtype)
     stored = experts.stored_parts(module)
-    module.__class__ = _subclass(type(module), _StoredDtypes)
+    module.__class__ = _subclass(module.__class__, _StoredDtypes)
     module._mc_stored = frozenset(stored)
     return stored

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from mc_cli.errors import CheckpointError, FamilyError
 from mc_cli.runtime.model_folder import SUPPORTED, first_line
 
 
-def build_skeleton(config: PretrainedConfig, *, dtype: torch.dtype) -> nn.Module:
+def build_skeleton(config: PretrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device: shapes, modules and code, no weights.
 
     Raises FamilyError if there is no causal language model for this config, CheckpointError if its entries do not fit.
@@ -21,15 +22,16 @@ def build_skeleton(config: PretrainedConfig, *, dtype: torch.dtype) -> nn.Module
     custom = type(config).__module__.startswith("transformers_modules")  # its code was trusted when it was read
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not custom:
         raise FamilyError(
-            f"model_type {config.model_type!r} has no causal language model in transformers {transformers.__version__}. "
-            f"{SUPPORTED}"
+            f"model_type {config.model_type!r} has no causal language model in transformers "
+            f"{transformers.__version__}. {SUPPORTED}"
         )
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=custom)
         except Exception as error:  # whatever a model's constructor makes of entries that do not fit each other
             raise CheckpointError(
-                f"config.json (model_type {config.model_type!r}) describes a model that cannot be built: {first_line(error)}"
+                f"config.json (model_type {config.model_type!r}) describes a model that cannot be built: "
+                f"{first_line(error)}"
             ) from error
     model.eval().requires_grad_(False)
     model.config.use_cache = False
@@ -39,18 +41,25 @@ def build_skeleton(config: PretrainedConfig, *, dtype: torch.dtype) -> nn.Module
 def rebuild_buffers(model: nn.Module, device: torch.device) -> None:
     """Fills the non-persistent buffers (rotary frequencies and the like) that no checkpoint holds."""
     for module in model.modules():
-        initialise(
-            model, module, [name for name in module._non_persistent_buffers_set if module._buffers[name].is_meta]
-        )
-        for name in module._non_persistent_buffers_set:
-            module._buffers[name] = module._buffers[name].to(device)
+        buffers = non_persistent_buffers(module)
+        initialise(model, module, [name for name, buffer in buffers.items() if buffer.is_meta])
+        for name, buffer in non_persistent_buffers(module).items():
+            module._buffers[name] = buffer.to(device)
 
 
-def initialise(model: nn.Module, module: nn.Module, names: list[str]) -> None:
+def non_persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The module's own buffers that no checkpoint holds, by name."""
+    names = module._non_persistent_buffers_set
+    return {name: buffer for name, buffer in module._buffers.items() if name in names and buffer is not None}
+
+
+def initialise(model: Any, module: nn.Module, names: list[str]) -> None:
     """Lets the model's own initialisation compute these buffers of a module, on the CPU."""
     if not names:
         return
     for name in names:
-        module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        buffer = module._buffers[name]
+        assert buffer is not None
+        module._buffers[name] = torch.empty_like(buffer, device="cpu")
     with torch.no_grad():
         model._init_weights(module)

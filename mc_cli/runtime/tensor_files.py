@@ -133,7 +133,8 @@ class TensorFiles:
             folded[name] = StoredTensor(name, shape, None, blocks.places + exponents.places)
         if wrong:
             raise CheckpointError(
-                f"{self.folder}: {len(wrong)} MXFP4 tensors are not whole:\n{listed(wrong)}\nDownload the checkpoint again."
+                f"{self.folder}: {len(wrong)} MXFP4 tensors are not whole:\n{listed(wrong)}\n"
+                "Download the checkpoint again."
             )
         return folded
 
@@ -169,8 +170,8 @@ def check_format(folder: Path, quantization: dict[str, Any] | None) -> str | Non
     method = str(getattr(method, "value", method))
     if method not in ("fp8", "mxfp4"):
         raise CheckpointError(
-            f"{folder} is already quantized with {method!r}, and quantizing it again would stack two errors. mc-cli starts "
-            "from 16- or 32-bit, FP8 (block scales) or MXFP4 checkpoints: give the original model."
+            f"{folder} is already quantized with {method!r}, and quantizing it again would stack two errors. mc-cli "
+            "starts from 16- or 32-bit, FP8 (block scales) or MXFP4 checkpoints: give the original model."
         )
     return method
 
@@ -236,20 +237,13 @@ def _weight_files(folder: Path) -> list[str]:
     names = sorted(path.name for path in folder.glob("model*.safetensors"))
     if names:
         return names
-    others = sorted(
-        path.name
-        for path in folder.glob("*")
-        if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt")
-    )
+    kinds = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt")
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in kinds)
     pickled = any(not name.endswith((".safetensors", ".gguf")) for name in others)
     raise CheckpointError(
         f"{folder} has no model*.safetensors file"
-        + (f", only {', '.join(others[:5])}" if others else "")
-        + (
-            ". Pickled weights are never read: convert them to safetensors first."
-            if pickled
-            else ". Download the weights."
-        )
+        + (f", only {', '.join(others[:5])}. " if others else ". ")
+        + ("Pickled weights are never read: convert them to safetensors first." if pickled else "Download the weights.")
     )
 
 
@@ -259,6 +253,6 @@ def _open(path: Path) -> Any:
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size if path.exists() else 0
         raise CheckpointError(
-            f"{path} ({size:,} bytes) is not a whole safetensors file: {error}. The download may be truncated; fetch the "
-            "file again."
+            f"{path} ({size:,} bytes) is not a whole safetensors file: {error}. The download may be truncated; fetch "
+            "the file again."
         ) from error

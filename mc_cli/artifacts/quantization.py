@@ -1,0 +1,53 @@
+"""`packed/report/layer_NNN.json`: what became of every quantized matrix, and the account that proves coverage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mc_cli.artifacts.store import read_json, write_json
+from mc_cli.errors import ArtifactError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """One matrix. For a routed expert `name` is `<experts path>.<expert>.<projection>`.
+
+    outcome        quantized, kept or pruned
+    encoding       key of the encoding; None unless quantized
+    tokens         calibration tokens behind its Hessian
+    proxy_loss     trace(D H D^T), summed over tokens;  relative_error: divided by trace(W H W^T)
+    pooled_share   part of the Hessian that came from the layer's pooled tokens
+    notes          fallbacks: raised damping, no data
+    """
+
+    name: str
+    role: str
+    outcome: str
+    weight_count: int
+    bits: int
+    encoding: str | None = None
+    tokens: int | None = None
+    proxy_loss: float | None = None
+    relative_error: float | None = None
+    pooled_share: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+def write_report(path: Path, rows: Sequence[MatrixReport]) -> None:
+    """Writes one layer's rows in one atomic replace."""
+    write_json(path, {"schema": SCHEMA, "matrices": [asdict(row) for row in rows]})
+
+
+def read_report(path: Path) -> list[MatrixReport]:
+    """Reads one layer's rows back. Raises ArtifactError where the file is damaged."""
+    content = read_json(path)
+    try:
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"schema {content['schema']!r}")
+        return [MatrixReport(**{**row, "notes": tuple(row["notes"])}) for row in content["matrices"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} is not a quantization report: {error!r}. Run quantize --force.") from error

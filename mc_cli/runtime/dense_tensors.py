@@ -1,0 +1,79 @@
+"""A packed model's tensors as a plain checkpoint has them: dequantized, fused or split as the family stores them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.core_model_loading import revert_weight_conversion
+
+from mc_cli.runtime import experts
+from mc_cli.runtime.packed_files import PackedFiles, open_packed
+from mc_cli.runtime.packed_model import PackedSource, read_packed_config, tied_names
+from mc_cli.runtime.skeleton import build_skeleton
+
+
+_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class DenseTensors:
+    """The dense tensors of a packed model, one part (decoder layer or REST) at a time.
+
+    What was packed comes in the model's own dtype, what was kept in the dtype it is stored in.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.dtype = weight_dtype(open_packed(folder))
+        self._source = PackedSource(folder, dtype=self.dtype, device=torch.device("cpu"))
+        self._model: Any = build_skeleton(self._source.config, dtype=self.dtype)
+        self._stored = self._source.files.tensors
+        self.parts = self._source.parts
+
+    def by_module(self, part: int) -> dict[str, torch.Tensor]:
+        """Module-tree name -> tensor of every parameter and persistent buffer that a plain checkpoint holds."""
+        self._source.load(part)
+        tied = tied_names(self._model)
+        names = [name for name in self._model.state_dict() if name not in tied and self._source.part_of(name) == part]
+        kept = dict(self._source.files.read(name for name in names if name in self._stored))
+        tensors = {name: kept[name] if name in kept else self._dequantized(name) for name in names}
+        self._silence_pruned(tensors, part)
+        if part >= 0:
+            self._source.free(part)
+        return tensors
+
+    def original(self, part: int) -> dict[str, torch.Tensor]:
+        """The same tensors under the names and in the shapes that `save_pretrained` gives them, such as one per expert."""
+        return revert_weight_conversion(self._model, self.by_module(part))
+
+    def _dequantized(self, name: str) -> torch.Tensor:
+        path, _, leaf = name.rpartition(".")
+        module = self._source.model.get_submodule(path)
+        if not experts.is_packed(module):
+            return module.weight
+        fused = torch.empty_like(self._model.get_submodule(path)._parameters[leaf], device="cpu")
+        for expert in range(module.num_experts):
+            row = fused[expert].T if module.is_transposed else fused[expert]
+            if experts.is_pruned(module, expert):
+                row.zero_()
+            else:
+                row.copy_(experts.dense_weight(module, leaf, expert))
+        return fused
+
+    def _silence_pruned(self, tensors: dict[str, torch.Tensor], part: int) -> None:
+        """A pruned expert adds nothing to a token: with its weights at zero, its output bias has to be zero as well."""
+        for block in self._source.layout.experts:
+            name = f"{block.path}.down_proj_bias"
+            if self._source.part_of(name) == part and name in tensors:
+                module = self._source.model.get_submodule(block.path)
+                pruned = [expert for expert in range(block.num_experts) if experts.is_pruned(module, expert)]
+                tensors[name] = tensors[name].index_fill(0, torch.tensor(pruned, dtype=torch.int64), 0)
+
+
+def weight_dtype(files: PackedFiles) -> torch.dtype:
+    """The dtype of the model's weights before packing: config.json's, else that of its largest kept tensor."""
+    stated = read_packed_config(files).get_text_config().dtype
+    if isinstance(stated, torch.dtype):
+        return stated
+    kept = [tensor for tensor in files.tensors.values() if tensor.dtype in _WEIGHT_DTYPES and len(tensor.shape) == 2]
+    return max(kept, key=lambda tensor: tensor.size_bytes).dtype

@@ -1,0 +1,265 @@
+"""Quantizing one resident decoder layer in place, in the order that lets every matrix see already quantized inputs.
+
+Linears come first, in the order the layer calls them; those that share an input share one Hessian. Then the experts'
+up projections, then their down projections on the activations that the quantized up projections give. The module's
+weights are replaced by what the stored codes stand for, so the layer's output is the packed layer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from mc_cli.artifacts.packed import KEPT, ExpertLayout
+from mc_cli.artifacts.plan import KEPT_BITS, Plan
+from mc_cli.artifacts.quantization import MatrixReport
+from mc_cli.encodings.affine import affine_for
+from mc_cli.numerics.hessian import accumulate, trace_error
+from mc_cli.parts import ExpertBlock, Role, TensorPart
+from mc_cli.quantizers import Quantizer
+from mc_cli.runtime import experts
+from mc_cli.runtime.expert_inputs import ExpertInputs, down_hessians, expert_chunks, pooled_share, up_hessians
+from mc_cli.runtime.layerwise import LayerWalk
+from mc_cli.runtime.routing import watching
+
+PackedTensors = dict[str, torch.Tensor]  # stored part -> tensor of one matrix
+
+
+@dataclass
+class LayerResult:
+    """What one layer became."""
+
+    linears: dict[str, tuple[str, PackedTensors]] = field(default_factory=dict)  # module path -> encoding key, tensors
+    experts: dict[str, dict[int, tuple[str, PackedTensors]]] = field(
+        default_factory=dict
+    )  # projection -> expert -> same
+    layout: ExpertLayout | None = None
+    report: list[MatrixReport] = field(default_factory=list)
+
+
+class _InputSeen(Exception):
+    """Ends a forward once the wanted input has been captured."""
+
+
+class LayerQuantizer:
+    """Quantizes layer after layer of a walk by one plan."""
+
+    def __init__(self, walk: LayerWalk, plan: Plan, quantizer: Quantizer, *, shrinkage: float) -> None:
+        self._walk = walk
+        self._model = walk.source.model
+        self._device = walk.source.device
+        self._plan = plan
+        self._quantizer = quantizer
+        self._shrinkage = shrinkage
+
+    def quantize(self, tensors: Sequence[TensorPart], block: ExpertBlock | None) -> LayerResult:
+        """Quantizes the resident layer `walk.depth`, whose parameters are `tensors` and whose experts are `block`."""
+        result = LayerResult()
+        wanted = {path: part for part in tensors if (path := self._packable(part)) is not None}
+        for group in self._input_groups(list(wanted)):
+            hessian, tokens = self._input_hessian(group[0])
+            self.quantize_linears([(path, wanted[path]) for path in group], hessian, tokens, result)
+        if block is not None:
+            self._quantize_experts(block, result)
+        return result
+
+    def quantize_linears(
+        self, linears: Sequence[tuple[str, TensorPart]], hessian: torch.Tensor, tokens: int, result: LayerResult
+    ) -> None:
+        """Quantizes modules that share the input behind `hessian` [in_features, in_features]; their weights are replaced."""
+        prepared: dict[int, Any] = {}
+        for path, part in linears:
+            module = self._model.get_submodule(path)
+            weight = module.weight.detach().float()[None]
+            encoding = self._encoding(self._plan.role_bits[part.role], weight.shape[-1])
+            if encoding.group_size not in prepared:
+                prepared[encoding.group_size] = self._quantizer.prepare(hessian[None], group_size=encoding.group_size)
+            quantized = self._quantizer.quantize(weight, prepared[encoding.group_size], encoding)
+            module.weight.data.copy_(encoding.dequantize(quantized.tensors, weight.shape[-1])[0])
+            result.linears[path] = (encoding.key, {name: tensor[0] for name, tensor in quantized.tensors.items()})
+            row = MatrixReport(path, part.role.value, "quantized", weight.numel(), encoding.bits, encoding.key, tokens)
+            result.report.append(self._measured(row, weight, quantized, hessian[None], 0))
+
+    def _packable(self, part: TensorPart) -> str | None:
+        """The module path of a matrix that the plan packs, None for what is kept."""
+        bits = self._plan.role_bits.get(part.role, KEPT_BITS)
+        path, _, leaf = part.name.rpartition(".")
+        is_matrix = leaf == "weight" and len(part.shape) == 2 and (part.linear or part.role == Role.ROUTER)
+        return path if is_matrix and bits != KEPT_BITS else None
+
+    def _encoding(self, bits: int, in_features: int) -> Any:
+        return affine_for(bits, in_features, group_size_limit=self._plan.group_size_limit)
+
+    # Linears
+
+    def _input_groups(self, paths: list[str]) -> list[list[str]]:
+        """The modules in the order they are first called, those called with one and the same input together."""
+        if not paths:
+            return []
+        seen: list[tuple[torch.Tensor, str]] = []  # the tensors are kept, so that no address is used twice
+        handles = []
+        for path in paths:
+            module = self._model.get_submodule(path)
+            handles.append(module.register_forward_pre_hook(lambda _, args, path=path: seen.append((args[0], path))))
+        rows = next(self._walk.batches())
+        with torch.no_grad():
+            self._walk.call_layer(self._walk.hidden[rows].to(self._device), rows)
+        for handle in handles:
+            handle.remove()
+        groups: dict[tuple[int, int], list[str]] = {}
+        for tensor, path in seen:
+            key = (tensor.data_ptr(), tensor.shape[-1])
+            if not any(path in group for group in groups.values()):
+                groups.setdefault(key, []).append(path)
+        return list(groups.values())
+
+    def _input_hessian(self, path: str) -> tuple[torch.Tensor, int]:
+        """(Hessian [in, in] float32, tokens) of one module's inputs; the forward stops where they are seen."""
+        module = self._model.get_submodule(path)
+        width = module.weight.shape[-1]
+        hessian = torch.zeros((width, width), device=self._device)
+        count = 0
+
+        def capture(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            nonlocal count
+            rows = args[0].detach().reshape(-1, width)
+            accumulate(hessian, rows)
+            count += len(rows)
+            raise _InputSeen
+
+        handle = module.register_forward_pre_hook(capture)
+        with torch.no_grad():
+            for rows in self._walk.batches():
+                try:
+                    self._walk.call_layer(self._walk.hidden[rows].to(self._device), rows)
+                except _InputSeen:
+                    continue
+        handle.remove()
+        return hessian, count
+
+    # Experts
+
+    def _quantize_experts(self, block: ExpertBlock, result: LayerResult) -> None:
+        module = self._model.get_submodule(block.path)
+        with watching(self._model, block, keep_inputs=True) as capture:
+            self._walk.run_layer(advance=False)
+        inputs = ExpertInputs(capture, block, self._device)
+        up, down = block.projections
+
+        def for_up(members: list[int]) -> torch.Tensor:
+            return up_hessians(inputs, members, strength=self._shrinkage)
+
+        def for_down(members: list[int]) -> torch.Tensor:
+            weights = torch.stack([experts.expert_weight(module, up.name, expert).float() for expert in members])
+            return down_hessians(module, inputs, members, weights, strength=self._shrinkage)
+
+        keys = {}
+        for projection, hessians_of in ((up, for_up), (down, for_down)):
+            keys[projection.name] = self._quantize_projection(module, inputs, projection.name, hessians_of, result)
+        result.layout = ExpertLayout(
+            path=block.path,
+            num_experts=block.num_experts,
+            projections={part.name: (part.out_features, part.in_features) for part in block.projections},
+            encodings=keys,
+        )
+
+    def _quantize_projection(
+        self,
+        module: nn.Module,
+        inputs: ExpertInputs,
+        projection: str,
+        hessians_of: Callable[[list[int]], torch.Tensor],
+        result: LayerResult,
+    ) -> tuple[str | None, ...]:
+        """Packs one projection of every expert by its width; returns the encoding key per expert."""
+        block = inputs.block
+        keys: list[str | None] = [None] * block.num_experts
+        packed = result.experts.setdefault(projection, {})
+        by_bits: dict[int, list[int]] = {}
+        for expert in range(block.num_experts):
+            by_bits.setdefault(self._plan.bits_of(block.layer, expert, projection), []).append(expert)
+        for bits, members in sorted(by_bits.items()):
+            if bits in (0, KEPT_BITS):
+                for expert in members:
+                    keys[expert] = self._leave(module, block, projection, expert, bits, packed, result)
+                continue
+            for chunk in _pieces(members, block):
+                self._pack_chunk(module, inputs, projection, bits, chunk, hessians_of(chunk), result)
+                for expert in chunk:
+                    keys[expert] = packed[expert][0]
+        return tuple(keys)
+
+    def _leave(
+        self,
+        module: nn.Module,
+        block: ExpertBlock,
+        projection: str,
+        expert: int,
+        bits: int,
+        packed: dict[int, tuple[str, PackedTensors]],
+        result: LayerResult,
+    ) -> str | None:
+        """Keeps (16) or prunes (0) one projection of one expert."""
+        view = experts.expert_weight(module, projection, expert)
+        outcome = "kept" if bits == KEPT_BITS else "pruned"
+        name = f"{block.path}.{expert}.{projection}"
+        result.report.append(MatrixReport(name, Role.EXPERT.value, outcome, view.numel(), bits))
+        if bits == KEPT_BITS:
+            packed[expert] = (KEPT, {"weight": view.clone()})
+            return KEPT
+        view.zero_()
+        return None
+
+    def _pack_chunk(
+        self,
+        module: nn.Module,
+        inputs: ExpertInputs,
+        projection: str,
+        bits: int,
+        members: list[int],
+        hessians: torch.Tensor,
+        result: LayerResult,
+    ) -> None:
+        weights = torch.stack([experts.expert_weight(module, projection, expert).float() for expert in members])
+        in_features = weights.shape[-1]
+        encoding = self._encoding(bits, in_features)
+        prepared = self._quantizer.prepare(hessians, group_size=encoding.group_size)
+        quantized = self._quantizer.quantize(weights, prepared, encoding)
+        replaced = encoding.dequantize(quantized.tensors, in_features)
+        for slot, expert in enumerate(members):
+            experts.expert_weight(module, projection, expert).copy_(replaced[slot])
+            tensors = {name: tensor[slot].clone() for name, tensor in quantized.tensors.items()}
+            result.experts[projection][expert] = (encoding.key, tensors)
+            tokens = inputs.count(expert)
+            row = MatrixReport(
+                f"{inputs.block.path}.{expert}.{projection}",
+                Role.EXPERT.value,
+                "quantized",
+                weights[slot].numel(),
+                bits,
+                encoding.key,
+                tokens,
+                pooled_share=pooled_share(tokens, in_features, strength=self._shrinkage),
+            )
+            result.report.append(self._measured(row, weights, quantized, hessians, slot))
+
+    def _measured(
+        self, row: MatrixReport, weights: torch.Tensor, quantized: Any, hessians: torch.Tensor, slot: int
+    ) -> MatrixReport:
+        """The row with its losses, and the notes that speak of its batch item."""
+        scale = float(trace_error(weights[slot : slot + 1], hessians[slot : slot + 1]))
+        loss = float(quantized.proxy_loss[slot])
+        prefix = f"item {slot}: "
+        notes = tuple(note.removeprefix(prefix) for note in quantized.notes if note.startswith(prefix))
+        return replace(row, proxy_loss=loss, relative_error=loss / scale if scale > 0 else 0.0, notes=notes)
+
+
+def _pieces(members: list[int], block: ExpertBlock) -> Iterable[list[int]]:
+    """`members` in runs as long as expert_chunks allows for this block."""
+    size = len(next(expert_chunks(block)))
+    for begin in range(0, len(members), size):
+        yield members[begin : begin + size]

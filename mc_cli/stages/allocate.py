@@ -1,0 +1,140 @@
+"""allocate: the integer programme that gives every expert its width. Touches no weight and imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mc_cli import __version__
+from mc_cli.allocators import Budget, Floor, allocate
+from mc_cli.artifacts import calibration as calibration_artifact
+from mc_cli.artifacts.importance import Importance
+from mc_cli.artifacts.plan import KEPT_BITS, Plan
+from mc_cli.artifacts.store import STAGE_FOLDERS, StageFolder, require_done
+from mc_cli.encodings import stored_bytes
+from mc_cli.encodings.affine import affine_for
+from mc_cli.errors import BudgetError, PlanError
+from mc_cli.parts import ModelInventory, Role, TensorPart
+from mc_cli.progress import Progress, StageResult
+from mc_cli.settings import AllocateSettings, RunSettings
+
+STAGE = "allocate"
+PLAN = "plan.yaml"
+IMPORTANCE = "importance.json"
+
+# A safetensors header spends about this much per tensor beside its name; counted so that --target-size holds for files.
+_HEADER_BYTES_PER_TENSOR = 96
+_HEADER_BYTES_PER_FILE = 64
+
+
+def plan_stage(settings: AllocateSettings, compute: RunSettings, work_dir: Path) -> StageFolder:
+    """The stage's folder with its settings and input digests; nothing is run."""
+    scored = require_done(work_dir, "score")
+    calibrated = require_done(work_dir, "calibrate")
+    return StageFolder(
+        work_dir, STAGE, settings.resolved(), {"score": scored.fingerprint, "calibrate": calibrated.fingerprint}
+    )
+
+
+def run(settings: AllocateSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress) -> StageResult:
+    """Writes `plan/plan.yaml`. Raises BudgetError for a target out of reach, saying what is feasible."""
+    folder = plan_stage(settings, compute, work_dir)
+    if not folder.begin(force=force):
+        return _result(folder, ran=False)
+    importance = Importance.read(work_dir / STAGE_FOLDERS["score"] / IMPORTANCE)
+    inventory = calibration_artifact.read_inventory(
+        work_dir / STAGE_FOLDERS["calibrate"] / calibration_artifact.INVENTORY
+    )
+    group_size_limit = int(require_done(work_dir, "score").settings["quantizer"]["group_size"])
+    _check_tied_head(settings, inventory)
+    others = other_bytes(inventory, settings.role_bits(), group_size_limit=group_size_limit)
+    with progress.step(f"allocate: {settings.method}", total=1, unit="programme") as step:
+        plan = allocate(
+            importance,
+            method=settings.method,
+            budget=_budget(settings, others),
+            role_bits=settings.role_bits(),
+            candidate_bits=settings.bits,
+            floors=None if settings.floors is None else [Floor(bits, count) for bits, count in settings.floors],
+            alpha=settings.alpha,
+            beta=settings.beta,
+            gamma=settings.gamma,
+            seed=settings.seed,
+            time_limit_s=settings.time_limit_s,
+            gap=settings.gap,
+        )
+        step.advance()
+    budget: dict[str, Any] = {**plan.budget, "other_bytes": others}
+    if settings.target_size_bytes is not None:
+        budget["asked_file_bytes"] = settings.target_size_bytes
+    plan = replace(plan, budget=budget, group_size_limit=group_size_limit)
+    plan.check_against(inventory)
+    for message in plan.warnings:
+        folder.warn(message, progress)
+    plan.write(folder.path(PLAN))
+    folder.finish(__version__)
+    return _result(folder, ran=True)
+
+
+def _check_tied_head(settings: AllocateSettings, inventory: ModelInventory) -> None:
+    if inventory.tied_head and settings.head_bits != KEPT_BITS:
+        raise PlanError(
+            f"--head-bits {settings.head_bits}: this model's head is tied to its embedding, packing it would store the matrix "
+            "twice. Keep --head-bits 16."
+        )
+
+
+def _budget(settings: AllocateSettings, others: int) -> Budget:
+    if settings.target_stored_bits is not None:
+        return Budget("stored_bits", settings.target_stored_bits)
+    if settings.target_bits is not None:
+        return Budget("code_bits", settings.target_bits)
+    assert settings.target_size_bytes is not None
+    left = settings.target_size_bytes - others
+    if left <= 0:
+        raise BudgetError(
+            f"--target-size {settings.target_size_bytes:,} bytes leaves nothing for the experts: everything else takes {others:,} "
+            "bytes at the widths asked for. Ask for more, or lower --attention-bits, --shared-bits or --head-bits."
+        )
+    return Budget("expert_bytes", left)
+
+
+def other_bytes(inventory: ModelInventory, role_bits: dict[Role, int], *, group_size_limit: int) -> int:
+    """File bytes of all that is not a routed expert weight, at the roles' widths, headers included (rounded up)."""
+    total = 0
+    names = 0
+    for part in inventory.tensors:
+        names += len(part.name) + 3 * _HEADER_BYTES_PER_TENSOR
+        if part.role is not Role.EXPERT:
+            total += _part_bytes(part, role_bits.get(part.role, KEPT_BITS), group_size_limit)
+    # Every width of every projection may occur in a layer: three stacked tensors each.
+    stacked = sum(len(block.projections) * 5 * 3 * (len(block.path) + 2 * _HEADER_BYTES_PER_TENSOR) for block in inventory.expert_blocks)
+    return total + names + stacked + (inventory.num_layers + 1) * _HEADER_BYTES_PER_FILE
+
+
+def _part_bytes(part: TensorPart, bits: int, group_size_limit: int) -> int:
+    is_matrix = part.name.endswith(".weight") and len(part.shape) == 2 and (part.linear or part.role is Role.ROUTER)
+    if bits == KEPT_BITS or not is_matrix:
+        return part.size_bytes
+    return stored_bytes(affine_for(bits, part.shape[1], group_size_limit=group_size_limit), part.shape[0], part.shape[1])
+
+
+def _result(folder: StageFolder, *, ran: bool) -> StageResult:
+    plan = Plan.read(folder.path(PLAN))
+    rows: list[list[Any]] = []
+    widths = sorted({bits for row in plan.expert_bits.values() for bits in row if isinstance(bits, int)})
+    for layer, row in sorted(plan.expert_bits.items()):
+        flat = [bits for bits in row if isinstance(bits, int)]
+        rows.append([layer, *(flat.count(bits) for bits in widths), round(sum(flat) / len(flat), 3) if flat else None])
+    columns = [{"name": "layer", "align": "right"}, *({"name": f"{bits}-bit experts", "align": "right"} for bits in widths)]
+    columns.append({"name": "mean code bits", "align": "right"})
+    facts = {
+        "method": plan.method,
+        **{f"budget {name}": value for name, value in plan.budget.items()},
+        **{f"solver {name}": value for name, value in plan.solver.items()},
+        **{f"objective {name}": value for name, value in plan.objective.items()},
+        "other widths": ", ".join(f"{role.value} {bits}" for role, bits in sorted(plan.role_bits.items())),
+    }
+    table = {"title": "Experts per width", "columns": columns, "rows": rows}
+    return StageResult(STAGE, folder.folder, ran, {"facts": facts, "tables": [table]}, folder.recorded_warnings())

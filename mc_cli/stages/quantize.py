@@ -1,0 +1,286 @@
+"""quantize: the plan becomes packed tensors, layer by layer, each layer calibrated on already quantized inputs.
+
+1. plan and model agree             4. experts: up, then down
+2. where an earlier run stopped     5. packed layer and report to disk, hidden states advance
+3. linears, in calling order        6. head and the rest; coverage; layout and manifest
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mc_cli import __version__
+from mc_cli.artifacts import calibration as calibration_artifact
+from mc_cli.artifacts.packed import ExpertLayout, PackedLayout, stacked_name
+from mc_cli.artifacts.plan import KEPT_BITS, Plan
+from mc_cli.artifacts.quantization import MatrixReport, read_report, write_report
+from mc_cli.artifacts.store import (
+    RESUME,
+    STAGE_FOLDERS,
+    StageFolder,
+    file_digest,
+    read_json,
+    read_tensors,
+    require_done,
+    write_json,
+    write_tensors,
+)
+from mc_cli.errors import ArtifactError, PlanError
+from mc_cli.numerics.hessian import accumulate
+from mc_cli.parts import ModelInventory, Role, TensorPart
+from mc_cli.progress import Progress, StageResult
+from mc_cli.runtime.checkpoint import Checkpoint
+from mc_cli.runtime.experts import IMPLEMENTATION
+from mc_cli.runtime.layer_quantizer import LayerQuantizer, LayerResult
+from mc_cli.runtime.layerwise import LayerWalk
+from mc_cli.runtime.packed_model import copy_model_files, model_bytes
+from mc_cli.runtime.quantization import quantizer_for
+from mc_cli.runtime.resume import restore_progress, save_progress
+from mc_cli.runtime.session import Session, later_session
+from mc_cli.settings import QuantizeSettings, RunSettings
+
+STAGE = "quantize"
+LAYOUT = "layout.json"
+REST = "rest"
+
+
+def plan_stage(settings: QuantizeSettings, compute: RunSettings, work_dir: Path) -> StageFolder:
+    """The stage's folder with its settings and input digests; nothing is run."""
+    return _folder(settings, later_session(work_dir, compute))
+
+
+def run(
+    settings: QuantizeSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress
+) -> StageResult:
+    """Writes `packed/`; can be killed at any moment and goes on at the layer it was in."""
+    session = later_session(work_dir, compute)
+    folder = _folder(settings, session)
+    if not folder.begin(force=force):
+        return _result(folder, ran=False)
+    calibration = work_dir / STAGE_FOLDERS["calibrate"]
+    inventory = calibration_artifact.read_inventory(calibration / calibration_artifact.INVENTORY)
+    plan = Plan.read(_plan_path(settings, work_dir))
+    plan.check_against(inventory)
+    _check_roles(plan, inventory)
+    checkpoint = session.open_checkpoint()
+    checkpoint.model.set_experts_implementation(IMPLEMENTATION)
+    token_ids = read_tensors(calibration / calibration_artifact.TOKENS)["token_ids"]
+    walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
+    worker = LayerQuantizer(walk, plan, quantizer_for(settings.quantizer), shrinkage=settings.quantizer.shrinkage)
+    writer = _Writer(folder, checkpoint, inventory, session)
+    _layers(walk, checkpoint, inventory, worker, writer, folder, progress)
+    _head_and_rest(walk, checkpoint, inventory, plan, worker, writer)
+    _finish(folder, inventory, session, progress)
+    return _result(folder, ran=True)
+
+
+def _folder(settings: QuantizeSettings, session: Session) -> StageFolder:
+    calibrated = require_done(session.work_dir, "calibrate")
+    inputs = {"model": session.model_digest(), "calibrate": calibrated.fingerprint}
+    if settings.plan is None:
+        inputs["allocate"] = require_done(session.work_dir, "allocate").fingerprint
+    path = _plan_path(settings, session.work_dir)
+    if not path.is_file():
+        raise PlanError(f"{path}: no such plan. Run `mc-cli allocate -w {session.work_dir}`, or name one with --plan.")
+    inputs["plan"] = file_digest(path)
+    return StageFolder(session.work_dir, STAGE, {**settings.resolved(), "dtype": session.dtype_name}, inputs)
+
+
+def _plan_path(settings: QuantizeSettings, work_dir: Path) -> Path:
+    return Path(settings.plan) if settings.plan is not None else work_dir / STAGE_FOLDERS["allocate"] / "plan.yaml"
+
+
+def _check_roles(plan: Plan, inventory: ModelInventory) -> None:
+    if plan.role_bits.get(Role.HEAD, KEPT_BITS) != KEPT_BITS and inventory.tied_head:
+        raise PlanError(
+            f"The plan gives the head {plan.role_bits[Role.HEAD]} bits, but this model's head is tied to its embedding: "
+            "packing it would store the matrix twice. Keep the head at 16 bits (--head-bits 16)."
+        )
+
+
+def _layers(
+    walk: LayerWalk,
+    checkpoint: Checkpoint,
+    inventory: ModelInventory,
+    worker: LayerQuantizer,
+    writer: _Writer,
+    folder: StageFolder,
+    progress: Progress,
+) -> None:
+    blocks = {block.layer: block for block in inventory.expert_blocks}
+    first = restore_progress(folder, walk)
+    with progress.step("quantize", total=walk.num_layers, unit="layer", done=first) as step:
+        for layer in range(first, walk.num_layers):
+            checkpoint.load(layer)
+            parts = [part for part in inventory.tensors if part.layer == layer]
+            result = worker.quantize(parts, blocks.get(layer))
+            walk.run_layer(advance=True)
+            writer.write(f"layer_{layer:03d}", parts, result)
+            checkpoint.free(layer)
+            save_progress(folder, walk)
+            step.advance(note=f"layer {layer}")
+
+
+def _head_and_rest(
+    walk: LayerWalk,
+    checkpoint: Checkpoint,
+    inventory: ModelInventory,
+    plan: Plan,
+    worker: LayerQuantizer,
+    writer: _Writer,
+) -> None:
+    """Everything outside the layers; the head is packed if the plan says so, on the final normalised hidden states."""
+    parts = [part for part in inventory.tensors if part.layer is None]
+    result = LayerResult()
+    heads = [(part.name.rpartition(".")[0], part) for part in parts if part.role is Role.HEAD and part.linear]
+    if heads and plan.role_bits.get(Role.HEAD, KEPT_BITS) != KEPT_BITS:
+        head = checkpoint.model.get_output_embeddings()
+        hessian = torch.zeros((head.weight.shape[-1],) * 2, device=checkpoint.device)
+        handle = head.register_forward_pre_hook(
+            lambda _, args: accumulate(hessian, args[0].reshape(-1, args[0].shape[-1]))
+        )
+        for rows in walk.batches():
+            walk.logits(rows)
+        handle.remove()
+        worker.quantize_linears(heads, hessian, walk.token_ids.numel(), result)
+    writer.write(REST, parts, result)
+
+
+class _Writer:
+    """Writes one part of the packed model: its tensors in final form, and its report."""
+
+    def __init__(
+        self, folder: StageFolder, checkpoint: Checkpoint, inventory: ModelInventory, session: Session
+    ) -> None:
+        self._folder = folder
+        self._model = checkpoint.model
+        self._compute_dtype = session.dtype
+
+    def write(self, name: str, parts: list[TensorPart], result: LayerResult) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        replaced = {f"{path}.weight" for path in result.linears}
+        state = self._model.state_dict()
+        for part in parts:
+            if part.role is not Role.EXPERT and part.name not in replaced:
+                tensors[part.name] = self._kept(state[part.name], part.dtype)
+        for path, (_, packed) in result.linears.items():
+            tensors |= {f"{path}.{stored}": tensor for stored, tensor in packed.items()}
+        if result.layout is not None:
+            dtype = next(part.dtype for part in parts if part.role is Role.EXPERT)
+            tensors |= self._stacked(result, dtype)
+        layout = PackedLayout(
+            (result.layout,) if result.layout else (), {path: key for path, (key, _) in result.linears.items()}
+        )
+        write_json(self._folder.path(f"{RESUME}/layout_{name}.json"), layout.to_json())
+        write_report(self._folder.path(f"report/{name}.json"), result.report)
+        write_tensors(self._folder.path(f"{name}.safetensors"), tensors)
+
+    def _kept(self, tensor: torch.Tensor, stored: str) -> torch.Tensor:
+        """The tensor in the checkpoint's dtype: exact, unless computing was narrower than storing, then as computed."""
+        dtype = getattr(torch, stored)
+        if tensor.is_floating_point() and dtype.itemsize > tensor.dtype.itemsize:
+            return tensor
+        return tensor.to(dtype)
+
+    def _stacked(self, result: LayerResult, dtype: str) -> dict[str, torch.Tensor]:
+        assert result.layout is not None
+        tensors = {}
+        for projection in result.layout.projections:
+            for key, members in result.layout.groups(projection).items():
+                packed = [result.experts[projection][expert][1] for expert in members]
+                for stored in packed[0]:
+                    stack = torch.stack([entry[stored] for entry in packed])
+                    name = f"{result.layout.path}.{stacked_name(projection, key, stored)}"
+                    tensors[name] = self._kept(stack, dtype) if stored == "weight" else stack
+        return tensors
+
+
+def _finish(folder: StageFolder, inventory: ModelInventory, session: Session, progress: Progress) -> None:
+    """Coverage, layout, model files, warnings, manifest."""
+    rows = _report_rows(folder)
+    coverage = _coverage(rows, inventory)
+    experts: list[ExpertLayout] = []
+    linears: dict[str, str] = {}
+    for path in sorted(folder.path(RESUME).glob("layout_*.json")):
+        part = PackedLayout.from_json(read_json(path))
+        experts += part.experts
+        linears |= part.linears
+    ordered = sorted(experts, key=lambda entry: [block.path for block in inventory.expert_blocks].index(entry.path))
+    write_json(folder.path(LAYOUT), PackedLayout(tuple(ordered), linears).to_json())
+    copy_model_files(session.folder, folder.path("config"))
+    fallen = [row for row in rows if row.notes]
+    if fallen:
+        shown = "; ".join(f"{row.name}: {row.notes[0]}" for row in fallen[:3])
+        folder.warn(
+            f"{len(fallen)} matrices needed a fallback ({shown}{' ...' if len(fallen) > 3 else ''}); see report/.",
+            progress,
+        )
+    pooled = [row for row in rows if row.pooled_share >= 0.5]
+    if pooled:
+        folder.warn(
+            f"{len(pooled)} expert matrices lean on the layer's pooled tokens by half or more, their experts saw too few; see report/.",
+            progress,
+        )
+    write_json(folder.path("coverage.json"), coverage)
+    folder.finish(__version__)
+
+
+def _report_rows(folder: StageFolder) -> list[MatrixReport]:
+    return [row for path in sorted(folder.path("report").glob("*.json")) for row in read_report(path)]
+
+
+def _coverage(rows: list[MatrixReport], inventory: ModelInventory) -> dict[str, Any]:
+    """Expert weights by outcome. Raises ArtifactError if they do not add up to the model's."""
+    counts = {"quantized": 0, "kept": 0, "pruned": 0}
+    for row in rows:
+        if row.role == Role.EXPERT.value:
+            counts[row.outcome] += row.weight_count
+    total = inventory.expert_weight_count
+    if sum(counts.values()) != total:
+        raise ArtifactError(
+            f"Expert coverage is incomplete: {sum(counts.values()):,} of {total:,} expert weights are accounted for. This is a "
+            "defect of mc-cli, or the packed folder was changed while quantize ran; run quantize --force."
+        )
+    return {"expert_weights": total, **counts, "covered": sum(counts.values()) / total}
+
+
+def _result(folder: StageFolder, *, ran: bool) -> StageResult:
+    rows = _report_rows(folder)
+    stored = model_bytes(folder.folder)
+    weights: dict[str, int] = {}
+    code_bits: dict[str, float] = {}
+    for row in rows:
+        if row.outcome == "quantized":
+            weights[row.role] = weights.get(row.role, 0) + row.weight_count
+            code_bits[row.role] = code_bits.get(row.role, 0.0) + row.weight_count * row.bits
+    table_rows: list[list[Any]] = []
+    for role, sizes in sorted(stored.items(), key=lambda item: -item[1].total):
+        count = weights.get(role.value)
+        mean_code = round(code_bits[role.value] / count, 3) if count else None
+        mean_stored = round(8 * (sizes.codes + sizes.side) / count, 3) if count else None
+        table_rows.append([role.value, sizes.total, sizes.codes, sizes.side, sizes.kept, mean_code, mean_stored])
+    columns = [
+        "role",
+        "bytes",
+        "codes",
+        "scales and zero points",
+        "kept",
+        "code bits per weight",
+        "stored bits per weight",
+    ]
+    table = {
+        "title": "Stored bytes of the packed model",
+        "columns": [{"name": n, "align": "right" if i else "left"} for i, n in enumerate(columns)],
+        "rows": table_rows,
+    }
+    coverage = read_json(folder.path("coverage.json"))
+    facts = {
+        "stored bytes": sum(sizes.total for sizes in stored.values()),
+        "expert coverage": f"{100 * coverage['covered']:.1f} % ({coverage['quantized']:,} quantized, {coverage['kept']:,} kept, {coverage['pruned']:,} pruned)",
+    }
+    return StageResult(
+        STAGE, folder.folder, ran, {"facts": facts, "tables": [table], "coverage": coverage}, folder.recorded_warnings()
+    )
