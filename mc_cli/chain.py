@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest
 from mc_cli.errors import InputError
-from mc_cli.flags import STAGES
+from mc_cli.flags import STAGES, shared_with_score
 from mc_cli.progress import Progress, StageResult
 from mc_cli.recipe import RunPlan
 from mc_cli.settings import RunSettings
@@ -47,6 +48,15 @@ class PlannedStage:
 def stage_module(stage: str) -> Any:
     """The module that does a stage."""
     return importlib.import_module(f"mc_cli.stages.{stage.replace('-', '_')}")
+
+
+def followed_settings(stage: str, work_dir: Path) -> dict[str, Any]:
+    """Field values that `stage` takes from an earlier one unless told otherwise: quantize rounds as score did."""
+    if stage != "quantize":
+        return {}
+    scored = Manifest.read(work_dir / STAGE_FOLDERS["score"])
+    recorded = scored.settings.get("quantizer", {}) if scored else {}
+    return {name: value for name, value in recorded.items() if name in shared_with_score()}
 
 
 def planned_stage(stage: str, settings: Any, compute: RunSettings, work_dir: Path, *, force: bool) -> PlannedStage:

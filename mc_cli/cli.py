@@ -48,7 +48,8 @@ SUMMARIES = {
 _RUN_HELP = "Do all stages in turn, from a recipe, from flags, or both; skips what is done."
 _NO_MODEL = ("allocate",)  # computes nothing on the model, so it takes no --device, --dtype, ...
 _RUN_DEFAULTS = {"eval_data": HELD_OUT}  # parameters whose default differs in `run`
-_RUN_LEAVES_OUT = {("allocate", "bits")}  # `run --bits` is what is scored; allocate chooses among that
+RUN_LEAVES_OUT = {("allocate", "bits")}  # `run --bits` is what is scored; allocate chooses among that
+_METAVARS: dict[Any, str] = {str: "NAME", int: "NUMBER", float: "NUMBER"}
 _STAGES, _REST = "Stages, in the order of a run", "Whole runs and results"
 _WORK, _GENERATION = "Work directory and output", "Text"
 
@@ -99,7 +100,7 @@ def _flag_parameter(section: str, flag: Flag, *, name: str, option: str, require
         f"{option}/--no-{option.removeprefix('--')}" if kind is bool else option,
         help=f"{flag.help} [default: {default}]" if default else flag.help,
         panel=flag.panel,
-        metavar=flag.metavar,
+        metavar=flag.metavar or _METAVARS.get(kind),
     )
     return _parameter(name, kind, info) if required else _parameter(name, kind | None, info, None)
 
@@ -122,7 +123,7 @@ def run_flags() -> dict[str, list[tuple[str, Flag]]]:
     found: dict[str, list[tuple[str, Flag]]] = {}
     for section in (*STAGES, COMPUTE):
         for flag in flags_of(section):
-            if (section, flag.field) not in _RUN_LEAVES_OUT:
+            if (section, flag.field) not in RUN_LEAVES_OUT:
                 found.setdefault(run_name(section, flag), []).append((section, flag))
     return found
 
@@ -173,10 +174,11 @@ def _run_stage(stage: str, given: Mapping[str, Any]) -> None:
     """One stage: settings from flags, run or only planned, and its result printed."""
     work_dir: Path = given["work_dir"]
     with telling_errors(debug=given["debug"], work_dir=work_dir):
-        settings, compute = build(stage, _given(stage, given)), build(COMPUTE, _given(COMPUTE, given))
         _prepare_libraries(debug=given["debug"])
         from mc_cli import chain, console
 
+        settings = build(stage, {**chain.followed_settings(stage, work_dir), **_given(stage, given)})
+        compute = build(COMPUTE, _given(COMPUTE, given))
         if given["dry_run"]:
             planned = chain.planned_stage(stage, settings, compute, work_dir, force=given["force"])
             return _print_planned([planned], given)
@@ -315,7 +317,7 @@ def _generate_parameters() -> list[inspect.Parameter]:
         _parameter("prompt", str, option("--prompt", help="Text to continue.", metavar="TEXT")),
         _parameter("max_new_tokens", int, tokens, 64),
         _parameter("temperature", float, temperature, 0.0),
-        _parameter("seed", int, option("--seed", help="Seed of what is drawn. [default: 0]"), 0),
+        _parameter("seed", int, option("--seed", help="Seed of what is drawn. [default: 0]", metavar="NUMBER"), 0),
         *(
             _flag_parameter(COMPUTE, flag, name=flag.field, option=flag.name)
             for flag in flags_of(COMPUTE)

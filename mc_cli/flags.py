@@ -184,9 +184,9 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
             repeated=True,
             default="the method's own",
         ),
-        Flag("alpha", "pmq: exponent of the routing frequency.", _METHOD),
-        Flag("beta", "pmq: exponent of the routing weight.", _METHOD),
-        Flag("gamma", "pmq: exponent of the loss.", _METHOD),
+        Flag("alpha", "pmq: exponent of the routing frequency.", _METHOD, default="1, as published"),
+        Flag("beta", "pmq: exponent of the routing weight.", _METHOD, default="1.5, as published"),
+        Flag("gamma", "pmq: exponent of the loss.", _METHOD, default="1, as published"),
         Flag("seed", _SEED, _METHOD),
         Flag("gap", "Relative distance to the optimum at which the solver may stop.", _METHOD, metavar="FRACTION"),
         Flag("time_limit_s", "Seconds for one integer programme.", _METHOD, option="--time-limit", metavar="SECONDS"),
@@ -331,6 +331,8 @@ def plain_type(kind: Any) -> type:
 
 def default_text(section: str, flag: Flag) -> str:
     """How help and docs show a flag's default; "" for none."""
+    if section == "quantize" and flag.field in shared_with_score():
+        return "as score did"
     if flag.required or flag.default:
         return flag.default
     field = next(f for f in fields(_owner(SECTIONS[section], flag.field)) if f.name == flag.field)
@@ -338,6 +340,12 @@ def default_text(section: str, flag: Flag) -> str:
     if value is MISSING or value is None or value is False or value == "":
         return "no" if value is False else ""
     return ",".join(map(str, value)) if isinstance(value, tuple) else "yes" if value is True else str(value)
+
+
+@cache
+def shared_with_score() -> frozenset[str]:
+    """The fields in which quantize follows score unless told otherwise, so that what was measured is what ships."""
+    return frozenset(annotations_of(s.QuantizerSettings))
 
 
 def _owner(cls: type, name: str) -> type:

@@ -29,6 +29,7 @@ from mc_cli.flags import (
     flags_of,
     plain_type,
     run_option,
+    shared_with_score,
     type_of,
 )
 from mc_cli.settings import RunSettings
@@ -112,9 +113,8 @@ def plan_run(recipe: Recipe) -> RunPlan:
         missing.append("one of --target-stored-bits, --target-bits, --target-size   How small the result is to be.")
     if missing:
         raise InputError(f"run lacks {len(missing)} settings:\n{listed(missing)}")
-    for flag in flags_of("quantize"):
-        if flag.field in {other.field for other in flags_of("score")} and flag.field in sections["score"]:
-            sections["quantize"].setdefault(flag.field, sections["score"][flag.field])
+    followed = {name: value for name, value in sections["score"].items() if name in shared_with_score()}
+    sections["quantize"] = {**followed, **sections["quantize"]}
     sections["prune-eval"].setdefault("data", HELD_OUT)
     stages = {stage: build(stage, sections[stage]) for stage in STAGES}
     return RunPlan(Path(str(recipe.work_dir)), stages, build(COMPUTE, sections[COMPUTE]))

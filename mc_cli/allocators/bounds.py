@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from mc_cli.allocators.problem import AllocationProblem
 
-BISECTIONS = 60
+DOUBLINGS = 60
+PRICE_TOLERANCE = 1e-9
 FLOOR_ROUNDS = 8
 
 Floats = npt.NDArray[np.float64]
@@ -123,12 +124,12 @@ def best_multipliers(table: Table) -> Multipliers:
         return max(plain, free, key=table.bound)
     low, high = 0.0, plain.budget or _spread(table) / max(1, int(table.size.max()))
     tried = [plain, free]
-    for _ in range(BISECTIONS):
+    for _ in range(DOUBLINGS):
         tried.append(_with_floor_prices(table, high))
         if _excess(table, tried[-1]) <= 0:
             break
         low, high = high, 2 * high
-    for _ in range(BISECTIONS):
+    while high - low > PRICE_TOLERANCE * high:
         middle = (low + high) / 2
         tried.append(_with_floor_prices(table, middle))
         low, high = (middle, high) if _excess(table, tried[-1]) > 0 else (low, middle)
@@ -152,7 +153,9 @@ def _with_floor_prices(table: Table, price: float) -> Multipliers:
         units = rows[0].units
         plain = table.cost[units] + price * table.size[units]
         disjoint = not (np.sum([row.members for row in rows], axis=0) > 1).any()
-        moves = [(index,) for index in range(len(rows))] + ([tuple(range(len(rows)))] if disjoint and len(rows) > 1 else [])
+        moves = [(index,) for index in range(len(rows))] + (
+            [tuple(range(len(rows)))] if disjoint and len(rows) > 1 else []
+        )
         for _ in range(FLOOR_ROUNDS):
             before = list(worth)
             for move in moves:
@@ -171,10 +174,10 @@ def _serving_price(penalised: Floats, members: Bools, count: int) -> float:
     """By how much serving has to be rewarded more (or less, negative) so that `count` units serve."""
     serving = np.where(members, penalised, np.inf).min(axis=1)
     other = np.where(members, np.inf, penalised).min(axis=1)
-    extra = np.sort(np.where(np.isinf(serving), np.inf, serving - np.where(np.isinf(other), 0.0, other)))
-    extra = np.where(np.isinf(other).sum() >= np.arange(1, len(extra) + 1), -np.inf, extra)
-    step = float(extra[count - 1])
-    return step if np.isfinite(step) else 0.0
+    extra = np.full(len(serving), np.inf)  # infinite: cannot serve
+    np.subtract(serving, other, out=extra, where=np.isfinite(serving))  # minus infinite: cannot but serve
+    step = float(np.partition(extra, count - 1)[count - 1]) if count <= len(extra) else math.inf
+    return step if math.isfinite(step) else 0.0
 
 
 def _spread(table: Table) -> float:

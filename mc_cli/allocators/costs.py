@@ -9,12 +9,16 @@ from mc_cli.artifacts.importance import LayerImportance
 from mc_cli.errors import InputError
 
 
-def predicted_loss(layer: LayerImportance, candidate_bits: tuple[int, ...], settings: CostSettings) -> dict[int, Sequence[float]]:
+def predicted_loss(
+    layer: LayerImportance, candidate_bits: tuple[int, ...], settings: CostSettings
+) -> dict[int, Sequence[float]]:
     """Expected rise of the model's loss, nats per token: the same unit in every layer."""
     return widths_of(layer, "predicted_loss_by_bits", layer.predicted_loss_by_bits, candidate_bits)
 
 
-def output_error(layer: LayerImportance, candidate_bits: tuple[int, ...], settings: CostSettings) -> dict[int, Sequence[float]]:
+def output_error(
+    layer: LayerImportance, candidate_bits: tuple[int, ...], settings: CostSettings
+) -> dict[int, Sequence[float]]:
     """L2 norm of the change of the MoE output: comparable within one layer only."""
     return widths_of(layer, "loss_by_bits", layer.loss_by_bits, candidate_bits)
 

@@ -23,7 +23,8 @@ def size_range(problem: AllocationProblem) -> tuple[int, int]:
     least = most = 0
     for group in problem.floor_groups():
         rows = Counter(
-            tuple((choice.bits, problem.budget.size(choice)) for choice in problem.units[position].choices) for position in group
+            tuple((choice.bits, problem.budget.size(choice)) for choice in problem.units[position].choices)
+            for position in group
         )
         found = _group_range(tuple(sorted(rows.items())), problem.floors)
         if found is None:
@@ -109,7 +110,7 @@ def _too_small(problem: AllocationProblem, least: float, most: float, layers: Se
 
 def _asked(budget: Budget) -> str:
     if budget.kind == "expert_bytes":
-        return f"{int(budget.amount):,} bytes for all experts"
+        return f"{budget.shown(budget.amount)} for all experts"
     return f"{budget.amount:g} {'code' if budget.kind == 'code_bits' else 'stored'} bits per expert weight"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from mc_cli.allocators.costs import predicted_loss
-from mc_cli.allocators.feasibility import check_budget
 from mc_cli.allocators.problem import ALL_EXPERTS, AllocationProblem, Choice, Unit
 from mc_cli.allocators.solver import solve
 from mc_cli.allocators.strategy import Assignment, SolverSettings, Strategy
@@ -22,7 +21,6 @@ def assign(problem: AllocationProblem, settings: SolverSettings) -> Assignment:
     layers = problem.layers()
     merged = tuple(_merged([problem.units[position] for position in positions]) for positions in layers.values())
     coarse = AllocationProblem(merged, problem.budget, problem.limit)
-    check_budget(coarse)
     assignment = solve(coarse, settings, default_gap=EXACT)
     picks = [0] * len(problem.units)
     for unit, pick, positions in zip(merged, assignment.picks, layers.values(), strict=True):

@@ -27,7 +27,9 @@ class Outcome:
 
 def choose_solver(name: str | None) -> str:
     """`name` if it can run here; for None HiGHS, else CBC. Raises MissingDependencyError where none can."""
-    available = [known for known, solver in ((HIGHS, pulp.HiGHS), (CBC, pulp.PULP_CBC_CMD)) if solver(msg=False).available()]
+    available = [
+        known for known, solver in ((HIGHS, pulp.HiGHS), (CBC, pulp.PULP_CBC_CMD)) if solver(msg=False).available()
+    ]
     if name is None and available:
         return available[0]
     if name in available:
@@ -39,9 +41,7 @@ def choose_solver(name: str | None) -> str:
     )
 
 
-def run_solver(
-    model: pulp.LpProblem, *, time_limit_s: float, absolute_gap: float, name: str | None = None
-) -> Outcome:
+def run_solver(model: pulp.LpProblem, *, time_limit_s: float, absolute_gap: float, name: str | None = None) -> Outcome:
     """Solves `model` in place and returns how that ended; one thread, so that two runs end alike.
 
     absolute_gap   distance to the optimum, in the model's objective, at which the solver may stop

@@ -46,5 +46,7 @@ def solve_per_layer(problem: AllocationProblem, settings: SolverSettings) -> Ass
 def _shares(problem: AllocationProblem) -> dict[int, Fraction]:
     total = problem.weight_count
     limit = problem.budget.limit(total)
-    weights = {layer: sum(problem.units[position].weight_count for position in of) for layer, of in problem.layers().items()}
+    weights = {
+        layer: sum(problem.units[position].weight_count for position in of) for layer, of in problem.layers().items()
+    }
     return {layer: limit * count / total for layer, count in weights.items()}

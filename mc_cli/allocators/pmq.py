@@ -23,7 +23,8 @@ def costs(layer: LayerImportance, candidate_bits: tuple[int, ...], settings: Cos
     factors = [phi**alpha * weight**beta for phi, weight in pairs]
     losses = output_error(layer, candidate_bits, settings)
     return {
-        bits: [factor * loss**gamma for factor, loss in zip(factors, losses[bits], strict=True)] for bits in candidate_bits
+        bits: [factor * loss**gamma for factor, loss in zip(factors, losses[bits], strict=True)]
+        for bits in candidate_bits
     }
 
 

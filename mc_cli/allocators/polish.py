@@ -11,7 +11,7 @@ def polish(table: Table, picks: Ints) -> Ints:
     """A copy of `picks` that costs no more, in double precision where a solver stops at its tolerance.
 
     First every unit takes its smallest choice that costs no more; then what is left of the limit goes to the largest
-    improvements that fit; last, units of one layer with equal choices are ordered, wider first. Floors stay kept.
+    improvements that fit; last, units with equal choices are ordered, wider first (within a layer where floors hold). Floors stay kept.
     """
     state = _State(table, picks.copy())
     _drop_useless_size(state)
@@ -26,7 +26,9 @@ class _State:
     def __init__(self, table: Table, picks: Ints) -> None:
         self.table, self.picks = table, picks
         self.left = table.limit - table.total(picks)[1]
-        self.surplus = [int(row.members[np.arange(len(row.units)), picks[row.units]].sum()) - row.count for row in table.floors]
+        self.surplus = [
+            int(row.members[np.arange(len(row.units)), picks[row.units]].sum()) - row.count for row in table.floors
+        ]
         self.floors_of: dict[int, list[tuple[int, int]]] = {}
         for number, row in enumerate(table.floors):
             for inside, unit in enumerate(row.units.tolist()):
@@ -57,7 +59,11 @@ def _drop_useless_size(state: _State) -> None:
     for unit in np.flatnonzero(((table.cost <= cost) & (table.size < size)).any(axis=1)).tolist():
         now_cost, now_size = table.cost[unit, state.picks[unit]], table.size[unit, state.picks[unit]]
         for option in np.argsort(table.size[unit], kind="stable").tolist():
-            if table.size[unit, option] < now_size and table.cost[unit, option] <= now_cost and state.try_pick(unit, option):
+            if (
+                table.size[unit, option] < now_size
+                and table.cost[unit, option] <= now_cost
+                and state.try_pick(unit, option)
+            ):
                 break
 
 
@@ -68,7 +74,11 @@ def _use_what_is_left(state: _State) -> None:
         gain = np.where(table.size - size <= state.left, cost - table.cost, 0.0)
         order = np.argsort(-gain, axis=None, kind="stable")[: int((gain > 0).sum())]
         options = gain.shape[1]
-        if not any(state.try_pick(*divmod(int(entry), options)) for entry in order):
+        improved = False
+        for unit, option in (divmod(entry, options) for entry in order.tolist()):
+            if table.cost[unit, option] < table.cost[unit, state.picks[unit]]:
+                improved |= state.try_pick(unit, option)
+        if not improved:
             return
 
 

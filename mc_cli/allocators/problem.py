@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -51,11 +52,13 @@ class Unit:
 class Budget:
     """An upper limit on what all units take together; `amount` in the unit that BUDGET_UNITS gives for `kind`.
 
+    other_bytes   for `expert_bytes`: what the rest of the model takes, so that messages can name the size of the whole
     Raises InputError for an unknown kind, or an amount that is not a positive finite number.
     """
 
     kind: str
     amount: float
+    other_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in BUDGET_UNITS:
@@ -88,7 +91,8 @@ class Budget:
     def shown(self, amount: float, *, up: bool = False) -> str:
         """An amount for a message, to three decimals: rounded up for a least amount, so that asking for it works."""
         if self.kind == "expert_bytes":
-            return f"{int(amount):,} bytes"
+            whole = f" ({int(amount) + self.other_bytes:,} with the rest of the model)" if self.other_bytes else ""
+            return f"{int(amount):,} bytes{whole}"
         rounded = (math.ceil if up else math.floor)(amount * 1000 + (-1e-6 if up else 1e-6)) / 1000
         return f"{rounded:.3f} {'code' if self.kind == 'code_bits' else 'stored'} bits per expert weight"
 
@@ -110,6 +114,19 @@ class Floor:
                 f"Floor {self.comparison!r} {self.bits} bits, {self.count} experts: a floor compares with == or >=, "
                 "and asks for at least 1 expert."
             )
+
+    @classmethod
+    def parse(cls, text: str) -> Floor:
+        """The floor of a short text: `3:1` is at least 1 expert of 3 bits, `2+:4` at least 4 experts of 2 bits or more.
+
+        Raises InputError for any other text.
+        """
+        match = re.fullmatch(r"\s*(\d+)(\+?):(\d+)\s*", text)
+        if match is None:
+            raise InputError(
+                f"{text!r} is not a floor. Write 3:1 (1 expert of 3 bits) or 2+:4 (4 experts of 2 bits or more)."
+            )
+        return cls(int(match[1]), int(match[3]), ">=" if match[2] else "==")
 
     def admits(self, bits: int) -> bool:
         """Whether an expert of that width counts."""

@@ -132,7 +132,9 @@ def _warnings(problem: AllocationProblem, assignment: Assignment) -> tuple[str, 
                 "every expert has that width."
             )
     if assignment.status == "feasible":
-        warnings.append("The solver stopped before the gap asked for was proven; solver.gap says how far the optimum may be.")
+        warnings.append(
+            "The solver stopped before the gap asked for was proven; solver.gap says how far the optimum may be."
+        )
     return tuple(warnings)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pulp
 
 from mc_cli.allocators.bounds import Bools, Floats, Ints, Table, best_multipliers
+from mc_cli.allocators.feasibility import check_budget
 from mc_cli.allocators.milp import Outcome, choose_solver, run_solver
 from mc_cli.allocators.polish import polish
 from mc_cli.allocators.problem import AllocationProblem
@@ -22,7 +23,7 @@ from mc_cli.allocators.strategy import Assignment, SolverSettings
 from mc_cli.errors import SolverError
 
 DEFAULT_GAP = 1e-4
-CORE_CHOICES = 200  # so many choices beside each unit's best are undecided at first
+CORE_CHOICES = 100  # so many choices beside each unit's best are undecided at first
 CORE_GROWTH = 4
 TIGHTENINGS = 8
 
@@ -30,9 +31,10 @@ TIGHTENINGS = 8
 def solve(problem: AllocationProblem, settings: SolverSettings, *, default_gap: float = DEFAULT_GAP) -> Assignment:
     """The cheapest assignment within the limit and above the floors, to the asked gap, with a proven lower bound.
 
-    The budget has to be feasible (`feasibility.check_budget`). Equal for equal problems: one thread, no randomness.
-    Raises SolverError where the solver ends without an assignment.
+    Equal for equal problems: one thread, no randomness. A budget above what the widest choices take is no error.
+    Raises BudgetError where the budget cannot be met, SolverError where the solver ends without an assignment.
     """
+    check_budget(problem)
     gap = default_gap if settings.gap is None else settings.gap
     table = Table.of(problem)
     multipliers = best_multipliers(table)
@@ -48,7 +50,9 @@ def solve(problem: AllocationProblem, settings: SolverSettings, *, default_gap: 
         found = _solve_core(table, undecided, reduced, scale, gap * abs(bound), settings)
         if found is None:
             if whole:
-                raise SolverError("The integer programme has no assignment, though its budget is feasible. Please report this.")
+                raise SolverError(
+                    "The integer programme has no assignment, though its budget is feasible. Please report this."
+                )
             choices *= CORE_GROWTH
             radius = _radius(reduced, choices)
             continue
@@ -56,8 +60,9 @@ def solve(problem: AllocationProblem, settings: SolverSettings, *, default_gap: 
         if whole or distance <= radius or distance <= gap * abs(found.value) or not found.optimal:
             break
         radius = distance * (1 + 1e-9)
-    picks = polish(table, found.picks)
-    return _assignment(problem, picks, found, bound)
+    # The solver's bound holds for the undecided choices; an assignment with any other costs `radius` more than ours.
+    proven = max(bound, found.bound if whole else min(found.bound, bound + radius))
+    return _assignment(problem, found, polish(table, found.picks), gap=gap, bounds=(proven, bound))
 
 
 def _radius(reduced: Floats, choices: int) -> float:
@@ -112,9 +117,11 @@ def _solve_core(
         if table.keeps(picks):
             base = math.fsum(table.cost[table.positions, start])
             own = -math.inf if outcome.bound is None or limit != table.limit else outcome.bound * scale.cost + base
-            optimal = outcome.solution_status == pulp.LpSolutionOptimal
+            optimal = outcome.solution_status == pulp.LpSolutionOptimal and limit == table.limit
             return _Core(picks, table.total(picks)[0], outcome.solver, optimal, own)
         excess = table.total(picks)[1] - table.limit
+        if outcome.solution_status != pulp.LpSolutionOptimal:
+            raise _stopped(outcome, settings)
         if not variables or excess <= 0:
             return None
         # Solvers keep a constraint to about 1e-6 of a step only; ours is in bytes, and holds to the byte.
@@ -155,16 +162,18 @@ def _add_floors(model, table: Table, variables, start: Ints, is_free: Bools) -> 
             if not is_free[unit]:
                 served += int(members[start[unit]])
                 continue
-            terms += [(variables[unit, option], 1) for option in np.flatnonzero(members).tolist() if (unit, option) in variables]
+            terms += [
+                (variables[unit, option], 1)
+                for option in np.flatnonzero(members).tolist()
+                if (unit, option) in variables
+            ]
         if served < row.count or terms:
             model.addConstraint(pulp.LpAffineExpression(terms) >= row.count - served, f"floor_{number}")
 
 
 def _read(variables, start: Ints, outcome: Outcome, settings: SolverSettings) -> Ints:
     if outcome.solution_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        raise SolverError(
-            f"{outcome.solver} found no assignment within {settings.time_limit_s:g} s. Allow more time, or a larger gap."
-        )
+        raise _stopped(outcome, settings)
     best = np.full(len(start), -1.0)
     picks = start.copy()
     for (unit, option), variable in variables.items():
@@ -173,14 +182,22 @@ def _read(variables, start: Ints, outcome: Outcome, settings: SolverSettings) ->
     return picks
 
 
-def _assignment(problem: AllocationProblem, picks: Ints, found: _Core, lagrangian_bound: float) -> Assignment:
+def _stopped(outcome: Outcome, settings: SolverSettings) -> SolverError:
+    return SolverError(
+        f"{outcome.solver} found no assignment within {settings.time_limit_s:g} s. Allow more time, or a larger gap."
+    )
+
+
+def _assignment(
+    problem: AllocationProblem, found: _Core, picks: Ints, *, gap: float, bounds: tuple[float, float]
+) -> Assignment:
     value = problem.value(picks.tolist())
-    # What the solver proves holds for the undecided choices; the others cannot beat the assignment it found.
-    bound = max(lagrangian_bound, min(value, found.bound))
+    bound, lagrangian_bound = (min(value, each) for each in bounds)
+    within_gap = value - bound <= gap * abs(value)
     return Assignment(
         picks=tuple(picks.tolist()),
         solver=found.solver,
-        status="optimal" if found.optimal else "feasible",
-        bound=min(bound, value),
-        lagrangian_bound=min(lagrangian_bound, value),
+        status="optimal" if found.optimal or within_gap else "feasible",
+        bound=bound,
+        lagrangian_bound=lagrangian_bound,
     )

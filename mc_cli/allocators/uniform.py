@@ -20,12 +20,14 @@ def assign(problem: AllocationProblem, settings: SolverSettings) -> Assignment:
     Spacing as Bresenham's line does it: each expert adds its part of what is left, and is raised when that pays for it.
     """
     check_budget(problem)
-    orders = [sorted(range(len(unit.choices)), key=lambda index: unit.choices[index].bits) for unit in problem.units]
-    level = max(rank for rank in range(len(orders[0])) if problem.size([order[rank] for order in orders]) <= problem.limit)
+    sizes = [[problem.budget.size(choice) for choice in unit.choices] for unit in problem.units]
+    orders = [sorted(range(len(size)), key=size.__getitem__) for size in sizes]
+    level = max(
+        rank for rank in range(len(orders[0])) if problem.size([order[rank] for order in orders]) <= problem.limit
+    )
     picks = [order[level] for order in orders]
     if level + 1 < len(orders[0]):
         left = problem.limit - problem.size(picks)
-        sizes = [[problem.budget.size(choice) for choice in unit.choices] for unit in problem.units]
         steps = [size[order[level + 1]] - size[order[level]] for size, order in zip(sizes, orders, strict=True)]
         for position, raised in enumerate(_evenly_spaced(steps, left)):
             if raised:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from mc_cli.allocators.costs import predicted_loss
-from mc_cli.allocators.feasibility import check_budget
 from mc_cli.allocators.problem import AllocationProblem
 from mc_cli.allocators.solver import solve
 from mc_cli.allocators.strategy import Assignment, SolverSettings, Strategy
@@ -15,7 +14,6 @@ def assign(problem: AllocationProblem, settings: SolverSettings) -> Assignment:
     Layers get unequal budgets: an error counts by what it does to the model's loss, whichever layer makes it.
     Source: one global 0-1 programme on losses of one unit, as GEMQ, arXiv 2605.23078.
     """
-    check_budget(problem)
     return solve(problem, settings)
 
 

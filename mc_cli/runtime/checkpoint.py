@@ -137,8 +137,8 @@ class Checkpoint:
                 if not equal:
                     raise CheckpointError(
                         f"{self.folder}: config.json says that {name} is {twin} (tie_word_embeddings), but the files "
-                        "hold different values for the two. If the model has a head of its own, set tie_word_embeddings "
-                        "to false in config.json."
+                        "hold different values for the two. If the model has a head of its own, set "
+                        "tie_word_embeddings to false in config.json."
                     )
                 del targets[name]
             elif name in targets:

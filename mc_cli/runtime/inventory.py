@@ -57,8 +57,8 @@ def take_inventory(model: nn.Module, *, stored_dtypes: Mapping[str, torch.dtype]
 def _no_experts(model: nn.Module, model_type: str) -> FamilyError:
     is_mixture = any(re.search("moe|expert", type(module).__name__, re.IGNORECASE) for module in model.modules())
     reason = (
-        "is a Mixture of Experts whose experts do not use transformers' experts interface (fused expert parameters with "
-        "a registered forward), the only way in which mc-cli reaches experts"
+        "is a Mixture of Experts whose experts do not use transformers' experts interface (fused expert parameters "
+        "with a registered forward), the only way in which mc-cli reaches experts"
         if is_mixture
         else "is not a Mixture of Experts: it has no routed experts, and mc-cli has nothing to allocate bits among"
     )

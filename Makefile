@@ -1,0 +1,58 @@
+# The environment that every target works in; `make VENV=... test` uses another one.
+VENV ?= .venv
+TORCH := torch==2.13.0
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := $(VENV)/bin
+
+.PHONY: help install install-dev demo test check smoke docs
+
+help:
+	@echo "make demo     compress the bundled model end to end, print the table, generate a few words"
+	@echo "make test     run the tests"
+	@echo "make check    ruff and mypy"
+	@echo "make smoke    every command in turn on the bundled model, with little text"
+	@echo "make docs     write docs/cli.md from the commands"
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first, on its own: another build of the same version (CPU, CUDA) can be put there beforehand, and is kept.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/mc-cli run recipes/demo.yaml
+	$(BIN)/mc-cli generate runs/demo/model --prompt "Once upon a time" --max-new-tokens 40
+
+test: install-dev
+	$(BIN)/python -m pytest
+
+check: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+SMOKE := runs/smoke
+
+smoke: install
+	rm -rf $(SMOKE)
+	$(BIN)/mc-cli calibrate --model bundled:demo-moe --data bundled:calibration -w $(SMOKE) --sequences 8 --length 128
+	$(BIN)/mc-cli score -w $(SMOKE) --bits 2,3,4
+	$(BIN)/mc-cli allocate -w $(SMOKE) --target-stored-bits 3
+	$(BIN)/mc-cli quantize -w $(SMOKE)
+	$(BIN)/mc-cli prune-eval -w $(SMOKE) --data bundled:heldout --length 128 --max-sequences 16
+	$(BIN)/mc-cli export -w $(SMOKE) --format transformers --out $(SMOKE)/model
+	$(BIN)/mc-cli status -w $(SMOKE)
+	$(BIN)/mc-cli generate $(SMOKE)/model --prompt "Once upon a time" --max-new-tokens 8
+
+docs: install-dev
+	$(BIN)/python recipes/generate_cli_docs.py

@@ -1,0 +1,38 @@
+"""Dequantized weights under the original names: for tools that know nothing of the packed format, at full size."""
+
+from __future__ import annotations
+
+from mc_cli.artifacts.store import read_json, write_json, write_text
+from mc_cli.exporters import ExportJob
+from mc_cli.exporters.model_card import model_card
+from mc_cli.exporters.shards import ShardWriter
+
+NAME = "dense"
+DESCRIPTION = "dequantized weights in the original checkpoint's layout, for any tool; as large as the original"
+
+_OPENING = (
+    "The weights of a Mixture-of-Experts language model after quantization by mc-cli, written out as plain numbers in the "
+    "original checkpoint's layout. It behaves as the packed model does, up to the rounding of this dtype, and saves no space."
+)
+_LOADING = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```"""
+_SIZE_NOTE = "These figures are of the packed model that this one was written from; this one has the original's size."
+
+
+def export(job: ExportJob) -> None:
+    """Writes the native config.json, sharded plain tensors as `save_pretrained` names them, and a card."""
+    write_json(job.target / "config.json", read_json(job.config_folder / "config.json"))
+    writer = ShardWriter(job.target, shard_bytes=job.shard_bytes)
+    for part in job.parts:
+        for name, tensor in job.original_tensors(part).items():
+            writer.add(name, tensor)
+        job.advance("outside the layers" if part < 0 else f"layer {part}")
+    writer.finish()
+    title = f"{job.card.base_model or job.card.model_type}, quantized by mc-cli and written out dense"
+    card = model_card(job.card, title=title, opening=_OPENING, loading=_LOADING, size_note=_SIZE_NOTE)
+    write_text(job.target / "README.md", card)

@@ -1,0 +1,104 @@
+"""README.md of an exported model: what it is, its real size, what was measured, how it was made, how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_ROWS = 60
+
+
+@dataclass(frozen=True)
+class RoleBytes:
+    """Stored bytes of one role's tensors."""
+
+    role: str
+    codes: int
+    side: int  # scales, zero points
+    kept: int
+
+    @property
+    def total(self) -> int:
+        return self.codes + self.side + self.kept
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card tells, gathered from the artifacts of the work directory."""
+
+    model_type: str
+    code_bits_per_weight: float  # of routed experts, codes alone
+    stored_bits_per_weight: float  # of routed experts, scales and zero points included
+    role_bytes: tuple[RoleBytes, ...]
+    base_model: str | None = None
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # stage -> settings, inputs, fingerprint
+    tool_version: str = ""
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(row.total for row in self.role_bytes)
+
+
+def model_card(facts: CardFacts, *, title: str, opening: str, loading: str, size_note: str = "") -> str:
+    """The card's Markdown; `opening`, `loading` and `size_note` are the exporter's own words."""
+    parts = [_front_matter(facts), f"# {title}", opening, "## How to load it", loading]
+    parts += ["## Size", _size_sentence(facts, size_note), _size_table(facts)]
+    measured = list(_leaves(facts.evaluation))
+    if measured:
+        parts += ["## Measured", _table(("figure", "value"), ((f"`{name}`", _shown(value)) for name, value in measured))]
+    parts += ["## How it was made", *_stage_sections(facts)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(facts: CardFacts) -> str:
+    lines = ["---", "library_name: transformers", "tags: [mixture-of-experts, quantized, mc-cli]"]
+    if facts.base_model:
+        lines += [f"base_model: {facts.base_model}", "base_model_relation: quantized"]
+    return "\n".join([*lines, "---"])
+
+
+def _size_sentence(facts: CardFacts, size_note: str) -> str:
+    return (
+        f"Routed experts take {facts.stored_bits_per_weight:.3f} stored bits per weight, scales and zero points included "
+        f"({facts.code_bits_per_weight:.3f} bits of codes). All tensors together are {facts.total_bytes:,} bytes. {size_note}"
+    ).strip()
+
+
+def _size_table(facts: CardFacts) -> str:
+    rows = [(row.role, row.codes, row.side, row.kept, row.total) for row in facts.role_bytes]
+    rows.append(("all", *(sum(row[column] for row in rows) for column in range(1, 5))))
+    heads = ("part", "codes, bytes", "scales and zero points, bytes", "kept, bytes", "total, bytes")
+    return _table(heads, ((name, *(f"{count:,}" for count in counts)) for name, *counts in rows))
+
+
+def _stage_sections(facts: CardFacts) -> Iterable[str]:
+    yield f"mc-cli {facts.tool_version}. `mc_cli.json` has the same record for machines, and the digest of every file here."
+    for stage, record in facts.stages.items():
+        rows = [(f"`{name}`", _shown(value)) for name, value in record.get("settings", {}).items()]
+        rows += [(f"input `{name}`", f"`{value}`") for name, value in record.get("inputs", {}).items()]
+        rows.append(("fingerprint", f"`{record.get('fingerprint', '')}`"))
+        yield f"### {stage}\n\n{_table(('setting', 'value'), rows)}"
+
+
+def _leaves(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+    """Numbers and words of a nested JSON value by their dotted path; lists are left to the file itself."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, (int, float, str)):
+        yield path, value
+
+
+def _shown(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    text = text.replace("|", "\\|").replace("\n", " ")
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    heads, rows = list(heads), [list(map(str, row)) for row in rows]
+    lines = [heads, ["---"] * len(heads), *rows[:MAX_ROWS]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,97 @@
+"""A packed model that transformers loads with its own classes, through the mc_cli plug-in.
+
+Without the plug-in transformers would skip an unknown quantization method with a log line and fill the experts with
+random numbers. So config.json names a weights file that does not exist, and its name is the instruction what to do:
+every loader that does not know the method stops there, and the plug-in removes the entry before files are looked up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mc_cli.artifacts.packed import part_file, read_layout
+from mc_cli.artifacts.store import read_json, read_tensors, write_json, write_text
+from mc_cli.errors import InputError
+from mc_cli.exporters import ExportJob
+from mc_cli.exporters.model_card import model_card
+from mc_cli.exporters.shards import ShardWriter
+
+NAME = "transformers"
+DESCRIPTION = "packed weights for AutoModelForCausalLM.from_pretrained, with mc-cli installed"
+
+NOTICE = (
+    "packed by mc_cli: pip install mc-cli, then `import mc_cli` before from_pretrained, or pass trust_remote_code=True"
+)
+LOADER = "modeling_mc_cli"
+LOADER_SOURCE = '''\
+"""Loads this directory through mc_cli (pip install mc-cli). Written by `mc-cli export`."""
+
+import mc_cli  # adds the packed format to transformers
+from transformers import AutoModelForCausalLM
+
+
+class PackedModelForCausalLM:
+    """Hands over to the native class of the model, which reads the packed format once mc_cli is imported."""
+
+    mc_cli_version = mc_cli.__version__
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModelForCausalLM"):
+        """Nothing to register: the native class stays the one for this model type."""
+
+    @classmethod
+    def from_pretrained(cls, name, *args, **kwargs):
+        """The packed model, an instance of its native class."""
+        return AutoModelForCausalLM.from_pretrained(name, *args, **{**kwargs, "trust_remote_code": False})
+'''
+_OPENING = (
+    "A Mixture-of-Experts language model whose weights are packed at mixed bit widths by mc-cli: routed experts each at "
+    "the width that their importance earned them."
+)
+_LOADING = """\
+```python
+import mc_cli  # pip install mc-cli
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+`AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)` does the import by itself. Without either,
+loading stops with an error that says so: it never falls back to random weights. Layers stay packed in memory."""
+
+
+def export(job: ExportJob) -> None:
+    """Writes config.json with the layout, sharded packed tensors under module-tree names, loader code and a card."""
+    write_json(job.target / "config.json", packed_config(job))
+    writer = ShardWriter(job.target, shard_bytes=job.shard_bytes)
+    for part in job.parts:
+        for name, tensor in read_tensors(job.packed_folder / part_file(part)).items():
+            writer.add(name, tensor)
+        job.advance(part_file(part))
+    writer.finish()
+    write_text(job.target / f"{LOADER}.py", LOADER_SOURCE)
+    title = f"{job.card.base_model or job.card.model_type}, packed by mc-cli"
+    write_text(job.target / "README.md", model_card(job.card, title=title, opening=_OPENING, loading=_LOADING))
+
+
+def packed_config(job: ExportJob) -> dict[str, Any]:
+    """config.json of the export: the native one, the layout, the notice, and the way in for trust_remote_code."""
+    config = read_json(job.config_folder / "config.json")
+    if "auto_map" in config:
+        raise InputError(
+            f"model_type {config.get('model_type')!r} brings its own Python code, which the packed format cannot load "
+            "through. Use --format dense."
+        )
+    return {
+        **_with_dtype(config, job.dtype),
+        "quantization_config": read_layout(job.packed_folder).to_json(),
+        "transformers_weights": NOTICE,
+        "auto_map": {"AutoModelForCausalLM": f"{LOADER}.PackedModelForCausalLM"},
+    }
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Without a dtype in config.json, transformers would take that of the first float tensor: the float16 scales'."""
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return config if stated else {**config, "dtype": dtype}

@@ -1,0 +1,86 @@
+"""lm-eval tasks on the original and on the packed model: by name, or from local YAML files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from mc_cli.errors import InputError, MissingDependencyError
+from mc_cli.progress import Progress
+from mc_cli.runtime import text
+from mc_cli.runtime.packed_model import load_packed
+from mc_cli.runtime.session import Session
+from mc_cli.settings import EvaluateSettings
+
+
+def run_tasks(settings: EvaluateSettings, session: Session, packed_folder: Path, progress: Progress) -> dict[str, Any]:
+    """{"original": ..., "packed": ...}, each lm-eval's own results JSON, without samples.
+
+    Both models are loaded whole, one after the other. Raises MissingDependencyError without lm-eval, InputError for
+    unknown tasks.
+    """
+    try:
+        import lm_eval  # noqa: F401
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise MissingDependencyError("--tasks needs lm-eval: run `pip install 'mc-cli[eval]'`.") from error
+    include = None if settings.include_path is None else str(Path(settings.include_path).resolve())
+    if include is not None and not Path(include).is_dir():
+        raise InputError(f"--include-path {settings.include_path}: no such folder.")
+    manager = TaskManager(include_path=include)
+    unknown = sorted(set(settings.tasks) - set(manager.match_tasks(list(settings.tasks))))
+    if unknown:
+        raise InputError(
+            f"--tasks: unknown to lm-eval: {', '.join(unknown)}. Local task files are found with --include-path FOLDER; "
+            "names are listed by `lm-eval ls tasks`."
+        )
+    results = {}
+    with progress.step("prune-eval: lm-eval tasks", total=2, unit="model") as step:
+        for name in ("original", "packed"):
+            model = _original(session) if name == "original" else load_packed(packed_folder, device=session.device, dtype=session.dtype)
+            results[name] = _evaluate(model, settings, session, manager)
+            del model
+            step.advance(note=name)
+    return results
+
+
+def _original(session: Session) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        session.folder, dtype=session.dtype, trust_remote_code=session.compute.trust_remote_code
+    )
+    return model.to(session.device).eval()
+
+
+def _evaluate(model: Any, settings: EvaluateSettings, session: Session, manager: Any) -> dict[str, Any]:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = text.load_tokenizer(session.folder, trust_remote_code=session.compute.trust_remote_code)
+    length = text.fit_length(settings.length, session.config)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=session.batch_size(length), max_length=length)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    found = lm_eval.simple_evaluate(
+        model=wrapped,
+        tasks=list(settings.tasks),
+        task_manager=manager,
+        limit=settings.task_limit,
+        log_samples=False,
+        random_seed=0,
+        numpy_random_seed=0,
+        torch_random_seed=0,
+        fewshot_random_seed=0,
+    )
+    kept = ("results", "versions", "n-shot", "n-samples", "higher_is_better", "group_subtasks")
+    return {name: _plain(found[name]) for name in kept if name in found}
+
+
+def _plain(value: Any) -> Any:
+    """JSON values; lm-eval mixes in numpy scalars."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.item() if hasattr(value, "item") else value

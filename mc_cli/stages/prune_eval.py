@@ -1,0 +1,187 @@
+"""prune-eval: perplexity, KL divergence and router changes of the packed model beside the original, and lm-eval tasks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mc_cli import __version__
+from mc_cli.artifacts import calibration as calibration_artifact
+from mc_cli.artifacts.evaluation import Evaluation, TextResult
+from mc_cli.artifacts.quantization import read_report
+from mc_cli.artifacts.store import STAGE_FOLDERS, StageFolder, read_json, require_done
+from mc_cli.parts import ModelInventory, Role
+from mc_cli.progress import Progress, StageResult
+from mc_cli.runtime import text
+from mc_cli.runtime.comparison import compare
+from mc_cli.runtime.experts import IMPLEMENTATION
+from mc_cli.runtime.packed_model import PackedSource, model_bytes
+from mc_cli.runtime.session import Session, later_session
+from mc_cli.settings import EvaluateSettings, RunSettings
+
+STAGE = "prune-eval"
+EVALUATION = "eval.json"
+
+
+def plan_stage(settings: EvaluateSettings, compute: RunSettings, work_dir: Path) -> StageFolder:
+    """The stage's folder with its settings and input digests; nothing is run."""
+    return _folder(settings, later_session(work_dir, compute))
+
+
+def run(settings: EvaluateSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress) -> StageResult:
+    """Writes `evaluation/eval.json`. Raises InputError for text that was calibrated on, or is too short."""
+    session = later_session(work_dir, compute)
+    folder = _folder(settings, session)
+    if not folder.begin(force=force):
+        return _result(folder, ran=False)
+    _warn_if_calibrated(folder, work_dir, progress)
+    inventory = calibration_artifact.read_inventory(
+        work_dir / STAGE_FOLDERS["calibrate"] / calibration_artifact.INVENTORY
+    )
+    windows = _windows(settings, session)
+    text.check_vocabulary(windows.token_ids, session.config.get_text_config().vocab_size)
+    original = session.open_checkpoint()
+    original.model.set_experts_implementation(IMPLEMENTATION)
+    packed_folder = work_dir / STAGE_FOLDERS["quantize"]
+    packed = PackedSource(packed_folder, dtype=session.dtype, device=session.device, trust_remote_code=compute.trust_remote_code)
+    total, domains, changes = compare(
+        original,
+        packed,
+        windows,
+        {block.layer: block for block in inventory.expert_blocks},
+        batch_size=session.batch_size(windows.token_ids.shape[1]),
+        progress=progress,
+    )
+    tasks = _tasks(settings, session, packed_folder, progress)
+    evaluation = _evaluation(settings, packed_folder, inventory, windows, total, domains, changes, tasks)
+    evaluation.write(folder.path(EVALUATION))
+    folder.finish(__version__)
+    return _result(folder, ran=True)
+
+
+def _folder(settings: EvaluateSettings, session: Session) -> StageFolder:
+    settings = replace(settings, length=text.fit_length(settings.length, session.config))
+    inputs = {
+        "model": session.model_digest(),
+        "data": text.data_digest(settings.data, settings.split, settings.text_field, session.digests()),
+        "quantize": require_done(session.work_dir, "quantize").fingerprint,
+    }
+    return StageFolder(session.work_dir, STAGE, {**settings.resolved(), "dtype": session.dtype_name}, inputs)
+
+
+def _warn_if_calibrated(folder: StageFolder, work_dir: Path, progress: Progress) -> None:
+    if require_done(work_dir, "calibrate").inputs["data"] == folder.inputs["data"]:
+        folder.warn("the text is the one that was calibrated on: the figures flatter the packed model. Give held-out text.", progress)
+
+
+def _windows(settings: EvaluateSettings, session: Session) -> text.Windows:
+    tokenizer = text.load_tokenizer(session.folder, trust_remote_code=session.compute.trust_remote_code)
+    documents = text.read_documents(settings.data, split=settings.split, text_field=settings.text_field)
+    return text.evaluation_windows(
+        documents,
+        tokenizer,
+        length=text.fit_length(settings.length, session.config),
+        stride=settings.stride,
+        max_sequences=settings.max_sequences,
+    )
+
+
+def _tasks(settings: EvaluateSettings, session: Session, packed_folder: Path, progress: Progress) -> dict[str, Any]:
+    """lm-eval results of both models, {} without tasks."""
+    if not settings.tasks:
+        return {}
+    from mc_cli.runtime.lm_eval_tasks import run_tasks
+
+    return run_tasks(settings, session, packed_folder, progress)
+
+
+def _evaluation(
+    settings: EvaluateSettings,
+    packed_folder: Path,
+    inventory: ModelInventory,
+    windows: text.Windows,
+    total: TextResult,
+    domains: dict[str, TextResult],
+    changes: dict[int, float],
+    tasks: dict[str, Any],
+) -> Evaluation:
+    stored = model_bytes(packed_folder)
+    rows = [row for path in sorted((packed_folder / "report").glob("*.json")) for row in read_report(path)]
+    code_bits = sum(row.weight_count * row.bits for row in rows if row.role == Role.EXPERT.value)
+    length = int(windows.token_ids.shape[1])
+    return Evaluation(
+        total=total,
+        domains=domains,
+        router_changes=changes,
+        context={"length": length, "stride": settings.stride or length, "windows": len(windows.token_ids), "data": settings.data},
+        stored_bytes={role.value: {"codes": part.codes, "side": part.side, "kept": part.kept} for role, part in sorted(stored.items())},
+        original_bytes={role.value: size for role, size in sorted(inventory.bytes_by_role().items())},
+        expert_stored_bits=8 * stored[Role.EXPERT].total / inventory.expert_weight_count,
+        expert_code_bits=code_bits / inventory.expert_weight_count,
+        tasks=tasks,
+    )
+
+
+def _result(folder: StageFolder, *, ran: bool) -> StageResult:
+    evaluation = Evaluation.read(folder.path(EVALUATION))
+    context = evaluation.context
+    rows = [_row(name, entry) for name, entry in evaluation.domains.items()]
+    if len(rows) > 1:
+        rows.append(_row("all", evaluation.total))
+    else:
+        rows = [_row("all", evaluation.total)]
+    columns = ["text", "tokens", "perplexity before", "after", "loss gap (nats)", "KL (nats)", "same top token %"]
+    title = f"Original and packed model, context {context['length']}, stride {context['stride']}"
+    table = {"title": title, "columns": [{"name": name, "align": "right" if i else "left"} for i, name in enumerate(columns)], "rows": rows}
+    before = sum(evaluation.original_bytes.values())
+    after = sum(sum(parts.values()) for parts in evaluation.stored_bytes.values())
+    changes = evaluation.router_changes
+    facts = {
+        "stored bytes before": before,
+        "stored bytes after": after,
+        "times smaller": round(before / after, 3),
+        "stored bits per expert weight": round(evaluation.expert_stored_bits, 4),
+        "code bits per expert weight": round(evaluation.expert_code_bits, 4),
+        "perplexity before": round(math.exp(evaluation.total.original_loss), 4),
+        "perplexity after": round(math.exp(evaluation.total.packed_loss), 4),
+        "router choices changed": f"{100 * sum(changes.values()) / len(changes):.2f} % (worst layer {100 * max(changes.values()):.2f} %)",
+    }
+    tables = [table, _bytes_table(evaluation), *_task_tables(evaluation)]
+    return StageResult(STAGE, folder.folder, ran, {"facts": facts, "tables": tables, "tasks": dict(evaluation.tasks)}, folder.recorded_warnings())
+
+
+def _row(name: str, entry: TextResult) -> list[Any]:
+    return [
+        name,
+        entry.tokens,
+        round(math.exp(entry.original_loss), 3),
+        round(math.exp(entry.packed_loss), 3),
+        round(entry.packed_loss - entry.original_loss, 5),
+        round(entry.kl_divergence, 5),
+        round(100 * entry.same_top_token, 2),
+    ]
+
+
+def _bytes_table(evaluation: Evaluation) -> dict[str, Any]:
+    rows: list[list[Any]] = []
+    for role, before in sorted(evaluation.original_bytes.items(), key=lambda item: -item[1]):
+        parts = evaluation.stored_bytes.get(role, {})
+        rows.append([role, before, sum(parts.values()), parts.get("codes", 0), parts.get("side", 0), parts.get("kept", 0)])
+    columns = ["role", "bytes before", "bytes after", "codes", "scales and zero points", "kept"]
+    return {"title": "Stored bytes by role", "columns": [{"name": n, "align": "right" if i else "left"} for i, n in enumerate(columns)], "rows": rows}
+
+
+def _task_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
+    if not evaluation.tasks:
+        return []
+    rows: list[list[Any]] = []
+    original, packed = evaluation.tasks["original"]["results"], evaluation.tasks["packed"]["results"]
+    for task in sorted(original):
+        for metric, value in sorted(original[task].items()):
+            if isinstance(value, (int, float)) and "stderr" not in metric and metric != "alias":
+                error = original[task].get(metric.replace(",", "_stderr,", 1))
+                rows.append([task, metric.split(",")[0], round(value, 4), round(packed[task][metric], 4), error if isinstance(error, str) else error and round(error, 4)])
+    columns = ["task", "metric", "original", "packed", "standard error"]
+    return [{"title": "lm-eval tasks", "columns": [{"name": n, "align": "right" if i > 1 else "left"} for i, n in enumerate(columns)], "rows": rows}]
