@@ -242,7 +242,7 @@ def facts_text(facts: Mapping[str, Any]) -> str:
 
 
 def _fact_text(label: str, value: Any) -> str:
-    is_bytes = label.replace("_", " ").endswith("bytes") and isinstance(value, int) and not isinstance(value, bool)
+    is_bytes = "bytes" in label.replace("_", " ").split() and isinstance(value, int) and not isinstance(value, bool)
     return f"{value:,} ({size_text(value)})" if is_bytes else value_text(value)
 
 

@@ -217,7 +217,7 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
             _DATA + "heldout. Never text that was calibrated on.",
             _EVALUATION,
             metavar="PATH|NAME",
-            default="none",
+            required=True,
         ),
         Flag("split", _SPLIT, _EVALUATION),
         Flag("text_field", _TEXT_FIELD, _EVALUATION),

@@ -101,6 +101,7 @@ def plan_run(recipe: Recipe) -> RunPlan:
     What `run` adds to the defaults: quantize rounds as score did, and evaluation reads the bundled held-out text.
     """
     sections = {name: dict(recipe.sections.get(name, {})) for name in SECTIONS}
+    sections["prune-eval"].setdefault("data", HELD_OUT)
     missing = [
         f"{run_option(section, flag)} (in a recipe: {section}: {{{flag.field}: ...}})   {flag.help}"
         for section in STAGES
@@ -115,7 +116,6 @@ def plan_run(recipe: Recipe) -> RunPlan:
         raise InputError(f"run lacks {len(missing)} settings:\n{listed(missing)}")
     followed = {name: value for name, value in sections["score"].items() if name in shared_with_score()}
     sections["quantize"] = {**followed, **sections["quantize"]}
-    sections["prune-eval"].setdefault("data", HELD_OUT)
     stages = {stage: build(stage, sections[stage]) for stage in STAGES}
     return RunPlan(Path(str(recipe.work_dir)), stages, build(COMPUTE, sections[COMPUTE]))
 

@@ -6,12 +6,13 @@ Written without stage quantize, so that loading and exporting are tested against
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from mc_cli.artifacts.packed import CONFIG_FOLDER, KEPT, LAYOUT, ExpertLayout, PackedLayout, part_file, stacked_name
-from mc_cli.artifacts.store import write_json
+from mc_cli.artifacts.store import StageFolder, write_json
 from mc_cli.encodings.affine import AffineEncoding, choose_group_size
 from mc_cli.numerics.packing import pack_codes
 from mc_cli.parts import ModelInventory, Role
@@ -52,6 +53,15 @@ def pack_folder(
         mine = {name: tensor.contiguous() for name, tensor in tensors.items() if source.layer_of(name) == part}
         save_file(mine, folder / part_file(part), metadata={"format": "pt"})
     return folder
+
+
+def packed_work_dir(checkpoint_folder: Path, work_dir: Path, **options: Any) -> Path:
+    """A work directory whose stage quantize is done, without the stages before it. Options as for `pack_folder`."""
+    stage = StageFolder(work_dir, "quantize", {"quantizer": "rounding for tests"}, {"model": "0" * 64})
+    stage.begin(force=False)
+    pack_folder(checkpoint_folder, stage.folder, **options)
+    stage.finish("0")
+    return work_dir
 
 
 def encode(weight: torch.Tensor, encoding: AffineEncoding) -> dict[str, torch.Tensor]:

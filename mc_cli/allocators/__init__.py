@@ -9,6 +9,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from mc_cli.allocators.problem import BUDGET_UNITS, AllocationProblem, Budget, Choice, Floor, Unit
 from mc_cli.allocators.report import make_plan
@@ -68,6 +69,7 @@ def allocate(
     time_limit_s: float = 300.0,
     gap: float | None = None,
     solver: str | None = None,
+    group_size_limit: int = 128,
 ) -> Plan:
     """The plan that a strategy makes of the measures: a width per expert, what it takes, and how sure that is.
 
@@ -77,15 +79,18 @@ def allocate(
     alpha, beta, gamma   exponents of pmq; None = as published
     seed             of the strategy `random`
     gap, time_limit_s, solver   see SolverSettings
+    group_size_limit   at which importance was measured; handed on to the plan
     Equal arguments give an equal plan, unless the time limit stops the solver.
-    Raises InputError for unknown methods, widths, exponents or non-finite costs; BudgetError for a budget that cannot be met.
+    Raises InputError for unknown methods, widths and exponents and for non-finite costs; BudgetError where the budget
+    cannot be met.
     """
     strategy = strategy_named(method)
     settings = CostSettings(_exponents(strategy, alpha=alpha, beta=beta, gamma=gamma), seed)
     widths = _candidates(importance, strategy, candidate_bits)
     problem = build_problem(importance, strategy, budget, widths, _floors(strategy, floors), settings)
     assignment = strategy.assign(problem, SolverSettings(gap, time_limit_s, solver))
-    return make_plan(importance, strategy, problem, assignment, settings=settings, role_bits=role_bits)
+    plan = make_plan(importance, strategy, problem, assignment, settings=settings)
+    return replace(plan, role_bits=dict(role_bits), group_size_limit=group_size_limit)
 
 
 def build_problem(
@@ -96,7 +101,10 @@ def build_problem(
     floors: tuple[Floor, ...] = (),
     settings: CostSettings | None = None,
 ) -> AllocationProblem:
-    """One unit per expert, its choices costed by the strategy. Raises InputError naming experts with non-finite costs."""
+    """One unit per expert, its choices costed by the strategy.
+
+    Raises InputError naming every expert whose cost is not finite.
+    """
     settings = settings or CostSettings(strategy.exponents)
     units: list[Unit] = []
     for layer in importance.layers:
@@ -137,7 +145,8 @@ def _exponents(strategy: Strategy, **given: float | None) -> dict[str, float]:
     unused = sorted(set(asked) - set(strategy.exponents))
     if unused:
         raise InputError(
-            f"Method {strategy.name} has no {' or '.join(unused)}: these are exponents of pmq. Leave them out, or choose pmq."
+            f"Method {strategy.name} has no {' or '.join(unused)}: these are exponents of pmq. "
+            "Leave them out, or choose pmq."
         )
     return {**strategy.exponents, **asked}
 
@@ -160,10 +169,10 @@ def _candidates(importance: Importance, strategy: Strategy, asked: Iterable[int]
         measured &= set(layer.stored_bytes_by_bits)
     missing = [bits for bits in widths if bits not in measured]
     if missing:
-        whose = "" if asked else f" of method {strategy.name}"
+        whose = "asked for" if asked else f"of method {strategy.name}"
         raise InputError(
-            f"The candidate width{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}{whose} "
-            f"{'were' if len(missing) > 1 else 'was'} not measured: importance.json holds {', '.join(map(str, sorted(measured)))}. "
-            f"Run score with --candidate-bits {','.join(map(str, widths))}, or choose among the measured ones here."
+            f"Not every candidate width {whose} ({', '.join(map(str, widths))}) was measured: importance.json lacks "
+            f"{', '.join(map(str, missing))} and holds {', '.join(map(str, sorted(measured)))}. "
+            f"Run score with --candidate-bits {','.join(map(str, widths))}, or allocate with measured ones."
         )
     return widths

@@ -31,7 +31,8 @@ def widths_of(
     if missing:
         raise InputError(
             f"importance.json holds no {name} of layer {layer.layer} at width {', '.join(map(str, missing))}; it holds "
-            f"{', '.join(map(str, sorted(measured))) or 'none'}. Run score with these candidate widths, or choose another method."
+            f"{', '.join(map(str, sorted(measured))) or 'none'}. "
+            "Run score with these candidate widths, or choose another method."
         )
     return {bits: measured[bits] for bits in candidate_bits}
 

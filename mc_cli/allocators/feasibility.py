@@ -32,7 +32,8 @@ def size_range(problem: AllocationProblem) -> tuple[int, int]:
             floors = "; ".join(str(floor) for floor in problem.floors)
             raise BudgetError(
                 f"No assignment keeps the floors ({floors}) in layer {unit.layer}, which has {len(group)} experts and "
-                f"the candidate widths {_listing(problem.candidate_bits)}. Ask for other floors, or add the widths they name."
+                f"the candidate widths {_listing(problem.candidate_bits)}. "
+                "Ask for other floors, or add the widths they name."
             )
         least, most = least + found[0], most + found[1]
     return least, most
@@ -103,8 +104,9 @@ def _too_small(problem: AllocationProblem, least: float, most: float, layers: Se
     else:
         remedy += ", or add a narrower candidate width."
     return BudgetError(
-        f"A budget of {_asked(budget)} cannot be met{where}: with the candidate widths {_listing(problem.candidate_bits)}{floors} "
-        f"the experts take from {budget.shown(least, up=True)} to {budget.shown(most)}. {remedy}"
+        f"A budget of {_asked(budget)} cannot be met{where}: with the candidate widths "
+        f"{_listing(problem.candidate_bits)}{floors} the experts take from {budget.shown(least, up=True)} "
+        f"to {budget.shown(most)}. {remedy}"
     )
 
 

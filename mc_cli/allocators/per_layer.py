@@ -16,8 +16,8 @@ EXACT = 0.0  # a layer is a small problem: solved to the optimum
 def solve_per_layer(problem: AllocationProblem, settings: SolverSettings) -> Assignment:
     """One exact integer programme per layer, whose experts share the layer's part of the budget.
 
-    Code bits: every layer has the same mean width and keeps what it leaves, as PMQ was published. Stored bits and bytes:
-    whole steps seldom meet a layer's bytes, so what one layer leaves is added to the next one's share.
+    Code bits: every layer has the same mean width and keeps what it leaves, as PMQ was published. Stored bits and
+    bytes: whole steps seldom meet a layer's bytes, so what one layer leaves is added to the next one's share.
     Raises BudgetError where some layer's share is too small for it.
     """
     shares = _shares(problem)

@@ -15,8 +15,8 @@ def costs(layer: LayerImportance, candidate_bits: tuple[int, ...], settings: Cos
     phi   routing_count, normalised to sum 1 over the layer
     w     router_probability_sum (before top-k), normalised to sum 1 over the layer
     eps   loss_by_bits
-    Source: Huang et al. 2024, arXiv 2410.06270, section 3.2; exponents 1, 1.5, 1 as in its public code, which reproduces
-    the published Mixtral-8x7B widths (the paper's text says gamma 2).
+    Source: Huang et al. 2024, arXiv 2410.06270, section 3.2; exponents 1, 1.5, 1 as in its public code, which
+    reproduces the published Mixtral-8x7B widths (the paper's text says gamma 2).
     """
     alpha, beta, gamma = (settings.exponents[name] for name in ("alpha", "beta", "gamma"))
     pairs = zip(normalised(layer.routing_count), normalised(layer.router_probability_sum), strict=True)

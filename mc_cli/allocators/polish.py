@@ -11,7 +11,8 @@ def polish(table: Table, picks: Ints) -> Ints:
     """A copy of `picks` that costs no more, in double precision where a solver stops at its tolerance.
 
     First every unit takes its smallest choice that costs no more; then what is left of the limit goes to the largest
-    improvements that fit; last, units with equal choices are ordered, wider first (within a layer where floors hold). Floors stay kept.
+    improvements that fit; last, units with equal choices are ordered, wider first (within a layer where floors hold).
+    Floors stay kept.
     """
     state = _State(table, picks.copy())
     _drop_useless_size(state)
@@ -83,7 +84,8 @@ def _use_what_is_left(state: _State) -> None:
 
 
 def _order_equals(state: _State) -> None:
-    table, groups = state.table, {}
+    table = state.table
+    groups: dict[tuple[int, bytes, bytes], list[int]] = {}
     scopes = {unit: number for number, row in enumerate(table.floors) for unit in row.units.tolist()}
     for unit in range(len(state.picks)):
         key = (scopes.get(unit, -1), table.cost[unit].tobytes(), table.size[unit].tobytes())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -114,19 +113,6 @@ class Floor:
                 f"Floor {self.comparison!r} {self.bits} bits, {self.count} experts: a floor compares with == or >=, "
                 "and asks for at least 1 expert."
             )
-
-    @classmethod
-    def parse(cls, text: str) -> Floor:
-        """The floor of a short text: `3:1` is at least 1 expert of 3 bits, `2+:4` at least 4 experts of 2 bits or more.
-
-        Raises InputError for any other text.
-        """
-        match = re.fullmatch(r"\s*(\d+)(\+?):(\d+)\s*", text)
-        if match is None:
-            raise InputError(
-                f"{text!r} is not a floor. Write 3:1 (1 expert of 3 bits) or 2+:4 (4 experts of 2 bits or more)."
-            )
-        return cls(int(match[1]), int(match[3]), ">=" if match[2] else "==")
 
     def admits(self, bits: int) -> bool:
         """Whether an expert of that width counts."""

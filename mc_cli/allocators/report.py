@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mc_cli.allocators.costs import predicted_loss
 from mc_cli.allocators.problem import AllocationProblem
 from mc_cli.allocators.strategy import Assignment, CostSettings, Strategy
-from mc_cli.artifacts.importance import UNITS, Importance
+from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.plan import ExpertBits, Plan
-from mc_cli.parts import Role
 
 
 def make_plan(
@@ -20,16 +20,14 @@ def make_plan(
     assignment: Assignment,
     *,
     settings: CostSettings,
-    role_bits: Mapping[Role, int],
 ) -> Plan:
-    """The plan of an assignment. No duration goes into it: equal inputs give equal bytes."""
+    """The plan of an assignment, without the widths of other roles. No duration: equal inputs give equal bytes."""
     expert_bits = _expert_bits(problem, assignment)
     return Plan(
         model_type=importance.model_type,
         method=strategy.name,
         expert_bits=expert_bits,
-        role_bits=dict(role_bits),
-        group_size_limit=importance.group_size_limit,
+        role_bits={},
         budget=_budget(problem, assignment),
         objective=_objective(importance, strategy, problem, assignment, expert_bits, settings),
         solver=_solver(problem, assignment),
@@ -78,7 +76,7 @@ def _objective(
 ) -> dict[str, Any]:
     report: dict[str, Any] = {
         "value": problem.value(assignment.picks) if assignment.status != "constructed" else None,
-        "unit": strategy.unit,
+        "unit": _loss_unit(importance) if strategy.costs is predicted_loss else strategy.unit,
         "formula": strategy.formula,
         **settings.exponents,
     }
@@ -87,8 +85,13 @@ def _objective(
     loss = predicted_loss_of(importance, expert_bits)
     if loss is not None:
         report["predicted_loss"] = loss
-        report["predicted_loss_unit"] = UNITS["predicted_loss_by_bits"]
+        report["predicted_loss_unit"] = _loss_unit(importance)
     return report
+
+
+def _loss_unit(importance: Importance) -> str:
+    """What predicted_loss_by_bits is measured in: without a backward pass it is not in nats, and score says so."""
+    return importance.sensitivity_method or "nats per token"
 
 
 def predicted_loss_of(importance: Importance, expert_bits: Mapping[int, tuple[ExpertBits, ...]]) -> float | None:

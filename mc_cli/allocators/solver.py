@@ -132,7 +132,7 @@ def _solve_core(
 def _build(
     table: Table, undecided: Bools, start: Ints, scale: _Scale, limit: int
 ) -> tuple[pulp.LpProblem, dict[tuple[int, int], pulp.LpVariable]]:
-    """The programme of the units with several undecided choices; the others keep `start`, and their sizes are taken off."""
+    """The programme of the units with several undecided choices; the others keep `start`, which is counted off."""
     model = pulp.LpProblem("widths", pulp.LpMinimize)
     free = np.flatnonzero(undecided.sum(axis=1) > 1)
     is_free = np.zeros(len(start), bool)

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mc_cli.artifacts.store import read_json, write_json
-from mc_cli.errors import ArtifactError
+from mc_cli.errors import ArtifactError, listed
 
 SCHEMA = 1
 
 UNITS = {
     "routing_count": "tokens routed to the expert",
-    "routing_weight_sum": "sum over those tokens of the weight the experts receive (after top-k and the family's scaling)",
-    "router_probability_sum": "sum over those tokens of the softmax over all experts, before top-k (MC's w)",
-    "output_norm_mean": "mean over those tokens of routing weight times L2 norm of the expert's output (REAP)",
+    "routing_weight_sum": "sum over these tokens of the weight the experts receive (after top-k and the family's scaling)",
+    "router_probability_sum": "sum over these tokens of the softmax over all experts, before top-k (MC's w)",
+    "output_norm_mean": "mean over these tokens of routing weight times L2 norm of the expert's output (REAP)",
     "loss_by_bits": "L2 norm over calibration tokens of the change of the MoE output when this expert alone has that width",
     "predicted_loss_by_bits": "expected rise of the model's loss, nats per token, when this expert alone has that width",
     "stored_bytes_by_bits": "bytes of one expert of this layer at that width: codes, scales and zero points",
 }
 
+_PER_EXPERT = ("routing_count", "routing_weight_sum", "router_probability_sum", "output_norm_mean")
+_PER_EXPERT_AND_WIDTH = ("loss_by_bits", "predicted_loss_by_bits")
+
 
 @dataclass(frozen=True)
 class LayerImportance:
-    """Measures of the experts of one MoE layer; every sequence is indexed by expert."""
+    """Measures of the experts of one MoE layer; every sequence is indexed by expert and kept as a tuple."""
 
     layer: int
     weights_per_expert: int
@@ -39,9 +43,57 @@ class LayerImportance:
     stored_bytes_by_bits: dict[int, int]
     sensitivity: float = 1.0  # nats per token per unit of squared MoE-output error (summed over tokens)
 
+    def __post_init__(self) -> None:
+        for name in _PER_EXPERT:
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in _PER_EXPERT_AND_WIDTH:
+            object.__setattr__(self, name, {bits: tuple(values) for bits, values in getattr(self, name).items()})
+
     @property
     def num_experts(self) -> int:
         return len(self.routing_count)
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> LayerImportance:
+        """The layer of a JSON object, its widths turned from strings to numbers.
+
+        Raises KeyError, TypeError or ValueError where the object is not one; the caller knows the file to name.
+        """
+        widths = (*_PER_EXPERT_AND_WIDTH, "stored_bytes_by_bits")
+        by_bits = {name: {int(bits): values for bits, values in entry[name].items()} for name in widths}
+        return cls(**{**entry, **by_bits})
+
+    def problems(self, candidate_bits: Iterable[int]) -> list[str]:
+        """What is wrong with the measures, one line each: lengths, missing widths, numbers that are not finite."""
+        found = []
+        for name, values in self._columns():
+            where = f"layer {self.layer}: {name}"
+            if len(values) != self.num_experts:
+                found.append(f"{where} has {len(values)} entries, routing_count {self.num_experts}")
+            elif bad := [expert for expert, value in enumerate(values) if not _is_finite(value)]:
+                found.append(f"{where} is no finite number for expert {', '.join(map(str, bad[:8]))}")
+        wanted = set(candidate_bits)
+        for name in (*_PER_EXPERT_AND_WIDTH, "stored_bytes_by_bits"):
+            measured = getattr(self, name)
+            # A score without predicted losses is usable: only `global` and `layerwise` need them.
+            if wanted - set(measured) and not (name == "predicted_loss_by_bits" and not measured):
+                found.append(
+                    f"layer {self.layer}: {name} lacks width {', '.join(map(str, sorted(wanted - set(measured))))}"
+                )
+        sizes = {"weights_per_expert": self.weights_per_expert}
+        sizes |= {f"stored_bytes_by_bits at {bits}": size for bits, size in self.stored_bytes_by_bits.items()}
+        found += [
+            f"layer {self.layer}: {name} is {size!r}, not a positive whole number"
+            for name, size in sizes.items()
+            if isinstance(size, bool) or not isinstance(size, int) or size <= 0
+        ]
+        return found
+
+    def _columns(self) -> list[tuple[str, Sequence[float]]]:
+        columns = [(name, getattr(self, name)) for name in _PER_EXPERT]
+        for name in _PER_EXPERT_AND_WIDTH:
+            columns += [(f"{name} at {bits} bits", values) for bits, values in sorted(getattr(self, name).items())]
+        return columns
 
 
 @dataclass(frozen=True)
@@ -53,12 +105,26 @@ class Importance:
     candidate_bits: tuple[int, ...]
     layers: tuple[LayerImportance, ...]
     sensitivity_method: str = ""
-    group_size_limit: int = 128  # at which the losses and stored bytes were measured
     units: dict[str, str] = field(default_factory=lambda: dict(UNITS))
     warnings: tuple[str, ...] = ()
 
+    def check(self) -> None:
+        """Raises ArtifactError naming every layer whose measures are incomplete, not finite or of unequal lengths."""
+        found = [problem for layer in self.layers for problem in layer.problems(self.candidate_bits)]
+        indices = [layer.layer for layer in self.layers]
+        found += [
+            f"layer {index} occurs {indices.count(index)} times"
+            for index in sorted(set(indices))
+            if indices.count(index) > 1
+        ]
+        if not self.layers or not self.candidate_bits:
+            found.append(f"{len(self.layers)} layers and {len(self.candidate_bits)} candidate widths")
+        if found:
+            raise ArtifactError(f"The measures of {self.model_type} cannot be used:\n{listed(found)}\nRun score again.")
+
     def write(self, path: Path) -> None:
-        """Writes the JSON file in one atomic replace."""
+        """Writes the JSON file in one atomic replace. Raises ArtifactError, and writes nothing, if `check` does."""
+        self.check()
         write_json(path, {"schema": SCHEMA, **asdict(self)})
 
     @classmethod
@@ -70,26 +136,23 @@ class Importance:
                 f"{path} has schema {content.get('schema')!r}; this version of mc-cli reads schema {SCHEMA}. Run score again."
             )
         try:
-            layers = tuple(_layer(entry) for entry in content["layers"])
-            return cls(
-                model_type=content["model_type"],
-                quantizer=content["quantizer"],
-                candidate_bits=tuple(content["candidate_bits"]),
-                layers=layers,
-                sensitivity_method=content["sensitivity_method"],
-                group_size_limit=int(content.get("group_size_limit", 128)),
-                units=content["units"],
+            importance = cls(
+                model_type=str(content["model_type"]),
+                quantizer=str(content["quantizer"]),
+                candidate_bits=tuple(int(bits) for bits in content["candidate_bits"]),
+                layers=tuple(LayerImportance.from_json(entry) for entry in content["layers"]),
+                sensitivity_method=str(content["sensitivity_method"]),
+                units=dict(content["units"]),
                 warnings=tuple(content["warnings"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path} is not an importance file: {error!r}. Run score again.") from error
+        try:
+            importance.check()
+        except ArtifactError as error:
+            raise ArtifactError(f"{path}: {error}") from error
+        return importance
 
 
-def _layer(entry: dict[str, Any]) -> LayerImportance:
-    by_bits = {name: {int(bits): values for bits, values in entry[name].items()} for name in entry if name.endswith("_by_bits")}
-    layer = LayerImportance(**{**entry, **by_bits})
-    lengths = {len(layer.routing_count), len(layer.routing_weight_sum), len(layer.output_norm_mean)}
-    lengths |= {len(values) for values in layer.loss_by_bits.values()}
-    if len(lengths) != 1:
-        raise ValueError(f"layer {layer.layer}: measures of different lengths {sorted(lengths)}")
-    return layer
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -30,7 +30,20 @@ CONFIG_FOLDER = "config"
 
 def part_file(part: int) -> str:
     """File name of a decoder layer's tensors; any negative number is everything outside the layers."""
-    return "rest.safetensors" if part < 0 else f"layer_{part:02d}.safetensors"
+    return "rest.safetensors" if part < 0 else f"layer_{part:03d}.safetensors"
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """Bytes on disk of one role's tensors."""
+
+    codes: int
+    side: int  # scales, zero points and whatever else an encoding stores beside its codes
+    kept: int  # as in the checkpoint
+
+    @property
+    def total(self) -> int:
+        return self.codes + self.side + self.kept
 
 
 def read_layout(folder: Path) -> PackedLayout:

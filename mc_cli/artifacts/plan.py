@@ -14,11 +14,12 @@ from typing import Any
 import yaml
 
 from mc_cli.artifacts.store import read_text, write_text
-from mc_cli.errors import PlanError
-from mc_cli.parts import ModelInventory, Role
+from mc_cli.errors import PlanError, listed
+from mc_cli.parts import ExpertBlock, ModelInventory, Role
 
 SCHEMA = 1
 KEPT_BITS = 16
+REMEDY = "Run allocate again, or correct the file."
 
 ExpertBits = int | dict[str, int]
 
@@ -56,14 +57,13 @@ class Plan:
             else:
                 problems += _layer_problems(layer, self.expert_bits[layer], blocks[layer])
         if problems:
-            shown = "\n".join(f"  {problem}" for problem in problems[:20])
             raise PlanError(
-                f"The plan does not describe this model, {len(problems)} differences:\n{shown}\n"
+                f"The plan does not describe this model, {len(problems)} differences:\n{listed(problems)}\n"
                 "Run allocate for this model, or correct plan.yaml."
             )
 
     def write(self, path: Path) -> None:
-        """Writes the YAML file in one atomic replace."""
+        """Writes the YAML file in one atomic replace; equal plans give equal bytes."""
         content = {
             "schema": SCHEMA,
             "model_type": self.model_type,
@@ -80,44 +80,106 @@ class Plan:
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """Reads and checks the file. Raises PlanError naming what is wrong with it."""
+        """Reads and checks the file. Raises PlanError naming all that is wrong with it."""
         try:
-            content = yaml.safe_load(read_text(path))
-            if content.get("schema") != SCHEMA:
-                raise PlanError(f"{path} has schema {content.get('schema')!r}; this version reads schema {SCHEMA}.")
-            return cls(
-                model_type=content["model_type"],
-                method=content["method"],
-                expert_bits={int(layer): tuple(_entry(path, layer, bits) for bits in row) for layer, row in content["expert_bits"].items()},
-                role_bits={Role(role): _width(path, role, bits) for role, bits in content["role_bits"].items()},
-                group_size_limit=int(content.get("group_size_limit", 128)),
-                budget=content.get("budget", {}),
-                objective=content.get("objective", {}),
-                solver=content.get("solver", {}),
-                warnings=tuple(content.get("warnings", ())),
+            content = yaml.load(read_text(path), Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise PlanError(f"{path} is not valid YAML: {error}. {REMEDY}") from error
+        if not isinstance(content, dict):
+            raise PlanError(f"{path} should hold a mapping, but holds a {type(content).__name__}. {REMEDY}")
+        if content.get("schema") != SCHEMA:
+            raise PlanError(
+                f"{path} has schema {content.get('schema')!r}; this version reads schema {SCHEMA}. Run allocate again."
             )
-        except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
-            raise PlanError(f"{path} is not a plan: {error!r}. Run allocate again, or correct the file.") from error
+        if problems := _content_problems(content):
+            raise PlanError(
+                f"{path} is not a plan:\n{listed(problems)}\nA width is 0 (pruned), 1 to 8, or 16 (kept). {REMEDY}"
+            )
+        return cls(
+            model_type=content["model_type"],
+            method=content["method"],
+            expert_bits={layer: tuple(row) for layer, row in content["expert_bits"].items()},
+            role_bits={Role(role): bits for role, bits in content["role_bits"].items()},
+            group_size_limit=content.get("group_size_limit", 128),
+            budget=content.get("budget", {}),
+            objective=content.get("objective", {}),
+            solver=content.get("solver", {}),
+            warnings=tuple(content.get("warnings", ())),
+        )
 
 
-def _entry(path: Path, layer: object, bits: object) -> ExpertBits:
-    if isinstance(bits, dict):
-        return {str(name): _width(path, f"layer {layer}", value) for name, value in bits.items()}
-    return _width(path, f"layer {layer}", bits)
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error: otherwise the later line would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key_node.value!r} is given twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
 
 
-def _width(path: Path, where: object, bits: object) -> int:
-    if isinstance(bits, bool) or not isinstance(bits, int) or not (0 <= bits <= 8 or bits == KEPT_BITS):
-        raise PlanError(f"{path}: {where} has width {bits!r}; a width is 0 (pruned), 1 to 8, or 16 (kept).")
-    return bits
+def _content_problems(content: Mapping[str, Any]) -> list[str]:
+    """Everything in the file that is not as the format says, one line each."""
+    kinds = {"model_type": str, "method": str, "expert_bits": dict, "role_bits": dict}
+    optional = {"group_size_limit": int, "budget": dict, "objective": dict, "solver": dict, "warnings": list}
+    problems = [f"{name} is missing" for name in kinds if name not in content]
+    problems += [
+        f"{name} is unknown" for name in content if name not in kinds and name not in optional and name != "schema"
+    ]
+    for name, kind in (kinds | optional).items():
+        if name in content and (not isinstance(content[name], kind) or isinstance(content[name], bool)):
+            problems.append(f"{name} is {_shown(content[name])}, not a {kind.__name__}")
+    if problems:
+        return problems
+    if content.get("group_size_limit", 128) < 1:
+        problems.append(f"group_size_limit is {content['group_size_limit']}, not positive")
+    for role, bits in content["role_bits"].items():
+        if role not in set(Role):
+            problems.append(f"role_bits: {role!r} is not a role; the roles are {', '.join(Role)}")
+        problems += _width_problem(f"role_bits: {role}", bits)
+    for layer, row in content["expert_bits"].items():
+        problems += _row_problems(layer, row)
+    return problems
 
 
-def _layer_problems(layer: int, row: tuple[ExpertBits, ...], block: Any) -> list[str]:
+def _row_problems(layer: object, row: object) -> list[str]:
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        return [f"expert_bits: {layer!r} is not a layer number"]
+    if not isinstance(row, list):
+        return [f"layer {layer}: {_shown(row)} is not a list of widths"]
+    problems = []
+    for expert, entry in enumerate(row):
+        where = f"layer {layer} expert {expert}"
+        if isinstance(entry, dict):
+            for projection, bits in entry.items():
+                problems += _width_problem(f"{where} {projection}", bits)
+        else:
+            problems += _width_problem(where, entry)
+    return problems
+
+
+def _width_problem(where: str, bits: object) -> list[str]:
+    fits = isinstance(bits, int) and not isinstance(bits, bool) and (0 <= bits <= 8 or bits == KEPT_BITS)
+    return [] if fits else [f"{where} has width {_shown(bits)}"]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _layer_problems(layer: int, row: tuple[ExpertBits, ...], block: ExpertBlock) -> list[str]:
     problems = []
     if len(row) != block.num_experts:
         problems.append(f"layer {layer}: plan has {len(row)} experts, model {block.num_experts}")
     names = {projection.name for projection in block.projections}
     for expert, entry in enumerate(row):
         if isinstance(entry, dict) and set(entry) != names:
-            problems.append(f"layer {layer} expert {expert}: plan has projections {sorted(entry)}, model {sorted(names)}")
+            problems.append(
+                f"layer {layer} expert {expert}: plan has projections {sorted(entry)}, model {sorted(names)}"
+            )
     return problems

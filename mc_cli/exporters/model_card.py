@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mc_cli.artifacts.packed import StoredBytes
+
 MAX_ROWS = 60
-
-
-@dataclass(frozen=True)
-class RoleBytes:
-    """Stored bytes of one role's tensors."""
-
-    role: str
-    codes: int
-    side: int  # scales, zero points
-    kept: int
-
-    @property
-    def total(self) -> int:
-        return self.codes + self.side + self.kept
 
 
 @dataclass(frozen=True)
@@ -31,7 +20,7 @@ class CardFacts:
     model_type: str
     code_bits_per_weight: float  # of routed experts, codes alone
     stored_bits_per_weight: float  # of routed experts, scales and zero points included
-    role_bytes: tuple[RoleBytes, ...]
+    role_bytes: Mapping[str, StoredBytes]
     base_model: str | None = None
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # stage -> settings, inputs, fingerprint
@@ -39,16 +28,14 @@ class CardFacts:
 
     @property
     def total_bytes(self) -> int:
-        return sum(row.total for row in self.role_bytes)
+        return sum(sizes.total for sizes in self.role_bytes.values())
 
 
 def model_card(facts: CardFacts, *, title: str, opening: str, loading: str, size_note: str = "") -> str:
     """The card's Markdown; `opening`, `loading` and `size_note` are the exporter's own words."""
     parts = [_front_matter(facts), f"# {title}", opening, "## How to load it", loading]
     parts += ["## Size", _size_sentence(facts, size_note), _size_table(facts)]
-    measured = list(_leaves(facts.evaluation))
-    if measured:
-        parts += ["## Measured", _table(("figure", "value"), ((f"`{name}`", _shown(value)) for name, value in measured))]
+    parts += _measured(facts.evaluation)
     parts += ["## How it was made", *_stage_sections(facts)]
     return "\n\n".join(parts) + "\n"
 
@@ -68,7 +55,8 @@ def _size_sentence(facts: CardFacts, size_note: str) -> str:
 
 
 def _size_table(facts: CardFacts) -> str:
-    rows = [(row.role, row.codes, row.side, row.kept, row.total) for row in facts.role_bytes]
+    largest_first = sorted(facts.role_bytes.items(), key=lambda item: -item[1].total)
+    rows = [(role, sizes.codes, sizes.side, sizes.kept, sizes.total) for role, sizes in largest_first]
     rows.append(("all", *(sum(row[column] for row in rows) for column in range(1, 5))))
     heads = ("part", "codes, bytes", "scales and zero points, bytes", "kept, bytes", "total, bytes")
     return _table(heads, ((name, *(f"{count:,}" for count in counts)) for name, *counts in rows))
@@ -83,12 +71,37 @@ def _stage_sections(facts: CardFacts) -> Iterable[str]:
         yield f"### {stage}\n\n{_table(('setting', 'value'), rows)}"
 
 
+def _measured(evaluation: Mapping[str, Any]) -> list[str]:
+    """Perplexities on held-out text and task results; nothing where the model was not evaluated."""
+    total = evaluation.get("total")
+    if not isinstance(total, Mapping) or not {"tokens", "original_loss", "packed_loss"} <= total.keys():
+        return []
+    domains = evaluation.get("domains") or {}
+    rows = [_text_row(name, text) for name, text in domains.items() if len(domains) > 1]
+    rows.append(_text_row("all", total))
+    heads = ("held-out text", "tokens", "perplexity, original", "perplexity, packed", "KL, nats per token", "same top token")
+    sections = ["## Measured", _table(heads, rows)]
+    tasks = [(f"`{name}`", _shown(value)) for name, value in _leaves(evaluation.get("tasks") or {})]
+    return sections + ([_table(("task", "value"), tasks)] if tasks else [])
+
+
+def _text_row(name: str, text: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        name,
+        f"{text['tokens']:,}",
+        f"{math.exp(text['original_loss']):.4f}",
+        f"{math.exp(text['packed_loss']):.4f}",
+        _shown(text.get("kl_divergence", "")),
+        _shown(text.get("same_top_token", "")),
+    )
+
+
 def _leaves(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
-    """Numbers and words of a nested JSON value by their dotted path; lists are left to the file itself."""
+    """Numbers of a nested JSON value by their dotted path."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _leaves(inner, f"{path}.{name}" if path else str(name))
-    elif isinstance(value, (int, float, str)):
+    elif isinstance(value, (int, float)):
         yield path, value
 
 

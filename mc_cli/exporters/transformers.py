@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mc_cli.artifacts.packed import part_file, read_layout
+from mc_cli.artifacts.packed import read_layout
 from mc_cli.artifacts.store import read_json, read_tensors, write_json, write_text
 from mc_cli.errors import InputError
 from mc_cli.exporters import ExportJob
@@ -65,10 +65,10 @@ def export(job: ExportJob) -> None:
     """Writes config.json with the layout, sharded packed tensors under module-tree names, loader code and a card."""
     write_json(job.target / "config.json", packed_config(job))
     writer = ShardWriter(job.target, shard_bytes=job.shard_bytes)
-    for part in job.parts:
-        for name, tensor in read_tensors(job.packed_folder / part_file(part)).items():
+    for path in sorted(job.packed_folder.glob("*.safetensors")):
+        for name, tensor in read_tensors(path).items():
             writer.add(name, tensor)
-        job.advance(part_file(part))
+        job.advance(path.name)
     writer.finish()
     write_text(job.target / f"{LOADER}.py", LOADER_SOURCE)
     title = f"{job.card.base_model or job.card.model_type}, packed by mc-cli"

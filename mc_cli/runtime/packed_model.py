@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
-from mc_cli.artifacts.packed import PackedLayout, encoding_of
+from mc_cli.artifacts.packed import PackedLayout, StoredBytes, encoding_of
 from mc_cli.errors import ArtifactError, McError, PlanError, listed
 from mc_cli.parts import Role
 from mc_cli.runtime import experts
@@ -232,6 +231,12 @@ def read_packed_config(files: PackedFiles, *, trust_remote_code: bool = False) -
     return config
 
 
+def part_numbers(config: Any) -> list[int]:
+    """REST and every decoder layer of a model with this config."""
+    model: Any = build_skeleton(config, dtype=torch.float32)
+    return [REST, *range(len(model.get_submodule(find_decoder_layers(model))))]
+
+
 def load_packed(
     folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
@@ -252,19 +257,6 @@ def load_packed(
     return model
 
 
-@dataclass
-class StoredBytes:
-    """Bytes on disk of one role's tensors."""
-
-    codes: int = 0
-    side: int = 0  # scales, zero points and whatever else an encoding stores beside its codes
-    kept: int = 0  # as in the checkpoint
-
-    @property
-    def total(self) -> int:
-        return self.codes + self.side + self.kept
-
-
 def model_bytes(folder: Path) -> dict[Role, StoredBytes]:
     """Stored bytes of a packed model's tensors per role, read from the files' headers alone.
 
@@ -277,7 +269,7 @@ def model_bytes(folder: Path) -> dict[Role, StoredBytes]:
     role_of = {block.path: Role.EXPERT for block in inventory.expert_blocks} | {
         part.name: part.role for part in inventory.tensors
     }
-    found: dict[Role, StoredBytes] = defaultdict(StoredBytes)
+    found: dict[Role, dict[str, int]] = defaultdict(lambda: {"codes": 0, "side": 0, "kept": 0})
     for name, tensor in files.tensors.items():
         path = name.rpartition(".")[0]
         role = (
@@ -286,5 +278,5 @@ def model_bytes(folder: Path) -> dict[Role, StoredBytes]:
         if role is None:
             raise ArtifactError(f"{folder}: {name} belongs to no tensor of the model. Run quantize again with --force.")
         kind = "kept" if name not in packed else "codes" if packed[name] == "codes" else "side"
-        setattr(found[role], kind, getattr(found[role], kind) + tensor.size_bytes)
-    return dict(found)
+        found[role][kind] += tensor.size_bytes
+    return {role: StoredBytes(**sizes) for role, sizes in found.items()}

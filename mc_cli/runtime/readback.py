@@ -1,0 +1,243 @@
+"""Reading an exported directory back as its users will, and comparing it with the packed model it was made from.
+
+Every stored tensor is compared: packed ones bit by bit, dense ones with what the packed model dequantizes to. Then
+both models compute logits for the same tokens, and the exported one generates.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from mc_cli.errors import ArtifactError, McError, listed
+from mc_cli.runtime.checkpoint import Checkpoint
+from mc_cli.runtime.dense_tensors import DenseTensors
+from mc_cli.runtime.layerwise import LayerSource, LayerWalk
+from mc_cli.runtime.model_folder import read_config
+from mc_cli.runtime.packed_model import PackedSource, tied_names
+
+WHOLE, LAYERED = "whole model", "layer by layer"
+SEQUENCES, LENGTH, PROMPT, NEW_TOKENS = 2, 32, 8, 4
+# Of the memory that is free; the rest is for activations and the tensors under comparison.
+_MEMORY_SHARE = 0.7
+# Largest relative error of a token's logits, for the median token. The same numbers on two paths differ by the order of
+# sums; a dense export also rounds each weight to its dtype, which a few layers amplify.
+_SAME_WEIGHTS = {torch.float32: 1e-4}
+_SAME_WEIGHTS_16_BIT = 2e-2
+_ROUNDED_WEIGHTS_EPS = 16
+
+
+@dataclass(frozen=True)
+class ReadBack:
+    """What reading back found; errors are norms of logit differences over norms of logits, per token."""
+
+    method: str  # WHOLE through from_pretrained, or LAYERED where that would not fit in memory
+    tensors: int
+    tokens: int
+    logit_error_median: float
+    logit_error_max: float
+    tolerance: float  # for the median
+    same_top_token: float
+    generated_tokens: int  # 0 where layer by layer
+
+
+def read_back(
+    exported: Path, packed: Path, *, dtype: torch.dtype, device: torch.device, free_bytes: int | None = None
+) -> ReadBack:
+    """The comparison of an exported directory with the packed folder it was made from.
+
+    free_bytes   memory to plan with, None to ask the system: the whole model is loaded if it fits in 70 % of that, else
+                 a layer at a time, without generating
+    Raises ArtifactError naming what differs, or what the loader said.
+    """
+    transformers_logging.disable_progress_bar()
+    original = PackedSource(packed, dtype=dtype, device=device)
+    token_ids = sample_tokens(original.config)
+    wanted = _Wanted(exported, original)
+    needed = sum(size.stat().st_size for size in exported.glob("*.safetensors")) * (2 if dtype == torch.float32 else 1)
+    free = free_memory(device) if free_bytes is None else free_bytes
+    if free is None or needed <= _MEMORY_SHARE * free:
+        logits, tensors, generated = _whole(exported, wanted, token_ids, dtype, device)
+        method = WHOLE
+    else:
+        logits, tensors = _layered(exported, wanted, token_ids, dtype, device)
+        method, generated = LAYERED, 0
+    expected = _walked_logits(original, token_ids)
+    errors = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
+    found = ReadBack(
+        method=method,
+        tensors=tensors,
+        tokens=token_ids.numel(),
+        logit_error_median=float(errors.median()),
+        logit_error_max=float(errors.max()),
+        tolerance=wanted.tolerance(dtype),
+        same_top_token=float((logits.argmax(-1) == expected.argmax(-1)).float().mean()),
+        generated_tokens=generated,
+    )
+    if not found.logit_error_median <= found.tolerance:
+        raise ArtifactError(
+            f"{exported}: the logits of the exported model differ from the packed model's by {found.logit_error_median:.2g} "
+            f"(relative, median token), more than {found.tolerance:.2g}, though all tensors agree. This is a defect of mc-cli."
+        )
+    return found
+
+
+def sample_tokens(config: Any) -> torch.Tensor:
+    """A few sequences of random token ids [sequences, length], the same at every call for one model."""
+    text = config.get_text_config()
+    length = min(LENGTH, getattr(text, "max_position_embeddings", None) or LENGTH)
+    return torch.randint(0, text.vocab_size, (SEQUENCES, length), generator=torch.Generator().manual_seed(0))
+
+
+class _Wanted:
+    """What the exported model has to hold."""
+
+    def __init__(self, exported: Path, original: PackedSource) -> None:
+        self._original = original
+        config = read_config(exported)
+        self.is_packed = getattr(config, "quantization_config", None) is not None
+        self._dense = None if self.is_packed else DenseTensors(original.folder)
+
+    @property
+    def parts(self) -> list[int]:
+        return self._original.parts
+
+    def tensors(self, part: int) -> dict[str, torch.Tensor]:
+        """Module-tree name -> tensor, of one part."""
+        if self._dense is not None:
+            return self._dense.by_module(part)
+        return dict(self._original.files.read(self._original.names(part)))
+
+    def compare(self, state: Mapping[str, torch.Tensor], part: int) -> tuple[int, list[str]]:
+        """How many tensors of a part were compared, and what differs."""
+        wanted = self.tensors(part)
+        problems = []
+        for name, tensor in wanted.items():
+            found = state.get(name)
+            if found is None:
+                problems.append(f"{name}: missing")
+            elif name in self._original.packed and found.dtype != tensor.dtype:
+                problems.append(f"{name}: {found.dtype}, packed as {tensor.dtype}")
+            elif found.shape != tensor.shape or not torch.equal(found.cpu(), tensor.to(found.dtype)):
+                problems.append(f"{name}: other values")
+        return len(wanted), problems
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        same = _SAME_WEIGHTS.get(dtype, _SAME_WEIGHTS_16_BIT)
+        return same if self._dense is None else max(same, _ROUNDED_WEIGHTS_EPS * torch.finfo(self._dense.dtype).eps)
+
+
+def _whole(
+    exported: Path, wanted: _Wanted, token_ids: torch.Tensor, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, int, int]:
+    """(logits, tensors compared, tokens generated) of the directory through from_pretrained."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(exported, dtype=dtype, output_loading_info=True)
+    except McError:
+        raise
+    except Exception as error:  # whatever transformers makes of a directory that it cannot load
+        raise ArtifactError(f"{exported} cannot be loaded: {type(error).__name__}: {error}") from error
+    problems = [f"{name}: {kind.replace('_', ' ')}" for kind, names in info.items() for name in _names(names)]
+    state = model.state_dict()
+    count = 0
+    for part in wanted.parts:
+        compared, found = wanted.compare(state, part)
+        count, problems = count + compared, problems + found
+    _raise_if_any(exported, problems + _left_over(state, wanted, count, tied_names(model)))
+    model = model.to(device).eval()
+    with torch.inference_mode():
+        logits = torch.cat([model(row[None].to(device), use_cache=False).logits.float().cpu() for row in token_ids])
+        prompt = token_ids[:1, :PROMPT].to(device)
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+        text = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    if text.shape[1] <= prompt.shape[1]:
+        raise ArtifactError(f"{exported} loads, but generate adds no token.")
+    return logits, count, int(text.shape[1] - prompt.shape[1])
+
+
+def _left_over(state: Mapping[str, Any], wanted: _Wanted, count: int, tied: set[str]) -> list[str]:
+    if len(state.keys() - tied) == count:
+        return []
+    known = {name for part in wanted.parts for name in wanted.tensors(part)}
+    return [f"{name}: not in the packed model" for name in sorted(state.keys() - tied - known)]
+
+
+def _names(entry: Any) -> Iterator[str]:
+    """Names in one entry of transformers' loading info: sets of names, or of tuples that begin with one."""
+    for item in entry if isinstance(entry, Iterable) and not isinstance(entry, str) else ():
+        yield str(item[0] if isinstance(item, tuple) else item)
+
+
+def _layered(
+    exported: Path, wanted: _Wanted, token_ids: torch.Tensor, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, int]:
+    """(logits, tensors compared) of the directory with one layer in memory."""
+    source: Any
+    if wanted.is_packed:
+        source = PackedSource(exported, dtype=dtype, device=device)
+    else:
+        source = Checkpoint(exported, read_config(exported), dtype=dtype, device=device)
+        if source.unused:
+            _raise_if_any(exported, [f"{name}: not part of the model" for name in source.unused])
+    compared = _Compared(source, wanted)
+    logits = _walked_logits(compared, token_ids)
+    _raise_if_any(exported, compared.problems)
+    return logits, compared.count
+
+
+class _Compared:
+    """A layer source that compares each part when it is loaded."""
+
+    def __init__(self, source: Any, wanted: _Wanted) -> None:
+        self.model, self.layers_path, self.device = source.model, source.layers_path, source.device
+        self._source, self._wanted = source, wanted
+        self.count = 0
+        self.problems: list[str] = []
+
+    def load(self, part: int) -> None:
+        self._source.load(part)
+        compared, problems = self._wanted.compare(self.model.state_dict(), part)
+        self.count += compared
+        self.problems += problems
+
+    def free(self, layer: int) -> None:
+        self._source.free(layer)
+
+
+def _walked_logits(source: LayerSource, token_ids: torch.Tensor) -> torch.Tensor:
+    walk = LayerWalk(source, token_ids, batch_size=1)
+    for layer in range(walk.num_layers):
+        source.load(layer)
+        walk.run_layer(advance=True)
+        source.free(layer)
+    return torch.cat([walk.logits(rows).float().cpu() for rows in walk.batches()])
+
+
+def _raise_if_any(exported: Path, problems: list[str]) -> None:
+    if problems:
+        raise ArtifactError(
+            f"{exported}: reading back found {len(problems)} differences from the packed model:\n{listed(problems)}\n"
+            "The disk may be faulty; if exporting again gives the same, this is a defect of mc-cli."
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated now, None where the system does not tell."""
+    free = []
+    if device.type == "cuda":
+        free.append(torch.cuda.mem_get_info(device)[0])
+    try:
+        free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable"))
+        free[-1] = int(available.split()[1]) * 1024
+    except (OSError, ValueError, StopIteration):
+        pass
+    return min(free, default=None)

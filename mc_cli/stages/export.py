@@ -1,0 +1,210 @@
+"""export: the packed model as a directory that loads elsewhere, built beside its name, read back, then moved there.
+
+1. the exporter writes    2. the result is loaded and compared with the packed model    3. record, rename
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mc_cli import __version__
+from mc_cli.artifacts.exported import STAGE, ExportFolder, ExportRecord
+from mc_cli.artifacts.packed import PackedLayout, encoding_of
+from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest, StageFolder, read_json, require_done
+from mc_cli.errors import InputError
+from mc_cli.exporters import ExportJob, exporter_from_name
+from mc_cli.exporters.model_card import CardFacts
+from mc_cli.parts import Role
+from mc_cli.progress import Progress, StageResult
+from mc_cli.runtime.dense_tensors import DenseTensors, weight_dtype
+from mc_cli.runtime.packed_files import PackedFiles, copy_model_files, open_packed
+from mc_cli.runtime.packed_model import model_bytes, part_numbers, read_packed_config
+from mc_cli.runtime.readback import ReadBack, read_back
+from mc_cli.runtime.session import POINTER
+from mc_cli.settings import ExportSettings, RunSettings
+
+KEPT_BITS = 16
+EVALUATION = "eval.json"
+
+
+def plan_stage(settings: ExportSettings, compute: RunSettings, work_dir: Path) -> ExportFolder:
+    """The directory with its settings and inputs; nothing is run. Raises InputError for one that is not ours."""
+    exporter_from_name(settings.format)
+    inputs = {"quantize": require_done(work_dir, "quantize").fingerprint}
+    evaluated = Manifest.read(work_dir / STAGE_FOLDERS["prune-eval"])
+    if evaluated is not None:
+        inputs["prune-eval"] = evaluated.fingerprint
+    resolved = {name: value for name, value in settings.resolved().items() if name != "out"}
+    target = Path(settings.out).expanduser().resolve()
+    packed = (work_dir / STAGE_FOLDERS["quantize"]).resolve()
+    if target == packed or packed in target.parents or target in packed.parents:
+        raise InputError(f"--out {settings.out} holds or lies in {packed}, which is read. Name a directory elsewhere.")
+    return ExportFolder(target, resolved, inputs)
+
+
+def run(
+    settings: ExportSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress
+) -> StageResult:
+    """Writes the directory `settings.out`. A failure, also of reading it back, leaves none and raises."""
+    folder = plan_stage(settings, compute, work_dir)
+    if not folder.begin(force=force):
+        return _result(folder, settings, ran=False)
+    packed = work_dir / STAGE_FOLDERS["quantize"]
+    _verify_packed(work_dir)
+    try:
+        stages = _stage_records(work_dir)
+        files = open_packed(packed)
+        card = _card(work_dir, files, stages, _evaluation(work_dir, folder, progress))
+        found = _write_and_read_back(settings, compute, files, folder, card, progress)
+        folder.finish(stages=stages, read_back=asdict(found), tool_version=__version__)
+    except BaseException:
+        folder.discard()
+        raise
+    return _result(folder, settings, ran=True)
+
+
+def _write_and_read_back(
+    settings: ExportSettings,
+    compute: RunSettings,
+    files: PackedFiles,
+    folder: ExportFolder,
+    card: CardFacts,
+    progress: Progress,
+) -> ReadBack:
+    config = read_packed_config(files)
+    parts = part_numbers(config)
+    dense = cache(lambda: DenseTensors(files.folder))  # built only for an exporter that asks for dense tensors
+    copy_model_files(files.config_folder, folder.partial)
+    with progress.step(f"export: {settings.format}", total=len(parts) + 1, unit="part") as step:
+        job = ExportJob(
+            packed_folder=files.folder,
+            target=folder.partial,
+            parts=tuple(parts),
+            dtype=str(weight_dtype(files)).removeprefix("torch."),
+            shard_bytes=settings.shard_bytes,
+            card=card,
+            original_tensors=lambda part: dense().original(part),
+            advance=lambda note: step.advance(note=note),
+        )
+        exporter_from_name(settings.format).export(job)
+        device = _device(compute.device)
+        dtype = _dtype(compute.dtype, device, weight_dtype(files))
+        found = read_back(folder.partial, files.folder, dtype=dtype, device=device)
+        step.advance(note="read back")
+    if found.generated_tokens == 0:
+        folder.warn(
+            "the exported model does not fit into the free memory, so it was read back layer by layer: all tensors and "
+            "the logits were compared, but nothing was generated with it.",
+            progress,
+        )
+    return found
+
+
+def _verify_packed(work_dir: Path) -> None:
+    """Raises ArtifactError where the packed folder's files are not those of its manifest."""
+    manifest = require_done(work_dir, "quantize")
+    StageFolder(work_dir, "quantize", manifest.settings, manifest.inputs).verify()
+
+
+def _stage_records(work_dir: Path) -> dict[str, dict[str, Any]]:
+    """What each stage of the work directory was made with; settings that are paths keep only their last piece."""
+    records = {}
+    for stage, name in STAGE_FOLDERS.items():
+        manifest = Manifest.read(work_dir / name)
+        if manifest is not None:
+            settings = {key: _without_folder(value) for key, value in manifest.settings.items()}
+            facts = {"fingerprint": manifest.fingerprint, "tool_version": manifest.tool_version}
+            records[stage] = {"settings": settings, "inputs": dict(manifest.inputs), **facts}
+    return records
+
+
+def _without_folder(value: Any) -> Any:
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+
+
+def _card(
+    work_dir: Path, files: PackedFiles, stages: dict[str, dict[str, Any]], evaluation: dict[str, Any]
+) -> CardFacts:
+    sizes = model_bytes(files.folder)
+    code_bits, weights = expert_code_bits(files.layout)
+    return CardFacts(
+        model_type=read_packed_config(files).model_type,
+        code_bits_per_weight=code_bits / weights,
+        stored_bits_per_weight=8 * sizes[Role.EXPERT].total / weights,
+        role_bytes={role.value: stored for role, stored in sizes.items()},
+        base_model=_hub_name(work_dir),
+        evaluation=evaluation,
+        stages=stages,
+        tool_version=__version__,
+    )
+
+
+def expert_code_bits(layout: PackedLayout) -> tuple[float, int]:
+    """(bits of all routed experts' codes, number of their weights); kept weights count 16 bits, pruned ones none."""
+    bits, weights = 0.0, 0
+    for block in layout.experts:
+        for projection, (out_features, in_features) in block.projections.items():
+            count = out_features * in_features
+            weights += count * block.num_experts
+            for key, members in block.groups(projection).items():
+                encoding = encoding_of(key)
+                bits += count * len(members) * (KEPT_BITS if encoding is None else encoding.code_bits)
+    return bits, weights
+
+
+def _hub_name(work_dir: Path) -> str | None:
+    """The original's name on the hub, where it came from there."""
+    path = work_dir / POINTER
+    if not path.exists():
+        return None
+    pointer = read_json(path)
+    name = str(pointer.get("model", ""))
+    cached = f"models--{name.replace('/', '--')}" in Path(str(pointer.get("folder", ""))).parts
+    return name if cached and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+
+
+def _evaluation(work_dir: Path, folder: ExportFolder, progress: Progress) -> dict[str, Any]:
+    """prune-eval's figures where they are of this packed model; figures of another one are left out with a warning."""
+    evaluated = Manifest.read(work_dir / STAGE_FOLDERS["prune-eval"])
+    if evaluated is None:
+        return {}
+    if evaluated.inputs.get("quantize") != folder.inputs["quantize"]:
+        folder.warn("the evaluation is of an earlier packed model, so the model card leaves it out.", progress)
+        return {}
+    return read_json(work_dir / STAGE_FOLDERS["prune-eval"] / EVALUATION)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device here. Use --device cpu, or install a CUDA build.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.float32 if device.type == "cpu" else stored
+
+
+def _result(folder: ExportFolder, settings: ExportSettings, *, ran: bool) -> StageResult:
+    record = ExportRecord.read(folder.folder)
+    assert record is not None
+    found = ReadBack(**record.read_back)
+    facts = {
+        "format": settings.format,
+        "directory": str(folder.folder),
+        "bytes": sum(entry["size_bytes"] for entry in record.outputs.values()),
+        "files": len(record.outputs) + 1,
+        "read back": f"{found.method}, {found.tensors:,} tensors equal",
+        "logit error": f"{found.logit_error_median:.2g} median, {found.logit_error_max:.2g} largest of {found.tokens} tokens "
+        f"(allowed {found.tolerance:.2g} median)",
+        "same top token": f"{100 * found.same_top_token:.1f} %",
+    }
+    summary = {"facts": facts, "tables": [], "read_back": dict(record.read_back)}
+    return StageResult(STAGE, folder.folder, ran, summary, record.warnings)

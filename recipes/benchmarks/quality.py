@@ -1,0 +1,171 @@
+"""Quality at equal stored bytes: this tool's default beside its own baselines, over several calibration seeds.
+
+For every seed: calibrate, score once per quantizer; then for every target the plans of `global`, `pmq` and `uniform`
+are quantized with GPTQ, and `uniform` with round-to-nearest as well. Every packed model is evaluated on held-out text.
+Prints a table of mean and spread (minimum to maximum), and writes all figures as JSON.
+
+    python recipes/benchmarks/quality.py --model DIR --data calibration.jsonl --heldout FOLDER --out results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mc_cli.artifacts.evaluation import Evaluation
+from mc_cli.artifacts.store import STAGE_FOLDERS
+from mc_cli.progress import SilentProgress
+from mc_cli.settings import (
+    AllocateSettings,
+    CalibrateSettings,
+    EvaluateSettings,
+    QuantizerSettings,
+    QuantizeSettings,
+    RunSettings,
+    ScoreSettings,
+)
+from mc_cli.stages import allocate, calibrate, prune_eval, quantize, score
+
+BITS = (1, 2, 3, 4)
+PMQ_BITS = (1, 2, 3)  # as published; 4 joins where 3 bits everywhere would not spend the budget
+PMQ_LIMIT = 3.1  # stored bits
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to spend the bytes."""
+
+    name: str
+    method: str
+    quantizer: str
+
+
+CONTENDERS = (
+    Contender("global + GPTQ (default)", "global", "gptq"),
+    Contender("PMQ as published + GPTQ", "pmq", "gptq"),
+    Contender("uniform GPTQ", "uniform", "gptq"),
+    Contender("uniform round-to-nearest", "uniform", "rtn"),
+)
+
+
+def main() -> None:
+    arguments = parse()
+    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
+    for seed in arguments.seeds:
+        work_dir = arguments.work_dir / f"seed{seed}"
+        prepare(arguments, work_dir, seed)
+        for target in arguments.targets:
+            for contender in CONTENDERS:
+                key = {"seed": seed, "target": target, "contender": contender.name}
+                if any(all(entry[name] == value for name, value in key.items()) for entry in results):
+                    continue
+                started = time.monotonic()
+                figures = measure(arguments, work_dir, target, contender)
+                results.append({**key, **figures, "duration_s": round(time.monotonic() - started, 1)})
+                arguments.out.write_text(json.dumps(results, indent=1))
+                print(results[-1], file=sys.stderr, flush=True)
+    show(results)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="bundled:demo-moe")
+    parser.add_argument("--data", default="bundled:calibration")
+    parser.add_argument("--heldout", default="bundled:heldout")
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--out", type=Path, default=Path("runs/quality.json"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--targets", type=float, nargs="+", default=[2.25, 2.75, 3.25], help="stored bits per expert weight")
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--max-windows", type=int, default=256, help="held-out windows, evenly over the domains; 0 = all")
+    parser.add_argument("--attention-bits", type=int, default=4)
+    parsed = parser.parse_args()
+    parsed.out.parent.mkdir(parents=True, exist_ok=True)
+    return parsed
+
+
+def prepare(arguments: argparse.Namespace, work_dir: Path, seed: int) -> None:
+    """Calibration and scores of one seed; done once, whatever the targets."""
+    settings = CalibrateSettings(
+        model=arguments.model, data=arguments.data, sequences=arguments.sequences, length=arguments.length, seed=seed
+    )
+    calibrate.run(settings, RunSettings(), work_dir, force=False, progress=SilentProgress())
+    score.run(ScoreSettings(bits=BITS), RunSettings(), work_dir, force=False, progress=SilentProgress())
+
+
+def measure(arguments: argparse.Namespace, work_dir: Path, target: float, contender: Contender) -> dict[str, float]:
+    """Allocates, quantizes and evaluates one contender at one target; the packed model is removed afterwards."""
+    compute, silent = RunSettings(), SilentProgress()
+    plan = AllocateSettings(
+        method=contender.method,
+        target_stored_bits=target,
+        bits=PMQ_BITS if contender.method == "pmq" and target <= PMQ_LIMIT else BITS,
+        attention_bits=arguments.attention_bits,
+    )
+    allocate.run(plan, compute, work_dir, force=True, progress=silent)
+    quantizer = QuantizerSettings(quantizer=contender.quantizer)
+    started = time.monotonic()
+    quantize.run(QuantizeSettings(quantizer=quantizer), compute, work_dir, force=True, progress=silent)
+    quantize_s = time.monotonic() - started
+    heldout = EvaluateSettings(data=arguments.heldout, length=arguments.length, max_sequences=arguments.max_windows)
+    prune_eval.run(heldout, compute, work_dir, force=True, progress=silent)
+    evaluation = Evaluation.read(work_dir / STAGE_FOLDERS["prune-eval"] / prune_eval.EVALUATION)
+    for stage in ("allocate", "quantize", "prune-eval"):
+        shutil.rmtree(work_dir / STAGE_FOLDERS[stage])
+    return {
+        "stored_bits": evaluation.expert_stored_bits,
+        "expert_bytes": sum(evaluation.stored_bytes["expert"].values()),
+        "model_bytes": sum(sum(parts.values()) for parts in evaluation.stored_bytes.values()),
+        "tokens": evaluation.total.tokens,
+        "original_loss": evaluation.total.original_loss,
+        "gap": evaluation.total.packed_loss - evaluation.total.original_loss,
+        "kl": evaluation.total.kl_divergence,
+        "perplexity": math.exp(evaluation.total.packed_loss),
+        "quantize_s": round(quantize_s, 1),
+    }
+
+
+def show(results: list[dict]) -> None:
+    """One row per target and contender: mean and spread over seeds."""
+    console = Console(width=130)
+    first = results[0]
+    table = Table(title=f"Original: perplexity {math.exp(first['original_loss']):.3f}, {first['tokens']:,} held-out tokens")
+    for name in ("target", "contender", "stored bits", "expert bytes", "perplexity", "gap, nats/token", "KL, nats/token", "seeds"):
+        table.add_column(name, justify="left" if name == "contender" else "right")
+    for target in sorted({entry["target"] for entry in results}):
+        for contender in CONTENDERS:
+            rows = [entry for entry in results if entry["target"] == target and entry["contender"] == contender.name]
+            if rows:
+                table.add_row(
+                    f"{target:g}",
+                    contender.name,
+                    f"{statistics.mean(row['stored_bits'] for row in rows):.4f}",
+                    f"{statistics.mean(row['expert_bytes'] for row in rows):,.0f}",
+                    spread(rows, "perplexity", 3),
+                    spread(rows, "gap", 4),
+                    spread(rows, "kl", 4),
+                    str(len(rows)),
+                )
+        table.add_section()
+    console.print(table)
+
+
+def spread(rows: list[dict], name: str, digits: int) -> str:
+    """Mean, and the range over seeds in brackets."""
+    values = [row[name] for row in rows]
+    return f"{statistics.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
+if __name__ == "__main__":
+    main()

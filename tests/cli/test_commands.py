@@ -1,0 +1,256 @@
+"""Exit statuses, paragraphs, what goes to stdout and what to stderr."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import FakeStages
+from typer.testing import Result
+
+from mc_cli.errors import InputError
+from mc_cli.flags import STAGES
+
+Invoke = Callable[..., Result]
+WHOLE_RUN = ("run", "--model", "m", "--data", "d.txt", "--target-stored-bits", "2.25", "--out", "o")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys\n"
+        "from mc_cli.cli import main\n"
+        "sys.argv = ['mc-cli', *sys.argv[1:]]\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    assert end.code == 0, end.code\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'pulp', 'numpy', 'rich', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    for arguments in (["--help"], ["run", "--help"], ["quantize", "-h"], ["--version"]):
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+
+
+@pytest.mark.parametrize("command", [*STAGES, "run", "status", "generate"])
+def test_every_command_explains_itself(mc_cli: Invoke, command: str) -> None:
+    result = mc_cli(command, "--help")
+    assert result.exit_code == 0
+    assert "--debug" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("calibrate",), ("score", "-w", "x", "--loss-tokens", "many"), ("nonsense",), ("status", "-w", "x", "--nonsense")],
+)
+def test_wrong_usage_exits_2(mc_cli: Invoke, arguments: tuple[str, ...]) -> None:
+    result = mc_cli(*arguments)
+    assert result.exit_code == 2
+    assert "Error" in result.stderr
+    assert not result.stdout
+
+
+def test_a_stage_gets_its_settings_and_prints_its_facts(mc_cli: Invoke, stages: FakeStages, tmp_path: Path) -> None:
+    stages.summaries["calibrate"] = {
+        "facts": {"model bytes": 2048, "unforeseen": {"a": 1.5}},
+        "tables": [
+            {
+                "title": "Counts",
+                "columns": [{"name": "layer"}, {"name": "size", "unit": "bytes"}],
+                "rows": [[0, 1234567]],
+            }
+        ],
+        "unknown": [1],
+    }
+    result = mc_cli(
+        "calibrate", "--model", "m", "--data", "d", "-w", tmp_path, "--sequences", 3, "--device", "cpu", "--force"
+    )
+    assert result.exit_code == 0, result.stderr
+    [(stage, settings, compute, force)] = stages.calls
+    assert (stage, settings.sequences, settings.model, compute.device, force) == ("calibrate", 3, "m", "cpu", True)
+    for words in ("2,048 (2.0 KiB)", "a: 1.5", "Counts", "size [bytes]", "1,234,567"):
+        assert words in result.stdout
+    assert "calibrate: 2/2 layers in" in result.stderr
+    assert "finished" in result.stderr
+
+
+def test_json_is_one_document(mc_cli: Invoke, stages: FakeStages, tmp_path: Path) -> None:
+    stages.summaries["calibrate"] = {"value": float("nan"), "path": Path("x"), "rows": [(1, 2)]}
+    stages.warnings["calibrate"] = "thin text"
+    arguments = ("calibrate", "--model", "m", "--data", "d", "-w", tmp_path, "--json")
+    result = mc_cli(*arguments)
+    content = json.loads(result.stdout)
+    assert content["summary"] == {"value": None, "path": "x", "rows": [[1, 2]]}
+    assert (content["ran"], content["warnings"]) == (True, ["thin text"])
+    assert result.stderr.count("Warning: thin text") == 1
+    again = mc_cli(*arguments)
+    assert json.loads(again.stdout)["ran"] is False
+    assert "already done" in again.stderr
+    assert again.stderr.count("Warning: thin text") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (InputError("what, where, what to do."), 1, ["Error: what, where, what to do."]),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "x/y"),
+            1,
+            ["Error: The disk is full while writing x/y", "free some space"],
+        ),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 1, ["Error: The disk is full"]),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, ["not enough memory", "--batch-tokens"]),
+        (KeyError("lost"), 1, ["Error: mc-cli has a defect: KeyError: 'lost'", "--debug"]),
+        (KeyboardInterrupt(), 130, ["Stopped. Finished layers are kept in", "the same command continues"]),
+    ],
+)
+def test_how_things_end(
+    mc_cli: Invoke, stages: FakeStages, tmp_path: Path, error: BaseException, status: int, words: list[str]
+) -> None:
+    stages.failures["calibrate"] = error
+    result = mc_cli("calibrate", "--model", "m", "--data", "d", "-w", tmp_path)
+    assert result.exit_code == status
+    assert not result.stdout
+    assert "Traceback" not in result.stderr
+    for part in words:
+        assert part in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_debug_adds_the_traceback(mc_cli: Invoke, stages: FakeStages, tmp_path: Path) -> None:
+    stages.failures["calibrate"] = KeyError("lost")
+    result = mc_cli("calibrate", "--model", "m", "--data", "d", "-w", tmp_path, "--debug")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+
+
+def test_values_the_settings_refuse_are_one_paragraph(mc_cli: Invoke, stages: FakeStages, tmp_path: Path) -> None:
+    result = mc_cli("allocate", "-w", tmp_path)
+    assert result.exit_code == 1
+    assert "Error: allocate needs exactly one target, 0 given" in result.stderr
+    assert mc_cli("score", "-w", tmp_path, "--bits", "a").exit_code == 1
+    assert mc_cli("calibrate", "--model", "m", "--data", "d", "-w", tmp_path, "--device", "tpu").exit_code == 1
+    assert stages.calls == []
+
+
+def test_a_stage_too_early_names_the_one_before(mc_cli: Invoke, stages: FakeStages, tmp_path: Path) -> None:
+    result = mc_cli("score", "-w", tmp_path)
+    assert result.exit_code == 1
+    assert f"Run `mc-cli calibrate -w {tmp_path}` first" in result.stderr
+
+
+def test_quantize_follows_what_score_used(mc_cli: Invoke, stages: FakeStages, tmp_path: Path) -> None:
+    mc_cli("calibrate", "--model", "m", "--data", "d", "-w", tmp_path)
+    mc_cli("score", "-w", tmp_path, "--quantizer", "rtn", "--group-size", 32)
+    mc_cli("allocate", "-w", tmp_path, "--target-bits", 2)
+    assert mc_cli("quantize", "-w", tmp_path, "--damping", 0.2).exit_code == 0
+    quantizer = stages.calls[-1][1].quantizer
+    assert (quantizer.quantizer, quantizer.group_size, quantizer.damping) == ("rtn", 32, 0.2)
+
+
+def test_dry_run_tells_all_four_states_and_does_nothing(mc_cli: Invoke, stages: FakeStages, tmp_path: Path) -> None:
+    plain = ("calibrate", "--model", "m", "--data", "d", "-w", tmp_path)
+    assert mc_cli(*plain, "--dry-run").stdout.startswith("calibrate: new: would run")
+    assert stages.calls == []
+    stages.folder("calibrate", build_calibrate(), tmp_path).begin(force=False)
+    assert mc_cli(*plain, "--dry-run").stdout.startswith("calibrate: begun: would continue")
+    mc_cli(*plain)
+    assert mc_cli(*plain, "--dry-run").stdout.startswith("calibrate: done: nothing to do")
+    stale = mc_cli(*plain, "--sequences", 7, "--dry-run")
+    assert stale.stdout.startswith("calibrate: stale: would stop with an error")
+    assert "settings sequences" not in stale.stdout
+    assert "setting sequences: made with 128, asked for 7" in stale.stdout
+    forced = json.loads(mc_cli(*plain, "--sequences", 7, "--dry-run", "--force", "--json").stdout)
+    assert forced["stages"][0]["action"].startswith("would be rebuilt")
+    assert len(stages.calls) == 1
+
+
+def build_calibrate() -> object:
+    from mc_cli.settings import CalibrateSettings
+
+    return CalibrateSettings(model="m", data="d")
+
+
+def test_run_does_all_stages_then_none(mc_cli: Invoke, stages: FakeStages, tmp_path: Path) -> None:
+    first = mc_cli(*WHOLE_RUN, "-w", tmp_path)
+    assert first.exit_code == 0, first.stderr
+    assert [call[0] for call in stages.calls] == list(STAGES)
+    for stage in STAGES:
+        assert f"\n{stage}\n" in first.stdout
+    second = json.loads(mc_cli(*WHOLE_RUN, "-w", tmp_path, "--json").stdout)
+    assert [stage["ran"] for stage in second["stages"]] == [False] * len(STAGES)
+
+
+def test_run_stops_at_what_is_stale_and_force_from_rebuilds_from_there(
+    mc_cli: Invoke, stages: FakeStages, tmp_path: Path
+) -> None:
+    mc_cli(*WHOLE_RUN, "-w", tmp_path)
+    changed = (*WHOLE_RUN, "-w", tmp_path, "--target-stored-bits", "3")
+    stopped = mc_cli(*changed)
+    assert stopped.exit_code == 1
+    assert "setting target_stored_bits: made with 2.25, asked for 3.0" in stopped.stderr
+    stages.calls.clear()
+    rebuilt = mc_cli(*changed, "--force-from", "allocate")
+    assert rebuilt.exit_code == 0
+    assert [force for *_, force in stages.calls] == [False, False, True, True, True, True]
+    assert mc_cli(*changed, "--force-from", "nothing").exit_code == 1
+
+
+def test_run_dry_run_waits_behind_what_is_not_done(mc_cli: Invoke, stages: FakeStages, tmp_path: Path) -> None:
+    fresh = json.loads(mc_cli(*WHOLE_RUN, "-w", tmp_path, "--dry-run", "--json").stdout)["stages"]
+    assert [entry["state"] for entry in fresh] == ["new", *["waiting"] * 5]
+    assert stages.calls == []
+    mc_cli(*WHOLE_RUN, "-w", tmp_path)
+    done = mc_cli(*WHOLE_RUN, "-w", tmp_path, "--dry-run").stdout.splitlines()
+    assert [line.split(": ")[1] for line in done] == ["done"] * 6
+
+
+def test_run_takes_a_recipe_and_flags_over_it(mc_cli: Invoke, stages: FakeStages, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "calibrate: {model: m, data: d, seed: 5, length: 16}\nallocate: {target_bits: 2}\nexport: {out: o}\n",
+        encoding="utf-8",
+    )
+    result = mc_cli("run", recipe, "-w", tmp_path / "w", "--seed", 9, "--target-size", "1MB", "--eval-length", 32)
+    assert result.exit_code == 0, result.stderr
+    asked = {stage: settings for stage, settings, *_ in stages.calls}
+    assert (asked["calibrate"].seed, asked["allocate"].seed, asked["calibrate"].length) == (9, 9, 16)
+    assert (asked["allocate"].target_bits, asked["allocate"].target_size_bytes) == (None, 10**6)
+    assert asked["prune-eval"].length == 32
+
+
+def test_run_names_what_it_lacks(mc_cli: Invoke, stages: FakeStages) -> None:
+    result = mc_cli("run", "--model", "m")
+    assert result.exit_code == 1
+    assert "run lacks 4 settings" in result.stderr
+    assert stages.calls == []
+
+
+def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\nfrom types import SimpleNamespace\nfrom mc_cli import chain, cli\n"
+        "def run(*a, **k):\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "chain.stage_module = lambda stage: SimpleNamespace(run=run)\n"
+        "cli.main()\n"
+    )
+    arguments = ["calibrate", "--model", "m", "--data", "d", "-w", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert (
+        said.strip()
+        == f"Stopped. Finished layers are kept in {tmp_path}; the same command continues after the last of them."
+    )

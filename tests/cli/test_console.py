@@ -1,0 +1,93 @@
+"""Progress lines and the formats of figures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from mc_cli import console
+from mc_cli.console import ConsoleProgress
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (True, "yes"),
+        (1234567, "1,234,567"),
+        (0.123456, "0.1235"),
+        (123456.7, "123,457"),
+        (math.inf, "inf"),
+        ([1, 2.5], "1, 2.5"),
+        ({"a": None}, "a: -"),
+        ("text", "text"),
+    ],
+)
+def test_values(value: object, text: str) -> None:
+    assert console.value_text(value) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(5, "5 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB"), (5 * 2**40, "5.0 TiB")]
+)
+def test_sizes(size: int, text: str) -> None:
+    assert console.size_text(size) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "00:00"), (61.4, "01:01"), (3723, "1:02:03")])
+def test_durations(seconds: float, text: str) -> None:
+    assert console.duration_text(seconds) == text
+
+
+def test_facts_line_up() -> None:
+    assert console.facts_text({"a": 1, "stored bytes": 2048}) == "a             1\nstored bytes  2,048 (2.0 KiB)"
+
+
+def test_plain_lines_have_rate_time_left_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = ConsoleProgress(live=False, interval_s=0)
+    with progress.step("quantize", total=4, unit="layer", done=1) as step:
+        step.advance(note="layer 1")
+        step.advance(note="layer 2")
+    captured = capsys.readouterr()
+    assert not captured.out
+    lines = captured.err.splitlines()
+    assert lines[0] == "quantize: 4 layers, continuing after 1"
+    assert lines[1].startswith("quantize: 2/4 layers, ")
+    for words in ("/s", " left", "peak memory", "layer 1"):
+        assert words in lines[1]
+    assert lines[-1].startswith("quantize: 3/4 layers (1 by an earlier run) in 00:00")
+
+
+def test_plain_lines_come_at_a_modest_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = ConsoleProgress(live=False, interval_s=60)
+    with progress.step("score", total=500, unit="expert") as step:
+        for _ in range(500):
+            step.advance()
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_warnings_and_inner_steps_on_a_live_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = ConsoleProgress(live=True)
+    with progress.step("outer [bold]", total=1, unit="layer") as outer:
+        with progress.step("inner", total=2, unit="expert") as inner:
+            inner.advance()
+            progress.warn("thin [red]text")
+        outer.advance(note="layer 0")
+    said = capsys.readouterr().err
+    assert "Warning: thin [red]text" in said
+    assert "outer [bold]: 1/1 layer in 00:00" in said
+
+
+def test_no_closing_line_after_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = ConsoleProgress(live=False)
+    with pytest.raises(ValueError, match="broken"), progress.step("score", total=2, unit="layer"):
+        raise ValueError("broken")
+    assert capsys.readouterr().err.splitlines() == ["score: 2 layers"]
+
+
+def test_a_table_survives_missing_and_odd_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_summary(
+        {"tables": [{"columns": ["a", {"name": "b", "unit": "s", "align": "right"}], "rows": [["x", None]]}, {}]}
+    )
+    assert "b [s]" in capsys.readouterr().out

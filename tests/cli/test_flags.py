@@ -1,0 +1,104 @@
+"""Every settings field has one flag, every flag sets a field, and one name means one thing."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytest
+import typer
+
+from mc_cli import settings as s
+from mc_cli.cli import RUN_LEAVES_OUT, app, run_flags
+from mc_cli.errors import InputError
+from mc_cli.flags import COMPUTE, FLAGS, SECTIONS, STAGES, build, flags_of, parse_floors, parsed, run_option
+
+GROUP: Any = typer.main.get_command(app)
+WORDS = {"work_dir", "force", "dry_run", "json", "debug"}
+
+
+def leaf_fields(cls: type) -> set[str]:
+    """Field names of a settings dataclass, those of nested ones in place of the field that holds them."""
+    names: set[str] = set()
+    for field in fields(cls):
+        nested = field.default if is_dataclass(field.default) else None
+        names |= leaf_fields(type(nested)) if nested is not None else {field.name}
+    return names
+
+
+def test_every_settings_class_has_flags() -> None:
+    classes = {
+        cls for cls in vars(s).values() if isinstance(cls, type) and is_dataclass(cls) and cls.__module__ == s.__name__
+    }
+    assert classes == set(FLAGS)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_flags_are_the_fields(section: str) -> None:
+    assert {flag.field for flag in flags_of(section)} == leaf_fields(SECTIONS[section])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_offers_its_fields_and_nothing_unused(stage: str) -> None:
+    asked = {parameter.name for parameter in GROUP.commands[stage].params}
+    compute = {flag.field for flag in flags_of(COMPUTE)} if stage != "allocate" else set()
+    assert asked == leaf_fields(SECTIONS[stage]) | compute | WORDS
+
+
+def test_run_sets_every_field_of_every_stage() -> None:
+    asked = {parameter.name for parameter in GROUP.commands["run"].params}
+    assert asked == set(run_flags()) | WORDS | {"recipe", "force_from"}
+    reached = {(section, flag.field) for targets in run_flags().values() for section, flag in targets}
+    everything = {(section, flag.field) for section in SECTIONS for flag in flags_of(section)}
+    assert everything - reached == RUN_LEAVES_OUT
+
+
+def test_flags_that_run_merges_mean_the_same() -> None:
+    for targets in run_flags().values():
+        assert len({(run_option(section, flag), flag.help) for section, flag in targets}) == 1
+
+
+def test_one_flag_has_one_meaning_in_every_command() -> None:
+    texts: dict[str, set[str]] = {}
+    for command in GROUP.commands.values():
+        for parameter in command.params:
+            for name in (*parameter.opts, *parameter.secondary_opts):
+                if name.startswith("-"):
+                    texts.setdefault(name, set()).add(parameter.help.partition(" [default")[0])
+    texts.pop("--data")  # text to calibrate on, and text to evaluate on: their help says which
+    texts.pop("--length")  # the same, tokens per sequence or window
+    texts.pop("--seed")
+    assert {name: found for name, found in texts.items() if len(found) > 1} == {}
+
+
+def test_help_shows_the_default_of_the_dataclass() -> None:
+    for parameter in GROUP.commands["calibrate"].params:
+        if parameter.name == "sequences":
+            assert f"[default: {s.CalibrateSettings().sequences}]" in parameter.help
+
+
+def test_defaults_come_from_the_dataclasses() -> None:
+    assert build("score", {}) == s.ScoreSettings()
+    assert build(COMPUTE, {}) == s.RunSettings()
+
+
+def test_nested_settings_take_flat_values() -> None:
+    built = build("quantize", {"quantizer": "rtn", "group_size": 64, "plan": "p.yaml"})
+    assert built == s.QuantizeSettings(quantizer=s.QuantizerSettings(quantizer="rtn", group_size=64), plan="p.yaml")
+
+
+@pytest.mark.parametrize(("texts", "floors"), [(["3:1", "2:4"], ((3, 1), (2, 4))), (["3"], ((3, 1),)), (["none"], ())])
+def test_floors(texts: list[str], floors: tuple[tuple[int, int], ...]) -> None:
+    assert parse_floors(texts) == floors
+
+
+def test_floors_that_are_none() -> None:
+    with pytest.raises(InputError, match=r"--floor 'three:1'.*for example 3:1"):
+        parse_floors(["three:1"])
+
+
+def test_parsed_values() -> None:
+    flags = {flag.field: flag for flag in (*flags_of("allocate"), *flags_of("prune-eval"))}
+    assert parsed(flags["target_size_bytes"], "16GiB") == 16 * 2**30
+    assert parsed(flags["tasks"], "arc_easy, piqa") == ("arc_easy", "piqa")
+    assert parsed(flags["stride"], 4) == 4

@@ -1,0 +1,125 @@
+"""Recipes: what they may hold, what is said of what they may not, and who wins over whom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mc_cli import settings as s
+from mc_cli.errors import InputError
+from mc_cli.recipe import Recipe, plan_run, read_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+WHOLE = """
+work_dir: runs/x
+calibrate: {model: m, data: d.txt, sequences: 4}
+score: {bits: [2, 3], quantizer: rtn, damping: 0.5}
+allocate: {target_size_bytes: 2MiB, floors: {3: 1, 2: 2}, gap: 1e-3, dense_bits: null}
+quantize: {damping: 0.25}
+prune-eval: {tasks: [a, b]}
+export: {out: o}
+compute: {device: cpu}
+"""
+
+
+def recipe(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return read_recipe(path)
+
+
+def test_every_recipe_of_this_repository_is_whole() -> None:
+    for path in sorted(RECIPES.glob("*.yaml")):
+        plan_run(read_recipe(path))
+
+
+def test_values_reach_the_settings(tmp_path: Path) -> None:
+    plan = plan_run(recipe(tmp_path, WHOLE))
+    assert plan.work_dir == Path("runs/x")
+    assert plan.compute == s.RunSettings(device="cpu")
+    assert plan.stages["calibrate"] == s.CalibrateSettings(model="m", data="d.txt", sequences=4)
+    assert plan.stages["score"].bits == (2, 3)
+    assert plan.stages["allocate"].target_size_bytes == 2 * 2**20
+    assert plan.stages["allocate"].floors == ((3, 1), (2, 2))
+    assert plan.stages["allocate"].gap == 1e-3
+    assert plan.stages["prune-eval"].tasks == ("a", "b")
+
+
+def test_quantize_rounds_as_score_did_unless_told(tmp_path: Path) -> None:
+    quantizer = plan_run(recipe(tmp_path, WHOLE)).stages["quantize"].quantizer
+    assert quantizer == s.QuantizerSettings(quantizer="rtn", damping=0.25)
+
+
+def test_run_never_evaluates_on_nothing(tmp_path: Path) -> None:
+    assert plan_run(recipe(tmp_path, WHOLE)).stages["prune-eval"].data == "bundled:heldout"
+
+
+def test_flags_go_over_the_recipe(tmp_path: Path) -> None:
+    flags = [("calibrate", "sequences", 8), ("allocate", "target_stored_bits", 2.25)]
+    plan = plan_run(recipe(tmp_path, WHOLE).override(flags, "elsewhere"))
+    assert plan.stages["calibrate"].sequences == 8
+    assert plan.stages["allocate"].target_stored_bits == 2.25
+    assert plan.stages["allocate"].target_size_bytes is None
+    assert plan.work_dir == Path("elsewhere")
+
+
+def test_all_offenders_are_named_at_once(tmp_path: Path) -> None:
+    text = """
+    calibrate: {sequenses: 4, length: long, seed: true, model: [a]}
+    scores: {bits: [2]}
+    score: {bits: [2, x], loss_tokens: 1.5, activation_order: "yes"}
+    export: out
+    """
+    with pytest.raises(InputError) as caught:
+        recipe(tmp_path, text)
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("recipe.yaml has 9 entries that cannot be used:")
+    said = "\n".join(lines)
+    for words in (
+        "unknown key in calibrate: 'sequenses' (did you mean sequences?); known: model, ",
+        "calibrate: length: is a text ('long'), should be a whole number",
+        "calibrate: seed: is true or false (True), should be a whole number",
+        "calibrate: model: is a list (['a']), should be a text",
+        "score: bits: --bits '2,x': write widths separated by commas",
+        "score: loss_tokens: is a number (1.5), should be a whole number",
+        "score: activation_order: is a text ('yes'), should be true or false",
+        "export: a text, should be settings",
+        "unknown section 'scores' (did you mean score?); known: description, work_dir, calibrate, ",
+    ):
+        assert words in said
+
+
+def test_what_is_missing_is_named_at_once() -> None:
+    with pytest.raises(InputError) as caught:
+        plan_run(Recipe())
+    said = str(caught.value)
+    for flag in ("--work-dir", "--model", "--data", "--target-stored-bits", "--out"):
+        assert flag in said
+    assert said.startswith("run lacks 5 settings:")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("calibrate: {seed: 1, seed: 2}", "given twice: seed"),
+        ("- a", "should hold sections"),
+        ("calibrate: {", "is not valid YAML"),
+        ("!!python/object/apply:os.system ['true']", "is not valid YAML"),
+        ("calibrate: {length: null}", "calibrate: length: is empty"),
+        ("work_dir: 3", "work_dir: a whole number, should be a text"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        recipe(tmp_path, text)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.yaml does not exist"):
+        read_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_values_the_settings_refuse(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--sequences 0: at least 1"):
+        plan_run(recipe(tmp_path, WHOLE.replace("sequences: 4", "sequences: 0")))

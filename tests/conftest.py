@@ -1,0 +1,35 @@
+"""Shared fixtures. Tests are offline: nothing is ever fetched from a hub."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny_models import build_tiny
+
+TinyModel = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """`tiny_model(model_type, dtype=torch.bfloat16, **config_changes)`: a checkpoint folder, built once. Read only."""
+    built: dict[str, Path] = {}
+
+    def folder_of(model_type: str, dtype: torch.dtype = torch.bfloat16, **config_changes: Any) -> Path:
+        key = f"{model_type} {dtype} {sorted(config_changes.items())}"
+        if key not in built:
+            folder = tmp_path_factory.mktemp(model_type)
+            built[key] = build_tiny(model_type, folder, dtype=dtype, **config_changes)
+        return built[key]
+
+    return folder_of
