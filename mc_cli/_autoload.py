@@ -6,6 +6,7 @@ that waits for transformers' table of quantizers to be imported, adds ours to it
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 TABLE = "transformers.quantizers.auto"
+PLUGIN = "mc_cli.runtime.plugin"
 
 
 class _AfterImport:
@@ -45,9 +47,7 @@ def _register_after(loader: Any, finder: _AfterImport) -> None:
 def _register() -> None:
     """A transformers that has changed too much must still be importable; packed models then fail to load, loudly."""
     try:
-        from mc_cli.runtime.plugin import register
-
-        register()
+        importlib.import_module(PLUGIN)  # registers itself; not by a name of it, it may be half imported right now
     except Exception as error:
         warnings.warn(
             f"mc_cli could not register with this version of transformers, so packed models will not load: {error!r}",

@@ -12,7 +12,7 @@ from mc_cli.errors import ArtifactError, InputError
 
 DONE, BEGUN_STATE, STALE, DAMAGED, TO_DO = "done", "begun", "stale", "damaged", "to do"
 _NEXT_LAYER = re.compile(r"before_([0-9]+)\.safetensors")  # the resume state in front of that layer
-_LAYER_FILE = re.compile(r"layer_([0-9]+)\..*")
+_LAYER_FILE = re.compile(r"layer_([0-9]+)\.[a-z]+")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ import torch
 
 from tests.tiny_models import build_tiny
 
+torch.set_num_threads(1)  # on tensors this small, threads wait for each other longer than they compute
+
 TinyModel = Callable[..., Path]
 
 

@@ -149,6 +149,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
         "layer_types": ["full_attention", "full_attention"],
     },
+    # Uses the interface, but its layers hand the tokens that attention selects on to the layers after them.
+    "glm_moe_dsa": {**_MLA, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 8, "n_group": 1},
     # Mixtures of Experts that do not use transformers' experts interface.
     "llama4_text": {
         **_LOCAL,

@@ -148,6 +148,8 @@ def _exponents(strategy: Strategy, **given: float | None) -> dict[str, float]:
             f"Method {strategy.name} has no {' or '.join(unused)}: these are exponents of pmq. "
             "Leave them out, or choose pmq."
         )
+    if wrong := {name: value for name, value in asked.items() if not (math.isfinite(value) and value >= 0)}:
+        raise InputError(f"Exponents {wrong} cannot be used: each has to be 0 or a positive number.")
     return {**strategy.exponents, **asked}
 
 

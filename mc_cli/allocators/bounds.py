@@ -31,8 +31,9 @@ class FloorRow:
 
 @dataclass(frozen=True)
 class Table:
-    """A problem as arrays [units, choices]; where a unit has fewer choices than the widest one, cost is infinite.
+    """A problem as arrays [units, choices].
 
+    cost    infinite where a unit has no such choice, or the choice alone is over the limit
     size    int64, what the choice takes beyond the unit's smallest choice
     limit   what all units together may take beyond their smallest choices
     """
@@ -57,7 +58,7 @@ class Table:
         size = np.where(present, size - smallest[:, None], 0)
         step = int(np.gcd.reduce(size, axis=None)) or 1
         limit = (problem.limit - int(smallest.sum())) // step * step
-        return cls(cost, size, limit, _floor_rows(problem, bits))
+        return cls(np.where(size <= limit, cost, np.inf), size, limit, _floor_rows(problem, bits))
 
     @cached_property
     def positions(self) -> Ints:
@@ -122,7 +123,7 @@ def best_multipliers(table: Table) -> Multipliers:
     free = _with_floor_prices(table, 0.0)
     if _excess(table, free) <= 0:
         return max(plain, free, key=table.bound)
-    low, high = 0.0, plain.budget or _spread(table) / max(1, int(table.size.max()))
+    low, high = 0.0, plain.budget or cost_spread(table) / max(1, int(table.size.max()))
     tried = [plain, free]
     for _ in range(DOUBLINGS):
         tried.append(_with_floor_prices(table, high))
@@ -180,7 +181,8 @@ def _serving_price(penalised: Floats, members: Bools, count: int) -> float:
     return step if math.isfinite(step) else 0.0
 
 
-def _spread(table: Table) -> float:
+def cost_spread(table: Table) -> float:
+    """Largest minus smallest cost; where all are equal their size, and 1 where all are zero."""
     finite = table.cost[np.isfinite(table.cost)]
     return float(np.ptp(finite)) or abs(float(finite.max())) or 1.0
 

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
-import pulp
+import numpy as np
+import numpy.typing as npt
 
-from mc_cli.allocators.milp import run_solver
 from mc_cli.allocators.problem import BUDGET_FLAGS, AllocationProblem, Budget, Floor
 from mc_cli.errors import BudgetError
 
 Row = tuple[tuple[int, int], ...]  # (bits, size) of each choice of a unit
+Sizes = npt.NDArray[np.int64]
 
 
 def size_range(problem: AllocationProblem) -> tuple[int, int]:
@@ -41,31 +42,36 @@ def size_range(problem: AllocationProblem) -> tuple[int, int]:
 
 @lru_cache(maxsize=4096)
 def _group_range(rows: tuple[tuple[Row, int], ...], floors: tuple[Floor, ...]) -> tuple[int, int] | None:
-    if not floors:
-        least = sum(count * min(size for _, size in row) for row, count in rows)
-        return least, sum(count * max(size for _, size in row) for row, count in rows)
-    ends = [_extreme_size(rows, floors, sign) for sign in (1, -1)]
-    return None if ends[0] is None or ends[1] is None else (ends[0], ends[1])
+    least = _least_size(rows, floors)
+    most = _least_size(tuple((tuple((bits, -size) for bits, size in row), count) for row, count in rows), floors)
+    return None if least is None or most is None else (least, -most)
 
 
-def _extreme_size(rows: tuple[tuple[Row, int], ...], floors: tuple[Floor, ...], sign: int) -> int | None:
-    """The least (sign 1) or the most (sign -1) size of a group; None where the floors cannot be kept.
+def _least_size(rows: tuple[tuple[Row, int], ...], floors: tuple[Floor, ...]) -> int | None:
+    """The least size of `count` units of each row above the floors, to the byte; None where the floors cannot be kept.
 
-    Units with equal choices are counted, not listed, so the programme has a handful of variables.
+    Dynamic programme: for every number of units that serve each floor (counted up to what it asks for) the least size.
     """
-    model = pulp.LpProblem("size_range", pulp.LpMinimize)
-    scale = max(size for row, _ in rows for _, size in row) or 1
-    counts = {}
-    for kind, (row, count) in enumerate(rows):
-        for index, (bits, size) in enumerate(row):
-            counts[kind, index] = (pulp.LpVariable(f"n_{kind}_{index}", 0, count, pulp.LpInteger), bits, size)
-        model += pulp.lpSum(counts[kind, index][0] for index in range(len(row))) == count
-    for floor in floors:
-        model += pulp.lpSum(variable for variable, bits, _ in counts.values() if floor.admits(bits)) >= floor.count
-    model.setObjective(pulp.lpSum(sign * size / scale * variable for variable, _, size in counts.values()))
-    if run_solver(model, time_limit_s=60.0, absolute_gap=0.0).solution_status != pulp.LpSolutionOptimal:
-        return None
-    return sum(round(variable.value()) * size for variable, _, size in counts.values())
+    unreachable = np.iinfo(np.int64).max // 2
+    best = np.full([floor.count + 1 for floor in floors], unreachable)
+    best[(0,) * len(floors)] = 0
+    for row, count in rows:
+        for _ in range(count):
+            best = np.minimum.reduce([_served(best, floors, bits, unreachable) + size for bits, size in row])
+            best = np.where(best > unreachable // 2, unreachable, best)
+    least = int(best[(-1,) * len(floors)])
+    return None if least == unreachable else least
+
+
+def _served(best: Sizes, floors: tuple[Floor, ...], bits: int, unreachable: int) -> Sizes:
+    """`best` after one more unit of that width: one up along every floor that it serves, at most to the top."""
+    for axis, floor in enumerate(floors):
+        if floor.admits(bits):
+            before = np.moveaxis(best, axis, 0)
+            after = np.concatenate([np.full_like(before[:1], unreachable), before[:-1]])
+            after[-1] = np.minimum(before[-1], before[-2])
+            best = np.moveaxis(after, 0, axis)
+    return best
 
 
 def check_budget(problem: AllocationProblem) -> None:

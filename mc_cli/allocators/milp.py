@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import pulp
 
@@ -27,17 +29,13 @@ class Outcome:
 
 def choose_solver(name: str | None) -> str:
     """`name` if it can run here; for None HiGHS, else CBC. Raises MissingDependencyError where none can."""
-    available = [
-        known for known, solver in ((HIGHS, pulp.HiGHS), (CBC, pulp.PULP_CBC_CMD)) if solver(msg=False).available()
-    ]
-    if name is None and available:
-        return available[0]
-    if name in available:
-        return str(name)
     if name not in (None, HIGHS, CBC):
         raise InputError(f"Unknown solver {name!r}. Known: {HIGHS}, {CBC}.")
+    for known in (HIGHS, CBC) if name is None else (name,):
+        if _solver(known).available():
+            return known
     raise MissingDependencyError(
-        f"The solver {name or 'of the integer programme'} cannot run here. Install highspy: pip install highspy."
+        f"{name or 'No solver of integer programmes'} cannot run here. Install highspy: pip install highspy."
     )
 
 
@@ -48,16 +46,20 @@ def run_solver(model: pulp.LpProblem, *, time_limit_s: float, absolute_gap: floa
     Raises SolverError where the solver fails to run.
     """
     name = choose_solver(name)
-    settings = {"msg": False, "timeLimit": time_limit_s, "threads": 1, "gapRel": 0.0}
-    if name == HIGHS:
-        solver = pulp.HiGHS(**settings, gapAbs=absolute_gap)
-    else:
-        solver = pulp.PULP_CBC_CMD(**settings, options=[f"allowableGap {absolute_gap!r}"])
+    solver = _solver(name, timeLimit=time_limit_s, threads=1, gapRel=0.0, gapAbs=absolute_gap)
     try:
         model.solve(solver)
     except pulp.PulpSolverError as error:
         raise SolverError(f"{name} did not run: {error}. Reinstall pulp and highspy.") from error
     return Outcome(name, model.sol_status, _own_bound(model, name, absolute_gap))
+
+
+def _solver(name: str, **settings: Any) -> pulp.LpSolver:
+    if name == HIGHS:
+        return pulp.HiGHS(msg=False, **settings)
+    with warnings.catch_warnings():  # PuLP 4 will want CBC from a package of its own; 3.3 bundles it
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return pulp.PULP_CBC_CMD(msg=False, **settings)
 
 
 def _own_bound(model: pulp.LpProblem, name: str, absolute_gap: float) -> float | None:

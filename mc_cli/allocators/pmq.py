@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from mc_cli.allocators.costs import normalised, output_error
 from mc_cli.allocators.per_layer import solve_per_layer
 from mc_cli.allocators.problem import Floor
@@ -19,13 +21,11 @@ def costs(layer: LayerImportance, candidate_bits: tuple[int, ...], settings: Cos
     reproduces the published Mixtral-8x7B widths (the paper's text says gamma 2).
     """
     alpha, beta, gamma = (settings.exponents[name] for name in ("alpha", "beta", "gamma"))
-    pairs = zip(normalised(layer.routing_count), normalised(layer.router_probability_sum), strict=True)
-    factors = [phi**alpha * weight**beta for phi, weight in pairs]
     losses = output_error(layer, candidate_bits, settings)
-    return {
-        bits: [factor * loss**gamma for factor, loss in zip(factors, losses[bits], strict=True)]
-        for bits in candidate_bits
-    }
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is reported with the experts' names
+        factors = np.power(normalised(layer.routing_count), alpha)
+        factors = factors * np.power(normalised(layer.router_probability_sum), beta)
+        return {bits: (factors * np.power(losses[bits], gamma)).tolist() for bits in candidate_bits}
 
 
 STRATEGY = Strategy(

@@ -85,10 +85,12 @@ def _use_what_is_left(state: _State) -> None:
 
 def _order_equals(state: _State) -> None:
     table = state.table
-    groups: dict[tuple[int, bytes, bytes], list[int]] = {}
-    scopes = {unit: number for number, row in enumerate(table.floors) for unit in row.units.tolist()}
+    groups: dict[tuple, list[int]] = {}
     for unit in range(len(state.picks)):
-        key = (scopes.get(unit, -1), table.cost[unit].tobytes(), table.size[unit].tobytes())
+        served = tuple(
+            (number, table.floors[number].members[at].tobytes()) for number, at in state.floors_of.get(unit, ())
+        )
+        key = (served, table.cost[unit].tobytes(), table.size[unit].tobytes())
         groups.setdefault(key, []).append(unit)
     for units in groups.values():
         if len(units) > 1:

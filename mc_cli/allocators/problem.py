@@ -75,7 +75,7 @@ class Budget:
 
     def limit(self, weight_count: int) -> Fraction:
         """The most that `weight_count` weights may take, in the unit of `size`; unrounded."""
-        amount = Fraction(repr(self.amount))
+        amount = Fraction(str(self.amount))
         if self.kind == "expert_bytes":
             return amount
         bits = amount * weight_count * (1 + ROUNDING)

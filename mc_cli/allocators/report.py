@@ -120,8 +120,10 @@ def relative_gap(value: float, bound: float) -> float:
     distance = value - bound
     if distance <= 1e-12 * abs(value):
         return 0.0
-    gap = distance / abs(value) if value else math.inf
-    return float(f"{gap * 1.0005:.3g}") if math.isfinite(gap) else 1.0
+    gap = distance / abs(value) if value else 1.0
+    rounded = f"{gap:.2e}"
+    digits, exponent = rounded.split("e")
+    return float(rounded) if float(rounded) >= gap else float(f"{float(digits) + 0.01:.2f}e{exponent}")
 
 
 def _warnings(problem: AllocationProblem, assignment: Assignment) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pulp
 
-from mc_cli.allocators.bounds import Bools, Floats, Ints, Table, best_multipliers
+from mc_cli.allocators.bounds import Bools, Floats, Ints, Table, best_multipliers, cost_spread
 from mc_cli.allocators.feasibility import check_budget
 from mc_cli.allocators.milp import Outcome, choose_solver, run_solver
 from mc_cli.allocators.polish import polish
@@ -25,7 +25,9 @@ from mc_cli.errors import SolverError
 DEFAULT_GAP = 1e-4
 CORE_CHOICES = 100  # so many choices beside each unit's best are undecided at first
 CORE_GROWTH = 4
-TIGHTENINGS = 8
+CUTS = 64  # assignments that are over the limit by less than the solver's tolerance, excluded one by one
+
+Variables = dict[tuple[int, int], pulp.LpVariable]  # (unit, choice) -> whether it is chosen
 
 
 def solve(problem: AllocationProblem, settings: SolverSettings, *, default_gap: float = DEFAULT_GAP) -> Assignment:
@@ -38,7 +40,8 @@ def solve(problem: AllocationProblem, settings: SolverSettings, *, default_gap: 
     gap = default_gap if settings.gap is None else settings.gap
     table = Table.of(problem)
     multipliers = best_multipliers(table)
-    scale = _Scale.of(table, multipliers.budget)
+    # Costs of different layers may differ a million-fold; near the optimum all are compared with the price of a step.
+    unit = multipliers.budget * float(table.size.max()) or cost_spread(table)
     bound = table.bound(multipliers)
     reduced = table.penalised(multipliers)
     reduced -= reduced.min(axis=1, keepdims=True)
@@ -46,8 +49,8 @@ def solve(problem: AllocationProblem, settings: SolverSettings, *, default_gap: 
     radius = _radius(reduced, choices)
     while True:
         undecided = reduced <= radius
-        whole = bool((undecided | np.isinf(table.cost)).all())
-        found = _solve_core(table, undecided, reduced, scale, gap * abs(bound), settings)
+        whole = bool((undecided == np.isfinite(table.cost)).all())
+        found = _solve_core(table, undecided, reduced, gap * abs(bound), unit, settings)
         if found is None:
             if whole:
                 raise SolverError(
@@ -72,22 +75,6 @@ def _radius(reduced: Floats, choices: int) -> float:
 
 
 @dataclass(frozen=True)
-class _Scale:
-    """Units in which the integer programme is well conditioned: one step of size, and what such a step is worth."""
-
-    size: float
-    cost: float
-
-    @classmethod
-    def of(cls, table: Table, price: float) -> _Scale:
-        size = float(table.size.max()) or 1.0
-        finite = table.cost[np.isfinite(table.cost)]
-        spread = float(np.ptp(finite)) or abs(float(finite.max())) or 1.0
-        # Costs of different layers may differ a million-fold; near the optimum all are compared with this price.
-        return cls(size, price * size or spread)
-
-
-@dataclass(frozen=True)
 class _Core:
     picks: Ints
     value: float
@@ -97,65 +84,79 @@ class _Core:
 
 
 def _solve_core(
-    table: Table, undecided: Bools, reduced: Floats, scale: _Scale, tolerance: float, settings: SolverSettings
+    table: Table, undecided: Bools, reduced: Floats, tolerance: float, unit: float, settings: SolverSettings
 ) -> _Core | None:
-    """The best assignment among the undecided choices; None where there is none within limit and floors."""
+    """The best assignment among the undecided choices; None where there is none within limit and floors.
+
+    tolerance   in the unit of the costs; `unit` is the cost that the solver gets to see as 1
+    """
     start = np.argmin(reduced, axis=1)
-    limit = table.limit
-    for _ in range(TIGHTENINGS):
-        model, variables = _build(table, undecided, start, scale, limit)
-        if not variables:
-            picks = start
-            outcome = Outcome(choose_solver(settings.name), pulp.LpSolutionOptimal, 0.0)
-        else:
-            outcome = run_solver(
-                model, time_limit_s=settings.time_limit_s, absolute_gap=tolerance / scale.cost, name=settings.name
-            )
-            if outcome.solution_status == pulp.LpSolutionInfeasible:
-                return None
-            picks = _read(variables, start, outcome, settings)
+    model, variables = _build(table, undecided, start, unit)
+    outcome = Outcome(choose_solver(settings.name), pulp.LpSolutionOptimal, 0.0)
+    for _ in range(CUTS):
+        if variables:
+            gap = tolerance / unit
+            outcome = run_solver(model, time_limit_s=settings.time_limit_s, absolute_gap=gap, name=settings.name)
+        if outcome.solution_status == pulp.LpSolutionInfeasible:
+            return None
+        picks = _read(variables, start, outcome, settings)
         if table.keeps(picks):
             base = math.fsum(table.cost[table.positions, start])
-            own = -math.inf if outcome.bound is None or limit != table.limit else outcome.bound * scale.cost + base
-            optimal = outcome.solution_status == pulp.LpSolutionOptimal and limit == table.limit
-            return _Core(picks, table.total(picks)[0], outcome.solver, optimal, own)
-        excess = table.total(picks)[1] - table.limit
+            bound = -math.inf if outcome.bound is None else outcome.bound * unit + base
+            optimal = outcome.solution_status == pulp.LpSolutionOptimal
+            return _Core(picks, table.total(picks)[0], outcome.solver, optimal, bound)
         if outcome.solution_status != pulp.LpSolutionOptimal:
             raise _stopped(outcome, settings)
-        if not variables or excess <= 0:
+        if not _cut_off(model, table, variables, picks):
             return None
-        # Solvers keep a constraint to about 1e-6 of a step only; ours is in bytes, and holds to the byte.
-        limit -= 2 * excess
-    raise SolverError("The solver kept exceeding the budget by its tolerance. Please report this with importance.json.")
+    raise SolverError(
+        "The solver keeps exceeding the budget by its tolerance. Please report this with importance.json."
+    )
 
 
-def _build(
-    table: Table, undecided: Bools, start: Ints, scale: _Scale, limit: int
-) -> tuple[pulp.LpProblem, dict[tuple[int, int], pulp.LpVariable]]:
+def _build(table: Table, undecided: Bools, start: Ints, unit: float) -> tuple[pulp.LpProblem, Variables]:
     """The programme of the units with several undecided choices; the others keep `start`, which is counted off."""
     model = pulp.LpProblem("widths", pulp.LpMinimize)
     free = np.flatnonzero(undecided.sum(axis=1) > 1)
     is_free = np.zeros(len(start), bool)
     is_free[free] = True
-    left = limit - int(table.size[table.positions, start][~is_free].sum())
-    variables: dict[tuple[int, int], pulp.LpVariable] = {}
-    objective, sizes = [], []
-    for unit in free.tolist():
-        options = np.flatnonzero(undecided[unit]).tolist()
-        row = [(pulp.LpVariable(f"x_{unit}_{option}", 0, 1, pulp.LpBinary), option) for option in options]
-        origin = table.cost[unit, start[unit]]
-        for variable, option in row:
-            variables[unit, option] = variable
-            objective.append((variable, (table.cost[unit, option] - origin) / scale.cost))
-            sizes.append((variable, table.size[unit, option] / scale.size))
-        model.addConstraint(pulp.LpAffineExpression([(variable, 1) for variable, _ in row]) == 1, f"unit_{unit}")
+    left = table.limit - int(table.size[table.positions, start][~is_free].sum())
+    variables: Variables = {}
+    objective: list[tuple[pulp.LpVariable, float]] = []
+    sizes: list[tuple[pulp.LpVariable, float]] = []
+    step = float(table.size[undecided].max()) or 1.0
+    for row in free.tolist():
+        options = np.flatnonzero(undecided[row]).tolist()
+        chosen = [model.add_variable(f"x_{row}_{option}", 0, 1, pulp.LpBinary) for option in options]
+        variables |= {(row, option): variable for option, variable in zip(options, chosen, strict=True)}
+        rises = (table.cost[row, options] - table.cost[row, start[row]]) / unit
+        objective += zip(chosen, rises.tolist(), strict=True)
+        sizes += zip(chosen, (table.size[row, options] / step).tolist(), strict=True)
+        model.addConstraint(pulp.LpAffineExpression([(variable, 1) for variable in chosen]) == 1, f"unit_{row}")
     model.setObjective(pulp.LpAffineExpression(objective))
-    model.addConstraint(pulp.LpAffineExpression(sizes) <= left / scale.size, "budget")
+    model.addConstraint(pulp.LpAffineExpression(sizes) <= left / step, "budget")
     _add_floors(model, table, variables, start, is_free)
     return model, variables
 
 
-def _add_floors(model, table: Table, variables, start: Ints, is_free: Bools) -> None:
+def _cut_off(model: pulp.LpProblem, table: Table, variables: Variables, picks: Ints) -> bool:
+    """Excludes an assignment over the limit, and all whose choices are as large. False where no choice could change.
+
+    Solvers keep a constraint to about a millionth of a step; ours is in bytes, and holds to the byte.
+    """
+    taken = [row for row in sorted({row for row, _ in variables}) if table.size[row, picks[row]] > 0]
+    as_large = [
+        (variable, 1)
+        for (row, option), variable in variables.items()
+        if table.size[row, option] >= table.size[row, picks[row]] > 0
+    ]
+    if not taken or table.total(picks)[1] <= table.limit:
+        return False
+    model.addConstraint(pulp.LpAffineExpression(as_large) <= len(taken) - 1)
+    return True
+
+
+def _add_floors(model: pulp.LpProblem, table: Table, variables: Variables, start: Ints, is_free: Bools) -> None:
     for number, row in enumerate(table.floors):
         served, terms = 0, []
         for unit, members in zip(row.units.tolist(), row.members, strict=True):
@@ -171,7 +172,7 @@ def _add_floors(model, table: Table, variables, start: Ints, is_free: Bools) -> 
             model.addConstraint(pulp.LpAffineExpression(terms) >= row.count - served, f"floor_{number}")
 
 
-def _read(variables, start: Ints, outcome: Outcome, settings: SolverSettings) -> Ints:
+def _read(variables: Variables, start: Ints, outcome: Outcome, settings: SolverSettings) -> Ints:
     if outcome.solution_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         raise _stopped(outcome, settings)
     best = np.full(len(start), -1.0)

@@ -23,10 +23,12 @@ def assign(problem: AllocationProblem, settings: SolverSettings) -> Assignment:
     sizes = [[problem.budget.size(choice) for choice in unit.choices] for unit in problem.units]
     orders = [sorted(range(len(size)), key=size.__getitem__) for size in sizes]
     level = max(
-        rank for rank in range(len(orders[0])) if problem.size([order[rank] for order in orders]) <= problem.limit
+        rank
+        for rank in range(min(map(len, orders)))
+        if problem.size([order[rank] for order in orders]) <= problem.limit
     )
     picks = [order[level] for order in orders]
-    if level + 1 < len(orders[0]):
+    if level + 1 < min(map(len, orders)):
         left = problem.limit - problem.size(picks)
         steps = [size[order[level + 1]] - size[order[level]] for size, order in zip(sizes, orders, strict=True)]
         for position, raised in enumerate(_evenly_spaced(steps, left)):

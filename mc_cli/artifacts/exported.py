@@ -6,7 +6,6 @@ leaves no `DIR` that looks whole and is not. Only directories with such a record
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -45,7 +44,9 @@ class ExportRecord:
             return None
         content = read_json(path)
         if content.get("schema") != SCHEMA:
-            raise ArtifactError(f"{path} has schema {content.get('schema')!r}; this version reads {SCHEMA}. Use --force.")
+            raise ArtifactError(
+                f"{path} has schema {content.get('schema')!r}; this version reads {SCHEMA}. Use --force."
+            )
         try:
             return cls(**{**content, "warnings": tuple(content["warnings"])})
         except (KeyError, TypeError) as error:
@@ -82,8 +83,8 @@ class ExportFolder:
             return "new"
         if not (self.folder / RECORD).exists():
             raise InputError(
-                f"--out {self.folder} is not empty, and mc-cli export did not make it: {RECORD} is not there. It is left "
-                "alone, also with --force. Name another directory, or remove this one."
+                f"--out {self.folder} is not empty, and mc-cli export did not make it: it has no {RECORD}. It is left "
+                "alone, even with --force. Name another directory, or remove this one."
             )
         record = ExportRecord.read(self.folder)
         return "done" if record is not None and record.fingerprint == self.fingerprint else "stale"
@@ -109,11 +110,13 @@ class ExportFolder:
 
         Raises StaleArtifactError for an export of something else unless `force`, ArtifactError for a damaged one.
         """
-        state = "stale" if force and (self.folder / RECORD).exists() else self.state()
+        self._undo_half_replacement()
+        ours = (self.folder / RECORD).exists()
+        state = "new" if force and ours else self.state()
         if state == "done":
             self.verify()
             return False
-        if state == "stale" and not force:
+        if state == "stale":
             raise StaleArtifactError(
                 f"{self.folder} was exported with other settings or inputs:\n{listed(self.differences())}\n"
                 "Use --force to replace it, or name another directory with --out."
@@ -130,7 +133,9 @@ class ExportFolder:
             path = self.folder / name
             size = path.stat().st_size if path.exists() else None
             if size != facts["size_bytes"]:
-                wrong.append(f"{path}: {facts['size_bytes']:,} bytes in the record, {size if size is not None else 'missing'}")
+                wrong.append(
+                    f"{path}: {facts['size_bytes']:,} bytes in the record, {size if size is not None else 'missing'}"
+                )
         if wrong:
             raise ArtifactError(f"{self.folder} is damaged:\n{listed(wrong)}\nUse --force to export it again.")
 
@@ -164,8 +169,8 @@ class ExportFolder:
         )
         write_json(self.partial / RECORD, asdict(record))
         if self.folder.exists() and any(self.folder.iterdir()):
-            os.rename(self.folder, self._replaced)
-        os.replace(self.partial, self.folder)
+            self.folder.rename(self._replaced)
+        self.partial.replace(self.folder)
         shutil.rmtree(self._replaced, ignore_errors=True)
         return record
 
@@ -176,4 +181,4 @@ class ExportFolder:
     def _undo_half_replacement(self) -> None:
         """A process killed between the two renames of `finish` leaves the earlier export beside its name."""
         if (self._replaced / RECORD).exists() and not self.folder.exists():
-            os.rename(self._replaced, self.folder)
+            self._replaced.rename(self.folder)

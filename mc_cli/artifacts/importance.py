@@ -15,11 +15,11 @@ SCHEMA = 1
 
 UNITS = {
     "routing_count": "tokens routed to the expert",
-    "routing_weight_sum": "sum over these tokens of the weight the experts receive (after top-k and the family's scaling)",
+    "routing_weight_sum": "sum over these tokens of the weight the expert gets, after top-k and the family's scaling",
     "router_probability_sum": "sum over these tokens of the softmax over all experts, before top-k (MC's w)",
     "output_norm_mean": "mean over these tokens of routing weight times L2 norm of the expert's output (REAP)",
-    "loss_by_bits": "L2 norm over calibration tokens of the change of the MoE output when this expert alone has that width",
-    "predicted_loss_by_bits": "expected rise of the model's loss, nats per token, when this expert alone has that width",
+    "loss_by_bits": "L2 norm over calibration tokens of the MoE output's change when this expert alone has that width",
+    "predicted_loss_by_bits": "expected rise of the model's loss, nats per token, with this expert alone at that width",
     "stored_bytes_by_bits": "bytes of one expert of this layer at that width: codes, scales and zero points",
 }
 
@@ -133,7 +133,7 @@ class Importance:
         content = read_json(path)
         if content.get("schema") != SCHEMA:
             raise ArtifactError(
-                f"{path} has schema {content.get('schema')!r}; this version of mc-cli reads schema {SCHEMA}. Run score again."
+                f"{path} has schema {content.get('schema')!r}; this version of mc-cli reads {SCHEMA}. Run score again."
             )
         try:
             importance = cls(

@@ -1,7 +1,8 @@
 """Files that are whole or absent: atomic writes, digests, and the manifest that is written last.
 
 A stage folder passes through three states: absent; begun (`begun.json`, no manifest); done (`manifest.json`).
-Killing the process at any moment leaves one of them, never a half-written file under its final name.
+Killing the process at any moment leaves one of them, never a half-written file under its final name: what is being
+written lies in a folder `NAME.partial` beside it, what is being removed in `FOLDER.removed`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -26,6 +28,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"
 PARTIAL_SUFFIX = ".partial"
+REMOVED_SUFFIX = ".removed"
 RESUME = "resume"  # what only a resume needs: hidden states after the last finished layer
 
 # command -> folder in the work directory, in the order of a run
@@ -48,28 +51,36 @@ _UMASK = _umask()
 
 
 def write_bytes_with(path: Path, writer: Callable[[Path], None]) -> None:
-    """Calls `writer(partial)`, flushes it to disk and moves it to `path` in one step; removes it if that fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    """Calls `writer(partial)`, flushes it to disk and moves it to `path` in one step; removes it if that fails.
+
+    Raises ArtifactError where the disk is full or does not take the file; what was at `path` is then still there.
+    """
+    # A folder of its own, because safetensors writes to a temporary name that it chooses beside its target.
+    folder = path.with_name(path.name + PARTIAL_SUFFIX)
+    partial = folder / path.name
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         writer(partial)
         partial.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
-        with open(partial, "rb+") as handle:
+        with partial.open("rb+") as handle:
             os.fsync(handle.fileno())
-        os.replace(partial, path)
+        partial.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path.parent).free
-            raise ArtifactError(
-                f"The disk is full: {path} could not be written, {free:,} bytes are free in {path.parent}. "
-                "What was finished before is kept; free some space and run the same command again."
-            ) from error
-        raise ArtifactError(f"{path} could not be written: {error.strerror or error}.") from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        raise _not_written(path, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _not_written(path: Path, error: OSError) -> ArtifactError:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ArtifactError(f"{path} could not be written: {error.strerror or error}.")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    quota = " (your quota on it is used up)" if error.errno == errno.EDQUOT else ""
+    return ArtifactError(
+        f"The disk is full{quota}: {path} could not be written, {shutil.disk_usage(there).free:,} bytes are free in "
+        f"{there}. What was finished before is kept; free some space and run the same command again."
+    )
 
 
 def _sync_folder(folder: Path) -> None:
@@ -100,10 +111,21 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file atomically, tensors on the CPU and contiguous."""
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes_with(path, lambda partial: _save_tensors(partial, ready, dict(metadata or {"format": "pt"})))
+
+
+def _save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes_with(path, lambda partial: save_file(ready, partial, metadata=dict(metadata or {"format": "pt"})))
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # a full disk included, which it tells in its message alone
+        number = re.search(r"\(os error ([0-9]+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def read_text(path: Path) -> str:
@@ -137,12 +159,14 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist. Run the stage that writes it first.") from error
     except SafetensorError as error:
-        raise ArtifactError(f"{path} is not a whole safetensors file: {error}. Delete it and run its stage again.") from error
+        raise ArtifactError(
+            f"{path} is not a whole safetensors file: {error}. Delete it and run its stage again."
+        ) from error
 
 
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as handle:
+    with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
@@ -156,16 +180,20 @@ class DigestCache:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known: dict[str, Any] = read_json(path) if path.exists() else {}
+        try:
+            self._known: dict[str, Any] = read_json(path) if path.exists() else {}
+        except ArtifactError:  # only a memory: a damaged one is made anew
+            self._known = {}
 
     def digest(self, path: Path) -> str:
         """The file's sha256, from memory where size and modification time (nanoseconds) are unchanged."""
         stat = path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns]
-        entry = self._known.get(str(path.resolve()))
-        if entry is None or entry["stamp"] != stamp:
+        name = str(path.resolve())
+        entry = self._known.get(name)
+        if not isinstance(entry, dict) or entry.get("stamp") != stamp or "sha256" not in entry:
             entry = {"stamp": stamp, "sha256": file_digest(path)}
-            self._known[str(path.resolve())] = entry
+            self._known[name] = entry
             write_json(self._path, self._known)
         return entry["sha256"]
 
@@ -191,8 +219,15 @@ class Manifest:
             return None
         content = read_json(path)
         if content.get("schema") != SCHEMA:
-            raise ArtifactError(f"{path} has schema {content.get('schema')!r}; this version reads {SCHEMA}. Use --force to rebuild.")
-        return cls(**{**content, "warnings": tuple(content["warnings"])})
+            raise ArtifactError(
+                f"{path} has schema {content.get('schema')!r}; this version reads {SCHEMA}. Use --force to rebuild."
+            )
+        try:
+            return cls(**{**content, "warnings": tuple(content["warnings"])})
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"{path} is not a manifest of this version: {error}. Use --force to rebuild."
+            ) from error
 
 
 @dataclass
@@ -226,11 +261,10 @@ class StageFolder:
         if not self.folder.exists():
             return "new"
         manifest = Manifest.read(self.folder)
-        begun = self.path(BEGUN)
         if manifest is not None:
             return "done" if manifest.fingerprint == self.fingerprint else "stale"
-        if begun.exists():
-            return "begun" if read_json(begun)["fingerprint"] == self.fingerprint else "stale"
+        if self.path(BEGUN).exists():
+            return "begun" if read_json(self.path(BEGUN)).get("fingerprint") == self.fingerprint else "stale"
         return "new"
 
     def differences(self) -> list[str]:
@@ -239,35 +273,60 @@ class StageFolder:
         if not record.exists():
             return []
         then = read_json(record)
-        lines = []
-        for kind, now in (("settings", self.settings), ("inputs", self.inputs)):
-            for name in sorted(set(now) | set(then[kind])):
-                before, after = then[kind].get(name), now.get(name)
-                if json.loads(json.dumps(after)) != before:
-                    lines.append(f"{kind[:-1]} {name}: made with {_short(before)}, asked for {_short(after)}")
-        return lines
+        return [
+            line
+            for kind, now in (("settings", self.settings), ("inputs", self.inputs))
+            for line in _differences(kind[:-1], then.get(kind, {}), json.loads(json.dumps(now)))
+        ]
 
     def begin(self, *, force: bool) -> bool:
         """True if the stage has to run, False if it is done. Stale folders raise, or are removed with `force`.
 
-        Raises StaleArtifactError naming every setting and input that changed.
+        Raises StaleArtifactError naming every setting and input that changed, ArtifactError for a folder that is done
+        but damaged, or that holds files of somebody else.
         """
-        state = self.state()
-        if state == "done" and not force:
-            self.verify()
-            return False
-        if state == "stale" and not force:
-            raise StaleArtifactError(
-                f"{self.folder} was made with other settings or inputs:\n{listed(self.differences())}\n"
-                "Use --force to rebuild it, another work directory to keep both, or the old settings to continue."
-            )
+        _discard_rest(self.folder)
+        self._refuse_foreign()
+        if not force:
+            state = self.state()
+            if state == "done":
+                self.verify()
+                self._clean()
+                return False
+            if state == "stale":
+                raise StaleArtifactError(
+                    f"{self.folder} was made with other settings or inputs:\n{listed(self.differences())}\n"
+                    "Use --force to rebuild it, another work directory to keep both, or the old settings to continue."
+                )
         if force or state == "new":
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
+            _discard(self.folder)
+        self._clean_partial()
         if not self.path(BEGUN).exists():
             begun = {"fingerprint": self.fingerprint, "settings": self.settings, "inputs": self.inputs}
             write_json(self.path(BEGUN), begun)
         return True
+
+    def _refuse_foreign(self) -> None:
+        """Raises ArtifactError for a folder that no stage made: it would be removed, with whatever is in it."""
+        if not self.folder.exists() or self.path(MANIFEST).exists() or self.path(BEGUN).exists():
+            return
+        found = sorted(path.name for path in self.folder.iterdir() if path.name != BEGUN + PARTIAL_SUFFIX)
+        if found:
+            raise ArtifactError(
+                f"{self.folder} has neither {MANIFEST} nor {BEGUN}, so {self.stage} did not make it, but it holds "
+                f"{len(found)} files or folders ({', '.join(found[:5])}). Move it away, or use another work directory."
+            )
+
+    def _clean_partial(self) -> None:
+        """Removes what a killed run was writing."""
+        for leftover in self.folder.rglob(f"*{PARTIAL_SUFFIX}"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _clean(self) -> None:
+        """Removes what only an unfinished stage needs."""
+        shutil.rmtree(self.path(RESUME), ignore_errors=True)
+        self._clean_partial()
+        self.path(BEGUN).unlink(missing_ok=True)
 
     def verify(self) -> None:
         """Raises ArtifactError if a file named in the manifest is missing or has another size."""
@@ -277,9 +336,10 @@ class StageFolder:
         wrong = []
         for name, facts in manifest.outputs.items():
             path = self.path(name)
-            size = path.stat().st_size if path.exists() else None
-            if size != facts["size_bytes"]:
-                wrong.append(f"{path}: {facts['size_bytes']:,} bytes in the manifest, {'missing' if size is None else f'{size:,}'} on disk")
+            if not path.is_file():
+                wrong.append(f"{path}: missing")
+            elif path.stat().st_size != facts["size_bytes"]:
+                wrong.append(f"{path}: {path.stat().st_size:,} bytes, {facts['size_bytes']:,} in the manifest")
         if wrong:
             raise ArtifactError(f"{self.folder} is damaged:\n{listed(wrong)}\nUse --force to rebuild this stage.")
 
@@ -295,14 +355,13 @@ class StageFolder:
         return manifest.warnings if manifest else ()
 
     def finish(self, tool_version: str) -> Manifest:
-        """Removes what only a resume needs, and writes the manifest: from here on the stage is done."""
-        shutil.rmtree(self.path(RESUME), ignore_errors=True)
-        for leftover in self.folder.rglob(f"*{PARTIAL_SUFFIX}"):
-            leftover.unlink()
+        """Writes the manifest, from which on the stage is done, and removes what only a resume needed."""
+        self._clean_partial()
         outputs = {}
         for path in sorted(self.folder.rglob("*")):
-            if path.is_file() and path.name not in (BEGUN, MANIFEST):
-                outputs[str(path.relative_to(self.folder))] = {"sha256": file_digest(path), "size_bytes": path.stat().st_size}
+            name = path.relative_to(self.folder)
+            if path.is_file() and path.name not in (BEGUN, MANIFEST) and name.parts[0] != RESUME:
+                outputs[str(name)] = {"sha256": file_digest(path), "size_bytes": path.stat().st_size}
         manifest = Manifest(
             stage=self.stage,
             fingerprint=self.fingerprint,
@@ -313,8 +372,31 @@ class StageFolder:
             warnings=tuple(self.warnings),
         )
         write_json(self.path(MANIFEST), asdict(manifest))
-        self.path(BEGUN).unlink(missing_ok=True)
+        self._clean()
         return manifest
+
+
+def _discard(folder: Path) -> None:
+    """Removes a folder; killed half-way, none of it is left under its own name."""
+    if folder.exists():
+        folder.rename(folder.with_name(folder.name + REMOVED_SUFFIX))
+        _discard_rest(folder)
+
+
+def _discard_rest(folder: Path) -> None:
+    shutil.rmtree(folder.with_name(folder.name + REMOVED_SUFFIX), ignore_errors=True)
+
+
+def _differences(kind: str, then: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
+    """One line per value that differs, nested mappings entry by entry."""
+    lines = []
+    for name in sorted(set(now) | set(then)):
+        before, after = then.get(name), now.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += _differences(kind, before, after, f"{where}{name}.")
+        elif before != after:
+            lines.append(f"{kind} {where}{name}: made with {_short(before)}, asked for {_short(after)}")
+    return lines
 
 
 def _short(value: Any) -> str:
@@ -323,7 +405,11 @@ def _short(value: Any) -> str:
 
 
 def require_done(work_dir: Path, stage: str) -> Manifest:
-    """The manifest of a finished earlier stage. Raises InputError naming the command to run where it is not."""
+    """The manifest of a finished earlier stage, made from what the stages before it are now.
+
+    Raises InputError naming the command to run where it is not finished, StaleArtifactError where a stage that it read
+    has been made anew since.
+    """
     folder = work_dir / STAGE_FOLDERS[stage]
     manifest = Manifest.read(folder)
     if manifest is None:
@@ -332,4 +418,11 @@ def require_done(work_dir: Path, stage: str) -> Manifest:
             f"{folder} {'is not finished' if begun else 'does not exist'}: this stage reads it. "
             f"Run `mc-cli {stage} -w {work_dir}` first."
         )
+    for name in STAGE_FOLDERS:
+        read = Manifest.read(work_dir / STAGE_FOLDERS[name]) if name in manifest.inputs else None
+        if read is not None and read.fingerprint != manifest.inputs[name]:
+            raise StaleArtifactError(
+                f"{folder} was made from an earlier run of {name}, which has been made anew since. "
+                f"Run `mc-cli {stage} -w {work_dir} --force` first."
+            )
     return manifest

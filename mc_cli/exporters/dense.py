@@ -11,8 +11,9 @@ NAME = "dense"
 DESCRIPTION = "dequantized weights in the original checkpoint's layout, for any tool; as large as the original"
 
 _OPENING = (
-    "The weights of a Mixture-of-Experts language model after quantization by mc-cli, written out as plain numbers in the "
-    "original checkpoint's layout. It behaves as the packed model does, up to the rounding of this dtype, and saves no space."
+    "The weights of a Mixture-of-Experts language model after quantization by mc-cli, written out as plain numbers in "
+    "the original checkpoint's layout. It behaves as the packed model does, up to the rounding of this dtype, and "
+    "saves no space."
 )
 _LOADING = """\
 ```python

@@ -49,21 +49,23 @@ def _front_matter(facts: CardFacts) -> str:
 
 def _size_sentence(facts: CardFacts, size_note: str) -> str:
     return (
-        f"Routed experts take {facts.stored_bits_per_weight:.3f} stored bits per weight, scales and zero points included "
-        f"({facts.code_bits_per_weight:.3f} bits of codes). All tensors together are {facts.total_bytes:,} bytes. {size_note}"
+        f"Routed experts take {facts.stored_bits_per_weight:.3f} stored bits per weight, scales and zero points "
+        f"included ({facts.code_bits_per_weight:.3f} bits of codes). All tensors together are {facts.total_bytes:,} "
+        f"bytes. {size_note}"
     ).strip()
 
 
 def _size_table(facts: CardFacts) -> str:
     largest_first = sorted(facts.role_bytes.items(), key=lambda item: -item[1].total)
-    rows = [(role, sizes.codes, sizes.side, sizes.kept, sizes.total) for role, sizes in largest_first]
-    rows.append(("all", *(sum(row[column] for row in rows) for column in range(1, 5))))
+    counts = [[sizes.codes, sizes.side, sizes.kept, sizes.total] for _, sizes in largest_first]
+    names = [role for role, _ in largest_first] + ["all"]
+    counts.append([sum(column) for column in zip(*counts, strict=True)])
     heads = ("part", "codes, bytes", "scales and zero points, bytes", "kept, bytes", "total, bytes")
-    return _table(heads, ((name, *(f"{count:,}" for count in counts)) for name, *counts in rows))
+    return _table(heads, ((name, *(f"{count:,}" for count in row)) for name, row in zip(names, counts, strict=True)))
 
 
 def _stage_sections(facts: CardFacts) -> Iterable[str]:
-    yield f"mc-cli {facts.tool_version}. `mc_cli.json` has the same record for machines, and the digest of every file here."
+    yield f"mc-cli {facts.tool_version}. `mc_cli.json` has this record for machines, and the digest of every file here."
     for stage, record in facts.stages.items():
         rows = [(f"`{name}`", _shown(value)) for name, value in record.get("settings", {}).items()]
         rows += [(f"input `{name}`", f"`{value}`") for name, value in record.get("inputs", {}).items()]
@@ -79,7 +81,14 @@ def _measured(evaluation: Mapping[str, Any]) -> list[str]:
     domains = evaluation.get("domains") or {}
     rows = [_text_row(name, text) for name, text in domains.items() if len(domains) > 1]
     rows.append(_text_row("all", total))
-    heads = ("held-out text", "tokens", "perplexity, original", "perplexity, packed", "KL, nats per token", "same top token")
+    heads = (
+        "held-out text",
+        "tokens",
+        "perplexity, original",
+        "perplexity, packed",
+        "KL, nats per token",
+        "same top token",
+    )
     sections = ["## Measured", _table(heads, rows)]
     tasks = [(f"`{name}`", _shown(value)) for name, value in _leaves(evaluation.get("tasks") or {})]
     return sections + ([_table(("task", "value"), tasks)] if tasks else [])

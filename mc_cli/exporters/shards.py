@@ -50,7 +50,7 @@ class ShardWriter:
         if count == 1:
             (self._folder / _unnamed(0)).rename(self._folder / SINGLE)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards):
             file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             (self._folder / _unnamed(number)).rename(self._folder / file)

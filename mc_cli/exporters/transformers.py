@@ -45,8 +45,8 @@ class PackedModelForCausalLM:
         return AutoModelForCausalLM.from_pretrained(name, *args, **{**kwargs, "trust_remote_code": False})
 '''
 _OPENING = (
-    "A Mixture-of-Experts language model whose weights are packed at mixed bit widths by mc-cli: routed experts each at "
-    "the width that their importance earned them."
+    "A Mixture-of-Experts language model whose weights are packed at mixed bit widths by mc-cli: each routed expert at "
+    "the width that its importance earned it."
 )
 _LOADING = """\
 ```python

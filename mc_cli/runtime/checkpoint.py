@@ -8,7 +8,6 @@ of transformers are used; the version is pinned, and checked here.
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -50,11 +49,48 @@ class _Target:
     """The stored tensors that one tensor of the model is made of, by the source pattern of the conversion."""
 
     name: str
+    converter: WeightConverter | None  # None: one stored tensor, renamed at most
     pieces: dict[str | None, list[StoredTensor]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def all_pieces(self) -> list[StoredTensor]:
         return [piece for pieces in self.pieces.values() for piece in pieces]
+
+    @property
+    def patterns(self) -> list[str]:
+        return list(self.converter.source_patterns) if self.converter else []
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors that the conversion yields: one, or several where it splits a stored one."""
+        ends = list(self.converter.target_patterns) if self.converter else []
+        return [self.name, *(self.name.replace(ends[0], other) for other in ends[1:])]
+
+    @property
+    def fuses_experts(self) -> bool:
+        """True where the conversion stacks one tensor per expert, and joins gate and up rows if there are both."""
+        steps = (
+            [(type(step), getattr(step, "dim", None)) for step in self.converter.operations] if self.converter else []
+        )
+        return steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+
+    def lost_experts(self, num_experts: int) -> list[str]:
+        """Keys of the experts' tensors that are missing among the pieces of a pattern."""
+        lost = []
+        for pieces in self.pieces.values():
+            there = {int(re.findall(r"\.(\d+)\.", piece.key)[-1]): piece.key for piece in pieces}
+            before, _, after = next(iter(there.values())).rpartition(f".{next(iter(there))}.")
+            lost += [f"{before}.{expert}.{after}" for expert in range(num_experts) if expert not in there]
+        return lost
+
+    def fits(self, wanted: tuple[int, ...]) -> bool:
+        """Whether the stored shapes give a tensor of shape `wanted`, as far as the headers tell."""
+        if self.fuses_experts:
+            part = (wanted[1] // len(self.patterns), *wanted[2:])
+            whole = dict.fromkeys(self.patterns, wanted[0])
+            counts = {pattern: len(pieces) for pattern, pieces in self.pieces.items()}
+            return {piece.shape for piece in self.all_pieces} == {part} and counts == whole
+        return self.converter is not None or self.all_pieces[0].shape == wanted
 
 
 class _FusedSlice:
@@ -109,6 +145,7 @@ class Checkpoint:
         """dequantized: the dtype that tensors of block formats take when they are kept."""
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         prefix = self.model.base_model_prefix
         known = self.model.state_dict()
         targets: dict[str, _Target] = {}
@@ -119,7 +156,8 @@ class Checkpoint:
             if name not in known:
                 self.unused.append(key)
                 continue
-            targets.setdefault(name, _Target(name)).pieces[pattern].append(tensor)
+            converter = by_pattern[pattern] if pattern is not None else None
+            targets.setdefault(name, _Target(name, converter)).pieces[pattern].append(tensor)
             self.stored_dtypes[name] = tensor.dtype or dequantized
         self._check_tied(targets)
         self._check_complete(targets, known)
@@ -145,7 +183,7 @@ class Checkpoint:
                 self.stored_dtypes[twin] = self.stored_dtypes[name]
 
     def _check_complete(self, targets: dict[str, _Target], known: dict[str, torch.Tensor]) -> None:
-        reached = {other for target in targets.values() for other in self._made_together(target)}
+        reached = {name for target in targets.values() for name in target.names}
         facts = facts_for(self.model.config.model_type)
         missing = []
         for name in sorted(known.keys() - reached, key=dot_natural_key):
@@ -163,33 +201,18 @@ class Checkpoint:
         tied = self.model.all_tied_weights_keys
         return tied.get(name) in reached or any(twin == name and other in reached for other, twin in tied.items())
 
-    def _made_together(self, target: _Target) -> list[str]:
-        """The names that the target's conversion yields: one, or several where it splits a tensor."""
-        converter = self._converter(target)
-        patterns = converter.target_patterns if converter else []
-        return [target.name, *(target.name.replace(patterns[0], other) for other in patterns[1:])]
-
-    def _converter(self, target: _Target) -> WeightConverter | None:
-        pattern = next(iter(target.pieces))
-        converters = (entry for entry in self._mapping if isinstance(entry, WeightConverter))
-        return next((entry for entry in converters if pattern in entry.source_patterns), None)
-
     def _check_shapes(self, targets: dict[str, _Target], known: dict[str, torch.Tensor]) -> None:
         """Raises CheckpointError for tensors that do not fit the skeleton, as far as the headers tell."""
         wrong, lost = [], []
         for name, target in targets.items():
             wanted = tuple(known[name].shape)
-            pieces = target.all_pieces
-            stored = ", ".join(sorted({str(piece.shape) for piece in pieces}))
-            if self._fuses_experts(target):
-                short = _lost_experts(target, wanted[0])
-                lost += short
-                fits = short or sum(math.prod(piece.shape) for piece in pieces) == math.prod(wanted)
-                stored += f" of {len(pieces)} parts"
-            else:
-                fits = None not in target.pieces or pieces[0].shape == wanted
-            if not fits:
-                wrong.append(f"{name}: checkpoint {stored}, config {wanted}")
+            if target.fuses_experts:
+                lost += target.lost_experts(wanted[0])
+            if not target.fits(wanted):
+                pieces = target.all_pieces
+                shapes = ", ".join(sorted({str(piece.shape) for piece in pieces}))
+                parts = f" of {len(pieces)} parts" if len(pieces) > 1 else ""
+                wrong.append(f"{name}: checkpoint {shapes}{parts}, config {wanted}")
         if lost:
             raise CheckpointError(
                 f"{self.folder} lacks {len(lost)} tensors of experts that config.json counts:\n{listed(lost)}\n"
@@ -200,15 +223,6 @@ class Checkpoint:
                 f"{self.folder}: {len(wrong)} tensors do not fit config.json:\n{listed(wrong)}\n"
                 "config.json may be of another model, or the files of another revision."
             )
-
-    def _fuses_experts(self, target: _Target) -> bool:
-        converter = self._converter(target)
-        steps = [(type(step), step.dim) for step in converter.operations if hasattr(step, "dim")] if converter else []
-        return bool(
-            converter
-            and len(steps) == len(converter.operations)
-            and steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
-        )
 
     def layer_of(self, name: str) -> int:
         """The decoder layer of a module-tree name, REST outside the layers."""
@@ -233,11 +247,9 @@ class Checkpoint:
 
     def _readable(self, target: _Target, slices: dict[str, Any]) -> dict[str, Any]:
         """What transformers' conversion gets for one tensor; experts are fused here, under the fused name."""
-        if not self._fuses_experts(target) or self._is_kept_in_float32(target.name):
+        if not target.fuses_experts or self._is_kept_in_float32(target.name):
             return {piece.key: slices[piece.key] for piece in target.all_pieces}
-        converter = self._converter(target)
-        assert converter is not None
-        rows = [[slices[piece.key] for piece in target.pieces[pattern]] for pattern in converter.source_patterns]
+        rows = [[slices[piece.key] for piece in target.pieces[pattern]] for pattern in target.patterns]
         wanted = self.model.get_parameter(target.name)
         return {target.name: _FusedSlice(rows, wanted.shape, wanted.dtype)}
 
@@ -305,16 +317,6 @@ def _without_quantization(config: PretrainedConfig) -> PretrainedConfig:
         if hasattr(owner, "quantization_config"):
             del owner.quantization_config
     return config
-
-
-def _lost_experts(target: _Target, num_experts: int) -> list[str]:
-    """Keys of the experts' tensors that are missing among the target's pieces."""
-    lost = []
-    for pieces in target.pieces.values():
-        there = {int(re.findall(r"\.(\d+)\.", piece.key)[-1]): piece.key for piece in pieces}
-        before, _, after = next(iter(there.values())).rpartition(f".{next(iter(there))}.")
-        lost += [f"{before}.{expert}.{after}" for expert in range(num_experts) if expert not in there]
-    return lost
 
 
 def _check_finite(root: nn.Module, where: str) -> None:

@@ -13,7 +13,6 @@ from mc_cli.runtime.packed_files import PackedFiles, open_packed
 from mc_cli.runtime.packed_model import PackedSource, read_packed_config, tied_names
 from mc_cli.runtime.skeleton import build_skeleton
 
-
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -43,7 +42,7 @@ class DenseTensors:
         return tensors
 
     def original(self, part: int) -> dict[str, torch.Tensor]:
-        """The same tensors under the names and in the shapes that `save_pretrained` gives them, such as one per expert."""
+        """The same tensors named and shaped as `save_pretrained` writes them, such as one matrix per expert."""
         return revert_weight_conversion(self._model, self.by_module(part))
 
     def _dequantized(self, name: str) -> torch.Tensor:

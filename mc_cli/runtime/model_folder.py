@@ -107,7 +107,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    """The beginning of an error's message as one sentence, its type where it has no message."""
+    """The beginning of an error's message as one sentence, without the names of exception types where it has words."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:2]) or type(error).__name__
+    text = re.sub(r"\b[A-Z]\w*(Error|Exception): ", "", " ".join(lines[:2])) or type(error).__name__
     return text if text.endswith((".", "!", "?")) else text + "."

@@ -55,6 +55,11 @@ class PackedQuantizer(HfQuantizer):
         self._packed = attach(model, self.quantization_config.layout, kept_dtype=dtype or model.dtype)
         return model
 
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name in self._packed:
+            model.get_parameter(name).requires_grad_(False)  # else a forward without no_grad keeps dequantized weights
+        return model
+
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """None: packed files hold module-tree names and converted tensors, and a conversion must not run twice."""
         return []
@@ -93,3 +98,6 @@ def register() -> None:
     if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config(QUANT_METHOD)(PackedConfig)
         auto.register_quantizer(QUANT_METHOD)(PackedQuantizer)
+
+
+register()  # here and not by the importer: importing transformers above may be what brings the importer here

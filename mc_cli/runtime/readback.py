@@ -83,8 +83,9 @@ def read_back(
     )
     if not found.logit_error_median <= found.tolerance:
         raise ArtifactError(
-            f"{exported}: the logits of the exported model differ from the packed model's by {found.logit_error_median:.2g} "
-            f"(relative, median token), more than {found.tolerance:.2g}, though all tensors agree. This is a defect of mc-cli."
+            f"{exported}: the exported model's logits differ from the packed model's by {found.logit_error_median:.2g} "
+            f"(relative, median token), more than {found.tolerance:.2g}, though all tensors agree. This is a defect of "
+            "mc-cli."
         )
     return found
 
@@ -139,11 +140,12 @@ def _whole(
 ) -> tuple[torch.Tensor, int, int]:
     """(logits, tensors compared, tokens generated) of the directory through from_pretrained."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(exported, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(exported, dtype=dtype, output_loading_info=True)
     except McError:
         raise
     except Exception as error:  # whatever transformers makes of a directory that it cannot load
         raise ArtifactError(f"{exported} cannot be loaded: {type(error).__name__}: {error}") from error
+    model, info = loaded
     problems = [f"{name}: {kind.replace('_', ' ')}" for kind, names in info.items() for name in _names(names)]
     state = model.state_dict()
     count = 0

@@ -202,8 +202,8 @@ def _result(folder: ExportFolder, settings: ExportSettings, *, ran: bool) -> Sta
         "bytes": sum(entry["size_bytes"] for entry in record.outputs.values()),
         "files": len(record.outputs) + 1,
         "read back": f"{found.method}, {found.tensors:,} tensors equal",
-        "logit error": f"{found.logit_error_median:.2g} median, {found.logit_error_max:.2g} largest of {found.tokens} tokens "
-        f"(allowed {found.tolerance:.2g} median)",
+        "logit error": f"{found.logit_error_median:.2g} for the median of {found.tokens} tokens (allowed "
+        f"{found.tolerance:.2g}), {found.logit_error_max:.2g} at most",
         "same top token": f"{100 * found.same_top_token:.1f} %",
     }
     summary = {"facts": facts, "tables": [], "read_back": dict(record.read_back)}

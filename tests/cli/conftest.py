@@ -1,64 +1,16 @@
-"""Six tiny stages that keep the real folders, fingerprints and resume rules, but compute nothing."""
+"""What the tests of the command line share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from mc_cli import chain, cli
-from mc_cli.artifacts.store import STAGE_FOLDERS, StageFolder, require_done, write_json
+from mc_cli.artifacts.store import STAGE_FOLDERS
 from mc_cli.flags import STAGES
-from mc_cli.progress import Progress, StageResult
-from mc_cli.settings import RunSettings
-
-EARLIER = {"score": ("calibrate",), "allocate": ("score",), "quantize": ("allocate",), "prune-eval": ("quantize",)}
-
-
-@dataclass
-class FakeStages:
-    """What the stages were asked, and what they are to do."""
-
-    calls: list[tuple[str, Any, RunSettings, bool]] = field(default_factory=list)
-    failures: dict[str, BaseException] = field(default_factory=dict)
-    summaries: dict[str, dict[str, Any]] = field(default_factory=dict)
-    warnings: dict[str, str] = field(default_factory=dict)
-
-    def module(self, stage: str) -> Any:
-        """Stands in for the module of one stage."""
-
-        def plan_stage(settings: Any, compute: RunSettings, work_dir: Path) -> StageFolder:
-            return self.folder(stage, settings, work_dir)
-
-        def run(settings: Any, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress) -> StageResult:
-            self.calls.append((stage, settings, compute, force))
-            if stage in self.failures:
-                raise self.failures[stage]
-            folder = self.folder(stage, settings, work_dir)
-            ran = folder.begin(force=force)
-            if ran:
-                with progress.step(stage, total=2, unit="layer") as step:
-                    step.advance(note="layer 0")
-                    step.advance(note="layer 1")
-                if stage in self.warnings:
-                    folder.warn(self.warnings[stage], progress)
-                write_json(folder.path("result.json"), {"stage": stage})
-                folder.finish("test")
-            summary = self.summaries.get(stage, {"facts": {"answer": 42}})
-            return StageResult(stage, folder.folder, ran, summary, folder.recorded_warnings())
-
-        return SimpleNamespace(plan_stage=plan_stage, run=run)
-
-    @staticmethod
-    def folder(stage: str, settings: Any, work_dir: Path) -> StageFolder:
-        """The real stage folder; export has one here too."""
-        inputs = {name: require_done(work_dir, name).fingerprint for name in EARLIER.get(stage, ())}
-        return StageFolder(work_dir, stage, settings.resolved(), inputs)
+from tests.fake_stages import FakeStages
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FakeStages
 from typer.testing import Result
 
 from mc_cli.errors import InputError
 from mc_cli.flags import STAGES
+from tests.fake_stages import FakeStages
 
 Invoke = Callable[..., Result]
 WHOLE_RUN = ("run", "--model", "m", "--data", "d.txt", "--target-stored-bits", "2.25", "--out", "o")

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FakeStages
 from typer.testing import Result
 
 from mc_cli.artifacts.store import StageFolder
 from mc_cli.settings import AllocateSettings
 from mc_cli.status import work_dir_status
+from tests.fake_stages import FakeStages
 
 Invoke = Callable[..., Result]
 CALIBRATE = ("calibrate", "--model", "m", "--data", "d")

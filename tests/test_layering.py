@@ -1,0 +1,104 @@
+"""Imports point one way: a module may use its own package and the layers below it, never one beside or above it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "mc_cli"
+
+# From the bottom up. A package or module that is in no layer fails the test, so that a new one finds its place here.
+LAYERS = (
+    ("errors", "parts", "progress"),
+    ("settings", "bundled"),
+    ("numerics",),
+    ("encodings",),
+    ("artifacts",),
+    ("families", "measures", "quantizers", "allocators", "policies", "kernels"),
+    ("runtime",),
+    ("exporters",),
+    ("stages",),
+    ("flags",),
+    ("recipe", "status", "help"),
+    ("chain", "console"),
+    ("failures",),
+    ("cli",),
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+ENTRY_POINTS = {"__init__", "_autoload"}  # what `import mc_cli` runs: registers the plug-in, importing it only on use
+NO_TORCH = {name for name, rank in RANK.items() if rank < RANK["numerics"] or rank > RANK["stages"]}
+NO_TORCH |= {"artifacts", "allocators", "encodings"}
+HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "accelerate", "lm_eval"}
+HEAVIER_THAN_HELP = HEAVY | {"numpy", "pulp", "highspy", "yaml", "rich"}
+READS_HELP = ("errors", "parts", "settings", "flags", "failures", "help", "cli")  # what `--help` imports
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ("bundled",))
+
+
+def top_of(path: Path) -> str:
+    """`runtime` of mc_cli/runtime/text.py, `cli` of mc_cli/cli.py."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST, *, module_level: bool = False) -> Iterator[str]:
+    """Dotted names of what a module imports, annotations-only imports left out."""
+    for node in _nodes(tree, module_level=module_level):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            module = node.module or ""
+            yield from ((f"mc_cli.{alias.name}" for alias in node.names) if module == "mc_cli" else (module,))
+
+
+def _nodes(tree: ast.AST, *, module_level: bool) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if module_level and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        yield node
+        yield from _nodes(node, module_level=module_level)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {top_of(path) for path in modules()} - set(RANK) - ENTRY_POINTS == set()
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downwards(path: Path) -> None:
+    own = top_of(path)
+    if own in ENTRY_POINTS:
+        return
+    ours = {name.split(".")[1] for name in imports(parse(path)) if name.startswith("mc_cli.")}
+    used = {name for name in ours if (ROOT / name).is_dir() or (ROOT / f"{name}.py").is_file()}  # not `__version__`
+    assert {name for name in used - {own} if RANK[name] >= RANK[own]} == set()
+
+
+def test_no_stage_imports_another() -> None:
+    for path in sorted((ROOT / "stages").glob("*.py")):
+        assert not [name for name in imports(parse(path)) if name.startswith("mc_cli.stages")], path
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in modules() if top_of(path) in NO_TORCH], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_no_heavy_import_where_none_is_needed(path: Path) -> None:
+    limit = HEAVIER_THAN_HELP if top_of(path) in READS_HELP else HEAVY
+    assert {name.split(".")[0] for name in imports(parse(path), module_level=True)} & limit == set()
+
+
+def test_nothing_reads_pickles() -> None:
+    for path in modules():
+        names = {name.split(".")[0] for name in imports(parse(path))}
+        assert not names & {"pickle", "dill", "joblib", "cloudpickle"}, path
+        assert "torch.load(" not in path.read_text(encoding="utf-8"), path
