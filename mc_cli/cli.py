@@ -283,7 +283,6 @@ def _generate(given: Mapping[str, Any]) -> None:
         from mc_cli.runtime.generation import generate
 
         show = console.stream if not given["json"] else lambda text: None
-        show(given["prompt"])
         made = generate(
             given["model"],
             given["prompt"],

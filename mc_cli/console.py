@@ -26,7 +26,7 @@ from mc_cli.status import StageStatus
 
 PLAIN_INTERVAL_S = 10.0  # between two progress lines where there is no terminal
 _PLAIN_WIDTH = 160  # columns of a table in a pipe or file, where there is no terminal to ask
-_RESULT_STAGES = ("prune-eval", "export")  # the stages whose tables a whole run ends with
+_RESULT_STAGES = ("prune-eval", "export")  # what a whole run ends with
 
 
 def stdout_console() -> Console:
@@ -298,13 +298,13 @@ def print_status(stages: Sequence[StageStatus]) -> None:
 
 
 def print_chain(results: Sequence[StageResult]) -> None:
-    """What a whole run came to: the facts of every stage that has any, and the tables of the stages that measure it."""
+    """What a whole run came to: facts and tables of the stages that measure and write it. `--json` has the others'."""
     console = stdout_console()
     for result in results:
-        shown = dict(result.summary) if result.stage in _RESULT_STAGES else {"facts": result.summary.get("facts")}
-        if shown.get("facts") or shown.get("tables"):
-            console.print(Text(f"\n{result.stage}", style="bold"))
-            print_summary(shown, console)
+        if result.stage in _RESULT_STAGES:
+            console.print(Text(result.stage, style="bold"))
+            print_summary(result.summary, console)
+            console.print()
 
 
 def stream(text: str) -> None:

@@ -137,7 +137,7 @@ class QuantizerSettings(StageSettings):
 
     quantizer: str = "gptq"
     damping: float = 0.01
-    activation_order: bool = False
+    activation_order: bool = True
     shrinkage: float = (
         0.25  # tokens per input feature at which an expert's own Hessian and the pooled one weigh the same
     )

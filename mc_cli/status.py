@@ -57,7 +57,7 @@ def _stage_status(work_dir: Path, stage: str, folder: Path, earlier: dict[str, S
             return StageStatus(stage, TO_DO, folder, size_bytes=size)
         StageFolder(work_dir, stage, manifest.settings, manifest.inputs).verify()
     except ArtifactError as error:
-        return StageStatus(stage, DAMAGED, folder, str(error), size)
+        return StageStatus(stage, DAMAGED, folder, " ".join(str(error).split()), size)
     why = _outdated(work_dir, manifest.inputs, earlier)
     return StageStatus(stage, STALE if why else DONE, folder, why, size, tuple(manifest.warnings))
 

@@ -1,12 +1,13 @@
 """Train the small Mixtral-architecture model that ships with mc-cli, and cut its calibration and held-out text.
 
     python recipes/train_demo_model.py --text train.jsonl --out mc_cli/bundled/demo-moe \
-        --text-out mc_cli/bundled/text --minutes 28 --seed 0
+        --text-out mc_cli/bundled/text --tokens 12000000 --minutes 38 --seed 0
 
-Needs two CPU cores and no network. `train.jsonl` holds one {"domain", "text"} object per line. The output folders
-appear only when everything in them is complete: a run that is killed leaves at most a hidden `.partial` folder.
-With --tokens alone the run repeats exactly on the same machine and library versions; with --minutes the learning
-rate follows the clock, so a rerun gives an equally good but not an identical model.
+Needs two CPU cores and no network; on a busy machine set OMP_WAIT_POLICY=PASSIVE, else threads spin while they wait.
+`train.jsonl` holds one {"domain", "text"} object per line. The model folder appears only when everything in it is
+complete: a run that is killed leaves at most a hidden `.partial` folder.
+With --tokens alone the learning rate does not depend on the clock, and a rerun on the same machine and library versions
+follows the same curve; with --minutes a rerun gives an equally good but not an identical model.
 """
 
 import argparse
@@ -414,6 +415,9 @@ def save_model(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, re
     config = json.loads((partial / "config.json").read_text())
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where readers before transformers 5 look for it
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer_config = json.loads((partial / "tokenizer_config.json").read_text())
+    tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 writes a name that 4 does not know
+    (partial / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
     (partial / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     (partial / "model.safetensors").chmod(0o644)  # save_pretrained makes it readable by its owner only
     if (out / "README.md").exists():

@@ -171,17 +171,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def tiny_config(model_type: str, **config_changes: Any) -> Any:
+    """The tiny configuration of a family; config_changes override it, e.g. tie_word_embeddings=True."""
+    from transformers import CONFIG_MAPPING
+
+    base = {} if model_type == "dbrx" else _BASE
+    return CONFIG_MAPPING[model_type](**{**base, **CONFIGS[model_type], **config_changes})
+
+
 def build_tiny(
     model_type: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **config_changes: Any
 ) -> Path:
-    """Writes a random checkpoint of the family and a tokenizer into `folder`, and returns the folder.
+    """Writes a random checkpoint of the family and a tokenizer into `folder`, and returns the folder."""
+    from transformers import AutoModelForCausalLM
 
-    config_changes   override the tiny configuration, e.g. tie_word_embeddings=True
-    """
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    base = {} if model_type == "dbrx" else _BASE
-    config = CONFIG_MAPPING[model_type](**{**base, **CONFIGS[model_type], **config_changes})
+    config = tiny_config(model_type, **config_changes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     _randomise(model)

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from mc_cli.allocators.problem import BUDGET_FLAGS, AllocationProblem, Budget, Floor
+from mc_cli.allocators.problem import BUDGET_FLAGS, AllocationProblem, Floor
 from mc_cli.errors import BudgetError
 
 Row = tuple[tuple[int, int], ...]  # (bits, size) of each choice of a unit
@@ -99,9 +99,7 @@ def check_layer_budgets(problem: AllocationProblem, shares: dict[int, int]) -> N
 
 
 def _too_small(problem: AllocationProblem, least: float, most: float, layers: Sequence[int] = ()) -> BudgetError:
-    budget: Budget = problem.budget
-    if budget.kind == "expert_bytes":
-        least = -int(-least // 1)
+    budget = problem.budget
     floors = f" and {'; '.join(str(floor) for floor in problem.floors)}" if problem.floors else ""
     where = f" in each of {len(layers)} layers (first: layer {layers[0]})" if layers else ""
     remedy = f"Ask for {BUDGET_FLAGS[budget.kind]} of at least that"
@@ -110,16 +108,9 @@ def _too_small(problem: AllocationProblem, least: float, most: float, layers: Se
     else:
         remedy += ", or add a narrower candidate width."
     return BudgetError(
-        f"A budget of {_asked(budget)} cannot be met{where}: with the candidate widths "
-        f"{_listing(problem.candidate_bits)}{floors} the experts take from {budget.shown(least, up=True)} "
-        f"to {budget.shown(most)}. {remedy}"
+        f"A budget of {budget.shown(budget.amount)} cannot be met{where}: with the candidate widths "
+        f"{_listing(problem.candidate_bits)}{floors} the experts take {budget.shown(least, most)}. {remedy}"
     )
-
-
-def _asked(budget: Budget) -> str:
-    if budget.kind == "expert_bytes":
-        return f"{budget.shown(budget.amount)} for all experts"
-    return f"{budget.amount:g} {'code' if budget.kind == 'code_bits' else 'stored'} bits per expert weight"
 
 
 def _listing(widths: Sequence[int]) -> str:

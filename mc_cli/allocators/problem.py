@@ -87,13 +87,21 @@ class Budget:
             return size
         return size / weight_count if self.kind == "code_bits" else 8 * size / weight_count
 
-    def shown(self, amount: float, *, up: bool = False) -> str:
-        """An amount for a message, to three decimals: rounded up for a least amount, so that asking for it works."""
-        if self.kind == "expert_bytes":
-            whole = f" ({int(amount) + self.other_bytes:,} with the rest of the model)" if self.other_bytes else ""
-            return f"{int(amount):,} bytes{whole}"
-        rounded = (math.ceil if up else math.floor)(amount * 1000 + (-1e-6 if up else 1e-6)) / 1000
-        return f"{rounded:.3f} {'code' if self.kind == 'code_bits' else 'stored'} bits per expert weight"
+    def shown(self, *amounts: float) -> str:
+        """One amount, or the range of two, for a message. A range of bits is rounded so that its lower end can be met."""
+        if self.kind != "expert_bytes":
+            ends = [f"{amount:g}" for amount in amounts]
+            if len(amounts) == 2:
+                ends = [
+                    f"{math.ceil(amounts[0] * 1000 - 1e-6) / 1000:.3f}",
+                    f"{math.floor(amounts[1] * 1000 + 1e-6) / 1000:.3f}",
+                ]
+            return f"{' to '.join(ends)} {'code' if self.kind == 'code_bits' else 'stored'} bits per expert weight"
+        text = f"{' to '.join(f'{math.ceil(amount):,}' for amount in amounts)} bytes for all experts"
+        if self.other_bytes:
+            wholes = (f"{math.ceil(amount) + self.other_bytes:,}" for amount in amounts)
+            text += f" ({' to '.join(wholes)} with the rest of the model)"
+        return text
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,13 @@ Source for the relaxation and for fixing by reduced costs: Kellerer, Pferschy, P
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import pulp
 
-from mc_cli.allocators.bounds import Bools, Floats, Ints, Table, best_multipliers, cost_spread
+from mc_cli.allocators.bounds import Bools, Floats, Table, best_multipliers, cost_spread
+from mc_cli.allocators.core import Found, solve_core
 from mc_cli.allocators.feasibility import check_budget
-from mc_cli.allocators.milp import Outcome, choose_solver, run_solver
 from mc_cli.allocators.polish import polish
 from mc_cli.allocators.problem import AllocationProblem
 from mc_cli.allocators.strategy import Assignment, SolverSettings
@@ -25,9 +23,7 @@ from mc_cli.errors import SolverError
 DEFAULT_GAP = 1e-4
 CORE_CHOICES = 100  # so many choices beside each unit's best are undecided at first
 CORE_GROWTH = 4
-CUTS = 64  # assignments that are over the limit by less than the solver's tolerance, excluded one by one
-
-Variables = dict[tuple[int, int], pulp.LpVariable]  # (unit, choice) -> whether it is chosen
+ZOOM = 1e-3  # shrink the radius where the assignment is so much closer to the bound
 
 
 def solve(problem: AllocationProblem, settings: SolverSettings, *, default_gap: float = DEFAULT_GAP) -> Assignment:
@@ -39,166 +35,114 @@ def solve(problem: AllocationProblem, settings: SolverSettings, *, default_gap: 
     check_budget(problem)
     gap = default_gap if settings.gap is None else settings.gap
     table = Table.of(problem)
-    multipliers = best_multipliers(table)
-    # Costs of different layers may differ a million-fold; near the optimum all are compared with the price of a step.
-    unit = multipliers.budget * float(table.size.max()) or cost_spread(table)
-    bound = table.bound(multipliers)
-    reduced = table.penalised(multipliers)
-    reduced -= reduced.min(axis=1, keepdims=True)
-    choices = CORE_CHOICES
-    radius = _radius(reduced, choices)
-    while True:
-        undecided = reduced <= radius
-        whole = bool((undecided == np.isfinite(table.cost)).all())
-        found = _solve_core(table, undecided, reduced, gap * abs(bound), unit, settings)
-        if found is None:
-            if whole:
-                raise SolverError(
-                    "The integer programme has no assignment, though its budget is feasible. Please report this."
-                )
-            choices *= CORE_GROWTH
-            radius = _radius(reduced, choices)
-            continue
-        distance = found.value - bound
-        if whole or distance <= radius or distance <= gap * abs(found.value) or not found.optimal:
-            break
-        radius = distance * (1 + 1e-9)
-    # The solver's bound holds for the undecided choices; an assignment with any other costs `radius` more than ours.
-    proven = max(bound, found.bound if whole else min(found.bound, bound + radius))
-    return _assignment(problem, found, polish(table, found.picks), gap=gap, bounds=(proven, bound))
+    ground = _Ground.of(table)
+    found = _search(table, ground, gap, settings)
+    picks = tuple(polish(table, found.picks).tolist())
+    value = problem.value(picks)
+    within_gap = value - found.bound <= gap * abs(value)
+    return Assignment(
+        picks=picks,
+        solver=found.solver,
+        status="optimal" if found.optimal or within_gap else "feasible",
+        bound=min(value, found.bound),
+        lagrangian_bound=min(value, ground.bound),
+    )
 
 
-def _radius(reduced: Floats, choices: int) -> float:
-    """The reduced cost within which about that many choices lie, beside each unit's best one."""
-    beside = np.sort(reduced[np.isfinite(reduced)])[len(reduced) :]
-    return float(beside[min(choices, len(beside)) - 1]) if len(beside) else 0.0
+@dataclass(frozen=True)
+class _Ground:
+    """What the Lagrangian relaxation says of a problem.
+
+    bound        no assignment costs less
+    reduced      [units, choices] by how much more any assignment with that choice costs; infinite where there is none
+    step_price   what the largest step of size is worth near the optimum; 0 where the budget does not bind
+    rounding     a difference of values that double precision does not tell from 0
+    """
+
+    bound: float
+    reduced: Floats
+    step_price: float
+    rounding: float
+
+    @classmethod
+    def of(cls, table: Table) -> _Ground:
+        multipliers = best_multipliers(table)
+        bound = table.bound(multipliers)
+        reduced = table.penalised(multipliers)
+        reduced -= reduced.min(axis=1, keepdims=True)
+        rounding = 1e-13 * (abs(bound) + multipliers.budget * table.limit)
+        return cls(bound, reduced, multipliers.budget * float(table.size.max()), rounding)
+
+    def radius(self, choices: int) -> float:
+        """The reduced cost within which about that many choices lie, beside each unit's best one."""
+        beside = np.sort(self.reduced[np.isfinite(self.reduced)])[len(self.reduced) :]
+        return float(beside[min(choices, len(beside)) - 1]) if len(beside) else 0.0
 
 
 @dataclass(frozen=True)
 class _Core:
-    picks: Ints
-    value: float
-    solver: str
-    optimal: bool
-    bound: float  # from the solver, -inf where it gives none
+    """Which choices a programme decides among: those of a reduced cost within `radius`.
 
-
-def _solve_core(
-    table: Table, undecided: Bools, reduced: Floats, tolerance: float, unit: float, settings: SolverSettings
-) -> _Core | None:
-    """The best assignment among the undecided choices; None where there is none within limit and floors.
-
-    tolerance   in the unit of the costs; `unit` is the cost that the solver gets to see as 1
+    unit      the cost that the solver gets to see as 1
+    choices   how many choices the radius was made for, before an assignment was known
     """
-    start = np.argmin(reduced, axis=1)
-    model, variables = _build(table, undecided, start, unit)
-    outcome = Outcome(choose_solver(settings.name), pulp.LpSolutionOptimal, 0.0)
-    for _ in range(CUTS):
-        if variables:
-            gap = tolerance / unit
-            outcome = run_solver(model, time_limit_s=settings.time_limit_s, absolute_gap=gap, name=settings.name)
-        if outcome.solution_status == pulp.LpSolutionInfeasible:
-            return None
-        picks = _read(variables, start, outcome, settings)
-        if table.keeps(picks):
-            base = math.fsum(table.cost[table.positions, start])
-            bound = -math.inf if outcome.bound is None else outcome.bound * unit + base
-            optimal = outcome.solution_status == pulp.LpSolutionOptimal
-            return _Core(picks, table.total(picks)[0], outcome.solver, optimal, bound)
-        if outcome.solution_status != pulp.LpSolutionOptimal:
-            raise _stopped(outcome, settings)
-        if not _cut_off(model, table, variables, picks):
-            return None
-    raise SolverError(
-        "The solver keeps exceeding the budget by its tolerance. Please report this with importance.json."
+
+    radius: float
+    unit: float
+    choices: int = CORE_CHOICES
+
+    def undecided(self, ground: _Ground) -> Bools:
+        return ground.reduced <= self.radius
+
+    def is_whole(self, ground: _Ground) -> bool:
+        return bool((self.undecided(ground) == np.isfinite(ground.reduced)).all())
+
+
+def _search(table: Table, ground: _Ground, gap: float, settings: SolverSettings) -> Found:
+    """The best assignment of programmes whose radius grows until the rest is proven to hold no better one."""
+    # Costs of different layers may differ a million-fold; near the optimum all are compared with the price of a step.
+    core: _Core | None = _Core(ground.radius(CORE_CHOICES), ground.step_price or cost_spread(table), CORE_CHOICES)
+    best: Found | None = None
+    while core is not None:
+        undecided, tolerance = core.undecided(ground), gap * abs(ground.bound)
+        try:
+            found = solve_core(table, undecided, ground.reduced, tolerance=tolerance, unit=core.unit, settings=settings)
+        except SolverError:
+            if best is None:
+                raise
+            return replace(best, optimal=False)  # stopped by the clock on the way to a proof
+        if found is not None:
+            best = _better(best, found, ground, core)
+        core = _next_core(ground, core, found, best, gap)
+    if best is None:
+        raise SolverError("The solver found no assignment, though the budget is feasible. Please report this.")
+    return best
+
+
+def _better(best: Found | None, found: Found, ground: _Ground, core: _Core) -> Found:
+    """The cheaper of two, with the higher bound. The solver's holds for the core; anything else costs `radius` more."""
+    proven = found.bound if core.is_whole(ground) else min(found.bound, ground.bound + core.radius)
+    bound = max(proven, ground.bound, best.bound if best else ground.bound)
+    return replace(
+        best if best is not None and best.value <= found.value else found, bound=bound, optimal=found.optimal
     )
 
 
-def _build(table: Table, undecided: Bools, start: Ints, unit: float) -> tuple[pulp.LpProblem, Variables]:
-    """The programme of the units with several undecided choices; the others keep `start`, which is counted off."""
-    model = pulp.LpProblem("widths", pulp.LpMinimize)
-    free = np.flatnonzero(undecided.sum(axis=1) > 1)
-    is_free = np.zeros(len(start), bool)
-    is_free[free] = True
-    left = table.limit - int(table.size[table.positions, start][~is_free].sum())
-    variables: Variables = {}
-    objective: list[tuple[pulp.LpVariable, float]] = []
-    sizes: list[tuple[pulp.LpVariable, float]] = []
-    step = float(table.size[undecided].max()) or 1.0
-    for row in free.tolist():
-        options = np.flatnonzero(undecided[row]).tolist()
-        chosen = [model.add_variable(f"x_{row}_{option}", 0, 1, pulp.LpBinary) for option in options]
-        variables |= {(row, option): variable for option, variable in zip(options, chosen, strict=True)}
-        rises = (table.cost[row, options] - table.cost[row, start[row]]) / unit
-        objective += zip(chosen, rises.tolist(), strict=True)
-        sizes += zip(chosen, (table.size[row, options] / step).tolist(), strict=True)
-        model.addConstraint(pulp.LpAffineExpression([(variable, 1) for variable in chosen]) == 1, f"unit_{row}")
-    model.setObjective(pulp.LpAffineExpression(objective))
-    model.addConstraint(pulp.LpAffineExpression(sizes) <= left / step, "budget")
-    _add_floors(model, table, variables, start, is_free)
-    return model, variables
+def _next_core(ground: _Ground, core: _Core, found: Found | None, best: Found | None, gap: float) -> _Core | None:
+    """The core to solve next, None where `best` is proven or there is nothing more to try.
 
-
-def _cut_off(model: pulp.LpProblem, table: Table, variables: Variables, picks: Ints) -> bool:
-    """Excludes an assignment over the limit, and all whose choices are as large. False where no choice could change.
-
-    Solvers keep a constraint to about a millionth of a step; ours is in bytes, and holds to the byte.
+    A core without assignment grows. One whose assignment is farther from the bound than its radius grows to that
+    distance, which proves it. One whose assignment is far closer shrinks: the solver then sees finer differences.
     """
-    taken = [row for row in sorted({row for row, _ in variables}) if table.size[row, picks[row]] > 0]
-    as_large = [
-        (variable, 1)
-        for (row, option), variable in variables.items()
-        if table.size[row, option] >= table.size[row, picks[row]] > 0
-    ]
-    if not taken or table.total(picks)[1] <= table.limit:
-        return False
-    model.addConstraint(pulp.LpAffineExpression(as_large) <= len(taken) - 1)
-    return True
-
-
-def _add_floors(model: pulp.LpProblem, table: Table, variables: Variables, start: Ints, is_free: Bools) -> None:
-    for number, row in enumerate(table.floors):
-        served, terms = 0, []
-        for unit, members in zip(row.units.tolist(), row.members, strict=True):
-            if not is_free[unit]:
-                served += int(members[start[unit]])
-                continue
-            terms += [
-                (variables[unit, option], 1)
-                for option in np.flatnonzero(members).tolist()
-                if (unit, option) in variables
-            ]
-        if served < row.count or terms:
-            model.addConstraint(pulp.LpAffineExpression(terms) >= row.count - served, f"floor_{number}")
-
-
-def _read(variables: Variables, start: Ints, outcome: Outcome, settings: SolverSettings) -> Ints:
-    if outcome.solution_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        raise _stopped(outcome, settings)
-    best = np.full(len(start), -1.0)
-    picks = start.copy()
-    for (unit, option), variable in variables.items():
-        if (variable.value() or 0.0) > best[unit]:
-            best[unit], picks[unit] = variable.value() or 0.0, option
-    return picks
-
-
-def _stopped(outcome: Outcome, settings: SolverSettings) -> SolverError:
-    return SolverError(
-        f"{outcome.solver} found no assignment within {settings.time_limit_s:g} s. Allow more time, or a larger gap."
-    )
-
-
-def _assignment(
-    problem: AllocationProblem, found: _Core, picks: Ints, *, gap: float, bounds: tuple[float, float]
-) -> Assignment:
-    value = problem.value(picks.tolist())
-    bound, lagrangian_bound = (min(value, each) for each in bounds)
-    within_gap = value - bound <= gap * abs(value)
-    return Assignment(
-        picks=tuple(picks.tolist()),
-        solver=found.solver,
-        status="optimal" if found.optimal or within_gap else "feasible",
-        bound=bound,
-        lagrangian_bound=lagrangian_bound,
-    )
+    whole = core.is_whole(ground)
+    if found is None or best is None:
+        choices = CORE_GROWTH * core.choices
+        return None if whole or best is not None else replace(core, radius=ground.radius(choices), choices=choices)
+    distance = best.value - ground.bound
+    if not found.optimal or distance <= gap * abs(best.value) + ground.rounding:
+        return None
+    if distance < ZOOM * core.radius:
+        return replace(core, radius=distance * (1 + 1e-9), unit=max(distance, ZOOM * ground.step_price))
+    if distance > core.radius and not whole:
+        return replace(core, radius=distance * (1 + 1e-9))
+    return None

@@ -1,11 +1,11 @@
 """`calibration/`: the token windows, what the model is made of, how it routes, and how its loss reacts.
 
-  tokens.safetensors       token_ids [sequences, length] int64
-  inventory.json           every tensor with role, shape and bytes; every experts module
-  routing/layer_NN.json    routing statistics of one MoE layer
-  sensitivity.safetensors  layers.N.gradient_square [hidden] float32: mean over tokens of the squared gradient of the
-                           summed loss at the MoE output; layers.N.expert_scale [experts] float32: the same mean over
-                           the expert's own tokens, summed over features, relative to the layer's
+tokens.safetensors       token_ids [sequences, length] int64
+inventory.json           every tensor with role, shape and bytes; every experts module
+routing/layer_NN.json    routing statistics of one MoE layer
+sensitivity.safetensors  layers.N.gradient_square [hidden] float32: mean over tokens of the squared gradient of the
+                         summed loss at the MoE output; layers.N.expert_scale [experts] float32: the same mean over
+                         the expert's own tokens, summed over features, relative to the layer's
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class LayerRouting:
             content.pop("quantiles")
             return cls(**content)
         except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path} is not a routing file of this version: {error!r}. Run calibrate --force.") from error
+            raise ArtifactError(
+                f"{path} is not a routing file of this version: {error!r}. Run calibrate --force."
+            ) from error
 
 
 def routing_file(layer: int) -> str:
@@ -83,7 +85,8 @@ def read_inventory(path: Path) -> ModelInventory:
             for block in content["expert_blocks"]
         )
         tensors = tuple(
-            TensorPart(**{**tensor, "role": Role(tensor["role"]), "shape": tuple(tensor["shape"])}) for tensor in content["tensors"]
+            TensorPart(**{**tensor, "role": Role(tensor["role"]), "shape": tuple(tensor["shape"])})
+            for tensor in content["tensors"]
         )
         return ModelInventory(
             model_type=content["model_type"],

@@ -68,4 +68,6 @@ class Evaluation:
             content["router_changes"] = {int(layer): share for layer, share in content["router_changes"].items()}
             return cls(**content)
         except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path} is not an evaluation of this version: {error!r}. Run prune-eval --force.") from error
+            raise ArtifactError(
+                f"{path} is not an evaluation of this version: {error!r}. Run prune-eval --force."
+            ) from error

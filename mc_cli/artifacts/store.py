@@ -257,15 +257,21 @@ class StageFolder:
         return self.folder / name
 
     def state(self) -> str:
-        """`done`, `begun`, `stale` or `new`, compared with the settings and inputs asked for now."""
+        """`done`, `begun`, `stale` or `new`, compared with the settings and inputs asked for now.
+
+        A run that stopped before it had written anything, refusing its input for example, leaves a folder as good as new.
+        """
         if not self.folder.exists():
             return "new"
         manifest = Manifest.read(self.folder)
         if manifest is not None:
             return "done" if manifest.fingerprint == self.fingerprint else "stale"
-        if self.path(BEGUN).exists():
-            return "begun" if read_json(self.path(BEGUN)).get("fingerprint") == self.fingerprint else "stale"
-        return "new"
+        if not self.path(BEGUN).exists() or not self._holds_work():
+            return "new"
+        return "begun" if read_json(self.path(BEGUN)).get("fingerprint") == self.fingerprint else "stale"
+
+    def _holds_work(self) -> bool:
+        return any(path.name != BEGUN and path.suffix != PARTIAL_SUFFIX for path in self.folder.iterdir())
 
     def differences(self) -> list[str]:
         """Each setting and input that differs between what lies on disk and what is asked for now."""

@@ -41,7 +41,9 @@ class _Sums:
 
     def result(self) -> TextResult:
         count = max(1, self.tokens)
-        return TextResult(self.tokens, self.original / count, self.packed / count, self.divergence / count, self.same / count)
+        return TextResult(
+            self.tokens, self.original / count, self.packed / count, self.divergence / count, self.same / count
+        )
 
 
 def compare(

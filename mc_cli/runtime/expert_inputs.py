@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,7 +57,7 @@ class ExpertInputs:
         return len(self._chosen[expert][0]) if expert in self._chosen else 0
 
     def chunks(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(inputs [n, hidden] float32, routing weights [n] float32) on the device, all tokens of one expert in pieces."""
+        """(inputs [n, hidden], routing weights [n]) float32 on the device: all tokens of one expert, in pieces."""
         if expert not in self._chosen:
             return
         tokens, weights = self._chosen[expert]
@@ -90,21 +91,26 @@ def expert_chunks(block: ExpertBlock) -> Iterator[list[int]]:
         yield list(range(begin, min(begin + size, block.num_experts)))
 
 
-def run_expert(
-    module: nn.Module, expert: int, inputs: torch.Tensor, up_weight: torch.Tensor, down_weight: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(activations [n, intermediate], outputs [n, hidden] or None) of one expert with the given upright weights.
+def expert_activations(module: Any, expert: int, inputs: torch.Tensor, up_weight: torch.Tensor) -> torch.Tensor:
+    """[n, intermediate], the inputs of the down projection of one expert with the given upright up projection.
 
-    Biases, gate and norm are the family's own, taken from `module`.
+    Biases and gate are the family's own, taken from `module`.
     """
-    bias = experts.expert_bias(module, experts.up_name(module), expert)
-    hidden = nn.functional.linear(inputs, up_weight.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype))
-    activated = experts.activate(module, hidden)
-    if down_weight is None:
-        return activated, None
-    bias = experts.expert_bias(module, "down_proj", expert)
-    outputs = nn.functional.linear(activated, down_weight.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype))
-    return activated, module.post_expert_norm(outputs) if module.has_post_expert_norm else outputs
+    return experts.activate(module, _linear(module, experts.up_name(module), expert, inputs, up_weight))
+
+
+def expert_outputs(
+    module: Any, expert: int, inputs: torch.Tensor, up_weight: torch.Tensor, down_weight: torch.Tensor
+) -> torch.Tensor:
+    """[n, hidden] of one expert with the given upright weights, before the routing weight."""
+    activated = expert_activations(module, expert, inputs, up_weight)
+    outputs = _linear(module, "down_proj", expert, activated, down_weight)
+    return module.post_expert_norm(outputs) if module.has_post_expert_norm else outputs
+
+
+def _linear(module: Any, projection: str, expert: int, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    bias = experts.expert_bias(module, projection, expert)
+    return nn.functional.linear(inputs, weight.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype))
 
 
 def up_hessians(inputs: ExpertInputs, members: list[int], *, strength: float) -> torch.Tensor:
@@ -138,11 +144,11 @@ def down_hessians(
     hessians = torch.zeros((len(members), width, width), device=inputs.device)
     for slot, expert in enumerate(members):
         for rows, weights in inputs.chunks(expert):
-            accumulate(hessians[slot], run_expert(module, expert, rows, up_weights[slot], None)[0], weights)
+            accumulate(hessians[slot], expert_activations(module, expert, rows, up_weights[slot]), weights)
     if strength > 0:
         for slot in _starved(inputs, members, width):
             pooled = torch.zeros((width, width), device=inputs.device)
-            accumulate(pooled, run_expert(module, members[slot], inputs.pool(), up_weights[slot], None)[0])
+            accumulate(pooled, expert_activations(module, members[slot], inputs.pool(), up_weights[slot]))
             hessians[slot] = _shrunk(hessians[slot], pooled, inputs.count(members[slot]), strength * width)
     return hessians
 

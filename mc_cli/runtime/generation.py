@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, TextStreamer
+from transformers.utils import logging as transformers_logging
 
 import mc_cli  # noqa: F401  teaches transformers to load packed directories
 from mc_cli.errors import CheckpointError, InputError, McError
@@ -58,9 +60,12 @@ def generate(
     """The continuation of `prompt`, handed to `show` piece by piece as it comes.
 
     temperature   0 takes the most likely token each time; above, tokens are drawn with `seed`
+    The prompt itself is shown first, once the model is loaded.
     Raises InputError for an empty prompt or one too long for the model, CheckpointError where loading fails.
     """
     folder = resolve_model(model)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is no model folder. Give the one that export made.")
     tokenizer = load_tokenizer(folder, trust_remote_code=compute.trust_remote_code)
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     prompt_tokens = int(encoded["input_ids"].shape[1])
@@ -76,6 +81,7 @@ def generate(
         )
     loaded = time.monotonic()
     torch.manual_seed(seed)
+    show(prompt)
     streamer = _Pieces(tokenizer, show)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     with torch.inference_mode():
@@ -105,6 +111,8 @@ def _load(folder: Any, compute: RunSettings) -> Any:
     device = "cuda" if cuda and compute.device != "cpu" else "cpu"
     automatic: Any = "auto" if device == "cuda" else torch.float32
     dtype = automatic if compute.dtype == "auto" else getattr(torch, compute.dtype)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     try:
         network: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=compute.trust_remote_code

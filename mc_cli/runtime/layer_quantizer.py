@@ -7,7 +7,9 @@ weights are replaced by what the stored codes stand for, so the layer's output i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,17 +65,24 @@ class LayerQuantizer:
         for group in self._input_groups(list(wanted)):
             hessian, tokens = self._input_hessian(group[0])
             self.quantize_linears([(path, wanted[path]) for path in group], hessian, tokens, result)
+        for path in sorted(wanted.keys() - result.linears.keys()):
+            self._report_unseen(path, wanted[path], result)
         if block is not None:
             self._quantize_experts(block, result)
         return result
 
+    def _report_unseen(self, path: str, part: TensorPart, result: LayerResult) -> None:
+        note = "its module is never called, so it has no calibration inputs; kept as in the checkpoint"
+        count = math.prod(part.shape)
+        result.report.append(MatrixReport(path, part.role.value, "kept", count, KEPT_BITS, notes=(note,)))
+
     def quantize_linears(
         self, linears: Sequence[tuple[str, TensorPart]], hessian: torch.Tensor, tokens: int, result: LayerResult
     ) -> None:
-        """Quantizes modules that share the input behind `hessian` [in_features, in_features]; their weights are replaced."""
+        """Quantizes modules that share an input, whose second moments are `hessian`; their weights are replaced."""
         prepared: dict[int, Any] = {}
         for path, part in linears:
-            module = self._model.get_submodule(path)
+            module: Any = self._model.get_submodule(path)
             weight = module.weight.detach().float()[None]
             encoding = self._encoding(self._plan.role_bits[part.role], weight.shape[-1])
             if encoding.group_size not in prepared:
@@ -101,15 +110,17 @@ class LayerQuantizer:
         if not paths:
             return []
         seen: list[tuple[torch.Tensor, str]] = []  # the tensors are kept, so that no address is used twice
-        handles = []
-        for path in paths:
-            module = self._model.get_submodule(path)
-            handles.append(module.register_forward_pre_hook(lambda _, args, path=path: seen.append((args[0], path))))
-        rows = next(self._walk.batches())
-        with torch.no_grad():
-            self._walk.call_layer(self._walk.hidden[rows].to(self._device), rows)
-        for handle in handles:
-            handle.remove()
+
+        def hook(path: str) -> Any:
+            return lambda _, args: seen.append((args[0], path))
+
+        with ExitStack() as stack:
+            for path in paths:
+                module = self._model.get_submodule(path)
+                stack.callback(module.register_forward_pre_hook(hook(path)).remove)
+            rows = next(self._walk.batches())
+            with torch.no_grad():
+                self._walk.call_layer(self._walk.hidden[rows].to(self._device), rows)
         groups: dict[tuple[int, int], list[str]] = {}
         for tensor, path in seen:
             key = (tensor.data_ptr(), tensor.shape[-1])
@@ -119,8 +130,8 @@ class LayerQuantizer:
 
     def _input_hessian(self, path: str) -> tuple[torch.Tensor, int]:
         """(Hessian [in, in] float32, tokens) of one module's inputs; the forward stops where they are seen."""
-        module = self._model.get_submodule(path)
-        width = module.weight.shape[-1]
+        module: Any = self._model.get_submodule(path)
+        width = int(module.weight.shape[-1])
         hessian = torch.zeros((width, width), device=self._device)
         count = 0
 
@@ -131,14 +142,11 @@ class LayerQuantizer:
             count += len(rows)
             raise _InputSeen
 
-        handle = module.register_forward_pre_hook(capture)
-        with torch.no_grad():
+        with ExitStack() as stack:
+            stack.callback(module.register_forward_pre_hook(capture).remove)
             for rows in self._walk.batches():
-                try:
+                with torch.no_grad(), suppress(_InputSeen):
                     self._walk.call_layer(self._walk.hidden[rows].to(self._device), rows)
-                except _InputSeen:
-                    continue
-        handle.remove()
         return hessian, count
 
     # Experts
@@ -212,6 +220,9 @@ class LayerQuantizer:
             packed[expert] = (KEPT, {"weight": view.clone()})
             return KEPT
         view.zero_()
+        bias = experts.expert_bias(module, projection, expert)
+        if bias is not None:
+            bias.zero_()  # else a pruned expert would still add its output bias
         return None
 
     def _pack_chunk(

@@ -32,13 +32,17 @@ def run_tasks(settings: EvaluateSettings, session: Session, packed_folder: Path,
     unknown = sorted(set(settings.tasks) - set(manager.match_tasks(list(settings.tasks))))
     if unknown:
         raise InputError(
-            f"--tasks: unknown to lm-eval: {', '.join(unknown)}. Local task files are found with --include-path FOLDER; "
-            "names are listed by `lm-eval ls tasks`."
+            f"--tasks: unknown to lm-eval: {', '.join(unknown)}. Local task files are found with --include-path "
+            "FOLDER; names are listed by `lm-eval ls tasks`."
         )
     results = {}
     with progress.step("prune-eval: lm-eval tasks", total=2, unit="model") as step:
         for name in ("original", "packed"):
-            model = _original(session) if name == "original" else load_packed(packed_folder, device=session.device, dtype=session.dtype)
+            model = (
+                _original(session)
+                if name == "original"
+                else load_packed(packed_folder, device=session.device, dtype=session.dtype)
+            )
             results[name] = _evaluate(model, settings, session, manager)
             del model
             step.advance(note=name)
@@ -48,7 +52,7 @@ def run_tasks(settings: EvaluateSettings, session: Session, packed_folder: Path,
 def _original(session: Session) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         session.folder, dtype=session.dtype, trust_remote_code=session.compute.trust_remote_code
     )
     return model.to(session.device).eval()

@@ -8,6 +8,7 @@ from mc_cli.settings import QuantizerSettings
 
 def quantizer_for(settings: QuantizerSettings) -> Quantizer:
     """The quantizer named in the settings. Raises InputError for an unknown one."""
-    if settings.quantizer == "rtn":
+    if settings.quantizer == "rtn":  # takes no calibration data, so none of the settings speaks of it
         return quantizer_from_name("rtn")
-    return quantizer_from_name(settings.quantizer, damping=settings.damping)
+    order = "activation" if settings.activation_order else "natural"
+    return quantizer_from_name(settings.quantizer, damping=settings.damping, order=order)

@@ -139,8 +139,9 @@ def _whole(
     exported: Path, wanted: _Wanted, token_ids: torch.Tensor, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, int, int]:
     """(logits, tensors compared, tokens generated) of the directory through from_pretrained."""
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all differences are listed below
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(exported, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(exported, dtype=dtype, **options)
     except McError:
         raise
     except Exception as error:  # whatever transformers makes of a directory that it cannot load
@@ -157,8 +158,8 @@ def _whole(
     with torch.inference_mode():
         logits = torch.cat([model(row[None].to(device), use_cache=False).logits.float().cpu() for row in token_ids])
         prompt = token_ids[:1, :PROMPT].to(device)
-        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-        text = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        greedy = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+        text = model.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)
     if text.shape[1] <= prompt.shape[1]:
         raise ArtifactError(f"{exported} loads, but generate adds no token.")
     return logits, count, int(text.shape[1] - prompt.shape[1])

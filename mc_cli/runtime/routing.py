@@ -30,7 +30,9 @@ class RoutingCapture:
 
     @property
     def inputs(self) -> torch.Tensor:
-        return torch.cat(self._inputs)
+        if len(self._inputs) > 1:
+            self._inputs = [torch.cat(self._inputs)]  # the chunks are not kept beside the whole
+        return self._inputs[0]
 
     @property
     def index(self) -> torch.Tensor:
@@ -91,7 +93,9 @@ def routing_statistics(capture: RoutingCapture, block: ExpertBlock, *, residual_
         routing_count=counts.tolist(),
         routing_weight_sum=sums.tolist(),
         router_probability_sum=capture.probability_sums().tolist(),
-        routing_weight_quantiles=[_quantiles(flat_weights[flat_index == expert]) for expert in range(block.num_experts)],
+        routing_weight_quantiles=[
+            _quantiles(flat_weights[flat_index == expert]) for expert in range(block.num_experts)
+        ],
         weight_ratio_quantiles=[_quantiles(ratios[:, rank]) for rank in range(ratios.shape[1])],
         residual_energy=residual_energy,
     )

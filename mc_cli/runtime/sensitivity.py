@@ -8,6 +8,8 @@ Source: GEMQ (arXiv:2605.23078) for gradient-weighted errors; the sampled-label 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +24,8 @@ class LayerSensitivity:
     """Second moments of the loss gradient at one MoE output, over the tokens of the backward pass.
 
     gradient_square  [hidden] float32, mean over tokens
-    expert_scale     [experts] float32, mean of the summed squares over the expert's tokens / over all tokens; 1 if unseen
+    expert_scale     [experts] float32, mean of the summed squares over the expert's tokens / over all tokens; 1 where
+                     the expert saw none
     """
 
     gradient_square: torch.Tensor
@@ -30,7 +33,10 @@ class LayerSensitivity:
 
 
 def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, seed: int) -> torch.Tensor:
-    """Gradient [sequences, length, hidden] of the summed loss at the last layer's output, labels sampled with `seed`."""
+    """Gradient of the summed loss at the last layer's output, for labels that are sampled from the model with `seed`.
+
+    final_hidden, result  [sequences, length, hidden]
+    """
     gradients = torch.empty_like(final_hidden)
     generator = torch.Generator().manual_seed(seed)
     for row in range(len(final_hidden)):
@@ -55,20 +61,31 @@ def backward_layer(
     """
     collector = _Collector(block.num_experts) if block is not None else None
     before = torch.empty_like(gradients)
-    module = walk.source.model.get_submodule(block.path) if block is not None else None
-    for row in range(len(layer_inputs)):
-        rows = slice(row, row + 1)
-        handle = module.register_forward_hook(collector.keep) if module is not None and collector is not None else None
-        with torch.enable_grad():
+    with _listening(walk, block, collector), torch.enable_grad():
+        for row in range(len(layer_inputs)):
+            rows = slice(row, row + 1)
             hidden = layer_inputs[rows].to(walk.source.device).requires_grad_(True)
-            output = walk.call_layer(hidden, rows)
-            (gradient,) = torch.autograd.grad(
-                (output * gradients[rows].to(output.device)).sum(), hidden, retain_graph=False
-            ) if collector is None else collector.differentiate(output, gradients[rows].to(output.device), hidden)
-        if handle is not None:
-            handle.remove()
-        before[rows] = gradient.to(before.device)
+            total = (walk.call_layer(hidden, rows) * gradients[rows].to(walk.source.device)).sum()
+            if collector is None:
+                (gradient,) = torch.autograd.grad(total, hidden)
+            else:
+                gradient, at_experts = torch.autograd.grad(total, (hidden, collector.output()))
+                collector.add(at_experts)
+            before[rows] = gradient.to(before.device)
     return before, collector.result() if collector is not None else None
+
+
+@contextmanager
+def _listening(walk: LayerWalk, block: ExpertBlock | None, collector: _Collector | None) -> Iterator[None]:
+    """Context in which the collector sees every output of the layer's experts."""
+    if block is None or collector is None:
+        yield
+        return
+    handle = walk.source.model.get_submodule(block.path).register_forward_hook(collector.keep)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _Collector:
@@ -79,18 +96,24 @@ class _Collector:
         self._expert_sum = torch.zeros(num_experts, dtype=torch.float64)
         self._expert_count = torch.zeros(num_experts, dtype=torch.float64)
         self._tokens = 0
-        self._output: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None  # of the experts, in the graph of the current forward
         self._index: torch.Tensor | None = None
 
-    def keep(self, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        """Forward hook of the experts module: splits the graph there, so that later in-place additions do not matter."""
+    def keep(self, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        """Forward hook of the experts module; the model goes on with a copy, which it may change in place."""
         self._index = args[1]
         self._output = output
+        return output.clone()
 
-    def differentiate(self, output: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor]:
-        """Gradient at the layer's input; the one at the experts' output is added to the sums."""
-        assert self._output is not None and self._index is not None
-        at_input, at_experts = torch.autograd.grad((output * gradient).sum(), (hidden, self._output))
+    def output(self) -> torch.Tensor:
+        """The experts' output in the current forward, handed out once."""
+        assert self._output is not None
+        output, self._output = self._output, None
+        return output
+
+    def add(self, at_experts: torch.Tensor) -> None:
+        """Adds the gradient at the experts' output of the current forward to the sums."""
+        assert self._index is not None
         squares = at_experts.reshape(-1, at_experts.shape[-1]).double().square().cpu()
         self._square = squares.sum(0) if self._square is None else self._square + squares.sum(0)
         per_token = squares.sum(-1)
@@ -99,10 +122,10 @@ class _Collector:
             self._expert_sum.index_add_(0, index[:, rank], per_token)
             self._expert_count.index_add_(0, index[:, rank], torch.ones_like(per_token))
         self._tokens += len(per_token)
-        return (at_input,)
 
     def result(self) -> LayerSensitivity:
         assert self._square is not None
         mean = self._square.sum() / self._tokens
-        scale = torch.where(self._expert_count > 0, self._expert_sum / self._expert_count.clamp(min=1) / mean.clamp(min=1e-300), 1.0)
+        own = self._expert_sum / self._expert_count.clamp(min=1)
+        scale = torch.where(self._expert_count > 0, own / mean.clamp(min=1e-300), 1.0)
         return LayerSensitivity((self._square / self._tokens).float(), scale.float())

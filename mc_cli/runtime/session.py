@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
-from mc_cli.artifacts.store import DigestCache, content_digest, read_json, write_json
-from mc_cli.errors import InputError
+from mc_cli.artifacts.store import DigestCache, Manifest, content_digest, read_json, require_done, write_json
+from mc_cli.errors import InputError, StaleArtifactError
 from mc_cli.runtime.checkpoint import Checkpoint, read_config, resolve_model
 from mc_cli.settings import RunSettings
 
 POINTER = "model.json"  # where the model lies on this machine; not an artifact: the digests say which model it is
+# What decides tokens and logits: configuration, tokenizer in any of its forms, weights, a model's own code.
+_MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".tiktoken", ".txt", ".py")
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,27 @@ class Session:
     def model_digest(self) -> str:
         """One digest over config, tokenizer and weights."""
         cache = self.digests()
-        files = sorted(path for path in self.folder.iterdir() if path.suffix in (".json", ".safetensors", ".model"))
+        files = sorted(path for path in self.folder.iterdir() if path.suffix in _MODEL_SUFFIXES)
         return content_digest([[path.name, cache.digest(path)] for path in files])
+
+    def remember(self, model: str, revision: str | None) -> None:
+        """Notes the model's place for the later stages; `model` and `revision` are what the user named it by."""
+        pointer = {"folder": str(self.folder), "model": model, "revision": revision}
+        if not (self.work_dir / POINTER).exists() or read_json(self.work_dir / POINTER) != pointer:
+            write_json(self.work_dir / POINTER, pointer)
+
+    def calibrated(self) -> Manifest:
+        """The manifest of calibrate.
+
+        Raises InputError where it has not run, StaleArtifactError where the model's files are not those it read.
+        """
+        manifest = require_done(self.work_dir, "calibrate")
+        if manifest.inputs["model"] != self.model_digest():
+            raise StaleArtifactError(
+                f"The files in {self.folder} are not those that calibrate read. Run `mc-cli calibrate --force -w "
+                f"{self.work_dir}` again with --model, or name with it the place of the model that was calibrated."
+            )
+        return manifest
 
 
 def digest_cache(work_dir: Path) -> DigestCache:
@@ -56,25 +77,28 @@ def digest_cache(work_dir: Path) -> DigestCache:
 
 
 def first_session(work_dir: Path, model: str, revision: str | None, compute: RunSettings) -> Session:
-    """Opens the model that `--model` names, and notes its place for the later stages."""
+    """Opens the model that `--model` names. Nothing is written."""
     if not model:
-        raise InputError("--model is missing: give a folder with config.json and *.safetensors, a hub id, or bundled:demo-moe.")
-    folder = resolve_model(model, revision=revision).resolve()
-    session = _open(work_dir, folder, compute)
-    pointer = {"folder": str(folder), "model": model, "revision": revision}
-    if not (work_dir / POINTER).exists() or read_json(work_dir / POINTER) != pointer:
-        write_json(work_dir / POINTER, pointer)
-    return session
+        raise InputError(
+            "--model is missing: give a folder with config.json and *.safetensors, a hub id, or bundled:demo-moe."
+        )
+    return _open(work_dir, resolve_model(model, revision=revision).resolve(), compute)
 
 
 def later_session(work_dir: Path, compute: RunSettings) -> Session:
     """Opens the model that calibrate noted. Raises InputError where it has moved."""
     pointer = work_dir / POINTER
     if not pointer.exists():
-        raise InputError(f"{work_dir} has no {POINTER}: it is not a work directory, or calibrate has not run. Run `mc-cli calibrate` first.")
+        raise InputError(
+            f"{work_dir} has no {POINTER}: it is not a work directory, or calibrate has not run. "
+            "Run `mc-cli calibrate` first."
+        )
     folder = Path(read_json(pointer)["folder"])
     if not folder.is_dir():
-        raise InputError(f"The model was at {folder}, and is no longer there. Run `mc-cli calibrate --model NEW_PLACE -w {work_dir}`: what is done is kept.")
+        raise InputError(
+            f"The model was at {folder}, and is no longer there. Run `mc-cli calibrate --model NEW_PLACE "
+            f"-w {work_dir}`: what is done is kept."
+        )
     return _open(work_dir, folder, compute)
 
 
@@ -88,7 +112,9 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device here. Use --device cpu, or install a CUDA build of torch.")
+        raise InputError(
+            "--device cuda: torch sees no CUDA device here. Use --device cpu, or install a CUDA build of torch."
+        )
     return torch.device(name)
 
 
@@ -99,5 +125,3 @@ def _dtype(name: str, device: torch.device, config: Any) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return config.get_text_config().dtype or torch.bfloat16
-
-

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,13 @@ class Windows:
     token_ids  [windows, length] int64
     fresh      [windows] int64: the last `fresh` predictions of a window are counted, the others are context only
     domains    one name per window
+    too_short  domains that do not fill one window, and their tokens: they are not measured
     """
 
     token_ids: torch.Tensor
     fresh: torch.Tensor
     domains: tuple[str, ...]
+    too_short: Mapping[str, int] = field(default_factory=dict)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -54,12 +56,14 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 def resolve_data(data: str) -> Path | None:
     """The file or folder that --data names; None if it is a `datasets` name."""
     if not data:
-        raise InputError("--data is missing: give a .txt, .jsonl or .parquet file, a folder of them, or a datasets name.")
+        raise InputError(
+            "--data is missing: give a .txt, .jsonl or .parquet file, a folder of them, or a datasets name."
+        )
     if data.startswith("bundled:"):
         from mc_cli.bundled import bundled_path
 
         return bundled_path(data.removeprefix("bundled:"))
-    path = Path(data)
+    path = Path(data).expanduser()
     if path.exists():
         return path
     if path.suffix in _SUFFIXES or data.startswith((".", "/", "~")):
@@ -72,14 +76,18 @@ def data_digest(data: str, split: str, text_field: str, cache: DigestCache) -> s
     path = resolve_data(data)
     if path is None:
         return content_digest({"datasets": data, "split": split, "text_field": text_field})
+    if _is_saved_dataset(path):
+        files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
+        named = [[str(file.relative_to(path)), cache.digest(file)] for file in files]
+        return content_digest({"saved": named, "split": split, "text_field": text_field})
     return content_digest([[file.name, cache.digest(file)] for file in _files(path)] + [text_field])
 
 
 def read_documents(data: str, *, split: str, text_field: str) -> list[Document]:
     """All non-empty documents of --data, in order. Raises InputError naming file and line of what cannot be read."""
     path = resolve_data(data)
-    if path is None:
-        found = list(_from_datasets(data, split, text_field))
+    if path is None or _is_saved_dataset(path):
+        found = list(_from_datasets(data, path, split, text_field))
     else:
         found = [document for file in _files(path) for document in _from_file(file, text_field)]
     documents = [document for document in found if document.text.strip()]
@@ -88,12 +96,17 @@ def read_documents(data: str, *, split: str, text_field: str) -> list[Document]:
     return documents
 
 
+def _is_saved_dataset(path: Path) -> bool:
+    """True for a folder that `datasets` wrote with save_to_disk: one split, or a dictionary of splits."""
+    return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
+
+
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         if path.suffix not in _SUFFIXES:
             raise InputError(f"--data {path}: unknown kind of file; known are {', '.join(_SUFFIXES)}.")
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
+    files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
     if not files:
         raise InputError(f"--data {path}: the folder holds no {', '.join(_SUFFIXES)} file.")
     return files
@@ -102,7 +115,7 @@ def _files(path: Path) -> list[Path]:
 def _from_file(path: Path, text_field: str) -> Iterator[Document]:
     try:
         if path.suffix == ".txt":
-            yield Document(path.read_text(encoding="utf-8"), path.stem)
+            yield Document(path.read_text(encoding="utf-8-sig"), path.stem)
         elif path.suffix == ".jsonl":
             yield from _from_jsonl(path, text_field)
         else:
@@ -112,19 +125,30 @@ def _from_file(path: Path, text_field: str) -> Iterator[Document]:
 
 
 def _from_jsonl(path: Path, text_field: str) -> Iterator[Document]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            where = f"--data {path}, line {number}"
             try:
-                entry = json.loads(line)
+                entry = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 text = entry[text_field]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
                 raise InputError(
-                    f"--data {path}, line {number}: not a JSON object with a field {text_field!r} ({error!r}). "
+                    f"{where}: not a JSON object with a field {text_field!r} ({error!r}). "
                     "Name the field with --text-field."
                 ) from error
-            yield Document(str(text), str(entry.get("domain", ALL)))
+            yield _document(where, text_field, text, entry.get("domain"))
+
+
+def _document(where: str, text_field: str, text: Any, domain: Any) -> Document:
+    """One row of a source; a missing value is an empty text. Raises InputError for other values that are no text."""
+    if text is not None and not isinstance(text, str):
+        raise InputError(
+            f"{where}: the field {text_field!r} holds {type(text).__name__} {str(text)[:40]!r}, not a text. "
+            "Name the field with --text-field."
+        )
+    return Document(text or "", ALL if domain is None else str(domain))
 
 
 def _from_parquet(path: Path, text_field: str) -> Iterator[Document]:
@@ -135,28 +159,54 @@ def _from_parquet(path: Path, text_field: str) -> Iterator[Document]:
         table = pyarrow.parquet.read_table(path)
     except ArrowException as error:
         raise InputError(f"--data {path} is not a whole parquet file: {error}.") from error
-    if text_field not in table.column_names:
-        raise InputError(f"--data {path} has no column {text_field!r}; it has {', '.join(table.column_names)}. Name one with --text-field.")
-    domains = table["domain"].to_pylist() if "domain" in table.column_names else [ALL] * table.num_rows
-    for text, domain in zip(table[text_field].to_pylist(), domains, strict=True):
-        yield Document(str(text or ""), str(domain))
+    _check_field(f"{path}", "column", text_field, table.column_names)
+    domains = table["domain"].to_pylist() if "domain" in table.column_names else [None] * table.num_rows
+    for number, (text, domain) in enumerate(zip(table[text_field].to_pylist(), domains, strict=True), 1):
+        yield _document(f"--data {path}, row {number}", text_field, text, domain)
 
 
-def _from_datasets(name: str, split: str, text_field: str) -> Iterator[Document]:
+def _check_field(data: str, kind: str, text_field: str, names: list[str]) -> None:
+    if text_field not in names:
+        raise InputError(
+            f"--data {data} has no {kind} {text_field!r}; it has {', '.join(names)}. Name one with --text-field."
+        )
+
+
+def _from_datasets(name: str, saved: Path | None, split: str, text_field: str) -> Iterator[Document]:
+    rows: Any = _saved_rows(saved, split) if saved is not None else _dataset_rows(name, split)
+    _check_field(name, "field", text_field, rows.column_names)
+    for number, row in enumerate(rows, 1):
+        yield _document(f"--data {name}, split {split}, row {number}", text_field, row[text_field], row.get("domain"))
+
+
+def _dataset_rows(name: str, split: str) -> Any:
     import datasets
 
     base, _, config = name.partition(":")
     try:
-        rows = datasets.load_dataset(base, config or None, split=split)
+        return datasets.load_dataset(base, config or None, split=split)
     except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
         raise InputError(
             f"--data {name}: neither a file here nor a dataset that `datasets` can load, split {split!r} "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Check the name, --split and the network."
+            f"({type(error).__name__}: {reason}). Check the name, --split and the network."
         ) from error
-    if text_field not in rows.column_names:
-        raise InputError(f"--data {name} has no field {text_field!r}; it has {', '.join(rows.column_names)}. Name one with --text-field.")
-    for row in rows:
-        yield Document(str(row[text_field]), str(row.get("domain", ALL)))
+
+
+def _saved_rows(path: Path, split: str) -> Any:
+    import datasets
+
+    try:
+        found: Any = datasets.load_from_disk(path)
+    except Exception as error:
+        raise InputError(
+            f"--data {path}: the saved dataset cannot be read ({type(error).__name__}: {error})."
+        ) from error
+    if not isinstance(found, datasets.DatasetDict):
+        return found
+    if split not in found:
+        raise InputError(f"--data {path} has no split {split!r}; it has {', '.join(found)}. Name one with --split.")
+    return found[split]
 
 
 def fit_length(asked: int, config: Any) -> int:
@@ -164,9 +214,12 @@ def fit_length(asked: int, config: Any) -> int:
 
     Raises InputError if more is asked than the model has positions for.
     """
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
-    if asked > limit:
-        raise InputError(f"--length {asked}: the model has {limit} positions (max_position_embeddings). Use {limit} or less.")
+    known = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = known or DEFAULT_LENGTH
+    if known and asked > known:
+        raise InputError(
+            f"--length {asked}: the model has {limit} positions (max_position_embeddings). Use {limit} or less."
+        )
     return asked or min(DEFAULT_LENGTH, limit)
 
 
@@ -175,20 +228,22 @@ def check_vocabulary(token_ids: torch.Tensor, vocabulary: int) -> None:
     largest = int(token_ids.max())
     if largest >= vocabulary:
         raise CheckpointError(
-            f"the tokenizer made token id {largest}, the model's vocabulary has {vocabulary} entries: tokenizer and model do not "
-            "belong together. Check the tokenizer files beside config.json."
+            f"the tokenizer made token id {largest}, the model's vocabulary has {vocabulary} entries: tokenizer "
+            "and model do not belong together. Check the tokenizer files beside config.json."
         )
 
 
 def encode(documents: Iterable[Document], tokenizer: Any) -> list[list[int]]:
-    """Token ids of each document, ended by the end-of-text token where the tokenizer has one; no other special tokens."""
+    """Token ids of each document, ended by the end-of-text token where there is one; no other special tokens."""
     texts = [document.text for document in documents]
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [list(row) + ending for row in ids]
 
 
-def calibration_windows(documents: list[Document], tokenizer: Any, *, sequences: int, length: int, seed: int) -> torch.Tensor:
+def calibration_windows(
+    documents: list[Document], tokenizer: Any, *, sequences: int, length: int, seed: int
+) -> torch.Tensor:
     """[n, length] int64, n <= sequences: documents shuffled by `seed`, joined, and cut; the rest is not used.
 
     Raises InputError if the text does not fill one window.
@@ -204,7 +259,10 @@ def calibration_windows(documents: list[Document], tokenizer: Any, *, sequences:
             break
     count = min(sequences, len(stream) // length)
     if count == 0:
-        raise InputError(f"--data holds {len(stream)} tokens, less than one sequence of --length {length}. Give more text or a smaller --length.")
+        raise InputError(
+            f"--data holds {len(stream)} tokens, less than one sequence of --length {length}. "
+            "Give more text or a smaller --length."
+        )
     return torch.tensor(stream[: count * length], dtype=torch.int64).view(count, length)
 
 
@@ -213,28 +271,36 @@ def evaluation_windows(
 ) -> Windows:
     """Windows over each domain's joined documents; every token but a domain's first is predicted once.
 
-    The last partial window of a domain is moved back to full length, its overlap being context. With `max_sequences`
-    windows are taken evenly over the domains and inside them.
+    stride         tokens from one window to the next; windows of 0 or `length` share the token between them
+    max_sequences  0 = all; else windows taken evenly over the domains and inside them
+
+    The last partial window of a domain is moved back to full length, its overlap being context.
+    Raises InputError for a stride beyond the length, or where no domain fills a window.
     """
-    rows: list[list[int]] = []
-    fresh: list[int] = []
-    names: list[str] = []
+    if stride > length:
+        raise InputError(f"--stride {stride}: from 0 (no overlap) to the window's length, which is {length} here.")
+    rows: list[tuple[list[int], int, str]] = []
+    too_short: dict[str, int] = {}
     for domain in sorted({document.domain for document in documents}):
         stream = [token for ids in encode([d for d in documents if d.domain == domain], tokenizer) for token in ids]
+        if len(stream) < length:
+            too_short[domain] = len(stream)
         for begin, count in _spans(len(stream), length, stride or length):
-            rows.append(stream[begin : begin + length])
-            fresh.append(count)
-            names.append(domain)
+            rows.append((stream[begin : begin + length], count, domain))
     if not rows:
-        raise InputError(f"--data holds no domain with {length} tokens. Give more text or a smaller --length.")
+        held = ", ".join(f"{domain} {count}" for domain, count in too_short.items())
+        raise InputError(f"--data holds no domain with {length} tokens ({held}). Give more text or a smaller --length.")
     if max_sequences and len(rows) > max_sequences:
-        keep = [index * len(rows) // max_sequences for index in range(max_sequences)]
-        rows, fresh, names = [rows[i] for i in keep], [fresh[i] for i in keep], [names[i] for i in keep]
-    return Windows(torch.tensor(rows, dtype=torch.int64), torch.tensor(fresh), tuple(names))
+        rows = [rows[index * len(rows) // max_sequences] for index in range(max_sequences)]
+    token_ids, fresh, names = zip(*rows, strict=True)
+    return Windows(torch.tensor(token_ids, dtype=torch.int64), torch.tensor(fresh), names, too_short)
 
 
 def _spans(total: int, length: int, stride: int) -> Iterator[tuple[int, int]]:
-    """(first token, fresh predictions) of windows that predict tokens 1 .. total - 1 once each; none if total < length."""
+    """(first token, fresh predictions) of windows that predict tokens 1 .. total - 1 once each.
+
+    None where total < length.
+    """
     if total < length:
         return
     predicted = 0  # tokens whose prediction has been counted, the domain's first token excepted

@@ -37,7 +37,9 @@ def plan_stage(settings: AllocateSettings, compute: RunSettings, work_dir: Path)
     )
 
 
-def run(settings: AllocateSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress) -> StageResult:
+def run(
+    settings: AllocateSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress
+) -> StageResult:
     """Writes `plan/plan.yaml`. Raises BudgetError for a target out of reach, saying what is feasible."""
     folder = plan_stage(settings, compute, work_dir)
     if not folder.begin(force=force):
@@ -80,8 +82,8 @@ def run(settings: AllocateSettings, compute: RunSettings, work_dir: Path, *, for
 def _check_tied_head(settings: AllocateSettings, inventory: ModelInventory) -> None:
     if inventory.tied_head and settings.head_bits != KEPT_BITS:
         raise PlanError(
-            f"--head-bits {settings.head_bits}: this model's head is tied to its embedding, packing it would store the matrix "
-            "twice. Keep --head-bits 16."
+            f"--head-bits {settings.head_bits}: this model's head is tied to its embedding, packing it would store the "
+            "matrix twice. Keep --head-bits 16."
         )
 
 
@@ -94,8 +96,9 @@ def _budget(settings: AllocateSettings, others: int) -> Budget:
     left = settings.target_size_bytes - others
     if left <= 0:
         raise BudgetError(
-            f"--target-size {settings.target_size_bytes:,} bytes leaves nothing for the experts: everything else takes {others:,} "
-            "bytes at the widths asked for. Ask for more, or lower --attention-bits, --shared-bits or --head-bits."
+            f"--target-size {settings.target_size_bytes:,} bytes leaves nothing for the experts: everything else takes "
+            f"{others:,} bytes at the widths asked for. Ask for more, or lower --attention-bits, --shared-bits "
+            "or --head-bits."
         )
     return Budget("expert_bytes", left)
 
@@ -109,7 +112,10 @@ def other_bytes(inventory: ModelInventory, role_bits: dict[Role, int], *, group_
         if part.role is not Role.EXPERT:
             total += _part_bytes(part, role_bits.get(part.role, KEPT_BITS), group_size_limit)
     # Every width of every projection may occur in a layer: three stacked tensors each.
-    stacked = sum(len(block.projections) * 5 * 3 * (len(block.path) + 2 * _HEADER_BYTES_PER_TENSOR) for block in inventory.expert_blocks)
+    stacked = sum(
+        len(block.projections) * 5 * 3 * (len(block.path) + 2 * _HEADER_BYTES_PER_TENSOR)
+        for block in inventory.expert_blocks
+    )
     return total + names + stacked + (inventory.num_layers + 1) * _HEADER_BYTES_PER_FILE
 
 
@@ -117,7 +123,9 @@ def _part_bytes(part: TensorPart, bits: int, group_size_limit: int) -> int:
     is_matrix = part.name.endswith(".weight") and len(part.shape) == 2 and (part.linear or part.role is Role.ROUTER)
     if bits == KEPT_BITS or not is_matrix:
         return part.size_bytes
-    return stored_bytes(affine_for(bits, part.shape[1], group_size_limit=group_size_limit), part.shape[0], part.shape[1])
+    return stored_bytes(
+        affine_for(bits, part.shape[1], group_size_limit=group_size_limit), part.shape[0], part.shape[1]
+    )
 
 
 def _result(folder: StageFolder, *, ran: bool) -> StageResult:
@@ -127,7 +135,10 @@ def _result(folder: StageFolder, *, ran: bool) -> StageResult:
     for layer, row in sorted(plan.expert_bits.items()):
         flat = [bits for bits in row if isinstance(bits, int)]
         rows.append([layer, *(flat.count(bits) for bits in widths), round(sum(flat) / len(flat), 3) if flat else None])
-    columns = [{"name": "layer", "align": "right"}, *({"name": f"{bits}-bit experts", "align": "right"} for bits in widths)]
+    columns = [
+        {"name": "layer", "align": "right"},
+        *({"name": f"{bits}-bit experts", "align": "right"} for bits in widths),
+    ]
     columns.append({"name": "mean code bits", "align": "right"})
     facts = {
         "method": plan.method,

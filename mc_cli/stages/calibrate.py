@@ -17,10 +17,10 @@ from mc_cli import __version__
 from mc_cli.artifacts import calibration as artifact
 from mc_cli.artifacts.calibration import LayerRouting
 from mc_cli.artifacts.store import RESUME, StageFolder, read_tensors, write_tensors
-from mc_cli.parts import ExpertBlock, ModelInventory
+from mc_cli.parts import ExpertBlock, ModelInventory, Role
 from mc_cli.progress import Progress, StageResult
 from mc_cli.runtime import text
-from mc_cli.runtime.checkpoint import REST, Checkpoint
+from mc_cli.runtime.checkpoint import Checkpoint
 from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.inventory import take_inventory
 from mc_cli.runtime.layerwise import LayerWalk
@@ -44,7 +44,9 @@ def run(
     """Writes `calibration/`. Raises InputError, CheckpointError or FamilyError; can be killed at any moment."""
     session = first_session(work_dir, settings.model, settings.revision, compute)
     folder = _folder(settings, session)
-    if not folder.begin(force=force):
+    runs = folder.begin(force=force)
+    session.remember(settings.model, settings.revision)
+    if not runs:
         return _result(folder, ran=False)
     token_ids = _token_ids(settings, session, folder, progress)
     checkpoint = session.open_checkpoint()
@@ -86,7 +88,10 @@ def _token_ids(settings: CalibrateSettings, session: Session, folder: StageFolde
         write_tensors(path, {"token_ids": windows})
     token_ids = read_tensors(path)["token_ids"]
     if len(token_ids) < settings.sequences:
-        folder.warn(f"the text fills {len(token_ids)} of the {settings.sequences} sequences asked for; all of it is used.", progress)
+        folder.warn(
+            f"the text fills {len(token_ids)} of the {settings.sequences} sequences asked for; all of it is used.",
+            progress,
+        )
     return token_ids
 
 
@@ -94,15 +99,15 @@ def _write_inventory(checkpoint: Checkpoint, folder: StageFolder, progress: Prog
     inventory = take_inventory(checkpoint.model, stored_dtypes=checkpoint.stored_dtypes)
     if not inventory.contract_tested:
         folder.warn(
-            f"model_type {inventory.model_type!r} is reached through transformers' experts interface but has no contract "
-            "test here; compare the exported model with the original before relying on it.",
+            f"model_type {inventory.model_type!r} is reached through transformers' experts interface but has no "
+            "contract test here; compare the exported model with the original before relying on it.",
             progress,
         )
     if checkpoint.unused:
         shown = ", ".join(checkpoint.unused[:3])
         folder.warn(
-            f"{len(checkpoint.unused)} tensors of the checkpoint are not part of the causal language model and are left "
-            f"out of every result (for example {shown}).",
+            f"{len(checkpoint.unused)} tensors of the checkpoint are not part of the causal language model and are "
+            f"left out of every result (for example {shown}).",
             progress,
         )
     artifact.write_inventory(folder.path(artifact.INVENTORY), inventory)
@@ -155,7 +160,9 @@ def _backward(
     walk = LayerWalk(checkpoint, walk.token_ids[:sequences], batch_size=1) if walk.batch_size != 1 else walk
     gradients, layer = _gradient_start(walk, folder, sequences, seed)
     first = min(blocks)
-    with progress.step("calibrate: backward", total=walk.num_layers - first, unit="layer", done=walk.num_layers - 1 - layer) as step:
+    with progress.step(
+        "calibrate: backward", total=walk.num_layers - first, unit="layer", done=walk.num_layers - 1 - layer
+    ) as step:
         for depth in range(layer, first - 1, -1):
             checkpoint.load(depth)
             walk.depth = depth
@@ -178,7 +185,9 @@ def _backward(
 
 def _gradient_start(walk: LayerWalk, folder: StageFolder, sequences: int, seed: int) -> tuple[torch.Tensor, int]:
     """Gradients at the output of a layer, and that layer: the last one, or where an earlier run stopped."""
-    saved = sorted(folder.path(RESUME).glob("gradient_before_*.safetensors"), key=lambda path: int(path.stem.split("_")[-1]))
+    saved = sorted(
+        folder.path(RESUME).glob("gradient_before_*.safetensors"), key=lambda path: int(path.stem.split("_")[-1])
+    )
     if saved:
         return read_tensors(saved[0])["gradients"], int(saved[0].stem.split("_")[-1]) - 1
     final = read_tensors(folder.path(f"{RESUME}/before_{walk.num_layers}.safetensors"))["hidden"][:sequences]
@@ -211,15 +220,19 @@ def starved_experts(routing: list[LayerRouting], inventory: ModelInventory) -> l
     messages = []
     if starved:
         messages.append(
-            f"{len(starved)} experts saw fewer tokens than their input has features (layer.expert: {', '.join(starved[:8])}"
-            f"{' ...' if len(starved) > 8 else ''}); about {needed:,} more calibration tokens would give each enough."
+            f"{len(starved)} experts saw fewer tokens than their input has features (layer.expert: {_shown(starved)}); "
+            f"about {needed:,} more calibration tokens would give each enough."
         )
     if never:
         messages.append(
-            f"{len(never)} experts saw no calibration token (layer.expert: {', '.join(never[:8])}{' ...' if len(never) > 8 else ''}); "
+            f"{len(never)} experts saw no calibration token (layer.expert: {_shown(never)}); "
             "they will be rounded with the layer's pooled statistics. More varied text would help."
         )
     return messages
+
+
+def _shown(experts: list[str]) -> str:
+    return ", ".join(experts[:8]) + (" ..." if len(experts) > 8 else "")
 
 
 def _result(folder: StageFolder, *, ran: bool) -> StageResult:
@@ -229,7 +242,17 @@ def _result(folder: StageFolder, *, ran: bool) -> StageResult:
     for layer in routing:
         counts = sorted(layer.routing_count)
         share = 100 / max(1, sum(counts))
-        rows.append([layer.layer, len(counts), counts[0], counts[len(counts) // 2], counts[-1], round(counts[0] * share, 2), round(counts[-1] * share, 2)])
+        rows.append(
+            [
+                layer.layer,
+                len(counts),
+                counts[0],
+                counts[len(counts) // 2],
+                counts[-1],
+                round(counts[0] * share, 2),
+                round(counts[-1] * share, 2),
+            ]
+        )
     columns = ["layer", "experts", "fewest tokens", "median", "most tokens", "fewest %", "most %"]
     manifest_warnings = folder.recorded_warnings()
     facts = {
@@ -237,7 +260,11 @@ def _result(folder: StageFolder, *, ran: bool) -> StageResult:
         "calibration tokens": routing[0].token_count,
         "expert weights": inventory.expert_weight_count,
         "model bytes": sum(inventory.bytes_by_role().values()),
-        "expert bytes": inventory.bytes_by_role().get(next(iter(role for role in inventory.bytes_by_role() if role.value == "expert")), 0),
+        "expert bytes": inventory.bytes_by_role()[Role.EXPERT],
     }
-    table = {"title": "Routing of the calibration tokens", "columns": [{"name": name, "align": "right"} for name in columns], "rows": rows}
+    table = {
+        "title": "Routing of the calibration tokens",
+        "columns": [{"name": name, "align": "right"} for name in columns],
+        "rows": rows,
+    }
     return StageResult(STAGE, folder.folder, ran, {"facts": facts, "tables": [table]}, manifest_warnings)

@@ -53,10 +53,10 @@ def run(
 ) -> StageResult:
     """Writes the directory `settings.out`. A failure, also of reading it back, leaves none and raises."""
     folder = plan_stage(settings, compute, work_dir)
+    _verify_packed(work_dir)
     if not folder.begin(force=force):
         return _result(folder, settings, ran=False)
     packed = work_dir / STAGE_FOLDERS["quantize"]
-    _verify_packed(work_dir)
     try:
         stages = _stage_records(work_dir)
         files = open_packed(packed)

@@ -1,4 +1,4 @@
-"""prune-eval: perplexity, KL divergence and router changes of the packed model beside the original, and lm-eval tasks."""
+"""prune-eval: the packed model beside the original: perplexity, KL divergence, router changes, lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.evaluation import Evaluation, TextResult
 from mc_cli.artifacts.quantization import read_report
-from mc_cli.artifacts.store import STAGE_FOLDERS, StageFolder, read_json, require_done
+from mc_cli.artifacts.store import STAGE_FOLDERS, DigestCache, StageFolder, content_digest, require_done
 from mc_cli.parts import ModelInventory, Role
 from mc_cli.progress import Progress, StageResult
 from mc_cli.runtime import text
@@ -30,7 +30,9 @@ def plan_stage(settings: EvaluateSettings, compute: RunSettings, work_dir: Path)
     return _folder(settings, later_session(work_dir, compute))
 
 
-def run(settings: EvaluateSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress) -> StageResult:
+def run(
+    settings: EvaluateSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress
+) -> StageResult:
     """Writes `evaluation/eval.json`. Raises InputError for text that was calibrated on, or is too short."""
     session = later_session(work_dir, compute)
     folder = _folder(settings, session)
@@ -41,11 +43,20 @@ def run(settings: EvaluateSettings, compute: RunSettings, work_dir: Path, *, for
         work_dir / STAGE_FOLDERS["calibrate"] / calibration_artifact.INVENTORY
     )
     windows = _windows(settings, session)
+    if windows.too_short:
+        shown = ", ".join(f"{domain} {count}" for domain, count in list(windows.too_short.items())[:8])
+        folder.warn(
+            f"{len(windows.too_short)} domains of the text are shorter than one window and are not measured "
+            f"(tokens: {shown}{' ...' if len(windows.too_short) > 8 else ''}).",
+            progress,
+        )
     text.check_vocabulary(windows.token_ids, session.config.get_text_config().vocab_size)
     original = session.open_checkpoint()
     original.model.set_experts_implementation(IMPLEMENTATION)
     packed_folder = work_dir / STAGE_FOLDERS["quantize"]
-    packed = PackedSource(packed_folder, dtype=session.dtype, device=session.device, trust_remote_code=compute.trust_remote_code)
+    packed = PackedSource(
+        packed_folder, dtype=session.dtype, device=session.device, trust_remote_code=compute.trust_remote_code
+    )
     total, domains, changes = compare(
         original,
         packed,
@@ -63,17 +74,29 @@ def run(settings: EvaluateSettings, compute: RunSettings, work_dir: Path, *, for
 
 def _folder(settings: EvaluateSettings, session: Session) -> StageFolder:
     settings = replace(settings, length=text.fit_length(settings.length, session.config))
+    session.calibrated()
     inputs = {
         "model": session.model_digest(),
         "data": text.data_digest(settings.data, settings.split, settings.text_field, session.digests()),
         "quantize": require_done(session.work_dir, "quantize").fingerprint,
     }
+    if settings.tasks and settings.include_path is not None:
+        inputs["tasks"] = _tasks_digest(Path(settings.include_path), session.digests())
     return StageFolder(session.work_dir, STAGE, {**settings.resolved(), "dtype": session.dtype_name}, inputs)
+
+
+def _tasks_digest(folder: Path, cache: DigestCache) -> str:
+    """A digest of the local task files; lm-eval's own are pinned by its version."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".yml", ".py"))
+    return content_digest([[str(path.relative_to(folder)), cache.digest(path)] for path in files])
 
 
 def _warn_if_calibrated(folder: StageFolder, work_dir: Path, progress: Progress) -> None:
     if require_done(work_dir, "calibrate").inputs["data"] == folder.inputs["data"]:
-        folder.warn("the text is the one that was calibrated on: the figures flatter the packed model. Give held-out text.", progress)
+        folder.warn(
+            "the text is the one that was calibrated on: the figures flatter the packed model. Give held-out text.",
+            progress,
+        )
 
 
 def _windows(settings: EvaluateSettings, session: Session) -> text.Windows:
@@ -115,8 +138,16 @@ def _evaluation(
         total=total,
         domains=domains,
         router_changes=changes,
-        context={"length": length, "stride": settings.stride or length, "windows": len(windows.token_ids), "data": settings.data},
-        stored_bytes={role.value: {"codes": part.codes, "side": part.side, "kept": part.kept} for role, part in sorted(stored.items())},
+        context={
+            "length": length,
+            "stride": settings.stride or length,
+            "windows": len(windows.token_ids),
+            "data": settings.data,
+        },
+        stored_bytes={
+            role.value: {"codes": part.codes, "side": part.side, "kept": part.kept}
+            for role, part in sorted(stored.items())
+        },
         original_bytes={role.value: size for role, size in sorted(inventory.bytes_by_role().items())},
         expert_stored_bits=8 * stored[Role.EXPERT].total / inventory.expert_weight_count,
         expert_code_bits=code_bits / inventory.expert_weight_count,
@@ -134,7 +165,11 @@ def _result(folder: StageFolder, *, ran: bool) -> StageResult:
         rows = [_row("all", evaluation.total)]
     columns = ["text", "tokens", "perplexity before", "after", "loss gap (nats)", "KL (nats)", "same top token %"]
     title = f"Original and packed model, context {context['length']}, stride {context['stride']}"
-    table = {"title": title, "columns": [{"name": name, "align": "right" if i else "left"} for i, name in enumerate(columns)], "rows": rows}
+    table = {
+        "title": title,
+        "columns": [{"name": name, "align": "right" if i else "left"} for i, name in enumerate(columns)],
+        "rows": rows,
+    }
     before = sum(evaluation.original_bytes.values())
     after = sum(sum(parts.values()) for parts in evaluation.stored_bytes.values())
     changes = evaluation.router_changes
@@ -146,10 +181,17 @@ def _result(folder: StageFolder, *, ran: bool) -> StageResult:
         "code bits per expert weight": round(evaluation.expert_code_bits, 4),
         "perplexity before": round(math.exp(evaluation.total.original_loss), 4),
         "perplexity after": round(math.exp(evaluation.total.packed_loss), 4),
-        "router choices changed": f"{100 * sum(changes.values()) / len(changes):.2f} % (worst layer {100 * max(changes.values()):.2f} %)",
+        "router choices changed": f"{100 * sum(changes.values()) / len(changes):.2f} % "
+        f"(worst layer {100 * max(changes.values()):.2f} %)",
     }
     tables = [table, _bytes_table(evaluation), *_task_tables(evaluation)]
-    return StageResult(STAGE, folder.folder, ran, {"facts": facts, "tables": tables, "tasks": dict(evaluation.tasks)}, folder.recorded_warnings())
+    return StageResult(
+        STAGE,
+        folder.folder,
+        ran,
+        {"facts": facts, "tables": tables, "tasks": dict(evaluation.tasks)},
+        folder.recorded_warnings(),
+    )
 
 
 def _row(name: str, entry: TextResult) -> list[Any]:
@@ -168,9 +210,15 @@ def _bytes_table(evaluation: Evaluation) -> dict[str, Any]:
     rows: list[list[Any]] = []
     for role, before in sorted(evaluation.original_bytes.items(), key=lambda item: -item[1]):
         parts = evaluation.stored_bytes.get(role, {})
-        rows.append([role, before, sum(parts.values()), parts.get("codes", 0), parts.get("side", 0), parts.get("kept", 0)])
+        rows.append(
+            [role, before, sum(parts.values()), parts.get("codes", 0), parts.get("side", 0), parts.get("kept", 0)]
+        )
     columns = ["role", "bytes before", "bytes after", "codes", "scales and zero points", "kept"]
-    return {"title": "Stored bytes by role", "columns": [{"name": n, "align": "right" if i else "left"} for i, n in enumerate(columns)], "rows": rows}
+    return {
+        "title": "Stored bytes by role",
+        "columns": [{"name": n, "align": "right" if i else "left"} for i, n in enumerate(columns)],
+        "rows": rows,
+    }
 
 
 def _task_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -182,6 +230,20 @@ def _task_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
         for metric, value in sorted(original[task].items()):
             if isinstance(value, (int, float)) and "stderr" not in metric and metric != "alias":
                 error = original[task].get(metric.replace(",", "_stderr,", 1))
-                rows.append([task, metric.split(",")[0], round(value, 4), round(packed[task][metric], 4), error if isinstance(error, str) else error and round(error, 4)])
+                rows.append(
+                    [
+                        task,
+                        metric.split(",")[0],
+                        round(value, 4),
+                        round(packed[task][metric], 4),
+                        error if isinstance(error, str) else error and round(error, 4),
+                    ]
+                )
     columns = ["task", "metric", "original", "packed", "standard error"]
-    return [{"title": "lm-eval tasks", "columns": [{"name": n, "align": "right" if i > 1 else "left"} for i, n in enumerate(columns)], "rows": rows}]
+    return [
+        {
+            "title": "lm-eval tasks",
+            "columns": [{"name": n, "align": "right" if i > 1 else "left"} for i, n in enumerate(columns)],
+            "rows": rows,
+        }
+    ]

@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
@@ -28,7 +30,7 @@ from mc_cli.artifacts.store import (
     write_json,
     write_tensors,
 )
-from mc_cli.errors import ArtifactError, PlanError
+from mc_cli.errors import ArtifactError, PlanError, listed
 from mc_cli.numerics.hessian import accumulate
 from mc_cli.parts import ModelInventory, Role, TensorPart
 from mc_cli.progress import Progress, StageResult
@@ -45,6 +47,7 @@ from mc_cli.settings import QuantizeSettings, RunSettings
 STAGE = "quantize"
 LAYOUT = "layout.json"
 REST = "rest"
+_PLANNED_ROLES = (Role.ATTENTION, Role.SHARED, Role.DENSE, Role.ROUTER, Role.HEAD)
 
 
 def plan_stage(settings: QuantizeSettings, compute: RunSettings, work_dir: Path) -> StageFolder:
@@ -64,7 +67,7 @@ def run(
     inventory = calibration_artifact.read_inventory(calibration / calibration_artifact.INVENTORY)
     plan = Plan.read(_plan_path(settings, work_dir))
     plan.check_against(inventory)
-    _check_roles(plan, inventory)
+    _check_widths(plan, inventory)
     checkpoint = session.open_checkpoint()
     checkpoint.model.set_experts_implementation(IMPLEMENTATION)
     token_ids = read_tensors(calibration / calibration_artifact.TOKENS)["token_ids"]
@@ -78,7 +81,7 @@ def run(
 
 
 def _folder(settings: QuantizeSettings, session: Session) -> StageFolder:
-    calibrated = require_done(session.work_dir, "calibrate")
+    calibrated = session.calibrated()
     inputs = {"model": session.model_digest(), "calibrate": calibrated.fingerprint}
     if settings.plan is None:
         inputs["allocate"] = require_done(session.work_dir, "allocate").fingerprint
@@ -93,11 +96,25 @@ def _plan_path(settings: QuantizeSettings, work_dir: Path) -> Path:
     return Path(settings.plan) if settings.plan is not None else work_dir / STAGE_FOLDERS["allocate"] / "plan.yaml"
 
 
-def _check_roles(plan: Plan, inventory: ModelInventory) -> None:
+def _check_widths(plan: Plan, inventory: ModelInventory) -> None:
+    """Raises PlanError for widths that cannot be stored, naming all of them."""
+    problems = []
+    for role, bits in sorted(plan.role_bits.items()):
+        if role not in _PLANNED_ROLES and bits != KEPT_BITS:
+            problems.append(f"role_bits: {role.value} has {bits} bits, but is always kept: its width is 16 or left out")
+        elif bits == 0:
+            problems.append(f"role_bits: {role.value} has 0 bits, but only experts can be pruned")
     if plan.role_bits.get(Role.HEAD, KEPT_BITS) != KEPT_BITS and inventory.tied_head:
+        problems.append("role_bits: head is packed, but tied to the embedding: that would store the matrix twice")
+    for layer, row in sorted(plan.expert_bits.items()):
+        for expert, entry in enumerate(row):
+            widths = set(entry.values()) if isinstance(entry, dict) else {entry}
+            if 0 in widths and len(widths) > 1:
+                problems.append(f"layer {layer} expert {expert}: {entry}, but an expert is pruned whole or not at all")
+    if problems:
         raise PlanError(
-            f"The plan gives the head {plan.role_bits[Role.HEAD]} bits, but this model's head is tied to its embedding: "
-            "packing it would store the matrix twice. Keep the head at 16 bits (--head-bits 16)."
+            f"The plan has {len(problems)} widths that cannot be stored:\n{listed(problems)}\n"
+            "Correct plan.yaml, or run allocate again (a tied head: --head-bits 16)."
         )
 
 
@@ -139,9 +156,11 @@ def _head_and_rest(
     if heads and plan.role_bits.get(Role.HEAD, KEPT_BITS) != KEPT_BITS:
         head = checkpoint.model.get_output_embeddings()
         hessian = torch.zeros((head.weight.shape[-1],) * 2, device=checkpoint.device)
-        handle = head.register_forward_pre_hook(
-            lambda _, args: accumulate(hessian, args[0].reshape(-1, args[0].shape[-1]))
-        )
+
+        def capture(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            accumulate(hessian, args[0].reshape(-1, args[0].shape[-1]))
+
+        handle = head.register_forward_pre_hook(capture)
         for rows in walk.batches():
             walk.logits(rows)
         handle.remove()
@@ -221,7 +240,8 @@ def _finish(folder: StageFolder, inventory: ModelInventory, session: Session, pr
     pooled = [row for row in rows if row.pooled_share >= 0.5]
     if pooled:
         folder.warn(
-            f"{len(pooled)} expert matrices lean on the layer's pooled tokens by half or more, their experts saw too few; see report/.",
+            f"{len(pooled)} expert matrices lean on the layer's pooled tokens by half or more, their experts saw "
+            "too few; see report/.",
             progress,
         )
     write_json(folder.path("coverage.json"), coverage)
@@ -233,17 +253,26 @@ def _report_rows(folder: StageFolder) -> list[MatrixReport]:
 
 
 def _coverage(rows: list[MatrixReport], inventory: ModelInventory) -> dict[str, Any]:
-    """Expert weights by outcome. Raises ArtifactError if they do not add up to the model's."""
+    """Expert weights by outcome. Raises ArtifactError unless every projection of every expert has exactly one row."""
+    rows = [row for row in rows if row.role == Role.EXPERT.value]
+    found = Counter(row.name for row in rows)
+    wanted = {
+        f"{block.path}.{expert}.{projection.name}": projection.weight_count
+        for block in inventory.expert_blocks
+        for expert in range(block.num_experts)
+        for projection in block.projections
+    }
+    wrong = [f"{name}: {found[name]} times" for name in wanted if found[name] != 1]
+    wrong += [f"{name}: not in the model" for name in found if name not in wanted]
+    if wrong:
+        raise ArtifactError(
+            f"Expert coverage is not complete, {len(wrong)} matrices are not accounted for once:\n{listed(wrong)}\n"
+            "This is a defect of mc-cli, or the packed folder was changed while quantize ran; run quantize --force."
+        )
     counts = {"quantized": 0, "kept": 0, "pruned": 0}
     for row in rows:
-        if row.role == Role.EXPERT.value:
-            counts[row.outcome] += row.weight_count
+        counts[row.outcome] += wanted[row.name]
     total = inventory.expert_weight_count
-    if sum(counts.values()) != total:
-        raise ArtifactError(
-            f"Expert coverage is incomplete: {sum(counts.values()):,} of {total:,} expert weights are accounted for. This is a "
-            "defect of mc-cli, or the packed folder was changed while quantize ran; run quantize --force."
-        )
     return {"expert_weights": total, **counts, "covered": sum(counts.values()) / total}
 
 
@@ -279,7 +308,8 @@ def _result(folder: StageFolder, *, ran: bool) -> StageResult:
     coverage = read_json(folder.path("coverage.json"))
     facts = {
         "stored bytes": sum(sizes.total for sizes in stored.values()),
-        "expert coverage": f"{100 * coverage['covered']:.1f} % ({coverage['quantized']:,} quantized, {coverage['kept']:,} kept, {coverage['pruned']:,} pruned)",
+        "expert coverage": f"{100 * coverage['covered']:.1f} % ({coverage['quantized']:,} quantized, "
+        f"{coverage['kept']:,} kept, {coverage['pruned']:,} pruned)",
     }
     return StageResult(
         STAGE, folder.folder, ran, {"facts": facts, "tables": [table], "coverage": coverage}, folder.recorded_warnings()

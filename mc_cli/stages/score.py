@@ -17,7 +17,7 @@ from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.calibration import LayerRouting
 from mc_cli.artifacts.importance import Importance, LayerImportance
-from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, read_json, read_tensors, require_done, write_json
+from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, read_json, read_tensors, write_json
 from mc_cli.encodings import stored_bytes
 from mc_cli.encodings.affine import affine_for
 from mc_cli.measures.output_error import output_norm_mean, predicted_loss, squared_output_error
@@ -25,7 +25,7 @@ from mc_cli.parts import ExpertBlock, ModelInventory
 from mc_cli.progress import Progress, StageResult
 from mc_cli.quantizers import Quantizer
 from mc_cli.runtime import experts
-from mc_cli.runtime.expert_inputs import ExpertInputs, Sample, down_hessians, expert_chunks, run_expert, up_hessians
+from mc_cli.runtime.expert_inputs import ExpertInputs, Sample, down_hessians, expert_chunks, expert_outputs, up_hessians
 from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.quantization import quantizer_for
 from mc_cli.runtime.resume import restore_progress, save_progress
@@ -42,7 +42,9 @@ def plan_stage(settings: ScoreSettings, compute: RunSettings, work_dir: Path) ->
     return _folder(settings, later_session(work_dir, compute))
 
 
-def run(settings: ScoreSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress) -> StageResult:
+def run(
+    settings: ScoreSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress
+) -> StageResult:
     """Writes `importance/importance.json`; can be killed at any moment and goes on at the layer it was in."""
     session = later_session(work_dir, compute)
     folder = _folder(settings, session)
@@ -77,7 +79,7 @@ def run(settings: ScoreSettings, compute: RunSettings, work_dir: Path, *, force:
 
 
 def _folder(settings: ScoreSettings, session: Session) -> StageFolder:
-    calibrated = require_done(session.work_dir, "calibrate")
+    calibrated = session.calibrated()
     resolved = {**settings.resolved(), "dtype": session.dtype_name}
     inputs = {"model": session.model_digest(), "calibrate": calibrated.fingerprint}
     return StageFolder(session.work_dir, STAGE, resolved, inputs)
@@ -138,7 +140,7 @@ class _LayerScorer:
         down_ready = self._prepare(hessians, down.in_features)
         samples = [inputs.sample(expert, self._settings.loss_tokens) for expert in members]
         originals = [
-            run_expert(module, expert, sample.inputs, up_weights[slot], down_weights[slot])[1]
+            expert_outputs(module, expert, sample.inputs, up_weights[slot], down_weights[slot])
             for slot, (expert, sample) in enumerate(zip(members, samples, strict=True))
         ]
         rows: list[dict[str, Any]] = [
@@ -146,10 +148,14 @@ class _LayerScorer:
             for output, sample in zip(originals, samples, strict=True)
         ]
         for width in self._settings.bits:
-            up_new = _dequantized(self._quantizer, up_weights, up_ready, affine_for(width, up.in_features, group_size_limit=limit))
-            down_new = _dequantized(self._quantizer, down_weights, down_ready, affine_for(width, down.in_features, group_size_limit=limit))
+            up_new = _dequantized(
+                self._quantizer, up_weights, up_ready, affine_for(width, up.in_features, group_size_limit=limit)
+            )
+            down_new = _dequantized(
+                self._quantizer, down_weights, down_ready, affine_for(width, down.in_features, group_size_limit=limit)
+            )
             for slot, expert in enumerate(members):
-                changed = run_expert(module, expert, samples[slot].inputs, up_new[slot], down_new[slot])[1]
+                changed = expert_outputs(module, expert, samples[slot].inputs, up_new[slot], down_new[slot])
                 self._measure(rows[slot], width, changed - originals[slot], samples[slot], expert, inputs, routing)
         return rows
 
@@ -169,7 +175,9 @@ class _LayerScorer:
     ) -> None:
         squared = squared_output_error(difference, sample.weights) * sample.scale
         row["loss"][width] = float(squared.sum().sqrt())
-        row["predicted"][width] = predicted_loss(squared, self._gradient_square(expert, routing, len(squared)), token_count=inputs.token_count)
+        row["predicted"][width] = predicted_loss(
+            squared, self._gradient_square(expert, routing, len(squared)), token_count=inputs.token_count
+        )
 
     def _gradient_square(self, expert: int, routing: LayerRouting, hidden: int) -> torch.Tensor:
         if self._sensitivity is None:
@@ -180,7 +188,9 @@ class _LayerScorer:
     def _stored_bytes(self, block: ExpertBlock, width: int) -> int:
         limit = self._settings.quantizer.group_size
         return sum(
-            stored_bytes(affine_for(width, part.in_features, group_size_limit=limit), part.out_features, part.in_features)
+            stored_bytes(
+                affine_for(width, part.in_features, group_size_limit=limit), part.out_features, part.in_features
+            )
             for part in block.projections
         )
 
@@ -195,18 +205,26 @@ def _dequantized(quantizer: Quantizer, weights: torch.Tensor, prepared: Any, enc
     return encoding.dequantize(quantized.tensors, weights.shape[-1])
 
 
-def _merge(settings: ScoreSettings, inventory: ModelInventory, method: str, folder: StageFolder, progress: Progress) -> None:
+def _merge(
+    settings: ScoreSettings, inventory: ModelInventory, method: str, folder: StageFolder, progress: Progress
+) -> None:
     """One importance.json of all layers; experts that no token reached are a warning."""
     layers = []
     for block in inventory.expert_blocks:
         entry = read_json(folder.path(_layer_file(block.layer)))
-        by_bits = {name: {int(bits): value for bits, value in entry[name].items()} for name in entry if name.endswith("_by_bits")}
+        by_bits = {
+            name: {int(bits): value for bits, value in entry[name].items()}
+            for name in entry
+            if name.endswith("_by_bits")
+        }
         layers.append(LayerImportance(**{**entry, **by_bits}))
-    unseen = [f"{layer.layer}.{expert}" for layer in layers for expert, count in enumerate(layer.routing_count) if count == 0]
+    unseen = [
+        f"{layer.layer}.{expert}" for layer in layers for expert, count in enumerate(layer.routing_count) if count == 0
+    ]
     if unseen:
         folder.warn(
-            f"{len(unseen)} experts saw no calibration token; their losses are measured on the layer's pooled tokens, as if one "
-            f"token had reached each (layer.expert: {', '.join(unseen[:8])}{' ...' if len(unseen) > 8 else ''}).",
+            f"{len(unseen)} experts saw no calibration token; their losses are measured on the layer's pooled tokens, "
+            f"as if one had reached each (layer.expert: {', '.join(unseen[:8])}{' ...' if len(unseen) > 8 else ''}).",
             progress,
         )
     importance = Importance(
@@ -223,7 +241,11 @@ def _merge(settings: ScoreSettings, inventory: ModelInventory, method: str, fold
 def _result(folder: StageFolder, *, ran: bool) -> StageResult:
     importance = Importance.read(folder.path(IMPORTANCE))
     rows = [
-        [layer.layer, layer.num_experts, *(round(sum(layer.predicted_loss_by_bits[width]), 5) for width in importance.candidate_bits)]
+        [
+            layer.layer,
+            layer.num_experts,
+            *(round(sum(layer.predicted_loss_by_bits[width]), 5) for width in importance.candidate_bits),
+        ]
         for layer in importance.layers
     ]
     columns = [{"name": "layer", "align": "right"}, {"name": "experts", "align": "right"}]

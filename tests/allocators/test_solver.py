@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc_cli.allocators import Budget, Floor, SolverSettings, allocate, milp, solver
+from mc_cli.allocators import Budget, Floor, SolverSettings, allocate, core, milp, solver
 from mc_cli.allocators.bounds import Multipliers, Table, best_multipliers
 from mc_cli.allocators.milp import Outcome
 from mc_cli.errors import BudgetError, InputError, MissingDependencyError, SolverError
@@ -202,7 +202,7 @@ def stopped_early(monkeypatch, values: dict[str, float]) -> None:
             variable.varValue = values.get(variable.name, 0.0)
         return Outcome("HiGHS", pulp.LpSolutionIntegerFeasible, None)
 
-    monkeypatch.setattr(solver, "run_solver", run)
+    monkeypatch.setattr(core, "run_solver", run)
 
 
 def test_a_solver_stopped_by_the_clock_is_recorded_with_its_true_gap(monkeypatch):

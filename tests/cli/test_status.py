@@ -78,7 +78,7 @@ def test_damaged_where_a_file_is_gone(work_dir: Path) -> None:
     (work_dir / "importance" / "result.json").unlink()
     [entry] = [entry for entry in work_dir_status(work_dir) if entry.stage == "score"]
     assert entry.state == "damaged"
-    assert "missing on disk" in entry.detail
+    assert "result.json: missing" in entry.detail
 
 
 def test_folders_that_are_no_work_directory(mc_cli: Invoke, tmp_path: Path) -> None:

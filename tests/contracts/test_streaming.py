@@ -201,3 +201,57 @@ def test_other_families_that_use_the_interface_work_and_are_marked(tiny_model: T
     assert all(block.num_experts == 8 and block.top_k in (2, 3) for block in inventory.expert_blocks)
     assert sum(inventory.bytes_by_role().values()) == stored_bytes(folder)
     assert (streamed_logits(checkpoint, 2) - whole_logits(folder)).abs().max() < ROUNDING
+
+
+# Configurations that published models use and the families' tiny ones do not.
+VARIANTS = {
+    "phimoe with long context and biases": (
+        "phimoe",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.5, 2.0, 3.0, 4.0],
+                "short_mscale": 1.2,
+                "long_mscale": 1.3,
+                "original_max_position_embeddings": 8,
+            },
+            "attention_bias": True,
+            "lm_head_bias": True,
+        },
+    ),
+    "deepseek_v3 with yarn": (
+        "deepseek_v3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "deepseek_v2 without query compression": ("deepseek_v2", {"q_lora_rank": None, "topk_method": "greedy"}),
+    "hunyuan_v1_moe with top-k per layer": ("hunyuan_v1_moe", {"moe_topk": [2, 3]}),
+    "mixtral with a sliding window": ("mixtral", {"sliding_window": 4}),
+    "glm4_moe without query norms": ("glm4_moe", {"use_qk_norm": False, "attention_bias": True}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_published_configurations_stream_as_well(tiny_model: TinyModel, variant: str) -> None:
+    model_type, changes = VARIANTS[variant]
+    folder = tiny_model(model_type, torch.float32, **changes)
+    checkpoint = open_checkpoint(folder)
+    inventory = inventory_of(checkpoint)
+    assert sum(inventory.bytes_by_role().values()) == stored_bytes(folder)
+    if "moe_topk" in changes:
+        assert [block.top_k for block in inventory.expert_blocks] == changes["moe_topk"]
+    expected = whole_logits(folder)
+    for batch_size in (2, 5):
+        assert (streamed_logits(checkpoint, batch_size) - expected).abs().max() < ROUNDING

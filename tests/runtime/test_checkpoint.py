@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.mixtral.modeling_mixtral import MixtralPreTrainedModel
 
 from mc_cli.errors import FamilyError
 from mc_cli.numerics.block_formats import dequantize_fp8_blocks, dequantize_mxfp4
@@ -75,6 +76,42 @@ def test_a_part_can_be_loaded_again(tiny_model: TinyModel) -> None:
         checkpoint.free(layer)
     assert_equal(all_tensors(checkpoint), first)
     assert torch.equal(logits(checkpoint), logits(checkpoint))
+
+
+def test_experts_that_a_family_keeps_in_float32_are_not_rounded(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MixtralPreTrainedModel, "_keep_in_fp32_modules_strict", ["experts.down_proj"])
+    folder = tiny_model("mixtral", torch.float32)
+    loaded = all_tensors(open_checkpoint(folder))
+    assert loaded["model.layers.0.mlp.experts.down_proj"].dtype == torch.float32
+    assert loaded["model.layers.0.mlp.experts.gate_up_proj"].dtype == torch.bfloat16
+    assert_equal(loaded, original_tensors(folder))
+
+
+def test_custom_code_is_run_when_trusted(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code that comes with a checkpoint: its tensors have the names of its module tree, nothing is converted."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    source = tiny_model("mixtral", torch.float32)
+    folder = tiny_models.with_tensors(source, tmp_path / "custom", original_tensors(source, torch.float32))
+    code = {
+        "configuration_own": "from transformers import MixtralConfig\n\n"
+        "class OwnConfig(MixtralConfig):\n    model_type = 'own_moe'\n",
+        "modeling_own": "from transformers import MixtralForCausalLM\nfrom .configuration_own import OwnConfig\n\n"
+        "class OwnForCausalLM(MixtralForCausalLM):\n    config_class = OwnConfig\n",
+    }
+    for name, text in code.items():
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    tiny_models.with_config(folder, model_type="own_moe", architectures=["OwnForCausalLM"], auto_map=classes)
+    config = read_config(folder, trust_remote_code=True)
+    checkpoint = Checkpoint(folder, config, dtype=torch.float32, device=CPU)
+    checkpoint.model.set_experts_implementation(IMPLEMENTATION)
+    assert type(checkpoint.model).__name__ == "OwnForCausalLM"
+    assert not take_inventory(checkpoint.model, stored_dtypes=checkpoint.stored_dtypes).contract_tested
+    assert torch.equal(logits(checkpoint), logits(open_checkpoint(source, torch.float32)))
 
 
 # Tied heads

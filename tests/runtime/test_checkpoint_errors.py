@@ -14,7 +14,7 @@ import transformers
 
 from mc_cli.errors import CheckpointError, FamilyError, InputError, McError
 from mc_cli.families import CONTRACT_TESTED
-from mc_cli.runtime.checkpoint import REST, Checkpoint, read_config, resolve_model
+from mc_cli.runtime.checkpoint import REST, Checkpoint, _is_finite, read_config, resolve_model
 from mc_cli.runtime.inventory import take_inventory
 from tests import tiny_models
 from tests.conftest import TinyModel
@@ -345,6 +345,16 @@ def test_values_that_are_not_finite_are_named_and_counted(mixtral: Path) -> None
     assert "layer 1" in message and "NaN or infinite" in message
     assert "mlp.experts.gate_up_proj: 8 of 24,576 values, experts 5, 6" in message
     assert "input_layernorm.weight: 1 of 32 values" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_single_value_that_is_not_finite_is_seen_wherever_it_is(dtype: torch.dtype, value: float) -> None:
+    for position in range(67):
+        tensor = torch.randn(67).to(dtype)
+        assert _is_finite(tensor)
+        tensor[position] = value
+        assert not _is_finite(tensor)
 
 
 def test_embedding_that_is_not_finite(mixtral: Path) -> None:

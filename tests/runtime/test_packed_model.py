@@ -107,7 +107,9 @@ def test_every_stored_byte_has_a_role(model_type: str, packed: Packed) -> None:
     tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
     assert files.size_bytes == sum(tensor.nbytes for tensor in tensors.values())
     prefixes = tuple(f"{block.path}." for block in files.layout.experts)
-    stacked = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes) and "_proj_bias" not in name}
+    stacked = {
+        name: tensor for name, tensor in tensors.items() if name.startswith(prefixes) and "_proj_bias" not in name
+    }
     by_kind = {"codes": sizes[Role.EXPERT].codes, "kept_weight": sizes[Role.EXPERT].kept}
     for ending, counted in by_kind.items():
         assert counted == sum(tensor.nbytes for name, tensor in stacked.items() if name.endswith(ending)) > 0
@@ -196,9 +198,7 @@ def test_a_whole_model_generates_and_is_not_saved(packed: Packed, tmp_path: Path
     model: Any = load_packed(packed("mixtral"))
     ids = TOKEN_IDS[:1, :4]
     cached = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
-    plain = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, use_cache=False
-    )
+    plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, use_cache=False)
     assert cached.shape[1] > 4 and torch.equal(cached, plain)
     with pytest.raises(InputError, match="save_pretrained"):
         model.save_pretrained(tmp_path / "saved")

@@ -1,0 +1,107 @@
+"""The real stages behind the real commands, on a tiny random checkpoint: what a user types, end to end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from mc_cli.cli import app
+
+SMALL = ("--sequences", "4", "--length", "32", "--gradient-sequences", "1", "--bits", "2,4", "--quantizer", "rtn")
+WORDS = "hello world the cat sat on a mat while the rain fell on the hills. "
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def run_arguments(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """Arguments of one `run` without a recipe."""
+    place = tmp_path_factory.mktemp("chain")
+    (place / "text.txt").write_text(WORDS * 20, encoding="utf-8")
+    (place / "heldout.txt").write_text("the rain fell while a cat sat on the mat. " * 20, encoding="utf-8")
+    texts = ("--data", place / "text.txt", "--eval-data", place / "heldout.txt", "--eval-length", 32)
+    places = ("-w", place / "work", "--out", place / "model")
+    return ("--model", tiny_model("mixtral"), *texts, *places, "--target-stored-bits", 4.5, "--group-size", 16, *SMALL)
+
+
+@pytest.fixture(scope="module")
+def finished(run_arguments: tuple[object, ...]) -> Path:
+    """The place of a finished run."""
+    result = invoke("run", *run_arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "perplexity after" in result.stdout
+    return Path(str(run_arguments[run_arguments.index("-w") + 1])).parent
+
+
+def test_a_second_run_does_nothing(run_arguments: tuple[object, ...], finished: Path) -> None:
+    planned = json.loads(invoke("run", *run_arguments, "--dry-run", "--json").stdout)["stages"]
+    assert [(entry["stage"], entry["state"]) for entry in planned if entry["state"] != "done"] == []
+    again = invoke("run", *run_arguments, "--json")
+    assert [entry["ran"] for entry in json.loads(again.stdout)["stages"]] == [False] * 6
+
+
+def test_status_has_all_stages_done(finished: Path) -> None:
+    stages = json.loads(invoke("status", "-w", finished / "work", "--json").stdout)["stages"]
+    assert {entry["state"] for entry in stages} == {"done"}
+
+
+def test_stage_by_stage_is_the_same_chain(run_arguments: tuple[object, ...], finished: Path) -> None:
+    """The commands of the README on the same work directory find everything done: quantize follows score by itself."""
+    work = ("-w", finished / "work")
+    for command in (
+        ("score", *work, "--bits", "2,4", "--quantizer", "rtn", "--group-size", 16),
+        ("allocate", *work, "--target-stored-bits", 4.5),
+        ("quantize", *work),
+        ("prune-eval", *work, "--data", finished / "heldout.txt", "--length", 32),
+        ("export", *work, "--format", "transformers", "--out", finished / "model"),
+    ):
+        result = invoke(*command, "--json")
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["ran"] is False
+
+
+def test_a_changed_budget_stops_and_says_what_changed(run_arguments: tuple[object, ...], finished: Path) -> None:
+    result = invoke("run", *run_arguments, "--target-stored-bits", 5)
+    assert result.exit_code == 1
+    assert "target_stored_bits: made with 4.5, asked for 5.0" in result.stderr
+    assert "--force" in result.stderr
+
+
+def test_generate_from_the_export(finished: Path) -> None:
+    result = invoke("generate", finished / "model", "--prompt", "the cat", "--max-new-tokens", 4)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("the cat")
+    assert "4 tokens in" in result.stderr
+    drawn = [
+        json.loads(
+            invoke("generate", finished / "model", "--prompt", "the cat", "--max-new-tokens", 4, *more, "--json").stdout
+        )["text"]
+        for more in (("--temperature", 1, "--seed", 1), ("--temperature", 1, "--seed", 1))
+    ]
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--prompt", ""), "--prompt holds no token"),
+        (("--prompt", "the cat", "--max-new-tokens", "500"), "more than the model's 128 positions"),
+    ],
+)
+def test_generate_refuses_what_cannot_work(finished: Path, arguments: tuple[str, ...], words: str) -> None:
+    result = invoke("generate", finished / "model", *arguments)
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert not result.stdout
+
+
+def test_generate_refuses_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    result = invoke("generate", tmp_path, "--prompt", "a")
+    assert result.exit_code == 1
+    assert "has no config.json" in result.stderr

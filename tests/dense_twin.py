@@ -1,0 +1,109 @@
+"""An independent reader of packed folders: written from the format's description, with numpy and safetensors alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+
+@dataclass(frozen=True)
+class PackedMatrices:
+    """What a packed folder holds, decoded.
+
+    linears  module path -> [out_features, in_features] float32
+    experts  experts path -> projection -> expert -> the same, None for a pruned expert
+    kept     every other tensor by its module-tree name, as stored
+    packed_bytes  experts path -> bytes of the stacked tensors, kept and packed
+    """
+
+    linears: dict[str, torch.Tensor]
+    experts: dict[str, dict[str, list[torch.Tensor | None]]]
+    kept: dict[str, torch.Tensor]
+    expert_bytes: int
+
+
+def read_packed(folder: Path) -> PackedMatrices:
+    """Everything in a packed folder."""
+    layout = json.loads((folder / "layout.json").read_text(encoding="utf-8"))
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    linears = {}
+    for path, number in layout["linears"].items():
+        linears[path] = _decode(layout["encodings"][number], lambda part, path=path: tensors.pop(f"{path}.{part}"))
+    experts: dict[str, dict[str, list[torch.Tensor | None]]] = {}
+    expert_bytes = 0
+    for block in layout["experts"]:
+        names = [name for name in tensors if name.startswith(block["path"] + ".") and not name.endswith("_bias")]
+        mine = {name.removeprefix(block["path"] + "."): tensors.pop(name) for name in names}
+        expert_bytes += sum(tensor.nbytes for tensor in mine.values())
+        experts[block["path"]] = {
+            projection: _expert_rows(projection, row, layout["encodings"], mine)
+            for projection, row in block["encodings"].items()
+        }
+    return PackedMatrices(linears, experts, tensors, expert_bytes)
+
+
+def _expert_rows(
+    projection: str, row: list[int], encodings: list[str], tensors: dict[str, torch.Tensor]
+) -> list[torch.Tensor | None]:
+    taken = dict.fromkeys(row, 0)
+    found: list[torch.Tensor | None] = []
+    for number in row:
+        if number < 0:
+            found.append(None)
+            continue
+        slot = taken[number]
+        taken[number] += 1
+        key = encodings[number]
+        stored = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{projection}_{key}_")}
+        parts = {name.removeprefix(f"{projection}_{key}_"): tensor[slot] for name, tensor in stored.items()}
+        found.append(parts["weight"].float() if key == "kept" else _decode(key, parts.__getitem__))
+    return found
+
+
+def _decode(key: str, part: Any) -> torch.Tensor:
+    """Codes of `bits` bits each, lowest bit first, a row padded to bytes; value = scale * (code - zero point)."""
+    match = re.fullmatch(r"affine_b(\d)_g(\d+)", key)
+    assert match is not None, key
+    bits, group_size = int(match[1]), int(match[2])
+    codes, scales = part("codes").numpy(), part("scales").numpy().astype(np.float32)
+    zero_points = part("zero_points").numpy().astype(np.float32) / 2 ** (8 - bits)
+    width = scales.shape[1] * group_size
+    stream = np.unpackbits(codes, axis=1, bitorder="little")[:, : width * bits].reshape(len(codes), width, bits)
+    values = (stream * (1 << np.arange(bits))).sum(-1).astype(np.float32)
+    grouped = values.reshape(len(codes), -1, group_size)
+    return torch.from_numpy(((grouped - zero_points[..., None]) * scales[..., None]).reshape(len(codes), width))
+
+
+@torch.no_grad()
+def dense_twin(model_folder: Path, packed_folder: Path, *, transposed: bool) -> Any:
+    """The original model in float32, read by transformers alone, with the packed matrices' values put in their places.
+
+    transposed  the family holds its experts' weights as [in_features, out_features]
+    A pruned expert gets zeros, its biases included.
+    """
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    packed = read_packed(packed_folder)
+    for path, weight in packed.linears.items():
+        model.get_submodule(path).weight.copy_(weight)
+    for path, projections in packed.experts.items():
+        module = model.get_submodule(path)
+        for projection, row in projections.items():
+            for expert, weight in enumerate(row):
+                target = getattr(module, projection)[expert]
+                if weight is not None:
+                    target.copy_(weight.T if transposed else weight)
+                    continue
+                target.zero_()
+                if hasattr(module, f"{projection}_bias"):
+                    getattr(module, f"{projection}_bias")[expert].zero_()
+    return model
