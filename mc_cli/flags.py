@@ -106,11 +106,11 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         ),
         Flag("seed", _SEED, _TEXT),
         Flag(
-            "gradient_sequences",
-            "Sequences of the backward pass that measures how much each layer matters; 0 goes by the residual "
+            "gradient_tokens",
+            "Tokens of the backward pass that measures how much each layer matters; 0 goes by the residual "
             "stream's energy instead, without a backward pass.",
             _TEXT,
-            metavar="COUNT",
+            metavar="TOKENS",
         ),
     ),
     s.QuantizerSettings: (

@@ -109,7 +109,7 @@ class StageSettings:
 class CalibrateSettings(StageSettings):
     """model: folder, hub id or bundled:NAME. data: file, folder of files, datasets name or bundled:NAME.
 
-    gradient_sequences: sequences of the backward pass that gives each layer's sensitivity; 0 leaves it out, and score
+    gradient_tokens: tokens of the backward pass that gives each layer's sensitivity; 0 leaves it out, and score
     then uses the share of the residual stream's energy.
     """
 
@@ -121,13 +121,13 @@ class CalibrateSettings(StageSettings):
     sequences: int = 128
     length: int = 0  # 0 = 2048, or the model's whole context where that is shorter
     seed: int = 0
-    gradient_sequences: int = 16
+    gradient_tokens: int = 32768
     # The digests of model files and of the token ids stand for these two.
     not_fingerprinted = frozenset({"model", "data"})
 
     def __post_init__(self) -> None:
         _at_least("--sequences", self.sequences, 1)
-        _at_least("--gradient-sequences", self.gradient_sequences, 0)
+        _at_least("--gradient-tokens", self.gradient_tokens, 0)
         _length(self.length)
 
 

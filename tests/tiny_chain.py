@@ -20,7 +20,7 @@ from mc_cli.stages import allocate, calibrate, prune_eval, quantize, score
 
 COMPUTE = RunSettings(device="cpu", batch_tokens=96)  # three sequences per forward
 LENGTH = 24
-CALIBRATE = CalibrateSettings(sequences=7, length=LENGTH, gradient_sequences=3)
+CALIBRATE = CalibrateSettings(sequences=7, length=LENGTH, gradient_tokens=3 * LENGTH)
 SCORE = ScoreSettings(bits=(1, 2, 3, 4))
 ALLOCATE = AllocateSettings(target_stored_bits=3.4)
 QUANTIZE = QuantizeSettings()

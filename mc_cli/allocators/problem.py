@@ -88,7 +88,7 @@ class Budget:
         return size / weight_count if self.kind == "code_bits" else 8 * size / weight_count
 
     def shown(self, *amounts: float) -> str:
-        """One amount, or the range of two, for a message. A range of bits is rounded so that its lower end can be met."""
+        """One amount, or the range of two, for a message; bits are rounded so that the lower end can be met."""
         if self.kind != "expert_bytes":
             ends = [f"{amount:g}" for amount in amounts]
             if len(amounts) == 2:

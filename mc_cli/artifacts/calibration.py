@@ -3,9 +3,9 @@
 tokens.safetensors       token_ids [sequences, length] int64
 inventory.json           every tensor with role, shape and bytes; every experts module
 routing/layer_NN.json    routing statistics of one MoE layer
-sensitivity.safetensors  layers.N.gradient_square [hidden] float32: mean over tokens of the squared gradient of the
-                         summed loss at the MoE output; layers.N.expert_scale [experts] float32: the same mean over
-                         the expert's own tokens, summed over features, relative to the layer's
+  sensitivity.safetensors  layers.N.gradient_square [hidden] float32: mean over tokens of the squared gradient of the
+                           summed loss at the MoE output; layers.N.token_scale [tokens of the first sequences] float32:
+                           a token's squares summed over features, relative to the mean token's
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from mc_cli.runtime.routing import RoutingCapture
 TOKENS_AT_ONCE = 8192  # rows of an expert's input on the device at a time
 POOL_TOKENS = 4096  # tokens of the whole layer that stand in where an expert has few of its own
 WELL_SAMPLED = 16  # an expert with this many tokens per input feature keeps its own Hessian as it is
+SENSITIVE_TOKENS = 64  # an expert with fewer tokens in the backward pass is taken as average as far as tokens go
 CHUNK_BYTES = 2**30  # of Hessians and weights that are worked on together
 
 
@@ -31,6 +32,7 @@ class Sample:
     inputs: torch.Tensor
     weights: torch.Tensor
     scale: float
+    sensitivity: torch.Tensor
     pooled: bool
 
 
@@ -70,16 +72,28 @@ class ExpertInputs:
         step = max(1, -(-self.token_count // POOL_TOKENS))
         return self._inputs[::step].to(self.device).float()
 
-    def sample(self, expert: int, limit: int) -> Sample:
-        """At most `limit` of the expert's tokens, evenly spaced."""
+    def sample(self, expert: int, limit: int, token_scale: torch.Tensor | None = None) -> Sample:
+        """At most `limit` of the expert's tokens, evenly spaced.
+
+        token_scale   sensitivity of the layer's first tokens; the sample is taken from these, unless the expert has
+                      fewer than SENSITIVE_TOKENS among them
+        """
         if expert not in self._chosen:
             pool = self.pool()
             weights = torch.full((len(pool),), self._mean_weight, device=self.device)
-            return Sample(pool, weights, 1 / len(pool), pooled=True)
+            return Sample(pool, weights, 1 / len(pool), torch.ones_like(weights), pooled=True)
         tokens, weights = self._chosen[expert]
+        count = len(tokens)
+        scales = torch.ones(count)
+        if token_scale is not None:
+            known = tokens < len(token_scale)
+            if int(known.sum()) >= min(SENSITIVE_TOKENS, count):
+                tokens, weights = tokens[known], weights[known]
+                scales = token_scale[tokens]
         step = max(1, -(-len(tokens) // limit))
-        inputs = self._inputs[tokens[::step]].to(self.device).float()
-        return Sample(inputs, weights[::step].to(self.device), len(tokens) / len(inputs), pooled=False)
+        tokens, weights, scales = tokens[::step], weights[::step], scales[: len(tokens) : step]
+        inputs = self._inputs[tokens].to(self.device).float()
+        return Sample(inputs, weights.to(self.device), count / len(tokens), scales.to(self.device), pooled=False)
 
 
 def expert_chunks(block: ExpertBlock) -> Iterator[list[int]]:

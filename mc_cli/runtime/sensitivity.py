@@ -24,12 +24,11 @@ class LayerSensitivity:
     """Second moments of the loss gradient at one MoE output, over the tokens of the backward pass.
 
     gradient_square  [hidden] float32, mean over tokens
-    expert_scale     [experts] float32, mean of the summed squares over the expert's tokens / over all tokens; 1 where
-                     the expert saw none
+    token_scale      [tokens] float32, a token's summed squares over the mean token's, in the order of the sequences
     """
 
     gradient_square: torch.Tensor
-    expert_scale: torch.Tensor
+    token_scale: torch.Tensor
 
 
 def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, seed: int) -> torch.Tensor:
@@ -59,11 +58,10 @@ def backward_layer(
     layer_inputs  [sequences, length, hidden], what the layer `walk.depth` was given
     gradients     [sequences, length, hidden], of the summed loss at the layer's output
     """
-    collector = _Collector(block.num_experts) if block is not None else None
+    collector = _Collector() if block is not None else None
     before = torch.empty_like(gradients)
     with _listening(walk, block, collector), torch.enable_grad():
-        for row in range(len(layer_inputs)):
-            rows = slice(row, row + 1)
+        for rows in walk.batches():
             hidden = layer_inputs[rows].to(walk.source.device).requires_grad_(True)
             total = (walk.call_layer(hidden, rows) * gradients[rows].to(walk.source.device)).sum()
             if collector is None:
@@ -89,19 +87,15 @@ def _listening(walk: LayerWalk, block: ExpertBlock | None, collector: _Collector
 
 
 class _Collector:
-    """Sums squared gradients at the experts' output, over tokens and per expert."""
+    """Sums squared gradients at the experts' output, over tokens and over features."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self) -> None:
         self._square: torch.Tensor | None = None
-        self._expert_sum = torch.zeros(num_experts, dtype=torch.float64)
-        self._expert_count = torch.zeros(num_experts, dtype=torch.float64)
-        self._tokens = 0
+        self._per_token: list[torch.Tensor] = []
         self._output: torch.Tensor | None = None  # of the experts, in the graph of the current forward
-        self._index: torch.Tensor | None = None
 
     def keep(self, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         """Forward hook of the experts module; the model goes on with a copy, which it may change in place."""
-        self._index = args[1]
         self._output = output
         return output.clone()
 
@@ -113,19 +107,12 @@ class _Collector:
 
     def add(self, at_experts: torch.Tensor) -> None:
         """Adds the gradient at the experts' output of the current forward to the sums."""
-        assert self._index is not None
         squares = at_experts.reshape(-1, at_experts.shape[-1]).double().square().cpu()
         self._square = squares.sum(0) if self._square is None else self._square + squares.sum(0)
-        per_token = squares.sum(-1)
-        index = self._index.reshape(len(per_token), -1).cpu()
-        for rank in range(index.shape[1]):
-            self._expert_sum.index_add_(0, index[:, rank], per_token)
-            self._expert_count.index_add_(0, index[:, rank], torch.ones_like(per_token))
-        self._tokens += len(per_token)
+        self._per_token.append(squares.sum(-1))
 
     def result(self) -> LayerSensitivity:
         assert self._square is not None
-        mean = self._square.sum() / self._tokens
-        own = self._expert_sum / self._expert_count.clamp(min=1)
-        scale = torch.where(self._expert_count > 0, own / mean.clamp(min=1e-300), 1.0)
-        return LayerSensitivity((self._square / self._tokens).float(), scale.float())
+        per_token = torch.cat(self._per_token)
+        mean = per_token.mean().clamp(min=1e-300)
+        return LayerSensitivity((self._square / len(per_token)).float(), (per_token / mean).float())

@@ -15,6 +15,7 @@ from mc_cli.artifacts.store import DigestCache, content_digest
 from mc_cli.errors import CheckpointError, InputError
 
 DEFAULT_LENGTH = 2048
+WINDOWS_PER_SEQUENCE = 16
 ALL = "all"
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 
@@ -244,8 +245,10 @@ def encode(documents: Iterable[Document], tokenizer: Any) -> list[list[int]]:
 def calibration_windows(
     documents: list[Document], tokenizer: Any, *, sequences: int, length: int, seed: int
 ) -> torch.Tensor:
-    """[n, length] int64, n <= sequences: documents shuffled by `seed`, joined, and cut; the rest is not used.
+    """[n, length] int64, n <= sequences: windows drawn by `seed` from shuffled documents, joined and cut.
 
+    Long documents fill many windows in a row. So up to WINDOWS_PER_SEQUENCE times the text is tokenized, and the
+    windows are drawn from all of it: few sequences still see many documents.
     Raises InputError if the text does not fill one window.
     """
     order = list(range(len(documents)))
@@ -255,15 +258,16 @@ def calibration_windows(
     for begin in range(0, len(order), chunk):
         for ids in encode([documents[index] for index in order[begin : begin + chunk]], tokenizer):
             stream += ids
-        if len(stream) >= sequences * length:
+        if len(stream) >= WINDOWS_PER_SEQUENCE * sequences * length:
             break
-    count = min(sequences, len(stream) // length)
-    if count == 0:
+    available = len(stream) // length
+    if available == 0:
         raise InputError(
             f"--data holds {len(stream)} tokens, less than one sequence of --length {length}. "
             "Give more text or a smaller --length."
         )
-    return torch.tensor(stream[: count * length], dtype=torch.int64).view(count, length)
+    windows = torch.tensor(stream[: available * length], dtype=torch.int64).view(available, length)
+    return windows[random.Random(seed).sample(range(available), min(sequences, available))]
 
 
 def evaluation_windows(

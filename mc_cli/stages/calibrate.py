@@ -31,6 +31,7 @@ from mc_cli.runtime.session import Session, first_session
 from mc_cli.settings import CalibrateSettings, RunSettings
 
 STAGE = "calibrate"
+GRADIENT_BATCH_TOKENS = 4096  # per backward of one layer, whose activations are all kept
 
 
 def plan_stage(settings: CalibrateSettings, compute: RunSettings, work_dir: Path) -> StageFolder:
@@ -53,7 +54,7 @@ def run(
     checkpoint.model.set_experts_implementation(IMPLEMENTATION)
     inventory = _write_inventory(checkpoint, folder, progress)
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
-    sequences = min(settings.gradient_sequences, len(token_ids))
+    sequences = min(-(-settings.gradient_tokens // token_ids.shape[1]), len(token_ids))
     _forward(walk, checkpoint, inventory, folder, sequences, progress)
     if sequences:
         _backward(walk, checkpoint, inventory, folder, sequences, settings.seed, progress)
@@ -157,7 +158,8 @@ def _backward(
 ) -> None:
     """Gradient second moments of every MoE layer, from the last to the first that has experts."""
     blocks = {block.layer: block for block in inventory.expert_blocks}
-    walk = LayerWalk(checkpoint, walk.token_ids[:sequences], batch_size=1) if walk.batch_size != 1 else walk
+    batch_size = max(1, min(walk.batch_size, GRADIENT_BATCH_TOKENS // walk.token_ids.shape[1]))
+    walk = LayerWalk(checkpoint, walk.token_ids[:sequences], batch_size=batch_size)
     gradients, layer = _gradient_start(walk, folder, sequences, seed)
     first = min(blocks)
     with progress.step(
@@ -171,7 +173,7 @@ def _backward(
             checkpoint.free(depth)
             state = {"gradients": gradients}
             if sensitivity is not None:
-                part = {"gradient_square": sensitivity.gradient_square, "expert_scale": sensitivity.expert_scale}
+                part = {"gradient_square": sensitivity.gradient_square, "token_scale": sensitivity.token_scale}
                 write_tensors(folder.path(f"{RESUME}/sensitivity_{depth}.safetensors"), part)
             write_tensors(folder.path(f"{RESUME}/gradient_before_{depth}.safetensors"), state)
             folder.path(f"{RESUME}/gradient_before_{depth + 1}.safetensors").unlink(missing_ok=True)

@@ -138,7 +138,8 @@ class _LayerScorer:
         up_ready = self._prepare(up_hessians(inputs, members, strength=strength), up.in_features)
         hessians = down_hessians(module, inputs, members, up_weights, strength=strength)
         down_ready = self._prepare(hessians, down.in_features)
-        samples = [inputs.sample(expert, self._settings.loss_tokens) for expert in members]
+        scales = None if self._sensitivity is None else self._sensitivity[f"layers.{routing.layer}.token_scale"]
+        samples = [inputs.sample(expert, self._settings.loss_tokens, scales) for expert in members]
         originals = [
             expert_outputs(module, expert, sample.inputs, up_weights[slot], down_weights[slot])
             for slot, (expert, sample) in enumerate(zip(members, samples, strict=True))
@@ -156,7 +157,7 @@ class _LayerScorer:
             )
             for slot, expert in enumerate(members):
                 changed = expert_outputs(module, expert, samples[slot].inputs, up_new[slot], down_new[slot])
-                self._measure(rows[slot], width, changed - originals[slot], samples[slot], expert, inputs, routing)
+                self._measure(rows[slot], width, changed - originals[slot], samples[slot], inputs, routing)
         return rows
 
     def _prepare(self, hessians: torch.Tensor, in_features: int) -> Any:
@@ -169,21 +170,20 @@ class _LayerScorer:
         width: int,
         difference: torch.Tensor,
         sample: Sample,
-        expert: int,
         inputs: ExpertInputs,
         routing: LayerRouting,
     ) -> None:
         squared = squared_output_error(difference, sample.weights) * sample.scale
         row["loss"][width] = float(squared.sum().sqrt())
+        felt = squared_output_error(difference, sample.weights * sample.sensitivity.sqrt()) * sample.scale
         row["predicted"][width] = predicted_loss(
-            squared, self._gradient_square(expert, routing, len(squared)), token_count=inputs.token_count
+            felt, self._gradient_square(routing, len(felt)), token_count=inputs.token_count
         )
 
-    def _gradient_square(self, expert: int, routing: LayerRouting, hidden: int) -> torch.Tensor:
+    def _gradient_square(self, routing: LayerRouting, hidden: int) -> torch.Tensor:
         if self._sensitivity is None:
             return torch.full((hidden,), 2.0 / max(routing.residual_energy, 1e-30))
-        scale = self._sensitivity[f"layers.{routing.layer}.expert_scale"][expert]
-        return self._sensitivity[f"layers.{routing.layer}.gradient_square"] * scale
+        return self._sensitivity[f"layers.{routing.layer}.gradient_square"]
 
     def _stored_bytes(self, block: ExpertBlock, width: int) -> int:
         limit = self._settings.quantizer.group_size

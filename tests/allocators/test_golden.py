@@ -57,6 +57,21 @@ def test_cbc_reproduces_them_too(importance):
     assert compared(plan, GOLDEN["16"][:5]) == 5
 
 
+def test_the_objective_is_pmqs_formula(importance):
+    one = dataclasses.replace(importance, layers=importance.layers[7:8])
+    plan = allocate(one, method="pmq", budget=Budget("code_bits", 2.0), role_bits={})
+    layer = one.layers[0]
+    counts, weights = sum(layer.routing_count), sum(layer.router_probability_sum)
+    expected = sum(
+        count / counts * (weight / weights) ** 1.5 * layer.loss_by_bits[bits][expert]
+        for expert, (count, weight, bits) in enumerate(
+            zip(layer.routing_count, layer.router_probability_sum, plan.expert_bits[7], strict=True)
+        )
+    )
+    assert plan.objective["value"] == pytest.approx(expected, rel=1e-12)
+    assert {name: plan.objective[name] for name in ("alpha", "beta", "gamma")} == {"alpha": 1, "beta": 1.5, "gamma": 1}
+
+
 @pytest.mark.parametrize(
     "change",
     [{"alpha": 0.0}, {"beta": 1.0}, {"gamma": 2.0}, {"floors": ()}, {"floors": [Floor(2, 4)]}],

@@ -89,8 +89,9 @@ def random_rows(seed: int, units: int, options: int) -> tuple[list[list[float]],
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("gap", [0.0, 1e-4, 0.05])
-def test_value_and_bound_enclose_the_optimum_to_the_gap(seed, gap):
+@pytest.mark.parametrize(("gap", "core_choices"), [(0.0, 100), (0.0, 1), (1e-4, 100), (0.05, 100)])
+def test_value_and_bound_enclose_the_optimum_to_the_gap(monkeypatch, seed, gap, core_choices):
+    monkeypatch.setattr(solver, "CORE_CHOICES", core_choices)
     costs, sizes = random_rows(seed, units=60, options=4)
     limit = (sum(map(min, sizes)) + sum(map(max, sizes))) // 2
     problem = problem_of(costs, sizes, limit=limit)
@@ -164,12 +165,24 @@ def test_lagrangian_price_is_the_best_one():
 
 
 def test_budget_holds_to_the_byte():
-    # Within the solver's tolerance both could take their large choice, a byte in 2 * 10^9 over the limit.
+    # Steps of 10^9 and of a byte more: both large choices together are a byte over, far within a solver's tolerance.
     large = 10**9
-    problem = problem_of([[5.0, 1.0], [5.0, 1.0]], [[1, large], [2, large + 1]], limit=2 * large)
+    problem = problem_of([[5.0, 1.0], [5.0, 1.5]], [[1, large + 1], [1, large + 2]], limit=2 * large + 2)
+    assert problem.size((1, 1)) == problem.limit + 1
     assignment = solver.solve(problem, EXACT)
-    assert problem.size(assignment.picks) <= problem.limit
-    assert problem.value(assignment.picks) == 6.0
+    assert assignment.picks == (1, 0)
+    assert assignment.status == "optimal"
+    assert assignment.bound == pytest.approx(6.0, rel=1e-6)
+
+
+def test_small_differences_count_beside_large_costs():
+    # Only the floor is at work. Which unit keeps it is a matter of 10^-6, in a programme whose costs reach 10^4.
+    tiny = 1e-6
+    rows = [[tiny, tiny, tiny]] * 3 + [[tiny, tiny, 1e4]] * 2 + [[tiny, 0.0, tiny]]
+    problem = problem_of(rows, [[1, 1, 1]] * 6, limit=6, floors=[Floor(3)])
+    assignment = solver.solve(problem, EXACT)
+    assert problem.value(assignment.picks) == pytest.approx(5 * tiny, rel=1e-9)
+    assert assignment.picks[5] == 1
 
 
 def test_a_wider_choice_that_costs_more_is_not_taken():

@@ -130,6 +130,8 @@ def test_global_gives_layers_of_large_losses_more():
 def test_per_layer_strategies_give_every_layer_the_same_mean_width(name):
     plan = allocate(made_up_importance(layers=6), method=name, budget=Budget("code_bits", 2.25), role_bits={})
     assert {sum(row) for row in plan.expert_bits.values()} == {18}
+    plan = allocate(made_up_importance(layers=6), method=name, budget=Budget("code_bits", 2.3), role_bits={})
+    assert {sum(row) for row in plan.expert_bits.values()} == {18}  # 18.4 bits: what is left is not handed on
 
 
 def test_pmq_keeps_its_floors_in_every_layer():

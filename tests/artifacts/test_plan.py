@@ -159,7 +159,7 @@ def test_a_plan_of_another_model_names_every_difference():
 
 
 def test_many_differences_are_counted():
-    plan = plan_of(expert_bits={layer: (1,) for layer in range(40)})
+    plan = plan_of(expert_bits=dict.fromkeys(range(40), (1,)))
     with pytest.raises(PlanError) as caught:
         plan.check_against(inventory_of(layers=range(40)))
     assert "40 differences" in str(caught.value)

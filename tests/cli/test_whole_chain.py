@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from mc_cli.cli import app
 
-SMALL = ("--sequences", "4", "--length", "32", "--gradient-sequences", "1", "--bits", "2,4", "--quantizer", "rtn")
+SMALL = ("--sequences", "4", "--length", "32", "--gradient-tokens", "32", "--bits", "2,4", "--quantizer", "rtn")
 WORDS = "hello world the cat sat on a mat while the rain fell on the hills. "
 
 

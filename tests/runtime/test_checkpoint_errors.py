@@ -14,6 +14,7 @@ import transformers
 
 from mc_cli.errors import CheckpointError, FamilyError, InputError, McError
 from mc_cli.families import CONTRACT_TESTED
+from mc_cli.runtime import model_folder
 from mc_cli.runtime.checkpoint import REST, Checkpoint, _is_finite, read_config, resolve_model
 from mc_cli.runtime.inventory import take_inventory
 from tests import tiny_models
@@ -165,7 +166,7 @@ def test_config_of_a_model_that_cannot_be_built(mixtral: Path) -> None:
 
 
 def test_other_transformers_release(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.24.1")
+    monkeypatch.setattr(model_folder.transformers, "__version__", "5.24.1")
     message = message_of(InputError, lambda: read_config(mixtral))
     assert "5.24.1" in message and "pip install 'transformers==5.23.0'" in message
 

@@ -1,0 +1,101 @@
+"""Stages in processes of their own, which can be killed: forked from a server that has imported everything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["mc_cli.stages.calibrate", "mc_cli.stages.score", "mc_cli.stages.quantize"])
+_LONGEST_S = 120.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage's process ended: exit code (minus the signal if one killed it), and its error's type and text."""
+
+    exit_code: int | None
+    error: str = ""
+    message: str = ""
+
+
+class StageProcess:
+    """One call of a stage, running.
+
+    pause_s     waits after every file, so that there is time to kill it between any two
+    file_limit  bytes at which the system refuses to let a file grow, None for no limit
+    """
+
+    def __init__(
+        self,
+        stage: Callable[..., Any],
+        *args: Any,
+        pause_s: float = 0.0,
+        file_limit: int | None = None,
+        **settings: Any,
+    ) -> None:
+        self._results, sender = _CONTEXT.Pipe(duplex=False)
+        self._process = _CONTEXT.Process(target=_run, args=(sender, stage, args, settings, pause_s, file_limit))
+        self._process.start()
+        sender.close()
+
+    def finish(self) -> Outcome:
+        """Waits until the process has ended."""
+        self._process.join(_LONGEST_S)
+        assert self._process.exitcode is not None, "the stage does not end"
+        try:
+            error, message = self._results.recv()
+        except EOFError:
+            return Outcome(self._process.exitcode)
+        return Outcome(self._process.exitcode, error, message)
+
+    def signal_after(self, path: Path, *, number: int, seed: int, within_s: float) -> Outcome:
+        """Sends the signal at a moment, chosen by `seed`, less than `within_s` after `path` has appeared."""
+        deadline = time.monotonic() + _LONGEST_S
+        while not path.exists() and self._process.is_alive():
+            assert time.monotonic() < deadline, f"{path} does not appear"
+            time.sleep(0.001)
+        time.sleep(random.Random(seed).uniform(0, within_s))
+        assert self._process.is_alive() and self._process.pid is not None, f"too late: it ended soon after {path}"
+        os.kill(self._process.pid, number)
+        return self.finish()
+
+
+def run_whole(stage: Callable[..., Any], *args: Any, **settings: Any) -> None:
+    """Runs a stage in a process of its own to its end."""
+    outcome = StageProcess(stage, *args, **settings).finish()
+    assert outcome == Outcome(0), outcome
+
+
+def _run(
+    results: Connection,
+    stage: Callable[..., Any],
+    args: tuple[Any, ...],
+    settings: dict[str, Any],
+    pause_s: float,
+    file_limit: int | None,
+) -> None:
+    import torch
+
+    from mc_cli.artifacts import store
+
+    torch.set_num_threads(1)  # bytes are compared, and sums over threads come in any order
+    if pause_s:
+        store._sync_folder = lambda _: time.sleep(pause_s)
+    if file_limit is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    try:
+        stage(*args, **settings)
+    except BaseException as error:
+        results.send((type(error).__name__, str(error)))
+        raise SystemExit(1) from None
