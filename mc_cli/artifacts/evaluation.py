@@ -67,7 +67,7 @@ class Evaluation:
             content["domains"] = {name: TextResult(**entry) for name, entry in content["domains"].items()}
             content["router_changes"] = {int(layer): share for layer, share in content["router_changes"].items()}
             return cls(**content)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
                 f"{path} is not an evaluation of this version: {error!r}. Run prune-eval --force."
             ) from error

@@ -77,11 +77,7 @@ LEADING_DENSE = {"num_layers": 3, "moe_layers": (1, 2), **SMALL}
 FAMILIES: dict[str, ExpectedFamily] = {
     "mixtral": ExpectedFamily(ATTENTION | EXPERTS | ROUTER | {Role.OTHER: [NORMS]}),
     "qwen2_moe": ExpectedFamily(
-        ATTENTION
-        | EXPERTS
-        | GATED_SHARED
-        | DENSE
-        | {Role.OTHER: [NORMS, (ALL, "self_attn.{q|k|v}_proj.bias")]},
+        ATTENTION | EXPERTS | GATED_SHARED | DENSE | {Role.OTHER: [NORMS, (ALL, "self_attn.{q|k|v}_proj.bias")]},
         num_layers=3,
         moe_layers=(0, 2),
         **SMALL,
