@@ -245,7 +245,12 @@ def _print_planned(planned: list[PlannedStage], given: Mapping[str, Any]) -> Non
 
 
 def _prepare_libraries(*, debug: bool) -> None:
-    """Keeps the libraries' own notices off stderr unless --debug asks for them; must come before their import."""
+    """Sets what the libraries read from the environment; must come before their import. What the user has set stays.
+
+    Threads that wait for each other sleep instead of spinning: on a machine that does other work too, spinning took
+    five times the processor time. The libraries' own notices are kept off stderr unless --debug asks for them.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.store import BEGUN, MANIFEST, RESUME, STAGE_FOLDERS, Manifest, StageFolder, read_json
+from mc_cli.artifacts.store import (
+    BEGUN,
+    MANIFEST,
+    PARTIAL_SUFFIX,
+    RESUME,
+    STAGE_FOLDERS,
+    Manifest,
+    StageFolder,
+    read_json,
+)
 from mc_cli.errors import ArtifactError, InputError
 
 DONE, BEGUN_STATE, STALE, DAMAGED, TO_DO = "done", "begun", "stale", "damaged", "to do"
@@ -50,7 +59,7 @@ def _stage_status(work_dir: Path, stage: str, folder: Path, earlier: dict[str, S
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
     try:
         manifest = Manifest.read(folder)
-        if manifest is None and (folder / BEGUN).exists():
+        if manifest is None and _holds_work(folder):
             why = _outdated(work_dir, read_json(folder / BEGUN).get("inputs", {}), earlier)
             return StageStatus(stage, STALE if why else BEGUN_STATE, folder, why or _progress(work_dir, folder), size)
         if manifest is None:
@@ -60,6 +69,13 @@ def _stage_status(work_dir: Path, stage: str, folder: Path, earlier: dict[str, S
         return StageStatus(stage, DAMAGED, folder, " ".join(str(error).split()), size)
     why = _outdated(work_dir, manifest.inputs, earlier)
     return StageStatus(stage, STALE if why else DONE, folder, why, size, tuple(manifest.warnings))
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether a run that has not finished left anything to go on from."""
+    return (folder / BEGUN).exists() and any(
+        path.name != BEGUN and path.suffix != PARTIAL_SUFFIX for path in folder.iterdir()
+    )
 
 
 def _outdated(work_dir: Path, inputs: Any, earlier: dict[str, StageStatus]) -> str:

@@ -1,4 +1,8 @@
-"""`hessian`: the measured output error alone, per layer. An ablation."""
+"""`hessian`: the measured output error alone, per layer. An ablation.
+
+`pmq` with alpha = beta = 0; the error comes from the quantizer's Hessian and holds the routing weights once already.
+Source: the error-only ablation of Huang et al. 2024, arXiv 2410.06270, section 3.2.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,6 @@ STRATEGY = Strategy(
     name="hessian",
     description="per layer by the measured output error alone, without frequency and weight (ablation)",
     unit="L2 norm of the MoE output's change; summed over experts and layers",
-    # PMQ with alpha = beta = 0: the "Hessian" or F-norm ablation of arXiv 2410.06270, section 3.2. The error comes from
-    # the quantizer's Hessian and holds the routing weights already, once.
     formula="sum over experts of loss_by_bits[bits]",
     costs=output_error,
     assign=solve_per_layer,

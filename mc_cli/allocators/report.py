@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mc_cli.allocators.costs import predicted_loss
-from mc_cli.allocators.problem import AllocationProblem
+from mc_cli.allocators.problem import AllocationProblem, Choice
 from mc_cli.allocators.strategy import Assignment, CostSettings, Strategy
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.plan import ExpertBits, Plan
@@ -22,7 +22,7 @@ def make_plan(
     settings: CostSettings,
 ) -> Plan:
     """The plan of an assignment, without the widths of other roles. No duration: equal inputs give equal bytes."""
-    expert_bits = _expert_bits(problem, assignment)
+    expert_bits = expert_bits_of(problem, assignment.picks)
     return Plan(
         model_type=importance.model_type,
         method=strategy.name,
@@ -35,9 +35,10 @@ def make_plan(
     )
 
 
-def _expert_bits(problem: AllocationProblem, assignment: Assignment) -> dict[int, tuple[ExpertBits, ...]]:
+def expert_bits_of(problem: AllocationProblem, picks: Sequence[int]) -> dict[int, tuple[ExpertBits, ...]]:
+    """Layer -> one entry per expert: its width, or where units are projections a width for each of them."""
     rows: dict[int, dict[int, Any]] = {}
-    for unit, pick in zip(problem.units, assignment.picks, strict=True):
+    for unit, pick in zip(problem.units, picks, strict=True):
         bits = unit.choices[pick].bits
         row = rows.setdefault(unit.layer, {})
         if unit.projection is None:
@@ -143,5 +144,5 @@ def _warnings(problem: AllocationProblem, assignment: Assignment) -> tuple[str, 
     return tuple(warnings)
 
 
-def _widest(choices) -> int:
+def _widest(choices: Sequence[Choice]) -> int:
     return max(range(len(choices)), key=lambda index: choices[index].bits)

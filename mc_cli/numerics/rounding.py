@@ -119,13 +119,8 @@ def _refit(codes: Tensor, values: Tensor, pull: Tensor, within: Tensor, grid: Gr
     effect = torch.bmm(within, change)
     better = (change * (effect - 2 * pull)).sum(1) < 0
     keep = better.unsqueeze(1)
-    values += change.mul_(keep)
-    taken = Grid(
-        torch.where(better, stored.scales, grid.scales),
-        torch.where(better, stored.zero_points, grid.zero_points),
-        grid.bits,
-    )
-    return taken, pull - effect.mul_(keep)
+    values.copy_(torch.where(keep, values + change, values))
+    return stored.where(better, grid), torch.where(keep, pull - effect, pull)
 
 
 def _move_codes(codes: Tensor, values: Tensor, pull: Tensor, within: Tensor, grid: Grid) -> None:

@@ -33,6 +33,7 @@ class Prepared:
 
     hessian: Tensor | None  # float32 [B or 1, in_features, in_features], as handed in
     group_size: int  # of the encodings it serves
+    target: Tensor | None = None  # float32, the regularised Hessian that rounding minimises under; natural order
     inverse_cholesky: Tensor | None = None  # float32, of the damped Hessian, columns in processing order
     order: Tensor | None = None  # int64 [B or 1, in_features]: position -> input; None for the natural order
     notes: tuple[str, ...] = ()
@@ -51,7 +52,7 @@ class Quantizer(Protocol):
         """Whether `prepare` refuses None."""
         ...
 
-    def prepare(self, hessian: Tensor | None, *, group_size: int) -> Prepared:
+    def prepare(self, hessian: Tensor | None, *, group_size: int, token_count: Tensor | None = None) -> Prepared:
         """What all widths share. `hessian` float32 [B, in, in], or [1, in, in] for one that all items share."""
         ...
 

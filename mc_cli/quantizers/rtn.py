@@ -32,7 +32,7 @@ class RoundToNearest:
     name = NAME
     needs_hessian = False
 
-    def prepare(self, hessian: Tensor | None, *, group_size: int) -> Prepared:
+    def prepare(self, hessian: Tensor | None, *, group_size: int, token_count: Tensor | None = None) -> Prepared:
         """Nothing to compute; the Hessian, if there is one, is kept for the loss and the search's error weights."""
         return Prepared(hessian, group_size)
 

@@ -139,7 +139,6 @@ class Checkpoint:
         self._targets: dict[int, list[_Target]] = defaultdict(list)
         self._derived: dict[int, list[str]] = defaultdict(list)
         self._sort_keys(getattr(config.get_text_config(), "dtype", None) or torch.bfloat16)
-        self._used = [entry for entry in self._mapping if entry.was_used()]
         rebuild_buffers(self.model, device)
 
     def _sort_keys(self, dequantized: torch.dtype) -> None:
@@ -284,8 +283,6 @@ class Checkpoint:
             info, _ = convert_and_load_state_dict_in_model(self.model, readable, plan)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{where}: cannot be read: {error}. Download the files again.") from error
-        # What saving reverses: the conversions of the whole checkpoint, not those of the part that was read last.
-        self.model._weight_conversions = self._used  # type: ignore[assignment]
         wrong = [
             f"{name}: {reason.strip().splitlines()[-1]}" for name, reason in (info.conversion_errors or {}).items()
         ]

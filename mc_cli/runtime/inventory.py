@@ -39,7 +39,7 @@ def take_inventory(model: nn.Module, *, stored_dtypes: Mapping[str, torch.dtype]
     layers: Any = model.get_submodule(layers_path)
     config: Any = model.config
     blocks = tuple(
-        _expert_block(layers_path, index, layer) for index, layer in enumerate(layers) if _has_experts(layer)
+        _expert_block(layers_path, index, layer, config) for index, layer in enumerate(layers) if _has_experts(layer)
     )
     if not blocks:
         raise _no_experts(model, config.model_type)
@@ -72,7 +72,7 @@ def _has_experts(layer: nn.Module) -> bool:
     return next(experts.find_experts(layer), None) is not None
 
 
-def _expert_block(layers_path: str, index: int, layer: nn.Module) -> ExpertBlock:
+def _expert_block(layers_path: str, index: int, layer: nn.Module, config: Any) -> ExpertBlock:
     found = list(experts.find_experts(layer))
     if len(found) > 1:
         paths = ", ".join(path for path, _ in found)
@@ -84,9 +84,11 @@ def _expert_block(layers_path: str, index: int, layer: nn.Module) -> ExpertBlock
     prefix = f"{layers_path}.{index}."
     if router is None:
         raise FamilyError(f"{prefix}{parent_path} has experts but no router named {' or '.join(_ROUTER_NAMES)}.")
-    top_k = getattr(getattr(parent, router), "top_k", None) or getattr(parent, "top_k", None)
+    top_k = next((found for found in _top_k_candidates(getattr(parent, router), parent, config) if found), None)
     if not isinstance(top_k, int):
-        raise FamilyError(f"{prefix}{parent_path}: its router {router} does not say how many experts a token uses.")
+        raise FamilyError(
+            f"{prefix}{parent_path}: neither its router nor the config says how many experts a token uses."
+        )
     return ExpertBlock(
         layer=index,
         path=prefix + path,
@@ -95,6 +97,13 @@ def _expert_block(layers_path: str, index: int, layer: nn.Module) -> ExpertBlock
         top_k=top_k,
         projections=experts.projections_of(module),
     )
+
+
+def _top_k_candidates(router: nn.Module, parent: nn.Module, config: Any) -> list[Any]:
+    """Where families note the experts per token, nearest to the layer first: it may differ between layers."""
+    text = config.get_text_config()  # its `top_k`, if any, is about sampling
+    in_config = [getattr(text, name, None) for name in ("num_experts_per_tok", "top_k_experts")]
+    return [getattr(router, "top_k", None), getattr(parent, "top_k", None), *in_config]
 
 
 def _tied_names(model: nn.Module) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,53 @@ from mc_cli.runtime.session import Session
 from mc_cli.settings import EvaluateSettings
 
 
-def run_tasks(settings: EvaluateSettings, session: Session, packed_folder: Path, progress: Progress) -> dict[str, Any]:
-    """{"original": ..., "packed": ...}, each lm-eval's own results JSON, without samples.
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks that lm-eval knows, found before any model is loaded."""
 
-    Both models are loaded whole, one after the other. Raises MissingDependencyError without lm-eval, InputError for
-    unknown tasks.
+    names: tuple[str, ...]
+    manager: Any
+
+
+def find_tasks(settings: EvaluateSettings) -> Tasks | None:
+    """The tasks that the settings name, None without any.
+
+    Raises MissingDependencyError without lm-eval, InputError for unknown tasks.
     """
+    if not settings.tasks:
+        return None
     try:
         import lm_eval  # noqa: F401
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise MissingDependencyError("--tasks needs lm-eval: run `pip install 'mc-cli[eval]'`.") from error
-    include = None if settings.include_path is None else str(Path(settings.include_path).resolve())
-    if include is not None and not Path(include).is_dir():
-        raise InputError(f"--include-path {settings.include_path}: no such folder.")
-    manager = TaskManager(include_path=include)
-    unknown = sorted(set(settings.tasks) - set(manager.match_tasks(list(settings.tasks))))
-    if unknown:
-        raise InputError(
-            f"--tasks: unknown to lm-eval: {', '.join(unknown)}. Local task files are found with --include-path "
-            "FOLDER; names are listed by `lm-eval ls tasks`."
-        )
+    include: str | None = None
+    managers = [lambda: TaskManager(include_path=include)]
+    if settings.include_path is not None:
+        include = str(Path(settings.include_path).expanduser().resolve())
+        if not Path(include).is_dir():
+            raise InputError(f"--include-path {settings.include_path}: no such folder.")
+        # Reading lm-eval's own thousands of task files takes a minute: only where a name is not among the local ones.
+        managers.insert(0, lambda: TaskManager(include_path=include, include_defaults=False))
+    unknown: list[str] = []
+    for make in managers:
+        manager = make()
+        unknown = [task for task in settings.tasks if not manager.match_tasks([task])]
+        if not unknown:
+            return Tasks(tuple(manager.match_tasks(list(settings.tasks))), manager)
+    raise InputError(
+        f"--tasks: unknown to lm-eval: {', '.join(unknown)}. Local task files are found with --include-path "
+        "FOLDER; names are listed by `lm-eval ls tasks`."
+    )
+
+
+def run_tasks(
+    tasks: Tasks, settings: EvaluateSettings, session: Session, packed_folder: Path, progress: Progress
+) -> dict[str, Any]:
+    """{"original": ..., "packed": ...}, each lm-eval's own results JSON, without samples.
+
+    Both models are loaded whole, one after the other.
+    """
     results = {}
     with progress.step("prune-eval: lm-eval tasks", total=2, unit="model") as step:
         for name in ("original", "packed"):
@@ -43,7 +70,7 @@ def run_tasks(settings: EvaluateSettings, session: Session, packed_folder: Path,
                 if name == "original"
                 else load_packed(packed_folder, device=session.device, dtype=session.dtype)
             )
-            results[name] = _evaluate(model, settings, session, manager)
+            results[name] = _evaluate(model, tasks, settings, session)
             del model
             step.advance(note=name)
     return results
@@ -58,7 +85,7 @@ def _original(session: Session) -> Any:
     return model.to(session.device).eval()
 
 
-def _evaluate(model: Any, settings: EvaluateSettings, session: Session, manager: Any) -> dict[str, Any]:
+def _evaluate(model: Any, tasks: Tasks, settings: EvaluateSettings, session: Session) -> dict[str, Any]:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -68,8 +95,8 @@ def _evaluate(model: Any, settings: EvaluateSettings, session: Session, manager:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     found = lm_eval.simple_evaluate(
         model=wrapped,
-        tasks=list(settings.tasks),
-        task_manager=manager,
+        tasks=list(tasks.names),
+        task_manager=tasks.manager,
         limit=settings.task_limit,
         log_samples=False,
         random_seed=0,

@@ -10,5 +10,4 @@ def quantizer_for(settings: QuantizerSettings) -> Quantizer:
     """The quantizer named in the settings. Raises InputError for an unknown one."""
     if settings.quantizer == "rtn":  # takes no calibration data, so none of the settings speaks of it
         return quantizer_from_name("rtn")
-    order = "activation" if settings.activation_order else "natural"
-    return quantizer_from_name(settings.quantizer, damping=settings.damping, order=order)
+    return quantizer_from_name(settings.quantizer, damping=settings.damping, activation_order=settings.activation_order)

@@ -17,6 +17,7 @@ from mc_cli.progress import Progress, StageResult
 from mc_cli.runtime import text
 from mc_cli.runtime.comparison import compare
 from mc_cli.runtime.experts import IMPLEMENTATION
+from mc_cli.runtime.lm_eval_tasks import find_tasks, run_tasks
 from mc_cli.runtime.packed_model import PackedSource, model_bytes
 from mc_cli.runtime.session import Session, later_session
 from mc_cli.settings import EvaluateSettings, RunSettings
@@ -38,18 +39,12 @@ def run(
     folder = _folder(settings, session)
     if not folder.begin(force=force):
         return _result(folder, ran=False)
-    _warn_if_calibrated(folder, work_dir, progress)
     inventory = calibration_artifact.read_inventory(
         work_dir / STAGE_FOLDERS["calibrate"] / calibration_artifact.INVENTORY
     )
+    tasks = find_tasks(settings)
     windows = _windows(settings, session)
-    if windows.too_short:
-        shown = ", ".join(f"{domain} {count}" for domain, count in list(windows.too_short.items())[:8])
-        folder.warn(
-            f"{len(windows.too_short)} domains of the text are shorter than one window and are not measured "
-            f"(tokens: {shown}{' ...' if len(windows.too_short) > 8 else ''}).",
-            progress,
-        )
+    _warn_of_text(folder, work_dir, windows, progress)
     text.check_vocabulary(windows.token_ids, session.config.get_text_config().vocab_size)
     original = session.open_checkpoint()
     original.model.set_experts_implementation(IMPLEMENTATION)
@@ -65,8 +60,8 @@ def run(
         batch_size=session.batch_size(windows.token_ids.shape[1]),
         progress=progress,
     )
-    tasks = _tasks(settings, session, packed_folder, progress)
-    evaluation = _evaluation(settings, packed_folder, inventory, windows, total, domains, changes, tasks)
+    results = run_tasks(tasks, settings, session, packed_folder, progress) if tasks else {}
+    evaluation = _evaluation(settings, packed_folder, inventory, windows, total, domains, changes, results)
     evaluation.write(folder.path(EVALUATION))
     folder.finish(__version__)
     return _result(folder, ran=True)
@@ -81,7 +76,7 @@ def _folder(settings: EvaluateSettings, session: Session) -> StageFolder:
         "quantize": require_done(session.work_dir, "quantize").fingerprint,
     }
     if settings.tasks and settings.include_path is not None:
-        inputs["tasks"] = _tasks_digest(Path(settings.include_path), session.digests())
+        inputs["tasks"] = _tasks_digest(Path(settings.include_path).expanduser(), session.digests())
     return StageFolder(session.work_dir, STAGE, {**settings.resolved(), "dtype": session.dtype_name}, inputs)
 
 
@@ -91,10 +86,18 @@ def _tasks_digest(folder: Path, cache: DigestCache) -> str:
     return content_digest([[str(path.relative_to(folder)), cache.digest(path)] for path in files])
 
 
-def _warn_if_calibrated(folder: StageFolder, work_dir: Path, progress: Progress) -> None:
+def _warn_of_text(folder: StageFolder, work_dir: Path, windows: text.Windows, progress: Progress) -> None:
+    """Warnings about text that was calibrated on, and about domains too short to be measured."""
     if require_done(work_dir, "calibrate").inputs["data"] == folder.inputs["data"]:
         folder.warn(
             "the text is the one that was calibrated on: the figures flatter the packed model. Give held-out text.",
+            progress,
+        )
+    if windows.too_short:
+        shown = ", ".join(f"{domain} {count}" for domain, count in list(windows.too_short.items())[:8])
+        folder.warn(
+            f"{len(windows.too_short)} domains of the text are shorter than one window and are not measured "
+            f"(tokens: {shown}{' ...' if len(windows.too_short) > 8 else ''}).",
             progress,
         )
 
@@ -109,15 +112,6 @@ def _windows(settings: EvaluateSettings, session: Session) -> text.Windows:
         stride=settings.stride,
         max_sequences=settings.max_sequences,
     )
-
-
-def _tasks(settings: EvaluateSettings, session: Session, packed_folder: Path, progress: Progress) -> dict[str, Any]:
-    """lm-eval results of both models, {} without tasks."""
-    if not settings.tasks:
-        return {}
-    from mc_cli.runtime.lm_eval_tasks import run_tasks
-
-    return run_tasks(settings, session, packed_folder, progress)
 
 
 def _evaluation(
@@ -228,7 +222,8 @@ def _task_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
     original, packed = evaluation.tasks["original"]["results"], evaluation.tasks["packed"]["results"]
     for task in sorted(original):
         for metric, value in sorted(original[task].items()):
-            if isinstance(value, (int, float)) and "stderr" not in metric and metric != "alias":
+            is_metric = "," in metric and "_stderr" not in metric  # with its filter, as in `acc,none`
+            if is_metric and isinstance(value, (int, float)):
                 error = original[task].get(metric.replace(",", "_stderr,", 1))
                 rows.append(
                     [

@@ -31,8 +31,8 @@ WORDS = ("tree", "river", "of", "the", "stone", "and", "walks", "under", "a", "b
 class Shape:
     """Widths that both models share, and the text they are calibrated on."""
 
-    hidden: int = 512
-    intermediate: int = 1024
+    hidden: int = 384
+    intermediate: int = 768
     experts: int = 8
     sequences: int = 16
     length: int = 128
@@ -151,7 +151,7 @@ def _stage_call(stage: str, folder: Path, shape: Shape) -> Any:
             sequences=shape.sequences,
             length=shape.length,
         ),
-        "score": ScoreSettings(bits=(2, 3, 4)),
+        "score": ScoreSettings(bits=(2, 4)),
         "allocate": AllocateSettings(target_stored_bits=TARGET_STORED_BITS),
         "quantize": QuantizeSettings(),
     }

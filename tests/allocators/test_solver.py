@@ -179,7 +179,8 @@ def test_small_differences_count_beside_large_costs():
     # Only the floor is at work. Which unit keeps it is a matter of 10^-6, in a programme whose costs reach 10^4.
     tiny = 1e-6
     rows = [[tiny, tiny, tiny]] * 3 + [[tiny, tiny, 1e4]] * 2 + [[tiny, 0.0, tiny]]
-    problem = problem_of(rows, [[1, 1, 1]] * 6, limit=6, floors=[Floor(3)])
+    sizes = [[1, 1, 10**9]] * 3 + [[1, 1, 1]] * 3
+    problem = problem_of(rows, sizes, limit=10**9 + 5, floors=[Floor(3)])
     assignment = solver.solve(problem, EXACT)
     assert problem.value(assignment.picks) == pytest.approx(5 * tiny, rel=1e-9)
     assert assignment.picks[5] == 1

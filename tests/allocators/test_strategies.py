@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
 
 import pytest
 
-from mc_cli.allocators import Budget, Floor, allocate, strategies, strategy_named
-from mc_cli.allocators.report import predicted_loss_of, relative_gap
+from mc_cli.allocators import (
+    AllocationProblem,
+    Budget,
+    Choice,
+    Floor,
+    SolverSettings,
+    Unit,
+    allocate,
+    strategies,
+    strategy_named,
+)
+from mc_cli.allocators.report import expert_bits_of, predicted_loss_of, relative_gap
+from mc_cli.allocators.solver import solve
 from mc_cli.artifacts.plan import Plan
 from mc_cli.errors import InputError
 from mc_cli.parts import Role
@@ -112,7 +124,10 @@ def test_the_objective_is_the_sum_over_the_plan():
         for expert, bits in enumerate(row)
     ]
     assert plan.objective["value"] == pytest.approx(math.fsum(losses), rel=1e-12)
-    assert plan.objective["unit"] == "nats per token"
+    assert plan.objective["unit"] == plan.objective["predicted_loss_unit"] == "nats per token"
+    other = dataclasses.replace(importance, sensitivity_method="share of energy, not nats")
+    plan = allocate(other, budget=Budget("code_bits", 2.3), role_bits={})
+    assert plan.objective["unit"] == plan.objective["predicted_loss_unit"] == "share of energy, not nats"
     assert predicted_loss_of(importance, {**plan.expert_bits, 0: (5,) * 8}) is None
 
 
@@ -150,6 +165,21 @@ def test_floors_that_are_asked_for_are_kept(name):
     free = allocate(made_up_importance(layers=6), method=name, budget=budget, role_bits={})
     assert any(row.count(4) < 2 for row in free.expert_bits.values())
     assert free.objective["value"] < plan.objective["value"]
+
+
+def test_units_may_be_projections():
+    costs = {("up", 0): (9.0, 1.0), ("up", 1): (8.0, 1.0), ("down", 0): (2.0, 1.0), ("down", 1): (3.0, 1.0)}
+    units = tuple(
+        Unit(4, expert, 100, tuple(Choice(bits, 100 * bits, 13 * bits, row[bits - 1]) for bits in (1, 2)), projection)
+        for (projection, expert), row in costs.items()
+    )
+    free = AllocationProblem.of(units, Budget("code_bits", 1.5))
+    picks = solve(free, SolverSettings()).picks
+    assert expert_bits_of(free, picks) == {4: ({"up": 2, "down": 1}, {"up": 2, "down": 1})}
+    floored = AllocationProblem.of(units, Budget("code_bits", 1.5), [Floor(2)])  # for up and for down
+    picks = solve(floored, SolverSettings()).picks
+    assert expert_bits_of(floored, picks) == {4: ({"up": 2, "down": 1}, {"up": 1, "down": 2})}
+    assert [str(unit) for unit in units[:1]] == ["layers.4.experts.0.up"]
 
 
 def test_layerwise_gives_all_experts_of_a_layer_one_width():

@@ -17,6 +17,7 @@ from typer.testing import Result
 
 from mc_cli.errors import InputError
 from mc_cli.flags import STAGES
+from mc_cli.settings import CalibrateSettings
 from tests.fake_stages import FakeStages
 
 Invoke = Callable[..., Result]
@@ -159,23 +160,18 @@ def test_dry_run_tells_all_four_states_and_does_nothing(mc_cli: Invoke, stages: 
     plain = ("calibrate", "--model", "m", "--data", "d", "-w", tmp_path)
     assert mc_cli(*plain, "--dry-run").stdout.startswith("calibrate: new: would run")
     assert stages.calls == []
-    stages.folder("calibrate", build_calibrate(), tmp_path).begin(force=False)
+    folder = stages.folder("calibrate", CalibrateSettings(model="m", data="d"), tmp_path)
+    folder.begin(force=False)
+    folder.path("layer_000.json").write_text("{}", encoding="utf-8")
     assert mc_cli(*plain, "--dry-run").stdout.startswith("calibrate: begun: would continue")
     mc_cli(*plain)
     assert mc_cli(*plain, "--dry-run").stdout.startswith("calibrate: done: nothing to do")
     stale = mc_cli(*plain, "--sequences", 7, "--dry-run")
     assert stale.stdout.startswith("calibrate: stale: would stop with an error")
-    assert "settings sequences" not in stale.stdout
     assert "setting sequences: made with 128, asked for 7" in stale.stdout
     forced = json.loads(mc_cli(*plain, "--sequences", 7, "--dry-run", "--force", "--json").stdout)
     assert forced["stages"][0]["action"].startswith("would be rebuilt")
     assert len(stages.calls) == 1
-
-
-def build_calibrate() -> object:
-    from mc_cli.settings import CalibrateSettings
-
-    return CalibrateSettings(model="m", data="d")
 
 
 def test_run_does_all_stages_then_none(mc_cli: Invoke, stages: FakeStages, tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def stored_bytes(folder: Path) -> int:
     return total
 
 
-@pytest.mark.parametrize("model_type", ["flex_olmo", "dots1"])
+@pytest.mark.parametrize("model_type", ["flex_olmo", "dots1", "nemotron_h", "gemma4_text"])
 def test_other_families_that_use_the_interface_work_and_are_marked(tiny_model: TinyModel, model_type: str) -> None:
     folder = tiny_model(model_type, torch.float32)
     checkpoint = open_checkpoint(folder)

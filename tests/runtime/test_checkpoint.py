@@ -114,6 +114,18 @@ def test_custom_code_is_run_when_trusted(
     assert torch.equal(logits(checkpoint), logits(open_checkpoint(source, torch.float32)))
 
 
+def test_buffers_that_no_file_holds_outlive_a_layer(tiny_model: TinyModel) -> None:
+    checkpoint = open_checkpoint(tiny_model("mixtral"))
+    attention = checkpoint.model.get_submodule("model.layers.1.self_attn")
+    attention.register_buffer("own", torch.arange(3.0), persistent=False)
+    attention.register_buffer("empty", None, persistent=False)
+    for _ in range(2):
+        checkpoint.load(1)
+        checkpoint.free(1)
+    assert torch.equal(attention.get_buffer("own"), torch.arange(3.0))
+    assert all(parameter.is_meta for parameter in attention.parameters())
+
+
 # Tied heads
 
 
@@ -185,11 +197,11 @@ def test_router_logits_of_a_training_config_are_not_asked_for(tiny_model: TinyMo
     assert checkpoint.model.config.output_router_logits is True
 
 
-def test_layers_that_share_more_than_hidden_states_are_refused(tiny_model: TinyModel) -> None:
+@pytest.mark.parametrize("sequences", [1, 2, 3])  # two unpack as if the layer had returned two things
+def test_layers_that_share_more_than_hidden_states_are_refused(tiny_model: TinyModel, sequences: int) -> None:
     checkpoint = open_checkpoint(tiny_model("glm_moe_dsa"))
-    for batch_size in (1, 2, 3):  # two sequences unpack as if the layer had returned two things
-        with pytest.raises(FamilyError, match="GlmMoeDsaForCausalLM cannot be run with one layer in memory"):
-            LayerWalk(checkpoint, TOKEN_IDS, batch_size=batch_size)
+    with pytest.raises(FamilyError, match="GlmMoeDsaForCausalLM cannot be run with one layer in memory"):
+        LayerWalk(checkpoint, TOKEN_IDS[:sequences], batch_size=sequences)
 
 
 def test_restored_hidden_states_continue_the_walk(tiny_model: TinyModel) -> None:

@@ -1,0 +1,63 @@
+"""Targets in bytes hold for the files that quantize writes, and a target out of reach says what is in reach."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mc_cli.artifacts.plan import Plan
+from mc_cli.errors import BudgetError
+from tests.conftest import TinyModel
+from tests.tiny_chain import run_allocate, run_calibrate, run_quantize, run_score, write_documents
+
+
+@pytest.fixture(scope="module", params=["mixtral", "deepseek_v3", "gpt_oss"])
+def scored(request: pytest.FixtureRequest, tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scored")
+    run_calibrate(folder / "work", tiny_model(request.param), write_documents(folder / "text.jsonl", documents=24))
+    run_score(folder / "work", bits=(1, 2, 3, 4))
+    return folder / "work"
+
+
+def plan_of(work_dir: Path) -> Plan:
+    return Plan.read(work_dir / "plan" / "plan.yaml")
+
+
+def test_target_size_holds_for_the_files(scored: Path, tmp_path: Path) -> None:
+    work_dir = Path(shutil.copytree(scored, tmp_path / "work"))
+    run_allocate(work_dir, target_stored_bits=3.0)
+    free = plan_of(work_dir).budget
+    asked = free["other_bytes"] + free["expert_bytes"]
+    options = {"target_stored_bits": None, "target_size_bytes": asked, "head_bits": 16, "router_bits": 8}
+    run_allocate(work_dir, force=True, **options)
+    plan = plan_of(work_dir)
+    assert plan.budget["asked_file_bytes"] == asked
+    run_quantize(work_dir)
+    files = sum(path.stat().st_size for path in (work_dir / "packed").glob("*.safetensors"))
+    assert asked - 0.25 * asked < files <= asked
+    expert_bytes = plan.budget["expert_bytes"]
+    assert expert_bytes + plan.budget["other_bytes"] <= asked
+
+
+def test_target_out_of_reach_says_what_is_feasible(scored: Path, tmp_path: Path) -> None:
+    work_dir = Path(shutil.copytree(scored, tmp_path / "work"))
+    with pytest.raises(BudgetError, match=r"cannot be met: .* the experts take 1\.\d+ to 4\.\d+ stored bits"):
+        run_allocate(work_dir, target_stored_bits=1.01)
+    with pytest.raises(BudgetError, match="leaves nothing for the experts"):
+        run_allocate(work_dir, target_stored_bits=None, target_size_bytes=1000)
+    assert run_allocate(work_dir, target_stored_bits=3.0).ran, "the right target needs no --force afterwards"
+
+
+def test_group_size_follows_score(tiny_model: TinyModel, tmp_path: Path) -> None:
+    from mc_cli.settings import QuantizerSettings
+
+    work_dir = tmp_path / "work"
+    run_calibrate(work_dir, tiny_model("mixtral"), write_documents(tmp_path / "text.jsonl", documents=24))
+    run_score(work_dir, bits=(2, 4), quantizer=QuantizerSettings(quantizer="rtn", group_size=16))
+    run_allocate(work_dir, target_stored_bits=4.5)
+    assert plan_of(work_dir).group_size_limit == 16
+    run_quantize(work_dir, quantizer=QuantizerSettings(quantizer="rtn", group_size=16))
+    layout = (work_dir / "packed" / "layout.json").read_text(encoding="utf-8")
+    assert "_g16" in layout and "_g32" not in layout
