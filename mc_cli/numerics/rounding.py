@@ -138,7 +138,9 @@ def _move_codes(codes: Tensor, values: Tensor, pull: Tensor, within: Tensor, gri
         for position in range(first, last):
             column = panel[:, position - first]
             if position > first:
-                column = column - torch.bmm(within[:, position, first:position].unsqueeze(1), moved[:, first:position]).squeeze(1)
+                column = column - torch.bmm(
+                    within[:, position, first:position].unsqueeze(1), moved[:, first:position]
+                ).squeeze(1)
             wanted = torch.addcmul(values[:, position], column, inverse_diagonal[:, position])
             code = torch.addcmul(grid.zero_points, wanted, inverse_scales).round_().clamp_(0, largest)
             codes[:, position] = code

@@ -9,12 +9,18 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from mc_cli.encodings import Encoding
-from mc_cli.errors import InputError
+from mc_cli.encodings.affine import AffineEncoding
+from mc_cli.errors import InputError, ShapeError
+from mc_cli.numerics.grids import Grid
+from mc_cli.numerics.hessian import trace_error
+from mc_cli.numerics.packing import pack_codes
 
 
 @dataclass(frozen=True)
@@ -23,8 +29,10 @@ class QuantizedLinear:
 
     encoding: Encoding
     tensors: dict[str, Tensor]  # the encoding's stored tensors, each with a leading batch dimension [B, ...]
-    proxy_loss: Tensor  # float64 [B]: trace(D hessian D^T), D = weight - dequantized; sum over tokens; NaN without Hessian
-    notes: tuple[str, ...]  # fallbacks and raised dampings, "item 3: ..." counting the Hessians of the batch
+    proxy_loss: (
+        Tensor  # float64 [B]: trace(D hessian D^T), D = weight - dequantized, hessian as handed in; NaN for None
+    )
+    notes: tuple[str, ...]  # fallbacks and raised dampings: "item 3: ..." counts the Hessians of the batch from 0
 
 
 @dataclass(frozen=True)
@@ -33,9 +41,9 @@ class Prepared:
 
     hessian: Tensor | None  # float32 [B or 1, in_features, in_features], as handed in
     group_size: int  # of the encodings it serves
-    target: Tensor | None = None  # float32, the regularised Hessian that rounding minimises under; natural order
-    inverse_cholesky: Tensor | None = None  # float32, of the damped Hessian, columns in processing order
-    order: Tensor | None = None  # int64 [B or 1, in_features]: position -> input; None for the natural order
+    target: Tensor | None = None  # float32, like hessian: what rounding minimises under, regularised
+    inverse_cholesky: Tensor | None = None  # float32, like hessian: of the damped target, inputs in processing order
+    order: Tensor | None = None  # int64 [B or 1, in_features]: place in the processing order -> input
     notes: tuple[str, ...] = ()
 
 
@@ -53,7 +61,12 @@ class Quantizer(Protocol):
         ...
 
     def prepare(self, hessian: Tensor | None, *, group_size: int, token_count: Tensor | None = None) -> Prepared:
-        """What all widths share. `hessian` float32 [B, in, in], or [1, in, in] for one that all items share."""
+        """What all widths share, computed once.
+
+        hessian      float32 [B, in_features, in_features], or [1, ...] for one that all items share; not modified
+        group_size   of the encodings to come
+        token_count  [B or 1] tokens behind each Hessian, for quantizers that trust small samples less; None: plenty
+        """
         ...
 
     def quantize(self, weight: Tensor, prepared: Prepared, encoding: Encoding) -> QuantizedLinear:
@@ -77,5 +90,41 @@ def quantizer_names() -> list[str]:
     return sorted(module.NAME for module in _quantizer_modules())
 
 
-def _quantizer_modules():
+def affine_encoding(encoding: Encoding, prepared: Prepared, weight: Tensor) -> AffineEncoding:
+    """`encoding`, known to be affine and to fit `weight` and `prepared`; ShapeError otherwise."""
+    if not isinstance(encoding, AffineEncoding):
+        raise ShapeError(f"this quantizer makes affine codes, not {encoding.key}")
+    if weight.ndim != 3:
+        raise ShapeError(f"weights come as [batch, out_features, in_features], not {tuple(weight.shape)}")
+    encoding.tensor_specs(*weight.shape[-2:])
+    if encoding.group_size != prepared.group_size:
+        raise ShapeError(f"prepared for groups of {prepared.group_size}, asked for {encoding.key}")
+    hessian = prepared.hessian
+    if hessian is not None and (hessian.shape[-1] != weight.shape[-1] or len(hessian) not in (1, len(weight))):
+        raise ShapeError(f"Hessians {tuple(hessian.shape)} do not belong to weights {tuple(weight.shape)}")
+    return encoding
+
+
+def affine_result(
+    weight: Tensor, prepared: Prepared, encoding: AffineEncoding, *, codes: Tensor, grid: Grid
+) -> QuantizedLinear:
+    """The stored tensors of `codes` on `grid`, with the loss of what they really decode to.
+
+    codes  uint8 [B, out_features, in_features], or the same rows in one item
+    grid   scales and zero points [B, groups, out_features], or the same rows in one item
+    """
+    rows = weight.shape[:2]
+    tensors = {
+        "codes": pack_codes(codes.reshape(*rows, -1), bits=encoding.bits),
+        "scales": grid.stored_scales().transpose(1, 2).reshape(*rows, -1),
+        "zero_points": grid.stored_zero_points().transpose(1, 2).reshape(*rows, -1),
+    }
+    if prepared.hessian is None:
+        loss = torch.full(rows[:1], float("nan"), dtype=torch.float64, device=weight.device)
+    else:
+        loss = trace_error(weight - encoding.dequantize(tensors, weight.shape[-1]), prepared.hessian)
+    return QuantizedLinear(encoding, tensors, loss, prepared.notes)
+
+
+def _quantizer_modules() -> list[ModuleType]:
     return [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]

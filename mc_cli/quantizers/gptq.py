@@ -1,4 +1,4 @@
-"""GPTQ done fully: errors propagate at every width, most active inputs go first, and sweeps polish the result."""
+"""GPTQ done fully: errors propagate at every width, the most active inputs go first, and sweeps polish the result."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from mc_cli.encodings import Encoding
-from mc_cli.encodings.affine import AffineEncoding
 from mc_cli.errors import InputError
-from mc_cli.numerics.grids import Grid, search_grid
+from mc_cli.numerics.grids import search_grid
 from mc_cli.numerics.hessian import inverse_cholesky, shrink_to_diagonal
-from mc_cli.numerics.packing import pack_codes
 from mc_cli.numerics.rounding import descend, propagate_errors
-from mc_cli.quantizers import Prepared, QuantizedLinear
-from mc_cli.quantizers.rtn import affine, measured
+from mc_cli.quantizers import Prepared, QuantizedLinear, affine_encoding, affine_result
 
 NAME = "gptq"
 
@@ -28,69 +25,91 @@ def build(**settings: Any) -> Gptq:
 
 @dataclass(frozen=True)
 class Gptq:
+    """GPTQ (Frantar et al. 2022, arXiv:2210.17323) on searched affine grids, then coordinate descent.
+
+    damping            fraction of the mean Hessian diagonal added before inverting
+    activation_order   round inputs of large second moment first; grids belong to the original groups either way, and
+                       codes are stored in the original order
+    sweeps             rounds of refitting scales and moving single codes after the column sweep; 0 for plain GPTQ
+    diagonal_strength  in tokens per input feature: how much correlations are distrusted where `prepare` is told token
+                       counts, see `shrink_to_diagonal`
+
+    The defaults are measured on a trained mixture of experts (3 layers of 8 experts, widths 256 and 512, groups of
+    128, Hessians of 8,000 tokens an expert): trace(D hessian D^T) / trace(W hessian W^T) on other tokens,
+    geometric mean, gate and up / down:
+                                              1 bit              2 bits               3 bits
+      round to nearest, min-max                 -             0.2558 / 0.1505     0.0469 / 0.0277
+      GPTQ, min-max                             -             0.0733 / 0.0822     0.0123 / 0.0121
+      GPTQ, clip 0.9 to 1.1                     -             0.0586 / 0.0627     0.0103 / 0.0101
+      + clip search over the whole range  0.1635 / 0.1495     0.0360 / 0.0346     0.0094 / 0.0088
+      + activation order, zero search     0.1624 / 0.1394     0.0343 / 0.0256     0.0087 / 0.0065
+      + 4 sweeps (the default)            0.1092 / 0.1029     0.0290 / 0.0243     0.0079 / 0.0062
+    8 sweeps gain another 0.5 %. Dampings from 0.003 to 0.1 differ by less than 2 %; below that plain GPTQ gets worse.
+    """
+
     damping: float = 0.01
     activation_order: bool = True
     sweeps: int = 4
     diagonal_strength: float = 0.25
-    weighting: str = "u"
-    rounds: int = 1
+
     name = NAME
     needs_hessian = True
 
+    def __post_init__(self) -> None:
+        if not (self.damping >= 0 and self.sweeps >= 0 and self.diagonal_strength >= 0):
+            raise InputError(
+                f"gptq takes damping, sweeps and diagonal_strength of 0 or more, not {self.damping}, {self.sweeps} "
+                f"and {self.diagonal_strength}"
+            )
+
     def prepare(self, hessian: Tensor | None, *, group_size: int, token_count: Tensor | None = None) -> Prepared:
+        """The order of the inputs and the factor of the damped inverse. Raises InputError without a Hessian."""
         if hessian is None:
-            raise InputError("gptq needs calibration data; use rtn where there is none")
+            raise InputError("gptq needs calibration data; use the quantizer rtn where there is none")
         target = hessian
         if token_count is not None:
             target = shrink_to_diagonal(hessian, token_count=token_count, strength=self.diagonal_strength)
         order = self._order(hessian)
-        inputs = hessian.shape[-1]
-        permuted = target.gather(1, order.unsqueeze(-1).expand(-1, -1, inputs)).gather(
-            2, order.unsqueeze(1).expand(-1, inputs, -1)
-        )
-        inverse = inverse_cholesky(permuted, damping=self.damping)
+        size = hessian.shape[-1]
+        ordered = target.gather(1, order.unsqueeze(2).expand(-1, -1, size))
+        ordered = ordered.gather(2, order.unsqueeze(1).expand(-1, size, -1))
+        inverse = inverse_cholesky(ordered, damping=self.damping)
         return Prepared(hessian, group_size, target, inverse.factor, order, inverse.notes)
 
-    def _order(self, hessian: Tensor) -> Tensor:
-        if self.activation_order:
-            diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-            return torch.argsort(diagonal, dim=-1, descending=True, stable=True)
-        return torch.arange(hessian.shape[-1], device=hessian.device).expand(len(hessian), -1)
-
     def quantize(self, weight: Tensor, prepared: Prepared, encoding: Encoding) -> QuantizedLinear:
-        """`weight` [B, out_features, in_features] float32 in `encoding`, which must be affine; not modified."""
-        encoding = affine(encoding, prepared, weight)
+        """`weight` [B, out_features, in_features] float32 in `encoding`, which must be affine; not modified.
+
+        The minimised error is that under `prepared.target`; the loss reported is that under the Hessian handed in.
+        Raises ShapeError where the encoding is not affine or does not fit, McError for non-finite weights.
+        """
+        encoding = affine_encoding(encoding, prepared, weight)
         factor, order, target = prepared.inverse_cholesky, prepared.order, prepared.target
-        assert factor is not None and order is not None and target is not None
+        if factor is None or order is None or target is None:
+            raise InputError("gptq was handed the preparation of another quantizer")
         rows = weight.to(torch.float32)
         if len(factor) == 1:  # rows are independent: items that share a Hessian are one tall matrix
             rows = rows.flatten(0, 1).unsqueeze(0)
         rank = order.argsort(-1)
-        grid = self._grid(rows, factor, rank, encoding)
-        if self.weighting!="u":
-            gs=encoding.group_size
-            d=prepared.hessian.diagonal(dim1=1,dim2=2)
-            if self.weighting=="none": d=torch.ones_like(d)
-            grid=search_grid(rows.unflatten(-1,(-1,gs)).transpose(1,2),bits=encoding.bits,error_weights=d.unflatten(-1,(-1,gs)).unsqueeze(-2))
-        columns = rows.transpose(1, 2).contiguous()
-        for _ in range(self.rounds):
-            codes = propagate_errors(_take(columns, order), factor, grid, order // encoding.group_size)
-            codes, grid = descend(columns, _take(codes, rank), grid, target, sweeps=self.sweeps)
-        shape = weight.shape[:2]
-        tensors = {
-            "codes": pack_codes(codes.transpose(1, 2).reshape(*shape, -1), bits=encoding.bits),
-            "scales": grid.stored_scales().transpose(1, 2).reshape(*shape, -1),
-            "zero_points": grid.stored_zero_points().transpose(1, 2).reshape(*shape, -1),
-        }
-        return measured(weight, prepared, encoding, tensors, prepared.notes)
-
-    def _grid(self, rows: Tensor, factor: Tensor, rank: Tensor, encoding: AffineEncoding) -> Grid:
+        # GPTQ's loss is the sum of (weight - rounded)^2 / U_jj^2 over its running weights, so these are the weights of
+        # the grid search. Against them, the Hessian's diagonal costs 1 to 3 %, equal weights 13 % on down projections.
         importance = factor.diagonal(dim1=-2, dim2=-1).square().reciprocal().gather(1, rank)
-        groups = rows.unflatten(-1, (-1, encoding.group_size)).transpose(1, 2)
-        error_weights = importance.unflatten(-1, (-1, encoding.group_size)).unsqueeze(-2)
-        return search_grid(groups, bits=encoding.bits, error_weights=error_weights)
+        grid = search_grid(
+            rows.unflatten(-1, (-1, encoding.group_size)).transpose(1, 2),
+            bits=encoding.bits,
+            error_weights=importance.unflatten(-1, (-1, encoding.group_size)).unsqueeze(-2),
+        )
+        columns = rows.transpose(1, 2).contiguous()
+        codes = propagate_errors(_take(columns, order), factor, grid, order // encoding.group_size)
+        codes, grid = descend(columns, _take(codes, rank), grid, target, sweeps=self.sweeps)
+        return affine_result(weight, prepared, encoding, codes=codes.transpose(1, 2), grid=grid)
+
+    def _order(self, hessian: Tensor) -> Tensor:
+        """int64 [B, in_features]: position in the sweep -> input."""
+        if self.activation_order:
+            return torch.argsort(hessian.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
+        return torch.arange(hessian.shape[-1], device=hessian.device).repeat(len(hessian), 1)
 
 
 def _take(columns: Tensor, order: Tensor) -> Tensor:
-    """`columns` [B, in, out] with its inputs in `order` [B, in]."""
+    """`columns` [B, in_features, out_features] with its inputs in `order` [B, in_features]."""
     return columns.gather(1, order.unsqueeze(-1).expand(-1, -1, columns.shape[2]))

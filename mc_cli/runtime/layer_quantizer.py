@@ -135,26 +135,35 @@ class LayerQuantizer:
         hessian = torch.zeros((width, width), device=self._device)
         count = 0
 
-        def capture(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        def add(inputs: torch.Tensor) -> None:
             nonlocal count
-            rows = args[0].detach().reshape(-1, width)
+            rows = inputs.detach().reshape(-1, width)
             accumulate(hessian, rows)
             count += len(rows)
+
+        self._run_up_to(module, add)
+        return hessian, count
+
+    def _run_up_to(self, module: nn.Module, on_input: Callable[[torch.Tensor], None] | None = None) -> None:
+        """Runs all batches through the resident layer, each up to the point where it calls `module`."""
+
+        def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            if on_input is not None:
+                on_input(args[0])
             raise _InputSeen
 
         with ExitStack() as stack:
-            stack.callback(module.register_forward_pre_hook(capture).remove)
+            stack.callback(module.register_forward_pre_hook(stop).remove)
             for rows in self._walk.batches():
                 with torch.no_grad(), suppress(_InputSeen):
                     self._walk.call_layer(self._walk.hidden[rows].to(self._device), rows)
-        return hessian, count
 
     # Experts
 
     def _quantize_experts(self, block: ExpertBlock, result: LayerResult) -> None:
         module = self._model.get_submodule(block.path)
         with watching(self._model, block, keep_inputs=True) as capture:
-            self._walk.run_layer(advance=False)
+            self._run_up_to(module)
         inputs = ExpertInputs(capture, block, self._device)
         up, down = block.projections
 
