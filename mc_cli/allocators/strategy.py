@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from mc_cli.allocators.problem import AllocationProblem, Floor
 from mc_cli.artifacts.importance import LayerImportance
+from mc_cli.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,18 @@ class SolverSettings:
     gap            relative distance to the optimum at which it may stop; None = the strategy's own
     time_limit_s   seconds for one programme; what is found by then is used and recorded as `feasible`
     name           `HiGHS` or `CBC`; None = HiGHS where it is installed
+    Raises InputError for a gap outside 0 to 1 or a time limit that is not positive.
     """
 
     gap: float | None = None
     time_limit_s: float = 300.0
     name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.gap is not None and not 0 <= self.gap < 1:
+            raise InputError(f"A gap of {self.gap} cannot be used: it is a relative distance, from 0 to below 1.")
+        if not self.time_limit_s > 0:
+            raise InputError(f"A time limit of {self.time_limit_s} s cannot be used: it has to be positive.")
 
 
 @dataclass(frozen=True)

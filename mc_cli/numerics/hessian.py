@@ -79,62 +79,68 @@ class InverseFactor:
     """The upper triangular U with (hessian + damping * mean diagonal * I)^-1 = U^T U, per batch item."""
 
     factor: Tensor  # [B, in_features, in_features] float32, zero below the diagonal
-    damping: Tensor  # [B] float32, the fraction of the mean diagonal that was really added
-    notes: tuple[str, ...]  # one message per batch item whose damping had to grow, or that has no data
+    damping: tuple[float, ...]  # per item, the fraction of the mean diagonal that was really added
+    notes: tuple[str, ...]  # "item 3: ..." for every item without data, with dead inputs or with raised damping
 
 
 def inverse_cholesky(hessian: Tensor, *, damping: float) -> InverseFactor:
-    """The upper Cholesky factor of the damped inverse.
+    """The upper Cholesky factor of the damped inverse, in float64 inside up to FLOAT64_LIMIT inputs.
 
     hessian  [B, in_features, in_features] float32, symmetric positive semi-definite; not modified
     damping  fraction of mean(diag(hessian)) added to the diagonal
 
-    Computed as the inverse of R where hessian = R R^T with R upper triangular, which needs no inverse of the Hessian
-    itself; in float64 up to FLOAT64_LIMIT inputs. Items that are not positive definite are damped ten times more until
-    they are; inputs that were always zero get the damping, or where that is zero the mean diagonal, so that they are
-    rounded on their own; an all-zero Hessian becomes the identity. Each of these is in `notes`.
+    An item that is not positive definite is damped ten times more until it is. Inputs that were always zero are left
+    with the damping, so that they are rounded on their own; an all-zero Hessian counts as the identity.
     Raises McError for non-finite Hessians and for matrices that no damping makes positive definite.
     """
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    if not bool(torch.isfinite(hessian.sum(dim=(-2, -1))).all()):
+    if not bool(torch.isfinite(hessian).all()):
         raise McError("a Hessian holds non-finite values: the inputs of that layer overflowed during calibration")
+    factor = torch.empty_like(hessian, memory_format=torch.contiguous_format)
+    used: list[float] = []
     notes: list[str] = []
-    mean = diagonal.mean(-1)
-    empty = mean <= 0
-    notes.extend(f"item {item}: no calibration data, rounded without error propagation" for item in _indices(empty))
-    mean = torch.where(empty, 1.0, mean)
-    dead_value = mean * (0.0 if damping > 0 else 1.0) + empty  # what an always-zero input gets before damping
-    base = (diagonal <= 0) * dead_value[:, None]
-    used = torch.full_like(mean, damping)
-    factor = torch.empty_like(hessian)
-    pending = torch.arange(len(hessian), device=hessian.device)
-    while len(pending):
-        added = base[pending] + (used * mean)[pending, None]
-        computed, failed = _factor_once(hessian[pending], added)
-        factor[pending[~failed]] = computed[~failed]
-        pending = pending[failed]
-        used[pending] = (used[pending] * 10).clamp_min(1e-4)
-        if len(pending) and float(used[pending].max()) > _LARGEST_DAMPING:
-            raise McError(f"Hessians {pending.tolist()} of the batch are not positive semi-definite at any damping")
-    notes.extend(
-        f"item {item}: singular Hessian, damping raised from {damping:g} to {float(used[item]):g} of the mean diagonal"
-        for item in _indices(used > damping)
-    )
-    return InverseFactor(factor, used, tuple(notes))
+    for item, matrix in enumerate(hessian):  # one by one: the float64 copies of a stack of experts need not fit
+        reached, found = _factor_into(factor[item], matrix, damping)
+        used.append(reached)
+        notes.extend(f"item {item}: {note}" for note in found)
+    return InverseFactor(factor, tuple(used), tuple(notes))
 
 
-def _factor_once(hessian: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    """(factors float32, failed bool [B]) with `added` [B, in_features] on the diagonal."""
-    dtype = torch.float64 if hessian.shape[-1] <= FLOAT64_LIMIT else torch.float32
+def _factor_into(factor: Tensor, hessian: Tensor, damping: float) -> tuple[float, list[str]]:
+    """Fill `factor` for one `hessian` [in_features, in_features]; the damping it took, and what to report."""
+    diagonal = hessian.diagonal()
+    mean = float(diagonal.mean(dtype=torch.float64))
+    dead = int((diagonal <= 0).sum())
+    if dead == len(diagonal):
+        factor.zero_().diagonal().fill_((1 + damping) ** -0.5)
+        return damping, ["no calibration data, rounded without error propagation"]
+    notes = [f"{dead} of {len(diagonal)} inputs were zero on every token, rounded on their own"] if dead else []
+    reached = damping
+    while not _invert_into(factor, hessian, reached * mean):
+        reached = max(10 * reached, 1e-4)
+        if reached > _LARGEST_DAMPING:
+            raise McError(
+                f"a Hessian is not positive semi-definite even with {reached / 10:g} of its mean diagonal added"
+            )
+    if reached > damping:
+        notes.append(f"singular Hessian, damping raised from {damping:g} to {reached:g} of the mean diagonal")
+    return reached, notes
+
+
+def _invert_into(factor: Tensor, hessian: Tensor, added: float) -> bool:
+    """Fill `factor` with U for `hessian + added * I`; False where that is not positive definite.
+
+    With hessian = R R^T and R upper triangular, U is the inverse of R; R is the Cholesky factor of the matrix read
+    backwards. That takes one factorisation and one triangular solve, and never the inverse of the Hessian itself.
+    """
+    dtype = torch.float64 if len(hessian) <= FLOAT64_LIMIT else torch.float32
     damped = hessian.to(dtype, copy=True)
-    damped.diagonal(dim1=-2, dim2=-1).add_(added)
-    lower, info = torch.linalg.cholesky_ex(damped.flip(-2, -1))
-    failed = info != 0
-    lower = torch.where(failed[:, None, None], torch.eye(lower.shape[-1], dtype=dtype, device=lower.device), lower)
-    identity = torch.eye(lower.shape[-1], dtype=dtype, device=lower.device).expand_as(lower)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False).flip(-2, -1).to(torch.float32)
-    failed |= ~torch.isfinite(inverse.sum(dim=(-2, -1)))
-    return inverse.contiguous(), failed
+    damped.diagonal().add_(added)
+    lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if int(info):
+        return False
+    identity = torch.eye(len(hessian), dtype=dtype, device=hessian.device)
+    factor.copy_(torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1))
+    return bool(torch.isfinite(factor).all())
 
 
 def trace_error(difference: Tensor, hessian: Tensor) -> Tensor:
@@ -149,7 +155,3 @@ def trace_error(difference: Tensor, hessian: Tensor) -> Tensor:
     else:
         product = torch.bmm(difference, hessian)
     return product.mul_(difference).sum(-1, dtype=torch.float64).sum(-1)
-
-
-def _indices(mask: Tensor) -> list[int]:
-    return mask.nonzero().flatten().tolist()

@@ -23,7 +23,7 @@ def propagate_errors(columns: Tensor, factor: Tensor, grid: Grid, group_of: Tens
     group_of  int64 [B, in]: the group whose grid each column is rounded on
 
     Errors are kept, divided by the factor's diagonal, and a panel of columns, then each column of it, pulls in what it
-    is owed just before it is needed. Nothing to the right is ever rewritten, so memory traffic is half of the usual form.
+    is owed just before it is needed. Nothing to the right is ever rewritten: half the memory traffic of the usual form.
     Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1.
     """
     errors = torch.empty_like(columns)
@@ -66,9 +66,8 @@ def descend(columns: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, *, swee
     where it lowers the error, so the error never rises (up to float32 rounding). Inputs without data keep their codes.
     Source: coordinate descent as in QuantEase, Behdin et al. 2023, arXiv:2309.01885; the refit is ours.
     """
-    batch, in_features, _ = columns.shape
     groups = grid.scales.shape[1]
-    width = in_features // groups
+    width = columns.shape[1] // groups
     codes = codes.clone()
     grid = Grid(grid.scales.clone(), grid.zero_points.clone(), grid.bits)
     values = grid.values(codes.unflatten(1, (groups, width)).transpose(2, 3)).transpose(2, 3).flatten(1, 2).contiguous()

@@ -193,6 +193,13 @@ def test_exponents_are_of_pmq_alone_and_not_negative():
         )
 
 
+@pytest.mark.parametrize("setting", [{"gap": -1e-9}, {"gap": 1.0}, {"gap": math.nan}, {"time_limit_s": 0.0}])
+def test_solver_settings_that_cannot_be_used(setting):
+    text = message_of(InputError, budget=Budget("code_bits", 2), **setting)
+    assert str(next(iter(setting.values()))) in text
+    assert "cannot be used" in text
+
+
 @pytest.mark.parametrize("method", ["uniform", "layerwise"])
 def test_floors_mean_nothing_to_some_methods(method):
     text = message_of(InputError, method=method, budget=Budget("code_bits", 2), floors=[Floor(3)])
