@@ -259,7 +259,7 @@ class StageFolder:
     def state(self) -> str:
         """`done`, `begun`, `stale` or `new`, compared with the settings and inputs asked for now.
 
-        A run that stopped before it had written anything, refusing its input for example, leaves a folder as good as new.
+        A run that stopped before it had written anything, refusing its input for example, leaves a folder like new.
         """
         if not self.folder.exists():
             return "new"

@@ -16,9 +16,9 @@ from torch import Tensor
 from mc_cli.errors import McError, ShapeError
 
 _WORD_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # widths whose 8 codes fill a torch integer exactly
-# Words worked on at a time. On the CPU the dozen passes over a piece then stay in cache, three times as fast as passes
-# over whole matrices.
-_WORDS_AT_ONCE = {"cpu": 1 << 14}
+# Words worked on at a time. On the CPU the dozen passes over a piece then stay in cache, twice as fast as passes
+# over whole matrices (17 million 2-bit codes: 15 ms against 30).
+_WORDS_AT_ONCE = {"cpu": 1 << 15}
 _ALL_WORDS = 1 << 26
 
 

@@ -1,7 +1,8 @@
 """Quality at equal stored bytes: this tool's default beside its own baselines, over several calibration seeds.
 
-For every seed: calibrate, score once per quantizer; then for every target the plans of `global`, `pmq` and `uniform`
-are quantized with GPTQ, and once, since it sees no calibration data, `uniform` with round-to-nearest. Every packed model is evaluated on held-out text.
+For every seed: calibrate, score once; then for every target the plans of `global`, `pmq` and `uniform` are quantized
+with GPTQ, and once, since it sees no calibration data, `uniform` with round-to-nearest. Every packed model is evaluated
+on held-out text. Runs that are already in the output file are not repeated.
 Prints a table of mean and spread (minimum to maximum), and writes all figures as JSON.
 
     python recipes/benchmarks/quality.py --model DIR --data calibration.jsonl --heldout FOLDER --out results.json
@@ -87,10 +88,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, default=Path("runs/quality"))
     parser.add_argument("--out", type=Path, default=Path("runs/quality.json"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--targets", type=float, nargs="+", default=[2.25, 2.75, 3.25], help="stored bits per expert weight")
+    parser.add_argument(
+        "--targets", type=float, nargs="+", default=[2.25, 2.75, 3.25], help="stored bits per expert weight"
+    )
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--max-windows", type=int, default=256, help="held-out windows, evenly over the domains; 0 = all")
+    parser.add_argument(
+        "--max-windows", type=int, default=256, help="held-out windows, evenly over the domains; 0 = all"
+    )
     parser.add_argument("--attention-bits", type=int, default=4)
     parsed = parser.parse_args()
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
@@ -142,8 +147,19 @@ def show(results: list[dict]) -> None:
     """One row per target and contender: mean and spread over seeds."""
     console = Console(width=130)
     first = results[0]
-    table = Table(title=f"Original: perplexity {math.exp(first['original_loss']):.3f}, {first['tokens']:,} held-out tokens")
-    for name in ("target", "contender", "stored bits", "expert bytes", "perplexity", "gap, nats/token", "KL, nats/token", "seeds"):
+    table = Table(
+        title=f"Original: perplexity {math.exp(first['original_loss']):.3f}, {first['tokens']:,} held-out tokens"
+    )
+    for name in (
+        "target",
+        "contender",
+        "stored bits",
+        "expert bytes",
+        "perplexity",
+        "gap, nats/token",
+        "KL, nats/token",
+        "seeds",
+    ):
         table.add_column(name, justify="left" if name == "contender" else "right")
     for target in sorted({entry["target"] for entry in results}):
         for contender in CONTENDERS:

@@ -54,13 +54,13 @@ def assert_solves(problem, chosen: SolverSettings) -> None:
     assert assignment.bound == pytest.approx(value, rel=1e-6, abs=1e-5 * largest)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(problems())
 def test_finds_what_brute_force_finds(problem):
     assert_solves(problem, EXACT)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(problems())
 def test_finds_it_from_the_smallest_core_too(problem):
     before = solver.CORE_CHOICES
