@@ -88,6 +88,7 @@ def _run(
 
     from mc_cli.artifacts import store
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has its children ignore it
     torch.set_num_threads(1)  # bytes are compared, and sums over threads come in any order
     if pause_s:
         store._sync_folder = lambda _: time.sleep(pause_s)

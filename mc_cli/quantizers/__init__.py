@@ -116,8 +116,8 @@ def affine_result(
     rows = weight.shape[:2]
     tensors = {
         "codes": pack_codes(codes.reshape(*rows, -1), bits=encoding.bits),
-        "scales": grid.stored_scales().transpose(1, 2).reshape(*rows, -1),
-        "zero_points": grid.stored_zero_points().transpose(1, 2).reshape(*rows, -1),
+        "scales": grid.stored_scales().transpose(1, 2).reshape(*rows, -1).contiguous(),
+        "zero_points": grid.stored_zero_points().transpose(1, 2).reshape(*rows, -1).contiguous(),
     }
     if prepared.hessian is None:
         loss = torch.full(rows[:1], float("nan"), dtype=torch.float64, device=weight.device)

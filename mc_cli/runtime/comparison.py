@@ -10,6 +10,7 @@ from mc_cli.artifacts.evaluation import TextResult
 from mc_cli.parts import ExpertBlock
 from mc_cli.progress import Progress
 from mc_cli.runtime.layerwise import LayerSource, LayerWalk
+from mc_cli.runtime.memory import release_freed_memory
 from mc_cli.runtime.routing import watching
 from mc_cli.runtime.text import Windows
 
@@ -86,6 +87,7 @@ def _advance(walk: LayerWalk, block: ExpertBlock | None, layer: int) -> torch.Te
             walk.run_layer(advance=True)
         index = capture.index
     walk.source.free(layer)
+    release_freed_memory()
     return index
 
 

@@ -24,6 +24,7 @@ from mc_cli.runtime.checkpoint import Checkpoint
 from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.inventory import take_inventory
 from mc_cli.runtime.layerwise import LayerWalk
+from mc_cli.runtime.memory import release_freed_memory
 from mc_cli.runtime.resume import restore_progress, save_progress
 from mc_cli.runtime.routing import routing_statistics, watching
 from mc_cli.runtime.sensitivity import backward_layer, output_gradient
@@ -133,6 +134,7 @@ def _forward(
             checkpoint.load(layer)
             _forward_layer(walk, checkpoint, blocks.get(layer), folder)
             checkpoint.free(layer)
+            release_freed_memory()
             save_progress(folder, walk)
             step.advance(note=f"layer {layer}")
 
@@ -171,6 +173,7 @@ def _backward(
             inputs = read_tensors(folder.path(_inputs_file(depth)))["hidden"]
             gradients, sensitivity = backward_layer(walk, inputs, gradients, blocks.get(depth))
             checkpoint.free(depth)
+            release_freed_memory()
             state = {"gradients": gradients}
             if sensitivity is not None:
                 part = {"gradient_square": sensitivity.gradient_square, "token_scale": sensitivity.token_scale}

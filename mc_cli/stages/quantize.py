@@ -38,6 +38,7 @@ from mc_cli.runtime.checkpoint import Checkpoint
 from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.layer_quantizer import LayerQuantizer, LayerResult
 from mc_cli.runtime.layerwise import LayerWalk
+from mc_cli.runtime.memory import release_freed_memory
 from mc_cli.runtime.packed_model import copy_model_files, model_bytes
 from mc_cli.runtime.quantization import quantizer_for
 from mc_cli.runtime.resume import restore_progress, save_progress
@@ -137,6 +138,7 @@ def _layers(
             walk.run_layer(advance=True)
             writer.write(f"layer_{layer:03d}", parts, result)
             checkpoint.free(layer)
+            release_freed_memory()
             save_progress(folder, walk)
             step.advance(note=f"layer {layer}")
 

@@ -27,6 +27,7 @@ from mc_cli.quantizers import Quantizer
 from mc_cli.runtime import experts
 from mc_cli.runtime.expert_inputs import ExpertInputs, Sample, down_hessians, expert_chunks, expert_outputs, up_hessians
 from mc_cli.runtime.layerwise import LayerWalk
+from mc_cli.runtime.memory import release_freed_memory
 from mc_cli.runtime.quantization import quantizer_for
 from mc_cli.runtime.resume import restore_progress, save_progress
 from mc_cli.runtime.routing import watching
@@ -71,6 +72,7 @@ def run(
             else:
                 walk.run_layer(advance=True)
             checkpoint.free(layer)
+            release_freed_memory()
             save_progress(folder, walk)
             step.advance(note=f"layer {layer}")
     _merge(settings, inventory, scorer.sensitivity_method, folder, progress)

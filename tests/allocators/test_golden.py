@@ -78,7 +78,7 @@ def test_the_objective_is_pmqs_formula(importance):
 
 @pytest.mark.parametrize(
     "change",
-    [{"alpha": 0.0}, {"beta": 1.0}, {"gamma": 2.0}, {"floors": ()}, {"floors": [Floor(2, 4)]}],
+    [{"alpha": 0.0}, {"beta": 0.0}, {"gamma": 2.0}, {"floors": ()}, {"floors": [Floor(2, 4)]}],
     ids=["alpha", "beta", "gamma", "no floors", "other floors"],
 )
 def test_every_setting_matters(first_layers, change):

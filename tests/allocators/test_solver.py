@@ -208,13 +208,13 @@ def test_a_budget_above_everything_gives_every_unit_its_cheapest_choice():
     assert assignment.bound == assignment.lagrangian_bound == 2.0
 
 
-def stopped_early(monkeypatch, values: dict[str, float]) -> None:
+def stopped_early(monkeypatch, values: dict[str, float], status: int = pulp.LpSolutionIntegerFeasible) -> None:
     """Makes the solver look as if the clock had stopped it with `values`."""
 
     def run(model, *, time_limit_s, absolute_gap, name=None):
         for variable in model.variables():
             variable.varValue = values.get(variable.name, 0.0)
-        return Outcome("HiGHS", pulp.LpSolutionIntegerFeasible, None)
+        return Outcome("HiGHS", status, None)
 
     monkeypatch.setattr(core, "run_solver", run)
 
@@ -230,11 +230,40 @@ def test_a_solver_stopped_by_the_clock_is_recorded_with_its_true_gap(monkeypatch
     assert assignment.bound == assignment.lagrangian_bound <= 13.0
 
 
-def test_a_solver_stopped_without_an_assignment_is_an_error(monkeypatch):
+@pytest.mark.parametrize(
+    ("values", "status"),
+    [
+        ({"x_0_1": 1.0, "x_1_1": 1.0, "x_2_1": 1.0}, pulp.LpSolutionIntegerFeasible),  # 18 of 9 bytes
+        ({"x_0_0": 1.0, "x_1_0": 1.0, "x_2_0": 1.0}, pulp.LpSolutionNoSolutionFound),  # left over from before
+    ],
+)
+def test_a_solver_stopped_without_an_assignment_is_an_error(monkeypatch, values, status):
     problem = problem_of([[4.0, 1.0], [6.0, 2.0], [9.0, 3.0]], [[1, 5], [1, 6], [1, 7]], limit=9)
-    stopped_early(monkeypatch, {"x_0_1": 1.0, "x_1_1": 1.0, "x_2_1": 1.0})  # 18 of 9 bytes
+    stopped_early(monkeypatch, values, status)
     with pytest.raises(SolverError, match=r"found no assignment within 300 s. Allow more time, or a larger gap."):
         solver.solve(problem, EXACT)
+
+
+def test_an_assignment_outlives_a_proof_that_is_stopped(monkeypatch):
+    monkeypatch.setattr(solver, "CORE_CHOICES", 1)
+    costs, sizes = random_rows(0, units=60, options=4)
+    problem = problem_of(costs, sizes, limit=sum(row[1] for row in sizes) + 7)
+    optimum = dynamic_programme(costs, sizes, problem.limit)
+    runs = []
+
+    def run(model, **arguments):
+        runs.append(model)
+        if len(runs) > 1:
+            return Outcome("HiGHS", pulp.LpSolutionNoSolutionFound, None)
+        return milp.run_solver(model, **arguments)
+
+    monkeypatch.setattr(core, "run_solver", run)
+    assignment = solver.solve(problem, EXACT)
+    assert len(runs) == 2
+    assert assignment.status == "feasible"
+    assert assignment.bound <= optimum <= problem.value(assignment.picks)
+    assert assignment.bound < problem.value(assignment.picks)
+    assert problem.size(assignment.picks) <= problem.limit
 
 
 def test_a_real_time_limit_ends_in_a_true_claim_or_an_error():

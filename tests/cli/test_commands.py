@@ -230,7 +230,9 @@ def test_run_names_what_it_lacks(mc_cli: Invoke, stages: FakeStages) -> None:
 
 def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
     script = (
-        "import sys, time\nfrom types import SimpleNamespace\nfrom mc_cli import chain, cli\n"
+        "import signal, sys, time\nfrom types import SimpleNamespace\nfrom mc_cli import chain, cli\n"
+        # a shell that runs the tests in the background has children ignore the signal
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def run(*a, **k):\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "chain.stage_module = lambda stage: SimpleNamespace(run=run)\n"
         "cli.main()\n"
