@@ -92,7 +92,7 @@ def test_error_weights_decide_what_is_clipped():
     ignored[0, 5] = 0.0
     others = torch.cat([weight[:, :5], weight[:, 6:]], dim=1)
     found = search_grid(weight, bits=2, error_weights=ignored)
-    assert float(error_of(others, found).max()) < 0.1 * float(error_of(others, search_grid(weight, bits=2)).min())
+    assert float(error_of(others, found).max()) < 0.25 * float(error_of(others, search_grid(weight, bits=2)).min())
 
 
 @st.composite
