@@ -14,6 +14,7 @@ help:
 	@echo "make check    ruff and mypy"
 	@echo "make smoke    every command in turn on the bundled model, with little text"
 	@echo "make docs     write docs/cli.md from the commands"
+	@echo "make bench-memory, make bench-quality   peak memory by depth; quality at equal stored bytes"
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -58,3 +59,11 @@ smoke: install
 
 docs: install-dev
 	$(BIN)/python recipes/generate_cli_docs.py
+
+# Ratios against a baseline in the same run; see docs/results.md for figures and the options used there.
+.PHONY: bench-memory bench-quality
+bench-memory: install
+	$(BIN)/python recipes/benchmarks/memory.py
+
+bench-quality: install
+	$(BIN)/python recipes/benchmarks/quality.py
