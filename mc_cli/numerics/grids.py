@@ -175,14 +175,11 @@ def best_binary(weight: Tensor, column: Tensor) -> Grid:
     Two levels split the sorted weights in two runs, each level the weighted mean of its run; all n - 1 splits are
     compared by the weighted variance between the runs.
     """
-    values, positions = weight.sort(-1, stable=True)
+    values, positions = weight.sort(-1)
     shares = (column / column.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).transpose(1, 2)
     shares = shares.expand_as(weight).gather(-1, positions)
-    running = torch.ones(
-        weight.shape[-1], weight.shape[-1], device=weight.device
-    ).triu_()  # cumsum that repeats on GPUs
-    mass = shares @ running
-    moment = (values * shares) @ running
+    mass = shares.cumsum(-1)
+    moment = (values * shares).cumsum(-1)
     total_mass, total = mass[..., -1:], moment[..., -1:]
     low_mass = mass[..., :-1].clamp_min(1e-12)
     high_mass = (total_mass - mass[..., :-1]).clamp_min(1e-12)

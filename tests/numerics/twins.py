@@ -63,44 +63,6 @@ def column_by_column(weight: Tensor, hessian: Tensor, scales: Tensor, zero_point
     return codes
 
 
-def swept_row(
-    weight: Tensor, codes: Tensor, scales: Tensor, zero_points: Tensor, hessian: Tensor, bits: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """float64 (codes, scales, zero points) of one row after one sweep of descent, every choice by comparing losses.
-
-    Per group: the least-squares scale and zero point, stored precision, if they are better; then for each code in turn
-    the level of least loss.
-    """
-    weight, codes, scales, zero_points, hessian = (
-        part.double().clone() for part in (weight, codes, scales, zero_points, hessian)
-    )
-    width, unit = len(weight) // len(scales), 2.0 ** (bits - 8)
-
-    def loss_of(codes: Tensor, scales: Tensor, zero_points: Tensor) -> float:
-        values = (codes - zero_points.repeat_interleave(width)) * scales.repeat_interleave(width)
-        return float((weight - values) @ hessian @ (weight - values))
-
-    for group in range(len(scales)):
-        part = slice(group * width, (group + 1) * width)
-        others = (codes - zero_points.repeat_interleave(width)) * scales.repeat_interleave(width)
-        others[part] = 0
-        design = torch.zeros(len(weight), 2, dtype=torch.float64)
-        design[part, 0], design[part, 1] = codes[part], 1
-        slope, offset = torch.linalg.solve(design.T @ hessian @ design, design.T @ hessian @ (weight - others))
-        tried_zeros, tried_scales = zero_points.clone(), scales.clone()
-        tried_zeros[group] = (-offset / slope / unit).round().clamp(0, 255) * unit
-        line = design[:, 0] - tried_zeros[group] * design[:, 1]
-        tried_scales[group] = (line @ hessian @ (weight - others) / (line @ hessian @ line)).half().double()
-        if loss_of(codes, tried_scales, tried_zeros) < loss_of(codes, scales, zero_points):
-            scales, zero_points = tried_scales, tried_zeros
-        for place in range(part.start, part.stop):
-            choices = [codes.clone() for _ in range(2**bits)]
-            for level, choice in enumerate(choices):
-                choice[place] = level
-            codes = min(choices, key=lambda choice: loss_of(choice, scales, zero_points))
-    return codes, scales, zero_points
-
-
 def correlated_hessian(batch: int, in_features: int, *, seed: int, tokens: int = 400) -> Tensor:
     """float32 [batch, in, in] of inputs that share a few directions, as the inputs of a layer do."""
     generator = torch.Generator().manual_seed(seed)
