@@ -26,6 +26,7 @@ from mc_cli.quantizers import Quantizer
 from mc_cli.runtime import experts
 from mc_cli.runtime.expert_inputs import ExpertInputs, down_hessians, expert_chunks, pooled_share, up_hessians
 from mc_cli.runtime.layerwise import LayerWalk
+from mc_cli.runtime.memory import release_freed_memory
 from mc_cli.runtime.routing import watching
 
 PackedTensors = dict[str, torch.Tensor]  # stored part -> tensor of one matrix
@@ -205,6 +206,7 @@ class LayerQuantizer:
                     keys[expert] = self._leave(module, block, projection, expert, bits, packed, result)
                 continue
             for chunk in _pieces(members, block):
+                release_freed_memory()
                 self._pack_chunk(module, inputs, projection, bits, chunk, hessians_of(chunk), result)
                 for expert in chunk:
                     keys[expert] = packed[expert][0]

@@ -23,7 +23,9 @@ from typing import Any
 
 # This process imports nothing large: a child's peak counts from its parent's size at the moment it was started.
 STAGES = ("calibrate", "score", "allocate", "quantize")
-TARGET_STORED_BITS = 3.25
+# 4 bits everywhere, scales included: a layer's experts of one width are quantized together, so with mixed widths the
+# peak would depend on how many of them a plan happens to put side by side.
+TARGET_STORED_BITS = 4.2
 WORDS = ("tree", "river", "of", "the", "stone", "and", "walks", "under", "a", "bright", "sky", "while", "rain", "falls")
 
 
@@ -152,7 +154,7 @@ def _stage_call(stage: str, folder: Path, shape: Shape) -> Any:
             length=shape.length,
         ),
         "score": ScoreSettings(bits=(2, 4)),
-        "allocate": AllocateSettings(target_stored_bits=TARGET_STORED_BITS),
+        "allocate": AllocateSettings(method="uniform", target_stored_bits=TARGET_STORED_BITS),
         "quantize": QuantizeSettings(),
     }
     from mc_cli.chain import stage_module
