@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest
+from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest, nothing_remembered
 from mc_cli.errors import InputError
 from mc_cli.flags import STAGES, shared_with_score
 from mc_cli.progress import Progress, StageResult
@@ -60,9 +60,10 @@ def followed_settings(stage: str, work_dir: Path) -> dict[str, Any]:
 
 
 def planned_stage(stage: str, settings: Any, compute: RunSettings, work_dir: Path, *, force: bool) -> PlannedStage:
-    """What running this stage now would do."""
-    folder = stage_module(stage).plan_stage(settings, compute, work_dir)
-    state = folder.state()
+    """What running this stage now would do. Nothing is written, not even the memory of digests."""
+    with nothing_remembered():
+        folder = stage_module(stage).plan_stage(settings, compute, work_dir)
+        state = folder.state()
     actions = _FORCED if force else _ACTIONS
     differences = tuple(folder.differences()) if state == "stale" else ()
     return PlannedStage(stage, state, actions[state], str(folder.folder), differences)

@@ -75,8 +75,9 @@ class ExportFolder:
         return self.folder.with_name(self.folder.name + PARTIAL_SUFFIX)
 
     def state(self) -> str:
-        """`new`, `done` or `stale`. Raises InputError for a directory that something else has filled."""
-        self._undo_half_replacement()
+        """`new`, `done` or `stale`; nothing is changed. Raises InputError for a directory that something else filled."""
+        if self._is_half_replaced():
+            return self._state_of(self._replaced)
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"--out {self.folder} is a file. Name a directory to make.")
         if not self.folder.exists() or not any(self.folder.iterdir()):
@@ -86,12 +87,15 @@ class ExportFolder:
                 f"--out {self.folder} is not empty, and mc-cli export did not make it: it has no {RECORD}. It is left "
                 "alone, even with --force. Name another directory, or remove this one."
             )
-        record = ExportRecord.read(self.folder)
+        return self._state_of(self.folder)
+
+    def _state_of(self, folder: Path) -> str:
+        record = ExportRecord.read(folder)
         return "done" if record is not None and record.fingerprint == self.fingerprint else "stale"
 
     def differences(self) -> list[str]:
         """Each setting and input that differs between what lies there and what is asked for now."""
-        record = ExportRecord.read(self.folder)
+        record = ExportRecord.read(self._replaced if self._is_half_replaced() else self.folder)
         if record is None:
             return []
         lines = []
@@ -110,7 +114,8 @@ class ExportFolder:
 
         Raises StaleArtifactError for an export of something else unless `force`, ArtifactError for a damaged one.
         """
-        self._undo_half_replacement()
+        if self._is_half_replaced():
+            self._replaced.rename(self.folder)
         ours = (self.folder / RECORD).exists()
         state = "new" if force and ours else self.state()
         if state == "done":
@@ -178,7 +183,6 @@ class ExportFolder:
     def _replaced(self) -> Path:
         return self.folder.with_name(self.folder.name + _REPLACED_SUFFIX)
 
-    def _undo_half_replacement(self) -> None:
+    def _is_half_replaced(self) -> bool:
         """A process killed between the two renames of `finish` leaves the earlier export beside its name."""
-        if (self._replaced / RECORD).exists() and not self.folder.exists():
-            self._replaced.rename(self.folder)
+        return (self._replaced / RECORD).exists() and not self.folder.exists()

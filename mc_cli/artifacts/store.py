@@ -13,7 +13,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,6 +177,19 @@ def content_digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+_REMEMBERS: ContextVar[bool] = ContextVar("remembers", default=True)
+
+
+@contextmanager
+def nothing_remembered() -> Iterator[None]:
+    """Inside, digests of input files are worked out but not written down: a dry run leaves the disk as it is."""
+    token = _REMEMBERS.set(False)
+    try:
+        yield
+    finally:
+        _REMEMBERS.reset(token)
+
+
 class DigestCache:
     """sha256 of input files, each hashed once: remembered by path, size and modification time in one JSON file."""
 
@@ -194,7 +209,8 @@ class DigestCache:
         if not isinstance(entry, dict) or entry.get("stamp") != stamp or "sha256" not in entry:
             entry = {"stamp": stamp, "sha256": file_digest(path)}
             self._known[name] = entry
-            write_json(self._path, self._known)
+            if _REMEMBERS.get():
+                write_json(self._path, self._known)
         return entry["sha256"]
 
 

@@ -46,6 +46,26 @@ def test_a_second_run_does_nothing(run_arguments: tuple[object, ...], finished: 
     assert [entry["ran"] for entry in json.loads(again.stdout)["stages"]] == [False] * 6
 
 
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and modification time of everything below `folder`."""
+    stats = {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*")}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def test_a_dry_run_writes_nothing(run_arguments: tuple[object, ...], finished: Path, tmp_path: Path) -> None:
+    fresh = ("-w", tmp_path / "work", "--dry-run")
+    model = run_arguments[run_arguments.index("--model") + 1]
+    for command in (("calibrate", "--model", model, "--data", finished / "text.txt"), ("run", *run_arguments)):
+        result = invoke(*command, *fresh)
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout.startswith("calibrate: new: would run")
+        assert list(tmp_path.iterdir()) == []
+    (finished / "work" / "digests.json").unlink()  # what a run would write again
+    before = contents(finished)
+    assert invoke("run", *run_arguments, "--dry-run").stdout.count(": done: ") == 6
+    assert contents(finished) == before
+
+
 def test_status_has_all_stages_done(finished: Path) -> None:
     stages = json.loads(invoke("status", "-w", finished / "work", "--json").stdout)["stages"]
     assert {entry["state"] for entry in stages} == {"done"}

@@ -230,7 +230,10 @@ def test_replacing_survives_a_kill_between_its_two_renames(
         patched.setattr(Path, "replace", die_on_a_directory)
         with pytest.raises(KeyboardInterrupt):
             do_export(work_dir(), out, force=True)
-    assert not out.exists()
+    beside = sorted(path.name for path in tmp_path.iterdir())
+    settings = ExportSettings(out=str(out), shard_bytes=SHARD_BYTES)
+    assert export.plan_stage(settings, RunSettings(), work_dir()).state() == "done"  # a dry run changes nothing
+    assert not out.exists() and sorted(path.name for path in tmp_path.iterdir()) == beside
     assert not do_export(work_dir(), out).ran  # the earlier export is found beside its name and put back
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
