@@ -75,7 +75,7 @@ class ExportFolder:
         return self.folder.with_name(self.folder.name + PARTIAL_SUFFIX)
 
     def state(self) -> str:
-        """`new`, `done` or `stale`; nothing is changed. Raises InputError for a directory that something else filled."""
+        """`new`, `done` or `stale`; nothing is changed. Raises InputError for a directory that is not ours."""
         if self._is_half_replaced():
             return self._state_of(self._replaced)
         if self.folder.exists() and not self.folder.is_dir():

@@ -105,10 +105,25 @@ def _write_plain(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON atomically; NaN and infinity are refused, since JSON has no word for them."""
     try:
-        text = json.dumps(content, indent=1, allow_nan=False)
+        text = _json_text(content, "\n")
     except ValueError as error:
         raise ArtifactError(f"{path}: a measured value is not finite ({error}); nothing was written.") from error
     write_text(path, text + "\n")
+
+
+def _json_text(value: Any, margin: str) -> str:
+    """JSON as `json.dumps(value, indent=1)` writes it, but a row of numbers takes one line and not one for each.
+
+    margin   line break and indentation of the line that `value` begins in
+    """
+    # A name is written through a pair with 0, because JSON's names are texts and json turns numbers into them.
+    inner = margin + " "
+    if isinstance(value, dict) and value:
+        pairs = (f"{json.dumps({name: 0})[1:-4]}: {_json_text(item, inner)}" for name, item in value.items())
+        return f"{{{inner}{f',{inner}'.join(pairs)}{margin}}}"
+    if isinstance(value, list | tuple) and not all(isinstance(item, int | float | type(None)) for item in value):
+        return f"[{inner}{f',{inner}'.join(_json_text(item, inner) for item in value)}{margin}]"
+    return json.dumps(value, allow_nan=False)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -124,10 +139,11 @@ def _save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:  # a full disk included, which it tells in its message alone
-        number = re.search(r"\(os error ([0-9]+)\)", str(error))
-        if number is None:
+        found = re.search(r"\(os error ([0-9]+)\)", str(error))
+        if found is None and os.strerror(errno.ENOSPC) not in str(error):
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        number = int(found[1]) if found else errno.ENOSPC
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def read_text(path: Path) -> str:

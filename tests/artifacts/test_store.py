@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mc_cli.artifacts import store
@@ -50,6 +54,23 @@ def test_written_files_are_read_back(tmp_path: Path) -> None:
     assert sorted(path.name for path in deep.iterdir()) == ["j.json", "t.txt", "x.safetensors"]
 
 
+def test_a_row_of_numbers_takes_one_line(tmp_path: Path) -> None:
+    """A packed layout has one for every projection of every layer, with a number per expert."""
+    content = {
+        "rows": {"up": list(range(256)), 7: (0.5, None, True)},
+        "none": [],
+        "mixed": [1, "a", [2, 3], {}],
+        "": {},
+    }
+    write_json(tmp_path / "j.json", content)
+    text = (tmp_path / "j.json").read_text(encoding="utf-8")
+    assert json.loads(text) == json.loads(json.dumps(content))
+    assert len(text.splitlines()) == 14 and ' "7": [0.5, null, true]\n' in text
+    plain = {"a": {"b": "ü", "c": [["x"], {"d": 1.5}]}, "e": [{"f": None}, []]}
+    write_json(tmp_path / "j.json", plain)
+    assert (tmp_path / "j.json").read_text(encoding="utf-8") == json.dumps(plain, indent=1) + "\n"
+
+
 def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
     for number in (1, 2):
         write_tensors(tmp_path / f"{number}.safetensors", {"x": torch.ones(3), "a": torch.zeros(2)})
@@ -83,6 +104,42 @@ def test_unwritable_place_is_named(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "x")
     with pytest.raises(ArtifactError, match=r"file/below could not be written: Not a directory"):
         write_text(tmp_path / "file" / "below", "x")
+
+
+@pytest.mark.parametrize("number", ["", " (os error 28)"])
+def test_a_full_disk_that_safetensors_reports_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError(f"Error while serializing: I/O error: No space left on device{number}")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(ArtifactError, match=r"The disk is full: .*x\.safetensors could not be written, .* free some"):
+        write_tensors(tmp_path / "x.safetensors", {"x": torch.ones(1)})
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB; skips where this process may not mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full_is_told(small_disk: Path) -> None:
+    write_tensors(small_disk / "x.safetensors", {"x": torch.ones(1000)})
+    for write in (
+        lambda: write_tensors(small_disk / "x.safetensors", {"x": torch.ones(2**20)}),
+        lambda: write_text(small_disk / "t.txt", "x" * 2**21),
+    ):
+        with pytest.raises(ArtifactError, match=r"The disk is full: .* could not be written"):
+            write()
+    assert [path.name for path in small_disk.iterdir()] == ["x.safetensors"]
+    assert read_tensors(small_disk / "x.safetensors")["x"].shape == (1000,)
 
 
 def test_values_that_json_has_no_word_for_are_refused(tmp_path: Path) -> None:
