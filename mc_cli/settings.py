@@ -186,7 +186,7 @@ class AllocateSettings(StageSettings):
     beta: float | None = None
     gamma: float | None = None
     seed: int = 0
-    gap: float = 1e-4
+    gap: float | None = None  # None = the method's own: 1e-4 for global, 0 for pmq
     time_limit_s: float = 300.0
 
     def __post_init__(self) -> None:

@@ -100,7 +100,7 @@ def _budget(settings: AllocateSettings, others: int) -> Budget:
             f"{others:,} bytes at the widths asked for. Ask for more, or lower --attention-bits, --shared-bits "
             "or --head-bits."
         )
-    return Budget("expert_bytes", left)
+    return Budget("expert_bytes", left, other_bytes=others)
 
 
 def other_bytes(inventory: ModelInventory, role_bits: dict[Role, int], *, group_size_limit: int) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mc_cli.allocators import solver
 from mc_cli.artifacts.plan import Plan
 from mc_cli.errors import BudgetError
 from tests.conftest import TinyModel
@@ -48,6 +51,40 @@ def test_target_out_of_reach_says_what_is_feasible(scored: Path, tmp_path: Path)
     with pytest.raises(BudgetError, match="leaves nothing for the experts"):
         run_allocate(work_dir, target_stored_bits=None, target_size_bytes=1000)
     assert run_allocate(work_dir, target_stored_bits=3.0).ran, "the right target needs no --force afterwards"
+
+
+def test_a_target_size_out_of_reach_is_told_as_the_size_of_the_files(scored: Path, tmp_path: Path) -> None:
+    work_dir = Path(shutil.copytree(scored, tmp_path / "work"))
+    run_allocate(work_dir, target_stored_bits=3.0)
+    asked = plan_of(work_dir).budget["other_bytes"] + 10
+    with pytest.raises(
+        BudgetError, match=rf"10 bytes for all experts \({asked:,} with the rest of the model\)"
+    ) as error:
+        run_allocate(work_dir, target_stored_bits=None, target_size_bytes=asked, force=True)
+    least = re.search(r"experts take .*\(([0-9,]+) to [0-9,]+ with the rest of the model\)", str(error.value))
+    assert least is not None
+    reached = int(least[1].replace(",", ""))
+    assert run_allocate(work_dir, target_stored_bits=None, target_size_bytes=reached, force=True).ran
+    with pytest.raises(BudgetError):
+        run_allocate(work_dir, target_stored_bits=None, target_size_bytes=reached - 1, force=True)
+
+
+@pytest.mark.parametrize(("method", "gaps"), [("pmq", {0.0}), ("global", {1e-4})])
+def test_the_gap_is_the_methods_own(
+    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, gaps: set[float]
+) -> None:
+    work_dir = Path(shutil.copytree(scored, tmp_path / "work"))
+    used: set[float] = set()
+
+    def search(table: Any, ground: Any, gap: float, settings: Any, real: Any = solver._search) -> Any:
+        used.add(gap)
+        return real(table, ground, gap, settings)
+
+    monkeypatch.setattr(solver, "_search", search)
+    run_allocate(work_dir, method=method)
+    assert used == gaps
+    run_allocate(work_dir, method=method, gap=0.01, force=True)
+    assert used == gaps | {0.01}
 
 
 def test_group_size_follows_score(tiny_model: TinyModel, tmp_path: Path) -> None:
