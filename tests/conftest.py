@@ -10,7 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Read when torch is imported: threads that wait for each other sleep, which matters where other work runs too.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +37,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
         return built[key]
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Code that comes with a checkpoint is copied here; one place per process, Python finds no second one."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("module_cache"))
+        )
+        yield

@@ -32,13 +32,14 @@ def pack_folder(
     widths: tuple[int, ...] = WIDTHS,
     role_bits: dict[Role, int] | None = None,
     pruned: tuple[int, ...] = (),
+    trust_remote_code: bool = False,
 ) -> Path:
     """Writes the packed folder of a tiny checkpoint: expert e's projection p has width number e + p of `widths`.
 
     role_bits   width of other roles' linears; what is not named is kept
     pruned      experts without weights, in every layer
     """
-    config = read_config(checkpoint_folder)
+    config = read_config(checkpoint_folder, trust_remote_code=trust_remote_code)
     source = Checkpoint(checkpoint_folder, config, dtype=config.dtype or torch.bfloat16, device=torch.device("cpu"))
     inventory = take_inventory(source.model, stored_dtypes=source.stored_dtypes)
     for part in [REST, *range(inventory.num_layers)]:

@@ -285,6 +285,24 @@ def with_tensors(source: Path, folder: Path, tensors: dict[str, torch.Tensor]) -
     return folder
 
 
+def with_own_code(source: Path, folder: Path) -> Path:
+    """A mixtral checkpoint as one that brings its own classes: float32 tensors, under module-tree names."""
+    from transformers import AutoModelForCausalLM
+
+    with_tensors(source, folder, AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).state_dict())
+    code = {
+        "configuration_own": "from transformers import MixtralConfig\n\n"
+        "class OwnConfig(MixtralConfig):\n    model_type = 'own_moe'\n",
+        "modeling_own": "from transformers import MixtralForCausalLM\nfrom .configuration_own import OwnConfig\n\n"
+        "class OwnForCausalLM(MixtralForCausalLM):\n    config_class = OwnConfig\n",
+    }
+    for name, text in code.items():
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    with_config(folder, model_type="own_moe", architectures=["OwnForCausalLM"], auto_map=classes)
+    return folder
+
+
 def with_config(folder: Path, **changes: Any) -> Path:
     """Changes entries of config.json in place; None removes one."""
     path = folder / "config.json"

@@ -22,9 +22,11 @@ class DenseTensors:
     What was packed comes in the model's own dtype, what was kept in the dtype it is stored in.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.dtype = weight_dtype(open_packed(folder))
-        self._source = PackedSource(folder, dtype=self.dtype, device=torch.device("cpu"))
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+        self.dtype = weight_dtype(open_packed(folder), trust_remote_code=trust_remote_code)
+        self._source = PackedSource(
+            folder, dtype=self.dtype, device=torch.device("cpu"), trust_remote_code=trust_remote_code
+        )
         self._model: Any = build_skeleton(self._source.config, dtype=self.dtype)
         self._stored = self._source.files.tensors
         self.parts = self._source.parts
@@ -69,9 +71,9 @@ class DenseTensors:
                 tensors[name] = tensors[name].index_fill(0, torch.tensor(pruned, dtype=torch.int64), 0)
 
 
-def weight_dtype(files: PackedFiles) -> torch.dtype:
+def weight_dtype(files: PackedFiles, *, trust_remote_code: bool = False) -> torch.dtype:
     """The dtype of the model's weights before packing: config.json's, else that of its largest kept tensor."""
-    stated = read_packed_config(files).get_text_config().dtype
+    stated = read_packed_config(files, trust_remote_code=trust_remote_code).get_text_config().dtype
     if isinstance(stated, torch.dtype):
         return stated
     kept = [tensor for tensor in files.tensors.values() if tensor.dtype in _WEIGHT_DTYPES and len(tensor.shape) == 2]

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 import mc_cli  # noqa: F401  teaches transformers to load packed directories
 from mc_cli.errors import CheckpointError, InputError, McError
-from mc_cli.runtime.checkpoint import resolve_model
+from mc_cli.runtime.model_folder import read_config, resolve_model
+from mc_cli.runtime.session import device_named, dtype_named
 from mc_cli.runtime.text import load_tokenizer
 from mc_cli.settings import RunSettings
 
@@ -101,16 +103,11 @@ def generate(
     )
 
 
-def _load(folder: Any, compute: RunSettings) -> Any:
+def _load(folder: Path, compute: RunSettings) -> Any:
     """The model, in float32 on a CPU and in its own dtype on a GPU unless asked otherwise; in evaluation mode."""
-    cuda = torch.cuda.is_available()
-    if compute.device == "cuda" and not cuda:
-        raise InputError(
-            "--device cuda: torch sees no CUDA device here. Use --device cpu, or install a CUDA build of torch."
-        )
-    device = "cuda" if cuda and compute.device != "cpu" else "cpu"
-    automatic: Any = "auto" if device == "cuda" else torch.float32
-    dtype = automatic if compute.dtype == "auto" else getattr(torch, compute.dtype)
+    config: Any = read_config(folder, trust_remote_code=compute.trust_remote_code)
+    device = device_named(compute.device)
+    dtype = dtype_named(compute.dtype, device, stored=config.get_text_config().dtype)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     try:

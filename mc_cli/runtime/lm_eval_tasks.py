@@ -68,7 +68,12 @@ def run_tasks(
             model = (
                 _original(session)
                 if name == "original"
-                else load_packed(packed_folder, device=session.device, dtype=session.dtype)
+                else load_packed(
+                    packed_folder,
+                    device=session.device,
+                    dtype=session.dtype,
+                    trust_remote_code=session.compute.trust_remote_code,
+                )
             )
             results[name] = _evaluate(model, tasks, settings, session)
             del model

@@ -238,13 +238,17 @@ def part_numbers(config: Any) -> list[int]:
 
 
 def load_packed(
-    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The whole packed model in memory, ready for `generate`. Raises ArtifactError on a damaged folder.
 
     It cannot be saved by `save_pretrained`: the folder it was read from is the model, `mc-cli export` writes others.
     """
-    source = PackedSource(folder, dtype=dtype, device=torch.device(device))
+    source = PackedSource(folder, dtype=dtype, device=torch.device(device), trust_remote_code=trust_remote_code)
     for part in source.parts:
         source.load(part)
     model = source.model
@@ -257,13 +261,13 @@ def load_packed(
     return model
 
 
-def model_bytes(folder: Path) -> dict[Role, StoredBytes]:
+def model_bytes(folder: Path, *, trust_remote_code: bool = False) -> dict[Role, StoredBytes]:
     """Stored bytes of a packed model's tensors per role, read from the files' headers alone.
 
     Raises ArtifactError where a tensor belongs to nothing in the model.
     """
     files = open_packed(folder)
-    model = build_skeleton(read_packed_config(files), dtype=torch.float32)
+    model = build_skeleton(read_packed_config(files, trust_remote_code=trust_remote_code), dtype=torch.float32)
     inventory = take_inventory(model, stored_dtypes={})
     packed = attach(model, files.layout, kept_dtype=torch.float32)
     role_of = {block.path: Role.EXPERT for block in inventory.expert_blocks} | {

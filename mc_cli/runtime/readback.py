@@ -49,7 +49,13 @@ class ReadBack:
 
 
 def read_back(
-    exported: Path, packed: Path, *, dtype: torch.dtype, device: torch.device, free_bytes: int | None = None
+    exported: Path,
+    packed: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    free_bytes: int | None = None,
+    trust_remote_code: bool = False,
 ) -> ReadBack:
     """The comparison of an exported directory with the packed folder it was made from.
 
@@ -58,9 +64,9 @@ def read_back(
     Raises ArtifactError naming what differs, or what the loader said.
     """
     transformers_logging.disable_progress_bar()
-    original = PackedSource(packed, dtype=dtype, device=device)
+    original = PackedSource(packed, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     token_ids = sample_tokens(original.config)
-    wanted = _Wanted(exported, original)
+    wanted = _Wanted(exported, original, trust_remote_code=trust_remote_code)
     needed = sum(size.stat().st_size for size in exported.glob("*.safetensors")) * (2 if dtype == torch.float32 else 1)
     free = free_memory(device) if free_bytes is None else free_bytes
     if free is None or needed <= _MEMORY_SHARE * free:
@@ -100,11 +106,12 @@ def sample_tokens(config: Any) -> torch.Tensor:
 class _Wanted:
     """What the exported model has to hold."""
 
-    def __init__(self, exported: Path, original: PackedSource) -> None:
+    def __init__(self, exported: Path, original: PackedSource, *, trust_remote_code: bool) -> None:
         self._original = original
-        config = read_config(exported)
+        self.trust_remote_code = trust_remote_code
+        config = read_config(exported, trust_remote_code=trust_remote_code)
         self.is_packed = getattr(config, "quantization_config", None) is not None
-        self._dense = None if self.is_packed else DenseTensors(original.folder)
+        self._dense = None if self.is_packed else DenseTensors(original.folder, trust_remote_code=trust_remote_code)
 
     @property
     def parts(self) -> list[int]:
@@ -139,7 +146,9 @@ def _whole(
     exported: Path, wanted: _Wanted, token_ids: torch.Tensor, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, int, int]:
     """(logits, tensors compared, tokens generated) of the directory through from_pretrained."""
-    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all differences are listed below
+    # Packed directories bring code that only imports mc_cli; the native class is asked for, as a user has it then.
+    options: dict[str, Any] = {"trust_remote_code": wanted.trust_remote_code and not wanted.is_packed}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all differences are listed below
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(exported, dtype=dtype, **options)
     except McError:
@@ -184,9 +193,10 @@ def _layered(
     """(logits, tensors compared) of the directory with one layer in memory."""
     source: Any
     if wanted.is_packed:
-        source = PackedSource(exported, dtype=dtype, device=device)
+        source = PackedSource(exported, dtype=dtype, device=device, trust_remote_code=wanted.trust_remote_code)
     else:
-        source = Checkpoint(exported, read_config(exported), dtype=dtype, device=device)
+        config = read_config(exported, trust_remote_code=wanted.trust_remote_code)
+        source = Checkpoint(exported, config, dtype=dtype, device=device)
         if source.unused:
             _raise_if_any(exported, [f"{name}: not part of the model" for name in source.unused])
     compared = _Compared(source, wanted)

@@ -103,12 +103,14 @@ def later_session(work_dir: Path, compute: RunSettings) -> Session:
 
 
 def _open(work_dir: Path, folder: Path, compute: RunSettings) -> Session:
-    config = read_config(folder, trust_remote_code=compute.trust_remote_code)
-    device = _device(compute.device)
-    return Session(work_dir, folder, config, device, _dtype(compute.dtype, device, config), compute)
+    config: Any = read_config(folder, trust_remote_code=compute.trust_remote_code)
+    device = device_named(compute.device)
+    dtype = dtype_named(compute.dtype, device, stored=config.get_text_config().dtype)
+    return Session(work_dir, folder, config, device, dtype, compute)
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """What `--device` asks for. Raises InputError for cuda where there is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
@@ -118,10 +120,13 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, device: torch.device, config: Any) -> torch.dtype:
-    """auto is float32 on a CPU, where bfloat16 is slow and rounds what is measured, and the checkpoint's on a GPU."""
+def dtype_named(name: str, device: torch.device, *, stored: torch.dtype | None) -> torch.dtype:
+    """What `--dtype` asks for; `stored` is the checkpoint's own, where it names one.
+
+    auto is float32 on a CPU, where bfloat16 is slow and rounds what is measured, and the checkpoint's on a GPU.
+    """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
         return torch.float32
-    return config.get_text_config().dtype or torch.bfloat16
+    return stored or torch.bfloat16

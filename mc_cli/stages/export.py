@@ -11,8 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mc_cli import __version__
 from mc_cli.artifacts.exported import STAGE, ExportFolder, ExportRecord
 from mc_cli.artifacts.packed import PackedLayout, encoding_of
@@ -26,7 +24,7 @@ from mc_cli.runtime.dense_tensors import DenseTensors, weight_dtype
 from mc_cli.runtime.packed_files import PackedFiles, copy_model_files, open_packed
 from mc_cli.runtime.packed_model import model_bytes, part_numbers, read_packed_config
 from mc_cli.runtime.readback import ReadBack, read_back
-from mc_cli.runtime.session import POINTER
+from mc_cli.runtime.session import POINTER, device_named, dtype_named
 from mc_cli.settings import ExportSettings, RunSettings
 
 KEPT_BITS = 16
@@ -60,7 +58,7 @@ def run(
     try:
         stages = _stage_records(work_dir)
         files = open_packed(packed)
-        card = _card(work_dir, files, stages, _evaluation(work_dir, folder, progress))
+        card = _card(work_dir, files, stages, _evaluation(work_dir, folder, progress), compute)
         found = _write_and_read_back(settings, compute, files, folder, card, progress)
         folder.finish(stages=stages, read_back=asdict(found), tool_version=__version__)
     except BaseException:
@@ -77,25 +75,27 @@ def _write_and_read_back(
     card: CardFacts,
     progress: Progress,
 ) -> ReadBack:
-    config = read_packed_config(files)
-    parts = part_numbers(config)
-    dense = cache(lambda: DenseTensors(files.folder))  # built only for an exporter that asks for dense tensors
+    trusted = compute.trust_remote_code
+    parts = part_numbers(read_packed_config(files, trust_remote_code=trusted))
+    stored = weight_dtype(files, trust_remote_code=trusted)
+    device = device_named(compute.device)
+    dtype = dtype_named(compute.dtype, device, stored=stored)
+    # Built only for an exporter that asks for dense tensors.
+    dense = cache(lambda: DenseTensors(files.folder, trust_remote_code=trusted))
     copy_model_files(files.config_folder, folder.partial)
     with progress.step(f"export: {settings.format}", total=len(parts) + 1, unit="part") as step:
         job = ExportJob(
             packed_folder=files.folder,
             target=folder.partial,
             parts=tuple(parts),
-            dtype=str(weight_dtype(files)).removeprefix("torch."),
+            dtype=str(stored).removeprefix("torch."),
             shard_bytes=settings.shard_bytes,
             card=card,
             original_tensors=lambda part: dense().original(part),
             advance=lambda note: step.advance(note=note),
         )
         exporter_from_name(settings.format).export(job)
-        device = _device(compute.device)
-        dtype = _dtype(compute.dtype, device, weight_dtype(files))
-        found = read_back(folder.partial, files.folder, dtype=dtype, device=device)
+        found = read_back(folder.partial, files.folder, dtype=dtype, device=device, trust_remote_code=trusted)
         step.advance(note="read back")
     if found.generated_tokens == 0:
         folder.warn(
@@ -129,12 +129,16 @@ def _without_folder(value: Any) -> Any:
 
 
 def _card(
-    work_dir: Path, files: PackedFiles, stages: dict[str, dict[str, Any]], evaluation: dict[str, Any]
+    work_dir: Path,
+    files: PackedFiles,
+    stages: dict[str, dict[str, Any]],
+    evaluation: dict[str, Any],
+    compute: RunSettings,
 ) -> CardFacts:
-    sizes = model_bytes(files.folder)
+    sizes = model_bytes(files.folder, trust_remote_code=compute.trust_remote_code)
     code_bits, weights = expert_code_bits(files.layout)
     return CardFacts(
-        model_type=read_packed_config(files).model_type,
+        model_type=read_packed_config(files, trust_remote_code=compute.trust_remote_code).model_type,
         code_bits_per_weight=code_bits / weights,
         stored_bits_per_weight=8 * sizes[Role.EXPERT].total / weights,
         role_bytes={role.value: stored for role, stored in sizes.items()},
@@ -178,18 +182,6 @@ def _evaluation(work_dir: Path, folder: ExportFolder, progress: Progress) -> dic
         folder.warn("the evaluation is of an earlier packed model, so the model card leaves it out.", progress)
         return {}
     return read_json(work_dir / STAGE_FOLDERS["prune-eval"] / EVALUATION)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device here. Use --device cpu, or install a CUDA build.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    if name != "auto":
-        return getattr(torch, name)
-    return torch.float32 if device.type == "cpu" else stored
 
 
 def _result(folder: ExportFolder, settings: ExportSettings, *, ran: bool) -> StageResult:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mc_cli.artifacts.exported import RECORD, ExportFolder
 from mc_cli.artifacts.store import StageFolder, write_json
-from mc_cli.errors import ArtifactError, InputError, StaleArtifactError
+from mc_cli.errors import ArtifactError, FamilyError, InputError, StaleArtifactError
 from mc_cli.exporters import exporter_from_name, exporters
 from mc_cli.families import CONTRACT_TESTED
 from mc_cli.progress import SilentProgress, StageResult
@@ -28,7 +28,7 @@ from mc_cli.settings import ExportSettings, RunSettings
 from mc_cli.stages import export
 from tests.conftest import TinyModel
 from tests.packed_folders import packed_work_dir
-from tests.tiny_models import read_tensors
+from tests.tiny_models import read_tensors, with_own_code
 
 CPU = torch.device("cpu")
 TOKEN_IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -280,6 +280,29 @@ def test_bad_requests(work_dir: WorkDir, tmp_path: Path) -> None:
     for inside in (work_dir() / "packed", work_dir() / "packed" / "out", work_dir()):
         with pytest.raises(InputError, match="which is read"):
             do_export(work_dir(), inside)
+
+
+@pytest.mark.usefixtures("module_cache")
+def test_code_of_the_models_own_is_run_when_trusted(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = with_own_code(tiny_model("mixtral", torch.float32), tmp_path / "model")
+    work, out = packed_work_dir(model, tmp_path / "work", trust_remote_code=True), tmp_path / "out"
+    settings, silent = ExportSettings(format="dense", out=str(out)), SilentProgress()
+    with pytest.raises(FamilyError, match="--trust-remote-code"):
+        export.run(settings, RunSettings(), work, force=False, progress=silent)
+    result = export.run(settings, RunSettings(trust_remote_code=True), work, force=False, progress=silent)
+    assert result.summary["read_back"]["method"] == readback.WHOLE
+    layered = readback.read_back(
+        out, work / "packed", dtype=torch.float32, device=CPU, free_bytes=0, trust_remote_code=True
+    )
+    assert layered.tensors == result.summary["read_back"]["tensors"]
+    with pytest.raises(InputError, match="brings its own Python code"):
+        export.run(
+            ExportSettings(out=str(tmp_path / "packed")),
+            RunSettings(trust_remote_code=True),
+            work,
+            force=False,
+            progress=silent,
+        )
 
 
 def test_a_packed_folder_that_is_not_whole_is_refused(work_dir: WorkDir, tmp_path: Path) -> None:

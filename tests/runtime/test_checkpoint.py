@@ -89,23 +89,11 @@ def test_experts_that_a_family_keeps_in_float32_are_not_rounded(
     assert_equal(loaded, original_tensors(folder))
 
 
-def test_custom_code_is_run_when_trusted(
-    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("module_cache")
+def test_custom_code_is_run_when_trusted(tiny_model: TinyModel, tmp_path: Path) -> None:
     """Code that comes with a checkpoint: its tensors have the names of its module tree, nothing is converted."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     source = tiny_model("mixtral", torch.float32)
-    folder = tiny_models.with_tensors(source, tmp_path / "custom", original_tensors(source, torch.float32))
-    code = {
-        "configuration_own": "from transformers import MixtralConfig\n\n"
-        "class OwnConfig(MixtralConfig):\n    model_type = 'own_moe'\n",
-        "modeling_own": "from transformers import MixtralForCausalLM\nfrom .configuration_own import OwnConfig\n\n"
-        "class OwnForCausalLM(MixtralForCausalLM):\n    config_class = OwnConfig\n",
-    }
-    for name, text in code.items():
-        (folder / f"{name}.py").write_text(text, encoding="utf-8")
-    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    tiny_models.with_config(folder, model_type="own_moe", architectures=["OwnForCausalLM"], auto_map=classes)
+    folder = tiny_models.with_own_code(source, tmp_path / "custom")
     config = read_config(folder, trust_remote_code=True)
     checkpoint = Checkpoint(folder, config, dtype=torch.float32, device=CPU)
     checkpoint.model.set_experts_implementation(IMPLEMENTATION)
