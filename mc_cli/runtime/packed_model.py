@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,22 @@ def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict
         packed |= {f"{path}.{name}": part for name, part in parts.items()}
     model.set_experts_implementation(experts.IMPLEMENTATION)
     return packed
+
+
+def layout_for(model: Any, layout: PackedLayout) -> PackedLayout:
+    """The layout of a causal language model by the module paths of `model`, which may be its base, without the head.
+
+    transformers maps the names of stored tensors in the same way.
+    """
+    base = model.base_model_prefix
+    if not base or hasattr(model, base):
+        return layout
+    prefix = f"{base}."
+    return replace(
+        layout,
+        experts=tuple(replace(block, path=block.path.removeprefix(prefix)) for block in layout.experts),
+        linears={path.removeprefix(prefix): key for path, key in layout.linears.items() if path.startswith(prefix)},
+    )
 
 
 def _check_experts(model: Any, layout: PackedLayout) -> None:

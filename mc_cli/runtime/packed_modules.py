@@ -16,6 +16,7 @@ from torch import nn
 from mc_cli import kernels
 from mc_cli.artifacts.packed import ExpertLayout
 from mc_cli.encodings import Encoding
+from mc_cli.errors import InputError
 from mc_cli.runtime import experts
 
 
@@ -44,6 +45,22 @@ class _StoredDtypes:
             return tensor.to(result.device)
 
         return super()._apply(cast, recurse)  # type: ignore[misc]
+
+
+class _PackedExperts(_StoredDtypes):
+    """Packed experts: only our implementation of their forward can read them."""
+
+    config: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        asked = self.config._experts_implementation
+        if asked != experts.IMPLEMENTATION:
+            raise InputError(
+                f"This model's experts are packed, and run only under the experts implementation "
+                f"{experts.IMPLEMENTATION!r}; {asked!r} reads weights that packing has replaced. Call "
+                f"model.set_experts_implementation({experts.IMPLEMENTATION!r})."
+            )
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class _PackedWeightModule(_StoredDtypes):
@@ -105,6 +122,6 @@ def pack_experts(module: Any, layout: ExpertLayout, *, dtype: torch.dtype) -> di
     """
     experts.attach_packed(module, layout, kept_dtype=dtype)
     stored = experts.stored_parts(module)
-    module.__class__ = _subclass(module.__class__, _StoredDtypes)
+    module.__class__ = _subclass(module.__class__, _PackedExperts)
     module._mc_stored = frozenset(stored)
     return stored

@@ -50,9 +50,10 @@ class PackedQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
-        from mc_cli.runtime.packed_model import attach
+        from mc_cli.runtime.packed_model import attach, layout_for
 
-        self._packed = attach(model, self.quantization_config.layout, kept_dtype=dtype or model.dtype)
+        layout = layout_for(model, self.quantization_config.layout)
+        self._packed = attach(model, layout, kept_dtype=dtype or model.dtype)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

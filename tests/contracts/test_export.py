@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from mc_cli.artifacts.exported import RECORD, ExportFolder
 from mc_cli.artifacts.store import StageFolder, write_json
 from mc_cli.errors import ArtifactError, FamilyError, InputError, StaleArtifactError
 from mc_cli.exporters import exporter_from_name, exporters
 from mc_cli.families import CONTRACT_TESTED
+from mc_cli.parts import Role
 from mc_cli.progress import SilentProgress, StageResult
 from mc_cli.runtime import readback
 from mc_cli.runtime.dense_tensors import DenseTensors
@@ -27,7 +28,7 @@ from mc_cli.runtime.packed_model import load_packed
 from mc_cli.settings import ExportSettings, RunSettings
 from mc_cli.stages import export
 from tests.conftest import TinyModel
-from tests.packed_folders import packed_work_dir
+from tests.packed_folders import LINEAR_BITS, packed_work_dir
 from tests.tiny_models import read_tensors, with_own_code
 
 CPU = torch.device("cpu")
@@ -85,6 +86,21 @@ def test_an_export_loads_and_is_the_packed_model(
     original = json.loads((work / "packed" / "config" / "config.json").read_text())
     assert {name: config[name] for name in original} == original
     assert ("quantization_config" in config) == (format == "transformers")
+
+
+@every_family
+def test_the_base_model_of_a_packed_export_loads(model_type: str, work_dir: WorkDir, tmp_path: Path) -> None:
+    """AutoModel has no head, and names its modules without the causal model's prefix."""
+    head = {"role_bits": {**LINEAR_BITS, Role.HEAD: 4}} if model_type in ("mixtral", "qwen3_moe") else {}
+    do_export(work_dir(model_type, pruned=(3,), **head), tmp_path / "out")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    base, info = AutoModel.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"], info
+    assert all("lm_head" in name for name in info["unexpected_keys"]), info
+    assert isinstance(base, type(whole.base_model))
+    with torch.no_grad():
+        expected = whole.base_model(TOKEN_IDS, use_cache=False).last_hidden_state
+        assert torch.equal(base(TOKEN_IDS, use_cache=False).last_hidden_state, expected)
 
 
 @every_family

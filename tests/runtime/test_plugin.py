@@ -175,6 +175,18 @@ def test_saving_is_refused_before_anything_is_written(place: Path, tmp_path: Pat
         model.half()
 
 
+@pytest.mark.parametrize("asked", ["eager", "grouped_mm", "batched_mm"])
+def test_packed_experts_run_under_no_other_implementation(place: Path, asked: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(place / "out", dtype=torch.float32)
+    expected = torch.load(place / "logits.pt", weights_only=True)
+    model.set_experts_implementation(asked)
+    with torch.no_grad(), pytest.raises(InputError, match=f"run only under .* 'mc_cli'; '{asked}' reads"):
+        model(TOKEN_IDS)
+    model.set_experts_implementation("mc_cli")
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKEN_IDS).logits, expected, atol=1e-5, rtol=0)
+
+
 def test_a_model_is_not_quantized_on_the_fly(tiny_model: TinyModel, place: Path) -> None:
     layout = json.loads((place / "out" / "config.json").read_text())["quantization_config"]
     with pytest.raises(ValueError, match="pre-quantized"):
