@@ -1,0 +1,110 @@
+"""Online pruning policies, one file each, found by presence: which of a token's top-k experts are worth computing.
+
+A policy gives every (token, slot) a keep score; slots whose score is below the layer's threshold are dropped, the slot
+with the largest routing weight never is. So every policy has a threshold per layer, and with it any rate of dropped
+calls. A policy file defines `NAME`, `DESCRIPTION`, `THRESHOLDS` and `keep_scores(routed, layer)`; what it learns or
+calibrates comes back to it in `LayerValues`. Pure functions of tensors: what runs the model is in `runtime/pruning.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mc_cli.errors import InputError, listed
+
+# How thresholds are found: `spread` gives each layer its own where a dropped call is cheapest; `shared` one for all.
+SPREAD, SHARED = "spread", "shared"
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a policy may look at: the tokens that the router of one layer has just placed.
+
+    hidden    [tokens, hidden], the experts' inputs
+    index     [tokens, k] int64, the chosen experts
+    weights   [tokens, k], routing weights as the experts are called with them
+    received  [tokens] float32 attention received from later tokens over that of a uniform look, so 1 is neutral; None
+              where the layer has no attention that could be watched
+    """
+
+    hidden: Tensor
+    index: Tensor
+    weights: Tensor
+    received: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerValues:
+    """What a policy knows about one layer beside its tokens: numbers that were calibrated, tensors that were learned."""
+
+    layer: int
+    seed: int = 0
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Policy(Protocol):
+    """A file of this folder."""
+
+    NAME: str
+    DESCRIPTION: str
+    THRESHOLDS: str  # SPREAD or SHARED
+    WATCHES_ATTENTION: bool  # needs `Routed.received`
+    LEARNED: bool  # has tensors that are trained
+
+    def keep_scores(self, routed: Routed, layer: LayerValues) -> Tensor:
+        """[tokens, k] float32, aligned with the slots: higher is kept longer.
+
+        Along a token's slots in order of falling routing weight the scores must not rise, unless THRESHOLDS is SHARED.
+        """
+        ...
+
+
+def policies() -> dict[str, Policy]:
+    """Every policy of this version by name, sorted."""
+    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+    found = [module for module in modules if hasattr(module, "keep_scores")]
+    return {module.NAME: module for module in sorted(found, key=lambda module: module.NAME)}
+
+
+def policy_from_name(name: str) -> Policy:
+    """The policy called `name`. Raises InputError listing the known ones with what they do."""
+    known = policies()
+    if name not in known:
+        lines = listed(f"{policy.NAME:<16} {policy.DESCRIPTION}" for policy in known.values())
+        raise InputError(f"Unknown pruning policy {name!r}. Choose one of these:\n{lines}")
+    return known[name]
+
+
+def weight_ranks(weights: Tensor) -> Tensor:
+    """[tokens, k] int64: 0 for the slot with the largest routing weight, ties in slot order."""
+    order = weights.argsort(dim=-1, descending=True, stable=True)
+    return torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+
+
+def keep_mask(scores: Tensor, weights: Tensor, threshold: float) -> Tensor:
+    """[tokens, k] bool: slots with a score at or above the threshold, and every token's best slot."""
+    return (scores >= threshold) | (weight_ranks(weights) == 0)
+
+
+def kept_weights(weights: Tensor, mask: Tensor, *, renormalise: bool) -> Tensor:
+    """Routing weights with dropped slots at zero.
+
+    renormalise   kept weights are scaled to the sum they had together with the dropped ones: what a router that
+                  normalises its top-k would have given for a smaller k. Families that leave their weights as they come
+                  from the softmax keep them so.
+    """
+    kept = weights * mask.to(weights.dtype)
+    if not renormalise:
+        return kept
+    total, remaining = weights.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
+    return kept * (total / torch.where(remaining == 0, torch.ones_like(remaining), remaining))

@@ -21,6 +21,7 @@ from mc_cli.encodings import Encoding
 from mc_cli.parts import Projection
 
 IMPLEMENTATION = "mc_cli"
+PRUNER = "_mc_pruner"  # attribute of an experts module: what decides, before a forward, which slots are computed
 
 Experts = Any  # an nn.Module with the flags and methods that transformers' experts decorator gives it
 
@@ -178,9 +179,13 @@ def experts_forward(
 
     top_k_index    [tokens, k] int64; indices >= num_experts are transformers' expert-parallel sentinels and skipped
     top_k_weights  [tokens, k]; used as passed: families differ in what they sum to
+    A pruning policy on the module (attribute `PRUNER`) may drop slots and change weights first.
     The sum over experts is accumulated in float32.
     """
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    pruner = getattr(module, PRUNER, None)
+    if pruner is not None:
+        top_k_index, top_k_weights = pruner(module, flat, top_k_index, top_k_weights)
     total = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
     for expert, token_index, weights in routed_tokens(top_k_index, top_k_weights, module.num_experts):
         if is_pruned(module, expert):

@@ -1,0 +1,163 @@
+"""Running a pruning policy: what the experts of a layer ask before each forward, and how it is put on and off a model.
+
+A dropped slot gets the index that the experts interface skips, so its expert is neither computed nor its weights read.
+It works on the experts interface alone: for every family, dense or packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer, Pruning
+from mc_cli.errors import ArtifactError
+from mc_cli.policies import LayerValues, Routed, keep_mask, kept_weights, policy_from_name
+from mc_cli.runtime.experts import PRUNER, Experts
+from mc_cli.runtime.received_attention import AttentionWatch, watch_attention
+
+_HANDLES = "_mc_pruning_handles"
+
+
+class LayerPruner:
+    """Decides for one layer which slots are computed. `kept` counts, per token of the last forwards, slots kept.
+
+    tensors   the policy's learned tensors by name; None: they are attributes of the experts module
+    """
+
+    def __init__(
+        self,
+        pruning: Pruning,
+        layer: PrunedLayer,
+        threshold: float,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        count: bool = False,
+    ) -> None:
+        self.policy = policy_from_name(pruning.policy)
+        self.layer = layer
+        self.threshold = threshold
+        self.watch = AttentionWatch() if self.policy.WATCHES_ATTENTION else None
+        self.kept: list[Tensor] | None = [] if count else None
+        self._seed = pruning.seed
+        self._tensors = tensors
+
+    def __call__(
+        self, module: Experts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(index, weights) with dropped slots at the index that is skipped and weight 0; shapes as given."""
+        weights = top_k_weights.reshape(-1, top_k_weights.shape[-1])
+        index = top_k_index.reshape(weights.shape)
+        routed = Routed(hidden, index, weights, self._received(len(weights)))
+        mask = keep_mask(self.policy.keep_scores(routed, self._values(module)), weights, self.threshold)
+        if self.kept is not None:
+            self.kept.append(mask.sum(-1).to("cpu", torch.int16))
+        kept = kept_weights(weights, mask, renormalise=self.layer.renormalise)
+        return index.masked_fill(~mask, module.num_experts), kept
+
+    def _received(self, tokens: int) -> Tensor | None:
+        """What the tokens of this forward received; None where the layer has no attention that could be watched."""
+        if self.watch is None or self.layer.prior is None:
+            return None
+        found = self.watch.received
+        if found is None or found.looks.numel() != tokens:
+            return None
+        return found.estimate(self.layer.prior)
+
+    def _values(self, module: Experts) -> LayerValues:
+        tensors = self._tensors
+        if tensors is None:
+            tensors = {name: getattr(module, TENSOR_PREFIX + name) for name in self.layer.tensors}
+        return LayerValues(self.layer.layer, self._seed, self.layer.numbers, tensors)
+
+
+def pruners(
+    pruning: Pruning, point: OperatingPoint, tensors: Mapping[str, Tensor] | None = None, *, count: bool = False
+) -> dict[str, LayerPruner]:
+    """Experts path -> pruner of its layer. tensors: learned ones by full name; None: the modules hold them."""
+    return {
+        layer.path: LayerPruner(
+            pruning, layer, threshold, tensors=None if tensors is None else of_layer(tensors, layer), count=count
+        )
+        for layer, threshold in zip(pruning.layers, point.thresholds, strict=True)
+    }
+
+
+def of_layer(tensors: Mapping[str, Tensor], layer: PrunedLayer) -> dict[str, Tensor]:
+    """One layer's learned tensors by the policy's own names."""
+    return {name: tensors[f"{layer.path}.{TENSOR_PREFIX}{name}"] for name in layer.tensors}
+
+
+@contextmanager
+def pruned(model: nn.Module, path: str, pruner: Any) -> Iterator[None]:
+    """Inside, the experts at `path` are called through `pruner`."""
+    module = model.get_submodule(path)
+    handles = _put_on(model, path, pruner)
+    try:
+        yield
+    finally:
+        _take_off(module, handles)
+
+
+def apply_pruning(model: nn.Module, pruning: Pruning, *, rate: float | None = None) -> None:
+    """Puts the policy on a whole model, in the place of one that is on it; learned tensors are the modules' own.
+
+    rate   share of expert calls to drop; None for the chosen point, 0 for none: the policy is taken off
+    Raises InputError for a rate that the policy was not fitted for, ArtifactError where policy and model do not fit.
+    """
+    remove_pruning(model)
+    if rate == 0:
+        return
+    missing = [layer.path for layer in pruning.layers if layer.path not in dict(model.named_modules())]
+    if missing:
+        raise ArtifactError(
+            f"The pruning policy names experts that {type(model).__name__} does not have: {', '.join(missing[:4])}. "
+            "Policy and model do not belong together; run prune-eval on this model."
+        )
+    for path, pruner in pruners(pruning, pruning.at_rate(rate)).items():
+        setattr(model.get_submodule(path), _HANDLES, _put_on(model, path, pruner))
+
+
+def remove_pruning(model: nn.Module) -> None:
+    """Takes any policy off: every token computes all experts that its router chose."""
+    for module in model.modules():
+        if hasattr(module, _HANDLES):
+            _take_off(module, getattr(module, _HANDLES))
+            delattr(module, _HANDLES)
+
+
+def add_learned_tensors(model: nn.Module, pruning: Pruning) -> None:
+    """Registers empty float32 parameters for what a policy learned, so that loading a checkpoint fills them."""
+    for name, shape in pruning.tensor_names().items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        device = next(module.parameters()).device
+        empty = torch.empty(shape, dtype=torch.float32, device=device)
+        module.register_parameter(leaf, nn.Parameter(empty, requires_grad=False))
+
+
+def decoder_layer_of(model: nn.Module, path: str) -> nn.Module:
+    """The decoder layer that holds the experts at `path`: the child of the innermost list on the way."""
+    names = path.split(".")
+    found = [
+        ".".join(names[: depth + 1])
+        for depth in range(1, len(names))
+        if isinstance(model.get_submodule(".".join(names[:depth])), nn.ModuleList)
+    ]
+    return model.get_submodule(found[-1] if found else path)
+
+
+def _put_on(model: nn.Module, path: str, pruner: Any) -> list[Any]:
+    setattr(model.get_submodule(path), PRUNER, pruner)
+    watch = getattr(pruner, "watch", None)
+    return [] if watch is None else watch_attention(decoder_layer_of(model, path), watch)
+
+
+def _take_off(module: nn.Module, handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    if hasattr(module, PRUNER):
+        delattr(module, PRUNER)

@@ -1,0 +1,204 @@
+"""How much attention each token receives from later tokens: column sums of the attention map, made block by block.
+
+No attention map is kept and the model's attention implementation stays what it is: inside `watching_attention` the
+functions that transformers dispatches to also add up columns from the queries and keys that they are given anyway,
+`_BLOCK_ROWS` rows of the map at a time. Families that compute attention only in their own eager code have the map at
+hand; there a hook adds up its columns.
+
+Every row is scaled by the number of tokens that it sees, so that 1 is what a uniform look gives and long and short
+contexts compare. What a token can know: during a forward over a prompt, the looks of the tokens behind it in the same
+forward; while decoding, nothing yet, since nobody has looked at the newest token. So the mean over viewers is drawn
+towards a prior by `PRIOR_VIEWERS` imagined viewers, and a token without viewers has the prior alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+PRIOR_VIEWERS = 4.0
+_BLOCK_ROWS = 128
+_WATCHED_MARK = "_mc_watched"
+
+
+@dataclass
+class Received:
+    """Column sums of one layer's attention over the tokens of one forward.
+
+    looks    [batch, tokens] float32: sum over later tokens of (attention, mean over heads) * (tokens the viewer sees)
+    viewers  [batch, tokens] float32: how many later tokens could look
+    """
+
+    looks: Tensor
+    viewers: Tensor
+
+    def estimate(self, prior: float) -> Tensor:
+        """[batch * tokens] float32: the mean look, with `prior` where few have looked."""
+        drawn = (self.looks + PRIOR_VIEWERS * prior) / (self.viewers + PRIOR_VIEWERS)
+        return drawn.reshape(-1)
+
+
+@torch.no_grad()
+def received_attention(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    block_rows: int = _BLOCK_ROWS,
+) -> Received:
+    """What the last tokens of `key`, those of this forward, receive from the queries behind them.
+
+    query  [batch, heads, tokens, head_dim];  key [batch, key heads, past + tokens, head_dim]
+    mask   None for causal; [batch or 1, heads or 1, tokens, past + tokens], bool (True = seen) or added to the logits
+    sinks  [heads] logits of a place that no token has, which takes its share of each row
+    Rows of padding tokens are left out: they see tokens behind themselves, or not themselves.
+    """
+    batch, heads, tokens, width = query.shape
+    past = key.shape[-2] - tokens
+    key = key.repeat_interleave(heads // key.shape[1], dim=1)
+    scale = width**-0.5 if scaling is None else scaling
+    looks = torch.zeros(batch, tokens, device=query.device)
+    viewers = torch.zeros(batch, tokens, device=query.device)
+    if tokens == 1:  # decoding: nobody is behind the newest token
+        return Received(looks, viewers)
+    for begin in range(0, tokens, block_rows):
+        rows = slice(begin, min(begin + block_rows, tokens))
+        seen = _seen(mask, rows, past, key.shape[-2], query.device)
+        logits = (query[:, :, rows] @ key.transpose(-1, -2)).float() * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits.masked_fill(~seen, float("-inf"))
+        if sinks is not None:
+            beside = sinks.float().reshape(1, -1, 1, 1).expand(batch, heads, logits.shape[2], 1)
+            logits = torch.cat([logits, beside], dim=-1)
+        attention = logits.softmax(-1).nan_to_num()[..., : key.shape[-2]].mean(1)
+        found = _columns(attention, seen.any(1).expand(batch, -1, -1), rows, past)
+        looks += found.looks
+        viewers += found.viewers
+    return Received(looks, viewers)
+
+
+@torch.no_grad()
+def received_of_map(attention: Tensor, mask: Tensor | None = None) -> Received:
+    """The same from a whole attention map [batch, heads, tokens, past + tokens] that a family has made itself.
+
+    mask   as the family was given it; without one every place in a causal row counts as seen
+    """
+    tokens, past = attention.shape[-2], attention.shape[-1] - attention.shape[-2]
+    seen = _seen(mask, slice(0, tokens), past, attention.shape[-1], attention.device)
+    seen = seen.any(1).expand(len(attention), -1, -1)
+    return _columns(attention.float().mean(1), seen, slice(0, tokens), past)
+
+
+def _columns(attention: Tensor, seen: Tensor, rows: slice, past: int) -> Received:
+    """Adds up columns of some rows of a map; attention, seen [batch, rows, past + tokens]."""
+    total = seen.shape[-1]
+    own = torch.arange(rows.start, rows.stop, device=attention.device) + past  # the rows' own columns
+    places = torch.arange(total, device=attention.device)
+    sees_ahead = (seen & (places > own[:, None])).any(-1)
+    real = seen.gather(-1, own[None, :, None].expand(len(seen), -1, 1))[..., 0] & ~sees_ahead
+    counts = seen & (places < own[:, None]) & real[..., None]
+    weighed = attention * counts * seen.sum(-1, keepdim=True)
+    return Received(weighed.sum(1)[:, past:], counts.float().sum(1)[:, past:])
+
+
+def _seen(mask: Tensor | None, rows: slice, past: int, total: int, device: torch.device) -> Tensor:
+    """[batch or 1, heads or 1, rows, total] bool: which keys a row may look at."""
+    if mask is None:
+        own = torch.arange(rows.start, rows.stop, device=device) + past
+        return (torch.arange(total, device=device) <= own[:, None])[None, None]
+    part = mask[..., rows, :total]
+    return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+
+
+class AttentionWatch:
+    """What is filled in while a decoder layer that is watched runs; None before its attention has run."""
+
+    def __init__(self) -> None:
+        self.received: Received | None = None
+
+    def add(self, received: Received) -> None:
+        self.received = received
+
+
+_ACTIVE: list[AttentionWatch] = []  # the watch of the decoder layer that is running; layers do not nest
+
+
+@contextmanager
+def watching_attention(decoder_layer: nn.Module, watch: AttentionWatch) -> Iterator[None]:
+    """Inside, each forward of `decoder_layer` leaves what its tokens received in `watch`."""
+    handles = watch_attention(decoder_layer, watch)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def watch_attention(decoder_layer: nn.Module, watch: AttentionWatch) -> list[Any]:
+    """The same until the returned handles are removed."""
+    _watch_functions()
+
+    def begin(*_: Any) -> None:
+        watch.received = None
+        _ACTIVE.append(watch)
+
+    def end(*_: Any) -> None:
+        _ACTIVE.remove(watch)
+
+    def take_map(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if watch.received is None and _holds_map(output):
+            mask = kwargs.get("attention_mask")
+            watch.add(received_of_map(output[1], mask if isinstance(mask, Tensor) and mask.ndim == 4 else None))
+
+    inner = [module for module in decoder_layer.children() if not isinstance(module, nn.ModuleList)]
+    return [
+        decoder_layer.register_forward_pre_hook(begin),
+        decoder_layer.register_forward_hook(end, always_call=True),
+        *(module.register_forward_hook(take_map, with_kwargs=True) for module in inner),
+    ]
+
+
+def _holds_map(output: Any) -> bool:
+    """True for (hidden states, attention weights [batch, heads, tokens, keys])."""
+    if not isinstance(output, tuple) or len(output) < 2 or not isinstance(output[0], Tensor):
+        return False
+    weights = output[1]
+    return isinstance(weights, Tensor) and weights.ndim == 4 and weights.shape[-2] == output[0].shape[-2]
+
+
+def _watch_functions() -> None:
+    """Lets every attention function that transformers dispatches to look whether it is watched; once per function."""
+    for name in list(ALL_ATTENTION_FUNCTIONS):
+        function = ALL_ATTENTION_FUNCTIONS[name]
+        if not hasattr(function, _WATCHED_MARK) and not name.startswith("paged|"):
+            ALL_ATTENTION_FUNCTIONS.register(name, _watched(function))
+
+
+def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if _ACTIVE and query.ndim == 4:
+            watch = _ACTIVE[-1]
+            mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 else None
+            options = {"scaling": kwargs.get("scaling"), "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+            watch.add(received_attention(query, key, mask, **options))
+        return function(module, query, key, value, attention_mask, **kwargs)
+
+    setattr(attend, _WATCHED_MARK, True)
+    return attend
