@@ -285,7 +285,7 @@ def _finite(value: Any) -> Any:
 
 def print_status(stages: Sequence[StageStatus]) -> None:
     """One row per stage of a work directory."""
-    styles = {"done": "green", "begun": "yellow", "stale": "yellow", "damaged": "red", "to do": "dim"}
+    styles = {"done": "green", "begun": "yellow", "stale": "yellow", "damaged": "red", "missing": "red", "to do": "dim"}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, right in (("stage", False), ("state", False), ("size", True), ("warnings", True), ("", False)):
         table.add_column(name, justify="right" if right else "left")

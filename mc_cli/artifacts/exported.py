@@ -2,6 +2,7 @@
 
 `DIR.partial` is being written, `DIR` is whole and has its record in `mc_cli.json`. Killing the process at any moment
 leaves no `DIR` that looks whole and is not. Only directories with such a record are ever replaced or removed.
+The work directory notes in `exports.json` where its exports went; that is a memory for `status`, and no artifact.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mc_cli.progress import Progress
 SCHEMA = 1
 RECORD = "mc_cli.json"
 STAGE = "export"
+EXPORTS = "exports.json"
 _REPLACED_SUFFIX = ".replaced"
 
 
@@ -51,6 +53,33 @@ class ExportRecord:
             return cls(**{**content, "warnings": tuple(content["warnings"])})
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"{path} is damaged: {error!r}. Use --force to export again.") from error
+
+
+def remember_export(work_dir: Path, folder: Path, fingerprint: str) -> None:
+    """Notes in the work directory that `folder` was exported from it; directories that are gone are forgotten.
+
+    One inside the work directory is noted by its path there, so that both can be moved together.
+    """
+    try:
+        known = known_exports(work_dir)
+    except ArtifactError:  # only a memory: a damaged one is made anew
+        known = {}
+    kept = {path: made for path, made in known.items() if path.is_dir()} | {folder.resolve(): fingerprint}
+    inside = work_dir.resolve()
+    names = {
+        str(path.relative_to(inside) if path.is_relative_to(inside) else path): made for path, made in kept.items()
+    }
+    if kept != known:
+        write_json(work_dir / EXPORTS, {"exports": dict(sorted(names.items()))})
+
+
+def known_exports(work_dir: Path) -> dict[Path, str]:
+    """Directory -> fingerprint of what export wrote there, as far as noted. Raises ArtifactError for a damaged note."""
+    path = work_dir / EXPORTS
+    noted = read_json(path).get("exports") if path.exists() else {}
+    if not isinstance(noted, dict):
+        raise ArtifactError(f"{path} is damaged: it has no list of exports. Delete it and export again.")
+    return {(work_dir.resolve() / name): str(fingerprint) for name, fingerprint in noted.items()}
 
 
 @dataclass

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mc_cli import __version__
-from mc_cli.artifacts.exported import STAGE, ExportFolder, ExportRecord
+from mc_cli.artifacts.exported import STAGE, ExportFolder, ExportRecord, remember_export
 from mc_cli.artifacts.packed import PackedLayout, encoding_of
 from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest, StageFolder, read_json, require_done
-from mc_cli.errors import InputError
+from mc_cli.errors import ArtifactError, InputError
 from mc_cli.exporters import ExportJob, exporter_from_name
 from mc_cli.exporters.model_card import CardFacts
 from mc_cli.parts import Role
@@ -53,6 +53,7 @@ def run(
     folder = plan_stage(settings, compute, work_dir)
     _verify_packed(work_dir)
     if not folder.begin(force=force):
+        _remember(work_dir, folder, progress)
         return _result(folder, settings, ran=False)
     packed = work_dir / STAGE_FOLDERS["quantize"]
     try:
@@ -64,7 +65,16 @@ def run(
     except BaseException:
         folder.discard()
         raise
+    _remember(work_dir, folder, progress)
     return _result(folder, settings, ran=True)
+
+
+def _remember(work_dir: Path, folder: ExportFolder, progress: Progress) -> None:
+    """Lets `status` know of the directory, which is finished whether or not that can be noted."""
+    try:
+        remember_export(work_dir, folder.folder, folder.fingerprint)
+    except ArtifactError as error:
+        progress.warn(f"{error} `mc-cli status` will not show this export.")
 
 
 def _write_and_read_back(

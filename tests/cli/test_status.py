@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,14 @@ import pytest
 from typer.testing import Result
 
 from mc_cli.artifacts.store import StageFolder
-from mc_cli.settings import AllocateSettings
+from mc_cli.errors import ArtifactError
+from mc_cli.progress import SilentProgress
+from mc_cli.settings import AllocateSettings, ExportSettings, RunSettings
+from mc_cli.stages import export
 from mc_cli.status import work_dir_status
+from tests.conftest import TinyModel
 from tests.fake_stages import FakeStages
+from tests.packed_folders import packed_work_dir
 
 Invoke = Callable[..., Result]
 CALIBRATE = ("calibrate", "--model", "m", "--data", "d")
@@ -81,6 +87,82 @@ def test_damaged_where_a_file_is_gone(work_dir: Path) -> None:
     [entry] = [entry for entry in work_dir_status(work_dir) if entry.stage == "score"]
     assert entry.state == "damaged"
     assert "result.json: missing" in entry.detail
+
+
+def export_to(work_dir: Path, out: Path, **options: bool) -> None:
+    settings = ExportSettings(out=str(out))
+    export.run(settings, RunSettings(), work_dir, force=options.get("force", False), progress=SilentProgress())
+
+
+def exports(work_dir: Path) -> list[tuple[str, str]]:
+    return [(entry.state, entry.detail) for entry in work_dir_status(work_dir) if entry.stage == "export"]
+
+
+def test_exports_are_to_do_done_stale_damaged_and_missing(
+    mc_cli: Invoke, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    work, out = packed_work_dir(tiny_model("mixtral"), tmp_path / "work"), tmp_path / "out"
+    assert exports(work) == [("to do", "")]
+    assert json.loads(mc_cli("status", "-w", work, "--json").stdout)["stages"][-1]["folder"] is None
+    export_to(work, out)
+    assert exports(work) == [("done", str(out))]
+    shown = json.loads(mc_cli("status", "-w", work, "--json").stdout)["stages"][-1]
+    assert (shown["stage"], shown["folder"]) == ("export", str(out)) and shown["size_bytes"] > 0
+    assert "export" in mc_cli("status", "-w", work).stdout
+
+    weights = (out / "model.safetensors").rename(tmp_path / "aside")
+    assert exports(work)[0][0] == "damaged"
+    weights.rename(out / "model.safetensors")
+
+    evaluated = StageFolder(work, "prune-eval", {}, {})
+    evaluated.begin(force=False)
+    evaluated.finish("0")
+    assert exports(work) == [("stale", f"{out}: prune-eval was run since")]
+    quantized = StageFolder(work, "quantize", {"other": 1}, {})
+    shutil.copytree(quantized.folder, tmp_path / "packed")
+    quantized.begin(force=True)
+    quantized.finish("0")
+    assert exports(work) == [("stale", f"{out}: quantize was made anew since, prune-eval was run since")]
+    shutil.rmtree(out)
+    assert exports(work) == [("missing", f"{out}: was exported, and is no longer there")]
+
+
+def test_every_export_is_known_until_it_is_gone(tiny_model: TinyModel, tmp_path: Path) -> None:
+    work = packed_work_dir(tiny_model("mixtral"), tmp_path / "work")
+    export_to(work, tmp_path / "first")
+    export_to(work, work / "model")
+    assert exports(work) == [("done", str(tmp_path / "first")), ("done", str(work / "model"))]
+    moved = work.rename(tmp_path / "moved")  # takes what lies in it along
+    assert exports(moved) == [("done", str(tmp_path / "first")), ("done", str(moved / "model"))]
+    shutil.rmtree(tmp_path / "first")
+    export_to(moved, moved / "model")
+    assert exports(moved) == [("done", str(moved / "model"))]
+    other = packed_work_dir(tiny_model("olmoe"), tmp_path / "other", widths=(3,))
+    StageFolder(other, "prune-eval", {}, {}).begin(force=False)
+    StageFolder(other, "prune-eval", {}, {}).finish("0")
+    export_to(other, moved / "model", force=True)
+    assert exports(moved) == [("stale", f"{moved / 'model'}: replaced by an export from elsewhere")]
+
+
+def test_a_damaged_note_of_exports_hides_no_stage_and_is_made_anew(tiny_model: TinyModel, tmp_path: Path) -> None:
+    work = packed_work_dir(tiny_model("mixtral"), tmp_path / "work")
+    for content in ("{", '{"exports": 7}'):
+        (work / "exports.json").write_text(content, encoding="utf-8")
+        assert states(work) | {"quantize": "done", "export": "damaged"} == states(work)
+    export_to(work, tmp_path / "out")
+    assert exports(work) == [("done", str(tmp_path / "out"))]
+
+
+def test_an_export_that_cannot_be_noted_is_still_done(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise ArtifactError("exports.json could not be written: Read-only file system.")
+
+    monkeypatch.setattr(export, "remember_export", refuse)
+    work = packed_work_dir(tiny_model("mixtral"), tmp_path / "work")
+    export_to(work, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 def test_folders_that_are_no_work_directory(mc_cli: Invoke, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mc_cli.cli import app
+from mc_cli.flags import STAGES
 
 SMALL = ("--sequences", "4", "--length", "32", "--gradient-tokens", "32", "--bits", "2,4", "--quantizer", "rtn")
 WORDS = "hello world the cat sat on a mat while the rain fell on the hills. "
@@ -69,6 +70,7 @@ def test_a_dry_run_writes_nothing(run_arguments: tuple[object, ...], finished: P
 def test_status_has_all_stages_done(finished: Path) -> None:
     stages = json.loads(invoke("status", "-w", finished / "work", "--json").stdout)["stages"]
     assert {entry["state"] for entry in stages} == {"done"}
+    assert [entry["stage"] for entry in stages] == [*STAGES]
 
 
 def test_stage_by_stage_is_the_same_chain(run_arguments: tuple[object, ...], finished: Path) -> None:
