@@ -42,7 +42,7 @@ class Routed:
 
 @dataclass(frozen=True)
 class LayerValues:
-    """What a policy knows about one layer beside its tokens: numbers that were calibrated, tensors that were learned."""
+    """What a policy knows about a layer beside its tokens: numbers that were calibrated, tensors that were learned."""
 
     layer: int
     seed: int = 0

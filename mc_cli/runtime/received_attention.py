@@ -196,8 +196,8 @@ def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
         if _ACTIVE and query.ndim == 4:
             watch = _ACTIVE[-1]
             mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 else None
-            options = {"scaling": kwargs.get("scaling"), "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
-            watch.add(received_attention(query, key, mask, **options))
+            scaling, softcap, sinks = (kwargs.get(name) for name in ("scaling", "softcap", "s_aux"))
+            watch.add(received_attention(query, key, mask, scaling=scaling, softcap=softcap, sinks=sinks))
         return function(module, query, key, value, attention_mask, **kwargs)
 
     setattr(attend, _WATCHED_MARK, True)
