@@ -75,6 +75,7 @@ def parse_names(text: str) -> tuple[str, ...]:
 
 _TEXT, _SCORE, _BUDGET, _PARTS = "Text", "Measures", "Budget (exactly one)", "Widths of the other parts"
 _METHOD, _QUANTIZER, _EVALUATION, _OUTPUT, _MODEL = "Method", "Quantizer", "Evaluation", "Output", "Model"
+_PRUNING = "Skipping experts while running"
 COMPUTING = "Computing"
 
 _DATA = "Text: a .txt, .jsonl or .parquet file, a folder of them, a `datasets` name (NAME or NAME:CONFIG), or bundled:"
@@ -114,7 +115,12 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         ),
     ),
     s.QuantizerSettings: (
-        Flag("quantizer", "How weights are rounded: gptq, or rtn (round to nearest).", _QUANTIZER, metavar="NAME"),
+        Flag(
+            "quantizer",
+            "How weights are rounded: trellis (default), gptq, or rtn (round to nearest).",
+            _QUANTIZER,
+            metavar="NAME",
+        ),
         Flag("damping", "Fraction of the mean Hessian diagonal that is added to it.", _QUANTIZER, metavar="FRACTION"),
         Flag(
             "shrinkage",
@@ -264,6 +270,40 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
             default="none",
         ),
         Flag("task_limit", "Examples per lm-eval task at most.", _EVALUATION, metavar="COUNT", default="all"),
+    ),
+    s.PruneSettings: (
+        Flag(
+            "policy",
+            "Policy that lets tokens skip experts: otp, odp, top-k, random or router-threshold. It is fitted, measured "
+            "and exported. More names, separated by commas, are fitted and measured beside it.",
+            _PRUNING,
+            metavar="LIST",
+            parse=parse_names,
+            default="none",
+        ),
+        Flag("target_rate", "Share of expert calls to drop.", _PRUNING, metavar="SHARE", default="not set"),
+        Flag(
+            "max_loss",
+            "Drop as many calls as raise the perplexity of fitting text by at most this share.",
+            _PRUNING,
+            metavar="SHARE",
+            default="0.01 unless --target-rate is set",
+        ),
+        Flag("sweep", "Measure the policies and the baselines at all --rates, and draw the front.", _PRUNING),
+        Flag("rates", "Shares of expert calls to find thresholds for.", _PRUNING, metavar="LIST", parse=s.parse_rates),
+        Flag("protect", "odp: share of tokens that keep all their experts.", _PRUNING, metavar="SHARE"),
+        Flag(
+            "fit_data",
+            "Text to fit the policy on, as --data. Never the text it is evaluated on.",
+            _PRUNING,
+            metavar="PATH|NAME",
+            default="the calibration tokens",
+        ),
+        Flag("fit_sequences", "Windows to fit the policy on.", _PRUNING, metavar="COUNT"),
+        Flag("policy_seed", "Seed of everything random in a policy.", _PRUNING, metavar="NUMBER"),
+        Flag("otp_steps", "otp: steps of training.", _PRUNING, metavar="COUNT"),
+        Flag("otp_learning_rate", "otp: learning rate at the start.", _PRUNING, metavar="RATE"),
+        Flag("otp_batch", "otp: windows per step.", _PRUNING, metavar="COUNT"),
     ),
     s.ExportSettings: (
         Flag(

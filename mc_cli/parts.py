@@ -20,6 +20,15 @@ class Role(enum.StrEnum):
     OTHER = "other"  # norms, convolutions, scalars: always kept
 
 
+def read_width(text: str | float) -> float:
+    """A width in bits per weight as written in a file: an int where it is whole, so that it is written back alike.
+
+    Raises ValueError for what is no number.
+    """
+    width = float(text)
+    return int(width) if width.is_integer() else width
+
+
 QUANTIZABLE_ROLES = (Role.EXPERT, Role.ATTENTION, Role.SHARED, Role.DENSE, Role.ROUTER, Role.HEAD)
 
 

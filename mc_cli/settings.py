@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from mc_cli.errors import InputError
-from mc_cli.parts import Role
+from mc_cli.parts import Role, read_width
 
+# Widths that score measures unless told otherwise, by the family of encodings that the quantizer makes.
+CANDIDATES: dict[str, tuple[float, ...]] = {"trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4), "affine": (1, 2, 3, 4)}
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(B|[KMGT]i?B)?\s*", re.IGNORECASE)
@@ -63,14 +65,14 @@ def parse_size(text: str) -> int:
     return round(float(match[1]) * _UNITS[(match[2] or "B").upper()])
 
 
-def parse_bits_list(text: str) -> tuple[int, ...]:
-    """Candidate widths of a list like `1,2,3,4`, ascending. Raises InputError for anything else."""
+def parse_bits_list(text: str) -> tuple[float, ...]:
+    """Candidate widths of a list like `1,1.5,2,4`, ascending. Raises InputError for anything else."""
     try:
-        widths = tuple(sorted({int(piece) for piece in text.split(",")}))
+        widths = tuple(sorted({read_width(piece) for piece in text.split(",")}))
     except ValueError as error:
-        raise InputError(f"--bits {text!r}: write widths separated by commas, for example 1,2,3,4.") from error
-    if not widths or widths[0] < 1 or widths[-1] > 8:
-        raise InputError(f"--bits {text!r}: widths are 1 to 8.")
+        raise InputError(f"--bits {text!r}: write widths separated by commas, for example 1,1.5,2,3,4.") from error
+    if not all(1 <= width <= 8 and float(2 * width).is_integer() for width in widths):
+        raise InputError(f"--bits {text!r}: widths are 1 to 8, in steps of one half.")
     return widths
 
 
@@ -135,13 +137,18 @@ class CalibrateSettings(StageSettings):
 class QuantizerSettings(StageSettings):
     """Which quantizer, and its knobs; score and quantize must agree on them, so that score predicts what ships."""
 
-    quantizer: str = "gptq"
+    quantizer: str = "trellis"
     damping: float = 0.01
     activation_order: bool = True
     shrinkage: float = (
         0.25  # tokens per input feature at which an expert's own Hessian and the pooled one weigh the same
     )
     group_size: int = 128  # inputs per scale at most: the largest divisor of each matrix's width up to this is taken
+
+    @property
+    def family(self) -> str:
+        """The family of encodings that the quantizer makes."""
+        return "trellis" if self.quantizer == "trellis" else "affine"
 
     def __post_init__(self) -> None:
         if not 0 < self.damping < 1:
@@ -155,12 +162,19 @@ class QuantizerSettings(StageSettings):
 class ScoreSettings(StageSettings):
     """bits: candidate widths. loss_tokens: tokens per expert at most on which output errors are measured."""
 
-    bits: tuple[int, ...] = (1, 2, 3, 4)
+    bits: tuple[float, ...] = ()  # none given: CANDIDATES of the quantizer's family
     quantizer: QuantizerSettings = QuantizerSettings()
     loss_tokens: int = 4096
 
     def __post_init__(self) -> None:
         _at_least("--loss-tokens", self.loss_tokens, 1)
+        if not self.bits:
+            object.__setattr__(self, "bits", CANDIDATES[self.quantizer.family])
+        halves = [width for width in self.bits if not float(width).is_integer()]
+        if halves and (self.quantizer.family == "affine" or halves[-1] > 4):
+            raise InputError(
+                f"--bits {','.join(map(str, self.bits))}: half steps are for --quantizer trellis, and up to 3.5."
+            )
 
 
 @dataclass(frozen=True)
@@ -175,7 +189,7 @@ class AllocateSettings(StageSettings):
     target_stored_bits: float | None = None
     target_bits: float | None = None
     target_size_bytes: int | None = None
-    bits: tuple[int, ...] | None = None  # None = the candidates that were scored
+    bits: tuple[float, ...] | None = None  # None = the candidates that were scored
     attention_bits: int = 4
     shared_bits: int = 4
     dense_bits: int | None = None  # None = shared_bits
@@ -224,6 +238,66 @@ class QuantizeSettings(StageSettings):
     not_fingerprinted = frozenset({"plan"})
 
 
+def parse_rates(text: str) -> tuple[float, ...]:
+    """Rates of a list like `0.1,0.2,0.3`, ascending. Raises InputError for anything else."""
+    try:
+        rates = tuple(sorted({float(piece) for piece in text.split(",")}))
+    except ValueError as error:
+        raise InputError(f"--rates {text!r}: write shares separated by commas, for example 0.1,0.2,0.3.") from error
+    if not all(0 < rate < 1 for rate in rates):
+        raise InputError(f"--rates {text!r}: a rate is a share of expert calls, above 0 and below 1.")
+    return rates
+
+
+@dataclass(frozen=True)
+class PruneSettings(StageSettings):
+    """Which experts a token skips while running. Without `policy` nothing is pruned, and nothing else here counts.
+
+    policy        the one that ships first, others for comparison behind it
+    target_rate   share of expert calls to drop; or max_loss, the relative rise of perplexity that is allowed; neither
+                  means max_loss 0.01
+    sweep         evaluate every policy and the baselines at all `rates`, and draw the front
+    fit_data      text to fit on instead of the calibration tokens; fit_sequences windows of it, or of them
+    protect       share of tokens that odp spares
+    otp_*         training of the routers that otp learns
+    """
+
+    policy: tuple[str, ...] = ()
+    target_rate: float | None = None
+    max_loss: float | None = None
+    sweep: bool = False
+    rates: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45)
+    protect: float = 0.02
+    fit_data: str | None = None
+    fit_sequences: int = 128
+    policy_seed: int = 0
+    otp_steps: int = 200
+    otp_learning_rate: float = 0.01
+    otp_batch: int = 8
+    not_fingerprinted = frozenset({"fit_data"})
+
+    def __post_init__(self) -> None:
+        if self.target_rate is not None and self.max_loss is not None:
+            raise InputError("--target-rate and --max-loss exclude each other: one follows from the other. Give one.")
+        if self.target_rate is not None and not 0 < self.target_rate < 1:
+            raise InputError(f"--target-rate {self.target_rate}: a share of expert calls, above 0 and below 1.")
+        if self.max_loss is not None and not self.max_loss > 0:
+            raise InputError(f"--max-loss {self.max_loss}: a relative rise of perplexity above 0, for example 0.01.")
+        if not 0 <= self.protect < 1:
+            raise InputError(f"--protect {self.protect}: a share of tokens, from 0 to below 1.")
+        asked = self.target_rate is not None or self.max_loss is not None or self.sweep
+        if asked and not self.policy:
+            raise InputError("--target-rate, --max-loss and --sweep need --policy, for example --policy odp.")
+        if self.otp_learning_rate <= 0:
+            raise InputError(f"--otp-learning-rate {self.otp_learning_rate}: above 0.")
+        for flag, value, least in (
+            ("--fit-sequences", self.fit_sequences, 4),
+            ("--otp-steps", self.otp_steps, 1),
+            ("--otp-batch", self.otp_batch, 1),
+        ):
+            _at_least(flag, value, least)
+
+
 @dataclass(frozen=True)
 class EvaluateSettings(StageSettings):
     """data: held-out text. Perplexity over windows of `length` tokens that advance by `stride` (0 = length)."""
@@ -237,7 +311,14 @@ class EvaluateSettings(StageSettings):
     tasks: tuple[str, ...] = ()
     include_path: str | None = None
     task_limit: int | None = None
+    prune: PruneSettings = PruneSettings()
     not_fingerprinted = frozenset({"data"})
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain JSON values of all fields that change the result; a policy's only where there is one."""
+        plain = super().resolved()
+        del plain["prune"]
+        return {**plain, "prune": self.prune.resolved()} if self.prune.policy else plain
 
     def __post_init__(self) -> None:
         _length(self.length)

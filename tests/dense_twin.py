@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from mc_cli.numerics import trellis
+
 
 @dataclass(frozen=True)
 class PackedMatrices:
@@ -71,6 +73,30 @@ def _expert_rows(
 
 
 def _decode(key: str, part: Any) -> torch.Tensor:
+    """The matrix that a key's stored parts stand for, worked out from the format's description alone."""
+    return _decode_trellis(key, part) if key.startswith("trellis") else _decode_affine(key, part)
+
+
+def _decode_trellis(key: str, part: Any) -> torch.Tensor:
+    """Rings of bits; the 12 bits from floor(i * rate) on decide weight i; rows are rotated back in float64."""
+    match = re.fullmatch(r"trellis_b([0-9p]+)_h(\d+)", key)
+    assert match is not None, key
+    rate, block = float(match[1].replace("p", ".")), int(match[2])
+    codes, scales = part("codes").numpy(), part("scales").numpy().astype(np.float64)
+    bits = np.unpackbits(codes, axis=-1, bitorder="little").astype(np.int64)
+    length = int(bits.shape[-1] / rate)
+    places = (np.floor(np.arange(length) * rate).astype(int)[:, None] + np.arange(12)) % bits.shape[-1]
+    window = (bits[..., places] << np.arange(12)).sum(-1)
+    mixed = (window * 24907 + 8465) % 65536
+    values = np.array(trellis.LEVELS)[mixed // 512 % 64] * np.where(mixed >= 32768, -1, 1) * (3.0116 / 127)
+    rows = values.transpose(0, 2, 1).reshape(-1, codes.shape[1])[: len(scales)] * scales[:, None]
+    hadamard = np.array([[(-1) ** (i & j).bit_count() for j in range(block)] for i in range(block)]) / block**0.5
+    turned = (rows.reshape(len(rows), -1, block) @ hadamard).reshape(rows.shape)
+    signs = [1 - 2 * ((i * 0x9E3779B1 % 2**32).bit_count() % 2) for i in range(rows.shape[1])]
+    return torch.from_numpy(turned * np.array(signs)).float()
+
+
+def _decode_affine(key: str, part: Any) -> torch.Tensor:
     """Codes of `bits` bits each, lowest bit first, a row padded to bytes; value = scale * (code - zero point)."""
     match = re.fullmatch(r"affine_b(\d)_g(\d+)", key)
     assert match is not None, key

@@ -60,7 +60,7 @@ def allocate(
     method: str = DEFAULT_METHOD,
     budget: Budget,
     role_bits: Mapping[Role, int],
-    candidate_bits: Iterable[int] | None = None,
+    candidate_bits: Iterable[float] | None = None,
     floors: Iterable[Floor] | None = None,
     alpha: float | None = None,
     beta: float | None = None,
@@ -97,7 +97,7 @@ def build_problem(
     importance: Importance,
     strategy: Strategy,
     budget: Budget,
-    candidate_bits: tuple[int, ...],
+    candidate_bits: tuple[float, ...],
     floors: tuple[Floor, ...] = (),
     settings: CostSettings | None = None,
 ) -> AllocationProblem:
@@ -108,7 +108,10 @@ def build_problem(
     settings = settings or CostSettings(strategy.exponents)
     units: list[Unit] = []
     for layer in importance.layers:
-        units += _units(layer, strategy.costs(layer, candidate_bits, settings), candidate_bits)
+        if strategy.splits_experts and layer.projections:
+            units += _projection_units(layer, candidate_bits)
+        else:
+            units += _units(layer, strategy.costs(layer, candidate_bits, settings), candidate_bits)
     broken = [
         f"{unit}   cost {choice.cost} at {choice.bits} bits"
         for unit in units
@@ -123,7 +126,9 @@ def build_problem(
     return AllocationProblem.of(units, budget, floors)
 
 
-def _units(layer: LayerImportance, costs: Mapping[int, Iterable[float]], candidate_bits: tuple[int, ...]) -> list[Unit]:
+def _units(
+    layer: LayerImportance, costs: Mapping[float, Iterable[float]], candidate_bits: tuple[float, ...]
+) -> list[Unit]:
     columns = {bits: list(costs[bits]) for bits in candidate_bits}
     count = layer.weights_per_expert
     return [
@@ -132,11 +137,34 @@ def _units(layer: LayerImportance, costs: Mapping[int, Iterable[float]], candida
             expert=expert,
             weight_count=count,
             choices=tuple(
-                Choice(bits, bits * count, layer.stored_bytes_by_bits[bits], float(columns[bits][expert]))
+                Choice(bits, round(bits * count), layer.stored_bytes_by_bits[bits], float(columns[bits][expert]))
                 for bits in candidate_bits
             ),
         )
         for expert in range(layer.num_experts)
+    ]
+
+
+def _projection_units(layer: LayerImportance, candidate_bits: tuple[float, ...]) -> list[Unit]:
+    """One unit per projection of every expert, costed by its own predicted losses."""
+    return [
+        Unit(
+            layer=layer.layer,
+            expert=expert,
+            weight_count=part.weight_count,
+            choices=tuple(
+                Choice(
+                    bits,
+                    round(bits * part.weight_count),
+                    part.stored_bytes_by_bits[bits],
+                    float(part.predicted_loss_by_bits[bits][expert]),
+                )
+                for bits in candidate_bits
+            ),
+            projection=part.name,
+        )
+        for expert in range(layer.num_experts)
+        for part in layer.projections
     ]
 
 
@@ -164,7 +192,7 @@ def _floors(strategy: Strategy, floors: Iterable[Floor] | None) -> tuple[Floor, 
     return floors
 
 
-def _candidates(importance: Importance, strategy: Strategy, asked: Iterable[int] | None) -> tuple[int, ...]:
+def _candidates(importance: Importance, strategy: Strategy, asked: Iterable[float] | None) -> tuple[float, ...]:
     widths = tuple(sorted(set(asked or strategy.candidate_bits or importance.candidate_bits)))
     measured = set(importance.candidate_bits)
     for layer in importance.layers:

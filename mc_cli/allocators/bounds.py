@@ -47,7 +47,7 @@ class Table:
     def of(cls, problem: AllocationProblem) -> Table:
         """The arrays of a problem, its limit rounded down to what whole steps can reach."""
         shape = (len(problem.units), max(len(unit.choices) for unit in problem.units))
-        cost, size, bits = np.full(shape, np.inf), np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+        cost, size, bits = np.full(shape, np.inf), np.zeros(shape, np.int64), np.full(shape, -1.0)
         for position, unit in enumerate(problem.units):
             for index, choice in enumerate(unit.choices):
                 cost[position, index] = choice.cost
@@ -104,7 +104,7 @@ class Multipliers:
     floors: tuple[float, ...] = ()
 
 
-def _floor_rows(problem: AllocationProblem, bits: Ints) -> tuple[FloorRow, ...]:
+def _floor_rows(problem: AllocationProblem, bits: Floats) -> tuple[FloorRow, ...]:
     rows = []
     for group in problem.floor_groups() if problem.floors else ():
         units = np.array(group)

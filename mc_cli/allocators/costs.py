@@ -10,22 +10,22 @@ from mc_cli.errors import InputError
 
 
 def predicted_loss(
-    layer: LayerImportance, candidate_bits: tuple[int, ...], settings: CostSettings
-) -> dict[int, Sequence[float]]:
+    layer: LayerImportance, candidate_bits: tuple[float, ...], settings: CostSettings
+) -> dict[float, Sequence[float]]:
     """Expected rise of the model's loss, nats per token: the same unit in every layer."""
     return widths_of(layer, "predicted_loss_by_bits", layer.predicted_loss_by_bits, candidate_bits)
 
 
 def output_error(
-    layer: LayerImportance, candidate_bits: tuple[int, ...], settings: CostSettings
-) -> dict[int, Sequence[float]]:
+    layer: LayerImportance, candidate_bits: tuple[float, ...], settings: CostSettings
+) -> dict[float, Sequence[float]]:
     """L2 norm of the change of the MoE output: comparable within one layer only."""
     return widths_of(layer, "loss_by_bits", layer.loss_by_bits, candidate_bits)
 
 
 def widths_of(
-    layer: LayerImportance, name: str, measured: Mapping[int, Sequence[float]], candidate_bits: tuple[int, ...]
-) -> dict[int, Sequence[float]]:
+    layer: LayerImportance, name: str, measured: Mapping[float, Sequence[float]], candidate_bits: tuple[float, ...]
+) -> dict[float, Sequence[float]]:
     """The entries of a measure at the candidate widths. Raises InputError naming the widths it lacks."""
     missing = [bits for bits in candidate_bits if bits not in measured]
     if missing:
@@ -37,7 +37,7 @@ def widths_of(
     return {bits: measured[bits] for bits in candidate_bits}
 
 
-def halving(factors: Sequence[float], candidate_bits: tuple[int, ...]) -> dict[int, list[float]]:
+def halving(factors: Sequence[float], candidate_bits: tuple[float, ...]) -> dict[float, list[float]]:
     """`factor * 2^-bits`: the error of a uniform grid halves with every bit, alike for all experts.
 
     For strategies that weigh experts by one factor and know nothing of their quantization error.

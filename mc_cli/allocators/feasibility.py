@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mc_cli.allocators.problem import BUDGET_FLAGS, AllocationProblem, Floor
 from mc_cli.errors import BudgetError
 
-Row = tuple[tuple[int, int], ...]  # (bits, size) of each choice of a unit
+Row = tuple[tuple[float, int], ...]  # (bits, size) of each choice of a unit
 Sizes = npt.NDArray[np.int64]
 
 
@@ -63,7 +63,7 @@ def _least_size(rows: tuple[tuple[Row, int], ...], floors: tuple[Floor, ...]) ->
     return None if least == unreachable else least
 
 
-def _served(best: Sizes, floors: tuple[Floor, ...], bits: int, unreachable: int) -> Sizes:
+def _served(best: Sizes, floors: tuple[Floor, ...], bits: float, unreachable: int) -> Sizes:
     """`best` after one more unit of that width: one up along every floor that it serves, at most to the top."""
     for axis, floor in enumerate(floors):
         if floor.admits(bits):
@@ -113,5 +113,5 @@ def _too_small(problem: AllocationProblem, least: float, most: float, layers: Se
     )
 
 
-def _listing(widths: Sequence[int]) -> str:
+def _listing(widths: Sequence[float]) -> str:
     return ", ".join(str(bits) for bits in widths)

@@ -8,7 +8,9 @@ from mc_cli.allocators.strategy import CostSettings, Strategy
 from mc_cli.artifacts.importance import LayerImportance
 
 
-def costs(layer: LayerImportance, candidate_bits: tuple[int, ...], settings: CostSettings) -> dict[int, list[float]]:
+def costs(
+    layer: LayerImportance, candidate_bits: tuple[float, ...], settings: CostSettings
+) -> dict[float, list[float]]:
     """`phi * 2^-bits`, phi the routing count normalised over the layer; the quantization error is not looked at.
 
     Source: the frequency-only ablation of arXiv 2410.06270, section 3.2; the factor 2^-bits is ours (see `halving`).

@@ -11,7 +11,9 @@ from mc_cli.allocators.strategy import CostSettings, Strategy
 from mc_cli.artifacts.importance import LayerImportance
 
 
-def costs(layer: LayerImportance, candidate_bits: tuple[int, ...], settings: CostSettings) -> dict[int, list[float]]:
+def costs(
+    layer: LayerImportance, candidate_bits: tuple[float, ...], settings: CostSettings
+) -> dict[float, list[float]]:
     """`phi^alpha * w^beta * eps^gamma` per expert and width.
 
     phi   routing_count, normalised to sum 1 over the layer

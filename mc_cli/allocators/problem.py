@@ -26,7 +26,7 @@ ROUNDING = Fraction(1, 10**12)
 class Choice:
     """One width a unit may get: what it takes (for the whole unit) and what it costs in the strategy's objective."""
 
-    bits: int
+    bits: float
     code_bits: int
     stored_bytes: int
     cost: float
@@ -111,7 +111,7 @@ class Floor:
     With one width per projection the floor holds for each projection on its own.
     """
 
-    bits: int
+    bits: float
     count: int = 1
     comparison: str = "=="
 
@@ -122,7 +122,7 @@ class Floor:
                 "and asks for at least 1 expert."
             )
 
-    def admits(self, bits: int) -> bool:
+    def admits(self, bits: float) -> bool:
         """Whether an expert of that width counts."""
         return bits == self.bits if self.comparison == "==" else bits >= self.bits
 
@@ -154,7 +154,7 @@ class AllocationProblem:
         return sum(unit.weight_count for unit in self.units)
 
     @property
-    def candidate_bits(self) -> tuple[int, ...]:
+    def candidate_bits(self) -> tuple[float, ...]:
         return tuple(sorted({choice.bits for unit in self.units for choice in unit.choices}))
 
     def layers(self) -> dict[int, list[int]]:

@@ -10,7 +10,9 @@ from mc_cli.allocators.strategy import CostSettings, Strategy
 from mc_cli.artifacts.importance import LayerImportance
 
 
-def costs(layer: LayerImportance, candidate_bits: tuple[int, ...], settings: CostSettings) -> dict[int, list[float]]:
+def costs(
+    layer: LayerImportance, candidate_bits: tuple[float, ...], settings: CostSettings
+) -> dict[float, list[float]]:
     """`u * 2^-bits`, u uniform in [0, 1) per expert, from seed and layer: `frequency` with chance for frequency."""
     draw = random.Random(f"{settings.seed}:{layer.layer}")
     return halving([draw.random() for _ in range(layer.num_experts)], candidate_bits)

@@ -45,7 +45,13 @@ def expert_bits_of(problem: AllocationProblem, picks: Sequence[int]) -> dict[int
             row[unit.expert] = bits
         else:
             row.setdefault(unit.expert, {})[unit.projection] = bits
-    return {layer: tuple(row[expert] for expert in sorted(row)) for layer, row in sorted(rows.items())}
+    return {layer: tuple(_short(row[expert]) for expert in sorted(row)) for layer, row in sorted(rows.items())}
+
+
+def _short(entry: Any) -> ExpertBits:
+    """One number where all projections of an expert have the same width."""
+    widths = set(entry.values()) if isinstance(entry, dict) else set()
+    return widths.pop() if len(widths) == 1 else entry
 
 
 def _budget(problem: AllocationProblem, assignment: Assignment) -> dict[str, Any]:
@@ -100,9 +106,13 @@ def predicted_loss_of(importance: Importance, expert_bits: Mapping[int, tuple[Ex
     terms = []
     for layer in importance.layers:
         for expert, bits in enumerate(expert_bits[layer.layer]):
-            if not isinstance(bits, int) or bits not in layer.predicted_loss_by_bits:
+            if isinstance(bits, dict):
+                losses = {part.name: part.predicted_loss_by_bits for part in layer.projections}
+                terms += [losses[name][width][expert] for name, width in bits.items()]
+            elif bits in layer.predicted_loss_by_bits:
+                terms.append(layer.predicted_loss_by_bits[bits][expert])
+            else:
                 return None
-            terms.append(layer.predicted_loss_by_bits[bits][expert])
     total = math.fsum(terms)
     return total if math.isfinite(total) else None
 

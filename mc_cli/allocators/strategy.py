@@ -56,7 +56,7 @@ class Assignment:
     lagrangian_bound: float | None = None
 
 
-Costs = Callable[[LayerImportance, tuple[int, ...], CostSettings], Mapping[int, Sequence[float]]]
+Costs = Callable[[LayerImportance, tuple[float, ...], CostSettings], Mapping[float, Sequence[float]]]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Strategy:
     floors          floors it keeps unless others are asked for
     takes_floors    whether floors mean anything to it
     uses_seed       whether its costs depend on the seed
+    splits_experts  whether every projection of an expert gets a width of its own, where losses were measured so; its
+                    costs are then the predicted losses of the projections
     exponents       the exponents it takes, with their defaults
     """
 
@@ -79,8 +81,9 @@ class Strategy:
     formula: str
     costs: Costs
     assign: Callable[[AllocationProblem, SolverSettings], Assignment]
-    candidate_bits: tuple[int, ...] | None = None
+    candidate_bits: tuple[float, ...] | None = None
     floors: tuple[Floor, ...] = ()
     takes_floors: bool = True
     uses_seed: bool = False
+    splits_experts: bool = False
     exponents: Mapping[str, float] = field(default_factory=dict)

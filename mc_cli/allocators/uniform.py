@@ -8,7 +8,9 @@ from mc_cli.allocators.strategy import Assignment, CostSettings, SolverSettings,
 from mc_cli.artifacts.importance import LayerImportance
 
 
-def no_costs(layer: LayerImportance, candidate_bits: tuple[int, ...], settings: CostSettings) -> dict[int, list[float]]:
+def no_costs(
+    layer: LayerImportance, candidate_bits: tuple[float, ...], settings: CostSettings
+) -> dict[float, list[float]]:
     """Zero everywhere, so that it also works where no loss was measured."""
     return {bits: [0.0] * layer.num_experts for bits in candidate_bits}
 

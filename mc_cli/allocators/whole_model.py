@@ -21,7 +21,8 @@ STRATEGY = Strategy(
     name="global",
     description="one integer programme over all layers that minimises the predicted rise of the model's loss (default)",
     unit="nats per token",
-    formula="sum over experts of predicted_loss_by_bits[bits]",
+    formula="sum over experts, and their projections where measured, of predicted_loss_by_bits[bits]",
     costs=predicted_loss,
     assign=assign,
+    splits_experts=True,
 )

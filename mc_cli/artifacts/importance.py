@@ -10,6 +10,7 @@ from typing import Any
 
 from mc_cli.artifacts.store import read_json, write_json
 from mc_cli.errors import ArtifactError, listed
+from mc_cli.parts import read_width
 
 SCHEMA = 1
 
@@ -28,6 +29,20 @@ _PER_EXPERT_AND_WIDTH = ("loss_by_bits", "predicted_loss_by_bits")
 
 
 @dataclass(frozen=True)
+class ProjectionImportance:
+    """The cost of each width of one projection alone, the expert's others as in the checkpoint; indexed by expert."""
+
+    name: str
+    weight_count: int  # of one expert
+    predicted_loss_by_bits: dict[float, Sequence[float]]
+    stored_bytes_by_bits: dict[float, int]
+
+    def __post_init__(self) -> None:
+        values = {bits: tuple(losses) for bits, losses in self.predicted_loss_by_bits.items()}
+        object.__setattr__(self, "predicted_loss_by_bits", values)
+
+
+@dataclass(frozen=True)
 class LayerImportance:
     """Measures of the experts of one MoE layer; every sequence is indexed by expert and kept as a tuple."""
 
@@ -38,10 +53,10 @@ class LayerImportance:
     routing_weight_sum: Sequence[float]
     router_probability_sum: Sequence[float]
     output_norm_mean: Sequence[float]
-    loss_by_bits: dict[int, Sequence[float]]
-    predicted_loss_by_bits: dict[int, Sequence[float]]
-    stored_bytes_by_bits: dict[int, int]
-    sensitivity: float = 1.0  # nats per token per unit of squared MoE-output error (summed over tokens)
+    loss_by_bits: dict[float, Sequence[float]]
+    predicted_loss_by_bits: dict[float, Sequence[float]]
+    stored_bytes_by_bits: dict[float, int]
+    projections: tuple[ProjectionImportance, ...] = ()  # none: widths are for whole experts
 
     def __post_init__(self) -> None:
         for name in _PER_EXPERT:
@@ -59,11 +74,12 @@ class LayerImportance:
 
         Raises KeyError, TypeError or ValueError where the object is not one; the caller knows the file to name.
         """
-        widths = (*_PER_EXPERT_AND_WIDTH, "stored_bytes_by_bits")
-        by_bits = {name: {int(bits): values for bits, values in entry[name].items()} for name in widths}
-        return cls(**{**entry, **by_bits})
+        layer = _with_widths(entry, (*_PER_EXPERT_AND_WIDTH, "stored_bytes_by_bits"))
+        widths = ("predicted_loss_by_bits", "stored_bytes_by_bits")
+        parts = (ProjectionImportance(**_with_widths(part, widths)) for part in entry.get("projections", ()))
+        return cls(**{**layer, "projections": tuple(parts)})
 
-    def problems(self, candidate_bits: Iterable[int]) -> list[str]:
+    def problems(self, candidate_bits: Iterable[float]) -> list[str]:
         """What is wrong with the measures, one line each: lengths, missing widths, numbers that are not finite."""
         found = []
         for name, values in self._columns():
@@ -93,7 +109,16 @@ class LayerImportance:
         columns = [(name, getattr(self, name)) for name in _PER_EXPERT]
         for name in _PER_EXPERT_AND_WIDTH:
             columns += [(f"{name} at {bits} bits", values) for bits, values in sorted(getattr(self, name).items())]
+        for part in self.projections:
+            losses = sorted(part.predicted_loss_by_bits.items())
+            columns += [(f"{part.name}: predicted_loss_by_bits at {bits} bits", values) for bits, values in losses]
         return columns
+
+
+def _with_widths(entry: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A JSON object with the keys of some of its mappings turned from strings to widths."""
+    by_bits = {name: {read_width(bits): values for bits, values in entry[name].items()} for name in names}
+    return {**entry, **by_bits}
 
 
 @dataclass(frozen=True)
@@ -102,7 +127,7 @@ class Importance:
 
     model_type: str
     quantizer: str
-    candidate_bits: tuple[int, ...]
+    candidate_bits: tuple[float, ...]
     layers: tuple[LayerImportance, ...]
     sensitivity_method: str = ""
     units: dict[str, str] = field(default_factory=lambda: dict(UNITS))
@@ -139,7 +164,7 @@ class Importance:
             importance = cls(
                 model_type=str(content["model_type"]),
                 quantizer=str(content["quantizer"]),
-                candidate_bits=tuple(int(bits) for bits in content["candidate_bits"]),
+                candidate_bits=tuple(read_width(bits) for bits in content["candidate_bits"]),
                 layers=tuple(LayerImportance.from_json(entry) for entry in content["layers"]),
                 sensitivity_method=str(content["sensitivity_method"]),
                 units=dict(content["units"]),

@@ -18,10 +18,12 @@ from mc_cli.errors import PlanError, listed
 from mc_cli.parts import ExpertBlock, ModelInventory, Role
 
 SCHEMA = 1
+FAMILIES = ("affine", "trellis")
 KEPT_BITS = 16
+LARGEST_HALF = 4  # trellis codes have half steps, and end here
 REMEDY = "Run allocate again, or correct the file."
 
-ExpertBits = int | dict[str, int]
+ExpertBits = float | dict[str, float]  # whole widths are ints, others are halves
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,18 @@ class Plan:
     model_type: str
     method: str
     expert_bits: dict[int, tuple[ExpertBits, ...]]  # decoder layer -> one entry per expert
-    role_bits: dict[Role, int]  # attention, shared, dense, router, head; 16 = kept
+    role_bits: dict[Role, float]  # attention, shared, dense, router, head; 16 = kept
+    family: str = "affine"  # of the encodings that these widths mean: trellis or affine
     group_size_limit: int = 128
     budget: Mapping[str, Any] = field(default_factory=dict)  # kind, asked, reached, unit; code and stored bits reached
     objective: Mapping[str, Any] = field(default_factory=dict)  # value, unit
     solver: Mapping[str, Any] = field(default_factory=dict)  # name, status, gap
     warnings: tuple[str, ...] = ()
 
-    def bits_of(self, layer: int, expert: int, projection: str) -> int:
+    def bits_of(self, layer: int, expert: int, projection: str) -> float:
         """The width of one projection of one expert."""
         entry = self.expert_bits[layer][expert]
-        return entry if isinstance(entry, int) else entry[projection]
+        return entry[projection] if isinstance(entry, dict) else entry
 
     def check_against(self, inventory: ModelInventory) -> None:
         """Raises PlanError naming every place where the plan does not describe this model."""
@@ -72,6 +75,7 @@ class Plan:
             "objective": dict(self.objective),
             "solver": dict(self.solver),
             "warnings": list(self.warnings),
+            "family": self.family,
             "group_size_limit": self.group_size_limit,
             "role_bits": {role.value: bits for role, bits in sorted(self.role_bits.items())},
             "expert_bits": {layer: list(bits) for layer, bits in sorted(self.expert_bits.items())},
@@ -93,13 +97,15 @@ class Plan:
             )
         if problems := _content_problems(content):
             raise PlanError(
-                f"{path} is not a plan:\n{listed(problems)}\nA width is 0 (pruned), 1 to 8, or 16 (kept). {REMEDY}"
+                f"{path} is not a plan:\n{listed(problems)}\nA width is 0 (pruned), 1 to 8, a half "
+                f"step from 1.5 to 3.5, or 16 (kept). {REMEDY}"
             )
         return cls(
             model_type=content["model_type"],
             method=content["method"],
             expert_bits={layer: tuple(row) for layer, row in content["expert_bits"].items()},
             role_bits={Role(role): bits for role, bits in content["role_bits"].items()},
+            family=content.get("family", "affine"),
             group_size_limit=content.get("group_size_limit", 128),
             budget=content.get("budget", {}),
             objective=content.get("objective", {}),
@@ -125,7 +131,14 @@ class _Loader(yaml.SafeLoader):
 def _content_problems(content: Mapping[str, Any]) -> list[str]:
     """Everything in the file that is not as the format says, one line each."""
     kinds = {"model_type": str, "method": str, "expert_bits": dict, "role_bits": dict}
-    optional = {"group_size_limit": int, "budget": dict, "objective": dict, "solver": dict, "warnings": list}
+    optional = {
+        "family": str,
+        "group_size_limit": int,
+        "budget": dict,
+        "objective": dict,
+        "solver": dict,
+        "warnings": list,
+    }
     problems = [f"{name} is missing" for name in kinds if name not in content]
     problems += [
         f"{name} is unknown" for name in content if name not in kinds and name not in optional and name != "schema"
@@ -135,6 +148,8 @@ def _content_problems(content: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name} is {_shown(content[name])}, not a {kind.__name__}")
     if problems:
         return problems
+    if content.get("family", "affine") not in FAMILIES:
+        problems.append(f"family is {_shown(content['family'])}, not one of {', '.join(FAMILIES)}")
     if content.get("group_size_limit", 128) < 1:
         problems.append(f"group_size_limit is {content['group_size_limit']}, not positive")
     for role, bits in content["role_bits"].items():
@@ -163,7 +178,8 @@ def _row_problems(layer: object, row: object) -> list[str]:
 
 
 def _width_problem(where: str, bits: object) -> list[str]:
-    fits = isinstance(bits, int) and not isinstance(bits, bool) and (0 <= bits <= 8 or bits == KEPT_BITS)
+    whole = isinstance(bits, int) and not isinstance(bits, bool) and (0 <= bits <= 8 or bits == KEPT_BITS)
+    fits = whole or (isinstance(bits, float) and 1 < bits < LARGEST_HALF and bits % 1 == 0.5)
     return [] if fits else [f"{where} has width {_shown(bits)}"]
 
 

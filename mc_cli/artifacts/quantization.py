@@ -28,7 +28,7 @@ class MatrixReport:
     role: str
     outcome: str
     weight_count: int
-    bits: int
+    bits: float
     encoding: str | None = None
     tokens: int | None = None
     proxy_loss: float | None = None

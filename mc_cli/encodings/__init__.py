@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from mc_cli.errors import ArtifactError
+from mc_cli.errors import ArtifactError, ShapeError
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,16 @@ class Encoding(Protocol):
         """Bits of the codes alone per weight; scales and zero points are not counted."""
         ...
 
+    @property
+    def basis(self) -> str:
+        """What a quantizer's preparation depends on: encodings that agree in it share one."""
+        ...
+
+    @property
+    def bits(self) -> float:
+        """The width that a plan gives: bits of the codes per weight, an int where whole."""
+        ...
+
     def tensor_specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """The stored tensors of one matrix, by name. Raises ShapeError where the widths do not fit."""
         ...
@@ -58,6 +68,25 @@ class Encoding(Protocol):
 def stored_bytes(encoding: Encoding, out_features: int, in_features: int) -> int:
     """Bytes on disk of one encoded matrix, scales and padding included."""
     return sum(spec.size_bytes for spec in encoding.tensor_specs(out_features, in_features).values())
+
+
+def encoding_for(
+    family: str, bits: float, out_features: int, in_features: int, *, group_size_limit: int = 128
+) -> Encoding:
+    """The encoding of a matrix at a width: in the family `trellis` such codes, up to 4 bits and from 16 outputs on.
+
+    Everything else gets affine grids.
+
+    group_size_limit   inputs per scale of an affine grid, at most
+    Raises ShapeError for half widths of affine grids, and where a matrix does not fit.
+    """
+    from mc_cli.encodings import affine, trellis
+
+    if family == "trellis" and bits <= trellis.LARGEST_BITS and out_features >= trellis.FEWEST_OUTPUTS:
+        return trellis.trellis_for(bits, in_features)
+    if not float(bits).is_integer():
+        raise ShapeError(f"{bits} bits: affine grids have whole widths")
+    return affine.affine_for(int(bits), in_features, group_size_limit=group_size_limit)
 
 
 def encoding_from_key(key: str) -> Encoding:

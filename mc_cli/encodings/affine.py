@@ -50,6 +50,10 @@ class AffineEncoding:
         return float(self.bits)
 
     @property
+    def basis(self) -> str:
+        return f"g{self.group_size}"
+
+    @property
     def zero_point_denominator(self) -> int:
         """Stored zero points are in units of one over this of a step."""
         return 1 << (8 - self.bits)

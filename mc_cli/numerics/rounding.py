@@ -6,6 +6,8 @@ The error measured is trace(D hessian D^T), D = weight - value, as everywhere in
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,31 +28,41 @@ def propagate_errors(columns: Tensor, factor: Tensor, grid: Grid, group_of: Tens
     is owed just before it is needed. Nothing to the right is ever rewritten: half the memory traffic of the usual form.
     Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1.
     """
-    errors = torch.empty_like(columns)
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
+    inverse_scales, largest = grid.scales.reciprocal(), 2**grid.bits - 1
+
+    def nearest(position: int, column: Tensor) -> Tensor:
+        index = group_of[:, position, None, None].expand(-1, 1, columns.shape[2])
+        zero_points = grid.zero_points.gather(1, index)[:, 0]
+        code = torch.addcmul(zero_points, column, inverse_scales.gather(1, index)[:, 0]).round_().clamp_(0, largest)
+        codes[:, position] = code
+        return code.sub_(zero_points).mul_(grid.scales.gather(1, index)[:, 0])
+
+    propagate(columns, factor, nearest)
+    return codes
+
+
+def propagate(columns: Tensor, factor: Tensor, round_column: Callable[[int, Tensor], Tensor]) -> None:
+    """Hands every column, with its share of all earlier columns' errors, to `round_column`, in processing order.
+
+    columns       float32 [B, in, out]; not modified
+    factor        float32 [B, in, in], as in `propagate_errors`
+    round_column  (position, wanted [B, out]) -> what is stored instead [B, out]
+    """
+    errors = torch.empty_like(columns)
     inverse_diagonal = factor.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1)
-    largest = 2**grid.bits - 1
     for first in range(0, columns.shape[1], _PANEL):
         last = min(first + _PANEL, columns.shape[1])
-        # Step 1: the panel as all earlier panels leave it, and the grids of its columns.
         panel = columns[:, first:last]
-        if first:
+        if first:  # what all earlier panels owe
             panel = torch.baddbmm(panel, factor[:, :first, first:last].transpose(1, 2), errors[:, :first], alpha=-1)
-        index = group_of[:, first:last, None].expand(-1, -1, columns.shape[2])
-        scales, zero_points = grid.scales.gather(1, index), grid.zero_points.gather(1, index)
-        inverse_scales = scales.reciprocal()
-        # Step 2: its columns, one after the other.
         for position in range(first, last):
-            here = position - first
-            column = panel[:, here]
-            if here:
+            column = panel[:, position - first]
+            if position > first:  # what earlier columns of the panel owe
                 owed = torch.bmm(factor[:, first:position, position].unsqueeze(1), errors[:, first:position])
                 column = column - owed.squeeze(1)
-            code = torch.addcmul(zero_points[:, here], column, inverse_scales[:, here]).round_().clamp_(0, largest)
-            codes[:, position] = code
-            value = code.sub_(zero_points[:, here]).mul_(scales[:, here])
-            torch.mul(column.sub(value), inverse_diagonal[:, position], out=errors[:, position])
-    return codes
+            value = round_column(position, column)
+            torch.mul(column - value, inverse_diagonal[:, position], out=errors[:, position])
 
 
 def descend(columns: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, *, sweeps: int) -> tuple[Tensor, Grid]:

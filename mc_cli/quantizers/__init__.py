@@ -40,7 +40,7 @@ class Prepared:
     """What a quantizer computes once from the Hessians, for all widths and all projections with the same inputs."""
 
     hessian: Tensor | None  # float32 [B or 1, in_features, in_features], as handed in
-    group_size: int  # of the encodings it serves
+    basis: str  # of the encodings it serves
     target: Tensor | None = None  # float32, like hessian: what rounding minimises under, regularised
     inverse_cholesky: Tensor | None = None  # float32, like hessian: of the damped target, inputs in processing order
     order: Tensor | None = None  # int64 [B or 1, in_features]: place in the processing order -> input
@@ -60,17 +60,32 @@ class Quantizer(Protocol):
         """Whether `prepare` refuses None."""
         ...
 
-    def prepare(self, hessian: Tensor | None, *, group_size: int, token_count: Tensor | None = None) -> Prepared:
+    def prepare(self, hessian: Tensor | None, *, basis: str, token_count: Tensor | None = None) -> Prepared:
         """What all widths share, computed once.
 
         hessian      float32 [B, in_features, in_features], or [1, ...] for one that all items share; not modified
-        group_size   of the encodings to come
+        basis        of the encodings to come
         token_count  [B or 1] tokens behind each Hessian, for quantizers that trust small samples less; None: plenty
         """
         ...
 
-    def quantize(self, weight: Tensor, prepared: Prepared, encoding: Encoding) -> QuantizedLinear:
-        """`weight` [B, out_features, in_features] float32, not modified, in `encoding`."""
+    def quantize(
+        self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None
+    ) -> QuantizedLinear:
+        """`weight` [B, out_features, in_features] float32, not modified, in `encoding`.
+
+        row_importance   [B, out_features], how much a squared error of each output matters; None: all alike.
+                         Quantizers that round rows independently of each other have no use for it
+        """
+        ...
+
+    def forecast(
+        self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None
+    ) -> Tensor:
+        """A matrix [B, out_features, in_features] with errors as large, and as placed, as those of `quantize`.
+
+        For measuring what a width costs; quantizers whose search is slow draw errors of the known size instead.
+        """
         ...
 
 
@@ -97,8 +112,8 @@ def affine_encoding(encoding: Encoding, prepared: Prepared, weight: Tensor) -> A
     if weight.ndim != 3:
         raise ShapeError(f"weights come as [batch, out_features, in_features], not {tuple(weight.shape)}")
     encoding.tensor_specs(*weight.shape[-2:])
-    if encoding.group_size != prepared.group_size:
-        raise ShapeError(f"prepared for groups of {prepared.group_size}, asked for {encoding.key}")
+    if encoding.basis != prepared.basis:
+        raise ShapeError(f"prepared for {prepared.basis}, asked for {encoding.key}")
     hessian = prepared.hessian
     if hessian is not None and (hessian.shape[-1] != weight.shape[-1] or len(hessian) not in (1, len(weight))):
         raise ShapeError(f"Hessians {tuple(hessian.shape)} do not belong to weights {tuple(weight.shape)}")

@@ -62,7 +62,7 @@ class Gptq:
                 f"and {self.diagonal_strength}"
             )
 
-    def prepare(self, hessian: Tensor | None, *, group_size: int, token_count: Tensor | None = None) -> Prepared:
+    def prepare(self, hessian: Tensor | None, *, basis: str, token_count: Tensor | None = None) -> Prepared:
         """The order of the inputs and the factor of the damped inverse. Raises InputError without a Hessian."""
         if hessian is None:
             raise InputError("gptq needs calibration data; use the quantizer rtn where there is none")
@@ -74,9 +74,11 @@ class Gptq:
         ordered = target.gather(1, order.unsqueeze(2).expand(-1, -1, size))
         ordered = ordered.gather(2, order.unsqueeze(1).expand(-1, size, -1))
         inverse = inverse_cholesky(ordered, damping=self.damping)
-        return Prepared(hessian, group_size, target, inverse.factor, order, inverse.notes)
+        return Prepared(hessian, basis, target, inverse.factor, order, inverse.notes)
 
-    def quantize(self, weight: Tensor, prepared: Prepared, encoding: Encoding) -> QuantizedLinear:
+    def quantize(
+        self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None
+    ) -> QuantizedLinear:
         """`weight` [B, out_features, in_features] float32 in `encoding`, which must be affine; not modified.
 
         The minimised error is that under `prepared.target`; the loss reported is that under the Hessian handed in.
@@ -102,6 +104,13 @@ class Gptq:
         codes = propagate_errors(_take(columns, order), factor, grid, order // encoding.group_size)
         codes, grid = descend(columns, _take(codes, rank), grid, target, sweeps=self.sweeps)
         return affine_result(weight, prepared, encoding, codes=codes.transpose(1, 2), grid=grid)
+
+    def forecast(
+        self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None
+    ) -> Tensor:
+        """What `quantize` makes of it."""
+        quantized = self.quantize(weight, prepared, encoding)
+        return encoding.dequantize(quantized.tensors, weight.shape[-1])
 
     def _order(self, hessian: Tensor) -> Tensor:
         """int64 [B, in_features]: position in the sweep -> input."""

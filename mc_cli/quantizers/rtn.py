@@ -33,11 +33,13 @@ class RoundToNearest:
     name = NAME
     needs_hessian = False
 
-    def prepare(self, hessian: Tensor | None, *, group_size: int, token_count: Tensor | None = None) -> Prepared:
+    def prepare(self, hessian: Tensor | None, *, basis: str, token_count: Tensor | None = None) -> Prepared:
         """Nothing to compute; the Hessian, if there is one, is kept for the loss and the search's error weights."""
-        return Prepared(hessian, group_size)
+        return Prepared(hessian, basis)
 
-    def quantize(self, weight: Tensor, prepared: Prepared, encoding: Encoding) -> QuantizedLinear:
+    def quantize(
+        self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None
+    ) -> QuantizedLinear:
         """`weight` [B, out_features, in_features] float32 in `encoding`, which must be affine; not modified.
 
         Raises ShapeError where the encoding is not affine or does not fit, McError for non-finite weights.
@@ -50,6 +52,13 @@ class RoundToNearest:
             grid = minmax_grid(groups, bits=encoding.bits)
         codes = grid.codes(groups).to(torch.uint8).transpose(1, 2).flatten(-2)
         return affine_result(weight, prepared, encoding, codes=codes, grid=grid)
+
+    def forecast(
+        self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None
+    ) -> Tensor:
+        """What `quantize` makes of it."""
+        quantized = self.quantize(weight, prepared, encoding)
+        return encoding.dequantize(quantized.tensors, weight.shape[-1])
 
 
 def _diagonal(prepared: Prepared, group_size: int) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch import nn
 from mc_cli.artifacts.packed import KEPT, ExpertLayout
 from mc_cli.artifacts.plan import KEPT_BITS, Plan
 from mc_cli.artifacts.quantization import MatrixReport
-from mc_cli.encodings.affine import affine_for
+from mc_cli.encodings import Encoding, encoding_for
 from mc_cli.numerics.hessian import accumulate, trace_error
 from mc_cli.parts import ExpertBlock, Role, TensorPart
 from mc_cli.quantizers import Quantizer
@@ -81,14 +81,14 @@ class LayerQuantizer:
         self, linears: Sequence[tuple[str, TensorPart]], hessian: torch.Tensor, tokens: int, result: LayerResult
     ) -> None:
         """Quantizes modules that share an input, whose second moments are `hessian`; their weights are replaced."""
-        prepared: dict[int, Any] = {}
+        prepared: dict[str, Any] = {}
         for path, part in linears:
             module: Any = self._model.get_submodule(path)
             weight = module.weight.detach().float()[None]
-            encoding = self._encoding(self._plan.role_bits[part.role], weight.shape[-1])
-            if encoding.group_size not in prepared:
-                prepared[encoding.group_size] = self._quantizer.prepare(hessian[None], group_size=encoding.group_size)
-            quantized = self._quantizer.quantize(weight, prepared[encoding.group_size], encoding)
+            encoding = self._encoding(self._plan.role_bits[part.role], weight)
+            if encoding.basis not in prepared:
+                prepared[encoding.basis] = self._quantizer.prepare(hessian[None], basis=encoding.basis)
+            quantized = self._quantizer.quantize(weight, prepared[encoding.basis], encoding)
             module.weight.data.copy_(encoding.dequantize(quantized.tensors, weight.shape[-1])[0])
             result.linears[path] = (encoding.key, {name: tensor[0] for name, tensor in quantized.tensors.items()})
             row = MatrixReport(path, part.role.value, "quantized", weight.numel(), encoding.bits, encoding.key, tokens)
@@ -101,8 +101,9 @@ class LayerQuantizer:
         is_matrix = leaf == "weight" and len(part.shape) == 2 and (part.linear or part.role == Role.ROUTER)
         return path if is_matrix and bits != KEPT_BITS else None
 
-    def _encoding(self, bits: int, in_features: int) -> Any:
-        return affine_for(bits, in_features, group_size_limit=self._plan.group_size_limit)
+    def _encoding(self, bits: float, weight: torch.Tensor) -> Encoding:
+        limit = self._plan.group_size_limit
+        return encoding_for(self._plan.family, bits, *weight.shape[-2:], group_size_limit=limit)
 
     # Linears
 
@@ -197,7 +198,7 @@ class LayerQuantizer:
         block = inputs.block
         keys: list[str | None] = [None] * block.num_experts
         packed = result.experts.setdefault(projection, {})
-        by_bits: dict[int, list[int]] = {}
+        by_bits: dict[float, list[int]] = {}
         for expert in range(block.num_experts):
             by_bits.setdefault(self._plan.bits_of(block.layer, expert, projection), []).append(expert)
         for bits, members in sorted(by_bits.items()):
@@ -218,7 +219,7 @@ class LayerQuantizer:
         block: ExpertBlock,
         projection: str,
         expert: int,
-        bits: int,
+        bits: float,
         packed: dict[int, tuple[str, PackedTensors]],
         result: LayerResult,
     ) -> str | None:
@@ -241,15 +242,15 @@ class LayerQuantizer:
         module: nn.Module,
         inputs: ExpertInputs,
         projection: str,
-        bits: int,
+        bits: float,
         members: list[int],
         hessians: torch.Tensor,
         result: LayerResult,
     ) -> None:
         weights = torch.stack([experts.expert_weight(module, projection, expert).float() for expert in members])
         in_features = weights.shape[-1]
-        encoding = self._encoding(bits, in_features)
-        prepared = self._quantizer.prepare(hessians, group_size=encoding.group_size)
+        encoding = self._encoding(bits, weights)
+        prepared = self._quantizer.prepare(hessians, basis=encoding.basis)
         quantized = self._quantizer.quantize(weights, prepared, encoding)
         replaced = encoding.dequantize(quantized.tensors, in_features)
         for slot, expert in enumerate(members):

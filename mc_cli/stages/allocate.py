@@ -10,14 +10,13 @@ from mc_cli import __version__
 from mc_cli.allocators import Budget, Floor, allocate
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.importance import Importance
-from mc_cli.artifacts.plan import KEPT_BITS, Plan
+from mc_cli.artifacts.plan import KEPT_BITS, ExpertBits, Plan
 from mc_cli.artifacts.store import STAGE_FOLDERS, StageFolder, require_done
-from mc_cli.encodings import stored_bytes
-from mc_cli.encodings.affine import affine_for
+from mc_cli.encodings import encoding_for, stored_bytes
 from mc_cli.errors import BudgetError, PlanError
 from mc_cli.parts import ModelInventory, Role, TensorPart
 from mc_cli.progress import Progress, StageResult
-from mc_cli.settings import AllocateSettings, RunSettings
+from mc_cli.settings import AllocateSettings, QuantizerSettings, RunSettings
 
 STAGE = "allocate"
 PLAN = "plan.yaml"
@@ -48,9 +47,9 @@ def run(
     inventory = calibration_artifact.read_inventory(
         work_dir / STAGE_FOLDERS["calibrate"] / calibration_artifact.INVENTORY
     )
-    group_size_limit = int(require_done(work_dir, "score").settings["quantizer"]["group_size"])
+    quantizer = QuantizerSettings(**require_done(work_dir, "score").settings["quantizer"])
     _check_tied_head(settings, inventory)
-    others = other_bytes(inventory, settings.role_bits(), group_size_limit=group_size_limit)
+    others = other_bytes(inventory, settings.role_bits(), quantizer)
     with progress.step(f"allocate: {settings.method}", total=1, unit="programme") as step:
         plan = allocate(
             importance,
@@ -70,7 +69,7 @@ def run(
     budget: dict[str, Any] = {**plan.budget, "other_bytes": others}
     if settings.target_size_bytes is not None:
         budget["asked_file_bytes"] = settings.target_size_bytes
-    plan = replace(plan, budget=budget, group_size_limit=group_size_limit)
+    plan = replace(plan, budget=budget, family=quantizer.family, group_size_limit=quantizer.group_size)
     plan.check_against(inventory)
     for message in plan.warnings:
         folder.warn(message, progress)
@@ -103,14 +102,14 @@ def _budget(settings: AllocateSettings, others: int) -> Budget:
     return Budget("expert_bytes", left, other_bytes=others)
 
 
-def other_bytes(inventory: ModelInventory, role_bits: dict[Role, int], *, group_size_limit: int) -> int:
+def other_bytes(inventory: ModelInventory, role_bits: dict[Role, int], quantizer: QuantizerSettings) -> int:
     """File bytes of all that is not a routed expert weight, at the roles' widths, headers included (rounded up)."""
     total = 0
     names = 0
     for part in inventory.tensors:
         names += len(part.name) + 3 * _HEADER_BYTES_PER_TENSOR
         if part.role is not Role.EXPERT:
-            total += _part_bytes(part, role_bits.get(part.role, KEPT_BITS), group_size_limit)
+            total += _part_bytes(part, role_bits.get(part.role, KEPT_BITS), quantizer)
     # Every width of every projection may occur in a layer: three stacked tensors each.
     stacked = sum(
         len(block.projections) * 5 * 3 * (len(block.path) + 2 * _HEADER_BYTES_PER_TENSOR)
@@ -119,27 +118,23 @@ def other_bytes(inventory: ModelInventory, role_bits: dict[Role, int], *, group_
     return total + names + stacked + (inventory.num_layers + 1) * _HEADER_BYTES_PER_FILE
 
 
-def _part_bytes(part: TensorPart, bits: int, group_size_limit: int) -> int:
+def _part_bytes(part: TensorPart, bits: float, quantizer: QuantizerSettings) -> int:
     is_matrix = part.name.endswith(".weight") and len(part.shape) == 2 and (part.linear or part.role is Role.ROUTER)
     if bits == KEPT_BITS or not is_matrix:
         return part.size_bytes
-    return stored_bytes(
-        affine_for(bits, part.shape[1], group_size_limit=group_size_limit), part.shape[0], part.shape[1]
-    )
+    limit = quantizer.group_size
+    return stored_bytes(encoding_for(quantizer.family, bits, *part.shape, group_size_limit=limit), *part.shape)
 
 
 def _result(folder: StageFolder, *, ran: bool) -> StageResult:
     plan = Plan.read(folder.path(PLAN))
-    rows: list[list[Any]] = []
-    widths = sorted({bits for row in plan.expert_bits.values() for bits in row if isinstance(bits, int)})
-    for layer, row in sorted(plan.expert_bits.items()):
-        flat = [bits for bits in row if isinstance(bits, int)]
-        rows.append([layer, *(flat.count(bits) for bits in widths), round(sum(flat) / len(flat), 3) if flat else None])
+    matrices = {layer: _matrix_widths(row) for layer, row in sorted(plan.expert_bits.items())}
+    widths = sorted({bits for row in matrices.values() for bits in row})
+    rows = [[layer, *(row.count(bits) for bits in widths)] for layer, row in matrices.items()]
     columns = [
         {"name": "layer", "align": "right"},
-        *({"name": f"{bits}-bit experts", "align": "right"} for bits in widths),
+        *({"name": f"at {bits} bits", "align": "right"} for bits in widths),
     ]
-    columns.append({"name": "mean code bits", "align": "right"})
     facts = {
         "method": plan.method,
         **{f"budget {name}": value for name, value in plan.budget.items()},
@@ -147,5 +142,14 @@ def _result(folder: StageFolder, *, ran: bool) -> StageResult:
         **{f"objective {name}": value for name, value in plan.objective.items()},
         "other widths": ", ".join(f"{role.value} {bits}" for role, bits in sorted(plan.role_bits.items())),
     }
-    table = {"title": "Experts per width", "columns": columns, "rows": rows}
+    table = {
+        "title": "Experts per width (an expert whose projections differ counts once for each)",
+        "columns": columns,
+        "rows": rows,
+    }
     return StageResult(STAGE, folder.folder, ran, {"facts": facts, "tables": [table]}, folder.recorded_warnings())
+
+
+def _matrix_widths(row: tuple[ExpertBits, ...]) -> list[float]:
+    """The widths of a layer's experts, those of every projection where they differ."""
+    return [bits for entry in row for bits in (entry.values() if isinstance(entry, dict) else (entry,))]

@@ -68,6 +68,7 @@ def run(
     inventory = calibration_artifact.read_inventory(calibration / calibration_artifact.INVENTORY)
     plan = Plan.read(_plan_path(settings, work_dir))
     plan.check_against(inventory)
+    _check_family(plan, settings)
     _check_widths(plan, inventory)
     checkpoint = session.open_checkpoint()
     checkpoint.model.set_experts_implementation(IMPLEMENTATION)
@@ -97,6 +98,16 @@ def _plan_path(settings: QuantizeSettings, work_dir: Path) -> Path:
     return Path(settings.plan) if settings.plan is not None else work_dir / STAGE_FOLDERS["allocate"] / "plan.yaml"
 
 
+def _check_family(plan: Plan, settings: QuantizeSettings) -> None:
+    """Raises PlanError for a plan whose widths mean encodings that the quantizer does not make."""
+    quantizer = settings.quantizer
+    if plan.family != quantizer.family:
+        raise PlanError(
+            f"The plan's widths are of {plan.family} encodings, the quantizer {quantizer.quantizer} makes "
+            f"{quantizer.family} ones. Score and quantize with the same --quantizer, or correct family in plan.yaml."
+        )
+
+
 def _check_widths(plan: Plan, inventory: ModelInventory) -> None:
     """Raises PlanError for widths that cannot be stored, naming all of them."""
     problems = []
@@ -110,6 +121,8 @@ def _check_widths(plan: Plan, inventory: ModelInventory) -> None:
     for layer, row in sorted(plan.expert_bits.items()):
         for expert, entry in enumerate(row):
             widths = set(entry.values()) if isinstance(entry, dict) else {entry}
+            if plan.family == "affine" and any(not float(width).is_integer() for width in widths):
+                problems.append(f"layer {layer} expert {expert}: {entry} bits, but affine grids have whole widths")
             if 0 in widths and len(widths) > 1:
                 problems.append(f"layer {layer} expert {expert}: {entry}, but an expert is pruned whole or not at all")
     if problems:

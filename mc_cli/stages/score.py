@@ -16,23 +16,30 @@ from torch import nn
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.calibration import LayerRouting
-from mc_cli.artifacts.importance import Importance, LayerImportance
+from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, read_json, read_tensors, write_json
-from mc_cli.encodings import stored_bytes
-from mc_cli.encodings.affine import affine_for
+from mc_cli.encodings import Encoding, encoding_for, stored_bytes
 from mc_cli.measures.output_error import output_norm_mean, predicted_loss, squared_output_error
-from mc_cli.parts import ExpertBlock, ModelInventory
+from mc_cli.parts import ModelInventory, Projection
 from mc_cli.progress import Progress, StageResult
-from mc_cli.quantizers import Quantizer
+from mc_cli.quantizers import Prepared, Quantizer
 from mc_cli.runtime import experts
-from mc_cli.runtime.expert_inputs import ExpertInputs, Sample, down_hessians, expert_chunks, expert_outputs, up_hessians
+from mc_cli.runtime.expert_inputs import (
+    ExpertInputs,
+    Sample,
+    down_hessians,
+    expert_activations,
+    expert_chunks,
+    expert_down,
+    up_hessians,
+)
 from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.memory import release_freed_memory
 from mc_cli.runtime.quantization import quantizer_for
 from mc_cli.runtime.resume import restore_progress, save_progress
 from mc_cli.runtime.routing import watching
 from mc_cli.runtime.session import Session, later_session
-from mc_cli.settings import RunSettings, ScoreSettings
+from mc_cli.settings import QuantizerSettings, RunSettings, ScoreSettings
 
 STAGE = "score"
 IMPORTANCE = "importance.json"
@@ -115,7 +122,8 @@ class _LayerScorer:
         rows: list[dict[str, Any]] = []
         for members in expert_chunks(block):
             rows += self._score_chunk(module, inputs, members, routing)
-        bits = self._settings.bits
+        bits, names = self._settings.bits, [part.name for part in block.projections]
+        sizes = {part.name: {width: self._stored_bytes(part, width) for width in bits} for part in block.projections}
         return LayerImportance(
             layer=block.layer,
             weights_per_expert=block.weights_per_expert,
@@ -126,85 +134,104 @@ class _LayerScorer:
             output_norm_mean=[row["output_norm"] for row in rows],
             loss_by_bits={width: [row["loss"][width] for row in rows] for width in bits},
             predicted_loss_by_bits={width: [row["predicted"][width] for row in rows] for width in bits},
-            stored_bytes_by_bits={width: self._stored_bytes(block, width) for width in bits},
+            stored_bytes_by_bits={width: sum(sizes[name][width] for name in names) for width in bits},
+            projections=tuple(
+                ProjectionImportance(
+                    name=part.name,
+                    weight_count=part.weight_count,
+                    predicted_loss_by_bits={width: [row[part.name][width] for row in rows] for width in bits},
+                    stored_bytes_by_bits=sizes[part.name],
+                )
+                for part in block.projections
+            ),
         )
 
     def _score_chunk(
         self, module: nn.Module, inputs: ExpertInputs, members: list[int], routing: LayerRouting
     ) -> list[dict[str, Any]]:
         up, down = inputs.block.projections
-        up_weights = _stack(module, up.name, members)
-        down_weights = _stack(module, down.name, members)
-        limit = self._settings.quantizer.group_size
         strength = self._settings.quantizer.shrinkage
-        up_ready = self._prepare(up_hessians(inputs, members, strength=strength), up.in_features)
-        hessians = down_hessians(module, inputs, members, up_weights, strength=strength)
-        down_ready = self._prepare(hessians, down.in_features)
+        ups = self._matrices(up, _stack(module, up.name, members), up_hessians(inputs, members, strength=strength))
+        hessians = down_hessians(module, inputs, members, ups.weights, strength=strength)
+        downs = self._matrices(down, _stack(module, down.name, members), hessians)
         scales = None if self._sensitivity is None else self._sensitivity[f"layers.{routing.layer}.token_scale"]
         samples = [inputs.sample(expert, self._settings.loss_tokens, scales) for expert in members]
-        originals = [
-            expert_outputs(module, expert, sample.inputs, up_weights[slot], down_weights[slot])
-            for slot, (expert, sample) in enumerate(zip(members, samples, strict=True))
-        ]
-        rows: list[dict[str, Any]] = [
-            {"output_norm": output_norm_mean(output, sample.weights), "loss": {}, "predicted": {}}
-            for output, sample in zip(originals, samples, strict=True)
-        ]
+        rows: list[dict[str, Any]] = [{"loss": {}, "predicted": {}, up.name: {}, down.name: {}} for _ in members]
+        originals = []
+        for slot, expert in enumerate(members):
+            activated = expert_activations(module, expert, samples[slot].inputs, ups.weights[slot])
+            output = expert_down(module, expert, activated, downs.weights[slot])
+            originals.append((activated, output))
+            rows[slot]["output_norm"] = output_norm_mean(output, samples[slot].weights)
         for width in self._settings.bits:
-            up_new = _dequantized(
-                self._quantizer, up_weights, up_ready, affine_for(width, up.in_features, group_size_limit=limit)
-            )
-            down_new = _dequantized(
-                self._quantizer, down_weights, down_ready, affine_for(width, down.in_features, group_size_limit=limit)
-            )
+            up_new, down_new = ups.at(width), downs.at(width)
             for slot, expert in enumerate(members):
-                changed = expert_outputs(module, expert, samples[slot].inputs, up_new[slot], down_new[slot])
-                self._measure(rows[slot], width, changed - originals[slot], samples[slot], inputs, routing)
+                sample, row = samples[slot], rows[slot]
+                activated, output = originals[slot]
+                changed = expert_activations(module, expert, sample.inputs, up_new[slot])
+                outputs = {
+                    "predicted": expert_down(module, expert, changed, down_new[slot]),
+                    up.name: expert_down(module, expert, changed, downs.weights[slot]),
+                    down.name: expert_down(module, expert, activated, down_new[slot]),
+                }
+                squared = squared_output_error(outputs["predicted"] - output, sample.weights) * sample.scale
+                row["loss"][width] = float(squared.sum().sqrt())
+                for name, changed_output in outputs.items():
+                    row[name][width] = self._predicted(changed_output - output, sample, inputs, routing)
         return rows
 
-    def _prepare(self, hessians: torch.Tensor, in_features: int) -> Any:
-        encoding = affine_for(self._settings.bits[0], in_features, group_size_limit=self._settings.quantizer.group_size)
-        return self._quantizer.prepare(hessians, group_size=encoding.group_size)
+    def _matrices(self, part: Projection, weights: torch.Tensor, hessians: torch.Tensor) -> _Matrices:
+        return _Matrices(self._settings.quantizer, self._quantizer, part, weights, hessians)
 
-    def _measure(
-        self,
-        row: dict[str, Any],
-        width: int,
-        difference: torch.Tensor,
-        sample: Sample,
-        inputs: ExpertInputs,
-        routing: LayerRouting,
-    ) -> None:
-        squared = squared_output_error(difference, sample.weights) * sample.scale
-        row["loss"][width] = float(squared.sum().sqrt())
+    def _predicted(
+        self, difference: torch.Tensor, sample: Sample, inputs: ExpertInputs, routing: LayerRouting
+    ) -> float:
         felt = squared_output_error(difference, sample.weights * sample.sensitivity.sqrt()) * sample.scale
-        row["predicted"][width] = predicted_loss(
-            felt, self._gradient_square(routing, len(felt)), token_count=inputs.token_count
-        )
+        return predicted_loss(felt, self._gradient_square(routing, len(felt)), token_count=inputs.token_count)
 
     def _gradient_square(self, routing: LayerRouting, hidden: int) -> torch.Tensor:
         if self._sensitivity is None:
             return torch.full((hidden,), 2.0 / max(routing.residual_energy, 1e-30))
         return self._sensitivity[f"layers.{routing.layer}.gradient_square"]
 
-    def _stored_bytes(self, block: ExpertBlock, width: int) -> int:
-        limit = self._settings.quantizer.group_size
-        return sum(
-            stored_bytes(
-                affine_for(width, part.in_features, group_size_limit=limit), part.out_features, part.in_features
-            )
-            for part in block.projections
-        )
+    def _stored_bytes(self, part: Projection, width: float) -> int:
+        return stored_bytes(_encoding(self._settings.quantizer, part, width), part.out_features, part.in_features)
+
+
+class _Matrices:
+    """One projection of several experts, at any width."""
+
+    def __init__(
+        self,
+        settings: QuantizerSettings,
+        quantizer: Quantizer,
+        part: Projection,
+        weights: torch.Tensor,
+        hessians: torch.Tensor,
+    ) -> None:
+        self.weights = weights  # [experts, out_features, in_features] float32
+        self._settings = settings
+        self._quantizer = quantizer
+        self._part = part
+        self._hessians = hessians
+        self._prepared: dict[str, Prepared] = {}
+
+    def at(self, width: float) -> torch.Tensor:
+        """The weights as they would be at that width."""
+        encoding = _encoding(self._settings, self._part, width)
+        if encoding.basis not in self._prepared:
+            self._prepared[encoding.basis] = self._quantizer.prepare(self._hessians, basis=encoding.basis)
+        return self._quantizer.forecast(self.weights, self._prepared[encoding.basis], encoding)
+
+
+def _encoding(settings: QuantizerSettings, part: Projection, width: float) -> Encoding:
+    limit = settings.group_size
+    return encoding_for(settings.family, width, part.out_features, part.in_features, group_size_limit=limit)
 
 
 def _stack(module: nn.Module, projection: str, members: list[int]) -> torch.Tensor:
     """[members, out_features, in_features] float32, upright."""
     return torch.stack([experts.expert_weight(module, projection, expert).float() for expert in members])
-
-
-def _dequantized(quantizer: Quantizer, weights: torch.Tensor, prepared: Any, encoding: Any) -> torch.Tensor:
-    quantized = quantizer.quantize(weights, prepared, encoding)
-    return encoding.dequantize(quantized.tensors, weights.shape[-1])
 
 
 def _merge(
@@ -213,13 +240,7 @@ def _merge(
     """One importance.json of all layers; experts that no token reached are a warning."""
     layers = []
     for block in inventory.expert_blocks:
-        entry = read_json(folder.path(_layer_file(block.layer)))
-        by_bits = {
-            name: {int(bits): value for bits, value in entry[name].items()}
-            for name in entry
-            if name.endswith("_by_bits")
-        }
-        layers.append(LayerImportance(**{**entry, **by_bits}))
+        layers.append(LayerImportance.from_json(read_json(folder.path(_layer_file(block.layer)))))
     unseen = [
         f"{layer.layer}.{expert}" for layer in layers for expert, count in enumerate(layer.routing_count) if count == 0
     ]

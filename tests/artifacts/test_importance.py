@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mc_cli.artifacts.importance import UNITS, Importance, LayerImportance
+from mc_cli.artifacts.importance import UNITS, Importance, LayerImportance, ProjectionImportance
 from mc_cli.errors import ArtifactError
 
 
@@ -27,7 +27,10 @@ def layer_of(index: int, **changes: Any) -> LayerImportance:
         "loss_by_bits": {2: [3.0, 4.0, 5.0], 3: [1.0, 2.0, 0.1]},
         "predicted_loss_by_bits": {2: [0.3, 0.4, 0.5], 3: [0.1, 1 / 3, 0.0]},
         "stored_bytes_by_bits": {2: 350, 3: 510},
-        "sensitivity": 0.75,
+        "projections": (
+            ProjectionImportance("gate_up_proj", 853, {2: [0.2, 0.3, 0.4], 3: [0.1, 0.2, 0.0]}, {2: 230, 3: 340}),
+            ProjectionImportance("down_proj", 427, {2: [0.1, 0.1, 0.1], 3: [0.0, 0.1, 0.0]}, {2: 120, 3: 170}),
+        ),
     }
     return LayerImportance(**(measures | changes))
 
@@ -51,7 +54,7 @@ def test_what_is_written_is_read_back(tmp_path: Path):
 
 def test_every_measure_has_a_unit():
     measures = {field.name for field in dataclasses.fields(LayerImportance)}
-    assert set(UNITS) == measures - {"layer", "weights_per_expert", "token_count", "sensitivity"}
+    assert set(UNITS) == measures - {"layer", "weights_per_expert", "token_count", "projections"}
 
 
 def test_a_score_without_predicted_losses_can_be_kept(tmp_path: Path):

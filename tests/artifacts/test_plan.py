@@ -99,14 +99,15 @@ def test_what_allocate_adds_may_be_left_out(tmp_path: Path):
         ({"expert_bits": {1: 2}}, ["layer 1: 2 is not a list of widths"]),
         ({"expert_bits": {"one": [2], -1: [2]}}, ["'one' is not a layer number", "-1 is not a layer number"]),
         (
-            {"expert_bits": {1: [1, 9, 2.5], 2: [True, None, {"up_proj": -1}]}},
+            {"expert_bits": {1: [1, 9, 2.25, 1.5], 2: [True, None, {"up_proj": -1}]}},
             [
                 "layer 1 expert 1 has width 9\n",
-                "layer 1 expert 2 has width 2.5\n",
+                "layer 1 expert 2 has width 2.25\n",
                 "layer 2 expert 0 has width True\n",
                 "layer 2 expert 1 has width None\n",
                 "layer 2 expert 2 up_proj has width -1\n",
-                "A width is 0 (pruned), 1 to 8, or 16 (kept). Run allocate again, or correct the file.",
+                "A width is 0 (pruned), 1 to 8, a half step from 1.5 to 3.5, or 16 (kept). Run allocate again, or correct "
+                "the file.",
             ],
         ),
     ],

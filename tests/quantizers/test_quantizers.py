@@ -30,7 +30,7 @@ def affine(bits, group_size=GROUP):
 def quantized(name, settings, weight, hessian, bits, *, token_count=None):
     quantizer = quantizer_from_name(name, **settings)
     return quantizer.quantize(
-        weight, quantizer.prepare(hessian, group_size=GROUP, token_count=token_count), affine(bits)
+        weight, quantizer.prepare(hessian, basis=f"g{GROUP}", token_count=token_count), affine(bits)
     )
 
 
@@ -174,7 +174,7 @@ def test_few_tokens_are_trusted_less():
 def test_one_preparation_serves_all_widths(name):
     weight, hessian = weights(1, 4, INPUTS, seed=7), correlated_hessian(1, INPUTS, seed=7)
     quantizer = quantizer_from_name(name)
-    prepared = quantizer.prepare(hessian, group_size=GROUP)
+    prepared = quantizer.prepare(hessian, basis=f"g{GROUP}")
     for bits in (3, 2, 3):
         found = quantizer.quantize(weight, prepared, affine(bits))
         fresh = quantized(name, {}, weight, hessian, bits)
@@ -184,27 +184,27 @@ def test_one_preparation_serves_all_widths(name):
 def test_rounding_needs_no_hessian_and_has_no_loss_then():
     quantizer = quantizer_from_name("rtn", clip_search=True)
     assert not quantizer.needs_hessian and quantizer_from_name("gptq").needs_hessian
-    result = quantizer.quantize(weights(2, 3, INPUTS, seed=0), quantizer.prepare(None, group_size=GROUP), affine(4))
+    result = quantizer.quantize(weights(2, 3, INPUTS, seed=0), quantizer.prepare(None, basis=f"g{GROUP}"), affine(4))
     assert bool(result.proxy_loss.isnan().all())
     with pytest.raises(InputError, match="use the quantizer rtn"):
-        quantizer_from_name("gptq").prepare(None, group_size=GROUP)
+        quantizer_from_name("gptq").prepare(None, basis=f"g{GROUP}")
 
 
 @dataclass(frozen=True)
 class Foreign:
     """An encoding that is not affine."""
 
-    key: str = "trellis"
+    key: str = "foreign"
 
 
 @pytest.mark.parametrize("name", ["rtn", "gptq"])
 def test_what_does_not_fit_is_refused(name):
     weight, hessian = weights(2, 3, INPUTS, seed=0), correlated_hessian(2, INPUTS, seed=0)
     quantizer = quantizer_from_name(name)
-    prepared = quantizer.prepare(hessian, group_size=GROUP)
-    with pytest.raises(ShapeError, match="not trellis"):
+    prepared = quantizer.prepare(hessian, basis=f"g{GROUP}")
+    with pytest.raises(ShapeError, match="not foreign"):
         quantizer.quantize(weight, prepared, Foreign())
-    with pytest.raises(ShapeError, match="groups of 16, asked for affine_b2_g24"):
+    with pytest.raises(ShapeError, match="prepared for g16, asked for affine_b2_g24"):
         quantizer.quantize(weight, prepared, affine(2, 24))
     with pytest.raises(ShapeError, match="does not divide"):
         quantizer.quantize(weight, prepared, affine(2, 20))
@@ -219,13 +219,15 @@ def test_what_does_not_fit_is_refused(name):
 def test_gptq_refuses_the_preparation_of_another_quantizer():
     weight = weights(1, 3, INPUTS, seed=0)
     with pytest.raises(InputError, match="another quantizer"):
-        quantizer_from_name("gptq").quantize(weight, Prepared(correlated_hessian(1, INPUTS, seed=0), GROUP), affine(2))
+        quantizer_from_name("gptq").quantize(
+            weight, Prepared(correlated_hessian(1, INPUTS, seed=0), f"g{GROUP}"), affine(2)
+        )
 
 
 def test_quantizers_are_found_and_unknown_names_and_settings_refused():
-    assert quantizer_names() == ["gptq", "rtn"]
-    assert [quantizer_from_name(name).name for name in quantizer_names()] == ["gptq", "rtn"]
-    with pytest.raises(InputError, match=r"Unknown quantizer 'awq'\. Known quantizers: gptq, rtn"):
+    assert quantizer_names() == ["gptq", "rtn", "trellis"]
+    assert [quantizer_from_name(name).name for name in quantizer_names()] == quantizer_names()
+    with pytest.raises(InputError, match=r"Unknown quantizer 'awq'\. Known quantizers: gptq, rtn, trellis"):
         quantizer_from_name("awq")
     with pytest.raises(InputError, match="bits"):
         quantizer_from_name("rtn", bits=3)

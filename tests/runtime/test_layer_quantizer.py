@@ -45,10 +45,10 @@ class Recorder:
     name: str = "recorder"
     needs_hessian: bool = True
 
-    def prepare(self, hessian: Tensor | None, *, group_size: int, token_count: Tensor | None = None) -> Prepared:
+    def prepare(self, hessian: Tensor | None, *, basis: str, token_count: Tensor | None = None) -> Prepared:
         assert hessian is not None
         self.hessians.append(hessian.clone())
-        return Prepared(hessian, group_size)
+        return Prepared(hessian, basis)
 
     def quantize(self, weight: Tensor, prepared: Prepared, encoding: Encoding) -> QuantizedLinear:
         assert prepared.hessian is not None
@@ -254,7 +254,7 @@ def test_matrix_that_is_never_called_is_kept_and_reported(tiny_model: TinyModel)
 
 def test_quantizer_gets_the_settings() -> None:
     quantizer: Any = quantizer_for(QuantizerSettings(damping=0.05, activation_order=False))
-    assert (quantizer.name, quantizer.damping, quantizer.activation_order) == ("gptq", 0.05, False)
+    assert (quantizer.name, quantizer.damping, quantizer.activation_order) == ("trellis", 0.05, False)
     assert quantizer_for(QuantizerSettings()).activation_order is True  # type: ignore[attr-defined]
     assert quantizer_for(QuantizerSettings(quantizer="rtn")).name == "rtn"
 

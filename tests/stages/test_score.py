@@ -41,7 +41,7 @@ def importance_of(work_dir: Path) -> Importance:
 def rounded(weight: Tensor, bits: int) -> Tensor:
     encoding = affine_for(bits, weight.shape[-1])
     quantizer = quantizer_from_name("rtn")
-    prepared = quantizer.prepare(None, group_size=encoding.group_size)
+    prepared = quantizer.prepare(None, basis=encoding.basis)
     tensors = quantizer.quantize(weight[None], prepared, encoding).tensors
     return encoding.dequantize(tensors, weight.shape[-1])[0]
 

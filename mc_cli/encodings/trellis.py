@@ -1,0 +1,108 @@
+"""Trellis codes in a rotated basis: one scale per output row, no groups, 1 to 4 bits per weight in half steps.
+
+`weight = rotate_back(scale * value)`: rows are rotated by `numerics/rotation.py` in blocks of inputs, and values are
+those of `numerics/trellis.py`. A kernel rotates the inputs instead, once for all outputs.
+
+Version 1 layout, per matrix [out_features, in_features]:
+  codes   uint8   [outputs / T, in_features, T * bits / 8]
+          one ring of bits per input and T consecutive outputs; outputs are out_features, padded to a multiple of 16,
+          and T is the largest multiple of 16 up to 256 that divides them. The codes of T outputs are contiguous,
+          input after input, so a kernel keeps T sums and streams
+  scales  float16 [out_features], not negative
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from mc_cli.encodings import TensorSpec
+from mc_cli.errors import ShapeError
+
+if TYPE_CHECKING:
+    import torch
+
+PATTERN = "trellis_b<bits>_h<block>"
+LARGEST_BITS = 4
+FEWEST_OUTPUTS = 16
+LONGEST_SEQUENCE = 256
+BLOCK_LIMIT = 128  # inputs that are rotated together, at most; longer blocks gain nothing on trained experts
+_KEY = re.compile(r"trellis_b([1-4])(p5)?_h([1-9][0-9]*)")
+
+
+def from_key(key: str) -> TrellisEncoding | None:
+    """The encoding of a key of this file's pattern (1.5 bits are written 1p5), None for any other key."""
+    match = _KEY.fullmatch(key)
+    if match is None or (match[1] == "4" and match[2]):
+        return None
+    return TrellisEncoding(Fraction(int(match[1])) + (Fraction(1, 2) if match[2] else 0), int(match[3]))
+
+
+@dataclass(frozen=True)
+class TrellisEncoding:
+    """`rate` bits per weight, a whole or half number from 1 to 4; rotation in blocks of `block` inputs."""
+
+    rate: Fraction
+    block: int
+
+    @property
+    def key(self) -> str:
+        width = str(self.bits).replace(".", "p")  # the key becomes part of attribute names, which hold no dot
+        return f"trellis_b{width}_h{self.block}"
+
+    @property
+    def bits(self) -> int | float:
+        return int(self.rate) if self.rate.denominator == 1 else float(self.rate)
+
+    @property
+    def code_bits(self) -> float:
+        return float(self.rate)
+
+    @property
+    def basis(self) -> str:
+        return f"h{self.block}"
+
+    def tensor_specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        """Shapes and dtypes of `codes` and `scales`; ShapeError where the blocks do not divide the inputs."""
+        if in_features % self.block:
+            raise ShapeError(f"rotation blocks of {self.block} do not divide in_features {in_features}")
+        length = sequence_length(out_features)
+        size = int(length * self.rate) // 8
+        return {
+            "codes": TensorSpec((padded(out_features) // length, in_features, size), "uint8"),
+            "scales": TensorSpec((out_features,), "float16"),
+        }
+
+    def dequantize(self, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
+        """float32 [..., out_features, in_features] from packed `codes` and `scales`."""
+        from mc_cli.numerics.rotation import rotate_back
+
+        return rotate_back(self.rotated(tensors), self.block)
+
+    def rotated(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """float32 [..., out_features, in_features]: the matrix that multiplies rotated inputs."""
+        from mc_cli.numerics.trellis import decode
+
+        scales = tensors["scales"]
+        values = decode(tensors["codes"], self.rate).transpose(-1, -2).flatten(-3, -2)
+        return values[..., : scales.shape[-1], :] * scales.float().unsqueeze(-1)
+
+
+def padded(out_features: int) -> int:
+    """Outputs that are coded: up to the next multiple of 16."""
+    return -(-out_features // 16) * 16
+
+
+def sequence_length(out_features: int) -> int:
+    """Outputs that share a ring of bits."""
+    outputs = padded(out_features)
+    return next(length for length in range(LONGEST_SEQUENCE, 0, -16) if outputs % length == 0)
+
+
+def trellis_for(bits: float, in_features: int) -> TrellisEncoding:
+    """The trellis encoding of that width: the largest rotation that fits."""
+    return TrellisEncoding(Fraction(bits), math.gcd(in_features, BLOCK_LIMIT))
