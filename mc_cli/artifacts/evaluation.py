@@ -39,6 +39,7 @@ class Evaluation:
     context     length, stride and number of windows
     stored      role -> bytes {codes, side, kept}, of the packed model; original: role -> bytes
     tasks       lm-eval's own results per model, empty without tasks
+    pruning     every operating point of the policies that were measured, empty without a policy
     """
 
     total: TextResult
@@ -51,10 +52,14 @@ class Evaluation:
     expert_code_bits: float
     tasks: Mapping[str, Any] = field(default_factory=dict)
     units: Mapping[str, str] = field(default_factory=lambda: dict(UNITS))
+    pruning: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Writes the JSON file in one atomic replace."""
-        write_json(path, {"schema": SCHEMA, **asdict(self)})
+        content = {"schema": SCHEMA, **asdict(self)}
+        if not self.pruning:
+            del content["pruning"]
+        write_json(path, content)
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:

@@ -54,12 +54,14 @@ class OperatingPoint:
     predicted_loss   nats per token from the layers' sensitivities; None where a policy has no such prediction
     checked_increase relative rise of perplexity over the unpruned packed model on calibration tokens that no threshold
                      was fitted on; None where it was not measured
+    checked_limit    the same one standard error higher: what --max-loss is held against
     """
 
     rate: float
     thresholds: Sequence[float]
     predicted_loss: float | None = None
     checked_increase: float | None = None
+    checked_limit: float | None = None
 
 
 @dataclass(frozen=True)

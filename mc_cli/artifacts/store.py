@@ -275,10 +275,11 @@ class StageFolder:
     settings: Mapping[str, Any]
     inputs: Mapping[str, str]
     warnings: list[str] = field(default_factory=list)
+    folder_name: str = ""  # "" = the stage's own; another for what a stage makes beside it
 
     @property
     def folder(self) -> Path:
-        return self.work_dir / STAGE_FOLDERS[self.stage]
+        return self.work_dir / (self.folder_name or STAGE_FOLDERS[self.stage])
 
     @property
     def fingerprint(self) -> str:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from mc_cli.runtime import experts
 from mc_cli.runtime.packed_files import PackedFiles, open_packed
 from mc_cli.runtime.packed_model import PackedSource, read_packed_config, tied_names
-from mc_cli.runtime.skeleton import build_skeleton
+from mc_cli.runtime.skeleton import build_skeleton, rebuild_buffers
 
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -19,11 +21,11 @@ _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class DenseTensors:
     """The dense tensors of a packed model, one part (decoder layer or REST) at a time.
 
-    What was packed comes in the model's own dtype, what was kept in the dtype it is stored in.
+    What was packed comes in the model's own dtype unless another is asked for, what was kept as it is stored.
     """
 
-    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
-        self.dtype = weight_dtype(open_packed(folder), trust_remote_code=trust_remote_code)
+    def __init__(self, folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> None:
+        self.dtype = dtype or weight_dtype(open_packed(folder), trust_remote_code=trust_remote_code)
         self._source = PackedSource(
             folder, dtype=self.dtype, device=torch.device("cpu"), trust_remote_code=trust_remote_code
         )
@@ -69,6 +71,32 @@ class DenseTensors:
                 module = self._source.model.get_submodule(block.path)
                 pruned = [expert for expert in range(block.num_experts) if experts.is_pruned(module, expert)]
                 tensors[name] = tensors[name].index_fill(0, torch.tensor(pruned, dtype=torch.int64), 0)
+
+
+def load_dense(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The whole packed model with dequantized weights, in memory: gradients flow through it, none to its weights.
+
+    It runs under our experts implementation, so that policies and observers work on it.
+    """
+    tensors = DenseTensors(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    config = read_packed_config(open_packed(folder), trust_remote_code=trust_remote_code)
+    model: Any = build_skeleton(config, dtype=dtype)
+    wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    for part in tensors.parts:
+        for name, tensor in tensors.by_module(part).items():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            placed = tensor.to(device=device, dtype=wanted[name])
+            if leaf in module._buffers:
+                module._buffers[leaf] = placed
+            else:
+                module._parameters[leaf] = nn.Parameter(placed, requires_grad=False)
+    model.tie_weights()
+    rebuild_buffers(model, device)
+    model.set_experts_implementation(experts.IMPLEMENTATION)
+    return model.eval()
 
 
 def weight_dtype(files: PackedFiles, *, trust_remote_code: bool = False) -> torch.dtype:

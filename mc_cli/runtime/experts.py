@@ -180,13 +180,14 @@ def experts_forward(
     top_k_index    [tokens, k] int64; indices >= num_experts are transformers' expert-parallel sentinels and skipped
     top_k_weights  [tokens, k]; used as passed: families differ in what they sum to
     A pruning policy on the module (attribute `PRUNER`) may drop slots and change weights first.
-    The sum over experts is accumulated in float32.
+    The sum over experts is accumulated in float32, or in float64 for a model in it.
     """
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     pruner = getattr(module, PRUNER, None)
     if pruner is not None:
         top_k_index, top_k_weights = pruner(module, flat, top_k_index, top_k_weights)
-    total = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
+    precise = torch.promote_types(flat.dtype, torch.float32)
+    total = torch.zeros(flat.shape, dtype=precise, device=flat.device)
     for expert, token_index, weights in routed_tokens(top_k_index, top_k_weights, module.num_experts):
         if is_pruned(module, expert):
             continue
@@ -196,7 +197,7 @@ def experts_forward(
         observer: Observer | None = getattr(module, "_mc_observer", None)
         if observer is not None:
             observer(module, ExpertCall(expert, token_index, inputs, activated, outputs, weights))
-        total.index_add_(0, token_index, (outputs * weights[:, None]).float())
+        total.index_add_(0, token_index, (outputs * weights[:, None]).to(precise))
     return total.to(hidden_states.dtype).reshape(hidden_states.shape)
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from mc_cli.artifacts.pruning import Pruning
 from mc_cli.errors import InputError, MissingDependencyError
 from mc_cli.progress import Progress
 from mc_cli.runtime import text
 from mc_cli.runtime.packed_model import load_packed
+from mc_cli.runtime.pruning import apply_pruning
 from mc_cli.runtime.session import Session
 from mc_cli.settings import EvaluateSettings
 
@@ -56,25 +61,25 @@ def find_tasks(settings: EvaluateSettings) -> Tasks | None:
 
 
 def run_tasks(
-    tasks: Tasks, settings: EvaluateSettings, session: Session, packed_folder: Path, progress: Progress
+    tasks: Tasks,
+    settings: EvaluateSettings,
+    session: Session,
+    packed_folder: Path,
+    progress: Progress,
+    *,
+    pruning: tuple[Pruning, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Any]:
-    """{"original": ..., "packed": ...}, each lm-eval's own results JSON, without samples.
+    """{"original": ..., "packed": ...}, with a policy also "pruned": lm-eval's own results JSON, without samples.
 
-    Both models are loaded whole, one after the other.
+    The models are loaded whole, one after the other.
     """
     results = {}
-    with progress.step("prune-eval: lm-eval tasks", total=2, unit="model") as step:
-        for name in ("original", "packed"):
-            model = (
-                _original(session)
-                if name == "original"
-                else load_packed(
-                    packed_folder,
-                    device=session.device,
-                    dtype=session.dtype,
-                    trust_remote_code=session.compute.trust_remote_code,
-                )
-            )
+    names = ("original", "packed") if pruning is None else ("original", "packed", "pruned")
+    with progress.step("prune-eval: lm-eval tasks", total=len(names), unit="model") as step:
+        for name in names:
+            model = _original(session) if name == "original" else _packed(session, packed_folder)
+            if name == "pruned" and pruning is not None:
+                apply_pruning(model, pruning[0], tensors=pruning[1])
             results[name] = _evaluate(model, tasks, settings, session)
             del model
             step.advance(note=name)
@@ -88,6 +93,11 @@ def _original(session: Session) -> Any:
         session.folder, dtype=session.dtype, trust_remote_code=session.compute.trust_remote_code
     )
     return model.to(session.device).eval()
+
+
+def _packed(session: Session, packed_folder: Path) -> Any:
+    trusted = session.compute.trust_remote_code
+    return load_packed(packed_folder, device=session.device, dtype=session.dtype, trust_remote_code=trusted)
 
 
 def _evaluate(model: Any, tasks: Tasks, settings: EvaluateSettings, session: Session) -> dict[str, Any]:

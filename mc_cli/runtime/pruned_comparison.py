@@ -6,6 +6,7 @@ states. Where those of all points would not fit, points go in groups and the mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,20 +28,23 @@ _HIDDEN_BYTES = 2 * 1024**3  # of all points of a group
 class PointResult:
     """One operating point on the text.
 
-    loss                 nats per token
+    loss                 nats per token;  loss_error  standard error of its difference from the unpruned model's
     kl_packed            KL(unpruned packed || pruned), nats per token;  kl_original from the original model, if given
     experts_per_token    layer -> mean number of routed experts computed
     experts_by_class     name of a token class -> mean over its tokens and the layers
+    expert_calls         layer -> [experts] calls per token
     rate                 share of all expert calls that were dropped
     """
 
     tokens: int
     loss: float
+    loss_error: float
     kl_packed: float
     kl_original: float | None
     rate: float
     experts_per_token: Mapping[int, float]
     experts_by_class: Mapping[str, float]
+    expert_calls: Mapping[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class PrunedComparison:
     points: Mapping[str, PointResult]
 
 
-Run = Mapping[str, LayerPruner]  # experts path -> pruner that counts
+Run = Mapping[str, LayerPruner]  # experts path -> pruner, made with `count`
 
 
 def compare_points(
@@ -89,7 +93,7 @@ def compare_points(
             _walk([*pairs, *zip(walks, (runs[name] for name in group), strict=True)], blocks, step)
             sums = _losses(references, walks, windows)
             for name, walk_sums in zip(group, sums[1:], strict=True):
-                found[name] = _result(walk_sums, runs[name], windows, blocks, classes or {})
+                found[name] = _result(walk_sums, sums[0], runs[name], blocks, classes or {})
             losses = sums[0]
         step.advance(note="head")
     return PrunedComparison(losses.references[0], losses.references[1] if original is not None else None, found)
@@ -116,6 +120,7 @@ class _Sums:
     def __init__(self, references: int) -> None:
         self.tokens = 0
         self.loss = 0.0
+        self.squared_change = 0.0
         self.divergences = [0.0] * references
         self.reference_losses = [0.0] * references
 
@@ -139,6 +144,7 @@ def _losses(references: Sequence[LayerWalk], walks: Sequence[LayerWalk], windows
             other = _log_probabilities(walk, rows, fresh)
             entry.tokens += fresh
             entry.loss -= float(other.gather(1, at).double().sum())
+            entry.squared_change += float((other - known[0]).gather(1, at).double().square().sum())
             for number, reference in enumerate(known):
                 entry.divergences[number] += float((reference.exp() * (reference - other)).double().sum())
     return sums
@@ -149,7 +155,7 @@ def _log_probabilities(walk: LayerWalk, rows: slice, fresh: int) -> Tensor:
 
 
 def _result(
-    sums: _Sums, run: Run, windows: Windows, blocks: Mapping[int, ExpertBlock], classes: Mapping[str, Tensor]
+    sums: _Sums, unpruned: _Sums, run: Run, blocks: Mapping[int, ExpertBlock], classes: Mapping[str, Tensor]
 ) -> PointResult:
     kept = {
         layer: torch.cat(run[block.path].kept or []).double() for layer, block in blocks.items() if block.path in run
@@ -158,12 +164,21 @@ def _result(
     per_token = sum(kept.values()) / max(1, len(kept))
     flat = {name: mask.reshape(-1) for name, mask in classes.items()}
     assert isinstance(per_token, Tensor)
+    loss = sums.loss / max(1, sums.tokens)
+    variance = sums.squared_change / max(1, sums.tokens) - (loss - unpruned.references[0]) ** 2
     return PointResult(
         tokens=sums.tokens,
-        loss=sums.loss / max(1, sums.tokens),
+        loss=loss,
+        loss_error=math.sqrt(max(0.0, variance) / max(1, sums.tokens)),
         kl_packed=sums.divergences[0] / max(1, sums.tokens),
         kl_original=sums.divergences[1] / max(1, sums.tokens) if len(sums.divergences) > 1 else None,
         rate=1.0 - sum(float(counts.sum()) for counts in kept.values()) / calls,
         experts_per_token={layer: float(counts.mean()) for layer, counts in kept.items()},
         experts_by_class={name: float(per_token[mask].mean()) for name, mask in flat.items() if mask.any()},
+        expert_calls={layer: _calls(run[blocks[layer].path]) / len(counts) for layer, counts in kept.items()},
     )
+
+
+def _calls(pruner: LayerPruner) -> Tensor:
+    assert pruner.calls is not None
+    return pruner.calls.double()

@@ -23,7 +23,9 @@ _HANDLES = "_mc_pruning_handles"
 
 
 class LayerPruner:
-    """Decides for one layer which slots are computed. `kept` counts, per token of the last forwards, slots kept.
+    """Decides for one layer which slots are computed.
+
+    kept      with `count`: per forward, [tokens] slots kept;  calls: [experts] how often each expert was computed
 
     tensors   the policy's learned tensors by name; None: they are attributes of the experts module
     """
@@ -42,6 +44,7 @@ class LayerPruner:
         self.threshold = threshold
         self.watch = AttentionWatch() if self.policy.WATCHES_ATTENTION else None
         self.kept: list[Tensor] | None = [] if count else None
+        self.calls: Tensor | None = None
         self._seed = pruning.seed
         self._tensors = tensors
 
@@ -52,9 +55,11 @@ class LayerPruner:
         weights = top_k_weights.reshape(-1, top_k_weights.shape[-1])
         index = top_k_index.reshape(weights.shape)
         routed = Routed(hidden, index, weights, self._received(len(weights)))
-        mask = keep_mask(self.policy.keep_scores(routed, self._values(module)), weights, self.threshold)
+        mask = keep_mask(self.policy.keep_scores(routed, self._values(module, hidden.device)), weights, self.threshold)
         if self.kept is not None:
             self.kept.append(mask.sum(-1).to("cpu", torch.int16))
+            calls = torch.bincount(index[mask], minlength=module.num_experts).cpu()
+            self.calls = calls if self.calls is None else self.calls + calls
         kept = kept_weights(weights, mask, renormalise=self.layer.renormalise)
         return index.masked_fill(~mask, module.num_experts), kept
 
@@ -67,10 +72,12 @@ class LayerPruner:
             return None
         return found.estimate(self.layer.prior)
 
-    def _values(self, module: Experts) -> LayerValues:
+    def _values(self, module: Experts, device: torch.device) -> LayerValues:
         tensors = self._tensors
         if tensors is None:
             tensors = {name: getattr(module, TENSOR_PREFIX + name) for name in self.layer.tensors}
+        elif any(tensor.device != device for tensor in tensors.values()):
+            tensors = self._tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         return LayerValues(self.layer.layer, self._seed, self.layer.numbers, tensors)
 
 
@@ -102,10 +109,17 @@ def pruned(model: nn.Module, path: str, pruner: Any) -> Iterator[None]:
         _take_off(module, handles)
 
 
-def apply_pruning(model: nn.Module, pruning: Pruning, *, rate: float | None = None) -> None:
-    """Puts the policy on a whole model, in the place of one that is on it; learned tensors are the modules' own.
+def apply_pruning(
+    model: nn.Module,
+    pruning: Pruning,
+    *,
+    rate: float | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Puts the policy on a whole model, in the place of one that is on it.
 
-    rate   share of expert calls to drop; None for the chosen point, 0 for none: the policy is taken off
+    rate      share of expert calls to drop; None for the chosen point, 0 for none: the policy is taken off
+    tensors   learned ones by full name, where the experts modules do not hold them
     Raises InputError for a rate that the policy was not fitted for, ArtifactError where policy and model do not fit.
     """
     remove_pruning(model)
@@ -117,7 +131,7 @@ def apply_pruning(model: nn.Module, pruning: Pruning, *, rate: float | None = No
             f"The pruning policy names experts that {type(model).__name__} does not have: {', '.join(missing[:4])}. "
             "Policy and model do not belong together; run prune-eval on this model."
         )
-    for path, pruner in pruners(pruning, pruning.at_rate(rate)).items():
+    for path, pruner in pruners(pruning, pruning.at_rate(rate), tensors).items():
         setattr(model.get_submodule(path), _HANDLES, _put_on(model, path, pruner))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -142,32 +143,34 @@ def chosen_by_rate(pruning: Pruning, rate: float) -> Pruning:
 
 
 def chosen_by_loss(pruning: Pruning, max_loss: float) -> Pruning:
-    """The policy with the largest rate chosen whose checked rise of perplexity is at most `max_loss` (0.01 = 1 %).
+    """The policy with the largest rate chosen whose checked limit is at most `max_loss` (0.01 = 1 %).
 
-    Between the last point under it and the next one a point is interpolated and added.
+    The limit is the measured rise of perplexity plus its standard error, and never smaller at a higher rate. Between
+    the last point under it and the next one a point is interpolated and added.
     Raises InputError where even the smallest rate costs more.
     """
     points = list(pruning.points)
-    increases = [point.checked_increase for point in points]
-    assert all(increase is not None for increase in increases), "points are measured before one is chosen"
-    fitting = [number for number, increase in enumerate(increases) if increase is not None and increase <= max_loss]
-    if not fitting:
-        least = min(increase for increase in increases if increase is not None)
+    limits = list(accumulate((_checked_limit(point) for point in points), max))
+    if limits[0] > max_loss:
         raise InputError(
-            f"--max-loss {max_loss}: policy {pruning.policy} raises the perplexity of the fitting text by {least:.4f} "
-            f"already at its smallest rate, {points[0].rate:.3f}. Allow more, or use another policy."
+            f"--max-loss {max_loss}: policy {pruning.policy} may raise the perplexity of the fitting text by "
+            f"{limits[0]:.4f} already at its smallest rate, {points[0].rate:.3f}. Allow more, give more text with "
+            "--fit-data, or use another policy."
         )
-    last = fitting[-1]
+    last = max(number for number, limit in enumerate(limits) if limit <= max_loss)
     if last + 1 == len(points):
         return replace(pruning, chosen=last)
-    low, high = increases[last], increases[last + 1]
-    assert low is not None and high is not None
-    share = (max_loss - low) / (high - low)
+    share = (max_loss - limits[last]) / (limits[last + 1] - limits[last])
     rate = points[last].rate + share * (points[last + 1].rate - points[last].rate)
-    if rate - points[last].rate < 0.005:
+    if rate - points[last].rate < 0.005 or points[last + 1].rate - rate < 0.005:
         return replace(pruning, chosen=last)
-    between = replace(pruning.at_rate(rate), checked_increase=max_loss)
+    between = replace(pruning.at_rate(rate), checked_limit=max_loss)
     return replace(pruning, points=(*points[: last + 1], between, *points[last + 1 :]), chosen=last + 1)
+
+
+def _checked_limit(point: OperatingPoint) -> float:
+    assert point.checked_limit is not None, "points are measured before one is chosen"
+    return point.checked_limit
 
 
 def squared_error_scales(

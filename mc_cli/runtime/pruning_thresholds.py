@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def spread_thresholds(curves: Sequence[LayerCurve], rate: float) -> Fitted:
     segments = sorted(
         ((cost_of(curve, end) - cost_of(curve, begin)) / int(curve.dropped[end] - curve.dropped[begin]), number, begin)
         for number, (curve, hull) in enumerate(zip(curves, hulls, strict=True))
-        for begin, end in zip(hull, hull[1:], strict=False)
+        for begin, end in pairwise(hull)
     )
     places = [0] * len(curves)
     dropped = 0

@@ -1,8 +1,12 @@
-"""prune-eval: the packed model beside the original: perplexity, KL divergence, router changes, lm-eval tasks."""
+"""prune-eval: the packed model beside the original: perplexity, KL divergence, router changes, lm-eval tasks.
+
+With a policy: it is fitted into `pruning/`, and the packed model is measured again with experts skipped.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +16,24 @@ from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.evaluation import Evaluation, TextResult
 from mc_cli.artifacts.quantization import read_report
 from mc_cli.artifacts.store import STAGE_FOLDERS, DigestCache, StageFolder, content_digest, require_done
+from mc_cli.errors import MissingDependencyError
 from mc_cli.parts import ModelInventory, Role
-from mc_cli.progress import Progress, StageResult
+from mc_cli.progress import Progress, SilentProgress, StageResult
 from mc_cli.runtime import text
+from mc_cli.runtime.checkpoint import Checkpoint
 from mc_cli.runtime.comparison import compare
 from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.lm_eval_tasks import find_tasks, run_tasks
 from mc_cli.runtime.packed_model import PackedSource, model_bytes
+from mc_cli.runtime.pareto_figure import draw_front
+from mc_cli.runtime.policy_fitting import FittedPolicies, fit_or_read, fitting_inputs, policy_names
+from mc_cli.runtime.pruning_evaluation import evaluate_policies
 from mc_cli.runtime.session import Session, later_session
 from mc_cli.settings import EvaluateSettings, RunSettings
 
 STAGE = "prune-eval"
 EVALUATION = "eval.json"
+FRONT = "front.png"
 
 
 def plan_stage(settings: EvaluateSettings, compute: RunSettings, work_dir: Path) -> StageFolder:
@@ -60,9 +70,12 @@ def run(
         batch_size=session.batch_size(windows.token_ids.shape[1]),
         progress=progress,
     )
-    results = run_tasks(tasks, settings, session, packed_folder, progress) if tasks else {}
+    fitted = _fitted(settings, session, inventory, packed, folder, force, progress)
+    pruning = _pruning(settings, session, fitted, inventory, packed, original, windows, folder, progress)
+    ships = next(iter(fitted.policies.values())) if fitted else None
+    results = run_tasks(tasks, settings, session, packed_folder, progress, pruning=ships) if tasks else {}
     evaluation = _evaluation(settings, packed_folder, inventory, windows, total, domains, changes, results)
-    evaluation.write(folder.path(EVALUATION))
+    replace(evaluation, pruning=pruning).write(folder.path(EVALUATION))
     folder.finish(__version__)
     return _result(folder, ran=True)
 
@@ -75,9 +88,78 @@ def _folder(settings: EvaluateSettings, session: Session) -> StageFolder:
         "data": text.data_digest(settings.data, settings.split, settings.text_field, session.digests()),
         "quantize": require_done(session.work_dir, "quantize").fingerprint,
     }
+    if settings.prune.policy:
+        policy_names(settings.prune)
+        inputs |= _fitting_inputs(settings, session)
     if settings.tasks and settings.include_path is not None:
         inputs["tasks"] = _tasks_digest(Path(settings.include_path).expanduser(), session.digests())
     return StageFolder(session.work_dir, STAGE, {**settings.resolved(), "dtype": session.dtype_name}, inputs)
+
+
+def _fitting_inputs(settings: EvaluateSettings, session: Session) -> dict[str, str]:
+    return fitting_inputs(settings.prune, session, split=settings.split, text_field=settings.text_field)
+
+
+def _fitted(
+    settings: EvaluateSettings,
+    session: Session,
+    inventory: ModelInventory,
+    packed: PackedSource,
+    folder: StageFolder,
+    force: bool,
+    progress: Progress,
+) -> FittedPolicies | None:
+    """The policies in `pruning/`, fitted if they are not yet there; None without a policy."""
+    if not settings.prune.policy:
+        return None
+    fitted = fit_or_read(
+        settings.prune,
+        session,
+        inventory,
+        packed,
+        split=settings.split,
+        text_field=settings.text_field,
+        force=force,
+        progress=progress,
+    )
+    for warning in fitted.warnings:
+        folder.warn(warning, SilentProgress())  # shown when it was made, and kept here too
+    return fitted
+
+
+def _pruning(
+    settings: EvaluateSettings,
+    session: Session,
+    fitted: FittedPolicies | None,
+    inventory: ModelInventory,
+    packed: PackedSource,
+    original: Checkpoint,
+    windows: text.Windows,
+    folder: StageFolder,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Every operating point that was asked for, measured, and the figure of the front."""
+    if fitted is None:
+        return {}
+    if _fitting_inputs(settings, session)["fit data"] == folder.inputs["data"]:
+        folder.warn("the policy was fitted on the text it is measured on: give held-out text with --data.", progress)
+    found = evaluate_policies(
+        fitted,
+        inventory,
+        packed,
+        original,
+        windows,
+        text.load_tokenizer(session.folder, trust_remote_code=session.compute.trust_remote_code),
+        sweep=settings.prune.sweep,
+        batch_size=session.batch_size(windows.token_ids.shape[1]),
+        progress=progress,
+    )
+    if settings.prune.sweep:
+        try:
+            draw_front(folder.path(FRONT), found["points"], title=f"{inventory.model_type}, packed")
+        except MissingDependencyError as error:
+            folder.warn(f"the figure of the front is left out, its numbers are in {EVALUATION}: {error}", progress)
+    return found
 
 
 def _tasks_digest(folder: Path, cache: DigestCache) -> str:
@@ -178,14 +260,62 @@ def _result(folder: StageFolder, *, ran: bool) -> StageResult:
         "router choices changed": f"{100 * sum(changes.values()) / len(changes):.2f} % "
         f"(worst layer {100 * max(changes.values()):.2f} %)",
     }
-    tables = [table, _bytes_table(evaluation), *_task_tables(evaluation)]
-    return StageResult(
-        STAGE,
-        folder.folder,
-        ran,
-        {"facts": facts, "tables": tables, "tasks": dict(evaluation.tasks)},
-        folder.recorded_warnings(),
-    )
+    tables = [table, _bytes_table(evaluation), *_pruning_tables(evaluation), *_task_tables(evaluation)]
+    summary: dict[str, Any] = {"facts": facts, "tables": tables, "tasks": dict(evaluation.tasks)}
+    if evaluation.pruning:
+        facts |= _pruning_facts(evaluation.pruning)
+        summary["pruning"] = dict(evaluation.pruning)
+    return StageResult(STAGE, folder.folder, ran, summary, folder.recorded_warnings())
+
+
+def _pruning_facts(pruning: Mapping[str, Any]) -> dict[str, Any]:
+    """The point that ships, in a few figures."""
+    chosen = next(row for row in pruning["points"] if row["policy"] == pruning["policy"] and row["chosen"])
+    whole = pruning["unpruned"]
+    return {
+        "policy": pruning["policy"],
+        "expert calls dropped": f"{100 * chosen['rate']:.2f} %",
+        "perplexity with the policy": f"{chosen['perplexity']:.4f} ({100 * chosen['perplexity_rise']:+.2f} % over "
+        "the packed model)",
+        "experts per token and layer": f"{chosen['experts_per_token']:.3f} of {whole['experts_per_token']:.3f}",
+        "activated bytes per token": f"{chosen['activated_bytes']:,.0f} of {whole['activated_bytes']:,.0f}",
+    }
+
+
+def _pruning_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Operating points by policy and rate; for the one that ships also its layers and token classes."""
+    pruning = evaluation.pruning
+    if not pruning:
+        return []
+    points = sorted(pruning["points"], key=lambda row: (row["policy"] != pruning["policy"], row["policy"], row["rate"]))
+    rows = [
+        [
+            row["policy"] + (" *" if row["chosen"] and row["policy"] == pruning["policy"] else ""),
+            round(100 * row["rate"], 2),
+            round(row["perplexity"], 3),
+            round(100 * row["perplexity_rise"], 3),
+            round(row["kl_packed"], 5),
+            round(row["experts_per_token"], 3),
+            round(row["activated_bytes"]),
+            "yes" if row["on_front"] else "",
+        ]
+        for row in points
+    ]
+    names = ("policy", "calls dropped %", "perplexity", "rise %", "KL (nats)", "experts per token")
+    table = _table("Expert calls dropped while running (* ships)", [*names, "activated bytes", "on the front"], rows)
+    chosen = next(row for row in points if row["chosen"])
+    whole = pruning["unpruned"]
+    parts = [
+        [f"{kind} {name}", round(mean, 3), round(whole[key][name], 3)]
+        for kind, key in (("layer", "experts_by_layer"), ("tokens:", "experts_by_class"))
+        for name, mean in chosen[key].items()
+    ]
+    return [table, _table("Experts per token with the policy that ships", ["where", "with it", "without"], parts)]
+
+
+def _table(title: str, names: Sequence[str], rows: list[list[Any]]) -> dict[str, Any]:
+    columns = [{"name": name, "align": "right" if i else "left"} for i, name in enumerate(names)]
+    return {"title": title, "columns": columns, "rows": rows}
 
 
 def _row(name: str, entry: TextResult) -> list[Any]:
@@ -219,7 +349,9 @@ def _task_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
     if not evaluation.tasks:
         return []
     rows: list[list[Any]] = []
-    original, packed = evaluation.tasks["original"]["results"], evaluation.tasks["packed"]["results"]
+    models = list(evaluation.tasks)  # original, packed, and with a policy pruned
+    results = [evaluation.tasks[name]["results"] for name in models]
+    original = results[0]
     for task in sorted(original):
         for metric, value in sorted(original[task].items()):
             is_metric = "," in metric and "_stderr" not in metric  # with its filter, as in `acc,none`
@@ -229,12 +361,11 @@ def _task_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
                     [
                         task,
                         metric.split(",")[0],
-                        round(value, 4),
-                        round(packed[task][metric], 4),
+                        *(round(found[task][metric], 4) for found in results),
                         error if isinstance(error, str) else error and round(error, 4),
                     ]
                 )
-    columns = ["task", "metric", "original", "packed", "standard error"]
+    columns = ["task", "metric", *models, "standard error"]
     return [
         {
             "title": "lm-eval tasks",
