@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mc_cli.artifacts.pruning import Pruning
 from mc_cli.artifacts.store import read_json
 from mc_cli.encodings import Encoding, encoding_from_key
 from mc_cli.errors import ArtifactError
@@ -76,14 +77,19 @@ def stacked_name(projection: str, key: str, part: str) -> str:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Everything a loader needs to know beside the tensors."""
+    """Everything a loader needs to know beside the tensors; `pruning` is the policy that loading applies."""
 
     experts: tuple[ExpertLayout, ...]
     linears: Mapping[str, str] = field(default_factory=dict)  # module path -> encoding key
     format_version: int = FORMAT_VERSION
+    pruning: Pruning | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: encoding keys once in a table, per-expert entries as indices into it (-1 = pruned)."""
+        plain = self._weights_json()
+        return plain if self.pruning is None else {**plain, "pruning": self.pruning.to_json()}
+
+    def _weights_json(self) -> dict[str, Any]:
         keys = sorted(
             {key for block in self.experts for row in block.encodings.values() for key in row if key}
             | set(self.linears.values())
@@ -130,9 +136,10 @@ class PackedLayout:
                 for block in content["experts"]
             )
             linears = {path: str(keys[number]) for path, number in content["linears"].items()}
+            policy = content.get("pruning")
         except (KeyError, TypeError, IndexError) as error:
             raise ArtifactError(f"The packed layout is damaged: {error!r}.") from error
-        return cls(experts, linears, version)
+        return cls(experts, linears, version, None if policy is None else Pruning.from_json(policy))
 
 
 def encoding_of(key: str) -> Encoding | None:

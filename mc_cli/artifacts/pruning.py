@@ -8,6 +8,7 @@ The same JSON goes into `quantization_config` of an exported config.json under `
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA = 1
+FOLDER = "pruning"  # in the work directory; one folder per policy in it
 POLICY = "policy.json"
 TENSORS = "policy.safetensors"
 TENSOR_PREFIX = "mc_pruning_"  # attribute names of learned tensors on an experts module
@@ -101,7 +103,8 @@ class Pruning:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"schema": SCHEMA, **asdict(self)}
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # lists, as they come back
+        return {"schema": SCHEMA, **plain}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Pruning:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mc_cli.artifacts.packed import CONFIG_FOLDER
+from mc_cli.artifacts.pruning import Pruning
 from mc_cli.errors import InputError, listed
 from mc_cli.exporters.model_card import CardFacts
 
@@ -33,6 +34,7 @@ class ExportJob:
     card: CardFacts
     original_tensors: Callable[[int], Mapping[str, torch.Tensor]]  # part -> dequantized, under the checkpoint's names
     advance: Callable[[str], None]  # one more part is written
+    pruning: tuple[Pruning, Mapping[str, torch.Tensor]] | None = None  # the policy to carry, and what it learned
 
     @property
     def config_folder(self) -> Path:
@@ -45,6 +47,7 @@ class Exporter(Protocol):
 
     NAME: str
     DESCRIPTION: str
+    CARRIES_POLICY: bool  # whether what it writes can skip experts while running
 
     def export(self, job: ExportJob) -> None:
         """Fills `job.target`. Raises a McError where this format cannot hold the model."""

@@ -8,6 +8,7 @@ from mc_cli.exporters.model_card import model_card
 from mc_cli.exporters.shards import ShardWriter
 
 NAME = "dense"
+CARRIES_POLICY = False
 DESCRIPTION = "dequantized weights in the original checkpoint's layout, for any tool; as large as the original"
 
 _OPENING = (

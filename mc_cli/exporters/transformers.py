@@ -7,9 +7,11 @@ every loader that does not know the method stops there, and the plug-in removes 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mc_cli.artifacts.packed import read_layout
+from mc_cli.artifacts.pruning import Pruning
 from mc_cli.artifacts.store import read_json, read_tensors, write_json, write_text
 from mc_cli.errors import InputError
 from mc_cli.exporters import ExportJob
@@ -17,6 +19,7 @@ from mc_cli.exporters.model_card import model_card
 from mc_cli.exporters.shards import ShardWriter
 
 NAME = "transformers"
+CARRIES_POLICY = True
 DESCRIPTION = "packed weights for AutoModelForCausalLM.from_pretrained, with mc-cli installed"
 
 NOTICE = (
@@ -60,6 +63,15 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 `AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)` does the import by itself. Without either,
 loading stops with an error that says so: it never falls back to random weights. Layers stay packed in memory."""
 
+_PRUNING = """\
+Tokens skip experts that they hardly need: the policy `{policy}` drops about {rate} of the expert calls, and a dropped
+expert is not computed. It was fitted for {rates}, and rates between them.
+
+```python
+model = AutoModelForCausalLM.from_pretrained("PATH", mc_pruning_rate=0)  # off; or another rate, such as 0.15
+mc_cli.set_pruning_rate(model, None)  # while loaded: None is the exported rate, 0 is off
+```"""
+
 
 def export(job: ExportJob) -> None:
     """Writes config.json with the layout, sharded packed tensors under module-tree names, loader code and a card."""
@@ -69,10 +81,18 @@ def export(job: ExportJob) -> None:
         for name, tensor in read_tensors(path).items():
             writer.add(name, tensor)
         job.advance(path.name)
+    for name, tensor in sorted(job.pruning[1].items() if job.pruning else ()):
+        writer.add(name, tensor)
     writer.finish()
     write_text(job.target / f"{LOADER}.py", LOADER_SOURCE)
     title = f"{job.card.base_model or job.card.model_type}, packed by mc-cli"
-    write_text(job.target / "README.md", model_card(job.card, title=title, opening=_OPENING, loading=_LOADING))
+    loading = _LOADING if job.pruning is None else f"{_LOADING}\n\n{_PRUNING.format(**_policy_words(job.pruning[0]))}"
+    write_text(job.target / "README.md", model_card(job.card, title=title, opening=_OPENING, loading=loading))
+
+
+def _policy_words(pruning: Pruning) -> dict[str, str]:
+    rates = ", ".join(f"{100 * point.rate:.1f} %" for point in pruning.points)
+    return {"policy": pruning.policy, "rate": f"{100 * pruning.at_rate(None).rate:.1f} %", "rates": rates}
 
 
 def packed_config(job: ExportJob) -> dict[str, Any]:
@@ -83,9 +103,13 @@ def packed_config(job: ExportJob) -> dict[str, Any]:
             f"model_type {config.get('model_type')!r} brings its own Python code, which the packed format cannot load "
             "through. Use --format dense."
         )
+    layout = read_layout(job.packed_folder)
+    if job.pruning is not None:
+        layout = replace(layout, pruning=job.pruning[0])
+        config = {**config, "mc_pruning_rate": job.pruning[0].at_rate(None).rate}
     return {
         **_with_dtype(config, job.dtype),
-        "quantization_config": read_layout(job.packed_folder).to_json(),
+        "quantization_config": layout.to_json(),
         "transformers_weights": NOTICE,
         "auto_map": {"AutoModelForCausalLM": f"{LOADER}.PackedModelForCausalLM"},
     }

@@ -26,9 +26,13 @@ from mc_cli.runtime.inventory import find_decoder_layers, take_inventory
 from mc_cli.runtime.model_folder import read_config
 from mc_cli.runtime.packed_files import PackedFiles, copy_model_files, open_packed
 from mc_cli.runtime.packed_modules import pack_experts, pack_weight
+from mc_cli.runtime.pruning import add_learned_tensors, apply_pruning
 from mc_cli.runtime.skeleton import build_skeleton, rebuild_buffers
 
 __all__ = ["PackedSource", "StoredBytes", "attach", "copy_model_files", "load_packed", "model_bytes", "tied_names"]
+
+
+LEARNED = "learned"  # stands for the stored part of a pruning policy's tensors
 
 
 def tied_names(model: Any) -> set[str]:
@@ -40,7 +44,8 @@ def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict
     """Gives a (meta) model the packed storage that `layout` describes, in place, and our experts implementation.
 
     kept_dtype   dtype of expert projections that are kept, and of `weight` where code reads it from a packed module
-    Returns full tensor name -> stored part (`codes`, `scales`, ...) of every packed tensor.
+    Returns full tensor name -> stored part (`codes`, `scales`, ...) of every packed tensor, and of what a pruning
+    policy learned. The policy itself is put on once the tensors are there, by `apply_pruning`.
     Raises ArtifactError if layout and model do not fit, PlanError for a tied head or embedding.
     """
     _check_experts(model, layout)
@@ -54,6 +59,8 @@ def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict
         assert encoding is not None  # _check_linears
         parts = pack_weight(model.get_submodule(path), encoding, dtype=kept_dtype)
         packed |= {f"{path}.{name}": part for name, part in parts.items()}
+    if layout.pruning is not None:
+        packed |= dict.fromkeys(add_learned_tensors(model, layout.pruning), LEARNED)
     model.set_experts_implementation(experts.IMPLEMENTATION)
     return packed
 
@@ -272,6 +279,8 @@ def load_packed(
     if (source.files.config_folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.files.config_folder)
     model.config.use_cache = getattr(source.config, "use_cache", True)
+    if source.layout.pruning is not None:
+        apply_pruning(model, source.layout.pruning)
     from mc_cli.runtime.plugin import mark_quantized
 
     mark_quantized(model, source.layout)

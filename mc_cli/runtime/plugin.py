@@ -16,6 +16,8 @@ from mc_cli.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+PRUNING_RATE = "mc_pruning_rate"  # entry of config.json that from_pretrained(..., mc_pruning_rate=0) overrides
+
 
 class PackedConfig(QuantizationConfigMixin):
     """The packed layout as transformers' quantization config: plain JSON values, written back as they were read."""
@@ -59,6 +61,8 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name in self._packed:
             model.get_parameter(name).requires_grad_(False)  # else a forward without no_grad keeps dequantized weights
+        if self.quantization_config.layout.pruning is not None:
+            set_pruning_rate(model, getattr(model.config, PRUNING_RATE, None))
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
@@ -81,6 +85,24 @@ class PackedQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def set_pruning_rate(model: Any, rate: float | None) -> None:
+    """Lets a loaded packed model skip experts by the policy it was exported with, at another rate or not at all.
+
+    rate   share of expert calls to drop; None for the one it was exported with, 0 for none
+    Raises InputError for a model without a policy, or a rate that the policy was not fitted for.
+    """
+    from mc_cli.runtime.pruning import apply_pruning
+
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    policy = config.layout.pruning if isinstance(config, PackedConfig) else None
+    if policy is None:
+        raise InputError(
+            "This model has no pruning policy: it was not exported with one. Run `mc-cli prune-eval --policy odp` on "
+            "its work directory, then `mc-cli export`."
+        )
+    apply_pruning(model, policy, rate=rate)
 
 
 def mark_quantized(model: Any, layout: PackedLayout) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
-from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, Pruning, read_pruning, write_pruning
+from mc_cli.artifacts.pruning import FOLDER, TENSOR_PREFIX, OperatingPoint, Pruning, read_pruning, write_pruning
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, read_tensors, require_done
 from mc_cli.errors import InputError
 from mc_cli.parts import ExpertBlock, ModelInventory
@@ -42,7 +42,7 @@ from mc_cli.runtime.readback import free_memory
 from mc_cli.runtime.session import Session
 from mc_cli.settings import PruneSettings
 
-STAGE, FOLDER = "policy", "pruning"
+STAGE = "policy"
 BASELINES = ("top-k", "random", "router-threshold")
 DEFAULT_MAX_LOSS = 0.01
 _CHECK_SHARE = 4  # one of so many fitting windows is kept for --max-loss; no threshold is fitted on it
@@ -340,10 +340,3 @@ def _layer_routers(job: _Job, guide: Pruning, rates: Sequence[float]) -> tuple[R
                 curves.append(layer_curve(scores, sample.routed.weights, sample.costs))
             step.advance(note=f"layer {sample.block.layer}")
     return routers, [-shared_threshold(curves, rate).thresholds[0] for rate in rates]
-
-
-def shipped(work_dir: Path, settings: Mapping[str, object]) -> tuple[Pruning, dict[str, Tensor]]:
-    """The policy that prune-eval, with these recorded settings, measured and that export carries."""
-    prune = settings["prune"]
-    assert isinstance(prune, dict)
-    return read_pruning(work_dir / FOLDER / prune["policy"][0])

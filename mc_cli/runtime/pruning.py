@@ -125,7 +125,8 @@ def apply_pruning(
     remove_pruning(model)
     if rate == 0:
         return
-    missing = [layer.path for layer in pruning.layers if layer.path not in dict(model.named_modules())]
+    modules = dict(model.named_modules())
+    missing = [layer.path for layer in pruning.layers if layer.path not in modules]
     if missing:
         raise ArtifactError(
             f"The pruning policy names experts that {type(model).__name__} does not have: {', '.join(missing[:4])}. "
@@ -143,14 +144,19 @@ def remove_pruning(model: nn.Module) -> None:
             delattr(module, _HANDLES)
 
 
-def add_learned_tensors(model: nn.Module, pruning: Pruning) -> None:
-    """Registers empty float32 parameters for what a policy learned, so that loading a checkpoint fills them."""
+def add_learned_tensors(model: nn.Module, pruning: Pruning) -> list[str]:
+    """Registers empty float32 parameters for what a policy learned, so that loading a checkpoint fills them.
+
+    They stay in float32 whatever the model is cast to. Returns their full names.
+    """
     for name, shape in pruning.tensor_names().items():
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
+        module: Any = model.get_submodule(path)
         device = next(module.parameters()).device
         empty = torch.empty(shape, dtype=torch.float32, device=device)
         module.register_parameter(leaf, nn.Parameter(empty, requires_grad=False))
+        module._mc_stored = module._mc_stored | {leaf}  # packed experts keep the dtype of what is stored
+    return list(pruning.tensor_names())
 
 
 def decoder_layer_of(model: nn.Module, path: str) -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from mc_cli.artifacts.pruning import Pruning
 from mc_cli.errors import ArtifactError, McError, listed
 from mc_cli.runtime.checkpoint import Checkpoint
 from mc_cli.runtime.dense_tensors import DenseTensors
 from mc_cli.runtime.layerwise import LayerSource, LayerWalk
 from mc_cli.runtime.model_folder import read_config
 from mc_cli.runtime.packed_model import PackedSource, tied_names
+from mc_cli.runtime.pruning import pruned, pruners
 
 WHOLE, LAYERED = "whole model", "layer by layer"
 SEQUENCES, LENGTH, PROMPT, NEW_TOKENS = 2, 32, 8, 4
@@ -56,17 +59,19 @@ def read_back(
     device: torch.device,
     free_bytes: int | None = None,
     trust_remote_code: bool = False,
+    pruning: tuple[Pruning, Mapping[str, torch.Tensor]] | None = None,
 ) -> ReadBack:
     """The comparison of an exported directory with the packed folder it was made from.
 
     free_bytes   memory to plan with, None to ask the system: the whole model is loaded if it fits in 70 % of that, else
                  a layer at a time, without generating
+    pruning      the policy that the export carries, and what it learned: both models are compared under it
     Raises ArtifactError naming what differs, or what the loader said.
     """
     transformers_logging.disable_progress_bar()
     original = PackedSource(packed, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     token_ids = sample_tokens(original.config)
-    wanted = _Wanted(exported, original, trust_remote_code=trust_remote_code)
+    wanted = _Wanted(exported, original, trust_remote_code=trust_remote_code, pruning=pruning)
     needed = sum(size.stat().st_size for size in exported.glob("*.safetensors")) * (2 if dtype == torch.float32 else 1)
     free = free_memory(device) if free_bytes is None else free_bytes
     if free is None or needed <= _MEMORY_SHARE * free:
@@ -75,7 +80,7 @@ def read_back(
     else:
         logits, tensors = _layered(exported, wanted, token_ids, dtype, device)
         method, generated = LAYERED, 0
-    expected = _walked_logits(original, token_ids)
+    expected = _walked_logits(original, token_ids, pruning)
     errors = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
     found = ReadBack(
         method=method,
@@ -106,8 +111,16 @@ def sample_tokens(config: Any) -> torch.Tensor:
 class _Wanted:
     """What the exported model has to hold."""
 
-    def __init__(self, exported: Path, original: PackedSource, *, trust_remote_code: bool) -> None:
+    def __init__(
+        self,
+        exported: Path,
+        original: PackedSource,
+        *,
+        trust_remote_code: bool,
+        pruning: tuple[Pruning, Mapping[str, torch.Tensor]] | None = None,
+    ) -> None:
         self._original = original
+        self.pruning = pruning
         self.trust_remote_code = trust_remote_code
         config = read_config(exported, trust_remote_code=trust_remote_code)
         self.is_packed = getattr(config, "quantization_config", None) is not None
@@ -121,7 +134,9 @@ class _Wanted:
         """Module-tree name -> tensor, of one part."""
         if self._dense is not None:
             return self._dense.by_module(part)
-        return dict(self._original.files.read(self._original.names(part)))
+        learned = self.pruning[1] if self.pruning else {}
+        found = {name: tensor for name, tensor in learned.items() if self._original.part_of(name) == part}
+        return found | dict(self._original.files.read(self._original.names(part)))
 
     def compare(self, state: Mapping[str, torch.Tensor], part: int) -> tuple[int, list[str]]:
         """How many tensors of a part were compared, and what differs."""
@@ -200,7 +215,7 @@ def _layered(
         if source.unused:
             _raise_if_any(exported, [f"{name}: not part of the model" for name in source.unused])
     compared = _Compared(source, wanted)
-    logits = _walked_logits(compared, token_ids)
+    logits = _walked_logits(compared, token_ids, wanted.pruning)
     _raise_if_any(exported, compared.problems)
     return logits, compared.count
 
@@ -224,11 +239,20 @@ class _Compared:
         self._source.free(layer)
 
 
-def _walked_logits(source: LayerSource, token_ids: torch.Tensor) -> torch.Tensor:
+def _walked_logits(
+    source: LayerSource,
+    token_ids: torch.Tensor,
+    pruning: tuple[Pruning, Mapping[str, torch.Tensor]] | None = None,
+) -> torch.Tensor:
     walk = LayerWalk(source, token_ids, batch_size=1)
+    of_layer = {} if pruning is None else pruners(pruning[0], pruning[0].at_rate(None), pruning[1])
     for layer in range(walk.num_layers):
         source.load(layer)
-        walk.run_layer(advance=True)
+        with ExitStack() as stack:
+            for path, pruner in of_layer.items():
+                if pruner.layer.layer == layer:
+                    stack.enter_context(pruned(source.model, path, pruner))
+            walk.run_layer(advance=True)
         source.free(layer)
     return torch.cat([walk.logits(rows).float().cpu() for rows in walk.batches()])
 

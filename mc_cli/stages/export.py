@@ -6,16 +6,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mc_cli import __version__
 from mc_cli.artifacts.exported import STAGE, ExportFolder, ExportRecord, remember_export
 from mc_cli.artifacts.packed import PackedLayout, encoding_of
+from mc_cli.artifacts.pruning import FOLDER as POLICY_FOLDER
+from mc_cli.artifacts.pruning import Pruning, read_pruning
 from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest, StageFolder, read_json, require_done
-from mc_cli.errors import ArtifactError, InputError
+from mc_cli.errors import ArtifactError, InputError, StaleArtifactError
 from mc_cli.exporters import ExportJob, exporter_from_name
 from mc_cli.exporters.model_card import CardFacts
 from mc_cli.parts import Role
@@ -59,8 +64,10 @@ def run(
     try:
         stages = _stage_records(work_dir)
         files = open_packed(packed)
-        card = _card(work_dir, files, stages, _evaluation(work_dir, folder, progress), compute)
-        found = _write_and_read_back(settings, compute, files, folder, card, progress)
+        evaluation = _evaluation(work_dir, folder, progress)
+        card = _card(work_dir, files, stages, evaluation, compute)
+        pruning = _pruning(settings, work_dir, evaluation, folder, progress)
+        found = _write_and_read_back(settings, compute, files, folder, card, pruning, progress)
         folder.finish(stages=stages, read_back=asdict(found), tool_version=__version__)
     except BaseException:
         folder.discard()
@@ -83,6 +90,7 @@ def _write_and_read_back(
     files: PackedFiles,
     folder: ExportFolder,
     card: CardFacts,
+    pruning: tuple[Pruning, Mapping[str, torch.Tensor]] | None,
     progress: Progress,
 ) -> ReadBack:
     trusted = compute.trust_remote_code
@@ -103,9 +111,12 @@ def _write_and_read_back(
             card=card,
             original_tensors=lambda part: dense().original(part),
             advance=lambda note: step.advance(note=note),
+            pruning=pruning,
         )
         exporter_from_name(settings.format).export(job)
-        found = read_back(folder.partial, files.folder, dtype=dtype, device=device, trust_remote_code=trusted)
+        found = read_back(
+            folder.partial, files.folder, dtype=dtype, device=device, trust_remote_code=trusted, pruning=pruning
+        )
         step.advance(note="read back")
     if found.generated_tokens == 0:
         folder.warn(
@@ -192,6 +203,36 @@ def _evaluation(work_dir: Path, folder: ExportFolder, progress: Progress) -> dic
         folder.warn("the evaluation is of an earlier packed model, so the model card leaves it out.", progress)
         return {}
     return read_json(work_dir / STAGE_FOLDERS["prune-eval"] / EVALUATION)
+
+
+def _pruning(
+    settings: ExportSettings,
+    work_dir: Path,
+    evaluation: dict[str, Any],
+    folder: ExportFolder,
+    progress: Progress,
+) -> tuple[Pruning, Mapping[str, torch.Tensor]] | None:
+    """The policy that prune-eval measured on this packed model, None where it measured none.
+
+    Raises StaleArtifactError where the policy has been fitted anew since, so that what ships is what was measured.
+    """
+    measured = evaluation.get("pruning")
+    if not measured:
+        return None
+    if not exporter_from_name(settings.format).CARRIES_POLICY:
+        folder.warn(
+            f"--format {settings.format} cannot carry the pruning policy {measured['policy']!r}: the exported model "
+            "computes all experts. Use --format transformers for one that skips them.",
+            progress,
+        )
+        return None
+    fitted = Manifest.read(work_dir / POLICY_FOLDER)
+    if fitted is None or fitted.fingerprint != measured["fit"]:
+        raise StaleArtifactError(
+            f"{work_dir / POLICY_FOLDER} is not the policy that was measured: it has been fitted anew, or removed. Run "
+            f"`mc-cli prune-eval -w {work_dir} --force` with --policy again."
+        )
+    return read_pruning(work_dir / POLICY_FOLDER / measured["policy"])
 
 
 def _result(folder: ExportFolder, settings: ExportSettings, *, ran: bool) -> StageResult:
