@@ -33,7 +33,7 @@ from mc_cli.runtime.pruning_samples import LayerSample
 
 WARM_TEMPERATURE, COLD_TEMPERATURE = 1.0, 0.3
 _LAYER_STEPS, _LAYER_TOKENS = 300, 4096
-_OFFSET_RATE = 4.0  # change of a rate's offset per step, log-odds for a kept share that is off by one
+_OFFSET_RATE = 8.0  # change of a rate's offset per step, log-odds for a kept share that is off by one
 _SAVE_EVERY = 20  # steps
 _BETAS, _EPSILON = (0.9, 0.99), 1e-8
 
