@@ -13,17 +13,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mc_cli.artifacts.store import read_json, write_json
+from mc_cli.artifacts.store import read_json, read_tensors, write_json
 from mc_cli.errors import ArtifactError
 from mc_cli.parts import ExpertBlock, ModelInventory, Projection, Role, TensorPart
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA = 1
 TOKENS = "tokens.safetensors"
 INVENTORY = "inventory.json"
 SENSITIVITY = "sensitivity.safetensors"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """Second moments of the loss gradient at one MoE output, over the tokens of the backward pass.
+
+    gradient_square  [hidden] float32, mean over tokens
+    token_scale      [tokens] float32, a token's summed squares over the mean token's, in the order of the sequences
+    """
+
+    gradient_square: torch.Tensor
+    token_scale: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -98,3 +113,17 @@ def read_inventory(path: Path) -> ModelInventory:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path} is not an inventory of this version: {error!r}. Run calibrate --force.") from error
+
+
+def read_sensitivities(calibration: Path, inventory: ModelInventory) -> dict[int, LayerSensitivity]:
+    """Decoder layer -> its sensitivity; empty where no backward pass was run."""
+    path = calibration / SENSITIVITY
+    if not path.exists():
+        return {}
+    tensors = read_tensors(path)
+    return {
+        block.layer: LayerSensitivity(
+            tensors[f"layers.{block.layer}.gradient_square"], tensors[f"layers.{block.layer}.token_scale"]
+        )
+        for block in inventory.expert_blocks
+    }

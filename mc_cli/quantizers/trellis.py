@@ -22,7 +22,8 @@ from mc_cli.quantizers.gptq import Gptq
 NAME = "trellis"
 _LARGEST_SCALE = 65504.0  # of float16
 _NOISE_SEED = 0
-_SAMPLED_INPUTS = 8  # of a matrix, on which the search is tried when only its errors' size is wanted
+_POOLED_ROWS = 16  # divides every padded number of outputs
+_SAMPLED_INPUTS = 16  # of a matrix, on which the search is tried when only its errors' size is wanted
 
 
 def build(**settings: Any) -> Trellis:
@@ -136,7 +137,7 @@ class _Coder:
         return self._values[:, position] * self._scales
 
     def noisy_values(self) -> Callable[[int, Tensor], Tensor]:
-        """A stand-in for `best_codes`: errors as large as the search's, drawn from a normal distribution."""
+        """A stand-in for `best_codes`: errors as large as the search's, row by row, from a normal distribution."""
         error = self._sampled_error()
         generator = torch.Generator(self._columns.device).manual_seed(_NOISE_SEED)
 
@@ -151,15 +152,21 @@ class _Coder:
         return draw
 
     def _sampled_error(self) -> Tensor:
-        """[B, 1]: weighted squared error of the search over that of zeros, on a few inputs of each matrix."""
+        """[B, out]: the search's mean squared error over the weights' mean square, on a few inputs of each matrix."""
         count = self._columns.shape[1]
         sample = torch.arange(0, count, max(1, count // _SAMPLED_INPUTS), device=self._columns.device)
-        wanted = (self._columns[:, sample] / self._divisors()[:, None]).transpose(0, 1)
-        targets, weights = self._as_sequences(wanted), self._weights().repeat(len(sample), 1)
-        _, values = trellis.encode(targets, self._encoding.rate, weights)
-        left, all_of_it = (weights * (targets - values).square()), weights * targets.square()
-        shape = (len(sample), len(self._columns), -1)
-        return (left.view(shape).sum((0, 2)) / all_of_it.view(shape).sum((0, 2)).clamp_min(1e-30)).unsqueeze(-1)
+        wanted = (self._columns[:, sample] / self._divisors()[:, None]).transpose(0, 1).contiguous()
+        weights = self._weights().repeat(len(sample), 1)
+        _, values = trellis.encode(self._as_sequences(wanted), self._encoding.rate, weights)
+        values = values.view_as(wanted)
+        # Rows of similar weight are pooled: a few inputs say little of one row. What is left after the best scale.
+        order = self._row_weights().argsort(-1)
+        both, own, coded = (
+            product.sum(0).gather(1, order).unflatten(1, (-1, _POOLED_ROWS)).sum(-1)
+            for product in (wanted * values, wanted.square(), values.square())
+        )
+        left = (1 - both.square() / (own * coded).clamp_min(1e-30)).repeat_interleave(_POOLED_ROWS, 1)
+        return torch.empty_like(left).scatter_(1, order, left)
 
     def sweep(self) -> None:
         """Codes every input again, given all others, wherever that lowers the error."""
@@ -198,12 +205,15 @@ class _Coder:
         self._scales = torch.where(usable, scales, self._scales)
 
     def _weights(self) -> Tensor:
-        """[sequences, length]: what a squared error of a row's values matters."""
-        weights = self._scales.square()
-        if self._importance is not None:
-            weights = weights * self._importance
+        """[sequences, length]: `_row_weights`, to a mean of one per matrix."""
+        weights = self._row_weights()
         mean = weights.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         return self._as_sequences(weights / mean)
+
+    def _row_weights(self) -> Tensor:
+        """[B, out]: what a squared error of a row's values matters."""
+        weights = self._scales.square()
+        return weights if self._importance is None else weights * self._importance
 
     def _divisors(self) -> Tensor:
         return self._scales.clamp_min(1e-12)  # a row of zeros has scale 0: its values do not matter

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.numerics.hessian import accumulate, shrink
 from mc_cli.parts import ExpertBlock
 from mc_cli.runtime import experts
@@ -17,6 +18,8 @@ from mc_cli.runtime.routing import RoutingCapture
 TOKENS_AT_ONCE = 8192  # rows of an expert's input on the device at a time
 POOL_TOKENS = 4096  # tokens of the whole layer that stand in where an expert has few of its own
 WELL_SAMPLED = 16  # an expert with this many tokens per input feature keeps its own Hessian as it is
+# Errors at sensitive tokens matter more in Hessians too, but less than the gradients of one sampled label say.
+TOKEN_SCALE_POWER = 0.5
 SENSITIVE_TOKENS = 64  # an expert with fewer tokens in the backward pass is taken as average as far as tokens go
 CHUNK_BYTES = 2**30  # of Hessians and weights that are worked on together
 
@@ -39,7 +42,15 @@ class Sample:
 class ExpertInputs:
     """Captured inputs of the routed experts of one layer, grouped by expert."""
 
-    def __init__(self, capture: RoutingCapture, block: ExpertBlock, device: torch.device) -> None:
+    def __init__(
+        self,
+        capture: RoutingCapture,
+        block: ExpertBlock,
+        device: torch.device,
+        *,
+        sensitivity: LayerSensitivity | None = None,
+    ) -> None:
+        """`sensitivity`: how the loss reacts to errors of this layer, None where no backward pass was run."""
         self.block = block
         self.device = device
         self._inputs = capture.inputs
@@ -48,6 +59,11 @@ class ExpertInputs:
             for expert, tokens, weights in experts.routed_tokens(capture.index, capture.weights, block.num_experts)
         }
         self._mean_weight = float(capture.weights.mean())
+        self.sensitivity = sensitivity
+        self._attention = torch.ones(len(capture.weights))
+        if sensitivity is not None:
+            tempered = sensitivity.token_scale.pow(TOKEN_SCALE_POWER)
+            self._attention[: len(tempered)] = (tempered / tempered.mean()).sqrt()
 
     @property
     def token_count(self) -> int:
@@ -59,25 +75,29 @@ class ExpertInputs:
         return len(self._chosen[expert][0]) if expert in self._chosen else 0
 
     def chunks(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(inputs [n, hidden], routing weights [n]) float32 on the device: all tokens of one expert, in pieces."""
+        """(inputs [n, hidden], weights [n]) float32 on the device: all tokens of one expert, in pieces.
+
+        The weights are routing weights, times the root of what an error at the token matters where that is known.
+        """
         if expert not in self._chosen:
             return
         tokens, weights = self._chosen[expert]
         for begin in range(0, len(tokens), TOKENS_AT_ONCE):
             rows = slice(begin, begin + TOKENS_AT_ONCE)
-            yield self._inputs[tokens[rows]].to(self.device).float(), weights[rows].to(self.device)
+            felt = weights[rows] * self._attention[tokens[rows]]
+            yield self._inputs[tokens[rows]].to(self.device).float(), felt.to(self.device)
 
     def pool(self) -> torch.Tensor:
         """[tokens, hidden] float32: tokens of the whole layer, evenly spaced, at most POOL_TOKENS."""
         step = max(1, -(-self.token_count // POOL_TOKENS))
         return self._inputs[::step].to(self.device).float()
 
-    def sample(self, expert: int, limit: int, token_scale: torch.Tensor | None = None) -> Sample:
+    def sample(self, expert: int, limit: int) -> Sample:
         """At most `limit` of the expert's tokens, evenly spaced.
 
-        token_scale   sensitivity of the layer's first tokens; the sample is taken from these, unless the expert has
-                      fewer than SENSITIVE_TOKENS among them
+        They are taken from those with a known sensitivity, unless the expert has fewer than SENSITIVE_TOKENS of them.
         """
+        token_scale = None if self.sensitivity is None else self.sensitivity.token_scale
         if expert not in self._chosen:
             pool = self.pool()
             weights = torch.full((len(pool),), self._mean_weight, device=self.device)
@@ -110,7 +130,12 @@ def expert_activations(module: Any, expert: int, inputs: torch.Tensor, up_weight
 
     Biases and gate are the family's own, taken from `module`.
     """
-    return experts.activate(module, _linear(module, experts.up_name(module), expert, inputs, up_weight))
+    return experts.activate(module, up_outputs(module, expert, inputs, up_weight))
+
+
+def up_outputs(module: Any, expert: int, inputs: torch.Tensor, up_weight: torch.Tensor) -> torch.Tensor:
+    """[n, out_features] of the up projection of one expert, its bias included."""
+    return _linear(module, experts.up_name(module), expert, inputs, up_weight)
 
 
 def expert_outputs(

@@ -8,7 +8,7 @@ weights are replaced by what the stored codes stand for, so the layer's output i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.artifacts.packed import KEPT, ExpertLayout
 from mc_cli.artifacts.plan import KEPT_BITS, Plan
 from mc_cli.artifacts.quantization import MatrixReport
@@ -28,6 +29,7 @@ from mc_cli.runtime.expert_inputs import ExpertInputs, down_hessians, expert_chu
 from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.memory import release_freed_memory
 from mc_cli.runtime.routing import watching
+from mc_cli.runtime.row_importance import down_importance, up_importance
 
 PackedTensors = dict[str, torch.Tensor]  # stored part -> tensor of one matrix
 
@@ -51,13 +53,22 @@ class _InputSeen(Exception):
 class LayerQuantizer:
     """Quantizes layer after layer of a walk by one plan."""
 
-    def __init__(self, walk: LayerWalk, plan: Plan, quantizer: Quantizer, *, shrinkage: float) -> None:
+    def __init__(
+        self,
+        walk: LayerWalk,
+        plan: Plan,
+        quantizer: Quantizer,
+        *,
+        shrinkage: float,
+        sensitivities: Mapping[int, LayerSensitivity] | None = None,
+    ) -> None:
         self._walk = walk
         self._model = walk.source.model
         self._device = walk.source.device
         self._plan = plan
         self._quantizer = quantizer
         self._shrinkage = shrinkage
+        self._sensitivities = sensitivities or {}
 
     def quantize(self, tensors: Sequence[TensorPart], block: ExpertBlock | None) -> LayerResult:
         """Quantizes the resident layer `walk.depth`, whose parameters are `tensors` and whose experts are `block`."""
@@ -166,7 +177,7 @@ class LayerQuantizer:
         module = self._model.get_submodule(block.path)
         with watching(self._model, block, keep_inputs=True) as capture:
             self._run_up_to(module)
-        inputs = ExpertInputs(capture, block, self._device)
+        inputs = ExpertInputs(capture, block, self._device, sensitivity=self._sensitivities.get(block.layer))
         up, down = block.projections
 
         def for_up(members: list[int]) -> torch.Tensor:
@@ -251,7 +262,8 @@ class LayerQuantizer:
         in_features = weights.shape[-1]
         encoding = self._encoding(bits, weights)
         prepared = self._quantizer.prepare(hessians, basis=encoding.basis)
-        quantized = self._quantizer.quantize(weights, prepared, encoding)
+        importance = self._row_importance(module, inputs, projection, members)
+        quantized = self._quantizer.quantize(weights, prepared, encoding, row_importance=importance)
         replaced = encoding.dequantize(quantized.tensors, in_features)
         for slot, expert in enumerate(members):
             experts.expert_weight(module, projection, expert).copy_(replaced[slot])
@@ -269,6 +281,21 @@ class LayerQuantizer:
                 pooled_share=pooled_share(tokens, in_features, strength=self._shrinkage),
             )
             result.report.append(self._measured(row, weights, quantized, hessians, slot))
+
+    def _row_importance(
+        self, module: nn.Module, inputs: ExpertInputs, projection: str, members: list[int]
+    ) -> torch.Tensor | None:
+        """[members, out_features] of what errors of each row matter; None where no backward pass was run."""
+        up, down = inputs.block.projections
+        if inputs.sensitivity is None:
+            return None
+        if projection == down.name:
+            return down_importance(inputs, members)
+        weights = (
+            torch.stack([experts.expert_weight(module, part.name, expert).float() for expert in members])
+            for part in (up, down)
+        )
+        return up_importance(module, inputs, members, *weights)
 
     def _measured(
         self, row: MatrixReport, weights: torch.Tensor, quantized: Any, hessians: torch.Tensor, slot: int

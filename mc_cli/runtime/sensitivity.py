@@ -10,25 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.parts import ExpertBlock
 from mc_cli.runtime.layerwise import LayerWalk
-
-
-@dataclass(frozen=True)
-class LayerSensitivity:
-    """Second moments of the loss gradient at one MoE output, over the tokens of the backward pass.
-
-    gradient_square  [hidden] float32, mean over tokens
-    token_scale      [tokens] float32, a token's summed squares over the mean token's, in the order of the sequences
-    """
-
-    gradient_square: torch.Tensor
-    token_scale: torch.Tensor
 
 
 def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, seed: int) -> torch.Tensor:

@@ -74,7 +74,13 @@ def run(
     checkpoint.model.set_experts_implementation(IMPLEMENTATION)
     token_ids = read_tensors(calibration / calibration_artifact.TOKENS)["token_ids"]
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
-    worker = LayerQuantizer(walk, plan, quantizer_for(settings.quantizer), shrinkage=settings.quantizer.shrinkage)
+    worker = LayerQuantizer(
+        walk,
+        plan,
+        quantizer_for(settings.quantizer),
+        shrinkage=settings.quantizer.shrinkage,
+        sensitivities=calibration_artifact.read_sensitivities(calibration, inventory),
+    )
     writer = _Writer(folder, checkpoint, inventory, session)
     _layers(walk, checkpoint, inventory, worker, writer, folder, progress)
     _head_and_rest(walk, checkpoint, inventory, plan, worker, writer)

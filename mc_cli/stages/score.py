@@ -38,6 +38,7 @@ from mc_cli.runtime.memory import release_freed_memory
 from mc_cli.runtime.quantization import quantizer_for
 from mc_cli.runtime.resume import restore_progress, save_progress
 from mc_cli.runtime.routing import watching
+from mc_cli.runtime.row_importance import down_importance, up_importance
 from mc_cli.runtime.session import Session, later_session
 from mc_cli.settings import QuantizerSettings, RunSettings, ScoreSettings
 
@@ -66,6 +67,7 @@ def run(
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
     scorer = _LayerScorer(settings, quantizer_for(settings.quantizer), calibration)
     blocks = {block.layer: block for block in inventory.expert_blocks}
+    sensitivities = calibration_artifact.read_sensitivities(calibration, inventory)
     first = restore_progress(folder, walk)
     with progress.step("score", total=walk.num_layers, unit="layer", done=first) as step:
         for layer in range(first, walk.num_layers):
@@ -74,7 +76,9 @@ def run(
                 with watching(checkpoint.model, blocks[layer], keep_inputs=True) as capture:
                     walk.run_layer(advance=True)
                 module = checkpoint.model.get_submodule(blocks[layer].path)
-                scored = scorer.score(module, ExpertInputs(capture, blocks[layer], session.device))
+                sensitivity = sensitivities.get(layer)
+                inputs = ExpertInputs(capture, blocks[layer], session.device, sensitivity=sensitivity)
+                scored = scorer.score(module, inputs)
                 write_json(folder.path(_layer_file(layer)), asdict(scored))
             else:
                 walk.run_layer(advance=True)
@@ -105,13 +109,12 @@ class _LayerScorer:
         self._settings = settings
         self._quantizer = quantizer
         self._calibration = calibration
-        sensitivity = calibration / calibration_artifact.SENSITIVITY
-        self._sensitivity = read_tensors(sensitivity) if sensitivity.exists() else None
+        self._has_sensitivity = (calibration / calibration_artifact.SENSITIVITY).exists()
 
     @property
     def sensitivity_method(self) -> str:
         """How output errors of different layers are brought to one unit."""
-        if self._sensitivity is None:
+        if not self._has_sensitivity:
             return "share of the residual stream's energy (no backward pass was run); the unit is not nats"
         return "diagonal Fisher at the MoE output, labels sampled from the model; nats per token"
 
@@ -154,8 +157,10 @@ class _LayerScorer:
         ups = self._matrices(up, _stack(module, up.name, members), up_hessians(inputs, members, strength=strength))
         hessians = down_hessians(module, inputs, members, ups.weights, strength=strength)
         downs = self._matrices(down, _stack(module, down.name, members), hessians)
-        scales = None if self._sensitivity is None else self._sensitivity[f"layers.{routing.layer}.token_scale"]
-        samples = [inputs.sample(expert, self._settings.loss_tokens, scales) for expert in members]
+        if inputs.sensitivity is not None:
+            ups.row_importance = up_importance(module, inputs, members, ups.weights, downs.weights)
+            downs.row_importance = down_importance(inputs, members)
+        samples = [inputs.sample(expert, self._settings.loss_tokens) for expert in members]
         rows: list[dict[str, Any]] = [{"loss": {}, "predicted": {}, up.name: {}, down.name: {}} for _ in members]
         originals = []
         for slot, expert in enumerate(members):
@@ -187,15 +192,16 @@ class _LayerScorer:
         self, difference: torch.Tensor, sample: Sample, inputs: ExpertInputs, routing: LayerRouting
     ) -> float:
         felt = squared_output_error(difference, sample.weights * sample.sensitivity.sqrt()) * sample.scale
-        return predicted_loss(felt, self._gradient_square(routing, len(felt)), token_count=inputs.token_count)
-
-    def _gradient_square(self, routing: LayerRouting, hidden: int) -> torch.Tensor:
-        if self._sensitivity is None:
-            return torch.full((hidden,), 2.0 / max(routing.residual_energy, 1e-30))
-        return self._sensitivity[f"layers.{routing.layer}.gradient_square"]
+        return predicted_loss(felt, _gradient_square(inputs, routing, len(felt)), token_count=inputs.token_count)
 
     def _stored_bytes(self, part: Projection, width: float) -> int:
         return stored_bytes(_encoding(self._settings.quantizer, part, width), part.out_features, part.in_features)
+
+
+def _gradient_square(inputs: ExpertInputs, routing: LayerRouting, hidden: int) -> torch.Tensor:
+    if inputs.sensitivity is None:
+        return torch.full((hidden,), 2.0 / max(routing.residual_energy, 1e-30))
+    return inputs.sensitivity.gradient_square
 
 
 class _Matrices:
@@ -210,6 +216,7 @@ class _Matrices:
         hessians: torch.Tensor,
     ) -> None:
         self.weights = weights  # [experts, out_features, in_features] float32
+        self.row_importance: torch.Tensor | None = None
         self._settings = settings
         self._quantizer = quantizer
         self._part = part
@@ -221,7 +228,8 @@ class _Matrices:
         encoding = _encoding(self._settings, self._part, width)
         if encoding.basis not in self._prepared:
             self._prepared[encoding.basis] = self._quantizer.prepare(self._hessians, basis=encoding.basis)
-        return self._quantizer.forecast(self.weights, self._prepared[encoding.basis], encoding)
+        prepared = self._prepared[encoding.basis]
+        return self._quantizer.forecast(self.weights, prepared, encoding, row_importance=self.row_importance)
 
 
 def _encoding(settings: QuantizerSettings, part: Projection, width: float) -> Encoding:

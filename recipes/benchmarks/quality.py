@@ -1,8 +1,8 @@
 """Quality at equal stored bytes: this tool's default beside its own baselines, over several calibration seeds.
 
-For every seed: calibrate, score once; then for every target the plans of `global`, `pmq` and `uniform` are quantized
-with GPTQ, and once, since it sees no calibration data, `uniform` with round-to-nearest. Every packed model is evaluated
-on held-out text. Runs that are already in the output file are not repeated.
+For every seed: calibrate once, score once with trellis codes and once with GPTQ; then every contender is allocated,
+quantized and evaluated on held-out text at every target that it is for. Round-to-nearest sees no calibration data, so
+one seed is all of them. Runs that are already in the output file are not repeated.
 Prints a table of mean and spread (minimum to maximum), and writes all figures as JSON.
 
     python recipes/benchmarks/quality.py --model DIR --data calibration.jsonl --heldout FOLDER --out results.json
@@ -37,7 +37,6 @@ from mc_cli.settings import (
 )
 from mc_cli.stages import allocate, calibrate, prune_eval, quantize, score
 
-BITS = (1, 2, 3, 4)
 PMQ_BITS = (1, 2, 3)  # as published; 4 joins where 3 bits everywhere would not spend the budget
 PMQ_LIMIT = 3.1  # stored bits
 
@@ -50,12 +49,18 @@ class Contender:
     method: str
     quantizer: str
 
+    @property
+    def family(self) -> str:
+        return "trellis" if self.quantizer == "trellis" else "affine"
+
 
 CONTENDERS = (
-    Contender("global + GPTQ (default)", "global", "gptq"),
-    Contender("PMQ as published + GPTQ", "pmq", "gptq"),
-    Contender("uniform GPTQ", "uniform", "gptq"),
-    Contender("uniform round-to-nearest", "uniform", "rtn"),
+    Contender("default: global, trellis", "global", "trellis"),
+    Contender("uniform, trellis", "uniform", "trellis"),
+    Contender("global, GPTQ", "global", "gptq"),
+    Contender("PMQ as published, GPTQ", "pmq", "gptq"),
+    Contender("uniform, GPTQ", "uniform", "gptq"),
+    Contender("uniform, round to nearest", "uniform", "rtn"),
 )
 
 
@@ -63,15 +68,17 @@ def main() -> None:
     arguments = parse()
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     for seed in arguments.seeds:
-        work_dir = arguments.work_dir / f"seed{seed}"
-        prepare(arguments, work_dir, seed)
         for target in arguments.targets:
             for contender in CONTENDERS:
-                if contender.quantizer == "rtn" and seed != 0:
-                    continue  # it uses no calibration data: one seed is all of them
+                if contender.quantizer == "rtn" and seed != arguments.seeds[0]:
+                    continue
+                if arguments.only and arguments.only not in contender.name:
+                    continue
+                work_dir = arguments.work_dir / f"{contender.family}{seed}"
                 key = {"seed": seed, "target": target, "contender": contender.name}
                 if any(all(entry[name] == value for name, value in key.items()) for entry in results):
                     continue
+                prepare(arguments, work_dir, seed, contender)
                 started = time.monotonic()
                 figures = measure(arguments, work_dir, target, contender)
                 results.append({**key, **figures, "duration_s": round(time.monotonic() - started, 1)})
@@ -97,18 +104,20 @@ def parse() -> argparse.Namespace:
         "--max-windows", type=int, default=256, help="held-out windows, evenly over the domains; 0 = all"
     )
     parser.add_argument("--attention-bits", type=int, default=4)
+    parser.add_argument("--only", help="contenders whose name holds this")
     parsed = parser.parse_args()
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
     return parsed
 
 
-def prepare(arguments: argparse.Namespace, work_dir: Path, seed: int) -> None:
+def prepare(arguments: argparse.Namespace, work_dir: Path, seed: int, contender: Contender) -> None:
     """Calibration and scores of one seed; done once, whatever the targets."""
     settings = CalibrateSettings(
         model=arguments.model, data=arguments.data, sequences=arguments.sequences, length=arguments.length, seed=seed
     )
     calibrate.run(settings, RunSettings(), work_dir, force=False, progress=SilentProgress())
-    score.run(ScoreSettings(bits=BITS), RunSettings(), work_dir, force=False, progress=SilentProgress())
+    quantizer = QuantizerSettings(quantizer="trellis" if contender.family == "trellis" else "gptq")
+    score.run(ScoreSettings(quantizer=quantizer), RunSettings(), work_dir, force=False, progress=SilentProgress())
 
 
 def measure(arguments: argparse.Namespace, work_dir: Path, target: float, contender: Contender) -> dict[str, float]:
@@ -117,7 +126,7 @@ def measure(arguments: argparse.Namespace, work_dir: Path, target: float, conten
     plan = AllocateSettings(
         method=contender.method,
         target_stored_bits=target,
-        bits=PMQ_BITS if contender.method == "pmq" and target <= PMQ_LIMIT else BITS,
+        bits=PMQ_BITS if contender.method == "pmq" and target <= PMQ_LIMIT else None,
         attention_bits=arguments.attention_bits,
     )
     allocate.run(plan, compute, work_dir, force=True, progress=silent)

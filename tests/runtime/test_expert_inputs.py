@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.parts import ExpertBlock
 from mc_cli.runtime.checkpoint import Checkpoint, read_config
 from mc_cli.runtime.expert_inputs import (
@@ -50,6 +51,12 @@ def inputs_of(block: ExpertBlock, counts: tuple[int, ...] = COUNTS) -> tuple[Exp
     for rows in (slice(0, 100), slice(100, None)):
         capture.on_experts(torch.nn.Module(), (hidden[rows], index[rows], weights[rows]))
     return ExpertInputs(capture, block, CPU), hidden, index, weights
+
+
+def sensitive(inputs: ExpertInputs, token_scale: Tensor) -> ExpertInputs:
+    """The same inputs, the first tokens' sensitivities known."""
+    inputs.sensitivity = LayerSensitivity(torch.ones(32), token_scale)
+    return inputs
 
 
 def own(expert: int, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -139,10 +146,10 @@ def test_sample_is_taken_where_the_sensitivity_is_known(tiny_model: TinyModel) -
     tokens = (index[:, 0] == 3).nonzero()[:, 0]
     known = tokens[tokens < 300]
     assert len(known) > SENSITIVE_TOKENS
-    sample = inputs.sample(3, 1000, token_scale)
+    sample = sensitive(inputs, token_scale).sample(3, 1000)
     assert torch.equal(sample.inputs, hidden[known]) and torch.equal(sample.sensitivity, token_scale[known])
     assert sample.scale == len(tokens) / len(known)
-    few = inputs.sample(3, 1000, token_scale[:60])
+    few = sensitive(inputs, token_scale[:60]).sample(3, 1000)
     assert torch.equal(few.inputs, hidden[tokens]) and torch.equal(few.sensitivity, torch.ones(len(tokens)))
 
 

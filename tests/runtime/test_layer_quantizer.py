@@ -50,7 +50,9 @@ class Recorder:
         self.hessians.append(hessian.clone())
         return Prepared(hessian, basis)
 
-    def quantize(self, weight: Tensor, prepared: Prepared, encoding: Encoding) -> QuantizedLinear:
+    def quantize(
+        self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None
+    ) -> QuantizedLinear:
         assert prepared.hessian is not None
         self.weights.append(weight.clone())
         return quantizer_from_name("rtn").quantize(weight, prepared, encoding)
