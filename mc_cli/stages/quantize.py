@@ -63,7 +63,7 @@ def run(
     session = later_session(work_dir, compute)
     folder = _folder(settings, session)
     if not folder.begin(force=force):
-        return _result(folder, ran=False)
+        return _result(folder, compute, ran=False)
     calibration = work_dir / STAGE_FOLDERS["calibrate"]
     inventory = calibration_artifact.read_inventory(calibration / calibration_artifact.INVENTORY)
     plan = Plan.read(_plan_path(settings, work_dir))
@@ -85,7 +85,7 @@ def run(
     _layers(walk, checkpoint, inventory, worker, writer, folder, progress)
     _head_and_rest(walk, checkpoint, inventory, plan, worker, writer)
     _finish(folder, inventory, session, progress)
-    return _result(folder, ran=True)
+    return _result(folder, compute, ran=True)
 
 
 def _folder(settings: QuantizeSettings, session: Session) -> StageFolder:
@@ -297,9 +297,9 @@ def _coverage(rows: list[MatrixReport], inventory: ModelInventory) -> dict[str, 
     return {"expert_weights": total, **counts, "covered": sum(counts.values()) / total}
 
 
-def _result(folder: StageFolder, *, ran: bool) -> StageResult:
+def _result(folder: StageFolder, compute: RunSettings, *, ran: bool) -> StageResult:
     rows = _report_rows(folder)
-    stored = model_bytes(folder.folder)
+    stored = model_bytes(folder.folder, trust_remote_code=compute.trust_remote_code)
     weights: dict[str, int] = {}
     code_bits: dict[str, float] = {}
     for row in rows:

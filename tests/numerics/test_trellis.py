@@ -1,0 +1,122 @@
+"""Trellis codes against enumeration, the torch search against the compiled one, and errors against what is stated."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import Tensor
+
+from mc_cli import native
+from mc_cli.errors import ShapeError
+from mc_cli.numerics.trellis import LEVELS, UNIT, check_rate, code_levels, decode, encode, encode_in_torch, offsets
+
+RATES = tuple(Fraction(half, 2) for half in range(2, 9))
+ERRORS = dict(zip(RATES, (0.2793, 0.1422, 0.0712, 0.0364, 0.0183, 0.0095, 0.0051), strict=True))  # as documented
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bits_of(codes: Tensor) -> list[int]:
+    """The bits of one sequence, in the order of the ring."""
+    return [(byte >> bit) & 1 for byte in codes.tolist() for bit in range(8)]
+
+
+def values_of(ring: list[int], length: int, rate: Fraction) -> list[float]:
+    """What a ring of bits stands for, window by window, from the format's description."""
+    values = []
+    for place in range(length):
+        first = place * rate.numerator // rate.denominator
+        window = sum(ring[(first + bit) % len(ring)] << bit for bit in range(12))
+        mixed = (window * 24907 + 8465) % 2**16
+        level = LEVELS[mixed // 2**9 % 64]
+        values.append((-level if mixed >= 2**15 else level) * UNIT)
+    return values
+
+
+@pytest.mark.parametrize("rate", RATES, ids=float)
+def test_values_are_those_that_the_bits_say(rate: Fraction) -> None:
+    for length in (16, 48, 256):
+        codes, values = encode(normal(3, length), rate)
+        assert codes.shape == (3, int(length * rate) // 8)
+        assert torch.equal(decode(codes, rate), values)
+        expected = torch.tensor([values_of(bits_of(row), length, rate) for row in codes])
+        assert torch.allclose(values, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("rate", "seam"), [(Fraction(1), 11), (Fraction(3, 2), 10)], ids=["1", "1.5"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_no_ring_with_the_same_seam_is_better(rate: Fraction, seam: int, weighted: bool) -> None:
+    """All rings of 16 weights that share the bits across the seam, one by one."""
+    length = 16
+    targets = normal(4, length, seed=1)
+    weights = torch.rand(4, length, generator=torch.Generator().manual_seed(2)) + 0.05 if weighted else None
+    codes, values = encode(targets, rate, weights)
+    for row in range(4):
+        weight = torch.ones(length) if weights is None else weights[row]
+        found = float((weight * (values[row] - targets[row]).square()).sum())
+        fixed = bits_of(codes[row])[:seam]
+        rest = itertools.product((0, 1), repeat=int(length * rate) - seam)
+        rings = [values_of([*fixed, *bits], length, rate) for bits in rest]
+        best = float((weight * (torch.tensor(rings) - targets[row]).square()).sum(1).min())
+        assert found == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
+@pytest.mark.parametrize("rate", RATES, ids=float)
+@pytest.mark.parametrize("length", [16, 96, 256])
+def test_compiled_search_is_the_torch_search(rate: Fraction, length: int) -> None:
+    targets, weights = normal(9, length, seed=3), normal(9, length, seed=4).abs() + 0.01
+    for given in (None, weights):
+        codes, values = encode(targets, rate, given)
+        expected_codes, expected_values = encode_in_torch(targets, rate, given)
+        assert torch.equal(codes, expected_codes) and torch.equal(values, expected_values)
+
+
+def test_without_the_compiled_routines_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = normal(5, 64)
+    expected = encode(targets, Fraction(2))
+    monkeypatch.setattr(native, "library", lambda: None)
+    for found, wanted in zip(encode(targets, Fraction(2)), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_threads_change_nothing() -> None:
+    targets, threads = normal(7, 128), torch.get_num_threads()
+    expected = encode(targets, Fraction(5, 2))
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert all(torch.equal(*pair) for pair in zip(encode(targets, Fraction(5, 2)), expected, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("rate", RATES, ids=float)
+def test_errors_on_normal_weights_are_as_documented(rate: Fraction) -> None:
+    targets = normal(100, 256, seed=5)
+    error = float((encode(targets, rate)[1] - targets).square().mean())
+    assert error == pytest.approx(ERRORS[rate], rel=0.05)
+    assert error > 2.0 ** (-2 * float(rate))  # what no code can beat
+
+
+def test_half_the_windows_are_negative_and_every_level_is_as_frequent() -> None:
+    levels = code_levels().long()
+    assert abs(int((levels < 0).sum()) - 2048) <= 1  # 4096 points of an odd step around the circle
+    assert levels.abs().bincount().sum() == 4096 and set(levels.abs().tolist()) == set(LEVELS)
+
+
+def test_offsets_alternate_at_half_rates() -> None:
+    assert offsets(6, Fraction(3, 2)).tolist() == [0, 1, 3, 4, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("length", "rate"), [(16, Fraction(1, 2)), (16, Fraction(9, 2)), (8, Fraction(1)), (4, Fraction(5, 2))]
+)
+def test_rates_that_do_not_fit_are_refused(length: int, rate: Fraction) -> None:
+    with pytest.raises(ShapeError, match=f"{length} weights cannot have {float(rate):g} bits"):
+        check_rate(length, rate)

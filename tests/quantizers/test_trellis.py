@@ -1,0 +1,174 @@
+"""The trellis quantizer: what is stored, what it minimises, and what its forecast is worth."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from mc_cli.encodings import encoding_for, encoding_from_key, stored_bytes
+from mc_cli.errors import ArtifactError, InputError, McError, ShapeError
+from mc_cli.numerics.hessian import trace_error
+from mc_cli.quantizers import QuantizedLinear, quantizer_from_name
+from tests.dense_twin import _decode_trellis
+from tests.numerics.twins import correlated_hessian
+
+INPUTS = 64
+
+
+def weights(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator) * (0.5 + torch.rand(shape[-2], 1, generator=generator))
+
+
+def quantized(
+    weight: Tensor, hessian: Tensor, bits: float, *, importance: Tensor | None = None, **settings: float
+) -> QuantizedLinear:
+    quantizer = quantizer_from_name("trellis", **settings)
+    encoding = encoding_for("trellis", bits, *weight.shape[1:])
+    prepared = quantizer.prepare(hessian, basis=encoding.basis)
+    return quantizer.quantize(weight, prepared, encoding, row_importance=importance)
+
+
+def matrix_of(result: QuantizedLinear) -> Tensor:
+    return result.encoding.dequantize(result.tensors, INPUTS)
+
+
+@pytest.mark.parametrize("outputs", [16, 24, 40, 272, 512])
+@pytest.mark.parametrize("bits", [1, 1.5, 2, 3.5, 4])
+def test_stored_tensors_are_as_specified_and_mean_what_is_documented(outputs: int, bits: float) -> None:
+    weight, hessian = weights(2, outputs, INPUTS), correlated_hessian(2, INPUTS, seed=0)
+    result = quantized(weight, hessian, bits)
+    specs = result.encoding.tensor_specs(outputs, INPUTS)
+    assert {name: (tuple(t.shape[1:]), str(t.dtype)) for name, t in result.tensors.items()} == {
+        name: (spec.shape, f"torch.{spec.dtype}") for name, spec in specs.items()
+    }
+    assert stored_bytes(result.encoding, outputs, INPUTS) == -(-outputs // 16) * 16 * INPUTS * bits / 8 + 2 * outputs
+    for item in range(2):
+        twin = _decode_trellis(result.encoding.key, {name: t[item] for name, t in result.tensors.items()}.__getitem__)
+        assert torch.allclose(matrix_of(result)[item], twin, atol=1e-5)
+    loss = trace_error((weight - matrix_of(result)).double(), hessian.double())
+    assert torch.allclose(result.proxy_loss, loss, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_fewer_bytes_and_less_error_than_affine_grids(bits: int) -> None:
+    weight, hessian = weights(2, 256, INPUTS), correlated_hessian(2, INPUTS, seed=1)
+    affine = encoding_for("affine", bits, 256, INPUTS)
+    gptq = quantizer_from_name("gptq")
+    other = gptq.quantize(weight, gptq.prepare(hessian, basis=affine.basis), affine)
+    result = quantized(weight, hessian, bits)
+    assert stored_bytes(result.encoding, 256, INPUTS) < stored_bytes(affine, 256, INPUTS)
+    assert bool((result.proxy_loss < 0.9 * other.proxy_loss).all())
+
+
+def test_more_bits_are_better_in_every_half_step() -> None:
+    weight, hessian = weights(1, 128, INPUTS), correlated_hessian(1, INPUTS, seed=2)
+    losses = [float(quantized(weight, hessian, half / 2).proxy_loss) for half in range(2, 9)]
+    assert all(more < 0.7 * fewer for fewer, more in pairwise(losses))
+
+
+def test_errors_are_fed_back() -> None:
+    """Under correlated inputs the loss is far below that of the same codes chosen without them."""
+    weight, hessian = weights(1, 128, INPUTS), correlated_hessian(1, INPUTS, seed=3)
+    alone = quantized(weight, torch.eye(INPUTS)[None], 2)
+    assert float(quantized(weight, hessian, 2).proxy_loss) < 0.7 * float(
+        trace_error(weight - matrix_of(alone), hessian)
+    )
+
+
+def test_scales_are_the_best_for_their_values() -> None:
+    weight, hessian = weights(1, 48, INPUTS), correlated_hessian(1, INPUTS, seed=4)
+    result = quantized(weight, hessian, 1.5)
+    best = matrix_of(result)
+    for factor in (0.99, 1.01):  # float16 keeps a scale to 0.05 %
+        rows = (weight - factor * best)[0].double(), (weight - best)[0].double()
+        changed, kept = ((row @ hessian[0].double() * row).sum(-1) for row in rows)
+        assert bool((changed > kept).all())
+
+
+def test_sweeps_lower_the_error() -> None:
+    weight, hessian = weights(2, 96, INPUTS), correlated_hessian(2, INPUTS, seed=5)
+    losses = [quantized(weight, hessian, 2, sweeps=sweeps).proxy_loss for sweeps in (0, 1, 2)]
+    assert bool((losses[1] < losses[0]).all()) and bool((losses[2] <= losses[1] * (1 + 1e-4)).all())
+
+
+def test_important_rows_get_the_better_codes() -> None:
+    weight, hessian = weights(1, 128, INPUTS), correlated_hessian(1, INPUTS, seed=6)
+    importance = torch.ones(1, 128)
+    importance[0, ::4] = 30.0
+    plain, weighed = (quantized(weight, hessian, 2, importance=given) for given in (None, importance))
+
+    def felt(result: QuantizedLinear) -> float:
+        miss = weight - matrix_of(result)
+        return float((importance * (miss @ hessian * miss).sum(-1)).sum())
+
+    assert felt(weighed) < 0.75 * felt(plain)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_forecast_is_as_wrong_as_the_search(bits: int) -> None:
+    weight, hessian = weights(3, 256, INPUTS), correlated_hessian(3, INPUTS, seed=7)
+    quantizer = quantizer_from_name("trellis")
+    encoding = encoding_for("trellis", bits, 256, INPUTS)
+    prepared = quantizer.prepare(hessian, basis=encoding.basis)
+    forecast = trace_error(weight - quantizer.forecast(weight, prepared, encoding), hessian)
+    ratio = forecast / quantizer.quantize(weight, prepared, encoding).proxy_loss
+    assert bool(((ratio > 0.8) & (ratio < 1.25)).all()), ratio
+
+
+def test_equal_inputs_give_equal_bytes_and_items_do_not_mix() -> None:
+    weight, hessian = weights(3, 64, INPUTS), correlated_hessian(3, INPUTS, seed=8)
+    together, again = quantized(weight, hessian, 2.5), quantized(weight, hessian, 2.5)
+    alone = quantized(weight[1:2], hessian[1:2], 2.5)
+    for name, tensor in together.tensors.items():
+        assert torch.equal(tensor, again.tensors[name]) and torch.equal(tensor[1:2], alone.tensors[name])
+
+
+def test_one_hessian_serves_all_items() -> None:
+    weight, hessian = weights(2, 32, INPUTS), correlated_hessian(1, INPUTS, seed=9)
+    shared, repeated = quantized(weight, hessian, 2), quantized(weight, hessian.expand(2, -1, -1), 2)
+    assert all(torch.equal(tensor, repeated.tensors[name]) for name, tensor in shared.tensors.items())
+
+
+def test_rows_of_zeros_stay_zero() -> None:
+    weight = weights(1, 32, INPUTS)
+    weight[0, 5] = 0
+    result = quantized(weight, correlated_hessian(1, INPUTS, seed=10), 2)
+    assert not matrix_of(result)[0, 5].any() and bool(torch.isfinite(matrix_of(result)).all())
+
+
+def test_wide_widths_and_few_outputs_get_affine_grids() -> None:
+    assert encoding_for("trellis", 8, 64, INPUTS).key == "affine_b8_g64"
+    assert encoding_for("trellis", 4, 8, INPUTS).key == "affine_b4_g64"
+    weight, hessian = weights(1, 32, INPUTS), correlated_hessian(1, INPUTS, seed=11)
+    assert quantized(weight, hessian, 8).encoding.key == "affine_b8_g64"
+    with pytest.raises(ShapeError, match="affine grids have whole widths"):
+        encoding_for("affine", 2.5, 64, INPUTS)
+
+
+def test_keys_name_encodings() -> None:
+    for bits in (1, 1.5, 2, 2.5, 3, 3.5, 4):
+        encoding = encoding_for("trellis", bits, 32, 96)
+        assert encoding_from_key(encoding.key) == encoding and encoding.bits == bits and "." not in encoding.key
+    for key in ("trellis_b5_h32", "trellis_b4p5_h32", "trellis_b2_h0", "trellis_b2"):
+        with pytest.raises(ArtifactError, match="Unknown weight encoding"):
+            encoding_from_key(key)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    weight, hessian = weights(1, 32, INPUTS), correlated_hessian(1, INPUTS, seed=12)
+    quantizer = quantizer_from_name("trellis")
+    encoding = encoding_for("trellis", 2, 32, INPUTS)
+    prepared = quantizer.prepare(hessian, basis="h32")
+    with pytest.raises(ShapeError, match="prepared for h32, asked for trellis_b2_h64"):
+        quantizer.quantize(weight, prepared, encoding)
+    with pytest.raises(InputError, match="needs calibration data"):
+        quantizer.prepare(None, basis=encoding.basis)
+    fitting = quantizer.prepare(hessian, basis=encoding.basis)
+    with pytest.raises(McError, match="not finite"):
+        quantizer.quantize(weight * torch.nan, fitting, encoding)
+    with pytest.raises(ShapeError, match="does not fit float16"):
+        quantizer.quantize(weight * 1e6, fitting, encoding)
