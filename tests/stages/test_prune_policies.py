@@ -272,3 +272,37 @@ def test_otp_without_room_for_the_whole_model_is_trained_layer_by_layer(
     result = run_prune_eval(work_dir, folder / "other.jsonl", prune=OTP)
     assert any("trained layer by layer only" in warning for warning in result.warnings)
     assert evaluation_of(work_dir).pruning["points"][0]["rate"] > 0.05
+
+
+@pytest.mark.filterwarnings("ignore")  # lm-eval's own
+def test_the_recipes_tasks_run_offline_on_all_three_models(
+    quantized: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = quantized("mixtral")
+    work_dir = work_dir_of(folder, tmp_path)
+    tasks = Path(__file__).parents[2] / "recipes" / "tasks"
+    options = {"tasks": ("minimal_pairs",), "include_path": str(tasks), "task_limit": 5}
+    options |= {"length": 128, "stride": 0, "max_sequences": 2}
+    prune = PruneSettings(policy=("odp",), target_rate=0.3)
+    result = run_prune_eval(work_dir, folder / "other.jsonl", prune=prune, **options)
+    found = evaluation_of(work_dir).tasks
+    assert list(found) == ["original", "packed", "pruned"]
+    for model in found.values():
+        assert 0 <= model["results"]["minimal_pairs"]["acc,none"] <= 1
+        assert model["n-samples"]["minimal_pairs"]["effective"] == 5
+    (table,) = [table for table in result.summary["tables"] if table["title"] == "lm-eval tasks"]
+    assert [column["name"] for column in table["columns"]][2:5] == ["original", "packed", "pruned"]
+
+
+def test_the_recipes_tasks_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = pytest.importorskip("lm_eval.tasks")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = Path(__file__).parents[2] / "recipes" / "tasks"
+    manager = tasks.TaskManager(include_path=str(folder), include_defaults=False)
+    assert set(manager.match_tasks(["continuation", "minimal_pairs"])) == {"continuation", "minimal_pairs"}
+    questions = [json.loads(line) for line in (folder / "continuation_sample.jsonl").read_text().splitlines()]
+    assert all(len(entry["choices"]) == 4 and 0 <= entry["answer"] < 4 and entry["context"] for entry in questions)
+    pairs = [json.loads(line) for line in (folder / "blimp_sample.jsonl").read_text().splitlines()]
+    assert all(entry["good"] != entry["bad"] for entry in pairs)

@@ -1,0 +1,289 @@
+"""Loss over dropped expert calls: otp, odp, the baselines and an oracle over several seeds; and the time it saves.
+
+Reads a work directory with a packed model (after `mc-cli quantize`) and copies it, so that nothing in it changes. For
+every seed the policies are fitted on windows of --fit-data that the seed draws, and all operating points are measured
+on --heldout. Each policy's rise of perplexity and KL divergence are then read off at the same rates, between its two
+nearest points (0 at rate 0).
+
+The oracle drops, over all layers and tokens of the held-out text itself, the calls that change their layer's output
+least, in nats by the layers' sensitivities: a bound for what deciding per token and layer can reach, not a policy.
+
+Times are ratios within one run: the same tokens through the whole packed model, without and with odp at each rate in
+turn, several rounds, medians. Prints tables, and writes all figures as JSON.
+
+    python recipes/benchmarks/pruning.py --packed runs/x --heldout FOLDER --fit-data FILE --out results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mc_cli.artifacts import calibration as calibration_artifact
+from mc_cli.artifacts.evaluation import Evaluation
+from mc_cli.artifacts.pruning import PrunedLayer, read_pruning
+from mc_cli.artifacts.store import STAGE_FOLDERS, read_tensors
+from mc_cli.errors import MissingDependencyError
+from mc_cli.policies import kept_weights, weight_ranks
+from mc_cli.progress import SilentProgress
+from mc_cli.runtime import text
+from mc_cli.runtime.packed_model import PackedSource, load_packed
+from mc_cli.runtime.pareto_figure import draw_front
+from mc_cli.runtime.pruned_comparison import compare_points
+from mc_cli.runtime.pruning import apply_pruning
+from mc_cli.runtime.pruning_fit import squared_error_scales
+from mc_cli.runtime.pruning_samples import sample_layers
+from mc_cli.settings import EvaluateSettings, PruneSettings, RunSettings
+from mc_cli.stages import prune_eval
+
+ORACLE = "oracle"
+READ_AT = (0.1, 0.2, 0.25, 0.3, 0.4)
+TIMED_TOKENS, ROUNDS = 1024, 5
+
+
+def main() -> None:
+    arguments = parse()
+    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"seeds": {}}
+    work_dir = arguments.work_dir
+    for seed in arguments.seeds:
+        if str(seed) in results["seeds"]:
+            continue
+        started = time.monotonic()
+        copy_inputs(arguments.packed, work_dir)
+        results["seeds"][str(seed)] = {**measure(arguments, work_dir, seed), "duration_s": time.monotonic() - started}
+        save(arguments.out, results)
+    if ORACLE not in results:
+        results[ORACLE] = oracle(arguments, work_dir)
+    if "times" not in results:
+        results["times"] = times(work_dir)
+    save(arguments.out, results)
+    show(results)
+    first = next(iter(results["seeds"].values()))
+    try:
+        draw_front(arguments.out.with_suffix(".png"), [*first["points"], *results[ORACLE]], title="first seed")
+    except MissingDependencyError as error:
+        print(f"No figure: {error}", file=sys.stderr)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--packed", type=Path, required=True, help="a work directory after `mc-cli quantize`")
+    parser.add_argument("--heldout", default="bundled:heldout")
+    parser.add_argument("--fit-data", default="bundled:calibration")
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/pruning"))
+    parser.add_argument("--out", type=Path, default=Path("runs/pruning.json"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--max-windows", type=int, default=128, help="held-out windows, evenly over the domains")
+    parser.add_argument("--fit-windows", type=int, default=512)
+    parser.add_argument("--otp-steps", type=int, default=240)
+    parsed = parser.parse_args()
+    parsed.out.parent.mkdir(parents=True, exist_ok=True)
+    return parsed
+
+
+def save(path: Path, results: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(results, indent=1))
+
+
+def copy_inputs(packed: Path, work_dir: Path) -> None:
+    """The packed model and what it was made from; an earlier seed's policies are removed."""
+    for folder in ("pruning", STAGE_FOLDERS["prune-eval"]):
+        shutil.rmtree(work_dir / folder, ignore_errors=True)
+    if not (work_dir / STAGE_FOLDERS["quantize"]).exists():
+        folders = {STAGE_FOLDERS["prune-eval"], "pruning"}
+        shutil.copytree(packed, work_dir, ignore=lambda _, names: folders & set(names), dirs_exist_ok=True)
+
+
+def measure(arguments: argparse.Namespace, work_dir: Path, seed: int) -> dict[str, Any]:
+    """All operating points of one seed on the held-out text."""
+    prune = PruneSettings(
+        policy=("otp", "odp"),
+        sweep=True,
+        target_rate=None,
+        max_loss=1.0,  # every point is measured; which one would ship does not matter here
+        rates=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45),
+        fit_data=arguments.fit_data,
+        fit_sequences=arguments.fit_windows,
+        policy_seed=seed,
+        otp_steps=arguments.otp_steps,
+    )
+    settings = EvaluateSettings(
+        data=arguments.heldout, length=arguments.length, max_sequences=arguments.max_windows, prune=prune
+    )
+    prune_eval.run(settings, RunSettings(), work_dir, force=False, progress=Lines())
+    found = Evaluation.read(work_dir / STAGE_FOLDERS["prune-eval"] / prune_eval.EVALUATION).pruning
+    return {"unpruned": found["unpruned"], "points": found["points"]}
+
+
+class Lines(SilentProgress):
+    """One line per step, so that a long run shows where it is."""
+
+    def step(self, title: str, *, total: int, unit: str, done: int = 0) -> Any:
+        print(f"{time.strftime('%H:%M:%S')} {title}", file=sys.stderr, flush=True)
+        return super().step(title, total=total, unit=unit, done=done)
+
+
+class OraclePruner:
+    """Keeps, token by token in the order of the text, as many of a token's best experts as it is told to."""
+
+    watch = None
+
+    def __init__(self, layer: PrunedLayer, keep: Tensor) -> None:
+        self.layer, self._keep, self._begin = layer, keep, 0
+        self.kept: list[Tensor] = []
+        self.calls = torch.zeros(1)
+
+    def __call__(self, module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        keep = self._keep[self._begin : self._begin + len(weights)]
+        self._begin += len(weights)
+        self.kept.append(keep)
+        mask = weight_ranks(weights) < keep[:, None]
+        kept = kept_weights(weights, mask, renormalise=self.layer.renormalise)
+        return index.masked_fill(~mask, module.num_experts), kept
+
+
+def oracle(arguments: argparse.Namespace, work_dir: Path) -> list[dict[str, Any]]:
+    """The oracle's points on the same held-out windows."""
+    calibration = work_dir / STAGE_FOLDERS["calibrate"]
+    inventory = calibration_artifact.read_inventory(calibration / calibration_artifact.INVENTORY)
+    blocks = {block.layer: block for block in inventory.expert_blocks}
+    stored = read_tensors(calibration / calibration_artifact.SENSITIVITY)
+    scales, _ = squared_error_scales(blocks, {layer: stored[f"layers.{layer}.gradient_square"] for layer in blocks}, {})
+    folder = work_dir / STAGE_FOLDERS["quantize"]
+    source = PackedSource(folder, dtype=torch.float32, device=torch.device("cpu"))
+    documents = text.read_documents(arguments.heldout, split="test", text_field="text")
+    windows = text.evaluation_windows(
+        documents,
+        text.load_tokenizer(folder / "config"),
+        length=arguments.length,
+        stride=arguments.length,
+        max_sequences=arguments.max_windows,
+    )
+    layers, steps = [], []
+    for sample in sample_layers(source, windows.token_ids, blocks, scales, batch_size=16, watch=False):
+        layers.append(PrunedLayer(sample.block.layer, sample.block.path, sample.top_k, sample.renormalise))
+        worst_first = (sample.costs[:, :-1] - sample.costs[:, 1:]).flip(-1)  # of dropping the last slot, then the next
+        steps.append(worst_first.cummax(-1).values)  # a slot goes only after those behind it
+    calls = sum(layer.top_k * len(cost) for layer, cost in zip(layers, steps, strict=True))
+    ordered = torch.cat([cost.reshape(-1) for cost in steps]).sort().values
+    runs: dict[str, Any] = {}
+    for rate in READ_AT:
+        limit = ordered[min(len(ordered), int(rate * calls)) - 1]
+        runs[f"{rate}"] = {
+            layer.path: OraclePruner(layer, (layer.top_k - (cost <= limit).sum(-1)).to(torch.int64))
+            for layer, cost in zip(layers, steps, strict=True)
+        }
+    found = compare_points(source, windows, blocks, runs, batch_size=16, progress=Lines(), title="oracle")
+    return [
+        {
+            "policy": ORACLE,
+            "chosen": False,
+            "rate": point.rate,
+            "perplexity_rise": math.expm1(point.loss - found.packed_loss),
+            "kl_packed": point.kl_packed,
+        }
+        for point in found.points.values()
+    ]
+
+
+@torch.no_grad()
+def times(work_dir: Path) -> list[dict[str, float]]:
+    """Seconds per token under odp at several rates over those without it, of the whole model and of its experts."""
+    model = load_packed(work_dir / STAGE_FOLDERS["quantize"])
+    pruning, _ = read_pruning(work_dir / "pruning" / "odp")
+    ids = read_tensors(work_dir / STAGE_FOLDERS["calibrate"] / calibration_artifact.TOKENS)["token_ids"]
+    batch = ids[: max(1, TIMED_TOKENS // ids.shape[1])]
+    rates = [0.0, *(point.rate for point in pruning.points)]
+    seconds: dict[tuple[float, str], list[float]] = {(rate, kind): [] for rate in rates for kind in ("whole", "one")}
+    for _ in range(ROUNDS):
+        for rate in rates:
+            apply_pruning(model, pruning, rate=rate)
+            seconds[rate, "whole"].append(timed(model, batch))
+            seconds[rate, "one"].append(decoding(model, batch[:1, :32]))
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    return [
+        {
+            "rate": rate,
+            "batch_ratio": medians[rate, "whole"] / medians[0.0, "whole"],
+            "decoding_ratio": medians[rate, "one"] / medians[0.0, "one"],
+        }
+        for rate in rates
+    ]
+
+
+def timed(model: Any, batch: Tensor) -> float:
+    """Seconds of one forward of the whole model."""
+    begun = time.perf_counter()
+    model(batch, use_cache=False)
+    return time.perf_counter() - begun
+
+
+def decoding(model: Any, prompt: Tensor, tokens: int = 16) -> float:
+    """Seconds of decoding `tokens` tokens one by one behind a prompt, the prompt's own pass not counted."""
+    found = model(prompt[:, :-tokens], use_cache=True)
+    begun = time.perf_counter()
+    for place in range(prompt.shape[1] - tokens, prompt.shape[1]):
+        found = model(prompt[:, place : place + 1], past_key_values=found.past_key_values, use_cache=True)
+    return time.perf_counter() - begun
+
+
+def read_off(points: list[dict[str, Any]], policy: str, rate: float, name: str) -> float | None:
+    """A figure at a rate, between the policy's two nearest points; None beyond its last."""
+    known = [(0.0, 0.0), *sorted((row["rate"], row[name]) for row in points if row["policy"] == policy)]
+    for (low, before), (high, after) in pairwise(known):
+        if low <= rate <= high:
+            return before + (after - before) * (rate - low) / (high - low)
+    return None
+
+
+def show(results: Mapping[str, Any]) -> None:
+    """Rise of perplexity and KL at equal rates, and the times."""
+    console = Console(width=140)
+    seeds = list(results["seeds"].values())
+    policies = list(dict.fromkeys(row["policy"] for row in seeds[0]["points"]))
+    for name, title, factor in (
+        ("perplexity_rise", "rise of perplexity, %", 100),
+        ("kl_packed", "KL from the unpruned packed model, nats per token", 1),
+    ):
+        table = Table(title=f"{title}: mean [least, most] over {len(seeds)} seeds")
+        table.add_column("policy")
+        for rate in READ_AT:
+            table.add_column(f"{100 * rate:g} % dropped", justify="right")
+        for policy in policies:
+            groups = [[read_off(seed["points"], policy, rate, name) for seed in seeds] for rate in READ_AT]
+            table.add_row(policy, *(spread([v * factor for v in group if v is not None]) for group in groups))
+        values = [read_off(results[ORACLE], ORACLE, rate, name) for rate in READ_AT]
+        table.add_row(ORACLE, *(f"{value * factor:.4f}" if value is not None else "-" for value in values))
+        console.print(table)
+    table = Table(title="time over the time without a policy, odp")
+    for name in ("dropped", "forward of a batch", "decoding one by one"):
+        table.add_column(name, justify="right")
+    for row in results["times"]:
+        table.add_row(f"{100 * row['rate']:.1f} %", f"{row['batch_ratio']:.3f}", f"{row['decoding_ratio']:.3f}")
+    console.print(table)
+
+
+def spread(values: list[float]) -> str:
+    """Mean and range."""
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.4f} [{min(values):.4f}, {max(values):.4f}]"
+
+
+if __name__ == "__main__":
+    main()
