@@ -253,9 +253,8 @@ def _checked(job: _Job, pruning: Pruning, learned: Mapping[str, Tensor]) -> Prun
     for number, point in enumerate(pruning.points):
         result = found.points[str(number)]
         rise = result.loss - found.packed_loss
-        points.append(
-            replace(point, checked_increase=math.expm1(rise), checked_limit=math.expm1(rise + result.loss_error))
-        )
+        limit = max(rise + result.loss_error, result.kl_packed)
+        points.append(replace(point, checked_increase=math.expm1(rise), checked_limit=math.expm1(limit)))
     return replace(pruning, points=tuple(points))
 
 

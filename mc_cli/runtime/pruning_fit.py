@@ -145,8 +145,8 @@ def chosen_by_rate(pruning: Pruning, rate: float) -> Pruning:
 def chosen_by_loss(pruning: Pruning, max_loss: float) -> Pruning:
     """The policy with the largest rate chosen whose checked limit is at most `max_loss` (0.01 = 1 %).
 
-    The limit is the measured rise of perplexity plus its standard error, and never smaller at a higher rate. Between
-    the last point under it and the next one a point is interpolated and added.
+    The limit is never smaller at a higher rate. Between the last point under it and the next one a point is
+    interpolated and added.
     Raises InputError where even the smallest rate costs more.
     """
     points = list(pruning.points)
