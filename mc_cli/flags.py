@@ -304,6 +304,14 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         Flag("otp_steps", "otp: steps of training.", _PRUNING, metavar="COUNT"),
         Flag("otp_learning_rate", "otp: learning rate at the start.", _PRUNING, metavar="RATE"),
         Flag("otp_batch", "otp: windows per step.", _PRUNING, metavar="COUNT"),
+        Flag(
+            "drop_experts",
+            "Share of experts that no token is sent to any more; with --policy all, nothing else is dropped.",
+            _PRUNING,
+            metavar="SHARE",
+        ),
+        Flag("drop_by", "Which experts: lowest by reap, frequency or router-weight.", _PRUNING, metavar="NAME"),
+        Flag("drop_scope", "layer: the same share in each; global: the lowest of all.", _PRUNING, metavar="NAME"),
     ),
     s.ExportSettings: (
         Flag(

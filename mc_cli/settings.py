@@ -260,6 +260,7 @@ class PruneSettings(StageSettings):
     fit_data      text to fit on instead of the calibration tokens; fit_sequences windows of it, or of them
     protect       share of tokens that odp spares
     otp_*         training of the routers that otp learns
+    drop_experts  share of experts that are dropped as a whole, chosen by drop_by in each layer or the whole model
     """
 
     policy: tuple[str, ...] = ()
@@ -274,6 +275,9 @@ class PruneSettings(StageSettings):
     otp_steps: int = 200
     otp_learning_rate: float = 0.01
     otp_batch: int = 8
+    drop_experts: float = 0.0
+    drop_by: str = "reap"
+    drop_scope: str = "layer"
     not_fingerprinted = frozenset({"fit_data"})
 
     def __post_init__(self) -> None:
@@ -288,6 +292,12 @@ class PruneSettings(StageSettings):
         asked = self.target_rate is not None or self.max_loss is not None or self.sweep
         if asked and not self.policy:
             raise InputError("--target-rate, --max-loss and --sweep need --policy, for example --policy odp.")
+        if not 0 <= self.drop_experts < 1:
+            raise InputError(f"--drop-experts {self.drop_experts}: a share of the experts, from 0 to below 1.")
+        if self.drop_experts and not self.policy:
+            raise InputError("--drop-experts needs --policy; --policy all drops whole experts and nothing per token.")
+        _one_of("--drop-by", self.drop_by, ("reap", "frequency", "router-weight"))
+        _one_of("--drop-scope", self.drop_scope, ("layer", "global"))
         if self.otp_learning_rate <= 0:
             raise InputError(f"--otp-learning-rate {self.otp_learning_rate}: above 0.")
         for flag, value, least in (

@@ -36,6 +36,7 @@ class PrunedLayer:
     prior        mean attention that calibration tokens received, relative to a uniform look; None without a watch
     numbers      the policy's own calibrated values
     tensors      name -> shape of what it learned, stored as `<path>.mc_pruning_<name>`
+    dropped      experts that the router at `router_path` does not choose
     """
 
     layer: int
@@ -45,6 +46,8 @@ class PrunedLayer:
     prior: float | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
     tensors: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    router_path: str = ""
+    dropped: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

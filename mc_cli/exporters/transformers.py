@@ -106,7 +106,7 @@ def packed_config(job: ExportJob) -> dict[str, Any]:
     layout = read_layout(job.packed_folder)
     if job.pruning is not None:
         layout = replace(layout, pruning=job.pruning[0])
-        config = {**config, "mc_pruning_rate": job.pruning[0].at_rate(None).rate}
+        config = {**config, "mc_pruning_rate": job.pruning[0].at_rate(None).rate or None}
     return {
         **_with_dtype(config, job.dtype),
         "quantization_config": layout.to_json(),

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
+from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.pruning import FOLDER, TENSOR_PREFIX, OperatingPoint, Pruning, read_pruning, write_pruning
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, read_tensors, require_done
 from mc_cli.errors import InputError
 from mc_cli.parts import ExpertBlock, ModelInventory
 from mc_cli.policies import LayerValues, odp, otp, policy_from_name
+from mc_cli.policies.static_experts import FREQUENCY, REAP, ROUTER_WEIGHT, experts_to_drop
 from mc_cli.progress import Progress
 from mc_cli.runtime import text
 from mc_cli.runtime.dense_tensors import load_dense
@@ -72,6 +74,7 @@ class _Job:
     scales: Mapping[int, Tensor]
     nats: bool
     weight_count: int
+    dropped: Mapping[int, Sequence[int]]
     fit_ids: Tensor
     check_ids: Tensor
     progress: Progress
@@ -163,6 +166,7 @@ def _job(
         scales=scales,
         nats=nats,
         weight_count=sum(math.prod(tensor.shape) for tensor in inventory.tensors),
+        dropped=_dropped(settings, session.work_dir, blocks),
         fit_ids=token_ids[:-held],
         check_ids=token_ids[-held:],
         progress=progress,
@@ -180,6 +184,17 @@ def _scales(calibration: Path, blocks: Mapping[int, ExpertBlock]) -> tuple[dict[
         for layer in blocks
     }
     return squared_error_scales(blocks, squares, energies)
+
+
+def _dropped(settings: PruneSettings, work_dir: Path, blocks: Mapping[int, ExpertBlock]) -> dict[int, list[int]]:
+    """Layer -> experts that are dropped as a whole, by what calibrate and score measured."""
+    if not settings.drop_experts:
+        return {}
+    importance = Importance.read(work_dir / STAGE_FOLDERS["score"] / "importance.json")
+    field_of = {REAP: "output_norm_mean", FREQUENCY: "routing_count", ROUTER_WEIGHT: "routing_weight_sum"}
+    scores = {layer.layer: getattr(layer, field_of[settings.drop_by]) for layer in importance.layers}
+    top_k = {layer: block.top_k for layer, block in blocks.items()}
+    return experts_to_drop(scores, top_k, share=settings.drop_experts, scope=settings.drop_scope)
 
 
 def _token_ids(settings: PruneSettings, session: Session, calibration: Path, split: str, text_field: str) -> Tensor:
@@ -206,7 +221,8 @@ def _token_ids(settings: PruneSettings, session: Session, calibration: Path, spl
 
 def _fit_settings(job: _Job) -> FitSettings:
     asked = () if job.settings.target_rate is None else (job.settings.target_rate,)
-    return FitSettings(tuple(sorted({*job.settings.rates, *asked})), job.settings.protect, job.settings.policy_seed)
+    rates = tuple(sorted({*job.settings.rates, *asked}))
+    return FitSettings(rates, job.settings.protect, job.settings.policy_seed, job.dropped)
 
 
 def _fitted(
@@ -266,7 +282,7 @@ def _trained(job: _Job, folder: StageFolder) -> Routers:
     settings = job.settings
     rates = _TRAINING_RATES if settings.target_rate is None else (settings.target_rate,)
     start = folder.path(f"{RESUME}/{_ROUTERS}")
-    guide = _fitted(job, [odp.NAME], {}, FitSettings(_guide_rates(rates), 0.0, settings.policy_seed))[odp.NAME]
+    guide = _fitted(job, [odp.NAME], {}, replace(_fit_settings(job), rates=_guide_rates(rates), protect=0.0))[odp.NAME]
     routers, offsets = _layer_routers(job, guide, rates)
     needed = job.weight_count * job.session.dtype.itemsize
     free = free_memory(job.session.device)
@@ -287,7 +303,7 @@ def _trained(job: _Job, folder: StageFolder) -> Routers:
         model,
         job.fit_ids,
         {name: tensor.to(job.session.device) for name, tensor in routers.items()},
-        {layer.path: layer.renormalise for layer in guide.layers if layer.top_k > 1},
+        [layer for layer in guide.layers if layer.top_k > 1],
         targets=[Target(rate, _price(guide.points, rate), offset) for rate, offset in zip(rates, offsets, strict=True)],
         settings=TrainingSettings(
             settings.otp_steps, settings.otp_batch, settings.otp_learning_rate, settings.policy_seed
@@ -323,7 +339,15 @@ def _layer_routers(job: _Job, guide: Pruning, rates: Sequence[float]) -> tuple[R
     price = _price(guide.points, middle) / calls
     routers: Routers = {}
     curves = []
-    samples = sample_layers(job.source, job.fit_ids, job.blocks, job.scales, batch_size=job.batch_size, watch=False)
+    samples = sample_layers(
+        job.source,
+        job.fit_ids,
+        job.blocks,
+        job.scales,
+        batch_size=job.batch_size,
+        watch=False,
+        dropped=job.dropped,
+    )
     with job.progress.step("prune-eval: otp, layer by layer", total=len(job.blocks), unit="layer") as step:
         for sample in samples:
             if sample.top_k > 1:

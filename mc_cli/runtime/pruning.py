@@ -18,6 +18,7 @@ from mc_cli.errors import ArtifactError
 from mc_cli.policies import LayerValues, Routed, keep_mask, kept_weights, policy_from_name
 from mc_cli.runtime.experts import PRUNER, Experts
 from mc_cli.runtime.received_attention import AttentionWatch, watch_attention
+from mc_cli.runtime.router_masks import mask_router
 
 _HANDLES = "_mc_pruning_handles"
 
@@ -42,6 +43,7 @@ class LayerPruner:
         self.policy = policy_from_name(pruning.policy)
         self.layer = layer
         self.threshold = threshold
+        self.dropped = (layer.router_path, layer.dropped) if layer.dropped else None
         self.watch = AttentionWatch() if self.policy.WATCHES_ATTENTION else None
         self.kept: list[Tensor] | None = [] if count else None
         self.calls: Tensor | None = None
@@ -56,6 +58,8 @@ class LayerPruner:
         index = top_k_index.reshape(weights.shape)
         routed = Routed(hidden, index, weights, self._received(len(weights)))
         mask = keep_mask(self.policy.keep_scores(routed, self._values(module, hidden.device)), weights, self.threshold)
+        for expert in self.layer.dropped:  # chosen with no weight, where the groups of a router leave too few others
+            mask &= index != expert
         if self.kept is not None:
             self.kept.append(mask.sum(-1).to("cpu", torch.int16))
             calls = torch.bincount(index[mask], minlength=module.num_experts).cpu()
@@ -171,9 +175,14 @@ def decoder_layer_of(model: nn.Module, path: str) -> nn.Module:
 
 
 def _put_on(model: nn.Module, path: str, pruner: Any) -> list[Any]:
-    setattr(model.get_submodule(path), PRUNER, pruner)
-    watch = getattr(pruner, "watch", None)
-    return [] if watch is None else watch_attention(decoder_layer_of(model, path), watch)
+    module: Any = model.get_submodule(path)
+    setattr(module, PRUNER, pruner)
+    watch, dropped = getattr(pruner, "watch", None), getattr(pruner, "dropped", None)
+    handles = [] if watch is None else watch_attention(decoder_layer_of(model, path), watch)
+    if dropped:
+        router_path, names = dropped
+        handles += mask_router(model.get_submodule(router_path), module.num_experts, names)
+    return handles
 
 
 def _take_off(module: nn.Module, handles: list[Any]) -> None:

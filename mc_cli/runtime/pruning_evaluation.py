@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mc_cli.artifacts.packed import encoding_of, stacked_name
@@ -74,6 +74,7 @@ def evaluate_policies(
     }
     ships = next(iter(fitted.policies))
     runs[UNPRUNED] = pruners(*_nothing_dropped(fitted.policies[ships][0]), fitted.policies[ships][1], count=True)
+    ships_layers = fitted.policies[ships][0].layers
     classes = token_classes(windows.token_ids, tokenizer)
     found = compare_points(
         packed,
@@ -92,6 +93,7 @@ def evaluate_policies(
         row["on_front"] = _on_front(row, rows)
     return {
         "policy": ships,
+        "experts_dropped": {str(layer.layer): list(layer.dropped) for layer in ships_layers if layer.dropped},
         "fit": fitted.fingerprint,
         "units": UNITS,
         "unpruned": _measured(found.points[UNPRUNED], found, bytes_of),
@@ -105,6 +107,8 @@ def _at(fitted: FittedPolicies, entry: _Named) -> tuple[Pruning, OperatingPoint]
 
 
 def _nothing_dropped(pruning: Pruning) -> tuple[Pruning, OperatingPoint]:
+    """The same layers with every slot kept and every expert chosen from."""
+    pruning = replace(pruning, layers=tuple(replace(layer, dropped=()) for layer in pruning.layers))
     return pruning, OperatingPoint(0.0, (-math.inf,) * len(pruning.layers))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer, Pruning
 from mc_cli.errors import InputError
 from mc_cli.parts import ExpertBlock
-from mc_cli.policies import SPREAD, LayerValues, odp, policy_from_name
+from mc_cli.policies import SPREAD, LayerValues, every_expert, odp, policy_from_name
 from mc_cli.progress import Progress
 from mc_cli.runtime.layerwise import LayerSource
 from mc_cli.runtime.pruning_samples import LayerSample, sample_layers
@@ -41,6 +41,7 @@ class FitSettings:
     rates: tuple[float, ...]
     protect: float
     seed: int
+    dropped: Mapping[int, Sequence[int]] = field(default_factory=dict)  # layer -> experts that are not chosen at all
 
 
 def fit_policies(
@@ -66,7 +67,10 @@ def fit_policies(
     growing = [_Growing(name) for name in policies]
     watch = any(policy_from_name(name).WATCHES_ATTENTION for name in policies)
     with progress.step(f"prune-eval: fit {', '.join(policies)}", total=len(blocks), unit="layer") as step:
-        for sample in sample_layers(source, token_ids, blocks, scales, batch_size=batch_size, watch=watch):
+        samples = sample_layers(
+            source, token_ids, blocks, scales, batch_size=batch_size, watch=watch, dropped=settings.dropped
+        )
+        for sample in samples:
             for part in growing:
                 _add_layer(part, sample, learned.get(part.name, {}), settings)
             step.advance(note=f"layer {sample.block.layer}")
@@ -93,6 +97,8 @@ def _add_layer(part: _Growing, sample: LayerSample, learned: Mapping[str, Tensor
         prior=sample.prior if policy.WATCHES_ATTENTION else None,
         numbers=numbers,
         tensors={name: list(tensor.shape) for name, tensor in tensors.items()},
+        router_path=sample.block.router_path,
+        dropped=list(settings.dropped.get(sample.block.layer, ())),
     )
     scores = policy.keep_scores(sample.routed, LayerValues(layer.layer, settings.seed, numbers, tensors))
     part.layers.append(layer)
@@ -116,8 +122,10 @@ def _finished(part: _Growing, settings: FitSettings, tokens: int, *, nats: bool)
         if points and fitted.rate <= points[-1].rate:
             continue  # whole steps of a coarse policy: the same point again
         points.append(OperatingPoint(fitted.rate, fitted.thresholds, fitted.cost / tokens if nats else None))
+    if part.name == every_expert.NAME:
+        points = [OperatingPoint(0.0, (0.0,) * len(part.layers), 0.0 if nats else None)]
     notes = []
-    if len(points) < len(settings.rates):
+    if part.name != every_expert.NAME and len(points) < len(settings.rates):
         notes.append(
             f"policy {part.name}: {len(settings.rates)} rates were asked for, {len(points)} differ and can be reached; "
             f"at most {limit:.3f} of the expert calls can be dropped."

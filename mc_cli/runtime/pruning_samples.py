@@ -7,7 +7,7 @@ unit for all layers. Without it, the unit is the share of the residual stream's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,8 @@ class LayerSample:
 class _Capture:
     """Stands where a pruner does, drops nothing, and notes the routing and each slot's output."""
 
-    def __init__(self, watch: bool) -> None:
+    def __init__(self, watch: bool, dropped: tuple[str, Sequence[int]] | None) -> None:
+        self.dropped = dropped
         self.watch = AttentionWatch() if watch else None
         self.routed: list[Routed] = []
         self.looks: list[tuple[Tensor, Tensor]] = []
@@ -89,9 +90,11 @@ def sample_layers(
     *,
     batch_size: int,
     watch: bool = True,
+    dropped: Mapping[int, Sequence[int]] | None = None,
 ) -> Iterator[LayerSample]:
-    """A sample per MoE layer, in order; hidden states go on unpruned.
+    """A sample per MoE layer, in order; hidden states go on without a policy.
 
+    dropped  layer -> experts that are not chosen at all
     scales  layer -> [hidden] float: what a squared error of each output feature costs
     """
     walk = LayerWalk(source, token_ids, batch_size=batch_size)
@@ -101,13 +104,15 @@ def sample_layers(
         if block is None:
             walk.run_layer(advance=True)
         else:
-            yield _sample(walk, block, scales[layer].to(source.device), watch)
+            gone = (dropped or {}).get(layer)
+            capture = _Capture(watch, (block.router_path, gone) if gone else None)
+            yield _sample(walk, block, scales[layer].to(source.device), capture)
         source.free(layer)
         release_freed_memory()
 
 
-def _sample(walk: LayerWalk, block: ExpertBlock, scale: Tensor, watch: bool) -> LayerSample:
-    capture, costs = _Capture(watch), []
+def _sample(walk: LayerWalk, block: ExpertBlock, scale: Tensor, capture: _Capture) -> LayerSample:
+    costs: list[Tensor] = []
     module: Any = walk.source.model.get_submodule(block.path)
 
     def on_batch(*_: Any) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mc_cli.artifacts.pruning import TENSOR_PREFIX
+from mc_cli.artifacts.pruning import TENSOR_PREFIX, PrunedLayer
 from mc_cli.artifacts.store import read_tensors, write_tensors
 from mc_cli.policies import Routed, otp
 from mc_cli.progress import Progress
@@ -143,8 +143,15 @@ class _TrainingPruner:
     """Mixes the routing weights of one layer by a relaxed draw; all chosen experts are computed."""
 
     def __init__(
-        self, router: Mapping[str, Tensor], *, renormalise: bool, temperature: float, offset: float = 0.0
+        self,
+        router: Mapping[str, Tensor],
+        *,
+        renormalise: bool,
+        temperature: float,
+        offset: float = 0.0,
+        dropped: tuple[str, Sequence[int]] | None = None,
     ) -> None:
+        self.dropped = dropped
         self.router = router
         self.renormalise = renormalise
         self.temperature = temperature
@@ -211,7 +218,7 @@ def distil_routers(
     model: Any,
     token_ids: Tensor,
     routers: Routers,
-    renormalise: Mapping[str, bool],
+    layers: Sequence[PrunedLayer],
     *,
     targets: Sequence[Target],
     settings: TrainingSettings,
@@ -221,7 +228,7 @@ def distil_routers(
     """Routers after distillation from the unpruned model; continues at `checkpoint` where there is one.
 
     model        whole and dense (see `dense_tensors.load_dense`), not changed
-    routers      what to start from;  renormalise  experts path -> whether kept weights are scaled to the router's sum
+    routers      what to start from;  layers  those that have one
     targets      rates to train at, in turn
     """
     offsets = torch.tensor([target.offset for target in targets], dtype=torch.float64)
@@ -231,7 +238,7 @@ def distil_routers(
     title = "prune-eval: train the routers of otp"
     with progress.step(title, total=settings.steps, unit="step", done=state.step) as step:
         while state.step < settings.steps:
-            divergence, kept = _train_step(model, token_ids, renormalise, state, targets, settings)
+            divergence, kept = _train_step(model, token_ids, layers, state, targets, settings)
             state.step += 1
             if state.step % _SAVE_EVERY == 0 or state.step == settings.steps:
                 state.save(checkpoint)
@@ -242,7 +249,7 @@ def distil_routers(
 def _train_step(
     model: Any,
     token_ids: Tensor,
-    renormalise: Mapping[str, bool],
+    layers: Sequence[PrunedLayer],
     state: _State,
     targets: Sequence[Target],
     settings: TrainingSettings,
@@ -259,13 +266,15 @@ def _train_step(
         state.routers[name].requires_grad_(True)
     generator = generator_for(settings.seed, -1, state.step)
     pruners = {}
-    for path, again in renormalise.items():
-        router = {kind: state.routers[f"{path}.{TENSOR_PREFIX}{kind}"] for kind in (otp.WEIGHT, otp.BIAS)}
-        temperature = temperature_at(state.step, settings.steps)
-        pruners[path] = _TrainingPruner(
-            router, renormalise=again, temperature=temperature, offset=float(state.offsets[number])
+    for layer in layers:
+        pruners[layer.path] = _TrainingPruner(
+            {kind: state.routers[f"{layer.path}.{TENSOR_PREFIX}{kind}"] for kind in (otp.WEIGHT, otp.BIAS)},
+            renormalise=layer.renormalise,
+            temperature=temperature_at(state.step, settings.steps),
+            offset=float(state.offsets[number]),
+            dropped=(layer.router_path, layer.dropped) if layer.dropped else None,
         )
-        pruners[path].generator = generator
+        pruners[layer.path].generator = generator
     divergence, kept = distillation_loss(model, batch, teacher, pruners)
     gradients = torch.autograd.grad(divergence + target.price * kept, [state.routers[name] for name in names])
     state.routers = {name: state.routers[name].detach() for name in names}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mc_cli.artifacts.pruning import TENSOR_PREFIX
+from mc_cli.artifacts.pruning import TENSOR_PREFIX, PrunedLayer
 from mc_cli.parts import ExpertBlock
 from mc_cli.policies import LayerValues, Routed, keep_mask, kept_weights, odp, otp
 from mc_cli.progress import SilentProgress
@@ -107,12 +107,12 @@ class _KillsAt(SilentProgress):
 
 
 def train(model: Any, checkpoint: Path, progress: Any) -> dict[str, torch.Tensor]:
-    paths = {path: True for path, _ in experts.find_experts(model)}
+    layers = [PrunedLayer(number, path, 2, True) for number, (path, _) in enumerate(experts.find_experts(model))]
     return distil_routers(
         model,
         IDS,
         routers_of(model),
-        paths,
+        layers,
         targets=TARGETS,
         settings=SETTINGS,
         checkpoint=checkpoint,

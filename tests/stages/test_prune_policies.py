@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mc_cli.artifacts.evaluation import Evaluation
+from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.pruning import read_pruning
 from mc_cli.artifacts.store import Manifest
 from mc_cli.errors import InputError, StaleArtifactError
@@ -306,3 +307,33 @@ def test_the_recipes_tasks_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(len(entry["choices"]) == 4 and 0 <= entry["answer"] < 4 and entry["context"] for entry in questions)
     pairs = [json.loads(line) for line in (folder / "blimp_sample.jsonl").read_text().splitlines()]
     assert all(entry["good"] != entry["bad"] for entry in pairs)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("policy", ["all", "odp"])
+def test_whole_experts_are_dropped_measured_and_exported(
+    policy: str, family: str, quantized: Any, tmp_path: Path
+) -> None:
+    folder = quantized(family)
+    work_dir = work_dir_of(folder, tmp_path)
+    rate = {"odp": 0.2}.get(policy)
+    prune = PruneSettings(policy=(policy,), target_rate=rate, max_loss=None if rate else 10.0, drop_experts=0.25)
+    run_prune_eval(work_dir, folder / "other.jsonl", prune=prune)
+    found = evaluation_of(work_dir).pruning
+    row = found["points"][-1]
+    assert {len(gone) for gone in found["experts_dropped"].values()} == {2}
+    assert (row["rate"] == 0) == (policy == "all") and row["kl_packed"] > 1e-4
+    importance = Importance.read(work_dir / "importance" / "importance.json")
+    for layer in importance.layers:
+        norms = layer.output_norm_mean
+        gone = found["experts_dropped"][str(layer.layer)]
+        assert gone == sorted(sorted(range(8), key=lambda expert: norms[expert])[:2])
+    settings = ExportSettings(out=str(tmp_path / "out"))
+    export.run(settings, RunSettings(device="cpu"), work_dir, force=False, progress=SilentProgress())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    chosen: set[int] = set()
+    path, module = next(find_experts(model))
+    module.register_forward_pre_hook(lambda _, args: chosen.update(args[1].unique().tolist()))
+    with torch.no_grad():
+        model(torch.randint(3, 300, (4, 20), generator=torch.Generator().manual_seed(0)))
+    assert chosen and not chosen & set(found["experts_dropped"]["0"]), path

@@ -1,0 +1,60 @@
+"""Static pruning: whole experts that no token is sent to any more, chosen once by what calibration measured.
+
+The router chooses among the others as if the dropped ones had no row: their logits are minus infinity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mc_cli.errors import InputError
+
+REAP, FREQUENCY, ROUTER_WEIGHT = "reap", "frequency", "router-weight"
+MEASURES = (REAP, FREQUENCY, ROUTER_WEIGHT)
+PER_LAYER, GLOBAL = "layer", "global"
+SCOPES = (PER_LAYER, GLOBAL)
+
+
+def experts_to_drop(
+    scores: Mapping[int, Sequence[float]], top_k: Mapping[int, int], *, share: float, scope: str
+) -> dict[int, list[int]]:
+    """Layer -> the experts with the lowest scores, ascending by number; every layer keeps at least its top-k.
+
+    scores   layer -> one value per expert: REAP's mean of routing weight times output norm over the expert's tokens,
+             its count of tokens, or its sum of routing weights
+    share    of all experts;  scope  `layer`: the same share in every layer, rounded down; `global`: the lowest of the
+             whole model, each score over its layer's mean, since norms of different layers do not compare
+    Raises InputError where the floor leaves fewer experts to drop than were asked for.
+    Source: Lasby et al. 2025, arXiv:2510.13999 (REAP).
+    """
+    if scope == PER_LAYER:
+        found = {layer: _lowest(values, int(share * len(values))) for layer, values in scores.items()}
+        short = {layer for layer, gone in found.items() if len(scores[layer]) - len(gone) < top_k[layer]}
+    else:
+        found, short = _lowest_of_all(scores, top_k, share)
+    if short:
+        names = ", ".join(str(layer) for layer in sorted(short)[:8])
+        raise InputError(
+            f"--drop-experts {share}: layers {names} would keep fewer experts than a token is sent to. Drop fewer."
+        )
+    return {layer: sorted(gone) for layer, gone in found.items()}
+
+
+def _lowest(values: Sequence[float], count: int) -> list[int]:
+    return sorted(range(len(values)), key=lambda expert: (values[expert], expert))[:count]
+
+
+def _lowest_of_all(
+    scores: Mapping[int, Sequence[float]], top_k: Mapping[int, int], share: float
+) -> tuple[dict[int, list[int]], set[int]]:
+    means = {layer: sum(values) / len(values) or 1.0 for layer, values in scores.items()}
+    ranked = sorted(
+        (value / means[layer], layer, expert) for layer, values in scores.items() for expert, value in enumerate(values)
+    )
+    left = int(share * len(ranked))
+    found: dict[int, list[int]] = {layer: [] for layer in scores}
+    for _, layer, expert in ranked:
+        if left and len(scores[layer]) - len(found[layer]) > top_k[layer]:
+            found[layer].append(expert)
+            left -= 1
+    return found, set(scores) if left else set()

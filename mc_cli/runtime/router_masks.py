@@ -1,0 +1,92 @@
+"""Routers that do not choose some experts: as if their rows were not there, in every family's own code.
+
+While a masked router runs, the linear product that gives a logit per expert gives minus infinity for dropped ones. What
+follows, softmax or sigmoid, groups and top-k, normalisation, is the family's own. Stored rows stay as they are, so that
+the mask can be taken off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from mc_cli.errors import FamilyError
+
+_BIAS = "e_score_correction_bias"
+_LOW = -1e4  # finite, since group scores are sums
+
+
+class _MaskedLogits(TorchFunctionMode):
+    """Masks the last dimension of every linear product with one output per expert."""
+
+    def __init__(self, dropped: torch.Tensor) -> None:
+        super().__init__()
+        self.dropped = dropped
+        self.masked = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear and result.shape[-1] == len(self.dropped):
+            self.masked = True
+            return result.masked_fill(self.dropped.to(result.device), float("-inf"))
+        return result
+
+
+def mask_router(router: nn.Module, num_experts: int, dropped: Sequence[int]) -> list[Any]:
+    """Handles; until they are removed, `router` chooses none of the experts `dropped`.
+
+    Its forward raises FamilyError for a router that does not make its logits by a linear product.
+    """
+    mask = torch.zeros(num_experts, dtype=torch.bool)
+    mask[list(dropped)] = True
+    modes: list[_MaskedLogits] = []
+
+    def begin(*_: Any) -> None:
+        mode = _MaskedLogits(mask)
+        mode.__enter__()
+        modes.append(mode)
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        mode = modes.pop()
+        mode.__exit__(None, None, None)
+        if output is not None and not mode.masked:
+            raise FamilyError(
+                f"{type(module).__name__} makes its logits in a way that experts cannot be dropped from. Run "
+                "prune-eval without --drop-experts for this family."
+            )
+
+    biases = [_LoweredBias(module, mask) for module in router.modules() if hasattr(module, _BIAS)]
+    return [
+        router.register_forward_pre_hook(begin),
+        router.register_forward_hook(end, always_call=True),
+        *biases,
+    ]
+
+
+class _LoweredBias:
+    """Correction biases of dropped experts far below all others, so that groups and top-k pass them over."""
+
+    def __init__(self, module: nn.Module, mask: torch.Tensor) -> None:
+        self._mask = mask
+        self._handles = [
+            module.register_forward_pre_hook(self._lower),
+            module.register_forward_hook(self._restore, always_call=True),
+        ]
+        self._kept: torch.Tensor | None = None
+
+    def _lower(self, module: Any, _: Any) -> None:
+        self._kept = getattr(module, _BIAS).data
+        getattr(module, _BIAS).data = self._kept.masked_fill(self._mask.to(self._kept.device), _LOW)
+
+    def _restore(self, module: Any, *_: Any) -> None:
+        if self._kept is not None:
+            getattr(module, _BIAS).data = self._kept
+            self._kept = None
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
