@@ -15,7 +15,7 @@ setup(
     ext_modules=[
         Extension(
             "mc_cli.native._library",
-            sources=["mc_cli/native/trellis.c"],
+            sources=["mc_cli/native/trellis.c", "mc_cli/native/trellis_product.c"],
             extra_compile_args=["-O3", "-Wno-psabi", "-fno-math-errno"],
             optional=True,
         )

@@ -14,9 +14,7 @@ levels are our own: the best of 3,000 linear hashes, then levels by Lloyd's iter
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import pairwise
 
@@ -35,6 +33,7 @@ LEVELS = (
 )  # fmt: skip
 UNIT = 3.0116 / 127  # of a level, where the weights have variance 1
 _MULTIPLIER, _OFFSET = 24907, 8465
+_DECODED_PER_THREAD = 2**20  # weights that are decoded before a second thread has started
 _WARM_UP = 48  # weights on either side of the seam from which the bits that cross it are chosen
 _SEQUENCES_AT_ONCE = 256  # in the torch search: 8 MB of costs
 
@@ -86,6 +85,13 @@ def encode(targets: Tensor, rate: Fraction, weights: Tensor | None = None) -> tu
 
 def decode(codes: Tensor, rate: Fraction) -> Tensor:
     """float32 [..., length], the values of codes uint8 [..., length * rate / 8]."""
+    if codes.device.type == "cpu" and native.library() is not None:
+        return _decode_compiled(codes, rate)
+    return decode_in_torch(codes, rate)
+
+
+def decode_in_torch(codes: Tensor, rate: Fraction) -> Tensor:
+    """`decode` on any device."""
     size = codes.shape[-1]
     length = int(size * 8 / rate)
     start = offsets(length, rate).to(codes.device)
@@ -96,6 +102,31 @@ def decode(codes: Tensor, rate: Fraction) -> Tensor:
     return code_values().to(codes.device)[window]
 
 
+def _decode_compiled(codes: Tensor, rate: Fraction, path: int | None = None) -> Tensor:
+    """`decode` on a CPU; `path` None takes the machine's best, see native/trellis_product.c."""
+    codes = codes.contiguous()
+    size = codes.shape[-1]
+    rings, length = codes.numel() // size, int(size * 8 / rate)
+    best = native.routine("mc_trellis_path", "")() if path is None else path
+    values = torch.empty((*codes.shape[:-1], length))
+    flat_codes, flat_values = codes.view(-1, size), values.view(-1, length)
+
+    def run(first: int, last: int) -> None:
+        native.routine("mc_trellis_decode", "ppiiiifp")(
+            flat_codes[first:last].data_ptr(),
+            code_levels().data_ptr(),
+            last - first,
+            length,
+            int(2 * rate),
+            best,
+            UNIT,
+            flat_values[first:last].data_ptr(),
+        )
+
+    native.in_threads(run, rings, threads=torch.get_num_threads(), least=_DECODED_PER_THREAD // length)
+    return values
+
+
 # The search, compiled
 
 
@@ -103,50 +134,24 @@ def _encode_compiled(targets: Tensor, rate: Fraction, weights: Tensor | None) ->
     count, length = targets.shape
     codes = torch.empty((count, int(length * rate) // 8), dtype=torch.uint8)
     values = torch.empty_like(targets)
-    threads = max(1, min(torch.get_num_threads(), count))
-    bounds = [count * part // threads for part in range(threads + 1)]
 
-    def run(part: int) -> None:
-        first, last = bounds[part], bounds[part + 1]
-        failed = _compiled_encoder()(
-            _pointer(targets[first:last]),
-            None if weights is None else _pointer(weights[first:last]),
-            _pointer(code_values()),
+    def run(first: int, last: int) -> None:
+        failed = native.routine("mc_trellis_encode", "pppiiiipp")(
+            targets[first:last].data_ptr(),
+            None if weights is None else weights[first:last].data_ptr(),
+            code_values().data_ptr(),
             last - first,
             length,
             rate.numerator,
             rate.denominator,
-            _pointer(codes[first:last]),
-            _pointer(values[first:last]),
+            codes[first:last].data_ptr(),
+            values[first:last].data_ptr(),
         )
         if failed:
             raise McError(f"No memory left for the trellis search of sequences of {length} weights.")
 
-    if threads == 1:
-        run(0)
-    else:
-        list(_pool(threads).map(run, range(threads)))
+    native.in_threads(run, count, threads=torch.get_num_threads())
     return codes, values
-
-
-@functools.cache
-def _compiled_encoder() -> ctypes._NamedFuncPointer:
-    library = native.library()
-    assert library is not None
-    function = library.mc_trellis_encode
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    function.argtypes = [pointer, pointer, pointer, number, number, number, number, pointer, pointer]
-    function.restype = ctypes.c_int
-    return function
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="trellis")
-
-
-def _pointer(tensor: Tensor) -> int:
-    return tensor.data_ptr()
 
 
 # The search, in torch: states are windows with the first bit highest, so a step of k bits shifts a state to the left.

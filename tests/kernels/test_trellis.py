@@ -1,0 +1,117 @@
+"""Products with packed matrices against float64: every rate, odd sizes, one token to many, every compiled path."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import Tensor
+
+from mc_cli import native
+from mc_cli.encodings import encoding_for
+from mc_cli.encodings.trellis import TrellisEncoding, trellis_for
+from mc_cli.kernels import packed_linear
+from mc_cli.kernels.trellis import FEW_TOKENS, PATHS, _product, path_name
+from mc_cli.numerics.rotation import rotate
+from mc_cli.numerics.trellis import _decode_compiled, decode, decode_in_torch
+
+RATES = tuple(half / 2 for half in range(2, 9))
+SHAPES = ((16, 32), (24, 48), (272, 96), (512, 257), (40, 1), (208, 2050))  # (out_features, in_features)
+LARGEST_ERROR = 1e-6  # of the outputs' size: what float32 arithmetic has too
+needs_library = pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
+
+
+def packed(outputs: int, inputs: int, bits: float) -> tuple[TrellisEncoding, dict[str, Tensor]]:
+    """Random codes: every byte stands for something."""
+    generator = torch.Generator().manual_seed(outputs + inputs)
+    encoding = trellis_for(bits, inputs)
+    shape = encoding.tensor_specs(outputs, inputs)["codes"].shape
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return encoding, {"codes": codes, "scales": (0.01 + torch.rand(outputs, generator=generator)).half()}
+
+
+def rows(count: int, inputs: int) -> Tensor:
+    """Tokens of very different sizes, with outliers."""
+    generator = torch.Generator().manual_seed(count)
+    values = torch.randn(count, inputs, generator=generator) * torch.logspace(-3, 3, count)[:, None]
+    values[:, ::7] *= 20
+    return values
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest over tokens of |found - expected| / |expected|, as vectors."""
+    miss = (found.double() - expected).norm(dim=-1)
+    return float((miss / expected.norm(dim=-1).clamp_min(1e-300)).max())
+
+
+def reference(inputs: Tensor, encoding: TrellisEncoding, tensors: dict[str, Tensor]) -> Tensor:
+    values = decode_in_torch(tensors["codes"], encoding.rate).double().transpose(-1, -2).flatten(-3, -2)
+    weight = values[: len(tensors["scales"])] * tensors["scales"].double()[:, None]
+    return rotate(inputs.double(), encoding.block) @ weight.T
+
+
+@pytest.mark.parametrize("bits", RATES)
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+def test_products_are_those_of_float64(outputs: int, inputs: int, bits: float) -> None:
+    encoding, tensors = packed(outputs, inputs, bits)
+    for count in (1, 3, FEW_TOKENS, FEW_TOKENS + 1, 40):
+        tokens = rows(count, inputs)
+        found = packed_linear(tokens, tensors, encoding, in_features=inputs)
+        assert relative_error(found, reference(tokens, encoding, tensors)) < LARGEST_ERROR
+    assert packed_linear(torch.empty(0, inputs), tensors, encoding, in_features=inputs).shape == (0, outputs)
+
+
+@needs_library
+@pytest.mark.parametrize("path", sorted(PATHS))
+@pytest.mark.parametrize("bits", RATES)
+def test_every_path_that_the_machine_has_agrees(bits: float, path: int) -> None:
+    if path > native.routine("mc_trellis_path", "")():
+        pytest.skip(f"this machine has no {PATHS[path]}")
+    for outputs, inputs in SHAPES:
+        encoding, tensors = packed(outputs, inputs, bits)
+        tokens = rows(20, inputs)
+        found = _product(rotate(tokens, encoding.block), tensors, encoding, path)
+        assert relative_error(found, reference(tokens, encoding, tensors)) < LARGEST_ERROR
+        values = _decode_compiled(tensors["codes"], encoding.rate, path)
+        assert torch.equal(values, decode_in_torch(tensors["codes"], encoding.rate))
+
+
+def test_shapes_dtypes_and_threads() -> None:
+    encoding, tensors = packed(1024, 512, 2)
+    tokens = rows(6, 512).view(2, 3, 512)
+    expected = reference(tokens, encoding, tensors)
+    found = packed_linear(tokens, tensors, encoding, in_features=512)
+    assert found.shape == (2, 3, 1024) and found.dtype == torch.float32
+    half = packed_linear(tokens.bfloat16(), tensors, encoding, in_features=512)
+    assert half.dtype == torch.bfloat16 and relative_error(half, expected) < 0.01
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(packed_linear(tokens, tensors, encoding, in_features=512), found)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_zeros_and_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoding, tensors = packed(64, 96, 2.5)
+    assert not packed_linear(torch.zeros(2, 96), tensors, encoding, in_features=96).any()
+    tokens = rows(2, 96)
+    expected = reference(tokens, encoding, tensors)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert path_name() == "torch"
+    assert relative_error(packed_linear(tokens, tensors, encoding, in_features=96), expected) < LARGEST_ERROR
+    assert torch.equal(decode(tensors["codes"], Fraction(5, 2)), decode_in_torch(tensors["codes"], Fraction(5, 2)))
+
+
+def test_other_encodings_are_dequantized() -> None:
+    encoding = encoding_for("affine", 2, 8, 32)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "codes": torch.randint(0, 256, (8, 8), dtype=torch.uint8, generator=generator),
+        "scales": torch.rand(8, 1, generator=generator).half(),
+        "zero_points": torch.randint(0, 256, (8, 1), dtype=torch.uint8, generator=generator),
+    }
+    tokens = rows(3, 32)
+    expected = tokens.double() @ encoding.dequantize(tensors, 32).double().T
+    assert relative_error(packed_linear(tokens, tensors, encoding, in_features=32), expected) < LARGEST_ERROR
