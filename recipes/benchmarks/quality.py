@@ -37,7 +37,7 @@ from mc_cli.settings import (
 )
 from mc_cli.stages import allocate, calibrate, prune_eval, quantize, score
 
-PMQ_BITS = (1, 2, 3)  # as published; 4 joins where 3 bits everywhere would not spend the budget
+PMQ_BITS = (1, 2, 3)
 PMQ_LIMIT = 3.1  # stored bits
 
 
@@ -126,7 +126,7 @@ def measure(arguments: argparse.Namespace, work_dir: Path, target: float, conten
     plan = AllocateSettings(
         method=contender.method,
         target_stored_bits=target,
-        bits=PMQ_BITS if contender.method == "pmq" and target <= PMQ_LIMIT else None,
+        bits=pmq_bits(target) if contender.method == "pmq" else None,
         attention_bits=arguments.attention_bits,
     )
     allocate.run(plan, compute, work_dir, force=True, progress=silent)
@@ -150,6 +150,11 @@ def measure(arguments: argparse.Namespace, work_dir: Path, target: float, conten
         "perplexity": math.exp(evaluation.total.packed_loss),
         "quantize_s": round(quantize_s, 1),
     }
+
+
+def pmq_bits(target: float) -> tuple[int, ...]:
+    """The published widths, and 4 where they would not spend the budget."""
+    return PMQ_BITS if target <= PMQ_LIMIT else (*PMQ_BITS, 4)
 
 
 def show(results: list[dict]) -> None:
