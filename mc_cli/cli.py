@@ -135,6 +135,9 @@ def _run_parameters() -> list[inspect.Parameter]:
     force_from = _option(
         "--force-from", help="Like --force, but only for this stage and those after it.", metavar="STAGE"
     )
+    effort = _option(
+        "--effort", help="fast, default or best: how much to measure and polish; flags go over it.", metavar="NAME"
+    )
     return [
         _parameter("recipe", Path | None, recipe, None),
         *(
@@ -144,6 +147,7 @@ def _run_parameters() -> list[inspect.Parameter]:
         _parameter("work_dir", Path | None, _WORK_DIR, None),
         *(_parameter(name, bool, info, False) for name, info in _COMMON.items()),
         _parameter("force_from", str | None, force_from, None),
+        _parameter("effort", str | None, effort, None),
     ]
 
 
@@ -202,7 +206,7 @@ def _run_all(given: Mapping[str, Any]) -> None:
             if given[name] is not None
         ]
         recipe = read_recipe(given["recipe"]) if given["recipe"] else Recipe()
-        plan = plan_run(recipe.override(asked, given["work_dir"] and str(given["work_dir"])))
+        plan = plan_run(recipe.override(asked, given["work_dir"] and str(given["work_dir"]), given["effort"]))
     with telling_errors(debug=given["debug"], work_dir=plan.work_dir):
         _run_plan(plan, given["force_from"] or (STAGES[0] if given["force"] else None), given)
 

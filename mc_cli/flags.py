@@ -130,6 +130,13 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         ),
         Flag("activation_order", "Round the columns with the largest inputs first.", _QUANTIZER),
         Flag(
+            "sweeps",
+            "Rounds in which every code is chosen again, given all others.",
+            _QUANTIZER,
+            metavar="COUNT",
+            default="0 for trellis, 4 for gptq",
+        ),
+        Flag(
             "group_size",
             "Weights that share one scale, at most; each matrix gets the largest divisor of its width up to this.",
             _QUANTIZER,

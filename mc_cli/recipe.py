@@ -32,9 +32,9 @@ from mc_cli.flags import (
     shared_with_score,
     type_of,
 )
-from mc_cli.settings import RunSettings
+from mc_cli.settings import EFFORTS, RunSettings
 
-TOP = ("description", "work_dir")  # what a recipe holds beside its sections
+TOP = ("description", "work_dir", "effort")  # what a recipe holds beside its sections
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,11 @@ class Recipe:
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     work_dir: str | None = None
     description: str = ""
+    effort: str = "default"
 
-    def override(self, flags: Iterable[tuple[str, str, Any]], work_dir: str | None) -> Recipe:
+    def override(
+        self, flags: Iterable[tuple[str, str, Any]], work_dir: str | None, effort: str | None = None
+    ) -> Recipe:
         """This recipe with (section, field, value) from flags put over it; a target replaces the recipe's target."""
         sections = {name: dict(values) for name, values in self.sections.items()}
         flags = list(flags)
@@ -54,7 +57,7 @@ class Recipe:
                 sections.get("allocate", {}).pop(name, None)
         for section, name, value in flags:
             sections.setdefault(section, {})[name] = value
-        return Recipe(sections, work_dir or self.work_dir, self.description)
+        return Recipe(sections, work_dir or self.work_dir, self.description, effort or self.effort)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def read_recipe(path: Path) -> Recipe:
     ]
     if problems:
         raise InputError(f"{path} has {len(problems)} entries that cannot be used:\n{listed(problems)}")
-    return Recipe(sections, content.get("work_dir"), content.get("description", ""))
+    effort = content.get("effort", "default")
+    return Recipe(sections, content.get("work_dir"), content.get("description", ""), effort)
 
 
 def plan_run(recipe: Recipe) -> RunPlan:
@@ -100,7 +104,10 @@ def plan_run(recipe: Recipe) -> RunPlan:
 
     What `run` adds to the defaults: quantize rounds as score did, and evaluation reads the bundled held-out text.
     """
-    sections = {name: dict(recipe.sections.get(name, {})) for name in SECTIONS}
+    if recipe.effort not in EFFORTS:
+        raise InputError(f"--effort {recipe.effort!r}: known are {', '.join(EFFORTS)}.")
+    effort = EFFORTS[recipe.effort]
+    sections = {name: {**effort.get(name, {}), **recipe.sections.get(name, {})} for name in SECTIONS}
     sections["prune-eval"].setdefault("data", HELD_OUT)
     missing = [
         f"{run_option(section, flag)} (in a recipe: {section}: {{{flag.field}: ...}})   {flag.help}"

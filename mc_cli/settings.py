@@ -14,6 +14,12 @@ from mc_cli.parts import Role, read_width
 
 # Widths that score measures unless told otherwise, by the family of encodings that the quantizer makes.
 CANDIDATES: dict[str, tuple[float, ...]] = {"trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4), "affine": (1, 2, 3, 4)}
+# What `run --effort` sets beneath recipe and flags: section -> settings.
+EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
+    "fast": {"calibrate": {"sequences": 64, "gradient_tokens": 8192}, "score": {"loss_tokens": 1024}},
+    "default": {},
+    "best": {"calibrate": {"sequences": 256}, "score": {"loss_tokens": 8192, "sweeps": 2}},
+}
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(B|[KMGT]i?B)?\s*", re.IGNORECASE)
@@ -143,6 +149,7 @@ class QuantizerSettings(StageSettings):
     shrinkage: float = (
         0.25  # tokens per input feature at which an expert's own Hessian and the pooled one weigh the same
     )
+    sweeps: int | None = None  # rounds of polishing after the first pass; None = the quantizer's own
     group_size: int = 128  # inputs per scale at most: the largest divisor of each matrix's width up to this is taken
 
     @property
@@ -156,6 +163,8 @@ class QuantizerSettings(StageSettings):
         if self.shrinkage < 0:
             raise InputError(f"--shrinkage {self.shrinkage}: tokens per input feature, 0 or more.")
         _at_least("--group-size", self.group_size, 8)
+        if self.sweeps is not None:
+            _at_least("--sweeps", self.sweeps, 0)
 
 
 @dataclass(frozen=True)

@@ -10,4 +10,7 @@ def quantizer_for(settings: QuantizerSettings) -> Quantizer:
     """The quantizer named in the settings. Raises InputError for an unknown one."""
     if settings.quantizer == "rtn":  # takes no calibration data, so none of the settings speaks of it
         return quantizer_from_name("rtn")
-    return quantizer_from_name(settings.quantizer, damping=settings.damping, activation_order=settings.activation_order)
+    knobs = {"damping": settings.damping, "activation_order": settings.activation_order}
+    if settings.sweeps is not None:
+        knobs["sweeps"] = settings.sweeps
+    return quantizer_from_name(settings.quantizer, **knobs)

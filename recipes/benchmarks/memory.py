@@ -33,8 +33,8 @@ WORDS = ("tree", "river", "of", "the", "stone", "and", "walks", "under", "a", "b
 class Shape:
     """Widths that both models share, and the text they are calibrated on."""
 
-    hidden: int = 384
-    intermediate: int = 768
+    hidden: int = 512
+    intermediate: int = 1024
     experts: int = 8
     sequences: int = 16
     length: int = 128

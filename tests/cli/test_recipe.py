@@ -8,6 +8,7 @@ import pytest
 
 from mc_cli import settings as s
 from mc_cli.errors import InputError
+from mc_cli.flags import build
 from mc_cli.recipe import Recipe, plan_run, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -85,7 +86,7 @@ def test_all_offenders_are_named_at_once(tmp_path: Path) -> None:
         "score: loss_tokens: is a number (1.5), should be a whole number",
         "score: activation_order: is a text ('yes'), should be true or false",
         "export: a text, should be settings",
-        "unknown section 'scores' (did you mean score?); known: description, work_dir, calibrate, ",
+        "unknown section 'scores' (did you mean score?); known: description, work_dir, effort, ",
     ):
         assert words in said
 
@@ -123,3 +124,20 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_values_the_settings_refuse(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--sequences 0: at least 1"):
         plan_run(recipe(tmp_path, WHOLE.replace("sequences: 4", "sequences: 0")))
+
+
+def test_effort_lies_beneath_recipe_and_flags(tmp_path: Path) -> None:
+    plain, best = (plan_run(recipe(tmp_path, text)) for text in (WHOLE, WHOLE + "\neffort: best\n"))
+    assert best.stages["score"].quantizer.sweeps == best.stages["quantize"].quantizer.sweeps == 2
+    assert plain.stages["score"].quantizer.sweeps is None
+    assert best.stages["calibrate"].sequences == plain.stages["calibrate"].sequences == 4  # the recipe says so
+    fast = plan_run(recipe(tmp_path, WHOLE).override([("score", "loss_tokens", 99)], None, "fast"))
+    assert fast.stages["score"].loss_tokens == 99 and fast.stages["calibrate"].gradient_tokens == 8192
+    with pytest.raises(InputError, match="--effort 'most': known are fast, default, best"):
+        plan_run(recipe(tmp_path, WHOLE + "\neffort: most\n"))
+
+
+def test_every_effort_names_settings_that_exist() -> None:
+    for sections in s.EFFORTS.values():
+        for section, values in sections.items():
+            build(section, values)
