@@ -59,8 +59,8 @@ class OperatingPoint:
     predicted_loss   nats per token from the layers' sensitivities; None where a policy has no such prediction
     checked_increase relative rise of perplexity over the unpruned packed model on calibration tokens that no threshold
                      was fitted on; None where it was not measured
-    checked_limit    what --max-loss is held against: the same one standard error higher, or, where that is more, the rise
-                     on text that the packed model itself would write, which is its KL divergence from the pruned one
+    checked_limit    what --max-loss is held against: the same one standard error higher, or, where that is more, the
+                     rise on text that the packed model itself would write: its KL divergence from the pruned one
     """
 
     rate: float
