@@ -4,11 +4,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 
-class OptionalBuild(build_ext):
-    """Goes on without the compiled routines where there is no C compiler: torch then does their work, slower."""
+class LibraryBuild(build_ext):
+    """Builds libraries for ctypes: they are no Python modules, so there is no PyInit function to export."""
 
     def get_export_symbols(self, ext):
-        return ext.export_symbols  # a library for ctypes, not a Python module: it has no PyInit function
+        return ext.export_symbols
 
 
 setup(
@@ -17,8 +17,8 @@ setup(
             "mc_cli.native._library",
             sources=["mc_cli/native/trellis.c", "mc_cli/native/trellis_product.c"],
             extra_compile_args=["-O3", "-Wno-psabi", "-fno-math-errno"],
-            optional=True,
+            optional=True,  # without a C compiler torch does their work, slower, and the stages say so
         )
     ],
-    cmdclass={"build_ext": OptionalBuild},
+    cmdclass={"build_ext": LibraryBuild},
 )

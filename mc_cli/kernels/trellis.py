@@ -40,8 +40,8 @@ def linear(inputs: Tensor, tensors: Mapping[str, Tensor], encoding: TrellisEncod
 
 
 def path_name() -> str:
-    """How products of few tokens are computed on this machine."""
-    return "torch" if native.library() is None else PATHS[native.routine("mc_trellis_path", "")()]
+    """How products of few tokens are computed on this machine, and whether the search is compiled."""
+    return "none, torch serves" if native.library() is None else PATHS[native.routine("mc_trellis_path", "")()]
 
 
 def _decoded_product(rows: Tensor, tensors: Mapping[str, Tensor], encoding: TrellisEncoding) -> Tensor:

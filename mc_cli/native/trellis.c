@@ -10,7 +10,6 @@
 
 #define STATE_BITS 12
 #define STATES (1 << STATE_BITS)
-#define MASK (STATES - 1)
 #define LANES 16
 #define WARM_UP 48 /* weights on either side of the seam from which its bits are guessed */
 
@@ -79,7 +78,7 @@ typedef struct {
     uint16_t *state; /* [length] */
 } Scratch;
 
-/* steps[i]: bits by which the window moves between weight i and weight i + 1 */
+/* Bits by which the window moves between weight i and weight i + 1. */
 INLINE int step_bits(int i, int numerator, int denominator) {
     return (int)((int64_t)(i + 1) * numerator / denominator - (int64_t)i * numerator / denominator);
 }

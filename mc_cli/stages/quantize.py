@@ -31,6 +31,7 @@ from mc_cli.artifacts.store import (
     write_tensors,
 )
 from mc_cli.errors import ArtifactError, PlanError, listed
+from mc_cli.kernels.trellis import path_name
 from mc_cli.numerics.hessian import accumulate
 from mc_cli.parts import ModelInventory, Role, TensorPart
 from mc_cli.progress import Progress, StageResult
@@ -329,6 +330,7 @@ def _result(folder: StageFolder, compute: RunSettings, *, ran: bool) -> StageRes
     coverage = read_json(folder.path("coverage.json"))
     facts = {
         "stored bytes": sum(sizes.total for sizes in stored.values()),
+        "compiled routines": path_name(),
         "expert coverage": f"{100 * coverage['covered']:.1f} % ({coverage['quantized']:,} quantized, "
         f"{coverage['kept']:,} kept, {coverage['pruned']:,} pruned)",
     }

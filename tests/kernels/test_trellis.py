@@ -99,7 +99,7 @@ def test_zeros_and_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = rows(2, 96)
     expected = reference(tokens, encoding, tensors)
     monkeypatch.setattr(native, "library", lambda: None)
-    assert path_name() == "torch"
+    assert path_name() == "none, torch serves"
     assert relative_error(packed_linear(tokens, tensors, encoding, in_features=96), expected) < LARGEST_ERROR
     assert torch.equal(decode(tensors["codes"], Fraction(5, 2)), decode_in_torch(tensors["codes"], Fraction(5, 2)))
 
