@@ -20,7 +20,7 @@ from mc_cli.parts import ExpertBlock, ModelInventory, Role
 SCHEMA = 1
 FAMILIES = ("affine", "trellis")
 KEPT_BITS = 16
-LARGEST_HALF = 4  # trellis codes have half steps, and end here
+LARGEST_HALF = 5  # trellis codes have half steps, and end here
 REMEDY = "Run allocate again, or correct the file."
 
 ExpertBits = float | dict[str, float]  # whole widths are ints, others are halves
@@ -98,7 +98,7 @@ class Plan:
         if problems := _content_problems(content):
             raise PlanError(
                 f"{path} is not a plan:\n{listed(problems)}\nA width is 0 (pruned), 1 to 8, a half "
-                f"step from 1.5 to 3.5, or 16 (kept). {REMEDY}"
+                f"step from 1.5 to 4.5, or 16 (kept). {REMEDY}"
             )
         return cls(
             model_type=content["model_type"],

@@ -73,7 +73,7 @@ def stored_bytes(encoding: Encoding, out_features: int, in_features: int) -> int
 def encoding_for(
     family: str, bits: float, out_features: int, in_features: int, *, group_size_limit: int = 128
 ) -> Encoding:
-    """The encoding of a matrix at a width: in the family `trellis` such codes, up to 4 bits and from 16 outputs on.
+    """The encoding of a matrix at a width: in the family `trellis` such codes, up to 5 bits and from 16 outputs on.
 
     Everything else gets affine grids.
 

@@ -1,4 +1,4 @@
-"""Trellis codes in a rotated basis: one scale per output row, no groups, 1 to 4 bits per weight in half steps.
+"""Trellis codes in a rotated basis: one scale per output row, no groups, 1 to 5 bits per weight in half steps.
 
 `weight = rotate_back(scale * value)`: rows are rotated by `numerics/rotation.py` in blocks of inputs, and values are
 those of `numerics/trellis.py`. A kernel rotates the inputs instead, once for all outputs.
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
     import torch
 
 PATTERN = "trellis_b<bits>_h<block>"
-LARGEST_BITS = 4
+LARGEST_BITS = 5
 FEWEST_OUTPUTS = 16
 LONGEST_SEQUENCE = 256
 BLOCK_LIMIT = 128  # inputs that are rotated together, at most; longer blocks gain nothing on trained experts
-_KEY = re.compile(r"trellis_b([1-4])(p5)?_h([1-9][0-9]*)")
+_KEY = re.compile(r"trellis_b([1-5])(p5)?_h([1-9][0-9]*)")
 
 
 def from_key(key: str) -> TrellisEncoding | None:
     """The encoding of a key of this file's pattern (1.5 bits are written 1p5), None for any other key."""
     match = _KEY.fullmatch(key)
-    if match is None or (match[1] == "4" and match[2]):
+    if match is None or (match[1] == str(LARGEST_BITS) and match[2]):
         return None
     return TrellisEncoding(Fraction(int(match[1])) + (Fraction(1, 2) if match[2] else 0), int(match[3]))
 
 
 @dataclass(frozen=True)
 class TrellisEncoding:
-    """`rate` bits per weight, a whole or half number from 1 to 4; rotation in blocks of `block` inputs."""
+    """`rate` bits per weight, a whole or half number from 1 to 5; rotation in blocks of `block` inputs."""
 
     rate: Fraction
     block: int

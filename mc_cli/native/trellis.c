@@ -24,7 +24,7 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 
 INLINE vec broadcast(float x) { return x - (vec){0}; }
 
-/* lane j of the result: lane (16 * part + j) >> k of m, so every lane 2^k times */
+/* lane j of the result: lane (16 * part + j) >> k of m, so every lane 2^k times; k is 1, 2 or 3 */
 INLINE vec spread(vec m, int k, int part) {
 #define S(K, P, J) ((16 * (P) + (J)) >> (K))
 #define SPREAD(K, P) return __builtin_shufflevector(m, m, S(K,P,0), S(K,P,1), S(K,P,2), S(K,P,3), S(K,P,4), S(K,P,5), \
@@ -34,10 +34,6 @@ INLINE vec spread(vec m, int k, int part) {
     case 32: SPREAD(2, 0); case 33: SPREAD(2, 1); case 34: SPREAD(2, 2); case 35: SPREAD(2, 3);
     case 48: SPREAD(3, 0); case 49: SPREAD(3, 1); case 50: SPREAD(3, 2); case 51: SPREAD(3, 3);
     case 52: SPREAD(3, 4); case 53: SPREAD(3, 5); case 54: SPREAD(3, 6); case 55: SPREAD(3, 7);
-    case 64: SPREAD(4, 0); case 65: SPREAD(4, 1); case 66: SPREAD(4, 2); case 67: SPREAD(4, 3);
-    case 68: SPREAD(4, 4); case 69: SPREAD(4, 5); case 70: SPREAD(4, 6); case 71: SPREAD(4, 7);
-    case 72: SPREAD(4, 8); case 73: SPREAD(4, 9); case 74: SPREAD(4, 10); case 75: SPREAD(4, 11);
-    case 76: SPREAD(4, 12); case 77: SPREAD(4, 13); case 78: SPREAD(4, 14); case 79: SPREAD(4, 15);
     }
     return m;
 }
@@ -51,7 +47,7 @@ INLINE void step(int k, const float *restrict cost, float *restrict next, uint8_
     int32_t *restrict best = (int32_t *)scratch;
     for (int g = 0; g < groups; g++) { /* floats >= 0 are ordered as their bits are: the low ones carry the choice */
         int32_t least = before[g] & -fan;
-#pragma GCC unroll 16
+#pragma GCC unroll 64
         for (int t = 1; t < fan; t++) {
             const int32_t other = (before[t * groups + g] & -fan) | t;
             least = other < least ? other : least;
@@ -61,11 +57,12 @@ INLINE void step(int k, const float *restrict cost, float *restrict next, uint8_
     }
     for (int g = 0; g < groups; g += LANES) {
         const vec m = *(const vec *)(scratch + g);
-#pragma GCC unroll 16
+#pragma GCC unroll 64
         for (int part = 0; part < fan; part++) {
             const int at = (g << k) + part * LANES;
             const vec miss = *(const vec *)(values + at) - aim;
-            *(vec *)(next + at) = spread(m, k, part) + scale * miss * miss;
+            const vec reached = k < 4 ? spread(m, k, part) : broadcast(scratch[g + (part >> (k - 4))]);
+            *(vec *)(next + at) = reached + scale * miss * miss;
         }
     }
 }
@@ -106,7 +103,8 @@ INLINE float best_path(Scratch *s, const float *targets, const float *weights, i
         case 1: step(1, cost, next, from, s->values, s->best, target, weight); break;
         case 2: step(2, cost, next, from, s->values, s->best, target, weight); break;
         case 3: step(3, cost, next, from, s->values, s->best, target, weight); break;
-        default: step(4, cost, next, from, s->values, s->best, target, weight); break;
+        case 4: step(4, cost, next, from, s->values, s->best, target, weight); break;
+        default: step(5, cost, next, from, s->values, s->best, target, weight); break;
         }
         float *swap = cost; cost = next; next = swap;
     }

@@ -7,7 +7,7 @@
 #include <string.h>
 
 #define STATE_BITS 12
-#define LARGEST_RING 128 /* bytes: 256 outputs at 4 bits */
+#define LARGEST_RING 160 /* bytes: 256 outputs at 5 bits */
 #define FLUSH 128        /* pairs of inputs: 2 * 127 * 32767 * FLUSH < 2^31 */
 
 typedef struct {

@@ -41,7 +41,7 @@ class Trellis:
     damping   fraction of the mean Hessian diagonal added before inverting
     sweeps    rounds after the first in which every input is coded again, given all others: 2 to 3 % less error for
               three times the work
-    Widths above 4 bits, which have affine grids, are left to `gptq`.
+    Widths above 5 bits, which have affine grids, are left to `gptq`.
     """
 
     damping: float = 0.01

@@ -16,7 +16,7 @@ from mc_cli.kernels.trellis import FEW_TOKENS, PATHS, _product, path_name
 from mc_cli.numerics.rotation import rotate
 from mc_cli.numerics.trellis import _decode_compiled, decode, decode_in_torch
 
-RATES = tuple(half / 2 for half in range(2, 9))
+RATES = tuple(half / 2 for half in range(2, 11))
 SHAPES = ((16, 32), (24, 48), (272, 96), (512, 257), (40, 1), (208, 2050))  # (out_features, in_features)
 LARGEST_ERROR = 1e-6  # of the outputs' size: what float32 arithmetic has too
 needs_library = pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")

@@ -13,8 +13,8 @@ from mc_cli import native
 from mc_cli.errors import ShapeError
 from mc_cli.numerics.trellis import LEVELS, UNIT, check_rate, code_levels, decode, encode, encode_in_torch, offsets
 
-RATES = tuple(Fraction(half, 2) for half in range(2, 9))
-ERRORS = dict(zip(RATES, (0.2793, 0.1422, 0.0712, 0.0364, 0.0183, 0.0095, 0.0051), strict=True))  # as documented
+RATES = tuple(Fraction(half, 2) for half in range(2, 11))
+ERRORS = dict(zip(RATES, (0.2793, 0.1422, 0.0712, 0.0364, 0.0183, 0.0095, 0.0051, 0.0029, 0.0018), strict=True))  # as documented
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -115,7 +115,7 @@ def test_offsets_alternate_at_half_rates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "rate"), [(16, Fraction(1, 2)), (16, Fraction(9, 2)), (8, Fraction(1)), (4, Fraction(5, 2))]
+    ("length", "rate"), [(16, Fraction(1, 2)), (16, Fraction(11, 2)), (8, Fraction(1)), (4, Fraction(5, 2))]
 )
 def test_rates_that_do_not_fit_are_refused(length: int, rate: Fraction) -> None:
     with pytest.raises(ShapeError, match=f"{length} weights cannot have {float(rate):g} bits"):

@@ -37,7 +37,7 @@ def matrix_of(result: QuantizedLinear) -> Tensor:
 
 
 @pytest.mark.parametrize("outputs", [16, 24, 40, 272, 512])
-@pytest.mark.parametrize("bits", [1, 1.5, 2, 3.5, 4])
+@pytest.mark.parametrize("bits", [1, 1.5, 2, 3.5, 4, 4.5, 5])
 def test_stored_tensors_are_as_specified_and_mean_what_is_documented(outputs: int, bits: float) -> None:
     weight, hessian = weights(2, outputs, INPUTS), correlated_hessian(2, INPUTS, seed=0)
     result = quantized(weight, hessian, bits)
@@ -150,10 +150,10 @@ def test_wide_widths_and_few_outputs_get_affine_grids() -> None:
 
 
 def test_keys_name_encodings() -> None:
-    for bits in (1, 1.5, 2, 2.5, 3, 3.5, 4):
+    for bits in (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5):
         encoding = encoding_for("trellis", bits, 32, 96)
         assert encoding_from_key(encoding.key) == encoding and encoding.bits == bits and "." not in encoding.key
-    for key in ("trellis_b5_h32", "trellis_b4p5_h32", "trellis_b2_h0", "trellis_b2"):
+    for key in ("trellis_b6_h32", "trellis_b5p5_h32", "trellis_b2_h0", "trellis_b2"):
         with pytest.raises(ArtifactError, match="Unknown weight encoding"):
             encoding_from_key(key)
 
