@@ -15,6 +15,7 @@ help:
 	@echo "make smoke    every command in turn on the bundled model, with little text"
 	@echo "make docs     write docs/cli.md from the commands"
 	@echo "make bench-memory, make bench-quality   peak memory by depth; quality at equal stored bytes"
+	@echo "make bench-pruning PACKED=runs/x        quality and time by share of expert calls skipped"
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -61,9 +62,14 @@ docs: install-dev
 	$(BIN)/python recipes/generate_cli_docs.py
 
 # Ratios against a baseline in the same run; see docs/results.md for figures and the options used there.
-.PHONY: bench-memory bench-quality
+.PHONY: bench-memory bench-quality bench-pruning
 bench-memory: install
 	$(BIN)/python recipes/benchmarks/memory.py
 
 bench-quality: install
 	$(BIN)/python recipes/benchmarks/quality.py
+
+# PACKED: a work directory with a packed model in it.
+bench-pruning: install
+	$(BIN)/python -m pip install --quiet -e '.[figures]'
+	$(BIN)/python recipes/benchmarks/pruning.py --packed $(PACKED)
