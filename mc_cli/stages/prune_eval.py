@@ -14,6 +14,7 @@ from typing import Any
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.evaluation import Evaluation, TextResult
+from mc_cli.artifacts.packed import StoredBytes
 from mc_cli.artifacts.quantization import read_report
 from mc_cli.artifacts.store import STAGE_FOLDERS, DigestCache, StageFolder, content_digest, require_done
 from mc_cli.errors import MissingDependencyError
@@ -74,7 +75,8 @@ def run(
     pruning = _pruning(settings, session, fitted, inventory, packed, original, windows, folder, progress)
     ships = next(iter(fitted.policies.values())) if fitted else None
     results = run_tasks(tasks, settings, session, packed_folder, progress, pruning=ships) if tasks else {}
-    evaluation = _evaluation(settings, packed_folder, inventory, windows, total, domains, changes, results)
+    stored = model_bytes(packed_folder, trust_remote_code=compute.trust_remote_code)
+    evaluation = _evaluation(settings, packed_folder, stored, inventory, windows, total, domains, changes, results)
     replace(evaluation, pruning=pruning).write(folder.path(EVALUATION))
     folder.finish(__version__)
     return _result(folder, ran=True)
@@ -199,6 +201,7 @@ def _windows(settings: EvaluateSettings, session: Session) -> text.Windows:
 def _evaluation(
     settings: EvaluateSettings,
     packed_folder: Path,
+    stored: dict[Role, StoredBytes],
     inventory: ModelInventory,
     windows: text.Windows,
     total: TextResult,
@@ -206,7 +209,6 @@ def _evaluation(
     changes: dict[int, float],
     tasks: dict[str, Any],
 ) -> Evaluation:
-    stored = model_bytes(packed_folder)
     rows = [row for path in sorted((packed_folder / "report").glob("*.json")) for row in read_report(path)]
     code_bits = sum(row.weight_count * row.bits for row in rows if row.role == Role.EXPERT.value)
     length = int(windows.token_ids.shape[1])
