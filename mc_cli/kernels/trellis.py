@@ -7,6 +7,7 @@ matrix is decoded once, in float32, and the library multiplies.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -14,12 +15,11 @@ from torch import Tensor
 
 from mc_cli import native
 from mc_cli.encodings.trellis import TrellisEncoding
-from mc_cli.numerics.rotation import rotate
+from mc_cli.errors import McError
+from mc_cli.numerics.rotation import rotate, signs
 from mc_cli.numerics.trellis import UNIT, code_levels, decode
 
 FEW_TOKENS = 8  # up to here decoding on the fly is faster than decoding to float32 first
-_LARGEST = 32767
-_FINE = 2.0**-15  # of a step of the coarse part
 _WEIGHTS_PER_THREAD = 2**19  # fewer are done before a second thread has started
 PATHS = {0: "portable C", 2: "AVX-512 (VBMI, VNNI)"}
 
@@ -30,18 +30,23 @@ def linear(inputs: Tensor, tensors: Mapping[str, Tensor], encoding: TrellisEncod
     inputs    [..., in_features] floating point, on any device
     tensors   `codes` and `scales` of one matrix
     """
-    rows = rotate(inputs.float(), encoding.block)
-    flat = rows.reshape(-1, rows.shape[-1])
-    if len(flat) <= FEW_TOKENS and flat.device.type == "cpu" and native.library() is not None:
-        outputs = _product(flat, tensors, encoding)
+    rows = inputs.reshape(-1, inputs.shape[-1]).float()
+    if len(rows) <= FEW_TOKENS and rows.device.type == "cpu" and native.library() is not None:
+        outputs = packed_product(rows, tensors, encoding)
     else:
-        outputs = _decoded_product(flat, tensors, encoding)
-    return outputs.view(*rows.shape[:-1], outputs.shape[-1]).to(inputs.dtype)
+        outputs = _decoded_product(rotate(rows, encoding.block), tensors, encoding)
+    return outputs.view(*inputs.shape[:-1], outputs.shape[-1]).to(inputs.dtype)
 
 
 def path_name() -> str:
     """How products of few tokens are computed on this machine, and whether the search is compiled."""
-    return "none, torch serves" if native.library() is None else PATHS[native.routine("mc_trellis_path", "")()]
+    return "none, torch serves" if native.library() is None else PATHS[best_path()]
+
+
+@functools.cache
+def best_path() -> int:
+    """The fastest of PATHS that this machine has."""
+    return native.routine("mc_trellis_path", "")()
 
 
 def _decoded_product(rows: Tensor, tensors: Mapping[str, Tensor], encoding: TrellisEncoding) -> Tensor:
@@ -51,35 +56,37 @@ def _decoded_product(rows: Tensor, tensors: Mapping[str, Tensor], encoding: Trel
     return outputs[:, : len(scales)] * scales
 
 
-def _product(rows: Tensor, tensors: Mapping[str, Tensor], encoding: TrellisEncoding, path: int | None = None) -> Tensor:
-    """[tokens, out_features] float32 of rotated rows [tokens, in_features]; `path` None takes the machine's best."""
-    codes, scales = tensors["codes"].contiguous(), tensors["scales"]
+def packed_product(
+    rows: Tensor, tensors: Mapping[str, Tensor], encoding: TrellisEncoding, path: int | None = None
+) -> Tensor:
+    """[tokens, out_features] float32 of rows [tokens, in_features] float32; `path` None takes the machine's best."""
+    codes, scales = tensors["codes"].contiguous(), tensors["scales"].float() * UNIT
     chunks, inputs, size = codes.shape
-    length = int(size * 8 / encoding.rate)
-    tokens = len(rows)
-    best = native.routine("mc_trellis_path", "")() if path is None else path
-    sizes = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / _LARGEST
-    steps = rows / sizes
-    coarse = steps.round()
-    activations = torch.cat([coarse, ((steps - coarse) / _FINE).round()]).to(torch.int16)
-    totals = torch.zeros((chunks, 2 * tokens, length))
+    length, outputs = int(size * 8 / encoding.rate), len(scales)
+    rows = rows.contiguous()
+    result = torch.empty((len(rows), outputs))
 
     def run(first: int, last: int) -> None:
-        native.routine("mc_trellis_product", "pppiiiiiip")(
-            codes[first:last].data_ptr(),
+        failed = native.routine("mc_trellis_linear", "pppppiiiiiiiiip")(
+            rows.data_ptr(),
+            codes.data_ptr(),
             code_levels().data_ptr(),
-            activations.data_ptr(),
-            last - first,
-            2 * tokens,
+            signs(inputs).data_ptr(),
+            scales.data_ptr(),
+            len(rows),
             inputs,
+            outputs,
+            encoding.block,
             length,
             int(2 * encoding.rate),
-            best,
-            totals[first:last].data_ptr(),
+            best_path() if path is None else path,
+            first,
+            last,
+            result.data_ptr(),
         )
+        if failed:
+            raise McError(f"No memory left for a product of {len(rows)} tokens with {outputs} outputs.")
 
     least = _WEIGHTS_PER_THREAD // (inputs * length)
     native.in_threads(run, chunks, threads=torch.get_num_threads(), least=least)
-    outputs = totals[:, :tokens].add_(totals[:, tokens:], alpha=_FINE)
-    outputs = outputs.transpose(0, 1).reshape(tokens, chunks * length)[:, : scales.shape[-1]]
-    return outputs * (scales.float() * UNIT) * sizes
+    return result

@@ -4,6 +4,7 @@
  * to float32. A chunk is a ring of bits per input for `length` outputs; its inputs lie one after the other. */
 
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define STATE_BITS 12
@@ -72,9 +73,24 @@ typedef struct {
     __m512i spread, shift, table, mask, multiplier, offset;
 } Decoder;
 
+/* The 64 levels by the bits of the mixed window that choose them, found once through the windows that have them.
+ * Threads that are first together write the same bytes. */
+static const uint8_t *level_table(const int8_t *levels) {
+    static uint8_t table[64];
+    static volatile int ready;
+    if (!ready) {
+        for (int window = 0; window < 1 << STATE_BITS; window++) {
+            const int mixed = (window * 24907 + 8465) & 0xffff, level = levels[window];
+            table[mixed >> 9 & 63] = (uint8_t)(level < 0 ? -level : level);
+        }
+        ready = 1;
+    }
+    return table;
+}
+
 /* Patterns that bring the window of weight i into 16-bit lane i, for 32 weights that start at a byte. */
 AVX512 static inline Decoder decoder_for(const Matrix *m) {
-    uint8_t spread[64], shift[64], table[64];
+    uint8_t spread[64], shift[64];
     for (int quad = 0; quad < 8; quad++) {
         const int begin = 4 * quad * m->twice_rate / 2 >> 3;
         for (int byte = 0; byte < 8; byte++) spread[8 * quad + byte] = (uint8_t)(begin + byte);
@@ -84,11 +100,7 @@ AVX512 static inline Decoder decoder_for(const Matrix *m) {
             shift[8 * quad + 2 * lane + 1] = (uint8_t)(offset + 8);
         }
     }
-    for (int window = 0; window < 1 << STATE_BITS; window++) { /* the 64 levels, found through the windows they have */
-        const int mixed = (window * 24907 + 8465) & 0xffff, level = m->levels[window];
-        table[mixed >> 9 & 63] = (uint8_t)(level < 0 ? -level : level);
-    }
-    return (Decoder){_mm512_loadu_si512(spread), _mm512_loadu_si512(shift), _mm512_loadu_si512(table),
+    return (Decoder){_mm512_loadu_si512(spread), _mm512_loadu_si512(shift), _mm512_loadu_si512(level_table(m->levels)),
                      _mm512_set1_epi16((1 << STATE_BITS) - 1), _mm512_set1_epi16(24907), _mm512_set1_epi16(8465)};
 }
 
@@ -204,23 +216,80 @@ int mc_trellis_decode(const uint8_t *codes, const int8_t *levels, int rings, int
     return 0;
 }
 
-/* totals [chunks][tokens][length] float32, zero at first: += levels times x.
- * x [tokens][inputs] int16 */
-int mc_trellis_product(const uint8_t *codes, const int8_t *levels, const int16_t *x, int chunks, int tokens, int inputs,
-                        int length, int twice_rate, int path, float *totals) {
-    const Matrix m = {codes, levels, inputs, length, twice_rate};
-    for (int chunk = 0; chunk < chunks; chunk++) {
-        const uint8_t *rings = codes + (size_t)chunk * inputs * ring_bytes(&m);
-        float *out = totals + (size_t)chunk * tokens * length;
-#ifdef HAS_AVX512
-        if (path == 2) {
-            for (int first = 0; first < tokens; first += TOKENS)
-                product_avx512(&m, rings, x + (size_t)first * inputs, tokens - first < TOKENS ? tokens - first : TOKENS,
-                               out + (size_t)first * length);
-            continue;
-        }
-#endif
-        product_portable(&m, rings, x, tokens, out);
+/* The Hadamard transform of every `block` entries of signs * x, as numerics/rotation.py defines it. */
+static void rotate(const float *x, const float *signs, int count, int block, float *out) {
+    float norm = 1.0f;
+    for (int size = block; size > 1; size >>= 1) norm *= 0.70710678118654752f;
+    for (int i = 0; i < count; i++) out[i] = norm * signs[i] * x[i];
+    for (int first = 0; first < count; first += block)
+        for (int half = 1; half < block; half <<= 1)
+            for (int i = 0; i < block; i += 2 * half)
+                for (int j = first + i; j < first + i + half; j++) {
+                    const float a = out[j], b = out[j + half];
+                    out[j] = a + b;
+                    out[j + half] = a - b;
+                }
+}
+
+/* Every activation as two int16: steps of the largest / 32767, and their 32767th parts. Returns the step. */
+static float split(const float *x, int count, int16_t *coarse, int16_t *fine) {
+    float largest = 1e-30f;
+    for (int i = 0; i < count; i++) {
+        const float size = x[i] < 0 ? -x[i] : x[i];
+        largest = size > largest ? size : largest;
     }
+    const float inverse = 32767.0f / largest;
+    for (int i = 0; i < count; i++) {
+        const float steps = x[i] * inverse, whole = __builtin_rintf(steps);
+        coarse[i] = (int16_t)whole;
+        fine[i] = (int16_t)__builtin_rintf((steps - whole) * 32767.0f);
+    }
+    return largest / 32767.0f;
+}
+
+static void product(const Matrix *m, const uint8_t *rings, const int16_t *x, int rows, int path, float *totals) {
+#ifdef HAS_AVX512
+    if (path == 2) {
+        for (int first = 0; first < rows; first += TOKENS)
+            product_avx512(m, rings, x + (size_t)first * m->inputs, rows - first < TOKENS ? rows - first : TOKENS,
+                           totals + (size_t)first * m->length);
+        return;
+    }
+#endif
+    (void)path;
+    memset(totals, 0, sizeof(float) * (size_t)rows * m->length);
+    product_portable(m, rings, x, rows, totals);
+}
+
+/* out [tokens][outputs] float32 = rotated x [tokens][inputs] times the matrix, for the outputs of some chunks.
+ * scales [outputs], in units of a level. Returns 0, or 1 without memory. */
+int mc_trellis_linear(const float *x, const uint8_t *codes, const int8_t *levels, const float *signs,
+                      const float *scales, int tokens, int inputs, int outputs, int block, int length, int twice_rate,
+                      int path, int first_chunk, int last_chunk, float *out) {
+    const Matrix m = {codes, levels, inputs, length, twice_rate};
+    float *rotated = malloc(sizeof(float) * ((size_t)inputs + tokens + 2 * (size_t)tokens * length));
+    int16_t *steps = malloc(sizeof(int16_t) * 2 * (size_t)tokens * inputs);
+    if (!rotated || !steps) {
+        free(rotated);
+        free(steps);
+        return 1;
+    }
+    float *sizes = rotated + inputs, *totals = sizes + tokens;
+    for (int token = 0; token < tokens; token++) {
+        rotate(x + (size_t)token * inputs, signs, inputs, block, rotated);
+        sizes[token] = split(rotated, inputs, steps + (size_t)token * inputs, steps + (size_t)(tokens + token) * inputs);
+    }
+    for (int chunk = first_chunk; chunk < last_chunk; chunk++) {
+        product(&m, codes + (size_t)chunk * inputs * ring_bytes(&m), steps, 2 * tokens, path, totals);
+        const int begin = chunk * length, count = outputs - begin < length ? outputs - begin : length;
+        for (int token = 0; token < tokens; token++) {
+            const float *coarse = totals + (size_t)token * length, *fine = totals + (size_t)(tokens + token) * length;
+            for (int i = 0; i < count; i++)
+                out[(size_t)token * outputs + begin + i] =
+                    (coarse[i] + fine[i] / 32767.0f) * scales[begin + i] * sizes[token];
+        }
+    }
+    free(rotated);
+    free(steps);
     return 0;
 }

@@ -12,7 +12,7 @@ from mc_cli import native
 from mc_cli.encodings import encoding_for
 from mc_cli.encodings.trellis import TrellisEncoding, trellis_for
 from mc_cli.kernels import packed_linear
-from mc_cli.kernels.trellis import FEW_TOKENS, PATHS, _product, path_name
+from mc_cli.kernels.trellis import FEW_TOKENS, PATHS, packed_product, path_name
 from mc_cli.numerics.rotation import rotate
 from mc_cli.numerics.trellis import _decode_compiled, decode, decode_in_torch
 
@@ -71,7 +71,7 @@ def test_every_path_that_the_machine_has_agrees(bits: float, path: int) -> None:
     for outputs, inputs in SHAPES:
         encoding, tensors = packed(outputs, inputs, bits)
         tokens = rows(20, inputs)
-        found = _product(rotate(tokens, encoding.block), tensors, encoding, path)
+        found = packed_product(tokens, tensors, encoding, path)
         assert relative_error(found, reference(tokens, encoding, tensors)) < LARGEST_ERROR
         values = _decode_compiled(tensors["codes"], encoding.rate, path)
         assert torch.equal(values, decode_in_torch(tensors["codes"], encoding.rate))
