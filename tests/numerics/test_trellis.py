@@ -14,7 +14,9 @@ from mc_cli.errors import ShapeError
 from mc_cli.numerics.trellis import LEVELS, UNIT, check_rate, code_levels, decode, encode, encode_in_torch, offsets
 
 RATES = tuple(Fraction(half, 2) for half in range(2, 11))
-ERRORS = dict(zip(RATES, (0.2793, 0.1422, 0.0712, 0.0364, 0.0183, 0.0095, 0.0051, 0.0029, 0.0018), strict=True))  # as documented
+ERRORS = dict(
+    zip(RATES, (0.2793, 0.1422, 0.0712, 0.0364, 0.0183, 0.0095, 0.0051, 0.0029, 0.0018), strict=True)
+)  # as documented
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
