@@ -31,7 +31,8 @@ def linear(inputs: Tensor, tensors: Mapping[str, Tensor], encoding: TrellisEncod
     tensors   `codes` and `scales` of one matrix
     """
     rows = inputs.reshape(-1, inputs.shape[-1]).float()
-    if len(rows) <= FEW_TOKENS and rows.device.type == "cpu" and native.library() is not None:
+    compiled = rows.device.type == "cpu" and native.library() is not None
+    if len(rows) <= FEW_TOKENS and compiled and not (rows.requires_grad and torch.is_grad_enabled()):
         outputs = packed_product(rows, tensors, encoding)
     else:
         outputs = _decoded_product(rotate(rows, encoding.block), tensors, encoding)

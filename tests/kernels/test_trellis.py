@@ -13,7 +13,7 @@ from mc_cli.encodings import encoding_for
 from mc_cli.encodings.trellis import TrellisEncoding, trellis_for
 from mc_cli.kernels import packed_linear
 from mc_cli.kernels.trellis import FEW_TOKENS, PATHS, packed_product, path_name
-from mc_cli.numerics.rotation import rotate
+from mc_cli.numerics.rotation import rotate, rotate_back
 from mc_cli.numerics.trellis import _decode_compiled, decode, decode_in_torch
 
 RATES = tuple(half / 2 for half in range(2, 11))
@@ -91,6 +91,16 @@ def test_shapes_dtypes_and_threads() -> None:
         assert torch.equal(packed_linear(tokens, tensors, encoding, in_features=512), found)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_gradients_flow_through_few_tokens() -> None:
+    encoding, tensors = packed(48, 64, 2)
+    tokens = rows(2, 64).requires_grad_(True)
+    packed_linear(tokens, tensors, encoding, in_features=64).sum().backward()
+    values = decode_in_torch(tensors["codes"], encoding.rate).transpose(-1, -2).flatten(-3, -2)[:48]
+    column_sums = (values * tensors["scales"].float()[:, None]).sum(0)
+    assert tokens.grad is not None
+    assert torch.allclose(tokens.grad, rotate_back(column_sums, encoding.block).expand(2, -1), rtol=1e-3, atol=1e-3)
 
 
 def test_zeros_and_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
