@@ -231,12 +231,19 @@ static void rotate(const float *x, const float *signs, int count, int block, flo
                 }
 }
 
-/* Every activation as two int16: steps of the largest / 32767, and their 32767th parts. Returns the step. */
+/* Every activation as two int16: steps of the largest / 32767, and their 32767th parts. Returns the step; NaN where an
+ * activation is not finite, so that it shows in the outputs. */
 static float split(const float *x, int count, int16_t *coarse, int16_t *fine) {
-    float largest = 1e-30f;
+    float largest = 1e-30f, check = 0.0f;
     for (int i = 0; i < count; i++) {
+        check += 0.0f * x[i];
         const float size = x[i] < 0 ? -x[i] : x[i];
         largest = size > largest ? size : largest;
+    }
+    if (check != 0.0f) { /* only NaN is */
+        memset(coarse, 0, sizeof(int16_t) * (size_t)count);
+        memset(fine, 0, sizeof(int16_t) * (size_t)count);
+        return check;
     }
     const float inverse = 32767.0f / largest;
     for (int i = 0; i < count; i++) {

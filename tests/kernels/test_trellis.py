@@ -103,6 +103,16 @@ def test_gradients_flow_through_few_tokens() -> None:
     assert torch.allclose(tokens.grad, rotate_back(column_sums, encoding.block).expand(2, -1), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_show_in_their_token_alone(value: float) -> None:
+    encoding, tensors = packed(48, 64, 2)
+    tokens = rows(3, 64)
+    expected = packed_linear(tokens, tensors, encoding, in_features=64)
+    tokens[1, 5] = value
+    found = packed_linear(tokens, tensors, encoding, in_features=64)
+    assert bool(found[1].isnan().all()) and torch.equal(found[::2], expected[::2])
+
+
 def test_zeros_and_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
     encoding, tensors = packed(64, 96, 2.5)
     assert not packed_linear(torch.zeros(2, 96), tensors, encoding, in_features=96).any()
