@@ -108,7 +108,7 @@ def test_every_matrix_is_reported_once(chain: Chain) -> None:
     }
     assert len(set(wanted.values())) > 1, "the plan mixes no widths, so it tests little"
     linears = [part for part in inventory.tensors if part.role in PACKED_ROLES]
-    wanted |= {part.name.removesuffix(".weight"): 4 for part in linears}
+    wanted |= {part.name.removesuffix(".weight"): plan.role_bits[part.role] for part in linears}
     rows = chain.rows
     assert Counter(row.name for row in rows) == Counter(list(wanted))
     assert {row.name: row.bits for row in rows} == wanted
