@@ -30,11 +30,6 @@ def rotate_hessian(hessian: Tensor, block: int) -> Tensor:
     return rotate(rotate(hessian, block).transpose(-2, -1), block).transpose(-2, -1)
 
 
-def choose_block(size: int, limit: int) -> int:
-    """The largest power of two up to `limit` that divides `size`; 1, signs alone, for odd sizes."""
-    return math.gcd(size, 1 << (limit.bit_length() - 1))
-
-
 @functools.cache
 def signs(size: int) -> Tensor:
     """float32 [size] of -1 and 1: the parity of the bits of i * 0x9E3779B1 mod 2^32. Part of the stored format."""

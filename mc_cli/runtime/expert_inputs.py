@@ -138,13 +138,6 @@ def up_outputs(module: Any, expert: int, inputs: torch.Tensor, up_weight: torch.
     return _linear(module, experts.up_name(module), expert, inputs, up_weight)
 
 
-def expert_outputs(
-    module: Any, expert: int, inputs: torch.Tensor, up_weight: torch.Tensor, down_weight: torch.Tensor
-) -> torch.Tensor:
-    """[n, hidden] of one expert with the given upright weights, before the routing weight."""
-    return expert_down(module, expert, expert_activations(module, expert, inputs, up_weight), down_weight)
-
-
 def expert_down(module: Any, expert: int, activated: torch.Tensor, down_weight: torch.Tensor) -> torch.Tensor:
     """[n, hidden] from activations [n, intermediate], before the routing weight."""
     outputs = _linear(module, "down_proj", expert, activated, down_weight)

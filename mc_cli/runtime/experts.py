@@ -131,6 +131,11 @@ def is_packed(module: Experts) -> bool:
     return hasattr(module, "_mc_packed")
 
 
+def stacked_weights(module: Experts, projection: str, members: list[int]) -> torch.Tensor:
+    """[members, out_features, in_features] float32, upright: one projection of several experts that are not packed."""
+    return torch.stack([expert_weight(module, projection, expert).float() for expert in members])
+
+
 def dense_weight(module: Experts, projection: str, expert: int) -> torch.Tensor:
     """The weight that the forward uses, upright [out_features, in_features], dequantized if packed; zeros if pruned."""
     if not is_packed(module):

@@ -184,7 +184,7 @@ class LayerQuantizer:
             return up_hessians(inputs, members, strength=self._shrinkage)
 
         def for_down(members: list[int]) -> torch.Tensor:
-            weights = torch.stack([experts.expert_weight(module, up.name, expert).float() for expert in members])
+            weights = experts.stacked_weights(module, up.name, members)
             return down_hessians(module, inputs, members, weights, strength=self._shrinkage)
 
         keys = {}
@@ -258,7 +258,7 @@ class LayerQuantizer:
         hessians: torch.Tensor,
         result: LayerResult,
     ) -> None:
-        weights = torch.stack([experts.expert_weight(module, projection, expert).float() for expert in members])
+        weights = experts.stacked_weights(module, projection, members)
         in_features = weights.shape[-1]
         encoding = self._encoding(bits, weights)
         prepared = self._quantizer.prepare(hessians, basis=encoding.basis)
@@ -291,10 +291,7 @@ class LayerQuantizer:
             return None
         if projection == down.name:
             return down_importance(inputs, members)
-        weights = (
-            torch.stack([experts.expert_weight(module, part.name, expert).float() for expert in members])
-            for part in (up, down)
-        )
+        weights = (experts.stacked_weights(module, part.name, members) for part in (up, down))
         return up_importance(module, inputs, members, *weights)
 
     def _measured(

@@ -154,9 +154,11 @@ class _LayerScorer:
     ) -> list[dict[str, Any]]:
         up, down = inputs.block.projections
         strength = self._settings.quantizer.shrinkage
-        ups = self._matrices(up, _stack(module, up.name, members), up_hessians(inputs, members, strength=strength))
+        ups = self._matrices(
+            up, experts.stacked_weights(module, up.name, members), up_hessians(inputs, members, strength=strength)
+        )
         hessians = down_hessians(module, inputs, members, ups.weights, strength=strength)
-        downs = self._matrices(down, _stack(module, down.name, members), hessians)
+        downs = self._matrices(down, experts.stacked_weights(module, down.name, members), hessians)
         if inputs.sensitivity is not None:
             ups.row_importance = up_importance(module, inputs, members, ups.weights, downs.weights)
             downs.row_importance = down_importance(inputs, members)
@@ -235,11 +237,6 @@ class _Matrices:
 def _encoding(settings: QuantizerSettings, part: Projection, width: float) -> Encoding:
     limit = settings.group_size
     return encoding_for(settings.family, width, part.out_features, part.in_features, group_size_limit=limit)
-
-
-def _stack(module: nn.Module, projection: str, members: list[int]) -> torch.Tensor:
-    """[members, out_features, in_features] float32, upright."""
-    return torch.stack([experts.expert_weight(module, projection, expert).float() for expert in members])
 
 
 def _merge(

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mc_cli.encodings.trellis import BLOCK_LIMIT, trellis_for
 from mc_cli.errors import ShapeError
-from mc_cli.numerics.rotation import choose_block, rotate, rotate_back, rotate_hessian, signs
+from mc_cli.numerics.rotation import rotate, rotate_back, rotate_hessian, signs
 
 
 def matrix(size: int, block: int) -> Tensor:
@@ -52,7 +53,7 @@ def test_signs_are_balanced_and_inputs_are_left_alone() -> None:
 
 @pytest.mark.parametrize(("size", "limit", "block"), [(4096, 128, 128), (2880, 128, 64), (1408, 128, 128), (7, 128, 1)])
 def test_block_is_the_largest_that_divides(size: int, limit: int, block: int) -> None:
-    assert choose_block(size, limit) == block
+    assert limit == BLOCK_LIMIT and trellis_for(2, size).block == block
 
 
 @pytest.mark.parametrize("block", [0, 3, 64])

@@ -20,7 +20,7 @@ from mc_cli.runtime.expert_inputs import (
     down_hessians,
     expert_activations,
     expert_chunks,
-    expert_outputs,
+    expert_down,
     pooled_share,
     up_hessians,
 )
@@ -122,7 +122,9 @@ def test_experts_as_functions_are_the_family_s_own(tiny_model: TinyModel) -> Non
                 up, down = up.T, down.T
             index = torch.full((6, 1), expert)
             expected = type(module).forward(module, hidden, index, torch.ones(6, 1))
-            assert torch.allclose(expert_outputs(module, expert, hidden, up, down), expected, atol=1e-6)
+            assert torch.allclose(
+                expert_down(module, expert, expert_activations(module, expert, hidden, up), down), expected, atol=1e-6
+            )
 
 
 def test_sample_is_spread_evenly_and_says_what_a_token_stands_for(tiny_model: TinyModel) -> None:
