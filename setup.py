@@ -15,8 +15,10 @@ setup(
     ext_modules=[
         Extension(
             "mc_cli.native._library",
-            sources=["mc_cli/native/trellis.c", "mc_cli/native/trellis_product.c"],
-            extra_compile_args=["-O3", "-Wno-psabi", "-fno-math-errno"],
+            sources=["mc_cli/native/trellis.c", "mc_cli/native/trellis_product.c", "mc_cli/native/threads.c"],
+            depends=["mc_cli/native/threads.h"],
+            extra_compile_args=["-O3", "-Wno-psabi", "-fno-math-errno", "-pthread"],
+            extra_link_args=["-pthread"],
             optional=True,  # without a C compiler torch does their work, slower, and the stages say so
         )
     ],

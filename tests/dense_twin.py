@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from mc_cli import kernels
 from mc_cli.numerics import trellis
+
+# What products with packed bytes change, in the mean, in logits of about 1: 4e-5 in each product. A near tie between
+# experts may then go the other way, so single logits say nothing.
+PRODUCTS = 2e-4
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,15 @@ class PackedMatrices:
     experts: dict[str, dict[str, list[torch.Tensor | None]]]
     kept: dict[str, torch.Tensor]
     expert_bytes: int
+
+
+@contextlib.contextmanager
+def decoded_products() -> Iterator[None]:
+    """Packed matrices are decoded, then multiplied in float32: for comparisons as close as rounding allows."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (kernels, kernels.trellis):
+            patch.setattr(module, "runs_packed", lambda rows: False)
+        yield
 
 
 def read_packed(folder: Path) -> PackedMatrices:
@@ -82,13 +99,15 @@ def _decode_trellis(key: str, part: Any) -> torch.Tensor:
     match = re.fullmatch(r"trellis_b([0-9p]+)_h(\d+)", key)
     assert match is not None, key
     rate, block = float(match[1].replace("p", ".")), int(match[2])
-    codes, scales = part("codes").numpy(), part("scales").numpy().astype(np.float64)
+    stored, scales = part("codes").numpy(), part("scales").numpy().astype(np.float64)
+    planes = stored.reshape(*stored.shape[:2], int(2 * rate), -1, 4)  # [sequences, groups, bytes of a lane, lanes, 4]
+    codes = planes.transpose(0, 1, 4, 3, 2).reshape(len(stored), 4 * stored.shape[1], -1)
     bits = np.unpackbits(codes, axis=-1, bitorder="little").astype(np.int64)
     length = int(bits.shape[-1] / rate)
     places = (np.floor(np.arange(length) * rate).astype(int)[:, None] + np.arange(12)) % bits.shape[-1]
     window = (bits[..., places] << np.arange(12)).sum(-1)
-    mixed = (window * 24907 + 8465) % 65536
-    values = np.array(trellis.LEVELS)[mixed // 512 % 64] * np.where(mixed >= 32768, -1, 1) * (3.0116 / 127)
+    mixed = sum(((window & mask) * 54201 + 128) // 256 for mask in (0x00F, 0x030, 0x0C0, 0xF00)) + 237
+    values = np.array(trellis.LEVELS)[mixed % 64] * np.where(mixed % 256 >= 128, -1, 1) * (3.0378 / 127)
     rows = values.transpose(0, 2, 1).reshape(-1, codes.shape[1])[: len(scales)] * scales[:, None]
     hadamard = np.array([[(-1) ** (i & j).bit_count() for j in range(block)] for i in range(block)]) / block**0.5
     turned = (rows.reshape(len(rows), -1, block) @ hadamard).reshape(rows.shape)

@@ -4,10 +4,12 @@
 those of `numerics/trellis.py`. A kernel rotates the inputs instead, once for all outputs.
 
 Version 1 layout, per matrix [out_features, in_features]:
-  codes   uint8   [outputs / T, in_features, T * bits / 8]
+  codes   uint8   [outputs / T, ceil(in_features / 4), 2 * bits * (T / 16) * 4]
           one ring of bits per input and T consecutive outputs; outputs are out_features, padded to a multiple of 16,
-          and T is the largest multiple of 16 up to 256 that divides them. The codes of T outputs are contiguous,
-          input after input, so a kernel keeps T sums and streams
+          and T is the largest multiple of 16 up to 256 that divides them. 16 weights of a ring are 2 * bits bytes, a
+          lane. The rings of 4 inputs lie together as [2 * bits, lanes, 4]: byte b of every lane, of all 4 inputs. So a
+          kernel finds in one vector the same bits of up to 16 lanes, with what is to be summed side by side, and
+          streams through a sequence of outputs, input after input. Inputs are padded with zero bytes.
   scales  float16 [out_features], not negative
 """
 
@@ -30,6 +32,7 @@ PATTERN = "trellis_b<bits>_h<block>"
 LARGEST_BITS = 5
 FEWEST_OUTPUTS = 16
 LONGEST_SEQUENCE = 256
+INPUTS_TOGETHER = 4
 BLOCK_LIMIT = 128  # inputs that are rotated together, at most; longer blocks gain nothing on trained experts
 _KEY = re.compile(r"trellis_b([1-5])(p5)?_h([1-9][0-9]*)")
 
@@ -71,24 +74,43 @@ class TrellisEncoding:
         if in_features % self.block:
             raise ShapeError(f"rotation blocks of {self.block} do not divide in_features {in_features}")
         length = sequence_length(out_features)
-        size = int(length * self.rate) // 8
+        size = int(length * self.rate) // 8 * INPUTS_TOGETHER
+        groups = -(-in_features // INPUTS_TOGETHER)
         return {
-            "codes": TensorSpec((padded(out_features) // length, in_features, size), "uint8"),
+            "codes": TensorSpec((padded(out_features) // length, groups, size), "uint8"),
             "scales": TensorSpec((out_features,), "float16"),
         }
+
+    @property
+    def lane_bytes(self) -> int:
+        """Bytes of 16 consecutive weights of a ring."""
+        return int(2 * self.rate)
+
+    def interleaved(self, rings: torch.Tensor) -> torch.Tensor:
+        """The stored `codes` of rings [..., sequences, in_features, T * bits / 8] as numerics/trellis.py gives them."""
+        import torch
+
+        spare = -rings.shape[-2] % INPUTS_TOGETHER
+        parts = torch.nn.functional.pad(rings, (0, 0, 0, spare)).unflatten(-1, (-1, self.lane_bytes))
+        return parts.unflatten(-3, (-1, INPUTS_TOGETHER)).transpose(-1, -3).flatten(-3).contiguous()
+
+    def rings(self, codes: torch.Tensor, in_features: int) -> torch.Tensor:
+        """The inverse of `interleaved`."""
+        parts = codes.unflatten(-1, (self.lane_bytes, -1, INPUTS_TOGETHER)).transpose(-1, -3)
+        return parts.flatten(-2).flatten(-3, -2)[..., :in_features, :]
 
     def dequantize(self, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
         """float32 [..., out_features, in_features] from packed `codes` and `scales`."""
         from mc_cli.numerics.rotation import rotate_back
 
-        return rotate_back(self.rotated(tensors), self.block)
+        return rotate_back(self.rotated(tensors, in_features), self.block)
 
-    def rotated(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def rotated(self, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
         """float32 [..., out_features, in_features]: the matrix that multiplies rotated inputs."""
         from mc_cli.numerics.trellis import decode
 
         scales = tensors["scales"]
-        values = decode(tensors["codes"], self.rate).transpose(-1, -2).flatten(-3, -2)
+        values = decode(self.rings(tensors["codes"], in_features), self.rate).transpose(-1, -2).flatten(-3, -2)
         return values[..., : scales.shape[-1], :] * scales.float().unsqueeze(-1)
 
 

@@ -5,13 +5,16 @@ One file per encoding that has paths of its own; any other is dequantized, then 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from mc_cli.encodings import Encoding
 from mc_cli.encodings.trellis import TrellisEncoding
 from mc_cli.kernels import trellis
+from mc_cli.kernels.trellis import Bank, runs_packed
+
+__all__ = ["Bank", "bank_for", "packed_linear", "runs_packed"]
 
 
 def packed_linear(
@@ -26,3 +29,23 @@ def packed_linear(
         return trellis.linear(inputs, tensors, encoding)
     weight = encoding.dequantize(tensors, in_features).to(inputs.dtype)
     return torch.nn.functional.linear(inputs, weight)
+
+
+def bank_for(
+    parts: Sequence[tuple[Encoding | None, Mapping[str, torch.Tensor]] | None], in_features: int
+) -> Bank | None:
+    """The matrices of one projection for products in which every row has its own expert; see `Bank`.
+
+    parts   (encoding, its stored parts) of every expert, None for one that is not there
+    None where a matrix is kept or of an encoding that has no such products, or none is there.
+    """
+    known: list[tuple[TrellisEncoding, Mapping[str, torch.Tensor]] | None] = []
+    for part in parts:
+        if part is None:
+            known.append(None)
+        elif isinstance(part[0], TrellisEncoding) and all(tensor.is_contiguous() for tensor in part[1].values()):
+            known.append((part[0], part[1]))
+        else:
+            return None
+    outputs = next((len(part[1]["scales"]) for part in known if part is not None), 0)
+    return Bank(known, outputs, in_features) if outputs else None

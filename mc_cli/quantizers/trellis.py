@@ -194,7 +194,8 @@ class _Coder:
         return (self._values * self._scales[:, None]).transpose(1, 2)[:, : self._outputs]
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"codes": self._codes, "scales": self._scales[:, : self._outputs].half()}
+        codes = self._encoding.interleaved(self._codes)
+        return {"codes": codes, "scales": self._scales[:, : self._outputs].half()}
 
     def _refit(self) -> None:
         """The scale of every row that fits its values best under the Hessian."""

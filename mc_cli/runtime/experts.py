@@ -7,6 +7,8 @@ own gate activation, so no family needs code of its own here.
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -191,6 +193,17 @@ def experts_forward(
     pruner = getattr(module, PRUNER, None)
     if pruner is not None:
         top_k_index, top_k_weights = pruner(module, flat, top_k_index, top_k_weights)
+    banks = _banks_of(module) if _observer(module) is None and kernels.runs_packed(flat) else None
+    compute = _one_by_one if banks is None else functools.partial(_all_at_once, banks)
+    total = compute(module, flat, top_k_index, top_k_weights)
+    return total.to(hidden_states.dtype).reshape(hidden_states.shape)
+
+
+def _one_by_one(
+    module: Experts, flat: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """[tokens, hidden]: expert after expert, each for all its tokens; on any device, and with gradients."""
+    observer = _observer(module)
     precise = torch.promote_types(flat.dtype, torch.float32)
     total = torch.zeros(flat.shape, dtype=precise, device=flat.device)
     for expert, token_index, weights in routed_tokens(top_k_index, top_k_weights, module.num_experts):
@@ -199,11 +212,74 @@ def experts_forward(
         inputs = flat[token_index]
         activated = activate(module, project(module, up_name(module), expert, inputs))
         outputs = expert_output(module, activated, expert)
-        observer: Observer | None = getattr(module, "_mc_observer", None)
         if observer is not None:
             observer(module, ExpertCall(expert, token_index, inputs, activated, outputs, weights))
         total.index_add_(0, token_index, (outputs * weights[:, None]).to(precise))
-    return total.to(hidden_states.dtype).reshape(hidden_states.shape)
+    return total
+
+
+def _all_at_once(
+    banks: tuple[kernels.Bank, kernels.Bank],
+    module: Experts,
+    flat: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """As `_one_by_one`, in two compiled calls: slot after slot, whatever experts they have. Tokens share a rotation."""
+    tokens, k = top_k_index.shape
+    chosen = top_k_index.reshape(-1).contiguous()
+    up, down = banks
+    hidden = _with_bias(module, up_name(module), chosen, up.product(flat.float(), chosen, share=k))
+    activated = activate(module, hidden.to(flat.dtype))
+    outputs = _with_bias(module, "down_proj", chosen, down.product(activated.float(), chosen)).to(flat.dtype)
+    if module.has_post_expert_norm:
+        outputs = module.post_expert_norm(outputs)
+    if module.has_bias or module.has_post_expert_norm:  # else what has no expert is zero by now
+        absent = down.absent[chosen.clamp(0, module.num_experts)]
+        outputs = outputs.masked_fill(absent[:, None], 0.0)
+    precise = torch.promote_types(flat.dtype, torch.float32)
+    weighted = outputs.view(tokens, k, -1) * top_k_weights.unsqueeze(-1)
+    return weighted.sum(1, dtype=precise)
+
+
+def _with_bias(module: Experts, projection: str, chosen: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    if not module.has_bias:
+        return outputs
+    bias = getattr(module, f"{projection}_bias")
+    return outputs + bias[chosen.clamp(0, module.num_experts - 1)].float()
+
+
+def _observer(module: Experts) -> Observer | None:
+    return getattr(module, "_mc_observer", None)
+
+
+_banks: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Any]] = weakref.WeakKeyDictionary()
+
+
+def _banks_of(module: Experts) -> tuple[kernels.Bank, kernels.Bank] | None:
+    """Both projections' packed matrices, ready for compiled products; None where not all are of an encoding for it."""
+    if not is_packed(module):
+        return None
+    addresses = tuple(parameter.data_ptr() for parameter in module._parameters.values() if parameter is not None)
+    found = _banks.get(module)
+    if found is None or found[0] != addresses:
+        found = addresses, _made_banks(module)
+        _banks[module] = found
+    return found[1]
+
+
+def _made_banks(module: Experts) -> tuple[kernels.Bank, kernels.Bank] | None:
+    made = []
+    for rows in (module._mc_packed[up_name(module)], module._mc_packed["down_proj"]):
+        parts = [
+            place and (place.encoding, {part: getattr(module, name)[place.slot] for part, name in place.names.items()})
+            for place in rows
+        ]
+        bank = kernels.bank_for(parts, next((place.in_features for place in rows if place is not None), 0))
+        if bank is None:
+            return None
+        made.append(bank)
+    return made[0], made[1]
 
 
 def routed_tokens(

@@ -26,7 +26,7 @@ from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.packed_model import PackedSource
 from mc_cli.stages import quantize
 from tests.conftest import TinyModel
-from tests.dense_twin import PackedMatrices, dense_twin, read_packed
+from tests.dense_twin import PRODUCTS, PackedMatrices, decoded_products, dense_twin, read_packed
 from tests.tiny_chain import (
     EVALUATE,
     run_allocate,
@@ -94,7 +94,8 @@ def chain(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantize, "save_progress", lambda _, walk: states.update({walk.depth: walk.hidden.clone()}))
         run_quantize(work_dir)
-    run_prune_eval(work_dir, held_out)
+    with decoded_products():
+        run_prune_eval(work_dir, held_out)
     yield Chain(request.param, model, work_dir, held_out, states[max(states)])
 
 
@@ -158,18 +159,24 @@ def test_each_file_holds_its_layer(chain: Chain) -> None:
 
 
 def test_packed_logits_are_those_of_the_dequantized_model(chain: Chain) -> None:
+    with torch.no_grad():
+        expected = chain.twin()(TOKEN_IDS, use_cache=False).logits
+        original = AutoModelForCausalLM.from_pretrained(chain.model, dtype=torch.float32).eval()(TOKEN_IDS).logits
+    assert (_streamed_logits(chain) - expected).abs().mean() < PRODUCTS
+    with decoded_products():
+        logits = _streamed_logits(chain)
+    assert (logits - expected).abs().max() < ROUNDING
+    assert (logits - original).abs().max() > 100 * ROUNDING
+
+
+def _streamed_logits(chain: Chain) -> torch.Tensor:
     source = chain.source()
     walk = LayerWalk(source, TOKEN_IDS, batch_size=2)
     for layer in range(walk.num_layers):
         source.load(layer)
         walk.run_layer(advance=True)
         source.free(layer)
-    logits = torch.cat([walk.logits(rows) for rows in walk.batches()])
-    with torch.no_grad():
-        expected = chain.twin()(TOKEN_IDS, use_cache=False).logits
-        original = AutoModelForCausalLM.from_pretrained(chain.model, dtype=torch.float32).eval()(TOKEN_IDS).logits
-    assert (logits - expected).abs().max() < ROUNDING
-    assert (logits - original).abs().max() > 100 * ROUNDING
+    return torch.cat([walk.logits(rows) for rows in walk.batches()])
 
 
 def test_quantize_goes_on_with_what_it_stores(chain: Chain) -> None:
@@ -180,7 +187,7 @@ def test_quantize_goes_on_with_what_it_stores(chain: Chain) -> None:
     for layer in range(walk.num_layers):
         source.load(layer)
         walk.run_layer(advance=True)
-    assert (walk.hidden - chain.hidden).abs().max() < ROUNDING * chain.hidden.abs().max()
+    assert (walk.hidden - chain.hidden).abs().mean() < PRODUCTS * chain.hidden.abs().max()
 
 
 def test_bytes_on_disk_are_those_of_the_plan(chain: Chain) -> None:

