@@ -18,7 +18,7 @@ from mc_cli.artifacts.store import read_json
 from mc_cli.encodings import Encoding, encoding_from_key
 from mc_cli.errors import ArtifactError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 QUANT_METHOD = "mc_cli"
 PRUNED = -1
 KEPT = "kept"  # an expert projection stored as in the checkpoint, [experts kept so, out_features, in_features]

@@ -17,11 +17,13 @@
 #define GROUP 4     /* inputs whose bytes lie side by side */
 #define MOST_PLANES 10
 #define LANE_BYTES (LANES * GROUP)
-#define GROUPS_FEW 32   /* decoded at once for few tokens: 32 KB stay in the first cache */
-#define GROUPS_MANY 512 /* and for tiles: 512 KB stay in the second */
+#define FEW_GROUPS 32   /* in a block: its 32 KB stay in the first cache */
+#define MANY_GROUPS 256 /* for many tokens, whose sums do not: 256 KB stay in the second */
+#define SUMS (PER_LANE * LANES) /* of one row of activations, with one sequence of outputs */
 #define TOKENS_AT_ONCE 256
-#define TOKENS_FOR_TILES 12 /* from here on tiles are faster */
-#define FINE 254.0f         /* a coarse step has as many fine ones */
+#define TOKENS_FOR_TILES 3 /* from here on tiles are faster */
+#define TILE 16            /* rows of a tile */
+#define FINE 254.0f        /* a coarse step has as many fine ones */
 #define INLINE static inline __attribute__((always_inline))
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -42,8 +44,20 @@ typedef struct {
     int groups, lanes, planes;
 } Sequence;
 
+typedef struct {
+    uint8_t *bytes; /* [16][pitch][LANES][4] */
+    int pitch;      /* groups that there is room for, a multiple of 16 */
+} Block;
+
+static Block new_block(int pitch) {
+    return (Block){aligned_alloc(64, (size_t)PER_LANE * pitch * LANE_BYTES), pitch};
+}
+
+/* lane 0 of row k for the g-th group */
+INLINE uint8_t *at(Block block, int k, int g) { return block.bytes + ((size_t)k * block.pitch + g) * LANE_BYTES; }
+
 /* What one lane's `planes` bytes, and the first two of the next lane, say of its 16 weights. */
-static void decode_portable(const Sequence *s, const Code *code, int first, int count, uint8_t *block) {
+static void decode_portable(const Sequence *s, const Code *code, int first, int count, Block block) {
     const int stride = s->lanes * GROUP;
     for (int g = 0; g < count; g++) {
         const uint8_t *bytes = s->codes + (size_t)(first + g) * s->planes * stride;
@@ -59,7 +73,7 @@ static void decode_portable(const Sequence *s, const Code *code, int first, int 
                     const uint32_t window = (own[bit >> 3] | own[(bit >> 3) + 1] << 8 | own[(bit >> 3) + 2] << 16) >> (bit & 7);
                     const uint8_t hash = (uint8_t)(code->first[window & 63] + code->second[window >> 6 & 63]);
                     const uint8_t size = code->sizes[hash & 63];
-                    block[((size_t)k * count + g) * LANE_BYTES + lane * GROUP + input] =
+                    at(block, k, g)[lane * GROUP + input] =
                         hash & 128 ? (uint8_t)-size : size;
                 }
             }
@@ -68,13 +82,13 @@ static void decode_portable(const Sequence *s, const Code *code, int first, int 
 }
 
 /* sums [rows][16][16] += rows of activations x [rows][stride], from `x` on, times a block of `count` groups */
-VERSIONS static void multiply_portable(const uint8_t *block, int count, const int8_t *x, size_t stride, int rows,
+VERSIONS static void multiply_portable(Block block, int count, const int8_t *x, size_t stride, int rows,
                                        int32_t *sums) {
     for (int row = 0; row < rows; row++)
         for (int k = 0; k < PER_LANE; k++) {
             int32_t *sum = sums + (row * PER_LANE + k) * LANES;
             for (int g = 0; g < count; g++) {
-                const uint8_t *w = block + ((size_t)k * count + g) * LANE_BYTES;
+                const uint8_t *w = at(block, k, g);
                 const int8_t *four = x + (size_t)row * stride + (size_t)g * GROUP;
                 for (int lane = 0; lane < LANES; lane++)
                     sum[lane] += w[4 * lane] * four[0] + w[4 * lane + 1] * four[1] + w[4 * lane + 2] * four[2] +
@@ -86,6 +100,7 @@ VERSIONS static void multiply_portable(const uint8_t *block, int count, const in
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>
 #define HAS_AVX512 1
+#define AHEAD 4096 /* bytes from codes that are decoded to those that are fetched */
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")))
 
 /* The low six bits of every byte: bits `bit` to bit + 5 of its column of planes; the other two are anything. */
@@ -97,7 +112,7 @@ AVX512 INLINE __m512i six_bits(const __m512i *planes, int bit) {
     return _mm512_ternarylogic_epi32(own, low, _mm512_slli_epi16(planes[plane + 1], (unsigned)(8 - from)), 0xCA);
 }
 
-AVX512 INLINE void decode_planes(const Sequence *s, const Code *code, int first, int count, uint8_t *block,
+AVX512 INLINE void decode_planes(const Sequence *s, const Code *code, int first, int count, Block block,
                                  const int planes) {
     const __m512i one = _mm512_loadu_si512(code->first), two = _mm512_loadu_si512(code->second),
                   sizes = _mm512_loadu_si512(code->sizes), zero = _mm512_setzero_si512();
@@ -113,6 +128,8 @@ AVX512 INLINE void decode_planes(const Sequence *s, const Code *code, int first,
         for (int p = 0; p < planes; p++) plane[p] = _mm512_maskz_loadu_epi32(mask, codes + p * stride);
         plane[planes] = _mm512_permutexvar_epi32(next, plane[0]);
         plane[planes + 1] = _mm512_permutexvar_epi32(next, plane[1]);
+#pragma GCC unroll 10
+        for (int p = 0; p < planes; p++) _mm_prefetch((const char *)codes + AHEAD + p * LANE_BYTES, _MM_HINT_T0);
         codes += planes * stride;
 #pragma GCC unroll 16
         for (int k = 0; k < PER_LANE; k++) {
@@ -121,12 +138,12 @@ AVX512 INLINE void decode_planes(const Sequence *s, const Code *code, int first,
                                                  _mm512_permutexvar_epi8(six_bits(plane, bit + 6), two));
             const __m512i size = _mm512_permutexvar_epi8(hash, sizes);
             const __m512i weight = _mm512_mask_sub_epi8(size, _mm512_movepi8_mask(hash), zero, size);
-            _mm512_store_si512(block + ((size_t)k * count + g) * LANE_BYTES, weight);
+            _mm512_store_si512(at(block, k, g), weight);
         }
     }
 }
 
-AVX512 static void decode_avx512(const Sequence *s, const Code *code, int first, int count, uint8_t *block) {
+AVX512 static void decode_avx512(const Sequence *s, const Code *code, int first, int count, Block block) {
     switch (s->planes) { /* one copy of the loop for each rate, with its shifts as constants */
     case 2: decode_planes(s, code, first, count, block, 2); break;
     case 3: decode_planes(s, code, first, count, block, 3); break;
@@ -141,7 +158,7 @@ AVX512 static void decode_avx512(const Sequence *s, const Code *code, int first,
 }
 
 /* `wide` rows of activations with `high` rows of the block at a time, their sums in registers */
-AVX512 INLINE void multiply_tile(const uint8_t *block, int count, const int8_t *x, size_t stride, int32_t *sums,
+AVX512 INLINE void multiply_tile(Block block, int count, const int8_t *x, size_t stride, int32_t *sums,
                                  const int wide, const int high) {
     for (int k = 0; k < PER_LANE; k += high) {
         __m512i sum[16];
@@ -151,7 +168,7 @@ AVX512 INLINE void multiply_tile(const uint8_t *block, int count, const int8_t *
         for (int g = 0; g < count; g++) {
 #pragma GCC unroll 4
             for (int h = 0; h < high; h++) {
-                const __m512i w = _mm512_load_si512(block + ((size_t)(k + h) * count + g) * LANE_BYTES);
+                const __m512i w = _mm512_load_si512(at(block, k + h, g));
 #pragma GCC unroll 16
                 for (int row = 0; row < wide; row++) {
                     int32_t four;
@@ -166,7 +183,7 @@ AVX512 INLINE void multiply_tile(const uint8_t *block, int count, const int8_t *
     }
 }
 
-AVX512 static void multiply_avx512(const uint8_t *block, int count, const int8_t *x, size_t stride, int rows,
+AVX512 static void multiply_avx512(Block block, int count, const int8_t *x, size_t stride, int rows,
                                    int32_t *sums) {
     int row = 0;
 #define TILES(WIDE, HIGH) \
@@ -193,7 +210,7 @@ static int amx_granted(void) {
     return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
 }
 
-/* Tiles 0 to 3 sums of 16 rows and 16 lanes, 4 and 5 activations, 6 and 7 weights; all of the largest size. */
+/* Tiles 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights, or 5 to 7; all of the largest size. */
 static const struct {
     uint8_t palette, start, reserved[14];
     uint16_t bytes[16];
@@ -202,25 +219,26 @@ static const struct {
 
 AMX static void configure_tiles(void) { _tile_loadconfig(&tiles); }
 
-/* As multiply_portable; `rows` a multiple of 32, groups a multiple of 16, tiles configured. */
-AMX static void multiply_amx(const uint8_t *block, int count, const int8_t *x, size_t stride, int rows, int32_t *sums) {
-    const long line = PER_LANE * LANES * sizeof(int32_t);
-    for (int row = 0; row < rows; row += 32)
-        for (int k = 0; k < PER_LANE; k += 2) {
-            int32_t *sum = sums + ((size_t)row * PER_LANE + k) * LANES, *below = sum + 16 * PER_LANE * LANES;
-            const uint8_t *w = block + (size_t)k * count * LANE_BYTES, *beside = w + (size_t)count * LANE_BYTES;
-            const int8_t *a = x + (size_t)row * stride, *b = a + 16 * stride;
+/* As multiply_portable, in whole tiles, configured before: rows and groups beyond the last are read, too. Activations
+ * beyond the last group are zeros, sums of rows beyond the last are of no use. */
+AMX static void multiply_amx(Block block, int count, const int8_t *x, size_t stride, int rows, int32_t *sums) {
+    const long line = SUMS * sizeof(int32_t);
+    const int pairs = (rows + TILE - 1) / (2 * TILE) * 2 * TILE;
+    for (int k = 0; k < PER_LANE; k += 2) /* two rows of the block stay near while all activations pass */
+        for (int row = 0; row < pairs; row += 2 * TILE) {
+            int32_t *sum = sums + (size_t)row * SUMS + k * LANES, *below = sum + TILE * SUMS;
+            const int8_t *a = x + (size_t)row * stride, *b = a + TILE * stride;
             _tile_loadd(0, sum, line);
             _tile_loadd(1, sum + LANES, line);
             _tile_loadd(2, below, line);
             _tile_loadd(3, below + LANES, line);
-            for (int g = 0; g < count; g += 16) {
-                _tile_loadd(4, a + (size_t)g * GROUP, (long)stride);
-                _tile_loadd(6, w + (size_t)g * LANE_BYTES, LANE_BYTES);
+            for (int g = 0; g < count; g += TILE) {
+                _tile_loadd(4, a + g * GROUP, (long)stride);
+                _tile_loadd(6, at(block, k, g), LANE_BYTES);
                 _tile_dpbsud(0, 4, 6);
-                _tile_loadd(7, beside + (size_t)g * LANE_BYTES, LANE_BYTES);
+                _tile_loadd(7, at(block, k + 1, g), LANE_BYTES);
                 _tile_dpbsud(1, 4, 7);
-                _tile_loadd(5, b + (size_t)g * GROUP, (long)stride);
+                _tile_loadd(5, b + g * GROUP, (long)stride);
                 _tile_dpbsud(2, 5, 6);
                 _tile_dpbsud(3, 5, 7);
             }
@@ -229,6 +247,30 @@ AMX static void multiply_amx(const uint8_t *block, int count, const int8_t *x, s
             _tile_stored(2, below, line);
             _tile_stored(3, below + LANES, line);
         }
+    if (pairs >= rows) return;
+    for (int k = 0; k < PER_LANE; k += 4) {
+        int32_t *sum = sums + (size_t)pairs * SUMS + k * LANES;
+        const int8_t *a = x + (size_t)pairs * stride;
+        _tile_loadd(0, sum, line);
+        _tile_loadd(1, sum + LANES, line);
+        _tile_loadd(2, sum + 2 * LANES, line);
+        _tile_loadd(3, sum + 3 * LANES, line);
+        for (int g = 0; g < count; g += TILE) {
+            _tile_loadd(4, a + g * GROUP, (long)stride);
+            _tile_loadd(6, at(block, k, g), LANE_BYTES);
+            _tile_dpbsud(0, 4, 6);
+            _tile_loadd(7, at(block, k + 1, g), LANE_BYTES);
+            _tile_dpbsud(1, 4, 7);
+            _tile_loadd(5, at(block, k + 2, g), LANE_BYTES);
+            _tile_dpbsud(2, 4, 5);
+            _tile_loadd(6, at(block, k + 3, g), LANE_BYTES);
+            _tile_dpbsud(3, 4, 6);
+        }
+        _tile_stored(0, sum, line);
+        _tile_stored(1, sum + LANES, line);
+        _tile_stored(2, sum + 2 * LANES, line);
+        _tile_stored(3, sum + 3 * LANES, line);
+    }
 }
 
 AMX static void release_tiles(void) { _tile_release(); }
@@ -249,7 +291,7 @@ int mc_trellis_path(void) {
     return PORTABLE;
 }
 
-static void decode_block(const Sequence *s, const Code *code, int first, int count, int path, uint8_t *block) {
+static void decode_block(const Sequence *s, const Code *code, int first, int count, int path, Block block) {
 #ifdef HAS_AVX512
     if (path >= AVX512_VNNI) {
         decode_avx512(s, code, first, count, block);
@@ -260,7 +302,7 @@ static void decode_block(const Sequence *s, const Code *code, int first, int cou
     decode_portable(s, code, first, count, block);
 }
 
-static void multiply(const uint8_t *block, int count, const int8_t *x, size_t stride, int rows, int path, int32_t *sums) {
+static void multiply(Block block, int count, const int8_t *x, size_t stride, int rows, int path, int32_t *sums) {
 #ifdef HAS_AMX
     if (path == AMX_TILES) {
         multiply_amx(block, count, x, stride, rows, sums);
@@ -291,19 +333,39 @@ static float from_half(uint16_t half) {
     return value;
 }
 
+typedef float vec __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+
+/* The last four rounds of a Hadamard transform, within 16 values. */
+INLINE void transform16(float *x) {
+    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vec v;
+    memcpy(&v, x, sizeof v);
+#pragma GCC unroll 4
+    for (int half = 1; half < 16; half <<= 1) {
+        const ints turned = (ints)v ^ (((lane & half) != 0) & (int32_t)0x80000000); /* the second halves, negated */
+        v = __builtin_shuffle(v, lane ^ half) + (vec)turned;
+    }
+    memcpy(x, &v, sizeof v);
+}
+
 /* The normalised Hadamard transform of every `block` entries of signs * x, as numerics/rotation.py defines it. */
 VERSIONS static void rotate(const float *x, const float *signs, int count, int block, float *out) {
     float norm = 1.0f;
     for (int size = block; size > 1; size >>= 1) norm *= 0.70710678118654752f;
     for (int i = 0; i < count; i++) out[i] = norm * signs[i] * x[i];
-    for (int first = 0; first < count; first += block)
-        for (int half = 1; half < block; half <<= 1)
+    for (float *first = out; first < out + count; first += block) {
+        int half = block / 2;
+        for (; half >= (block < 16 ? 1 : 16); half >>= 1)
             for (int i = 0; i < block; i += 2 * half)
-                for (int j = first + i; j < first + i + half; j++) {
-                    const float a = out[j], b = out[j + half];
-                    out[j] = a + b;
-                    out[j + half] = a - b;
+                for (int j = i; j < i + half; j++) {
+                    const float a = first[j], b = first[j + half];
+                    first[j] = a + b;
+                    first[j + half] = a - b;
                 }
+        if (block >= 16)
+            for (int i = 0; i < block; i += 16) transform16(first + i);
+    }
 }
 
 /* Activations as two bytes each: steps of the largest / 127, and their 254th parts. Returns the step; NaN where one is
@@ -346,17 +408,18 @@ typedef struct {
     Code code;
     float unit;
     float *out;
-    int tokens, slots, share, inputs, outputs, block, length, path;
-    size_t stride; /* bytes of a row of activations */
-    int8_t *rows;  /* [tokens][2][stride] */
-    float *steps;  /* [tokens] */
-    int32_t *totals; /* [tokens][2] */
-    int *order;    /* [slots] slots by expert */
-    int *tasks;    /* [..][3]: expert, first of its slots in `order`, how many */
-    int chunks;
+    int tokens, share, inputs, outputs, block, length, path, chunks;
+    size_t stride;   /* bytes of a row of activations, zeros behind its end; no power of two, which caches dislike */
+    int8_t *rows;    /* [places][2][stride], coarse and fine; a place is a slot, those of an expert side by side */
+    float *steps;    /* [places] */
+    int32_t *totals; /* [places][2] */
+    int *slots;      /* [places] */
+    int *places;     /* [slots], -1: no product */
+    int *tasks;      /* [..][3]: expert, its first place, how many it has */
     atomic_int failed;
 } Product;
 
+/* Eight tokens: rotated, quantized, and put where their experts find them. */
 static void quantize_tokens(void *context, int part) {
     Product *p = context;
     float *rotated = malloc(sizeof(float) * (size_t)p->inputs);
@@ -365,14 +428,35 @@ static void quantize_tokens(void *context, int part) {
         return;
     }
     for (int token = part * 8; token < p->tokens && token < part * 8 + 8; token++) {
-        int8_t *row = p->rows + 2 * token * p->stride;
-        rotate(p->x + (size_t)token * p->inputs, p->signs, p->inputs, p->block, rotated);
-        p->steps[token] = split(rotated, p->inputs, row, row + p->stride, p->totals + 2 * token);
+        int done = -1;
+        for (int slot = token * p->share; slot < (token + 1) * p->share; slot++) {
+            const int place = p->places[slot];
+            if (place < 0) continue;
+            int8_t *row = p->rows + 2 * (size_t)place * p->stride;
+            if (done < 0) {
+                rotate(p->x + (size_t)token * p->inputs, p->signs, p->inputs, p->block, rotated);
+                p->steps[place] = split(rotated, p->inputs, row, row + p->stride, p->totals + 2 * place);
+                done = place;
+            } else {
+                memcpy(row, p->rows + 2 * (size_t)done * p->stride, 2 * p->stride);
+                p->steps[place] = p->steps[done];
+                memcpy(p->totals + 2 * place, p->totals + 2 * done, 2 * sizeof(int32_t));
+            }
+        }
     }
     free(rotated);
 }
 
-/* One sequence of outputs of one expert, for its tokens. */
+/* Outputs of one place, from the sums of its two rows. */
+VERSIONS static void finish(const int32_t *sums, const int32_t *totals, float step, const float *scales, int count,
+                            float *out) {
+    float values[SUMS];
+    for (int i = 0; i < SUMS; i++)
+        values[i] = step * ((float)(sums[i] - 128 * totals[0]) + (float)(sums[SUMS + i] - 128 * totals[1]) / FINE);
+    for (int i = 0; i < count; i++) out[i] = scales[i] * values[i % PER_LANE * LANES + i / PER_LANE];
+}
+
+/* One sequence of outputs of one expert, for its places. */
 static void multiply_sequence(void *context, int index) {
     Product *p = context;
     const int *task = p->tasks + 3 * (index / p->chunks);
@@ -381,62 +465,69 @@ static void multiply_sequence(void *context, int index) {
     const Sequence s = {(const uint8_t *)(intptr_t)entry->codes + (size_t)chunk * groups * entry->planes * lanes * GROUP,
                         groups, lanes, (int)entry->planes};
     const int path = p->path == AMX_TILES && task[2] < TOKENS_FOR_TILES ? AVX512_VNNI : p->path;
-    const int by_tiles = path == AMX_TILES, at_once = by_tiles ? GROUPS_MANY : GROUPS_FEW;
     const int most = task[2] < TOKENS_AT_ONCE ? task[2] : TOKENS_AT_ONCE;
-    const int most_rows = by_tiles ? (2 * most + 31) / 32 * 32 : 2 * most; /* whole tiles */
-    uint8_t *block = aligned_alloc(64, (size_t)PER_LANE * at_once * LANE_BYTES);
-    int32_t *sums = aligned_alloc(64, (size_t)most_rows * PER_LANE * LANES * sizeof(int32_t));
-    int8_t *rows = malloc((size_t)most_rows * p->stride);
-    if (!block || !sums || !rows) {
+    const size_t sum_bytes = (size_t)(2 * most + TILE - 1) / TILE * TILE * SUMS * sizeof(int32_t); /* whole tiles */
+    const Block block = new_block(2 * most > 2 * TILE && path == AMX_TILES ? MANY_GROUPS : FEW_GROUPS);
+    int32_t *sums = aligned_alloc(64, sum_bytes);
+    if (!block.bytes || !sums) {
         atomic_store(&p->failed, 1);
-        free(block);
+        free(block.bytes);
         free(sums);
-        free(rows);
         return;
     }
-    if (lanes < LANES) memset(block, 0, (size_t)PER_LANE * at_once * LANE_BYTES);
+    float scales[PER_LANE * LANES];
+    const int first_output = chunk * p->length;
+    const int outputs = p->outputs - first_output < p->length ? p->outputs - first_output : p->length;
+    for (int i = 0; i < outputs; i++)
+        scales[i] = from_half(((const uint16_t *)(intptr_t)entry->scales)[first_output + i]);
+    if (lanes < LANES) memset(block.bytes, 0, (size_t)PER_LANE * block.pitch * LANE_BYTES); /* lanes that are not there are multiplied, too */
 #ifdef HAS_AMX
-    if (by_tiles) configure_tiles();
+    if (path == AMX_TILES) configure_tiles();
 #endif
     for (int begin = 0; begin < task[2]; begin += most) {
-        const int count = task[2] - begin < most ? task[2] - begin : most;
-        const int *slots = p->order + task[1] + begin;
-        const int used = by_tiles ? (2 * count + 31) / 32 * 32 : 2 * count;
-        for (int i = 0; i < count; i++)
-            memcpy(rows + 2 * i * p->stride, p->rows + 2 * (slots[i] / p->share) * p->stride, 2 * p->stride);
-        memset(rows + 2 * count * p->stride, 0, (size_t)(used - 2 * count) * p->stride);
-        memset(sums, 0, (size_t)used * PER_LANE * LANES * sizeof(int32_t));
-        for (int first = 0; first < groups; first += at_once) {
-            const int some = groups - first < at_once ? groups - first : at_once;
-            const int padded = by_tiles ? (some + 15) / 16 * 16 : some;
+        const int count = task[2] - begin < most ? task[2] - begin : most, place = task[1] + begin;
+        const int8_t *rows = p->rows + 2 * (size_t)place * p->stride;
+        memset(sums, 0, sum_bytes);
+        for (int first = 0; first < groups; first += block.pitch) {
+            const int some = groups - first < block.pitch ? groups - first : block.pitch;
             decode_block(&s, &p->code, first, some, path, block);
-            if (padded == some) multiply(block, some, rows + (size_t)first * GROUP, p->stride, used, path, sums);
-#ifdef HAS_AVX512
-            else multiply_avx512(block, some, rows + (size_t)first * GROUP, p->stride, used, sums);
-#endif
+            multiply(block, some, rows + (size_t)first * GROUP, p->stride, 2 * count, path, sums);
         }
-        const uint16_t *scales = (const uint16_t *)(intptr_t)entry->scales;
-        for (int i = 0; i < count; i++) {
-            const int token = slots[i] / p->share;
-            const int32_t *coarse = sums + (size_t)2 * i * PER_LANE * LANES, *fine = coarse + PER_LANE * LANES;
-            const int32_t *totals = p->totals + 2 * token;
-            const float step = p->steps[token] * p->unit;
-            float *out = p->out + (size_t)slots[i] * p->outputs;
-            for (int k = 0; k < PER_LANE; k++)
-                for (int lane = 0; lane < lanes; lane++) {
-                    const int output = chunk * p->length + lane * PER_LANE + k, at = k * LANES + lane;
-                    if (output >= p->outputs) continue;
-                    out[output] = ((float)(coarse[at] - 128 * totals[0]) + (float)(fine[at] - 128 * totals[1]) / FINE) *
-                                  from_half(scales[output]) * step;
-                }
-        }
+        for (int i = 0; i < count; i++)
+            finish(sums + (size_t)2 * i * SUMS, p->totals + 2 * (place + i), p->steps[place + i] * p->unit, scales,
+                   outputs, p->out + (size_t)p->slots[place + i] * p->outputs + first_output);
     }
 #ifdef HAS_AMX
-    if (by_tiles) release_tiles();
+    if (path == AMX_TILES) release_tiles();
 #endif
-    free(block);
+    free(block.bytes);
     free(sums);
-    free(rows);
+}
+
+/* Puts the slots of every expert side by side; returns the number of tasks, one for each expert that has slots. */
+static int divide(Product *p, const int64_t *experts, int matrices, int slots, int *counts) {
+    for (int slot = 0; slot < slots; slot++) {
+        const int64_t expert = experts ? experts[slot] : 0;
+        if (expert >= 0 && expert < matrices && p->bank[expert].planes) counts[expert]++;
+        else memset(p->out + (size_t)slot * p->outputs, 0, sizeof(float) * (size_t)p->outputs);
+    }
+    int tasks = 0, begin = 0;
+    for (int expert = 0; expert < matrices; expert++) {
+        if (!counts[expert]) continue;
+        int *task = p->tasks + 3 * tasks++;
+        task[0] = expert;
+        task[1] = begin;
+        task[2] = counts[expert];
+        begin += counts[expert];
+        counts[expert] = task[1]; /* from here on: the place of its next slot */
+    }
+    for (int slot = 0; slot < slots; slot++) {
+        const int64_t expert = experts ? experts[slot] : 0;
+        const int there = expert >= 0 && expert < matrices && p->bank[expert].planes;
+        p->places[slot] = there ? counts[expert]++ : -1;
+        if (there) p->slots[p->places[slot]] = slot;
+    }
+    return tasks;
 }
 
 /* out [slots][outputs] float32: slot s holds the product of token s / share with the matrix experts[s] of the bank;
@@ -447,44 +538,28 @@ int mc_trellis_product(const float *x, const int64_t *experts, const Entry *bank
                        int outputs, int block, int length, int path, int threads, float *out) {
     const int groups = (inputs + GROUP - 1) / GROUP;
     Product p = {.x = x, .signs = signs, .bank = bank, .code = {tables, tables + 64, tables + 128}, .unit = unit,
-                 .out = out, .tokens = tokens, .slots = slots, .share = share, .inputs = inputs, .outputs = outputs,
-                 .block = block, .length = length, .path = path, .stride = (size_t)(groups + 15) / 16 * 16 * GROUP,
-                 .chunks = (outputs + length - 1) / length};
-    p.rows = calloc((size_t)tokens * 2, p.stride);
-    p.steps = malloc(sizeof(float) * (size_t)tokens);
-    p.totals = malloc(sizeof(int32_t) * 2 * (size_t)tokens);
-    p.order = malloc(sizeof(int) * (size_t)(slots ? slots : 1));
+                 .out = out, .tokens = tokens, .share = share, .inputs = inputs, .outputs = outputs, .block = block,
+                 .length = length, .path = path, .chunks = (outputs + length - 1) / length,
+                 .stride = ((size_t)(groups + TILE - 1) / TILE * TILE + TILE) * GROUP};
+    const size_t room = (size_t)slots + TILE; /* tiles read rows beyond the last */
+    p.rows = calloc(2 * room, p.stride);
+    p.steps = malloc(sizeof(float) * room);
+    p.totals = malloc(sizeof(int32_t) * 2 * room);
+    p.slots = malloc(sizeof(int) * room);
+    p.places = malloc(sizeof(int) * room);
     p.tasks = malloc(sizeof(int) * 3 * (size_t)matrices);
-    int *counts = calloc((size_t)matrices + 1, sizeof(int));
-    atomic_init(&p.failed, !p.rows || !p.steps || !p.totals || !p.order || !p.tasks || !counts);
+    int *counts = calloc((size_t)matrices, sizeof(int));
+    atomic_init(&p.failed, !p.rows || !p.steps || !p.totals || !p.slots || !p.places || !p.tasks || !counts);
     if (!atomic_load(&p.failed)) {
-        for (int slot = 0; slot < slots; slot++) {
-            const int64_t expert = experts ? experts[slot] : 0;
-            if (expert >= 0 && expert < matrices && bank[expert].planes) counts[expert]++;
-            else memset(out + (size_t)slot * outputs, 0, sizeof(float) * (size_t)outputs);
-        }
-        int tasks = 0, begin = 0;
-        for (int expert = 0; expert < matrices; expert++) {
-            if (counts[expert]) {
-                int *task = p.tasks + 3 * tasks++;
-                task[0] = expert;
-                task[1] = begin;
-                task[2] = counts[expert];
-            }
-            begin += counts[expert];
-            counts[expert] = begin - counts[expert]; /* from here on: where the next slot goes */
-        }
-        for (int slot = 0; slot < slots; slot++) {
-            const int64_t expert = experts ? experts[slot] : 0;
-            if (expert >= 0 && expert < matrices && bank[expert].planes) p.order[counts[expert]++] = slot;
-        }
+        const int tasks = divide(&p, experts, matrices, slots, counts);
         mc_parallel(quantize_tokens, &p, (tokens + 7) / 8, threads);
         if (!atomic_load(&p.failed)) mc_parallel(multiply_sequence, &p, tasks * p.chunks, threads);
     }
     free(p.rows);
     free(p.steps);
     free(p.totals);
-    free(p.order);
+    free(p.slots);
+    free(p.places);
     free(p.tasks);
     free(counts);
     return atomic_load(&p.failed);
@@ -504,25 +579,25 @@ static void write_sequence(void *context, int chunk) {
     Matrix *m = context;
     Sequence s = m->first;
     s.codes += (size_t)chunk * s.groups * s.planes * s.lanes * GROUP;
-    uint8_t *block = aligned_alloc(64, (size_t)PER_LANE * GROUPS_FEW * LANE_BYTES);
-    if (!block) {
+    const Block block = new_block(FEW_GROUPS);
+    if (!block.bytes) {
         atomic_store(&m->failed, 1);
         return;
     }
-    for (int first = 0; first < s.groups; first += GROUPS_FEW) {
-        const int count = s.groups - first < GROUPS_FEW ? s.groups - first : GROUPS_FEW;
+    for (int first = 0; first < s.groups; first += FEW_GROUPS) {
+        const int count = s.groups - first < FEW_GROUPS ? s.groups - first : FEW_GROUPS;
         decode_block(&s, &m->code, first, count, m->path, block);
         const int begin = first * GROUP, end = begin + count * GROUP < m->inputs ? begin + count * GROUP : m->inputs;
         for (int i = 0; i < m->length && chunk * m->length + i < m->outputs; i++) {
             const int output = chunk * m->length + i;
-            const uint8_t *row = block + (size_t)(i % PER_LANE) * count * LANE_BYTES + i / PER_LANE * GROUP;
-            const float scale = m->scales ? from_half(m->scales[output]) * m->unit : m->unit;
+            const uint8_t *row = at(block, i % PER_LANE, 0) + i / PER_LANE * GROUP;
+            const float scale = m->unit * from_half(m->scales[output]);
             float *out = m->out + (size_t)output * m->inputs;
             for (int j = begin; j < end; j++)
-                out[j] = scale * (float)(row[(size_t)((j - begin) / GROUP) * LANE_BYTES + j % GROUP] - 128);
+                out[j] = scale * (float)(row[(j - begin) / GROUP * LANE_BYTES + j % GROUP] - 128);
         }
     }
-    free(block);
+    free(block.bytes);
 }
 
 /* out [outputs][inputs] float32: one matrix, in the basis of its rotated inputs. Returns 0, or 1 without memory. */

@@ -1,0 +1,261 @@
+"""Products with packed matrices beside torch's dense ones, cold, in one run: per matrix, per MoE block, at mixed widths.
+
+Every contender multiplies by one matrix after another out of a pool larger than the last-level cache, so that weights
+come from memory as they do in a model. Contenders take turns, and figures are the median over repeats, with the
+smallest and largest. Speedups are over torch's bfloat16 F.linear; `of reading` is the rate at which packed bytes are
+used, over the rate at which torch reads a plain array with as many threads. Weights are random codes: speed does not
+depend on values.
+
+    python recipes/benchmarks/products.py --threads 1 0 --out products.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from mc_cli.artifacts.packed import ExpertLayout
+from mc_cli.encodings.trellis import trellis_for
+from mc_cli.kernels.trellis import Bank, path_name
+from mc_cli.runtime.experts import IMPLEMENTATION
+from mc_cli.runtime.packed_modules import pack_experts
+
+SHAPES = ((14336, 4096), (4096, 14336), (768, 2048), (2048, 7168))  # (out_features, in_features) of real experts
+WIDTHS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
+MIXED = (1.5, 2.0, 2.5, 2.5, 2.5, 2.5, 3.0, 3.5)  # a block's experts: 2.5 bits in the mean
+TOKENS = (1, 8, 64)
+
+
+@dataclass
+class Contender:
+    """One way to do the same work; `run` does it once."""
+
+    name: str
+    run: Callable[[], Any]
+    size_bytes: int  # of the weights that one run touches
+
+
+def main() -> None:
+    arguments = parse()
+    results: list[dict[str, Any]] = []
+    torch.manual_seed(0)
+    for threads in arguments.threads:
+        torch.set_num_threads(threads or torch.get_num_threads())
+        rate = reading_rate(arguments)
+        console = Console(width=140)
+        console.print(
+            f"{torch.get_num_threads()} threads, {path_name()}, {platform.machine()}, torch {torch.__version__}, "
+            f"reading {rate / 1e9:.1f} GB/s"
+        )
+        found = [row for shape in arguments.shapes for row in matrices(arguments, shape, rate)]
+        found += blocks(arguments)
+        show(console, found)
+        results += [{**row, "threads": torch.get_num_threads(), "reading_bytes_per_s": rate} for row in found]
+    if arguments.out:
+        arguments.out.write_text(json.dumps(results, indent=1))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 0], help="0: as many as torch takes")
+    parser.add_argument("--shapes", type=_shape, nargs="+", default=list(SHAPES), help="OUTxIN")
+    parser.add_argument("--widths", type=float, nargs="+", default=list(WIDTHS))
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--pool-mb", type=int, default=600, help="weights that every contender goes through")
+    parser.add_argument("--skip-blocks", action="store_true", help="no whole MoE blocks; they need 5 GB of memory")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def _shape(text: str) -> tuple[int, int]:
+    outputs, inputs = text.split("x")
+    return int(outputs), int(inputs)
+
+
+def reading_rate(arguments: argparse.Namespace) -> float:
+    """Bytes per second at which torch sums an array larger than the cache: the best of its sums."""
+    array = torch.ones(arguments.pool_mb * 2**20 // 4)
+    fastest = min(timed(lambda: sum_of(array)) for sum_of in (torch.sum, torch.max) for _ in range(arguments.repeats))
+    return array.nbytes / fastest
+
+
+def timed(run: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def matrices(arguments: argparse.Namespace, shape: tuple[int, int], rate: float) -> list[dict[str, Any]]:
+    """One row per number of tokens and width: a product with a matrix of that shape."""
+    outputs, inputs = shape
+    rows = []
+    for tokens in arguments.tokens:
+        tokens_in = torch.randn(tokens, inputs)
+        contenders = [
+            dense(arguments, "bfloat16", tokens_in.bfloat16(), shape, torch.bfloat16),
+            dense(arguments, "float32", tokens_in, shape, torch.float32),
+            *(packed(arguments, f"{bits:g} bits", tokens_in, shape, bits) for bits in arguments.widths),
+        ]
+        times = measured(arguments, contenders)
+        baseline = statistics.median(times["bfloat16"])
+        for contender in contenders:
+            seconds = times[contender.name]
+            rows.append(
+                {
+                    "work": f"{outputs} x {inputs}, {tokens} token{'s' if tokens > 1 else ''}",
+                    "contender": contender.name,
+                    **spread(seconds),
+                    "speedup": baseline / statistics.median(seconds),
+                    "of_reading": contender.size_bytes / statistics.median(seconds) / rate,
+                }
+            )
+    return rows
+
+
+def measured(arguments: argparse.Namespace, contenders: list[Contender]) -> dict[str, list[float]]:
+    """Seconds of every run: contenders take turns, after one turn that does not count."""
+    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for turn in range(arguments.repeats + 1):
+        for contender in contenders:
+            seconds = timed(contender.run)
+            if turn:
+                times[contender.name].append(seconds)
+    return times
+
+
+def dense(
+    arguments: argparse.Namespace, name: str, rows: Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> Contender:
+    size = shape[0] * shape[1] * dtype.itemsize
+    pool = [torch.randn(shape, dtype=torch.float32).to(dtype) for _ in range(max(2, arguments.pool_mb * 2**20 // size))]
+    return Contender(name, in_turn(pool, lambda weight: torch.nn.functional.linear(rows, weight)), size)
+
+
+def packed(arguments: argparse.Namespace, name: str, rows: Tensor, shape: tuple[int, int], bits: float) -> Contender:
+    encoding = trellis_for(bits, shape[1])
+    specs = encoding.tensor_specs(*shape)
+    size = sum(spec.size_bytes for spec in specs.values())
+    pool = []
+    for _ in range(max(2, arguments.pool_mb * 2**20 // size)):
+        codes = torch.randint(0, 256, specs["codes"].shape, dtype=torch.uint8)
+        tensors = {"codes": codes, "scales": torch.full(specs["scales"].shape, 0.02, dtype=torch.float16)}
+        pool.append((Bank([(encoding, tensors)], *shape), tensors))
+    return Contender(name, in_turn(pool, lambda entry: entry[0].product(rows)), size)
+
+
+def in_turn(pool: list[Any], multiply: Callable[[Any], Any]) -> Callable[[], Any]:
+    """A call goes through the next of the pool's matrices."""
+    place = iter(range(10**9))
+    return lambda: multiply(pool[next(place) % len(pool)])
+
+
+def blocks(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A whole block of Mixtral-8x7B's experts: decoding one token and reading 512, at 2.5 bits in the mean."""
+    if arguments.skip_blocks:
+        return []
+    config = MixtralConfig(hidden_size=4096, intermediate_size=14336, num_local_experts=8, num_experts_per_tok=2)
+    made = {}
+    for name, widths in (("uniform 2.5 bits", (2.5,) * 8), ("mixed 2.5 bits", MIXED)):
+        made[name] = packed_block(config, widths)
+    made["bfloat16"] = dense_block(config)
+    rows = []
+    for tokens in (1, 512):
+        inputs = torch.randn(tokens, 4096).bfloat16()
+        contenders = [block_contender(name, block, inputs, tokens) for name, block in made.items()]
+        times = measured(arguments, contenders)
+        baseline = statistics.median(times["bfloat16"])
+        rows += [
+            {
+                "work": f"Mixtral block, {tokens} token{'s' if tokens > 1 else ''}",
+                "contender": contender.name,
+                **spread(times[contender.name]),
+                "speedup": baseline / statistics.median(times[contender.name]),
+            }
+            for contender in contenders
+        ]
+    return rows
+
+
+def block_contender(name: str, block: Any, inputs: Tensor, tokens: int) -> Contender:
+    """Runs go through all pairs of experts, so that no expert's weights are in a cache by chance."""
+    turns = iter(range(10**9))
+
+    def run() -> Tensor:
+        first = (torch.arange(tokens) + 2 * next(turns)) % 8
+        chosen = torch.stack([first, (first + 1) % 8], 1)
+        with torch.inference_mode():
+            return block(inputs, chosen, torch.full((tokens, 2), 0.5, dtype=inputs.dtype))
+
+    return Contender(name, run, 0)
+
+
+def dense_block(config: MixtralConfig) -> Any:
+    config._experts_implementation = "eager"
+    with torch.device("meta"):
+        block = MixtralExperts(config)
+    block = block.to(torch.bfloat16).to_empty(device="cpu")
+    for parameter in block.parameters():
+        for expert in parameter.data:
+            expert.normal_(0, 0.02)
+    return block
+
+
+def packed_block(config: MixtralConfig, widths: tuple[float, ...]) -> Any:
+    config = MixtralConfig(**config.to_dict())
+    config._experts_implementation = IMPLEMENTATION
+    with torch.device("meta"):
+        block: Any = MixtralExperts(config)
+    shapes = {"gate_up_proj": (2 * 14336, 4096), "down_proj": (4096, 14336)}
+    keys = {name: tuple(trellis_for(bits, shape[1]).key for bits in widths) for name, shape in shapes.items()}
+    pack_experts(block, ExpertLayout("experts", 8, shapes, keys), dtype=torch.bfloat16)
+    for name, parameter in list(block.named_parameters()):
+        filled = (
+            torch.randint(0, 256, parameter.shape, dtype=torch.uint8)
+            if parameter.dtype == torch.uint8
+            else torch.full(parameter.shape, 0.02, dtype=parameter.dtype)
+        )
+        block._parameters[name] = torch.nn.Parameter(filled, requires_grad=False)
+    return block
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    return {"median_s": statistics.median(seconds), "fastest_s": min(seconds), "slowest_s": max(seconds)}
+
+
+def show(console: Console, rows: list[dict[str, Any]]) -> None:
+    table = Table()
+    for name in ("work", "weights", "median ms", "range ms", "x bfloat16", "of reading"):
+        table.add_column(name, justify="left" if name in ("work", "weights") else "right")
+    work = None
+    for row in rows:
+        if work not in (None, row["work"]):
+            table.add_section()
+        work = row["work"]
+        table.add_row(
+            work,
+            row["contender"],
+            f"{1e3 * row['median_s']:.3f}",
+            f"{1e3 * row['fastest_s']:.3f} to {1e3 * row['slowest_s']:.3f}",
+            f"{row['speedup']:.2f}",
+            f"{row['of_reading']:.2f}" if "of_reading" in row else "",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
