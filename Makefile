@@ -16,6 +16,8 @@ help:
 	@echo "make docs     write docs/cli.md from the commands"
 	@echo "make bench-memory, make bench-quality   peak memory by depth; quality at equal stored bytes"
 	@echo "make bench-pruning PACKED=runs/x        quality and time by share of expert calls skipped"
+	@echo "make bench-kernels                      products with packed matrices beside torch's, at real sizes"
+	@echo "make bench-decode PACKED=DIR DENSE=DIR  load, prompt, decoding and memory of an export beside the original"
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -62,7 +64,7 @@ docs: install-dev
 	$(BIN)/python recipes/generate_cli_docs.py
 
 # Ratios against a baseline in the same run; see docs/results.md for figures and the options used there.
-.PHONY: bench-memory bench-quality bench-pruning
+.PHONY: bench-memory bench-quality bench-pruning bench-kernels bench-decode
 bench-memory: install
 	$(BIN)/python recipes/benchmarks/memory.py
 
@@ -73,3 +75,9 @@ bench-quality: install
 bench-pruning: install
 	$(BIN)/python -m pip install --quiet -e '.[figures]'
 	$(BIN)/python recipes/benchmarks/pruning.py --packed $(PACKED)
+
+bench-kernels: install
+	$(BIN)/python recipes/benchmarks/products.py
+
+bench-decode: install
+	$(BIN)/mc-cli bench $(PACKED) --beside $(DENSE)

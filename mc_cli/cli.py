@@ -51,7 +51,8 @@ _RUN_DEFAULTS = {"eval_data": HELD_OUT}  # parameters whose default differs in `
 RUN_LEAVES_OUT = {("allocate", "bits")}  # `run --bits` is what is scored; allocate chooses among that
 _METAVARS: dict[Any, str] = {str: "NAME", int: "NUMBER", float: "NUMBER"}
 _STAGES, _REST = "Stages, in the order of a run", "Whole runs and results"
-_WORK, _GENERATION = "Work directory and output", "Text"
+_WORK, _GENERATION, _SPEED = "Work directory and output", "Text", "What is measured"
+_DENSE_DTYPES = ("bfloat16", "float32")
 
 app = typer.Typer(
     name="mc-cli",
@@ -336,7 +337,49 @@ def _generate_parameters() -> list[inspect.Parameter]:
     ]
 
 
+def _bench(given: Mapping[str, Any]) -> None:
+    """Every model in a process of its own; the table to stdout."""
+    with telling_errors(debug=given["debug"]):
+        _prepare_libraries(debug=given["debug"])
+        from mc_cli import console
+        from mc_cli.runtime.model_folder import resolve_model
+        from mc_cli.runtime.speed import measure, reading_rate
+
+        wanted = {name: given[name] for name in ("prompt_tokens", "new_tokens", "threads")}
+        cases = [(given["model"], given["dtype"])]
+        cases += [(given["beside"], dtype) for dtype in _DENSE_DTYPES if given["beside"]]
+        found = []
+        for model, dtype in cases:
+            console.say(f"bench: {model}, {dtype}")
+            found.append(measure(resolve_model(model), dtype=dtype, **wanted))
+        rate = reading_rate(given["threads"])
+        if given["json"]:
+            return console.print_json({"reading_bytes_per_s": rate, "models": [speed.__dict__ for speed in found]})
+        return console.print_speeds(found, rate)
+
+
+def _bench_parameters() -> list[inspect.Parameter]:
+    model = typer.Argument(help="Exported directory, or any model folder.", metavar="DIR", show_default=False)
+    option = partial(_option, panel=_SPEED)
+    beside = option("--beside", help="Measure this model, too, in bfloat16 and float32: the original.", metavar="DIR")
+    prompt = option("--prompt-tokens", help="Random tokens to read. [default: 256]", metavar="COUNT", min=1)
+    new = option("--new-tokens", help="Tokens to decode, one at a time. [default: 64]", metavar="COUNT", min=1)
+    dtype = option("--dtype", help="Of the packed model's activations. [default: float32]", metavar="NAME")
+    threads = option("--threads", help="Processor threads. [default: what torch takes]", metavar="COUNT", min=1)
+    return [
+        _parameter("model", str, model),
+        _parameter("beside", str, beside, None),
+        _parameter("prompt_tokens", int, prompt, 256),
+        _parameter("new_tokens", int, new, 64),
+        _parameter("dtype", str, dtype, "float32"),
+        _parameter("threads", int, threads, None),
+        _parameter("json", bool, _JSON, False),
+        _parameter("debug", bool, _DEBUG, False),
+    ]
+
+
 _add_command("generate", _generate, _generate_parameters(), "Continue a text with an exported model.")
+_add_command("bench", _bench, _bench_parameters(), "Measure a model's speed and memory on this machine's processor.")
 
 
 def _version(asked: bool) -> None:

@@ -11,7 +11,8 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -23,6 +24,9 @@ from rich.text import Text
 
 from mc_cli.progress import StageResult
 from mc_cli.status import StageStatus
+
+if TYPE_CHECKING:
+    from mc_cli.runtime.speed import Speed
 
 PLAIN_INTERVAL_S = 10.0  # between two progress lines where there is no terminal
 _PLAIN_WIDTH = 160  # columns of a table in a pipe or file, where there is no terminal to ask
@@ -281,6 +285,35 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
+
+
+def print_speeds(models: Sequence[Speed], reading_rate: float) -> None:
+    """One row per model measured; factors are over the last one's time per token."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = ("model", "dtype", "weights", "load s", "memory", "prompt tokens/s", "tokens/s", "ms/token", "read/token")
+    for name in (*columns, "GB/s", "of reading"):
+        table.add_column(name, justify="left" if name in ("model", "dtype") else "right")
+    for speed in models:
+        moved = speed.token_bytes / speed.token_s
+        table.add_row(
+            Path(speed.folder).name,
+            speed.dtype,
+            size_text(speed.weight_bytes),
+            f"{speed.load_s:.2f}",
+            size_text(speed.peak_bytes - speed.base_bytes),
+            f"{speed.prompt_tokens / speed.prompt_s:,.0f}",
+            f"{1 / speed.token_s:.1f}",
+            f"{1e3 * speed.token_s:.2f} ({1e3 * min(speed.tokens_s):.2f} to {1e3 * max(speed.tokens_s):.2f})",
+            size_text(speed.token_bytes),
+            f"{moved / 1e9:.2f}",
+            f"{100 * moved / reading_rate:.0f} %",
+        )
+    first = models[0]
+    stdout_console().print(
+        f"{first.threads} threads, packed products: {first.products}; plain reading {reading_rate / 1e9:.1f} GB/s; "
+        f"libraries alone {size_text(first.base_bytes)}, `memory` is what came on top at the highest"
+    )
+    stdout_console().print(table)
 
 
 def print_status(stages: Sequence[StageStatus]) -> None:

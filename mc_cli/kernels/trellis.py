@@ -21,9 +21,9 @@ from mc_cli.errors import McError
 from mc_cli.numerics.rotation import rotate, signs
 from mc_cli.numerics.trellis import UNIT, lookup_tables
 
-PORTABLE = 0
-PATHS = {PORTABLE: "portable C", 2: "AVX-512 (VBMI, VNNI)", 3: "AMX"}
-FEW_TOKENS = 8  # up to here the portable path is faster than decoding first
+PATHS = {0: "portable C", 1: "AVX2", 2: "AVX-512 (VBMI, VNNI)", 3: "AMX"}
+_FOR_MANY_TOKENS = 2  # paths from here on multiply any number of tokens as fast as the library does, or faster
+FEW_TOKENS = 8  # up to here the others are faster than decoding first
 _WEIGHTS_PER_THREAD = 2**18  # fewer are done before a second thread has started
 _ARGUMENTS = "pppppfiiiiiiiiiip"
 _Part = tuple[TrellisEncoding, Mapping[str, Tensor]]
@@ -46,7 +46,7 @@ def runs_packed(rows: Tensor) -> bool:
     """Whether rows [tokens, in_features] are multiplied with packed matrices as these are."""
     if rows.device.type != "cpu" or native.library() is None or (rows.requires_grad and torch.is_grad_enabled()):
         return False
-    return rows.shape[0] <= FEW_TOKENS or best_path() != PORTABLE
+    return rows.shape[0] <= FEW_TOKENS or best_path() >= _FOR_MANY_TOKENS
 
 
 def path_name() -> str:

@@ -32,7 +32,7 @@
 #define VERSIONS
 #endif
 
-enum { PORTABLE = 0, AVX512_VNNI = 2, AMX_TILES = 3 };
+enum { PORTABLE = 0, AVX2 = 1, AVX512_VNNI = 2, AMX_TILES = 3 };
 
 typedef struct {
     const uint8_t *first, *second; /* [64] each: their sum mod 256 is the hash of a window */
@@ -99,7 +99,130 @@ VERSIONS static void multiply_portable(Block block, int count, const int8_t *x, 
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>
-#define HAS_AVX512 1
+#define HAS_VECTORS 1
+#define FOR_AVX2 __attribute__((target("avx2")))
+#define HALF (LANE_BYTES / 2) /* bytes of a vector: 8 lanes */
+
+/* The same hash as a sum of three tables of 16, and the sizes in four parts; each twice, for both halves of a vector. */
+typedef struct {
+    __m256i first, second, third, sizes[4];
+} SmallTables;
+
+FOR_AVX2 INLINE __m256i twice(const uint8_t *table) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+}
+
+FOR_AVX2 static SmallTables small_tables(const Code *code) {
+    uint8_t second[16], third[16];
+    for (int i = 0; i < 16; i++) {
+        second[i] = (uint8_t)(code->first[16 * (i & 3)] - code->first[0] + code->second[i >> 2]);
+        third[i] = code->second[4 * i];
+    }
+    return (SmallTables){twice(code->first), twice(second), twice(third),
+                         {twice(code->sizes), twice(code->sizes + 16), twice(code->sizes + 32), twice(code->sizes + 48)}};
+}
+
+/* Every byte: bits `bit` to bit + 3 of its column of planes. */
+FOR_AVX2 INLINE __m256i four_bits(const __m256i *planes, int bit) {
+    const int plane = bit >> 3, from = bit & 7;
+    const __m256i four = _mm256_set1_epi8(15), low = _mm256_srli_epi16(planes[plane], from);
+    if (from <= 4) return _mm256_and_si256(low, four);
+    const __m256i own = _mm256_set1_epi8((char)((1 << (8 - from)) - 1));
+    const __m256i high = _mm256_and_si256(_mm256_slli_epi16(planes[plane + 1], 8 - from), _mm256_andnot_si256(own, four));
+    return _mm256_or_si256(_mm256_and_si256(low, own), high);
+}
+
+FOR_AVX2 INLINE void decode_planes_avx2(const Sequence *s, const Code *code, int first, int count, Block block,
+                                        const int planes) {
+    const SmallTables t = small_tables(code);
+    const __m256i four = _mm256_set1_epi8(15), one = _mm256_set1_epi8(1);
+    const int stride = s->lanes * GROUP;
+    uint8_t near[MOST_PLANES + 2][LANE_BYTES] = {{0}}; /* the planes, and two moved by a lane */
+    for (int g = 0; g < count; g++) {
+        const uint8_t *codes = s->codes + (size_t)(first + g) * planes * stride;
+        for (int plane = 0; plane < planes; plane++) memcpy(near[plane], codes + plane * stride, (size_t)stride);
+        for (int plane = 0; plane < 2; plane++) {
+            memcpy(near[planes + plane], near[plane] + GROUP, (size_t)stride - GROUP);
+            memcpy(near[planes + plane] + stride - GROUP, near[plane], GROUP);
+        }
+        for (int half = 0; half * HALF < stride; half++) {
+            __m256i plane[MOST_PLANES + 2];
+#pragma GCC unroll 12
+            for (int p = 0; p < planes + 2; p++)
+                plane[p] = _mm256_loadu_si256((const __m256i *)(near[p] + half * HALF));
+#pragma GCC unroll 16
+            for (int k = 0; k < PER_LANE; k++) {
+                const int bit = k * planes / 2;
+                const __m256i hash =
+                    _mm256_add_epi8(_mm256_add_epi8(_mm256_shuffle_epi8(t.first, four_bits(plane, bit)),
+                                                    _mm256_shuffle_epi8(t.second, four_bits(plane, bit + 4))),
+                                    _mm256_shuffle_epi8(t.third, four_bits(plane, bit + 8)));
+                const __m256i low = _mm256_and_si256(hash, four), bit4 = _mm256_slli_epi16(hash, 3),
+                              bit5 = _mm256_slli_epi16(hash, 2);
+                const __m256i size = _mm256_blendv_epi8(
+                    _mm256_blendv_epi8(_mm256_shuffle_epi8(t.sizes[0], low), _mm256_shuffle_epi8(t.sizes[1], low), bit4),
+                    _mm256_blendv_epi8(_mm256_shuffle_epi8(t.sizes[2], low), _mm256_shuffle_epi8(t.sizes[3], low), bit4),
+                    bit5);
+                _mm256_store_si256((__m256i *)(at(block, k, g) + half * HALF),
+                                   _mm256_sign_epi8(size, _mm256_or_si256(hash, one)));
+            }
+        }
+    }
+}
+
+FOR_AVX2 static void decode_avx2(const Sequence *s, const Code *code, int first, int count, Block block) {
+    switch (s->planes) {
+    case 2: decode_planes_avx2(s, code, first, count, block, 2); break;
+    case 3: decode_planes_avx2(s, code, first, count, block, 3); break;
+    case 4: decode_planes_avx2(s, code, first, count, block, 4); break;
+    case 5: decode_planes_avx2(s, code, first, count, block, 5); break;
+    case 6: decode_planes_avx2(s, code, first, count, block, 6); break;
+    case 7: decode_planes_avx2(s, code, first, count, block, 7); break;
+    case 8: decode_planes_avx2(s, code, first, count, block, 8); break;
+    case 9: decode_planes_avx2(s, code, first, count, block, 9); break;
+    default: decode_planes_avx2(s, code, first, count, block, 10); break;
+    }
+}
+
+/* As multiply_portable; two rows of activations, of which there is an even number, and two of the block at a time. */
+FOR_AVX2 static void multiply_avx2(Block block, int count, const int8_t *x, size_t stride, int rows, int32_t *sums) {
+    const __m256i low = _mm256_set1_epi16(255);
+    for (int row = 0; row < rows; row += 2)
+        for (int k = 0; k < PER_LANE; k += 2) {
+            int32_t *sum = sums + ((size_t)row * PER_LANE + k) * LANES;
+            __m256i found[2][4]; /* by row of activations, then by row of the block and half of its lanes */
+            for (int i = 0; i < 4; i++) {
+                found[0][i] = _mm256_load_si256((const __m256i *)sum + i);
+                found[1][i] = _mm256_load_si256((const __m256i *)(sum + SUMS) + i);
+            }
+            for (int g = 0; g < count; g++) {
+                __m256i even[2], odd[2];
+#pragma GCC unroll 2
+                for (int r = 0; r < 2; r++) {
+                    int32_t four;
+                    memcpy(&four, x + (size_t)(row + r) * stride + (size_t)g * GROUP, GROUP);
+                    const __m256i all = _mm256_set1_epi32(four);
+                    even[r] = _mm256_srai_epi16(_mm256_slli_epi16(all, 8), 8);
+                    odd[r] = _mm256_srai_epi16(all, 8);
+                }
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) {
+                    const __m256i w = _mm256_load_si256((const __m256i *)at(block, k + i / 2, g) + i % 2);
+                    const __m256i w_even = _mm256_and_si256(w, low), w_odd = _mm256_srli_epi16(w, 8);
+#pragma GCC unroll 2
+                    for (int r = 0; r < 2; r++) {
+                        found[r][i] = _mm256_add_epi32(found[r][i], _mm256_madd_epi16(w_even, even[r]));
+                        found[r][i] = _mm256_add_epi32(found[r][i], _mm256_madd_epi16(w_odd, odd[r]));
+                    }
+                }
+            }
+            for (int i = 0; i < 4; i++) {
+                _mm256_store_si256((__m256i *)sum + i, found[0][i]);
+                _mm256_store_si256((__m256i *)(sum + SUMS) + i, found[1][i]);
+            }
+        }
+}
+
 #define AHEAD 4096 /* bytes from codes that are decoded to those that are fetched */
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")))
 
@@ -278,23 +401,28 @@ AMX static void release_tiles(void) { _tile_release(); }
 #endif
 #endif
 
-/* The fastest path of this machine: 3 AMX, 2 AVX-512 (VBMI, VNNI), 0 portable. */
+/* The fastest path of this machine: 3 AMX, 2 AVX-512 (VBMI, VNNI), 1 AVX2, 0 portable. */
 int mc_trellis_path(void) {
-#ifdef HAS_AVX512
+#ifdef HAS_VECTORS
     if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) {
 #ifdef HAS_AMX
         if (amx_granted()) return AMX_TILES;
 #endif
         return AVX512_VNNI;
     }
+    if (__builtin_cpu_supports("avx2")) return AVX2;
 #endif
     return PORTABLE;
 }
 
 static void decode_block(const Sequence *s, const Code *code, int first, int count, int path, Block block) {
-#ifdef HAS_AVX512
+#ifdef HAS_VECTORS
     if (path >= AVX512_VNNI) {
         decode_avx512(s, code, first, count, block);
+        return;
+    }
+    if (path == AVX2) {
+        decode_avx2(s, code, first, count, block);
         return;
     }
 #endif
@@ -309,9 +437,13 @@ static void multiply(Block block, int count, const int8_t *x, size_t stride, int
         return;
     }
 #endif
-#ifdef HAS_AVX512
+#ifdef HAS_VECTORS
     if (path == AVX512_VNNI) {
         multiply_avx512(block, count, x, stride, rows, sums);
+        return;
+    }
+    if (path == AVX2) {
+        multiply_avx2(block, count, x, stride, rows, sums);
         return;
     }
 #endif

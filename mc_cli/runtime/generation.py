@@ -66,15 +66,14 @@ def generate(
     Raises InputError for an empty prompt or one too long for the model, CheckpointError where loading fails.
     """
     folder = resolve_model(model)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is no model folder. Give the one that export made.")
+    check_model_folder(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=compute.trust_remote_code)
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     prompt_tokens = int(encoded["input_ids"].shape[1])
     if not prompt_tokens:
         raise InputError("--prompt holds no token. Give some text to continue.")
     begun = time.monotonic()
-    network = _load(folder, compute)
+    network = load_model(folder, compute)
     limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     if limit and prompt_tokens + max_new_tokens > limit:
         raise InputError(
@@ -103,8 +102,15 @@ def generate(
     )
 
 
-def _load(folder: Path, compute: RunSettings) -> Any:
+def check_model_folder(folder: Path) -> None:
+    """Raises CheckpointError where there is no config.json."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is no model folder. Give the one that export made.")
+
+
+def load_model(folder: Path, compute: RunSettings) -> Any:
     """The model, in float32 on a CPU and in its own dtype on a GPU unless asked otherwise; in evaluation mode."""
+    check_model_folder(folder)
     config: Any = read_config(folder, trust_remote_code=compute.trust_remote_code)
     device = device_named(compute.device)
     dtype = dtype_named(compute.dtype, device, stored=config.get_text_config().dtype)

@@ -1,4 +1,4 @@
-"""Products with packed matrices beside torch's dense ones, cold, in one run: per matrix, per MoE block, at mixed widths.
+"""Products with packed matrices beside torch's dense ones, cold, in one run: a matrix, a MoE block, mixed widths.
 
 Every contender multiplies by one matrix after another out of a pool larger than the last-level cache, so that weights
 come from memory as they do in a model. Contenders take turns, and figures are the median over repeats, with the
@@ -90,8 +90,8 @@ def _shape(text: str) -> tuple[int, int]:
 def reading_rate(arguments: argparse.Namespace) -> float:
     """Bytes per second at which torch sums an array larger than the cache: the best of its sums."""
     array = torch.ones(arguments.pool_mb * 2**20 // 4)
-    fastest = min(timed(lambda: sum_of(array)) for sum_of in (torch.sum, torch.max) for _ in range(arguments.repeats))
-    return array.nbytes / fastest
+    ways = (array.sum, array.max)
+    return array.nbytes / min(timed(way) for way in ways for _ in range(arguments.repeats))
 
 
 def timed(run: Callable[[], Any]) -> float:

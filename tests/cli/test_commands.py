@@ -40,7 +40,7 @@ def test_help_imports_nothing_heavy() -> None:
         assert done.stdout
 
 
-@pytest.mark.parametrize("command", [*STAGES, "run", "status", "generate"])
+@pytest.mark.parametrize("command", [*STAGES, "run", "status", "generate", "bench"])
 def test_every_command_explains_itself(mc_cli: Invoke, command: str) -> None:
     result = mc_cli(command, "--help")
     assert result.exit_code == 0

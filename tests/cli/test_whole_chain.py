@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from mc_cli.cli import app
@@ -121,6 +122,49 @@ def test_generate_refuses_what_cannot_work(finished: Path, arguments: tuple[str,
     assert result.exit_code == 1
     assert words in result.stderr
     assert not result.stdout
+
+
+def test_bench_measures_the_export_beside_another_model(finished: Path, tiny_model: Callable[..., Path]) -> None:
+    beside = tiny_model("mixtral")
+    result = invoke(
+        "bench",
+        finished / "model",
+        "--beside",
+        beside,
+        "--prompt-tokens",
+        8,
+        "--new-tokens",
+        3,
+        "--threads",
+        1,
+        "--json",
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["reading_bytes_per_s"] > 1e8
+    packed, *dense = found["models"]
+    assert [speed["dtype"] for speed in found["models"]] == ["float32", "bfloat16", "float32"]
+    assert packed["products"] == "dequantized, then torch" and {speed["products"] for speed in dense} == {"torch"}
+    half, full = dense
+    assert full["weight_bytes"] == 2 * half["weight_bytes"] and full["token_bytes"] == 2 * half["token_bytes"]
+    config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
+    tensors = load_file(beside / "model.safetensors")
+    experts = sum(tensor.numel() for name, tensor in tensors.items() if ".experts." in name)
+    embedding = tensors["model.embed_tokens.weight"]
+    every = sum(tensor.numel() for tensor in tensors.values())
+    idle = experts * (1 - config["num_experts_per_tok"] / config["num_local_experts"])
+    assert full["weight_bytes"] == 4 * every
+    assert full["token_bytes"] == 4 * (every - idle - embedding.numel() + embedding.shape[1])
+    for speed in found["models"]:
+        assert len(speed["tokens_s"]) == 3 and min(speed["tokens_s"]) > 0 and speed["prompt_s"] > 0
+        assert 0 < speed["base_bytes"] < speed["peak_bytes"] and speed["threads"] == 1
+
+
+def test_bench_says_which_model_failed_and_why(finished: Path, tmp_path: Path) -> None:
+    result = invoke("bench", tmp_path)
+    assert result.exit_code == 1 and "no config.json" in result.stderr
+    result = invoke("bench", finished / "model", "--prompt-tokens", 10**6)
+    assert result.exit_code == 1 and "positions, and 1000064 tokens are asked for" in result.stderr
 
 
 def test_generate_refuses_a_folder_that_is_no_model(tmp_path: Path) -> None:
