@@ -17,7 +17,7 @@ help:
 	@echo "make bench-memory, make bench-quality   peak memory by depth; quality at equal stored bytes"
 	@echo "make bench-pruning PACKED=runs/x        quality and time by share of expert calls skipped"
 	@echo "make bench-kernels                      products with packed matrices beside torch's, at real sizes"
-	@echo "make bench-decode PACKED=DIR DENSE=DIR  load, prompt, decoding and memory of an export beside the original"
+	@echo "make bench-decode                       a whole packed model beside the dense one: load, memory, prompt, decoding"
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -80,4 +80,4 @@ bench-kernels: install
 	$(BIN)/python recipes/benchmarks/products.py
 
 bench-decode: install
-	$(BIN)/mc-cli bench $(PACKED) --beside $(DENSE)
+	$(BIN)/python recipes/benchmarks/decode.py
