@@ -2,8 +2,8 @@
 
 Writes a random Mixtral checkpoint and the packed form of it (experts at 2.5 bits in the mean, mixed; attention 5 bits),
 and measures each in a process of its own, as `mc-cli bench` does for real models. Values are random: neither speed nor
-memory depends on them. Memory is told over what the libraries take alone, and as a multiple of the packed bytes plus the
-key-value cache.
+memory depends on them. Memory is told over what the libraries take alone, and as a multiple of the packed bytes plus
+the key-value cache.
 
     python recipes/benchmarks/decode.py --hidden 2048 --intermediate 7168 --layers 8 --threads 1 0 --out decode.json
 """
