@@ -178,40 +178,36 @@ def _droppable_units(
 ) -> list[Unit]:
     """One unit per expert: it is dropped as a whole, or each of its projections gets a width.
 
-    Of the combinations of widths only those are listed that none beats in size and cost; with floors all are.
+    Of the combinations of widths only those are listed that cost less than every smaller one; with floors all are.
     """
     widths = [bits for bits in candidate_bits if bits != DROPPED]
+    sizes = [_combined(layer, combination) for combination in product(widths, repeat=len(layer.projections))]
+    sizes.sort(key=budget.size)
     units = []
     for expert in range(layer.num_experts):
-        combined = [
-            _combined(layer, expert, combination) for combination in product(widths, repeat=len(layer.projections))
-        ]
-        if not floors:
-            combined = _unbeaten(combined, budget)
-        dropped = Choice(DROPPED, 0, 0, float(layer.predicted_loss_by_bits[DROPPED][expert]))
-        units.append(Unit(layer.layer, expert, layer.weights_per_expert, (dropped, *combined)))
+        losses = {part.name: part.predicted_loss_by_bits for part in layer.projections}
+        choices = [Choice(DROPPED, 0, 0, float(layer.predicted_loss_by_bits[DROPPED][expert]))]
+        least = math.inf
+        for choice in sizes:
+            cost = math.fsum(losses[name][bits][expert] for name, bits in choice.widths)
+            if floors or not cost >= least:  # a cost that is no number stays, to be reported
+                choices.append(replace(choice, cost=cost))
+                least = min(least, cost)
+        units.append(Unit(layer.layer, expert, layer.weights_per_expert, tuple(choices)))
     return units
 
 
-def _combined(layer: LayerImportance, expert: int, widths: tuple[float, ...]) -> Choice:
+def _combined(layer: LayerImportance, widths: tuple[float, ...]) -> Choice:
+    """The choice of these widths, one per projection, without its cost: sizes are those of every expert."""
     parts = list(zip(layer.projections, widths, strict=True))
     code_bits = sum(round(bits * part.weight_count) for part, bits in parts)
     return Choice(
         bits=code_bits / layer.weights_per_expert,
         code_bits=code_bits,
         stored_bytes=sum(part.stored_bytes_by_bits[bits] for part, bits in parts),
-        cost=math.fsum(part.predicted_loss_by_bits[bits][expert] for part, bits in parts),
+        cost=math.nan,
         widths=tuple((part.name, bits) for part, bits in parts),
     )
-
-
-def _unbeaten(choices: Iterable[Choice], budget: Budget) -> list[Choice]:
-    """The choices that cost less than every smaller one, by size. Costs that are no numbers stay, to be reported."""
-    found: list[Choice] = []
-    for choice in sorted(choices, key=lambda choice: (budget.size(choice), choice.cost)):
-        if not found or not choice.cost >= found[-1].cost:
-            found.append(choice)
-    return found
 
 
 def _survivors(layer: LayerImportance) -> Iterable[Survivors]:
