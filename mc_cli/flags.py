@@ -144,7 +144,13 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         ),
     ),
     s.ScoreSettings: (
-        Flag("bits", "Candidate widths, bits per weight.", _SCORE, metavar="LIST", parse=s.parse_bits_list),
+        Flag(
+            "bits",
+            "Candidate widths, bits per weight; 0 lets experts be dropped.",
+            _SCORE,
+            metavar="LIST",
+            parse=s.parse_bits_list,
+        ),
         Flag(
             "loss_tokens", "Tokens per expert, at most, on which output errors are measured.", _SCORE, metavar="TOKENS"
         ),
@@ -181,7 +187,7 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         ),
         Flag(
             "bits",
-            "Candidate widths, bits per weight.",
+            "Candidate widths, bits per weight; 0 lets experts be dropped.",
             _METHOD,
             metavar="LIST",
             parse=s.parse_bits_list,

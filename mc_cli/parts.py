@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Collection
 from dataclasses import dataclass
+
+DROPPED = 0  # the width of an expert that the router does not choose, and that is not stored
 
 
 class Role(enum.StrEnum):
@@ -67,10 +70,37 @@ class ExpertBlock:
     num_experts: int
     top_k: int
     projections: tuple[Projection, ...]
+    router_groups: int = 1  # equal runs of experts, of which a token's experts come from `groups_used`
+    groups_used: int = 1
 
     @property
     def weights_per_expert(self) -> int:
         return sum(projection.weight_count for projection in self.projections)
+
+
+def survivor_floors(num_experts: int, top_k: int, groups: int, groups_used: int) -> tuple[tuple[range, int], ...]:
+    """(experts, how many of them have to stay) of one layer, so that a token always finds its top-k.
+
+    A router without groups needs top-k of all. One with groups picks `groups_used` of them first, whichever they are,
+    so that each has to hold its part of the top-k.
+    """
+    if groups <= 1:
+        return ((range(num_experts), top_k),)
+    size = num_experts // groups
+    return tuple((range(group * size, (group + 1) * size), -(-top_k // groups_used)) for group in range(groups))
+
+
+def too_few_survivors(
+    dropped: Collection[int], num_experts: int, top_k: int, groups: int = 1, groups_used: int = 1
+) -> list[str]:
+    """What stands against dropping these experts of one layer, one phrase per floor that is not kept."""
+    found = []
+    for members, least in survivor_floors(num_experts, top_k, groups, groups_used):
+        left = sum(expert not in dropped for expert in members)
+        if left < least:
+            of = "" if groups <= 1 else f" of the router's group {members.start} to {members.stop - 1}"
+            found.append(f"{left} experts{of} stay, but a token needs {least}")
+    return found
 
 
 @dataclass(frozen=True)

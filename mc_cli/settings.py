@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from mc_cli.errors import InputError
-from mc_cli.parts import Role, read_width
+from mc_cli.parts import DROPPED, Role, read_width
 
 # Widths that score measures unless told otherwise, by the family of encodings that the quantizer makes.
 CANDIDATES: dict[str, tuple[float, ...]] = {"trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4), "affine": (1, 2, 3, 4)}
@@ -72,13 +72,15 @@ def parse_size(text: str) -> int:
 
 
 def parse_bits_list(text: str) -> tuple[float, ...]:
-    """Candidate widths of a list like `1,1.5,2,4`, ascending. Raises InputError for anything else."""
+    """Candidate widths of a list like `0,1,1.5,2,4`, ascending; 0 drops an expert. Raises InputError for others."""
     try:
         widths = tuple(sorted({read_width(piece) for piece in text.split(",")}))
     except ValueError as error:
         raise InputError(f"--bits {text!r}: write widths separated by commas, for example 1,1.5,2,3,4.") from error
-    if not all(1 <= width <= 8 and float(2 * width).is_integer() for width in widths):
-        raise InputError(f"--bits {text!r}: widths are 1 to 8, in steps of one half.")
+    if not all((width == DROPPED or 1 <= width <= 8) and float(2 * width).is_integer() for width in widths):
+        raise InputError(f"--bits {text!r}: widths are 1 to 8 in steps of one half, or 0 for dropping an expert.")
+    if widths == (DROPPED,):
+        raise InputError(f"--bits {text!r}: not all experts can be dropped. Add at least one width above 0.")
     return widths
 
 
@@ -169,7 +171,10 @@ class QuantizerSettings(StageSettings):
 
 @dataclass(frozen=True)
 class ScoreSettings(StageSettings):
-    """bits: candidate widths. loss_tokens: tokens per expert at most on which output errors are measured."""
+    """bits: candidate widths; 0 measures what dropping an expert costs.
+
+    loss_tokens: tokens per expert at most on which output errors are measured.
+    """
 
     bits: tuple[float, ...] = ()  # none given: CANDIDATES of the quantizer's family
     quantizer: QuantizerSettings = QuantizerSettings()

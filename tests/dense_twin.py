@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class PackedMatrices:
     """What a packed folder holds, decoded.
 
     linears  module path -> [out_features, in_features] float32
-    experts  experts path -> projection -> expert -> the same, None for a pruned expert
+    experts  experts path -> projection -> expert -> the same, None for a dropped expert
     kept     every other tensor by its module-tree name, as stored
     packed_bytes  experts path -> bytes of the stacked tensors, kept and packed
     """
@@ -134,7 +134,7 @@ def dense_twin(model_folder: Path, packed_folder: Path, *, transposed: bool) -> 
     """The original model in float32, read by transformers alone, with the packed matrices' values put in their places.
 
     transposed  the family holds its experts' weights as [in_features, out_features]
-    A pruned expert gets zeros, its biases included.
+    Dropped experts are not there: their weights are cut out, their rows in the router as well.
     """
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     packed = read_packed(packed_folder)
@@ -147,8 +147,24 @@ def dense_twin(model_folder: Path, packed_folder: Path, *, transposed: bool) -> 
                 target = getattr(module, projection)[expert]
                 if weight is not None:
                     target.copy_(weight.T if transposed else weight)
-                    continue
-                target.zero_()
-                if hasattr(module, f"{projection}_bias"):
-                    getattr(module, f"{projection}_bias")[expert].zero_()
+        cut_experts_out(model, path, [expert for expert, weight in enumerate(row) if weight is None])
     return model
+
+
+def cut_experts_out(model: Any, path: str, dropped: Sequence[int]) -> None:
+    """Takes experts out of the module at `path` and of the router beside it, in place: what is left is renumbered.
+
+    A router that chooses among groups needs the same number out of each.
+    """
+    parent = model.get_submodule(path.rpartition(".")[0])
+    router = parent.gate if hasattr(parent, "gate") else parent.router
+    count = model.get_submodule(path).num_experts
+    kept = torch.tensor([expert for expert in range(count) if expert not in dropped])
+    for top in (model.get_submodule(path), router):
+        for module in top.modules():
+            for tensors in (module._parameters, module._buffers):
+                for tensor in tensors.values():
+                    if tensor is not None and count in tensor.shape:
+                        tensor.data = tensor.index_select(tensor.shape.index(count), kept)
+            if hasattr(module, "num_experts"):
+                module.num_experts = len(kept)

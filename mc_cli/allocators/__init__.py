@@ -10,14 +10,15 @@ import math
 import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import product
 
-from mc_cli.allocators.problem import BUDGET_UNITS, AllocationProblem, Budget, Choice, Floor, Unit
+from mc_cli.allocators.problem import BUDGET_UNITS, AllocationProblem, Budget, Choice, Floor, Survivors, Unit
 from mc_cli.allocators.report import make_plan
 from mc_cli.allocators.strategy import Assignment, CostSettings, SolverSettings, Strategy
 from mc_cli.artifacts.importance import Importance, LayerImportance
 from mc_cli.artifacts.plan import Plan
 from mc_cli.errors import InputError, listed
-from mc_cli.parts import Role
+from mc_cli.parts import DROPPED, Role, survivor_floors
 
 __all__ = [
     "BUDGET_UNITS",
@@ -28,6 +29,7 @@ __all__ = [
     "Floor",
     "SolverSettings",
     "Strategy",
+    "Survivors",
     "Unit",
     "allocate",
     "build_problem",
@@ -108,10 +110,13 @@ def build_problem(
     settings = settings or CostSettings(strategy.exponents)
     units: list[Unit] = []
     for layer in importance.layers:
-        if strategy.splits_experts and layer.projections:
-            units += _projection_units(layer, candidate_bits)
-        else:
+        if not (strategy.splits_experts and layer.projections):
             units += _units(layer, strategy.costs(layer, candidate_bits, settings), candidate_bits)
+        elif DROPPED in candidate_bits:
+            units += _droppable_units(layer, candidate_bits, budget, floors)
+        else:
+            units += _projection_units(layer, candidate_bits)
+    survivors = [kept for layer in importance.layers for kept in _survivors(layer)] if DROPPED in candidate_bits else []
     broken = [
         f"{unit}   cost {choice.cost} at {choice.bits} bits"
         for unit in units
@@ -123,7 +128,7 @@ def build_problem(
             f"{len(broken)} costs of method {strategy.name} are not finite numbers:\n{listed(broken)}\n"
             "Run score again with more calibration text; if that does not help, choose another method."
         )
-    return AllocationProblem.of(units, budget, floors)
+    return AllocationProblem.of(units, budget, floors, survivors)
 
 
 def _units(
@@ -168,6 +173,53 @@ def _projection_units(layer: LayerImportance, candidate_bits: tuple[float, ...])
     ]
 
 
+def _droppable_units(
+    layer: LayerImportance, candidate_bits: tuple[float, ...], budget: Budget, floors: tuple[Floor, ...]
+) -> list[Unit]:
+    """One unit per expert: it is dropped as a whole, or each of its projections gets a width.
+
+    Of the combinations of widths only those are listed that cost less than every smaller one; with floors all are.
+    """
+    widths = [bits for bits in candidate_bits if bits != DROPPED]
+    sizes = [_combined(layer, combination) for combination in product(widths, repeat=len(layer.projections))]
+    sizes.sort(key=budget.size)
+    units = []
+    for expert in range(layer.num_experts):
+        losses = {part.name: part.predicted_loss_by_bits for part in layer.projections}
+        choices = [Choice(DROPPED, 0, 0, float(layer.predicted_loss_by_bits[DROPPED][expert]))]
+        least = math.inf
+        for choice in sizes:
+            cost = math.fsum(losses[name][bits][expert] for name, bits in choice.widths)
+            if floors or not cost >= least:  # a cost that is no number stays, to be reported
+                choices.append(replace(choice, cost=cost))
+                least = min(least, cost)
+        units.append(Unit(layer.layer, expert, layer.weights_per_expert, tuple(choices)))
+    return units
+
+
+def _combined(layer: LayerImportance, widths: tuple[float, ...]) -> Choice:
+    """The choice of these widths, one per projection, without its cost: sizes are those of every expert."""
+    parts = list(zip(layer.projections, widths, strict=True))
+    code_bits = sum(round(bits * part.weight_count) for part, bits in parts)
+    return Choice(
+        bits=code_bits / layer.weights_per_expert,
+        code_bits=code_bits,
+        stored_bytes=sum(part.stored_bytes_by_bits[bits] for part, bits in parts),
+        cost=math.nan,
+        widths=tuple((part.name, bits) for part, bits in parts),
+    )
+
+
+def _survivors(layer: LayerImportance) -> Iterable[Survivors]:
+    if not layer.top_k:
+        raise InputError(
+            f"importance.json does not say how many experts a token of layer {layer.layer} is sent to, so none can be "
+            "dropped. Run score again, or leave width 0 out."
+        )
+    for members, count in survivor_floors(layer.num_experts, layer.top_k, layer.router_groups, layer.groups_used):
+        yield Survivors(layer.layer, tuple(members), count)
+
+
 def _exponents(strategy: Strategy, **given: float | None) -> dict[str, float]:
     asked = {name: value for name, value in given.items() if value is not None}
     unused = sorted(set(asked) - set(strategy.exponents))
@@ -194,6 +246,15 @@ def _floors(strategy: Strategy, floors: Iterable[Floor] | None) -> tuple[Floor, 
 
 def _candidates(importance: Importance, strategy: Strategy, asked: Iterable[float] | None) -> tuple[float, ...]:
     widths = tuple(sorted(set(asked or strategy.candidate_bits or importance.candidate_bits)))
+    if DROPPED in widths and not strategy.drops_experts:
+        if asked:
+            raise InputError(
+                f"Method {strategy.name} drops no experts: all of a layer have neighbouring widths. Leave width 0 out, "
+                "or choose another method, such as global."
+            )
+        widths = tuple(bits for bits in widths if bits != DROPPED)
+    if not any(widths):
+        raise InputError("Width 0 drops an expert, and not all can be dropped. Add at least one width above 0.")
     measured = set(importance.candidate_bits)
     for layer in importance.layers:
         measured &= set(layer.stored_bytes_by_bits)

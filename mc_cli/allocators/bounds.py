@@ -47,18 +47,17 @@ class Table:
     def of(cls, problem: AllocationProblem) -> Table:
         """The arrays of a problem, its limit rounded down to what whole steps can reach."""
         shape = (len(problem.units), max(len(unit.choices) for unit in problem.units))
-        cost, size, bits = np.full(shape, np.inf), np.zeros(shape, np.int64), np.full(shape, -1.0)
+        cost, size, present = np.full(shape, np.inf), np.zeros(shape, np.int64), np.zeros(shape, bool)
         for position, unit in enumerate(problem.units):
             for index, choice in enumerate(unit.choices):
                 cost[position, index] = choice.cost
                 size[position, index] = problem.budget.size(choice)
-                bits[position, index] = choice.bits
-        present = bits >= 0
+                present[position, index] = True
         smallest = np.where(present, size, np.iinfo(np.int64).max).min(axis=1)
         size = np.where(present, size - smallest[:, None], 0)
         step = int(np.gcd.reduce(size, axis=None)) or 1
         limit = (problem.limit - int(smallest.sum())) // step * step
-        return cls(np.where(size <= limit, cost, np.inf), size, limit, _floor_rows(problem, bits))
+        return cls(np.where(size <= limit, cost, np.inf), size, limit, _floor_rows(problem, shape[1]))
 
     @cached_property
     def positions(self) -> Ints:
@@ -104,14 +103,14 @@ class Multipliers:
     floors: tuple[float, ...] = ()
 
 
-def _floor_rows(problem: AllocationProblem, bits: Floats) -> tuple[FloorRow, ...]:
+def _floor_rows(problem: AllocationProblem, options: int) -> tuple[FloorRow, ...]:
     rows = []
-    for group in problem.floor_groups() if problem.floors else ():
-        units = np.array(group)
-        for floor in problem.floors:
-            widths = bits[units]
-            members = (widths == floor.bits) if floor.comparison == "==" else (widths >= floor.bits)
-            rows.append(FloorRow(units, members, floor.count))
+    for group in problem.floor_groups() if problem.floors or problem.survivors else ():
+        for served in problem.served(group):
+            members = np.zeros((len(group), options), bool)
+            for inside, by in enumerate(served.by):
+                members[inside, : len(by)] = by
+            rows.append(FloorRow(np.array(group), members, served.count))
     return tuple(rows)
 
 

@@ -9,10 +9,10 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from mc_cli.allocators.problem import BUDGET_FLAGS, AllocationProblem, Floor
+from mc_cli.allocators.problem import BUDGET_FLAGS, AllocationProblem
 from mc_cli.errors import BudgetError
 
-Row = tuple[tuple[float, int], ...]  # (bits, size) of each choice of a unit
+Row = tuple[tuple[tuple[bool, ...], int], ...]  # (which floors it serves, size) of each choice of a unit
 Sizes = npt.NDArray[np.int64]
 
 
@@ -23,17 +23,20 @@ def size_range(problem: AllocationProblem) -> tuple[int, int]:
     """
     least = most = 0
     for group in problem.floor_groups():
+        floors = problem.served(group)
         rows = Counter(
-            tuple((choice.bits, problem.budget.size(choice)) for choice in problem.units[position].choices)
-            for position in group
+            tuple(
+                (tuple(floor.by[inside][index] for floor in floors), problem.budget.size(choice))
+                for index, choice in enumerate(problem.units[position].choices)
+            )
+            for inside, position in enumerate(group)
         )
-        found = _group_range(tuple(sorted(rows.items())), problem.floors)
+        found = _group_range(tuple(sorted(rows.items())), tuple(floor.count for floor in floors))
         if found is None:
             unit = problem.units[group[0]]
-            floors = "; ".join(str(floor) for floor in problem.floors)
             raise BudgetError(
-                f"No assignment keeps the floors ({floors}) in layer {unit.layer}, which has {len(group)} experts and "
-                f"the candidate widths {_listing(problem.candidate_bits)}. "
+                f"No assignment keeps the floors ({'; '.join(problem.rules)}) in layer {unit.layer}, which has "
+                f"{len(group)} experts and the candidate widths {_listing(problem.candidate_bits)}. "
                 "Ask for other floors, or add the widths they name."
             )
         least, most = least + found[0], most + found[1]
@@ -41,32 +44,36 @@ def size_range(problem: AllocationProblem) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def _group_range(rows: tuple[tuple[Row, int], ...], floors: tuple[Floor, ...]) -> tuple[int, int] | None:
-    least = _least_size(rows, floors)
-    most = _least_size(tuple((tuple((bits, -size) for bits, size in row), count) for row, count in rows), floors)
+def _group_range(rows: tuple[tuple[Row, int], ...], counts: tuple[int, ...]) -> tuple[int, int] | None:
+    least = _least_size(rows, counts)
+    most = _least_size(tuple((tuple((serves, -size) for serves, size in row), count) for row, count in rows), counts)
     return None if least is None or most is None else (least, -most)
 
 
-def _least_size(rows: tuple[tuple[Row, int], ...], floors: tuple[Floor, ...]) -> int | None:
+def _least_size(rows: tuple[tuple[Row, int], ...], counts: tuple[int, ...]) -> int | None:
     """The least size of `count` units of each row above the floors, to the byte; None where the floors cannot be kept.
 
+    counts   what each floor asks for
     Dynamic programme: for every number of units that serve each floor (counted up to what it asks for) the least size.
     """
     unreachable = np.iinfo(np.int64).max // 2
-    best = np.full([floor.count + 1 for floor in floors], unreachable)
-    best[(0,) * len(floors)] = 0
+    best = np.full([count + 1 for count in counts], unreachable)
+    best[(0,) * len(counts)] = 0
     for row, count in rows:
+        least_of: dict[tuple[bool, ...], int] = {}
+        for serves, size in row:
+            least_of[serves] = min(size, least_of.get(serves, size))
         for _ in range(count):
-            best = np.minimum.reduce([_served(best, floors, bits, unreachable) + size for bits, size in row])
+            best = np.minimum.reduce([_served(best, serves, unreachable) + size for serves, size in least_of.items()])
             best = np.where(best > unreachable // 2, unreachable, best)
-    least = int(best[(-1,) * len(floors)])
+    least = int(best[(-1,) * len(counts)])
     return None if least == unreachable else least
 
 
-def _served(best: Sizes, floors: tuple[Floor, ...], bits: float, unreachable: int) -> Sizes:
-    """`best` after one more unit of that width: one up along every floor that it serves, at most to the top."""
-    for axis, floor in enumerate(floors):
-        if floor.admits(bits):
+def _served(best: Sizes, serves: tuple[bool, ...], unreachable: int) -> Sizes:
+    """`best` after one more unit: one up along every floor that it serves, at most to the top."""
+    for axis, is_served in enumerate(serves):
+        if is_served:
             before = np.moveaxis(best, axis, 0)
             after = np.concatenate([np.full_like(before[:1], unreachable), before[:-1]])
             after[-1] = np.minimum(before[-1], before[-2])
@@ -100,7 +107,7 @@ def check_layer_budgets(problem: AllocationProblem, shares: dict[int, int]) -> N
 
 def _too_small(problem: AllocationProblem, least: float, most: float, layers: Sequence[int] = ()) -> BudgetError:
     budget = problem.budget
-    floors = f" and {'; '.join(str(floor) for floor in problem.floors)}" if problem.floors else ""
+    floors = f" and {'; '.join(problem.rules)}" if problem.rules else ""
     where = f" in each of {len(layers)} layers (first: layer {layers[0]})" if layers else ""
     remedy = f"Ask for {BUDGET_FLAGS[budget.kind]} of at least that"
     if problem.floors:

@@ -52,4 +52,5 @@ STRATEGY = Strategy(
     costs=predicted_loss,
     assign=assign,
     takes_floors=False,
+    drops_experts=False,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -24,12 +24,17 @@ ROUNDING = Fraction(1, 10**12)
 
 @dataclass(frozen=True)
 class Choice:
-    """One width a unit may get: what it takes (for the whole unit) and what it costs in the strategy's objective."""
+    """One width a unit may get: what it takes (for the whole unit) and what it costs in the strategy's objective.
+
+    bits    0: the expert is dropped
+    widths  of the unit's projections by name, where they differ in width; `bits` is then their mean over the weights
+    """
 
     bits: float
     code_bits: int
     stored_bytes: int
     cost: float
+    widths: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,22 +137,50 @@ class Floor:
 
 
 @dataclass(frozen=True)
+class Survivors:
+    """At least `count` of these experts of a layer are not dropped, so that its router finds a token's top-k."""
+
+    layer: int
+    experts: tuple[int, ...]
+    count: int
+
+    def __str__(self) -> str:
+        return f"at least {self.count} of layer {self.layer}'s experts {self.experts[0]} to {self.experts[-1]} stay"
+
+
+@dataclass(frozen=True)
+class Served:
+    """One floor among the units of one group: at least `count` of them take a choice that serves it.
+
+    by   per unit of the group, per choice of the unit, whether it serves
+    """
+
+    count: int
+    by: tuple[tuple[bool, ...], ...]
+
+
+@dataclass(frozen=True)
 class AllocationProblem:
     """Choose one width per unit: within the budget, above the floors, at the least total cost.
 
-    limit   what all units together may take, in the unit of `budget.size`
+    limit      what all units together may take, in the unit of `budget.size`
+    survivors  floors of what may be dropped; units are whole experts where there are any
     """
 
     units: tuple[Unit, ...]
     budget: Budget
     limit: int
     floors: tuple[Floor, ...] = ()
+    survivors: tuple[Survivors, ...] = ()
 
     @classmethod
-    def of(cls, units: Iterable[Unit], budget: Budget, floors: Iterable[Floor] = ()) -> AllocationProblem:
+    def of(
+        cls, units: Iterable[Unit], budget: Budget, floors: Iterable[Floor] = (), survivors: Iterable[Survivors] = ()
+    ) -> AllocationProblem:
         """The problem of those units, its limit worked out from the budget."""
         units = tuple(units)
-        return cls(units, budget, math.floor(budget.limit(sum(unit.weight_count for unit in units))), tuple(floors))
+        limit = math.floor(budget.limit(sum(unit.weight_count for unit in units)))
+        return cls(units, budget, limit, tuple(floors), tuple(survivors))
 
     @property
     def weight_count(self) -> int:
@@ -155,7 +188,8 @@ class AllocationProblem:
 
     @property
     def candidate_bits(self) -> tuple[float, ...]:
-        return tuple(sorted({choice.bits for unit in self.units for choice in unit.choices}))
+        choices = {choice for unit in self.units for choice in unit.choices}
+        return tuple(sorted({bits for choice in choices for _, bits in choice.widths or (("", choice.bits),)}))
 
     def layers(self) -> dict[int, list[int]]:
         """Layer -> positions of its units in `units`, in order of first appearance."""
@@ -171,6 +205,26 @@ class AllocationProblem:
             found.setdefault((unit.layer, unit.projection), []).append(position)
         return list(found.values())
 
+    def served(self, group: Sequence[int]) -> list[Served]:
+        """Every floor as it stands for one of the `floor_groups`."""
+        units = [self.units[position] for position in group]
+        found = [served for floor in self.floors for served in _floor_served(floor, units)]
+        for kept in self.survivors:
+            if kept.layer == units[0].layer:
+                members = frozenset(kept.experts)
+                rows = (tuple(choice.bits > 0 and unit.expert in members for choice in unit.choices) for unit in units)
+                found.append(Served(kept.count, tuple(rows)))
+        return found
+
+    @property
+    def rules(self) -> list[str]:
+        """Every floor in words; survivors of all layers in one."""
+        words = [str(floor) for floor in self.floors]
+        if self.survivors:
+            least = sorted({kept.count for kept in self.survivors})
+            words.append(f"at least {' or '.join(map(str, least))} experts kept for each router, or each of its groups")
+        return words
+
     def part(self, positions: Iterable[int], limit: int) -> AllocationProblem:
         """The problem of some of the units, with a limit of its own."""
         return replace(self, units=tuple(self.units[position] for position in positions), limit=limit)
@@ -182,3 +236,15 @@ class AllocationProblem:
     def value(self, picks: Iterable[int]) -> float:
         """The total cost of the choices with those indices, one per unit."""
         return math.fsum(unit.choices[pick].cost for unit, pick in zip(self.units, picks, strict=True))
+
+
+def _floor_served(floor: Floor, units: Sequence[Unit]) -> list[Served]:
+    """The floor among these units; once per projection where their choices give projections widths of their own."""
+    names = sorted({name for unit in units for choice in unit.choices for name, _ in choice.widths})
+    found = []
+    for name in names or [""]:
+        rows = (
+            tuple(floor.admits(dict(choice.widths).get(name, choice.bits)) for choice in unit.choices) for unit in units
+        )
+        found.append(Served(floor.count, tuple(rows)))
+    return found

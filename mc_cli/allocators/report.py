@@ -39,10 +39,11 @@ def expert_bits_of(problem: AllocationProblem, picks: Sequence[int]) -> dict[int
     """Layer -> one entry per expert: its width, or where units are projections a width for each of them."""
     rows: dict[int, dict[int, Any]] = {}
     for unit, pick in zip(problem.units, picks, strict=True):
-        bits = unit.choices[pick].bits
+        choice = unit.choices[pick]
+        bits = choice.bits
         row = rows.setdefault(unit.layer, {})
         if unit.projection is None:
-            row[unit.expert] = bits
+            row[unit.expert] = dict(choice.widths) or bits
         else:
             row.setdefault(unit.expert, {})[unit.projection] = bits
     return {layer: tuple(_short(row[expert]) for expert in sorted(row)) for layer, row in sorted(rows.items())}
@@ -69,7 +70,7 @@ def _budget(problem: AllocationProblem, assignment: Assignment) -> dict[str, Any
         "expert_bytes": stored,
         "expert_weights": weights,
         "candidate_bits": list(problem.candidate_bits),
-        "floors": [str(floor) for floor in problem.floors],
+        "floors": problem.rules,
     }
 
 

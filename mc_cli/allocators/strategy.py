@@ -72,6 +72,7 @@ class Strategy:
     uses_seed       whether its costs depend on the seed
     splits_experts  whether every projection of an expert gets a width of its own, where losses were measured so; its
                     costs are then the predicted losses of the projections
+    drops_experts   whether 0 may be among its widths: the expert is dropped, and its tokens go to others
     exponents       the exponents it takes, with their defaults
     """
 
@@ -86,4 +87,5 @@ class Strategy:
     takes_floors: bool = True
     uses_seed: bool = False
     splits_experts: bool = False
+    drops_experts: bool = True
     exponents: Mapping[str, float] = field(default_factory=dict)

@@ -60,4 +60,5 @@ STRATEGY = Strategy(
     costs=no_costs,
     assign=assign,
     takes_floors=False,
+    drops_experts=False,
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from mc_cli.artifacts.store import read_json, write_json
 from mc_cli.errors import ArtifactError, listed
-from mc_cli.parts import read_width
+from mc_cli.parts import DROPPED, read_width
 
 SCHEMA = 1
 
@@ -20,11 +20,13 @@ UNITS = {
     "router_probability_sum": "sum over these tokens of the softmax over all experts, before top-k (MC's w)",
     "output_norm_mean": "mean over these tokens of routing weight times L2 norm of the expert's output (REAP)",
     "loss_by_bits": "L2 norm over calibration tokens of the MoE output's change when this expert alone has that width",
-    "predicted_loss_by_bits": "expected rise of the model's loss, nats per token, with this expert alone at that width",
+    "predicted_loss_by_bits": "expected rise of the model's loss, nats per token, with this expert alone at that "
+    "width; at width 0 it is dropped, and its tokens go to the experts that the router then chooses",
     "stored_bytes_by_bits": "bytes of one expert of this layer at that width: codes, scales and zero points",
 }
 
 _PER_EXPERT = ("routing_count", "routing_weight_sum", "router_probability_sum", "output_norm_mean")
+_NOTHING = f"stored_bytes_by_bits at {DROPPED}"  # the only size that is 0
 _PER_EXPERT_AND_WIDTH = ("loss_by_bits", "predicted_loss_by_bits")
 
 
@@ -57,6 +59,9 @@ class LayerImportance:
     predicted_loss_by_bits: dict[float, Sequence[float]]
     stored_bytes_by_bits: dict[float, int]
     projections: tuple[ProjectionImportance, ...] = ()  # none: widths are for whole experts
+    top_k: int = 0  # experts that a token is sent to, and the router's groups: how many have to stay; 0 = not known
+    router_groups: int = 1
+    groups_used: int = 1
 
     def __post_init__(self) -> None:
         for name in _PER_EXPERT:
@@ -101,7 +106,7 @@ class LayerImportance:
         found += [
             f"layer {self.layer}: {name} is {size!r}, not a positive whole number"
             for name, size in sizes.items()
-            if isinstance(size, bool) or not isinstance(size, int) or size <= 0
+            if isinstance(size, bool) or not isinstance(size, int) or size < 0 or (size == 0) != (name == _NOTHING)
         ]
         return found
 

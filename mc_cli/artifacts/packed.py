@@ -1,5 +1,7 @@
 """How a packed model is laid out: which encoding every matrix has, and the names of its stored tensors.
 
+A dropped expert has no encoding: nothing of it is stored, and whoever loads the layout masks it in its router.
+
 The layout goes into `packed/layout.json` and, unchanged, into `quantization_config` of an exported config.json.
 Experts of one projection and encoding are stacked in one 3-D tensor per stored part, in ascending expert order:
 `<experts path>.<projection>_<encoding key>_<part>` [experts with that encoding, ...]; a packed linear keeps its path:
@@ -59,7 +61,13 @@ class ExpertLayout:
     path: str
     num_experts: int
     projections: Mapping[str, tuple[int, int]]  # name -> (out_features, in_features), upright
-    encodings: Mapping[str, tuple[str | None, ...]]  # projection -> encoding key per expert; None = pruned
+    encodings: Mapping[str, tuple[str | None, ...]]  # projection -> encoding key per expert; None = dropped
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """The experts that are not stored, and that the router does not choose."""
+        row = next(iter(self.encodings.values()))
+        return tuple(expert for expert, key in enumerate(row) if key is None)
 
     def groups(self, projection: str) -> dict[str, list[int]]:
         """Encoding key -> the experts that have it, ascending: the slots of the stacked tensors."""
@@ -85,7 +93,7 @@ class PackedLayout:
     pruning: Pruning | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: encoding keys once in a table, per-expert entries as indices into it (-1 = pruned)."""
+        """Plain values: encoding keys once in a table, per-expert entries as indices into it (-1 = dropped)."""
         plain = self._weights_json()
         return plain if self.pruning is None else {**plain, "pruning": self.pruning.to_json()}
 
@@ -106,6 +114,7 @@ class PackedLayout:
                     "num_experts": block.num_experts,
                     "projections": {name: list(shape) for name, shape in block.projections.items()},
                     "encodings": {name: [index[key] for key in row] for name, row in block.encodings.items()},
+                    **({"dropped": list(block.dropped)} if block.dropped else {}),
                 }
                 for block in self.experts
             ],

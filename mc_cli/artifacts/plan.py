@@ -1,7 +1,8 @@
 """`plan.yaml`: the width of every expert, and of every other role; made by allocate, open to hand edits.
 
 Short form: one number per expert, the width of all its projections. Long form: a mapping from projection to width.
-`0` means the expert is pruned. Widths of other roles are per role; 16 means kept as in the checkpoint.
+`0` means the expert is dropped: it is not stored, and the router chooses among the others. Widths of other roles are
+per role; 16 means kept as in the checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import yaml
 
 from mc_cli.artifacts.store import read_text, write_text
 from mc_cli.errors import PlanError, listed
-from mc_cli.parts import ExpertBlock, ModelInventory, Role
+from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role, too_few_survivors
 
 SCHEMA = 1
 FAMILIES = ("affine", "trellis")
@@ -45,6 +46,10 @@ class Plan:
         """The width of one projection of one expert."""
         entry = self.expert_bits[layer][expert]
         return entry[projection] if isinstance(entry, dict) else entry
+
+    def dropped(self, layer: int) -> tuple[int, ...]:
+        """The experts of a layer that its router does not choose: those of width 0."""
+        return tuple(expert for expert, entry in enumerate(self.expert_bits[layer]) if _is_dropped(entry))
 
     def check_against(self, inventory: ModelInventory) -> None:
         """Raises PlanError naming every place where the plan does not describe this model."""
@@ -97,7 +102,7 @@ class Plan:
             )
         if problems := _content_problems(content):
             raise PlanError(
-                f"{path} is not a plan:\n{listed(problems)}\nA width is 0 (pruned), 1 to 8, a half "
+                f"{path} is not a plan:\n{listed(problems)}\nA width is 0 (dropped), 1 to 8, a half "
                 f"step from 1.5 to 4.5, or 16 (kept). {REMEDY}"
             )
         return cls(
@@ -183,6 +188,10 @@ def _width_problem(where: str, bits: object) -> list[str]:
     return [] if fits else [f"{where} has width {_shown(bits)}"]
 
 
+def _is_dropped(entry: ExpertBits) -> bool:
+    return DROPPED in (entry.values() if isinstance(entry, dict) else (entry,))
+
+
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
@@ -192,6 +201,10 @@ def _layer_problems(layer: int, row: tuple[ExpertBits, ...], block: ExpertBlock)
     problems = []
     if len(row) != block.num_experts:
         problems.append(f"layer {layer}: plan has {len(row)} experts, model {block.num_experts}")
+    else:
+        gone = {expert for expert, entry in enumerate(row) if _is_dropped(entry)}
+        short = too_few_survivors(gone, block.num_experts, block.top_k, block.router_groups, block.groups_used)
+        problems += [f"layer {layer}: {phrase}" for phrase in (short if gone else ())]
     names = {projection.name for projection in block.projections}
     for expert, entry in enumerate(row):
         if isinstance(entry, dict) and set(entry) != names:

@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mc_cli.artifacts.packed import CONFIG_FOLDER
 from mc_cli.artifacts.pruning import Pruning
@@ -33,6 +33,7 @@ class ExportJob:
     shard_bytes: int
     card: CardFacts
     original_tensors: Callable[[int], Mapping[str, torch.Tensor]]  # part -> dequantized, under the checkpoint's names
+    original_config: Callable[[], Mapping[str, Any]]  # config.json that goes with the dequantized tensors
     advance: Callable[[str], None]  # one more part is written
     pruning: tuple[Pruning, Mapping[str, torch.Tensor]] | None = None  # the policy to carry, and what it learned
 

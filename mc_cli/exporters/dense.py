@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mc_cli.artifacts.store import read_json, write_json, write_text
+from mc_cli.artifacts.store import write_json, write_text
 from mc_cli.exporters import ExportJob
 from mc_cli.exporters.model_card import model_card
 from mc_cli.exporters.shards import ShardWriter
@@ -28,7 +28,7 @@ _SIZE_NOTE = "These figures are of the packed model that this one was written fr
 
 def export(job: ExportJob) -> None:
     """Writes the native config.json, sharded plain tensors as `save_pretrained` names them, and a card."""
-    write_json(job.target / "config.json", read_json(job.config_folder / "config.json"))
+    write_json(job.target / "config.json", job.original_config())
     writer = ShardWriter(job.target, shard_bytes=job.shard_bytes)
     for part in job.parts:
         for name, tensor in job.original_tensors(part).items():

@@ -24,6 +24,8 @@ class CardFacts:
     base_model: str | None = None
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # stage -> settings, inputs, fingerprint
+    experts_dropped: int = 0
+    experts: int = 0
     tool_version: str = ""
 
     @property
@@ -51,8 +53,15 @@ def _size_sentence(facts: CardFacts, size_note: str) -> str:
     return (
         f"Routed experts take {facts.stored_bits_per_weight:.3f} stored bits per weight, scales and zero points "
         f"included ({facts.code_bits_per_weight:.3f} bits of codes). All tensors together are {facts.total_bytes:,} "
-        f"bytes. {size_note}"
+        f"bytes.{_dropped(facts)} {size_note}"
     ).strip()
+
+
+def _dropped(facts: CardFacts) -> str:
+    if not facts.experts_dropped:
+        return ""
+    count = f"{facts.experts_dropped} of {facts.experts}"
+    return f" {count} experts are dropped: they are not stored, and no router chooses them."
 
 
 def _size_table(facts: CardFacts) -> str:

@@ -16,7 +16,12 @@ SCOPES = (PER_LAYER, GLOBAL)
 
 
 def experts_to_drop(
-    scores: Mapping[int, Sequence[float]], top_k: Mapping[int, int], *, share: float, scope: str
+    scores: Mapping[int, Sequence[float]],
+    top_k: Mapping[int, int],
+    *,
+    share: float,
+    scope: str,
+    gone: Mapping[int, Sequence[int]] | None = None,
 ) -> dict[int, list[int]]:
     """Layer -> the experts with the lowest scores, ascending by number; every layer keeps at least its top-k.
 
@@ -24,9 +29,15 @@ def experts_to_drop(
              its count of tokens, or its sum of routing weights
     share    of all experts;  scope  `layer`: the same share in every layer, rounded down; `global`: the lowest of the
              whole model, each score over its layer's mean, since norms of different layers do not compare
+    gone     layer -> experts that the plan has dropped already; the share is of the others
     Raises InputError where the floor leaves fewer experts to drop than were asked for.
     Source: Lasby et al. 2025, arXiv:2510.13999 (REAP).
     """
+    there = {
+        layer: [expert for expert in range(len(values)) if expert not in (gone or {}).get(layer, ())]
+        for layer, values in scores.items()
+    }
+    scores = {layer: [values[expert] for expert in there[layer]] for layer, values in scores.items()}
     if scope == PER_LAYER:
         found = {layer: _lowest(values, int(share * len(values))) for layer, values in scores.items()}
         short = {layer for layer, gone in found.items() if len(scores[layer]) - len(gone) < top_k[layer]}
@@ -37,7 +48,7 @@ def experts_to_drop(
         raise InputError(
             f"--drop-experts {share}: layers {names} would keep fewer experts than a token is sent to. Drop fewer."
         )
-    return {layer: sorted(gone) for layer, gone in found.items()}
+    return {layer: sorted(there[layer][place] for place in places) for layer, places in found.items()}
 
 
 def _lowest(values: Sequence[float], count: int) -> list[int]:

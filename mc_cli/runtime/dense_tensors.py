@@ -10,9 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from mc_cli.artifacts.packed import PackedLayout
+from mc_cli.artifacts.store import read_json
 from mc_cli.runtime import experts
 from mc_cli.runtime.packed_files import PackedFiles, open_packed
 from mc_cli.runtime.packed_model import PackedSource, read_packed_config, tied_names
+from mc_cli.runtime.plain_routers import PlainRouters
+from mc_cli.runtime.router_masks import drop_experts
 from mc_cli.runtime.skeleton import build_skeleton, rebuild_buffers
 
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -22,16 +26,33 @@ class DenseTensors:
     """The dense tensors of a packed model, one part (decoder layer or REST) at a time.
 
     What was packed comes in the model's own dtype unless another is asked for, what was kept as it is stored.
+
+    plain_routers   tensors for readers that mask no router: see runtime/plain_routers.py. Without, dropped experts are
+                    there and zero, for a model whose routers are masked
+    Raises InputError where plain routers cannot pass the dropped experts over.
     """
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        plain_routers: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
         self.dtype = dtype or weight_dtype(open_packed(folder), trust_remote_code=trust_remote_code)
         self._source = PackedSource(
             folder, dtype=self.dtype, device=torch.device("cpu"), trust_remote_code=trust_remote_code
         )
-        self._model: Any = build_skeleton(self._source.config, dtype=self.dtype)
+        layout = self._source.layout if plain_routers else PackedLayout(())
+        self._routers = PlainRouters(self._source.config, layout)
+        self._model: Any = build_skeleton(self._routers.config, dtype=self.dtype)
         self._stored = self._source.files.tensors
         self.parts = self._source.parts
+
+    def config_json(self) -> dict[str, Any]:
+        """config.json of a plain checkpoint with these tensors."""
+        return self._routers.config_json(read_json(self._source.files.config_folder / "config.json"))
 
     def by_module(self, part: int) -> dict[str, torch.Tensor]:
         """Module-tree name -> tensor of every parameter and persistent buffer that a plain checkpoint holds."""
@@ -43,7 +64,7 @@ class DenseTensors:
         self._silence_pruned(tensors, part)
         if part >= 0:
             self._source.free(part)
-        return tensors
+        return {name: self._routers.plain(name, tensor) for name, tensor in tensors.items()}
 
     def original(self, part: int) -> dict[str, torch.Tensor]:
         """The same tensors named and shaped as `save_pretrained` writes them, such as one matrix per expert."""
@@ -55,8 +76,8 @@ class DenseTensors:
         if not experts.is_packed(module):
             return module.weight
         fused = torch.empty_like(self._model.get_submodule(path)._parameters[leaf], device="cpu")
-        for expert in range(module.num_experts):
-            row = fused[expert].T if module.is_transposed else fused[expert]
+        for slot, expert in enumerate(self._routers.kept(path, module.num_experts)):
+            row = fused[slot].T if module.is_transposed else fused[slot]
             if experts.is_pruned(module, expert):
                 row.zero_()
             else:
@@ -64,7 +85,7 @@ class DenseTensors:
         return fused
 
     def _silence_pruned(self, tensors: dict[str, torch.Tensor], part: int) -> None:
-        """A pruned expert adds nothing to a token: with its weights at zero, its output bias has to be zero as well."""
+        """A dropped expert adds nothing to a token, even if one came: its output bias is zero, as its weights are."""
         for block in self._source.layout.experts:
             name = f"{block.path}.down_proj_bias"
             if self._source.part_of(name) == part and name in tensors:
@@ -95,6 +116,7 @@ def load_dense(
                 module._parameters[leaf] = nn.Parameter(placed, requires_grad=False)
     model.tie_weights()
     rebuild_buffers(model, device)
+    drop_experts(model, {block.path: block.dropped for block in open_packed(folder).layout.experts})
     model.set_experts_implementation(experts.IMPLEMENTATION)
     return model.eval()
 

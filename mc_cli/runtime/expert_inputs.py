@@ -29,6 +29,7 @@ class Sample:
     """Tokens of one expert on which it is measured.
 
     inputs  [tokens, hidden];  weights [tokens] routing weights;  scale: routed tokens per sampled token
+    tokens  [tokens] which of the layer's tokens they are; None where pooled
     pooled  True where the expert saw no token and the layer's pool stands in, scaled to one token in all
     """
 
@@ -37,6 +38,7 @@ class Sample:
     scale: float
     sensitivity: torch.Tensor
     pooled: bool
+    tokens: torch.Tensor | None = None
 
 
 class ExpertInputs:
@@ -54,13 +56,14 @@ class ExpertInputs:
         self.block = block
         self.device = device
         self._inputs = capture.inputs
+        self._routing = (capture.index, capture.weights)
         self._chosen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {
             expert: (tokens, weights)
-            for expert, tokens, weights in experts.routed_tokens(capture.index, capture.weights, block.num_experts)
+            for expert, tokens, weights in experts.routed_tokens(*self._routing, block.num_experts)
         }
-        self._mean_weight = float(capture.weights.mean())
+        self._mean_weight = float(self._routing[1].mean())
         self.sensitivity = sensitivity
-        self._attention = torch.ones(len(capture.weights))
+        self._attention = torch.ones(len(self._routing[1]))
         if sensitivity is not None:
             tempered = sensitivity.token_scale.pow(TOKEN_SCALE_POWER)
             self._attention[: len(tempered)] = (tempered / tempered.mean()).sqrt()
@@ -69,6 +72,16 @@ class ExpertInputs:
     def token_count(self) -> int:
         """Tokens that the layer saw."""
         return len(self._inputs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the inputs as the layer saw them."""
+        return self._inputs.dtype
+
+    def routing(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(index, weights), [tokens, k] each, of these tokens, on the device."""
+        index, weights = self._routing
+        return index[tokens].to(self.device), weights[tokens].to(self.device)
 
     def count(self, expert: int) -> int:
         """Tokens routed to one expert."""
@@ -113,7 +126,25 @@ class ExpertInputs:
         step = max(1, -(-len(tokens) // limit))
         tokens, weights, scales = tokens[::step], weights[::step], scales[: len(tokens) : step]
         inputs = self._inputs[tokens].to(self.device).float()
-        return Sample(inputs, weights.to(self.device), count / len(tokens), scales.to(self.device), pooled=False)
+        scale = count / len(tokens)
+        return Sample(inputs, weights.to(self.device), scale, scales.to(self.device), pooled=False, tokens=tokens)
+
+    def others(self, expert: int, limit: int) -> Sample:
+        """At most `limit` of the tokens that did not choose the expert, evenly spaced; their weights for it are zero.
+
+        They are taken from those with a known sensitivity, where there are any.
+        """
+        tokens = (self._routing[0] != expert).all(-1).nonzero()[:, 0]
+        count = len(tokens)
+        token_scale = None if self.sensitivity is None else self.sensitivity.token_scale
+        known = tokens[tokens < len(token_scale)] if token_scale is not None else tokens[:0]
+        tokens = known if len(known) else tokens
+        tokens = tokens[:: max(1, -(-len(tokens) // limit))]
+        scales = token_scale[tokens] if token_scale is not None and len(known) else torch.ones(len(tokens))
+        inputs = self._inputs[tokens].to(self.device).float()
+        weights = torch.zeros(len(tokens), device=self.device)
+        scale = count / max(1, len(tokens))
+        return Sample(inputs, weights, scale, scales.to(self.device), pooled=False, tokens=tokens)
 
 
 def expert_chunks(block: ExpertBlock) -> Iterator[list[int]]:

@@ -80,7 +80,7 @@ def _expert_block(layers_path: str, index: int, layer: nn.Module, config: Any) -
     path, module = found[0]
     parent_path = path.rpartition(".")[0]
     parent = layer.get_submodule(parent_path) if parent_path else layer
-    router = next((name for name in _ROUTER_NAMES if isinstance(getattr(parent, name, None), nn.Module)), None)
+    router = _router_name(parent)
     prefix = f"{layers_path}.{index}."
     if router is None:
         raise FamilyError(f"{prefix}{parent_path} has experts but no router named {' or '.join(_ROUTER_NAMES)}.")
@@ -89,6 +89,7 @@ def _expert_block(layers_path: str, index: int, layer: nn.Module, config: Any) -
         raise FamilyError(
             f"{prefix}{parent_path}: neither its router nor the config says how many experts a token uses."
         )
+    groups, groups_used = _router_groups(getattr(parent, router))
     return ExpertBlock(
         layer=index,
         path=prefix + path,
@@ -96,7 +97,30 @@ def _expert_block(layers_path: str, index: int, layer: nn.Module, config: Any) -
         num_experts=int(module.num_experts),  # type: ignore[arg-type]
         top_k=top_k,
         projections=experts.projections_of(module),
+        router_groups=groups,
+        groups_used=groups_used,
     )
+
+
+def _router_name(parent: nn.Module) -> str | None:
+    return next((name for name in _ROUTER_NAMES if isinstance(getattr(parent, name, None), nn.Module)), None)
+
+
+def router_path_of(model: nn.Module, experts_path: str) -> str:
+    """Module path of the router beside the experts at `experts_path`. Raises FamilyError where there is none."""
+    parent = experts_path.rpartition(".")[0]
+    router = _router_name(model.get_submodule(parent))
+    if router is None:
+        raise FamilyError(f"{parent} has experts but no router named {' or '.join(_ROUTER_NAMES)}.")
+    return f"{parent}.{router}" if parent else router
+
+
+def _router_groups(router: nn.Module) -> tuple[int, int]:
+    """(groups of experts, groups that a token's experts come from) of a router; (1, 1) where it has none."""
+    groups, used = (getattr(router, name, None) for name in ("num_group", "topk_group"))
+    if not isinstance(groups, int) or not isinstance(used, int) or getattr(router, "topk_method", "") == "greedy":
+        return 1, 1
+    return (groups, used) if groups > 1 else (1, 1)
 
 
 def _top_k_candidates(router: nn.Module, parent: nn.Module, config: Any) -> list[Any]:

@@ -234,7 +234,7 @@ class LayerQuantizer:
         packed: dict[int, tuple[str, PackedTensors]],
         result: LayerResult,
     ) -> str | None:
-        """Keeps (16) or prunes (0) one projection of one expert."""
+        """Keeps (16) or drops (0) one projection of one expert; the routers that the walk runs do not choose those."""
         view = experts.expert_weight(module, projection, expert)
         outcome = "kept" if bits == KEPT_BITS else "pruned"
         name = f"{block.path}.{expert}.{projection}"
@@ -245,7 +245,7 @@ class LayerQuantizer:
         view.zero_()
         bias = experts.expert_bias(module, projection, expert)
         if bias is not None:
-            bias.zero_()  # else a pruned expert would still add its output bias
+            bias.zero_()  # biases are stored for all experts; what no router chooses should say nothing
         return None
 
     def _pack_chunk(

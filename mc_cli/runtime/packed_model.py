@@ -27,6 +27,7 @@ from mc_cli.runtime.model_folder import read_config
 from mc_cli.runtime.packed_files import PackedFiles, copy_model_files, open_packed
 from mc_cli.runtime.packed_modules import pack_experts, pack_weight
 from mc_cli.runtime.pruning import add_learned_tensors, apply_pruning
+from mc_cli.runtime.router_masks import drop_experts
 from mc_cli.runtime.skeleton import build_skeleton, rebuild_buffers
 
 __all__ = ["PackedSource", "StoredBytes", "attach", "copy_model_files", "load_packed", "model_bytes", "tied_names"]
@@ -42,6 +43,8 @@ def tied_names(model: Any) -> set[str]:
 
 def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict[str, str]:
     """Gives a (meta) model the packed storage that `layout` describes, in place, and our experts implementation.
+
+    Its routers do not choose experts that the layout drops.
 
     kept_dtype   dtype of expert projections that are kept, and of `weight` where code reads it from a packed module
     Returns full tensor name -> stored part (`codes`, `scales`, ...) of every packed tensor, and of what a pruning
@@ -61,6 +64,7 @@ def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict
         packed |= {f"{path}.{name}": part for name, part in parts.items()}
     if layout.pruning is not None:
         packed |= dict.fromkeys(add_learned_tensors(model, layout.pruning), LEARNED)
+    drop_experts(model, {block.path: block.dropped for block in layout.experts})
     model.set_experts_implementation(experts.IMPLEMENTATION)
     return packed
 
@@ -101,6 +105,8 @@ def _check_experts(model: Any, layout: PackedLayout) -> None:
         for projection, row in block.encodings.items():
             if len(row) != block.num_experts:
                 problems.append(f"{path}.{projection}: {len(row)} encodings for {block.num_experts} experts")
+            elif any((key is None) != (expert in block.dropped) for expert, key in enumerate(row)):
+                problems.append(f"{path}.{projection}: experts are dropped that have other projections")
         for name, shape in block.projections.items():
             problems += _misfits(f"{path}.{name}", shape, block.groups(name))
     _raise_if_any(model, problems)

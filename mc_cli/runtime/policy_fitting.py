@@ -18,6 +18,7 @@ from torch import Tensor
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.importance import Importance
+from mc_cli.artifacts.packed import read_layout
 from mc_cli.artifacts.pruning import FOLDER, TENSOR_PREFIX, OperatingPoint, Pruning, read_pruning, write_pruning
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, read_tensors, require_done
 from mc_cli.errors import InputError
@@ -194,7 +195,9 @@ def _dropped(settings: PruneSettings, work_dir: Path, blocks: Mapping[int, Exper
     field_of = {REAP: "output_norm_mean", FREQUENCY: "routing_count", ROUTER_WEIGHT: "routing_weight_sum"}
     scores = {layer.layer: getattr(layer, field_of[settings.drop_by]) for layer in importance.layers}
     top_k = {layer: block.top_k for layer, block in blocks.items()}
-    return experts_to_drop(scores, top_k, share=settings.drop_experts, scope=settings.drop_scope)
+    packed = {block.path: block.dropped for block in read_layout(work_dir / STAGE_FOLDERS["quantize"]).experts}
+    gone = {layer: packed[block.path] for layer, block in blocks.items()}
+    return experts_to_drop(scores, top_k, share=settings.drop_experts, scope=settings.drop_scope, gone=gone)
 
 
 def _token_ids(settings: PruneSettings, session: Session, calibration: Path, split: str, text_field: str) -> Tensor:

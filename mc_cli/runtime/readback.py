@@ -124,7 +124,11 @@ class _Wanted:
         self.trust_remote_code = trust_remote_code
         config = read_config(exported, trust_remote_code=trust_remote_code)
         self.is_packed = getattr(config, "quantization_config", None) is not None
-        self._dense = None if self.is_packed else DenseTensors(original.folder, trust_remote_code=trust_remote_code)
+        self._dense = (
+            None
+            if self.is_packed
+            else DenseTensors(original.folder, plain_routers=True, trust_remote_code=trust_remote_code)
+        )
 
     @property
     def parts(self) -> list[int]:

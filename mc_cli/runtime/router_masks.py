@@ -7,7 +7,7 @@ the mask can be taken off.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from mc_cli.errors import FamilyError
+from mc_cli.runtime.inventory import router_path_of
 
-_BIAS = "e_score_correction_bias"
-_LOW = -1e4  # finite, since group scores are sums
+CORRECTION_BIAS = "e_score_correction_bias"
+LOW = -1e4  # finite, since group scores are sums
 
 
 class _MaskedLogits(TorchFunctionMode):
@@ -41,7 +42,7 @@ def mask_router(router: nn.Module, num_experts: int, dropped: Sequence[int]) -> 
 
     Its forward raises FamilyError for a router that does not make its logits by a linear product.
     """
-    mask = torch.zeros(num_experts, dtype=torch.bool)
+    mask = torch.zeros(num_experts, dtype=torch.bool, device="cpu")  # also where a model is being built without data
     mask[list(dropped)] = True
     modes: list[_MaskedLogits] = []
 
@@ -55,16 +56,32 @@ def mask_router(router: nn.Module, num_experts: int, dropped: Sequence[int]) -> 
         mode.__exit__(None, None, None)
         if output is not None and not mode.masked:
             raise FamilyError(
-                f"{type(module).__name__} makes its logits in a way that experts cannot be dropped from. Run "
-                "prune-eval without --drop-experts for this family."
+                f"{type(module).__name__} makes its logits in a way that experts cannot be dropped from. Plan without "
+                "width 0, and run prune-eval without --drop-experts, for this family."
             )
 
-    biases = [_LoweredBias(module, mask) for module in router.modules() if hasattr(module, _BIAS)]
+    def mask_packed(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        modes[-1].masked = True
+        return output.masked_fill(mask.to(output.device), float("-inf"))
+
+    # Of several masks on one router the last one put on is the first one off, so that each puts back what it found.
+    # A packed linear's product need not go through torch: it is masked where it comes out.
+    packed = [module for module in router.modules() if hasattr(module, "_mc_weight") and module is not router]
     return [
         router.register_forward_pre_hook(begin),
-        router.register_forward_hook(end, always_call=True),
-        *biases,
+        router.register_forward_hook(end, always_call=True, prepend=True),
+        *(_LoweredBias(module, mask) for module in router.modules() if hasattr(module, CORRECTION_BIAS)),
+        *(module.register_forward_hook(mask_packed) for module in packed),
     ]
+
+
+def drop_experts(model: nn.Module, dropped: Mapping[str, Sequence[int]]) -> None:
+    """Masks these experts (experts path -> experts) in the routers beside them, for as long as the model lives."""
+    for path, names in dropped.items():
+        if names:
+            router: Any = model.get_submodule(router_path_of(model, path))
+            module: Any = model.get_submodule(path)
+            mask_router(router, int(module.num_experts), names)
 
 
 class _LoweredBias:
@@ -74,17 +91,17 @@ class _LoweredBias:
         self._mask = mask
         self._handles = [
             module.register_forward_pre_hook(self._lower),
-            module.register_forward_hook(self._restore, always_call=True),
+            module.register_forward_hook(self._restore, always_call=True, prepend=True),
         ]
         self._kept: torch.Tensor | None = None
 
     def _lower(self, module: Any, _: Any) -> None:
-        self._kept = getattr(module, _BIAS).data
-        getattr(module, _BIAS).data = self._kept.masked_fill(self._mask.to(self._kept.device), _LOW)
+        self._kept = getattr(module, CORRECTION_BIAS).data
+        getattr(module, CORRECTION_BIAS).data = self._kept.masked_fill(self._mask.to(self._kept.device), LOW)
 
     def _restore(self, module: Any, *_: Any) -> None:
         if self._kept is not None:
-            getattr(module, _BIAS).data = self._kept
+            getattr(module, CORRECTION_BIAS).data = self._kept
             self._kept = None
 
     def remove(self) -> None:

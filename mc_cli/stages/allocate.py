@@ -133,7 +133,7 @@ def _result(folder: StageFolder, *, ran: bool) -> StageResult:
     rows = [[layer, *(row.count(bits) for bits in widths)] for layer, row in matrices.items()]
     columns = [
         {"name": "layer", "align": "right"},
-        *({"name": f"at {bits} bits", "align": "right"} for bits in widths),
+        *({"name": f"at {bits} bits" if bits else "dropped", "align": "right"} for bits in widths),
     ]
     facts = {
         "method": plan.method,

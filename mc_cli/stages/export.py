@@ -99,7 +99,7 @@ def _write_and_read_back(
     device = device_named(compute.device)
     dtype = dtype_named(compute.dtype, device, stored=stored)
     # Built only for an exporter that asks for dense tensors.
-    dense = cache(lambda: DenseTensors(files.folder, trust_remote_code=trusted))
+    dense = cache(lambda: DenseTensors(files.folder, plain_routers=True, trust_remote_code=trusted))
     copy_model_files(files.config_folder, folder.partial)
     with progress.step(f"export: {settings.format}", total=len(parts) + 1, unit="part") as step:
         job = ExportJob(
@@ -110,6 +110,7 @@ def _write_and_read_back(
             shard_bytes=settings.shard_bytes,
             card=card,
             original_tensors=lambda part: dense().original(part),
+            original_config=lambda: dense().config_json(),
             advance=lambda note: step.advance(note=note),
             pruning=pruning,
         )
@@ -166,6 +167,8 @@ def _card(
         base_model=_hub_name(work_dir),
         evaluation=evaluation,
         stages=stages,
+        experts_dropped=sum(len(block.dropped) for block in files.layout.experts),
+        experts=sum(block.num_experts for block in files.layout.experts),
         tool_version=__version__,
     )
 

@@ -43,6 +43,7 @@ from mc_cli.runtime.memory import release_freed_memory
 from mc_cli.runtime.packed_model import copy_model_files, model_bytes
 from mc_cli.runtime.quantization import quantizer_for
 from mc_cli.runtime.resume import restore_progress, save_progress
+from mc_cli.runtime.router_masks import drop_experts
 from mc_cli.runtime.session import Session, later_session
 from mc_cli.settings import QuantizeSettings, RunSettings
 
@@ -73,6 +74,7 @@ def run(
     _check_widths(plan, inventory)
     checkpoint = session.open_checkpoint()
     checkpoint.model.set_experts_implementation(IMPLEMENTATION)
+    drop_experts(checkpoint.model, {block.path: plan.dropped(block.layer) for block in inventory.expert_blocks})
     token_ids = read_tensors(calibration / calibration_artifact.TOKENS)["token_ids"]
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
     worker = LayerQuantizer(
@@ -242,13 +244,13 @@ class _Writer:
 def _finish(folder: StageFolder, inventory: ModelInventory, session: Session, progress: Progress) -> None:
     """Coverage, layout, model files, warnings, manifest."""
     rows = _report_rows(folder)
-    coverage = _coverage(rows, inventory)
     experts: list[ExpertLayout] = []
     linears: dict[str, str] = {}
     for path in sorted(folder.path(RESUME).glob("layout_*.json")):
         part = PackedLayout.from_json(read_json(path))
         experts += part.experts
         linears |= part.linears
+    coverage = _coverage(rows, inventory, experts)
     ordered = sorted(experts, key=lambda entry: [block.path for block in inventory.expert_blocks].index(entry.path))
     write_json(folder.path(LAYOUT), PackedLayout(tuple(ordered), linears).to_json())
     copy_model_files(session.folder, folder.path("config"))
@@ -274,8 +276,12 @@ def _report_rows(folder: StageFolder) -> list[MatrixReport]:
     return [row for path in sorted(folder.path("report").glob("*.json")) for row in read_report(path)]
 
 
-def _coverage(rows: list[MatrixReport], inventory: ModelInventory) -> dict[str, Any]:
-    """Expert weights by outcome. Raises ArtifactError unless every projection of every expert has exactly one row."""
+def _coverage(rows: list[MatrixReport], inventory: ModelInventory, layouts: list[ExpertLayout]) -> dict[str, Any]:
+    """Expert weights by outcome, and the dropped experts by layer.
+
+    Raises ArtifactError unless every projection of every expert has exactly one row, and a row as pruned exactly if
+    the layout drops its expert.
+    """
     rows = [row for row in rows if row.role == Role.EXPERT.value]
     found = Counter(row.name for row in rows)
     wanted = {
@@ -286,6 +292,13 @@ def _coverage(rows: list[MatrixReport], inventory: ModelInventory) -> dict[str, 
     }
     wrong = [f"{name}: {found[name]} times" for name in wanted if found[name] != 1]
     wrong += [f"{name}: not in the model" for name in found if name not in wanted]
+    dropped = {layout.path: layout.dropped for layout in layouts}
+    gone = {f"{path}.{expert}" for path, names in dropped.items() for expert in names}
+    wrong += [
+        f"{row.name}: {row.outcome}, and {'not ' if row.outcome == 'pruned' else ''}dropped in the layout"
+        for row in rows
+        if (row.outcome == "pruned") != (row.name.rpartition(".")[0] in gone)
+    ]
     if wrong:
         raise ArtifactError(
             f"Expert coverage is not complete, {len(wrong)} matrices are not accounted for once:\n{listed(wrong)}\n"
@@ -295,7 +308,13 @@ def _coverage(rows: list[MatrixReport], inventory: ModelInventory) -> dict[str, 
     for row in rows:
         counts[row.outcome] += wanted[row.name]
     total = inventory.expert_weight_count
-    return {"expert_weights": total, **counts, "covered": sum(counts.values()) / total}
+    by_layer = {str(block.layer): list(dropped[block.path]) for block in inventory.expert_blocks if dropped[block.path]}
+    return {"expert_weights": total, **counts, "covered": sum(counts.values()) / total, "experts_dropped": by_layer}
+
+
+def _listing(names: list[int]) -> str:
+    shown = ", ".join(map(str, names[:12]))
+    return shown if len(names) <= 12 else f"{shown} ... ({len(names)})"
 
 
 def _result(folder: StageFolder, compute: RunSettings, *, ran: bool) -> StageResult:
@@ -322,18 +341,20 @@ def _result(folder: StageFolder, compute: RunSettings, *, ran: bool) -> StageRes
         "code bits per weight",
         "stored bits per weight",
     ]
+    coverage = read_json(folder.path("coverage.json"))
     table = {
         "title": "Stored bytes of the packed model",
         "columns": [{"name": n, "align": "right" if i else "left"} for i, n in enumerate(columns)],
         "rows": table_rows,
     }
-    coverage = read_json(folder.path("coverage.json"))
     facts = {
         "stored bytes": sum(sizes.total for sizes in stored.values()),
         "compiled routines": path_name(),
         "expert coverage": f"{100 * coverage['covered']:.1f} % ({coverage['quantized']:,} quantized, "
         f"{coverage['kept']:,} kept, {coverage['pruned']:,} pruned)",
     }
+    if dropped := coverage.get("experts_dropped"):
+        facts["experts dropped"] = "; ".join(f"layer {layer}: {_listing(names)}" for layer, names in dropped.items())
     return StageResult(
         STAGE, folder.folder, ran, {"facts": facts, "tables": [table], "coverage": coverage}, folder.recorded_warnings()
     )

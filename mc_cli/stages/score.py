@@ -20,7 +20,7 @@ from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionI
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, read_json, read_tensors, write_json
 from mc_cli.encodings import Encoding, encoding_for, stored_bytes
 from mc_cli.measures.output_error import output_norm_mean, predicted_loss, squared_output_error
-from mc_cli.parts import ModelInventory, Projection
+from mc_cli.parts import DROPPED, ModelInventory, Projection
 from mc_cli.progress import Progress, StageResult
 from mc_cli.quantizers import Prepared, Quantizer
 from mc_cli.runtime import experts
@@ -36,6 +36,7 @@ from mc_cli.runtime.expert_inputs import (
 from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.memory import release_freed_memory
 from mc_cli.runtime.quantization import quantizer_for
+from mc_cli.runtime.rerouting import Rerouting
 from mc_cli.runtime.resume import restore_progress, save_progress
 from mc_cli.runtime.routing import watching
 from mc_cli.runtime.row_importance import down_importance, up_importance
@@ -78,7 +79,8 @@ def run(
                 module = checkpoint.model.get_submodule(blocks[layer].path)
                 sensitivity = sensitivities.get(layer)
                 inputs = ExpertInputs(capture, blocks[layer], session.device, sensitivity=sensitivity)
-                scored = scorer.score(module, inputs)
+                rerouting = Rerouting(checkpoint.model, blocks[layer], inputs) if DROPPED in settings.bits else None
+                scored = scorer.score(module, inputs, rerouting)
                 write_json(folder.path(_layer_file(layer)), asdict(scored))
             else:
                 walk.run_layer(advance=True)
@@ -109,6 +111,7 @@ class _LayerScorer:
         self._settings = settings
         self._quantizer = quantizer
         self._calibration = calibration
+        self._widths = tuple(width for width in settings.bits if width != DROPPED)
         self._has_sensitivity = (calibration / calibration_artifact.SENSITIVITY).exists()
 
     @property
@@ -118,15 +121,15 @@ class _LayerScorer:
             return "share of the residual stream's energy (no backward pass was run); the unit is not nats"
         return "diagonal Fisher at the MoE output, labels sampled from the model; nats per token"
 
-    def score(self, module: nn.Module, inputs: ExpertInputs) -> LayerImportance:
-        """Every measure of one resident layer."""
+    def score(self, module: nn.Module, inputs: ExpertInputs, rerouting: Rerouting | None) -> LayerImportance:
+        """Every measure of one resident layer; `rerouting` where dropping experts is to be measured."""
         block = inputs.block
         routing = LayerRouting.read(self._calibration / calibration_artifact.routing_file(block.layer))
         rows: list[dict[str, Any]] = []
         for members in expert_chunks(block):
-            rows += self._score_chunk(module, inputs, members, routing)
-        bits, names = self._settings.bits, [part.name for part in block.projections]
-        sizes = {part.name: {width: self._stored_bytes(part, width) for width in bits} for part in block.projections}
+            rows += self._score_chunk(module, inputs, members, routing, rerouting)
+        bits, widths, names = self._settings.bits, self._widths, [part.name for part in block.projections]
+        sizes = {part.name: {width: self._stored_bytes(part, width) for width in widths} for part in block.projections}
         return LayerImportance(
             layer=block.layer,
             weights_per_expert=block.weights_per_expert,
@@ -137,20 +140,28 @@ class _LayerScorer:
             output_norm_mean=[row["output_norm"] for row in rows],
             loss_by_bits={width: [row["loss"][width] for row in rows] for width in bits},
             predicted_loss_by_bits={width: [row["predicted"][width] for row in rows] for width in bits},
-            stored_bytes_by_bits={width: sum(sizes[name][width] for name in names) for width in bits},
+            stored_bytes_by_bits={width: sum(sizes[name].get(width, 0) for name in names) for width in bits},
             projections=tuple(
                 ProjectionImportance(
                     name=part.name,
                     weight_count=part.weight_count,
-                    predicted_loss_by_bits={width: [row[part.name][width] for row in rows] for width in bits},
+                    predicted_loss_by_bits={width: [row[part.name][width] for row in rows] for width in widths},
                     stored_bytes_by_bits=sizes[part.name],
                 )
                 for part in block.projections
             ),
+            top_k=block.top_k,
+            router_groups=block.router_groups,
+            groups_used=block.groups_used,
         )
 
     def _score_chunk(
-        self, module: nn.Module, inputs: ExpertInputs, members: list[int], routing: LayerRouting
+        self,
+        module: nn.Module,
+        inputs: ExpertInputs,
+        members: list[int],
+        routing: LayerRouting,
+        rerouting: Rerouting | None,
     ) -> list[dict[str, Any]]:
         up, down = inputs.block.projections
         strength = self._settings.quantizer.shrinkage
@@ -170,7 +181,12 @@ class _LayerScorer:
             output = expert_down(module, expert, activated, downs.weights[slot])
             originals.append((activated, output))
             rows[slot]["output_norm"] = output_norm_mean(output, samples[slot].weights)
-        for width in self._settings.bits:
+            if rerouting is not None:
+                own = _dropping_change(rerouting, expert, samples[slot], output)
+                others = inputs.others(expert, self._settings.loss_tokens)
+                changes = [(own, samples[slot]), (rerouting.change(expert, others), others)]
+                rows[slot]["loss"][DROPPED], rows[slot]["predicted"][DROPPED] = self._dropped(changes, inputs, routing)
+        for width in self._widths:
             up_new, down_new = ups.at(width), downs.at(width)
             for slot, expert in enumerate(members):
                 sample, row = samples[slot], rows[slot]
@@ -184,20 +200,44 @@ class _LayerScorer:
                 squared = squared_output_error(outputs["predicted"] - output, sample.weights) * sample.scale
                 row["loss"][width] = float(squared.sum().sqrt())
                 for name, changed_output in outputs.items():
-                    row[name][width] = self._predicted(changed_output - output, sample, inputs, routing)
+                    row[name][width] = self._predicted(changed_output - output, sample.weights, sample, inputs, routing)
         return rows
+
+    def _dropped(
+        self, changes: list[tuple[torch.Tensor, Sample]], inputs: ExpertInputs, routing: LayerRouting
+    ) -> tuple[float, float]:
+        """(L2 norm, predicted loss) of changes of the layer's output, each on tokens of its own."""
+        squared = predicted = 0.0
+        for change, sample in changes:
+            whole = torch.ones(len(change), device=change.device)
+            squared += float(squared_output_error(change, whole).sum()) * sample.scale
+            predicted += self._predicted(change, whole, sample, inputs, routing)
+        return squared**0.5, predicted
 
     def _matrices(self, part: Projection, weights: torch.Tensor, hessians: torch.Tensor) -> _Matrices:
         return _Matrices(self._settings.quantizer, self._quantizer, part, weights, hessians)
 
     def _predicted(
-        self, difference: torch.Tensor, sample: Sample, inputs: ExpertInputs, routing: LayerRouting
+        self,
+        difference: torch.Tensor,
+        weights: torch.Tensor,
+        sample: Sample,
+        inputs: ExpertInputs,
+        routing: LayerRouting,
     ) -> float:
-        felt = squared_output_error(difference, sample.weights * sample.sensitivity.sqrt()) * sample.scale
+        felt = squared_output_error(difference, weights * sample.sensitivity.sqrt()) * sample.scale
         return predicted_loss(felt, _gradient_square(inputs, routing, len(felt)), token_count=inputs.token_count)
 
     def _stored_bytes(self, part: Projection, width: float) -> int:
         return stored_bytes(_encoding(self._settings.quantizer, part, width), part.out_features, part.in_features)
+
+
+def _dropping_change(rerouting: Rerouting, expert: int, sample: Sample, output: torch.Tensor) -> torch.Tensor:
+    """[tokens, hidden] by which the layer's output changes without the expert, on the tokens that chose it.
+
+    Nothing tells where the tokens of an expert without any would go: there its output is missing, and nothing else.
+    """
+    return -output.float() * sample.weights[:, None] if sample.pooled else rerouting.change(expert, sample)
 
 
 def _gradient_square(inputs: ExpertInputs, routing: LayerRouting, hidden: int) -> torch.Tensor:
@@ -277,7 +317,10 @@ def _result(folder: StageFolder, *, ran: bool) -> StageResult:
         for layer in importance.layers
     ]
     columns = [{"name": "layer", "align": "right"}, {"name": "experts", "align": "right"}]
-    columns += [{"name": f"all at {width} bits", "align": "right"} for width in importance.candidate_bits]
+    columns += [
+        {"name": f"all at {width} bits" if width else "each dropped alone", "align": "right"}
+        for width in importance.candidate_bits
+    ]
     title = "Predicted rise of the loss, summed over a layer's experts"
     facts = {"quantizer": importance.quantizer, "unit": importance.sensitivity_method}
     summary = {"facts": facts, "tables": [{"title": title, "columns": columns, "rows": rows}]}

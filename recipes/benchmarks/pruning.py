@@ -8,6 +8,11 @@ nearest points (0 at rate 0).
 The oracle drops, over all layers and tokens of the held-out text itself, the calls that change their layer's output
 least, in nats by the layers' sensitivities: a bound for what deciding per token and layer can reach, not a policy.
 
+Two more oracles know the true cost. On a few short windows every single drop is tried in a forward of its own, and the
+cheapest are taken, rate by rate, each time measured anew behind those already taken: by the loss of the window's
+tokens, which sees the answer and so may gain by dropping, or by the KL divergence from the unpruned model, which does
+not. The oracle by output change is repeated on these windows, so that the three can be compared.
+
 Times are ratios within one run: the same tokens through the whole packed model, without and with a policy at each rate
 in turn, several rounds, medians. odp also watches attention, which costs time in a prompt's pass and none while
 decoding. In a batch most experts still have some token, so packed weights are unpacked for fewer tokens but hardly less
@@ -26,6 +31,8 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,16 +50,19 @@ from mc_cli.errors import MissingDependencyError
 from mc_cli.policies import kept_weights, weight_ranks
 from mc_cli.progress import SilentProgress
 from mc_cli.runtime import text
+from mc_cli.runtime.dense_tensors import load_dense
 from mc_cli.runtime.packed_model import PackedSource, load_packed
 from mc_cli.runtime.pareto_figure import draw_front
 from mc_cli.runtime.pruned_comparison import compare_points
-from mc_cli.runtime.pruning import apply_pruning
+from mc_cli.runtime.pruning import apply_pruning, pruned
 from mc_cli.runtime.pruning_fit import squared_error_scales
 from mc_cli.runtime.pruning_samples import sample_layers
 from mc_cli.settings import EvaluateSettings, PruneSettings, RunSettings
 from mc_cli.stages import prune_eval
 
 ORACLE = "oracle"
+TRUE_LOSS, TRUE_KL, ON_SAMPLE = "oracle, true loss", "oracle, true KL", "oracle, same windows"
+VARIANTS_AT_ONCE = 32
 READ_AT = (0.1, 0.2, 0.25, 0.3, 0.4)
 TIMED_TOKENS, ROUNDS = 1024, 5
 TIMED = ("otp", "odp")
@@ -71,6 +81,9 @@ def main() -> None:
         save(arguments.out, results)
     if ORACLE not in results:
         results[ORACLE] = oracle(arguments, work_dir)
+    if TRUE_LOSS not in results and arguments.true_windows:
+        results |= true_oracles(arguments, work_dir)
+        save(arguments.out, results)
     if "times" not in results:
         results["times"] = [row for policy in TIMED for row in times(work_dir, policy)]
     save(arguments.out, results)
@@ -94,6 +107,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-windows", type=int, default=128, help="held-out windows, evenly over the domains")
     parser.add_argument("--fit-windows", type=int, default=512)
     parser.add_argument("--otp-steps", type=int, default=240)
+    parser.add_argument("--true-windows", type=int, default=16, help="windows of the oracles by true cost; 0 = none")
+    parser.add_argument("--true-length", type=int, default=64, help="tokens of each")
     parsed = parser.parse_args()
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
     return parsed
@@ -160,8 +175,17 @@ class OraclePruner:
         return index.masked_fill(~mask, module.num_experts), kept
 
 
-def oracle(arguments: argparse.Namespace, work_dir: Path) -> list[dict[str, Any]]:
-    """The oracle's points on the same held-out windows."""
+def heldout_windows(arguments: argparse.Namespace, folder: Path, length: int, count: int) -> text.Windows:
+    """Windows of the held-out text, evenly over its domains."""
+    documents = text.read_documents(arguments.heldout, split="test", text_field="text")
+    tokenizer = text.load_tokenizer(folder / "config")
+    return text.evaluation_windows(documents, tokenizer, length=length, stride=length, max_sequences=count)
+
+
+def oracle(
+    arguments: argparse.Namespace, work_dir: Path, windows: text.Windows | None = None, name: str = ORACLE
+) -> list[dict[str, Any]]:
+    """The points of the oracle by output change, on the same held-out windows unless others are given."""
     calibration = work_dir / STAGE_FOLDERS["calibrate"]
     inventory = calibration_artifact.read_inventory(calibration / calibration_artifact.INVENTORY)
     blocks = {block.layer: block for block in inventory.expert_blocks}
@@ -169,14 +193,7 @@ def oracle(arguments: argparse.Namespace, work_dir: Path) -> list[dict[str, Any]
     scales, _ = squared_error_scales(blocks, {layer: stored[f"layers.{layer}.gradient_square"] for layer in blocks}, {})
     folder = work_dir / STAGE_FOLDERS["quantize"]
     source = PackedSource(folder, dtype=torch.float32, device=torch.device("cpu"))
-    documents = text.read_documents(arguments.heldout, split="test", text_field="text")
-    windows = text.evaluation_windows(
-        documents,
-        text.load_tokenizer(folder / "config"),
-        length=arguments.length,
-        stride=arguments.length,
-        max_sequences=arguments.max_windows,
-    )
+    windows = windows or heldout_windows(arguments, folder, arguments.length, arguments.max_windows)
     layers, steps = [], []
     for sample in sample_layers(source, windows.token_ids, blocks, scales, batch_size=16, watch=False):
         layers.append(PrunedLayer(sample.block.layer, sample.block.path, sample.top_k, sample.renormalise))
@@ -191,10 +208,17 @@ def oracle(arguments: argparse.Namespace, work_dir: Path) -> list[dict[str, Any]
             layer.path: OraclePruner(layer, (layer.top_k - (cost <= limit).sum(-1)).to(torch.int64))
             for layer, cost in zip(layers, steps, strict=True)
         }
-    found = compare_points(source, windows, blocks, runs, batch_size=16, progress=Lines(), title="oracle")
+    return measured(source, windows, blocks, runs, name)
+
+
+def measured(
+    source: PackedSource, windows: text.Windows, blocks: Mapping[int, Any], runs: dict[str, Any], name: str
+) -> list[dict[str, Any]]:
+    """What the runs cost on the windows, as points of the policy `name`."""
+    found = compare_points(source, windows, blocks, runs, batch_size=16, progress=Lines(), title=name)
     return [
         {
-            "policy": ORACLE,
+            "policy": name,
             "chosen": False,
             "rate": point.rate,
             "perplexity_rise": math.expm1(point.loss - found.packed_loss),
@@ -202,6 +226,73 @@ def oracle(arguments: argparse.Namespace, work_dir: Path) -> list[dict[str, Any]
         }
         for point in found.points.values()
     ]
+
+
+def true_oracles(arguments: argparse.Namespace, work_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    """Name -> points, of the oracles by true cost and of the one by output change, on windows of their own."""
+    folder = work_dir / STAGE_FOLDERS["quantize"]
+    calibration = work_dir / STAGE_FOLDERS["calibrate"]
+    inventory = calibration_artifact.read_inventory(calibration / calibration_artifact.INVENTORY)
+    blocks = {block.layer: block for block in inventory.expert_blocks}
+    windows = heldout_windows(arguments, folder, arguments.true_length, arguments.true_windows)
+    source = PackedSource(folder, dtype=torch.float32, device=torch.device("cpu"))
+    model = load_dense(folder, dtype=torch.float32, device=torch.device("cpu"))
+    pruning, _ = read_pruning(work_dir / "pruning" / "odp")
+    layers = [replace(layer, prior=None) for layer in pruning.layers]
+    found = {ON_SAMPLE: oracle(arguments, work_dir, windows, ON_SAMPLE)}
+    for name in (TRUE_LOSS, TRUE_KL):
+        keeps: dict[float, list[Tensor]] = {rate: [] for rate in READ_AT}
+        for number, ids in enumerate(windows.token_ids):
+            print(f"{time.strftime('%H:%M:%S')} {name}: window {number + 1}", file=sys.stderr, flush=True)
+            for rate, keep in greedy(model, layers, ids, by_loss=name == TRUE_LOSS).items():
+                keeps[rate].append(keep)
+        runs = {}
+        for rate, parts in keeps.items():
+            joined = torch.cat(parts, dim=1)
+            runs[f"{rate}"] = {
+                layer.path: OraclePruner(layer, keep) for layer, keep in zip(layers, joined, strict=True)
+            }
+        found[name] = measured(source, windows, blocks, runs, name)
+    return found
+
+
+@torch.no_grad()
+def greedy(model: Any, layers: list[PrunedLayer], ids: Tensor, *, by_loss: bool) -> dict[float, Tensor]:
+    """Rate -> [layers, length] slots kept of one window, each rate's drops chosen behind those of the one before."""
+    length = len(ids)
+    keep = torch.tensor([layer.top_k for layer in layers])[:, None].repeat(1, length)
+    calls, reference = int(keep.sum()), log_probabilities(model, layers, ids, keep[None])[0]
+    found = {}
+    for rate in READ_AT:
+        places = (keep > 1).nonzero()
+        costs = torch.cat(
+            [_costs(model, layers, ids, keep, part, reference, by_loss) for part in places.split(VARIANTS_AT_ONCE)]
+        )
+        missing = round(rate * calls) - (calls - int(keep.sum()))
+        for layer, token in places[costs.argsort()[:missing]].tolist():
+            keep[layer, token] -= 1
+        found[rate] = keep.clone()
+    return found
+
+
+def _costs(
+    model: Any, layers: list[PrunedLayer], ids: Tensor, keep: Tensor, places: Tensor, reference: Tensor, by_loss: bool
+) -> Tensor:
+    """[places] the window's loss, or divergence from the reference, with one more slot dropped at each place."""
+    variants = keep.repeat(len(places), 1, 1)
+    variants[torch.arange(len(places)), places[:, 0], places[:, 1]] -= 1
+    changed = log_probabilities(model, layers, ids, variants)
+    if by_loss:
+        return -changed[:, :-1].gather(-1, ids[1:, None].expand(len(places), -1, 1)).sum((1, 2))
+    return (reference.exp() * (reference - changed)).sum((1, 2))
+
+
+def log_probabilities(model: Any, layers: list[PrunedLayer], ids: Tensor, keep: Tensor) -> Tensor:
+    """[variants, length, vocabulary] of one window under several choices of slots kept, [variants, layers, length]."""
+    with ExitStack() as stack:
+        for number, layer in enumerate(layers):
+            stack.enter_context(pruned(model, layer.path, OraclePruner(layer, keep[:, number].reshape(-1))))
+        return model(ids.expand(len(keep), -1), use_cache=False).logits.float().log_softmax(-1)
 
 
 @torch.no_grad()
@@ -271,8 +362,10 @@ def show(results: Mapping[str, Any]) -> None:
         for policy in policies:
             groups = [[read_off(seed["points"], policy, rate, name) for seed in seeds] for rate in READ_AT]
             table.add_row(policy, *(spread([v * factor for v in group if v is not None]) for group in groups))
-        values = [read_off(results[ORACLE], ORACLE, rate, name) for rate in READ_AT]
-        table.add_row(ORACLE, *(f"{value * factor:.4f}" if value is not None else "-" for value in values))
+        for bound in (ORACLE, ON_SAMPLE, TRUE_KL, TRUE_LOSS):
+            if bound in results:
+                values = [read_off(results[bound], bound, rate, name) for rate in READ_AT]
+                table.add_row(bound, *(f"{value * factor:.4f}" if value is not None else "-" for value in values))
         console.print(table)
     table = Table(title="time over the time without a policy")
     for name in ("policy", "dropped", "forward of a batch", "decoding one by one"):

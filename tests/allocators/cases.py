@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mc_cli.allocators import AllocationProblem, Budget, Choice, Floor, Unit
+from mc_cli.allocators import AllocationProblem, Budget, Choice, Floor, Survivors, Unit
 from mc_cli.artifacts.importance import Importance, LayerImportance
 
 GOLDEN = Path(__file__).parents[1] / "data" / "mixtral-8x7b-pmq.json"
@@ -24,8 +24,10 @@ def problem_of(
     limit: int,
     floors: Iterable[Floor] = (),
     layer_of: Sequence[int] | None = None,
+    survivors: Iterable[Survivors] = (),
+    first_bits: int = 1,
 ) -> AllocationProblem:
-    """One unit per row, its choices 1, 2, ... bits wide, with the sizes counted in stored bytes."""
+    """One unit per row, its choices `first_bits`, one more, ... bits wide, with the sizes counted in stored bytes."""
     layers = layer_of or [0] * len(costs)
     units = tuple(
         Unit(
@@ -33,16 +35,25 @@ def problem_of(
             expert=row,
             weight_count=1,
             choices=tuple(
-                Choice(bits=index + 1, code_bits=0, stored_bytes=size, cost=cost)
+                Choice(bits=index + first_bits, code_bits=0, stored_bytes=size, cost=cost)
                 for index, (cost, size) in enumerate(zip(costs[row], sizes[row], strict=True))
             ),
         )
         for row in range(len(costs))
     )
-    return AllocationProblem(units, Budget("expert_bytes", max(limit, 1)), limit, tuple(floors))
+    budget = Budget("expert_bytes", max(limit, 1))
+    return AllocationProblem(units, budget, limit, tuple(floors), tuple(survivors))
 
 
 def keeps_floors(problem: AllocationProblem, picks: Sequence[int]) -> bool:
+    for kept in problem.survivors:
+        there = [
+            pick
+            for unit, pick in zip(problem.units, picks, strict=True)
+            if unit.layer == kept.layer and unit.expert in kept.experts and unit.choices[pick].bits > 0
+        ]
+        if len(there) < kept.count:
+            return False
     for layer in {unit.layer for unit in problem.units}:
         widths = [
             unit.choices[pick].bits for unit, pick in zip(problem.units, picks, strict=True) if unit.layer == layer

@@ -14,6 +14,17 @@ import pytest
 from mc_cli.artifacts.importance import UNITS, Importance, LayerImportance, ProjectionImportance
 from mc_cli.errors import ArtifactError
 
+# Fields of a layer that are no measures.
+FACTS = {
+    "layer",
+    "weights_per_expert",
+    "token_count",
+    "projections",
+    "top_k",
+    "router_groups",
+    "groups_used",
+}
+
 
 def layer_of(index: int, **changes: Any) -> LayerImportance:
     measures: dict[str, Any] = {
@@ -54,7 +65,7 @@ def test_what_is_written_is_read_back(tmp_path: Path):
 
 def test_every_measure_has_a_unit():
     measures = {field.name for field in dataclasses.fields(LayerImportance)}
-    assert set(UNITS) == measures - {"layer", "weights_per_expert", "token_count", "projections"}
+    assert set(UNITS) == measures - FACTS
 
 
 def test_a_score_without_predicted_losses_can_be_kept(tmp_path: Path):

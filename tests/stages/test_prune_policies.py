@@ -161,6 +161,19 @@ def test_max_loss_is_held_against_windows_that_nothing_was_fitted_on(quantized: 
     assert not later or max(other.checked_limit for other in later if other.checked_limit is not None) > 0.2
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_max_loss_holds_on_fresh_text(family: str, quantized: Any, tmp_path: Path) -> None:
+    """Text that neither thresholds nor the choice of the point have seen; within the error of measuring on it."""
+    folder = quantized(family)
+    work_dir = work_dir_of(folder, tmp_path)
+    fresh = write_documents(tmp_path / "fresh.jsonl", documents=80, offset=3000)
+    prune = PruneSettings(policy=("odp",), max_loss=0.03, rates=(0.05, 0.1, 0.2, 0.3))
+    run_prune_eval(work_dir, fresh, prune=prune)
+    (row,) = evaluation_of(work_dir).pruning["points"]
+    assert row["rate"] > 0.05, "so little is dropped that this tests nothing"
+    assert row["perplexity_rise"] <= 0.03 + 2 * row["loss_error"]
+
+
 def test_a_max_loss_that_cannot_be_kept_is_refused(quantized: Any, tmp_path: Path) -> None:
     folder = quantized("mixtral")
     work_dir = work_dir_of(folder, tmp_path)

@@ -18,6 +18,7 @@ from mc_cli.encodings.affine import affine_for
 from mc_cli.quantizers import quantizer_from_name
 from mc_cli.settings import QuantizerSettings
 from tests.conftest import TinyModel
+from tests.dense_twin import cut_experts_out
 from tests.tiny_chain import LENGTH, run_calibrate, run_score, write_documents
 
 BITS = (2, 4)
@@ -97,6 +98,32 @@ def _predicted(change: Tensor, sensitivity: dict[str, Tensor] | None, layer: int
     return float((squares * sensitivity[f"layers.{layer}.gradient_square"]).sum()) / 2 / len(change)
 
 
+@torch.no_grad()
+def test_dropping_is_measured_as_the_widths_are(tiny_model: TinyModel, tmp_path: Path) -> None:
+    data = write_documents(tmp_path / "text.jsonl", documents=24)
+    work_dir = tmp_path / "work"
+    run_calibrate(work_dir, tiny_model("mixtral"), data, gradient_tokens=7 * LENGTH)
+    run_score(work_dir, bits=(0, 2), quantizer=QuantizerSettings(quantizer="rtn"))
+    token_ids = load_file(work_dir / "calibration" / "tokens.safetensors")["token_ids"]
+    sensitivity = load_file(work_dir / "calibration" / "sensitivity.safetensors")
+    importance = importance_of(work_dir)
+    assert importance.candidate_bits == (0, 2)
+    for entry in importance.layers:
+        assert entry.stored_bytes_by_bits[0] == 0 and entry.top_k == 2
+        assert all(set(part.stored_bytes_by_bits) == {2} for part in entry.projections)
+        for expert in range(8):
+            if entry.routing_count[expert] == 0:
+                continue
+            model: Any = AutoModelForCausalLM.from_pretrained(tiny_model("mixtral"), dtype=torch.float32).eval()
+            before = Layer(model, token_ids, entry.layer).output
+            cut_experts_out(model, f"model.layers.{entry.layer}.mlp.experts", (expert,))
+            after = Layer(model, token_ids, entry.layer).output
+            change = (after - before).reshape(-1, before.shape[-1]).double()
+            assert entry.loss_by_bits[0][expert] == pytest.approx(float(change.norm()), rel=1e-3)
+            predicted = _predicted(change, sensitivity, entry.layer, 1.0)
+            assert entry.predicted_loss_by_bits[0][expert] == pytest.approx(predicted, rel=2e-3)
+
+
 def test_measures_of_calibrate_are_carried_over(scored: Path) -> None:
     importance = importance_of(scored)
     assert importance.candidate_bits == BITS and importance.quantizer == "rtn"
@@ -138,7 +165,7 @@ def test_unseen_expert_has_finite_losses_and_a_warning(tiny_model: TinyModel, tm
     """One sequence of few tokens leaves experts without any: their losses are as if one token had reached each."""
     data = write_documents(tmp_path / "text.jsonl", documents=4)
     run_calibrate(tmp_path / "work", tiny_model("mixtral"), data, sequences=1, length=8, gradient_tokens=8)
-    result = run_score(tmp_path / "work", bits=BITS)
+    result = run_score(tmp_path / "work", bits=(0, *BITS))
     unseen = [
         (entry, expert)
         for entry in importance_of(tmp_path / "work").layers
@@ -147,5 +174,5 @@ def test_unseen_expert_has_finite_losses_and_a_warning(tiny_model: TinyModel, tm
     ]
     assert unseen and any(f"{len(unseen)} experts saw no calibration token" in text for text in result.warnings)
     for entry, expert in unseen:
-        assert all(entry.loss_by_bits[bits][expert] > 0 for bits in BITS)
+        assert all(entry.loss_by_bits[bits][expert] > 0 for bits in (0, *BITS))
         assert entry.loss_by_bits[2][expert] > entry.loss_by_bits[4][expert]
