@@ -1,6 +1,6 @@
 """Writes the token windows that `mc-cli calibrate` draws, for the peers: the same text, cut and drawn by the same seed.
 
-    python recipes/benchmarks/peers/calibration_tokens.py --model DIR --data FILE --seed 0 --out tokens.safetensors
+python recipes/benchmarks/peers/calibration_tokens.py --model DIR --data FILE --seed 0 --out tokens.safetensors
 """
 
 from __future__ import annotations

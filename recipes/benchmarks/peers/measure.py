@@ -21,11 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mc_cli.errors import InputError
-from mc_cli.progress import SilentProgress
+from mc_cli.parts import ModelInventory
 from mc_cli.runtime import text
-from mc_cli.runtime.comparison import compare
+from mc_cli.runtime.comparison import losses
 from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.inventory import take_inventory
+from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.lm_eval_tasks import Tasks, evaluate_folder, find_tasks
 from mc_cli.runtime.session import Session, first_session
 from mc_cli.settings import EvaluateSettings, RunSettings
@@ -52,6 +53,7 @@ def main() -> None:
         stride=settings.stride,
         max_sequences=settings.max_sequences,
     )
+    original: LayerWalk | None = None  # walked once for all folders, and only if one is to be measured
     for folder in given.folders:
         stored = json.loads((folder / STORED).read_text())
         key = {
@@ -61,7 +63,8 @@ def main() -> None:
         }
         row = next((row for row in results if key.items() <= row.items()), None)
         if row is None:
-            row = {**key, **loss(session, folder, windows, stored), "stored": stored}
+            original = original or walked(session, windows)
+            row = {**key, **loss(session, original, folder, windows, stored), "stored": stored}
             results.append(row)
         if tasks is not None and "tasks" not in row:
             row["tasks"] = accuracy(tasks, settings, session, folder)
@@ -89,25 +92,30 @@ def parse() -> argparse.Namespace:
     return parsed
 
 
-def loss(session: Session, folder: Path, windows: text.Windows, stored: dict[str, Any]) -> dict[str, Any]:
+def walked(session: Session, windows: text.Windows) -> LayerWalk:
+    """A walk over the windows that has passed the last layer."""
+    source = session.open_checkpoint()
+    source.model.set_experts_implementation(IMPLEMENTATION)
+    walk = LayerWalk(source, windows.token_ids, batch_size=session.batch_size(windows.token_ids.shape[1]))
+    for layer in range(walk.num_layers):
+        source.load(layer)
+        walk.run_layer(advance=True)
+        source.free(layer)
+    return walk
+
+
+def loss(
+    session: Session, original: LayerWalk, folder: Path, windows: text.Windows, stored: dict[str, Any]
+) -> dict[str, Any]:
     """The row of one folder, without its accuracy. Raises InputError where other expert weights are stored."""
-    original, packed = session.open_checkpoint(), at_folder(session, folder).open_checkpoint()
-    for checkpoint in (original, packed):
-        checkpoint.model.set_experts_implementation(IMPLEMENTATION)
-    inventory = take_inventory(original.model, stored_dtypes=original.stored_dtypes)
+    source = session.open_checkpoint()
+    inventory: ModelInventory = take_inventory(source.model, stored_dtypes=source.stored_dtypes)
     if stored["expert_parameters"] != inventory.expert_weight_count:
         raise InputError(
             f"{folder}: {stored['expert_parameters']:,} expert weights are counted in {STORED}, the model has "
             f"{inventory.expert_weight_count:,}. Make the folder again."
         )
-    total, domains, _ = compare(
-        original,
-        packed,
-        windows,
-        {block.layer: block for block in inventory.expert_blocks},
-        batch_size=session.batch_size(windows.token_ids.shape[1]),
-        progress=SilentProgress(),
-    )
+    total, domains = losses(original, walked(at_folder(session, folder), windows), windows)
     kept = sum(size for role, size in inventory.bytes_by_role().items() if role.value != "expert")
     return {
         "stored_bits": stored["stored_bits"],
