@@ -27,8 +27,8 @@ def read_linears(
         parts = _parts_of(found, name)
         counted = ["qweight", "qzeros", "scales", *(["g_idx"] if counts_order else [])]
         size += sum(parts[part].numel() * parts[part].element_size() for part in counted)
-        codes = _unpacked(parts["qweight"], bits, axis=0)
-        zeros = _unpacked(parts["qzeros"], bits, axis=1) + zero_offset
+        codes = unpacked(parts["qweight"], bits, axis=0)
+        zeros = unpacked(parts["qzeros"], bits, axis=1) + zero_offset
         in_order = torch.arange(weight.shape[1]) // group_size
         group = parts.get("g_idx", in_order).long()
         if not counts_order and not torch.equal(group, in_order):
@@ -49,7 +49,7 @@ def _parts_of(found: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.T
     return parts
 
 
-def _unpacked(words: torch.Tensor, bits: int, *, axis: int) -> torch.Tensor:
+def unpacked(words: torch.Tensor, bits: int, *, axis: int) -> torch.Tensor:
     """Codes of `bits` bits from 32-bit words, lowest bits first and without gaps along `axis`."""
     rows = words.movedim(axis, -1).contiguous()
     stream = (rows[..., None] >> torch.arange(32, dtype=torch.int32)) & 1
