@@ -2,7 +2,8 @@
 
 Reads the JSON files of quality.py and peers/measure.py. Rows of a contender are averaged over their seeds. A peer is a
 tool: all its encodings together are one line, of which only the lower left counts. Between two of a tool's points the
-logarithm of the gap is taken to be linear in the stored bits; outside its points it is not compared. Ours are the
+logarithm of the loss is taken to be linear in the stored bits, also where the tool has nothing to store between them. A
+tool's smallest point stands for sizes a little below it too (NEAR); farther out it is not compared. Ours are the
 contenders of quality.py that --ours names.
 
     python recipes/benchmarks/front.py results.json peers.json --out front.png
@@ -24,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+NEAR = 0.02  # stored bits
 LABELS = {"gap": "loss above the original's, nats per token", "kl": "KL divergence, nats per token"}
 
 
@@ -99,6 +101,8 @@ def lower_left(points: Sequence[Point]) -> list[Point]:
 def interpolated(points: Sequence[Point], bits: float) -> float | None:
     """The loss of one tool's front at `bits`, log-linear between its two nearest points; None outside them."""
     front = lower_left(points)
+    if front[0].bits - NEAR <= bits <= front[0].bits:
+        return front[0].loss
     for left, right in pairwise(front):
         if left.bits <= bits <= right.bits:
             share = (bits - left.bits) / (right.bits - left.bits)
