@@ -111,7 +111,7 @@ def write_dense(model: Path, out: Path, replaced: Mapping[str, torch.Tensor], st
         "expert_parameters": parameters,
         "stored_bits": 8 * stored.expert_bytes / parameters,
         "relative_error": error / energy,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(Path(word).name if "/" in word else word for word in sys.argv),  # not where things lie
     }
     (out / STORED).write_text(json.dumps(content, indent=1) + "\n")
     print(f"{out}: {stored.encoding}, {content['stored_bits']:.4f} stored bits, {stored.seconds:.0f} s")
