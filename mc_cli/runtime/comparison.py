@@ -68,12 +68,9 @@ def compare(
             if chosen[0] is not None and chosen[1] is not None:
                 changes[layer] = changed_share(chosen[0], chosen[1])
             step.advance(note=f"layer {layer}")
-        domains = _losses(walks, windows)
+        total, domains = losses(walks[0], walks[1], windows)
         step.advance(note="head")
-    total = _Sums()
-    for sums in domains.values():
-        total.merge(sums)
-    return total.result(), {name: sums.result() for name, sums in sorted(domains.items())}, changes
+    return total, domains, changes
 
 
 def _advance(walk: LayerWalk, block: ExpertBlock | None, layer: int) -> torch.Tensor | None:
@@ -98,12 +95,16 @@ def changed_share(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def _losses(walks: list[LayerWalk], windows: Windows) -> dict[str, _Sums]:
+def losses(original: LayerWalk, packed: LayerWalk, windows: Windows) -> tuple[TextResult, dict[str, TextResult]]:
+    """(all text, per domain) of two walks over the same windows that have both passed the last layer."""
     sums: dict[str, _Sums] = {}
     for row in range(len(windows.token_ids)):
         rows = slice(row, row + 1)
         labels = windows.token_ids[row, 1:]
         fresh = int(windows.fresh[row])
-        logits = [walk.head(rows, walk.hidden[rows])[0, :-1][-fresh:] for walk in walks]
+        logits = [walk.head(rows, walk.hidden[rows])[0, :-1][-fresh:] for walk in (original, packed)]
         sums.setdefault(windows.domains[row], _Sums()).add(logits[0], logits[1], labels[-fresh:].to(logits[0].device))
-    return sums
+    total = _Sums()
+    for domain in sums.values():
+        total.merge(domain)
+    return total.result(), {name: domain.result() for name, domain in sorted(sums.items())}

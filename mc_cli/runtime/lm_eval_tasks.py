@@ -77,7 +77,7 @@ def run_tasks(
     names = ("original", "packed") if pruning is None else ("original", "packed", "pruned")
     with progress.step("prune-eval: lm-eval tasks", total=len(names), unit="model") as step:
         for name in names:
-            model = _original(session) if name == "original" else _packed(session, packed_folder)
+            model = _dense(session) if name == "original" else _packed(session, packed_folder)
             if name == "pruned" and pruning is not None:
                 apply_pruning(model, pruning[0], tensors=pruning[1])
             results[name] = _evaluate(model, tasks, settings, session)
@@ -86,7 +86,12 @@ def run_tasks(
     return results
 
 
-def _original(session: Session) -> Any:
+def evaluate_folder(tasks: Tasks, settings: EvaluateSettings, session: Session) -> dict[str, Any]:
+    """lm-eval's own results JSON, without samples, of the session's model as its folder holds it."""
+    return _evaluate(_dense(session), tasks, settings, session)
+
+
+def _dense(session: Session) -> Any:
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(
