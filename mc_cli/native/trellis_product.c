@@ -503,18 +503,22 @@ VERSIONS static void rotate(const float *x, const float *signs, int count, int b
 /* Activations as two bytes each: steps of the largest / 127, and their 254th parts. Returns the step; NaN where one is
  * not finite, so that it shows in the outputs. totals: the sums of both. */
 VERSIONS static float split(const float *x, int count, int8_t *coarse, int8_t *fine, int32_t *totals) {
-    float largest = 1e-30f, check = 0.0f;
-    totals[0] = totals[1] = 0;
+    int32_t most = 0; /* the bits of floats are ordered as their sizes are */
     for (int i = 0; i < count; i++) {
-        check += 0.0f * x[i];
-        const float size = x[i] < 0 ? -x[i] : x[i];
-        largest = size > largest ? size : largest;
+        int32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
     }
-    if (check != 0.0f) { /* only NaN is */
+    totals[0] = totals[1] = 0;
+    if (most >= 0x7f800000) {
         memset(coarse, 0, (size_t)count);
         memset(fine, 0, (size_t)count);
-        return check;
+        return __builtin_nanf("");
     }
+    float largest;
+    memcpy(&largest, &most, sizeof largest);
+    if (largest < 1e-30f) largest = 1e-30f;
     const float inverse = 127.0f / largest;
     int32_t all = 0, rest = 0;
     for (int i = 0; i < count; i++) {

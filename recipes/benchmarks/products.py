@@ -53,8 +53,9 @@ def main() -> None:
     arguments = parse()
     results: list[dict[str, Any]] = []
     torch.manual_seed(0)
+    every = torch.get_num_threads()
     for threads in arguments.threads:
-        torch.set_num_threads(threads or torch.get_num_threads())
+        torch.set_num_threads(threads or every)
         rate = reading_rate(arguments)
         console = Console(width=140)
         console.print(
