@@ -324,11 +324,11 @@ def _row(name: str, entry: TextResult) -> list[Any]:
     return [
         name,
         entry.tokens,
-        round(math.exp(entry.original_loss), 3),
-        round(math.exp(entry.packed_loss), 3),
-        round(entry.packed_loss - entry.original_loss, 5),
-        round(entry.kl_divergence, 5),
-        round(100 * entry.same_top_token, 2),
+        round(math.exp(entry.original_loss), 6),  # digits to spare: what is shown is rounded once, from these
+        round(math.exp(entry.packed_loss), 6),
+        round(entry.packed_loss - entry.original_loss, 8),
+        round(entry.kl_divergence, 8),
+        round(100 * entry.same_top_token, 4),
     ]
 
 
