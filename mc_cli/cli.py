@@ -340,13 +340,14 @@ def _generate_parameters() -> list[inspect.Parameter]:
 def _bench(given: Mapping[str, Any]) -> None:
     """Every model in a process of its own; the table to stdout."""
     with telling_errors(debug=given["debug"]):
+        compute = build(COMPUTE, _given(COMPUTE, given))
         _prepare_libraries(debug=given["debug"])
         from mc_cli import console
         from mc_cli.runtime.model_folder import resolve_model
         from mc_cli.runtime.speed import measure, reading_rate
 
         wanted = {name: given[name] for name in ("prompt_tokens", "new_tokens", "threads")}
-        cases = [(given["model"], given["dtype"])]
+        cases = [(given["model"], compute.dtype)]
         cases += [(given["beside"], dtype) for dtype in _DENSE_DTYPES if given["beside"]]
         found = []
         for model, dtype in cases:
@@ -364,14 +365,17 @@ def _bench_parameters() -> list[inspect.Parameter]:
     beside = option("--beside", help="Measure this model, too, in bfloat16 and float32: the original.", metavar="DIR")
     prompt = option("--prompt-tokens", help="Random tokens to read. [default: 256]", metavar="COUNT", min=1)
     new = option("--new-tokens", help="Tokens to decode, one at a time. [default: 64]", metavar="COUNT", min=1)
-    dtype = option("--dtype", help="Of the packed model's activations. [default: float32]", metavar="NAME")
     threads = option("--threads", help="Processor threads. [default: what torch takes]", metavar="COUNT", min=1)
     return [
         _parameter("model", str, model),
         _parameter("beside", str, beside, None),
         _parameter("prompt_tokens", int, prompt, 256),
         _parameter("new_tokens", int, new, 64),
-        _parameter("dtype", str, dtype, "float32"),
+        *(
+            _flag_parameter(COMPUTE, flag, name=flag.field, option=flag.name)
+            for flag in flags_of(COMPUTE)
+            if flag.field == "dtype"
+        ),
         _parameter("threads", int, threads, None),
         _parameter("json", bool, _JSON, False),
         _parameter("debug", bool, _DEBUG, False),

@@ -103,6 +103,20 @@ VERSIONS static void multiply_portable(Block block, int count, const int8_t *x, 
 #define FOR_AVX2 __attribute__((target("avx2")))
 #define HALF (LANE_BYTES / 2) /* bytes of a vector: 8 lanes */
 
+/* One copy of a loop for each rate, with its shifts as constants. */
+#define BY_RATE(decode) \
+    switch (s->planes) { \
+    case 2: decode(s, code, first, count, block, 2); break; \
+    case 3: decode(s, code, first, count, block, 3); break; \
+    case 4: decode(s, code, first, count, block, 4); break; \
+    case 5: decode(s, code, first, count, block, 5); break; \
+    case 6: decode(s, code, first, count, block, 6); break; \
+    case 7: decode(s, code, first, count, block, 7); break; \
+    case 8: decode(s, code, first, count, block, 8); break; \
+    case 9: decode(s, code, first, count, block, 9); break; \
+    default: decode(s, code, first, count, block, 10); break; \
+    }
+
 /* The same hash as a sum of three tables of 16, and the sizes in four parts; each twice, for both halves of a vector. */
 typedef struct {
     __m256i first, second, third, sizes[4];
@@ -171,17 +185,7 @@ FOR_AVX2 INLINE void decode_planes_avx2(const Sequence *s, const Code *code, int
 }
 
 FOR_AVX2 static void decode_avx2(const Sequence *s, const Code *code, int first, int count, Block block) {
-    switch (s->planes) {
-    case 2: decode_planes_avx2(s, code, first, count, block, 2); break;
-    case 3: decode_planes_avx2(s, code, first, count, block, 3); break;
-    case 4: decode_planes_avx2(s, code, first, count, block, 4); break;
-    case 5: decode_planes_avx2(s, code, first, count, block, 5); break;
-    case 6: decode_planes_avx2(s, code, first, count, block, 6); break;
-    case 7: decode_planes_avx2(s, code, first, count, block, 7); break;
-    case 8: decode_planes_avx2(s, code, first, count, block, 8); break;
-    case 9: decode_planes_avx2(s, code, first, count, block, 9); break;
-    default: decode_planes_avx2(s, code, first, count, block, 10); break;
-    }
+    BY_RATE(decode_planes_avx2)
 }
 
 /* As multiply_portable; two rows of activations, of which there is an even number, and two of the block at a time. */
@@ -267,17 +271,7 @@ AVX512 INLINE void decode_planes(const Sequence *s, const Code *code, int first,
 }
 
 AVX512 static void decode_avx512(const Sequence *s, const Code *code, int first, int count, Block block) {
-    switch (s->planes) { /* one copy of the loop for each rate, with its shifts as constants */
-    case 2: decode_planes(s, code, first, count, block, 2); break;
-    case 3: decode_planes(s, code, first, count, block, 3); break;
-    case 4: decode_planes(s, code, first, count, block, 4); break;
-    case 5: decode_planes(s, code, first, count, block, 5); break;
-    case 6: decode_planes(s, code, first, count, block, 6); break;
-    case 7: decode_planes(s, code, first, count, block, 7); break;
-    case 8: decode_planes(s, code, first, count, block, 8); break;
-    case 9: decode_planes(s, code, first, count, block, 9); break;
-    default: decode_planes(s, code, first, count, block, 10); break;
-    }
+    BY_RATE(decode_planes)
 }
 
 /* `wide` rows of activations with `high` rows of the block at a time, their sums in registers */
