@@ -48,4 +48,4 @@ def bank_for(
         else:
             return None
     outputs = next((len(part[1]["scales"]) for part in known if part is not None), 0)
-    return Bank(known, outputs, in_features) if outputs else None
+    return Bank(known, outputs, in_features) if outputs and in_features <= trellis.MOST_INPUTS else None

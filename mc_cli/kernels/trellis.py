@@ -24,6 +24,7 @@ from mc_cli.numerics.trellis import UNIT, lookup_tables
 PATHS = {0: "portable C", 1: "AVX2", 2: "AVX-512 (VBMI, VNNI)", 3: "AMX"}
 _FOR_MANY_TOKENS = 2  # paths from here on multiply any number of tokens as fast as the library does, or faster
 FEW_TOKENS = 8  # up to here the others are faster than decoding first
+MOST_INPUTS = 2**16  # of more, sums of byte products might leave int32
 _WEIGHTS_PER_THREAD = 2**18  # fewer are done before a second thread has started
 _ARGUMENTS = "pppppfiiiiiiiiiip"
 _Part = tuple[TrellisEncoding, Mapping[str, Tensor]]
@@ -45,6 +46,8 @@ def linear(inputs: Tensor, tensors: Mapping[str, Tensor], encoding: TrellisEncod
 def runs_packed(rows: Tensor) -> bool:
     """Whether rows [tokens, in_features] are multiplied with packed matrices as these are."""
     if rows.device.type != "cpu" or native.library() is None or (rows.requires_grad and torch.is_grad_enabled()):
+        return False
+    if rows.shape[-1] > MOST_INPUTS:
         return False
     return rows.shape[0] <= FEW_TOKENS or best_path() >= _FOR_MANY_TOKENS
 

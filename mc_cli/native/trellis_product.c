@@ -459,6 +459,10 @@ static float from_half(uint16_t half) {
     return value;
 }
 
+#if defined(__clang__) /* shuffles only by constants */
+#define SHORTEST_HALF 1
+#else
+#define SHORTEST_HALF 16 /* shorter ones are done within vectors */
 typedef float vec __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
 
@@ -474,6 +478,7 @@ INLINE void transform16(float *x) {
     }
     memcpy(x, &v, sizeof v);
 }
+#endif
 
 /* The normalised Hadamard transform of every `block` entries of signs * x, as numerics/rotation.py defines it. */
 VERSIONS static void rotate(const float *x, const float *signs, int count, int block, float *out) {
@@ -482,15 +487,17 @@ VERSIONS static void rotate(const float *x, const float *signs, int count, int b
     for (int i = 0; i < count; i++) out[i] = norm * signs[i] * x[i];
     for (float *first = out; first < out + count; first += block) {
         int half = block / 2;
-        for (; half >= (block < 16 ? 1 : 16); half >>= 1)
+        for (; half >= (block < 16 ? 1 : SHORTEST_HALF); half >>= 1)
             for (int i = 0; i < block; i += 2 * half)
                 for (int j = i; j < i + half; j++) {
                     const float a = first[j], b = first[j + half];
                     first[j] = a + b;
                     first[j + half] = a - b;
                 }
+#if SHORTEST_HALF > 1
         if (block >= 16)
             for (int i = 0; i < block; i += 16) transform16(first + i);
+#endif
     }
 }
 

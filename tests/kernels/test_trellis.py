@@ -12,8 +12,18 @@ from mc_cli import native
 from mc_cli.encodings import encoding_for
 from mc_cli.encodings.trellis import TrellisEncoding, trellis_for
 from mc_cli.kernels import packed_linear
-from mc_cli.kernels.trellis import FEW_TOKENS, PATHS, Bank, best_path, decoded_product, path_name, rotated_matrix
+from mc_cli.kernels.trellis import (
+    FEW_TOKENS,
+    MOST_INPUTS,
+    PATHS,
+    Bank,
+    best_path,
+    decoded_product,
+    path_name,
+    rotated_matrix,
+)
 from mc_cli.numerics.rotation import rotate, rotate_back
+from mc_cli.numerics.trellis import code_levels
 
 RATES = tuple(half / 2 for half in range(2, 11))
 SHAPES = ((16, 32), (24, 48), (272, 96), (512, 257), (40, 1), (208, 2050))  # (out_features, in_features)
@@ -170,6 +180,21 @@ def test_activations_that_are_not_finite_show_in_their_token_alone(value: float)
     tokens[1, 5] = value
     found = packed_linear(tokens, tensors, encoding, in_features=64)
     assert bool(found[1].isnan().all()) and torch.equal(found[::2], expected[::2])
+
+
+@needs_library
+def test_the_largest_sums_fit() -> None:
+    """All activations and weights at their largest: the most inputs that are multiplied packed, and one more."""
+    for inputs in (MOST_INPUTS, MOST_INPUTS + 1):
+        encoding, tensors = packed(16, inputs, 1)
+        window = int(code_levels().argmax())
+        ring = torch.zeros(1, 1, 2, dtype=torch.uint8)
+        for bit in range(12):  # one weight of every ring has the largest level
+            ring[..., bit >> 3] |= (window >> bit & 1) << (bit & 7)
+        tensors["codes"] = encoding.interleaved(ring.expand(1, inputs, 2).contiguous())
+        tokens = rotate_back(torch.ones(1, inputs), encoding.block)  # once rotated, all at the largest
+        found = packed_linear(tokens, tensors, encoding, in_features=inputs)
+        assert relative_error(found, reference(tokens, encoding, tensors)) < LARGEST_ERROR
 
 
 def test_zeros_and_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
