@@ -178,6 +178,7 @@ def blocks(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for tokens in (1, 512):
         inputs = torch.randn(tokens, 4096).bfloat16()
         contenders = [block_contender(name, block, inputs, tokens) for name, block in made.items()]
+        contenders.append(block_contender("mixed, half skipped", made["mixed 2.5 bits"], inputs, tokens, skip=True))
         times = measured(arguments, contenders)
         baseline = statistics.median(times["bfloat16"])
         rows += [
@@ -192,13 +193,16 @@ def blocks(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def block_contender(name: str, block: Any, inputs: Tensor, tokens: int) -> Contender:
-    """Runs go through all pairs of experts, so that no expert's weights are in a cache by chance."""
+def block_contender(name: str, block: Any, inputs: Tensor, tokens: int, *, skip: bool = False) -> Contender:
+    """Runs go through all pairs of experts, so that no expert's weights are in a cache by chance.
+
+    skip   every token does without its second expert, as under a pruning policy
+    """
     turns = iter(range(10**9))
 
     def run() -> Tensor:
         first = (torch.arange(tokens) + 2 * next(turns)) % 8
-        chosen = torch.stack([first, (first + 1) % 8], 1)
+        chosen = torch.stack([first, torch.full_like(first, 8) if skip else (first + 1) % 8], 1)
         with torch.inference_mode():
             return block(inputs, chosen, torch.full((tokens, 2), 0.5, dtype=inputs.dtype))
 
