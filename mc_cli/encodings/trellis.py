@@ -3,7 +3,7 @@
 `weight = rotate_back(scale * value)`: rows are rotated by `numerics/rotation.py` in blocks of inputs, and values are
 those of `numerics/trellis.py`. A kernel rotates the inputs instead, once for all outputs.
 
-Version 1 layout, per matrix [out_features, in_features]:
+Layout, per matrix [out_features, in_features]:
   codes   uint8   [outputs / T, ceil(in_features / 4), 2 * bits * (T / 16) * 4]
           one ring of bits per input and T consecutive outputs; outputs are out_features, padded to a multiple of 16,
           and T is the largest multiple of 16 up to 256 that divides them. 16 weights of a ring are 2 * bits bytes, a
@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from mc_cli import native
 from mc_cli.encodings import TensorSpec
-from mc_cli.errors import ShapeError
+from mc_cli.errors import McError, ShapeError
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ LARGEST_BITS = 5
 FEWEST_OUTPUTS = 16
 LONGEST_SEQUENCE = 256
 INPUTS_TOGETHER = 4
+FASTEST = -1  # of the compiled paths, whichever the machine has
 BLOCK_LIMIT = 128  # inputs that are rotated together, at most; longer blocks gain nothing on trained experts
 _KEY = re.compile(r"trellis_b([1-5])(p5)?_h([1-9][0-9]*)")
 
@@ -106,12 +108,51 @@ class TrellisEncoding:
         return rotate_back(self.rotated(tensors, in_features), self.block)
 
     def rotated(self, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
-        """float32 [..., out_features, in_features]: the matrix that multiplies rotated inputs."""
+        """float32 [..., out_features, in_features]: the matrix that multiplies rotated inputs. Compiled on a CPU."""
+        compiled = tensors["codes"].device.type == "cpu" and native.library() is not None
+        return (self.rotated_compiled if compiled else self.rotated_in_torch)(tensors, in_features)
+
+    def rotated_in_torch(self, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
+        """`rotated` on any device, with temporary tensors several times the size of the result."""
         from mc_cli.numerics.trellis import decode
 
         scales = tensors["scales"]
         values = decode(self.rings(tensors["codes"], in_features), self.rate).transpose(-1, -2).flatten(-3, -2)
         return values[..., : scales.shape[-1], :] * scales.float().unsqueeze(-1)
+
+    def rotated_compiled(
+        self, tensors: Mapping[str, torch.Tensor], in_features: int, path: int = FASTEST
+    ) -> torch.Tensor:
+        """`rotated` on the CPU, by one of `kernels.trellis.PATHS`. Raises McError where no memory is left."""
+        import torch
+
+        from mc_cli.numerics.trellis import UNIT, lookup_tables
+
+        codes, scales = tensors["codes"].contiguous(), tensors["scales"].contiguous()
+        out_features = scales.shape[-1]
+        matrices = torch.empty((*scales.shape, in_features))
+        for matrix, ring, scale in zip(
+            matrices.view(-1, out_features, in_features),
+            codes.view(-1, *codes.shape[-3:]),
+            scales.view(-1, out_features),
+            strict=True,
+        ):
+            failed = native.routine("mc_trellis_matrix", "pppfiiiiiip")(
+                ring.data_ptr(),
+                scale.data_ptr(),
+                lookup_tables().data_ptr(),
+                UNIT,
+                in_features,
+                out_features,
+                sequence_length(out_features),
+                self.lane_bytes,
+                path,
+                torch.get_num_threads(),
+                matrix.data_ptr(),
+            )
+            if failed:
+                raise McError(f"No memory left to decode a packed matrix of {out_features} x {in_features} weights.")
+        return matrices
 
 
 def padded(out_features: int) -> int:

@@ -65,33 +65,7 @@ def best_path() -> int:
 
 def decoded_product(rows: Tensor, tensors: Mapping[str, Tensor], encoding: TrellisEncoding) -> Tensor:
     """[tokens, out_features] float32 of rows [tokens, in_features] float32, by the library's matrix product."""
-    return torch.nn.functional.linear(rotate(rows, encoding.block), rotated_matrix(tensors, encoding, rows.shape[-1]))
-
-
-def rotated_matrix(
-    tensors: Mapping[str, Tensor], encoding: TrellisEncoding, in_features: int, path: int | None = None
-) -> Tensor:
-    """float32 [out_features, in_features] for rotated inputs; compiled on a CPU, by `path` or the machine's best."""
-    codes, scales = tensors["codes"], tensors["scales"]
-    if codes.device.type != "cpu" or native.library() is None:
-        return encoding.rotated(tensors, in_features)
-    codes, scales = codes.contiguous(), scales.contiguous()
-    matrix = torch.empty((len(scales), in_features))
-    failed = native.routine("mc_trellis_matrix", "pppfiiiiiip")(
-        codes.data_ptr(),
-        scales.data_ptr(),
-        lookup_tables().data_ptr(),
-        UNIT,
-        in_features,
-        len(scales),
-        sequence_length(len(scales)),
-        encoding.lane_bytes,
-        best_path() if path is None else path,
-        torch.get_num_threads(),
-        matrix.data_ptr(),
-    )
-    _check(failed, len(scales), in_features)
-    return matrix
+    return torch.nn.functional.linear(rotate(rows, encoding.block), encoding.rotated(tensors, rows.shape[-1]))
 
 
 class Bank:

@@ -1,7 +1,7 @@
 """The compiled routines, loaded with ctypes. Without a compiler at installation there are none, and torch serves.
 
-Every routine takes plain pointers to contiguous arrays, releases Python's lock and starts no thread; `in_threads` calls
-one from several, each with a part of the work.
+Every routine takes plain pointers to contiguous arrays and the number of threads to use, releases Python's lock, and
+returns 0, or 1 where there is no memory left. The threads are of one pool (threads.c), which keeps them between calls.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +40,3 @@ def routine(name: str, arguments: str) -> Any:
     function.argtypes = [_TYPES[letter] for letter in arguments]
     function.restype = ctypes.c_int
     return function
-
-
-def in_threads(run: Callable[[int, int], None], count: int, *, threads: int, least: int = 1) -> None:
-    """`run(first, last)` over the parts of range(count), each of at least `least`, in up to `threads` threads."""
-    parts = max(1, min(threads, count // max(1, least)))
-    if parts == 1:
-        run(0, count)
-        return
-    bounds = [count * part // parts for part in range(parts + 1)]
-    list(_pool(parts).map(run, bounds[:-1], bounds[1:]))
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="mc-cli")

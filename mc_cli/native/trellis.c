@@ -4,6 +4,9 @@
  * floor(i * rate) decides weight i. States here are windows with the first bit highest, so that one step of the
  * sequence shifts a state to the left. */
 
+#include "threads.h"
+
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -130,35 +133,70 @@ INLINE uint32_t reversed(uint32_t x) {
     return r;
 }
 
+typedef struct {
+    const float *targets, *weights, *values;
+    int sequences, length, numerator, denominator, parts;
+    uint8_t *codes;
+    float *decoded;
+    atomic_int failed;
+} Search;
+
+static void free_scratch(Scratch *s) {
+    if (s) { free(s->from); free(s->state); }
+    free(s);
+}
+
+static Scratch *new_scratch(const Search *search) {
+    Scratch *s = aligned_alloc(64, sizeof(Scratch));
+    if (!s) return NULL;
+    s->from = aligned_alloc(64, (size_t)search->length * (STATES / 2));
+    s->state = malloc(sizeof(uint16_t) * (size_t)search->length);
+    if (!s->from || !s->state) { free_scratch(s); return NULL; }
+    for (int state = 0; state < STATES; state++) s->values[state] = search->values[reversed((uint32_t)state)];
+    return s;
+}
+
+/* The codes and values of sequence q. */
+INLINE void search_one(const Search *search, Scratch *s, int q) {
+    const int length = search->length, numerator = search->numerator, denominator = search->denominator;
+    const int bytes = (int)((int64_t)length * numerator / denominator) / 8;
+    const int last_bits = step_bits(length - 1, numerator, denominator);
+    const float *t = search->targets + (size_t)q * length;
+    const float *w = search->weights ? search->weights + (size_t)q * length : NULL;
+    const int around = 2 * WARM_UP < length ? 2 * WARM_UP : length, before = around / 2;
+    best_path(s, t, w, length, numerator, denominator, length - before, around, -1);
+    const int overlap = s->state[before - 1] & ((STATES >> last_bits) - 1);
+    best_path(s, t, w, length, numerator, denominator, 0, length, overlap);
+    uint8_t *out = search->codes + (size_t)q * bytes;
+    memset(out, 0, bytes);
+    for (int i = 0; i < length; i++) {
+        /* the bits that weight i is the first to pass: the highest ones of its window */
+        const int offset = (int)((int64_t)i * numerator / denominator);
+        const int bits = step_bits(i, numerator, denominator);
+        for (int b = 0; b < bits; b++)
+            out[(offset + b) >> 3] |= (uint8_t)(((s->state[i] >> (STATE_BITS - 1 - b)) & 1) << ((offset + b) & 7));
+        search->decoded[(size_t)q * length + i] = s->values[s->state[i]];
+    }
+}
+
+VERSIONS static void search_part(void *context, int part) {
+    Search *search = context;
+    Scratch *s = new_scratch(search);
+    if (!s) { atomic_store(&search->failed, 1); return; }
+    const int first = (int)((int64_t)search->sequences * part / search->parts);
+    const int last = (int)((int64_t)search->sequences * (part + 1) / search->parts);
+    for (int q = first; q < last; q++) search_one(search, s, q);
+    free_scratch(s);
+}
+
 /* targets, weights, decoded [sequences, length] (weights may be NULL: ones); values [STATES] by window with the first
  * bit LOWEST; codes [sequences, length * numerator / denominator / 8]. Returns 0, or 1 without memory. */
-VERSIONS int mc_trellis_encode(const float *targets, const float *weights, const float *values, int sequences,
-                               int length, int numerator, int denominator, uint8_t *codes, float *decoded) {
-    Scratch *s = aligned_alloc(64, sizeof(Scratch));
-    if (!s) return 1;
-    s->from = aligned_alloc(64, (size_t)length * (STATES / 2));
-    s->state = malloc(sizeof(uint16_t) * (size_t)length);
-    if (!s->from || !s->state) { free(s->from); free(s->state); free(s); return 1; }
-    for (int state = 0; state < STATES; state++) s->values[state] = values[reversed((uint32_t)state)];
-    const int total_bits = (int)((int64_t)length * numerator / denominator), bytes = total_bits / 8;
-    const int last_bits = step_bits(length - 1, numerator, denominator);
-    for (int q = 0; q < sequences; q++) {
-        const float *t = targets + (size_t)q * length, *w = weights ? weights + (size_t)q * length : NULL;
-        const int around = 2 * WARM_UP < length ? 2 * WARM_UP : length, before = around / 2;
-        best_path(s, t, w, length, numerator, denominator, length - before, around, -1);
-        const int overlap = s->state[before - 1] & ((STATES >> last_bits) - 1);
-        best_path(s, t, w, length, numerator, denominator, 0, length, overlap);
-        uint8_t *out = codes + (size_t)q * bytes;
-        memset(out, 0, bytes);
-        for (int i = 0; i < length; i++) {
-            /* the bits that weight i is the first to pass: the highest ones of its window */
-            const int offset = (int)((int64_t)i * numerator / denominator);
-            const int bits = step_bits(i, numerator, denominator);
-            for (int b = 0; b < bits; b++)
-                out[(offset + b) >> 3] |= (uint8_t)(((s->state[i] >> (STATE_BITS - 1 - b)) & 1) << ((offset + b) & 7));
-            decoded[(size_t)q * length + i] = s->values[s->state[i]];
-        }
-    }
-    free(s->from); free(s->state); free(s);
-    return 0;
+int mc_trellis_encode(const float *targets, const float *weights, const float *values, int sequences, int length,
+                      int numerator, int denominator, int threads, uint8_t *codes, float *decoded) {
+    const int parts = sequences < 4 * threads ? sequences : 4 * threads; /* so that none waits long for the last */
+    Search search = {targets, weights, values, sequences, length, numerator, denominator,
+                     threads > 1 ? parts : 1, codes, decoded};
+    atomic_init(&search.failed, 0);
+    mc_parallel(search_part, &search, search.parts, threads);
+    return atomic_load(&search.failed);
 }

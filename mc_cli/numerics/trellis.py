@@ -120,23 +120,20 @@ def _encode_compiled(targets: Tensor, rate: Fraction, weights: Tensor | None) ->
     count, length = targets.shape
     codes = torch.empty((count, int(length * rate) // 8), dtype=torch.uint8)
     values = torch.empty_like(targets)
-
-    def run(first: int, last: int) -> None:
-        failed = native.routine("mc_trellis_encode", "pppiiiipp")(
-            targets[first:last].data_ptr(),
-            None if weights is None else weights[first:last].data_ptr(),
-            code_values().data_ptr(),
-            last - first,
-            length,
-            rate.numerator,
-            rate.denominator,
-            codes[first:last].data_ptr(),
-            values[first:last].data_ptr(),
-        )
-        if failed:
-            raise McError(f"No memory left for the trellis search of sequences of {length} weights.")
-
-    native.in_threads(run, count, threads=torch.get_num_threads())
+    failed = native.routine("mc_trellis_encode", "pppiiiiipp")(
+        targets.data_ptr(),
+        None if weights is None else weights.data_ptr(),
+        code_values().data_ptr(),
+        count,
+        length,
+        rate.numerator,
+        rate.denominator,
+        torch.get_num_threads(),
+        codes.data_ptr(),
+        values.data_ptr(),
+    )
+    if failed:
+        raise McError(f"No memory left for the trellis search of sequences of {length} weights.")
     return codes, values
 
 

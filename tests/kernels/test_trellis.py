@@ -20,7 +20,6 @@ from mc_cli.kernels.trellis import (
     best_path,
     decoded_product,
     path_name,
-    rotated_matrix,
 )
 from mc_cli.numerics.rotation import rotate, rotate_back
 from mc_cli.numerics.trellis import code_levels
@@ -58,7 +57,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def reference(inputs: Tensor, encoding: TrellisEncoding, tensors: dict[str, Tensor]) -> Tensor:
-    weight = encoding.rotated(tensors, inputs.shape[-1]).double()
+    weight = encoding.rotated_in_torch(tensors, inputs.shape[-1]).double()
     return rotate(inputs.double(), encoding.block) @ weight.T
 
 
@@ -93,8 +92,20 @@ def test_every_path_that_the_machine_has_agrees(bits: float, path: int) -> None:
             assert relative_error(found, reference(tokens, encoding, tensors)) < LARGEST_ERROR
             exact = decoded_product(tokens, tensors, encoding)
             assert relative_error(exact, reference(tokens, encoding, tensors)) < DECODED_ERROR
-        matrix = rotated_matrix(tensors, encoding, inputs, path)
-        assert torch.allclose(matrix, encoding.rotated(tensors, inputs), rtol=1e-6, atol=0)
+        matrix = encoding.rotated_compiled(tensors, inputs, path)
+        assert torch.allclose(matrix, encoding.rotated_in_torch(tensors, inputs), rtol=1e-6, atol=0)
+
+
+def test_stacks_of_matrices_are_decoded_one_by_one() -> None:
+    parts = [packed(48, 36, 2.5)[1], packed(48, 36, 2.5)[1]]
+    parts[1]["codes"] = parts[1]["codes"].flip(0)
+    encoding = trellis_for(2.5, 36)
+    stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    found = encoding.dequantize(stacked, 36)
+    assert found.shape == (2, 48, 36)
+    for matrix, part in zip(found, parts, strict=True):
+        expected = rotate_back(encoding.rotated_in_torch(part, 36), encoding.block)
+        assert torch.allclose(matrix, expected, rtol=1e-5, atol=1e-6)
 
 
 @needs_library
