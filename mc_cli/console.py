@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mc_cli.progress import StageResult
+from mc_cli.runtime.memory import peak_memory_bytes
 from mc_cli.status import StageStatus
 
 if TYPE_CHECKING:
@@ -56,14 +57,6 @@ def say_error(message: str) -> None:
 def say_warning(message: str) -> None:
     """One warning."""
     stderr_console().print(Text.assemble(("Warning: ", "bold yellow"), message))
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident memory this process has had, in bytes."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def size_text(size_bytes: float) -> str:

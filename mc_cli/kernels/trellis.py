@@ -76,14 +76,9 @@ class Bank:
     """
 
     def __init__(self, parts: Sequence[_Part | None], out_features: int, in_features: int) -> None:
-        entries = torch.zeros((len(parts), 3), dtype=torch.int64)  # as `Entry` in native/trellis_product.c
-        for entry, part in zip(entries, parts, strict=True):
-            if part is not None:
-                encoding, tensors = part
-                addresses = tensors["codes"].data_ptr(), tensors["scales"].data_ptr()
-                entry.copy_(torch.tensor([*addresses, encoding.lane_bytes]))
-                self._block = encoding.block
+        entries = torch.tensor([_entry(part) for part in parts])
         self._entries = entries
+        self._block = next((part[0].block for part in parts if part is not None), 1)
         self.absent = torch.tensor([part is None for part in parts] + [True])  # [matrices + 1], by number
         self._routine = native.routine("mc_trellis_product", _ARGUMENTS)
         self.out_features, self.in_features = out_features, in_features
@@ -120,6 +115,14 @@ class Bank:
         )
         _check(failed, self.out_features, self.in_features)
         return outputs
+
+
+def _entry(part: _Part | None) -> tuple[int, int, int]:
+    """As `Entry` in native/trellis_product.c; zeros for a matrix that is not there."""
+    if part is None:
+        return 0, 0, 0
+    encoding, tensors = part
+    return tensors["codes"].data_ptr(), tensors["scales"].data_ptr(), encoding.lane_bytes
 
 
 _banks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of single matrices, by their codes

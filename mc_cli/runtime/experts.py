@@ -52,6 +52,10 @@ class PackedExpert:
     slot: int
     in_features: int
 
+    def parts(self, module: Experts) -> dict[str, torch.Tensor]:
+        """Views of this projection's stored parts, by name."""
+        return {part: getattr(module, name)[self.slot] for part, name in self.names.items()}
+
 
 def is_standard_experts(module: nn.Module) -> bool:
     """True for modules that transformers' experts decorator has marked: the ones we can reach."""
@@ -145,7 +149,7 @@ def dense_weight(module: Experts, projection: str, expert: int) -> torch.Tensor:
     place = module._mc_packed[projection][expert]
     if place is None:
         raise KeyError(f"expert {expert} is pruned")
-    parts = {part: getattr(module, name)[place.slot] for part, name in place.names.items()}
+    parts = place.parts(module)
     return parts["weight"] if place.encoding is None else place.encoding.dequantize(parts, place.in_features)
 
 
@@ -153,7 +157,7 @@ def project(module: Experts, projection: str, expert: int, inputs: torch.Tensor)
     """`inputs` [tokens, in_features] through one projection of one expert, bias included."""
     if is_packed(module):
         place = module._mc_packed[projection][expert]
-        parts = {part: getattr(module, name)[place.slot] for part, name in place.names.items()}
+        parts = place.parts(module)
         if place.encoding is None:
             outputs = nn.functional.linear(inputs, parts["weight"].to(inputs.dtype))
         else:
@@ -271,10 +275,7 @@ def _banks_of(module: Experts) -> tuple[kernels.Bank, kernels.Bank] | None:
 def _made_banks(module: Experts) -> tuple[kernels.Bank, kernels.Bank] | None:
     made = []
     for rows in (module._mc_packed[up_name(module)], module._mc_packed["down_proj"]):
-        parts = [
-            place and (place.encoding, {part: getattr(module, name)[place.slot] for part, name in place.names.items()})
-            for place in rows
-        ]
+        parts = [place and (place.encoding, place.parts(module)) for place in rows]
         bank = kernels.bank_for(parts, next((place.in_features for place in rows if place is not None), 0))
         if bank is None:
             return None

@@ -1,10 +1,34 @@
-"""Giving freed memory back to the system, so that a long model takes no more than a short one."""
+"""What memory this process has, and giving freed memory back, so that a long model takes no more than a short one."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from collections.abc import Callable
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process in bytes; where the system does not tell, the most that it has had."""
+    return _status_bytes("VmRSS")
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident memory this process has had, in bytes."""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(entry: str) -> int:
+    if _STATUS.is_file():  # getrusage counts what the parent had when it started this process
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(entry))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def release_freed_memory() -> None:

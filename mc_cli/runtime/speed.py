@@ -17,6 +17,7 @@ from typing import Any
 
 from mc_cli.artifacts.packed import QUANT_METHOD
 from mc_cli.errors import CheckpointError, InputError, McError
+from mc_cli.runtime.memory import peak_memory_bytes, resident_bytes
 
 _READ_BYTES = 512 * 2**20  # larger than most last-level caches
 _UNTIMED = 2  # first tokens: they find caches cold and buffers unmade
@@ -103,11 +104,11 @@ def _measured_here(wanted: dict[str, Any]) -> Speed:
 
     torch.set_num_threads(wanted["threads"] or torch.get_num_threads())
     torch.manual_seed(0)
-    base_bytes = _resident("VmRSS")
+    base_bytes = resident_bytes()
     begun = time.perf_counter()
     network = load_model(Path(wanted["folder"]), RunSettings(device="cpu", dtype=wanted["dtype"]))
     load_s = time.perf_counter() - begun
-    config = network.config.get_text_config()
+    config, weights = network.config.get_text_config(), list(_weights(network))
     total = wanted["prompt_tokens"] + wanted["new_tokens"]
     limit = getattr(config, "max_position_embeddings", None)
     if limit and total > limit:
@@ -134,10 +135,10 @@ def _measured_here(wanted: dict[str, Any]) -> Speed:
         prompt_tokens=wanted["prompt_tokens"],
         prompt_s=min(prompt_times),
         tokens_s=tuple(times[_UNTIMED:]),
-        weight_bytes=sum(size for size, _ in _weights(network)),
-        token_bytes=round(sum(size * share for size, share in _weights(network))),
+        weight_bytes=sum(size for size, _ in weights),
+        token_bytes=round(sum(size * share for size, share in weights)),
         base_bytes=base_bytes,
-        peak_bytes=_resident("VmHWM"),
+        peak_bytes=peak_memory_bytes(),
         products=_products(network),
         last_tokens=tuple(tokens[-8:]),
     )
@@ -172,18 +173,6 @@ def _weights(network: Any) -> Iterator[tuple[int, float]]:
         shares[id(embedding)] = 1 / len(embedding)
     for parameter in network.parameters():
         yield parameter.nbytes, shares.get(id(parameter), 1.0)
-
-
-def _resident(entry: str) -> int:
-    """Resident memory of this process in bytes: VmRSS now, VmHWM at its highest."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    line = next(line for line in status.read_text().splitlines() if line.startswith(entry))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

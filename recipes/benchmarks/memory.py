@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# This process imports nothing large: a child's peak counts from its parent's size at the moment it was started.
 STAGES = ("calibrate", "score", "allocate", "quantize")
 # 4 bits everywhere, scales included: a layer's experts of one width are quantized together, so with mixed widths the
 # peak would depend on how many of them a plan happens to put side by side.
@@ -128,16 +126,12 @@ def _child(what: str, folder: Path, shape: dict[str, int], layers: int) -> None:
         print("{}")
         return
     call = _stage_call(what, folder, Shape(**shape))
-    imported, begin = _resident_peak(), time.monotonic()
+    from mc_cli.runtime.memory import peak_memory_bytes
+
+    imported, begin = peak_memory_bytes(), time.monotonic()
     call()
-    print(
-        json.dumps({"imported_bytes": imported, "peak_bytes": _resident_peak(), "duration_s": time.monotonic() - begin})
-    )
-
-
-def _resident_peak() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    duration_s = time.monotonic() - begin
+    print(json.dumps({"imported_bytes": imported, "peak_bytes": peak_memory_bytes(), "duration_s": duration_s}))
 
 
 def _stage_call(stage: str, folder: Path, shape: Shape) -> Any:

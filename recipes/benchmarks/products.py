@@ -33,6 +33,7 @@ from mc_cli.encodings.trellis import trellis_for
 from mc_cli.kernels.trellis import Bank, path_name
 from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.packed_modules import pack_experts
+from mc_cli.runtime.speed import reading_rate
 
 SHAPES = ((14336, 4096), (4096, 14336), (768, 2048), (2048, 7168))  # (out_features, in_features) of real experts
 WIDTHS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
@@ -56,7 +57,7 @@ def main() -> None:
     every = torch.get_num_threads()
     for threads in arguments.threads:
         torch.set_num_threads(threads or every)
-        rate = reading_rate(arguments)
+        rate = reading_rate()
         console = Console(width=140)
         console.print(
             f"{torch.get_num_threads()} threads, {path_name()}, {platform.machine()}, torch {torch.__version__}, "
@@ -86,13 +87,6 @@ def parse() -> argparse.Namespace:
 def _shape(text: str) -> tuple[int, int]:
     outputs, inputs = text.split("x")
     return int(outputs), int(inputs)
-
-
-def reading_rate(arguments: argparse.Namespace) -> float:
-    """Bytes per second at which torch sums an array larger than the cache: the best of its sums."""
-    array = torch.ones(arguments.pool_mb * 2**20 // 4)
-    ways = (array.sum, array.max)
-    return array.nbytes / min(timed(way) for way in ways for _ in range(arguments.repeats))
 
 
 def timed(run: Callable[[], Any]) -> float:

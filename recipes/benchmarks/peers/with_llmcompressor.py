@@ -8,7 +8,6 @@ dtype. Only the experts are named as targets. Counted: packed weights, scales an
 
 from __future__ import annotations
 
-import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -16,12 +15,12 @@ from pathlib import Path
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
-from experts import EXPERT_WEIGHT, Stopwatch, Stored, parser, read_experts, read_tokens, read_weights, write_dense
+from experts import Stopwatch, Stored, parser, read_experts, read_tokens, read_weights, write_dense
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.utils import load_context
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from word_layout import OTHER_NAMES, unpacked
+from word_layout import parts_of, unpacked
 
 EXPERTS = r"re:.*experts\.\d+\..*(proj|w[123])$"
 
@@ -74,13 +73,7 @@ def read_back(model: Path, saved: Path, *, bits: int, group_size: int) -> tuple[
     replaced: dict[str, torch.Tensor] = {}
     size = 0
     for name, weight in read_experts(model).items():
-        place = EXPERT_WEIGHT.search(name)
-        assert place is not None
-        linear = f"({place['linear']}|{OTHER_NAMES.get(place['linear'], place['linear'])})"
-        pattern = re.compile(rf"\.layers\.{place['layer']}\..*experts\.{place['expert']}\.{linear}\.(weight_\w+)$")
-        parts = {match[2]: tensor for key, tensor in found.items() if (match := pattern.search(key))}
-        if "weight_packed" not in parts:
-            raise ValueError(f"{name}: not quantized; stored is {sorted(parts)}")
+        parts = parts_of(found, name, "weight_packed")
         counted = {part: tensor for part, tensor in parts.items() if part not in ("weight_shape", "weight_g_idx")}
         size += sum(tensor.numel() * tensor.element_size() for tensor in counted.values())
         group = torch.arange(weight.shape[1]) // group_size

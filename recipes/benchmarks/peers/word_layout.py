@@ -24,7 +24,7 @@ def read_linears(
     replaced: dict[str, torch.Tensor] = {}
     size = 0
     for name, weight in read_experts(model).items():
-        parts = _parts_of(found, name)
+        parts = parts_of(found, name, "qweight")
         counted = ["qweight", "qzeros", "scales", *(["g_idx"] if counts_order else [])]
         size += sum(parts[part].numel() * parts[part].element_size() for part in counted)
         codes = unpacked(parts["qweight"], bits, axis=0)
@@ -37,14 +37,14 @@ def read_linears(
     return replaced, size
 
 
-def _parts_of(found: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    """What is stored for one expert weight. Raises ValueError where that is not a quantized linear."""
+def parts_of(found: Mapping[str, torch.Tensor], name: str, codes: str) -> dict[str, torch.Tensor]:
+    """What is stored for one expert weight. ValueError where no part is named `codes`: it is not quantized."""
     place = EXPERT_WEIGHT.search(name)
     assert place is not None
     linear = f"({place['linear']}|{OTHER_NAMES.get(place['linear'], place['linear'])})"
     pattern = re.compile(rf"\.layers\.{place['layer']}\..*experts\.{place['expert']}\.{linear}\.(\w+)$")
     parts = {match[2]: tensor for key, tensor in found.items() if (match := pattern.search(key))}
-    if "qweight" not in parts:
+    if codes not in parts:
         raise ValueError(f"{name}: not quantized; stored is {sorted(parts)}")
     return parts
 
