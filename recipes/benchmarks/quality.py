@@ -2,8 +2,12 @@
 
 For every seed: calibrate once, score once with trellis codes and once with GPTQ; then every contender is allocated,
 quantized and evaluated on held-out text at every target that it is for. Round-to-nearest sees no calibration data, so
-one seed is all of them. Runs that are already in the output file are not repeated.
-Prints a table of mean and spread (minimum to maximum), and writes all figures as JSON.
+one seed is all of them. "Plain" trellis codes have one width, and Hessians of tokens by routing weight: no backward
+pass, so no weights of rows and tokens by what they matter to the loss. Runs that are already in the output file are not
+repeated. Prints a table of mean and spread (minimum to maximum), and writes all figures as JSON; a row's `domains` has
+gap, KL divergence and tokens by domain of the held-out text.
+
+--domains calibrates on some domains of --data alone, and `gap elsewhere` is over all the others of the held-out text.
 
     python recipes/benchmarks/quality.py --model DIR --data calibration.jsonl --heldout FOLDER --out results.json
 """
@@ -17,8 +21,9 @@ import shutil
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -48,15 +53,22 @@ class Contender:
     name: str
     method: str
     quantizer: str
+    plain: bool = False  # without the backward pass
 
     @property
     def family(self) -> str:
         return "trellis" if self.quantizer == "trellis" else "affine"
 
+    @property
+    def calibrated_as(self) -> str:
+        """Contenders that have this in common share calibration and scores."""
+        return "plain" if self.plain else self.family
+
 
 CONTENDERS = (
     Contender("default: global, trellis", "global", "trellis"),
     Contender("uniform, trellis", "uniform", "trellis"),
+    Contender("uniform, plain trellis", "uniform", "trellis", plain=True),
     Contender("global, GPTQ", "global", "gptq"),
     Contender("PMQ as published, GPTQ", "pmq", "gptq"),
     Contender("uniform, GPTQ", "uniform", "gptq"),
@@ -74,7 +86,7 @@ def main() -> None:
                     continue
                 if arguments.only and arguments.only not in contender.name:
                     continue
-                work_dir = arguments.work_dir / f"{contender.family}{seed}"
+                work_dir = arguments.work_dir / f"{contender.calibrated_as}{seed}"
                 key = {"seed": seed, "target": target, "contender": contender.name}
                 if any(all(entry[name] == value for name, value in key.items()) for entry in results):
                     continue
@@ -105,9 +117,27 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--attention-bits", type=int, default=4)
     parser.add_argument("--only", help="contenders whose name holds this")
+    parser.add_argument("--domains", nargs="+", help="calibrate on documents of these domains; --data is a JSONL file")
+    parser.add_argument("--tasks", nargs="+", default=[], help="lm-eval tasks, whose accuracy is measured too")
+    parser.add_argument("--include-path", help="folder of task files")
     parsed = parser.parse_args()
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
+    if parsed.domains:
+        parsed.data = str(chosen_domains(Path(parsed.data), parsed.domains, parsed.work_dir))
     return parsed
+
+
+def chosen_domains(data: Path, domains: list[str], work_dir: Path) -> Path:
+    """A JSON-lines file of the documents of `data` whose `domain` is one of these. ValueError where one has none."""
+    lines = [line for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
+    chosen = [line for line in lines if json.loads(line)["domain"] in domains]
+    missing = set(domains) - {json.loads(line)["domain"] for line in chosen}
+    if missing:
+        raise ValueError(f"{data}: no document of {', '.join(sorted(missing))}")
+    work_dir.mkdir(parents=True, exist_ok=True)
+    path = work_dir / f"{'-'.join(sorted(domains))}.jsonl"
+    path.write_text("\n".join(chosen) + "\n", encoding="utf-8")
+    return path
 
 
 def prepare(arguments: argparse.Namespace, work_dir: Path, seed: int, contender: Contender) -> None:
@@ -115,12 +145,16 @@ def prepare(arguments: argparse.Namespace, work_dir: Path, seed: int, contender:
     settings = CalibrateSettings(
         model=arguments.model, data=arguments.data, sequences=arguments.sequences, length=arguments.length, seed=seed
     )
+    if contender.plain:
+        settings = replace(settings, gradient_tokens=0)
     calibrate.run(settings, RunSettings(), work_dir, force=False, progress=SilentProgress())
+    if contender.method == "uniform" and contender.plain:
+        return  # nothing is chosen by scores
     quantizer = QuantizerSettings(quantizer="trellis" if contender.family == "trellis" else "gptq")
     score.run(ScoreSettings(quantizer=quantizer), RunSettings(), work_dir, force=False, progress=SilentProgress())
 
 
-def measure(arguments: argparse.Namespace, work_dir: Path, target: float, contender: Contender) -> dict[str, float]:
+def measure(arguments: argparse.Namespace, work_dir: Path, target: float, contender: Contender) -> dict[str, Any]:
     """Allocates, quantizes and evaluates one contender at one target; the packed model is removed afterwards."""
     compute, silent = RunSettings(), SilentProgress()
     plan = AllocateSettings(
@@ -134,7 +168,13 @@ def measure(arguments: argparse.Namespace, work_dir: Path, target: float, conten
     started = time.monotonic()
     quantize.run(QuantizeSettings(quantizer=quantizer), compute, work_dir, force=True, progress=silent)
     quantize_s = time.monotonic() - started
-    heldout = EvaluateSettings(data=arguments.heldout, length=arguments.length, max_sequences=arguments.max_windows)
+    heldout = EvaluateSettings(
+        data=arguments.heldout,
+        length=arguments.length,
+        max_sequences=arguments.max_windows,
+        tasks=tuple(arguments.tasks),
+        include_path=arguments.include_path,
+    )
     prune_eval.run(heldout, compute, work_dir, force=True, progress=silent)
     evaluation = Evaluation.read(work_dir / STAGE_FOLDERS["prune-eval"] / prune_eval.EVALUATION)
     for stage in ("allocate", "quantize", "prune-eval"):
@@ -149,6 +189,27 @@ def measure(arguments: argparse.Namespace, work_dir: Path, target: float, conten
         "kl": evaluation.total.kl_divergence,
         "perplexity": math.exp(evaluation.total.packed_loss),
         "quantize_s": round(quantize_s, 1),
+        "domains": {
+            name: {"gap": part.packed_loss - part.original_loss, "kl": part.kl_divergence, "tokens": part.tokens}
+            for name, part in evaluation.domains.items()
+        },
+        "tasks": {
+            model: {task: entry["acc,none"] for task, entry in found["results"].items()}
+            for model, found in evaluation.tasks.items()
+        },
+        **elsewhere(evaluation, arguments.domains or []),
+    }
+
+
+def elsewhere(evaluation: Evaluation, calibrated: list[str]) -> dict[str, float]:
+    """Gap and KL divergence over the domains that were not calibrated on; nothing where all were."""
+    others = [part for name, part in evaluation.domains.items() if name not in calibrated]
+    if not calibrated or not others:
+        return {}
+    tokens = sum(part.tokens for part in others)
+    return {
+        "gap_elsewhere": sum((part.packed_loss - part.original_loss) * part.tokens for part in others) / tokens,
+        "kl_elsewhere": sum(part.kl_divergence * part.tokens for part in others) / tokens,
     }
 
 
@@ -159,8 +220,9 @@ def pmq_bits(target: float) -> tuple[int, ...]:
 
 def show(results: list[dict]) -> None:
     """One row per target and contender: mean and spread over seeds."""
-    console = Console(width=130)
+    console = Console(width=170)
     first = results[0]
+    elsewhere_too = all("gap_elsewhere" in row for row in results)
     table = Table(
         title=f"Original: perplexity {math.exp(first['original_loss']):.3f}, {first['tokens']:,} held-out tokens"
     )
@@ -172,6 +234,7 @@ def show(results: list[dict]) -> None:
         "perplexity",
         "gap, nats/token",
         "KL, nats/token",
+        *(["gap elsewhere", "KL elsewhere"] if elsewhere_too else []),
         "seeds",
     ):
         table.add_column(name, justify="left" if name == "contender" else "right")
@@ -187,6 +250,7 @@ def show(results: list[dict]) -> None:
                     spread(rows, "perplexity", 3),
                     spread(rows, "gap", 4),
                     spread(rows, "kl", 4),
+                    *(spread(rows, name, 4) for name in ("gap_elsewhere", "kl_elsewhere") if elsewhere_too),
                     str(len(rows)),
                 )
         table.add_section()
