@@ -44,6 +44,7 @@ from mc_cli.stages import allocate, calibrate, prune_eval, quantize, score
 
 PMQ_BITS = (1, 2, 3)
 PMQ_LIMIT = 3.1  # stored bits
+LITTLE = 64  # tokens per expert for scores that decide nothing
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def parse() -> argparse.Namespace:
 
 def chosen_domains(data: Path, domains: list[str], work_dir: Path) -> Path:
     """A JSON-lines file of the documents of `data` whose `domain` is one of these. ValueError where one has none."""
-    lines = [line for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in data.read_text(encoding="utf-8").split("\n") if line.strip()]
     chosen = [line for line in lines if json.loads(line)["domain"] in domains]
     missing = set(domains) - {json.loads(line)["domain"] for line in chosen}
     if missing:
@@ -148,10 +149,11 @@ def prepare(arguments: argparse.Namespace, work_dir: Path, seed: int, contender:
     if contender.plain:
         settings = replace(settings, gradient_tokens=0)
     calibrate.run(settings, RunSettings(), work_dir, force=False, progress=SilentProgress())
-    if contender.method == "uniform" and contender.plain:
-        return  # nothing is chosen by scores
     quantizer = QuantizerSettings(quantizer="trellis" if contender.family == "trellis" else "gptq")
-    score.run(ScoreSettings(quantizer=quantizer), RunSettings(), work_dir, force=False, progress=SilentProgress())
+    scores = ScoreSettings(quantizer=quantizer)
+    if contender.plain:
+        scores = replace(scores, loss_tokens=LITTLE)
+    score.run(scores, RunSettings(), work_dir, force=False, progress=SilentProgress())
 
 
 def measure(arguments: argparse.Namespace, work_dir: Path, target: float, contender: Contender) -> dict[str, Any]:
