@@ -32,7 +32,7 @@ from mc_cli.flags import (
     shared_with_score,
     type_of,
 )
-from mc_cli.settings import EFFORTS, RunSettings
+from mc_cli.settings import CANDIDATES, EFFORTS, MANY_BITS, WIDEST, RunSettings
 
 TOP = ("description", "work_dir", "effort")  # what a recipe holds beside its sections
 
@@ -102,7 +102,8 @@ def read_recipe(path: Path) -> Recipe:
 def plan_run(recipe: Recipe) -> RunPlan:
     """The settings of all stages. Raises InputError naming every required one that is missing.
 
-    What `run` adds to the defaults: quantize rounds as score did, and evaluation reads the bundled held-out text.
+    What `run` adds to the defaults: quantize rounds as score did, evaluation reads the bundled held-out text, and wide
+    targets have wide widths scored.
     """
     if recipe.effort not in EFFORTS:
         raise InputError(f"--effort {recipe.effort!r}: known are {', '.join(EFFORTS)}.")
@@ -121,10 +122,18 @@ def plan_run(recipe: Recipe) -> RunPlan:
         missing.append("one of --target-stored-bits, --target-bits, --target-size   How small the result is to be.")
     if missing:
         raise InputError(f"run lacks {len(missing)} settings:\n{listed(missing)}")
+    _widen(sections["score"], sections["allocate"])
     followed = {name: value for name, value in sections["score"].items() if name in shared_with_score()}
     sections["quantize"] = {**followed, **sections["quantize"]}
     stages = {stage: build(stage, sections[stage]) for stage in STAGES}
     return RunPlan(Path(str(recipe.work_dir)), stages, build(COMPUTE, sections[COMPUTE]))
+
+
+def _widen(score: dict[str, Any], allocate: Mapping[str, Any]) -> None:
+    """Adds WIDEST to the default widths where the target asks for many bits; a size in bytes does not tell."""
+    target = max(allocate.get(name) or 0 for name in ("target_stored_bits", "target_bits"))
+    if target > MANY_BITS and not score.get("bits") and score.get("quantizer", "trellis") == "trellis":
+        score["bits"] = (*CANDIDATES["trellis"], *WIDEST)
 
 
 class _StrictLoader(yaml.SafeLoader):

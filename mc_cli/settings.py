@@ -14,6 +14,9 @@ from mc_cli.parts import DROPPED, Role, read_width
 
 # Widths that score measures unless told otherwise, by the family of encodings that the quantizer makes.
 CANDIDATES: dict[str, tuple[float, ...]] = {"trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4), "affine": (1, 2, 3, 4)}
+# Where `run` is asked for more stored bits than this, it has the trellis widths above scored too: the menu ends where a
+# target of 4.05 does, and a fifth more work in score would gain nothing at small sizes.
+MANY_BITS, WIDEST = 3.5, (4.5, 5)
 # What `run --effort` sets beneath recipe and flags: section -> settings.
 EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
     "fast": {"calibrate": {"sequences": 64, "gradient_tokens": 8192}, "score": {"loss_tokens": 1024}},

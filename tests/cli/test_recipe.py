@@ -137,6 +137,17 @@ def test_effort_lies_beneath_recipe_and_flags(tmp_path: Path) -> None:
         plan_run(recipe(tmp_path, WHOLE + "\neffort: most\n"))
 
 
+@pytest.mark.parametrize(
+    ("asked", "widest"), [("target_stored_bits: 3.5", 4), ("target_stored_bits: 4.25", 5), ("target_bits: 4", 5)]
+)
+def test_wide_targets_have_wide_widths_scored(tmp_path: Path, asked: str, widest: float) -> None:
+    text = f"work_dir: w\ncalibrate: {{model: m, data: d}}\nallocate: {{{asked}}}\nexport: {{out: o}}\n"
+    assert max(plan_run(recipe(tmp_path, text)).stages["score"].bits) == widest
+    for chosen in (("bits", (2, 3)), ("quantizer", "gptq")):
+        narrow = recipe(tmp_path, text).override([("score", *chosen)], None)
+        assert max(plan_run(narrow).stages["score"].bits) <= 4
+
+
 def test_every_effort_names_settings_that_exist() -> None:
     for sections in s.EFFORTS.values():
         for section, values in sections.items():
