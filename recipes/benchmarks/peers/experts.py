@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 EXPERT_WEIGHT = re.compile(
     r"\.layers\.(?P<layer>\d+)\..*experts\.(?P<expert>\d+)\.(?P<linear>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$"
 )
+ATTENTION_WEIGHT = re.compile(r"\.layers\.\d+\.self_attn\.(q|k|v|o)_proj\.weight$")
 MIXED_UP = 1.5  # squared distance over squared norm; two unrelated matrices have 2
 STORED = "stored.json"
 WEIGHTS = "model.safetensors"
@@ -29,7 +30,10 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Stored:
-    """What a peer stores for all expert weights: `expert_bytes` counts codes, scales, zero points, everything."""
+    """What a peer stores for all expert weights: `expert_bytes` counts codes, scales, zero points, everything.
+
+    attention_bytes   the same of attention where that is compressed too; None where it is as in the checkpoint
+    """
 
     tool: str
     version: str
@@ -39,6 +43,7 @@ class Stored:
     expert_bytes: int
     seconds: float
     notes: str = ""
+    attention_bytes: int | None = None
 
 
 def parser(description: str | None, *, data_free: bool = False) -> argparse.ArgumentParser:
@@ -76,16 +81,20 @@ def read_experts(model: Path) -> dict[str, torch.Tensor]:
 def write_dense(model: Path, out: Path, replaced: Mapping[str, torch.Tensor], stored: Stored) -> None:
     """Writes `out`: the checkpoint with `replaced` in place of its expert weights, and stored.json.
 
-    replaced   every expert weight as float32, in the checkpoint's names: what the peer's stored codes stand for
-    All other tensors stay as they are. Raises ValueError where an expert weight is missing, misshapen, not finite or
-    still the original: a peer that passes over experts without a word must not be measured as lossless.
+    replaced   every expert weight as float32, in the checkpoint's names: what the peer's stored codes stand for; and
+               every matrix of attention where `stored` counts attention
+    All other tensors stay as they are. Raises ValueError where a weight is missing, misshapen, not finite or still the
+    original: a peer that passes over experts without a word must not be measured as lossless.
     """
     tensors = read_weights(model)
     experts = read_experts(model)
-    faults = [f"{name}: not quantized" for name in sorted(experts.keys() - replaced.keys())]
-    faults += [f"{name}: not an expert weight" for name in sorted(replaced.keys() - experts.keys())]
-    for name in sorted(experts.keys() & replaced.keys()):
-        original, other = experts[name].float(), replaced[name].float()
+    wanted = dict(experts)
+    if stored.attention_bytes is not None:
+        wanted |= {name: tensor for name, tensor in tensors.items() if ATTENTION_WEIGHT.search(name)}
+    faults = [f"{name}: not quantized" for name in sorted(wanted.keys() - replaced.keys())]
+    faults += [f"{name}: not to be quantized" for name in sorted(replaced.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & replaced.keys()):
+        original, other = wanted[name].float(), replaced[name].float()
         if other.shape != original.shape:
             faults.append(f"{name}: shape {tuple(other.shape)}, expected {tuple(original.shape)}")
         elif not other.isfinite().all():
@@ -95,7 +104,7 @@ def write_dense(model: Path, out: Path, replaced: Mapping[str, torch.Tensor], st
         elif (other - original).square().sum() > MIXED_UP * original.square().sum():
             faults.append(f"{name}: not near the original; are names or layout mixed up?")
     if faults:
-        raise ValueError("\n  ".join([f"{len(faults)} expert weights at fault:", *faults[:10]]))
+        raise ValueError("\n  ".join([f"{len(faults)} weights at fault:", *faults[:10]]))
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     for file in model.iterdir():

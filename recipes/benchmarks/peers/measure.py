@@ -116,11 +116,13 @@ def loss(
             f"{inventory.expert_weight_count:,}. Make the folder again."
         )
     total, domains = losses(original, walked(at_folder(session, folder), windows), windows)
-    kept = sum(size for role, size in inventory.bytes_by_role().items() if role.value != "expert")
+    compressed = {"expert": stored["expert_bytes"], "attention": stored.get("attention_bytes")}
+    sizes = {role.value: size for role, size in inventory.bytes_by_role().items()}
+    sizes |= {role: size for role, size in compressed.items() if size is not None}
     return {
         "stored_bits": stored["stored_bits"],
         "expert_bytes": stored["expert_bytes"],
-        "model_bytes": stored["expert_bytes"] + kept,
+        "model_bytes": sum(sizes.values()),
         "tokens": total.tokens,
         "original_loss": total.original_loss,
         "gap": total.packed_loss - total.original_loss,

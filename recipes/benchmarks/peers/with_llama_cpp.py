@@ -23,6 +23,7 @@ import torch
 from experts import EXPERT_WEIGHT, Stopwatch, Stored, parser, read_experts, read_tokens, read_weights, write_dense
 
 PROJECTIONS = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
+ATTENTION = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
 DIGITS = 4
 BASE_TYPE = "Q8_0"  # of the tensors that are not taken; their type decides nothing
 
@@ -32,6 +33,9 @@ def main() -> None:
     arguments.add_argument("--bin", type=Path, required=True, help="folder of llama-quantize and llama-imatrix")
     arguments.add_argument("--type", required=True, help="IQ1_S to Q8_0")
     arguments.add_argument("--mix", action="store_true", help="the file type's own mix instead of one tensor type")
+    arguments.add_argument(
+        "--whole", action="store_true", help="attention too, by the file type's own mix; the embedding stays bfloat16"
+    )
     arguments.add_argument("--work-dir", type=Path, default=Path("runs/peers/gguf"), help="GGUF and importance files")
     arguments.add_argument("--threads", type=int, default=1)
     given = arguments.parse_args()
@@ -48,20 +52,27 @@ def main() -> None:
     chosen = (
         [given.type] if given.mix else ["--tensor-type", f"ffn_(gate|up|down)_exps={given.type.lower()}", BASE_TYPE]
     )
+    if given.whole:
+        chosen = ["--token-embedding-type", "bf16", "--output-tensor-type", "bf16", given.type]
     options, kind = chosen[:-1], chosen[-1]
     call(given.bin / "llama-quantize", "--imatrix", importance, *options, plain, coded, kind, given.threads)
     replaced, types, size = read_back(given.model, coded)
-    if not given.mix and set(types.values()) != {given.type}:
+    attention_bytes = None
+    if given.whole:
+        attention, attention_types, attention_bytes = read_attention(given.model, coded)
+        replaced, types = replaced | attention, types | attention_types
+    if not (given.mix or given.whole) and set(types.values()) != {given.type}:
         raise ValueError(f"asked for {given.type}, got {types}")
     stored = Stored(
         tool="llama.cpp",
         version=version(given.bin),
-        encoding=f"{given.type}{' mix' if given.mix else ''}, imatrix",
-        bits=8 * size / sum(tensor.numel() for tensor in replaced.values()),
+        encoding=f"{given.type}{' mix' if given.mix else ''}, imatrix{', whole' if given.whole else ''}",
+        bits=8 * size / sum(tensor.numel() for name, tensor in replaced.items() if EXPERT_WEIGHT.search(name)),
         seed=seed,
         expert_bytes=size,
         seconds=watch.seconds,
         notes=json.dumps({name: list(types.values()).count(name) for name in sorted(set(types.values()))}),
+        attention_bytes=attention_bytes,
     )
     write_dense(given.model, given.out, replaced, stored)
     coded.unlink()
@@ -159,6 +170,30 @@ def gguf_tensors(
             stacked = [tensors[f"{prefix}{expert}.{linear}.weight"] for expert in range(count)]
             found[f"{theirs}{name}.weight"] = torch.stack(stacked)
     return found
+
+
+def read_attention(model: Path, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str], int]:
+    """As `read_back`, of the matrices of attention."""
+    config = json.loads((model / "config.json").read_text())
+    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+    fields = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    replaced, types, size = {}, {}, 0
+    for layer in range(config["num_hidden_layers"]):
+        for name, key in ATTENTION.items():
+            tensor = fields[f"blk.{layer}.{key}.weight"]
+            weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32))
+            if name in heads:
+                weight = halved(weight, heads[name])
+            replaced[f"model.layers.{layer}.self_attn.{name}_proj.weight"] = weight
+            types[tensor.name] = tensor.tensor_type.name
+            size += tensor.n_bytes
+    return replaced, types, size
+
+
+def halved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of `interleaved`."""
+    rows, columns = weight.shape
+    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
