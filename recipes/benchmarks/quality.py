@@ -84,7 +84,7 @@ def main() -> None:
     arguments = parse()
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     for seed in arguments.seeds:
-        for target in arguments.sizes or arguments.targets:
+        for target in arguments.targets:
             for contender in CONTENDERS:
                 if contender.quantizer == "rtn" and seed != arguments.seeds[0]:
                     continue
@@ -114,7 +114,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--targets", type=float, nargs="+", default=[2.25, 2.75, 3.25], help="stored bits per expert weight"
     )
-    parser.add_argument("--sizes", type=int, nargs="+", help="bytes of the whole model, instead of --targets")
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument(
@@ -155,7 +154,7 @@ def prepare(arguments: argparse.Namespace, work_dir: Path, seed: int, contender:
     calibrate.run(settings, RunSettings(), work_dir, force=False, progress=SilentProgress())
     quantizer = QuantizerSettings(quantizer="trellis" if contender.family == "trellis" else "gptq")
     scores = ScoreSettings(quantizer=quantizer)
-    if contender.family == "trellis" and not arguments.sizes and max(arguments.targets) > MANY_BITS:
+    if contender.family == "trellis" and max(arguments.targets) > MANY_BITS:
         scores = replace(scores, bits=(*CANDIDATES["trellis"], *WIDEST))  # as `mc-cli run` does
     if contender.plain:
         scores = replace(scores, loss_tokens=LITTLE)
@@ -167,8 +166,7 @@ def measure(arguments: argparse.Namespace, work_dir: Path, target: float, conten
     compute, silent = RunSettings(), SilentProgress()
     plan = AllocateSettings(
         method=contender.method,
-        target_stored_bits=None if arguments.sizes else target,
-        target_size_bytes=int(target) if arguments.sizes else None,
+        target_stored_bits=target,
         bits=pmq_bits(target) if contender.method == "pmq" else None,
         attention_bits=arguments.attention_bits,
     )
@@ -252,7 +250,7 @@ def show(results: list[dict]) -> None:
             rows = [entry for entry in results if entry["target"] == target and entry["contender"] == contender.name]
             if rows:
                 table.add_row(
-                    f"{target:,}",
+                    f"{target:g}",
                     contender.name,
                     f"{statistics.mean(row['stored_bits'] for row in rows):.4f}",
                     f"{statistics.mean(row['expert_bytes'] for row in rows):,.0f}",
