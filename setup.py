@@ -15,7 +15,8 @@ setup(
     ext_modules=[
         Extension(
             "mc_cli.native._library",
-            sources=["mc_cli/native/trellis.c", "mc_cli/native/trellis_product.c", "mc_cli/native/threads.c"],
+            sources=[f"mc_cli/native/{name}.c" for name in ("trellis", "trellis_product", "pruning", "threads")],
+            libraries=["m"],
             depends=["mc_cli/native/threads.h"],
             extra_compile_args=["-O3", "-Wno-psabi", "-fno-math-errno", "-pthread"],
             extra_link_args=["-pthread"],

@@ -1,7 +1,8 @@
 """The compiled routines, loaded with ctypes. Without a compiler at installation there are none, and torch serves.
 
-Every routine takes plain pointers to contiguous arrays and the number of threads to use, releases Python's lock, and
-returns 0, or 1 where there is no memory left. The threads are of one pool (threads.c), which keeps them between calls.
+Every routine takes plain pointers to contiguous arrays, releases Python's lock, and returns 0, or 1 where there is no
+memory left. Those with much to do take the number of threads to use; these are of one pool (threads.c), which keeps
+them between calls.
 """
 
 from __future__ import annotations

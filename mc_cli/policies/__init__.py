@@ -4,19 +4,22 @@ A policy gives every (token, slot) a keep score; slots whose score is below the 
 with the largest routing weight never is. So every policy has a threshold per layer, and with it any rate of dropped
 calls. A policy file defines `NAME`, `DESCRIPTION`, `THRESHOLDS` and `keep_scores(routed, layer)`; what it learns or
 calibrates comes back to it in `LayerValues`. Pure functions of tensors: what runs the model is in `runtime/pruning.py`.
+
+A policy may also define `compiled_rule(layer, cut)`, the same decision in one compiled call: see `compiled.py`.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mc_cli import native
 from mc_cli.errors import InputError, listed
 
 # How thresholds are found: `spread` gives each layer its own where a dropped call is cheapest; `shared` one for all.
@@ -30,14 +33,14 @@ class Routed:
     hidden    [tokens, hidden], the experts' inputs
     index     [tokens, k] int64, the chosen experts
     weights   [tokens, k], routing weights as the experts are called with them
-    received  [tokens] float32 attention received from later tokens over that of a uniform look, so 1 is neutral; None
-              where the layer has no attention that could be watched
+    received  [tokens] float32 attention received from later tokens over that of a uniform look, so 1 is neutral; one
+              number where it is the same for all; None where the layer has no attention that could be watched
     """
 
     hidden: Tensor
     index: Tensor
     weights: Tensor
-    received: Tensor | None = None
+    received: Tensor | float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,15 @@ class LayerValues:
     seed: int = 0
     numbers: Mapping[str, float] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What becomes of keep scores: see `keep_mask` and `kept_weights`. Dropped slots get the index `absent`."""
+
+    threshold: float
+    absent: int
+    renormalise: bool
 
 
 class Policy(Protocol):
@@ -65,6 +77,10 @@ class Policy(Protocol):
         Along a token's slots in order of falling routing weight the scores must not rise, unless THRESHOLDS is SHARED.
         """
         ...
+
+
+# Gives None for tokens that only the policy's own functions can serve.
+CompiledRule = Callable[[Routed], tuple[Tensor, Tensor] | None]
 
 
 def policies() -> dict[str, Policy]:
@@ -94,6 +110,19 @@ def weight_ranks(weights: Tensor) -> Tensor:
 def keep_mask(scores: Tensor, weights: Tensor, threshold: float) -> Tensor:
     """[tokens, k] bool: slots with a score at or above the threshold, and every token's best slot."""
     return (scores >= threshold) | (weight_ranks(weights) == 0)
+
+
+def kept_slots(policy: Policy, routed: Routed, layer: LayerValues, cut: Cut) -> tuple[Tensor, Tensor]:
+    """New (index, weights) [tokens, k]: of the slots that stay; the others have the index `absent` and weight 0."""
+    mask = keep_mask(policy.keep_scores(routed, layer), routed.weights, cut.threshold)
+    kept = kept_weights(routed.weights, mask, renormalise=cut.renormalise)
+    return routed.index.masked_fill(~mask, cut.absent), kept
+
+
+def compiled_rule(policy: Policy, layer: LayerValues, cut: Cut) -> CompiledRule | None:
+    """`kept_slots` of one layer in a compiled call; None where the policy has none, or nothing was compiled."""
+    make = getattr(policy, "compiled_rule", None)
+    return None if make is None or native.library() is None else make(layer, cut)
 
 
 def kept_weights(weights: Tensor, mask: Tensor, *, renormalise: bool) -> Tensor:

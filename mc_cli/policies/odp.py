@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mc_cli.policies import SPREAD, LayerValues, Routed
+from mc_cli.policies import SPREAD, CompiledRule, Cut, LayerValues, Routed, compiled
 
 NAME = "odp"
 DESCRIPTION = "trailing experts with a small share of the kept weight, important tokens spared; no training"
@@ -37,6 +37,11 @@ def keep_scores(routed: Routed, layer: LayerValues) -> Tensor:
         return scores
     spared = importance(routed) >= protect_at
     return torch.where(spared[:, None], torch.full_like(scores, float("inf")), scores)
+
+
+def compiled_rule(layer: LayerValues, cut: Cut) -> CompiledRule:
+    """These scores and what becomes of them, in one call."""
+    return compiled.KeptByShare(layer.numbers.get(PROTECT_AT), cut)
 
 
 def importance(routed: Routed) -> Tensor:

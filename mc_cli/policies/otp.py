@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mc_cli.policies import SHARED, LayerValues, Routed, kept_weights, weight_ranks
+from mc_cli.policies import SHARED, CompiledRule, Cut, LayerValues, Routed, compiled, kept_weights, weight_ranks
 
 NAME = "otp"
 DESCRIPTION = "a learned router per layer decides how many experts a token keeps; trained by distillation"
@@ -34,6 +34,11 @@ def keep_scores(routed: Routed, layer: LayerValues) -> Tensor:
     odds += [logits[:, rank:].logsumexp(-1) - logits[:, :rank].logsumexp(-1) for rank in range(1, top_k)]
     by_rank = torch.stack(odds, dim=-1).float()
     return by_rank.gather(-1, weight_ranks(routed.weights))
+
+
+def compiled_rule(layer: LayerValues, cut: Cut) -> CompiledRule:
+    """These scores and what becomes of them, in one call."""
+    return compiled.KeptByRouter(layer.tensors[WEIGHT], layer.tensors[BIAS], cut, least_share=_LEAST_SHARE)
 
 
 def features(routed: Routed) -> Tensor:

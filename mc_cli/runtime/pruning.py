@@ -6,8 +6,9 @@ It works on the experts interface alone: for every family, dense or packed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +16,26 @@ from torch import Tensor, nn
 
 from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer, Pruning
 from mc_cli.errors import ArtifactError
-from mc_cli.policies import LayerValues, Routed, keep_mask, kept_weights, policy_from_name
+from mc_cli.policies import CompiledRule, Cut, LayerValues, Routed, compiled_rule, kept_slots, policy_from_name
 from mc_cli.runtime.experts import PRUNER, Experts
 from mc_cli.runtime.received_attention import AttentionWatch, watch_attention
 from mc_cli.runtime.router_masks import mask_router
 
 _HANDLES = "_mc_pruning_handles"
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """What a pruner needs in every forward. held: learned tensors that the experts module has, by attribute."""
+
+    device: torch.device
+    held: Sequence[tuple[str, Tensor]]
+    values: LayerValues
+    cut: Cut
+    rule: CompiledRule | None
+
+    def fits(self, module: Experts) -> bool:
+        return all(getattr(module, name) is tensor for name, tensor in self.held)
 
 
 class LayerPruner:
@@ -49,40 +64,56 @@ class LayerPruner:
         self.calls: Tensor | None = None
         self._seed = pruning.seed
         self._tensors = tensors
+        self._bound: _Bound | None = None
 
     def __call__(
         self, module: Experts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(index, weights) with dropped slots at the index that is skipped and weight 0; shapes as given."""
-        weights = top_k_weights.reshape(-1, top_k_weights.shape[-1])
-        index = top_k_index.reshape(weights.shape)
-        routed = Routed(hidden, index, weights, self._received(len(weights)))
-        mask = keep_mask(self.policy.keep_scores(routed, self._values(module, hidden.device)), weights, self.threshold)
+        weights, index = top_k_weights, top_k_index
+        if weights.ndim != 2:
+            weights = weights.reshape(-1, weights.shape[-1])
+            index = index.reshape(weights.shape)
         for expert in self.layer.dropped:  # chosen with no weight, where the groups of a router leave too few others
-            mask &= index != expert
+            index = index.masked_fill(index == expert, module.num_experts)
+        routed = Routed(hidden, index, weights, self._received(len(weights)))
+        bound = self._bound_to(module, hidden.device)
+        found = None if bound.rule is None else bound.rule(routed)
+        kept_index, kept_weights = found or kept_slots(self.policy, routed, bound.values, bound.cut)
         if self.kept is not None:
+            mask = kept_index < module.num_experts
             self.kept.append(mask.sum(-1).to("cpu", torch.int16))
-            calls = torch.bincount(index[mask], minlength=module.num_experts).cpu()
+            calls = torch.bincount(kept_index[mask], minlength=module.num_experts).cpu()
             self.calls = calls if self.calls is None else self.calls + calls
-        kept = kept_weights(weights, mask, renormalise=self.layer.renormalise)
-        return index.masked_fill(~mask, module.num_experts), kept
+        return kept_index, kept_weights
 
-    def _received(self, tokens: int) -> Tensor | None:
+    def _received(self, tokens: int) -> Tensor | float | None:
         """What the tokens of this forward received; None where the layer has no attention that could be watched."""
         if self.watch is None or self.layer.prior is None:
             return None
-        found = self.watch.received
-        if found is None or found.looks.numel() != tokens:
-            return None
-        return found.estimate(self.layer.prior)
+        return self.watch.estimate(tokens, self.layer.prior)
 
-    def _values(self, module: Experts, device: torch.device) -> LayerValues:
-        tensors = self._tensors
-        if tensors is None:
-            tensors = {name: getattr(module, TENSOR_PREFIX + name) for name in self.layer.tensors}
-        elif any(tensor.device != device for tensor in tensors.values()):
-            tensors = self._tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        return LayerValues(self.layer.layer, self._seed, self.layer.numbers, tensors)
+    def _bound_to(self, module: Experts, device: torch.device) -> _Bound:
+        """Made once, and anew where the learned tensors have moved or are others by now."""
+        bound = self._bound
+        if (
+            bound is None
+            or bound.device != device
+            or any(getattr(module, name) is not held for name, held in bound.held)
+        ):
+            bound = self._bound = self._new_bound(module, device)
+        return bound
+
+    def _new_bound(self, module: Experts, device: torch.device) -> _Bound:
+        held = []
+        if self._tensors is None:
+            held = [(TENSOR_PREFIX + name, getattr(module, TENSOR_PREFIX + name)) for name in self.layer.tensors]
+            tensors = {name: tensor for name, (_, tensor) in zip(self.layer.tensors, held, strict=True)}
+        else:
+            tensors = {name: tensor.to(device) for name, tensor in self._tensors.items()}
+        values = LayerValues(self.layer.layer, self._seed, self.layer.numbers, tensors)
+        cut = Cut(self.threshold, module.num_experts, self.layer.renormalise)
+        return _Bound(device, held, values, cut, compiled_rule(self.policy, values, cut))
 
 
 def pruners(

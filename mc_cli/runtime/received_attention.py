@@ -13,7 +13,7 @@ towards a prior by `PRIOR_VIEWERS` imagined viewers, and a token without viewers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mc_cli.runtime.experts import is_standard_experts
+
 PRIOR_VIEWERS = 4.0
 _BLOCK_ROWS = 128
 _WATCHED_MARK = "_mc_watched"
+_WATCH = "_mc_watch"  # in a module's __dict__: the watch of its decoder layer
 
 
 @dataclass
@@ -68,8 +71,6 @@ def received_attention(
     scale = width**-0.5 if scaling is None else scaling
     looks = torch.zeros(batch, tokens, device=query.device)
     viewers = torch.zeros(batch, tokens, device=query.device)
-    if tokens == 1:  # decoding: nobody is behind the newest token
-        return Received(looks, viewers)
     for begin in range(0, tokens, block_rows):
         rows = slice(begin, min(begin + block_rows, tokens))
         seen = _seen(mask, rows, past, key.shape[-2], query.device)
@@ -121,16 +122,29 @@ def _seen(mask: Tensor | None, rows: slice, past: int, total: int, device: torch
 
 
 class AttentionWatch:
-    """What is filled in while a decoder layer that is watched runs; None before its attention has run."""
+    """What is filled in while a decoder layer that is watched runs.
+
+    received  of this forward; None before its attention has run, and where nobody could look:
+    alone     how many sequences there are, each with a single token, as while decoding; 0 = others, or not run yet
+    """
 
     def __init__(self) -> None:
         self.received: Received | None = None
+        self.alone = 0
+
+    def begin(self) -> None:
+        self.received, self.alone = None, 0
 
     def add(self, received: Received) -> None:
         self.received = received
 
-
-_ACTIVE: list[AttentionWatch] = []  # the watch of the decoder layer that is running; layers do not nest
+    def estimate(self, tokens: int, prior: float) -> Tensor | float | None:
+        """[tokens] float32, one number where it is the same for all; None where these tokens were not watched."""
+        if self.alone == tokens:
+            return prior
+        if self.received is None or self.received.looks.numel() != tokens:
+            return None
+        return self.received.estimate(prior)
 
 
 @contextmanager
@@ -149,23 +163,41 @@ def watch_attention(decoder_layer: nn.Module, watch: AttentionWatch) -> list[Any
     _watch_functions()
 
     def begin(*_: Any) -> None:
-        watch.received = None
-        _ACTIVE.append(watch)
-
-    def end(*_: Any) -> None:
-        _ACTIVE.remove(watch)
+        watch.begin()
 
     def take_map(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if watch.received is None and _holds_map(output):
+        if watch.received is None and not watch.alone and _holds_map(output):
             mask = kwargs.get("attention_mask")
             watch.add(received_of_map(output[1], mask if isinstance(mask, Tensor) and mask.ndim == 4 else None))
 
-    inner = [module for module in decoder_layer.children() if not isinstance(module, nn.ModuleList)]
+    # Norms have no attention inside, and what holds the experts runs after it: hooks there would only take time.
+    holding = [child for child in decoder_layer.children() if _may_attend(child)]
     return [
+        _Mark([module for child in holding for module in child.modules()], watch),
         decoder_layer.register_forward_pre_hook(begin),
-        decoder_layer.register_forward_hook(end, always_call=True),
-        *(module.register_forward_hook(take_map, with_kwargs=True) for module in inner),
+        *(module.register_forward_hook(take_map, with_kwargs=True) for module in holding),
     ]
+
+
+def _may_attend(child: nn.Module) -> bool:
+    inner = list(child.modules())[1:]
+    return bool(inner) and not any(is_standard_experts(module) for module in inner)
+
+
+class _Mark:
+    """Tells the attention functions which watch a module belongs to, until it is removed."""
+
+    def __init__(self, modules: Sequence[nn.Module], watch: AttentionWatch) -> None:
+        self._before = [(module, module.__dict__.get(_WATCH)) for module in modules]
+        for module in modules:
+            module.__dict__[_WATCH] = watch
+
+    def remove(self) -> None:
+        for module, watch in self._before:
+            if watch is None:
+                del module.__dict__[_WATCH]
+            else:
+                module.__dict__[_WATCH] = watch
 
 
 def _holds_map(output: Any) -> bool:
@@ -193,11 +225,14 @@ def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        if _ACTIVE and query.ndim == 4:
-            watch = _ACTIVE[-1]
-            mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 else None
-            scaling, softcap, sinks = (kwargs.get(name) for name in ("scaling", "softcap", "s_aux"))
-            watch.add(received_attention(query, key, mask, scaling=scaling, softcap=softcap, sinks=sinks))
+        watch = module.__dict__.get(_WATCH)
+        if watch is not None and query.ndim == 4:
+            if query.shape[-2] == 1:  # decoding: nobody is behind the newest token
+                watch.alone = query.shape[0]
+            else:
+                mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 else None
+                scaling, softcap, sinks = (kwargs.get(name) for name in ("scaling", "softcap", "s_aux"))
+                watch.add(received_attention(query, key, mask, scaling=scaling, softcap=softcap, sinks=sinks))
         return function(module, query, key, value, attention_mask, **kwargs)
 
     setattr(attend, _WATCHED_MARK, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mc_cli.artifacts.pruning import OperatingPoint, PrunedLayer, Pruning
+from mc_cli import native
+from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer, Pruning
 from mc_cli.errors import ArtifactError, InputError
+from mc_cli.policies import otp
 from mc_cli.runtime import experts
 from mc_cli.runtime.packed_model import load_packed
 from mc_cli.runtime.pruning import apply_pruning, pruned, pruners, remove_pruning
@@ -104,6 +107,52 @@ def test_weights_of_a_dropped_expert_are_not_touched(tiny_model: TinyModel, monk
     with torch.no_grad():
         module(torch.randn(2, 32), index, weights)
     assert set(touched) == {1, 2, 5}
+
+
+@pytest.mark.parametrize("policy", ["odp", "otp"])
+@torch.no_grad()
+def test_decoding_drops_the_same_with_and_without_a_compiler(
+    policy: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = dense(tiny_model("mixtral"))
+    found = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(native, "library", lambda: None)
+        pruning = pruning_of(model, renormalise=True, policy=policy, thresholds=0.45 if policy == "odp" else 0.0)
+        pruning = replace(pruning, layers=tuple(replace(layer, prior=0.9) for layer in pruning.layers))
+        learned = {}
+        if policy == "otp":
+            router = otp.starting_router(32, 2, 0.45)
+            names = {layer.path: {name: tuple(t.shape) for name, t in router.items()} for layer in pruning.layers}
+            layers = tuple(replace(layer, tensors=names[layer.path]) for layer in pruning.layers)
+            pruning = replace(pruning, layers=layers)
+            learned = {f"{layer.path}.{TENSOR_PREFIX}{name}": t for layer in layers for name, t in router.items()}
+        apply_pruning(model, pruning, rate=0.5, tensors=learned)
+        step = model(TOKENS[:, :8], use_cache=True)
+        logits = [step.logits]
+        for place in range(8, TOKENS.shape[1]):
+            step = model(TOKENS[:, place : place + 1], past_key_values=step.past_key_values, use_cache=True)
+            logits.append(step.logits)
+        found.append(torch.cat(logits, dim=1))
+    assert torch.equal(*found)
+    remove_pruning(model)
+    assert not torch.equal(found[0], logits_of(model))
+
+
+def test_learned_tensors_that_are_replaced_are_noticed(tiny_model: TinyModel) -> None:
+    model = dense(tiny_model("mixtral"))
+    path, module = next(experts.find_experts(model))
+    router = otp.starting_router(32, 2, 0.45)
+    layer = PrunedLayer(0, path, 2, True, tensors={name: tuple(tensor.shape) for name, tensor in router.items()})
+    pruning = Pruning("otp", 0, (layer,), (OperatingPoint(0.5, (0.0,)),), 0)
+    pruner = pruners(pruning, pruning.points[0])[path]
+    routed = torch.randn(4, 32), torch.tensor([[0, 3]] * 4), torch.tensor([[0.6, 0.4]] * 4)
+    for bias, kept in ((100.0, [[0, 3]] * 4), (-100.0, [[0, 8]] * 4)):
+        for name, tensor in router.items():
+            value = torch.full_like(tensor, bias) if name == otp.BIAS else tensor
+            module.register_parameter(TENSOR_PREFIX + name, torch.nn.Parameter(value, requires_grad=False))
+        assert pruner(module, *routed)[0].tolist() == kept
 
 
 def test_kept_slots_are_counted_per_token(tiny_model: TinyModel) -> None:

@@ -105,8 +105,22 @@ def test_while_decoding_nobody_has_looked_yet(tiny_model: TinyModel) -> None:
     watch = AttentionWatch()
     with watching_attention(model.model.layers[0], watch):
         model(ids[:, 8:], past_key_values=cache, use_cache=True)
-    assert watch.received is not None and watch.received.looks.shape == (1, 1)
-    assert watch.received.estimate(0.7).tolist() == pytest.approx([0.7])
+        assert watch.received is None and watch.estimate(1, 0.7) == 0.7
+        model(ids, use_cache=False)
+        assert watch.received is not None and watch.estimate(1, 0.7) is None
+
+
+def test_a_watch_inside_another_hands_back(tiny_model: TinyModel) -> None:
+    model = load(tiny_model("mixtral"), "sdpa")
+    ids = torch.randint(3, 300, (1, 6), generator=torch.Generator().manual_seed(0))
+    outer, inner = AttentionWatch(), AttentionWatch()
+    with torch.no_grad(), watching_attention(model.model.layers[0], outer):
+        with watching_attention(model.model.layers[0], inner):
+            model(ids, use_cache=False)
+        assert inner.received is not None and outer.received is None
+        model(ids, use_cache=False)
+        assert outer.received is not None
+    assert not any("_mc_watch" in module.__dict__ for module in model.modules())
 
 
 @torch.no_grad()

@@ -1,0 +1,128 @@
+/* Which of a token's experts are computed, decided in one call: keep scores as policies/odp.py and policies/otp.py define
+ * them, then the rule that all policies share. So little per token that one thread is done before a second one wakes. */
+
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+
+#define LANES 16       /* sums side by side, which a compiler may put into vectors */
+#define MOST_SLOTS 256 /* of a token; the callers see to it */
+
+static float sum_of_magnitudes(const float *x, int n) {
+    float sums[LANES] = {0}, total = 0;
+    int i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) sums[lane] += fabsf(x[i + lane]);
+    for (; i < n; i++) total += fabsf(x[i]);
+    for (int lane = 0; lane < LANES; lane++) total += sums[lane];
+    return total;
+}
+
+static float product(const float *x, const float *y, int n) {
+    float sums[LANES] = {0}, total = 0;
+    int i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) sums[lane] += x[i + lane] * y[i + lane];
+    for (; i < n; i++) total += x[i] * y[i];
+    for (int lane = 0; lane < LANES; lane++) total += sums[lane];
+    return total;
+}
+
+/* order[r]: the slot of rank r by falling weight, ties in slot order; shares[r]: its weight over that of ranks 0..r. */
+static void rank_slots(const float *weights, int k, int *order, float *shares) {
+    for (int slot = 0; slot < k; slot++) {
+        int place = slot;
+        for (; place > 0 && weights[order[place - 1]] < weights[slot]; place--) order[place] = order[place - 1];
+        order[place] = slot;
+    }
+    double kept = 0;
+    for (int rank = 0; rank < k; rank++) {
+        kept += weights[order[rank]];
+        shares[rank] = weights[order[rank]] / fmaxf((float)kept, FLT_MIN);
+    }
+}
+
+/* What is decided about, tokens after tokens. */
+typedef struct {
+    const int64_t *index;  /* [tokens][k] */
+    const float *weights;  /* [tokens][k] */
+    int64_t *kept_index;   /* [tokens][k], `absent` where a slot is dropped */
+    float *kept_weights;   /* [tokens][k], 0 there */
+    float threshold;
+    int k, absent, renormalise; /* kept weights are scaled to the sum of all */
+} Slots;
+
+/* Keeps the slots of a token with a score at or above the threshold, and the first one with the largest weight. */
+static void keep_slots(const Slots *s, int64_t token, const float *scores) {
+    const float *weights = s->weights + token * s->k;
+    float *kept = s->kept_weights + token * s->k, total = 0, remaining = 0;
+    int best = 0;
+    for (int slot = 1; slot < s->k; slot++)
+        if (weights[slot] > weights[best]) best = slot;
+    for (int slot = 0; slot < s->k; slot++) {
+        const int keep = slot == best || scores[slot] >= s->threshold;
+        s->kept_index[token * s->k + slot] = keep ? s->index[token * s->k + slot] : s->absent;
+        kept[slot] = weights[slot] * (keep ? 1.0f : 0.0f); /* a product, so that no NaN gets lost */
+        total += weights[slot];
+        remaining += kept[slot];
+    }
+    const float scale = total / (remaining == 0 ? 1 : remaining);
+    for (int slot = 0; s->renormalise && slot < s->k; slot++) kept[slot] *= scale;
+}
+
+/* Scores of odp: the largest share from a slot to the last; infinite for spared tokens.
+ *
+ * hidden      [tokens][width], NULL where no token is spared
+ * received    [tokens] attention received, NULL: `uniform` for all */
+int mc_keep_by_share(const float *hidden, const float *received, float uniform, float protect_at, int width,
+                     const int64_t *index, const float *weights, float threshold, int tokens, int k, int absent,
+                     int renormalise, int64_t *kept_index, float *kept_weights) {
+    const Slots s = {index, weights, kept_index, kept_weights, threshold, k, absent, renormalise};
+    int order[MOST_SLOTS];
+    float shares[MOST_SLOTS], scores[MOST_SLOTS];
+    for (int64_t token = 0; token < tokens; token++) {
+        const float norm = hidden ? sum_of_magnitudes(hidden + token * width, width) : 0;
+        const int spared = hidden && norm * (received ? received[token] : uniform) >= protect_at;
+        float most = spared ? INFINITY : -INFINITY;
+        rank_slots(weights + token * k, k, order, shares);
+        for (int rank = k - 1; rank >= 0; rank--) scores[order[rank]] = most = fmaxf(most, shares[rank]);
+        keep_slots(&s, token, scores);
+    }
+    return 0;
+}
+
+/* log(sum(exp(x))) */
+static double log_sum(const double *x, int n) {
+    double most = x[0], sum = 0;
+    for (int i = 1; i < n; i++) most = fmax(most, x[i]);
+    for (int i = 0; i < n; i++) sum += exp(x[i] - most);
+    return most + log(sum);
+}
+
+/* Scores of otp: the log-odds of keeping more experts than a slot's rank; infinite for the best one.
+ *
+ * hidden  [tokens][width];  router [k - 1][width + k - 1], bias [k - 1];  smaller shares count as least_share */
+int mc_keep_by_router(const float *hidden, const float *router, const float *bias, float least_share, int width,
+                      const int64_t *index, const float *weights, float threshold, int tokens, int k, int absent,
+                      int renormalise, int64_t *kept_index, float *kept_weights) {
+    const Slots s = {index, weights, kept_index, kept_weights, threshold, k, absent, renormalise};
+    int order[MOST_SLOTS];
+    float shares[MOST_SLOTS], scores[MOST_SLOTS];
+    double logits[MOST_SLOTS];
+    for (int64_t token = 0; token < tokens; token++, hidden += width) {
+        rank_slots(weights + token * k, k, order, shares);
+        for (int rank = 1; rank < k; rank++) shares[rank] = logf(fmaxf(shares[rank], least_share));
+        const float norm = fmaxf(sqrtf(product(hidden, hidden, width)), FLT_MIN);
+        logits[0] = 0;
+        for (int rank = 1; rank < k; rank++) {
+            const float *row = router + (int64_t)(rank - 1) * (width + k - 1);
+            const float step = product(hidden, row, width) / norm + product(shares + 1, row + width, k - 1);
+            logits[rank] = logits[rank - 1] + step + bias[rank - 1];
+        }
+        scores[order[0]] = INFINITY;
+        for (int rank = 1; rank < k; rank++)
+            scores[order[rank]] = (float)(log_sum(logits + rank, k - rank) - log_sum(logits, rank));
+        keep_slots(&s, token, scores);
+    }
+    return 0;
+}

@@ -1,0 +1,114 @@
+"""Decisions in one compiled call: while decoding, some forty tensor operations take longer than a small expert.
+
+The policies' own functions are the reference, and serve on other devices, with gradients, in double precision and
+without a compiler. Sums are made in another order here, so scores agree within a few units in the last place, and only
+a slot whose score is that close to the threshold may be decided otherwise. Kept weights are those of the reference bit
+by bit for two slots per token, and within the rounding of a sum for more.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mc_cli import native
+
+if TYPE_CHECKING:
+    from mc_cli.policies import Cut, Routed
+
+_FEATURES, _SLOTS = "fi", "ppfiiiipp"  # arguments that both routines take
+_MOST_SLOTS = 256  # as in native/pruning.c
+_Kept = tuple[Tensor, Tensor]
+
+
+class KeptByShare:
+    """`policies.kept_slots` of one layer by the scores of odp; a call gives None where the reference has to serve.
+
+    protect_at  importance from which a token is spared; None: no token is
+    """
+
+    def __init__(self, protect_at: float | None, cut: Cut) -> None:
+        self._routine = native.routine("mc_keep_by_share", "ppf" + _FEATURES + _SLOTS)
+        self._spares = protect_at is not None
+        self._protect_at = protect_at or 0.0
+        self._cut = cut
+
+    def __call__(self, routed: Routed) -> _Kept | None:
+        received = routed.received
+        looks = received if isinstance(received, Tensor) else None
+        if not _serves(routed) or not (looks is None or _is_plain(looks)):
+            return None
+        hidden = _single(routed.hidden)
+        return _kept(
+            self._routine,
+            (
+                hidden.data_ptr() if self._spares else None,
+                None if looks is None else looks.data_ptr(),
+                received if isinstance(received, float) else 1.0,
+                self._protect_at,
+                hidden.shape[-1],
+            ),
+            routed,
+            self._cut,
+        )
+
+
+class KeptByRouter:
+    """`policies.kept_slots` of one layer by the scores of otp; a call gives None where the reference has to serve.
+
+    router  [k - 1, hidden + k - 1] float32, bias [k - 1] float32;  least_share: smaller shares count as this one
+    """
+
+    def __init__(self, router: Tensor, bias: Tensor, cut: Cut, *, least_share: float) -> None:
+        self._routine = native.routine("mc_keep_by_router", "ppp" + _FEATURES + _SLOTS)
+        self._router, self._bias = router, bias
+        self._least_share = least_share
+        self._cut = cut
+
+    def __call__(self, routed: Routed) -> _Kept | None:
+        if not (_serves(routed) and _is_plain(self._router) and _is_plain(self._bias)):
+            return None
+        hidden = _single(routed.hidden)
+        inputs = hidden.data_ptr(), self._router.data_ptr(), self._bias.data_ptr(), self._least_share, hidden.shape[-1]
+        return _kept(self._routine, inputs, routed, self._cut)
+
+
+def _kept(routine: Any, inputs: tuple[Any, ...], routed: Routed, cut: Cut) -> _Kept:
+    index, weights = routed.index.contiguous(), routed.weights.contiguous()
+    tokens, k = weights.shape
+    kept_index, kept_weights = torch.empty_like(index), torch.empty_like(weights)
+    routine(
+        *inputs,
+        index.data_ptr(),
+        weights.data_ptr(),
+        cut.threshold,
+        tokens,
+        k,
+        cut.absent,
+        cut.renormalise,
+        kept_index.data_ptr(),
+        kept_weights.data_ptr(),
+    )
+    return kept_index, kept_weights
+
+
+def _serves(routed: Routed) -> bool:
+    hidden, weights = routed.hidden, routed.weights
+    return (
+        weights.is_cpu
+        and weights.dtype is torch.float32
+        and routed.index.dtype is torch.int64
+        and hidden.dtype is not torch.float64
+        and weights.shape[-1] <= _MOST_SLOTS
+        and not (torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad))
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.dtype is torch.float32 and tensor.is_contiguous()
+
+
+def _single(hidden: Tensor) -> Tensor:
+    return (hidden if hidden.dtype is torch.float32 else hidden.float()).contiguous()
