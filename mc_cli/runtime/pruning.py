@@ -35,7 +35,7 @@ class _Bound:
     rule: CompiledRule | None
 
     def fits(self, module: Experts) -> bool:
-        return all(getattr(module, name) is tensor for name, tensor in self.held)
+        return not self.held or all(getattr(module, name) is tensor for name, tensor in self.held)
 
 
 class LayerPruner:
@@ -96,11 +96,7 @@ class LayerPruner:
     def _bound_to(self, module: Experts, device: torch.device) -> _Bound:
         """Made once, and anew where the learned tensors have moved or are others by now."""
         bound = self._bound
-        if (
-            bound is None
-            or bound.device != device
-            or any(getattr(module, name) is not held for name, held in bound.held)
-        ):
+        if bound is None or bound.device != device or not bound.fits(module):
             bound = self._bound = self._new_bound(module, device)
         return bound
 

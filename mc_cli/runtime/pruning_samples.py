@@ -64,7 +64,7 @@ class _Capture:
         self._index = index.reshape(flat_weights.shape)
         self._outputs = hidden.new_zeros((*flat_weights.shape, hidden.shape[-1]))
         self.routed.append(Routed(hidden.cpu(), self._index.cpu(), flat_weights.float().cpu()))
-        found = None if self.watch is None else self.watch.received
+        found = None if self.watch is None else self.watch.take()
         if found is not None:
             self.looks.append((found.looks.reshape(-1).cpu(), found.viewers.reshape(-1).cpu()))
         return index, weights

@@ -122,29 +122,70 @@ def _seen(mask: Tensor | None, rows: slice, past: int, total: int, device: torch
 
 
 class AttentionWatch:
-    """What is filled in while a decoder layer that is watched runs.
+    """What the attention of a decoder layer leaves for its experts, which run behind it; whoever reads takes it away.
 
     received  of this forward; None before its attention has run, and where nobody could look:
     alone     how many sequences there are, each with a single token, as while decoding; 0 = others, or not run yet
+    maps      what makes them of whole attention maps, for families whose own code has them
     """
 
     def __init__(self) -> None:
         self.received: Received | None = None
         self.alone = 0
+        self.maps: _MapHooks | None = None
 
-    def begin(self) -> None:
-        self.received, self.alone = None, 0
-
-    def add(self, received: Received) -> None:
-        self.received = received
+    def take(self) -> Received | None:
+        """What was received in this forward, once."""
+        received, self.received, self.alone = self.received, None, 0
+        return received
 
     def estimate(self, tokens: int, prior: float) -> Tensor | float | None:
-        """[tokens] float32, one number where it is the same for all; None where these tokens were not watched."""
-        if self.alone == tokens:
+        """[tokens] float32, one number where it is the same for all; None where these tokens were not watched.
+
+        Takes what was received, and the hooks off where an attention function has made it: each costs a decoded token
+        about a hundredth of a small model's time. They come back should those functions serve no more.
+        """
+        alone, received = self.alone, self.take()
+        if self.maps is not None:
+            self.maps.needed(self.maps.served or not (alone or received))
+        if alone == tokens:
             return prior
-        if self.received is None or self.received.looks.numel() != tokens:
+        if received is None or received.looks.numel() != tokens:
             return None
-        return self.received.estimate(prior)
+        return received.estimate(prior)
+
+
+class _MapHooks:
+    """Hooks on modules that may hold attention, which give whole maps to a watch; on or off.
+
+    served  the last forward's map was found by them
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], watch: AttentionWatch) -> None:
+        self._modules = modules
+        self._watch = watch
+        self._handles: list[Any] = []
+        self.served = False
+        self.needed(True)
+
+    def needed(self, needed: bool) -> None:
+        self.served = False
+        if needed and not self._handles:
+            self._handles = [m.register_forward_hook(self._take_map, with_kwargs=True) for m in self._modules]
+        elif self._handles and not needed:
+            self.remove()
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _take_map(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if _holds_map(output):
+            mask = kwargs.get("attention_mask")
+            mask = mask if isinstance(mask, Tensor) and mask.ndim == 4 else None
+            self._watch.received = received_of_map(output[1], mask)
+            self.served = True
 
 
 @contextmanager
@@ -161,22 +202,10 @@ def watching_attention(decoder_layer: nn.Module, watch: AttentionWatch) -> Itera
 def watch_attention(decoder_layer: nn.Module, watch: AttentionWatch) -> list[Any]:
     """The same until the returned handles are removed."""
     _watch_functions()
-
-    def begin(*_: Any) -> None:
-        watch.begin()
-
-    def take_map(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if watch.received is None and not watch.alone and _holds_map(output):
-            mask = kwargs.get("attention_mask")
-            watch.add(received_of_map(output[1], mask if isinstance(mask, Tensor) and mask.ndim == 4 else None))
-
     # Norms have no attention inside, and what holds the experts runs after it: hooks there would only take time.
     holding = [child for child in decoder_layer.children() if _may_attend(child)]
-    return [
-        _Mark([module for child in holding for module in child.modules()], watch),
-        decoder_layer.register_forward_pre_hook(begin),
-        *(module.register_forward_hook(take_map, with_kwargs=True) for module in holding),
-    ]
+    watch.maps = _MapHooks(holding, watch)
+    return [_Mark([module for child in holding for module in child.modules()], watch), watch.maps]
 
 
 def _may_attend(child: nn.Module) -> bool:
@@ -232,7 +261,7 @@ def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
             else:
                 mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 else None
                 scaling, softcap, sinks = (kwargs.get(name) for name in ("scaling", "softcap", "s_aux"))
-                watch.add(received_attention(query, key, mask, scaling=scaling, softcap=softcap, sinks=sinks))
+                watch.received = received_attention(query, key, mask, scaling=scaling, softcap=softcap, sinks=sinks)
         return function(module, query, key, value, attention_mask, **kwargs)
 
     setattr(attend, _WATCHED_MARK, True)

@@ -64,6 +64,7 @@ ORACLE = "oracle"
 TRUE_LOSS, TRUE_KL, ON_SAMPLE = "oracle, true loss", "oracle, true KL", "oracle, same windows"
 VARIANTS_AT_ONCE = 32
 READ_AT = (0.1, 0.2, 0.25, 0.3, 0.4)
+BEYOND = 0.41  # of the oracle by output change too: a rate is read off between two points
 TIMED_TOKENS, ROUNDS = 1024, 5
 TIMED = ("otp", "odp")
 
@@ -202,7 +203,7 @@ def oracle(
     calls = sum(layer.top_k * len(cost) for layer, cost in zip(layers, steps, strict=True))
     ordered = torch.cat([cost.reshape(-1) for cost in steps]).sort().values
     runs: dict[str, Any] = {}
-    for rate in READ_AT:
+    for rate in (*READ_AT, BEYOND):
         limit = ordered[min(len(ordered), int(rate * calls)) - 1]
         runs[f"{rate}"] = {
             layer.path: OraclePruner(layer, (layer.top_k - (cost <= limit).sum(-1)).to(torch.int64))

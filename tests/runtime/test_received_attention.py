@@ -106,8 +106,27 @@ def test_while_decoding_nobody_has_looked_yet(tiny_model: TinyModel) -> None:
     with watching_attention(model.model.layers[0], watch):
         model(ids[:, 8:], past_key_values=cache, use_cache=True)
         assert watch.received is None and watch.estimate(1, 0.7) == 0.7
+        assert watch.estimate(1, 0.7) is None, "it is taken away"
         model(ids, use_cache=False)
         assert watch.received is not None and watch.estimate(1, 0.7) is None
+
+
+@torch.no_grad()
+def test_hooks_for_maps_stay_only_where_maps_are(tiny_model: TinyModel) -> None:
+    model = load(tiny_model("mixtral"), "sdpa")
+    ids = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(0))
+    attention, watch = model.model.layers[0].self_attn, AttentionWatch()
+    expected = watched(model, ids, None, layer=0).estimate(0.7)
+    with watching_attention(model.model.layers[0], watch):
+        for implementation, hooks in (("sdpa", 0), ("sdpa", 0), ("eager", 1), ("eager", 1), ("sdpa", 0)):
+            model.set_attn_implementation(implementation)
+            model(ids, use_cache=False)
+            found = watch.estimate(9, 0.7)
+            assert len(attention._forward_hooks) == hooks
+            if found is not None:  # the first forward after a change to eager code is not watched
+                torch.testing.assert_close(found, expected)
+        assert found is not None
+    assert not attention._forward_hooks
 
 
 def test_a_watch_inside_another_hands_back(tiny_model: TinyModel) -> None:
