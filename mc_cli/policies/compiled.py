@@ -36,23 +36,18 @@ class KeptByShare:
         self._cut = cut
 
     def __call__(self, routed: Routed) -> _Kept | None:
-        received = routed.received
+        hidden, received = _readable(routed), routed.received
         looks = received if isinstance(received, Tensor) else None
-        if not _serves(routed) or not (looks is None or _is_plain(looks)):
+        if hidden is None or not (looks is None or _is_plain(looks)):
             return None
-        hidden = _single(routed.hidden)
-        return _kept(
-            self._routine,
-            (
-                hidden.data_ptr() if self._spares else None,
-                None if looks is None else looks.data_ptr(),
-                received if isinstance(received, float) else 1.0,
-                self._protect_at,
-                hidden.shape[-1],
-            ),
-            routed,
-            self._cut,
+        inputs = (
+            hidden.data_ptr() if self._spares else None,
+            None if looks is None else looks.data_ptr(),
+            received if isinstance(received, float) else 1.0,
+            self._protect_at,
+            hidden.shape[-1],
         )
+        return _kept(self._routine, inputs, routed, self._cut)
 
 
 class KeptByRouter:
@@ -68,47 +63,37 @@ class KeptByRouter:
         self._cut = cut
 
     def __call__(self, routed: Routed) -> _Kept | None:
-        if not (_serves(routed) and _is_plain(self._router) and _is_plain(self._bias)):
+        hidden, router, bias = _readable(routed), self._router, self._bias
+        if hidden is None or not (_is_plain(router) and _is_plain(bias)):
             return None
-        hidden = _single(routed.hidden)
-        inputs = hidden.data_ptr(), self._router.data_ptr(), self._bias.data_ptr(), self._least_share, hidden.shape[-1]
+        inputs = hidden.data_ptr(), router.data_ptr(), bias.data_ptr(), self._least_share, hidden.shape[-1]
         return _kept(self._routine, inputs, routed, self._cut)
+
+
+def _readable(routed: Routed) -> Tensor | None:
+    """The hidden states as routines read them; None where there are no routines for these tokens."""
+    hidden, weights = routed.hidden, routed.weights
+    if (
+        weights.dtype is not torch.float32
+        or not weights.is_cpu
+        or routed.index.dtype is not torch.int64
+        or weights.shape[-1] > _MOST_SLOTS
+        or (torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad))
+    ):
+        return None
+    if hidden.dtype is not torch.float32:
+        return None if hidden.dtype is torch.float64 else hidden.float().contiguous()
+    return hidden.contiguous()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
 
 
 def _kept(routine: Any, inputs: tuple[Any, ...], routed: Routed, cut: Cut) -> _Kept:
     index, weights = routed.index.contiguous(), routed.weights.contiguous()
-    tokens, k = weights.shape
     kept_index, kept_weights = torch.empty_like(index), torch.empty_like(weights)
-    routine(
-        *inputs,
-        index.data_ptr(),
-        weights.data_ptr(),
-        cut.threshold,
-        tokens,
-        k,
-        cut.absent,
-        cut.renormalise,
-        kept_index.data_ptr(),
-        kept_weights.data_ptr(),
-    )
+    tokens, k = weights.shape
+    slots = index.data_ptr(), weights.data_ptr(), cut.threshold, tokens, k, cut.absent, cut.renormalise
+    routine(*inputs, *slots, kept_index.data_ptr(), kept_weights.data_ptr())
     return kept_index, kept_weights
-
-
-def _serves(routed: Routed) -> bool:
-    hidden, weights = routed.hidden, routed.weights
-    return (
-        weights.is_cpu
-        and weights.dtype is torch.float32
-        and routed.index.dtype is torch.int64
-        and hidden.dtype is not torch.float64
-        and weights.shape[-1] <= _MOST_SLOTS
-        and not (torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad))
-    )
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.is_cpu and tensor.dtype is torch.float32 and tensor.is_contiguous()
-
-
-def _single(hidden: Tensor) -> Tensor:
-    return (hidden if hidden.dtype is torch.float32 else hidden.float()).contiguous()
