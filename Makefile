@@ -75,6 +75,7 @@ bench-quality: install
 bench-pruning: install
 	$(BIN)/python -m pip install --quiet -e '.[figures]'
 	$(BIN)/python recipes/benchmarks/pruning.py --packed $(PACKED)
+	$(BIN)/python recipes/benchmarks/skipping.py --work-dir runs/pruning --block
 
 bench-kernels: install
 	$(BIN)/python recipes/benchmarks/products.py
