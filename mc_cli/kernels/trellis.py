@@ -18,6 +18,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mc_cli import native
 from mc_cli.encodings.trellis import TrellisEncoding, sequence_length
 from mc_cli.errors import McError
+from mc_cli.kernels import trellis_gpu
+from mc_cli.kernels.trellis_gpu import GpuBank
 from mc_cli.numerics.rotation import rotate, signs
 from mc_cli.numerics.trellis import UNIT, lookup_tables
 
@@ -38,22 +40,25 @@ def linear(inputs: Tensor, tensors: Mapping[str, Tensor], encoding: TrellisEncod
     """
     rows = inputs.reshape(-1, inputs.shape[-1])
     bank = _cached_bank(tensors, encoding, inputs.shape[-1]) if runs_packed(rows) else None
-    rows = rows.float()
-    outputs = decoded_product(rows, tensors, encoding) if bank is None else bank.product(rows)
+    outputs = decoded_product(rows.float(), tensors, encoding) if bank is None else bank.product(rows)
     return outputs.view(*inputs.shape[:-1], outputs.shape[-1]).to(inputs.dtype)
 
 
 def runs_packed(rows: Tensor) -> bool:
     """Whether rows [tokens, in_features] are multiplied with packed matrices as these are."""
-    if rows.device.type != "cpu" or native.library() is None or (rows.requires_grad and torch.is_grad_enabled()):
+    if (rows.requires_grad and torch.is_grad_enabled()) or rows.shape[-1] > MOST_INPUTS:
         return False
-    if rows.shape[-1] > MOST_INPUTS:
+    if rows.device.type == "cuda":
+        return trellis_gpu.available()
+    if rows.device.type != "cpu" or native.library() is None:
         return False
     return rows.shape[0] <= FEW_TOKENS or best_path() >= _FOR_MANY_TOKENS
 
 
-def path_name() -> str:
-    """How products are computed on this machine, and whether the search is compiled."""
+def path_name(device_type: str = "cpu") -> str:
+    """How products are computed on this machine's devices of that type; for a CPU, also if the search is compiled."""
+    if device_type == "cuda":
+        return "Triton" if trellis_gpu.available() else "decoded and multiplied by torch, Triton is not installed"
     return "none, torch serves" if native.library() is None else PATHS[best_path()]
 
 
@@ -120,11 +125,11 @@ class Bank:
     def product(self, rows: Tensor, experts: Tensor | None = None, share: int = 1, path: int | None = None) -> Tensor:
         """[slots, out_features] float32: slot s is row s // share times the matrix experts[s].
 
-        rows      [tokens, in_features] float32
+        rows      [tokens, in_features] floating point; computed from in float32
         experts   [tokens * share] int64; zeros come out where it is not the number of a matrix. None: all the first
         share     slots that have the same row, one after the other
         """
-        rows = rows.contiguous()
+        rows = rows.float().contiguous()
         tokens = rows.shape[0]
         slots = tokens * share
         outputs = torch.empty((slots, self.out_features))
@@ -148,10 +153,16 @@ class Bank:
         return outputs
 
 
+def bank_of(parts: Sequence[_Part | None], out_features: int, in_features: int) -> Bank | GpuBank:
+    """The bank for the device that the parts are on; one of them at least is there."""
+    device = next(part[1]["codes"].device.type for part in parts if part is not None)
+    return (GpuBank if device == "cuda" else Bank)(parts, out_features, in_features)
+
+
 _banks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of single matrices, by their codes
 
 
-def _cached_bank(tensors: Mapping[str, Tensor], encoding: TrellisEncoding, in_features: int) -> Bank | None:
+def _cached_bank(tensors: Mapping[str, Tensor], encoding: TrellisEncoding, in_features: int) -> Bank | GpuBank | None:
     codes, scales = tensors["codes"], tensors["scales"]
     addresses = codes.data_ptr(), scales.data_ptr()
     found = _banks.get(codes)
@@ -159,7 +170,7 @@ def _cached_bank(tensors: Mapping[str, Tensor], encoding: TrellisEncoding, in_fe
         return found[1]
     if not (codes.is_contiguous() and scales.is_contiguous()):
         return None
-    bank = Bank([(encoding, tensors)], len(scales), in_features)
+    bank = bank_of([(encoding, tensors)], len(scales), in_features)
     if isinstance(codes, torch.nn.Parameter):  # anything else is a passing view
         _banks[codes] = addresses, bank
     return bank
