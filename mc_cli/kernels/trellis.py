@@ -49,16 +49,16 @@ def runs_packed(rows: Tensor) -> bool:
     if (rows.requires_grad and torch.is_grad_enabled()) or rows.shape[-1] > MOST_INPUTS:
         return False
     if rows.device.type == "cuda":
-        return trellis_gpu.available()
+        return trellis_gpu.serves(rows.device)
     if rows.device.type != "cpu" or native.library() is None:
         return False
     return rows.shape[0] <= FEW_TOKENS or best_path() >= _FOR_MANY_TOKENS
 
 
-def path_name(device_type: str = "cpu") -> str:
-    """How products are computed on this machine's devices of that type; for a CPU, also if the search is compiled."""
-    if device_type == "cuda":
-        return "Triton" if trellis_gpu.available() else "decoded and multiplied by torch, Triton is not installed"
+def path_name(device: torch.device | None = None) -> str:
+    """How products are computed on a device; None is the CPU, where this also says whether the search is compiled."""
+    if device is not None and device.type == "cuda":
+        return "Triton" if trellis_gpu.serves(device) else "decoded, then torch: no Triton for this GPU"
     return "none, torch serves" if native.library() is None else PATHS[best_path()]
 
 

@@ -21,10 +21,11 @@ from mc_cli.numerics.trellis import UNIT, code_levels
 
 TILE_WARPS = 16  # one program per multiprocessor: the largest table and a tile of weights take its shared memory
 GROUPS_LANES = 1024  # groups of 4 inputs x lanes in a tile of weights: four times the look-ups that fill its table
-STEPS_AHEAD = 2  # a tile's codes are on their way while the one before is multiplied
+AHEAD_BYTES = 118784  # of shared memory, so that a tile's codes may come while the one before is multiplied
 TILE_LANES = 8  # of a sequence, in a tile for many slots: 128 outputs
 TILE_GROUPS = 64  # of 4 inputs there, so that weights and inputs fit into shared memory beside the table
-SLOTS_IN_TILE = (16, 32, 64, 128)
+SLOTS_IN_TILE = {16: 73728, 32: 81920, 64: 98304, 128: 131072}  # slots: bytes of shared memory, as compiled
+LEAST_BYTES = 101376  # what GPUs from Ampere on have at least, and earlier ones have not
 ROTATED_AT_ONCE = 1024
 HALVED_AT_ONCE = 1024
 _Part = tuple[TrellisEncoding, Mapping[str, Tensor]]
@@ -34,6 +35,12 @@ _Part = tuple[TrellisEncoding, Mapping[str, Tensor]]
 def available() -> bool:
     """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def serves(device: torch.device) -> bool:
+    """Whether the kernels run there: on NVIDIA's GPUs from Ampere on, if Triton is installed."""
+    return available() and torch.version.hip is None and _shared_memory(device) >= LEAST_BYTES
 
 
 class GpuBank:
@@ -62,6 +69,7 @@ class GpuBank:
         self._signs, self._tables = _on_device(in_features, device)
         self._only = torch.zeros(1, dtype=torch.int64, device=device)
         self.programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+        self._stages = 2 if _shared_memory(device) >= AHEAD_BYTES else 1
 
     def product(self, rows: Tensor, experts: Tensor | None = None, share: int = 1) -> Tensor:
         """[slots, out_features] float32: slot s is row s // share times the matrix experts[s].
@@ -138,7 +146,7 @@ class GpuBank:
             PADDED=lanes,
             GROUPS=groups,
             ALIGNMENT=self._alignment,
-            STAGES=STEPS_AHEAD,
+            STAGES=self._stages,
             num_warps=TILE_WARPS,
             enable_fp_fusion=True,
         )
@@ -168,7 +176,8 @@ class GpuBank:
             rotated, halves, sizes, self.in_features, RUN=HALVED_AT_ONCE, enable_fp_fusion=True
         )
         mean = -(-len(experts) // len(self._matrices))
-        slots = next((size for size in SLOTS_IN_TILE if size >= mean), SLOTS_IN_TILE[-1])
+        fitting = [size for size, room in SLOTS_IN_TILE.items() if room <= _shared_memory(rotated.device)]
+        slots = next((size for size in fitting if size >= mean), fitting[-1])
         order, tile_matrix, tile_begin, tile_end = self._tiles(experts, slots)
         lanes = min(TILE_LANES, _power_of_two(self._lanes))
         kernels.many_slots[(self._sequences * -(-self._lanes // lanes), len(tile_matrix))](
@@ -231,6 +240,13 @@ def _pair_tables() -> Tensor:
         both = levels[bits % len(levels)] + 256 * levels[bits >> step]
         tables.append(torch.where(both >= 2**15, both - 2**16, both).to(torch.int16))
     return torch.cat(tables)
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have; where kernels are interpreted, as many as the largest takes."""
+    if device.type != "cuda":
+        return max(SLOTS_IN_TILE.values())
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024  # the driver's share
 
 
 def _power_of_two(number: int) -> int:

@@ -150,7 +150,7 @@ def _products(network: Any) -> str:
     if getattr(network, "quantization_method", None) != QUANT_METHOD:
         return "torch"
     layout = network.hf_quantizer.quantization_config.layout
-    path = path_name(network.device.type)
+    path = path_name(network.device)
     keys = {key for block in layout.experts for row in block.encodings.values() for key in row if key}
     trellis = [key.startswith("trellis") for key in keys | set(layout.linears.values())]
     if all(trellis):

@@ -6,7 +6,10 @@ independent reader in `tests/dense_twin.py`.
 
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +33,7 @@ pytest.importorskip("triton", reason="Triton is not installed: the GPU kernels a
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RATES = tuple(half / 2 for half in range(2, 11))
-SHAPES = ((24, 48), (272, 12), (40, 1), (208, 66), (512, 37))  # (out_features, in_features)
+SHAPES = ((24, 48), (288, 12), (10, 1), (208, 66), (512, 37))  # (out_features, in_features)
 FEW_ERROR = 2e-6  # of an output's row, as vectors: float32
 MANY_ERROR = 1e-3  # inputs in float16; 3e-4 is typical, and 5e-4 was seen with outliers among few inputs
 HALF_ERROR = 0.02  # of a block of experts in bfloat16, whose activations between the projections are rounded
@@ -320,15 +323,32 @@ def test_a_captured_graph_follows_its_inputs(make: Callable[[], Any], tokens: in
 @needs_gpu
 def test_packed_linears_run_on_the_gpu() -> None:
     encoding, tensors = packed(512, 256, 2.5)
-    assert path_name("cuda") == "Triton" and kernels.runs_packed(rows(1, 256))
+    assert path_name(DEVICE) == "Triton" and kernels.runs_packed(rows(1, 256))
     for count in (1, 40):
         tokens = rows(count, 256)
         found = kernels.packed_linear(tokens, tensors, encoding, in_features=256)
         assert relative_error(found, reference(tokens, (encoding, tensors))) < MANY_ERROR
 
 
-def test_without_triton_the_decoded_path_serves_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), shape=(1, 8), requires_grad=False)
-    assert kernels.runs_packed(on_gpu) and path_name("cuda") == "Triton"
+def test_what_a_gpu_uses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    on_gpu: Any = SimpleNamespace(device=device, shape=(1, 8), requires_grad=False)
+    for room, served in ((232448, True), (101376, True), (65536, False)):
+        monkeypatch.setattr(trellis_gpu, "_shared_memory", lambda device, room=room: room)
+        trellis_gpu.serves.cache_clear()
+        assert kernels.runs_packed(on_gpu) == served
+        assert (path_name(device) == "Triton") == served
     monkeypatch.setattr(trellis_gpu, "available", lambda: False)
-    assert not kernels.runs_packed(on_gpu) and "not installed" in path_name("cuda")
+    trellis_gpu.serves.cache_clear()
+    assert not kernels.runs_packed(on_gpu) and "no Triton" in path_name(device)
+    trellis_gpu.serves.cache_clear()
+
+
+def test_the_benchmark_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if DEVICE.type == "cuda":
+        pytest.skip("this machine has what the benchmark needs; `make gpu-check` runs it")
+    path = Path(__file__).parents[2] / "recipes" / "benchmarks" / "gpu.py"
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    with pytest.raises(SystemExit, match="torch finds no CUDA device here"):
+        runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out == ""
