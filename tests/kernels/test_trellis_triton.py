@@ -37,7 +37,7 @@ SHAPES = ((24, 48), (288, 12), (10, 1), (208, 66), (512, 37))  # (out_features, 
 FEW_ERROR = 2e-6  # of an output's row, as vectors: float32
 MANY_ERROR = 1e-3  # inputs in float16; 3e-4 is typical, and 5e-4 was seen with outliers among few inputs
 HALF_ERROR = 0.02  # of a block of experts in bfloat16, whose activations between the projections are rounded
-needs_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device: a graph is captured and replayed")
+needs_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device: graphs, and dispatch by device")
 
 Matrix = tuple[TrellisEncoding, dict[str, Tensor]]
 
