@@ -17,6 +17,7 @@ help:
 	@echo "make bench-memory, make bench-quality   peak memory by depth; quality at equal stored bytes"
 	@echo "make bench-pruning PACKED=runs/x        quality and time by share of expert calls skipped"
 	@echo "make bench-kernels                      products with packed matrices beside torch's, at real sizes"
+	@echo "make gpu-check    on a machine with a CUDA device: tests and speed of the GPU kernels, as JSON"
 	@echo "make bench-decode                       a whole packed model beside the dense one: load, memory, prompt, decoding"
 
 install: $(VENV)/.installed
@@ -79,6 +80,11 @@ bench-pruning: install
 
 bench-kernels: install
 	$(BIN)/python recipes/benchmarks/products.py
+
+# Only the JSON goes to stdout.
+.PHONY: gpu-check
+gpu-check: install-dev
+	@$(BIN)/python recipes/benchmarks/gpu.py
 
 bench-decode: install
 	$(BIN)/python recipes/benchmarks/decode.py

@@ -19,6 +19,11 @@ import torch
 
 from tests.tiny_models import build_tiny
 
+if not torch.cuda.is_available():
+    # GPU kernels are run by Triton's interpreter. It is read when triton is imported, which no test does before this.
+    os.environ["TRITON_INTERPRET"] = "1"
+else:
+    os.environ["MC_CLI_TRITON"] = "1"  # products on the GPU by the kernels that are tested here
 torch.set_num_threads(1)  # on tensors this small, threads wait for each other longer than they compute
 
 TinyModel = Callable[..., Path]

@@ -12,9 +12,10 @@ import torch
 from mc_cli.encodings import Encoding
 from mc_cli.encodings.trellis import TrellisEncoding
 from mc_cli.kernels import trellis
-from mc_cli.kernels.trellis import Bank, runs_packed
+from mc_cli.kernels.trellis import Bank, bank_of, runs_packed
+from mc_cli.kernels.trellis_gpu import GpuBank
 
-__all__ = ["Bank", "bank_for", "packed_linear", "runs_packed"]
+__all__ = ["Bank", "GpuBank", "bank_for", "packed_linear", "runs_packed"]
 
 
 def packed_linear(
@@ -33,8 +34,8 @@ def packed_linear(
 
 def bank_for(
     parts: Sequence[tuple[Encoding | None, Mapping[str, torch.Tensor]] | None], in_features: int
-) -> Bank | None:
-    """The matrices of one projection for products in which every row has its own expert; see `Bank`.
+) -> Bank | GpuBank | None:
+    """The matrices of one projection for products in which every row has its own expert; see `Bank`, `GpuBank`.
 
     parts   (encoding, its stored parts) of every expert, None for one that is not there
     None where a matrix is kept or of an encoding that has no such products, or none is there.
@@ -48,4 +49,4 @@ def bank_for(
         else:
             return None
     outputs = next((len(part[1]["scales"]) for part in known if part is not None), 0)
-    return Bank(known, outputs, in_features) if outputs and in_features <= trellis.MOST_INPUTS else None
+    return bank_of(known, outputs, in_features) if outputs and in_features <= trellis.MOST_INPUTS else None

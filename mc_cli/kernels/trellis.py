@@ -18,6 +18,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mc_cli import native
 from mc_cli.encodings.trellis import TrellisEncoding, sequence_length
 from mc_cli.errors import McError
+from mc_cli.kernels import trellis_gpu
+from mc_cli.kernels.matrix_table import Part, matrix_table
+from mc_cli.kernels.trellis_gpu import GpuBank
 from mc_cli.numerics.rotation import rotate, signs
 from mc_cli.numerics.trellis import UNIT, lookup_tables
 
@@ -27,7 +30,6 @@ FEW_TOKENS = 8  # up to here the others are faster than decoding first
 MOST_INPUTS = 2**16  # of more, sums of byte products might leave int32
 _WEIGHTS_PER_THREAD = 2**18  # fewer are done before a second thread has started
 _ARGUMENTS = "pppppfiiiiiiiiiip"
-_Part = tuple[TrellisEncoding, Mapping[str, Tensor]]
 
 
 def linear(inputs: Tensor, tensors: Mapping[str, Tensor], encoding: TrellisEncoding) -> Tensor:
@@ -38,22 +40,25 @@ def linear(inputs: Tensor, tensors: Mapping[str, Tensor], encoding: TrellisEncod
     """
     rows = inputs.reshape(-1, inputs.shape[-1])
     bank = _cached_bank(tensors, encoding, inputs.shape[-1]) if runs_packed(rows) else None
-    rows = rows.float()
-    outputs = decoded_product(rows, tensors, encoding) if bank is None else bank.product(rows)
+    outputs = decoded_product(rows.float(), tensors, encoding) if bank is None else bank.product(rows)
     return outputs.view(*inputs.shape[:-1], outputs.shape[-1]).to(inputs.dtype)
 
 
 def runs_packed(rows: Tensor) -> bool:
     """Whether rows [tokens, in_features] are multiplied with packed matrices as these are."""
-    if rows.device.type != "cpu" or native.library() is None or (rows.requires_grad and torch.is_grad_enabled()):
+    if (rows.requires_grad and torch.is_grad_enabled()) or rows.shape[-1] > MOST_INPUTS:
         return False
-    if rows.shape[-1] > MOST_INPUTS:
+    if rows.device.type == "cuda":
+        return trellis_gpu.serves(rows.device)
+    if rows.device.type != "cpu" or native.library() is None:
         return False
     return rows.shape[0] <= FEW_TOKENS or best_path() >= _FOR_MANY_TOKENS
 
 
-def path_name() -> str:
-    """How products are computed on this machine, and whether the search is compiled."""
+def path_name(device: torch.device | None = None) -> str:
+    """How products are computed on a device; None is the CPU, where this also says whether the search is compiled."""
+    if device is not None and device.type == "cuda":
+        return "Triton" if trellis_gpu.serves(device) else f"decoded, then torch: {trellis_gpu.reason(device)}"
     return "none, torch serves" if native.library() is None else PATHS[best_path()]
 
 
@@ -75,25 +80,24 @@ class Bank:
     matrix, on the CPU and contiguous; None for one that is not there, whose products are zeros.
     """
 
-    def __init__(self, parts: Sequence[_Part | None], out_features: int, in_features: int) -> None:
-        entries = torch.tensor([_entry(part) for part in parts])
-        self._entries = entries
+    def __init__(self, parts: Sequence[Part | None], out_features: int, in_features: int) -> None:
+        self._table = matrix_table(parts)
         self._block = next((part[0].block for part in parts if part is not None), 1)
         self.absent = torch.tensor([part is None for part in parts] + [True])  # [matrices + 1], by number
         self._routine = native.routine("mc_trellis_product", _ARGUMENTS)
         self.out_features, self.in_features = out_features, in_features
         self._shared = signs(in_features), lookup_tables()  # keeps what the addresses below point to
-        self._fixed = entries.data_ptr(), self._shared[1].data_ptr(), self._shared[0].data_ptr(), UNIT, len(parts)
+        self._fixed = self._table.data_ptr(), self._shared[1].data_ptr(), self._shared[0].data_ptr(), UNIT, len(parts)
         self._length = sequence_length(out_features)
 
     def product(self, rows: Tensor, experts: Tensor | None = None, share: int = 1, path: int | None = None) -> Tensor:
         """[slots, out_features] float32: slot s is row s // share times the matrix experts[s].
 
-        rows      [tokens, in_features] float32
+        rows      [tokens, in_features] floating point; computed from in float32
         experts   [tokens * share] int64; zeros come out where it is not the number of a matrix. None: all the first
         share     slots that have the same row, one after the other
         """
-        rows = rows.contiguous()
+        rows = rows.float().contiguous()
         tokens = rows.shape[0]
         slots = tokens * share
         outputs = torch.empty((slots, self.out_features))
@@ -117,18 +121,16 @@ class Bank:
         return outputs
 
 
-def _entry(part: _Part | None) -> tuple[int, int, int]:
-    """As `Entry` in native/trellis_product.c; zeros for a matrix that is not there."""
-    if part is None:
-        return 0, 0, 0
-    encoding, tensors = part
-    return tensors["codes"].data_ptr(), tensors["scales"].data_ptr(), encoding.lane_bytes
+def bank_of(parts: Sequence[Part | None], out_features: int, in_features: int) -> Bank | GpuBank:
+    """The bank for the device that the parts are on; one of them at least is there."""
+    device = next(part[1]["codes"].device.type for part in parts if part is not None)
+    return (GpuBank if device == "cuda" else Bank)(parts, out_features, in_features)
 
 
 _banks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of single matrices, by their codes
 
 
-def _cached_bank(tensors: Mapping[str, Tensor], encoding: TrellisEncoding, in_features: int) -> Bank | None:
+def _cached_bank(tensors: Mapping[str, Tensor], encoding: TrellisEncoding, in_features: int) -> Bank | GpuBank | None:
     codes, scales = tensors["codes"], tensors["scales"]
     addresses = codes.data_ptr(), scales.data_ptr()
     found = _banks.get(codes)
@@ -136,7 +138,7 @@ def _cached_bank(tensors: Mapping[str, Tensor], encoding: TrellisEncoding, in_fe
         return found[1]
     if not (codes.is_contiguous() and scales.is_contiguous()):
         return None
-    bank = Bank([(encoding, tensors)], len(scales), in_features)
+    bank = bank_of([(encoding, tensors)], len(scales), in_features)
     if isinstance(codes, torch.nn.Parameter):  # anything else is a passing view
         _banks[codes] = addresses, bank
     return bank

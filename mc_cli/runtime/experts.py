@@ -41,6 +41,7 @@ class ExpertCall:
 
 
 Observer = Callable[[nn.Module, ExpertCall], None]
+Banks = tuple[kernels.Bank | kernels.GpuBank, kernels.Bank | kernels.GpuBank]  # of the up and the down projection
 
 
 @dataclass(frozen=True)
@@ -223,19 +224,22 @@ def _one_by_one(
 
 
 def _all_at_once(
-    banks: tuple[kernels.Bank, kernels.Bank],
+    banks: Banks,
     module: Experts,
     flat: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """As `_one_by_one`, in two compiled calls: slot after slot, whatever experts they have. Tokens share a rotation."""
+    """As `_one_by_one`, in two compiled calls: slot after slot, whatever experts they have. Tokens share a rotation.
+
+    On a GPU nothing here waits for the device, so that a graph can be made of it.
+    """
     tokens, k = top_k_index.shape
     chosen = top_k_index.reshape(-1).contiguous()
     up, down = banks
-    hidden = _with_bias(module, up_name(module), chosen, up.product(flat.float(), chosen, share=k))
+    hidden = _with_bias(module, up_name(module), chosen, up.product(flat, chosen, share=k))
     activated = activate(module, hidden.to(flat.dtype))
-    outputs = _with_bias(module, "down_proj", chosen, down.product(activated.float(), chosen)).to(flat.dtype)
+    outputs = _with_bias(module, "down_proj", chosen, down.product(activated, chosen)).to(flat.dtype)
     if module.has_post_expert_norm:
         outputs = module.post_expert_norm(outputs)
     if module.has_bias or module.has_post_expert_norm:  # else what has no expert is zero by now
@@ -257,10 +261,10 @@ def _observer(module: Experts) -> Observer | None:
     return getattr(module, "_mc_observer", None)
 
 
-_banks: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Any]] = weakref.WeakKeyDictionary()
+_banks: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Banks | None]] = weakref.WeakKeyDictionary()
 
 
-def _banks_of(module: Experts) -> tuple[kernels.Bank, kernels.Bank] | None:
+def _banks_of(module: Experts) -> Banks | None:
     """Both projections' packed matrices, ready for compiled products; None where not all are of an encoding for it."""
     if not is_packed(module):
         return None
@@ -272,7 +276,7 @@ def _banks_of(module: Experts) -> tuple[kernels.Bank, kernels.Bank] | None:
     return found[1]
 
 
-def _made_banks(module: Experts) -> tuple[kernels.Bank, kernels.Bank] | None:
+def _made_banks(module: Experts) -> Banks | None:
     made = []
     for rows in (module._mc_packed[up_name(module)], module._mc_packed["down_proj"]):
         parts = [place and (place.encoding, place.parts(module)) for place in rows]

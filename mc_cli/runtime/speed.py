@@ -151,11 +151,12 @@ def _products(network: Any) -> str:
     if getattr(network, "quantization_method", None) != QUANT_METHOD:
         return "torch"
     layout = network.hf_quantizer.quantization_config.layout
+    path = path_name(network.device)
     keys = {key for block in layout.experts for row in block.encodings.values() for key in row if key}
     trellis = [key.startswith("trellis") for key in keys | set(layout.linears.values())]
     if all(trellis):
-        return path_name()
-    return f"{path_name()}, others dequantized" if any(trellis) else "dequantized, then torch"
+        return path
+    return f"{path}, others dequantized" if any(trellis) else "dequantized, then torch"
 
 
 def _weights(network: Any) -> Iterator[tuple[int, float]]:

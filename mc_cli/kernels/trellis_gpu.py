@@ -1,0 +1,256 @@
+"""Products with trellis codes on a GPU: what is launched, for how many slots, and what stays on the device.
+
+Nothing here waits for the device or asks it for a value: which kernels run, and how many programs, depends on shapes
+alone. So a forward of packed experts can be captured in a CUDA graph once it has run. The kernels are in
+`trellis_triton.py`; where Triton is not installed, or not switched on, torch decodes and multiplies.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mc_cli.encodings.trellis import INPUTS_TOGETHER, padded, sequence_length
+from mc_cli.kernels.matrix_table import Part, matrix_table
+from mc_cli.numerics.rotation import signs
+from mc_cli.numerics.trellis import UNIT, code_levels
+
+SWITCH = "MC_CLI_TRITON"  # of the environment
+TILE_WARPS = 16  # one program per multiprocessor: the largest table and a tile of weights take its shared memory
+GROUPS_LANES = 1024  # groups of 4 inputs x lanes in a tile of weights: four times the look-ups that fill its table
+AHEAD_BYTES = 118784  # of shared memory, so that a tile's codes may come while the one before is multiplied
+TILE_LANES = 8  # of a sequence, in a tile for many slots: 128 outputs
+TILE_GROUPS = 64  # of 4 inputs there, so that weights and inputs fit into shared memory beside the table
+SLOTS_IN_TILE = {16: 73728, 32: 81920, 64: 98304, 128: 131072}  # slots: bytes of shared memory, as compiled
+LEAST_BYTES = 101376  # what GPUs from Ampere on have at least, and earlier ones have not
+ROTATED_AT_ONCE = 1024
+HALVED_AT_ONCE = 1024
+
+
+@functools.cache
+def serves(device: torch.device) -> bool:
+    """Whether the kernels run there: on NVIDIA's GPUs from Ampere on, if Triton is installed and SWITCH says so."""
+    return not reason(device)
+
+
+def reason(device: torch.device) -> str:
+    """Why the kernels do not run on a CUDA device; empty where they do."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.version.hip is not None or _shared_memory(device) < LEAST_BYTES:
+        return "the Triton kernels are for NVIDIA's GPUs from Ampere on"
+    if os.environ.get(SWITCH) != "1":  # they have been interpreted and compiled, and never run by a GPU
+        return f"{SWITCH}=1 turns the Triton kernels on, see docs/architecture.md"
+    return ""
+
+
+class GpuBank:
+    """As `kernels.trellis.Bank`, for matrices on a GPU; `product` only launches kernels.
+
+    It keeps addresses: the stored parts must stay where they are. Few slots are multiplied one by one, in float32. Many
+    are sorted by matrix and share decoded weights; their rows are then rounded to float16 under one scale per row, and
+    summed in float32: about 3e-4 of an output, where bfloat16 has 2e-3.
+    """
+
+    def __init__(self, parts: Sequence[Part | None], out_features: int, in_features: int) -> None:
+        table = matrix_table(parts)
+        encoding, tensors = next(part for part in parts if part is not None)
+        self._block, device = encoding.block, tensors["codes"].device
+        self._alignment = math.gcd(*table[:, 0].tolist(), 16)
+        self._matrices = table.to(device)
+        self.absent = torch.tensor([part is None for part in parts] + [True], device=device)  # [matrices + 1]
+        self.out_features, self.in_features = out_features, in_features
+        self._lanes = sequence_length(out_features) // 16
+        self._sequences = padded(out_features) // (16 * self._lanes)
+        self._groups = -(-in_features // INPUTS_TOGETHER)
+        self._signs, self._tables = _on_device(in_features, device)
+        self._only = torch.zeros(1, dtype=torch.int64, device=device)
+        self.programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+        self._stages = 2 if _shared_memory(device) >= AHEAD_BYTES else 1
+
+    def product(self, rows: Tensor, experts: Tensor | None = None, share: int = 1) -> Tensor:
+        """[slots, out_features] float32: slot s is row s // share times the matrix experts[s].
+
+        rows      [tokens, in_features] floating point, on the device
+        experts   [tokens * share] int64; zeros come out where it is not the number of a matrix. None: all the first
+        share     slots that have the same row, one after the other
+        """
+        slots = rows.shape[0] * share
+        if experts is None:
+            experts = self._only.expand(slots).contiguous()
+        outputs = torch.empty((slots, self.out_features), dtype=torch.float32, device=rows.device)
+        if not slots:
+            return outputs
+        with torch.cuda.device_of(rows):
+            rotated = self.rotated(rows)
+            if slots <= self.few_slots:
+                self._few(rotated, experts.contiguous(), share, outputs)
+            else:
+                self._many(rotated, experts, share, outputs.zero_())
+        return outputs
+
+    @property
+    def few_slots(self) -> int:
+        """Up to here every slot decodes its matrix for itself: few slots seldom share one."""
+        return max(4, len(self._matrices) // 2)
+
+    def rotated(self, rows: Tensor) -> Tensor:
+        """float32 [tokens, in_features] in the basis of the packed matrices."""
+        from mc_cli.kernels import trellis_triton as kernels
+
+        rows = (rows if rows.dtype in (torch.float32, torch.float16, torch.bfloat16) else rows.float()).contiguous()
+        rotated = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+        blocks = max(1, ROTATED_AT_ONCE // self._block)
+        kernels.rotate_rows[(len(rows), -(-self.in_features // (blocks * self._block)))](
+            rows,
+            self._signs,
+            rotated,
+            self.in_features,
+            1 / math.sqrt(self._block),
+            BLOCK=self._block,
+            LOG=self._block.bit_length() - 1,
+            BLOCKS=blocks,
+            enable_fp_fusion=True,
+        )
+        return rotated
+
+    def _few(self, rotated: Tensor, experts: Tensor, share: int, outputs: Tensor) -> None:
+        """All slots' steps in equal runs over as many programs as run at once, then the sum of what they found."""
+        from mc_cli.kernels import trellis_triton as kernels
+
+        lanes = _power_of_two(self._lanes)
+        groups = GROUPS_LANES // lanes
+        steps = -(-self._groups // groups)
+        units = len(experts) * self._sequences
+        steps_each = -(-units * steps // self.programs)
+        parts_of_unit = 1 + -(-(steps - 1) // steps_each)
+        parts = torch.empty((parts_of_unit, units, lanes * 16), dtype=torch.float32, device=rotated.device)
+        kernels.few_slots[(-(-units * steps // steps_each),)](
+            rotated,
+            experts,
+            self._matrices,
+            self._tables,
+            parts,
+            len(self._matrices),
+            units,
+            self._sequences,
+            self._groups,
+            self.in_features,
+            steps,
+            steps_each,
+            share,
+            LANES=self._lanes,
+            PADDED=lanes,
+            GROUPS=groups,
+            ALIGNMENT=self._alignment,
+            STAGES=self._stages,
+            num_warps=TILE_WARPS,
+            enable_fp_fusion=True,
+        )
+        kernels.add_parts[(self._sequences, len(experts))](
+            parts,
+            experts,
+            self._matrices,
+            outputs,
+            len(self._matrices),
+            units,
+            steps,
+            steps_each,
+            self.out_features,
+            UNIT,
+            LANES=self._lanes,
+            PADDED=lanes,
+            enable_fp_fusion=True,
+        )
+
+    def _many(self, rotated: Tensor, experts: Tensor, share: int, outputs: Tensor) -> None:
+        """Slots by matrix, in tiles; as many programs as there can be tiles, those without one end at once."""
+        from mc_cli.kernels import trellis_triton as kernels
+
+        halves = torch.empty(rotated.shape, dtype=torch.float16, device=rotated.device)
+        sizes = torch.empty(len(rotated), dtype=torch.float32, device=rotated.device)
+        kernels.halve_rows[(len(rotated),)](
+            rotated, halves, sizes, self.in_features, RUN=HALVED_AT_ONCE, enable_fp_fusion=True
+        )
+        mean = -(-len(experts) // len(self._matrices))
+        fitting = [size for size, room in SLOTS_IN_TILE.items() if room <= _shared_memory(rotated.device)]
+        slots = next((size for size in fitting if size >= mean), fitting[-1])
+        order, tile_matrix, tile_begin, tile_end = self._tiles(experts, slots)
+        lanes = min(TILE_LANES, _power_of_two(self._lanes))
+        kernels.many_slots[(self._sequences * -(-self._lanes // lanes), len(tile_matrix))](
+            halves,
+            sizes,
+            self._matrices,
+            self._tables,
+            order,
+            tile_matrix,
+            tile_begin,
+            tile_end,
+            outputs,
+            self._groups,
+            self.in_features,
+            self.out_features,
+            share,
+            UNIT,
+            LANES=self._lanes,
+            TILE_LANES=lanes,
+            GROUPS=TILE_GROUPS,
+            SLOTS=slots,
+            ALIGNMENT=self._alignment,
+            num_warps=TILE_WARPS,
+            num_stages=1,
+            enable_fp_fusion=True,
+        )
+
+    def _tiles(self, experts: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(slots by matrix, then per tile its matrix, first place and last place + 1), all found on the device.
+
+        There are as many tiles as any distribution over the matrices may need; those not needed are empty.
+        """
+        matrices = len(self._matrices)
+        known = torch.where((experts < 0) | (experts >= matrices), matrices, experts)
+        known = known.masked_fill(self.absent[known], matrices)
+        by_matrix, order = torch.sort(known, stable=True)
+        numbers = torch.arange(matrices + 1, device=experts.device)
+        begin = torch.searchsorted(by_matrix, numbers)  # of every matrix, then of the slots without one
+        tiles = (begin[1:] - begin[:-1] + slots - 1) // slots
+        first_tile = torch.cumsum(tiles, 0) - tiles
+        tile = torch.arange(-(-len(experts) // slots) + matrices, device=experts.device)
+        matrix = torch.searchsorted(first_tile, tile, right=True) - 1
+        place = begin[matrix] + (tile - first_tile[matrix]) * slots
+        return order, matrix, place, torch.minimum(place + slots, begin[matrix + 1])
+
+
+@functools.cache
+def _on_device(in_features: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(signs of rotations, tables for two weights at a time), which all banks of a device share."""
+    return signs(in_features).to(device), _pair_tables().to(device)
+
+
+@functools.cache
+def _pair_tables() -> Tensor:
+    """int16: for steps of 0 to 3 bits between two windows, by all their bits, 128 + level of one, and of the next."""
+    levels = code_levels().int() + 128
+    tables = []
+    for step in range(4):
+        bits = torch.arange(len(levels) << step)
+        both = levels[bits % len(levels)] + 256 * levels[bits >> step]
+        tables.append(torch.where(both >= 2**15, both - 2**16, both).to(torch.int16))
+    return torch.cat(tables)
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have; where kernels are interpreted, as many as the largest takes."""
+    if device.type != "cuda":
+        return max(SLOTS_IN_TILE.values())
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024  # the driver's share
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
