@@ -15,7 +15,9 @@ setup(
     ext_modules=[
         Extension(
             "mc_cli.native._library",
-            sources=[f"mc_cli/native/{name}.c" for name in ("trellis", "trellis_product", "pruning", "threads")],
+            sources=[
+                f"mc_cli/native/{name}.c" for name in ("trellis", "trellis_product", "pruning", "threads", "version")
+            ],
             libraries=["m"],
             depends=["mc_cli/native/threads.h"],
             extra_compile_args=["-O3", "-Wno-psabi", "-fno-math-errno", "-pthread"],

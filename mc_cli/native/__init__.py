@@ -13,19 +13,37 @@ import importlib.machinery
 from pathlib import Path
 from typing import Any
 
+from mc_cli.errors import McError
+
 _NAME = "_library"
+_VERSION = 1  # as in version.c
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library, None where the package was installed without a compiler."""
+    """The compiled library, None where the package was installed without a compiler.
+
+    Raises McError where it was compiled from other sources, as in a checkout that was updated after its installation:
+    the routines' arguments may have changed.
+    """
     folder = Path(__file__).parent
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = folder / f"{_NAME}{suffix}"
         if path.is_file():
-            return ctypes.CDLL(str(path))
+            return _checked(ctypes.CDLL(str(path)), path)
     return None
+
+
+def _checked(compiled: ctypes.CDLL, path: Path) -> ctypes.CDLL:
+    version = getattr(compiled, "mc_native_version", None)
+    found = 0 if version is None else version()
+    if found != _VERSION:
+        raise McError(
+            f"{path} was compiled from version {found} of its sources, this is version {_VERSION}. Install the package "
+            "again (make install, or pip install -e .), or delete that file: torch then does its work, slower."
+        )
+    return compiled
 
 
 @functools.cache
