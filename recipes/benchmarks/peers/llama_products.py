@@ -55,7 +55,7 @@ def main() -> None:
     for _ in range(given.turns):
         for key, seconds in our_times().items():
             ours.setdefault(key, []).append(seconds)
-        for name, seconds in their_times(given.bin).items():
+        for name, seconds in their_times(given.bin, given.types).items():
             theirs.setdefault(name, []).append(seconds)
     rows = [row(kind, count, times, ours) for (kind, count), times in theirs.items()]
     console = Console(width=120)
@@ -69,6 +69,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bin", type=Path, required=True, help="folder of llama.cpp's test-backend-ops")
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--types", nargs="+", choices=list(TYPES), default=list(TYPES), help="iq types take minutes")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -95,14 +96,14 @@ def our_times() -> dict[tuple[float, int], float]:
     return found
 
 
-def their_times(folder: Path) -> dict[tuple[str, int], float]:
+def their_times(folder: Path, types: list[str]) -> dict[tuple[str, int], float]:
     """Seconds per product by (type, rows). Raises ValueError where the program leaves one out."""
-    kinds, counts = "|".join(TYPES), "|".join(map(str, ROWS))
+    kinds, counts = "|".join(types), "|".join(map(str, ROWS))
     wanted = rf"type_a=({kinds}),type_b=f32,m=4096,n=({counts}),k=14336"
     command = [str(folder / "test-backend-ops"), "perf", "-o", "MUL_MAT", "-b", "CPU", "-p", wanted]
     printed = COLOUR.sub("", subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     found = {(match["type"], int(match["rows"])): float(match["us"]) / 1e6 for match in LINE.finditer(printed)}
-    missing = [f"{kind}, {count} rows" for kind in TYPES for count in ROWS if (kind, count) not in found]
+    missing = [f"{kind}, {count} rows" for kind in types for count in ROWS if (kind, count) not in found]
     if missing:
         raise ValueError(f"{command[0]} did not measure {'; '.join(missing)}. It printed:\n{printed[-2000:]}")
     return found
@@ -117,6 +118,7 @@ def row(kind: str, count: int, times: list[float], ours: dict[tuple[float, int],
         "type": kind,
         "type_stored_bits": TYPES[kind],
         "type_s": statistics.median(times),
+        "type_range_s": [min(times), max(times)],
         "bits": bits,
         "stored_bits": stored_bits(bits),
         "median_s": mine,
