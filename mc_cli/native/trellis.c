@@ -193,9 +193,8 @@ VERSIONS static void search_part(void *context, int part) {
  * bit LOWEST; codes [sequences, length * numerator / denominator / 8]. Returns 0, or 1 without memory. */
 int mc_trellis_encode(const float *targets, const float *weights, const float *values, int sequences, int length,
                       int numerator, int denominator, int threads, uint8_t *codes, float *decoded) {
-    const int parts = sequences < 4 * threads ? sequences : 4 * threads; /* so that none waits long for the last */
-    Search search = {targets, weights, values, sequences, length, numerator, denominator,
-                     threads > 1 ? parts : 1, codes, decoded};
+    const int parts = sequences < threads ? sequences : threads; /* all sequences take as long; scratch has its price */
+    Search search = {targets, weights, values, sequences, length, numerator, denominator, parts, codes, decoded};
     atomic_init(&search.failed, 0);
     mc_parallel(search_part, &search, search.parts, threads);
     return atomic_load(&search.failed);
