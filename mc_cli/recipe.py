@@ -32,7 +32,7 @@ from mc_cli.flags import (
     shared_with_score,
     type_of,
 )
-from mc_cli.settings import CANDIDATES, EFFORTS, MANY_BITS, WIDEST, RunSettings
+from mc_cli.settings import EFFORTS, QuantizerSettings, RunSettings, trellis_widths
 
 TOP = ("description", "work_dir", "effort")  # what a recipe holds beside its sections
 
@@ -130,10 +130,10 @@ def plan_run(recipe: Recipe) -> RunPlan:
 
 
 def _widen(score: dict[str, Any], allocate: Mapping[str, Any]) -> None:
-    """Adds WIDEST to the default widths where the target asks for many bits; a size in bytes does not tell."""
+    """Has the widths scored that the target asks for, where none are given; a size in bytes does not tell."""
     target = max(allocate.get(name) or 0 for name in ("target_stored_bits", "target_bits"))
-    if target > MANY_BITS and not score.get("bits") and score.get("quantizer", "trellis") == "trellis":
-        score["bits"] = (*CANDIDATES["trellis"], *WIDEST)
+    if not score.get("bits") and score.get("quantizer", QuantizerSettings.quantizer) == "trellis":
+        score["bits"] = trellis_widths(target)
 
 
 class _StrictLoader(yaml.SafeLoader):

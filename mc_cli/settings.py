@@ -39,6 +39,11 @@ _UNITS = {
 }
 
 
+def trellis_widths(target_bits: float) -> tuple[float, ...]:
+    """The widths of trellis codes that are worth scoring for a target in bits per expert weight."""
+    return (*CANDIDATES["trellis"], *WIDEST) if target_bits > MANY_BITS else CANDIDATES["trellis"]
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]

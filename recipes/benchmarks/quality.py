@@ -32,9 +32,6 @@ from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.store import STAGE_FOLDERS
 from mc_cli.progress import SilentProgress
 from mc_cli.settings import (
-    CANDIDATES,
-    MANY_BITS,
-    WIDEST,
     AllocateSettings,
     CalibrateSettings,
     EvaluateSettings,
@@ -42,6 +39,7 @@ from mc_cli.settings import (
     QuantizeSettings,
     RunSettings,
     ScoreSettings,
+    trellis_widths,
 )
 from mc_cli.stages import allocate, calibrate, prune_eval, quantize, score
 
@@ -154,8 +152,8 @@ def prepare(arguments: argparse.Namespace, work_dir: Path, seed: int, contender:
     calibrate.run(settings, RunSettings(), work_dir, force=False, progress=SilentProgress())
     quantizer = QuantizerSettings(quantizer="trellis" if contender.family == "trellis" else "gptq")
     scores = ScoreSettings(quantizer=quantizer)
-    if contender.family == "trellis" and max(arguments.targets) > MANY_BITS:
-        scores = replace(scores, bits=(*CANDIDATES["trellis"], *WIDEST))  # as `mc-cli run` does
+    if contender.family == "trellis":
+        scores = replace(scores, bits=trellis_widths(max(arguments.targets)))  # as `mc-cli run` does
     if contender.plain:
         scores = replace(scores, loss_tokens=LITTLE)
     score.run(scores, RunSettings(), work_dir, force=False, progress=SilentProgress())
