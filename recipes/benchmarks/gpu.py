@@ -301,11 +301,7 @@ def dense_block(shape: Shape, device: torch.device) -> Any:
 def stored_bytes(block: Any) -> list[int]:
     """Of every expert, codes and scales."""
     return [
-        sum(
-            getattr(block, name)[places[expert].slot].nbytes
-            for places in block._mc_packed.values()
-            for name in places[expert].names.values()
-        )
+        sum(tensor.nbytes for places in block._mc_packed.values() for tensor in places[expert].parts(block).values())
         for expert in range(block.num_experts)
     ]
 
@@ -313,10 +309,7 @@ def stored_bytes(block: Any) -> list[int]:
 def product_error(block: Any, shape: Shape, tokens: int) -> float:
     """The largest over slots of |found - exact| / |exact|, for the first projection; exact is float64."""
     places = block._mc_packed["gate_up_proj"]
-    parts = [
-        (place.encoding, {part: getattr(block, name)[place.slot] for part, name in place.names.items()})
-        for place in places
-    ]
+    parts = [(place.encoding, place.parts(block)) for place in places]
     bank = GpuBank(parts, 2 * shape.intermediate, shape.hidden)
     rows = torch.randn(tokens, shape.hidden, device=parts[0][1]["codes"].device)
     chosen = torch.arange(tokens, device=rows.device) % min(4, shape.experts)
