@@ -30,16 +30,13 @@ from typing import Any
 
 import torch
 import transformers
+from products import dense_block, packed_block
 from torch import Tensor
 from transformers import MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from mc_cli.artifacts.packed import ExpertLayout
-from mc_cli.encodings.trellis import trellis_for
 from mc_cli.kernels.trellis_gpu import SWITCH, GpuBank, reason
 from mc_cli.numerics.rotation import rotate
-from mc_cli.runtime.experts import IMPLEMENTATION, experts_forward
-from mc_cli.runtime.packed_modules import pack_experts
+from mc_cli.runtime.experts import experts_forward
 
 ROOT = Path(__file__).parent.parent.parent
 TESTS = "tests/kernels/test_trellis_triton.py"
@@ -154,9 +151,10 @@ def tested() -> dict[str, int]:
 def layer(arguments: argparse.Namespace, shape: Shape, rates: dict[str, float]) -> dict[str, Any]:
     """All that is measured at one shape."""
     cuda = torch.device("cuda")
-    packed = {"mixed": packed_block(shape, MIXED, cuda)}
-    packed |= {f"uniform {bits:g}": packed_block(shape, (bits,), cuda) for bits in UNIFORM}
-    dense = dense_block(shape, cuda)
+    config = configuration(shape)
+    packed = {"mixed": packed_block(config, MIXED, "cuda")}
+    packed |= {f"uniform {bits:g}": packed_block(config, (bits,), "cuda") for bits in UNIFORM}
+    dense = dense_block(config, "cuda")
     stored = {name: stored_bytes(block) for name, block in packed.items()}
     found = {
         "shape": vars(shape),
@@ -262,40 +260,6 @@ def configuration(shape: Shape) -> MixtralConfig:
         num_local_experts=shape.experts,
         num_experts_per_tok=shape.chosen,
     )
-
-
-def packed_block(shape: Shape, widths: tuple[float, ...], device: torch.device) -> Any:
-    """An experts module with random codes; expert e has width e of `widths`, which begin again where they end."""
-    config = configuration(shape)
-    config._experts_implementation = IMPLEMENTATION
-    with torch.device("meta"):
-        block: Any = MixtralExperts(config)
-    shapes = {
-        "gate_up_proj": (2 * shape.intermediate, shape.hidden),
-        "down_proj": (shape.hidden, shape.intermediate),
-    }
-    keys = {
-        name: tuple(trellis_for(widths[expert % len(widths)], size[1]).key for expert in range(shape.experts))
-        for name, size in shapes.items()
-    }
-    pack_experts(block, ExpertLayout("experts", shape.experts, shapes, keys), dtype=torch.bfloat16)
-    for name, parameter in list(block.named_parameters()):
-        filled = (
-            torch.randint(0, 256, parameter.shape, dtype=torch.uint8, device=device)
-            if parameter.dtype == torch.uint8
-            else torch.full(parameter.shape, 0.02, dtype=parameter.dtype, device=device)
-        )
-        block._parameters[name] = torch.nn.Parameter(filled, requires_grad=False)
-    return block
-
-
-def dense_block(shape: Shape, device: torch.device) -> Any:
-    with torch.device("meta"):
-        block = MixtralExperts(configuration(shape))
-    block = block.to(torch.bfloat16).to_empty(device=device).requires_grad_(False)
-    for parameter in block.parameters():
-        parameter.normal_(0, 0.02)
-    return block
 
 
 def stored_bytes(block: Any) -> list[int]:

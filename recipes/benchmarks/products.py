@@ -203,30 +203,35 @@ def block_contender(name: str, block: Any, inputs: Tensor, tokens: int, *, skip:
     return Contender(name, run, 0)
 
 
-def dense_block(config: MixtralConfig) -> Any:
+def dense_block(config: MixtralConfig, device: str = "cpu") -> Any:
     config._experts_implementation = "eager"
     with torch.device("meta"):
         block = MixtralExperts(config)
-    block = block.to(torch.bfloat16).to_empty(device="cpu")
+    block = block.to(torch.bfloat16).to_empty(device=device).requires_grad_(False)
     for parameter in block.parameters():
         for expert in parameter.data:
             expert.normal_(0, 0.02)
     return block
 
 
-def packed_block(config: MixtralConfig, widths: tuple[float, ...]) -> Any:
+def packed_block(config: MixtralConfig, widths: tuple[float, ...], device: str = "cpu") -> Any:
+    """An experts module with random codes; expert e has width e of `widths`, which begin again where they end."""
     config = MixtralConfig(**config.to_dict())
     config._experts_implementation = IMPLEMENTATION
     with torch.device("meta"):
         block: Any = MixtralExperts(config)
-    shapes = {"gate_up_proj": (2 * 14336, 4096), "down_proj": (4096, 14336)}
-    keys = {name: tuple(trellis_for(bits, shape[1]).key for bits in widths) for name, shape in shapes.items()}
-    pack_experts(block, ExpertLayout("experts", 8, shapes, keys), dtype=torch.bfloat16)
+    hidden, intermediate, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+    shapes = {"gate_up_proj": (2 * intermediate, hidden), "down_proj": (hidden, intermediate)}
+    keys = {
+        name: tuple(trellis_for(widths[expert % len(widths)], shape[1]).key for expert in range(experts))
+        for name, shape in shapes.items()
+    }
+    pack_experts(block, ExpertLayout("experts", experts, shapes, keys), dtype=torch.bfloat16)
     for name, parameter in list(block.named_parameters()):
         filled = (
-            torch.randint(0, 256, parameter.shape, dtype=torch.uint8)
+            torch.randint(0, 256, parameter.shape, dtype=torch.uint8, device=device)
             if parameter.dtype == torch.uint8
-            else torch.full(parameter.shape, 0.02, dtype=parameter.dtype)
+            else torch.full(parameter.shape, 0.02, dtype=parameter.dtype, device=device)
         )
         block._parameters[name] = torch.nn.Parameter(filled, requires_grad=False)
     return block

@@ -356,6 +356,7 @@ def test_the_benchmark_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsy
         pytest.skip("this machine has what the benchmark needs; `make gpu-check` runs it")
     path = Path(__file__).parents[2] / "recipes" / "benchmarks" / "gpu.py"
     monkeypatch.setattr(sys, "argv", [str(path)])
+    monkeypatch.syspath_prepend(str(path.parent))  # as for a script; it shares functions with one beside it
     with pytest.raises(SystemExit, match="torch finds no CUDA device here"):
         runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out == ""
