@@ -16,10 +16,11 @@ setup(
         Extension(
             "mc_cli.native._library",
             sources=[
-                f"mc_cli/native/{name}.c" for name in ("trellis", "trellis_product", "pruning", "threads", "version")
+                f"mc_cli/native/{name}.c"
+                for name in ("trellis", "trellis_product", "affine_product", "product", "pruning", "threads", "version")
             ],
             libraries=["m"],
-            depends=["mc_cli/native/threads.h"],
+            depends=["mc_cli/native/threads.h", "mc_cli/native/product.h"],
             extra_compile_args=["-O3", "-Wno-psabi", "-fno-math-errno", "-pthread"],
             extra_link_args=["-pthread"],
             optional=True,  # without a C compiler torch does their work, slower, and the stages say so

@@ -18,6 +18,7 @@ from mc_cli.errors import ArtifactError, ShapeError
 if TYPE_CHECKING:
     import torch
 
+FASTEST = -1  # of the compiled paths, whichever the machine has
 _DTYPE_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "int16": 2, "int32": 4}
 
 

@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mc_cli.encodings import TensorSpec
-from mc_cli.errors import ShapeError
+from mc_cli import native
+from mc_cli.encodings import FASTEST, TensorSpec
+from mc_cli.errors import McError, ShapeError
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,15 @@ class AffineEncoding:
         }
 
     def dequantize(self, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
-        """float32 [..., out_features, in_features] from packed `codes`, `scales`, `zero_points`."""
+        """float32 [..., out_features, in_features] from packed `codes`, `scales`, `zero_points`. Compiled on a CPU."""
+        import torch
+
+        if tensors["codes"].device.type == "cpu" and native.library() is not None:
+            return self.dequantize_compiled(tensors, in_features, torch.float32)
+        return self.dequantize_in_torch(tensors, in_features)
+
+    def dequantize_in_torch(self, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
+        """`dequantize` on any device, with temporary tensors several times the size of the result."""
         from mc_cli.numerics.packing import unpack_codes
 
         codes = unpack_codes(tensors["codes"], bits=self.bits, count=in_features)
@@ -78,6 +87,39 @@ class AffineEncoding:
         zero_points = tensors["zero_points"].float() / self.zero_point_denominator
         grouped.sub_(zero_points.unsqueeze(-1)).mul_(tensors["scales"].float().unsqueeze(-1))
         return grouped.flatten(-2)
+
+    def dequantize_compiled(
+        self, tensors: Mapping[str, torch.Tensor], in_features: int, dtype: torch.dtype, path: int = FASTEST
+    ) -> torch.Tensor:
+        """`dequantize` on the CPU, rounded to `dtype`, by one of `kernels.affine.PATHS`.
+
+        Raises ShapeError where the codes are not of `in_features` inputs, McError where no memory is left.
+        """
+        import torch
+
+        codes, scales, zero_points = (tensors[name].contiguous() for name in ("codes", "scales", "zero_points"))
+        rows = codes.shape[:-1]
+        for name, spec in self.tensor_specs(rows[-1], in_features).items():
+            if tensors[name].shape[-2:] != spec.shape:
+                raise ShapeError(f"{self.key}: {name} {tuple(tensors[name].shape)} do not have {in_features} inputs")
+        halves = dtype == torch.bfloat16
+        matrix = torch.empty((*rows, in_features), dtype=torch.bfloat16 if halves else torch.float32)
+        failed = native.routine("mc_affine_matrix", "pppiiiiiipp")(
+            codes.data_ptr(),
+            scales.data_ptr(),
+            zero_points.data_ptr(),
+            self.bits,
+            rows.numel(),
+            in_features,
+            self.group_size,
+            path,
+            torch.get_num_threads(),
+            None if halves else matrix.data_ptr(),
+            matrix.data_ptr() if halves else None,
+        )
+        if failed:
+            raise McError(f"No memory left to decode a packed matrix of {tuple(rows)} x {in_features} weights.")
+        return matrix.to(dtype)
 
 
 def choose_group_size(in_features: int, limit: int = 128) -> int:

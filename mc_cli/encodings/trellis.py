@@ -23,7 +23,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from mc_cli import native
-from mc_cli.encodings import TensorSpec
+from mc_cli.encodings import FASTEST, TensorSpec
 from mc_cli.errors import McError, ShapeError
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ LARGEST_BITS = 5
 FEWEST_OUTPUTS = 16
 LONGEST_SEQUENCE = 256
 INPUTS_TOGETHER = 4
-FASTEST = -1  # of the compiled paths, whichever the machine has
 BLOCK_LIMIT = 128  # inputs that are rotated together, at most; longer blocks gain nothing on trained experts
 _KEY = re.compile(r"trellis_b([1-5])(p5)?_h([1-9][0-9]*)")
 

@@ -1,52 +1,93 @@
 """Products with packed matrices: one dispatch, so that every caller gets the fastest path there is for its device.
 
-One file per encoding that has paths of its own; any other is dequantized, then multiplied by the library.
+One file per encoding. Each says which rows it multiplies packed, has a bank for those, and decodes for all others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mc_cli.encodings import Encoding
+from mc_cli.encodings.affine import AffineEncoding
 from mc_cli.encodings.trellis import TrellisEncoding
-from mc_cli.kernels import trellis
-from mc_cli.kernels.trellis import Bank, bank_of, runs_packed
-from mc_cli.kernels.trellis_gpu import GpuBank
+from mc_cli.kernels import affine, trellis
 
-__all__ = ["Bank", "GpuBank", "bank_for", "packed_linear", "runs_packed"]
+__all__ = ["Bank", "bank_for", "packed_linear", "path_names", "runs_packed"]
+
+_ROUTINES: dict[type, Any] = {TrellisEncoding: trellis, AffineEncoding: affine}
+_FAMILIES = {TrellisEncoding: "trellis codes", AffineEncoding: "affine grids"}
+
+
+class Bank(Protocol):
+    """Matrices of one shape, for products in which every row has its own one."""
+
+    absent: torch.Tensor  # bool [matrices + 1]: those that are not there, and what is behind the last
+
+    def product(
+        self, rows: torch.Tensor, experts: torch.Tensor | None = None, share: int = 1
+    ) -> torch.Tensor:  # pragma: no cover
+        """float32 [slots, out_features]: slot s is row s // share times the matrix experts[s]; see trellis.Bank."""
+        ...
 
 
 def packed_linear(
     inputs: torch.Tensor, tensors: Mapping[str, torch.Tensor], encoding: Encoding, *, in_features: int
 ) -> torch.Tensor:
-    """`inputs @ weight^T` [..., out_features] for a packed weight; computed in the dtype of `inputs` or in float32.
+    """`inputs @ weight^T` [..., out_features] for a packed weight, in the dtype of `inputs`.
 
     inputs    [..., in_features] floating point
     tensors   the stored parts of one matrix, as `encoding.tensor_specs` names them
     """
-    if isinstance(encoding, TrellisEncoding):
-        return trellis.linear(inputs, tensors, encoding)
-    weight = encoding.dequantize(tensors, in_features).to(inputs.dtype)
-    return torch.nn.functional.linear(inputs, weight)
+    rows = inputs.reshape(-1, in_features)
+    bank = _cached_bank(tensors, encoding, in_features) if runs_packed(rows, encoding) else None
+    outputs = _ROUTINES[type(encoding)].decoded_product(rows, tensors, encoding) if bank is None else bank.product(rows)
+    return outputs.view(*inputs.shape[:-1], outputs.shape[-1]).to(inputs.dtype)
+
+
+def runs_packed(rows: torch.Tensor, encoding: Encoding | None) -> bool:
+    """Whether rows [tokens, in_features] are multiplied with a packed matrix as it is; None stands for a kept one."""
+    return encoding is not None and _ROUTINES[type(encoding)].runs_packed(rows)
 
 
 def bank_for(
     parts: Sequence[tuple[Encoding | None, Mapping[str, torch.Tensor]] | None], in_features: int
-) -> Bank | GpuBank | None:
-    """The matrices of one projection for products in which every row has its own expert; see `Bank`, `GpuBank`.
+) -> Bank | None:
+    """The matrices of one projection, for rows that `runs_packed`.
 
     parts   (encoding, its stored parts) of every expert, None for one that is not there
-    None where a matrix is kept or of an encoding that has no such products, or none is there.
+    None where a matrix is kept, or they are of different kinds of encodings, or none is there.
     """
-    known: list[tuple[TrellisEncoding, Mapping[str, torch.Tensor]] | None] = []
-    for part in parts:
-        if part is None:
-            known.append(None)
-        elif isinstance(part[0], TrellisEncoding) and all(tensor.is_contiguous() for tensor in part[1].values()):
-            known.append((part[0], part[1]))
-        else:
-            return None
-    outputs = next((len(part[1]["scales"]) for part in known if part is not None), 0)
-    return bank_of(known, outputs, in_features) if outputs and in_features <= trellis.MOST_INPUTS else None
+    there = [part for part in parts if part is not None]
+    if any(not tensor.is_contiguous() for _, tensors in there for tensor in tensors.values()):
+        return None
+    kinds = {type(encoding) for encoding, _ in there}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    if kind not in _ROUTINES or in_features > _ROUTINES[kind].MOST_INPUTS:
+        return None
+    return _ROUTINES[kind].bank_of(parts, len(there[0][1]["scales"]), in_features)
+
+
+def path_names(encodings: Iterable[Encoding], device: torch.device) -> str:
+    """How products with matrices of these encodings are computed on a device, in words."""
+    kinds = {type(encoding) for encoding in encodings}
+    names = {_FAMILIES[kind]: _ROUTINES[kind].path_name(device) for kind in _ROUTINES if kind in kinds}
+    return "; ".join(name if len(names) == 1 else f"{family}: {name}" for family, name in names.items())
+
+
+_banks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of single matrices, by their codes
+
+
+def _cached_bank(tensors: Mapping[str, torch.Tensor], encoding: Encoding, in_features: int) -> Bank | None:
+    codes = tensors["codes"]
+    addresses = tuple(tensor.data_ptr() for tensor in tensors.values())
+    found = _banks.get(codes)
+    if found is not None and found[0] == addresses:
+        return found[1]
+    bank = bank_for([(encoding, tensors)], in_features)
+    if isinstance(codes, torch.nn.Parameter):  # anything else is a passing view
+        _banks[codes] = addresses, bank
+    return bank

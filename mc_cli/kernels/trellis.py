@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mc_cli import native
+from mc_cli.encodings import FASTEST
 from mc_cli.encodings.trellis import TrellisEncoding, sequence_length
 from mc_cli.errors import McError
 from mc_cli.kernels import trellis_gpu
@@ -30,18 +30,6 @@ FEW_TOKENS = 8  # up to here the others are faster than decoding first
 MOST_INPUTS = 2**16  # of more, sums of byte products might leave int32
 _WEIGHTS_PER_THREAD = 2**18  # fewer are done before a second thread has started
 _ARGUMENTS = "pppppfiiiiiiiiiip"
-
-
-def linear(inputs: Tensor, tensors: Mapping[str, Tensor], encoding: TrellisEncoding) -> Tensor:
-    """`inputs @ weight^T` [..., out_features] in the dtype of `inputs`.
-
-    inputs    [..., in_features] floating point, on any device
-    tensors   `codes` and `scales` of one matrix
-    """
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    bank = _cached_bank(tensors, encoding, inputs.shape[-1]) if runs_packed(rows) else None
-    outputs = decoded_product(rows.float(), tensors, encoding) if bank is None else bank.product(rows)
-    return outputs.view(*inputs.shape[:-1], outputs.shape[-1]).to(inputs.dtype)
 
 
 def runs_packed(rows: Tensor) -> bool:
@@ -69,8 +57,9 @@ def best_path() -> int:
 
 
 def decoded_product(rows: Tensor, tensors: Mapping[str, Tensor], encoding: TrellisEncoding) -> Tensor:
-    """[tokens, out_features] float32 of rows [tokens, in_features] float32, by the library's matrix product."""
-    return torch.nn.functional.linear(rotate(rows, encoding.block), encoding.rotated(tensors, rows.shape[-1]))
+    """[tokens, out_features] float32 of rows [tokens, in_features], by the library's matrix product in float32."""
+    rotated = rotate(rows.float(), encoding.block)
+    return torch.nn.functional.linear(rotated, encoding.rotated(tensors, rows.shape[-1]))
 
 
 class Bank:
@@ -90,7 +79,7 @@ class Bank:
         self._fixed = self._table.data_ptr(), self._shared[1].data_ptr(), self._shared[0].data_ptr(), UNIT, len(parts)
         self._length = sequence_length(out_features)
 
-    def product(self, rows: Tensor, experts: Tensor | None = None, share: int = 1, path: int | None = None) -> Tensor:
+    def product(self, rows: Tensor, experts: Tensor | None = None, share: int = 1, path: int = FASTEST) -> Tensor:
         """[slots, out_features] float32: slot s is row s // share times the matrix experts[s].
 
         rows      [tokens, in_features] floating point; computed from in float32
@@ -113,11 +102,13 @@ class Bank:
             self.out_features,
             self._block,
             self._length,
-            best_path() if path is None else path,
+            best_path() if path == FASTEST else path,
             1 if work < 2 * _WEIGHTS_PER_THREAD else torch.get_num_threads(),
             outputs.data_ptr(),
         )
-        _check(failed, self.out_features, self.in_features)
+        if failed:
+            shape = f"{self.out_features} x {self.in_features}"
+            raise McError(f"No memory left for a product with a packed matrix of {shape} weights.")
         return outputs
 
 
@@ -125,25 +116,3 @@ def bank_of(parts: Sequence[Part | None], out_features: int, in_features: int) -
     """The bank for the device that the parts are on; one of them at least is there."""
     device = next(part[1]["codes"].device.type for part in parts if part is not None)
     return (GpuBank if device == "cuda" else Bank)(parts, out_features, in_features)
-
-
-_banks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of single matrices, by their codes
-
-
-def _cached_bank(tensors: Mapping[str, Tensor], encoding: TrellisEncoding, in_features: int) -> Bank | GpuBank | None:
-    codes, scales = tensors["codes"], tensors["scales"]
-    addresses = codes.data_ptr(), scales.data_ptr()
-    found = _banks.get(codes)
-    if found is not None and found[0] == addresses:
-        return found[1]
-    if not (codes.is_contiguous() and scales.is_contiguous()):
-        return None
-    bank = bank_of([(encoding, tensors)], len(scales), in_features)
-    if isinstance(codes, torch.nn.Parameter):  # anything else is a passing view
-        _banks[codes] = addresses, bank
-    return bank
-
-
-def _check(failed: int, outputs: int, inputs: int) -> None:
-    if failed:
-        raise McError(f"No memory left for a product with a packed matrix of {outputs} x {inputs} weights.")

@@ -5,12 +5,11 @@
  * weights of output 16 * l + k for a group of 4 inputs. Activations come as two bytes, a coarse and a fine part. So a
  * product is a sum of byte products, exact in int32, and the same block serves vectors (VNNI) and tiles (AMX). */
 
+#include "product.h"
 #include "threads.h"
 
 #include <stdatomic.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
 #define PER_LANE 16 /* consecutive weights of a sequence in one lane */
 #define LANES 16    /* of a sequence, at most */
@@ -23,16 +22,6 @@
 #define TOKENS_AT_ONCE 256
 #define TOKENS_FOR_TILES 3 /* from here on tiles are faster */
 #define TILE 16            /* rows of a tile */
-#define FINE 254.0f        /* a coarse step has as many fine ones */
-#define INLINE static inline __attribute__((always_inline))
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VERSIONS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define VERSIONS
-#endif
-
-enum { PORTABLE = 0, AVX2 = 1, AVX512_VNNI = 2, AMX_TILES = 3 };
 
 typedef struct {
     const uint8_t *first, *second; /* [64] each: their sum mod 256 is the hash of a window */
@@ -97,9 +86,7 @@ VERSIONS static void multiply_portable(Block block, int count, const int8_t *x, 
         }
 }
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#include <immintrin.h>
-#define HAS_VECTORS 1
+#ifdef HAS_VECTORS
 #define FOR_AVX2 __attribute__((target("avx2")))
 #define HALF (LANE_BYTES / 2) /* bytes of a vector: 8 lanes */
 
@@ -228,7 +215,6 @@ FOR_AVX2 static void multiply_avx2(Block block, int count, const int8_t *x, size
 }
 
 #define AHEAD 4096 /* bytes from codes that are decoded to those that are fetched */
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")))
 
 /* The low six bits of every byte: bits `bit` to bit + 5 of its column of planes; the other two are anything. */
 AVX512 INLINE __m512i six_bits(const __m512i *planes, int bit) {
@@ -445,20 +431,6 @@ static void multiply(Block block, int count, const int8_t *x, size_t stride, int
     multiply_portable(block, count, x, stride, rows, sums);
 }
 
-static float from_half(uint16_t half) {
-    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, size = half & 0x7fff;
-    uint32_t bits;
-    float value;
-    if (size >= 0x0400) bits = (size << 13) + (size >= 0x7c00 ? 0x70000000u : 0x38000000u);
-    else {
-        const float small = (float)size * 0x1p-24f;
-        memcpy(&bits, &small, 4);
-    }
-    bits |= sign;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
 #if defined(__clang__) /* shuffles only by constants */
 #define SHORTEST_HALF 1
 #else
@@ -501,40 +473,6 @@ VERSIONS static void rotate(const float *x, const float *signs, int count, int b
     }
 }
 
-/* Activations as two bytes each: steps of the largest / 127, and their 254th parts. Returns the step; NaN where one is
- * not finite, so that it shows in the outputs. totals: the sums of both. */
-VERSIONS static float split(const float *x, int count, int8_t *coarse, int8_t *fine, int32_t *totals) {
-    int32_t most = 0; /* the bits of floats are ordered as their sizes are */
-    for (int i = 0; i < count; i++) {
-        int32_t bits;
-        memcpy(&bits, x + i, sizeof bits);
-        bits &= 0x7fffffff;
-        most = bits > most ? bits : most;
-    }
-    totals[0] = totals[1] = 0;
-    if (most >= 0x7f800000) {
-        memset(coarse, 0, (size_t)count);
-        memset(fine, 0, (size_t)count);
-        return __builtin_nanf("");
-    }
-    float largest;
-    memcpy(&largest, &most, sizeof largest);
-    if (largest < 1e-30f) largest = 1e-30f;
-    const float inverse = 127.0f / largest;
-    int32_t all = 0, rest = 0;
-    for (int i = 0; i < count; i++) {
-        const float steps = x[i] * inverse, whole = __builtin_rintf(steps);
-        const int8_t c = (int8_t)whole, f = (int8_t)__builtin_rintf((steps - whole) * FINE);
-        coarse[i] = c;
-        fine[i] = f;
-        all += c;
-        rest += f;
-    }
-    totals[0] = all;
-    totals[1] = rest;
-    return largest / 127.0f;
-}
-
 typedef struct {
     int64_t codes, scales, planes; /* addresses, and bits per 16 weights / 8; 0 planes: this matrix is not here */
 } Entry;
@@ -550,9 +488,7 @@ typedef struct {
     int8_t *rows;    /* [places][2][stride], coarse and fine; a place is a slot, those of an expert side by side */
     float *steps;    /* [places] */
     int32_t *totals; /* [places][2] */
-    int *slots;      /* [places] */
-    int *places;     /* [slots], -1: no product */
-    int *tasks;      /* [..][3]: expert, its first place, how many it has */
+    mc_slots sorted;
     atomic_int failed;
 } Product;
 
@@ -567,12 +503,12 @@ static void quantize_tokens(void *context, int part) {
     for (int token = part * 8; token < p->tokens && token < part * 8 + 8; token++) {
         int done = -1;
         for (int slot = token * p->share; slot < (token + 1) * p->share; slot++) {
-            const int place = p->places[slot];
+            const int place = p->sorted.places[slot];
             if (place < 0) continue;
             int8_t *row = p->rows + 2 * (size_t)place * p->stride;
             if (done < 0) {
                 rotate(p->x + (size_t)token * p->inputs, p->signs, p->inputs, p->block, rotated);
-                p->steps[place] = split(rotated, p->inputs, row, row + p->stride, p->totals + 2 * place);
+                p->steps[place] = mc_split(rotated, p->inputs, row, row + p->stride, p->totals + 2 * place);
                 done = place;
             } else {
                 memcpy(row, p->rows + 2 * (size_t)done * p->stride, 2 * p->stride);
@@ -596,7 +532,7 @@ VERSIONS static void finish(const int32_t *sums, const int32_t *totals, float st
 /* One sequence of outputs of one expert, for its places. */
 static void multiply_sequence(void *context, int index) {
     Product *p = context;
-    const int *task = p->tasks + 3 * (index / p->chunks);
+    const int *task = p->sorted.tasks + 3 * (index / p->chunks);
     const int chunk = index % p->chunks, lanes = p->length / PER_LANE, groups = (p->inputs + GROUP - 1) / GROUP;
     const Entry *entry = p->bank + task[0];
     const Sequence s = {(const uint8_t *)(intptr_t)entry->codes + (size_t)chunk * groups * entry->planes * lanes * GROUP,
@@ -632,39 +568,13 @@ static void multiply_sequence(void *context, int index) {
         }
         for (int i = 0; i < count; i++)
             finish(sums + (size_t)2 * i * SUMS, p->totals + 2 * (place + i), p->steps[place + i] * p->unit, scales,
-                   outputs, p->out + (size_t)p->slots[place + i] * p->outputs + first_output);
+                   outputs, p->out + (size_t)p->sorted.slots[place + i] * p->outputs + first_output);
     }
 #ifdef HAS_AMX
     if (path == AMX_TILES) release_tiles();
 #endif
     free(block.bytes);
     free(sums);
-}
-
-/* Puts the slots of every expert side by side; returns the number of tasks, one for each expert that has slots. */
-static int divide(Product *p, const int64_t *experts, int matrices, int slots, int *counts) {
-    for (int slot = 0; slot < slots; slot++) {
-        const int64_t expert = experts ? experts[slot] : 0;
-        if (expert >= 0 && expert < matrices && p->bank[expert].planes) counts[expert]++;
-        else memset(p->out + (size_t)slot * p->outputs, 0, sizeof(float) * (size_t)p->outputs);
-    }
-    int tasks = 0, begin = 0;
-    for (int expert = 0; expert < matrices; expert++) {
-        if (!counts[expert]) continue;
-        int *task = p->tasks + 3 * tasks++;
-        task[0] = expert;
-        task[1] = begin;
-        task[2] = counts[expert];
-        begin += counts[expert];
-        counts[expert] = task[1]; /* from here on: the place of its next slot */
-    }
-    for (int slot = 0; slot < slots; slot++) {
-        const int64_t expert = experts ? experts[slot] : 0;
-        const int there = expert >= 0 && expert < matrices && p->bank[expert].planes;
-        p->places[slot] = there ? counts[expert]++ : -1;
-        if (there) p->slots[p->places[slot]] = slot;
-    }
-    return tasks;
 }
 
 /* out [slots][outputs] float32: slot s holds the product of token s / share with the matrix experts[s] of the bank;
@@ -679,26 +589,21 @@ int mc_trellis_product(const float *x, const int64_t *experts, const Entry *bank
                  .length = length, .path = path, .chunks = (outputs + length - 1) / length,
                  .stride = ((size_t)(groups + TILE - 1) / TILE * TILE + TILE) * GROUP};
     const size_t room = (size_t)slots + TILE; /* tiles read rows beyond the last */
+    int failed = mc_sort_slots(&p.sorted, experts, slots, &bank->planes, sizeof(Entry) / sizeof(int64_t), matrices);
     p.rows = calloc(2 * room, p.stride);
     p.steps = malloc(sizeof(float) * room);
     p.totals = malloc(sizeof(int32_t) * 2 * room);
-    p.slots = malloc(sizeof(int) * room);
-    p.places = malloc(sizeof(int) * room);
-    p.tasks = malloc(sizeof(int) * 3 * (size_t)matrices);
-    int *counts = calloc((size_t)matrices, sizeof(int));
-    atomic_init(&p.failed, !p.rows || !p.steps || !p.totals || !p.slots || !p.places || !p.tasks || !counts);
+    atomic_init(&p.failed, failed || !p.rows || !p.steps || !p.totals);
     if (!atomic_load(&p.failed)) {
-        const int tasks = divide(&p, experts, matrices, slots, counts);
+        for (int slot = 0; slot < slots; slot++)
+            if (p.sorted.places[slot] < 0) memset(out + (size_t)slot * outputs, 0, sizeof(float) * (size_t)outputs);
         mc_parallel(quantize_tokens, &p, (tokens + 7) / 8, threads);
-        if (!atomic_load(&p.failed)) mc_parallel(multiply_sequence, &p, tasks * p.chunks, threads);
+        if (!atomic_load(&p.failed)) mc_parallel(multiply_sequence, &p, p.sorted.count * p.chunks, threads);
     }
     free(p.rows);
     free(p.steps);
     free(p.totals);
-    free(p.slots);
-    free(p.places);
-    free(p.tasks);
-    free(counts);
+    mc_free_slots(&p.sorted);
     return atomic_load(&p.failed);
 }
 

@@ -41,7 +41,7 @@ class ExpertCall:
 
 
 Observer = Callable[[nn.Module, ExpertCall], None]
-Banks = tuple[kernels.Bank | kernels.GpuBank, kernels.Bank | kernels.GpuBank]  # of the up and the down projection
+Banks = tuple[kernels.Bank, kernels.Bank]  # of the up and the down projection
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def experts_forward(
     pruner = getattr(module, PRUNER, None)
     if pruner is not None:
         top_k_index, top_k_weights = pruner(module, flat, top_k_index, top_k_weights)
-    banks = _banks_of(module) if _observer(module) is None and kernels.runs_packed(flat) else None
+    banks = _banks_of(module) if _observer(module) is None and _runs_packed(module, flat) else None
     compute = _one_by_one if banks is None else functools.partial(_all_at_once, banks)
     total = compute(module, flat, top_k_index, top_k_weights)
     return total.to(hidden_states.dtype).reshape(hidden_states.shape)
@@ -264,10 +264,16 @@ def _observer(module: Experts) -> Observer | None:
 _banks: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Banks | None]] = weakref.WeakKeyDictionary()
 
 
-def _banks_of(module: Experts) -> Banks | None:
-    """Both projections' packed matrices, ready for compiled products; None where not all are of an encoding for it."""
+def _runs_packed(module: Experts, flat: torch.Tensor) -> bool:
+    """Whether products of these tokens with experts like the first one are computed from packed matrices."""
     if not is_packed(module):
-        return None
+        return False
+    first = next((place for place in module._mc_packed[up_name(module)] if place is not None), None)
+    return first is not None and kernels.runs_packed(flat, first.encoding)
+
+
+def _banks_of(module: Experts) -> Banks | None:
+    """Both projections' packed matrices, ready for compiled products; None where there is no bank for all of them."""
     addresses = tuple(parameter.data_ptr() for parameter in module._parameters.values() if parameter is not None)
     found = _banks.get(module)
     if found is None or found[0] != addresses:

@@ -146,17 +146,15 @@ def _measured_here(wanted: dict[str, Any]) -> Speed:
 
 def _products(network: Any) -> str:
     """What multiplies by the model's weights, in words."""
-    from mc_cli.kernels.trellis import path_name
+    from mc_cli.artifacts.packed import encoding_of
+    from mc_cli.kernels import path_names
 
     if getattr(network, "quantization_method", None) != QUANT_METHOD:
         return "torch"
     layout = network.hf_quantizer.quantization_config.layout
-    path = path_name(network.device)
     keys = {key for block in layout.experts for row in block.encodings.values() for key in row if key}
-    trellis = [key.startswith("trellis") for key in keys | set(layout.linears.values())]
-    if all(trellis):
-        return path
-    return f"{path}, others dequantized" if any(trellis) else "dequantized, then torch"
+    encodings = (encoding_of(key) for key in keys | set(layout.linears.values()))
+    return path_names((encoding for encoding in encodings if encoding is not None), network.device)
 
 
 def _weights(network: Any) -> Iterator[tuple[int, float]]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mc_cli import native
-from mc_cli.encodings import encoding_for
 from mc_cli.encodings.trellis import TrellisEncoding, trellis_for
 from mc_cli.kernels import packed_linear
 from mc_cli.kernels.trellis import (
@@ -216,16 +215,3 @@ def test_zeros_and_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
     assert path_name() == "none, torch serves"
     assert relative_error(packed_linear(tokens, tensors, encoding, in_features=96), expected) < DECODED_ERROR
-
-
-def test_other_encodings_are_dequantized() -> None:
-    encoding = encoding_for("affine", 2, 8, 32)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        "codes": torch.randint(0, 256, (8, 8), dtype=torch.uint8, generator=generator),
-        "scales": torch.rand(8, 1, generator=generator).half(),
-        "zero_points": torch.randint(0, 256, (8, 1), dtype=torch.uint8, generator=generator),
-    }
-    tokens = rows(3, 32)
-    expected = tokens.double() @ encoding.dequantize(tensors, 32).double().T
-    assert relative_error(packed_linear(tokens, tensors, encoding, in_features=32), expected) < LARGEST_ERROR

@@ -21,7 +21,7 @@ from torch import Tensor
 from mc_cli import kernels
 from mc_cli.artifacts.packed import ExpertLayout
 from mc_cli.encodings.trellis import TrellisEncoding, trellis_for
-from mc_cli.kernels import trellis_gpu
+from mc_cli.kernels import trellis, trellis_gpu
 from mc_cli.kernels.trellis import path_name
 from mc_cli.kernels.trellis_gpu import GpuBank
 from mc_cli.numerics.rotation import rotate
@@ -265,8 +265,8 @@ def packed_pair(make: Callable[[], Any], dtype: torch.dtype) -> tuple[Any, Any]:
 def gpu_banks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Blocks of experts get the GPU's banks, on whatever device the tests run."""
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(kernels, "bank_of", GpuBank)
-        monkeypatch.setattr(kernels, "runs_packed", lambda rows: True)
+        monkeypatch.setattr(kernels.trellis, "bank_of", GpuBank)
+        monkeypatch.setattr(kernels, "runs_packed", lambda rows, encoding: True)
     yield
 
 
@@ -324,7 +324,7 @@ def test_a_captured_graph_follows_its_inputs(make: Callable[[], Any], tokens: in
 @needs_gpu
 def test_packed_linears_run_on_the_gpu() -> None:
     encoding, tensors = packed(512, 256, 2.5)
-    assert path_name(DEVICE) == "Triton" and kernels.runs_packed(rows(1, 256))
+    assert path_name(DEVICE) == "Triton" and trellis.runs_packed(rows(1, 256))
     for count in (1, 40):
         tokens = rows(count, 256)
         found = kernels.packed_linear(tokens, tensors, encoding, in_features=256)
@@ -343,11 +343,11 @@ def test_what_a_gpu_uses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(trellis_gpu, "_shared_memory", lambda device, room=room: room)
         monkeypatch.setenv(trellis_gpu.SWITCH, switched)
         trellis_gpu.serves.cache_clear()
-        assert kernels.runs_packed(on_gpu) == (not missing)
+        assert trellis.runs_packed(on_gpu) == (not missing)
         assert missing in path_name(device) and (path_name(device) == "Triton") == (not missing)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     trellis_gpu.serves.cache_clear()
-    assert not kernels.runs_packed(on_gpu) and "Triton is not installed" in path_name(device)
+    assert not trellis.runs_packed(on_gpu) and "Triton is not installed" in path_name(device)
     trellis_gpu.serves.cache_clear()
 
 

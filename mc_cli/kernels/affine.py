@@ -1,0 +1,122 @@
+"""Products with affine grids: few tokens are multiplied packed, for many a tile of rows is decoded, then the library.
+
+Each activation becomes two bytes, a coarse and a fine part, with one scale per token and group of inputs; products of
+bytes are summed exactly in int32, groups in float32. Against exact arithmetic the error is about 5e-5 of an output.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mc_cli import native
+from mc_cli.encodings import FASTEST
+from mc_cli.encodings.affine import AffineEncoding
+from mc_cli.errors import McError
+
+Part = tuple[AffineEncoding, Mapping[str, Tensor]]  # a matrix: its encoding, `codes`, `scales` and `zero_points`
+
+PATHS = {0: "portable C", 2: "AVX-512 (VBMI, VNNI)"}  # numbered as those of trellis codes
+FEW_TOKENS = 16  # of more, decoding is no longer the larger part of the work
+MOST_INPUTS = 2**16  # of a larger group sums of byte products might leave int32
+_WEIGHTS_PER_THREAD = 2**18  # fewer are done before a second thread has started
+_TILE_WEIGHTS = 2**22  # decoded at a time: a transient copy of 8 to 16 MB, whatever the matrix
+
+
+def runs_packed(rows: Tensor) -> bool:
+    """Whether rows [tokens, in_features] are multiplied with packed matrices as these are."""
+    if (rows.requires_grad and torch.is_grad_enabled()) or rows.device.type != "cpu" or native.library() is None:
+        return False
+    return rows.shape[0] <= FEW_TOKENS and rows.shape[-1] <= MOST_INPUTS
+
+
+def path_name(device: torch.device | None = None) -> str:
+    """How products of few tokens are computed on a device; None is the CPU."""
+    if device is not None and device.type != "cpu":
+        return "decoded, then torch"
+    return "none, torch serves" if native.library() is None else PATHS[best_path()]
+
+
+@functools.cache
+def best_path() -> int:
+    """The fastest of PATHS that this machine has."""
+    return native.routine("mc_affine_path", "")()
+
+
+def decoded_product(rows: Tensor, tensors: Mapping[str, Tensor], encoding: AffineEncoding) -> Tensor:
+    """[tokens, out_features] of rows [tokens, in_features], in their dtype, by the library's matrix product."""
+    compiled = rows.device.type == "cpu" and native.library() is not None
+    outputs = []
+    step = max(1, _TILE_WEIGHTS // rows.shape[-1])
+    for begin in range(0, len(tensors["codes"]), step):
+        tile = {name: tensor[begin : begin + step] for name, tensor in tensors.items()}
+        if compiled:
+            weight = encoding.dequantize_compiled(tile, rows.shape[-1], rows.dtype)
+        else:
+            weight = encoding.dequantize_in_torch(tile, rows.shape[-1]).to(rows.dtype)
+        outputs.append(torch.nn.functional.linear(rows, weight))
+    return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+
+
+class Bank:
+    """Matrices of affine grids, of one shape and group size, at any widths; every row has its own matrix.
+
+    It keeps addresses: the stored parts must stay where they are. Parts are (encoding, `codes`, `scales` and
+    `zero_points`) of each matrix, on the CPU and contiguous; None for one that is not there, whose products are zeros.
+    """
+
+    def __init__(self, parts: Sequence[Part | None], out_features: int, in_features: int) -> None:
+        self._table = torch.tensor([_entry(part) for part in parts], dtype=torch.int64)
+        self.absent = torch.tensor([part is None for part in parts] + [True])  # [matrices + 1], by number
+        self._routine = native.routine("mc_affine_product", "pppiiiiiiiiip")
+        self._group = next(part[0].group_size for part in parts if part is not None)
+        self.out_features, self.in_features = out_features, in_features
+
+    def product(self, rows: Tensor, experts: Tensor | None = None, share: int = 1, path: int = FASTEST) -> Tensor:
+        """[slots, out_features] float32: slot s is row s // share times the matrix experts[s].
+
+        rows      [tokens, in_features] floating point; computed from in float32
+        experts   [tokens * share] int64; zeros come out where it is not the number of a matrix. None: all the first
+        share     slots that have the same row, one after the other
+        """
+        rows = rows.float().contiguous()
+        slots = len(rows) * share
+        outputs = torch.empty((slots, self.out_features))
+        work = slots * self.out_features * self.in_features
+        failed = self._routine(
+            rows.data_ptr(),
+            None if experts is None else experts.data_ptr(),
+            self._table.data_ptr(),
+            len(self._table),
+            len(rows),
+            slots,
+            share,
+            self.in_features,
+            self.out_features,
+            self._group,
+            best_path() if path == FASTEST else path,
+            1 if work < 2 * _WEIGHTS_PER_THREAD else torch.get_num_threads(),
+            outputs.data_ptr(),
+        )
+        if failed:
+            shape = f"{self.out_features} x {self.in_features}"
+            raise McError(f"No memory left for a product with a packed matrix of {shape} weights.")
+        return outputs
+
+
+def bank_of(parts: Sequence[Part | None], out_features: int, in_features: int) -> Bank | None:
+    """The bank of these matrices, one of which at least is there; None where their groups differ in size."""
+    groups = {part[0].group_size for part in parts if part is not None}
+    return Bank(parts, out_features, in_features) if len(groups) == 1 else None
+
+
+def _entry(part: Part | None) -> tuple[int, int, int, int]:
+    """As `Entry` in native/affine_product.c: three addresses and the width; zeros for one that is not there."""
+    if part is None:
+        return 0, 0, 0, 0
+    encoding, tensors = part
+    codes, scales, zero_points = (tensors[name].data_ptr() for name in ("codes", "scales", "zero_points"))
+    return codes, scales, zero_points, encoding.bits

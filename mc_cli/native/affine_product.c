@@ -1,0 +1,406 @@
+/* Products with affine grids, and their decoding. The format is described in encodings/affine.py.
+ *
+ * A row's codes come out as bytes. Activations come as two bytes each, a coarse and a fine part, with one step for each
+ * of the row's groups. So what a group gives is a sum of byte products, exact in int32, times scale and step; sums over
+ * groups are float32. */
+
+#include "product.h"
+#include "threads.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#define VECTOR 64        /* bytes */
+#define FLOATS 16        /* in a vector */
+#define ROWS_AT_ONCE 32  /* outputs in a piece of work */
+#define AHEAD 4096       /* bytes from codes that are multiplied to those that are fetched */
+#define TOKENS_AT_ONCE 8 /* quantized in a piece of work */
+
+typedef struct {
+    int64_t codes, scales, zero_points, bits; /* three addresses; 0 bits: this matrix is not here */
+} Entry;
+
+typedef struct {
+    const uint8_t *codes;
+    const uint16_t *scales;
+    const uint8_t *zero_points;
+    int bits, inputs, group, groups;
+} Matrix;
+
+INLINE size_t whole(size_t count, size_t unit) { return (count + unit - 1) / unit * unit; }
+
+INLINE int words_of(const Matrix *m) { return (m->inputs + 7) / 8; } /* of eight codes, in a row */
+
+INLINE const uint8_t *row_of(const Matrix *m, int row) { return m->codes + (size_t)row * words_of(m) * m->bits; }
+
+/* `words` times 8 codes to 8 bytes; the fields of a word move apart in three halving steps. */
+VERSIONS static void unpack_portable(const uint8_t *codes, int bits, int words, uint8_t *bytes) {
+    const uint64_t half = ~0ull >> (64 - 4 * bits), quarter = (~0ull >> (64 - 2 * bits)) * 0x0000000100000001ull,
+                   eighth = (~0ull >> (64 - bits)) * 0x0001000100010001ull;
+    for (int i = 0; i < words; i++) {
+        uint64_t word = 0;
+        for (int byte = 0; byte < bits; byte++) word |= (uint64_t)codes[i * bits + byte] << 8 * byte;
+        word = (word & half) | (word >> 4 * bits & half) << 32;
+        word = (word & quarter) | (word >> 2 * bits & quarter) << 16;
+        word = (word & eighth) | (word >> bits & eighth) << 8;
+        for (int byte = 0; byte < 8; byte++) bytes[8 * i + byte] = (uint8_t)(word >> 8 * byte);
+    }
+}
+
+/* A row's activations, and what its groups weigh. */
+typedef struct {
+    const int8_t *coarse, *fine;  /* [groups][pitch], zeros behind a group's end */
+    const float *steps, *totals;  /* [groups]: of coarse parts; the sums of activations */
+    size_t pitch;
+} Activations;
+
+/* scales, offsets [groups]: of one row of the matrix; an offset is scale times zero point. */
+VERSIONS static void read_grids(const Matrix *m, int row, float *scales, float *offsets) {
+    const float unit = 1.0f / (float)(1 << (8 - m->bits));
+    const uint16_t *stored = m->scales + (size_t)row * m->groups;
+    const uint8_t *zero_points = m->zero_points + (size_t)row * m->groups;
+    for (int g = 0; g < m->groups; g++) {
+        scales[g] = from_half(stored[g]);
+        offsets[g] = scales[g] * unit * (float)zero_points[g];
+    }
+}
+
+VERSIONS static float multiply_portable(const Matrix *m, const uint8_t *w, const float *scales, const float *offsets,
+                                        Activations x) {
+    float sum = 0;
+    for (int g = 0; g < m->groups; g++) {
+        const uint8_t *codes = w + (size_t)g * m->group;
+        const int8_t *coarse = x.coarse + g * x.pitch, *fine = x.fine + g * x.pitch;
+        int32_t most = 0, rest = 0;
+        for (int i = 0; i < m->group; i++) {
+            most += codes[i] * coarse[i];
+            rest += codes[i] * fine[i];
+        }
+        sum += scales[g] * x.steps[g] * ((float)most + (float)rest / FINE) - offsets[g] * x.totals[g];
+    }
+    return sum;
+}
+
+#ifdef HAS_VECTORS
+
+/* How 64 codes become bytes: 8 codes are `bits` bytes, which go to a word of their own and from there bit by bit. */
+typedef struct {
+    __m512i bytes, shifts, low;
+    int bits;
+} Spreading;
+
+AVX512 INLINE Spreading spreading(int bits) {
+    uint8_t bytes[VECTOR], shifts[VECTOR];
+    for (int i = 0; i < VECTOR; i++) {
+        bytes[i] = (uint8_t)(i / 8 * bits + i % 8);
+        shifts[i] = (uint8_t)(i % 8 * bits);
+    }
+    return (Spreading){_mm512_loadu_si512(bytes), _mm512_loadu_si512(shifts),
+                       _mm512_set1_epi8((char)((1 << bits) - 1)), bits};
+}
+
+/* 64 codes of a row from `at` on, of which `words` * 8 are there, as bytes. */
+AVX512 INLINE __m512i unpacked(Spreading s, const uint8_t *at, int words) {
+    const int count = words < 8 ? words * s.bits : 8 * s.bits;
+    const __m512i packed = _mm512_maskz_loadu_epi8(~0ull >> (VECTOR - count), at);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(s.shifts, _mm512_permutexvar_epi8(s.bytes, packed)), s.low);
+}
+
+AVX512 static void unpack_avx512(const uint8_t *codes, int bits, int words, uint8_t *bytes) {
+    const Spreading s = spreading(bits);
+    for (int i = 0; i < words; i += 8, codes += 8 * bits) {
+        _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
+        _mm512_storeu_si512(bytes + 8 * (size_t)i, unpacked(s, codes, words - i));
+    }
+}
+
+AVX512 INLINE float total(__m512 coarse, __m512 fine) {
+    return _mm512_reduce_add_ps(_mm512_fmadd_ps(fine, _mm512_set1_ps(1 / FINE), coarse));
+}
+
+/* As read_grids; writes whole vectors, zeros behind the last group. */
+AVX512 static void read_grids_avx512(const Matrix *m, int row, float *scales, float *offsets) {
+    const __m512 unit = _mm512_set1_ps(1.0f / (float)(1 << (8 - m->bits)));
+    const uint16_t *stored = m->scales + (size_t)row * m->groups;
+    const uint8_t *zero_points = m->zero_points + (size_t)row * m->groups;
+    for (int g = 0; g < m->groups; g += FLOATS) {
+        const __mmask16 there = m->groups - g < FLOATS ? (__mmask16)((1u << (m->groups - g)) - 1) : 0xffff;
+        const __m512 scale = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, stored + g));
+        const __m512 steps = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, zero_points + g)));
+        _mm512_storeu_ps(scales + g, scale);
+        _mm512_storeu_ps(offsets + g, _mm512_mul_ps(_mm512_mul_ps(scale, unit), steps));
+    }
+}
+
+/* What offsets take away. */
+AVX512 INLINE float taken(const float *offsets, const float *totals, int groups) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int g = 0; g < groups; g += FLOATS)
+        sum = _mm512_fmadd_ps(_mm512_loadu_ps(offsets + g), _mm512_loadu_ps(totals + g), sum);
+    return _mm512_reduce_add_ps(sum);
+}
+
+AVX512 INLINE void weigh(const float *scales, const float *steps, int groups, float *weights) {
+    for (int g = 0; g < groups; g += FLOATS)
+        _mm512_storeu_ps(weights + g, _mm512_mul_ps(_mm512_loadu_ps(scales + g), _mm512_loadu_ps(steps + g)));
+}
+
+/* scales, offsets, steps, totals and `weights`, which is scratch: [groups], zeros up to whole vectors */
+AVX512 static float multiply_avx512(const Matrix *m, const uint8_t *w, const float *scales, const float *offsets,
+                                    Activations x, float *weights) {
+    __m512 coarse = _mm512_setzero_ps(), fine = coarse;
+    weigh(scales, x.steps, m->groups, weights);
+    for (int g = 0; g < m->groups; g++) {
+        __m512i most = _mm512_setzero_si512(), rest = most;
+        for (size_t i = 0; i < x.pitch; i += VECTOR) { /* codes behind a group's end meet zeros */
+            const __m512i codes = _mm512_loadu_si512(w + (size_t)g * m->group + i);
+            most = _mm512_dpbusd_epi32(most, codes, _mm512_load_si512(x.coarse + g * x.pitch + i));
+            rest = _mm512_dpbusd_epi32(rest, codes, _mm512_load_si512(x.fine + g * x.pitch + i));
+        }
+        const __m512 weight = _mm512_set1_ps(weights[g]);
+        coarse = _mm512_fmadd_ps(_mm512_cvtepi32_ps(most), weight, coarse);
+        fine = _mm512_fmadd_ps(_mm512_cvtepi32_ps(rest), weight, fine);
+    }
+    return total(coarse, fine) - taken(offsets, x.totals, m->groups);
+}
+
+/* out [outputs]: rows `first` to `last` for one row of activations, straight from packed codes; groups are of whole
+ * vectors. scales, offsets and weights are scratch, as above. */
+AVX512 static void multiply_packed(const Matrix *m, int first, int last, Activations x, float *scales, float *offsets,
+                                   float *weights, float *out) {
+    const Spreading s = spreading(m->bits);
+    for (int row = first; row < last; row++) {
+        const uint8_t *at = row_of(m, row);
+        __m512 coarse = _mm512_setzero_ps(), fine = coarse;
+        read_grids_avx512(m, row, scales, offsets);
+        weigh(scales, x.steps, m->groups, weights);
+        for (int g = 0; g < m->groups; g++) {
+            __m512i most = _mm512_setzero_si512(), rest = most;
+            for (size_t i = 0; i < x.pitch; i += VECTOR, at += 8 * m->bits) {
+                const __m512i codes = unpacked(s, at, 8);
+                most = _mm512_dpbusd_epi32(most, codes, _mm512_load_si512(x.coarse + g * x.pitch + i));
+                rest = _mm512_dpbusd_epi32(rest, codes, _mm512_load_si512(x.fine + g * x.pitch + i));
+            }
+            _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
+            const __m512 weight = _mm512_set1_ps(weights[g]);
+            coarse = _mm512_fmadd_ps(_mm512_cvtepi32_ps(most), weight, coarse);
+            fine = _mm512_fmadd_ps(_mm512_cvtepi32_ps(rest), weight, fine);
+        }
+        out[row] = total(coarse, fine) - taken(offsets, x.totals, m->groups);
+    }
+}
+
+#endif
+
+static void unpack(const uint8_t *codes, int bits, int words, int path, uint8_t *bytes) {
+#ifdef HAS_VECTORS
+    if (path >= AVX512_VNNI) {
+        unpack_avx512(codes, bits, words, bytes);
+        return;
+    }
+#endif
+    (void)path;
+    unpack_portable(codes, bits, words, bytes);
+}
+
+static float multiply(const Matrix *m, const uint8_t *w, const float *scales, const float *offsets, Activations x,
+                      int path, float *weights) {
+#ifdef HAS_VECTORS
+    if (path >= AVX512_VNNI) return multiply_avx512(m, w, scales, offsets, x, weights);
+#endif
+    (void)path;
+    (void)weights;
+    return multiply_portable(m, w, scales, offsets, x);
+}
+
+typedef struct {
+    const float *x;
+    const Entry *bank;
+    float *out;
+    int tokens, share, inputs, outputs, group, groups, path, pieces;
+    size_t pitch, stride, room; /* bytes of a group and of a row of activations; groups, in whole vectors of floats */
+    int8_t *rows;               /* [tokens][2][stride], coarse and fine */
+    float *steps, *totals;      /* [tokens][room], zeros behind the last group */
+    mc_slots sorted;
+    atomic_int failed;
+} Product;
+
+static void quantize_tokens(void *context, int part) {
+    Product *p = context;
+    for (int token = part * TOKENS_AT_ONCE; token < p->tokens && token < (part + 1) * TOKENS_AT_ONCE; token++) {
+        int8_t *coarse = p->rows + 2 * (size_t)token * p->stride, *fine = coarse + p->stride;
+        float *steps = p->steps + (size_t)token * p->room, *totals = p->totals + (size_t)token * p->room;
+        for (int g = 0; g < p->groups; g++) {
+            int32_t sums[2];
+            steps[g] = mc_split(p->x + (size_t)token * p->inputs + (size_t)g * p->group, p->group,
+                                coarse + g * p->pitch, fine + g * p->pitch, sums);
+            totals[g] = steps[g] * ((float)sums[0] + (float)sums[1] / FINE);
+        }
+    }
+}
+
+static Activations activations_of(const Product *p, size_t token) {
+    const int8_t *coarse = p->rows + 2 * token * p->stride;
+    return (Activations){coarse, coarse + p->stride, p->steps + token * p->room, p->totals + token * p->room, p->pitch};
+}
+
+/* Some outputs of one expert, for its places. */
+static void multiply_rows(void *context, int index) {
+    Product *p = context;
+    const int *task = p->sorted.tasks + 3 * (index / p->pieces), *slots = p->sorted.slots + task[1];
+    const Entry *entry = p->bank + task[0];
+    const Matrix m = {(const uint8_t *)(intptr_t)entry->codes, (const uint16_t *)(intptr_t)entry->scales,
+                      (const uint8_t *)(intptr_t)entry->zero_points, (int)entry->bits, p->inputs, p->group, p->groups};
+    const int first = index % p->pieces * ROWS_AT_ONCE;
+    const int last = first + ROWS_AT_ONCE < p->outputs ? first + ROWS_AT_ONCE : p->outputs;
+    const size_t bytes = whole((size_t)p->inputs, VECTOR) + p->pitch; /* the last group may be read beyond its end */
+    float *scales = calloc(1, 3 * p->room * sizeof(float) + bytes), *offsets = scales + p->room;
+    if (!scales) {
+        atomic_store(&p->failed, 1);
+        return;
+    }
+    float *weights = offsets + p->room;
+    uint8_t *w = (uint8_t *)(weights + p->room);
+#ifdef HAS_VECTORS
+    if (p->path >= AVX512_VNNI && task[2] == 1 && p->group % VECTOR == 0) {
+        const Activations x = activations_of(p, (size_t)(slots[0] / p->share));
+        multiply_packed(&m, first, last, x, scales, offsets, weights, p->out + (size_t)slots[0] * p->outputs);
+        free(scales);
+        return;
+    }
+#endif
+    for (int row = first; row < last; row++) {
+        read_grids(&m, row, scales, offsets);
+        unpack(row_of(&m, row), m.bits, words_of(&m), p->path, w);
+        for (int i = 0; i < task[2]; i++)
+            p->out[(size_t)slots[i] * p->outputs + row] =
+                multiply(&m, w, scales, offsets, activations_of(p, (size_t)(slots[i] / p->share)), p->path, weights);
+    }
+    free(scales);
+}
+
+/* The fastest path of this machine: 2 AVX-512 (VBMI, VNNI), 0 portable. */
+int mc_affine_path(void) {
+#ifdef HAS_VECTORS
+    if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) return AVX512_VNNI;
+#endif
+    return PORTABLE;
+}
+
+/* out [slots][outputs] float32: slot s holds the product of token s / share with the matrix experts[s] of the bank;
+ * zeros where experts[s] is none of the `matrices` or that matrix is not there. experts NULL: all the first.
+ * x [tokens][inputs]; `group` divides the inputs. Returns 0, or 1 without memory. */
+int mc_affine_product(const float *x, const int64_t *experts, const Entry *bank, int matrices, int tokens, int slots,
+                      int share, int inputs, int outputs, int group, int path, int threads, float *out) {
+    const size_t pitch = whole((size_t)group, VECTOR), groups = (size_t)(inputs / group);
+    Product p = {.x = x, .bank = bank, .out = out, .tokens = tokens, .share = share, .inputs = inputs,
+                 .outputs = outputs, .group = group, .groups = (int)groups, .path = path,
+                 .pieces = (outputs + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, .pitch = pitch,
+                 .stride = groups * pitch + VECTOR, .room = whole(groups, FLOATS)};
+    int failed = mc_sort_slots(&p.sorted, experts, slots, &bank->bits, sizeof(Entry) / sizeof(int64_t), matrices);
+    const size_t bytes = 2 * (size_t)tokens * p.stride;
+    p.rows = aligned_alloc(VECTOR, whole(bytes + 1, VECTOR));
+    p.steps = calloc((size_t)tokens * p.room + 1, sizeof(float));
+    p.totals = calloc((size_t)tokens * p.room + 1, sizeof(float));
+    atomic_init(&p.failed, failed || !p.rows || !p.steps || !p.totals);
+    if (!atomic_load(&p.failed)) {
+        memset(p.rows, 0, bytes);
+        for (int slot = 0; slot < slots; slot++)
+            if (p.sorted.places[slot] < 0) memset(out + (size_t)slot * outputs, 0, sizeof(float) * (size_t)outputs);
+        mc_parallel(quantize_tokens, &p, (tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE, threads);
+        mc_parallel(multiply_rows, &p, p.sorted.count * p.pieces, threads);
+    }
+    free(p.rows);
+    free(p.steps);
+    free(p.totals);
+    mc_free_slots(&p.sorted);
+    return atomic_load(&p.failed);
+}
+
+typedef struct {
+    Matrix matrix;
+    int rows, path;
+    float *floats;    /* [rows][inputs], or NULL */
+    uint16_t *halves; /* the same, rounded to bfloat16, or NULL */
+    atomic_int failed;
+} Decoding;
+
+/* to nearest, ties to even */
+INLINE uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* What the codes of a group stand for, in `floats`, or where that is NULL in `halves`. */
+VERSIONS static void write_portable(const uint8_t *codes, int count, float scale, float zero_point, float *floats,
+                                    uint16_t *halves) {
+    if (floats)
+        for (int i = 0; i < count; i++) floats[i] = ((float)codes[i] - zero_point) * scale;
+    else
+        for (int i = 0; i < count; i++) halves[i] = to_bfloat16(((float)codes[i] - zero_point) * scale);
+}
+
+#ifdef HAS_VECTORS
+AVX512 static void write_avx512(const uint8_t *codes, int count, float scale, float zero_point, float *floats,
+                                uint16_t *halves) {
+    const __m512 scales = _mm512_set1_ps(scale), zero_points = _mm512_set1_ps(zero_point);
+    const __m512i half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
+    for (int i = 0; i < count; i += FLOATS) {
+        const __mmask16 there = count - i < FLOATS ? (__mmask16)((1u << (count - i)) - 1) : 0xffff;
+        const __m512 steps = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, codes + i)));
+        const __m512 values = _mm512_mul_ps(_mm512_sub_ps(steps, zero_points), scales);
+        if (floats) {
+            _mm512_mask_storeu_ps(floats + i, there, values);
+            continue;
+        }
+        const __m512i bits = _mm512_castps_si512(values), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+        const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, half), odd);
+        _mm256_mask_storeu_epi16(halves + i, there, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    }
+}
+#endif
+
+static void write_group(const uint8_t *codes, int count, float scale, float zero_point, int path, float *floats,
+                        uint16_t *halves) {
+#ifdef HAS_VECTORS
+    if (path >= AVX512_VNNI) {
+        write_avx512(codes, count, scale, zero_point, floats, halves);
+        return;
+    }
+#endif
+    (void)path;
+    write_portable(codes, count, scale, zero_point, floats, halves);
+}
+
+static void write_rows(void *context, int piece) {
+    Decoding *d = context;
+    const Matrix *m = &d->matrix;
+    uint8_t *w = malloc(whole((size_t)m->inputs, VECTOR));
+    if (!w) {
+        atomic_store(&d->failed, 1);
+        return;
+    }
+    const float unit = 1.0f / (float)(1 << (8 - m->bits));
+    for (int row = piece * ROWS_AT_ONCE; row < d->rows && row < (piece + 1) * ROWS_AT_ONCE; row++) {
+        unpack(row_of(m, row), m->bits, words_of(m), d->path, w);
+        for (int g = 0; g < m->groups; g++) {
+            const size_t grid = (size_t)row * m->groups + g, at = (size_t)row * m->inputs + (size_t)g * m->group;
+            const float scale = from_half(m->scales[grid]), zero_point = unit * (float)m->zero_points[grid];
+            write_group(w + (size_t)g * m->group, m->group, scale, zero_point, d->path, d->floats ? d->floats + at : NULL,
+                        d->halves ? d->halves + at : NULL);
+        }
+    }
+    free(w);
+}
+
+/* One matrix [rows][inputs], float32 in `floats`, or where that is NULL bfloat16 in `halves`. path < 0: the fastest.
+ * Returns 0, or 1 without memory. */
+int mc_affine_matrix(const uint8_t *codes, const uint16_t *scales, const uint8_t *zero_points, int bits, int rows,
+                     int inputs, int group, int path, int threads, float *floats, uint16_t *halves) {
+    Decoding d = {.matrix = {codes, scales, zero_points, bits, inputs, group, inputs / group}, .rows = rows,
+                  .path = path < 0 ? mc_affine_path() : path, .floats = floats, .halves = halves};
+    atomic_init(&d.failed, 0);
+    mc_parallel(write_rows, &d, (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, threads);
+    return atomic_load(&d.failed);
+}

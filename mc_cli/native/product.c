@@ -1,0 +1,74 @@
+#include "product.h"
+
+#include <stdlib.h>
+
+int mc_sort_slots(mc_slots *sorted, const int64_t *experts, int slots, const int64_t *widths, int pitch, int matrices) {
+    *sorted = (mc_slots){malloc(sizeof(int) * (size_t)(slots + 1)), malloc(sizeof(int) * (size_t)(slots + 1)),
+                         malloc(sizeof(int) * 3 * (size_t)(matrices + 1)), 0};
+    int *next = calloc((size_t)matrices + 1, sizeof(int)); /* by matrix: first how many, then the next one's place */
+    if (!sorted->slots || !sorted->places || !sorted->tasks || !next) {
+        free(next);
+        return 1;
+    }
+    for (int slot = 0; slot < slots; slot++) {
+        const int64_t matrix = experts ? experts[slot] : 0;
+        const int there = matrix >= 0 && matrix < matrices && widths[matrix * pitch];
+        sorted->places[slot] = there ? (int)matrix : -1;
+        if (there) next[matrix]++;
+    }
+    int begin = 0;
+    for (int matrix = 0; matrix < matrices; matrix++) {
+        if (!next[matrix]) continue;
+        int *task = sorted->tasks + 3 * sorted->count++;
+        task[0] = matrix;
+        task[1] = begin;
+        task[2] = next[matrix];
+        begin += next[matrix];
+        next[matrix] = task[1];
+    }
+    for (int slot = 0; slot < slots; slot++) {
+        if (sorted->places[slot] < 0) continue;
+        sorted->places[slot] = next[sorted->places[slot]]++;
+        sorted->slots[sorted->places[slot]] = slot;
+    }
+    free(next);
+    return 0;
+}
+
+void mc_free_slots(mc_slots *sorted) {
+    free(sorted->slots);
+    free(sorted->places);
+    free(sorted->tasks);
+}
+
+VERSIONS float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine, int32_t *totals) {
+    int32_t most = 0; /* the bits of floats are ordered as their sizes are */
+    for (int i = 0; i < count; i++) {
+        int32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    totals[0] = totals[1] = 0;
+    if (most >= 0x7f800000) {
+        memset(coarse, 0, (size_t)count);
+        memset(fine, 0, (size_t)count);
+        return __builtin_nanf("");
+    }
+    float largest;
+    memcpy(&largest, &most, sizeof largest);
+    if (largest < 1e-30f) largest = 1e-30f;
+    const float inverse = 127.0f / largest;
+    int32_t all = 0, rest = 0;
+    for (int i = 0; i < count; i++) {
+        const float steps = x[i] * inverse, whole = __builtin_rintf(steps);
+        const int8_t c = (int8_t)whole, f = (int8_t)__builtin_rintf((steps - whole) * FINE);
+        coarse[i] = c;
+        fine[i] = f;
+        all += c;
+        rest += f;
+    }
+    totals[0] = all;
+    totals[1] = rest;
+    return largest / 127.0f;
+}

@@ -1,0 +1,55 @@
+/* What products with packed matrices of every encoding share. */
+#ifndef MC_PRODUCT_H
+#define MC_PRODUCT_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define VERSIONS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define VERSIONS
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#include <immintrin.h>
+#define HAS_VECTORS 1
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")))
+#endif
+
+#define FINE 254.0f /* a coarse step of an activation has as many fine ones */
+
+enum { PORTABLE = 0, AVX2 = 1, AVX512_VNNI = 2, AMX_TILES = 3 }; /* paths, as kernels/trellis.py names them */
+
+/* Slots, each with its matrix, put side by side by matrix. A place is where a slot comes to lie. */
+typedef struct {
+    int *slots;  /* [places] */
+    int *places; /* [slots], -1: it has no matrix */
+    int *tasks;  /* [count][3]: matrix, its first place, how many it has */
+    int count;
+} mc_slots;
+
+/* Slot s has the matrix experts[s]; none where that is not one of the `matrices`, or widths[experts[s] * pitch] is 0.
+ * experts NULL: all have the first. Returns 0, or 1 without memory; mc_free_slots in either case. */
+int mc_sort_slots(mc_slots *sorted, const int64_t *experts, int slots, const int64_t *widths, int pitch, int matrices);
+void mc_free_slots(mc_slots *sorted);
+
+/* Activations as two bytes each: steps of the largest / 127, and their 254th parts. Returns the step; NaN where one is
+ * not finite, so that it shows in the outputs. totals [2]: the sums of both. */
+float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine, int32_t *totals);
+
+INLINE float from_half(uint16_t half) {
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, size = half & 0x7fff;
+    uint32_t bits;
+    float value;
+    if (size >= 0x0400) bits = (size << 13) + (size >= 0x7c00 ? 0x70000000u : 0x38000000u);
+    else {
+        const float small = (float)size * 0x1p-24f;
+        memcpy(&bits, &small, 4);
+    }
+    bits |= sign;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+#endif
