@@ -82,6 +82,10 @@ _DATA = "Text: a .txt, .jsonl or .parquet file, a folder of them, a `datasets` n
 _SPLIT = "Split of a `datasets` name; files have none."
 _TEXT_FIELD = "Field of a .jsonl object, a .parquet row or a `datasets` row that holds the text."
 _SEED = "Seed of everything random in this stage."
+_BESIDE = "; ".join(
+    f"{bits} where experts have more than {border:g} bits" if border > 0 else f"else {bits}"
+    for border, bits in s.BESIDE
+)
 _WIDTH = "1 to 8, or 16 to keep the checkpoint's own."
 
 FLAGS: dict[type, tuple[Flag, ...]] = {
@@ -215,8 +219,14 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
             default="the method's own: 0.0001 for global, 0 for pmq",
         ),
         Flag("time_limit_s", "Seconds for one integer programme.", _METHOD, option="--time-limit", metavar="SECONDS"),
-        Flag("attention_bits", f"Attention and other sequence mixers: {_WIDTH}", _PARTS, metavar="BITS"),
-        Flag("shared_bits", f"Shared experts: {_WIDTH}", _PARTS, metavar="BITS"),
+        Flag(
+            "attention_bits",
+            f"Attention and other sequence mixers: {_WIDTH}",
+            _PARTS,
+            metavar="BITS",
+            default=_BESIDE,
+        ),
+        Flag("shared_bits", f"Shared experts: {_WIDTH}", _PARTS, metavar="BITS", default=_BESIDE),
         Flag(
             "dense_bits",
             f"MLPs of layers without experts: {_WIDTH}",

@@ -17,6 +17,8 @@ CANDIDATES: dict[str, tuple[float, ...]] = {"trellis": (1, 1.5, 2, 2.5, 3, 3.5, 
 # Where `run` is asked for more stored bits than this, it has the trellis widths above scored too: the menu ends where a
 # target of 4.05 does, and a fifth more work in score would gain nothing at small sizes.
 MANY_BITS, WIDEST = 3.5, (4.5, 5)
+# (above this many bits per expert weight, width of what is computed for every token): measured, see docs/results.md.
+BESIDE = ((2.75, 8), (2.5, 6), (-1.0, 5))
 # What `run --effort` sets beneath recipe and flags: section -> settings.
 EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
     "fast": {"calibrate": {"sequences": 64, "gradient_tokens": 8192}, "score": {"loss_tokens": 1024}},
@@ -203,7 +205,7 @@ class ScoreSettings(StageSettings):
 class AllocateSettings(StageSettings):
     """Exactly one target: stored bits or code bits (mean per expert weight), or bytes of the whole checkpoint.
 
-    role_bits      width of every part that is not a routed expert; 16 = kept
+    attention_bits, shared_bits and so on: width of every part that is not a routed expert; 16 = kept
     floors         at least this many experts per layer of each width, for example {3: 1, 2: 1}; None = the method's own
     """
 
@@ -212,8 +214,8 @@ class AllocateSettings(StageSettings):
     target_bits: float | None = None
     target_size_bytes: int | None = None
     bits: tuple[float, ...] | None = None  # None = the candidates that were scored
-    attention_bits: int = 5  # a fifth bit here pays more than its bytes do among the experts, see docs/results.md
-    shared_bits: int = 5
+    attention_bits: int | None = None  # None = `bits_beside` experts of the mean width asked for
+    shared_bits: int | None = None  # the same
     dense_bits: int | None = None  # None = shared_bits
     head_bits: int = 16
     router_bits: int = 16
@@ -236,19 +238,26 @@ class AllocateSettings(StageSettings):
                 f"allocate needs exactly one target, {len(given)} given: --target-stored-bits (scales included), "
                 "--target-bits (codes only) or --target-size (the whole checkpoint, for example 16GiB)."
             )
-        for role, bits in self.role_bits().items():
+        for role, bits in self.role_bits(0).items():
             if not (1 <= bits <= 8 or bits == 16):
                 raise InputError(f"--{role.value}-bits {bits}: a width is 1 to 8, or 16 to keep the checkpoint's own.")
 
-    def role_bits(self) -> dict[Role, int]:
-        """Width per role; DENSE follows SHARED unless set."""
+    def role_bits(self, mean_bits: float) -> dict[Role, int]:
+        """Width per role beside experts of `mean_bits`; DENSE follows SHARED unless set."""
+        beside = bits_beside(mean_bits)
+        shared = beside if self.shared_bits is None else self.shared_bits
         return {
-            Role.ATTENTION: self.attention_bits,
-            Role.SHARED: self.shared_bits,
-            Role.DENSE: self.shared_bits if self.dense_bits is None else self.dense_bits,
+            Role.ATTENTION: beside if self.attention_bits is None else self.attention_bits,
+            Role.SHARED: shared,
+            Role.DENSE: shared if self.dense_bits is None else self.dense_bits,
             Role.ROUTER: self.router_bits,
             Role.HEAD: self.head_bits,
         }
+
+
+def bits_beside(mean_bits: float) -> int:
+    """The width of attention and shared experts that pays more than its bytes do among experts of `mean_bits`."""
+    return next(bits for above, bits in BESIDE if mean_bits > above)
 
 
 @dataclass(frozen=True)

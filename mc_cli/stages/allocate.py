@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mc_cli.encodings import encoding_for, stored_bytes
 from mc_cli.errors import BudgetError, PlanError
 from mc_cli.parts import ModelInventory, Role, TensorPart
 from mc_cli.progress import Progress, StageResult
-from mc_cli.settings import AllocateSettings, QuantizerSettings, RunSettings
+from mc_cli.settings import BESIDE, AllocateSettings, QuantizerSettings, RunSettings
 
 STAGE = "allocate"
 PLAN = "plan.yaml"
@@ -49,13 +50,13 @@ def run(
     )
     quantizer = QuantizerSettings(**require_done(work_dir, "score").settings["quantizer"])
     _check_tied_head(settings, inventory)
-    others = other_bytes(inventory, settings.role_bits(), quantizer)
+    role_bits, others = _beside_experts(settings, inventory, quantizer)
     with progress.step(f"allocate: {settings.method}", total=1, unit="programme") as step:
         plan = allocate(
             importance,
             method=settings.method,
             budget=_budget(settings, others),
-            role_bits=settings.role_bits(),
+            role_bits=role_bits,
             candidate_bits=settings.bits,
             floors=None if settings.floors is None else [Floor(bits, count) for bits, count in settings.floors],
             alpha=settings.alpha,
@@ -84,6 +85,26 @@ def _check_tied_head(settings: AllocateSettings, inventory: ModelInventory) -> N
             f"--head-bits {settings.head_bits}: this model's head is tied to its embedding, packing it would store the "
             "matrix twice. Keep --head-bits 16."
         )
+
+
+def _beside_experts(
+    settings: AllocateSettings, inventory: ModelInventory, quantizer: QuantizerSettings
+) -> tuple[dict[Role, int], int]:
+    """(width per role, file bytes of all that is not a routed expert weight).
+
+    For a size in bytes: the widest that still leave the experts the mean width beside which they are the right ones.
+    """
+    asked = settings.target_stored_bits or settings.target_bits
+    if asked is not None:
+        role_bits = settings.role_bits(asked)
+        return role_bits, other_bytes(inventory, role_bits, quantizer)
+    for border, _ in BESIDE:
+        role_bits = settings.role_bits(math.nextafter(border, math.inf))
+        others = other_bytes(inventory, role_bits, quantizer)
+        left = (settings.target_size_bytes or 0) - others
+        if 8 * left > border * inventory.expert_weight_count:
+            break
+    return role_bits, others
 
 
 def _budget(settings: AllocateSettings, others: int) -> Budget:

@@ -117,7 +117,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--max-windows", type=int, default=256, help="held-out windows, evenly over the domains; 0 = all"
     )
-    parser.add_argument("--attention-bits", type=int, default=4)
+    parser.add_argument("--attention-bits", type=int, help="of every contender; without it, as the tool chooses")
     parser.add_argument("--only", help="contenders whose name holds this")
     parser.add_argument("--domains", nargs="+", help="calibrate on documents of these domains; --data is a JSONL file")
     parser.add_argument("--tasks", nargs="+", default=[], help="lm-eval tasks, whose accuracy is measured too")

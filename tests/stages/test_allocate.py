@@ -12,6 +12,8 @@ import pytest
 from mc_cli.allocators import solver
 from mc_cli.artifacts.plan import Plan
 from mc_cli.errors import BudgetError
+from mc_cli.parts import Role
+from mc_cli.settings import bits_beside
 from tests.conftest import TinyModel
 from tests.tiny_chain import run_allocate, run_calibrate, run_quantize, run_score, write_documents
 
@@ -55,7 +57,7 @@ def test_target_out_of_reach_says_what_is_feasible(scored: Path, tmp_path: Path)
 
 def test_a_target_size_out_of_reach_is_told_as_the_size_of_the_files(scored: Path, tmp_path: Path) -> None:
     work_dir = Path(shutil.copytree(scored, tmp_path / "work"))
-    run_allocate(work_dir, target_stored_bits=3.0)
+    run_allocate(work_dir, target_stored_bits=2.0)  # beside which attention is as wide as where nothing is left
     asked = plan_of(work_dir).budget["other_bytes"] + 10
     with pytest.raises(
         BudgetError, match=rf"10 bytes for all experts \({asked:,} with the rest of the model\)"
@@ -67,6 +69,27 @@ def test_a_target_size_out_of_reach_is_told_as_the_size_of_the_files(scored: Pat
     assert run_allocate(work_dir, target_stored_bits=None, target_size_bytes=reached, force=True).ran
     with pytest.raises(BudgetError):
         run_allocate(work_dir, target_stored_bits=None, target_size_bytes=reached - 1, force=True)
+
+
+def test_borders_belong_to_the_narrower_width() -> None:
+    assert [bits_beside(bits) for bits in (0, 2.5, 2.501, 2.75, 2.751)] == [5, 5, 6, 6, 8]
+
+
+@pytest.mark.parametrize(("bits", "beside"), [(2.0, 5), (2.4, 5), (2.6, 6), (3.0, 8), (3.6, 8)])
+def test_attention_is_as_wide_as_pays_beside_such_experts(
+    scored: Path, tmp_path: Path, bits: float, beside: int
+) -> None:
+    """The same for stored bits and for the size in bytes that they come to."""
+    work_dir = Path(shutil.copytree(scored, tmp_path / "work"))
+    run_allocate(work_dir, target_stored_bits=bits)
+    plan = plan_of(work_dir)
+    assert plan.role_bits[Role.ATTENTION] == plan.role_bits[Role.SHARED] == beside
+    size = plan.budget["other_bytes"] + int(bits * plan.budget["expert_weights"] / 8)
+    for asked, expected in ((size + 8, beside), (size * 4, 8)):
+        run_allocate(work_dir, target_stored_bits=None, target_size_bytes=asked, force=True)
+        assert plan_of(work_dir).role_bits[Role.ATTENTION] == expected
+    run_allocate(work_dir, target_stored_bits=bits, attention_bits=4, shared_bits=7, force=True)
+    assert plan_of(work_dir).role_bits[Role.ATTENTION] == 4 and plan_of(work_dir).role_bits[Role.SHARED] == 7
 
 
 @pytest.mark.parametrize(("method", "gaps"), [("pmq", {0.0}), ("global", {1e-4})])
