@@ -1,4 +1,4 @@
-"""Products with affine grids: few tokens are multiplied packed, for many a tile of rows is decoded, then the library.
+"""Products with affine grids: packed where that is faster; else some rows are decoded, and the library multiplies.
 
 Each activation becomes two bytes, a coarse and a fine part, with one scale per token and group of inputs; products of
 bytes are summed exactly in int32, groups in float32. Against exact arithmetic the error is about 5e-5 of an output.
@@ -19,8 +19,10 @@ from mc_cli.errors import McError
 
 Part = tuple[AffineEncoding, Mapping[str, Tensor]]  # a matrix: its encoding, `codes`, `scales` and `zero_points`
 
-PATHS = {0: "portable C", 2: "AVX-512 (VBMI, VNNI)"}  # numbered as those of trellis codes
-FEW_TOKENS = 16  # of more, decoding is no longer the larger part of the work
+PATHS = {0: "portable C", 2: "AVX-512 (VBMI, VNNI)", 3: "AMX"}  # numbered as those of trellis codes
+_TILES = 3  # of PATHS, multiplies many tokens fast, too:
+FEW_TOKENS = 16  # of more, the others need longer than decoding does
+HALF_TOKENS = 192  # of 16-bit tokens; of more, _TILES needs longer than decoding and the library's own 16-bit product
 MOST_INPUTS = 2**16  # of a larger group sums of byte products might leave int32
 _WEIGHTS_PER_THREAD = 2**18  # fewer are done before a second thread has started
 _TILE_WEIGHTS = 2**22  # decoded at a time: a transient copy of 8 to 16 MB, whatever the matrix
@@ -28,9 +30,13 @@ _TILE_WEIGHTS = 2**22  # decoded at a time: a transient copy of 8 to 16 MB, what
 
 def runs_packed(rows: Tensor) -> bool:
     """Whether rows [tokens, in_features] are multiplied with packed matrices as these are."""
-    if (rows.requires_grad and torch.is_grad_enabled()) or rows.device.type != "cpu" or native.library() is None:
+    if (rows.requires_grad and torch.is_grad_enabled()) or rows.shape[-1] > MOST_INPUTS:
         return False
-    return rows.shape[0] <= FEW_TOKENS and rows.shape[-1] <= MOST_INPUTS
+    if rows.device.type != "cpu" or native.library() is None:
+        return False
+    if best_path() < _TILES:
+        return rows.shape[0] <= FEW_TOKENS
+    return rows.dtype == torch.float32 or rows.shape[0] <= HALF_TOKENS
 
 
 def path_name(device: torch.device | None = None) -> str:

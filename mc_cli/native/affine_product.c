@@ -12,9 +12,11 @@
 
 #define VECTOR 64        /* bytes */
 #define FLOATS 16        /* in a vector */
-#define ROWS_AT_ONCE 32  /* outputs in a piece of work */
+#define ROWS_AT_ONCE 64  /* outputs in a piece of work */
 #define AHEAD 4096       /* bytes from codes that are multiplied to those that are fetched */
 #define TOKENS_AT_ONCE 8 /* quantized in a piece of work */
+#define TOKENS_FOR_TILES 4  /* from here on tiles are faster */
+#define INPUTS_IN_CACHE 256 /* of ROWS_AT_ONCE outputs: 16 KB of codes stay in the first cache beside what they meet */
 
 typedef struct {
     int64_t codes, scales, zero_points, bits; /* three addresses; 0 bits: this matrix is not here */
@@ -222,6 +224,10 @@ typedef struct {
     int8_t *rows;               /* [tokens][2][stride], coarse and fine */
     float *steps, *totals;      /* [tokens][room], zeros behind the last group */
     mc_slots sorted;
+    int8_t *tiled;              /* [blocks][groups * pitch / 64][2][16][16][4]: see lay_tiles; NULL without tiles */
+    float *block_grids;         /* [blocks][groups][2][16]: steps and totals of a block's places */
+    int *blocks;                /* [..][2]: first place of a block of tokens with one matrix, and how many */
+    int *first_blocks;          /* by task, -1 where it has too few tokens for tiles */
     atomic_int failed;
 } Product;
 
@@ -244,6 +250,161 @@ static Activations activations_of(const Product *p, size_t token) {
     return (Activations){coarse, coarse + p->stride, p->steps + token * p->room, p->totals + token * p->room, p->pitch};
 }
 
+#ifdef HAS_AMX
+
+#define TILE_BYTES (TILE * VECTOR)
+
+/* Room for the activations of one block, both parts. */
+INLINE size_t block_bytes(const Product *p) { return 2 * TILE * (size_t)p->groups * p->pitch; }
+
+/* One block of 16 tokens, as tiles: 64 inputs of all, fours of inputs by fours, first coarse and then fine parts. */
+static void lay_tiles(void *context, int block) {
+    Product *p = context;
+    const int *slots = p->sorted.slots + p->blocks[2 * block], count = p->blocks[2 * block + 1];
+    int8_t *out = p->tiled + (size_t)block * block_bytes(p);
+    float *grids = p->block_grids + (size_t)block * p->groups * 2 * TILE;
+    memset(out, 0, block_bytes(p));
+    memset(grids, 0, sizeof(float) * (size_t)p->groups * 2 * TILE);
+    for (int column = 0; column < count; column++) {
+        const size_t token = (size_t)(slots[column] / p->share);
+        const int8_t *row = p->rows + 2 * token * p->stride;
+        for (int part = 0; part < 2; part++)
+            for (size_t at = 0; at < p->groups * p->pitch; at += 4)
+                memcpy(out + (2 * (at / VECTOR) + part) * TILE_BYTES + at % VECTOR / 4 * VECTOR + 4 * column,
+                       row + part * p->stride + at, 4);
+        for (int g = 0; g < p->groups; g++) {
+            grids[2 * TILE * g + column] = p->steps[token * p->room + g];
+            grids[2 * TILE * g + TILE + column] = p->totals[token * p->room + g];
+        }
+    }
+}
+
+/* What one group of 32 rows of codes, `pitch` bytes apart, gives with 16 tokens. */
+typedef struct {
+    int32_t coarse[2 * TILE][TILE], fine[2 * TILE][TILE];
+} GroupSums __attribute__((aligned(64)));
+
+AMX INLINE void multiply_group(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, GroupSums *found) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (size_t i = 0; i < vectors; i++, x += 2 * TILE_BYTES) { /* codes behind a group's end meet zeros */
+        _tile_loadd(4, w + i * VECTOR, (long)pitch);
+        _tile_loadd(5, w + TILE * pitch + i * VECTOR, (long)pitch);
+        _tile_loadd(6, x, VECTOR);
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 5, 6);
+        _tile_loadd(7, x + TILE_BYTES, VECTOR);
+        _tile_dpbusd(2, 4, 7);
+        _tile_dpbusd(3, 5, 7);
+    }
+    _tile_stored(0, found->coarse, VECTOR);
+    _tile_stored(1, found->coarse + TILE, VECTOR);
+    _tile_stored(2, found->fine, VECTOR);
+    _tile_stored(3, found->fine + TILE, VECTOR);
+}
+
+/* sums [2 * 16][16] += those of a group; scales and offsets of row r lie r * room behind those of the first.
+ * grids: the tokens' steps, then their totals. */
+AVX512 INLINE void add_group(const GroupSums *found, const float *scales, const float *offsets, size_t room,
+                             const float *grids, float (*sums)[TILE]) {
+    const __m512 steps = _mm512_loadu_ps(grids), totals = _mm512_loadu_ps(grids + TILE), part = _mm512_set1_ps(1 / FINE);
+    for (int row = 0; row < 2 * TILE; row++) {
+        const __m512 coarse = _mm512_cvtepi32_ps(_mm512_load_si512(found->coarse[row])),
+                     fine = _mm512_cvtepi32_ps(_mm512_load_si512(found->fine[row]));
+        const __m512 product = _mm512_mul_ps(_mm512_fmadd_ps(fine, part, coarse), steps);
+        const __m512 sum = _mm512_fmadd_ps(product, _mm512_set1_ps(scales[row * room]), _mm512_load_ps(sums[row]));
+        _mm512_store_ps(sums[row], _mm512_fnmadd_ps(totals, _mm512_set1_ps(offsets[row * room]), sum));
+    }
+}
+
+/* Some rows of codes, unpacked, and their grids. */
+typedef struct {
+    const uint8_t *codes;          /* [rows][pitch] */
+    const float *scales, *offsets; /* [rows][room] */
+    size_t pitch;
+    int rows; /* whole pairs of tiles */
+} Rows;
+
+/* sums [rows][16] += groups `begin` to `end` of all rows with one block of tokens. While tiles multiply, what they gave
+ * for the group before is added. */
+AMX static void multiply_block(const Product *p, const Rows *r, int begin, int end, int block, float (*sums)[TILE]) {
+    const int8_t *x = p->tiled + (size_t)block * block_bytes(p);
+    const float *grids = p->block_grids + (size_t)block * p->groups * 2 * TILE;
+    const int range = end - begin, steps = r->rows / (2 * TILE) * range;
+    GroupSums found[2];
+    for (int step = 0; step <= steps; step++) {
+        if (step < steps) {
+            const size_t row = (size_t)(step / range) * 2 * TILE, g = (size_t)(begin + step % range);
+            multiply_group(r->codes + row * r->pitch + g * p->group, r->pitch, x + 2 * TILE * g * p->pitch,
+                           p->pitch / VECTOR, found + step % 2);
+        }
+        if (step) {
+            const size_t row = (size_t)((step - 1) / range) * 2 * TILE, g = (size_t)(begin + (step - 1) % range);
+            add_group(found + (step - 1) % 2, r->scales + row * p->room + g, r->offsets + row * p->room + g, p->room,
+                      grids + 2 * TILE * g, sums + row);
+        }
+    }
+}
+
+/* As multiply_rows, for many places: in tiles of 16 rows and 16 places. A few groups at a time, so that all their codes
+ * stay in the first cache while block after block of tokens passes. */
+static void multiply_tiles(Product *p, const Matrix *m, const int *task, int first_block, int first, int last) {
+    const size_t pitch = whole((size_t)p->inputs, VECTOR) + p->pitch; /* of a row of codes */
+    const int rows = (int)whole((size_t)(last - first), 2 * TILE), blocks = (task[2] + TILE - 1) / TILE;
+    const size_t grids = (size_t)rows * p->room * sizeof(float), each = (size_t)rows * TILE * sizeof(float);
+    uint8_t *memory = aligned_alloc(VECTOR, whole(2 * grids + (size_t)blocks * each + (size_t)rows * pitch, VECTOR));
+    if (!memory) {
+        atomic_store(&p->failed, 1);
+        return;
+    }
+    float *scales = (float *)memory, *offsets = scales + (size_t)rows * p->room;
+    float(*sums)[TILE] = (float(*)[TILE])(memory + 2 * grids);
+    uint8_t *codes = memory + 2 * grids + (size_t)blocks * each;
+    for (int row = 0; row < last - first; row++) {
+        read_grids_avx512(m, first + row, scales + row * p->room, offsets + row * p->room);
+        unpack_avx512(row_of(m, first + row), m->bits, words_of(m), codes + row * pitch);
+    }
+    memset(sums, 0, (size_t)blocks * each);
+    const Rows unpacked = {codes, scales, offsets, pitch, rows};
+    const int range = p->pitch < INPUTS_IN_CACHE ? (int)(INPUTS_IN_CACHE / p->pitch) : 1;
+    mc_configure_tiles();
+    for (int g = 0; g < p->groups; g += range)
+        for (int i = 0; i < blocks; i++)
+            multiply_block(p, &unpacked, g, g + range < p->groups ? g + range : p->groups, first_block + i,
+                           sums + (size_t)i * rows);
+    mc_release_tiles();
+    for (int place = 0; place < task[2]; place++) {
+        float *out = p->out + (size_t)p->sorted.slots[task[1] + place] * p->outputs + first;
+        for (int row = 0; row < last - first; row++) out[row] = sums[place / TILE * rows + row][place % TILE];
+    }
+    free(memory);
+}
+
+/* Divides the places of tasks with many tokens into blocks, and lays these out. Returns 0, or 1 without memory. */
+static int prepare_tiles(Product *p, int slots, int threads) {
+    int count = 0;
+    p->blocks = malloc(sizeof(int) * 2 * (size_t)(slots / TILE + p->sorted.count + 1));
+    p->first_blocks = malloc(sizeof(int) * (size_t)(p->sorted.count + 1));
+    if (!p->blocks || !p->first_blocks) return 1;
+    for (int i = 0; i < p->sorted.count; i++) {
+        const int *task = p->sorted.tasks + 3 * i;
+        p->first_blocks[i] = task[2] < TOKENS_FOR_TILES ? -1 : count;
+        for (int done = 0; done < task[2] && task[2] >= TOKENS_FOR_TILES; done += TILE, count++) {
+            p->blocks[2 * count] = task[1] + done;
+            p->blocks[2 * count + 1] = task[2] - done < TILE ? task[2] - done : TILE;
+        }
+    }
+    p->tiled = aligned_alloc(VECTOR, (size_t)count * block_bytes(p) + VECTOR);
+    p->block_grids = malloc(sizeof(float) * ((size_t)count * p->groups * 2 * TILE + 1));
+    if (!p->tiled || !p->block_grids) return 1;
+    mc_parallel(lay_tiles, p, count, threads);
+    return 0;
+}
+
+#endif
+
 /* Some outputs of one expert, for its places. */
 static void multiply_rows(void *context, int index) {
     Product *p = context;
@@ -253,6 +414,12 @@ static void multiply_rows(void *context, int index) {
                       (const uint8_t *)(intptr_t)entry->zero_points, (int)entry->bits, p->inputs, p->group, p->groups};
     const int first = index % p->pieces * ROWS_AT_ONCE;
     const int last = first + ROWS_AT_ONCE < p->outputs ? first + ROWS_AT_ONCE : p->outputs;
+#ifdef HAS_AMX
+    if (p->path == AMX_TILES && p->first_blocks[index / p->pieces] >= 0) {
+        multiply_tiles(p, &m, task, p->first_blocks[index / p->pieces], first, last);
+        return;
+    }
+#endif
     const size_t bytes = whole((size_t)p->inputs, VECTOR) + p->pitch; /* the last group may be read beyond its end */
     float *scales = calloc(1, 3 * p->room * sizeof(float) + bytes), *offsets = scales + p->room;
     if (!scales) {
@@ -279,10 +446,15 @@ static void multiply_rows(void *context, int index) {
     free(scales);
 }
 
-/* The fastest path of this machine: 2 AVX-512 (VBMI, VNNI), 0 portable. */
+/* The fastest path of this machine: 3 AMX, 2 AVX-512 (VBMI, VNNI), 0 portable. */
 int mc_affine_path(void) {
 #ifdef HAS_VECTORS
-    if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) return AVX512_VNNI;
+    if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) {
+#ifdef HAS_AMX
+        if (mc_tiles_granted()) return AMX_TILES;
+#endif
+        return AVX512_VNNI;
+    }
 #endif
     return PORTABLE;
 }
@@ -308,8 +480,15 @@ int mc_affine_product(const float *x, const int64_t *experts, const Entry *bank,
         for (int slot = 0; slot < slots; slot++)
             if (p.sorted.places[slot] < 0) memset(out + (size_t)slot * outputs, 0, sizeof(float) * (size_t)outputs);
         mc_parallel(quantize_tokens, &p, (tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE, threads);
-        mc_parallel(multiply_rows, &p, p.sorted.count * p.pieces, threads);
+#ifdef HAS_AMX
+        if (path == AMX_TILES && prepare_tiles(&p, slots, threads)) atomic_store(&p.failed, 1);
+#endif
+        if (!atomic_load(&p.failed)) mc_parallel(multiply_rows, &p, p.sorted.count * p.pieces, threads);
     }
+    free(p.tiled);
+    free(p.block_grids);
+    free(p.blocks);
+    free(p.first_blocks);
     free(p.rows);
     free(p.steps);
     free(p.totals);

@@ -2,6 +2,27 @@
 
 #include <stdlib.h>
 
+#ifdef HAS_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+
+int mc_tiles_granted(void) {
+    unsigned a = 7, b, c = 0, d;
+    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    if (!(d >> 24 & 1) || !(d >> 25 & 1)) return 0;
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+}
+
+static const struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} tiles __attribute__((aligned(64))) = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+AMX void mc_configure_tiles(void) { _tile_loadconfig(&tiles); }
+AMX void mc_release_tiles(void) { _tile_release(); }
+#endif
+
 int mc_sort_slots(mc_slots *sorted, const int64_t *experts, int slots, const int64_t *widths, int pitch, int matrices) {
     *sorted = (mc_slots){malloc(sizeof(int) * (size_t)(slots + 1)), malloc(sizeof(int) * (size_t)(slots + 1)),
                          malloc(sizeof(int) * 3 * (size_t)(matrices + 1)), 0};

@@ -17,6 +17,20 @@
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")))
 #endif
 
+#if defined(HAS_VECTORS) && defined(__linux__) && \
+    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#define HAS_AMX 1
+#define AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni,amx-tile,amx-int8")))
+
+/* Whether the processor has tiles of bytes and the system lets this process use them. */
+int mc_tiles_granted(void);
+
+/* All eight tiles, of the largest size; to be released when the work is done. */
+void mc_configure_tiles(void);
+void mc_release_tiles(void);
+#endif
+
+#define TILE 16 /* rows of a tile */
 #define FINE 254.0f /* a coarse step of an activation has as many fine ones */
 
 enum { PORTABLE = 0, AVX2 = 1, AVX512_VNNI = 2, AMX_TILES = 3 }; /* paths, as kernels/trellis.py names them */

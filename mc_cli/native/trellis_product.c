@@ -21,7 +21,6 @@
 #define SUMS (PER_LANE * LANES) /* of one row of activations, with one sequence of outputs */
 #define TOKENS_AT_ONCE 256
 #define TOKENS_FOR_TILES 3 /* from here on tiles are faster */
-#define TILE 16            /* rows of a tile */
 
 typedef struct {
     const uint8_t *first, *second; /* [64] each: their sum mod 256 is the hash of a window */
@@ -298,31 +297,9 @@ AVX512 static void multiply_avx512(Block block, int count, const int8_t *x, size
     TILES(2, 4);
 }
 
-#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#define HAS_AMX 1
-#define AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni,amx-tile,amx-int8")))
-
-/* Whether the processor has tiles of bytes and the system lets this process use them. */
-static int amx_granted(void) {
-    unsigned a = 7, b, c = 0, d;
-    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    if (!(d >> 24 & 1) || !(d >> 25 & 1)) return 0;
-    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
-}
-
-/* Tiles 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights, or 5 to 7; all of the largest size. */
-static const struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} tiles __attribute__((aligned(64))) = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-
-AMX static void configure_tiles(void) { _tile_loadconfig(&tiles); }
-
-/* As multiply_portable, in whole tiles, configured before: rows and groups beyond the last are read, too. Activations
+#ifdef HAS_AMX
+/* Tiles 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights, or 5 to 7.
+ * As multiply_portable, in whole tiles, configured before: rows and groups beyond the last are read, too. Activations
  * beyond the last group are zeros, sums of rows beyond the last are of no use. */
 AMX static void multiply_amx(Block block, int count, const int8_t *x, size_t stride, int rows, int32_t *sums) {
     const long line = SUMS * sizeof(int32_t);
@@ -376,8 +353,6 @@ AMX static void multiply_amx(Block block, int count, const int8_t *x, size_t str
     }
 }
 
-AMX static void release_tiles(void) { _tile_release(); }
-#endif
 #endif
 #endif
 
@@ -386,7 +361,7 @@ int mc_trellis_path(void) {
 #ifdef HAS_VECTORS
     if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) {
 #ifdef HAS_AMX
-        if (amx_granted()) return AMX_TILES;
+        if (mc_tiles_granted()) return AMX_TILES;
 #endif
         return AVX512_VNNI;
     }
@@ -555,7 +530,7 @@ static void multiply_sequence(void *context, int index) {
         scales[i] = from_half(((const uint16_t *)(intptr_t)entry->scales)[first_output + i]);
     if (lanes < LANES) memset(block.bytes, 0, (size_t)PER_LANE * block.pitch * LANE_BYTES); /* lanes that are not there are multiplied, too */
 #ifdef HAS_AMX
-    if (path == AMX_TILES) configure_tiles();
+    if (path == AMX_TILES) mc_configure_tiles();
 #endif
     for (int begin = 0; begin < task[2]; begin += most) {
         const int count = task[2] - begin < most ? task[2] - begin : most, place = task[1] + begin;
@@ -571,7 +546,7 @@ static void multiply_sequence(void *context, int index) {
                    outputs, p->out + (size_t)p->sorted.slots[place + i] * p->outputs + first_output);
     }
 #ifdef HAS_AMX
-    if (path == AMX_TILES) release_tiles();
+    if (path == AMX_TILES) mc_release_tiles();
 #endif
     free(block.bytes);
     free(sums);

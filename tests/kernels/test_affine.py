@@ -18,7 +18,17 @@ from mc_cli.encodings.affine import AffineEncoding, affine_for
 from mc_cli.encodings.trellis import trellis_for
 from mc_cli.errors import ShapeError
 from mc_cli.kernels import packed_linear, path_names
-from mc_cli.kernels.affine import FEW_TOKENS, MOST_INPUTS, PATHS, Bank, bank_of, best_path, decoded_product
+from mc_cli.kernels.affine import (
+    FEW_TOKENS,
+    HALF_TOKENS,
+    MOST_INPUTS,
+    PATHS,
+    Bank,
+    bank_of,
+    best_path,
+    decoded_product,
+    runs_packed,
+)
 from mc_cli.runtime import experts
 from mc_cli.runtime.packed_modules import pack_experts
 
@@ -81,7 +91,7 @@ def paths() -> list[int]:
 def test_products_are_those_of_float64(shape: tuple[int, int, int], bits: int) -> None:
     outputs, inputs, group = shape
     encoding, tensors = packed(outputs, inputs, bits, group)
-    for count in (1, 3, FEW_TOKENS, FEW_TOKENS + 1, 40):
+    for count in (1, 3, FEW_TOKENS, FEW_TOKENS + 1, 49):
         tokens = rows(count, inputs)
         found = packed_linear(tokens, tensors, encoding, in_features=inputs)
         assert relative_error(found, reference(tokens, encoding, tensors)) < LARGEST_ERROR
@@ -101,12 +111,26 @@ def test_every_path_that_the_machine_has_agrees(bits: int, path: int) -> None:
         assert torch.equal(encoding.dequantize_compiled(tensors, inputs, torch.float32, path), exact)
         assert torch.equal(encoding.dequantize_compiled(tensors, inputs, torch.bfloat16, path), exact.bfloat16())
         assert torch.equal(encoding.dequantize_compiled(tensors, inputs, torch.float16, path), exact.half())
-        for count in (1, 2, 5, 47):
+        for count in (1, 2, 5, 47, 200):
             tokens = rows(count, inputs)
             found = bank.product(tokens, path=path)
             expected = reference(tokens, encoding, tensors)
             assert relative_error(found, expected) < LARGEST_ERROR
             assert relative_error(decoded_product(tokens.double(), tensors, encoding), expected) < DECODED_ERROR
+
+
+@needs_library
+def test_what_is_multiplied_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles multiply any number of float32 tokens; of 16-bit ones the library multiplies many faster."""
+    for path, some, many, halves in ((0, True, False, False), (2, True, False, False), (3, True, True, True)):
+        monkeypatch.setattr(kernels.affine, "best_path", lambda path=path: path)
+        assert runs_packed(torch.empty(FEW_TOKENS, 8)) == some
+        assert runs_packed(torch.empty(FEW_TOKENS + 1, 8)) == many
+        assert runs_packed(torch.empty(HALF_TOKENS + 1, 8)) == many
+        assert runs_packed(torch.empty(HALF_TOKENS, 8, dtype=torch.bfloat16)) == halves
+        assert not runs_packed(torch.empty(HALF_TOKENS + 1, 8, dtype=torch.bfloat16))
+        assert not runs_packed(torch.empty(1, MOST_INPUTS + 1))
+        assert not runs_packed(torch.empty(1, 8, requires_grad=True))
 
 
 @needs_library
