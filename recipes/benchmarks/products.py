@@ -29,14 +29,17 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from mc_cli.artifacts.packed import ExpertLayout
+from mc_cli.encodings import Encoding
+from mc_cli.encodings.affine import affine_for
 from mc_cli.encodings.trellis import trellis_for
-from mc_cli.kernels.trellis import Bank, path_name
+from mc_cli.kernels import affine, bank_for, trellis
 from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.packed_modules import pack_experts
 from mc_cli.runtime.speed import reading_rate
 
 SHAPES = ((14336, 4096), (4096, 14336), (768, 2048), (2048, 7168))  # (out_features, in_features) of real experts
 WIDTHS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
+AFFINE_WIDTHS = (2, 3, 4, 8)
 MIXED = (1.5, 2.0, 2.5, 2.5, 2.5, 2.5, 3.0, 3.5)  # a block's experts: 2.5 bits in the mean
 TOKENS = (1, 8, 64)
 
@@ -60,7 +63,8 @@ def main() -> None:
         rate = reading_rate()
         console = Console(width=140)
         console.print(
-            f"{torch.get_num_threads()} threads, {path_name()}, {platform.machine()}, torch {torch.__version__}, "
+            f"{torch.get_num_threads()} threads, {trellis.path_name()} (affine grids: {affine.path_name()}), "
+            f"{platform.machine()}, torch {torch.__version__}, "
             f"reading {rate / 1e9:.1f} GB/s"
         )
         found = [row for shape in arguments.shapes for row in matrices(arguments, shape, rate)]
@@ -75,7 +79,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 0], help="0: as many as torch takes")
     parser.add_argument("--shapes", type=_shape, nargs="+", default=list(SHAPES), help="OUTxIN")
-    parser.add_argument("--widths", type=float, nargs="+", default=list(WIDTHS))
+    parser.add_argument("--widths", type=float, nargs="*", default=list(WIDTHS), help="of trellis codes")
+    parser.add_argument("--affine-widths", type=int, nargs="*", default=list(AFFINE_WIDTHS), help="of affine grids")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--pool-mb", type=int, default=600, help="weights that every contender goes through")
@@ -104,7 +109,14 @@ def matrices(arguments: argparse.Namespace, shape: tuple[int, int], rate: float)
         contenders = [
             dense(arguments, "bfloat16", tokens_in.bfloat16(), shape, torch.bfloat16),
             dense(arguments, "float32", tokens_in, shape, torch.float32),
-            *(packed(arguments, f"{bits:g} bits", tokens_in, shape, bits) for bits in arguments.widths),
+            *(
+                packed(arguments, f"{bits:g} bits", tokens_in, shape, trellis_for(bits, inputs))
+                for bits in arguments.widths
+            ),
+            *(
+                packed(arguments, f"affine, {bits} bits", tokens_in, shape, affine_for(bits, inputs))
+                for bits in arguments.affine_widths
+            ),
         ]
         times = measured(arguments, contenders)
         baseline = statistics.median(times["bfloat16"])
@@ -141,15 +153,20 @@ def dense(
     return Contender(name, in_turn(pool, lambda weight: torch.nn.functional.linear(rows, weight)), size)
 
 
-def packed(arguments: argparse.Namespace, name: str, rows: Tensor, shape: tuple[int, int], bits: float) -> Contender:
-    encoding = trellis_for(bits, shape[1])
+def packed(
+    arguments: argparse.Namespace, name: str, rows: Tensor, shape: tuple[int, int], encoding: Encoding
+) -> Contender:
     specs = encoding.tensor_specs(*shape)
     size = sum(spec.size_bytes for spec in specs.values())
     pool = []
     for _ in range(max(2, arguments.pool_mb * 2**20 // size)):
-        codes = torch.randint(0, 256, specs["codes"].shape, dtype=torch.uint8)
-        tensors = {"codes": codes, "scales": torch.full(specs["scales"].shape, 0.02, dtype=torch.float16)}
-        pool.append((Bank([(encoding, tensors)], *shape), tensors))
+        tensors = {
+            part: torch.randint(0, 256, spec.shape, dtype=torch.uint8)
+            if spec.dtype == "uint8"
+            else torch.full(spec.shape, 0.02, dtype=torch.float16)
+            for part, spec in specs.items()
+        }
+        pool.append((bank_for([(encoding, tensors)], shape[1]), tensors))  # a bank keeps addresses alone
     return Contender(name, in_turn(pool, lambda entry: entry[0].product(rows)), size)
 
 
