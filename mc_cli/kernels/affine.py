@@ -15,7 +15,7 @@ from torch import Tensor
 from mc_cli import native
 from mc_cli.encodings import FASTEST
 from mc_cli.encodings.affine import AffineEncoding
-from mc_cli.errors import McError
+from mc_cli.kernels.compiled import check, threads_for
 
 Part = tuple[AffineEncoding, Mapping[str, Tensor]]  # a matrix: its encoding, `codes`, `scales` and `zero_points`
 
@@ -24,7 +24,6 @@ _TILES = 3  # of PATHS, multiplies many tokens fast, too:
 FEW_TOKENS = 16  # of more, the others need longer than decoding does
 HALF_TOKENS = 192  # of 16-bit tokens; of more, _TILES needs longer than decoding and the library's own 16-bit product
 MOST_INPUTS = 2**16  # of a larger group sums of byte products might leave int32
-_WEIGHTS_PER_THREAD = 2**18  # fewer are done before a second thread has started
 _TILE_WEIGHTS = 2**22  # decoded at a time: a transient copy of 8 to 16 MB, whatever the matrix
 
 
@@ -91,7 +90,6 @@ class Bank:
         rows = rows.float().contiguous()
         slots = len(rows) * share
         outputs = torch.empty((slots, self.out_features))
-        work = slots * self.out_features * self.in_features
         failed = self._routine(
             rows.data_ptr(),
             None if experts is None else experts.data_ptr(),
@@ -104,12 +102,10 @@ class Bank:
             self.out_features,
             self._group,
             best_path() if path == FASTEST else path,
-            1 if work < 2 * _WEIGHTS_PER_THREAD else torch.get_num_threads(),
+            threads_for(outputs.numel() * self.in_features),
             outputs.data_ptr(),
         )
-        if failed:
-            shape = f"{self.out_features} x {self.in_features}"
-            raise McError(f"No memory left for a product with a packed matrix of {shape} weights.")
+        check(failed, self.out_features, self.in_features)
         return outputs
 
 

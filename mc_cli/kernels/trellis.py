@@ -17,8 +17,8 @@ from torch import Tensor
 from mc_cli import native
 from mc_cli.encodings import FASTEST
 from mc_cli.encodings.trellis import TrellisEncoding, sequence_length
-from mc_cli.errors import McError
 from mc_cli.kernels import trellis_gpu
+from mc_cli.kernels.compiled import check, threads_for
 from mc_cli.kernels.matrix_table import Part, matrix_table
 from mc_cli.kernels.trellis_gpu import GpuBank
 from mc_cli.numerics.rotation import rotate, signs
@@ -28,7 +28,6 @@ PATHS = {0: "portable C", 1: "AVX2", 2: "AVX-512 (VBMI, VNNI)", 3: "AMX"}
 _FOR_MANY_TOKENS = 2  # paths from here on multiply any number of tokens as fast as the library does, or faster
 FEW_TOKENS = 8  # up to here the others are faster than decoding first
 MOST_INPUTS = 2**16  # of more, sums of byte products might leave int32
-_WEIGHTS_PER_THREAD = 2**18  # fewer are done before a second thread has started
 _ARGUMENTS = "pppppfiiiiiiiiiip"
 
 
@@ -90,7 +89,6 @@ class Bank:
         tokens = rows.shape[0]
         slots = tokens * share
         outputs = torch.empty((slots, self.out_features))
-        work = slots * self.out_features * self.in_features
         failed = self._routine(
             rows.data_ptr(),
             None if experts is None else experts.data_ptr(),
@@ -103,12 +101,10 @@ class Bank:
             self._block,
             self._length,
             best_path() if path == FASTEST else path,
-            1 if work < 2 * _WEIGHTS_PER_THREAD else torch.get_num_threads(),
+            threads_for(outputs.numel() * self.in_features),
             outputs.data_ptr(),
         )
-        if failed:
-            shape = f"{self.out_features} x {self.in_features}"
-            raise McError(f"No memory left for a product with a packed matrix of {shape} weights.")
+        check(failed, self.out_features, self.in_features)
         return outputs
 
 

@@ -31,6 +31,7 @@ from mc_cli.kernels.affine import (
 )
 from mc_cli.runtime import experts
 from mc_cli.runtime.packed_modules import pack_experts
+from tests.kernels.products import error_of_bank, relative_error, rows
 
 Packed = tuple[AffineEncoding, dict[str, Tensor]]
 
@@ -53,20 +54,6 @@ def packed(outputs: int, inputs: int, bits: int, group: int) -> Packed:
         for name, spec in encoding.tensor_specs(outputs, inputs).items()
     }
     return encoding, tensors
-
-
-def rows(count: int, inputs: int) -> Tensor:
-    """Tokens of very different sizes, with outliers."""
-    generator = torch.Generator().manual_seed(count)
-    values = torch.randn(count, inputs, generator=generator) * torch.logspace(-3, 3, count)[:, None]
-    values[:, ::7] *= 20
-    return values
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """The largest over tokens of |found - expected| / |expected|, as vectors."""
-    miss = (found.double() - expected).norm(dim=-1)
-    return float((miss / expected.norm(dim=-1).clamp_min(1e-300)).max())
 
 
 def reference(inputs: Tensor, encoding: AffineEncoding, tensors: dict[str, Tensor]) -> Tensor:
@@ -168,29 +155,9 @@ def test_a_bank_gives_every_slot_its_own_matrix(group: int, count: int, path: in
     """Mixed widths, an expert that is not there, slots without an expert, an expert that nobody chose; in threads."""
     if path not in paths():
         pytest.skip(f"this machine has no {PATHS[path]}")
-    outputs, inputs, share = 530, 192, 3
-    made = [packed(outputs, inputs, bits, group) for bits in (1, 2, 8, 3, 4)]
-    parts = [*made[:3], None, *made[3:]]
-    bank = Bank(parts, outputs, inputs)
-    generator = torch.Generator().manual_seed(count)
-    experts = torch.randint(-1, 5, (count * share,), generator=generator)  # the last of the six is never chosen
-    experts[experts == 1] = 6  # one more than there are
-    tokens = rows(count, inputs)
-    expected = torch.zeros(count * share, outputs, dtype=torch.float64)
-    for slot, expert in enumerate(experts.tolist()):
-        part = parts[expert] if 0 <= expert < 6 else None
-        if part is not None:
-            expected[slot] = reference(tokens[slot // share][None], *part)[0]
-    threads = torch.get_num_threads()
-    try:
-        for torch_threads in (1, 4):
-            torch.set_num_threads(torch_threads)
-            found = bank.product(tokens, experts, share=share, path=path)
-            there = expected.abs().sum(1) > 0
-            assert relative_error(found[there], expected[there]) < LARGEST_ERROR
-            assert not found[~there].any()
-    finally:
-        torch.set_num_threads(threads)
+    made = [packed(530, 192, bits, group) for bits in (1, 2, 8, 3, 4)]
+    error = error_of_bank(Bank, made, reference, outputs=530, inputs=192, tokens=count, path=path)
+    assert error < LARGEST_ERROR
 
 
 def test_groups_of_different_sizes_have_no_bank() -> None:

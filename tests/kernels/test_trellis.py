@@ -22,6 +22,7 @@ from mc_cli.kernels.trellis import (
 )
 from mc_cli.numerics.rotation import rotate, rotate_back
 from mc_cli.numerics.trellis import code_levels
+from tests.kernels.products import error_of_bank, relative_error, rows
 
 RATES = tuple(half / 2 for half in range(2, 11))
 SHAPES = ((16, 32), (24, 48), (272, 96), (512, 257), (40, 1), (208, 2050))  # (out_features, in_features)
@@ -39,20 +40,6 @@ def packed(outputs: int, inputs: int, bits: float) -> tuple[TrellisEncoding, dic
     rings = encoding.rings(codes, inputs)
     assert torch.equal(encoding.rings(encoding.interleaved(rings), inputs), rings)
     return encoding, {"codes": codes, "scales": (0.01 + torch.rand(outputs, generator=generator)).half()}
-
-
-def rows(count: int, inputs: int) -> Tensor:
-    """Tokens of very different sizes, with outliers."""
-    generator = torch.Generator().manual_seed(count)
-    values = torch.randn(count, inputs, generator=generator) * torch.logspace(-3, 3, count)[:, None]
-    values[:, ::7] *= 20
-    return values
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """The largest over tokens of |found - expected| / |expected|, as vectors."""
-    miss = (found.double() - expected).norm(dim=-1)
-    return float((miss / expected.norm(dim=-1).clamp_min(1e-300)).max())
 
 
 def reference(inputs: Tensor, encoding: TrellisEncoding, tensors: dict[str, Tensor]) -> Tensor:
@@ -114,29 +101,9 @@ def test_a_bank_gives_every_slot_its_own_matrix(count: int, path: int) -> None:
     """Mixed widths, an expert that is not there, slots without an expert, an expert that nobody chose; in threads."""
     if path not in paths():
         pytest.skip(f"this machine has no {PATHS[path]}")
-    outputs, inputs, share = 528, 192, 3
-    made = [packed(outputs, inputs, bits) for bits in (1, 2.5, 5, 3, 2)]
-    parts = [*made[:3], None, *made[3:]]
-    bank = Bank(parts, outputs, inputs)
-    generator = torch.Generator().manual_seed(count)
-    experts = torch.randint(-1, 5, (count * share,), generator=generator)  # the last of the six is never chosen
-    experts[experts == 1] = 6  # one more than there are
-    tokens = rows(count, inputs)
-    expected = torch.zeros(count * share, outputs, dtype=torch.float64)
-    for slot, expert in enumerate(experts.tolist()):
-        part = parts[expert] if 0 <= expert < 6 else None
-        if part is not None:
-            expected[slot] = reference(tokens[slot // share][None], *part)[0]
-    threads = torch.get_num_threads()
-    try:
-        for torch_threads in (1, 4):
-            torch.set_num_threads(torch_threads)
-            found = bank.product(tokens, experts, share=share, path=path)
-            there = expected.abs().sum(1) > 0
-            assert relative_error(found[there], expected[there]) < LARGEST_ERROR
-            assert not found[~there].any()
-    finally:
-        torch.set_num_threads(threads)
+    made = [packed(528, 192, bits) for bits in (1, 2.5, 5, 3, 2)]
+    error = error_of_bank(Bank, made, reference, outputs=528, inputs=192, tokens=count, path=path)
+    assert error < LARGEST_ERROR
 
 
 @needs_library

@@ -29,6 +29,8 @@ from mc_cli.numerics.trellis import code_levels
 from mc_cli.runtime import experts
 from mc_cli.runtime.packed_modules import pack_experts
 from tests.dense_twin import _decode
+from tests.kernels import products
+from tests.kernels.products import relative_error
 
 pytest.importorskip("triton", reason="Triton is not installed: the GPU kernels are neither run nor interpreted")
 
@@ -62,11 +64,7 @@ def packed(outputs: int, inputs: int, bits: float, seed: int = 0) -> Matrix:
 
 
 def rows(count: int, inputs: int) -> Tensor:
-    """Tokens of very different sizes, with outliers."""
-    generator = torch.Generator().manual_seed(count)
-    values = torch.randn(count, inputs, generator=generator) * torch.logspace(-3, 3, count)[:, None]
-    values[:, ::7] *= 20
-    return values.to(DEVICE)
+    return products.rows(count, inputs).to(DEVICE)
 
 
 def dense(matrix: Matrix) -> Tensor:
@@ -79,12 +77,6 @@ def dense(matrix: Matrix) -> Tensor:
 def reference(inputs: Tensor, matrix: Matrix) -> Tensor:
     weight = dense(matrix)[:, : inputs.shape[-1]]
     return (inputs.cpu().double() @ weight.T).to(DEVICE)
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """The largest over rows of |found - expected| / |expected|, as vectors."""
-    miss = (found.double() - expected).norm(dim=-1)
-    return float((miss / expected.norm(dim=-1).clamp_min(1e-300)).max())
 
 
 def bound(bank: GpuBank, slots: int) -> float:

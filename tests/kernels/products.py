@@ -1,0 +1,58 @@
+"""What tests of products share: tokens, the measure of errors, and a bank put to all that a layer asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SLOTS_PER_TOKEN = 3
+
+
+def rows(count: int, inputs: int) -> Tensor:
+    """Tokens of very different sizes, with outliers."""
+    generator = torch.Generator().manual_seed(count)
+    values = torch.randn(count, inputs, generator=generator) * torch.logspace(-3, 3, count)[:, None]
+    values[:, ::7] *= 20
+    return values
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest over tokens of |found - expected| / |expected|, as vectors."""
+    miss = (found.double() - expected).norm(dim=-1)
+    return float((miss / expected.norm(dim=-1).clamp_min(1e-300)).max())
+
+
+def error_of_bank(make: Callable[..., Any], made: list[Any], reference: Callable[..., Tensor], **of: int) -> float:
+    """The error of a bank of five matrices and one that is not there, over slots with and without one; in threads.
+
+    make       the bank's class
+    made       (encoding, stored parts) of the matrices; nobody chooses the last
+    reference  float64 outputs of rows [tokens, in_features], an encoding and its stored parts
+    of         outputs, inputs, tokens, and the path
+    """
+    count = of["tokens"]
+    parts = [*made[:3], None, *made[3:]]
+    bank = make(parts, of["outputs"], of["inputs"])
+    generator = torch.Generator().manual_seed(count)
+    experts = torch.randint(-1, 5, (count * SLOTS_PER_TOKEN,), generator=generator)
+    experts[experts == 1] = 6  # one more than there are
+    tokens = rows(count, of["inputs"])
+    expected = torch.zeros(count * SLOTS_PER_TOKEN, of["outputs"], dtype=torch.float64)
+    for slot, expert in enumerate(experts.tolist()):
+        part = parts[expert] if 0 <= expert < 6 else None
+        if part is not None:
+            expected[slot] = reference(tokens[slot // SLOTS_PER_TOKEN][None], *part)[0]
+    there = expected.abs().sum(1) > 0
+    threads, worst = torch.get_num_threads(), 0.0
+    try:
+        for torch_threads in (1, 4):
+            torch.set_num_threads(torch_threads)
+            found = bank.product(tokens, experts, share=SLOTS_PER_TOKEN, path=of["path"])
+            worst = max(worst, relative_error(found[there], expected[there]))
+            assert not found[~there].any()
+    finally:
+        torch.set_num_threads(threads)
+    return worst
