@@ -20,7 +20,7 @@ setup(
                 for name in ("trellis", "trellis_product", "affine_product", "product", "pruning", "threads", "version")
             ],
             libraries=["m"],
-            depends=["mc_cli/native/threads.h", "mc_cli/native/product.h"],
+            depends=[f"mc_cli/native/{name}.h" for name in ("compiler", "product", "threads")],
             extra_compile_args=["-O3", "-Wno-psabi", "-fno-math-errno", "-pthread"],
             extra_link_args=["-pthread"],
             optional=True,  # without a C compiler torch does their work, slower, and the stages say so

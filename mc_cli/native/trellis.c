@@ -4,6 +4,7 @@
  * floor(i * rate) decides weight i. States here are windows with the first bit highest, so that one step of the
  * sequence shifts a state to the left. */
 
+#include "compiler.h"
 #include "threads.h"
 
 #include <stdatomic.h>
@@ -17,13 +18,6 @@
 #define WARM_UP 48 /* weights on either side of the seam from which its bits are guessed */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VERSIONS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define VERSIONS
-#endif
-#define INLINE static inline __attribute__((always_inline))
 
 INLINE vec broadcast(float x) { return x - (vec){0}; }
 
