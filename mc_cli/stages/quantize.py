@@ -39,7 +39,7 @@ from mc_cli.runtime.checkpoint import Checkpoint
 from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.layer_quantizer import LayerQuantizer, LayerResult
 from mc_cli.runtime.layerwise import LayerWalk
-from mc_cli.runtime.memory import release_freed_memory
+from mc_cli.runtime.memory import large_blocks_mapped, release_freed_memory
 from mc_cli.runtime.packed_model import copy_model_files, model_bytes
 from mc_cli.runtime.quantization import quantizer_for
 from mc_cli.runtime.resume import restore_progress, save_progress
@@ -58,6 +58,7 @@ def plan_stage(settings: QuantizeSettings, compute: RunSettings, work_dir: Path)
     return _folder(settings, later_session(work_dir, compute))
 
 
+@large_blocks_mapped()
 def run(
     settings: QuantizeSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress
 ) -> StageResult:
