@@ -24,7 +24,7 @@ from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.packed_files import open_packed
 from mc_cli.runtime.packed_model import PackedSource, copy_model_files, load_packed, model_bytes
 from tests.conftest import TinyModel
-from tests.dense_twin import cut_experts_out
+from tests.dense_twin import PRODUCTS, cut_experts_out, decoded_products
 from tests.packed_folders import LINEAR_BITS, pack_folder
 
 CPU = torch.device("cpu")
@@ -90,11 +90,13 @@ def dequantized(checkpoint: Path, model: Any) -> Any:
 def test_streamed_whole_and_dequantized_models_agree(model_type: str, packed: Packed, tiny_model: TinyModel) -> None:
     folder = packed(model_type)
     whole = load_packed(folder)
-    expected = logits_of(whole)
-    assert torch.isfinite(expected).all() and expected.std() > 0.1
-    torch.testing.assert_close(streamed_logits(source_of(folder)), expected, atol=ROUNDING, rtol=0)
     dense = logits_of(dequantized(tiny_model(model_type), whole))
-    torch.testing.assert_close(expected, dense, atol=ROUNDING, rtol=0)
+    assert torch.isfinite(dense).all() and dense.std() > 0.1
+    assert (logits_of(whole) - dense).abs().mean() < PRODUCTS
+    assert (streamed_logits(source_of(folder)) - dense).abs().mean() < PRODUCTS
+    with decoded_products():
+        torch.testing.assert_close(streamed_logits(source_of(folder)), dense, atol=ROUNDING, rtol=0)
+        torch.testing.assert_close(logits_of(whole), dense, atol=ROUNDING, rtol=0)
 
 
 @every_family
@@ -123,7 +125,8 @@ def test_routers_and_head_can_be_packed(model_type: str, packed: Packed, tiny_mo
     folder = packed(model_type, {"tie_word_embeddings": False}, role_bits=roles)
     whole = load_packed(folder)
     dense = dequantized(tiny_model(model_type, tie_word_embeddings=False), whole)
-    torch.testing.assert_close(logits_of(whole), logits_of(dense), atol=ROUNDING, rtol=0)
+    with decoded_products():
+        torch.testing.assert_close(logits_of(whole), logits_of(dense), atol=ROUNDING, rtol=0)
     sizes = model_bytes(folder)
     assert sizes[Role.ROUTER].codes > 0 and sizes[Role.HEAD].kept == 0
 
@@ -136,8 +139,10 @@ def test_dropped_experts_are_as_if_they_were_not_there(model_type: str, packed: 
     for path, module in whole.named_modules():
         if experts.is_packed(module):
             cut_experts_out(dense, path, (0, 5))
-    torch.testing.assert_close(streamed_logits(source_of(folder)), logits_of(whole), atol=ROUNDING, rtol=0)
-    torch.testing.assert_close(logits_of(whole), logits_of(dense), atol=ROUNDING, rtol=0)
+    assert (logits_of(whole) - logits_of(dense)).abs().mean() < PRODUCTS
+    with decoded_products():
+        torch.testing.assert_close(streamed_logits(source_of(folder)), logits_of(whole), atol=ROUNDING, rtol=0)
+        torch.testing.assert_close(logits_of(whole), logits_of(dense), atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -304,7 +309,10 @@ def test_a_packed_linear_still_has_its_weight(packed: Packed) -> None:
     linear = source.model.model.layers[0].self_attn.q_proj
     assert isinstance(linear, torch.nn.Linear) and "weight" not in dict(linear.named_parameters())
     inputs = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(linear(inputs), torch.nn.functional.linear(inputs, linear.weight))
+    expected = torch.nn.functional.linear(inputs, linear.weight)
+    assert (linear(inputs) - expected).abs().mean() < PRODUCTS * expected.abs().mean()
+    with decoded_products():
+        torch.testing.assert_close(linear(inputs), expected)
     assert math.isclose(float(linear.weight.std()), 0.15, rel_tol=0.1)
 
 

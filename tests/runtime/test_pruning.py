@@ -18,6 +18,7 @@ from mc_cli.runtime import experts
 from mc_cli.runtime.packed_model import load_packed
 from mc_cli.runtime.pruning import apply_pruning, pruned, pruners, remove_pruning
 from tests.conftest import TinyModel
+from tests.dense_twin import decoded_products
 from tests.packed_folders import packed_work_dir
 
 TOKENS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -86,7 +87,7 @@ def test_a_packed_model_is_pruned_the_same_way(tiny_model: TinyModel, tmp_path: 
     path = next(path for path, _ in experts.find_experts(model))
     hidden, index = torch.randn(6, 32), torch.tensor([[0, 3]] * 6)
     weights = torch.tensor([[0.3, 0.7]] * 6)
-    with torch.no_grad():
+    with torch.no_grad(), decoded_products():
         found = model.get_submodule(path)(hidden, index, weights)
         expected = twin.get_submodule(path)(hidden, index, weights)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)

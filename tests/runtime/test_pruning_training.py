@@ -28,6 +28,7 @@ from mc_cli.runtime.pruning_training import (
     train_layer,
 )
 from tests.conftest import TinyModel
+from tests.dense_twin import decoded_products
 from tests.packed_folders import packed_work_dir
 
 IDS = torch.randint(3, 300, (6, 10), generator=torch.Generator().manual_seed(0))
@@ -150,7 +151,7 @@ def test_the_dense_model_is_the_packed_one(tiny_model: TinyModel, tmp_path: Path
     packed_work_dir(tiny_model("gpt_oss"), tmp_path / "work")
     folder = tmp_path / "work" / "packed"
     one = load_dense(folder, dtype=torch.float32, device=torch.device("cpu"))
-    with torch.no_grad():
+    with torch.no_grad(), decoded_products():
         torch.testing.assert_close(one(IDS).logits, load_packed(folder)(IDS).logits, atol=1e-4, rtol=1e-4)
     assert not any(parameter.requires_grad for parameter in one.parameters())
 
