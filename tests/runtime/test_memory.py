@@ -1,34 +1,91 @@
-"""While quantize runs, large blocks go back to the system as soon as they are freed, whatever lies around them."""
+"""Memory that is freed goes back to the system, and large blocks leave no holes while quantize runs."""
 
 from __future__ import annotations
 
-import platform
-import subprocess
-import sys
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-# Prints the MiB that stay resident after every other one of 16 blocks of 8 MiB is freed. Freeing a first, larger block
-# makes glibc take the later ones from its heap, unless it is told otherwise. In a process of its own: settings stay.
-_SCRIPT = """
-import contextlib, sys
-from mc_cli.runtime.memory import large_blocks_mapped, resident_bytes
-def left():
-    first = b"x" * (16 << 20)
-    del first
-    before = resident_bytes()
-    blocks = [b"x" * (8 << 20) for _ in range(16)]
+from mc_cli.progress import SilentProgress, Step
+from mc_cli.runtime.memory import large_blocks_mapped, release_freed_memory, resident_bytes
+from mc_cli.stages import quantize
+from tests.conftest import TinyModel
+from tests.tiny_chain import COMPUTE, QUANTIZE, run_allocate, run_calibrate, run_score, write_documents
+
+MIB = 2**20
+pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
+
+
+class _MallocFigures(ctypes.Structure):
+    """struct mallinfo2 of malloc.h."""
+
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _names)
+
+
+def is_mapped(size: int) -> bool:
+    """Whether glibc gives a block of `size` bytes as a mapping of its own just now."""
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype, libc.malloc.restype = _MallocFigures, ctypes.c_void_p
+    before = libc.mallinfo2().hblks
+    block = libc.malloc(ctypes.c_size_t(size))
+    after = libc.mallinfo2().hblks
+    libc.free(ctypes.c_void_p(block))
+    return bool(after > before)
+
+
+@pytest.fixture
+def adapted() -> None:
+    """As after a model was loaded: glibc has freed a large mapping, and takes smaller blocks from its heap."""
+    with large_blocks_mapped():
+        pass
+    assert not is_mapped(8 * MIB)
+
+
+@pytest.mark.usefixtures("adapted")
+def test_large_blocks_between_others_go_back_as_soon_as_they_are_freed() -> None:
+    with large_blocks_mapped():
+        blocks = [bytearray(b"x") * (8 * MIB) for _ in range(16)]
+        before = resident_bytes()
+        del blocks[::2]
+        given_back = before - resident_bytes()
+    assert given_back >= 7 * 8 * MIB
+    assert not is_mapped(8 * MIB)
+
+
+@pytest.mark.usefixtures("adapted")
+def test_holes_between_other_blocks_are_given_back_on_request() -> None:
+    blocks = [bytearray(b"x") * (MIB // 2) for _ in range(128)]
     del blocks[::2]
-    return (resident_bytes() - before) >> 20
-with large_blocks_mapped() if sys.argv[1] != "never" else contextlib.nullcontext():
-    inside = left()
-print(left() if sys.argv[1] == "afterwards" else inside)
-"""
+    before = resident_bytes()
+    release_freed_memory()
+    assert before - resident_bytes() >= 24 * MIB
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have rules of their own")
-@pytest.mark.parametrize("asked", ["never", "inside", "afterwards"])
-def test_freed_blocks_between_others_go_back_while_asked_for(asked: str) -> None:
-    done = subprocess.run([sys.executable, "-c", _SCRIPT, asked], stdout=subprocess.PIPE, text=True, check=True)
-    left = int(done.stdout)  # of 128; what the heap holds free before counts neither way
-    assert 56 <= left <= 72 if asked == "inside" else 104 <= left <= 136
+@pytest.mark.usefixtures("adapted")
+def test_quantize_leaves_no_holes_of_large_tensors(tiny_model: TinyModel, tmp_path: Path) -> None:
+    class Watching(SilentProgress):
+        """Notes after every layer whether a block is mapped."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[bool] = []
+
+        @contextmanager
+        def step(self, title: str, *, total: int, unit: str, done: int = 0) -> Iterator[Step]:
+            yield self
+
+        def advance(self, amount: int = 1, note: str = "") -> None:
+            self.seen.append(is_mapped(8 * MIB))
+
+    model = tiny_model("mixtral", num_hidden_layers=2)
+    run_calibrate(tmp_path / "work", model, write_documents(tmp_path / "text.jsonl", documents=24))
+    run_score(tmp_path / "work", bits=(2, 3))
+    run_allocate(tmp_path / "work", target_stored_bits=3.4)
+    progress = Watching()
+    quantize.run(QUANTIZE, COMPUTE, tmp_path / "work", force=False, progress=progress)
+    assert progress.seen == [True, True]
+    assert not is_mapped(8 * MIB)
