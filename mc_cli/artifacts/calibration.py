@@ -6,6 +6,9 @@ routing/layer_NN.json    routing statistics of one MoE layer
   sensitivity.safetensors  layers.N.gradient_square [hidden] float32: mean over tokens of the squared gradient of the
                            summed loss at the MoE output; layers.N.token_scale [tokens of the first sequences] float32:
                            a token's squares summed over features, relative to the mean token's
+gradients/layer_NNN.safetensors  covariance [hidden, hidden] float32: mean over tokens of gradient gradient^T at one MoE
+                           output; a file per layer, read when that layer is quantized. Calibrations of earlier versions
+                           have none
 """
 
 from __future__ import annotations
@@ -82,6 +85,17 @@ class LayerRouting:
 def routing_file(layer: int) -> str:
     """Name of a layer's routing file inside the calibration folder."""
     return f"routing/layer_{layer:03d}.json"
+
+
+def covariance_file(layer: int) -> str:
+    """Name of the file of a layer's gradient covariance inside the calibration folder."""
+    return f"gradients/layer_{layer:03d}.safetensors"
+
+
+def read_covariance(calibration: Path, layer: int) -> torch.Tensor | None:
+    """[hidden, hidden] float32 of one layer's MoE output; None without a backward pass, or from an earlier version."""
+    path = calibration / covariance_file(layer)
+    return read_tensors(path)["covariance"] if path.exists() else None
 
 
 def write_inventory(path: Path, inventory: ModelInventory) -> None:

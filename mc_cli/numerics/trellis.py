@@ -16,8 +16,8 @@ levels are then from Lloyd's iterations on a normal source at rates 1 to 4.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from fractions import Fraction
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ UNIT = 3.0378 / 127  # of a level, where the weights have variance 1
 _MULTIPLIER, _OFFSET = 54201, 237
 _HASHED_APART = (0x00F, 0x030, 0x0C0, 0xF00)  # bits of a window that each have a table
 _WARM_UP = 48  # weights on either side of the seam from which the bits that cross it are chosen
+PIECE = 32  # weights between two looks at the errors so far, where errors are fed back; as in native/trellis.c
+_UNSETTLED = 12  # weights before such a look whose codes are still likely to change; as in native/trellis.c
 _SEQUENCES_AT_ONCE = {"cpu": 256, "cuda": 2048}  # in the torch search: on a GPU up to 1 GB of choices, for few launches
 
 
@@ -89,14 +91,33 @@ def encode(targets: Tensor, rate: Fraction, weights: Tensor | None = None) -> tu
     The bits that cross the seam of the ring are chosen first, from the weights around it; given them the search is
     exact. Compiled on a CPU; torch where the compiled routines are missing, and on a GPU.
     """
+    codes, values = encode_together(targets[:, None], rate, None if weights is None else weights[:, None], None)
+    return codes[:, 0], values[:, 0]
+
+
+def encode_together(
+    targets: Tensor, rate: Fraction, weights: Tensor | None, feedback: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(codes uint8 [groups, rings, length * rate / 8], values float32 like targets), rings after rings in a group.
+
+    targets   float32 [groups, rings, length]
+    weights   float32 like targets, of each squared error; None for ones
+    feedback  float32 [groups, rings * length, rings * length]: what a unit of error (value minus target) of one weight,
+              a row, takes from the target of one after it, a column; None for nothing
+    Every PIECE weights of a ring the best path so far says what the errors are; the last ones, whose codes are not
+    settled, count from the next look on. Entries of `feedback` that would be needed sooner are not used.
+    Without feedback, and with the bits that cross a ring's seam chosen from the weights around it, the search is exact.
+    """
     check_rate(targets.shape[-1], rate)
     if targets.device.type == "cpu" and native.library() is not None:
-        return _encode_compiled(targets.contiguous(), rate, None if weights is None else weights.contiguous())
+        return _encode_compiled(targets, rate, weights, feedback)
     at_once = _SEQUENCES_AT_ONCE.get(targets.device.type, 256)
     parts = [
-        encode_in_torch(targets[rows], rate, None if weights is None else weights[rows])
+        encode_in_torch(
+            targets[some], rate, *(None if tensor is None else tensor[some] for tensor in (weights, feedback))
+        )
         for start in range(0, len(targets), at_once)
-        for rows in [slice(start, start + at_once)]
+        for some in [slice(start, start + at_once)]
     ]
     return torch.cat([codes for codes, _ in parts]), torch.cat([values for _, values in parts])
 
@@ -116,15 +137,18 @@ def decode(codes: Tensor, rate: Fraction) -> Tensor:
 # The search, compiled
 
 
-def _encode_compiled(targets: Tensor, rate: Fraction, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    count, length = targets.shape
-    codes = torch.empty((count, int(length * rate) // 8), dtype=torch.uint8)
-    values = torch.empty_like(targets)
-    failed = native.routine("mc_trellis_encode", "pppiiiiipp")(
-        targets.data_ptr(),
-        None if weights is None else weights.data_ptr(),
+def _encode_compiled(
+    targets: Tensor, rate: Fraction, weights: Tensor | None, feedback: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    groups, rings, length = targets.shape
+    codes = torch.empty((groups, rings, int(length * rate) // 8), dtype=torch.uint8)
+    values = torch.empty((groups, rings, length))
+    given = [None if tensor is None else tensor.contiguous() for tensor in (targets, weights, feedback)]
+    failed = native.routine("mc_trellis_encode", "ppppiiiiiipp")(
+        *(None if tensor is None else tensor.data_ptr() for tensor in given),
         code_values().data_ptr(),
-        count,
+        groups,
+        rings,
         length,
         rate.numerator,
         rate.denominator,
@@ -140,51 +164,105 @@ def _encode_compiled(targets: Tensor, rate: Fraction, weights: Tensor | None) ->
 # The search, in torch: states are windows with the first bit highest, so a step of k bits shifts a state to the left.
 
 
-def encode_in_torch(targets: Tensor, rate: Fraction, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`encode` on any device, all sequences side by side."""
-    length = targets.shape[-1]
-    start = offsets(length + 1, rate)
-    steps = (start[1:] - start[:-1]).tolist()
+def encode_in_torch(
+    targets: Tensor, rate: Fraction, weights: Tensor | None, feedback: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`encode_together` on any device, all groups side by side."""
+    _, rings, length = targets.shape
     weights = torch.ones_like(targets) if weights is None else weights
-    before = min(_WARM_UP, length // 2)
-    seam = [(length - before + place) % length for place in range(2 * before)]
-    states = _best_path(targets, weights, seam, steps, None)
-    overlap = states[:, before - 1] & ((1 << (STATE_BITS - steps[-1])) - 1)
-    states = _best_path(targets, weights, list(range(length)), steps, overlap)
-    windows = _reversed_bits().to(states.device)[states]
-    return _packed(windows, start[:-1].tolist(), steps, int(length * rate) // 8), code_values().to(states.device)[
-        windows
-    ]
+    wanted = targets.flatten(1)
+    aim, fed = wanted.clone(), torch.zeros_like(wanted)
+    codes, values = [], []
+    for first in range(0, rings * length, length):
+        ring = slice(first, first + length)
+
+        def look(found: Tensor, settled: int, place: int, first: int = first) -> None:
+            """Brings the targets from `place` of this ring on up to the errors of its first `settled` values."""
+            assert feedback is not None
+            here, later = slice(first, first + settled), slice(first + place, None)
+            error = found[:, :settled] - wanted[:, here]
+            aim[:, later] -= torch.bmm((error - fed[:, here])[:, None], feedback[:, here, later])[:, 0]
+            fed[:, here] = error
+
+        looked_at = None if feedback is None else look
+        states = _ring_states(aim[:, ring], weights[:, first // length], rate, looked_at)
+        values.append(_state_values(states))
+        codes.append(_packed(_reversed_bits().to(states.device)[states], rate))
+        if feedback is not None:
+            look(values[-1], length, length)
+    return torch.stack(codes, 1), torch.stack(values, 1)
 
 
-def _best_path(targets: Tensor, weights: Tensor, places: list[int], steps: list[int], overlap: Tensor | None) -> Tensor:
-    """int64 [sequences, len(places)]: the states of least error along these places of the ring.
+def _ring_states(
+    aim: Tensor, weights: Tensor, rate: Fraction, look: Callable[[Tensor, int, int], None] | None
+) -> Tensor:
+    """int64 [groups, length]: the best states for targets `aim` [groups, length], which `look` moves on the way.
 
-    overlap  [sequences], the bits that the first state must begin and the last one end with; None for any
+    look  (values so far, how many of them are settled, weights so far)
     """
-    values = code_values().to(targets.device)[_reversed_bits().to(targets.device)]
-    count, total = len(targets), 1 << STATE_BITS
-    states = torch.arange(total, device=targets.device)
+    length = aim.shape[-1]
+    steps = _steps(length, rate)
+    before = min(_WARM_UP, length // 2)
+    seam = _Path(steps, None)
+    for place in range(-before, before):
+        seam.advance(place % length, aim, weights)
+    overlap = seam.trace_back()[:, before - 1] & ((1 << (STATE_BITS - steps[-1])) - 1)
+    path = _Path(steps, overlap)
+    for place in range(length):
+        if look is not None and place and place % PIECE == 0:
+            look(_state_values(path.trace_back()), place - _UNSETTLED, place)
+        path.advance(place, aim, weights)
+    return path.trace_back(closed=True)
 
-    def miss(place: int) -> Tensor:
-        return weights[:, place, None] * (values - targets[:, place, None]).square()
 
-    cost = miss(places[0])
-    if overlap is not None:
-        cost = cost.masked_fill(states >> steps[-1] != overlap[:, None], float("inf"))
-    choices = []
-    for before, place in pairwise(places):
-        fan = 1 << steps[before]
-        cost, choice = cost.view(count, fan, total // fan).min(1)
-        choices.append(choice.to(torch.uint8))
-        cost = cost.repeat_interleave(fan, 1) + miss(place)
-    if overlap is not None:
-        cost = cost.masked_fill((states & ((total >> steps[-1]) - 1)) != overlap[:, None], float("inf"))
-    path = [cost.argmin(1)]
-    for before, choice in zip(reversed(places[:-1]), reversed(choices), strict=True):
-        group = path[-1] >> steps[before]
-        path.append(choice.gather(1, group[:, None])[:, 0].long() * (total >> steps[before]) + group)
-    return torch.stack(path[::-1], 1)
+class _Path:
+    """The best paths to every state along consecutive places of a ring, for many rings side by side."""
+
+    def __init__(self, steps: list[int], overlap: Tensor | None) -> None:
+        """`overlap` [rings]: the bits that the first state must begin with; None for any."""
+        self._steps = steps
+        self._overlap = overlap
+        self._places: list[int] = []
+        self._choices: list[Tensor] = []
+
+    def advance(self, place: int, targets: Tensor, weights: Tensor) -> None:
+        """One place further; targets and weights [rings, length]."""
+        values = _state_values(torch.arange(1 << STATE_BITS, device=targets.device))
+        miss = weights[:, place, None] * (values - targets[:, place, None]).square()
+        if not self._places:
+            self._cost = miss
+            if self._overlap is not None:
+                begins = torch.arange(1 << STATE_BITS, device=targets.device) >> self._steps[-1]
+                self._cost = miss.masked_fill(begins != self._overlap[:, None], float("inf"))
+        else:
+            fan = 1 << self._steps[self._places[-1]]
+            cost, choice = self._cost.unflatten(1, (fan, -1)).min(1)
+            self._choices.append(choice.to(torch.uint8))
+            self._cost = cost.repeat_interleave(fan, 1) + miss
+        self._places.append(place)
+
+    def trace_back(self, *, closed: bool = False) -> Tensor:
+        """int64 [rings, places so far]: the states of least cost; `closed`: that end with the bits of the overlap."""
+        cost, total = self._cost, 1 << STATE_BITS
+        if closed:
+            assert self._overlap is not None
+            ends = torch.arange(total, device=cost.device) & ((total >> self._steps[-1]) - 1)
+            cost = cost.masked_fill(ends != self._overlap[:, None], float("inf"))
+        path = [cost.argmin(1)]
+        for before, choice in zip(reversed(self._places[:-1]), reversed(self._choices), strict=True):
+            group = path[-1] >> self._steps[before]
+            path.append(choice.gather(1, group[:, None])[:, 0].long() * (total >> self._steps[before]) + group)
+        return torch.stack(path[::-1], 1)
+
+
+def _steps(length: int, rate: Fraction) -> list[int]:
+    """Bits by which the window moves after every weight of a ring."""
+    start = offsets(length + 1, rate)
+    return (start[1:] - start[:-1]).tolist()
+
+
+def _state_values(states: Tensor) -> Tensor:
+    return code_values().to(states.device)[_reversed_bits().to(states.device)[states]]
 
 
 @functools.cache
@@ -194,10 +272,11 @@ def _reversed_bits() -> Tensor:
     return sum(((states >> bit) & 1) << (STATE_BITS - 1 - bit) for bit in range(STATE_BITS))  # type: ignore[return-value]
 
 
-def _packed(windows: Tensor, start: list[int], steps: list[int], size: int) -> Tensor:
-    """uint8 [sequences, size] from windows [sequences, length]: each gives the bits it is the first to hold."""
-    codes = torch.zeros((len(windows), size), dtype=torch.int32, device=windows.device)
-    for place, (first, step) in enumerate(zip(start, steps, strict=True)):
+def _packed(windows: Tensor, rate: Fraction) -> Tensor:
+    """uint8 [rings, length * rate / 8] from windows [rings, length]: each gives the bits it is the first to hold."""
+    length = windows.shape[-1]
+    codes = torch.zeros((len(windows), int(length * rate) // 8), dtype=torch.int32, device=windows.device)
+    for place, (first, step) in enumerate(zip(offsets(length, rate).tolist(), _steps(length, rate), strict=True)):
         for bit in range(step):
             at = first + bit
             codes[:, at >> 3] |= ((windows[:, place] >> bit) & 1).int() << (at & 7)

@@ -21,6 +21,7 @@ from mc_cli.errors import InputError, ShapeError
 from mc_cli.numerics.grids import Grid
 from mc_cli.numerics.hessian import trace_error
 from mc_cli.numerics.packing import pack_codes
+from mc_cli.numerics.row_hessian import RowHessian
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,23 @@ class Quantizer(Protocol):
         """
         ...
 
+    def row_groups(self, encoding: Encoding, out_features: int) -> Tensor | None:
+        """int64 [groups, n]: rows, padding included, whose errors `quantize` can weigh together; None for none."""
+        ...
+
     def quantize(
-        self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None
+        self,
+        weight: Tensor,
+        prepared: Prepared,
+        encoding: Encoding,
+        *,
+        row_importance: Tensor | RowHessian | None = None,
     ) -> QuantizedLinear:
         """`weight` [B, out_features, in_features] float32, not modified, in `encoding`.
 
-        row_importance   [B, out_features], how much a squared error of each output matters; None: all alike.
-                         Quantizers that round rows independently of each other have no use for it
+        row_importance   [B, out_features], how much a squared error of each output matters; None: all alike; or the
+                         Hessian of the outputs by the quantizer's own `row_groups`. Quantizers that round rows
+                         independently of each other have no use for it
         """
         ...
 

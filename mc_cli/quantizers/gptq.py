@@ -13,6 +13,7 @@ from mc_cli.errors import InputError
 from mc_cli.numerics.grids import search_grid
 from mc_cli.numerics.hessian import inverse_cholesky, shrink_to_diagonal
 from mc_cli.numerics.rounding import descend, propagate_errors
+from mc_cli.numerics.row_hessian import RowHessian
 from mc_cli.quantizers import Prepared, QuantizedLinear, affine_encoding, affine_result
 
 NAME = "gptq"
@@ -76,8 +77,17 @@ class Gptq:
         inverse = inverse_cholesky(ordered, damping=self.damping)
         return Prepared(hessian, basis, target, inverse.factor, order, inverse.notes)
 
+    def row_groups(self, encoding: Encoding, out_features: int) -> Tensor | None:
+        """None: rows are rounded independently of each other."""
+        return None
+
     def quantize(
-        self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None
+        self,
+        weight: Tensor,
+        prepared: Prepared,
+        encoding: Encoding,
+        *,
+        row_importance: Tensor | RowHessian | None = None,
     ) -> QuantizedLinear:
         """`weight` [B, out_features, in_features] float32 in `encoding`, which must be affine; not modified.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mc_cli.encodings import Encoding
 from mc_cli.numerics.grids import minmax_grid, search_grid
+from mc_cli.numerics.row_hessian import RowHessian
 from mc_cli.quantizers import Prepared, QuantizedLinear, affine_encoding, affine_result
 
 NAME = "rtn"
@@ -37,8 +38,17 @@ class RoundToNearest:
         """Nothing to compute; the Hessian, if there is one, is kept for the loss and the search's error weights."""
         return Prepared(hessian, basis)
 
+    def row_groups(self, encoding: Encoding, out_features: int) -> Tensor | None:
+        """None: rows are rounded independently of each other."""
+        return None
+
     def quantize(
-        self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None
+        self,
+        weight: Tensor,
+        prepared: Prepared,
+        encoding: Encoding,
+        *,
+        row_importance: Tensor | RowHessian | None = None,
     ) -> QuantizedLinear:
         """`weight` [B, out_features, in_features] float32 in `encoding`, which must be affine; not modified.
 

@@ -16,12 +16,14 @@ from mc_cli.numerics import trellis
 from mc_cli.numerics.hessian import inverse_cholesky, trace_error
 from mc_cli.numerics.rotation import rotate, rotate_back, rotate_hessian
 from mc_cli.numerics.rounding import propagate
+from mc_cli.numerics.row_hessian import RowHessian, best_scales, eliminated
 from mc_cli.quantizers import Prepared, QuantizedLinear
 from mc_cli.quantizers.gptq import Gptq
 
 NAME = "trellis"
 _LARGEST_SCALE = 65504.0  # of float16
 _NOISE_SEED = 0
+LARGEST_GROUP = 3  # rings of 256 rows: what feeding back costs grows with their number
 _POOLED_ROWS = 16  # divides every padded number of outputs
 _SAMPLED_INPUTS = 16  # of a matrix, on which the search is tried when only its errors' size is wanted
 
@@ -36,11 +38,12 @@ class Trellis:
     """Weights times rotated inputs, coded by `numerics/trellis.py` under GPTQ's error feedback.
 
     The sequences run along outputs, so every input takes in the errors of all before it. Within a sequence the search
-    weighs each row by its scale squared, times its importance where one is given.
+    weighs each row by its scale squared, times its importance where one is given. Where a Hessian of the rows is given,
+    errors are fed into later rows too, those of the same group.
 
     damping   fraction of the mean Hessian diagonal added before inverting
     sweeps    rounds after the first in which every input is coded again, given all others: 2 to 3 % less error for
-              three times the work
+              three times the work. Errors are not fed into later rows then: a sweep would undo it
     Widths above 5 bits, which have affine grids, are left to `gptq`.
     """
 
@@ -61,8 +64,27 @@ class Trellis:
         inverse = inverse_cholesky(rotated, damping=self.damping)
         return Prepared(hessian, basis, rotated, inverse.factor, None, inverse.notes)
 
+    def row_groups(self, encoding: Encoding, out_features: int) -> Tensor | None:
+        """int64 [groups, n]: rows, padding included, whose errors `quantize` can weigh together; None for none.
+
+        Two rings are a group: those half the outputs apart, so that a gate's row and its partner, of which most is
+        gained, meet. Three or one are a group where that is all. Other odd numbers are taken ring by ring: a Hessian of
+        all rows would be slower to feed back than the search is.
+        """
+        if not isinstance(encoding, TrellisEncoding) or self.sweeps:
+            return None
+        rings = torch.arange(padded(out_features)).view(-1, sequence_length(out_features))
+        count = len(rings)
+        together = 2 if count % 2 == 0 else count if count <= LARGEST_GROUP else 1
+        return rings.unflatten(0, (together, -1)).transpose(0, 1).flatten(1)
+
     def quantize(
-        self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None
+        self,
+        weight: Tensor,
+        prepared: Prepared,
+        encoding: Encoding,
+        *,
+        row_importance: Tensor | RowHessian | None = None,
     ) -> QuantizedLinear:
         """`weight` [B, out_features, in_features] float32 in `encoding`; not modified.
 
@@ -78,7 +100,7 @@ class Trellis:
         tensors = coder.tensors()
         assert prepared.hessian is not None
         loss = trace_error(weight - encoding.dequantize(tensors, weight.shape[-1]), prepared.hessian)
-        return QuantizedLinear(encoding, tensors, loss, prepared.notes)
+        return QuantizedLinear(encoding, tensors, loss, prepared.notes + _group_notes(row_importance, weight))
 
     def forecast(
         self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None
@@ -100,7 +122,13 @@ class Trellis:
 class _Coder:
     """Codes a batch of matrices; holds weights and values as columns [B, in_features, out_features], rotated."""
 
-    def __init__(self, weight: Tensor, prepared: Prepared, encoding: TrellisEncoding, importance: Tensor | None):
+    def __init__(
+        self,
+        weight: Tensor,
+        prepared: Prepared,
+        encoding: TrellisEncoding,
+        importance: Tensor | RowHessian | None,
+    ) -> None:
         if weight.ndim != 3:
             raise ShapeError(f"weights come as [batch, out_features, in_features], not {tuple(weight.shape)}")
         encoding.tensor_specs(*weight.shape[-2:])
@@ -117,9 +145,14 @@ class _Coder:
         rows = torch.nn.functional.pad(rotate(weight.float(), encoding.block), (0, 0, 0, spare))
         self._columns = rows.transpose(1, 2).contiguous()
         self._length = sequence_length(self._outputs)
-        self._importance = None if importance is None else torch.nn.functional.pad(importance, (0, spare))
+        self._row_hessian = importance if isinstance(importance, RowHessian) else None
+        if isinstance(importance, RowHessian):
+            self._importance: Tensor | None = importance.diagonal()
+        else:
+            self._importance = None if importance is None else torch.nn.functional.pad(importance, (0, spare))
         self._scales = _stored(self._columns.square().mean(1).sqrt())  # [B, out]
         self._values = torch.empty_like(self._columns)
+        self._fed = None if self._row_hessian is None else self._feedback(self._row_hessian)
         shape = (batch, rows.shape[1] // self._length, weight.shape[2], int(self._length * encoding.rate) // 8)
         self._codes = torch.empty(shape, dtype=torch.uint8, device=weight.device)
 
@@ -130,11 +163,34 @@ class _Coder:
 
     def best_codes(self, position: int, column: Tensor) -> Tensor:
         """Codes one input's weights [B, out]; returns what they stand for."""
-        codes, values = trellis.encode(
-            self._as_sequences(column / self._divisors()), self._encoding.rate, self._weights()
-        )
+        wanted = column / self._divisors()
+        if self._row_hessian is None or self._fed is None:
+            codes, values = trellis.encode(self._as_sequences(wanted), self._encoding.rate, self._weights())
+        else:
+            codes, values = self._grouped_codes(self._row_hessian, wanted, *self._fed)
         self._keep(position, codes, values)
         return self._values[:, position] * self._scales
+
+    def _feedback(self, row_hessian: RowHessian) -> tuple[Tensor, Tensor]:
+        """(weights [B * groups, rings, length], feedback [B * groups, n, n]) of errors in units of the rows' scales."""
+        feedback, pivots = eliminated(row_hessian.blocks, piece=trellis.PIECE)
+        scales, divisors = row_hessian.grouped(self._scales), row_hessian.grouped(self._divisors())
+        feedback = torch.where(scales[..., None, :] > 0, feedback * scales[..., None] / divisors[..., None, :], 0.0)
+        weights = pivots * scales.square()
+        weights = weights / weights.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        return weights.flatten(0, 1).unflatten(-1, (-1, self._length)), feedback.flatten(0, 1)
+
+    def _grouped_codes(
+        self, row_hessian: RowHessian, wanted: Tensor, weights: Tensor, feedback: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(codes [B, sequences, bytes], values [B, out]) for `wanted` [B, out], errors fed into later rows."""
+        targets = row_hessian.grouped(wanted).view(weights.shape)
+        codes, values = trellis.encode_together(targets, self._encoding.rate, weights, feedback)
+        rings = row_hessian.rows[:, :: self._length].flatten() // self._length
+        codes = codes.view(len(wanted), len(rings), -1)
+        return torch.empty_like(codes).index_copy_(1, rings, codes), row_hessian.ungrouped(
+            values.view(len(wanted), *row_hessian.rows.shape)
+        )
 
     def noisy_values(self) -> Callable[[int, Tensor], Tensor]:
         """A stand-in for `best_codes`: errors as large as the search's, row by row, from a normal distribution."""
@@ -198,12 +254,25 @@ class _Coder:
         return {"codes": codes, "scales": self._scales[:, : self._outputs].half()}
 
     def _refit(self) -> None:
-        """The scale of every row that fits its values best under the Hessian."""
+        """The scales that fit the values best under the Hessian: of every row alone, or of a group's rows together."""
         felt = torch.bmm(self._hessian, self._values)
         power = (self._values * felt).sum(1)
-        scales = _stored((self._columns * felt).sum(1) / power)
+        if self._row_hessian is None:
+            scales = (self._columns * felt).sum(1) / power
+        else:
+            scales = self._joint_scales(self._row_hessian, felt)
+        scales = _stored(scales)
         usable = (power > 0) & torch.isfinite(scales) & (scales > 0)
         self._scales = torch.where(usable, scales, self._scales)
+
+    def _joint_scales(self, row_hessian: RowHessian, felt: Tensor) -> Tensor:
+        """[B, out]: without regard to other rows, scales would take back part of what errors fed into rows are for."""
+        scales = torch.empty_like(self._scales)
+        for group, rows in enumerate(row_hessian.rows):
+            felt_here = felt[:, :, rows].mT
+            coded, wanted = felt_here @ self._values[:, :, rows], felt_here @ self._columns[:, :, rows]
+            scales[:, rows] = best_scales(row_hessian.blocks[:, group], coded, wanted).float()
+        return scales
 
     def _weights(self) -> Tensor:
         """[sequences, length]: `_row_weights`, to a mean of one per matrix."""
@@ -228,6 +297,17 @@ class _Coder:
 
     def _codes_at(self, position: int) -> Tensor:
         return self._codes[:, :, position].flatten(0, 1)
+
+
+def _group_notes(row_importance: Tensor | RowHessian | None, weight: Tensor) -> tuple[str, ...]:
+    """A note for every item whose rings are too many, and of odd number, to be taken together."""
+    if not isinstance(row_importance, RowHessian):
+        return ()
+    groups, size = row_importance.rows.shape
+    if groups == 1 or size > sequence_length(weight.shape[1]):
+        return ()
+    note = f"{groups} rings of {size} rows are no pairs: errors are fed into later rows of the same ring only"
+    return tuple(f"item {item}: {note}" for item in range(len(weight)))
 
 
 def _stored(scales: Tensor) -> Tensor:

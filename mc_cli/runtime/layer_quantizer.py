@@ -22,6 +22,7 @@ from mc_cli.artifacts.plan import KEPT_BITS, Plan
 from mc_cli.artifacts.quantization import MatrixReport
 from mc_cli.encodings import Encoding, encoding_for
 from mc_cli.numerics.hessian import accumulate, trace_error
+from mc_cli.numerics.row_hessian import RowHessian
 from mc_cli.parts import ExpertBlock, Role, TensorPart
 from mc_cli.quantizers import Quantizer
 from mc_cli.runtime import experts
@@ -29,7 +30,7 @@ from mc_cli.runtime.expert_inputs import ExpertInputs, down_hessians, expert_chu
 from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.memory import release_freed_memory
 from mc_cli.runtime.routing import watching
-from mc_cli.runtime.row_importance import down_importance, up_importance
+from mc_cli.runtime.row_importance import down_importance, down_row_hessian, up_importance, up_row_hessian
 
 PackedTensors = dict[str, torch.Tensor]  # stored part -> tensor of one matrix
 
@@ -61,7 +62,9 @@ class LayerQuantizer:
         *,
         shrinkage: float,
         sensitivities: Mapping[int, LayerSensitivity] | None = None,
+        covariance_of: Callable[[int], torch.Tensor | None] = lambda layer: None,
     ) -> None:
+        """`covariance_of`: layer -> gradient covariance at its MoE output, or None; read when the layer is reached."""
         self._walk = walk
         self._model = walk.source.model
         self._device = walk.source.device
@@ -69,6 +72,8 @@ class LayerQuantizer:
         self._quantizer = quantizer
         self._shrinkage = shrinkage
         self._sensitivities = sensitivities or {}
+        self._covariance_of = covariance_of
+        self._covariance: torch.Tensor | None = None  # of the layer that is being quantized
 
     def quantize(self, tensors: Sequence[TensorPart], block: ExpertBlock | None) -> LayerResult:
         """Quantizes the resident layer `walk.depth`, whose parameters are `tensors` and whose experts are `block`."""
@@ -178,6 +183,7 @@ class LayerQuantizer:
         with watching(self._model, block, keep_inputs=True) as capture:
             self._run_up_to(module)
         inputs = ExpertInputs(capture, block, self._device, sensitivity=self._sensitivities.get(block.layer))
+        self._covariance = None if inputs.sensitivity is None else self._covariance_of(block.layer)
         up, down = block.projections
 
         def for_up(members: list[int]) -> torch.Tensor:
@@ -262,7 +268,7 @@ class LayerQuantizer:
         in_features = weights.shape[-1]
         encoding = self._encoding(bits, weights)
         prepared = self._quantizer.prepare(hessians, basis=encoding.basis)
-        importance = self._row_importance(module, inputs, projection, members)
+        importance = self._row_importance(module, inputs, projection, members, encoding)
         quantized = self._quantizer.quantize(weights, prepared, encoding, row_importance=importance)
         replaced = encoding.dequantize(quantized.tensors, in_features)
         for slot, expert in enumerate(members):
@@ -283,16 +289,26 @@ class LayerQuantizer:
             result.report.append(self._measured(row, weights, quantized, hessians, slot))
 
     def _row_importance(
-        self, module: nn.Module, inputs: ExpertInputs, projection: str, members: list[int]
-    ) -> torch.Tensor | None:
-        """[members, out_features] of what errors of each row matter; None where no backward pass was run."""
+        self, module: nn.Module, inputs: ExpertInputs, projection: str, members: list[int], encoding: Encoding
+    ) -> torch.Tensor | RowHessian | None:
+        """What errors of the rows matter: together, each row by itself where that is all that can be used, or None.
+
+        None where no backward pass was run.
+        """
         up, down = inputs.block.projections
         if inputs.sensitivity is None:
             return None
+        out_features = (down if projection == down.name else up).out_features
+        groups = None if self._covariance is None else self._quantizer.row_groups(encoding, out_features)
         if projection == down.name:
-            return down_importance(inputs, members)
-        weights = (experts.stacked_weights(module, part.name, members) for part in (up, down))
-        return up_importance(module, inputs, members, *weights)
+            if self._covariance is None or groups is None:
+                return down_importance(inputs, members)
+            return down_row_hessian(inputs, members, self._covariance, groups.to(self._device))
+        up_weights, down_weights = (experts.stacked_weights(module, part.name, members) for part in (up, down))
+        if self._covariance is None or groups is None:
+            return up_importance(module, inputs, members, up_weights, down_weights)
+        covariance, groups = self._covariance, groups.to(self._device)
+        return up_row_hessian(module, inputs, members, up_weights, down_weights, covariance, groups)
 
     def _measured(
         self, row: MatrixReport, weights: torch.Tensor, quantized: Any, hessians: torch.Tensor, slot: int

@@ -3,6 +3,7 @@
 Labels are sampled from the model itself, so the expected outer product of gradients is the Fisher matrix, the second
 derivative of the KL divergence from the original model. Its diagonal turns a squared output error into nats:
     KL per token  ~  1/2 * mean over tokens of sum over features of gradient^2 * error^2
+All of it, the gradients' covariance, tells how one feature's error can make good for another's.
 Source: GEMQ (arXiv:2605.23078) for gradient-weighted errors; the sampled-label Fisher is standard.
 """
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from mc_cli.artifacts.calibration import LayerSensitivity
+from mc_cli.numerics.hessian import accumulate
 from mc_cli.parts import ExpertBlock
 from mc_cli.runtime.layerwise import LayerWalk
 
@@ -40,8 +42,9 @@ def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, seed: int) -
 
 def backward_layer(
     walk: LayerWalk, layer_inputs: torch.Tensor, gradients: torch.Tensor, block: ExpertBlock | None
-) -> tuple[torch.Tensor, LayerSensitivity | None]:
-    """The gradient at the resident layer's input, and its sensitivity if it has experts (`block`).
+) -> tuple[torch.Tensor, LayerSensitivity | None, torch.Tensor | None]:
+    """The gradient at the resident layer's input; if it has experts (`block`), its sensitivity and their gradients'
+    covariance [hidden, hidden] float32, a mean over tokens.
 
     layer_inputs  [sequences, length, hidden], what the layer `walk.depth` was given
     gradients     [sequences, length, hidden], of the summed loss at the layer's output
@@ -58,7 +61,7 @@ def backward_layer(
                 gradient, at_experts = torch.autograd.grad(total, (hidden, collector.output()))
                 collector.add(at_experts)
             before[rows] = gradient.to(before.device)
-    return before, collector.result() if collector is not None else None
+    return before, *(collector.result() if collector is not None else (None, None))
 
 
 @contextmanager
@@ -75,10 +78,11 @@ def _listening(walk: LayerWalk, block: ExpertBlock | None, collector: _Collector
 
 
 class _Collector:
-    """Sums squared gradients at the experts' output, over tokens and over features."""
+    """Sums products of gradients at the experts' output over tokens, and their squares over features."""
 
     def __init__(self) -> None:
         self._square: torch.Tensor | None = None
+        self._covariance: torch.Tensor | None = None
         self._per_token: list[torch.Tensor] = []
         self._output: torch.Tensor | None = None  # of the experts, in the graph of the current forward
 
@@ -95,12 +99,17 @@ class _Collector:
 
     def add(self, at_experts: torch.Tensor) -> None:
         """Adds the gradient at the experts' output of the current forward to the sums."""
-        squares = at_experts.reshape(-1, at_experts.shape[-1]).double().square().cpu()
+        rows = at_experts.reshape(-1, at_experts.shape[-1])
+        if self._covariance is None:
+            self._covariance = torch.zeros((rows.shape[1],) * 2, device=rows.device)
+        accumulate(self._covariance, rows)
+        squares = rows.double().square().cpu()
         self._square = squares.sum(0) if self._square is None else self._square + squares.sum(0)
         self._per_token.append(squares.sum(-1))
 
-    def result(self) -> LayerSensitivity:
-        assert self._square is not None
+    def result(self) -> tuple[LayerSensitivity, torch.Tensor]:
+        assert self._square is not None and self._covariance is not None
         per_token = torch.cat(self._per_token)
         mean = per_token.mean().clamp(min=1e-300)
-        return LayerSensitivity((self._square / len(per_token)).float(), (per_token / mean).float())
+        sensitivity = LayerSensitivity((self._square / len(per_token)).float(), (per_token / mean).float())
+        return sensitivity, (self._covariance / len(per_token)).cpu()

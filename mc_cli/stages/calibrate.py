@@ -171,11 +171,12 @@ def _backward(
             checkpoint.load(depth)
             walk.depth = depth
             inputs = read_tensors(folder.path(_inputs_file(depth)))["hidden"]
-            gradients, sensitivity = backward_layer(walk, inputs, gradients, blocks.get(depth))
+            gradients, sensitivity, covariance = backward_layer(walk, inputs, gradients, blocks.get(depth))
             checkpoint.free(depth)
             release_freed_memory()
             state = {"gradients": gradients}
-            if sensitivity is not None:
+            if sensitivity is not None and covariance is not None:
+                write_tensors(folder.path(artifact.covariance_file(depth)), {"covariance": covariance})
                 part = {"gradient_square": sensitivity.gradient_square, "token_scale": sensitivity.token_scale}
                 write_tensors(folder.path(f"{RESUME}/sensitivity_{depth}.safetensors"), part)
             write_tensors(folder.path(f"{RESUME}/gradient_before_{depth}.safetensors"), state)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +79,31 @@ def run(
     drop_experts(checkpoint.model, {block.path: plan.dropped(block.layer) for block in inventory.expert_blocks})
     token_ids = read_tensors(calibration / calibration_artifact.TOKENS)["token_ids"]
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
+    sensitivities = calibration_artifact.read_sensitivities(calibration, inventory)
+    if settings.quantizer.quantizer == "trellis" and sensitivities and not _has_covariances(calibration, inventory):
+        folder.warn(
+            "the calibration is of an earlier version, without the covariance of the gradient: errors are not fed into "
+            "later rows, which costs about a tenth of the loss. For them, run calibrate --force and all stages again.",
+            progress,
+        )
     worker = LayerQuantizer(
         walk,
         plan,
         quantizer_for(settings.quantizer),
         shrinkage=settings.quantizer.shrinkage,
-        sensitivities=calibration_artifact.read_sensitivities(calibration, inventory),
+        sensitivities=sensitivities,
+        covariance_of=partial(calibration_artifact.read_covariance, calibration),
     )
     writer = _Writer(folder, checkpoint, inventory, session)
     _layers(walk, checkpoint, inventory, worker, writer, folder, progress)
     _head_and_rest(walk, checkpoint, inventory, plan, worker, writer)
     _finish(folder, inventory, session, progress)
     return _result(folder, compute, ran=True)
+
+
+def _has_covariances(calibration: Path, inventory: ModelInventory) -> bool:
+    files = (calibration / calibration_artifact.covariance_file(block.layer) for block in inventory.expert_blocks)
+    return all(path.exists() for path in files)
 
 
 def _folder(settings: QuantizeSettings, session: Session) -> StageFolder:

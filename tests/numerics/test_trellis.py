@@ -19,6 +19,7 @@ from mc_cli.numerics.trellis import (
     decode,
     encode,
     encode_in_torch,
+    encode_together,
     lookup_tables,
     offsets,
     window_hashes,
@@ -86,8 +87,50 @@ def test_compiled_search_is_the_torch_search(rate: Fraction, length: int) -> Non
     targets, weights = normal(9, length, seed=3), normal(9, length, seed=4).abs() + 0.01
     for given in (None, weights):
         codes, values = encode(targets, rate, given)
-        expected_codes, expected_values = encode_in_torch(targets, rate, given)
-        assert torch.equal(codes, expected_codes) and torch.equal(values, expected_values)
+        grouped = None if given is None else given[:, None]
+        expected_codes, expected_values = encode_in_torch(targets[:, None], rate, grouped, None)
+        assert torch.equal(codes, expected_codes[:, 0]) and torch.equal(values, expected_values[:, 0])
+
+
+@pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
+@pytest.mark.parametrize("rate", RATES, ids=float)
+@pytest.mark.parametrize(("rings", "length"), [(3, 16), (2, 96), (1, 256)])
+def test_compiled_feedback_is_that_of_torch(rate: Fraction, rings: int, length: int) -> None:
+    targets, weights = normal(2, rings, length, seed=6), normal(2, rings, length, seed=7).abs() + 0.01
+    feedback = 0.05 * normal(2, rings * length, rings * length, seed=8)
+    found = encode_together(targets, rate, weights, feedback)
+    assert all(
+        torch.equal(*pair) for pair in zip(found, encode_in_torch(targets, rate, weights, feedback), strict=True)
+    )
+    assert torch.equal(decode(found[0], rate), found[1])
+    assert not torch.equal(found[1], encode_together(targets, rate, weights, None)[1])
+
+
+def test_without_feedback_rings_are_coded_as_if_alone() -> None:
+    targets, weights = normal(2, 3, 64, seed=9), normal(2, 3, 64, seed=10).abs() + 0.01
+    alone = encode(targets.flatten(0, 1), Fraction(2), weights.flatten(0, 1))
+    for feedback in (None, torch.zeros(2, 192, 192)):
+        for found, expected in zip(encode_together(targets, Fraction(2), weights, feedback), alone, strict=True):
+            assert torch.equal(found.flatten(0, 1), expected)
+
+
+def test_later_rings_aim_at_what_errors_leave() -> None:
+    """Between rings all is settled: the second is coded as a ring of its own would be for the targets that are left."""
+    targets, feedback = normal(1, 2, 64, seed=11), 0.3 * normal(1, 128, 128, seed=12)
+    feedback[:, :64, :64] = 0
+    feedback[:, 64:] = 0
+    _, values = encode_together(targets, Fraction(2), None, feedback)
+    owed = (values[:, 0] - targets[:, 0]) @ feedback[0, :64, 64:]
+    assert torch.allclose(values[:, 1], encode(targets[:, 1] - owed, Fraction(2))[1])
+
+
+def test_only_later_weights_take_in_errors() -> None:
+    targets, feedback = normal(1, 1, 256, seed=13), normal(1, 256, 256, seed=14)
+    later = torch.arange(256) // 32
+    within = feedback.masked_fill(later[:, None] < later, 0.0)  # what would be owed to the same piece or an earlier one
+    assert torch.equal(
+        encode_together(targets, Fraction(2), None, within)[0], encode_together(targets, Fraction(2), None, None)[0]
+    )
 
 
 def test_without_the_compiled_routines_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:

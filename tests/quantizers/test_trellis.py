@@ -11,6 +11,7 @@ from torch import Tensor
 from mc_cli.encodings import encoding_for, encoding_from_key, stored_bytes
 from mc_cli.errors import ArtifactError, InputError, McError, ShapeError
 from mc_cli.numerics.hessian import trace_error
+from mc_cli.numerics.row_hessian import RowHessian
 from mc_cli.quantizers import QuantizedLinear, quantizer_from_name
 from tests.dense_twin import _decode_trellis
 from tests.numerics.twins import correlated_hessian
@@ -24,7 +25,7 @@ def weights(*shape: int, seed: int = 0) -> Tensor:
 
 
 def quantized(
-    weight: Tensor, hessian: Tensor, bits: float, *, importance: Tensor | None = None, **settings: float
+    weight: Tensor, hessian: Tensor, bits: float, *, importance: Tensor | RowHessian | None = None, **settings: float
 ) -> QuantizedLinear:
     quantizer = quantizer_from_name("trellis", **settings)
     encoding = encoding_for("trellis", bits, *weight.shape[1:])
@@ -106,6 +107,60 @@ def test_important_rows_get_the_better_codes() -> None:
         return float((importance * (miss @ hessian * miss).sum(-1)).sum())
 
     assert felt(weighed) < 0.75 * felt(plain)
+
+
+def related(outputs: int, *, batch: int = 1, seed: int = 0) -> tuple[Tensor, RowHessian]:
+    """A Hessian of the outputs, of which some directions and the two halves are related; and its groups for trellis."""
+    rows = torch.arange(outputs) % (outputs // 2)
+    whole = correlated_hessian(batch, outputs, seed=seed) / outputs + 0.9 * (rows[:, None] == rows)
+    whole = 0.7 * whole + 0.3 * torch.diag_embed(whole.diagonal(dim1=-2, dim2=-1))
+    encoding = encoding_for("trellis", 2, outputs, INPUTS)
+    groups = quantizer_from_name("trellis").row_groups(encoding, outputs)
+    assert groups is not None
+    padded = torch.nn.functional.pad(whole, (0, groups.numel() - outputs, 0, groups.numel() - outputs))
+    return whole, RowHessian(padded[:, groups[:, :, None], groups[:, None]], groups)
+
+
+@pytest.mark.parametrize("outputs", [24, 128, 512, 768])
+def test_errors_are_fed_into_later_rows(outputs: int) -> None:
+    weight, hessian = weights(2, outputs, INPUTS), correlated_hessian(2, INPUTS, seed=13)
+    whole, row_hessian = related(outputs, batch=2, seed=14)
+    plain = quantized(weight, hessian, 2, importance=whole.diagonal(dim1=-2, dim2=-1))
+    fed = quantized(weight, hessian, 2, importance=row_hessian)
+
+    def felt(result: QuantizedLinear) -> float:
+        miss = weight - matrix_of(result)
+        return float((whole @ miss @ hessian * miss).sum())
+
+    assert felt(fed) < (0.8 if outputs > 256 else 1.0) * felt(plain)
+    assert fed.notes == plain.notes
+
+
+def test_unrelated_rows_are_coded_by_importance_alone() -> None:
+    weight, hessian = weights(1, 128, INPUTS), correlated_hessian(1, INPUTS, seed=15)
+    row_hessian = RowHessian(torch.eye(128)[None, None], torch.arange(128)[None])
+    plain, given = quantized(weight, hessian, 2), quantized(weight, hessian, 2, importance=row_hessian)
+    assert torch.equal(plain.tensors["codes"], given.tensors["codes"])
+    assert torch.allclose(plain.tensors["scales"].float(), given.tensors["scales"].float(), rtol=1e-3)
+
+
+def test_groups_of_rows_hold_every_row_once_and_partners_together() -> None:
+    quantizer = quantizer_from_name("trellis")
+    for outputs in (16, 24, 256, 512, 768, 1280, 2816):
+        groups = quantizer.row_groups(encoding_for("trellis", 2, outputs, INPUTS), outputs)
+        assert groups is not None and groups.flatten().sort().values.tolist() == list(range(-(-outputs // 16) * 16))
+    paired = quantizer.row_groups(encoding_for("trellis", 2, 1024, INPUTS), 1024)
+    assert paired is not None and torch.equal(paired[:, :256] + 512, paired[:, 256:])
+    assert quantizer.row_groups(encoding_for("affine", 2, 1024, INPUTS), 1024) is None
+
+
+def test_rings_that_are_no_pairs_are_noted() -> None:
+    weight, hessian = weights(2, 1280, INPUTS), correlated_hessian(2, INPUTS, seed=16)
+    notes = quantized(weight, hessian, 1, importance=related(1280, batch=2)[1]).notes
+    assert notes == tuple(
+        f"item {item}: 5 rings of 256 rows are no pairs: errors are fed into later rows of the same ring only"
+        for item in range(2)
+    )
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mc_cli.artifacts.calibration import read_inventory
+from mc_cli.artifacts.calibration import read_covariance, read_inventory
 from mc_cli.measures.output_error import predicted_loss
 from mc_cli.parts import ExpertBlock
 from tests.conftest import TinyModel
@@ -33,8 +33,8 @@ def calibrated(
     return load_file(calibration / "sensitivity.safetensors"), token_ids, blocks
 
 
-def squared_gradients(model: Any, token_ids: Tensor, blocks: tuple[ExpertBlock, ...]) -> dict[int, Tensor]:
-    """[tokens, hidden] per layer: squared gradients of the summed loss at the experts' output, by plain autograd."""
+def gradients_of(model: Any, token_ids: Tensor, blocks: tuple[ExpertBlock, ...]) -> dict[int, Tensor]:
+    """[tokens, hidden] per layer: gradients of the summed loss at the experts' output, by plain autograd."""
     outputs: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
@@ -54,7 +54,7 @@ def squared_gradients(model: Any, token_ids: Tensor, blocks: tuple[ExpertBlock, 
         (-log_probabilities.gather(1, labels).sum()).backward()
         for layer, output in outputs.items():
             assert output.grad is not None
-            found[layer].append(output.grad.reshape(-1, output.shape[-1]).double().square())
+            found[layer].append(output.grad.reshape(-1, output.shape[-1]).double())
     for handle in handles:
         handle.remove()
     return {layer: torch.cat(rows) for layer, rows in found.items()}
@@ -65,9 +65,14 @@ def test_second_moments_are_those_of_the_whole_model(tiny_model: TinyModel, tmp_
     folder = tiny_model(model_type)
     sensitivity, token_ids, blocks = calibrated(tmp_path, folder, sequences=4)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    expected = squared_gradients(model, token_ids, blocks)
+    expected = gradients_of(model, token_ids, blocks)
     assert sensitivity.keys() == {f"layers.{n}.{name}" for n in expected for name in ("gradient_square", "token_scale")}
-    for layer, squares in expected.items():
+    for layer, gradients in expected.items():
+        squares = gradients.square()
+        covariance = read_covariance(tmp_path / "work" / "calibration", layer)
+        assert covariance is not None
+        whole = gradients.T @ gradients / len(gradients)
+        assert torch.allclose(covariance.double(), whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()))
         mean = squares.mean(0)
         assert torch.allclose(
             sensitivity[f"layers.{layer}.gradient_square"].double(), mean, rtol=1e-3, atol=1e-5 * mean.max()

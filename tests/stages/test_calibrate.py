@@ -43,6 +43,10 @@ def test_result_tells_what_was_calibrated(tiny_model: TinyModel, tmp_path: Path)
     assert [LayerRouting.read(calibration / routing_file(block.layer)).layer for block in blocks] == [0, 2]
     names = load_file(calibration / "sensitivity.safetensors").keys()
     assert {name.split(".")[1] for name in names} == {"0", "2"}
+    assert sorted(path.name for path in (calibration / "gradients").iterdir()) == [
+        "layer_000.safetensors",
+        "layer_002.safetensors",
+    ]
     assert not (calibration / "resume").exists()
 
 
@@ -62,6 +66,7 @@ def test_backward_pass_can_be_left_out(tiny_model: TinyModel, tmp_path: Path) ->
     data = write_documents(tmp_path / "text.jsonl", documents=12)
     run_calibrate(tmp_path / "work", tiny_model("mixtral"), data, gradient_tokens=0)
     assert not (tmp_path / "work" / "calibration" / "sensitivity.safetensors").exists()
+    assert not (tmp_path / "work" / "calibration" / "gradients").exists()
 
 
 def test_tokenizer_of_another_model_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
