@@ -27,7 +27,9 @@ def all_rows(count: int) -> Tensor:
     return torch.arange(-(-count // 16) * 16).flip(0)[None]
 
 
-def of_one_token(module: Any, inputs: ExpertInputs, expert: int, up: Tensor, down: Tensor, covariance: Tensor) -> Tensor:
+def of_one_token(
+    module: Any, inputs: ExpertInputs, expert: int, up: Tensor, down: Tensor, covariance: Tensor
+) -> Tensor:
     """weight^2 J^T covariance J of the only token, J the derivative of the expert's output by its up rows."""
     ((token, weight),) = inputs.chunks(expert)
     outputs = up_outputs(module, expert, token, up)[0]
