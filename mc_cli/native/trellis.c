@@ -201,8 +201,8 @@ INLINE void store_ring(const Scratch *s, const Search *search, uint8_t *out, flo
  *
  * Errors are fed back without a second search: every PIECE weights the best path so far is traced back, and what its
  * errors, but for the UNSETTLED last ones, owe to the weights ahead is taken from their targets. The path is not held
- * to; where a later look finds another one, the difference is made good. To hold to it costs 1 to 3 % of the error
- * even with as many weights again looked at ahead. */
+ * to; where a later look finds another one, the difference is made good. To hold to it, in pieces of 64
+ * weights with 32 more looked at ahead, costs 1.5 % of the error at 2 bits. */
 INLINE void search_group(const Search *search, Scratch *s, int g) {
     const int length = search->length, rows = search->rings * length, last_bits = step_bits(search, length - 1);
     const size_t bytes = (size_t)((int64_t)length * search->numerator / search->denominator) / 8;

@@ -83,7 +83,7 @@ def run(
     if settings.quantizer.quantizer == "trellis" and sensitivities and not _has_covariances(calibration, inventory):
         folder.warn(
             "the calibration is of an earlier version, without the covariance of the gradient: errors are not fed into "
-            "later rows, which costs about a tenth of the loss. For them, run calibrate --force and all stages again.",
+            "later rows; that raises the KL divergence by about a tenth. Run calibrate --force and all stages again.",
             progress,
         )
     worker = LayerQuantizer(
