@@ -477,8 +477,7 @@ int mc_affine_product(const float *x, const int64_t *experts, const Entry *bank,
     atomic_init(&p.failed, failed || !p.rows || !p.steps || !p.totals);
     if (!atomic_load(&p.failed)) {
         memset(p.rows, 0, bytes);
-        for (int slot = 0; slot < slots; slot++)
-            if (p.sorted.places[slot] < 0) memset(out + (size_t)slot * outputs, 0, sizeof(float) * (size_t)outputs);
+        mc_clear_missing(&p.sorted, slots, outputs, out);
         mc_parallel(quantize_tokens, &p, (tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE, threads);
 #ifdef HAS_AMX
         if (path == AMX_TILES && prepare_tiles(&p, slots, threads)) atomic_store(&p.failed, 1);

@@ -62,6 +62,11 @@ void mc_free_slots(mc_slots *sorted) {
     free(sorted->tasks);
 }
 
+void mc_clear_missing(const mc_slots *sorted, int slots, int outputs, float *out) {
+    for (int slot = 0; slot < slots; slot++)
+        if (sorted->places[slot] < 0) memset(out + (size_t)slot * outputs, 0, sizeof(float) * (size_t)outputs);
+}
+
 VERSIONS float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine, int32_t *totals) {
     int32_t most = 0; /* the bits of floats are ordered as their sizes are */
     for (int i = 0; i < count; i++) {

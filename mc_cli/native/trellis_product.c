@@ -570,8 +570,7 @@ int mc_trellis_product(const float *x, const int64_t *experts, const Entry *bank
     p.totals = malloc(sizeof(int32_t) * 2 * room);
     atomic_init(&p.failed, failed || !p.rows || !p.steps || !p.totals);
     if (!atomic_load(&p.failed)) {
-        for (int slot = 0; slot < slots; slot++)
-            if (p.sorted.places[slot] < 0) memset(out + (size_t)slot * outputs, 0, sizeof(float) * (size_t)outputs);
+        mc_clear_missing(&p.sorted, slots, outputs, out);
         mc_parallel(quantize_tokens, &p, (tokens + 7) / 8, threads);
         if (!atomic_load(&p.failed)) mc_parallel(multiply_sequence, &p, p.sorted.count * p.chunks, threads);
     }

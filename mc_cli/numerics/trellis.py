@@ -203,11 +203,12 @@ def _ring_states(
     length = aim.shape[-1]
     steps = _steps(length, rate)
     before = min(_WARM_UP, length // 2)
-    seam = _Path(steps, None)
+    values = _state_values(torch.arange(1 << STATE_BITS, device=aim.device))
+    seam = _Path(values, steps, None)
     for place in range(-before, before):
         seam.advance(place % length, aim, weights)
     overlap = seam.trace_back()[:, before - 1] & ((1 << (STATE_BITS - steps[-1])) - 1)
-    path = _Path(steps, overlap)
+    path = _Path(values, steps, overlap)
     for place in range(length):
         if look is not None and place and place % PIECE == 0:
             look(_state_values(path.trace_back()), place - _UNSETTLED, place)
@@ -218,8 +219,9 @@ def _ring_states(
 class _Path:
     """The best paths to every state along consecutive places of a ring, for many rings side by side."""
 
-    def __init__(self, steps: list[int], overlap: Tensor | None) -> None:
-        """`overlap` [rings]: the bits that the first state must begin with; None for any."""
+    def __init__(self, values: Tensor, steps: list[int], overlap: Tensor | None) -> None:
+        """`values` [states]; `overlap` [rings]: the bits that the first state must begin with; None for any."""
+        self._values = values
         self._steps = steps
         self._overlap = overlap
         self._places: list[int] = []
@@ -227,8 +229,7 @@ class _Path:
 
     def advance(self, place: int, targets: Tensor, weights: Tensor) -> None:
         """One place further; targets and weights [rings, length]."""
-        values = _state_values(torch.arange(1 << STATE_BITS, device=targets.device))
-        miss = weights[:, place, None] * (values - targets[:, place, None]).square()
+        miss = weights[:, place, None] * (self._values - targets[:, place, None]).square()
         if not self._places:
             self._cost = miss
             if self._overlap is not None:

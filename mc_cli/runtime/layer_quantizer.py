@@ -298,17 +298,17 @@ class LayerQuantizer:
         up, down = inputs.block.projections
         if inputs.sensitivity is None:
             return None
-        out_features = (down if projection == down.name else up).out_features
-        groups = None if self._covariance is None else self._quantizer.row_groups(encoding, out_features)
-        if projection == down.name:
-            if self._covariance is None or groups is None:
-                return down_importance(inputs, members)
-            return down_row_hessian(inputs, members, self._covariance, groups.to(self._device))
-        up_weights, down_weights = (experts.stacked_weights(module, part.name, members) for part in (up, down))
-        if self._covariance is None or groups is None:
+        covariance, part = self._covariance, down if projection == down.name else up
+        groups = None if covariance is None else self._quantizer.row_groups(encoding, part.out_features)
+        together = None if covariance is None or groups is None else (covariance, groups.to(self._device))
+        if part is down:
+            return (
+                down_importance(inputs, members) if together is None else down_row_hessian(inputs, members, *together)
+            )
+        up_weights, down_weights = (experts.stacked_weights(module, each.name, members) for each in (up, down))
+        if together is None:
             return up_importance(module, inputs, members, up_weights, down_weights)
-        covariance, groups = self._covariance, groups.to(self._device)
-        return up_row_hessian(module, inputs, members, up_weights, down_weights, covariance, groups)
+        return up_row_hessian(module, inputs, members, up_weights, down_weights, *together)
 
     def _measured(
         self, row: MatrixReport, weights: torch.Tensor, quantized: Any, hessians: torch.Tensor, slot: int

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mc_cli import native
+
 SLOTS_PER_TOKEN = 3
 
 
@@ -23,6 +25,11 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """The largest over tokens of |found - expected| / |expected|, as vectors."""
     miss = (found.double() - expected).norm(dim=-1)
     return float((miss / expected.norm(dim=-1).clamp_min(1e-300)).max())
+
+
+def paths(kernel: Any) -> list[int]:
+    """Those of a kernel module's PATHS that this machine has."""
+    return [path for path in kernel.PATHS if native.library() is not None and path <= kernel.best_path()]
 
 
 def error_of_bank(make: Callable[..., Any], made: list[Any], reference: Callable[..., Tensor], **of: int) -> float:

@@ -31,7 +31,7 @@ from mc_cli.kernels.affine import (
 )
 from mc_cli.runtime import experts
 from mc_cli.runtime.packed_modules import pack_experts
-from tests.kernels.products import error_of_bank, relative_error, rows
+from tests.kernels.products import error_of_bank, paths, relative_error, rows
 
 Packed = tuple[AffineEncoding, dict[str, Tensor]]
 
@@ -68,11 +68,6 @@ def reference(inputs: Tensor, encoding: AffineEncoding, tensors: dict[str, Tenso
     return inputs.double() @ weight.flatten(-2).T
 
 
-def paths() -> list[int]:
-    """Those of PATHS that this machine has."""
-    return [path for path in PATHS if native.library() is not None and path <= best_path()]
-
-
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products_are_those_of_float64(shape: tuple[int, int, int], bits: int) -> None:
@@ -89,7 +84,7 @@ def test_products_are_those_of_float64(shape: tuple[int, int, int], bits: int) -
 @pytest.mark.parametrize("path", sorted(PATHS))
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_every_path_that_the_machine_has_agrees(bits: int, path: int) -> None:
-    if path not in paths():
+    if path not in paths(kernels.affine):
         pytest.skip(f"this machine has no {PATHS[path]}")
     for outputs, inputs, group in SHAPES:
         encoding, tensors = packed(outputs, inputs, bits, group)
@@ -153,7 +148,7 @@ def test_codes_of_another_matrix_are_refused(inputs: int) -> None:
 @pytest.mark.parametrize("group", [64, 24])
 def test_a_bank_gives_every_slot_its_own_matrix(group: int, count: int, path: int) -> None:
     """Mixed widths, an expert that is not there, slots without an expert, an expert that nobody chose; in threads."""
-    if path not in paths():
+    if path not in paths(kernels.affine):
         pytest.skip(f"this machine has no {PATHS[path]}")
     made = [packed(530, 192, bits, group) for bits in (1, 2, 8, 3, 4)]
     error = error_of_bank(Bank, made, reference, outputs=530, inputs=192, tokens=count, path=path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mc_cli import native
+from mc_cli import kernels, native
 from mc_cli.encodings.trellis import TrellisEncoding, trellis_for
 from mc_cli.kernels import packed_linear
 from mc_cli.kernels.trellis import (
@@ -16,13 +16,12 @@ from mc_cli.kernels.trellis import (
     MOST_INPUTS,
     PATHS,
     Bank,
-    best_path,
     decoded_product,
     path_name,
 )
 from mc_cli.numerics.rotation import rotate, rotate_back
 from mc_cli.numerics.trellis import code_levels
-from tests.kernels.products import error_of_bank, relative_error, rows
+from tests.kernels.products import error_of_bank, paths, relative_error, rows
 
 RATES = tuple(half / 2 for half in range(2, 11))
 SHAPES = ((16, 32), (24, 48), (272, 96), (512, 257), (40, 1), (208, 2050))  # (out_features, in_features)
@@ -47,11 +46,6 @@ def reference(inputs: Tensor, encoding: TrellisEncoding, tensors: dict[str, Tens
     return rotate(inputs.double(), encoding.block) @ weight.T
 
 
-def paths() -> list[int]:
-    """Those of PATHS that this machine has."""
-    return [path for path in PATHS if native.library() is not None and path <= best_path()]
-
-
 @pytest.mark.parametrize("bits", RATES)
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 def test_products_are_those_of_float64(outputs: int, inputs: int, bits: float) -> None:
@@ -67,7 +61,7 @@ def test_products_are_those_of_float64(outputs: int, inputs: int, bits: float) -
 @pytest.mark.parametrize("path", sorted(PATHS))
 @pytest.mark.parametrize("bits", RATES)
 def test_every_path_that_the_machine_has_agrees(bits: float, path: int) -> None:
-    if path not in paths():
+    if path not in paths(kernels.trellis):
         pytest.skip(f"this machine has no {PATHS[path]}")
     for outputs, inputs in SHAPES:
         encoding, tensors = packed(outputs, inputs, bits)
@@ -99,7 +93,7 @@ def test_stacks_of_matrices_are_decoded_one_by_one() -> None:
 @pytest.mark.parametrize("count", [1, 3, 70, 600])
 def test_a_bank_gives_every_slot_its_own_matrix(count: int, path: int) -> None:
     """Mixed widths, an expert that is not there, slots without an expert, an expert that nobody chose; in threads."""
-    if path not in paths():
+    if path not in paths(kernels.trellis):
         pytest.skip(f"this machine has no {PATHS[path]}")
     made = [packed(528, 192, bits) for bits in (1, 2.5, 5, 3, 2)]
     error = error_of_bank(Bank, made, reference, outputs=528, inputs=192, tokens=count, path=path)
