@@ -188,7 +188,7 @@ class ScoreSettings(StageSettings):
 
     bits: tuple[float, ...] = ()  # none given: CANDIDATES of the quantizer's family
     quantizer: QuantizerSettings = QuantizerSettings()
-    loss_tokens: int = 4096
+    loss_tokens: int = 2048
 
     def __post_init__(self) -> None:
         _at_least("--loss-tokens", self.loss_tokens, 1)

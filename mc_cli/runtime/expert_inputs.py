@@ -15,7 +15,7 @@ from mc_cli.parts import ExpertBlock
 from mc_cli.runtime import experts
 from mc_cli.runtime.routing import RoutingCapture
 
-TOKENS_AT_ONCE = 8192  # rows of an expert's input on the device at a time
+TOKENS_AT_ONCE = 512  # rows of an expert's input on the device at a time; more do not fit a processor's cache
 POOL_TOKENS = 4096  # tokens of the whole layer that stand in where an expert has few of its own
 WELL_SAMPLED = 16  # an expert with this many tokens per input feature keeps its own Hessian as it is
 # Errors at sensitive tokens matter more in Hessians too, but less than the gradients of one sampled label say.
@@ -87,14 +87,17 @@ class ExpertInputs:
         """Tokens routed to one expert."""
         return len(self._chosen[expert][0]) if expert in self._chosen else 0
 
-    def chunks(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def chunks(self, expert: int, *, limit: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(inputs [n, hidden], weights [n]) float32 on the device: all tokens of one expert, in pieces.
 
         The weights are routing weights, times the root of what an error at the token matters where that is known.
+        With a limit at most so many tokens, evenly spaced.
         """
         if expert not in self._chosen:
             return
         tokens, weights = self._chosen[expert]
+        step = 1 if limit is None else max(1, -(-len(tokens) // limit))
+        tokens, weights = tokens[::step], weights[::step]
         for begin in range(0, len(tokens), TOKENS_AT_ONCE):
             rows = slice(begin, begin + TOKENS_AT_ONCE)
             felt = weights[rows] * self._attention[tokens[rows]]

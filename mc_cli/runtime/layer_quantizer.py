@@ -48,7 +48,7 @@ class LayerResult:
 
 
 class _InputSeen(Exception):
-    """Ends a forward once the wanted input has been captured."""
+    """Ends a forward once the wanted inputs have been captured."""
 
 
 class LayerQuantizer:
@@ -128,16 +128,23 @@ class LayerQuantizer:
         if not paths:
             return []
         seen: list[tuple[torch.Tensor, str]] = []  # the tensors are kept, so that no address is used twice
+        awaited = set(paths)
 
         def hook(path: str) -> Any:
-            return lambda _, args: seen.append((args[0], path))
+            def see(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                seen.append((args[0], path))
+                awaited.discard(path)
+                if not awaited:
+                    raise _InputSeen  # what follows, the experts in most families, tells nothing more
+
+            return see
 
         with ExitStack() as stack:
             for path in paths:
                 module = self._model.get_submodule(path)
                 stack.callback(module.register_forward_pre_hook(hook(path)).remove)
             rows = next(self._walk.batches())
-            with torch.no_grad():
+            with torch.no_grad(), suppress(_InputSeen):
                 self._walk.call_layer(self._walk.hidden[rows].to(self._device), rows)
         groups: dict[tuple[int, int], list[str]] = {}
         for tensor, path in seen:
