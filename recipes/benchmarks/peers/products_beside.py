@@ -1,11 +1,12 @@
-"""Our products with packed matrices beside llama.cpp's, in one run: its own `test-backend-ops perf` and ours in turns.
+"""Our products with packed matrices beside llama.cpp's and GPTQModel's, in one run, in turns.
 
-Both multiply a 4096 x 14336 matrix by 1, 8 and 512 rows, again and again the same one, with as many threads as the
-machine has processors: that is what llama.cpp's program measures, so ours does too. So matrices may stay in a cache,
-unlike in products.py. Figures are medians over turns; the ratio is its time over ours, of ours with the nearest stored
-bits not below its own (0.01 less is near enough). llama.cpp rounds activations to 8 bits, ours to 16.
+All multiply a 4096 x 14336 matrix by 1, 8 and 512 rows, again and again the same one, with as many threads as the
+machine has processors: that is what llama.cpp's own program measures, so the others do too. So matrices may stay in a
+cache, unlike in products.py. Figures are medians over turns; the ratio is the peer's time over ours, of ours with the
+nearest stored bits not below its own (0.01 less is near enough). llama.cpp rounds activations to 8 bits, GPTQModel and
+ours to 16. GPTQModel's kernel is the one that it chooses itself.
 
-    python recipes/benchmarks/peers/llama_products.py --bin build/bin --out products.json
+    python recipes/benchmarks/peers/products_beside.py --llama-cpp build/bin --gptqmodel runs/peers/gptqmodel/bin/python
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import statistics
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,8 @@ from rich.table import Table
 from mc_cli.encodings.trellis import trellis_for
 from mc_cli.kernels.trellis import Bank, path_name
 
-OUTPUTS, INPUTS = 4096, 14336  # of the program's own list
-TYPES = {  # stored bits per weight
+OUTPUTS, INPUTS = 4096, 14336  # of the list of llama.cpp's program
+TYPES = {  # of llama.cpp: stored bits per weight
     "iq1_s": 1.5625,
     "iq2_xxs": 2.0625,
     "iq2_s": 2.5625,
@@ -44,6 +46,23 @@ NEAR = 0.01
 LINE = re.compile(r"type_a=(?P<type>\w+),type_b=f32,m=4096,n=(?P<rows>\d+),k=14336.*?(?P<us>[\d.]+) us/run")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 LEAST_S = 0.3  # that one of our figures is measured for
+GPTQ_BITS = (2, 3, 4)
+GPTQ_SCRIPT = Path(__file__).with_name("gptqmodel_products.py")
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """One figure of a peer."""
+
+    peer: str
+    kind: str
+    stored_bits: float
+    rows: int
+    seconds: float
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.peer, self.kind, self.rows
 
 
 def main() -> None:
@@ -51,14 +70,14 @@ def main() -> None:
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
     ours: dict[tuple[float, int], list[float]] = {}
-    theirs: dict[tuple[str, int], list[float]] = {}
+    theirs: dict[tuple[str, str, int], list[Theirs]] = {}
     for _ in range(given.turns):
         for key, seconds in our_times().items():
             ours.setdefault(key, []).append(seconds)
-        for name, seconds in their_times(given.bin, given.types).items():
-            theirs.setdefault(name, []).append(seconds)
-    rows = [row(kind, count, times, ours) for (kind, count), times in theirs.items()]
-    console = Console(width=120)
+        for figure in their_times(given, threads):
+            theirs.setdefault(figure.key, []).append(figure)
+    rows = [row(figures, ours) for figures in theirs.values()]
+    console = Console(width=130)
     console.print(f"{OUTPUTS} x {INPUTS}, {threads} threads, {given.turns} turns; ours: {path_name()}")
     show(console, rows)
     if given.out:
@@ -67,11 +86,15 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bin", type=Path, required=True, help="folder of llama.cpp's test-backend-ops")
+    parser.add_argument("--llama-cpp", type=Path, help="folder of its test-backend-ops")
+    parser.add_argument("--gptqmodel", type=Path, help="the python of its environment")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--types", nargs="+", choices=list(TYPES), default=list(TYPES), help="iq types take minutes")
     parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    given = parser.parse_args()
+    if not (given.llama_cpp or given.gptqmodel):
+        parser.error("nothing to measure beside: give --llama-cpp, --gptqmodel or both")
+    return given
 
 
 def our_times() -> dict[tuple[float, int], float]:
@@ -96,8 +119,14 @@ def our_times() -> dict[tuple[float, int], float]:
     return found
 
 
-def their_times(folder: Path, types: list[str]) -> dict[tuple[str, int], float]:
-    """Seconds per product by (type, rows). Raises ValueError where the program leaves one out."""
+def their_times(given: argparse.Namespace, threads: int) -> list[Theirs]:
+    """The figures of all peers that were asked for."""
+    found = [] if given.llama_cpp is None else llama_times(given.llama_cpp, given.types)
+    return found if given.gptqmodel is None else [*found, *gptqmodel_times(given.gptqmodel, threads)]
+
+
+def llama_times(folder: Path, types: list[str]) -> list[Theirs]:
+    """Of llama.cpp's types. Raises ValueError where its program leaves one out."""
     kinds, counts = "|".join(types), "|".join(map(str, ROWS))
     wanted = rf"type_a=({kinds}),type_b=f32,m=4096,n=({counts}),k=14336"
     command = [str(folder / "test-backend-ops"), "perf", "-o", "MUL_MAT", "-b", "CPU", "-p", wanted]
@@ -106,24 +135,37 @@ def their_times(folder: Path, types: list[str]) -> dict[tuple[str, int], float]:
     missing = [f"{kind}, {count} rows" for kind in types for count in ROWS if (kind, count) not in found]
     if missing:
         raise ValueError(f"{command[0]} did not measure {'; '.join(missing)}. It printed:\n{printed[-2000:]}")
-    return found
+    return [Theirs("llama.cpp", kind, TYPES[kind], count, seconds) for (kind, count), seconds in found.items()]
 
 
-def row(kind: str, count: int, times: list[float], ours: dict[tuple[float, int], list[float]]) -> dict[str, Any]:
-    """One of llama.cpp's types beside the width of ours that takes about as many bytes."""
-    bits = min((width for width in WIDTHS if stored_bits(width) >= TYPES[kind] - NEAR), default=WIDTHS[-1])
-    mine = statistics.median(ours[bits, count])
+def gptqmodel_times(python: Path, threads: int) -> list[Theirs]:
+    """Of the kernels that GPTQModel chooses for its widths."""
+    sizes = ("--threads", threads, "--outputs", OUTPUTS, "--inputs", INPUTS, "--rows", *ROWS, "--bits", *GPTQ_BITS)
+    command = [str(python), str(GPTQ_SCRIPT), *map(str, sizes)]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return [
+        Theirs("GPTQModel", f"{one['bits']} bits, {one['kernel']}", one["stored_bits"], one["rows"], one["seconds"])
+        for one in json.loads(printed.splitlines()[-1])
+    ]
+
+
+def row(figures: list[Theirs], ours: dict[tuple[float, int], list[float]]) -> dict[str, Any]:
+    """One of a peer's kinds beside the width of ours that takes about as many bytes."""
+    first, times = figures[0], [figure.seconds for figure in figures]
+    bits = min((width for width in WIDTHS if stored_bits(width) >= first.stored_bits - NEAR), default=WIDTHS[-1])
+    mine = ours[bits, first.rows]
     return {
-        "rows": count,
-        "type": kind,
-        "type_stored_bits": TYPES[kind],
+        "rows": first.rows,
+        "peer": first.peer,
+        "type": first.kind,
+        "type_stored_bits": first.stored_bits,
         "type_s": statistics.median(times),
         "type_range_s": [min(times), max(times)],
         "bits": bits,
         "stored_bits": stored_bits(bits),
-        "median_s": mine,
-        "range_s": [min(ours[bits, count]), max(ours[bits, count])],
-        "ratio": statistics.median(times) / mine,
+        "median_s": statistics.median(mine),
+        "range_s": [min(mine), max(mine)],
+        "ratio": statistics.median(times) / statistics.median(mine),
     }
 
 
@@ -136,7 +178,8 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
     table = Table()
     for name in (
         "rows",
-        "llama.cpp",
+        "peer",
+        "kind",
         "stored bits",
         "ms",
         "ours, bits",
@@ -150,6 +193,7 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
         low, high = entry["range_s"]
         table.add_row(
             str(entry["rows"]),
+            entry["peer"],
             entry["type"],
             f"{entry['type_stored_bits']:.3f}",
             f"{1e3 * entry['type_s']:.2f}",
