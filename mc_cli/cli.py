@@ -179,7 +179,7 @@ def _run_stage(stage: str, given: Mapping[str, Any]) -> None:
     """One stage: settings from flags, run or only planned, and its result printed."""
     work_dir: Path = given["work_dir"]
     with telling_errors(debug=given["debug"], work_dir=work_dir):
-        _prepare_libraries(debug=given["debug"])
+        prepare_libraries(debug=given["debug"])
         from mc_cli import chain, console
 
         settings = build(stage, {**chain.followed_settings(stage, work_dir), **_given(stage, given)})
@@ -213,7 +213,7 @@ def _run_all(given: Mapping[str, Any]) -> None:
 
 
 def _run_plan(plan: RunPlan, force_from: str | None, given: Mapping[str, Any]) -> None:
-    _prepare_libraries(debug=given["debug"])
+    prepare_libraries(debug=given["debug"])
     from mc_cli import chain, console
 
     if given["dry_run"]:
@@ -249,14 +249,14 @@ def _print_planned(planned: list[PlannedStage], given: Mapping[str, Any]) -> Non
     return None
 
 
-def _prepare_libraries(*, debug: bool) -> None:
+def prepare_libraries(*, debug: bool) -> None:
     """Sets what the libraries read from the environment; must come before their import. What the user has set stays.
 
     Threads that wait for each other sleep instead of spinning: on a machine that does other work too, spinning took
-    five times the processor time. The libraries' own notices are kept off stderr unless --debug asks for them.
+    five times the processor time. Large blocks, which are mapped anew for each tensor, get huge pages: half the time in
+    the system, and no more memory. The libraries' own notices are kept off stderr unless --debug asks for them.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Large blocks are mapped anew for each tensor: on huge pages that takes half of the time, and no more memory.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -290,7 +290,7 @@ def _generate(given: Mapping[str, Any]) -> None:
     """Text to stdout as it comes; speed and memory to stderr."""
     with telling_errors(debug=given["debug"]):
         compute = build(COMPUTE, _given(COMPUTE, given))
-        _prepare_libraries(debug=given["debug"])
+        prepare_libraries(debug=given["debug"])
         from mc_cli import console
         from mc_cli.runtime.generation import generate
 
@@ -343,7 +343,7 @@ def _bench(given: Mapping[str, Any]) -> None:
     """Every model in a process of its own; the table to stdout."""
     with telling_errors(debug=given["debug"]):
         compute = build(COMPUTE, _given(COMPUTE, given))
-        _prepare_libraries(debug=given["debug"])
+        prepare_libraries(debug=given["debug"])
         from mc_cli import console
         from mc_cli.runtime.model_folder import resolve_model
         from mc_cli.runtime.speed import measure, reading_rate

@@ -125,6 +125,9 @@ def _child(what: str, folder: Path, shape: dict[str, int], layers: int) -> None:
         _build(folder, Shape(**shape), layers)
         print("{}")
         return
+    from mc_cli.cli import prepare_libraries
+
+    prepare_libraries(debug=False)  # as the command would
     call = _stage_call(what, folder, Shape(**shape))
     from mc_cli.runtime.memory import peak_memory_bytes
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
+from mc_cli.cli import prepare_libraries
 from mc_cli.errors import InputError
 from mc_cli.flags import STAGES
 from mc_cli.settings import CalibrateSettings
@@ -38,6 +39,15 @@ def test_help_imports_nothing_heavy() -> None:
         done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout
+
+
+def test_what_libraries_read_from_the_environment_is_set_unless_the_user_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = {"THP_MEM_ALLOC_ENABLE": "0"}
+    monkeypatch.setattr(os, "environ", mine)
+    prepare_libraries(debug=True)
+    assert mine == {"THP_MEM_ALLOC_ENABLE": "0", "OMP_WAIT_POLICY": "PASSIVE"}
+    prepare_libraries(debug=False)
+    assert (mine["THP_MEM_ALLOC_ENABLE"], mine["TRANSFORMERS_VERBOSITY"]) == ("0", "error")
 
 
 @pytest.mark.parametrize("command", [*STAGES, "run", "status", "generate", "bench"])

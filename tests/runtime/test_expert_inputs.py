@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.parts import ExpertBlock
+from mc_cli.runtime import expert_inputs
 from mc_cli.runtime.checkpoint import Checkpoint, read_config
 from mc_cli.runtime.expert_inputs import (
     POOL_TOKENS,
@@ -153,6 +154,21 @@ def test_sample_is_taken_where_the_sensitivity_is_known(tiny_model: TinyModel) -
     assert sample.scale == len(tokens) / len(known)
     few = sensitive(inputs, token_scale[:60]).sample(3, 1000)
     assert torch.equal(few.inputs, hidden[tokens]) and torch.equal(few.sensitivity, torch.ones(len(tokens)))
+
+
+def test_all_tokens_come_in_pieces_or_some_of_them_evenly_spaced(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_inputs, "TOKENS_AT_ONCE", 7)
+    _, block = opened(tiny_model("mixtral"))
+    inputs, hidden, index, weights = inputs_of(block)
+    tokens = (index[:, 0] == 2).nonzero()[:, 0]
+    for limit, wanted in ((None, tokens), (40, tokens), (39, tokens[::2]), (9, tokens[::5])):
+        pieces = list(inputs.chunks(2, limit=limit))
+        assert [len(rows) for rows, _ in pieces[:-1]] == [7] * (len(pieces) - 1)
+        assert torch.equal(torch.cat([rows for rows, _ in pieces]), hidden[wanted])
+        assert torch.equal(torch.cat([felt for _, felt in pieces]), weights[wanted, 0])
+    assert list(inputs.chunks(0, limit=9)) == []
 
 
 def test_pool_is_limited_and_spread_over_the_layer(tiny_model: TinyModel) -> None:

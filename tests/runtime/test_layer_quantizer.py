@@ -198,6 +198,20 @@ def test_matrices_with_one_input_share_one_hessian(
     assert position == len(done.result.linears)
 
 
+def test_no_forward_goes_as_far_as_through_the_experts(tiny_model: TinyModel) -> None:
+    checkpoint, inventory, walk = open_walk(tiny_model("mixtral"))
+    checkpoint.load(0)
+    block = inventory.expert_blocks[0]
+    ended: list[nn.Module] = []
+    module = checkpoint.model.get_submodule(block.path)
+    module.register_forward_hook(lambda module, *_: ended.append(module))
+    worker = LayerQuantizer(walk, uniform_plan(inventory), Recorder([], []), shrinkage=0.0)
+    result = worker.quantize([part for part in inventory.tensors if part.layer == 0], block)
+    assert len(result.linears) == 4 and len(result.experts) == 2 and not ended
+    walk.run_layer(advance=False)
+    assert ended
+
+
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
 def test_down_projections_see_what_the_quantized_up_projections_give(tiny_model: TinyModel, model_type: str) -> None:
     done = quantized_layer(tiny_model(model_type), 0)
