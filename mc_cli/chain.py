@@ -87,12 +87,25 @@ def run_chain(
     plan: RunPlan, *, force_from: str | None, progress: Progress, tell: Callable[[StageResult], None]
 ) -> list[StageResult]:
     """All stages in turn, those that are done skipped; `tell` is called after each."""
+    _check_ahead(plan)
     results = []
     for stage, force in _forced(force_from):
         module = stage_module(stage)
         results.append(module.run(plan.stages[stage], plan.compute, plan.work_dir, force=force, progress=progress))
         tell(results[-1])
     return results
+
+
+def _check_ahead(plan: RunPlan) -> None:
+    """Raises InputError for what a late stage would refuse after hours: its text, or the place to export to."""
+    from mc_cli.artifacts.exported import ExportFolder
+    from mc_cli.runtime.text import resolve_data
+
+    try:
+        resolve_data(plan.stages["prune-eval"].data)
+    except InputError as error:
+        raise InputError(str(error).replace("--data", "--eval-data", 1)) from error
+    ExportFolder(Path(plan.stages["export"].out).expanduser().resolve(), {}, {}).check_place()
 
 
 def _forced(force_from: str | None) -> Iterator[tuple[str, bool]]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -238,6 +239,9 @@ class AllocateSettings(StageSettings):
                 f"allocate needs exactly one target, {len(given)} given: --target-stored-bits (scales included), "
                 "--target-bits (codes only) or --target-size (the whole checkpoint, for example 16GiB)."
             )
+        target = getattr(self, given[0])
+        if not (math.isfinite(target) and target > 0):
+            raise InputError(f"--{given[0].removesuffix('_bytes').replace('_', '-')} {target}: a target is above 0.")
         for role, bits in self.role_bits(0).items():
             if not (1 <= bits <= 8 or bits == 16):
                 raise InputError(f"--{role.value}-bits {bits}: a width is 1 to 8, or 16 to keep the checkpoint's own.")

@@ -7,6 +7,7 @@ The work directory notes in `exports.json` where its exports went; that is a mem
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -103,12 +104,23 @@ class ExportFolder:
         """Where it is built."""
         return self.folder.with_name(self.folder.name + PARTIAL_SUFFIX)
 
+    def check_place(self) -> None:
+        """Raises InputError for a directory that is not ours, or that cannot be made where it is asked for."""
+        self.state()
+        above = next(folder for folder in self.folder.parents if folder.exists())
+        if not os.access(above, os.W_OK):
+            raise InputError(f"--out {self.folder}: {above} cannot be written to. Name a directory elsewhere.")
+
     def state(self) -> str:
         """`new`, `done` or `stale`; nothing is changed. Raises InputError for a directory that is not ours."""
         if self._is_half_replaced():
             return self._state_of(self._replaced)
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"--out {self.folder} is a file. Name a directory to make.")
+        if self.folder.is_mount():
+            raise InputError(
+                f"--out {self.folder} is a mount point, and a directory is put in place as a whole. Name one inside it."
+            )
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return "new"
         if not (self.folder / RECORD).exists():

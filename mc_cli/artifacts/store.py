@@ -319,10 +319,17 @@ class StageFolder:
         ]
 
     def begin(self, *, force: bool) -> bool:
-        """True if the stage has to run, False if it is done. Stale folders raise, or are removed with `force`.
+        """`needed`, and where it is, `start` at once: for stages that can refuse nothing in between."""
+        if not self.needed(force=force):
+            return False
+        self.start(force=force)
+        return True
 
-        Raises StaleArtifactError naming every setting and input that changed, ArtifactError for a folder that is done
-        but damaged, or that holds files of somebody else.
+    def needed(self, *, force: bool) -> bool:
+        """True if the stage has to run, False if it is done. Nothing that is whole is changed.
+
+        Raises StaleArtifactError naming every setting and input that changed, unless `force`; ArtifactError for a
+        folder that is done but damaged, or that holds files of somebody else.
         """
         _discard_rest(self.folder)
         self._refuse_foreign()
@@ -337,13 +344,19 @@ class StageFolder:
                     f"{self.folder} was made with other settings or inputs:\n{listed(self.differences())}\n"
                     "Use --force to rebuild it, another work directory to keep both, or the old settings to continue."
                 )
-        if force or state == "new":
+        return True
+
+    def start(self, *, force: bool) -> None:
+        """Makes the folder ready to be written; what lies there is removed, unless it is this run's own beginning.
+
+        To be called once everything that could be refused has been read: with `force` it removes a finished result.
+        """
+        if force or self.state() == "new":
             _discard(self.folder)
         self._clean_partial()
         if not self.path(BEGUN).exists():
             begun = {"fingerprint": self.fingerprint, "settings": self.settings, "inputs": self.inputs}
             write_json(self.path(BEGUN), begun)
-        return True
 
     def _refuse_foreign(self) -> None:
         """Raises ArtifactError for a folder that no stage made: it would be removed, with whatever is in it."""

@@ -112,7 +112,9 @@ def _measured_here(wanted: dict[str, Any]) -> Speed:
     total = wanted["prompt_tokens"] + wanted["new_tokens"]
     limit = getattr(config, "max_position_embeddings", None)
     if limit and total > limit:
-        raise InputError(f"The model has {limit} positions, and {total} tokens are asked for.")
+        raise InputError(
+            f"The model has {limit} positions, and {total} tokens are asked for. Lower --prompt-tokens or --new-tokens."
+        )
     prompt = torch.randint(0, config.vocab_size, (1, wanted["prompt_tokens"]))
     with torch.inference_mode():
         prompt_times = []

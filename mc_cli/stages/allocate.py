@@ -42,7 +42,7 @@ def run(
 ) -> StageResult:
     """Writes `plan/plan.yaml`. Raises BudgetError for a target out of reach, saying what is feasible."""
     folder = plan_stage(settings, compute, work_dir)
-    if not folder.begin(force=force):
+    if not folder.needed(force=force):
         return _result(folder, ran=False)
     importance = Importance.read(work_dir / STAGE_FOLDERS["score"] / IMPORTANCE)
     inventory = calibration_artifact.read_inventory(
@@ -72,6 +72,7 @@ def run(
         budget["asked_file_bytes"] = settings.target_size_bytes
     plan = replace(plan, budget=budget, family=quantizer.family, group_size_limit=quantizer.group_size)
     plan.check_against(inventory)
+    folder.start(force=force)  # not before there is a plan: a target out of reach leaves the old one
     for message in plan.warnings:
         folder.warn(message, progress)
     plan.write(folder.path(PLAN))

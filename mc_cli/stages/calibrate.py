@@ -46,12 +46,14 @@ def run(
     """Writes `calibration/`. Raises InputError, CheckpointError or FamilyError; can be killed at any moment."""
     session = first_session(work_dir, settings.model, settings.revision, compute)
     folder = _folder(settings, session)
-    runs = folder.begin(force=force)
-    session.remember(settings.model, settings.revision)
-    if not runs:
+    if not folder.needed(force=force):
+        session.remember(settings.model, settings.revision)
         return _result(folder, ran=False)
-    token_ids = _token_ids(settings, session, folder, progress)
     checkpoint = session.open_checkpoint()
+    windows = None if folder.path(artifact.TOKENS).exists() and not force else _windows(settings, session)
+    folder.start(force=force)
+    session.remember(settings.model, settings.revision)
+    token_ids = _token_ids(settings, folder, windows, progress)
     checkpoint.model.set_experts_implementation(IMPLEMENTATION)
     inventory = _write_inventory(checkpoint, folder, progress)
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
@@ -72,21 +74,27 @@ def _folder(settings: CalibrateSettings, session: Session) -> StageFolder:
     return StageFolder(session.work_dir, STAGE, resolved, {"model": session.model_digest(), "data": data})
 
 
-def _token_ids(settings: CalibrateSettings, session: Session, folder: StageFolder, progress: Progress) -> torch.Tensor:
-    """Windows of calibration tokens, written once; a shortfall of text is a warning."""
+def _windows(settings: CalibrateSettings, session: Session) -> torch.Tensor:
+    """[sequences, length] int64: windows of calibration tokens, drawn from the text."""
+    tokenizer = text.load_tokenizer(session.folder, trust_remote_code=session.compute.trust_remote_code)
+    documents = text.read_documents(settings.data, split=settings.split, text_field=settings.text_field)
+    windows = text.calibration_windows(
+        documents,
+        tokenizer,
+        sequences=settings.sequences,
+        length=text.fit_length(settings.length, session.config),
+        seed=settings.seed,
+    )
+    text.check_vocabulary(windows, session.config.get_text_config().vocab_size)
+    return windows
+
+
+def _token_ids(
+    settings: CalibrateSettings, folder: StageFolder, windows: torch.Tensor | None, progress: Progress
+) -> torch.Tensor:
+    """The windows of calibration tokens, written once; None: those written before. A shortfall of text is a warning."""
     path = folder.path(artifact.TOKENS)
-    if not path.exists():
-        tokenizer = text.load_tokenizer(session.folder, trust_remote_code=session.compute.trust_remote_code)
-        documents = text.read_documents(settings.data, split=settings.split, text_field=settings.text_field)
-        windows = text.calibration_windows(
-            documents,
-            tokenizer,
-            sequences=settings.sequences,
-            length=text.fit_length(settings.length, session.config),
-            seed=settings.seed,
-        )
-        vocabulary = session.config.get_text_config().vocab_size
-        text.check_vocabulary(windows, vocabulary)
+    if windows is not None:
         write_tensors(path, {"token_ids": windows})
     token_ids = read_tensors(path)["token_ids"]
     if len(token_ids) < settings.sequences:

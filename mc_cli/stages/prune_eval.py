@@ -48,7 +48,7 @@ def run(
     """Writes `evaluation/eval.json`. Raises InputError for text that was calibrated on, or is too short."""
     session = later_session(work_dir, compute)
     folder = _folder(settings, session)
-    if not folder.begin(force=force):
+    if not folder.needed(force=force):
         return _result(folder, ran=False)
     inventory = calibration_artifact.read_inventory(
         work_dir / STAGE_FOLDERS["calibrate"] / calibration_artifact.INVENTORY
@@ -58,6 +58,7 @@ def run(
     _warn_of_text(folder, work_dir, windows, progress)
     text.check_vocabulary(windows.token_ids, session.config.get_text_config().vocab_size)
     original = session.open_checkpoint()
+    folder.start(force=force)
     original.model.set_experts_implementation(IMPLEMENTATION)
     packed_folder = work_dir / STAGE_FOLDERS["quantize"]
     packed = PackedSource(

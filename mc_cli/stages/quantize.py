@@ -66,7 +66,7 @@ def run(
     """Writes `packed/`; can be killed at any moment and goes on at the layer it was in."""
     session = later_session(work_dir, compute)
     folder = _folder(settings, session)
-    if not folder.begin(force=force):
+    if not folder.needed(force=force):
         return _result(folder, compute, ran=False)
     calibration = work_dir / STAGE_FOLDERS["calibrate"]
     inventory = calibration_artifact.read_inventory(calibration / calibration_artifact.INVENTORY)
@@ -75,6 +75,7 @@ def run(
     _check_family(plan, settings)
     _check_widths(plan, inventory)
     checkpoint = session.open_checkpoint()
+    folder.start(force=force)
     checkpoint.model.set_experts_implementation(IMPLEMENTATION)
     drop_experts(checkpoint.model, {block.path: plan.dropped(block.layer) for block in inventory.expert_blocks})
     token_ids = read_tensors(calibration / calibration_artifact.TOKENS)["token_ids"]

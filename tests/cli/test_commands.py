@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 from typer.testing import Result
 
 from mc_cli.cli import prepare_libraries
 from mc_cli.errors import InputError
+from mc_cli.failures import error_message
 from mc_cli.flags import STAGES
 from mc_cli.settings import CalibrateSettings
 from tests.fake_stages import FakeStages
@@ -236,6 +239,52 @@ def test_run_names_what_it_lacks(mc_cli: Invoke, stages: FakeStages) -> None:
     assert result.exit_code == 1
     assert "run lacks 4 settings" in result.stderr
     assert stages.calls == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--eval-data", "{folder}/none.jsonl", "--eval-data .*none.jsonl: no such file"),
+        ("--out", "{folder}/file", "is a file"),
+        ("--out", "{folder}/foreign", "is not empty, and mc-cli export did not make it"),
+        ("--out", "/dev/shm", "is a mount point"),
+        ("--out", "{folder}/locked/new", "locked cannot be written to"),
+        ("--target-stored-bits", "-1", "--target-stored-bits -1.0: a target is above 0"),
+        ("--target-stored-bits", "nan", "--target-stored-bits nan: a target is above 0"),
+    ],
+)
+def test_run_refuses_at_once_what_a_late_stage_would_refuse(
+    mc_cli: Invoke,
+    stages: FakeStages,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flag: str,
+    value: str,
+    words: str,
+) -> None:
+    if words == "is a mount point" and not Path(value).is_mount():
+        pytest.skip("this system has no such place")
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")  # the tests' user may be root
+    (tmp_path / "file").write_text("")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "mine").write_text("")
+    result = mc_cli(*WHOLE_RUN, "-w", tmp_path / "work", flag, value.format(folder=tmp_path))
+    assert result.exit_code == 1 and re.search(words, " ".join(result.stderr.split())), result.stderr
+    assert stages.calls == []
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EROFS, "Read-only file system", "/there/x.partial"), "/there/x.partial: Read-only file system."),
+        (PermissionError(errno.EACCES, "Permission denied", "/there"), "/there: Permission denied."),
+        (SafetensorError("incomplete metadata"), r"damaged or cut short \(incomplete metadata\)"),
+    ],
+)
+def test_what_the_system_refuses_is_no_defect_of_ours(error: Exception, words: str) -> None:
+    message = error_message(error)
+    assert re.search(words, message) and "defect" not in message
 
 
 def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
