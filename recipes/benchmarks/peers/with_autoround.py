@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from auto_round import AutoRound
@@ -54,8 +53,14 @@ def main() -> None:
     )
     rounding.quantize_and_save(str(saved), format="auto_round")
     folder = next(path.parent for path in saved.rglob("quantization_config.json"))
+    packing = json.loads((folder / "quantization_config.json").read_text())["packing_format"]
     replaced, size = read_linears(
-        given.model, folder, bits=given.bits, group_size=given.group_size, zero_offset=zero_offset(folder)
+        given.model,
+        folder,
+        bits=given.bits,
+        group_size=given.group_size,
+        zero_offset=int(packing.endswith("gptq")),  # 1 where linears are packed as the oldest GPTQ files are
+        awq=packing.endswith("awq"),
     )
     stored = Stored(
         tool="AutoRound",
@@ -76,12 +81,6 @@ def main() -> None:
     )
     write_dense(given.model, given.out, replaced, stored)
     shutil.rmtree(saved)
-
-
-def zero_offset(folder: Path) -> int:
-    """1 where the linears are packed as the oldest GPTQ files are, else 0."""
-    packing = json.loads((folder / "quantization_config.json").read_text())["packing_format"]
-    return 1 if packing.endswith("gptq") else 0
 
 
 if __name__ == "__main__":
