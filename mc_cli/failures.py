@@ -15,7 +15,7 @@ from mc_cli.errors import McError
 
 ERROR, INTERRUPTED = 1, 130
 _FULL = "No space left on device"  # safetensors reports a full disk in an error of its own, by these words
-_NOT_TO_BE_WRITTEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY)
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -56,10 +56,10 @@ def error_message(error: Exception) -> str:
             f"The disk is full{where} ({text}). What was finished before is kept: free some space and run the same "
             "command again."
         )
-    if isinstance(error, OSError) and error.errno in _NOT_TO_BE_WRITTEN:
+    if isinstance(error, OSError) and error.errno in _REFUSED:
         where = " and ".join(str(name) for name in (error.filename, error.filename2) if name)
         return (
-            f"{where}: {error.strerror}. What was finished before is kept: name another place, or see to the "
+            f"{where or 'A file'}: {error.strerror}. What was finished before is kept: name another place, or see to the "
             "permissions of this one, and run the same command again."
         )
     if type(error).__name__ == "SafetensorError":

@@ -20,9 +20,8 @@ POWER = 0.75
 # Of every correlation between rows this much is left out: estimates overstate them, and near singular Hessians of
 # few rows would cost more than they gain. On six matrices of a trained model 0.1 to 0.3 are alike, within 0.4 %.
 UNRELATED = 0.3
-SLOPE_TOKENS = (
-    4096  # of an expert, on which slopes are measured; twice as many change costs by 0.4 % (root mean square)
-)
+# Tokens of an expert, at most, on which slopes are measured; twice as many change costs by 0.4 % (root mean square).
+SLOPE_TOKENS = 4096
 TRUSTED_TOKENS = 64  # an expert with this many tokens believes half of the correlations that they show
 
 
