@@ -59,8 +59,8 @@ def error_message(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in _REFUSED:
         where = " and ".join(str(name) for name in (error.filename, error.filename2) if name)
         return (
-            f"{where or 'A file'}: {error.strerror}. What was finished before is kept: name another place, or see to the "
-            "permissions of this one, and run the same command again."
+            f"{where or 'A file'}: {error.strerror}. What was finished before is kept: name another place, or see to "
+            "the permissions of this one, and run the same command again."
         )
     if type(error).__name__ == "SafetensorError":
         return (
