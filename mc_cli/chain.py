@@ -101,10 +101,7 @@ def _check_ahead(plan: RunPlan) -> None:
     from mc_cli.artifacts.exported import ExportFolder
     from mc_cli.runtime.text import resolve_data
 
-    try:
-        resolve_data(plan.stages["prune-eval"].data)
-    except InputError as error:
-        raise InputError(str(error).replace("--data", "--eval-data", 1)) from error
+    resolve_data(plan.stages["prune-eval"].data, flag="--eval-data")
     ExportFolder(Path(plan.stages["export"].out).expanduser().resolve(), {}, {}).check_place()
 
 

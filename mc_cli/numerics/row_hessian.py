@@ -30,8 +30,7 @@ class RowHessian:
 
     def diagonal(self) -> Tensor:
         """float32 [B, all rows]: what a squared error of each row matters by itself."""
-        diagonal = self.blocks.diagonal(dim1=-2, dim2=-1).flatten(1)
-        return torch.empty_like(diagonal).index_copy_(1, self.rows.flatten(), diagonal)
+        return self.ungrouped(self.blocks.diagonal(dim1=-2, dim2=-1))
 
     def grouped(self, rows: Tensor) -> Tensor:
         """[B, groups, n] of [B, all rows]."""

@@ -96,7 +96,7 @@ class ExpertInputs:
         if expert not in self._chosen:
             return
         tokens, weights = self._chosen[expert]
-        step = 1 if limit is None else max(1, -(-len(tokens) // limit))
+        step = 1 if limit is None else _step(len(tokens), limit)
         tokens, weights = tokens[::step], weights[::step]
         for begin in range(0, len(tokens), TOKENS_AT_ONCE):
             rows = slice(begin, begin + TOKENS_AT_ONCE)
@@ -105,7 +105,7 @@ class ExpertInputs:
 
     def pool(self) -> torch.Tensor:
         """[tokens, hidden] float32: tokens of the whole layer, evenly spaced, at most POOL_TOKENS."""
-        step = max(1, -(-self.token_count // POOL_TOKENS))
+        step = _step(self.token_count, POOL_TOKENS)
         return self._inputs[::step].to(self.device).float()
 
     def sample(self, expert: int, limit: int) -> Sample:
@@ -126,7 +126,7 @@ class ExpertInputs:
             if int(known.sum()) >= min(SENSITIVE_TOKENS, count):
                 tokens, weights = tokens[known], weights[known]
                 scales = token_scale[tokens]
-        step = max(1, -(-len(tokens) // limit))
+        step = _step(len(tokens), limit)
         tokens, weights, scales = tokens[::step], weights[::step], scales[: len(tokens) : step]
         inputs = self._inputs[tokens].to(self.device).float()
         scale = count / len(tokens)
@@ -142,12 +142,17 @@ class ExpertInputs:
         token_scale = None if self.sensitivity is None else self.sensitivity.token_scale
         known = tokens[tokens < len(token_scale)] if token_scale is not None else tokens[:0]
         tokens = known if len(known) else tokens
-        tokens = tokens[:: max(1, -(-len(tokens) // limit))]
+        tokens = tokens[:: _step(len(tokens), limit)]
         scales = token_scale[tokens] if token_scale is not None and len(known) else torch.ones(len(tokens))
         inputs = self._inputs[tokens].to(self.device).float()
         weights = torch.zeros(len(tokens), device=self.device)
         scale = count / max(1, len(tokens))
         return Sample(inputs, weights, scale, scales.to(self.device), pooled=False, tokens=tokens)
+
+
+def _step(count: int, limit: int) -> int:
+    """Every how many of `count` evenly spaced ones are at most `limit`."""
+    return max(1, -(-count // limit))
 
 
 def expert_chunks(block: ExpertBlock) -> Iterator[list[int]]:

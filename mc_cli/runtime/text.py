@@ -54,11 +54,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).") from error
 
 
-def resolve_data(data: str) -> Path | None:
-    """The file or folder that --data names; None if it is a `datasets` name."""
+def resolve_data(data: str, *, flag: str = "--data") -> Path | None:
+    """The file or folder that --data, or another `flag`, names; None if it is a `datasets` name."""
     if not data:
         raise InputError(
-            "--data is missing: give a .txt, .jsonl or .parquet file, a folder of them, or a datasets name."
+            f"{flag} is missing: give a .txt, .jsonl or .parquet file, a folder of them, or a datasets name."
         )
     if data.startswith("bundled:"):
         from mc_cli.bundled import bundled_path
@@ -68,7 +68,7 @@ def resolve_data(data: str) -> Path | None:
     if path.exists():
         return path
     if path.suffix in _SUFFIXES or data.startswith((".", "/", "~")):
-        raise InputError(f"--data {data}: no such file or folder.")
+        raise InputError(f"{flag} {data}: no such file or folder.")
     return None
 
 

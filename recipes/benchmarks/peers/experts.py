@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ EXPERT_WEIGHT = re.compile(
 )
 ATTENTION_WEIGHT = re.compile(r"\.layers\.\d+\.self_attn\.(q|k|v|o)_proj\.weight$")
 MIXED_UP = 1.5  # squared distance over squared norm; two unrelated matrices have 2
+LEAST_S = 0.3  # that a product is timed for
 STORED = "stored.json"
 WEIGHTS = "model.safetensors"
 
@@ -124,6 +125,16 @@ def write_dense(model: Path, out: Path, replaced: Mapping[str, torch.Tensor], st
     }
     (out / STORED).write_text(json.dumps(content, indent=1) + "\n")
     print(f"{out}: {stored.encoding}, {content['stored_bits']:.4f} stored bits, {stored.seconds:.0f} s")
+
+
+def seconds_per_call(call: Callable[[], object]) -> float:
+    """Mean over calls one after the other for LEAST_S seconds, after one that does not count."""
+    call()
+    begun, runs = time.perf_counter(), 0
+    while time.perf_counter() - begun < LEAST_S:
+        call()
+        runs += 1
+    return (time.perf_counter() - begun) / runs
 
 
 class Stopwatch:

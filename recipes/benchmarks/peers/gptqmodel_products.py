@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 
 import torch
+from experts import seconds_per_call
 from gptqmodel.models._const import DEVICE
 from gptqmodel.quantization import FORMAT, METHOD
 from gptqmodel.utils.importer import select_quant_linear
 
 GROUP = 128
 COUNTED = ("qweight", "qzeros", "scales")  # g_idx says nothing here
-LEAST_S = 0.3
 
 
 def main() -> None:
@@ -77,12 +76,7 @@ def seconds(linear: torch.nn.Module, rows: int, inputs: int) -> float:
     """Of one product with so many rows, again and again with the same matrix."""
     activations = torch.randn(rows, inputs, dtype=torch.bfloat16)
     with torch.inference_mode():
-        linear(activations)
-        begun, runs = time.perf_counter(), 0
-        while time.perf_counter() - begun < LEAST_S:
-            linear(activations)
-            runs += 1
-    return (time.perf_counter() - begun) / runs
+        return seconds_per_call(lambda: linear(activations))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ import os
 import re
 import statistics
 import subprocess
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from experts import seconds_per_call
 from rich.console import Console
 from rich.table import Table
 
@@ -45,7 +46,6 @@ ROWS = (1, 8, 512)
 NEAR = 0.01
 LINE = re.compile(r"type_a=(?P<type>\w+),type_b=f32,m=4096,n=(?P<rows>\d+),k=14336.*?(?P<us>[\d.]+) us/run")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-LEAST_S = 0.3  # that one of our figures is measured for
 GPTQ_BITS = (2, 3, 4)
 GPTQ_SCRIPT = Path(__file__).with_name("gptqmodel_products.py")
 
@@ -110,12 +110,7 @@ def our_times() -> dict[tuple[float, int], float]:
         bank = Bank([(encoding, tensors)], OUTPUTS, INPUTS)
         for count in ROWS:
             inputs = torch.randn(count, INPUTS)
-            bank.product(inputs)
-            begun, runs = time.perf_counter(), 0
-            while time.perf_counter() - begun < LEAST_S:
-                bank.product(inputs)
-                runs += 1
-            found[bits, count] = (time.perf_counter() - begun) / runs
+            found[bits, count] = seconds_per_call(partial(bank.product, inputs))
     return found
 
 
