@@ -26,15 +26,31 @@ class _MallocFigures(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_size_t) for name in _names)
 
 
-def is_mapped(size: int) -> bool:
-    """Whether glibc gives a block of `size` bytes as a mapping of its own just now."""
+@contextmanager
+def heap_without_holes(size: int) -> Iterator[bool]:
+    """Takes every hole of the heap that a block of `size` bytes fits into; gives whether the next one was a mapping.
+
+    A large enough hole serves a request whatever the threshold, and which holes there are depends on all that ran
+    before. So blocks are asked for until one has to be fetched from the system.
+    """
     libc = ctypes.CDLL(None)
     libc.mallinfo2.restype, libc.malloc.restype = _MallocFigures, ctypes.c_void_p
-    before = libc.mallinfo2().hblks
-    block = libc.malloc(ctypes.c_size_t(size))
-    after = libc.mallinfo2().hblks
-    libc.free(ctypes.c_void_p(block))
-    return bool(after > before)
+    held: list[int] = []
+    before = now = libc.mallinfo2()
+    while (now.hblks, now.arena) == (before.hblks, before.arena):
+        held.append(libc.malloc(ctypes.c_size_t(size)))
+        now = libc.mallinfo2()
+    try:
+        yield bool(now.hblks > before.hblks)
+    finally:
+        for block in held:
+            libc.free(ctypes.c_void_p(block))
+
+
+def is_mapped(size: int) -> bool:
+    """Whether glibc fetches a block of `size` bytes as a mapping of its own just now, and not by growing its heap."""
+    with heap_without_holes(size) as mapped:
+        return mapped
 
 
 @pytest.fixture
@@ -47,7 +63,7 @@ def adapted() -> None:
 
 @pytest.mark.usefixtures("adapted")
 def test_large_blocks_between_others_go_back_as_soon_as_they_are_freed() -> None:
-    with large_blocks_mapped():
+    with large_blocks_mapped(), heap_without_holes(8 * MIB):
         blocks = [bytearray(b"x") * (8 * MIB) for _ in range(16)]
         before = resident_bytes()
         del blocks[::2]
