@@ -117,6 +117,7 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
             _TEXT,
             metavar="TOKENS",
         ),
+        Flag("gradient_samples", "Labels drawn from the model for each of these tokens.", _TEXT, metavar="COUNT"),
     ),
     s.QuantizerSettings: (
         Flag(
@@ -244,6 +245,12 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
             "Plan",
             metavar="FILE",
             default="the one that allocate wrote",
+        ),
+        Flag(
+            "error_correction",
+            "Fit each expert's down projection to make good for what was quantized before it.",
+            _QUANTIZER,
+            default="yes with trellis, else no",
         ),
     ),
     s.EvaluateSettings: (

@@ -22,7 +22,10 @@ MANY_BITS, WIDEST = 3.5, (4.5, 5)
 BESIDE = ((2.75, 8), (2.5, 6), (-1.0, 5))
 # What `run --effort` sets beneath recipe and flags: section -> settings.
 EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
-    "fast": {"calibrate": {"sequences": 64, "gradient_tokens": 8192}, "score": {"loss_tokens": 1024}},
+    "fast": {
+        "calibrate": {"sequences": 64, "gradient_tokens": 8192, "gradient_samples": 1},
+        "score": {"loss_tokens": 512},
+    },
     "default": {},
     "best": {"calibrate": {"sequences": 256}, "score": {"loss_tokens": 8192, "sweeps": 2}},
 }
@@ -131,7 +134,7 @@ class CalibrateSettings(StageSettings):
     """model: folder, hub id or bundled:NAME. data: file, folder of files, datasets name or bundled:NAME.
 
     gradient_tokens: tokens of the backward pass that gives each layer's sensitivity; 0 leaves it out, and score
-    then uses the share of the residual stream's energy.
+    then uses the share of the residual stream's energy. gradient_samples: labels drawn for each of them.
     """
 
     model: str = ""
@@ -143,12 +146,14 @@ class CalibrateSettings(StageSettings):
     length: int = 0  # 0 = 2048, or the model's whole context where that is shorter
     seed: int = 0
     gradient_tokens: int = 32768
+    gradient_samples: int = 4
     # The digests of model files and of the token ids stand for these two.
     not_fingerprinted = frozenset({"model", "data"})
 
     def __post_init__(self) -> None:
         _at_least("--sequences", self.sequences, 1)
         _at_least("--gradient-tokens", self.gradient_tokens, 0)
+        _at_least("--gradient-samples", self.gradient_samples, 1)
         _length(self.length)
 
 
@@ -189,7 +194,7 @@ class ScoreSettings(StageSettings):
 
     bits: tuple[float, ...] = ()  # none given: CANDIDATES of the quantizer's family
     quantizer: QuantizerSettings = QuantizerSettings()
-    loss_tokens: int = 2048
+    loss_tokens: int = 1024
 
     def __post_init__(self) -> None:
         _at_least("--loss-tokens", self.loss_tokens, 1)
@@ -266,11 +271,20 @@ def bits_beside(mean_bits: float) -> int:
 
 @dataclass(frozen=True)
 class QuantizeSettings(StageSettings):
-    """plan: a plan.yaml to use instead of the work directory's."""
+    """plan: a plan.yaml to use instead of the work directory's.
+
+    error_correction: whether down projections make good for errors made before them; None = with the trellis alone
+    """
 
     quantizer: QuantizerSettings = QuantizerSettings()
+    error_correction: bool | None = None
     plan: str | None = None
     not_fingerprinted = frozenset({"plan"})
+
+    @property
+    def corrects_errors(self) -> bool:
+        """`error_correction`, or what its absence means for the quantizer."""
+        return self.quantizer.quantizer == "trellis" if self.error_correction is None else self.error_correction
 
 
 def parse_rates(text: str) -> tuple[float, ...]:

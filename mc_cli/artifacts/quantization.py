@@ -21,6 +21,8 @@ class MatrixReport:
     tokens         calibration tokens behind its Hessian
     proxy_loss     trace(D H D^T), summed over tokens;  relative_error: divided by trace(W H W^T)
     pooled_share   part of the Hessian that came from the layer's pooled tokens
+    correction     trace(S H S^T) over trace(W H W^T), S what was added to W to make good for errors made before it, and
+                   what the losses count as part of W; None where nothing was to be
     notes          fallbacks: raised damping, no data
     """
 
@@ -34,6 +36,7 @@ class MatrixReport:
     proxy_loss: float | None = None
     relative_error: float | None = None
     pooled_share: float = 0.0
+    correction: float | None = None
     notes: tuple[str, ...] = ()
 
 

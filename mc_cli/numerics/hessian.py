@@ -143,6 +143,31 @@ def _invert_into(factor: Tensor, hessian: Tensor, added: float) -> bool:
     return bool(torch.isfinite(factor).all())
 
 
+def least_squares(moments: Tensor, hessian: Tensor, *, damping: float) -> Tensor:
+    """The weights S, float32 [out_features, in_features], that minimise trace(S H S^T) - 2 trace(S moments^T).
+
+    moments  [out_features, in_features] float32, sum over tokens of wanted output times input; not modified
+    hessian  [in_features, in_features] float32, symmetric positive semi-definite; not modified
+    damping  fraction of mean(diag(hessian)) added to its diagonal: H is the sum
+
+    In float64 inside up to FLOAT64_LIMIT inputs. A Hessian of zeros gives zeros. Raises McError where the system cannot
+    be solved: values that are not finite.
+    """
+    mean = float(hessian.diagonal().mean(dtype=torch.float64))
+    if mean == 0:
+        return torch.zeros_like(moments)
+    dtype = torch.float64 if len(hessian) <= FLOAT64_LIMIT else torch.float32
+    damped = hessian.to(dtype, copy=True)
+    damped.diagonal().add_(damping * mean)
+    lower, info = torch.linalg.cholesky_ex(damped)
+    solution = torch.cholesky_solve(moments.mT.to(dtype), lower).mT.float()
+    if int(info) or not bool(torch.isfinite(solution).all()):
+        raise McError(
+            "a layer's inputs overflowed during calibration: no linear system can be solved with their Hessian"
+        )
+    return solution.contiguous()
+
+
 def trace_error(difference: Tensor, hessian: Tensor) -> Tensor:
     """float64 [B]: trace(D hessian D^T), the summed squared output error over the tokens behind the Hessian.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from mc_cli.runtime import experts
 from mc_cli.runtime.routing import RoutingCapture
 
 TOKENS_AT_ONCE = 512  # rows of an expert's input on the device at a time; more do not fit a processor's cache
+CALL_TOKENS = 4096  # of a layer whose experts are all called together
 POOL_TOKENS = 4096  # tokens of the whole layer that stand in where an expert has few of its own
 WELL_SAMPLED = 16  # an expert with this many tokens per input feature keeps its own Hessian as it is
 # Errors at sensitive tokens matter more in Hessians too, but less than the gradients of one sampled label say.
@@ -39,6 +40,22 @@ class Sample:
     sensitivity: torch.Tensor
     pooled: bool
     tokens: torch.Tensor | None = None
+
+
+class Chunk(NamedTuple):
+    """Some of one expert's tokens.
+
+    inputs           [n, hidden] float32, on the device
+    weights          [n] float32, on the device: routing weights, times the root of what an error at the token matters
+                     where that is known
+    tokens           [n] int64, on the CPU: which of the layer's tokens they are
+    routing_weights  [n] float32, on the device, as the router gave them
+    """
+
+    inputs: torch.Tensor
+    weights: torch.Tensor
+    tokens: torch.Tensor
+    routing_weights: torch.Tensor
 
 
 class ExpertInputs:
@@ -87,21 +104,30 @@ class ExpertInputs:
         """Tokens routed to one expert."""
         return len(self._chosen[expert][0]) if expert in self._chosen else 0
 
-    def chunks(self, expert: int, *, limit: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(inputs [n, hidden], weights [n]) float32 on the device: all tokens of one expert, in pieces.
-
-        The weights are routing weights, times the root of what an error at the token matters where that is known.
-        With a limit at most so many tokens, evenly spaced.
-        """
+    def chunks(self, expert: int, *, limit: int | None = None) -> Iterator[Chunk]:
+        """All tokens of one expert, in pieces; with a limit at most so many, evenly spaced."""
         if expert not in self._chosen:
             return
         tokens, weights = self._chosen[expert]
         step = 1 if limit is None else _step(len(tokens), limit)
         tokens, weights = tokens[::step], weights[::step]
         for begin in range(0, len(tokens), TOKENS_AT_ONCE):
-            rows = slice(begin, begin + TOKENS_AT_ONCE)
-            felt = weights[rows] * self._attention[tokens[rows]]
-            yield self._inputs[tokens[rows]].to(self.device).float(), felt.to(self.device)
+            piece = slice(begin, begin + TOKENS_AT_ONCE)
+            chosen, routed = tokens[piece], weights[piece].to(self.device)
+            rows = self._inputs[chosen].to(self.device).float()
+            yield Chunk(rows, routed * self._attention[chosen].to(self.device), chosen, routed)
+
+    def calls(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(tokens, inputs [n, hidden], index [n, k], weights [n, k]), in pieces: what the experts are called with."""
+        index, weights = self._routing
+        for begin in range(0, self.token_count, CALL_TOKENS):
+            rows = slice(begin, begin + CALL_TOKENS)
+            inputs = self._inputs[rows].to(self.device)
+            yield rows, inputs, index[rows].to(self.device), weights[rows].to(self.device)
+
+    def squared_weights(self) -> torch.Tensor:
+        """[tokens] float32, on the CPU: the sum of each token's squared routing weights."""
+        return self._routing[1].square().sum(-1)
 
     def pool(self) -> torch.Tensor:
         """[tokens, hidden] float32: tokens of the whole layer, evenly spaced, at most POOL_TOKENS."""
@@ -196,8 +222,8 @@ def up_hessians(inputs: ExpertInputs, members: list[int], *, strength: float) ->
     width = inputs.block.projections[0].in_features
     hessians = torch.zeros((len(members), width, width), device=inputs.device)
     for slot, expert in enumerate(members):
-        for rows, weights in inputs.chunks(expert):
-            accumulate(hessians[slot], rows, weights)
+        for chunk in inputs.chunks(expert):
+            accumulate(hessians[slot], chunk.inputs, chunk.weights)
     starved = _starved(inputs, members, width)
     if starved and strength > 0:
         pooled = torch.zeros((width, width), device=inputs.device)
@@ -208,18 +234,28 @@ def up_hessians(inputs: ExpertInputs, members: list[int], *, strength: float) ->
 
 
 def down_hessians(
-    module: nn.Module, inputs: ExpertInputs, members: list[int], up_weights: torch.Tensor, *, strength: float
+    module: nn.Module,
+    inputs: ExpertInputs,
+    members: list[int],
+    up_weights: torch.Tensor,
+    *,
+    strength: float,
+    watch: Callable[[int, Chunk, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """[members, intermediate, intermediate] float32: the same of the activations that `up_weights` give.
 
     up_weights  [members, out_features, in_features], original or already quantized
+    watch       called with expert, chunk and activations [n, intermediate] of all that the experts' own tokens give
     The pool of a starved expert is the layer's tokens sent through that expert: experts share no intermediate basis.
     """
     width = inputs.block.projections[-1].in_features
     hessians = torch.zeros((len(members), width, width), device=inputs.device)
     for slot, expert in enumerate(members):
-        for rows, weights in inputs.chunks(expert):
-            accumulate(hessians[slot], expert_activations(module, expert, rows, up_weights[slot]), weights)
+        for chunk in inputs.chunks(expert):
+            activated = expert_activations(module, expert, chunk.inputs, up_weights[slot])
+            accumulate(hessians[slot], activated, chunk.weights)
+            if watch is not None:
+                watch(expert, chunk, activated)
     if strength > 0:
         for slot in _starved(inputs, members, width):
             pooled = torch.zeros((width, width), device=inputs.device)

@@ -7,6 +7,7 @@ own gate activation, so no family needs code of its own here.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
@@ -202,6 +203,22 @@ def experts_forward(
     compute = _one_by_one if banks is None else functools.partial(_all_at_once, banks)
     total = compute(module, flat, top_k_index, top_k_weights)
     return total.to(hidden_states.dtype).reshape(hidden_states.shape)
+
+
+@contextlib.contextmanager
+def nothing_computed(module: Experts) -> Iterator[None]:
+    """Context in which the experts are called as ever, and give zeros. The module has no pruner of its own."""
+
+    def drop_all(
+        module: Experts, _: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full_like(index, module.num_experts), weights
+
+    setattr(module, PRUNER, drop_all)
+    try:
+        yield
+    finally:
+        delattr(module, PRUNER)
 
 
 def _one_by_one(

@@ -26,6 +26,7 @@ from mc_cli.numerics.row_hessian import RowHessian
 from mc_cli.parts import ExpertBlock, Role, TensorPart
 from mc_cli.quantizers import Quantizer
 from mc_cli.runtime import experts
+from mc_cli.runtime.correction import Shortfall, missing_without_experts, reach_of
 from mc_cli.runtime.expert_inputs import ExpertInputs, down_hessians, expert_chunks, pooled_share, up_hessians
 from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.memory import release_freed_memory
@@ -75,8 +76,14 @@ class LayerQuantizer:
         self._covariance_of = covariance_of
         self._covariance: torch.Tensor | None = None  # of the layer that is being quantized
 
-    def quantize(self, tensors: Sequence[TensorPart], block: ExpertBlock | None) -> LayerResult:
-        """Quantizes the resident layer `walk.depth`, whose parameters are `tensors` and whose experts are `block`."""
+    def quantize(
+        self, tensors: Sequence[TensorPart], block: ExpertBlock | None, original: torch.Tensor | None = None
+    ) -> LayerResult:
+        """Quantizes the resident layer `walk.depth`, whose parameters are `tensors` and whose experts are `block`.
+
+        original  [sequences, length, hidden], the layer's output in the model that is not quantized, which down
+                  projections aim at; None: each matrix at its own
+        """
         result = LayerResult()
         wanted = {path: part for part in tensors if (path := self._packable(part)) is not None}
         for group in self._input_groups(list(wanted)):
@@ -85,7 +92,7 @@ class LayerQuantizer:
         for path in sorted(wanted.keys() - result.linears.keys()):
             self._report_unseen(path, wanted[path], result)
         if block is not None:
-            self._quantize_experts(block, result)
+            self._quantize_experts(block, original, result)
         return result
 
     def _report_unseen(self, path: str, part: TensorPart, result: LayerResult) -> None:
@@ -185,10 +192,14 @@ class LayerQuantizer:
 
     # Experts
 
-    def _quantize_experts(self, block: ExpertBlock, result: LayerResult) -> None:
+    def _quantize_experts(self, block: ExpertBlock, original: torch.Tensor | None, result: LayerResult) -> None:
         module = self._model.get_submodule(block.path)
+        reach = None if original is None else reach_of(self._walk, module)
         with watching(self._model, block, keep_inputs=True) as capture:
-            self._run_up_to(module)
+            if original is None or reach is None:
+                self._run_up_to(module)
+            else:
+                missing = missing_without_experts(self._walk, original, module, reach=reach)
         inputs = ExpertInputs(capture, block, self._device, sensitivity=self._sensitivities.get(block.layer))
         self._covariance = None if inputs.sensitivity is None else self._covariance_of(block.layer)
         up, down = block.projections
@@ -198,11 +209,12 @@ class LayerQuantizer:
 
         def for_down(members: list[int]) -> torch.Tensor:
             weights = experts.stacked_weights(module, up.name, members)
-            return down_hessians(module, inputs, members, weights, strength=self._shrinkage)
+            watch = None if shortfall is None else shortfall.watch
+            return down_hessians(module, inputs, members, weights, strength=self._shrinkage, watch=watch)
 
-        keys = {}
-        for projection, hessians_of in ((up, for_up), (down, for_down)):
-            keys[projection.name] = self._quantize_projection(module, inputs, projection.name, hessians_of, result)
+        keys = {up.name: self._quantize_projection(module, inputs, up.name, for_up, None, result)}
+        shortfall = None if reach is None else Shortfall(module, inputs, missing)
+        keys[down.name] = self._quantize_projection(module, inputs, down.name, for_down, shortfall, result)
         result.layout = ExpertLayout(
             path=block.path,
             num_experts=block.num_experts,
@@ -216,6 +228,7 @@ class LayerQuantizer:
         inputs: ExpertInputs,
         projection: str,
         hessians_of: Callable[[list[int]], torch.Tensor],
+        shortfall: Shortfall | None,
         result: LayerResult,
     ) -> tuple[str | None, ...]:
         """Packs one projection of every expert by its width; returns the encoding key per expert."""
@@ -232,7 +245,7 @@ class LayerQuantizer:
                 continue
             for chunk in _pieces(members, block):
                 release_freed_memory()
-                self._pack_chunk(module, inputs, projection, bits, chunk, hessians_of(chunk), result)
+                self._pack_chunk(module, inputs, projection, bits, chunk, hessians_of(chunk), shortfall, result)
                 for expert in chunk:
                     keys[expert] = packed[expert][0]
         return tuple(keys)
@@ -269,10 +282,17 @@ class LayerQuantizer:
         bits: float,
         members: list[int],
         hessians: torch.Tensor,
+        shortfall: Shortfall | None,
         result: LayerResult,
     ) -> None:
         weights = experts.stacked_weights(module, projection, members)
         in_features = weights.shape[-1]
+        pooled = [pooled_share(inputs.count(expert), in_features, strength=self._shrinkage) for expert in members]
+        moved: list[float | None] = [None] * len(members)
+        if shortfall is not None:
+            steps = torch.stack(list(map(shortfall.step, members, hessians, pooled)))
+            moved = (trace_error(steps, hessians) / trace_error(weights, hessians).clamp_min(1e-300)).tolist()
+            weights += steps
         encoding = self._encoding(bits, weights)
         prepared = self._quantizer.prepare(hessians, basis=encoding.basis)
         importance = self._row_importance(module, inputs, projection, members, encoding)
@@ -282,7 +302,6 @@ class LayerQuantizer:
             experts.expert_weight(module, projection, expert).copy_(replaced[slot])
             tensors = {name: tensor[slot].clone() for name, tensor in quantized.tensors.items()}
             result.experts[projection][expert] = (encoding.key, tensors)
-            tokens = inputs.count(expert)
             row = MatrixReport(
                 f"{inputs.block.path}.{expert}.{projection}",
                 Role.EXPERT.value,
@@ -290,8 +309,9 @@ class LayerQuantizer:
                 weights[slot].numel(),
                 bits,
                 encoding.key,
-                tokens,
-                pooled_share=pooled_share(tokens, in_features, strength=self._shrinkage),
+                inputs.count(expert),
+                pooled_share=pooled[slot],
+                correction=moved[slot],
             )
             result.report.append(self._measured(row, weights, quantized, hessians, slot))
 

@@ -8,6 +8,7 @@ layers hand on nothing but hidden states; a family whose layers hand on more is 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, Protocol
 
@@ -97,6 +98,12 @@ class LayerWalk:
         """Row ranges of the batches, in order."""
         for begin in range(0, len(self.token_ids), self.batch_size):
             yield slice(begin, min(begin + self.batch_size, len(self.token_ids)))
+
+    def twin(self) -> LayerWalk:
+        """Another walk over the same sequences, from where this one is; each advances by itself."""
+        other = copy.copy(self)
+        other.hidden = self.hidden.clone()
+        return other
 
     def restore(self, hidden: torch.Tensor, depth: int) -> None:
         """Continues from saved hidden states, the input of layer `depth`."""

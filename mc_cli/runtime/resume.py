@@ -10,20 +10,26 @@ from mc_cli.runtime.layerwise import LayerWalk
 _NAME = re.compile(r"before_([0-9]+)\.safetensors")
 
 
-def save_progress(folder: StageFolder, walk: LayerWalk) -> None:
-    """Keeps the input of the walk's next layer; older states are removed after the new ones are safely on disk."""
+def save_progress(folder: StageFolder, walk: LayerWalk, original: LayerWalk | None = None) -> None:
+    """Keeps the input of the walk's next layer; older states are removed after the new ones are safely on disk.
+
+    original  a walk at the same depth that is to go on with it
+    """
     path = folder.path(f"{RESUME}/before_{walk.depth}.safetensors")
-    write_tensors(path, {"hidden": walk.hidden})
+    write_tensors(path, {"hidden": walk.hidden} | ({} if original is None else {"original": original.hidden}))
     for other in path.parent.glob("before_*.safetensors"):
         if other != path:
             other.unlink()
 
 
-def restore_progress(folder: StageFolder, walk: LayerWalk) -> int:
-    """Moves the walk to the first layer that is not finished, and returns its index (0 on a fresh start)."""
+def restore_progress(folder: StageFolder, walk: LayerWalk, original: LayerWalk | None = None) -> int:
+    """Moves the walks to the first layer that is not finished, and returns its index (0 on a fresh start)."""
     depths = [int(match[1]) for path in folder.path(RESUME).glob("*") if (match := _NAME.fullmatch(path.name))]
     if not depths:
         return 0
     depth = max(depths)
-    walk.restore(read_tensors(folder.path(f"{RESUME}/before_{depth}.safetensors"))["hidden"], depth)
+    saved = read_tensors(folder.path(f"{RESUME}/before_{depth}.safetensors"))
+    walk.restore(saved["hidden"], depth)
+    if original is not None:
+        original.restore(saved["original"], depth)
     return depth

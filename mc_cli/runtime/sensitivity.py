@@ -9,7 +9,7 @@ Source: GEMQ (arXiv:2605.23078) for gradient-weighted errors; the sampled-label 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,47 +21,56 @@ from mc_cli.parts import ExpertBlock
 from mc_cli.runtime.layerwise import LayerWalk
 
 
-def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, seed: int) -> torch.Tensor:
-    """Gradient of the summed loss at the last layer's output, for labels that are sampled from the model with `seed`.
+def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, samples: int, seed: int) -> torch.Tensor:
+    """Gradients of the summed loss at the last layer's output, for labels that are sampled from the model with `seed`.
 
-    final_hidden, result  [sequences, length, hidden]
+    final_hidden  [sequences, length, hidden]
+    samples       labels per token; the result is [samples, sequences, length, hidden], one gradient for each
     """
-    gradients = torch.empty_like(final_hidden)
+    gradients = torch.empty((samples, *final_hidden.shape), dtype=final_hidden.dtype)
     generator = torch.Generator().manual_seed(seed)
     for row in range(len(final_hidden)):
         rows = slice(row, row + 1)
         with torch.enable_grad():
             hidden = final_hidden[rows].to(walk.source.device).requires_grad_(True)
             log_probabilities = walk.head(rows, hidden).float().log_softmax(-1)[0]
-            labels = torch.multinomial(log_probabilities.detach().exp().cpu(), 1, generator=generator)
-            loss = -log_probabilities.gather(1, labels.to(log_probabilities.device)).sum()
-            (gradient,) = torch.autograd.grad(loss, hidden)
-        gradients[rows] = gradient.to(gradients.device)
+            probabilities = log_probabilities.detach().exp().cpu()
+            labels = torch.multinomial(probabilities, samples, replacement=True, generator=generator)
+            losses = (-log_probabilities.gather(1, labels.to(log_probabilities.device)).sum(0)).unbind()
+        gradients[:, row] = _gradients(losses, hidden)[0][:, 0].to(gradients.device)
     return gradients
 
 
 def backward_layer(
     walk: LayerWalk, layer_inputs: torch.Tensor, gradients: torch.Tensor, block: ExpertBlock | None
 ) -> tuple[torch.Tensor, LayerSensitivity | None, torch.Tensor | None]:
-    """The gradient at the resident layer's input; if it has experts (`block`), its sensitivity and their gradients'
-    covariance [hidden, hidden] float32, a mean over tokens.
+    """The gradients at the resident layer's input; if it has experts (`block`), its sensitivity and their gradients'
+    covariance [hidden, hidden] float32, a mean over tokens and samples.
 
     layer_inputs  [sequences, length, hidden], what the layer `walk.depth` was given
-    gradients     [sequences, length, hidden], of the summed loss at the layer's output
+    gradients     [samples, sequences, length, hidden], of the summed losses at the layer's output
     """
     collector = _Collector() if block is not None else None
     before = torch.empty_like(gradients)
-    with _listening(walk, block, collector), torch.enable_grad():
+    with _listening(walk, block, collector):
         for rows in walk.batches():
-            hidden = layer_inputs[rows].to(walk.source.device).requires_grad_(True)
-            total = (walk.call_layer(hidden, rows) * gradients[rows].to(walk.source.device)).sum()
-            if collector is None:
-                (gradient,) = torch.autograd.grad(total, hidden)
-            else:
-                gradient, at_experts = torch.autograd.grad(total, (hidden, collector.output()))
-                collector.add(at_experts)
-            before[rows] = gradient.to(before.device)
+            with torch.enable_grad():
+                hidden = layer_inputs[rows].to(walk.source.device).requires_grad_(True)
+                output = walk.call_layer(hidden, rows)
+                totals = [(output * sample[rows].to(output.device)).sum() for sample in gradients]
+            wanted = (hidden,) if collector is None else (hidden, collector.output())
+            found = _gradients(totals, *wanted)
+            if collector is not None:
+                collector.add(found[1])
+            before[:, rows] = found[0].to(before.device)
     return before, *(collector.result() if collector is not None else (None, None))
+
+
+def _gradients(losses: Sequence[torch.Tensor], *of: torch.Tensor) -> list[torch.Tensor]:
+    """[losses, *shape] of each tensor in `of`: the gradients of each of `losses`, whose graph is used up."""
+    found = [torch.autograd.grad(loss, of, retain_graph=True) for loss in losses[:-1]]
+    found.append(torch.autograd.grad(losses[-1], of))
+    return [torch.stack(tensors) for tensors in zip(*found, strict=True)]
 
 
 @contextmanager
@@ -98,12 +107,13 @@ class _Collector:
         return output
 
     def add(self, at_experts: torch.Tensor) -> None:
-        """Adds the gradient at the experts' output of the current forward to the sums."""
-        rows = at_experts.reshape(-1, at_experts.shape[-1])
+        """Adds the gradients [samples, ..., hidden] at the experts' output of the current forward to the sums."""
+        samples = at_experts.reshape(len(at_experts), -1, at_experts.shape[-1])
         if self._covariance is None:
-            self._covariance = torch.zeros((rows.shape[1],) * 2, device=rows.device)
-        accumulate(self._covariance, rows)
-        squares = rows.double().square().cpu()
+            self._covariance = torch.zeros((samples.shape[-1],) * 2, device=samples.device)
+        for rows in samples:
+            accumulate(self._covariance, rows / len(samples) ** 0.5)
+        squares = samples.double().square().mean(0).cpu()
         self._square = squares.sum(0) if self._square is None else self._square + squares.sum(0)
         self._per_token.append(squares.sum(-1))
 

@@ -60,7 +60,7 @@ def run(
     sequences = min(-(-settings.gradient_tokens // token_ids.shape[1]), len(token_ids))
     _forward(walk, checkpoint, inventory, folder, sequences, progress)
     if sequences:
-        _backward(walk, checkpoint, inventory, folder, sequences, settings.seed, progress)
+        _backward(walk, checkpoint, inventory, folder, sequences, settings, progress)
     for message in starved_experts(read_routing(folder.folder, inventory), inventory):
         folder.warn(message, progress)
     folder.finish(__version__)
@@ -163,14 +163,14 @@ def _backward(
     inventory: ModelInventory,
     folder: StageFolder,
     sequences: int,
-    seed: int,
+    settings: CalibrateSettings,
     progress: Progress,
 ) -> None:
     """Gradient second moments of every MoE layer, from the last to the first that has experts."""
     blocks = {block.layer: block for block in inventory.expert_blocks}
     batch_size = max(1, min(walk.batch_size, GRADIENT_BATCH_TOKENS // walk.token_ids.shape[1]))
     walk = LayerWalk(checkpoint, walk.token_ids[:sequences], batch_size=batch_size)
-    gradients, layer = _gradient_start(walk, folder, sequences, seed)
+    gradients, layer = _gradient_start(walk, folder, sequences, settings)
     first = min(blocks)
     with progress.step(
         "calibrate: backward", total=walk.num_layers - first, unit="layer", done=walk.num_layers - 1 - layer
@@ -197,7 +197,9 @@ def _backward(
     write_tensors(folder.path(artifact.SENSITIVITY), merged)
 
 
-def _gradient_start(walk: LayerWalk, folder: StageFolder, sequences: int, seed: int) -> tuple[torch.Tensor, int]:
+def _gradient_start(
+    walk: LayerWalk, folder: StageFolder, sequences: int, settings: CalibrateSettings
+) -> tuple[torch.Tensor, int]:
     """Gradients at the output of a layer, and that layer: the last one, or where an earlier run stopped."""
     saved = sorted(
         folder.path(RESUME).glob("gradient_before_*.safetensors"), key=lambda path: int(path.stem.split("_")[-1])
@@ -205,7 +207,8 @@ def _gradient_start(walk: LayerWalk, folder: StageFolder, sequences: int, seed: 
     if saved:
         return read_tensors(saved[0])["gradients"], int(saved[0].stem.split("_")[-1]) - 1
     final = read_tensors(folder.path(f"{RESUME}/before_{walk.num_layers}.safetensors"))["hidden"][:sequences]
-    return output_gradient(walk, final, seed=seed), walk.num_layers - 1
+    gradients = output_gradient(walk, final, samples=settings.gradient_samples, seed=settings.seed)
+    return gradients, walk.num_layers - 1
 
 
 def _inputs_file(layer: int) -> str:

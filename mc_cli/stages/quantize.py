@@ -77,7 +77,6 @@ def run(
     checkpoint = session.open_checkpoint()
     folder.start(force=force)
     checkpoint.model.set_experts_implementation(IMPLEMENTATION)
-    drop_experts(checkpoint.model, {block.path: plan.dropped(block.layer) for block in inventory.expert_blocks})
     token_ids = read_tensors(calibration / calibration_artifact.TOKENS)["token_ids"]
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
     sensitivities = calibration_artifact.read_sensitivities(calibration, inventory)
@@ -96,9 +95,10 @@ def run(
         covariance_of=partial(calibration_artifact.read_covariance, calibration),
     )
     writer = _Writer(folder, checkpoint, inventory, session)
-    _layers(walk, checkpoint, inventory, worker, writer, folder, progress)
+    original = walk.twin() if settings.corrects_errors else None
+    _layers(walk, original, checkpoint, inventory, plan, worker, writer, folder, progress)
     _head_and_rest(walk, checkpoint, inventory, plan, worker, writer)
-    _finish(folder, inventory, session, progress)
+    _finish(folder, inventory, settings, session, progress)
     return _result(folder, compute, ran=True)
 
 
@@ -159,25 +159,33 @@ def _check_widths(plan: Plan, inventory: ModelInventory) -> None:
 
 def _layers(
     walk: LayerWalk,
+    original: LayerWalk | None,
     checkpoint: Checkpoint,
     inventory: ModelInventory,
+    plan: Plan,
     worker: LayerQuantizer,
     writer: _Writer,
     folder: StageFolder,
     progress: Progress,
 ) -> None:
+    """Every decoder layer; `original` walks beside, through the layers as they are in the checkpoint."""
     blocks = {block.layer: block for block in inventory.expert_blocks}
-    first = restore_progress(folder, walk)
+    first = restore_progress(folder, walk, original)
     with progress.step("quantize", total=walk.num_layers, unit="layer", done=first) as step:
         for layer in range(first, walk.num_layers):
             checkpoint.load(layer)
             parts = [part for part in inventory.tensors if part.layer == layer]
-            result = worker.quantize(parts, blocks.get(layer))
+            block = blocks.get(layer)
+            if original is not None:
+                original.run_layer(advance=True)
+            if block is not None:
+                drop_experts(checkpoint.model, {block.path: plan.dropped(layer)})
+            result = worker.quantize(parts, block, None if original is None else original.hidden)
             walk.run_layer(advance=True)
             writer.write(f"layer_{layer:03d}", parts, result)
             checkpoint.free(layer)
             release_freed_memory()
-            save_progress(folder, walk)
+            save_progress(folder, walk, original)
             step.advance(note=f"layer {layer}")
 
 
@@ -257,7 +265,9 @@ class _Writer:
         return tensors
 
 
-def _finish(folder: StageFolder, inventory: ModelInventory, session: Session, progress: Progress) -> None:
+def _finish(
+    folder: StageFolder, inventory: ModelInventory, settings: QuantizeSettings, session: Session, progress: Progress
+) -> None:
     """Coverage, layout, model files, warnings, manifest."""
     rows = _report_rows(folder)
     experts: list[ExpertLayout] = []
@@ -284,12 +294,29 @@ def _finish(folder: StageFolder, inventory: ModelInventory, session: Session, pr
             "too few; see report/.",
             progress,
         )
+    uncorrected = _uncorrected(rows, inventory) if settings.corrects_errors else []
+    if uncorrected:
+        folder.warn(
+            f"layers {', '.join(map(str, uncorrected))} norm or mix what their experts give, so their down projections "
+            "could not be fitted to make good for errors made before them.",
+            progress,
+        )
     write_json(folder.path("coverage.json"), coverage)
     folder.finish(__version__)
 
 
 def _report_rows(folder: StageFolder) -> list[MatrixReport]:
     return [row for path in sorted(folder.path("report").glob("*.json")) for row in read_report(path)]
+
+
+def _uncorrected(rows: list[MatrixReport], inventory: ModelInventory) -> list[int]:
+    """Layers with quantized down projections that no correction was possible for."""
+    missing = {row.name.rsplit(".", 2)[0] for row in rows if _is_quantized_down(row) and row.correction is None}
+    return [block.layer for block in inventory.expert_blocks if block.path in missing]
+
+
+def _is_quantized_down(row: MatrixReport) -> bool:
+    return row.role == Role.EXPERT.value and row.outcome == "quantized" and row.name.endswith(".down_proj")
 
 
 def _coverage(rows: list[MatrixReport], inventory: ModelInventory, layouts: list[ExpertLayout]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def chain(
     run_allocate(work_dir)
     states: dict[int, torch.Tensor] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "save_progress", lambda _, walk: states.update({walk.depth: walk.hidden.clone()}))
+        patch.setattr(quantize, "save_progress", lambda _, walk, __: states.update({walk.depth: walk.hidden.clone()}))
         run_quantize(work_dir)
     with decoded_products():
         run_prune_eval(work_dir, held_out)
@@ -184,10 +184,11 @@ def test_quantize_goes_on_with_what_it_stores(chain: Chain) -> None:
     source = chain.source()
     token_ids = _load(chain.work_dir / "calibration" / "tokens.safetensors")["token_ids"]
     walk = LayerWalk(source, token_ids, batch_size=4)
-    for layer in range(walk.num_layers):
-        source.load(layer)
-        walk.run_layer(advance=True)
-    assert (walk.hidden - chain.hidden).abs().mean() < PRODUCTS * chain.hidden.abs().max()
+    with decoded_products():  # quantize computes with decoded weights; other products may tip a near tie of experts
+        for layer in range(walk.num_layers):
+            source.load(layer)
+            walk.run_layer(advance=True)
+    assert (walk.hidden - chain.hidden).abs().max() < 1e-4 * chain.hidden.abs().max()
 
 
 def test_bytes_on_disk_are_those_of_the_plan(chain: Chain) -> None:

@@ -165,9 +165,10 @@ def test_all_tokens_come_in_pieces_or_some_of_them_evenly_spaced(
     tokens = (index[:, 0] == 2).nonzero()[:, 0]
     for limit, wanted in ((None, tokens), (40, tokens), (39, tokens[::2]), (9, tokens[::5])):
         pieces = list(inputs.chunks(2, limit=limit))
-        assert [len(rows) for rows, _ in pieces[:-1]] == [7] * (len(pieces) - 1)
-        assert torch.equal(torch.cat([rows for rows, _ in pieces]), hidden[wanted])
-        assert torch.equal(torch.cat([felt for _, felt in pieces]), weights[wanted, 0])
+        assert [len(chunk.inputs) for chunk in pieces[:-1]] == [7] * (len(pieces) - 1)
+        assert torch.equal(torch.cat([chunk.inputs for chunk in pieces]), hidden[wanted])
+        assert torch.equal(torch.cat([chunk.weights for chunk in pieces]), weights[wanted, 0])
+        assert torch.equal(torch.cat([chunk.tokens for chunk in pieces]), wanted)
     assert list(inputs.chunks(0, limit=9)) == []
 
 

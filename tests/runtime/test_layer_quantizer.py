@@ -307,7 +307,7 @@ def test_kept_pruned_and_mixed_experts(allocated: Path, tmp_path: Path, monkeypa
         tmp_path / "mine.yaml"
     )
     states: dict[int, Tensor] = {}
-    monkeypatch.setattr(quantize, "save_progress", lambda _, walk: states.update({walk.depth: walk.hidden.clone()}))
+    monkeypatch.setattr(quantize, "save_progress", lambda _, walk, __: states.update({walk.depth: walk.hidden.clone()}))
     run_quantize(work_dir, plan=str(tmp_path / "mine.yaml"))
     packed = work_dir / "packed"
     rows = {row.name: row for path in (packed / "report").iterdir() for row in read_report(path)}

@@ -31,10 +31,10 @@ def of_one_token(
     module: Any, inputs: ExpertInputs, expert: int, up: Tensor, down: Tensor, covariance: Tensor
 ) -> Tensor:
     """weight^2 J^T covariance J of the only token, J the derivative of the expert's output by its up rows."""
-    ((token, weight),) = inputs.chunks(expert)
-    outputs = up_outputs(module, expert, token, up)[0]
+    (token,) = inputs.chunks(expert)
+    outputs = up_outputs(module, expert, token.inputs, up)[0]
     jacobian = torch.autograd.functional.jacobian(lambda row: experts.activate(module, row[None])[0] @ down.T, outputs)
-    return float(weight) ** 2 * jacobian.T @ covariance @ jacobian
+    return float(token.weights) ** 2 * jacobian.T @ covariance @ jacobian
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "nemotron_h"])

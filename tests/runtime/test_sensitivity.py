@@ -18,6 +18,7 @@ from tests.conftest import TinyModel
 from tests.tiny_chain import LENGTH, run_calibrate, write_documents
 
 SEED = 3
+SAMPLES = 3
 
 
 def calibrated(
@@ -25,7 +26,15 @@ def calibrated(
 ) -> tuple[dict[str, Tensor], Tensor, tuple[ExpertBlock, ...]]:
     """What calibrate says of the sensitivity, the tokens it says it of, and the layers with experts."""
     data = write_documents(folder / "text.jsonl", documents=120)
-    run_calibrate(folder / "work", model, data, sequences=sequences, gradient_tokens=sequences * LENGTH, seed=SEED)
+    run_calibrate(
+        folder / "work",
+        model,
+        data,
+        sequences=sequences,
+        gradient_tokens=sequences * LENGTH,
+        seed=SEED,
+        gradient_samples=SAMPLES,
+    )
     calibration = folder / "work" / "calibration"
     token_ids = load_file(calibration / "tokens.safetensors")["token_ids"]
     assert len(token_ids) == sequences
@@ -34,12 +43,12 @@ def calibrated(
 
 
 def gradients_of(model: Any, token_ids: Tensor, blocks: tuple[ExpertBlock, ...]) -> dict[int, Tensor]:
-    """[tokens, hidden] per layer: gradients of the summed loss at the experts' output, by plain autograd."""
+    """[SAMPLES, tokens, hidden] per layer: gradients of the summed losses at the experts' output, by plain autograd."""
     outputs: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
         def hook(_: Any, __: Any, output: Tensor) -> Tensor:
-            output.retain_grad()
+            output.requires_grad_(True)
             outputs[layer] = output
             return output.clone()
 
@@ -50,14 +59,14 @@ def gradients_of(model: Any, token_ids: Tensor, blocks: tuple[ExpertBlock, ...])
     generator = torch.Generator().manual_seed(SEED)
     for row in token_ids:
         log_probabilities = model(row[None], use_cache=False).logits[0].log_softmax(-1)
-        labels = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
-        (-log_probabilities.gather(1, labels).sum()).backward()
-        for layer, output in outputs.items():
-            assert output.grad is not None
-            found[layer].append(output.grad.reshape(-1, output.shape[-1]).double())
+        labels = torch.multinomial(log_probabilities.detach().exp(), SAMPLES, replacement=True, generator=generator)
+        losses = -log_probabilities.gather(1, labels).sum(0)
+        per_sample = [torch.autograd.grad(loss, tuple(outputs.values()), retain_graph=True) for loss in losses]
+        for layer, gradients in zip(outputs, zip(*per_sample, strict=True), strict=True):
+            found[layer].append(torch.stack(gradients).flatten(1, -2).double())
     for handle in handles:
         handle.remove()
-    return {layer: torch.cat(rows) for layer, rows in found.items()}
+    return {layer: torch.cat(rows, dim=1) for layer, rows in found.items()}
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "deepseek_v3", "qwen3_next", "jamba"])
@@ -68,10 +77,11 @@ def test_second_moments_are_those_of_the_whole_model(tiny_model: TinyModel, tmp_
     expected = gradients_of(model, token_ids, blocks)
     assert sensitivity.keys() == {f"layers.{n}.{name}" for n in expected for name in ("gradient_square", "token_scale")}
     for layer, gradients in expected.items():
-        squares = gradients.square()
+        squares = gradients.square().mean(0)
         covariance = read_covariance(tmp_path / "work" / "calibration", layer)
         assert covariance is not None
-        whole = gradients.T @ gradients / len(gradients)
+        rows = gradients.flatten(0, 1)
+        whole = rows.T @ rows / len(rows)
         assert torch.allclose(covariance.double(), whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()))
         mean = squares.mean(0)
         assert torch.allclose(
