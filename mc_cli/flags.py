@@ -147,6 +147,12 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
             _QUANTIZER,
             metavar="COUNT",
         ),
+        Flag(
+            "error_correction",
+            "Fit each expert's down projection to make good for what was quantized before it.",
+            _QUANTIZER,
+            default="yes with trellis, else no",
+        ),
     ),
     s.ScoreSettings: (
         Flag(
@@ -245,12 +251,6 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
             "Plan",
             metavar="FILE",
             default="the one that allocate wrote",
-        ),
-        Flag(
-            "error_correction",
-            "Fit each expert's down projection to make good for what was quantized before it.",
-            _QUANTIZER,
-            default="yes with trellis, else no",
         ),
     ),
     s.EvaluateSettings: (

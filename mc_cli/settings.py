@@ -170,6 +170,13 @@ class QuantizerSettings(StageSettings):
     sweeps: int | None = None  # rounds of polishing after the first pass; None = the quantizer's own
     group_size: int = 128  # inputs per scale at most: the largest divisor of each matrix's width up to this is taken
 
+    error_correction: bool | None = None  # down projections make good for errors before them; None = with the trellis
+
+    @property
+    def corrects_errors(self) -> bool:
+        """`error_correction`, or what its absence means for the quantizer."""
+        return self.quantizer == "trellis" if self.error_correction is None else self.error_correction
+
     @property
     def family(self) -> str:
         """The family of encodings that the quantizer makes."""
@@ -271,20 +278,11 @@ def bits_beside(mean_bits: float) -> int:
 
 @dataclass(frozen=True)
 class QuantizeSettings(StageSettings):
-    """plan: a plan.yaml to use instead of the work directory's.
-
-    error_correction: whether down projections make good for errors made before them; None = with the trellis alone
-    """
+    """plan: a plan.yaml to use instead of the work directory's."""
 
     quantizer: QuantizerSettings = QuantizerSettings()
-    error_correction: bool | None = None
     plan: str | None = None
     not_fingerprinted = frozenset({"plan"})
-
-    @property
-    def corrects_errors(self) -> bool:
-        """`error_correction`, or what its absence means for the quantizer."""
-        return self.quantizer.quantizer == "trellis" if self.error_correction is None else self.error_correction
 
 
 def parse_rates(text: str) -> tuple[float, ...]:

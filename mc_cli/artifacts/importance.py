@@ -22,6 +22,8 @@ UNITS = {
     "loss_by_bits": "L2 norm over calibration tokens of the MoE output's change when this expert alone has that width",
     "predicted_loss_by_bits": "expected rise of the model's loss, nats per token, with this expert alone at that "
     "width; at width 0 it is dropped, and its tokens go to the experts that the router then chooses",
+    "up_share_left": "what is left of the up projections' forecast loss when errors are fed into later rows and the "
+    "down projection makes good for them; measured on one expert of the layer, contained in predicted_loss_by_bits",
     "stored_bytes_by_bits": "bytes of one expert of this layer at that width: codes, scales and zero points",
 }
 
@@ -62,6 +64,7 @@ class LayerImportance:
     top_k: int = 0  # experts that a token is sent to, and the router's groups: how many have to stay; 0 = not known
     router_groups: int = 1
     groups_used: int = 1
+    up_share_left: float = 1.0
 
     def __post_init__(self) -> None:
         for name in _PER_EXPERT:

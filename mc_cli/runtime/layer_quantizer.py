@@ -21,11 +21,13 @@ from mc_cli.artifacts.packed import KEPT, ExpertLayout
 from mc_cli.artifacts.plan import KEPT_BITS, Plan
 from mc_cli.artifacts.quantization import MatrixReport
 from mc_cli.encodings import Encoding, encoding_for
+from mc_cli.encodings.trellis import TrellisEncoding
 from mc_cli.numerics.hessian import accumulate, trace_error
 from mc_cli.numerics.row_hessian import RowHessian
-from mc_cli.parts import ExpertBlock, Role, TensorPart
+from mc_cli.parts import ExpertBlock, Projection, Role, TensorPart
 from mc_cli.quantizers import Quantizer
 from mc_cli.runtime import experts
+from mc_cli.runtime.channel_order import deal_channels
 from mc_cli.runtime.correction import Shortfall, missing_without_experts, reach_of
 from mc_cli.runtime.expert_inputs import ExpertInputs, down_hessians, expert_chunks, pooled_share, up_hessians
 from mc_cli.runtime.layerwise import LayerWalk
@@ -33,6 +35,7 @@ from mc_cli.runtime.memory import release_freed_memory
 from mc_cli.runtime.routing import watching
 from mc_cli.runtime.row_importance import down_importance, down_row_hessian, up_importance, up_row_hessian
 
+_ORDER_NOTE = "its activation mixes channels, so they stay in the checkpoint's order"
 PackedTensors = dict[str, torch.Tensor]  # stored part -> tensor of one matrix
 
 
@@ -74,7 +77,9 @@ class LayerQuantizer:
         self._shrinkage = shrinkage
         self._sensitivities = sensitivities or {}
         self._covariance_of = covariance_of
-        self._covariance: torch.Tensor | None = None  # of the layer that is being quantized
+        # Of the layer that is being quantized:
+        self._covariance: torch.Tensor | None = None
+        self._order_note: tuple[str, ...] = ()
 
     def quantize(
         self, tensors: Sequence[TensorPart], block: ExpertBlock | None, original: torch.Tensor | None = None
@@ -125,8 +130,11 @@ class LayerQuantizer:
         return path if is_matrix and bits != KEPT_BITS else None
 
     def _encoding(self, bits: float, weight: torch.Tensor) -> Encoding:
+        return self._encoding_of(bits, *weight.shape[-2:])
+
+    def _encoding_of(self, bits: float, out_features: int, in_features: int) -> Encoding:
         limit = self._plan.group_size_limit
-        return encoding_for(self._plan.family, bits, *weight.shape[-2:], group_size_limit=limit)
+        return encoding_for(self._plan.family, bits, out_features, in_features, group_size_limit=limit)
 
     # Linears
 
@@ -203,6 +211,7 @@ class LayerQuantizer:
         inputs = ExpertInputs(capture, block, self._device, sensitivity=self._sensitivities.get(block.layer))
         self._covariance = None if inputs.sensitivity is None else self._covariance_of(block.layer)
         up, down = block.projections
+        self._deal_channels(module, inputs)
 
         def for_up(members: list[int]) -> torch.Tensor:
             return up_hessians(inputs, members, strength=self._shrinkage)
@@ -221,6 +230,18 @@ class LayerQuantizer:
             projections={part.name: (part.out_features, part.in_features) for part in block.projections},
             encodings=keys,
         )
+
+    def _deal_channels(self, module: nn.Module, inputs: ExpertInputs) -> None:
+        """Orders the channels of the experts that are coded on a trellis as a whole; others stay as they are stored."""
+        block = inputs.block
+
+        def coded(expert: int, part: Projection) -> bool:
+            bits = self._plan.bits_of(block.layer, expert, part.name)
+            encoding = None if bits in (0, KEPT_BITS) else self._encoding_of(bits, part.out_features, part.in_features)
+            return isinstance(encoding, TrellisEncoding)
+
+        whole = [e for e in range(block.num_experts) if all(coded(e, part) for part in block.projections)]
+        self._order_note = () if not whole or deal_channels(module, inputs, whole) else (_ORDER_NOTE,)
 
     def _quantize_projection(
         self,
@@ -313,7 +334,8 @@ class LayerQuantizer:
                 pooled_share=pooled[slot],
                 correction=moved[slot],
             )
-            result.report.append(self._measured(row, weights, quantized, hessians, slot))
+            row = self._measured(row, weights, quantized, hessians, slot)
+            result.report.append(replace(row, notes=row.notes + self._order_note))
 
     def _row_importance(
         self, module: nn.Module, inputs: ExpertInputs, projection: str, members: list[int], encoding: Encoding

@@ -27,7 +27,7 @@ TRUSTED_TOKENS = 64  # an expert with this many tokens believes half of the corr
 
 def down_importance(inputs: ExpertInputs, members: list[int]) -> torch.Tensor:
     """[members, hidden]: the sensitivity of the MoE output's features to POWER, the same for all experts."""
-    return _gradient_square(inputs).pow(POWER).expand(len(members), -1)
+    return gradient_square_of(inputs).pow(POWER).expand(len(members), -1)
 
 
 def up_importance(
@@ -44,12 +44,12 @@ def up_importance(
     column in the down projection, every output weighed by the loss's sensitivity. An expert without tokens gets ones.
     """
     rows = torch.ones(up_weights.shape[:2], device=up_weights.device)
-    reach = (down_weights.square() * _gradient_square(inputs)[:, None]).sum(1).sqrt()
+    reach = (down_weights.square() * gradient_square_of(inputs)[:, None]).sum(1).sqrt()
     for slot, expert in enumerate(members):
         total, count = torch.zeros_like(rows[slot]), 0
         for chunk in inputs.chunks(expert, limit=SLOPE_TOKENS):
             outputs = up_outputs(module, expert, chunk.inputs, up_weights[slot])
-            total += (_slopes(module, outputs, reach[slot]) * chunk.weights[:, None]).square().sum(0)
+            total += (slopes_of(module, outputs, reach[slot]) * chunk.weights[:, None]).square().sum(0)
             count += len(outputs)
         if count and bool((total > 0).any()):
             rows[slot] = (total / count).pow(POWER)
@@ -105,7 +105,7 @@ def _slope_moments(
     reach = torch.ones(inputs.block.projections[-1].in_features, device=inputs.device)
     count = 0
     for chunk in inputs.chunks(expert, limit=SLOPE_TOKENS):
-        slopes = _slopes(module, up_outputs(module, expert, chunk.inputs, up_weight), reach) * chunk.weights[:, None]
+        slopes = slopes_of(module, up_outputs(module, expert, chunk.inputs, up_weight), reach) * chunk.weights[:, None]
         slopes = torch.nn.functional.pad(slopes, (0, groups.numel() - slopes.shape[1]))
         for moment, rows in zip(moments, groups, strict=True):
             chosen = slopes[:, rows]
@@ -114,15 +114,20 @@ def _slope_moments(
     return moments, count
 
 
-def _channels(module: Any, rows: int, channels: int, groups: torch.Tensor) -> torch.Tensor:
-    """int64 like groups: the channel that each row acts on, asked of the activation itself: families order them freely.
+def channels_of_rows(module: Any, rows: int, channels: int, device: torch.device) -> torch.Tensor:
+    """int64 [rows]: the channel that each row of an up projection acts on, asked of the activation itself.
 
-    Padding gets channel 0.
+    Families order them freely.
     """
-    outputs = torch.ones((1, rows), device=groups.device)
-    numbers = torch.arange(1.0, channels + 1, device=groups.device)
-    ratio = _slopes(module, outputs, numbers) / _slopes(module, outputs, torch.ones_like(numbers))
-    found = ratio[0].round().long() - 1
+    outputs = torch.ones((1, rows), device=device)
+    numbers = torch.arange(1.0, channels + 1, device=device)
+    ratio = slopes_of(module, outputs, numbers) / slopes_of(module, outputs, torch.ones_like(numbers))
+    return ratio[0].round().long() - 1
+
+
+def _channels(module: Any, rows: int, channels: int, groups: torch.Tensor) -> torch.Tensor:
+    """int64 like groups: `channels_of_rows`; padding gets channel 0."""
+    found = channels_of_rows(module, rows, channels, groups.device)
     return torch.nn.functional.pad(found, (0, groups.numel() - rows))[groups]
 
 
@@ -135,12 +140,12 @@ def _tempered(blocks: torch.Tensor, related: float) -> torch.Tensor:
     return blocks + torch.diag_embed(diagonal * factor.square() * (1 - related))
 
 
-def _gradient_square(inputs: ExpertInputs) -> torch.Tensor:
+def gradient_square_of(inputs: ExpertInputs) -> torch.Tensor:
     assert inputs.sensitivity is not None
     return inputs.sensitivity.gradient_square.float().to(inputs.device)
 
 
-def _slopes(module: Any, outputs: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
+def slopes_of(module: Any, outputs: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
     """[tokens, rows]: what a change of each row's output does to its channel's activation, times the reach."""
     with torch.enable_grad():
         leaf = outputs.detach().requires_grad_(True)

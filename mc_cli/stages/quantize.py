@@ -95,7 +95,7 @@ def run(
         covariance_of=partial(calibration_artifact.read_covariance, calibration),
     )
     writer = _Writer(folder, checkpoint, inventory, session)
-    original = walk.twin() if settings.corrects_errors else None
+    original = walk.twin() if settings.quantizer.corrects_errors else None
     _layers(walk, original, checkpoint, inventory, plan, worker, writer, folder, progress)
     _head_and_rest(walk, checkpoint, inventory, plan, worker, writer)
     _finish(folder, inventory, settings, session, progress)
@@ -294,7 +294,7 @@ def _finish(
             "too few; see report/.",
             progress,
         )
-    uncorrected = _uncorrected(rows, inventory) if settings.corrects_errors else []
+    uncorrected = _uncorrected(rows, inventory) if settings.quantizer.corrects_errors else []
     if uncorrected:
         folder.warn(
             f"layers {', '.join(map(str, uncorrected))} norm or mix what their experts give, so their down projections "

@@ -20,10 +20,12 @@ from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionI
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, read_json, read_tensors, write_json
 from mc_cli.encodings import Encoding, encoding_for, stored_bytes
 from mc_cli.measures.output_error import output_norm_mean, predicted_loss, squared_output_error
+from mc_cli.numerics.row_hessian import RowHessian
 from mc_cli.parts import DROPPED, ModelInventory, Projection
 from mc_cli.progress import Progress, StageResult
 from mc_cli.quantizers import Prepared, Quantizer
 from mc_cli.runtime import experts
+from mc_cli.runtime.channel_order import deal_channels
 from mc_cli.runtime.expert_inputs import (
     ExpertInputs,
     Sample,
@@ -39,8 +41,9 @@ from mc_cli.runtime.quantization import quantizer_for
 from mc_cli.runtime.rerouting import Rerouting
 from mc_cli.runtime.resume import restore_progress, save_progress
 from mc_cli.runtime.routing import watching
-from mc_cli.runtime.row_importance import down_importance, up_importance
+from mc_cli.runtime.row_importance import down_importance, up_importance, up_row_hessian
 from mc_cli.runtime.session import Session, later_session
+from mc_cli.runtime.trial import share_left
 from mc_cli.settings import QuantizerSettings, RunSettings, ScoreSettings
 
 STAGE = "score"
@@ -126,8 +129,14 @@ class _LayerScorer:
         block = inputs.block
         routing = LayerRouting.read(self._calibration / calibration_artifact.routing_file(block.layer))
         rows: list[dict[str, Any]] = []
+        if self._settings.quantizer.family == "trellis":
+            deal_channels(module, inputs, list(range(block.num_experts)))
         for members in expert_chunks(block):
             rows += self._score_chunk(module, inputs, members, routing, rerouting)
+        left = self._share_left(module, inputs) if self._settings.quantizer.corrects_errors else 1.0
+        up, down = (part.name for part in block.projections)
+        for row in rows:
+            _scale_up_cost(row, up, down, left)
         bits, widths, names = self._settings.bits, self._widths, [part.name for part in block.projections]
         sizes = {part.name: {width: self._stored_bytes(part, width) for width in widths} for part in block.projections}
         return LayerImportance(
@@ -153,6 +162,27 @@ class _LayerScorer:
             top_k=block.top_k,
             router_groups=block.router_groups,
             groups_used=block.groups_used,
+            up_share_left=left,
+        )
+
+    def _share_left(self, module: nn.Module, inputs: ExpertInputs) -> float:
+        """See `runtime/trial.py`: of the expert with most tokens, at the middle one of the widths."""
+        block = inputs.block
+        expert = max(range(block.num_experts), key=inputs.count)
+        width = self._widths[len(self._widths) // 2]
+        up, down = (experts.stacked_weights(module, part.name, [expert]) for part in block.projections)
+        part = block.projections[0]
+        ups = self._matrices(part, up, up_hessians(inputs, [expert], strength=self._settings.quantizer.shrinkage))
+        importance: torch.Tensor | RowHessian | None = None
+        if inputs.sensitivity is not None:
+            ups.row_importance = importance = up_importance(module, inputs, [expert], up, down)
+            covariance = calibration_artifact.read_covariance(self._calibration, block.layer)
+            groups = self._quantizer.row_groups(ups.encoding(width), part.out_features)
+            if covariance is not None and groups is not None:
+                importance = up_row_hessian(module, inputs, [expert], up, down, covariance, groups.to(inputs.device))
+        forecast, shipped = ups.at(width), ups.shipped(width, importance)
+        return share_left(
+            module, inputs, expert, original=up[0], forecast=forecast[0], shipped=shipped[0], down=down[0]
         )
 
     def _score_chunk(
@@ -232,6 +262,15 @@ class _LayerScorer:
         return stored_bytes(_encoding(self._settings.quantizer, part, width), part.out_features, part.in_features)
 
 
+def _scale_up_cost(row: dict[str, Any], up: str, down: str, share: float) -> None:
+    """Multiplies the up projection's costs of one expert by `share`, and its whole costs as far as they are its."""
+    for width, cost in row[up].items():
+        both = cost + row[down][width]
+        row[up][width] = share * cost
+        if both > 0:
+            row["predicted"][width] *= (share * cost + row[down][width]) / both
+
+
 def _dropping_change(rerouting: Rerouting, expert: int, sample: Sample, output: torch.Tensor) -> torch.Tensor:
     """[tokens, hidden] by which the layer's output changes without the expert, on the tokens that chose it.
 
@@ -265,13 +304,26 @@ class _Matrices:
         self._hessians = hessians
         self._prepared: dict[str, Prepared] = {}
 
+    def encoding(self, width: float) -> Encoding:
+        return _encoding(self._settings, self._part, width)
+
     def at(self, width: float) -> torch.Tensor:
-        """The weights as they would be at that width."""
-        encoding = _encoding(self._settings, self._part, width)
+        """The weights as they are forecast to be at that width."""
+        encoding = self.encoding(width)
+        prepared = self._prepared_for(encoding)
+        return self._quantizer.forecast(self.weights, prepared, encoding, row_importance=self.row_importance)
+
+    def shipped(self, width: float, row_importance: torch.Tensor | RowHessian | None) -> torch.Tensor:
+        """The weights as they really are at that width."""
+        encoding = self.encoding(width)
+        prepared = self._prepared_for(encoding)
+        coded = self._quantizer.quantize(self.weights, prepared, encoding, row_importance=row_importance)
+        return encoding.dequantize(coded.tensors, self._part.in_features)
+
+    def _prepared_for(self, encoding: Encoding) -> Prepared:
         if encoding.basis not in self._prepared:
             self._prepared[encoding.basis] = self._quantizer.prepare(self._hessians, basis=encoding.basis)
-        prepared = self._prepared[encoding.basis]
-        return self._quantizer.forecast(self.weights, prepared, encoding, row_importance=self.row_importance)
+        return self._prepared[encoding.basis]
 
 
 def _encoding(settings: QuantizerSettings, part: Projection, width: float) -> Encoding:

@@ -3,8 +3,8 @@
 For every seed: calibrate once, score once with trellis codes and once with GPTQ; then every contender is allocated,
 quantized and evaluated on held-out text at every target that it is for. Round-to-nearest sees no calibration data, so
 one seed is all of them. "Plain" trellis codes have one width, and Hessians of tokens by routing weight: no backward
-pass, so no weights of rows and tokens by what they matter to the loss. Runs that are already in the output file are not
-repeated. Prints a table of mean and spread (minimum to maximum), and writes all figures as JSON; a row's `domains` has
+pass, so no weights of rows and tokens by what they matter to the loss, and no correction of errors made before. Runs
+that are already in the output file are not repeated. Prints a table of mean and spread (minimum to maximum), and writes all figures as JSON; a row's `domains` has
 gap, KL divergence and tokens by domain of the held-out text.
 
 --domains calibrates on some domains of --data alone, and `gap elsewhere` is over all the others of the held-out text.
@@ -150,7 +150,7 @@ def prepare(arguments: argparse.Namespace, work_dir: Path, seed: int, contender:
     if contender.plain:
         settings = replace(settings, gradient_tokens=0)
     calibrate.run(settings, RunSettings(), work_dir, force=False, progress=SilentProgress())
-    quantizer = QuantizerSettings(quantizer="trellis" if contender.family == "trellis" else "gptq")
+    quantizer = quantizer_of(contender, "trellis" if contender.family == "trellis" else "gptq")
     scores = ScoreSettings(quantizer=quantizer)
     if contender.family == "trellis":
         scores = replace(scores, bits=trellis_widths(max(arguments.targets)))  # as `mc-cli run` does
@@ -169,7 +169,7 @@ def measure(arguments: argparse.Namespace, work_dir: Path, target: float, conten
         attention_bits=arguments.attention_bits,
     )
     allocate.run(plan, compute, work_dir, force=True, progress=silent)
-    quantizer = QuantizerSettings(quantizer=contender.quantizer)
+    quantizer = quantizer_of(contender, contender.quantizer)
     started = time.monotonic()
     quantize.run(QuantizeSettings(quantizer=quantizer), compute, work_dir, force=True, progress=silent)
     quantize_s = time.monotonic() - started
@@ -204,6 +204,11 @@ def measure(arguments: argparse.Namespace, work_dir: Path, target: float, conten
         },
         **elsewhere(evaluation, arguments.domains or []),
     }
+
+
+def quantizer_of(contender: Contender, name: str) -> QuantizerSettings:
+    """The quantizer called `name`, as it is for the contender."""
+    return QuantizerSettings(quantizer=name, error_correction=False if contender.plain else None)
 
 
 def elsewhere(evaluation: Evaluation, calibrated: list[str]) -> dict[str, float]:
