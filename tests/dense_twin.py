@@ -146,6 +146,9 @@ def dense_twin(model_folder: Path, packed_folder: Path, *, transposed: bool) -> 
                 target = getattr(module, projection)[expert]
                 if weight is not None:
                     target.copy_(weight.T if transposed else weight)
+            bias = packed.kept.get(f"{path}.{projection}_bias")
+            if bias is not None:  # in the order of the packed rows, which need not be the checkpoint's
+                getattr(module, f"{projection}_bias").copy_(bias)
         cut_experts_out(model, path, [expert for expert, weight in enumerate(row) if weight is None])
     return model
 

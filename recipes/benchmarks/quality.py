@@ -4,8 +4,8 @@ For every seed: calibrate once, score once with trellis codes and once with GPTQ
 quantized and evaluated on held-out text at every target that it is for. Round-to-nearest sees no calibration data, so
 one seed is all of them. "Plain" trellis codes have one width, and Hessians of tokens by routing weight: no backward
 pass, so no weights of rows and tokens by what they matter to the loss, and no correction of errors made before. Runs
-that are already in the output file are not repeated. Prints a table of mean and spread (minimum to maximum), and writes all figures as JSON; a row's `domains` has
-gap, KL divergence and tokens by domain of the held-out text.
+that are already in the output file are not repeated. Prints a table of mean and spread (minimum to maximum), and writes
+all figures as JSON; a row's `domains` has gap, KL divergence and tokens by domain of the held-out text.
 
 --domains calibrates on some domains of --data alone, and `gap elsewhere` is over all the others of the held-out text.
 

@@ -20,6 +20,7 @@ from mc_cli.runtime.correction import Shortfall, missing_without_experts, reach_
 from mc_cli.runtime.expert_inputs import ExpertInputs, down_hessians, expert_activations
 from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.routing import watching
+from mc_cli.settings import QuantizerSettings
 from tests.conftest import TinyModel
 from tests.runtime.test_layer_quantizer import TOKEN_IDS, open_walk
 from tests.tiny_chain import run_allocate, run_calibrate, run_prune_eval, run_quantize, run_score, write_documents
@@ -151,7 +152,7 @@ def test_quantized_models_come_closer_to_the_original(tiny_model: TinyModel, tmp
     held_out = write_documents(tmp_path / "held_out.jsonl", documents=80, offset=300)
     divergences, corrections = [], []
     for error_correction in (False, True):
-        run_quantize(work, force=True, error_correction=error_correction)
+        run_quantize(work, force=True, quantizer=QuantizerSettings(error_correction=error_correction))
         run_prune_eval(work, held_out, force=True)
         divergences.append(Evaluation.read(work / "evaluation" / "eval.json").total.kl_divergence)
         rows = [row for path in sorted((work / "packed" / "report").glob("layer*")) for row in read_report(path)]
@@ -169,5 +170,5 @@ def test_a_family_with_norms_behind_its_experts_is_said_to_go_without(tiny_model
     run_quantize(work)
     (warning,) = [text for text in read_json(work / "packed" / "manifest.json")["warnings"] if "norm or mix" in text]
     assert warning.startswith("layers 0, 1 ")
-    run_quantize(work, force=True, error_correction=False)
+    run_quantize(work, force=True, quantizer=QuantizerSettings(error_correction=False))
     assert not any("norm or mix" in text for text in read_json(work / "packed" / "manifest.json")["warnings"])
