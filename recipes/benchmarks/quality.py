@@ -56,6 +56,7 @@ class Contender:
     method: str
     quantizer: str
     plain: bool = False  # without the backward pass
+    corrected: bool | None = None  # whether down projections make good for errors before them; None: as by default
 
     @property
     def family(self) -> str:
@@ -64,13 +65,14 @@ class Contender:
     @property
     def calibrated_as(self) -> str:
         """Contenders that have this in common share calibration and scores."""
-        return "plain" if self.plain else self.family
+        return "plain" if self.plain else self.family if self.corrected is None else f"{self.family}-uncorrected"
 
 
 CONTENDERS = (
     Contender("default: global, trellis", "global", "trellis"),
     Contender("uniform, trellis", "uniform", "trellis"),
-    Contender("uniform, plain trellis", "uniform", "trellis", plain=True),
+    Contender("global, trellis without corrections", "global", "trellis", corrected=False),
+    Contender("uniform, plain trellis", "uniform", "trellis", plain=True, corrected=False),
     Contender("global, GPTQ", "global", "gptq"),
     Contender("PMQ as published, GPTQ", "pmq", "gptq"),
     Contender("uniform, GPTQ", "uniform", "gptq"),
@@ -208,7 +210,7 @@ def measure(arguments: argparse.Namespace, work_dir: Path, target: float, conten
 
 def quantizer_of(contender: Contender, name: str) -> QuantizerSettings:
     """The quantizer called `name`, as it is for the contender."""
-    return QuantizerSettings(quantizer=name, error_correction=False if contender.plain else None)
+    return QuantizerSettings(quantizer=name, error_correction=contender.corrected)
 
 
 def elsewhere(evaluation: Evaluation, calibrated: list[str]) -> dict[str, float]:
