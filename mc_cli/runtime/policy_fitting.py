@@ -122,8 +122,9 @@ def fit_or_read(
     """The fitted policies, from `pruning/` where they are already there."""
     names = policy_names(settings)
     folder = fitting_folder(settings, session, fitting_inputs(settings, session, split=split, text_field=text_field))
-    if folder.begin(force=force):
+    if folder.needed(force=force):
         job = _job(settings, session, inventory, source, split, text_field, folder, progress)
+        folder.start(force=force)
         learned = {otp.NAME: _trained(job, folder)} if otp.NAME in names else {}
         fitted = _fitted(job, names, learned)
         ships = _chosen(job, fitted[names[0]], learned.get(names[0], {}))

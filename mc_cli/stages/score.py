@@ -61,7 +61,7 @@ def run(
     """Writes `importance/importance.json`; can be killed at any moment and goes on at the layer it was in."""
     session = later_session(work_dir, compute)
     folder = _folder(settings, session)
-    if not folder.begin(force=force):
+    if not folder.needed(force=force):
         return _result(folder, ran=False)
     calibration = work_dir / STAGE_FOLDERS["calibrate"]
     inventory = calibration_artifact.read_inventory(calibration / calibration_artifact.INVENTORY)
@@ -72,6 +72,7 @@ def run(
     scorer = _LayerScorer(settings, quantizer_for(settings.quantizer), calibration)
     blocks = {block.layer: block for block in inventory.expert_blocks}
     sensitivities = calibration_artifact.read_sensitivities(calibration, inventory)
+    folder.start(force=force)
     first = restore_progress(folder, walk)
     with progress.step("score", total=walk.num_layers, unit="layer", done=first) as step:
         for layer in range(first, walk.num_layers):

@@ -10,7 +10,8 @@ import pytest
 
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.store import STAGE_FOLDERS
-from mc_cli.errors import BudgetError, CheckpointError, InputError, PlanError
+from mc_cli.errors import BudgetError, CheckpointError, InputError, PlanError, StaleArtifactError
+from mc_cli.settings import PruneSettings
 from tests.conftest import TinyModel
 from tests.tiny_chain import (
     run_allocate,
@@ -64,6 +65,30 @@ def test_text_that_is_none_leaves_the_evaluation(finished: Path, tmp_path: Path)
     with pytest.raises(InputError, match="no text"):
         run_prune_eval(finished / "work", tmp_path / "empty.jsonl", force=True)
     assert contents(finished / "work") == before
+
+
+def test_text_that_is_none_leaves_fitted_policies(finished: Path, tmp_path: Path) -> None:
+    work_dir, held_out = Path(shutil.copytree(finished / "work", tmp_path / "work")), finished / "held.jsonl"
+    policy = PruneSettings(policy=("odp",), fit_sequences=4, target_rate=0.2)
+    run_prune_eval(work_dir, held_out, force=True, prune=policy)
+    before = {path: path.read_bytes() for path in (work_dir / "pruning").rglob("*") if path.is_file()}
+    assert before
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(InputError, match="no text"):
+        run_prune_eval(work_dir, held_out, force=True, prune=replace(policy, fit_data=str(tmp_path / "empty.jsonl")))
+    assert {path: path.read_bytes() for path in (work_dir / "pruning").rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_model_leaves_the_scores(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model("mixtral"), tmp_path / "model"))
+    run_calibrate(tmp_path / "work", model, write_documents(tmp_path / "text.jsonl", documents=24))
+    run_score(tmp_path / "work", bits=(2, 3))
+    before = contents(tmp_path / "work")
+    file = next(model.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(StaleArtifactError):
+        run_score(tmp_path / "work", bits=(2, 4), force=True)
+    assert contents(tmp_path / "work") == before
 
 
 def test_a_damaged_model_or_no_text_leaves_the_calibration(
