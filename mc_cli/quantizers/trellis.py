@@ -25,7 +25,7 @@ _LARGEST_SCALE = 65504.0  # of float16
 _NOISE_SEED = 0
 LARGEST_GROUP = 3  # rings of 256 rows: what feeding back costs grows with their number
 _POOLED_ROWS = 16  # divides every padded number of outputs
-_SAMPLED_INPUTS = 16  # of a matrix, on which the search is tried when only its errors' size is wanted
+_SAMPLED_INPUTS = 8  # of a matrix, on which the search is tried when only its errors' size is wanted
 
 
 def build(**settings: Any) -> Trellis:
@@ -196,14 +196,17 @@ class _Coder:
         """A stand-in for `best_codes`: errors as large as the search's, row by row, from a normal distribution."""
         error = self._sampled_error()
         generator = torch.Generator(self._columns.device).manual_seed(_NOISE_SEED)
+        # The best values are uncorrelated with their errors, so they vary less than the weights do.
+        inverse, kept = self._divisors().reciprocal(), 1 - error
+        size = (error * kept / error.shape[-1]).sqrt()
 
         def draw(position: int, column: Tensor) -> Tensor:
             noise = torch.randn(column.shape, generator=generator, device=column.device)
-            # The best values are uncorrelated with their errors, so they vary less than the weights do.
-            wanted = column / self._divisors()
-            spread = wanted.square().mean(-1, keepdim=True)
-            self._values[:, position] = (1 - error) * wanted + noise * (error * (1 - error) * spread).sqrt()
-            return self._values[:, position] * self._scales
+            wanted = column * inverse
+            noise *= size * torch.linalg.vector_norm(wanted, dim=-1, keepdim=True)
+            values = torch.addcmul(noise, kept, wanted)
+            self._values[:, position] = values
+            return values * self._scales
 
         return draw
 

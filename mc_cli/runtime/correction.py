@@ -109,19 +109,20 @@ def reach_of(walk: LayerWalk, module: Any) -> float | None:
     if module.has_post_expert_norm:
         return None
     leaves: list[torch.Tensor] = []
+    generator = torch.Generator().manual_seed(_SEED)
 
-    def cut(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
-        leaves.append(output.detach().requires_grad_(True))
+    def replace(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        leaves.append(torch.randn(output.shape, generator=generator).to(output).requires_grad_(True))
         return leaves[0].clone()  # the layer may go on with it in place
 
     rows = next(walk.batches())
-    handle = module.register_forward_hook(cut)
+    handle = module.register_forward_hook(replace)  # anything will do, but for zeros, which a norm takes to zeros
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), experts.nothing_computed(module):
             output = walk.call_layer(walk.hidden[rows].to(walk.source.device), rows)
     finally:
         handle.remove()
-    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(_SEED)).to(output)
+    direction = torch.randn(output.shape, generator=generator).to(output)
     (moved,) = torch.autograd.grad((output * direction).sum(), leaves[0])
     moved, direction = moved.reshape(-1).double(), direction.reshape(-1).double()
     scale = float(moved @ direction / direction.square().sum())

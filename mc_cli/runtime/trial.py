@@ -15,6 +15,8 @@ from mc_cli.numerics.hessian import accumulate
 from mc_cli.runtime.correction import correction
 from mc_cli.runtime.expert_inputs import ExpertInputs, expert_activations
 
+TRIAL_TOKENS = 6144  # of the expert, at most
+
 
 def share_left(
     module: Any,
@@ -33,20 +35,26 @@ def share_left(
     1 where the expert has no tokens, or the forecast no error.
     """
     halves = (_Half(down), _Half(down))
-    border = inputs.count(expert) // 2
+    border = min(inputs.count(expert), TRIAL_TOKENS) // 2
     seen = 0
-    for chunk in inputs.chunks(expert):
-        half = halves[seen >= border]
+    for chunk in inputs.chunks(expert, limit=TRIAL_TOKENS):
+        activated = [
+            expert_activations(module, expert, chunk.inputs, up) * chunk.weights[:, None]
+            for up in (original, forecast, shipped)
+        ]
+        cut = max(0, border - seen)
+        halves[0].add(*(rows[:cut] for rows in activated))
+        halves[1].add(*(rows[cut:] for rows in activated))
         seen += len(chunk.inputs)
-        activated = [expert_activations(module, expert, chunk.inputs, up) for up in (original, forecast, shipped)]
-        half.add(*(rows * chunk.weights[:, None] for rows in activated))
     felt = torch.ones(len(down)) if inputs.sensitivity is None else inputs.sensitivity.gradient_square
     felt = felt.to(down.device, torch.float64)
     forecast_loss = sum(float(felt @ half.forecast) for half in halves)
     if forecast_loss <= 0:
         return 1.0
-    one, other = halves
-    return sum(float(felt @ half.left(by)) for half, by in ((one, other.step()), (other, one.step()))) / forecast_loss
+    steps = [half.step(trusted=inputs.count(expert)) for half in halves]
+    return (
+        sum(float(felt @ half.left(step)) for half, step in zip(halves, reversed(steps), strict=True)) / forecast_loss
+    )
 
 
 class _Half:
@@ -59,7 +67,6 @@ class _Half:
         self._moments = torch.zeros_like(down)
         self._shipped = torch.zeros(hidden, dtype=torch.float64, device=down.device)
         self.forecast = torch.zeros_like(self._shipped)  # [hidden] squared errors
-        self._tokens = 0
 
     def add(self, original: torch.Tensor, forecast: torch.Tensor, shipped: torch.Tensor) -> None:
         """Activations [n, intermediate] of the same tokens, weighted."""
@@ -68,13 +75,10 @@ class _Half:
         self._shipped += missing.square().sum(0, dtype=torch.float64)
         self._moments.addmm_(missing.T, shipped)
         accumulate(self._hessian, shipped)
-        self._tokens += len(shipped)
 
-    def step(self) -> torch.Tensor:
-        """[hidden, intermediate]: the correction that these tokens ask for."""
-        if not self._tokens:
-            return torch.zeros_like(self._moments)
-        return correction(self._moments, self._hessian, tokens=self._tokens)
+    def step(self, *, trusted: int) -> torch.Tensor:
+        """[hidden, intermediate]: the correction that these tokens ask for, trusted as so many are."""
+        return correction(self._moments, self._hessian, tokens=trusted)
 
     def left(self, step: torch.Tensor) -> torch.Tensor:
         """float64 [hidden]: squared errors with `step` added to the down projection."""
