@@ -100,9 +100,10 @@ class ExpertInputs:
         index, weights = self._routing
         return index[tokens].to(self.device), weights[tokens].to(self.device)
 
-    def count(self, expert: int) -> int:
-        """Tokens routed to one expert."""
-        return len(self._chosen[expert][0]) if expert in self._chosen else 0
+    def count(self, expert: int, *, limit: int | None = None) -> int:
+        """Tokens routed to one expert; with a limit as many of them as `chunks` gives."""
+        tokens = len(self._chosen[expert][0]) if expert in self._chosen else 0
+        return tokens if limit is None else -(-tokens // _step(tokens, limit))
 
     def chunks(self, expert: int, *, limit: int | None = None) -> Iterator[Chunk]:
         """All tokens of one expert, in pieces; with a limit at most so many, evenly spaced."""

@@ -35,7 +35,7 @@ def share_left(
     1 where the expert has no tokens, or the forecast no error.
     """
     halves = (_Half(down), _Half(down))
-    border = min(inputs.count(expert), TRIAL_TOKENS) // 2
+    border = inputs.count(expert, limit=TRIAL_TOKENS) // 2
     seen = 0
     for chunk in inputs.chunks(expert, limit=TRIAL_TOKENS):
         activated = [
@@ -52,9 +52,8 @@ def share_left(
     if forecast_loss <= 0:
         return 1.0
     steps = [half.step(trusted=inputs.count(expert)) for half in halves]
-    return (
-        sum(float(felt @ half.left(step)) for half, step in zip(halves, reversed(steps), strict=True)) / forecast_loss
-    )
+    left = sum(float(felt @ half.left(step)) for half, step in zip(halves, reversed(steps), strict=True))
+    return left / forecast_loss
 
 
 class _Half:

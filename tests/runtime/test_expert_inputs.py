@@ -169,6 +169,7 @@ def test_all_tokens_come_in_pieces_or_some_of_them_evenly_spaced(
         assert torch.equal(torch.cat([chunk.inputs for chunk in pieces]), hidden[wanted])
         assert torch.equal(torch.cat([chunk.weights for chunk in pieces]), weights[wanted, 0])
         assert torch.equal(torch.cat([chunk.tokens for chunk in pieces]), wanted)
+        assert inputs.count(2, limit=limit) == len(wanted)
     assert list(inputs.chunks(0, limit=9)) == []
 
 
