@@ -136,9 +136,7 @@ def _run_parameters() -> list[inspect.Parameter]:
     force_from = _option(
         "--force-from", help="Like --force, but only for this stage and those after it.", metavar="STAGE"
     )
-    effort = _option(
-        "--effort", help="fast, default or best: how much to measure and polish; flags go over it.", metavar="NAME"
-    )
+    effort = _option("--effort", help="fast, default or best: how much to measure; flags go over it.", metavar="NAME")
     return [
         _parameter("recipe", Path | None, recipe, None),
         *(

@@ -136,7 +136,8 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         Flag("activation_order", "Round the columns with the largest inputs first.", _QUANTIZER),
         Flag(
             "sweeps",
-            "Rounds in which every code is chosen again, given all others.",
+            "Rounds in which every code is chosen again, given all others; with trellis, errors are then not fed into "
+            "later rows, which loses more than this gains.",
             _QUANTIZER,
             metavar="COUNT",
             default="0 for trellis, 4 for gptq",

@@ -27,7 +27,8 @@ EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
         "score": {"loss_tokens": 512},
     },
     "default": {},
-    "best": {"calibrate": {"sequences": 256}, "score": {"loss_tokens": 8192, "sweeps": 2}},
+    # No sweeps: errors fed into later rows, which they would undo, are worth more.
+    "best": {"calibrate": {"sequences": 256, "gradient_samples": 8}, "score": {"loss_tokens": 4096}},
 }
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
