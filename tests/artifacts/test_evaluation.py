@@ -23,7 +23,9 @@ EVALUATION = Evaluation(
     tasks={"original": {"results": {"t": {"acc,none": 0.5}}}},
 )
 ROWS = [
-    MatrixReport("m.experts.0.up_proj", "expert", "quantized", 32, 2, "affine_b2_g8", 7, 0.5, 0.01, 0.25, ("a note",)),
+    MatrixReport(
+        "m.experts.0.up_proj", "expert", "quantized", 32, 2, "affine_b2_g8", 7, 0.5, 0.01, 0.25, 0.003, ("a note",)
+    ),
     MatrixReport("m.experts.1.up_proj", "expert", "pruned", 32, 0),
 ]
 
