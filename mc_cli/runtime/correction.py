@@ -45,12 +45,15 @@ def correction(moments: torch.Tensor, hessian: torch.Tensor, *, tokens: int) -> 
 class Shortfall:
     """What a layer's output still misses of the original's, and the steps of its down projections towards it."""
 
-    def __init__(self, module: nn.Module, inputs: ExpertInputs, missing: torch.Tensor) -> None:
+    def __init__(
+        self, module: nn.Module, inputs: ExpertInputs, *, original: torch.Tensor, rest: torch.Tensor, reach: float
+    ) -> None:
         """What is missing with the experts `module` as they are now.
 
-        missing  as `missing_without_experts` gives it; modified
+        original  [sequences, length, hidden], the layer's output in the model that is not quantized
+        rest      like it, `rest_of_layer`;  reach: `reach_of`, by which what is missing is divided
         """
-        self._missing = missing.view(-1, missing.shape[-1])
+        self._missing = (original - rest).div_(reach).view(-1, original.shape[-1])
         self._inputs = inputs
         for rows, *call in inputs.calls():
             with torch.no_grad():
@@ -81,23 +84,28 @@ class Shortfall:
         return (1 - pooled_share) * correction(moments, hessian, tokens=self._inputs.count(expert))
 
 
-def missing_without_experts(
-    walk: LayerWalk, original: torch.Tensor, module: nn.Module, *, reach: float
-) -> torch.Tensor:
-    """What the resident layer `walk.depth` misses of `original` while its experts give nothing; a new tensor like it.
+def rest_of_layer(walk: LayerWalk, module: nn.Module) -> torch.Tensor:
+    """[sequences, length, hidden]: what the resident layer `walk.depth` gives while its experts give nothing.
 
-    original  [sequences, length, hidden], the layer's output in the model that is not quantized
-    module    the layer's experts, called as ever, so that what watches them sees every token; none is computed
-    The result is in units of the experts' weighted sum: divided by `reach`.
+    module  the layer's experts, called as ever, so that what watches them sees every token; none is computed
     """
-    missing = torch.empty_like(original)
+    rest = torch.empty_like(walk.hidden)
 
     def keep(rows: slice, output: torch.Tensor) -> None:
-        missing[rows] = (original[rows].to(output.device) - output).div_(reach).to(missing.device)
+        rest[rows] = output.to(rest.device)
 
     with experts.nothing_computed(module):
         walk.run_layer(keep, advance=False)
-    return missing
+    return rest
+
+
+@torch.no_grad()
+def add_experts(rest: torch.Tensor, module: nn.Module, inputs: ExpertInputs, *, reach: float) -> torch.Tensor:
+    """The layer's output: `rest`, in place, plus `reach` times what the experts give as they are now."""
+    flat = rest.view(-1, rest.shape[-1])
+    for rows, *call in inputs.calls():
+        flat[rows] += (reach * module(*call)).to(flat)
+    return rest
 
 
 def reach_of(walk: LayerWalk, module: Any) -> float | None:

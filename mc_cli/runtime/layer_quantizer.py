@@ -28,7 +28,7 @@ from mc_cli.parts import ExpertBlock, Projection, Role, TensorPart
 from mc_cli.quantizers import Quantizer
 from mc_cli.runtime import experts
 from mc_cli.runtime.channel_order import deal_channels
-from mc_cli.runtime.correction import Shortfall, missing_without_experts, reach_of
+from mc_cli.runtime.correction import Shortfall, add_experts, reach_of, rest_of_layer
 from mc_cli.runtime.expert_inputs import ExpertInputs, down_hessians, expert_chunks, pooled_share, up_hessians
 from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.memory import release_freed_memory
@@ -48,6 +48,7 @@ class LayerResult:
         default_factory=dict
     )  # projection -> expert -> same
     layout: ExpertLayout | None = None
+    output: torch.Tensor | None = None  # of the layer as it is now, [sequences, length, hidden], where it is known
     report: list[MatrixReport] = field(default_factory=list)
 
 
@@ -207,7 +208,7 @@ class LayerQuantizer:
             if original is None or reach is None:
                 self._run_up_to(module)
             else:
-                missing = missing_without_experts(self._walk, original, module, reach=reach)
+                rest = rest_of_layer(self._walk, module)
         inputs = ExpertInputs(capture, block, self._device, sensitivity=self._sensitivities.get(block.layer))
         self._covariance = None if inputs.sensitivity is None else self._covariance_of(block.layer)
         up, down = block.projections
@@ -222,8 +223,13 @@ class LayerQuantizer:
             return down_hessians(module, inputs, members, weights, strength=self._shrinkage, watch=watch)
 
         keys = {up.name: self._quantize_projection(module, inputs, up.name, for_up, None, result)}
-        shortfall = None if reach is None else Shortfall(module, inputs, missing)
+        if original is None or reach is None:
+            shortfall = None
+        else:
+            shortfall = Shortfall(module, inputs, original=original, rest=rest, reach=reach)
         keys[down.name] = self._quantize_projection(module, inputs, down.name, for_down, shortfall, result)
+        if reach is not None:
+            result.output = add_experts(rest, module, inputs, reach=reach)
         result.layout = ExpertLayout(
             path=block.path,
             num_experts=block.num_experts,

@@ -114,6 +114,10 @@ class LayerWalk:
             )
         self.hidden, self.depth = hidden, depth
 
+    def advance_to(self, hidden: torch.Tensor) -> None:
+        """Goes on behind the resident layer, whose output `hidden` is."""
+        self.restore(hidden, self.depth + 1)
+
     @torch.no_grad()
     def run_layer(self, on_batch: Callable[[slice, torch.Tensor], None] | None = None, *, advance: bool) -> None:
         """Runs the resident layer `depth` over all batches; its hooks see every batch.

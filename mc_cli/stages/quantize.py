@@ -181,7 +181,10 @@ def _layers(
             if block is not None:
                 drop_experts(checkpoint.model, {block.path: plan.dropped(layer)})
             result = worker.quantize(parts, block, None if original is None else original.hidden)
-            walk.run_layer(advance=True)
+            if result.output is None:
+                walk.run_layer(advance=True)
+            else:  # all but the experts was run while they were quantized
+                walk.advance_to(result.output)
             writer.write(f"layer_{layer:03d}", parts, result)
             checkpoint.free(layer)
             release_freed_memory()

@@ -16,7 +16,7 @@ from mc_cli.artifacts.quantization import read_report
 from mc_cli.artifacts.store import read_json
 from mc_cli.parts import ExpertBlock
 from mc_cli.runtime import correction, experts
-from mc_cli.runtime.correction import Shortfall, missing_without_experts, reach_of
+from mc_cli.runtime.correction import Shortfall, add_experts, reach_of, rest_of_layer
 from mc_cli.runtime.expert_inputs import ExpertInputs, down_hessians, expert_activations
 from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.routing import watching
@@ -36,6 +36,7 @@ class Damaged:
     block: ExpertBlock
     inputs: ExpertInputs
     shortfall: Shortfall
+    output: Tensor  # as it is now, put together from the experts and the rest
 
     def missing(self) -> Tensor:
         """[tokens, hidden] float64: the original output minus the present one."""
@@ -63,13 +64,16 @@ def damaged(folder: Path, *, sensitive: bool = False) -> Damaged:
     reach = reach_of(walk, module)
     assert reach is not None
     with watching(checkpoint.model, block, keep_inputs=True) as capture:
-        missing = missing_without_experts(walk, original.hidden, module, reach=reach)
+        rest = rest_of_layer(walk, module)
     ups = getattr(module, block.projections[0].name)
     ups += 0.2 * ups.std() * torch.randn(ups.shape, generator=generator)
     scale = torch.rand(TOKEN_IDS.numel(), generator=generator) + 0.1
     sensitivity = LayerSensitivity(torch.ones(walk.hidden.shape[-1]), scale) if sensitive else None
     inputs = ExpertInputs(capture, block, checkpoint.device, sensitivity=sensitivity)
-    return Damaged(walk, original.hidden, module, block, inputs, Shortfall(module, inputs, missing))
+    shortfall = Shortfall(module, inputs, original=original.hidden, rest=rest, reach=reach)
+    return Damaged(
+        walk, original.hidden, module, block, inputs, shortfall, add_experts(rest, module, inputs, reach=reach)
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,6 +111,7 @@ def test_missing_is_what_a_whole_forward_misses(
     wanted = layer.missing() / changes.get("residual_multiplier", 1.0)
     found = layer.shortfall._missing.double()
     assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert (layer.output - layer.original).flatten(0, 1).double().add(layer.missing()).abs().max() < 1e-5
     assert not hasattr(layer.module, experts.PRUNER)  # the experts compute again
 
 
