@@ -4,47 +4,51 @@
  * floor(i * rate) decides weight i. States here are windows with the first bit highest, so that one step of the
  * sequence shifts a state to the left. */
 
-#include "compiler.h"
+#include "product.h"
 #include "threads.h"
 
 #include <stdatomic.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
 #define STATE_BITS 12
 #define STATES (1 << STATE_BITS)
-#define LANES 16
 #define WARM_UP 48 /* weights on either side of the seam from which its bits are guessed */
 #define PIECE 32 /* weights between two looks at the errors so far, where errors are fed back */
 #define UNSETTLED 12 /* weights before such a look whose codes are still likely to change */
+#define SMALLEST_SCALE 1e-12f
 
-typedef float vec __attribute__((vector_size(4 * LANES)));
+/* One step of k bits: costs of reaching every state next, and which of the 2^k states before each was best.
+ *
+ * A value v costs weight * (v - target)^2 = v * (weight * v + slope) + base. Costs are ordered as their bits are, so the
+ * low ones carry the choice; where rounding makes one negative, it is about zero and the order is of no use. */
+typedef struct {
+    const float *cost; /* [STATES] */
+    float *next;       /* [STATES] */
+    uint8_t *from;     /* [STATES >> k] */
+    const float *values;
+    float weight, slope, base;
+} Step;
 
-INLINE vec broadcast(float x) { return x - (vec){0}; }
+typedef void StepOf(const Step *);
 
-/* lane j of the result: lane (16 * part + j) >> k of m, so every lane 2^k times; k is 1, 2 or 3 */
-INLINE vec spread(vec m, int k, int part) {
-#define S(K, P, J) ((16 * (P) + (J)) >> (K))
-#define SPREAD(K, P) return __builtin_shufflevector(m, m, S(K,P,0), S(K,P,1), S(K,P,2), S(K,P,3), S(K,P,4), S(K,P,5), \
-    S(K,P,6), S(K,P,7), S(K,P,8), S(K,P,9), S(K,P,10), S(K,P,11), S(K,P,12), S(K,P,13), S(K,P,14), S(K,P,15))
-    switch (k * 16 + part) {
-    case 16: SPREAD(1, 0); case 17: SPREAD(1, 1);
-    case 32: SPREAD(2, 0); case 33: SPREAD(2, 1); case 34: SPREAD(2, 2); case 35: SPREAD(2, 3);
-    case 48: SPREAD(3, 0); case 49: SPREAD(3, 1); case 50: SPREAD(3, 2); case 51: SPREAD(3, 3);
-    case 52: SPREAD(3, 4); case 53: SPREAD(3, 5); case 54: SPREAD(3, 6); case 55: SPREAD(3, 7);
-    }
-    return m;
-}
+/* One copy for every k, with its shuffles as constants. */
+#define EACH(NAME, TARGET) \
+    TARGET static void NAME##_1(const Step *step) { NAME(step, 1); } \
+    TARGET static void NAME##_2(const Step *step) { NAME(step, 2); } \
+    TARGET static void NAME##_3(const Step *step) { NAME(step, 3); } \
+    TARGET static void NAME##_4(const Step *step) { NAME(step, 4); } \
+    TARGET static void NAME##_5(const Step *step) { NAME(step, 5); } \
+    static StepOf *const NAME##_of[] = {NAME##_1, NAME##_2, NAME##_3, NAME##_4, NAME##_5};
 
-/* One step of k bits: costs of reaching every state next, and which of the 2^k states before each was best. */
-INLINE void step(int k, const float *restrict cost, float *restrict next, uint8_t *restrict from,
-                 const float *restrict values, float *restrict scratch, float target, float weight) {
+typedef float four __attribute__((vector_size(16)));
+
+INLINE void step_portable(const Step *s, const int k) {
     const int groups = STATES >> k, fan = 1 << k;
-    const vec aim = broadcast(target), scale = broadcast(weight);
-    const int32_t *restrict before = (const int32_t *)cost;
-    int32_t *restrict best = (int32_t *)scratch;
-    for (int g = 0; g < groups; g++) { /* floats >= 0 are ordered as their bits are: the low ones carry the choice */
+    const int32_t *restrict before = (const int32_t *)s->cost;
+    float reached[STATES / 2] __attribute__((aligned(16)));
+    int32_t *restrict best = (int32_t *)reached;
+    uint8_t *restrict from = s->from;
+    for (int g = 0; g < groups; g++) {
         int32_t least = before[g] & -fan;
 #pragma GCC unroll 64
         for (int t = 1; t < fan; t++) {
@@ -54,40 +58,122 @@ INLINE void step(int k, const float *restrict cost, float *restrict next, uint8_
         best[g] = least;
         from[g] = (uint8_t)(least & (fan - 1));
     }
-    for (int g = 0; g < groups; g += LANES) {
-        const vec m = *(const vec *)(scratch + g);
+    for (int g = 0; g < groups; g += 4) {
+        const four m = *(const four *)(reached + g) + s->base;
 #pragma GCC unroll 64
         for (int part = 0; part < fan; part++) {
-            const int at = (g << k) + part * LANES;
-            const vec miss = *(const vec *)(values + at) - aim;
-            const vec reached = k < 4 ? spread(m, k, part) : broadcast(scratch[g + (part >> (k - 4))]);
-            *(vec *)(next + at) = reached + scale * miss * miss;
+            const four value = *(const four *)(s->values + (g << k) + 4 * part);
+            const four spread = k > 1 ? m[part >> (k - 2)] - (four){0}
+                : part ? __builtin_shufflevector(m, m, 2, 2, 3, 3) : __builtin_shufflevector(m, m, 0, 0, 1, 1);
+            *(four *)(s->next + (g << k) + 4 * part) = spread + value * (s->weight * value + s->slope);
         }
     }
+}
+
+EACH(step_portable, )
+
+#ifdef HAS_VECTORS
+#define FOR_AVX2 __attribute__((target("avx2,fma")))
+
+FOR_AVX2 INLINE void step_avx2(const Step *s, const int k) {
+    const int groups = STATES >> k, fan = 1 << k;
+    const __m256 scale = _mm256_set1_ps(s->weight), slope = _mm256_set1_ps(s->slope), base = _mm256_set1_ps(s->base);
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), mask = _mm256_set1_epi32(-fan);
+    const __m256i low_bytes = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                               0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    for (int g = 0; g < groups; g += 8) {
+        const int32_t *before = (const int32_t *)s->cost + g;
+        __m256i least = _mm256_and_si256(_mm256_load_si256((const __m256i *)before), mask);
+#pragma GCC unroll 64
+        for (int t = 1; t < fan; t++) {
+            const __m256i other = _mm256_and_si256(_mm256_load_si256((const __m256i *)(before + t * groups)), mask);
+            least = _mm256_min_epi32(least, _mm256_or_si256(other, _mm256_set1_epi32(t)));
+        }
+        const __m256i four = _mm256_shuffle_epi8(_mm256_andnot_si256(mask, least), low_bytes);
+        _mm_storel_epi64((__m128i *)(s->from + g),
+                         _mm_unpacklo_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1)));
+        const __m256 reached = _mm256_add_ps(_mm256_castsi256_ps(least), base);
+#pragma GCC unroll 64
+        for (int part = 0; part < fan; part++) { /* lane j: that of the group before it, (8 * part + j) >> k */
+            const int at = (g << k) + part * 8;
+            const __m256i group = _mm256_srli_epi32(_mm256_add_epi32(lane, _mm256_set1_epi32(8 * part)), k);
+            const __m256 value = _mm256_load_ps(s->values + at);
+            const __m256 spread = _mm256_permutevar8x32_ps(reached, group);
+            _mm256_store_ps(s->next + at, _mm256_fmadd_ps(value, _mm256_fmadd_ps(scale, value, slope), spread));
+        }
+    }
+}
+
+EACH(step_avx2, FOR_AVX2)
+
+AVX512 INLINE void step_avx512(const Step *s, const int k) {
+    const int groups = STATES >> k, fan = 1 << k;
+    const __m512 scale = _mm512_set1_ps(s->weight), slope = _mm512_set1_ps(s->slope), base = _mm512_set1_ps(s->base);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i mask = _mm512_set1_epi32(-fan);
+    for (int g = 0; g < groups; g += 16) {
+        const int32_t *before = (const int32_t *)s->cost + g;
+        __m512i least = _mm512_and_si512(_mm512_load_si512(before), mask);
+#pragma GCC unroll 64
+        for (int t = 1; t < fan; t++) {
+            const __m512i other = _mm512_and_si512(_mm512_load_si512(before + t * groups), mask);
+            least = _mm512_min_epi32(least, _mm512_or_si512(other, _mm512_set1_epi32(t)));
+        }
+        _mm_storeu_si128((__m128i *)(s->from + g), _mm512_cvtepi32_epi8(_mm512_andnot_si512(mask, least)));
+        const __m512 reached = _mm512_add_ps(_mm512_castsi512_ps(least), base);
+#pragma GCC unroll 64
+        for (int part = 0; part < fan; part++) {
+            const int at = (g << k) + part * 16;
+            const __m512i group = _mm512_srli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16 * part)), (unsigned)k);
+            const __m512 value = _mm512_load_ps(s->values + at);
+            const __m512 spread = _mm512_permutexvar_ps(group, reached);
+            _mm512_store_ps(s->next + at, _mm512_fmadd_ps(value, _mm512_fmadd_ps(scale, value, slope), spread));
+        }
+    }
+}
+
+EACH(step_avx512, AVX512)
+#endif
+
+static StepOf *const *steps_of(int path) {
+#ifdef HAS_VECTORS
+    if (path >= AVX512_VNNI) return step_avx512_of;
+    if (path == AVX2) return step_avx2_of;
+#endif
+    (void)path;
+    return step_portable_of;
 }
 
 typedef struct {
     float cost[2][STATES] __attribute__((aligned(64))); /* of every state at the weight reached, and room for the next */
     float values[STATES] __attribute__((aligned(64)));
-    float best[STATES / 2] __attribute__((aligned(64)));
-    uint8_t *from; /* [length][STATES / 2] */
+    uint8_t *from;   /* [length][STATES / 2] */
     uint16_t *state; /* [length] */
-    float *aim, *fed; /* [rings * length]: targets with what errors owe them; the errors that are counted in */
+    float *wanted, *aim, *fed, *decoded; /* [rows]: targets; targets with what errors owe them; errors counted in; found */
+    float *errors;   /* [count][rows], of the inputs of the panel */
 } Scratch;
 
+/* The panel: inputs `first` to first + count - 1 of matrices that have `inputs`, held as [input][output]. */
 typedef struct {
-    const float *targets, *weights, *feedback, *values;
-    int groups, rings, length, numerator, denominator, parts;
-    uint8_t *codes;
-    float *decoded;
+    const float *targets; /* [batch][count][outputs] */
+    const float *factor;  /* [factors][inputs][inputs], upper; NULL: errors are not fed into later inputs */
+    const float *scales;  /* [batch][outputs]; NULL: ones */
+    const int64_t *members; /* [groups][rows]: the outputs of each group, ring after ring */
+    const float *weights;   /* [batch][groups][rows]; NULL: ones */
+    const float *feedback;  /* [batch][groups][rows][rows]; NULL: nothing */
+    const float *values;    /* [STATES] by window with the first bit LOWEST */
+    int factors; /* one for all matrices, or as many as those */
+    int batch, first, count, inputs, outputs, groups, rings, length, parts;
+    StepOf *const *steps;
+    uint8_t *codes; /* [batch][outputs / length][inputs][bytes] */
+    float *decoded; /* [batch][inputs][outputs], in units of the scales */
+    float *errors;  /* like decoded: targets less values, over the factor's diagonal; NULL where there is no factor */
+    int *offsets;   /* [length + 1]: the first bit of every weight's window */
     atomic_int failed;
 } Search;
 
 /* Bits by which the window moves between weight i and weight i + 1 of a ring. */
-INLINE int step_bits(const Search *search, int i) {
-    return (int)((int64_t)(i + 1) * search->numerator / search->denominator
-                 - (int64_t)i * search->numerator / search->denominator);
-}
+INLINE int step_bits(const Search *search, int i) { return search->offsets[i + 1] - search->offsets[i]; }
 
 /* Costs at the first weight of a path: of any state (overlap < 0), or of those that begin with the bits `overlap`. */
 INLINE void begin_path(Scratch *s, float target, float weight, int last_bits, int overlap) {
@@ -98,22 +184,16 @@ INLINE void begin_path(Scratch *s, float target, float weight, int last_bits, in
 }
 
 /* Costs at weight n of a path, from those at the one before, which lie in cost[(n - 1) % 2]. */
-INLINE void advance(Scratch *s, int n, int bits, float target, float weight) {
-    const float *cost = s->cost[(n - 1) & 1];
-    float *next = s->cost[n & 1];
-    uint8_t *from = s->from + (size_t)n * (STATES / 2);
-    switch (bits) {
-    case 1: step(1, cost, next, from, s->values, s->best, target, weight); break;
-    case 2: step(2, cost, next, from, s->values, s->best, target, weight); break;
-    case 3: step(3, cost, next, from, s->values, s->best, target, weight); break;
-    case 4: step(4, cost, next, from, s->values, s->best, target, weight); break;
-    default: step(5, cost, next, from, s->values, s->best, target, weight); break;
-    }
+INLINE void advance(Scratch *s, const Search *search, int n, int bits, float target, float weight) {
+    const Step step = {s->cost[(n - 1) & 1], s->cost[n & 1], s->from + (size_t)n * (STATES / 2), s->values,
+                       weight, -2 * weight * target, weight * target * target};
+    search->steps[bits - 1](&step);
 }
 
 /* state[0 .. count - 1] of the best path over the `count` weights from `first` on: to any state (overlap < 0), or to
- * one that ends with the bits `overlap`. */
-INLINE void trace_back(Scratch *s, const Search *search, int first, int count, int last_bits, int overlap) {
+ * one that ends with the bits `overlap`. The first `known` are of an earlier look at the same path: where both meet they
+ * stay one. Returns the first weight whose state may have changed. */
+INLINE int trace_back(Scratch *s, const Search *search, int first, int count, int last_bits, int overlap, int known) {
     const int32_t *cost = (const int32_t *)s->cost[(count - 1) & 1]; /* as floats >= 0 are ordered */
     const int mask = overlap < 0 ? 0 : (STATES >> last_bits) - 1, ends = overlap < 0 ? 0 : overlap;
     int32_t least = INT32_MAX;
@@ -123,13 +203,15 @@ INLINE void trace_back(Scratch *s, const Search *search, int first, int count, i
     }
     int state = 0;
     while ((state & mask) != ends || cost[state] != least) state++;
-    for (int n = count - 1; n > 0; n--) {
+    for (int n = count - 1; n >= 0; n--) {
+        if (n < known && s->state[n] == state) return n + 1;
         s->state[n] = (uint16_t)state;
+        if (n == 0) break;
         const int bits = step_bits(search, (first + n - 1) % search->length);
         const int group = state >> bits;
         state = s->from[(size_t)n * (STATES / 2) + group] * (STATES >> bits) + group;
     }
-    s->state[0] = (uint16_t)state;
+    return 0;
 }
 
 /* The bits that the states before and after the seam share, from the best path over the weights around it. */
@@ -141,20 +223,20 @@ INLINE int seam_bits(Scratch *s, const Search *search, const float *targets, con
     for (int n = 1; n < 2 * before; n++) {
         const int bits = step_bits(search, i);
         i = (length - before + n) % length;
-        advance(s, n, bits, targets[i], weights ? weights[i] : 1.0f);
+        advance(s, search, n, bits, targets[i], weights ? weights[i] : 1.0f);
     }
-    trace_back(s, search, length - before, 2 * before, last_bits, -1);
+    trace_back(s, search, length - before, 2 * before, last_bits, -1, 0);
     return s->state[before - 1] & ((STATES >> last_bits) - 1);
 }
 
-/* Brings the targets of the group from weight `later` on up to the errors of `count` weights from `first` on. */
-INLINE void feed_back(Scratch *s, const float *targets, const float *feedback, int rows, int first, int count, int later) {
-    for (int n = 0; n < count; n++) {
-        const float error = s->values[s->state[n]] - targets[first + n];
-        const float change = error - s->fed[first + n];
+/* Brings the targets of the group from weight `later` on up to the errors of weights n to end - 1 of the ring at `start`. */
+INLINE void feed_back(Scratch *s, const float *feedback, int rows, int start, int n, int end, int later) {
+    for (; n < end; n++) {
+        const float error = s->values[s->state[n]] - s->wanted[start + n];
+        const float change = error - s->fed[start + n];
         if (change == 0) continue; /* most of the path is as it was at the last look */
-        s->fed[first + n] = error;
-        const float *restrict owed = feedback + (size_t)(first + n) * rows;
+        s->fed[start + n] = error;
+        const float *restrict owed = feedback + (size_t)(start + n) * rows;
         float *restrict aim = s->aim;
         for (int j = later; j < rows; j++) aim[j] -= change * owed[j];
     }
@@ -167,7 +249,7 @@ INLINE uint32_t reversed(uint32_t x) {
 }
 
 static void free_scratch(Scratch *s) {
-    if (s) { free(s->from); free(s->state); free(s->aim); free(s->fed); }
+    if (s) { free(s->from); free(s->state); free(s->wanted); free(s->errors); }
     free(s);
 }
 
@@ -177,9 +259,12 @@ static Scratch *new_scratch(const Search *search) {
     const size_t rows = (size_t)search->rings * search->length;
     s->from = aligned_alloc(64, (size_t)search->length * (STATES / 2));
     s->state = malloc(sizeof(uint16_t) * (size_t)search->length);
-    s->aim = malloc(sizeof(float) * rows);
-    s->fed = malloc(sizeof(float) * rows);
-    if (!s->from || !s->state || !s->aim || !s->fed) { free_scratch(s); return NULL; }
+    s->wanted = malloc(4 * sizeof(float) * rows);
+    s->errors = malloc(sizeof(float) * rows * (size_t)search->count);
+    if (!s->from || !s->state || !s->wanted || !s->errors) { free_scratch(s); return NULL; }
+    s->aim = s->wanted + rows;
+    s->fed = s->aim + rows;
+    s->decoded = s->fed + rows;
     for (int state = 0; state < STATES; state++) s->values[state] = search->values[reversed((uint32_t)state)];
     return s;
 }
@@ -187,45 +272,85 @@ static Scratch *new_scratch(const Search *search) {
 /* Codes and values of the ring whose path is in state[]. */
 INLINE void store_ring(const Scratch *s, const Search *search, uint8_t *out, float *decoded) {
     const int length = search->length;
-    memset(out, 0, (size_t)((int64_t)length * search->numerator / search->denominator) / 8);
+    memset(out, 0, (size_t)search->offsets[length] / 8);
     for (int i = 0; i < length; i++) {
         /* the bits that weight i is the first to pass: the highest ones of its window */
-        const int offset = (int)((int64_t)i * search->numerator / search->denominator), bits = step_bits(search, i);
+        const int offset = search->offsets[i], bits = step_bits(search, i);
         for (int b = 0; b < bits; b++)
             out[(offset + b) >> 3] |= (uint8_t)(((s->state[i] >> (STATE_BITS - 1 - b)) & 1) << ((offset + b) & 7));
         decoded[i] = s->values[s->state[i]];
     }
 }
 
-/* The rings of group g, one after the other.
+/* The rings of one input's weights of a group, one after the other; codes lie `pitch` bytes apart, ring by ring.
  *
  * Errors are fed back without a second search: every PIECE weights the best path so far is traced back, and what its
  * errors, but for the UNSETTLED last ones, owe to the weights ahead is taken from their targets. The path is not held
  * to; where a later look finds another one, the difference is made good. To hold to it, in pieces of 64
  * weights with 32 more looked at ahead, costs 1.5 % of the error at 2 bits. */
-INLINE void search_group(const Search *search, Scratch *s, int g) {
+INLINE void search_rings(const Search *search, Scratch *s, const float *weights, const float *feedback,
+                         const int64_t *members, uint8_t *codes, size_t pitch) {
     const int length = search->length, rows = search->rings * length, last_bits = step_bits(search, length - 1);
-    const size_t bytes = (size_t)((int64_t)length * search->numerator / search->denominator) / 8;
-    const float *wanted = search->targets + (size_t)g * rows;
-    const float *feedback = search->feedback ? search->feedback + (size_t)g * rows * rows : NULL;
-    memcpy(s->aim, wanted, sizeof(float) * rows);
+    memcpy(s->aim, s->wanted, sizeof(float) * rows);
     memset(s->fed, 0, sizeof(float) * rows);
     for (int ring = 0; ring < search->rings; ring++) {
         const int start = ring * length;
-        const float *t = s->aim + start, *w = search->weights ? search->weights + (size_t)g * rows + start : NULL;
+        const float *t = s->aim + start, *w = weights ? weights + start : NULL;
         const int overlap = seam_bits(s, search, t, w);
+        int looked_at = 0, counted = 0; /* weights of the path that is in state[]; those whose errors are fed back */
         begin_path(s, t[0], w ? w[0] : 1.0f, last_bits, overlap);
         for (int n = 1; n < length; n++) {
             if (feedback && n % PIECE == 0) {
-                trace_back(s, search, 0, n, last_bits, -1);
-                feed_back(s, wanted, feedback, rows, start, n - UNSETTLED, start + n);
+                const int changed = trace_back(s, search, 0, n, last_bits, -1, looked_at);
+                feed_back(s, feedback, rows, start, changed < counted ? changed : counted, n - UNSETTLED, start + n);
+                looked_at = n;
+                counted = n - UNSETTLED;
             }
-            advance(s, n, step_bits(search, n - 1), t[n], w ? w[n] : 1.0f);
+            advance(s, search, n, step_bits(search, n - 1), t[n], w ? w[n] : 1.0f);
         }
-        trace_back(s, search, 0, length, last_bits, overlap);
-        if (feedback) feed_back(s, wanted, feedback, rows, start, length, start + length);
-        const size_t place = (size_t)g * search->rings + ring;
-        store_ring(s, search, search->codes + place * bytes, search->decoded + place * length);
+        const int changed = trace_back(s, search, 0, length, last_bits, overlap, looked_at);
+        if (feedback)
+            feed_back(s, feedback, rows, start, changed < counted ? changed : counted, length, start + length);
+        store_ring(s, search, codes + (size_t)(members[start] / length) * pitch, s->decoded + start);
+    }
+}
+
+/* A row of zeros has scale 0: its values do not matter. */
+INLINE float divisor_of(const float *scales, int64_t output) {
+    return !scales ? 1.0f : scales[output] > SMALLEST_SCALE ? scales[output] : SMALLEST_SCALE;
+}
+
+/* All inputs of the panel for one group of outputs of one matrix. */
+INLINE void search_group(const Search *search, Scratch *s, int item, int group) {
+    const int rows = search->rings * search->length, outputs = search->outputs;
+    const size_t place = (size_t)item * search->groups + group, bytes = (size_t)search->offsets[search->length] / 8;
+    const float *weights = search->weights ? search->weights + place * rows : NULL;
+    const float *feedback = search->feedback ? search->feedback + place * rows * rows : NULL;
+    const int64_t *members = search->members + (size_t)group * rows;
+    const float *scales = search->scales ? search->scales + (size_t)item * outputs : NULL;
+    const size_t inputs = (size_t)search->inputs;
+    const float *factor = search->factor ? search->factor + (search->factors > 1 ? item * inputs * inputs : 0) : NULL;
+    for (int n = 0; n < search->count; n++) {
+        const int input = search->first + n;
+        const float *target = search->targets + ((size_t)item * search->count + n) * outputs;
+        float *restrict error = s->errors + (size_t)n * rows, *restrict wanted = s->wanted;
+        for (int i = 0; i < rows; i++) error[i] = target[members[i]];
+        for (int m = 0; factor && m < n; m++) { /* what earlier inputs of the panel owe */
+            const float share = factor[(size_t)(search->first + m) * inputs + input];
+            const float *restrict owed = s->errors + (size_t)m * rows;
+            for (int i = 0; i < rows; i++) error[i] -= share * owed[i];
+        }
+        for (int i = 0; i < rows; i++) wanted[i] = error[i] / divisor_of(scales, members[i]);
+        uint8_t *codes = search->codes + ((size_t)item * (outputs / search->length) * inputs + input) * bytes;
+        search_rings(search, s, weights, feedback, members, codes, inputs * bytes);
+        const size_t column = ((size_t)item * inputs + input) * outputs;
+        for (int i = 0; i < rows; i++) search->decoded[column + members[i]] = s->decoded[i];
+        if (!factor) continue;
+        const float inverse = 1.0f / factor[(size_t)input * inputs + input];
+        for (int i = 0; i < rows; i++) {
+            error[i] = (error[i] - (scales ? scales[members[i]] : 1.0f) * s->decoded[i]) * inverse;
+            search->errors[column + members[i]] = error[i];
+        }
     }
 }
 
@@ -233,23 +358,29 @@ VERSIONS static void search_part(void *context, int part) {
     Search *search = context;
     Scratch *s = new_scratch(search);
     if (!s) { atomic_store(&search->failed, 1); return; }
-    const int first = (int)((int64_t)search->groups * part / search->parts);
-    const int last = (int)((int64_t)search->groups * (part + 1) / search->parts);
-    for (int g = first; g < last; g++) search_group(search, s, g);
+    const int64_t all = (int64_t)search->batch * search->groups;
+    const int first = (int)(all * part / search->parts), last = (int)(all * (part + 1) / search->parts);
+    for (int i = first; i < last; i++) search_group(search, s, i / search->groups, i % search->groups);
     free_scratch(s);
 }
 
-/* targets, weights, decoded [groups, rings, length] (weights may be NULL: ones); values [STATES] by window with the
- * first bit LOWEST; codes [groups, rings, length * numerator / denominator / 8]; feedback [groups, rings * length,
- * rings * length], what a unit of error of a weight (row) takes from the target of one after it (column); NULL: nothing.
- * Returns 0, or 1 without memory. */
-int mc_trellis_encode(const float *targets, const float *weights, const float *feedback, const float *values,
-                      int groups, int rings, int length, int numerator, int denominator, int threads, uint8_t *codes,
-                      float *decoded) {
-    const int parts = groups < threads ? groups : threads; /* all groups take as long; scratch has its price */
-    Search search = {targets, weights, feedback, values, groups, rings, length, numerator, denominator, parts,
-                     codes, decoded};
+/* Codes `count` inputs of a batch of matrices, each with its share of the errors of those before it; see Search for the
+ * arguments. path < 0: the best that there is. Returns 0, or 1 without memory. */
+int mc_trellis_encode(const float *targets, const float *factor, const float *scales, const int64_t *members,
+                      const float *weights, const float *feedback, const float *values, int factors, int batch,
+                      int first, int count, int inputs, int outputs, int groups, int rings, int length, int numerator,
+                      int denominator, int path, int threads, uint8_t *codes, float *decoded, float *errors) {
+    const int all = batch * groups;
+    Search search = {.targets = targets, .factor = factor, .scales = scales, .members = members, .weights = weights,
+                     .feedback = feedback, .values = values, .factors = factors, .batch = batch, .first = first,
+                     .count = count, .inputs = inputs, .outputs = outputs, .groups = groups, .rings = rings,
+                     .length = length, .steps = steps_of(path < 0 ? mc_trellis_path() : path), .codes = codes,
+                     .parts = all < threads ? all : threads, /* all groups take as long; scratch has its price */
+                     .decoded = decoded, .errors = errors, .offsets = malloc(sizeof(int) * ((size_t)length + 1))};
+    if (!search.offsets) return 1;
+    for (int i = 0; i <= length; i++) search.offsets[i] = (int)((int64_t)i * numerator / denominator);
     atomic_init(&search.failed, 0);
     mc_parallel(search_part, &search, search.parts, threads);
+    free(search.offsets);
     return atomic_load(&search.failed);
 }

@@ -356,7 +356,6 @@ AMX static void multiply_amx(Block block, int count, const int8_t *x, size_t str
 #endif
 #endif
 
-/* The fastest path of this machine: 3 AMX, 2 AVX-512 (VBMI, VNNI), 1 AVX2, 0 portable. */
 int mc_trellis_path(void) {
 #ifdef HAS_VECTORS
     if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) {
@@ -365,7 +364,7 @@ int mc_trellis_path(void) {
 #endif
         return AVX512_VNNI;
     }
-    if (__builtin_cpu_supports("avx2")) return AVX2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
     return PORTABLE;
 }

@@ -49,20 +49,34 @@ def propagate(columns: Tensor, factor: Tensor, round_column: Callable[[int, Tens
     factor        float32 [B, in, in], as in `propagate_errors`
     round_column  (position, wanted [B, out]) -> what is stored instead [B, out]
     """
-    errors = torch.empty_like(columns)
     inverse_diagonal = factor.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1)
-    for first in range(0, columns.shape[1], _PANEL):
-        last = min(first + _PANEL, columns.shape[1])
-        panel = columns[:, first:last]
-        if first:  # what all earlier panels owe
-            panel = torch.baddbmm(panel, factor[:, :first, first:last].transpose(1, 2), errors[:, :first], alpha=-1)
-        for position in range(first, last):
+
+    def round_panel(first: int, panel: Tensor, errors: Tensor) -> None:
+        for position in range(first, first + panel.shape[1]):
             column = panel[:, position - first]
             if position > first:  # what earlier columns of the panel owe
                 owed = torch.bmm(factor[:, first:position, position].unsqueeze(1), errors[:, first:position])
                 column = column - owed.squeeze(1)
             value = round_column(position, column)
             torch.mul(column - value, inverse_diagonal[:, position], out=errors[:, position])
+
+    propagate_panels(columns, factor, round_panel)
+
+
+def propagate_panels(columns: Tensor, factor: Tensor, round_panel: Callable[[int, Tensor, Tensor], None]) -> None:
+    """Hands panels of columns, with their share of all earlier panels' errors, to `round_panel`, in processing order.
+
+    columns, factor  as in `propagate`
+    round_panel      (first position, wanted [B, n, out], errors [B, in, out]): fills `errors` of the panel's positions,
+                     wanted, with what is owed within the panel, less what is stored, over the factor's diagonal
+    """
+    errors = torch.empty_like(columns)
+    for first in range(0, columns.shape[1], _PANEL):
+        last = min(first + _PANEL, columns.shape[1])
+        panel = columns[:, first:last]
+        if first:  # what all earlier panels owe
+            panel = torch.baddbmm(panel, factor[:, :first, first:last].transpose(1, 2), errors[:, :first], alpha=-1)
+        round_panel(first, panel, errors)
 
 
 def descend(columns: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, *, sweeps: int) -> tuple[Tensor, Grid]:

@@ -109,7 +109,7 @@ def encode_together(
     Without feedback, and with the bits that cross a ring's seam chosen from the weights around it, the search is exact.
     """
     check_rate(targets.shape[-1], rate)
-    if targets.device.type == "cpu" and native.library() is not None:
+    if is_compiled(targets):
         return _encode_compiled(targets, rate, weights, feedback)
     at_once = _SEQUENCES_AT_ONCE.get(targets.device.type, 256)
     parts = [
@@ -137,28 +137,95 @@ def decode(codes: Tensor, rate: Fraction) -> Tensor:
 # The search, compiled
 
 
-def _encode_compiled(
-    targets: Tensor, rate: Fraction, weights: Tensor | None, feedback: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    groups, rings, length = targets.shape
-    codes = torch.empty((groups, rings, int(length * rate) // 8), dtype=torch.uint8)
-    values = torch.empty((groups, rings, length))
-    given = [None if tensor is None else tensor.contiguous() for tensor in (targets, weights, feedback)]
-    failed = native.routine("mc_trellis_encode", "ppppiiiiiipp")(
-        *(None if tensor is None else tensor.data_ptr() for tensor in given),
+def is_compiled(targets: Tensor) -> bool:
+    """Whether the compiled search serves for tensors that lie where `targets` does."""
+    return targets.device.type == "cpu" and native.library() is not None
+
+
+def encode_panel(
+    targets: Tensor,
+    first: int,
+    rate: Fraction,
+    *,
+    factor: Tensor | None,
+    scales: Tensor | None,
+    members: Tensor,
+    rings: int,
+    weights: Tensor | None,
+    feedback: Tensor | None,
+    codes: Tensor,
+    values: Tensor,
+    errors: Tensor | None,
+    path: int = -1,
+) -> None:
+    """Codes inputs `first` to first + n - 1 of a batch of matrices in turn, each with its share of the earlier errors.
+
+    targets   float32 [B, n, out], less what inputs before `first` owe
+    factor    float32 [B or 1, in, in], of the damped inverse Hessian, as in `propagate_errors`; None: nothing is owed
+    scales    float32 [B, out]: what targets are divided by and values stand for; None for ones
+    members   int64 [groups, rings * length]: the outputs that are coded together, as `encode_together` does
+    weights   float32 [B, groups, rings * length], of each squared error; None for ones
+    feedback  float32 [B, groups, rings * length, rings * length] as in `encode_together`; None for nothing
+    codes     uint8 [B, out / length, in, length * rate / 8], filled in for these inputs
+    values    float32 [B, in, out], likewise, in units of the scales
+    errors    float32 [B, in, out], likewise: targets less what is owed and what the values stand for, over the factor's
+              diagonal. None where there is no factor
+    path      of the processor, as in `kernels/trellis.py`; -1 for the best
+    """
+    batch, count, outputs = targets.shape
+    groups, rows = members.shape
+    length = rows // rings
+    check_rate(length, rate)
+    given = [None if each is None else each.contiguous() for each in (targets, scales, members, weights, feedback)]
+    assert codes.is_contiguous() and values.is_contiguous() and (errors is None or errors.is_contiguous())
+    if factor is not None:
+        factor = (factor[:1] if factor.stride(0) == 0 else factor).contiguous()
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (given[0], factor, *given[1:])]
+    failed = native.routine("mc_trellis_encode", "pppppppiiiiiiiiiiiiippp")(
+        *pointers,
         code_values().data_ptr(),
+        1 if factor is None else len(factor),
+        batch,
+        first,
+        count,
+        values.shape[1],
+        outputs,
         groups,
         rings,
         length,
         rate.numerator,
         rate.denominator,
+        path,
         torch.get_num_threads(),
         codes.data_ptr(),
         values.data_ptr(),
+        None if errors is None else errors.data_ptr(),
     )
     if failed:
         raise McError(f"No memory left for the trellis search of sequences of {length} weights.")
-    return codes, values
+
+
+def _encode_compiled(
+    targets: Tensor, rate: Fraction, weights: Tensor | None, feedback: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch, rings, length = targets.shape
+    codes = torch.empty((batch, rings, 1, int(length * rate) // 8), dtype=torch.uint8)
+    values = torch.empty((batch, 1, rings * length))
+    encode_panel(
+        targets.flatten(1)[:, None],
+        0,
+        rate,
+        factor=None,
+        scales=None,
+        members=torch.arange(rings * length)[None],
+        rings=rings,
+        weights=weights,
+        feedback=feedback,
+        codes=codes,
+        values=values,
+        errors=None,
+    )
+    return codes[:, :, 0], values.view(targets.shape)
 
 
 # The search, in torch: states are windows with the first bit highest, so a step of k bits shifts a state to the left.

@@ -15,7 +15,7 @@ from mc_cli.errors import InputError, McError, ShapeError
 from mc_cli.numerics import trellis
 from mc_cli.numerics.hessian import inverse_cholesky, trace_error
 from mc_cli.numerics.rotation import rotate, rotate_back, rotate_hessian
-from mc_cli.numerics.rounding import propagate
+from mc_cli.numerics.rounding import propagate, propagate_panels
 from mc_cli.numerics.row_hessian import RowHessian, best_scales, eliminated
 from mc_cli.quantizers import Prepared, QuantizedLinear
 from mc_cli.quantizers.gptq import Gptq
@@ -94,7 +94,7 @@ class Trellis:
         if not isinstance(encoding, TrellisEncoding):
             return self._affine().quantize(weight, prepared, encoding)
         coder = _Coder(weight, prepared, encoding, row_importance)
-        coder.first_pass(coder.best_codes)
+        coder.code()
         for _ in range(self.sweeps):
             coder.sweep()
         tensors = coder.tensors()
@@ -112,7 +112,7 @@ class Trellis:
         if not isinstance(encoding, TrellisEncoding):
             return self._affine().forecast(weight, prepared, encoding)
         coder = _Coder(weight, prepared, encoding, row_importance)
-        coder.first_pass(coder.noisy_values())
+        coder.draw()
         return rotate_back(coder.matrix(), encoding.block)
 
     def _affine(self) -> Gptq:
@@ -151,15 +151,45 @@ class _Coder:
         else:
             self._importance = None if importance is None else torch.nn.functional.pad(importance, (0, spare))
         self._scales = _stored(self._columns.square().mean(1).sqrt())  # [B, out]
+        self._rings = torch.arange(rows.shape[1], device=weight.device).view(-1, self._length)
         self._values = torch.empty_like(self._columns)
         self._fed = None if self._row_hessian is None else self._feedback(self._row_hessian)
         shape = (batch, rows.shape[1] // self._length, weight.shape[2], int(self._length * encoding.rate) // 8)
         self._codes = torch.empty(shape, dtype=torch.uint8, device=weight.device)
 
-    def first_pass(self, round_column: Callable[[int, Tensor], Tensor]) -> None:
-        """Every input in turn, errors fed back; then the scales again, by least squares."""
-        propagate(self._columns, self._factor, round_column)
+    def code(self) -> None:
+        """Codes every input in turn, errors fed back; then finds the scales again, by least squares."""
+        if trellis.is_compiled(self._columns):
+            propagate_panels(self._columns, self._factor, self._best_panel)
+        else:
+            propagate(self._columns, self._factor, self.best_codes)
         self._refit()
+
+    def draw(self) -> None:
+        """As `code`, with errors drawn at random."""
+        propagate(self._columns, self._factor, self.noisy_values())
+        self._refit()
+
+    def _best_panel(self, first: int, panel: Tensor, errors: Tensor) -> None:
+        """`best_codes` of some inputs after one another, in compiled routines."""
+        if self._row_hessian is None or self._fed is None:
+            members, weights, feedback = self._rings, self._weights(), None
+        else:
+            members, (weights, feedback) = self._row_hessian.rows, self._fed
+        trellis.encode_panel(
+            panel,
+            first,
+            self._encoding.rate,
+            factor=self._factor,
+            scales=self._scales,
+            members=members,
+            rings=members.shape[1] // self._length,
+            weights=weights,
+            feedback=feedback,
+            codes=self._codes,
+            values=self._values,
+            errors=errors,
+        )
 
     def best_codes(self, position: int, column: Tensor) -> Tensor:
         """Codes one input's weights [B, out]; returns what they stand for."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mc_cli import native
 from mc_cli.errors import ShapeError
+from mc_cli.kernels.trellis import PATHS, best_path
 from mc_cli.numerics.trellis import (
     LEVELS,
     UNIT,
@@ -19,6 +20,7 @@ from mc_cli.numerics.trellis import (
     decode,
     encode,
     encode_in_torch,
+    encode_panel,
     encode_together,
     lookup_tables,
     offsets,
@@ -104,6 +106,35 @@ def test_compiled_feedback_is_that_of_torch(rate: Fraction, rings: int, length: 
     )
     assert torch.equal(decode(found[0], rate), found[1])
     assert not torch.equal(found[1], encode_together(targets, rate, weights, None)[1])
+
+
+@pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
+@pytest.mark.parametrize("path", [path for path in sorted(PATHS) if path < 3], ids=lambda path: PATHS[path])
+@pytest.mark.parametrize("rate", RATES, ids=float)
+def test_every_path_of_the_compiled_search_is_the_torch_search(path: int, rate: Fraction) -> None:
+    if path > best_path():
+        pytest.skip(f"this machine has no {PATHS[path]}")
+    targets, weights = normal(5, 2, 48, seed=15), normal(5, 2, 48, seed=16).abs() + 0.01
+    feedback = 0.05 * normal(5, 96, 96, seed=17)
+    codes = torch.empty((5, 2, 1, int(48 * rate) // 8), dtype=torch.uint8)
+    values = torch.empty((5, 1, 96))
+    encode_panel(
+        targets.flatten(1)[:, None],
+        0,
+        rate,
+        factor=None,
+        scales=None,
+        members=torch.arange(96)[None],
+        rings=2,
+        weights=weights,
+        feedback=feedback,
+        codes=codes,
+        values=values,
+        errors=None,
+        path=path,
+    )
+    expected_codes, expected_values = encode_in_torch(targets, rate, weights, feedback)
+    assert torch.equal(codes[:, :, 0], expected_codes) and torch.equal(values.view(5, 2, 48), expected_values)
 
 
 def test_without_feedback_rings_are_coded_as_if_alone() -> None:

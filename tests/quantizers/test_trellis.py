@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mc_cli import native
 from mc_cli.encodings import encoding_for, encoding_from_key, stored_bytes
 from mc_cli.errors import ArtifactError, InputError, McError, ShapeError
 from mc_cli.numerics.hessian import trace_error
@@ -134,6 +135,24 @@ def test_errors_are_fed_into_later_rows(outputs: int) -> None:
 
     assert felt(fed) < (0.8 if outputs > 256 else 1.0) * felt(plain)
     assert fed.notes == plain.notes
+
+
+@pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
+@pytest.mark.parametrize("outputs", [24, 128, 768])
+@pytest.mark.parametrize("related_rows", [False, True])
+@pytest.mark.parametrize("items", [1, 2])  # with a Hessian for both, or one each
+def test_compiled_panels_are_the_torch_columns(
+    monkeypatch: pytest.MonkeyPatch, outputs: int, related_rows: bool, items: int
+) -> None:
+    """Sums are in another order, so a code that is as good as another may be another: few are."""
+    weight, hessian = weights(2, outputs, INPUTS), correlated_hessian(items, INPUTS, seed=19)
+    importance = related(outputs, batch=2, seed=20)[1] if related_rows else None
+    found = quantized(weight, hessian, 1.5, importance=importance)
+    monkeypatch.setattr(native, "library", lambda: None)
+    expected = quantized(weight, hessian, 1.5, importance=importance)
+    same = (found.tensors["codes"] == expected.tensors["codes"]).float().mean()
+    assert same > 0.9
+    assert torch.allclose(found.proxy_loss, expected.proxy_loss, rtol=0.01)
 
 
 def test_unrelated_rows_are_coded_by_importance_alone() -> None:
