@@ -71,6 +71,7 @@ class Contender:
 CONTENDERS = (
     Contender("default: global, trellis", "global", "trellis"),
     Contender("uniform, trellis", "uniform", "trellis"),
+    Contender("layer-wise, trellis", "layerwise", "trellis"),
     Contender("global, trellis without corrections", "global", "trellis", corrected=False),
     Contender("uniform, plain trellis", "uniform", "trellis", plain=True, corrected=False),
     Contender("global, GPTQ", "global", "gptq"),
