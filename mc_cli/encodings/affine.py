@@ -91,7 +91,7 @@ class AffineEncoding:
     def dequantize_compiled(
         self, tensors: Mapping[str, torch.Tensor], in_features: int, dtype: torch.dtype, path: int = FASTEST
     ) -> torch.Tensor:
-        """`dequantize` on the CPU, rounded to `dtype`, by one of `kernels.affine.PATHS`.
+        """`dequantize` on the CPU, rounded to `dtype`, by one of `kernels.compiled.PATHS`.
 
         Raises ShapeError where the codes are not of `in_features` inputs, McError where no memory is left.
         """

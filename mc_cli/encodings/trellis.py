@@ -122,7 +122,7 @@ class TrellisEncoding:
     def rotated_compiled(
         self, tensors: Mapping[str, torch.Tensor], in_features: int, path: int = FASTEST
     ) -> torch.Tensor:
-        """`rotated` on the CPU, by one of `kernels.trellis.PATHS`. Raises McError where no memory is left."""
+        """`rotated` on the CPU, by one of `kernels.compiled.PATHS`. Raises McError where no memory is left."""
         import torch
 
         from mc_cli.numerics.trellis import UNIT, lookup_tables

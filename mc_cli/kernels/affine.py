@@ -6,7 +6,6 @@ bytes are summed exactly in int32, groups in float32. Against exact arithmetic t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,11 +14,10 @@ from torch import Tensor
 from mc_cli import native
 from mc_cli.encodings import FASTEST
 from mc_cli.encodings.affine import AffineEncoding
-from mc_cli.kernels.compiled import check, threads_for
+from mc_cli.kernels.compiled import PATHS, best_path, check, threads_for
 
 Part = tuple[AffineEncoding, Mapping[str, Tensor]]  # a matrix: its encoding, `codes`, `scales` and `zero_points`
 
-PATHS = {0: "portable C", 2: "AVX-512 (VBMI, VNNI)", 3: "AMX"}  # numbered as those of trellis codes
 _TILES = 3  # of PATHS, multiplies many tokens fast, too:
 FEW_TOKENS = 16  # of more, the others need longer than decoding does
 HALF_TOKENS = 192  # of 16-bit tokens; of more, _TILES needs longer than decoding and the library's own 16-bit product
@@ -43,12 +41,6 @@ def path_name(device: torch.device | None = None) -> str:
     if device is not None and device.type != "cpu":
         return "decoded, then torch"
     return "none, torch serves" if native.library() is None else PATHS[best_path()]
-
-
-@functools.cache
-def best_path() -> int:
-    """The fastest of PATHS that this machine has."""
-    return native.routine("mc_affine_path", "")()
 
 
 def decoded_product(rows: Tensor, tensors: Mapping[str, Tensor], encoding: AffineEncoding) -> Tensor:

@@ -1,12 +1,22 @@
-"""What calls of compiled products share."""
+"""What calls of compiled routines share."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from mc_cli import native
 from mc_cli.errors import McError
 
+PATHS = {0: "portable C", 1: "AVX2", 2: "AVX-512 (VBMI, VNNI)", 3: "AMX"}  # of the processor, slowest first
 _WEIGHTS_PER_THREAD = 2**18  # fewer are done before a second thread has started
+
+
+@functools.cache
+def best_path() -> int:
+    """The fastest of PATHS that this machine has."""
+    return native.routine("mc_best_path", "")()
 
 
 def threads_for(products: int) -> int:

@@ -8,7 +8,6 @@ had, the rotated matrix is decoded in float32 and the library multiplies.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,13 +17,12 @@ from mc_cli import native
 from mc_cli.encodings import FASTEST
 from mc_cli.encodings.trellis import TrellisEncoding, sequence_length
 from mc_cli.kernels import trellis_gpu
-from mc_cli.kernels.compiled import check, threads_for
+from mc_cli.kernels.compiled import PATHS, best_path, check, threads_for
 from mc_cli.kernels.matrix_table import Part, matrix_table
 from mc_cli.kernels.trellis_gpu import GpuBank
 from mc_cli.numerics.rotation import rotate, signs
 from mc_cli.numerics.trellis import UNIT, lookup_tables
 
-PATHS = {0: "portable C", 1: "AVX2", 2: "AVX-512 (VBMI, VNNI)", 3: "AMX"}
 _FOR_MANY_TOKENS = 2  # paths from here on multiply any number of tokens as fast as the library does, or faster
 FEW_TOKENS = 8  # up to here the others are faster than decoding first
 MOST_INPUTS = 2**16  # of more, sums of byte products might leave int32
@@ -47,12 +45,6 @@ def path_name(device: torch.device | None = None) -> str:
     if device is not None and device.type == "cuda":
         return "Triton" if trellis_gpu.serves(device) else f"decoded, then torch: {trellis_gpu.reason(device)}"
     return "none, torch serves" if native.library() is None else PATHS[best_path()]
-
-
-@functools.cache
-def best_path() -> int:
-    """The fastest of PATHS that this machine has."""
-    return native.routine("mc_trellis_path", "")()
 
 
 def decoded_product(rows: Tensor, tensors: Mapping[str, Tensor], encoding: TrellisEncoding) -> Tensor:

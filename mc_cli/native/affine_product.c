@@ -16,6 +16,7 @@
 #define AHEAD 4096       /* bytes from codes that are multiplied to those that are fetched */
 #define TOKENS_AT_ONCE 8 /* quantized in a piece of work */
 #define TOKENS_FOR_TILES 4  /* from here on tiles are faster */
+#define MOST_EXACT 256   /* inputs whose products, 255 * 32385 at most, an int32 holds the sum of */
 #define INPUTS_IN_CACHE 256 /* of ROWS_AT_ONCE outputs: 16 KB of codes stay in the first cache beside what they meet */
 
 typedef struct {
@@ -36,22 +37,38 @@ INLINE int words_of(const Matrix *m) { return (m->inputs + 7) / 8; } /* of eight
 INLINE const uint8_t *row_of(const Matrix *m, int row) { return m->codes + (size_t)row * words_of(m) * m->bits; }
 
 /* `words` times 8 codes to 8 bytes; the fields of a word move apart in three halving steps. */
-VERSIONS static void unpack_portable(const uint8_t *codes, int bits, int words, uint8_t *bytes) {
+INLINE void unpack_words(const uint8_t *codes, const int bits, int words, uint8_t *bytes) {
     const uint64_t half = ~0ull >> (64 - 4 * bits), quarter = (~0ull >> (64 - 2 * bits)) * 0x0000000100000001ull,
                    eighth = (~0ull >> (64 - bits)) * 0x0001000100010001ull;
     for (int i = 0; i < words; i++) {
         uint64_t word = 0;
+#pragma GCC unroll 8
         for (int byte = 0; byte < bits; byte++) word |= (uint64_t)codes[i * bits + byte] << 8 * byte;
         word = (word & half) | (word >> 4 * bits & half) << 32;
         word = (word & quarter) | (word >> 2 * bits & quarter) << 16;
         word = (word & eighth) | (word >> bits & eighth) << 8;
+#pragma GCC unroll 8
         for (int byte = 0; byte < 8; byte++) bytes[8 * i + byte] = (uint8_t)(word >> 8 * byte);
+    }
+}
+
+VERSIONS static void unpack_portable(const uint8_t *codes, int bits, int words, uint8_t *bytes) {
+    switch (bits) { /* with shifts that are constants */
+    case 1: unpack_words(codes, 1, words, bytes); break;
+    case 2: unpack_words(codes, 2, words, bytes); break;
+    case 3: unpack_words(codes, 3, words, bytes); break;
+    case 4: unpack_words(codes, 4, words, bytes); break;
+    case 5: unpack_words(codes, 5, words, bytes); break;
+    case 6: unpack_words(codes, 6, words, bytes); break;
+    case 7: unpack_words(codes, 7, words, bytes); break;
+    default: memcpy(bytes, codes, 8 * (size_t)words);
     }
 }
 
 /* A row's activations, and what its groups weigh. */
 typedef struct {
     const int8_t *coarse, *fine;  /* [groups][pitch], zeros behind a group's end */
+    const int16_t *wide;          /* likewise, both in one: FINE * coarse + fine; where there are no products of bytes */
     const float *steps, *totals;  /* [groups]: of coarse parts; the sums of activations */
     size_t pitch;
 } Activations;
@@ -72,18 +89,104 @@ VERSIONS static float multiply_portable(const Matrix *m, const uint8_t *w, const
     float sum = 0;
     for (int g = 0; g < m->groups; g++) {
         const uint8_t *codes = w + (size_t)g * m->group;
-        const int8_t *coarse = x.coarse + g * x.pitch, *fine = x.fine + g * x.pitch;
-        int32_t most = 0, rest = 0;
-        for (int i = 0; i < m->group; i++) {
-            most += codes[i] * coarse[i];
-            rest += codes[i] * fine[i];
+        const int16_t *wide = x.wide + g * x.pitch;
+        float found = 0;
+        for (int begin = 0; begin < m->group; begin += MOST_EXACT) {
+            const int end = begin + MOST_EXACT < m->group ? begin + MOST_EXACT : m->group;
+            int32_t exact = 0;
+            for (int i = begin; i < end; i++) exact += (int16_t)codes[i] * wide[i];
+            found += (float)exact;
         }
-        sum += scales[g] * x.steps[g] * ((float)most + (float)rest / FINE) - offsets[g] * x.totals[g];
+        sum += scales[g] * x.steps[g] * (found / FINE) - offsets[g] * x.totals[g];
     }
     return sum;
 }
 
 #ifdef HAS_VECTORS
+
+#define FOR_AVX2 __attribute__((target("avx2,fma")))
+#define STEP 16           /* codes at a time, two words: in lanes of 16 bits */
+#define TOKENS_TOGETHER 4 /* that a code, once unpacked, meets */
+
+/* How 16 codes come into lanes of 16 bits: the two bytes that a code lies in, to the left up to the end of the lane, and
+ * then to the right. */
+typedef struct {
+    __m256i bytes, factors;
+    __m128i down;
+    int bits;
+} Widening;
+
+FOR_AVX2 INLINE Widening widening(int bits) {
+    uint8_t bytes[2 * STEP];
+    uint16_t factors[STEP];
+    for (int i = 0; i < STEP; i++) {
+        const int bit = i % 8 * bits, byte = i / 8 * bits + (bit >> 3);
+        bytes[2 * i] = (uint8_t)byte;
+        bytes[2 * i + 1] = byte + 1 < 16 ? (uint8_t)(byte + 1) : 0x80; /* where it would matter it is there */
+        factors[i] = (uint16_t)(1 << (16 - (bit & 7) - bits));
+    }
+    return (Widening){_mm256_loadu_si256((const __m256i *)bytes), _mm256_loadu_si256((const __m256i *)factors),
+                      _mm_cvtsi32_si128(16 - bits), bits};
+}
+
+/* The two words from `at` on; 16 bytes are read. */
+FOR_AVX2 INLINE __m256i widened(const Widening *w, const uint8_t *at) {
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)at));
+    return _mm256_srl_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(both, w->bytes), w->factors), w->down);
+}
+
+FOR_AVX2 INLINE float sum_of(__m256 v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+
+/* out [count]: one row of packed codes, `at`, and as many rows of activations; groups are of whole steps. */
+FOR_AVX2 INLINE void multiply_wide(const Matrix *m, const Widening *w, const uint8_t *at, const float *scales,
+                                   const float *offsets, const Activations *x, const int count, float *out) {
+    __m256 sums[TOKENS_TOGETHER];
+    float taken[TOKENS_TOGETHER];
+#pragma GCC unroll 4
+    for (int t = 0; t < count; t++) {
+        sums[t] = _mm256_setzero_ps();
+        taken[t] = 0;
+    }
+    for (int g = 0; g < m->groups; g++) {
+        for (int begin = 0; begin < m->group; begin += MOST_EXACT) {
+            const int end = begin + MOST_EXACT < m->group ? begin + MOST_EXACT : m->group;
+            __m256i exact[TOKENS_TOGETHER];
+#pragma GCC unroll 4
+            for (int t = 0; t < count; t++) exact[t] = _mm256_setzero_si256();
+            for (int i = begin; i < end; i += STEP, at += 2 * w->bits) {
+                const __m256i codes = widened(w, at);
+#pragma GCC unroll 4
+                for (int t = 0; t < count; t++) {
+                    const __m256i *inputs = (const __m256i *)(x[t].wide + (size_t)g * x[t].pitch + i);
+                    exact[t] = _mm256_add_epi32(exact[t], _mm256_madd_epi16(codes, _mm256_load_si256(inputs)));
+                }
+            }
+            _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 4
+            for (int t = 0; t < count; t++)
+                sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact[t]), _mm256_set1_ps(scales[g] * x[t].steps[g]), sums[t]);
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < count; t++) taken[t] += offsets[g] * x[t].totals[g];
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < count; t++) out[t] = sum_of(sums[t]) / FINE - taken[t];
+}
+
+FOR_AVX2 static void multiply_avx2(const Matrix *m, const uint8_t *at, const float *scales, const float *offsets,
+                                   const Activations *x, int count, float *out) {
+    const Widening w = widening(m->bits);
+    switch (count) {
+    case 1: multiply_wide(m, &w, at, scales, offsets, x, 1, out); break;
+    case 2: multiply_wide(m, &w, at, scales, offsets, x, 2, out); break;
+    case 3: multiply_wide(m, &w, at, scales, offsets, x, 3, out); break;
+    default: multiply_wide(m, &w, at, scales, offsets, x, 4, out); break;
+    }
+}
 
 /* How 64 codes become bytes: 8 codes are `bits` bytes, which go to a word of their own and from there bit by bit. */
 typedef struct {
@@ -222,6 +325,7 @@ typedef struct {
     int tokens, share, inputs, outputs, group, groups, path, pieces;
     size_t pitch, stride, room; /* bytes of a group and of a row of activations; groups, in whole vectors of floats */
     int8_t *rows;               /* [tokens][2][stride], coarse and fine */
+    int16_t *wide;              /* [tokens][groups * pitch], both in one; NULL where products are of bytes */
     float *steps, *totals;      /* [tokens][room], zeros behind the last group */
     mc_slots sorted;
     int8_t *tiled;              /* [blocks][groups * pitch / 64][2][16][16][4]: see lay_tiles; NULL without tiles */
@@ -242,12 +346,17 @@ static void quantize_tokens(void *context, int part) {
                                 coarse + g * p->pitch, fine + g * p->pitch, sums);
             totals[g] = steps[g] * ((float)sums[0] + (float)sums[1] / FINE);
         }
+        const size_t all = p->groups * p->pitch;
+        for (size_t i = 0; p->wide && i < all; i++)
+            p->wide[(size_t)token * all + i] = (int16_t)((int)FINE * coarse[i] + fine[i]);
     }
 }
 
 static Activations activations_of(const Product *p, size_t token) {
     const int8_t *coarse = p->rows + 2 * token * p->stride;
-    return (Activations){coarse, coarse + p->stride, p->steps + token * p->room, p->totals + token * p->room, p->pitch};
+    const int16_t *wide = p->wide ? p->wide + token * p->groups * p->pitch : NULL;
+    return (Activations){coarse, coarse + p->stride, wide, p->steps + token * p->room, p->totals + token * p->room,
+                         p->pitch};
 }
 
 #ifdef HAS_AMX
@@ -435,6 +544,23 @@ static void multiply_rows(void *context, int index) {
         free(scales);
         return;
     }
+    if (p->path == AVX2 && p->group % STEP == 0) {
+        for (int row = first; row < last; row++) {
+            const uint8_t *at = row_of(&m, row);
+            if (row == p->outputs - 1) at = memcpy(w, at, (size_t)words_of(&m) * m.bits); /* steps read behind their end */
+            read_grids(&m, row, scales, offsets);
+            for (int i = 0; i < task[2]; i += TOKENS_TOGETHER) {
+                const int count = task[2] - i < TOKENS_TOGETHER ? task[2] - i : TOKENS_TOGETHER;
+                Activations x[TOKENS_TOGETHER];
+                float found[TOKENS_TOGETHER];
+                for (int t = 0; t < count; t++) x[t] = activations_of(p, (size_t)(slots[i + t] / p->share));
+                multiply_avx2(&m, at, scales, offsets, x, count, found);
+                for (int t = 0; t < count; t++) p->out[(size_t)slots[i + t] * p->outputs + row] = found[t];
+            }
+        }
+        free(scales);
+        return;
+    }
 #endif
     for (int row = first; row < last; row++) {
         read_grids(&m, row, scales, offsets);
@@ -444,19 +570,6 @@ static void multiply_rows(void *context, int index) {
                 multiply(&m, w, scales, offsets, activations_of(p, (size_t)(slots[i] / p->share)), p->path, weights);
     }
     free(scales);
-}
-
-/* The fastest path of this machine: 3 AMX, 2 AVX-512 (VBMI, VNNI), 0 portable. */
-int mc_affine_path(void) {
-#ifdef HAS_VECTORS
-    if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) {
-#ifdef HAS_AMX
-        if (mc_tiles_granted()) return AMX_TILES;
-#endif
-        return AVX512_VNNI;
-    }
-#endif
-    return PORTABLE;
 }
 
 /* out [slots][outputs] float32: slot s holds the product of token s / share with the matrix experts[s] of the bank;
@@ -472,9 +585,11 @@ int mc_affine_product(const float *x, const int64_t *experts, const Entry *bank,
     int failed = mc_sort_slots(&p.sorted, experts, slots, &bank->bits, sizeof(Entry) / sizeof(int64_t), matrices);
     const size_t bytes = 2 * (size_t)tokens * p.stride;
     p.rows = aligned_alloc(VECTOR, whole(bytes + 1, VECTOR));
+    const size_t wide_bytes = path < AVX512_VNNI ? (size_t)tokens * groups * pitch * sizeof(int16_t) : 0;
+    p.wide = wide_bytes ? aligned_alloc(VECTOR, wide_bytes) : NULL;
     p.steps = calloc((size_t)tokens * p.room + 1, sizeof(float));
     p.totals = calloc((size_t)tokens * p.room + 1, sizeof(float));
-    atomic_init(&p.failed, failed || !p.rows || !p.steps || !p.totals);
+    atomic_init(&p.failed, failed || !p.rows || !p.steps || !p.totals || (wide_bytes && !p.wide));
     if (!atomic_load(&p.failed)) {
         memset(p.rows, 0, bytes);
         mc_clear_missing(&p.sorted, slots, outputs, out);
@@ -489,6 +604,7 @@ int mc_affine_product(const float *x, const int64_t *experts, const Entry *bank,
     free(p.blocks);
     free(p.first_blocks);
     free(p.rows);
+    free(p.wide);
     free(p.steps);
     free(p.totals);
     mc_free_slots(&p.sorted);
@@ -577,7 +693,7 @@ static void write_rows(void *context, int piece) {
 int mc_affine_matrix(const uint8_t *codes, const uint16_t *scales, const uint8_t *zero_points, int bits, int rows,
                      int inputs, int group, int path, int threads, float *floats, uint16_t *halves) {
     Decoding d = {.matrix = {codes, scales, zero_points, bits, inputs, group, inputs / group}, .rows = rows,
-                  .path = path < 0 ? mc_affine_path() : path, .floats = floats, .halves = halves};
+                  .path = path < 0 ? mc_best_path() : path, .floats = floats, .halves = halves};
     atomic_init(&d.failed, 0);
     mc_parallel(write_rows, &d, (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, threads);
     return atomic_load(&d.failed);

@@ -98,3 +98,16 @@ VERSIONS float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine,
     totals[1] = rest;
     return largest / 127.0f;
 }
+
+int mc_best_path(void) {
+#ifdef HAS_VECTORS
+    if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) {
+#ifdef HAS_AMX
+        if (mc_tiles_granted()) return AMX_TILES;
+#endif
+        return AVX512_VNNI;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+#endif
+    return PORTABLE;
+}

@@ -32,7 +32,7 @@ void mc_release_tiles(void);
 enum { PORTABLE = 0, AVX2 = 1, AVX512_VNNI = 2, AMX_TILES = 3 }; /* paths, as kernels/trellis.py names them */
 
 /* The fastest path of this machine. */
-int mc_trellis_path(void);
+int mc_best_path(void);
 
 /* Slots, each with its matrix, put side by side by matrix. A place is where a slot comes to lie. */
 typedef struct {

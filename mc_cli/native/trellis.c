@@ -374,7 +374,7 @@ int mc_trellis_encode(const float *targets, const float *factor, const float *sc
     Search search = {.targets = targets, .factor = factor, .scales = scales, .members = members, .weights = weights,
                      .feedback = feedback, .values = values, .factors = factors, .batch = batch, .first = first,
                      .count = count, .inputs = inputs, .outputs = outputs, .groups = groups, .rings = rings,
-                     .length = length, .steps = steps_of(path < 0 ? mc_trellis_path() : path), .codes = codes,
+                     .length = length, .steps = steps_of(path < 0 ? mc_best_path() : path), .codes = codes,
                      .parts = all < threads ? all : threads, /* all groups take as long; scratch has its price */
                      .decoded = decoded, .errors = errors, .offsets = malloc(sizeof(int) * ((size_t)length + 1))};
     if (!search.offsets) return 1;

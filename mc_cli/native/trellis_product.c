@@ -366,19 +366,6 @@ AMX static void multiply_amx(Block block, int count, const int8_t *x, size_t str
 #endif
 #endif
 
-int mc_trellis_path(void) {
-#ifdef HAS_VECTORS
-    if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) {
-#ifdef HAS_AMX
-        if (mc_tiles_granted()) return AMX_TILES;
-#endif
-        return AVX512_VNNI;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
-#endif
-    return PORTABLE;
-}
-
 static void decode_block(const Sequence *s, const Code *code, int first, int count, int path, Block block) {
 #ifdef HAS_VECTORS
     if (path >= AVX512_VNNI) {
@@ -631,7 +618,7 @@ int mc_trellis_matrix(const uint8_t *codes, const uint16_t *scales, const uint8_
                       int outputs, int length, int planes, int path, int threads, float *out) {
     Matrix m = {.first = {codes, (inputs + GROUP - 1) / GROUP, length / PER_LANE, planes}, .scales = scales,
                 .code = {tables, tables + 64, tables + 128}, .unit = unit, .out = out, .inputs = inputs,
-                .outputs = outputs, .length = length, .path = path < 0 ? mc_trellis_path() : path};
+                .outputs = outputs, .length = length, .path = path < 0 ? mc_best_path() : path};
     atomic_init(&m.failed, 0);
     mc_parallel(write_sequence, &m, (outputs + length - 1) / length, threads);
     return atomic_load(&m.failed);

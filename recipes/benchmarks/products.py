@@ -29,7 +29,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from mc_cli.artifacts.packed import ExpertLayout
-from mc_cli.encodings import Encoding
+from mc_cli.encodings import FASTEST, Encoding
 from mc_cli.encodings.affine import affine_for
 from mc_cli.encodings.trellis import trellis_for
 from mc_cli.kernels import affine, bank_for, trellis
@@ -83,6 +83,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--affine-widths", type=int, nargs="*", default=list(AFFINE_WIDTHS), help="of affine grids")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--path", type=int, default=FASTEST, help="packed products by this one of kernels.compiled.PATHS; -1: the best"
+    )
     parser.add_argument("--pool-mb", type=int, default=600, help="weights that every contender goes through")
     parser.add_argument("--skip-blocks", action="store_true", help="no whole MoE blocks; they need 5 GB of memory")
     parser.add_argument("--out", type=Path)
@@ -167,7 +170,7 @@ def packed(
             for part, spec in specs.items()
         }
         pool.append((bank_for([(encoding, tensors)], shape[1]), tensors))  # a bank keeps addresses alone
-    return Contender(name, in_turn(pool, lambda entry: entry[0].product(rows)), size)
+    return Contender(name, in_turn(pool, lambda entry: entry[0].product(rows, path=arguments.path)), size)
 
 
 def in_turn(pool: list[Any], multiply: Callable[[Any], Any]) -> Callable[[], Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mc_cli import native
 from mc_cli.errors import ShapeError
-from mc_cli.kernels.trellis import PATHS, best_path
+from mc_cli.kernels.compiled import PATHS, best_path
 from mc_cli.numerics.trellis import (
     LEVELS,
     UNIT,
