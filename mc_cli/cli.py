@@ -347,29 +347,35 @@ def _bench(given: Mapping[str, Any]) -> None:
         from mc_cli.runtime.speed import measure, reading_rate
 
         wanted = {name: given[name] for name in ("prompt_tokens", "new_tokens", "threads")}
-        cases = [(given["model"], compute.dtype)]
-        cases += [(given["beside"], dtype) for dtype in _DENSE_DTYPES if given["beside"]]
+        cases = [(resolve_model(given["model"], asked_as="DIR"), compute.dtype)]
+        if given["beside"]:
+            beside = resolve_model(given["beside"], asked_as="--beside")
+            cases += [(beside, dtype) for dtype in _DENSE_DTYPES]
         found = []
-        for model, dtype in cases:
-            console.say(f"bench: {model}, {dtype}")
-            found.append(measure(resolve_model(model), dtype=dtype, **wanted))
+        for folder, dtype in cases:
+            console.say(f"bench: {folder}, {dtype}")
+            found.append(measure(folder, dtype=dtype, **wanted))
+            wanted["prompt_tokens"] = found[0].prompt_tokens  # all models read as much
         rate = reading_rate(given["threads"])
         if given["json"]:
             return console.print_json({"reading_bytes_per_s": rate, "models": [speed.__dict__ for speed in found]})
         return console.print_speeds(found, rate)
 
 
+_PROMPT_HELP = "Random tokens to read. [default: 256, or what the model's positions leave]"
+
+
 def _bench_parameters() -> list[inspect.Parameter]:
     model = typer.Argument(help="Exported directory, or any model folder.", metavar="DIR", show_default=False)
     option = partial(_option, panel=_SPEED)
     beside = option("--beside", help="Measure this model, too, in bfloat16 and float32: the original.", metavar="DIR")
-    prompt = option("--prompt-tokens", help="Random tokens to read. [default: 256]", metavar="COUNT", min=1)
+    prompt = option("--prompt-tokens", help=_PROMPT_HELP, metavar="COUNT", min=1)
     new = option("--new-tokens", help="Tokens to decode, one at a time. [default: 64]", metavar="COUNT", min=1)
     threads = option("--threads", help="Processor threads. [default: what torch takes]", metavar="COUNT", min=1)
     return [
         _parameter("model", str, model),
         _parameter("beside", str, beside, None),
-        _parameter("prompt_tokens", int, prompt, 256),
+        _parameter("prompt_tokens", int, prompt, None),
         _parameter("new_tokens", int, new, 64),
         *(
             _flag_parameter(COMPUTE, flag, name=flag.field, option=flag.name)

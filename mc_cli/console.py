@@ -304,6 +304,7 @@ def print_speeds(models: Sequence[Speed], reading_rate: float) -> None:
     first = models[0]
     stdout_console().print(
         f"{first.threads} threads, packed products: {first.products}; plain reading {reading_rate / 1e9:.1f} GB/s; "
+        f"{first.prompt_tokens} prompt tokens, {len(first.tokens_s)} decoded; "
         f"libraries alone {size_text(first.base_bytes)}, `memory` is what came on top at the highest"
     )
     stdout_console().print(table)

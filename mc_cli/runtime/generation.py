@@ -65,7 +65,7 @@ def generate(
     The prompt itself is shown first, once the model is loaded.
     Raises InputError for an empty prompt or one too long for the model, CheckpointError where loading fails.
     """
-    folder = resolve_model(model)
+    folder = resolve_model(model, asked_as="DIR")
     check_model_folder(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=compute.trust_remote_code)
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)

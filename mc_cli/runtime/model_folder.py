@@ -28,9 +28,10 @@ def check_transformers_version() -> None:
         )
 
 
-def resolve_model(name: str, *, revision: str | None = None) -> Path:
+def resolve_model(name: str, *, revision: str | None = None, asked_as: str = "--model") -> Path:
     """The folder of a model: a directory, `bundled:NAME`, or a hub id, whose files are downloaded to the hub's cache.
 
+    asked_as  the option that named it, for messages
     Raises InputError if it is none of these.
     """
     if name.startswith("bundled:"):
@@ -41,10 +42,10 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise InputError(f"--model {name} is a file. Give the folder that holds config.json and *.safetensors.")
+        raise InputError(f"{asked_as} {name} is a file. Give the folder that holds config.json and *.safetensors.")
     if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(
-            f"--model {name}: no such directory. Give a folder with config.json and *.safetensors, or a hub id like "
+            f"{asked_as} {name}: no such directory. Give a folder with config.json and *.safetensors, or a hub id like "
             "org/name."
         )
     return _download(name, revision)

@@ -6,20 +6,25 @@ python -m mc_cli.runtime.speed '{"folder": ..., "dtype": ..., ...}'     prints o
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mc_cli.artifacts.packed import QUANT_METHOD
-from mc_cli.errors import CheckpointError, InputError, McError
+from mc_cli.errors import CheckpointError, InputError
+from mc_cli.failures import error_message
 from mc_cli.runtime.memory import peak_memory_bytes, resident_bytes
 
 _READ_BYTES = 512 * 2**20  # larger than most last-level caches
+_PROMPT_TOKENS = 256  # where nothing is asked for and the model has as many positions
+_FAILED = "failed: "  # begins what a process prints that could not measure
 _UNTIMED = 2  # first tokens: they find caches cold and buffers unmade
 
 
@@ -54,11 +59,12 @@ class Speed:
 
 
 def measure(
-    folder: Path, *, dtype: str, prompt_tokens: int, new_tokens: int, threads: int | None, repeats: int = 3
+    folder: Path, *, dtype: str, prompt_tokens: int | None, new_tokens: int, threads: int | None, repeats: int = 3
 ) -> Speed:
     """Loads the model in a process of its own and lets it read random tokens, then decode greedily.
 
-    prompt_s is the fastest of `repeats`. Raises CheckpointError with the process's last words where it fails.
+    prompt_tokens  None: 256, or as many as the model's positions leave
+    prompt_s is the fastest of `repeats`. Raises CheckpointError with what stopped the process where it fails.
     """
     wanted = {
         "folder": str(folder),
@@ -71,8 +77,9 @@ def measure(
     command = [sys.executable, "-m", "mc_cli.runtime.speed", json.dumps(wanted)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        words = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        raise CheckpointError(f"Measuring {folder} in {dtype} failed, exit status {done.returncode}: {words[-1]}")
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        words = done.stdout.removeprefix(_FAILED).strip() if done.stdout.startswith(_FAILED) else lines[-1]
+        raise CheckpointError(f"Measuring {folder} in {dtype} failed, exit status {done.returncode}: {words}")
     found = json.loads(done.stdout.splitlines()[-1])
     return Speed(**{**found, "tokens_s": tuple(found["tokens_s"]), "last_tokens": tuple(found["last_tokens"])})
 
@@ -109,13 +116,15 @@ def _measured_here(wanted: dict[str, Any]) -> Speed:
     network = load_model(Path(wanted["folder"]), RunSettings(device="cpu", dtype=wanted["dtype"]))
     load_s = time.perf_counter() - begun
     config, weights = network.config.get_text_config(), list(_weights(network))
-    total = wanted["prompt_tokens"] + wanted["new_tokens"]
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and total > limit:
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    decoded = wanted["new_tokens"] + _UNTIMED
+    prompt_tokens = wanted["prompt_tokens"] or max(1, min(_PROMPT_TOKENS, limit - decoded))
+    if prompt_tokens + decoded > limit:
         raise InputError(
-            f"The model has {limit} positions, and {total} tokens are asked for. Lower --prompt-tokens or --new-tokens."
+            f"The model has {limit} positions, and {prompt_tokens + decoded} tokens are asked for, {_UNTIMED} of them "
+            "decoded before time is taken. Lower --prompt-tokens or --new-tokens."
         )
-    prompt = torch.randint(0, config.vocab_size, (1, wanted["prompt_tokens"]))
+    prompt = torch.randint(0, config.vocab_size, (1, prompt_tokens))
     with torch.inference_mode():
         prompt_times = []
         for _ in range(wanted["repeats"]):
@@ -123,7 +132,7 @@ def _measured_here(wanted: dict[str, Any]) -> Speed:
             output = network(prompt, use_cache=True, logits_to_keep=1)
             prompt_times.append(time.perf_counter() - begun)
         times, tokens = [], []
-        for _ in range(wanted["new_tokens"] + _UNTIMED):
+        for _ in range(decoded):
             token = output.logits[:, -1:].argmax(-1)
             tokens.append(int(token))
             begun = time.perf_counter()
@@ -134,7 +143,7 @@ def _measured_here(wanted: dict[str, Any]) -> Speed:
         dtype=str(network.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         load_s=load_s,
-        prompt_tokens=wanted["prompt_tokens"],
+        prompt_tokens=prompt_tokens,
         prompt_s=min(prompt_times),
         tokens_s=tuple(times[_UNTIMED:]),
         weight_bytes=sum(size for size, _ in weights),
@@ -179,5 +188,7 @@ def _weights(network: Any) -> Iterator[tuple[int, float]]:
 if __name__ == "__main__":
     try:
         print(json.dumps(asdict(_measured_here(json.loads(sys.argv[1])))))
-    except McError as problem:
-        sys.exit(str(problem))
+    except Exception as problem:
+        traceback.print_exc()
+        print(_FAILED + error_message(problem))
+        sys.exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -165,7 +166,27 @@ def test_bench_says_which_model_failed_and_why(finished: Path, tmp_path: Path) -
     result = invoke("bench", tmp_path)
     assert result.exit_code == 1 and "no config.json" in result.stderr
     result = invoke("bench", finished / "model", "--prompt-tokens", 10**6)
-    assert result.exit_code == 1 and "positions, and 1000064 tokens are asked for" in result.stderr
+    assert result.exit_code == 1 and "positions, and 1000066 tokens are asked for" in result.stderr
+    result = invoke("bench", finished / "model", "--beside", tmp_path / "nowhere")
+    assert result.exit_code == 1 and f"--beside {tmp_path / 'nowhere'}: no such directory" in result.stderr
+    assert "bench:" not in result.stderr  # nothing was measured
+
+
+def test_bench_reads_as_much_as_the_model_has_positions_for(finished: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(finished / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["max_position_embeddings"] = 20
+    (model / "config.json").write_text(json.dumps(config))
+    result = invoke("bench", model, "--new-tokens", 3, "--threads", 1, "--json")
+    assert json.loads(result.stdout)["models"][0]["prompt_tokens"] == 20 - 3 - 2  # two are decoded untimed
+
+
+def test_bench_tells_of_a_damaged_file(finished: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(finished / "model", tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = invoke("bench", model, "--new-tokens", 3)
+    assert result.exit_code == 1 and "damaged or cut short" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_generate_refuses_a_folder_that_is_no_model(tmp_path: Path) -> None:
