@@ -25,6 +25,7 @@ _FAMILIES = {TrellisEncoding: "trellis codes", AffineEncoding: "affine grids"}
 class Bank(Protocol):
     """Matrices of one shape, for products in which every row has its own one."""
 
+    out_features: int
     absent: torch.Tensor  # bool [matrices + 1]: those that are not there, and what is behind the last
 
     def product(

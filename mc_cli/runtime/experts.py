@@ -8,7 +8,6 @@ own gate activation, so no family needs code of its own here.
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from mc_cli.encodings import Encoding
 from mc_cli.parts import Projection
 
 IMPLEMENTATION = "mc_cli"
+_HIDDEN_BYTES = 2**28  # of what up projections give at a time: of long prompts, some tokens after others
 PRUNER = "_mc_pruner"  # attribute of an experts module: what decides, before a forward, which slots are computed
 
 Experts = Any  # an nn.Module with the flags and methods that transformers' experts decorator gives it
@@ -200,8 +200,13 @@ def experts_forward(
     if pruner is not None:
         top_k_index, top_k_weights = pruner(module, flat, top_k_index, top_k_weights)
     banks = _banks_of(module) if _observer(module) is None and _runs_packed(module, flat) else None
-    compute = _one_by_one if banks is None else functools.partial(_all_at_once, banks)
-    total = compute(module, flat, top_k_index, top_k_weights)
+    if banks is None:
+        total = _one_by_one(module, flat, top_k_index, top_k_weights)
+    else:
+        step = max(1, _HIDDEN_BYTES // (4 * top_k_index.shape[-1] * banks[0].out_features))
+        parts = (tensor.split(step) for tensor in (flat, top_k_index, top_k_weights))
+        totals = [_all_at_once(banks, module, *part) for part in zip(*parts, strict=True)]
+        total = totals[0] if len(totals) == 1 else torch.cat(totals)
     return total.to(hidden_states.dtype).reshape(hidden_states.shape)
 
 
@@ -254,8 +259,10 @@ def _all_at_once(
     tokens, k = top_k_index.shape
     chosen = top_k_index.reshape(-1).contiguous()
     up, down = banks
-    hidden = _with_bias(module, up_name(module), chosen, up.product(flat, chosen, share=k))
-    activated = activate(module, hidden.to(flat.dtype))
+    # One expression, so that nothing stays that is not needed any more: of a long prompt these are the largest tensors.
+    activated = activate(
+        module, _with_bias(module, up_name(module), chosen, up.product(flat, chosen, share=k)).to(flat.dtype)
+    )
     outputs = _with_bias(module, "down_proj", chosen, down.product(activated, chosen)).to(flat.dtype)
     if module.has_post_expert_norm:
         outputs = module.post_expert_norm(outputs)

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 import mc_cli  # noqa: F401  teaches transformers to load packed directories
 from mc_cli.errors import CheckpointError, InputError, McError
+from mc_cli.runtime.memory import large_blocks_mapped
 from mc_cli.runtime.model_folder import read_config, resolve_model
 from mc_cli.runtime.session import device_named, dtype_named
 from mc_cli.runtime.text import load_tokenizer
@@ -49,6 +50,7 @@ class _Pieces(TextStreamer):
         self._show(text)
 
 
+@large_blocks_mapped()
 def generate(
     model: str,
     prompt: str,

@@ -43,7 +43,8 @@ def large_blocks_mapped() -> Iterator[None]:
     to 32 MiB. Tensors below it then share the heap with what outlives them, the holes that they leave do not always fit
     the next ones, and every layer adds to the holes. Page faults of fresh mappings are the price: per 13M weights about
     a third of a second of 19 on a trellis, and one of 11 on affine grids. Stages that compute less per byte would pay
-    more (score took a quarter more time with mappings from 1 MiB on), so this is for quantizing alone.
+    more (score took a quarter more time with mappings from 1 MiB on), so this is for quantizing, and for generating:
+    what reading a prompt leaves in the heap would stay while tokens are decoded, and reading 256 tokens takes as long.
     Once set, the size does not adapt again; afterwards it stays where adapting would have ended.
     """
     _set_malloc(mapped_from=_MAPPED_FROM)

@@ -20,7 +20,7 @@ from typing import Any
 from mc_cli.artifacts.packed import QUANT_METHOD
 from mc_cli.errors import CheckpointError, InputError
 from mc_cli.failures import error_message
-from mc_cli.runtime.memory import peak_memory_bytes, resident_bytes
+from mc_cli.runtime.memory import large_blocks_mapped, peak_memory_bytes, resident_bytes
 
 _READ_BYTES = 512 * 2**20  # larger than most last-level caches
 _PROMPT_TOKENS = 256  # where nothing is asked for and the model has as many positions
@@ -103,6 +103,7 @@ def reading_rate(threads: int | None = None, repeats: int = 5) -> float:
         torch.set_num_threads(before)
 
 
+@large_blocks_mapped()
 def _measured_here(wanted: dict[str, Any]) -> Speed:
     import torch
 

@@ -262,6 +262,8 @@ def test_few_tokens_of_a_block_take_two_calls_and_agree_with_one_expert_after_th
     with torch.inference_mode():
         found = experts.experts_forward(block, hidden, chosen, weights)
         assert experts._banks_of(block) is not None
+        monkeypatch.setattr(experts, "_HIDDEN_BYTES", 4 * 2 * 2 * shapes["gate_up_proj"][0])  # two tokens at a time
+        assert torch.equal(experts.experts_forward(block, hidden, chosen, weights), found)
         monkeypatch.setattr(kernels, "runs_packed", lambda rows, encoding: False)
         expected = experts.experts_forward(block, hidden, chosen, weights)
     assert relative_error(found, expected.double()) < 10 * LARGEST_ERROR
