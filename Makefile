@@ -15,7 +15,7 @@ help:
 	@echo "make smoke    every command in turn on the bundled model, with little text"
 	@echo "make docs     write docs/cli.md from the commands"
 	@echo "make bench-memory, make bench-quality   peak memory by depth; quality at equal stored bytes"
-	@echo "make bench-effort                       time of score, allocate and quantize beside uniform GPTQ"
+	@echo "make bench-effort, make bench-search    time of score, allocate and quantize beside uniform GPTQ; of the search"
 	@echo "make bench-pruning PACKED=runs/x        quality and time by share of expert calls skipped"
 	@echo "make bench-kernels                      products with packed matrices beside torch's, at real sizes"
 	@echo "make gpu-check    on a machine with a CUDA device: tests and speed of the GPU kernels, as JSON"
@@ -66,7 +66,7 @@ docs: install-dev
 	$(BIN)/python recipes/generate_cli_docs.py
 
 # Ratios against a baseline in the same run; see docs/results.md for figures and the options used there.
-.PHONY: bench-memory bench-quality bench-effort bench-pruning bench-kernels bench-decode
+.PHONY: bench-memory bench-quality bench-effort bench-search bench-pruning bench-kernels bench-decode
 bench-memory: install
 	$(BIN)/python recipes/benchmarks/memory.py
 
@@ -75,6 +75,9 @@ bench-quality: install
 
 bench-effort: install
 	$(BIN)/python recipes/benchmarks/effort.py
+
+bench-search: install
+	$(BIN)/python recipes/benchmarks/search.py
 
 # PACKED: a work directory with a packed model in it.
 bench-pruning: install
