@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, TextStreamer
 from transformers.utils import logging as transformers_logging
 
@@ -124,6 +125,11 @@ def load_model(folder: Path, compute: RunSettings) -> Any:
         )
     except McError:
         raise
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"A safetensors file in {folder} is damaged or cut short ({error}). Compare the sizes of the files with "
+            "those of their source, and copy, download or make it again."
+        ) from error
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(
             f"{folder} cannot be loaded as a causal language model ({type(error).__name__}: {error})."

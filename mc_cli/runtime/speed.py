@@ -11,20 +11,18 @@ import statistics
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mc_cli.artifacts.packed import QUANT_METHOD
-from mc_cli.errors import CheckpointError, InputError
-from mc_cli.failures import error_message
+from mc_cli.errors import CheckpointError, InputError, McError
 from mc_cli.runtime.memory import large_blocks_mapped, peak_memory_bytes, resident_bytes
 
 _READ_BYTES = 512 * 2**20  # larger than most last-level caches
 _PROMPT_TOKENS = 256  # where nothing is asked for and the model has as many positions
-_FAILED = "failed: "  # begins what a process prints that could not measure
+_FAILED = "mc-cli could not measure: "  # begins the last words of a process that knows why
 _UNTIMED = 2  # first tokens: they find caches cold and buffers unmade
 
 
@@ -78,7 +76,7 @@ def measure(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        words = done.stdout.removeprefix(_FAILED).strip() if done.stdout.startswith(_FAILED) else lines[-1]
+        words = done.stderr.partition(_FAILED)[2].strip() or lines[-1]
         raise CheckpointError(f"Measuring {folder} in {dtype} failed, exit status {done.returncode}: {words}")
     found = json.loads(done.stdout.splitlines()[-1])
     return Speed(**{**found, "tokens_s": tuple(found["tokens_s"]), "last_tokens": tuple(found["last_tokens"])})
@@ -189,7 +187,5 @@ def _weights(network: Any) -> Iterator[tuple[int, float]]:
 if __name__ == "__main__":
     try:
         print(json.dumps(asdict(_measured_here(json.loads(sys.argv[1])))))
-    except Exception as problem:
-        traceback.print_exc()
-        print(_FAILED + error_message(problem))
-        sys.exit(1)
+    except McError as problem:
+        sys.exit(_FAILED + str(problem))
