@@ -18,9 +18,9 @@ from mc_cli.kernels.compiled import PATHS, best_path, check, threads_for
 
 Part = tuple[AffineEncoding, Mapping[str, Tensor]]  # a matrix: its encoding, `codes`, `scales` and `zero_points`
 
-_TILES = 3  # of PATHS, multiplies many tokens fast, too:
+_FOR_MANY_TOKENS = 2  # paths from here on multiply many tokens fast, too
 FEW_TOKENS = 16  # of more, the others need longer than decoding does
-HALF_TOKENS = 192  # of 16-bit tokens; of more, _TILES needs longer than decoding and the library's own 16-bit product
+HALF_TOKENS = 192  # of 16-bit tokens; of more, all need longer than decoding and the library's own 16-bit product
 MOST_INPUTS = 2**16  # of a larger group sums of byte products might leave int32
 _TILE_WEIGHTS = 2**22  # decoded at a time: a transient copy of 8 to 16 MB, whatever the matrix
 
@@ -31,7 +31,7 @@ def runs_packed(rows: Tensor) -> bool:
         return False
     if rows.device.type != "cpu" or native.library() is None:
         return False
-    if best_path() < _TILES:
+    if best_path() < _FOR_MANY_TOKENS:
         return rows.shape[0] <= FEW_TOKENS
     return rows.dtype == torch.float32 or rows.shape[0] <= HALF_TOKENS
 

@@ -15,7 +15,8 @@
 #define ROWS_AT_ONCE 64  /* outputs in a piece of work */
 #define AHEAD 4096       /* bytes from codes that are multiplied to those that are fetched */
 #define TOKENS_AT_ONCE 8 /* quantized in a piece of work */
-#define TOKENS_FOR_TILES 4  /* from here on tiles are faster */
+#define TOKENS_FOR_TILES 4  /* from here on blocks of 16 tokens are faster, in tiles */
+#define TOKENS_FOR_LANES 7  /* and in vectors */
 #define MOST_EXACT 256   /* inputs whose products, 255 * 32385 at most, an int32 holds the sum of */
 #define INPUTS_IN_CACHE 256 /* of ROWS_AT_ONCE outputs: 16 KB of codes stay in the first cache beside what they meet */
 
@@ -328,10 +329,10 @@ typedef struct {
     int16_t *wide;              /* [tokens][groups * pitch], both in one; NULL where products are of bytes */
     float *steps, *totals;      /* [tokens][room], zeros behind the last group */
     mc_slots sorted;
-    int8_t *tiled;              /* [blocks][groups * pitch / 64][2][16][16][4]: see lay_tiles; NULL without tiles */
+    int8_t *tiled;              /* [blocks][groups * pitch / 64][2][16][16][4]: see lay_block; NULL without blocks */
     float *block_grids;         /* [blocks][groups][2][16]: steps and totals of a block's places */
     int *blocks;                /* [..][2]: first place of a block of tokens with one matrix, and how many */
-    int *first_blocks;          /* by task, -1 where it has too few tokens for tiles */
+    int *first_blocks;          /* by task, -1 where it has too few tokens for blocks */
     atomic_int failed;
 } Product;
 
@@ -359,7 +360,7 @@ static Activations activations_of(const Product *p, size_t token) {
                          p->pitch};
 }
 
-#ifdef HAS_AMX
+#ifdef HAS_VECTORS
 
 #define TILE_BYTES (TILE * VECTOR)
 
@@ -367,7 +368,7 @@ static Activations activations_of(const Product *p, size_t token) {
 INLINE size_t block_bytes(const Product *p) { return 2 * TILE * (size_t)p->groups * p->pitch; }
 
 /* One block of 16 tokens, as tiles: 64 inputs of all, fours of inputs by fours, first coarse and then fine parts. */
-static void lay_tiles(void *context, int block) {
+static void lay_block(void *context, int block) {
     Product *p = context;
     const int *slots = p->sorted.slots + p->blocks[2 * block], count = p->blocks[2 * block + 1];
     int8_t *out = p->tiled + (size_t)block * block_bytes(p);
@@ -393,7 +394,37 @@ typedef struct {
     int32_t coarse[2 * TILE][TILE], fine[2 * TILE][TILE];
 } GroupSums __attribute__((aligned(64)));
 
-AMX INLINE void multiply_group(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, GroupSums *found) {
+#define ROWS_TOGETHER 8 /* whose sums are in registers */
+
+AVX512 static void multiply_group_avx512(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors,
+                                         GroupSums *found) {
+    for (int first = 0; first < 2 * TILE; first += ROWS_TOGETHER) {
+        const uint8_t *row = w + first * pitch;
+        __m512i coarse[ROWS_TOGETHER], fine[ROWS_TOGETHER];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS_TOGETHER; r++) coarse[r] = fine[r] = _mm512_setzero_si512();
+        for (size_t i = 0; i < vectors * TILE; i++) { /* codes behind a group's end meet zeros */
+            const int8_t *four = x + (i / TILE * 2 * TILE + i % TILE) * VECTOR;
+            const __m512i most = _mm512_load_si512(four), rest = _mm512_load_si512(four + TILE_BYTES);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS_TOGETHER; r++) {
+                int32_t codes;
+                memcpy(&codes, row + r * pitch + 4 * i, 4);
+                const __m512i all = _mm512_set1_epi32(codes);
+                coarse[r] = _mm512_dpbusd_epi32(coarse[r], all, most);
+                fine[r] = _mm512_dpbusd_epi32(fine[r], all, rest);
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS_TOGETHER; r++) {
+            _mm512_store_si512(found->coarse[first + r], coarse[r]);
+            _mm512_store_si512(found->fine[first + r], fine[r]);
+        }
+    }
+}
+
+#ifdef HAS_AMX
+AMX static void multiply_group_amx(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, GroupSums *found) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -413,10 +444,22 @@ AMX INLINE void multiply_group(const uint8_t *w, size_t pitch, const int8_t *x, 
     _tile_stored(2, found->fine, VECTOR);
     _tile_stored(3, found->fine + TILE, VECTOR);
 }
+#endif
+
+static void multiply_group(int path, const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, GroupSums *found) {
+#ifdef HAS_AMX
+    if (path == AMX_TILES) {
+        multiply_group_amx(w, pitch, x, vectors, found);
+        return;
+    }
+#endif
+    (void)path;
+    multiply_group_avx512(w, pitch, x, vectors, found);
+}
 
 /* sums [2 * 16][16] += those of a group; scales and offsets of row r lie r * room behind those of the first.
  * grids: the tokens' steps, then their totals. */
-AVX512 INLINE void add_group(const GroupSums *found, const float *scales, const float *offsets, size_t room,
+AVX512 static void add_group(const GroupSums *found, const float *scales, const float *offsets, size_t room,
                              const float *grids, float (*sums)[TILE]) {
     const __m512 steps = _mm512_loadu_ps(grids), totals = _mm512_loadu_ps(grids + TILE), part = _mm512_set1_ps(1 / FINE);
     for (int row = 0; row < 2 * TILE; row++) {
@@ -433,12 +476,12 @@ typedef struct {
     const uint8_t *codes;          /* [rows][pitch] */
     const float *scales, *offsets; /* [rows][room] */
     size_t pitch;
-    int rows; /* whole pairs of tiles */
+    int rows; /* whole pairs of 16 */
 } Rows;
 
 /* sums [rows][16] += groups `begin` to `end` of all rows with one block of tokens. While tiles multiply, what they gave
  * for the group before is added. */
-AMX static void multiply_block(const Product *p, const Rows *r, int begin, int end, int block, float (*sums)[TILE]) {
+static void multiply_block(const Product *p, const Rows *r, int begin, int end, int block, float (*sums)[TILE]) {
     const int8_t *x = p->tiled + (size_t)block * block_bytes(p);
     const float *grids = p->block_grids + (size_t)block * p->groups * 2 * TILE;
     const int range = end - begin, steps = r->rows / (2 * TILE) * range;
@@ -446,7 +489,7 @@ AMX static void multiply_block(const Product *p, const Rows *r, int begin, int e
     for (int step = 0; step <= steps; step++) {
         if (step < steps) {
             const size_t row = (size_t)(step / range) * 2 * TILE, g = (size_t)(begin + step % range);
-            multiply_group(r->codes + row * r->pitch + g * p->group, r->pitch, x + 2 * TILE * g * p->pitch,
+            multiply_group(p->path, r->codes + row * r->pitch + g * p->group, r->pitch, x + 2 * TILE * g * p->pitch,
                            p->pitch / VECTOR, found + step % 2);
         }
         if (step) {
@@ -457,9 +500,9 @@ AMX static void multiply_block(const Product *p, const Rows *r, int begin, int e
     }
 }
 
-/* As multiply_rows, for many places: in tiles of 16 rows and 16 places. A few groups at a time, so that all their codes
+/* As multiply_rows, for many places: in blocks of 32 rows and 16 places. A few groups at a time, so that all their codes
  * stay in the first cache while block after block of tokens passes. */
-static void multiply_tiles(Product *p, const Matrix *m, const int *task, int first_block, int first, int last) {
+static void multiply_blocks(Product *p, const Matrix *m, const int *task, int first_block, int first, int last) {
     const size_t pitch = whole((size_t)p->inputs, VECTOR) + p->pitch; /* of a row of codes */
     const int rows = (int)whole((size_t)(last - first), 2 * TILE), blocks = (task[2] + TILE - 1) / TILE;
     const size_t grids = (size_t)rows * p->room * sizeof(float), each = (size_t)rows * TILE * sizeof(float);
@@ -478,12 +521,16 @@ static void multiply_tiles(Product *p, const Matrix *m, const int *task, int fir
     memset(sums, 0, (size_t)blocks * each);
     const Rows unpacked = {codes, scales, offsets, pitch, rows};
     const int range = p->pitch < INPUTS_IN_CACHE ? (int)(INPUTS_IN_CACHE / p->pitch) : 1;
-    mc_configure_tiles();
+#ifdef HAS_AMX
+    if (p->path == AMX_TILES) mc_configure_tiles();
+#endif
     for (int g = 0; g < p->groups; g += range)
         for (int i = 0; i < blocks; i++)
             multiply_block(p, &unpacked, g, g + range < p->groups ? g + range : p->groups, first_block + i,
                            sums + (size_t)i * rows);
-    mc_release_tiles();
+#ifdef HAS_AMX
+    if (p->path == AMX_TILES) mc_release_tiles();
+#endif
     for (int place = 0; place < task[2]; place++) {
         float *out = p->out + (size_t)p->sorted.slots[task[1] + place] * p->outputs + first;
         for (int row = 0; row < last - first; row++) out[row] = sums[place / TILE * rows + row][place % TILE];
@@ -492,15 +539,16 @@ static void multiply_tiles(Product *p, const Matrix *m, const int *task, int fir
 }
 
 /* Divides the places of tasks with many tokens into blocks, and lays these out. Returns 0, or 1 without memory. */
-static int prepare_tiles(Product *p, int slots, int threads) {
+static int prepare_blocks(Product *p, int slots, int threads) {
+    const int many = p->path == AMX_TILES ? TOKENS_FOR_TILES : TOKENS_FOR_LANES;
     int count = 0;
     p->blocks = malloc(sizeof(int) * 2 * (size_t)(slots / TILE + p->sorted.count + 1));
     p->first_blocks = malloc(sizeof(int) * (size_t)(p->sorted.count + 1));
     if (!p->blocks || !p->first_blocks) return 1;
     for (int i = 0; i < p->sorted.count; i++) {
         const int *task = p->sorted.tasks + 3 * i;
-        p->first_blocks[i] = task[2] < TOKENS_FOR_TILES ? -1 : count;
-        for (int done = 0; done < task[2] && task[2] >= TOKENS_FOR_TILES; done += TILE, count++) {
+        p->first_blocks[i] = task[2] < many ? -1 : count;
+        for (int done = 0; done < task[2] && task[2] >= many; done += TILE, count++) {
             p->blocks[2 * count] = task[1] + done;
             p->blocks[2 * count + 1] = task[2] - done < TILE ? task[2] - done : TILE;
         }
@@ -508,7 +556,7 @@ static int prepare_tiles(Product *p, int slots, int threads) {
     p->tiled = aligned_alloc(VECTOR, (size_t)count * block_bytes(p) + VECTOR);
     p->block_grids = malloc(sizeof(float) * ((size_t)count * p->groups * 2 * TILE + 1));
     if (!p->tiled || !p->block_grids) return 1;
-    mc_parallel(lay_tiles, p, count, threads);
+    mc_parallel(lay_block, p, count, threads);
     return 0;
 }
 
@@ -523,9 +571,9 @@ static void multiply_rows(void *context, int index) {
                       (const uint8_t *)(intptr_t)entry->zero_points, (int)entry->bits, p->inputs, p->group, p->groups};
     const int first = index % p->pieces * ROWS_AT_ONCE;
     const int last = first + ROWS_AT_ONCE < p->outputs ? first + ROWS_AT_ONCE : p->outputs;
-#ifdef HAS_AMX
-    if (p->path == AMX_TILES && p->first_blocks[index / p->pieces] >= 0) {
-        multiply_tiles(p, &m, task, p->first_blocks[index / p->pieces], first, last);
+#ifdef HAS_VECTORS
+    if (p->path >= AVX512_VNNI && p->first_blocks[index / p->pieces] >= 0) {
+        multiply_blocks(p, &m, task, p->first_blocks[index / p->pieces], first, last);
         return;
     }
 #endif
@@ -594,8 +642,8 @@ int mc_affine_product(const float *x, const int64_t *experts, const Entry *bank,
         memset(p.rows, 0, bytes);
         mc_clear_missing(&p.sorted, slots, outputs, out);
         mc_parallel(quantize_tokens, &p, (tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE, threads);
-#ifdef HAS_AMX
-        if (path == AMX_TILES && prepare_tiles(&p, slots, threads)) atomic_store(&p.failed, 1);
+#ifdef HAS_VECTORS
+        if (path >= AVX512_VNNI && prepare_blocks(&p, slots, threads)) atomic_store(&p.failed, 1);
 #endif
         if (!atomic_load(&p.failed)) mc_parallel(multiply_rows, &p, p.sorted.count * p.pieces, threads);
     }

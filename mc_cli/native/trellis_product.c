@@ -17,10 +17,11 @@
 #define MOST_PLANES 10
 #define LANE_BYTES (LANES * GROUP)
 #define FEW_GROUPS 8    /* in a block: its 8 KB leave room in the first cache for codes on their way */
-#define MANY_GROUPS 256 /* for many tokens, whose sums do not: 256 KB stay in the second */
+#define MORE_GROUPS 32  /* for more tokens: every block costs a reading and writing of all sums */
+#define MANY_GROUPS 256 /* for many, whose sums do not stay in the first cache: 256 KB stay in the second */
 #define SUMS (PER_LANE * LANES) /* of one row of activations, with one sequence of outputs */
 #define TOKENS_AT_ONCE 256
-#define TOKENS_FOR_TILES 3 /* from here on tiles are faster */
+#define MORE_TOKENS 3 /* from here on larger blocks are faster, and tiles */
 
 typedef struct {
     const uint8_t *first, *second; /* [64] each: their sum mod 256 is the hash of a window */
@@ -508,10 +509,12 @@ static void multiply_sequence(void *context, int index) {
     const Entry *entry = p->bank + task[0];
     const Sequence s = {(const uint8_t *)(intptr_t)entry->codes + (size_t)chunk * groups * entry->planes * lanes * GROUP,
                         groups, lanes, (int)entry->planes};
-    const int path = p->path == AMX_TILES && task[2] < TOKENS_FOR_TILES ? AVX512_VNNI : p->path;
+    const int path = p->path == AMX_TILES && task[2] < MORE_TOKENS ? AVX512_VNNI : p->path;
     const int most = task[2] < TOKENS_AT_ONCE ? task[2] : TOKENS_AT_ONCE;
     const size_t sum_bytes = (size_t)(2 * most + TILE - 1) / TILE * TILE * SUMS * sizeof(int32_t); /* whole tiles */
-    const Block block = new_block(path != AMX_TILES ? FEW_GROUPS : 2 * most > 2 * TILE ? MANY_GROUPS : 2 * TILE);
+    const Block block = new_block(most < MORE_TOKENS || path < AVX512_VNNI ? FEW_GROUPS
+                                  : most <= TILE                          ? MORE_GROUPS
+                                                                          : MANY_GROUPS);
     int32_t *sums = aligned_alloc(64, sum_bytes);
     if (!block.bytes || !sums) {
         atomic_store(&p->failed, 1);

@@ -26,6 +26,7 @@ from tests.kernels.products import error_of_bank, paths, relative_error, rows
 RATES = tuple(half / 2 for half in range(2, 11))
 SHAPES = ((16, 32), (24, 48), (272, 96), (512, 257), (40, 1), (208, 2050))  # (out_features, in_features)
 LARGEST_ERROR = 1e-4  # of the outputs' size; 4e-5 is typical, bfloat16 has 2e-3
+LARGEST_ERROR_OF_TORCH = 1e-3  # its float32 sums of 2**16 like terms: all are rounded alike, by how many depends on the library
 DECODED_ERROR = 2e-6  # of the path that decodes to float32
 needs_library = pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
 
@@ -156,7 +157,7 @@ def test_activations_that_are_not_finite_show_in_their_token_alone(value: float)
 @needs_library
 def test_the_largest_sums_fit() -> None:
     """All activations and weights at their largest: the most inputs that are multiplied packed, and one more."""
-    for inputs in (MOST_INPUTS, MOST_INPUTS + 1):
+    for inputs, bound in ((MOST_INPUTS, LARGEST_ERROR), (MOST_INPUTS + 1, LARGEST_ERROR_OF_TORCH)):
         encoding, tensors = packed(16, inputs, 1)
         window = int(code_levels().argmax())
         ring = torch.zeros(1, 1, 2, dtype=torch.uint8)
@@ -165,7 +166,7 @@ def test_the_largest_sums_fit() -> None:
         tensors["codes"] = encoding.interleaved(ring.expand(1, inputs, 2).contiguous())
         tokens = rotate_back(torch.ones(1, inputs), encoding.block)  # once rotated, all at the largest
         found = packed_linear(tokens, tensors, encoding, in_features=inputs)
-        assert relative_error(found, reference(tokens, encoding, tensors)) < LARGEST_ERROR
+        assert relative_error(found, reference(tokens, encoding, tensors)) < bound
 
 
 def test_zeros_and_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,8 @@ def test_custom_code_is_run_when_trusted(tiny_model: TinyModel, tmp_path: Path) 
     checkpoint.model.set_experts_implementation(IMPLEMENTATION)
     assert type(checkpoint.model).__name__ == "OwnForCausalLM"
     assert not take_inventory(checkpoint.model, stored_dtypes=checkpoint.stored_dtypes).contract_tested
-    assert torch.equal(logits(checkpoint), logits(open_checkpoint(source, torch.float32)))
+    # some libraries' products depend in their last bit on where in memory a matrix lies
+    torch.testing.assert_close(logits(checkpoint), logits(open_checkpoint(source, torch.float32)), rtol=1e-5, atol=1e-6)
 
 
 def test_buffers_that_no_file_holds_outlive_a_layer(tiny_model: TinyModel) -> None:
