@@ -26,7 +26,7 @@ from tests.kernels.products import error_of_bank, paths, relative_error, rows
 RATES = tuple(half / 2 for half in range(2, 11))
 SHAPES = ((16, 32), (24, 48), (272, 96), (512, 257), (40, 1), (208, 2050))  # (out_features, in_features)
 LARGEST_ERROR = 1e-4  # of the outputs' size; 4e-5 is typical, bfloat16 has 2e-3
-LARGEST_ERROR_OF_TORCH = 1e-3  # its float32 sums of 2**16 like terms: all are rounded alike, by how many depends on the library
+LARGEST_ERROR_OF_TORCH = 1e-3  # its float32 sums of 2**16 like terms, which are all rounded alike
 DECODED_ERROR = 2e-6  # of the path that decodes to float32
 needs_library = pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
 
