@@ -64,7 +64,7 @@ INLINE void step_portable(const Step *s, const int k) {
         for (int part = 0; part < fan; part++) {
             const four value = *(const four *)(s->values + (g << k) + 4 * part);
             const four spread = k > 1 ? m[part >> (k - 2)] - (four){0}
-                : part ? __builtin_shufflevector(m, m, 2, 2, 3, 3) : __builtin_shufflevector(m, m, 0, 0, 1, 1);
+                : part ? TWICE_EACH(m, 2, 3) : TWICE_EACH(m, 0, 1);
             *(four *)(s->next + (g << k) + 4 * part) = spread + value * (s->weight * value + s->slope);
         }
     }
