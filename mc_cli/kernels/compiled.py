@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import platform
 
 import torch
 
 from mc_cli import native
 from mc_cli.errors import McError
 
-PATHS = {0: "portable C", 1: "AVX2", 2: "AVX-512 (VBMI, VNNI)", 3: "AMX"}  # of the processor, slowest first
+_ARM = platform.machine().lower() in ("aarch64", "arm64")
+# of the processor, slowest first
+PATHS = {0: "portable C", 1: "NEON" if _ARM else "AVX2", 2: "AVX-512 (VBMI, VNNI)", 3: "AMX"}
 _WEIGHTS_PER_THREAD = 2**18  # fewer are done before a second thread has started
 
 

@@ -109,5 +109,8 @@ int mc_best_path(void) {
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
+#ifdef HAS_NEON
+    return NEON;
+#endif
     return PORTABLE;
 }

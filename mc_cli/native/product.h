@@ -26,10 +26,16 @@ void mc_configure_tiles(void);
 void mc_release_tiles(void);
 #endif
 
+#if defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+#include <arm_neon.h>
+#define HAS_NEON 1
+#endif
+
 #define TILE 16 /* rows of a tile */
 #define FINE 254.0f /* a coarse step of an activation has as many fine ones */
 
-enum { PORTABLE = 0, AVX2 = 1, AVX512_VNNI = 2, AMX_TILES = 3 }; /* paths, as kernels/trellis.py names them */
+/* Paths, as kernels/compiled.py names them; a processor has either AVX2 or NEON. */
+enum { PORTABLE = 0, AVX2 = 1, NEON = 1, AVX512_VNNI = 2, AMX_TILES = 3 };
 
 /* The fastest path of this machine. */
 int mc_best_path(void);

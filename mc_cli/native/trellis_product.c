@@ -86,10 +86,7 @@ VERSIONS static void multiply_portable(Block block, int count, const int8_t *x, 
         }
 }
 
-#ifdef HAS_VECTORS
-#define FOR_AVX2 __attribute__((target("avx2")))
-#define HALF (LANE_BYTES / 2) /* bytes of a vector: 8 lanes */
-
+#if defined(HAS_VECTORS) || defined(HAS_NEON)
 /* One copy of a loop for each rate, with its shifts as constants. */
 #define BY_RATE(decode) \
     switch (s->planes) { \
@@ -103,6 +100,101 @@ VERSIONS static void multiply_portable(Block block, int count, const int8_t *x, 
     case 9: decode(s, code, first, count, block, 9); break; \
     default: decode(s, code, first, count, block, 10); break; \
     }
+
+/* The planes of a group of inputs, and two that are the first ones moved by a lane. */
+INLINE void read_planes(const uint8_t *codes, int planes, size_t stride, uint8_t (*near)[LANE_BYTES]) {
+    for (int plane = 0; plane < planes; plane++) memcpy(near[plane], codes + plane * stride, stride);
+    for (int plane = 0; plane < 2; plane++) {
+        memcpy(near[planes + plane], near[plane] + GROUP, stride - GROUP);
+        memcpy(near[planes + plane] + stride - GROUP, near[plane], GROUP);
+    }
+}
+#endif
+
+#ifdef HAS_NEON
+#define QUARTER (LANE_BYTES / 4) /* bytes of a vector: 4 lanes */
+
+/* Every byte: bits `bit` to bit + 5 of its column of planes. */
+INLINE uint8x16_t six_of(const uint8x16_t *planes, int bit) {
+    const int plane = bit >> 3, from = bit & 7;
+    uint8x16_t bits = planes[plane] >> from;
+    if (from > 2) bits |= planes[plane + 1] << (8 - from);
+    return vandq_u8(bits, vdupq_n_u8(63));
+}
+
+INLINE void decode_planes_neon(const Sequence *s, const Code *code, int first, int count, Block block,
+                               const int planes) {
+    const uint8x16x4_t one = vld1q_u8_x4(code->first), two = vld1q_u8_x4(code->second), sizes = vld1q_u8_x4(code->sizes);
+    const size_t stride = (size_t)s->lanes * GROUP;
+    uint8_t near[MOST_PLANES + 2][LANE_BYTES] = {{0}};
+    for (int g = 0; g < count; g++) {
+        read_planes(s->codes + (size_t)(first + g) * planes * stride, planes, stride, near);
+        for (size_t from = 0; from < stride; from += QUARTER) {
+            uint8x16_t plane[MOST_PLANES + 2];
+#pragma GCC unroll 12
+            for (int p = 0; p < planes + 2; p++) plane[p] = vld1q_u8(near[p] + from);
+#pragma GCC unroll 16
+            for (int k = 0; k < PER_LANE; k++) {
+                const int bit = k * planes / 2;
+                const uint8x16_t hash =
+                    vaddq_u8(vqtbl4q_u8(one, six_of(plane, bit)), vqtbl4q_u8(two, six_of(plane, bit + 6)));
+                const uint8x16_t size = vqtbl4q_u8(sizes, vandq_u8(hash, vdupq_n_u8(63)));
+                const uint8x16_t negative = vreinterpretq_u8_s8(vshrq_n_s8(vreinterpretq_s8_u8(hash), 7));
+                vst1q_u8(at(block, k, g) + from, vsubq_u8(veorq_u8(size, negative), negative));
+            }
+        }
+    }
+}
+
+static void decode_neon(const Sequence *s, const Code *code, int first, int count, Block block) {
+    BY_RATE(decode_planes_neon)
+}
+
+/* Levels, without the 128 that their bytes have more. */
+INLINE int8x16_t levels_at(const uint8_t *bytes) {
+    return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(bytes), vdupq_n_u8(128)));
+}
+
+/* As multiply_portable, but with levels; two rows of activations, of which there is an even number, at a time. */
+static void multiply_neon(Block block, int count, const int8_t *x, size_t stride, int rows, int32_t *sums) {
+    for (int row = 0; row < rows; row += 2)
+        for (int k = 0; k < PER_LANE; k++) {
+            int32_t *sum = sums + ((size_t)row * PER_LANE + k) * LANES;
+            int32x4_t found[2][4]; /* by row of activations, and quarter of the lanes */
+            for (int i = 0; i < 4; i++) {
+                found[0][i] = vld1q_s32(sum + 4 * i);
+                found[1][i] = vld1q_s32(sum + SUMS + 4 * i);
+            }
+            for (int g = 0; g < count; g++) {
+                int8x16_t four[2];
+#pragma GCC unroll 2
+                for (int r = 0; r < 2; r++) {
+                    int32_t bytes;
+                    memcpy(&bytes, x + (size_t)(row + r) * stride + (size_t)g * GROUP, GROUP);
+                    four[r] = vreinterpretq_s8_s32(vdupq_n_s32(bytes));
+                }
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) {
+                    const int8x16_t w = levels_at(at(block, k, g) + i * QUARTER);
+#pragma GCC unroll 2
+                    for (int r = 0; r < 2; r++) { /* two products of 127 * 127 at most are an int16 */
+                        const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(four[r]));
+                        const int16x8_t high = vmull_high_s8(w, four[r]);
+                        found[r][i] = vpadalq_s16(found[r][i], vpaddq_s16(low, high));
+                    }
+                }
+            }
+            for (int i = 0; i < 4; i++) {
+                vst1q_s32(sum + 4 * i, found[0][i]);
+                vst1q_s32(sum + SUMS + 4 * i, found[1][i]);
+            }
+        }
+}
+#endif
+
+#ifdef HAS_VECTORS
+#define FOR_AVX2 __attribute__((target("avx2")))
+#define HALF (LANE_BYTES / 2) /* bytes of a vector: 8 lanes */
 
 /* The same hash as a sum of three tables of 16, and the sizes in four parts; each twice, for both halves of a vector. */
 typedef struct {
@@ -140,12 +232,7 @@ FOR_AVX2 INLINE void decode_planes_avx2(const Sequence *s, const Code *code, int
     const int stride = s->lanes * GROUP;
     uint8_t near[MOST_PLANES + 2][LANE_BYTES] = {{0}}; /* the planes, and two moved by a lane */
     for (int g = 0; g < count; g++) {
-        const uint8_t *codes = s->codes + (size_t)(first + g) * planes * stride;
-        for (int plane = 0; plane < planes; plane++) memcpy(near[plane], codes + plane * stride, (size_t)stride);
-        for (int plane = 0; plane < 2; plane++) {
-            memcpy(near[planes + plane], near[plane] + GROUP, (size_t)stride - GROUP);
-            memcpy(near[planes + plane] + stride - GROUP, near[plane], GROUP);
-        }
+        read_planes(s->codes + (size_t)(first + g) * planes * stride, planes, (size_t)stride, near);
         for (int half = 0; half * HALF < stride; half++) {
             __m256i plane[MOST_PLANES + 2];
 #pragma GCC unroll 12
@@ -378,8 +465,24 @@ static void decode_block(const Sequence *s, const Code *code, int first, int cou
         return;
     }
 #endif
+#ifdef HAS_NEON
+    if (path == NEON) {
+        decode_neon(s, code, first, count, block);
+        return;
+    }
+#endif
     (void)path;
     decode_portable(s, code, first, count, block);
+}
+
+/* Whether a path's sums are of levels: all others are of their bytes, which have 128 more. */
+static int sums_levels(int path) {
+#ifdef HAS_NEON
+    return path == NEON;
+#else
+    (void)path;
+    return 0;
+#endif
 }
 
 static void multiply(Block block, int count, const int8_t *x, size_t stride, int rows, int path, int32_t *sums) {
@@ -396,6 +499,12 @@ static void multiply(Block block, int count, const int8_t *x, size_t stride, int
     }
     if (path == AVX2) {
         multiply_avx2(block, count, x, stride, rows, sums);
+        return;
+    }
+#endif
+#ifdef HAS_NEON
+    if (path == NEON) {
+        multiply_neon(block, count, x, stride, rows, sums);
         return;
     }
 #endif
@@ -492,7 +601,7 @@ static void quantize_tokens(void *context, int part) {
     free(rotated);
 }
 
-/* Outputs of one place, from the sums of its two rows. */
+/* Outputs of one place, from the sums of its two rows; totals: of the activations that were multiplied by 128 more. */
 VERSIONS static void finish(const int32_t *sums, const int32_t *totals, float step, const float *scales, int count,
                             float *out) {
     float values[SUMS];
@@ -522,6 +631,7 @@ static void multiply_sequence(void *context, int index) {
         free(sums);
         return;
     }
+    const int32_t none[2] = {0, 0};
     float scales[PER_LANE * LANES];
     const int first_output = chunk * p->length;
     const int outputs = p->outputs - first_output < p->length ? p->outputs - first_output : p->length;
@@ -541,7 +651,7 @@ static void multiply_sequence(void *context, int index) {
             multiply(block, some, rows + (size_t)first * GROUP, p->stride, 2 * count, path, sums);
         }
         for (int i = 0; i < count; i++)
-            finish(sums + (size_t)2 * i * SUMS, p->totals + 2 * (place + i), p->steps[place + i] * p->unit, scales,
+            finish(sums + (size_t)2 * i * SUMS, sums_levels(path) ? none : p->totals + 2 * (place + i), p->steps[place + i] * p->unit, scales,
                    outputs, p->out + (size_t)p->sorted.slots[place + i] * p->outputs + first_output);
     }
 #ifdef HAS_AMX
