@@ -17,6 +17,7 @@ import typer
 from mc_cli import __version__
 from mc_cli.failures import INTERRUPTED, interrupted_message, telling_errors
 from mc_cli.flags import (
+    ACTIVATION_BITS_HELP,
     COMPUTE,
     HELD_OUT,
     STAGES,
@@ -31,6 +32,7 @@ from mc_cli.flags import (
     type_of,
 )
 from mc_cli.help import GroupedCommand, GroupedCommands
+from mc_cli.settings import check_activation_bits
 
 if TYPE_CHECKING:
     from mc_cli.chain import PlannedStage
@@ -288,20 +290,24 @@ def _generate(given: Mapping[str, Any]) -> None:
     """Text to stdout as it comes; speed and memory to stderr."""
     with telling_errors(debug=given["debug"]):
         compute = build(COMPUTE, _given(COMPUTE, given))
+        bits = check_activation_bits(given["activation_bits"])
         prepare_libraries(debug=given["debug"])
         from mc_cli import console
+        from mc_cli.kernels.compiled import inputs_of
         from mc_cli.runtime.generation import generate
+        from mc_cli.runtime.session import device_named
 
         show = console.stream if not given["json"] else lambda text: None
-        made = generate(
-            given["model"],
-            given["prompt"],
-            compute=compute,
-            max_new_tokens=given["max_new_tokens"],
-            temperature=given["temperature"],
-            seed=given["seed"],
-            show=show,
-        )
+        with inputs_of(bits, device_named(compute.device)):
+            made = generate(
+                given["model"],
+                given["prompt"],
+                compute=compute,
+                max_new_tokens=given["max_new_tokens"],
+                temperature=given["temperature"],
+                seed=given["seed"],
+                show=show,
+            )
         peak = console.peak_memory_bytes()
         if given["json"]:
             figures = {"tokens_per_s": made.tokens_per_s, "peak_memory_bytes": peak}
@@ -326,6 +332,7 @@ def _generate_parameters() -> list[inspect.Parameter]:
         _parameter("prompt", str, option("--prompt", help="Text to continue.", metavar="TEXT")),
         _parameter("max_new_tokens", int, tokens, 64),
         _parameter("temperature", float, temperature, 0.0),
+        _activation_bits(_GENERATION),
         _parameter("seed", int, option("--seed", help="Seed of what is drawn. [default: 0]", metavar="NUMBER"), 0),
         *(
             _flag_parameter(COMPUTE, flag, name=flag.field, option=flag.name)
@@ -337,12 +344,21 @@ def _generate_parameters() -> list[inspect.Parameter]:
     ]
 
 
+def _activation_bits(panel: str) -> inspect.Parameter:
+    info = _option("--activation-bits", help=f"{ACTIVATION_BITS_HELP} [default: 16]", metavar="16|8", panel=panel)
+    return _parameter("activation_bits", int, info, 16)
+
+
 def _bench(given: Mapping[str, Any]) -> None:
     """Every model in a process of its own; the table to stdout."""
     with telling_errors(debug=given["debug"]):
         compute = build(COMPUTE, _given(COMPUTE, given))
+        bits = check_activation_bits(given["activation_bits"])
         prepare_libraries(debug=given["debug"])
+        import torch
+
         from mc_cli import console
+        from mc_cli.kernels.compiled import inputs_of
         from mc_cli.runtime.model_folder import resolve_model
         from mc_cli.runtime.speed import measure, reading_rate
 
@@ -354,7 +370,8 @@ def _bench(given: Mapping[str, Any]) -> None:
         found = []
         for folder, dtype in cases:
             console.say(f"bench: {folder}, {dtype}")
-            found.append(measure(folder, dtype=dtype, **wanted))
+            with inputs_of(bits, torch.device("cpu")):
+                found.append(measure(folder, dtype=dtype, **wanted))
             wanted["prompt_tokens"] = found[0].prompt_tokens  # all models read as much
         rate = reading_rate(given["threads"])
         if given["json"]:
@@ -383,6 +400,7 @@ def _bench_parameters() -> list[inspect.Parameter]:
             if flag.field == "dtype"
         ),
         _parameter("threads", int, threads, None),
+        _activation_bits(_SPEED),
         _parameter("json", bool, _JSON, False),
         _parameter("debug", bool, _DEBUG, False),
     ]

@@ -88,6 +88,11 @@ _BESIDE = "; ".join(
 )
 _WIDTH = "1 to 8, or 16 to keep the checkpoint's own."
 
+ACTIVATION_BITS_HELP = (
+    "Bits of inputs in a processor's compiled products with packed weights. 8 is faster with many tokens at a time, "
+    "and less exact: prune-eval says what it costs."
+)
+
 FLAGS: dict[type, tuple[Flag, ...]] = {
     s.CalibrateSettings: (
         Flag(
@@ -301,6 +306,7 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
             default="none",
         ),
         Flag("task_limit", "Examples per lm-eval task at most.", _EVALUATION, metavar="COUNT", default="all"),
+        Flag("activation_bits", ACTIVATION_BITS_HELP, _EVALUATION, metavar="16|8"),
     ),
     s.PruneSettings: (
         Flag(

@@ -71,6 +71,13 @@ def _length(value: int) -> None:
         )
 
 
+def check_activation_bits(bits: int) -> int:
+    """The bits as they are. Raises InputError unless they are 16 or 8."""
+    if bits not in (16, 8):
+        raise InputError(f"--activation-bits {bits}: 16 or 8.")
+    return bits
+
+
 def _at_least(flag: str, value: int, minimum: int) -> None:
     if value < minimum:
         raise InputError(f"{flag} {value}: at least {minimum}.")
@@ -369,6 +376,7 @@ class EvaluateSettings(StageSettings):
     tasks: tuple[str, ...] = ()
     include_path: str | None = None
     task_limit: int | None = None
+    activation_bits: int = 16
     prune: PruneSettings = PruneSettings()
     not_fingerprinted = frozenset({"data"})
 
@@ -382,6 +390,7 @@ class EvaluateSettings(StageSettings):
         _length(self.length)
         if self.stride < 0 or (self.length and self.stride > self.length):
             raise InputError(f"--stride {self.stride}: from 0 (no overlap) to --length {self.length}.")
+        check_activation_bits(self.activation_bits)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class TextResult:
 class Evaluation:
     """Everything one evaluation measured.
 
-    context     length, stride and number of windows
+    context     length, stride, number and source of windows, bits of inputs of packed products
     stored      role -> bytes {codes, side, kept}, of the packed model; original: role -> bytes
     tasks       lm-eval's own results per model, empty without tasks
     pruning     every operating point of the policies that were measured, empty without a policy

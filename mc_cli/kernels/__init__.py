@@ -11,10 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mc_cli import native
 from mc_cli.encodings import Encoding
 from mc_cli.encodings.affine import AffineEncoding
 from mc_cli.encodings.trellis import TrellisEncoding
 from mc_cli.kernels import affine, trellis
+from mc_cli.kernels.compiled import activation_bytes
 
 __all__ = ["Bank", "bank_for", "packed_linear", "path_names", "runs_packed"]
 
@@ -76,7 +78,13 @@ def path_names(encodings: Iterable[Encoding], device: torch.device) -> str:
     """How products with matrices of these encodings are computed on a device, in words."""
     kinds = {type(encoding) for encoding in encodings}
     names = {_FAMILIES[kind]: _ROUTINES[kind].path_name(device) for kind in _ROUTINES if kind in kinds}
+    names = {family: name + _narrow(device) for family, name in names.items()}
     return "; ".join(name if len(names) == 1 else f"{family}: {name}" for family, name in names.items())
+
+
+def _narrow(device: torch.device) -> str:
+    compiled = device.type == "cpu" and native.library() is not None
+    return ", inputs of 8 bits" if compiled and activation_bytes() == 1 else ""
 
 
 _banks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of single matrices, by their codes

@@ -14,13 +14,13 @@ from torch import Tensor
 from mc_cli import native
 from mc_cli.encodings import FASTEST
 from mc_cli.encodings.affine import AffineEncoding
-from mc_cli.kernels.compiled import PATHS, best_path, check, threads_for
+from mc_cli.kernels.compiled import PATHS, activation_bytes, best_path, check, threads_for
 
 Part = tuple[AffineEncoding, Mapping[str, Tensor]]  # a matrix: its encoding, `codes`, `scales` and `zero_points`
 
 _FOR_MANY_TOKENS = 2  # paths from here on multiply many tokens fast, too
 FEW_TOKENS = 16  # of more, the others need longer than decoding does
-HALF_TOKENS = 192  # of 16-bit tokens; of more, all need longer than decoding and the library's own 16-bit product
+HALF_TOKENS = 192  # of 16-bit tokens; of more, products of two bytes need longer than decoding and the library's own
 MOST_INPUTS = 2**16  # of a larger group sums of byte products might leave int32
 _TILE_WEIGHTS = 2**22  # decoded at a time: a transient copy of 8 to 16 MB, whatever the matrix
 
@@ -33,7 +33,7 @@ def runs_packed(rows: Tensor) -> bool:
         return False
     if best_path() < _FOR_MANY_TOKENS:
         return rows.shape[0] <= FEW_TOKENS
-    return rows.dtype == torch.float32 or rows.shape[0] <= HALF_TOKENS
+    return rows.dtype == torch.float32 or rows.shape[0] <= HALF_TOKENS or activation_bytes() == 1
 
 
 def path_name(device: torch.device | None = None) -> str:
@@ -71,7 +71,7 @@ class Bank:
     def __init__(self, parts: Sequence[Part | None], out_features: int, in_features: int) -> None:
         self._table = torch.tensor([_entry(part) for part in parts], dtype=torch.int64)
         self.absent = torch.tensor([part is None for part in parts] + [True])  # [matrices + 1], by number
-        self._routine = native.routine("mc_affine_product", "pppiiiiiiiiip")
+        self._routine = native.routine("mc_affine_product", "pppiiiiiiiiiip")
         self._group = next(part[0].group_size for part in parts if part is not None)
         self.out_features, self.in_features = out_features, in_features
 
@@ -96,6 +96,7 @@ class Bank:
             self.in_features,
             self.out_features,
             self._group,
+            activation_bytes(),
             best_path() if path == FASTEST else path,
             threads_for(outputs.numel() * self.in_features),
             outputs.data_ptr(),

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from mc_cli import native
-from mc_cli.errors import McError
+from mc_cli.errors import InputError, McError
 
 _ARM = platform.machine().lower() in ("aarch64", "arm64")
 # of the processor, slowest first
 PATHS = {0: "portable C", 1: "NEON" if _ARM else "AVX2", 2: "AVX-512 (VBMI, VNNI)", 3: "AMX"}
+SWITCH = "MC_CLI_ACTIVATION_BITS"  # of the environment: as what compiled products take inputs, 16 or 8
 _WEIGHTS_PER_THREAD = 2**18  # fewer are done before a second thread has started
 
 
@@ -20,6 +24,41 @@ _WEIGHTS_PER_THREAD = 2**18  # fewer are done before a second thread has started
 def best_path() -> int:
     """The fastest of PATHS that this machine has."""
     return native.routine("mc_best_path", "")()
+
+
+def activation_bytes() -> int:
+    """Of an input, as compiled products take it: 2, or 1 where the environment asks for it.
+
+    Raises InputError for any other value of `SWITCH`.
+    """
+    asked = os.environ.get(SWITCH, "16")
+    if asked not in ("16", "8"):
+        raise InputError(f"{SWITCH} is {asked!r}. Inputs of packed products have 16 or 8 bits; without it, 16.")
+    return int(asked) // 8
+
+
+def check_inputs(bits: int, device: torch.device) -> None:
+    """Raises InputError where inputs are to have 8 bits and no product on that device is compiled."""
+    if bits == 8 and (device.type != "cpu" or native.library() is None):
+        where = f"on {device.type}" if device.type != "cpu" else "where the package was installed without a C compiler"
+        raise InputError(f"--activation-bits 8 is for compiled products; {where} torch multiplies. Leave it out.")
+
+
+@contextmanager
+def inputs_of(bits: int, device: torch.device) -> Iterator[None]:
+    """Compiled products take inputs of so many bits meanwhile, 16 or 8, and so do those of processes begun then.
+
+    Raises InputError as `check_inputs`.
+    """
+    check_inputs(bits, device)
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = str(bits)
+    try:
+        yield
+    finally:
+        os.environ.pop(SWITCH)
+        if before is not None:
+            os.environ[SWITCH] = before
 
 
 def threads_for(products: int) -> int:

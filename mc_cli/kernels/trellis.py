@@ -17,7 +17,7 @@ from mc_cli import native
 from mc_cli.encodings import FASTEST
 from mc_cli.encodings.trellis import TrellisEncoding, sequence_length
 from mc_cli.kernels import trellis_gpu
-from mc_cli.kernels.compiled import PATHS, best_path, check, threads_for
+from mc_cli.kernels.compiled import PATHS, activation_bytes, best_path, check, threads_for
 from mc_cli.kernels.matrix_table import Part, matrix_table
 from mc_cli.kernels.trellis_gpu import GpuBank
 from mc_cli.numerics.rotation import rotate, signs
@@ -26,7 +26,7 @@ from mc_cli.numerics.trellis import UNIT, lookup_tables
 _FOR_MANY_TOKENS = 2  # paths from here on multiply any number of tokens as fast as the library does, or faster
 FEW_TOKENS = 8  # up to here the others are faster than decoding first
 MOST_INPUTS = 2**16  # of more, sums of byte products might leave int32
-_ARGUMENTS = "pppppfiiiiiiiiiip"
+_ARGUMENTS = "pppppfiiiiiiiiiiip"
 
 
 def runs_packed(rows: Tensor) -> bool:
@@ -92,6 +92,7 @@ class Bank:
             self.out_features,
             self._block,
             self._length,
+            activation_bytes(),
             best_path() if path == FASTEST else path,
             threads_for(outputs.numel() * self.in_features),
             outputs.data_ptr(),

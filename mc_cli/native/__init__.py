@@ -16,7 +16,7 @@ from typing import Any
 from mc_cli.errors import McError
 
 _NAME = "_library"
-_VERSION = 5  # as in version.c
+_VERSION = 6  # as in version.c
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
 
 

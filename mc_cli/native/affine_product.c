@@ -1,7 +1,7 @@
 /* Products with affine grids, and their decoding. The format is described in encodings/affine.py.
  *
- * A row's codes come out as bytes. Activations come as two bytes each, a coarse and a fine part, with one step for each
- * of the row's groups. So what a group gives is a sum of byte products, exact in int32, times scale and step; sums over
+ * A row's codes come out as bytes. Activations come as two bytes each, a coarse and a fine part (or the coarse one and
+ * zeros), with one step for each of the row's groups. So what a group gives is a sum of byte products, exact in int32, times scale and step; sums over
  * groups are float32. */
 
 #include "product.h"
@@ -323,7 +323,7 @@ typedef struct {
     const float *x;
     const Entry *bank;
     float *out;
-    int tokens, share, inputs, outputs, group, groups, path, pieces;
+    int tokens, share, inputs, outputs, group, groups, parts, path, pieces;
     size_t pitch, stride, room; /* bytes of a group and of a row of activations; groups, in whole vectors of floats */
     int8_t *rows;               /* [tokens][2][stride], coarse and fine */
     int16_t *wide;              /* [tokens][groups * pitch], both in one; NULL where products are of bytes */
@@ -344,7 +344,7 @@ static void quantize_tokens(void *context, int part) {
         for (int g = 0; g < p->groups; g++) {
             int32_t sums[2];
             steps[g] = mc_split(p->x + (size_t)token * p->inputs + (size_t)g * p->group, p->group,
-                                coarse + g * p->pitch, fine + g * p->pitch, sums);
+                                coarse + g * p->pitch, p->parts > 1 ? fine + g * p->pitch : NULL, sums);
             totals[g] = steps[g] * ((float)sums[0] + (float)sums[1] / FINE);
         }
         const size_t all = p->groups * p->pitch;
@@ -378,7 +378,7 @@ static void lay_block(void *context, int block) {
     for (int column = 0; column < count; column++) {
         const size_t token = (size_t)(slots[column] / p->share);
         const int8_t *row = p->rows + 2 * token * p->stride;
-        for (int part = 0; part < 2; part++)
+        for (int part = 0; part < p->parts; part++)
             for (size_t at = 0; at < p->groups * p->pitch; at += 4)
                 memcpy(out + (2 * (at / VECTOR) + part) * TILE_BYTES + at % VECTOR / 4 * VECTOR + 4 * column,
                        row + part * p->stride + at, 4);
@@ -396,8 +396,8 @@ typedef struct {
 
 #define ROWS_TOGETHER 8 /* whose sums are in registers */
 
-AVX512 static void multiply_group_avx512(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors,
-                                         GroupSums *found) {
+AVX512 INLINE void multiply_lanes(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, const int parts,
+                                  GroupSums *found) {
     for (int first = 0; first < 2 * TILE; first += ROWS_TOGETHER) {
         const uint8_t *row = w + first * pitch;
         __m512i coarse[ROWS_TOGETHER], fine[ROWS_TOGETHER];
@@ -412,7 +412,7 @@ AVX512 static void multiply_group_avx512(const uint8_t *w, size_t pitch, const i
                 memcpy(&codes, row + r * pitch + 4 * i, 4);
                 const __m512i all = _mm512_set1_epi32(codes);
                 coarse[r] = _mm512_dpbusd_epi32(coarse[r], all, most);
-                fine[r] = _mm512_dpbusd_epi32(fine[r], all, rest);
+                if (parts > 1) fine[r] = _mm512_dpbusd_epi32(fine[r], all, rest);
             }
         }
 #pragma GCC unroll 8
@@ -423,8 +423,15 @@ AVX512 static void multiply_group_avx512(const uint8_t *w, size_t pitch, const i
     }
 }
 
+AVX512 static void multiply_group_avx512(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, int parts,
+                                         GroupSums *found) {
+    if (parts > 1) multiply_lanes(w, pitch, x, vectors, 2, found);
+    else multiply_lanes(w, pitch, x, vectors, 1, found);
+}
+
 #ifdef HAS_AMX
-AMX static void multiply_group_amx(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, GroupSums *found) {
+AMX static void multiply_group_amx(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, int parts,
+                                   GroupSums *found) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -435,6 +442,7 @@ AMX static void multiply_group_amx(const uint8_t *w, size_t pitch, const int8_t 
         _tile_loadd(6, x, VECTOR);
         _tile_dpbusd(0, 4, 6);
         _tile_dpbusd(1, 5, 6);
+        if (parts < 2) continue;
         _tile_loadd(7, x + TILE_BYTES, VECTOR);
         _tile_dpbusd(2, 4, 7);
         _tile_dpbusd(3, 5, 7);
@@ -446,15 +454,16 @@ AMX static void multiply_group_amx(const uint8_t *w, size_t pitch, const int8_t 
 }
 #endif
 
-static void multiply_group(int path, const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, GroupSums *found) {
+static void multiply_group(int path, const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, int parts,
+                           GroupSums *found) {
 #ifdef HAS_AMX
     if (path == AMX_TILES) {
-        multiply_group_amx(w, pitch, x, vectors, found);
+        multiply_group_amx(w, pitch, x, vectors, parts, found);
         return;
     }
 #endif
     (void)path;
-    multiply_group_avx512(w, pitch, x, vectors, found);
+    multiply_group_avx512(w, pitch, x, vectors, parts, found);
 }
 
 /* sums [2 * 16][16] += those of a group; scales and offsets of row r lie r * room behind those of the first.
@@ -490,7 +499,7 @@ static void multiply_block(const Product *p, const Rows *r, int begin, int end, 
         if (step < steps) {
             const size_t row = (size_t)(step / range) * 2 * TILE, g = (size_t)(begin + step % range);
             multiply_group(p->path, r->codes + row * r->pitch + g * p->group, r->pitch, x + 2 * TILE * g * p->pitch,
-                           p->pitch / VECTOR, found + step % 2);
+                           p->pitch / VECTOR, p->parts, found + step % 2);
         }
         if (step) {
             const size_t row = (size_t)((step - 1) / range) * 2 * TILE, g = (size_t)(begin + (step - 1) % range);
@@ -622,12 +631,13 @@ static void multiply_rows(void *context, int index) {
 
 /* out [slots][outputs] float32: slot s holds the product of token s / share with the matrix experts[s] of the bank;
  * zeros where experts[s] is none of the `matrices` or that matrix is not there. experts NULL: all the first.
- * x [tokens][inputs]; `group` divides the inputs. Returns 0, or 1 without memory. */
+ * x [tokens][inputs], multiplied as numbers of `parts` bytes, 1 or 2; `group` divides the inputs. Returns 0, or 1
+ * without memory. */
 int mc_affine_product(const float *x, const int64_t *experts, const Entry *bank, int matrices, int tokens, int slots,
-                      int share, int inputs, int outputs, int group, int path, int threads, float *out) {
+                      int share, int inputs, int outputs, int group, int parts, int path, int threads, float *out) {
     const size_t pitch = whole((size_t)group, VECTOR), groups = (size_t)(inputs / group);
     Product p = {.x = x, .bank = bank, .out = out, .tokens = tokens, .share = share, .inputs = inputs,
-                 .outputs = outputs, .group = group, .groups = (int)groups, .path = path,
+                 .outputs = outputs, .group = group, .groups = (int)groups, .parts = parts, .path = path,
                  .pieces = (outputs + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, .pitch = pitch,
                  .stride = groups * pitch + VECTOR, .room = whole(groups, FLOATS)};
     int failed = mc_sort_slots(&p.sorted, experts, slots, &bank->bits, sizeof(Entry) / sizeof(int64_t), matrices);

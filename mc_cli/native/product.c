@@ -78,7 +78,7 @@ VERSIONS float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine,
     totals[0] = totals[1] = 0;
     if (most >= 0x7f800000) {
         memset(coarse, 0, (size_t)count);
-        memset(fine, 0, (size_t)count);
+        if (fine) memset(fine, 0, (size_t)count);
         return __builtin_nanf("");
     }
     float largest;
@@ -86,6 +86,11 @@ VERSIONS float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine,
     if (largest < 1e-30f) largest = 1e-30f;
     const float inverse = 127.0f / largest;
     int32_t all = 0, rest = 0;
+    if (!fine) {
+        for (int i = 0; i < count; i++) all += coarse[i] = (int8_t)__builtin_rintf(x[i] * inverse);
+        totals[0] = all;
+        return largest / 127.0f;
+    }
     for (int i = 0; i < count; i++) {
         const float steps = x[i] * inverse, whole = __builtin_rintf(steps);
         const int8_t c = (int8_t)whole, f = (int8_t)__builtin_rintf((steps - whole) * FINE);

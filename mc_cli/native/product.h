@@ -56,8 +56,8 @@ void mc_free_slots(mc_slots *sorted);
 /* Zeros in out [slots][outputs] for every slot without a matrix. */
 void mc_clear_missing(const mc_slots *sorted, int slots, int outputs, float *out);
 
-/* Activations as two bytes each: steps of the largest / 127, and their 254th parts. Returns the step; NaN where one is
- * not finite, so that it shows in the outputs. totals [2]: the sums of both. */
+/* Activations as two bytes each: steps of the largest / 127, and their 254th parts; fine NULL: as the first alone.
+ * Returns the step; NaN where one is not finite, so that it shows in the outputs. totals [2]: the sums of both. */
 float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine, int32_t *totals);
 
 INLINE float from_half(uint16_t half) {

@@ -2,7 +2,7 @@
  * numerics/trellis.py.
  *
  * Weights come out as bytes, 128 + level, in blocks [16][groups][lanes][4]: lane l of the k-th row of a block holds the
- * weights of output 16 * l + k for a group of 4 inputs. Activations come as two bytes, a coarse and a fine part. So a
+ * weights of output 16 * l + k for a group of 4 inputs. Activations come as two bytes, a coarse and a fine part, or as the coarse one. So a
  * product is a sum of byte products, exact in int32, and the same block serves vectors (VNNI) and tiles (AMX). */
 
 #include "product.h"
@@ -155,7 +155,7 @@ INLINE int8x16_t levels_at(const uint8_t *bytes) {
     return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(bytes), vdupq_n_u8(128)));
 }
 
-/* As multiply_portable, but with levels; two rows of activations, of which there is an even number, at a time. */
+/* As multiply_portable, but with levels; two rows of activations at a time, so perhaps one beyond the last. */
 static void multiply_neon(Block block, int count, const int8_t *x, size_t stride, int rows, int32_t *sums) {
     for (int row = 0; row < rows; row += 2)
         for (int k = 0; k < PER_LANE; k++) {
@@ -262,7 +262,7 @@ FOR_AVX2 static void decode_avx2(const Sequence *s, const Code *code, int first,
     BY_RATE(decode_planes_avx2)
 }
 
-/* As multiply_portable; two rows of activations, of which there is an even number, and two of the block at a time. */
+/* As multiply_portable; two rows of activations and two of the block at a time, so perhaps one beyond the last. */
 FOR_AVX2 static void multiply_avx2(Block block, int count, const int8_t *x, size_t stride, int rows, int32_t *sums) {
     const __m256i low = _mm256_set1_epi16(255);
     for (int row = 0; row < rows; row += 2)
@@ -393,6 +393,7 @@ AVX512 static void multiply_avx512(Block block, int count, const int8_t *x, size
     TILES(8, 2);
     TILES(4, 4);
     TILES(2, 4);
+    TILES(1, 4);
 }
 
 #ifdef HAS_AMX
@@ -564,9 +565,9 @@ typedef struct {
     Code code;
     float unit;
     float *out;
-    int tokens, share, inputs, outputs, block, length, path, chunks;
+    int tokens, share, inputs, outputs, block, length, parts, path, chunks;
     size_t stride;   /* bytes of a row of activations, zeros behind its end; no power of two, which caches dislike */
-    int8_t *rows;    /* [places][2][stride], coarse and fine; a place is a slot, those of an expert side by side */
+    int8_t *rows;    /* [places][parts][stride], coarse and fine; a place is a slot, those of an expert side by side */
     float *steps;    /* [places] */
     int32_t *totals; /* [places][2] */
     mc_slots sorted;
@@ -586,13 +587,14 @@ static void quantize_tokens(void *context, int part) {
         for (int slot = token * p->share; slot < (token + 1) * p->share; slot++) {
             const int place = p->sorted.places[slot];
             if (place < 0) continue;
-            int8_t *row = p->rows + 2 * (size_t)place * p->stride;
+            int8_t *row = p->rows + (size_t)p->parts * place * p->stride;
             if (done < 0) {
                 rotate(p->x + (size_t)token * p->inputs, p->signs, p->inputs, p->block, rotated);
-                p->steps[place] = mc_split(rotated, p->inputs, row, row + p->stride, p->totals + 2 * place);
+                int8_t *fine = p->parts > 1 ? row + p->stride : NULL;
+                p->steps[place] = mc_split(rotated, p->inputs, row, fine, p->totals + 2 * place);
                 done = place;
             } else {
-                memcpy(row, p->rows + 2 * (size_t)done * p->stride, 2 * p->stride);
+                memcpy(row, p->rows + (size_t)p->parts * done * p->stride, (size_t)p->parts * p->stride);
                 p->steps[place] = p->steps[done];
                 memcpy(p->totals + 2 * place, p->totals + 2 * done, 2 * sizeof(int32_t));
             }
@@ -601,12 +603,15 @@ static void quantize_tokens(void *context, int part) {
     free(rotated);
 }
 
-/* Outputs of one place, from the sums of its two rows; totals: of the activations that were multiplied by 128 more. */
-VERSIONS static void finish(const int32_t *sums, const int32_t *totals, float step, const float *scales, int count,
-                            float *out) {
+/* Outputs of one place, from the sums of its one or two rows; totals: of the activations that were multiplied by 128 more. */
+VERSIONS static void finish(const int32_t *sums, int parts, const int32_t *totals, float step, const float *scales,
+                            int count, float *out) {
     float values[SUMS];
-    for (int i = 0; i < SUMS; i++)
-        values[i] = step * ((float)(sums[i] - 128 * totals[0]) + (float)(sums[SUMS + i] - 128 * totals[1]) / FINE);
+    if (parts == 1)
+        for (int i = 0; i < SUMS; i++) values[i] = step * (float)(sums[i] - 128 * totals[0]);
+    else
+        for (int i = 0; i < SUMS; i++)
+            values[i] = step * ((float)(sums[i] - 128 * totals[0]) + (float)(sums[SUMS + i] - 128 * totals[1]) / FINE);
     for (int i = 0; i < count; i++) out[i] = scales[i] * values[i % PER_LANE * LANES + i / PER_LANE];
 }
 
@@ -620,7 +625,7 @@ static void multiply_sequence(void *context, int index) {
                         groups, lanes, (int)entry->planes};
     const int path = p->path == AMX_TILES && task[2] < MORE_TOKENS ? AVX512_VNNI : p->path;
     const int most = task[2] < TOKENS_AT_ONCE ? task[2] : TOKENS_AT_ONCE;
-    const size_t sum_bytes = (size_t)(2 * most + TILE - 1) / TILE * TILE * SUMS * sizeof(int32_t); /* whole tiles */
+    const size_t sum_bytes = (size_t)(p->parts * most + TILE - 1) / TILE * TILE * SUMS * sizeof(int32_t); /* whole tiles */
     const Block block = new_block(most < MORE_TOKENS || path < AVX512_VNNI ? FEW_GROUPS
                                   : most <= TILE                          ? MORE_GROUPS
                                                                           : MANY_GROUPS);
@@ -643,16 +648,17 @@ static void multiply_sequence(void *context, int index) {
 #endif
     for (int begin = 0; begin < task[2]; begin += most) {
         const int count = task[2] - begin < most ? task[2] - begin : most, place = task[1] + begin;
-        const int8_t *rows = p->rows + 2 * (size_t)place * p->stride;
+        const int8_t *rows = p->rows + (size_t)p->parts * place * p->stride;
         memset(sums, 0, sum_bytes);
         for (int first = 0; first < groups; first += block.pitch) {
             const int some = groups - first < block.pitch ? groups - first : block.pitch;
             decode_block(&s, &p->code, first, some, path, block);
-            multiply(block, some, rows + (size_t)first * GROUP, p->stride, 2 * count, path, sums);
+            multiply(block, some, rows + (size_t)first * GROUP, p->stride, p->parts * count, path, sums);
         }
         for (int i = 0; i < count; i++)
-            finish(sums + (size_t)2 * i * SUMS, sums_levels(path) ? none : p->totals + 2 * (place + i), p->steps[place + i] * p->unit, scales,
-                   outputs, p->out + (size_t)p->sorted.slots[place + i] * p->outputs + first_output);
+            finish(sums + (size_t)p->parts * i * SUMS, p->parts, sums_levels(path) ? none : p->totals + 2 * (place + i),
+                   p->steps[place + i] * p->unit, scales, outputs,
+                   p->out + (size_t)p->sorted.slots[place + i] * p->outputs + first_output);
     }
 #ifdef HAS_AMX
     if (path == AMX_TILES) mc_release_tiles();
@@ -663,18 +669,19 @@ static void multiply_sequence(void *context, int index) {
 
 /* out [slots][outputs] float32: slot s holds the product of token s / share with the matrix experts[s] of the bank;
  * zeros where experts[s] is none of the `matrices` or that matrix is not there. experts NULL: all the first.
- * x [tokens][inputs]; tables: `first`, `second` and `sizes` of Code, 64 bytes each. Returns 0, or 1 without memory. */
+ * x [tokens][inputs], multiplied as numbers of `parts` bytes, 1 or 2; tables: `first`, `second` and `sizes` of Code, 64
+ * bytes each. Returns 0, or 1 without memory. */
 int mc_trellis_product(const float *x, const int64_t *experts, const Entry *bank, const uint8_t *tables,
                        const float *signs, float unit, int matrices, int tokens, int slots, int share, int inputs,
-                       int outputs, int block, int length, int path, int threads, float *out) {
+                       int outputs, int block, int length, int parts, int path, int threads, float *out) {
     const int groups = (inputs + GROUP - 1) / GROUP;
     Product p = {.x = x, .signs = signs, .bank = bank, .code = {tables, tables + 64, tables + 128}, .unit = unit,
                  .out = out, .tokens = tokens, .share = share, .inputs = inputs, .outputs = outputs, .block = block,
-                 .length = length, .path = path, .chunks = (outputs + length - 1) / length,
+                 .length = length, .parts = parts, .path = path, .chunks = (outputs + length - 1) / length,
                  .stride = ((size_t)(groups + TILE - 1) / TILE * TILE + TILE) * GROUP};
     const size_t room = (size_t)slots + TILE; /* tiles read rows beyond the last */
     int failed = mc_sort_slots(&p.sorted, experts, slots, &bank->planes, sizeof(Entry) / sizeof(int64_t), matrices);
-    p.rows = calloc(2 * room, p.stride);
+    p.rows = calloc((size_t)parts * room, p.stride);
     p.steps = malloc(sizeof(float) * room);
     p.totals = malloc(sizeof(int32_t) * 2 * room);
     atomic_init(&p.failed, failed || !p.rows || !p.steps || !p.totals);

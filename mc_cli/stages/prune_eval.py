@@ -18,6 +18,7 @@ from mc_cli.artifacts.packed import StoredBytes
 from mc_cli.artifacts.quantization import read_report
 from mc_cli.artifacts.store import STAGE_FOLDERS, DigestCache, StageFolder, content_digest, require_done
 from mc_cli.errors import MissingDependencyError
+from mc_cli.kernels.compiled import check_inputs, inputs_of
 from mc_cli.parts import ModelInventory, Role
 from mc_cli.progress import Progress, SilentProgress, StageResult
 from mc_cli.runtime import text
@@ -57,6 +58,7 @@ def run(
     windows = _windows(settings, session)
     _warn_of_text(folder, work_dir, windows, progress)
     text.check_vocabulary(windows.token_ids, session.config.get_text_config().vocab_size)
+    check_inputs(settings.activation_bits, session.device)
     original = session.open_checkpoint()
     folder.start(force=force)
     original.model.set_experts_implementation(IMPLEMENTATION)
@@ -64,18 +66,20 @@ def run(
     packed = PackedSource(
         packed_folder, dtype=session.dtype, device=session.device, trust_remote_code=compute.trust_remote_code
     )
-    total, domains, changes = compare(
-        original,
-        packed,
-        windows,
-        {block.layer: block for block in inventory.expert_blocks},
-        batch_size=session.batch_size(windows.token_ids.shape[1]),
-        progress=progress,
-    )
+    with inputs_of(settings.activation_bits, session.device):
+        total, domains, changes = compare(
+            original,
+            packed,
+            windows,
+            {block.layer: block for block in inventory.expert_blocks},
+            batch_size=session.batch_size(windows.token_ids.shape[1]),
+            progress=progress,
+        )
     fitted = _fitted(settings, session, inventory, packed, folder, force, progress)
-    pruning = _pruning(settings, session, fitted, inventory, packed, original, windows, folder, progress)
-    ships = next(iter(fitted.policies.values())) if fitted else None
-    results = run_tasks(tasks, settings, session, packed_folder, progress, pruning=ships) if tasks else {}
+    with inputs_of(settings.activation_bits, session.device):
+        pruning = _pruning(settings, session, fitted, inventory, packed, original, windows, folder, progress)
+        ships = next(iter(fitted.policies.values())) if fitted else None
+        results = run_tasks(tasks, settings, session, packed_folder, progress, pruning=ships) if tasks else {}
     stored = model_bytes(packed_folder, trust_remote_code=compute.trust_remote_code)
     evaluation = _evaluation(settings, packed_folder, stored, inventory, windows, total, domains, changes, results)
     replace(evaluation, pruning=pruning).write(folder.path(EVALUATION))
@@ -222,6 +226,7 @@ def _evaluation(
             "stride": settings.stride or length,
             "windows": len(windows.token_ids),
             "data": settings.data,
+            "activation_bits": settings.activation_bits,
         },
         stored_bytes={
             role.value: {"codes": part.codes, "side": part.side, "kept": part.kept}
@@ -244,6 +249,8 @@ def _result(folder: StageFolder, *, ran: bool) -> StageResult:
         rows = [_row("all", evaluation.total)]
     columns = ["text", "tokens", "perplexity before", "after", "loss gap (nats)", "KL (nats)", "same top token %"]
     title = f"Original and packed model, context {context['length']}, stride {context['stride']}"
+    if context["activation_bits"] == 8:
+        title += ", inputs of 8 bits"
     table = {
         "title": title,
         "columns": [{"name": name, "align": "right" if i else "left"} for i, name in enumerate(columns)],

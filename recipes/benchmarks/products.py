@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -33,6 +34,7 @@ from mc_cli.encodings import FASTEST, Encoding
 from mc_cli.encodings.affine import affine_for
 from mc_cli.encodings.trellis import trellis_for
 from mc_cli.kernels import affine, bank_for, trellis
+from mc_cli.kernels.compiled import SWITCH
 from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.packed_modules import pack_experts
 from mc_cli.runtime.speed import reading_rate
@@ -61,10 +63,11 @@ def main() -> None:
     for threads in arguments.threads:
         torch.set_num_threads(threads or every)
         rate = reading_rate()
+        os.environ[SWITCH] = str(arguments.activation_bits)
         console = Console(width=140)
         console.print(
             f"{torch.get_num_threads()} threads, {trellis.path_name()} (affine grids: {affine.path_name()}), "
-            f"{platform.machine()}, torch {torch.__version__}, "
+            f"inputs of {arguments.activation_bits} bits, {platform.machine()}, torch {torch.__version__}, "
             f"reading {rate / 1e9:.1f} GB/s"
         )
         found = [row for shape in arguments.shapes for row in matrices(arguments, shape, rate)]
@@ -86,6 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--path", type=int, default=FASTEST, help="packed products by this one of kernels.compiled.PATHS; -1: the best"
     )
+    parser.add_argument("--activation-bits", type=int, choices=(16, 8), default=16, help="of inputs of packed products")
     parser.add_argument("--pool-mb", type=int, default=600, help="weights that every contender goes through")
     parser.add_argument("--skip-blocks", action="store_true", help="no whole MoE blocks; they need 5 GB of memory")
     parser.add_argument("--out", type=Path)

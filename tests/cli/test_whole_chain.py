@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
+from mc_cli import native
 from mc_cli.cli import app
 from mc_cli.flags import STAGES
 from mc_cli.kernels import affine
@@ -117,6 +118,7 @@ def test_generate_from_the_export(finished: Path) -> None:
     [
         (("--prompt", ""), "--prompt holds no token"),
         (("--prompt", "the cat", "--max-new-tokens", "500"), "more than the model's 128 positions"),
+        (("--prompt", "the cat", "--activation-bits", "4"), "--activation-bits 4: 16 or 8"),
     ],
 )
 def test_generate_refuses_what_cannot_work(finished: Path, arguments: tuple[str, ...], words: str) -> None:
@@ -160,6 +162,13 @@ def test_bench_measures_the_export_beside_another_model(finished: Path, tiny_mod
     for speed in found["models"]:
         assert len(speed["tokens_s"]) == 3 and min(speed["tokens_s"]) > 0 and speed["prompt_s"] > 0
         assert 0 < speed["base_bytes"] < speed["peak_bytes"] and speed["threads"] == 1
+
+
+@pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
+def test_bench_with_inputs_of_8_bits(finished: Path) -> None:
+    result = invoke("bench", finished / "model", "--activation-bits", 8, "--new-tokens", 3, "--threads", 1, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["models"][0]["products"] == affine.path_name() + ", inputs of 8 bits"
 
 
 def test_bench_says_which_model_failed_and_why(finished: Path, tmp_path: Path) -> None:

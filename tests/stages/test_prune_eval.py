@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mc_cli import native
 from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.errors import InputError, StaleArtifactError
 from tests.conftest import TinyModel
@@ -70,6 +71,24 @@ def test_context_of_the_figures_is_kept(quantized: Path, tmp_path: Path) -> None
     facts = result.summary["facts"]
     assert facts["stored bytes before"] > facts["stored bytes after"] > 0
     assert facts["times smaller"] == pytest.approx(facts["stored bytes before"] / facts["stored bytes after"], abs=1e-3)
+
+
+@pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
+def test_inputs_of_8_bits_are_measured_and_told(quantized: Path, tmp_path: Path) -> None:
+    work_dir, data = work_dir_of(quantized, tmp_path), write_documents(tmp_path / "other.jsonl", documents=6, offset=80)
+    run_prune_eval(work_dir, data)
+    whole = evaluation_of(work_dir)
+    with pytest.raises(StaleArtifactError):
+        run_prune_eval(work_dir, data, activation_bits=8)
+    result = run_prune_eval(work_dir, data, activation_bits=8, force=True)
+    rounded = evaluation_of(work_dir)
+    assert (whole.context["activation_bits"], rounded.context["activation_bits"]) == (16, 8)
+    assert "inputs of 8 bits" in result.summary["tables"][0]["title"]
+    assert rounded.total.original_loss == whole.total.original_loss
+    assert rounded.total.packed_loss != whole.total.packed_loss
+    assert rounded.total.packed_loss == pytest.approx(whole.total.packed_loss, abs=0.02)
+    with pytest.raises(InputError, match="--activation-bits 4: 16 or 8"):
+        run_prune_eval(work_dir, data, activation_bits=4)
 
 
 def test_stride_longer_than_the_window_is_refused(quantized: Path, tmp_path: Path) -> None:
