@@ -114,9 +114,17 @@ def _too_small(problem: AllocationProblem, least: float, most: float, layers: Se
         remedy += ", add a narrower candidate width, or ask for fewer floors."
     else:
         remedy += ", or add a narrower candidate width."
+    asked = f"A budget of {budget.shown(budget.amount)} cannot be met{where}"
+    if budget.amount <= 0:
+        whole = budget.amount + budget.other_bytes
+        asked = (
+            f"{BUDGET_FLAGS[budget.kind]} {whole:,} bytes leaves nothing for the experts, everything else takes "
+            f"{budget.other_bytes:,} bytes at the widths asked for"
+        )
+        remedy = f"{remedy[:-1]}, or lower --attention-bits, --shared-bits or --head-bits."
     return BudgetError(
-        f"A budget of {budget.shown(budget.amount)} cannot be met{where}: with the candidate widths "
-        f"{_listing(problem.candidate_bits)}{floors} the experts take {budget.shown(least, most)}. {remedy}"
+        f"{asked}: with the candidate widths {_listing(problem.candidate_bits)}{floors} the experts take "
+        f"{budget.shown(least, most)}. {remedy}"
     )
 
 

@@ -56,8 +56,9 @@ class Unit:
 class Budget:
     """An upper limit on what all units take together; `amount` in the unit that BUDGET_UNITS gives for `kind`.
 
-    other_bytes   for `expert_bytes`: what the rest of the model takes, so that messages can name the size of the whole
-    Raises InputError for an unknown kind, or an amount that is not a positive finite number.
+    other_bytes   for `expert_bytes`: what the rest of the model takes, so that messages can name the size of the whole.
+                  It may be more than was asked for the whole: then the amount is negative, and no plan meets it
+    Raises InputError for an unknown kind, or an amount (with the rest of the model) that is not positive and finite.
     """
 
     kind: str
@@ -67,7 +68,7 @@ class Budget:
     def __post_init__(self) -> None:
         if self.kind not in BUDGET_UNITS:
             raise InputError(f"Unknown kind of budget {self.kind!r}. Known: {', '.join(BUDGET_UNITS)}.")
-        if not math.isfinite(self.amount) or self.amount <= 0:
+        if not math.isfinite(self.amount) or self.amount + self.other_bytes <= 0:
             raise InputError(f"A budget of {self.amount} {self.unit} cannot be met. Ask for a positive number.")
 
     @property

@@ -14,7 +14,7 @@ from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.plan import KEPT_BITS, ExpertBits, Plan
 from mc_cli.artifacts.store import STAGE_FOLDERS, StageFolder, require_done
 from mc_cli.encodings import encoding_for, stored_bytes
-from mc_cli.errors import BudgetError, PlanError
+from mc_cli.errors import PlanError
 from mc_cli.parts import ModelInventory, Role, TensorPart
 from mc_cli.progress import Progress, StageResult
 from mc_cli.settings import BESIDE, AllocateSettings, QuantizerSettings, RunSettings
@@ -114,14 +114,7 @@ def _budget(settings: AllocateSettings, others: int) -> Budget:
     if settings.target_bits is not None:
         return Budget("code_bits", settings.target_bits)
     assert settings.target_size_bytes is not None
-    left = settings.target_size_bytes - others
-    if left <= 0:
-        raise BudgetError(
-            f"--target-size {settings.target_size_bytes:,} bytes leaves nothing for the experts: everything else takes "
-            f"{others:,} bytes at the widths asked for. Ask for more, or lower --attention-bits, --shared-bits "
-            "or --head-bits."
-        )
-    return Budget("expert_bytes", left, other_bytes=others)
+    return Budget("expert_bytes", settings.target_size_bytes - others, other_bytes=others)
 
 
 def other_bytes(inventory: ModelInventory, role_bits: dict[Role, int], quantizer: QuantizerSettings) -> int:

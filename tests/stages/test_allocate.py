@@ -50,8 +50,13 @@ def test_target_out_of_reach_says_what_is_feasible(scored: Path, tmp_path: Path)
     work_dir = Path(shutil.copytree(scored, tmp_path / "work"))
     with pytest.raises(BudgetError, match=r"cannot be met: .* the experts take 1\.\d+ to 4\.\d+ stored bits"):
         run_allocate(work_dir, target_stored_bits=1.01)
-    with pytest.raises(BudgetError, match="leaves nothing for the experts"):
+    with pytest.raises(BudgetError, match="leaves nothing for the experts") as caught:
         run_allocate(work_dir, target_stored_bits=None, target_size_bytes=1000)
+    found = re.search(r"\(([0-9,]+) to [0-9,]+ with the rest of the model\)", str(caught.value))
+    assert found is not None
+    least = int(found[1].replace(",", ""))
+    other = Path(shutil.copytree(scored, tmp_path / "other"))
+    assert run_allocate(other, target_stored_bits=None, target_size_bytes=least).ran
     assert run_allocate(work_dir, target_stored_bits=3.0).ran, "the right target needs no --force afterwards"
 
 
