@@ -268,22 +268,29 @@ for _stage in STAGES:
 _add_command("run", _run_all, _run_parameters(), _RUN_HELP)
 
 
+_VERIFY_HELP = "Read every file, and say which are not as they were written, with exit status 1 if any."
+
+
 @app.command("status", cls=GroupedCommand, rich_help_panel=_REST)
 def status(
     *,
     work_dir: Annotated[Path, _WORK_DIR],
+    verify: Annotated[bool, _option("--verify", help=_VERIFY_HELP)] = False,
     json: Annotated[bool, _JSON] = False,
     debug: Annotated[bool, _DEBUG] = False,
 ) -> None:
     """Show what is done, begun, stale or still to do in a work directory; reads manifests only."""
     with telling_errors(debug=debug):
         from mc_cli import console
-        from mc_cli.status import work_dir_status
+        from mc_cli.status import DAMAGED, work_dir_status
 
-        found = work_dir_status(work_dir)
+        found = work_dir_status(work_dir, contents=verify)
         if json:
-            return console.print_json({"work_dir": str(work_dir), "stages": [entry.plain() for entry in found]})
-        return console.print_status(found)
+            console.print_json({"work_dir": str(work_dir), "stages": [entry.plain() for entry in found]})
+        else:
+            console.print_status(found)
+    if verify and any(entry.state == DAMAGED for entry in found):
+        raise typer.Exit(1)
 
 
 def _generate(given: Mapping[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""What lies in a work directory: read from its manifests alone, so it needs no model and answers at once."""
+"""What lies in a work directory: read from its manifests alone, so it needs no model and answers at once.
+
+Where contents are to be verified, every file is read, too."""
 
 from __future__ import annotations
 
@@ -46,9 +48,10 @@ class StageStatus:
         return {**self.__dict__, "folder": folder, "warnings": list(self.warnings)}
 
 
-def work_dir_status(work_dir: Path) -> list[StageStatus]:
+def work_dir_status(work_dir: Path, *, contents: bool = False) -> list[StageStatus]:
     """Every stage in the order of a run, export once for each directory that it made.
 
+    contents   compare all bytes of all files with what was written, not their sizes alone
     Raises InputError where `work_dir` is no work directory.
     """
     if not work_dir.is_dir():
@@ -60,11 +63,13 @@ def work_dir_status(work_dir: Path) -> list[StageStatus]:
         )
     found: dict[str, StageStatus] = {}
     for stage, name in STAGE_FOLDERS.items():
-        found[stage] = _stage_status(work_dir, stage, work_dir / name, found)
-    return [*found.values(), *_exports(work_dir, found)]
+        found[stage] = _stage_status(work_dir, stage, work_dir / name, found, contents)
+    return [*found.values(), *_exports(work_dir, found, contents)]
 
 
-def _stage_status(work_dir: Path, stage: str, folder: Path, earlier: dict[str, StageStatus]) -> StageStatus:
+def _stage_status(
+    work_dir: Path, stage: str, folder: Path, earlier: dict[str, StageStatus], contents: bool
+) -> StageStatus:
     size = _size_bytes(folder)
     try:
         manifest = Manifest.read(folder)
@@ -73,7 +78,7 @@ def _stage_status(work_dir: Path, stage: str, folder: Path, earlier: dict[str, S
             return StageStatus(stage, STALE if why else BEGUN_STATE, folder, why or _progress(work_dir, folder), size)
         if manifest is None:
             return StageStatus(stage, TO_DO, folder, size_bytes=size)
-        StageFolder(work_dir, stage, manifest.settings, manifest.inputs).verify()
+        StageFolder(work_dir, stage, manifest.settings, manifest.inputs).verify(contents=contents)
     except ArtifactError as error:
         return StageStatus(stage, DAMAGED, folder, " ".join(str(error).split()), size)
     why = _outdated(manifest.inputs, earlier)
@@ -84,24 +89,24 @@ def _size_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
 
 
-def _exports(work_dir: Path, earlier: dict[str, StageStatus]) -> list[StageStatus]:
+def _exports(work_dir: Path, earlier: dict[str, StageStatus], contents: bool) -> list[StageStatus]:
     """The directories that this work directory was exported to, as far as it knows of them."""
     try:
         known = known_exports(work_dir)
     except ArtifactError as error:
         return [StageStatus(EXPORT, DAMAGED, None, " ".join(str(error).split()))]
-    found = [_export_status(folder, fingerprint, earlier) for folder, fingerprint in sorted(known.items())]
+    found = [_export_status(folder, fingerprint, earlier, contents) for folder, fingerprint in sorted(known.items())]
     return found or [StageStatus(EXPORT, TO_DO, None)]
 
 
-def _export_status(folder: Path, fingerprint: str, earlier: dict[str, StageStatus]) -> StageStatus:
+def _export_status(folder: Path, fingerprint: str, earlier: dict[str, StageStatus], contents: bool) -> StageStatus:
     """One exported directory; `fingerprint` is that of the last export to it from this work directory."""
     size = _size_bytes(folder)
     try:
         record = ExportRecord.read(folder)
         if record is None:
             return StageStatus(EXPORT, MISSING, folder, f"{folder}: was exported, and is no longer there", size)
-        ExportFolder(folder, record.settings, record.inputs).verify()
+        ExportFolder(folder, record.settings, record.inputs).verify(contents=contents)
     except ArtifactError as error:
         return StageStatus(EXPORT, DAMAGED, folder, " ".join(str(error).split()), size)
     why = _outdated(record.inputs, earlier)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.store import PARTIAL_SUFFIX, content_digest, file_digest, read_json, write_json
+from mc_cli.artifacts.store import PARTIAL_SUFFIX, content_digest, damaged_files, file_digest, read_json, write_json
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.progress import Progress
 
@@ -171,17 +171,10 @@ class ExportFolder:
         self.partial.mkdir(parents=True)
         return True
 
-    def verify(self) -> None:
-        """Raises ArtifactError if a file of the record is missing or has another size."""
+    def verify(self, *, contents: bool = False) -> None:
+        """Raises ArtifactError if a file of the record is missing or has another size, or other `contents`."""
         record = ExportRecord.read(self.folder)
-        wrong = []
-        for name, facts in (record.outputs if record else {}).items():
-            path = self.folder / name
-            size = path.stat().st_size if path.exists() else None
-            if size != facts["size_bytes"]:
-                wrong.append(
-                    f"{path}: {facts['size_bytes']:,} bytes in the record, {size if size is not None else 'missing'}"
-                )
+        wrong = damaged_files(self.folder, record.outputs if record else {}, contents=contents)
         if wrong:
             raise ArtifactError(f"{self.folder} is damaged:\n{listed(wrong)}\nUse --force to export it again.")
 

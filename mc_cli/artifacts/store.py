@@ -188,6 +188,23 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def damaged_files(folder: Path, outputs: Mapping[str, Mapping[str, Any]], *, contents: bool) -> list[str]:
+    """A line for each file that is not as it was recorded when it was written: {"sha256", "size_bytes"} by name.
+
+    contents   read all of every file; without it, only sizes are compared
+    """
+    wrong = []
+    for name, facts in outputs.items():
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{path}: missing")
+        elif path.stat().st_size != facts["size_bytes"]:
+            wrong.append(f"{path}: {path.stat().st_size:,} bytes, {facts['size_bytes']:,} when it was written")
+        elif contents and file_digest(path) != facts["sha256"]:
+            wrong.append(f"{path}: other bytes than were written")
+    return wrong
+
+
 def content_digest(content: Any) -> str:
     """sha256 of the canonical JSON of `content`."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -380,18 +397,12 @@ class StageFolder:
         self._clean_partial()
         self.path(BEGUN).unlink(missing_ok=True)
 
-    def verify(self) -> None:
-        """Raises ArtifactError if a file named in the manifest is missing or has another size."""
+    def verify(self, *, contents: bool = False) -> None:
+        """Raises ArtifactError if a file of the manifest is missing or has another size, or other `contents`."""
         manifest = Manifest.read(self.folder)
         if manifest is None:
             raise ArtifactError(f"{self.folder} has no {MANIFEST}: the stage has not finished. Run it again.")
-        wrong = []
-        for name, facts in manifest.outputs.items():
-            path = self.path(name)
-            if not path.is_file():
-                wrong.append(f"{path}: missing")
-            elif path.stat().st_size != facts["size_bytes"]:
-                wrong.append(f"{path}: {path.stat().st_size:,} bytes, {facts['size_bytes']:,} in the manifest")
+        wrong = damaged_files(self.folder, manifest.outputs, contents=contents)
         if wrong:
             raise ArtifactError(f"{self.folder} is damaged:\n{listed(wrong)}\nUse --force to rebuild this stage.")
 

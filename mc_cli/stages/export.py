@@ -56,12 +56,13 @@ def run(
 ) -> StageResult:
     """Writes the directory `settings.out`. A failure, also of reading it back, leaves none and raises."""
     folder = plan_stage(settings, compute, work_dir)
-    _verify_packed(work_dir)
+    _verify_packed(work_dir, contents=False)
     if not folder.begin(force=force):
         _remember(work_dir, folder, progress)
         return _result(folder, settings, ran=False)
     packed = work_dir / STAGE_FOLDERS["quantize"]
     try:
+        _verify_packed(work_dir, contents=True)
         stages = _stage_records(work_dir)
         files = open_packed(packed)
         evaluation = _evaluation(work_dir, folder, progress)
@@ -128,10 +129,10 @@ def _write_and_read_back(
     return found
 
 
-def _verify_packed(work_dir: Path) -> None:
+def _verify_packed(work_dir: Path, *, contents: bool) -> None:
     """Raises ArtifactError where the packed folder's files are not those of its manifest."""
     manifest = require_done(work_dir, "quantize")
-    StageFolder(work_dir, "quantize", manifest.settings, manifest.inputs).verify()
+    StageFolder(work_dir, "quantize", manifest.settings, manifest.inputs).verify(contents=contents)
 
 
 def _stage_records(work_dir: Path) -> dict[str, dict[str, Any]]:

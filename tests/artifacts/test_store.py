@@ -288,7 +288,7 @@ def test_force_rebuilds_what_is_done(tmp_path: Path) -> None:
 def test_damage_is_found_and_force_repairs_it(tmp_path: Path) -> None:
     folder = finished(tmp_path)
     write_text(folder.path("deep/result.txt"), "longer")
-    with pytest.raises(ArtifactError, match=r"result\.txt: 6 bytes, 1 in the manifest\nUse --force"):
+    with pytest.raises(ArtifactError, match=r"result\.txt: 6 bytes, 1 when it was written\nUse --force"):
         stage(tmp_path).begin(force=False)
     folder.path("deep/result.txt").unlink()
     with pytest.raises(ArtifactError, match=r"result\.txt: missing"):

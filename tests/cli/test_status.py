@@ -89,6 +89,34 @@ def test_damaged_where_a_file_is_gone(work_dir: Path) -> None:
     assert "result.json: missing" in entry.detail
 
 
+def flip(path: Path) -> None:
+    """The last bit of a file."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_verify_finds_a_flipped_bit(mc_cli: Invoke, tiny_model: TinyModel, tmp_path: Path) -> None:
+    work, out = packed_work_dir(tiny_model("mixtral"), tmp_path / "work"), tmp_path / "out"
+    export_to(work, out)
+    assert mc_cli("status", "-w", work, "--verify").exit_code == 0
+    flip(out / "model.safetensors")
+    assert exports(work) == [("done", str(out))], "sizes do not tell"
+    result = mc_cli("status", "-w", work, "--verify", "--json")
+    assert result.exit_code == 1
+    *stages, exported = json.loads(result.stdout)["stages"]
+    assert exported["state"] == "damaged" and "model.safetensors: other bytes than were written" in exported["detail"]
+    assert all(entry["state"] != "damaged" for entry in stages)
+    assert not mc_cli("status", "-w", work).exit_code
+
+
+def test_export_refuses_packed_files_with_a_flipped_bit(tiny_model: TinyModel, tmp_path: Path) -> None:
+    work, out = packed_work_dir(tiny_model("mixtral"), tmp_path / "work"), tmp_path / "out"
+    flip(work / "packed" / "layer_001.safetensors")
+    with pytest.raises(ArtifactError, match=r"layer_001\.safetensors: other bytes than were written\nUse --force"):
+        export_to(work, out)
+    assert not list(tmp_path.glob("out*"))
+
+
 def export_to(work_dir: Path, out: Path, **options: bool) -> None:
     settings = ExportSettings(out=str(out))
     export.run(settings, RunSettings(), work_dir, force=options.get("force", False), progress=SilentProgress())
