@@ -82,10 +82,16 @@ _DATA = "Text: a .txt, .jsonl or .parquet file, a folder of them, a `datasets` n
 _SPLIT = "Split of a `datasets` name; files have none."
 _TEXT_FIELD = "Field of a .jsonl object, a .parquet row or a `datasets` row that holds the text."
 _SEED = "Seed of everything random in this stage."
-_BESIDE = "; ".join(
-    f"{bits} where experts have more than {border:g} bits" if border > 0 else f"else {bits}"
-    for border, bits in s.BESIDE
-)
+
+
+def _beside(widths: tuple[tuple[float, int], ...]) -> str:
+    """A table of widths by the bits of the experts, in words."""
+    return "; ".join(
+        f"{bits} where experts have more than {border:g} bits" if border > 0 else f"else {bits}"
+        for border, bits in widths
+    )
+
+
 _WIDTH = "1 to 8, or 16 to keep the checkpoint's own."
 
 ACTIVATION_BITS_HELP = (
@@ -237,9 +243,9 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
             f"Attention and other sequence mixers: {_WIDTH}",
             _PARTS,
             metavar="BITS",
-            default=_BESIDE,
+            default=_beside(s.BESIDE),
         ),
-        Flag("shared_bits", f"Shared experts: {_WIDTH}", _PARTS, metavar="BITS", default=_BESIDE),
+        Flag("shared_bits", f"Shared experts: {_WIDTH}", _PARTS, metavar="BITS", default=_beside(s.BESIDE)),
         Flag(
             "dense_bits",
             f"MLPs of layers without experts: {_WIDTH}",
@@ -247,7 +253,14 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
             metavar="BITS",
             default="as --shared-bits",
         ),
-        Flag("head_bits", f"Output head: {_WIDTH}", _PARTS, metavar="BITS"),
+        Flag("head_bits", f"Output head: {_WIDTH}", _PARTS, metavar="BITS", default=_beside(s.HEAD_BESIDE)),
+        Flag(
+            "embedding_bits",
+            f"Token embedding, and a head that is tied to it: {_WIDTH}",
+            _PARTS,
+            metavar="BITS",
+            default=_beside(s.EMBEDDING_BESIDE),
+        ),
         Flag("router_bits", f"Routers: {_WIDTH}", _PARTS, metavar="BITS"),
     ),
     s.QuantizeSettings: (

@@ -32,7 +32,12 @@ def read_width(text: str | float) -> float:
     return int(width) if width.is_integer() else width
 
 
-QUANTIZABLE_ROLES = (Role.EXPERT, Role.ATTENTION, Role.SHARED, Role.DENSE, Role.ROUTER, Role.HEAD)
+def family_of_role(role: Role, family: str) -> str:
+    """The family of encodings that a matrix of this role gets in a model coded in `family`.
+
+    Rows of an embedding are looked up one by one, and only affine grids store rows apart.
+    """
+    return "affine" if role is Role.EMBEDDING else family
 
 
 @dataclass(frozen=True, order=True)
@@ -113,7 +118,7 @@ class TensorPart:
     shape: tuple[int, ...]
     dtype: str  # as stored when kept: "bfloat16", "float32", ...
     size_bytes: int  # stored size when kept
-    linear: bool = False  # the 2-D weight of a torch.nn.Linear, so it can be packed
+    packable: bool = False  # the 2-D weight of a torch.nn.Linear, or of the token embedding
 
 
 @dataclass(frozen=True)

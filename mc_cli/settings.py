@@ -20,6 +20,12 @@ CANDIDATES: dict[str, tuple[float, ...]] = {"trellis": (1, 1.5, 2, 2.5, 3, 3.5, 
 MANY_BITS, WIDEST = 3.5, (4.5, 5)
 # (above this many bits per expert weight, width of what is computed for every token): measured, see docs/results.md.
 BESIDE = ((2.75, 8), (2.5, 6), (-1.0, 5))
+# The same of the embedding, whose errors go through all layers and their routers, and of a head of its own.
+EMBEDDING_BESIDE = ((2.5, 8), (-1.0, 6))
+HEAD_BESIDE = ((2.75, 8), (-1.0, 6))
+WIDTH_BORDERS = sorted(
+    {above for widths in (BESIDE, EMBEDDING_BESIDE, HEAD_BESIDE) for above, _ in widths}, reverse=True
+)
 # What `run --effort` sets beneath recipe and flags: section -> settings.
 EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
     "fast": {
@@ -226,7 +232,8 @@ class ScoreSettings(StageSettings):
 class AllocateSettings(StageSettings):
     """Exactly one target: stored bits or code bits (mean per expert weight), or bytes of the whole checkpoint.
 
-    attention_bits, shared_bits and so on: width of every part that is not a routed expert; 16 = kept
+    attention_bits, shared_bits and so on: width of every part that is not a routed expert; 16 = kept, None = what pays
+                   beside experts of the mean width asked for
     floors         at least this many experts per layer of each width, for example {3: 1, 2: 1}; None = the method's own
     """
 
@@ -235,10 +242,11 @@ class AllocateSettings(StageSettings):
     target_bits: float | None = None
     target_size_bytes: int | None = None
     bits: tuple[float, ...] | None = None  # None = the candidates that were scored
-    attention_bits: int | None = None  # None = `bits_beside` experts of the mean width asked for
-    shared_bits: int | None = None  # the same
+    attention_bits: int | None = None
+    shared_bits: int | None = None
     dense_bits: int | None = None  # None = shared_bits
-    head_bits: int = 16
+    head_bits: int | None = None
+    embedding_bits: int | None = None  # of a head that is tied to it, too
     router_bits: int = 16
     floors: tuple[tuple[int, int], ...] | None = None
     alpha: float | None = None  # exponents of pmq; None = as published (1, 1.5, 1)
@@ -268,20 +276,18 @@ class AllocateSettings(StageSettings):
 
     def role_bits(self, mean_bits: float) -> dict[Role, int]:
         """Width per role beside experts of `mean_bits`; DENSE follows SHARED unless set."""
-        beside = bits_beside(mean_bits)
-        shared = beside if self.shared_bits is None else self.shared_bits
+
+        def width(given: int | None, beside: tuple[tuple[float, int], ...] = BESIDE) -> int:
+            return next(bits for above, bits in beside if mean_bits > above) if given is None else given
+
         return {
-            Role.ATTENTION: beside if self.attention_bits is None else self.attention_bits,
-            Role.SHARED: shared,
-            Role.DENSE: shared if self.dense_bits is None else self.dense_bits,
+            Role.ATTENTION: width(self.attention_bits),
+            Role.SHARED: width(self.shared_bits),
+            Role.DENSE: width(self.shared_bits if self.dense_bits is None else self.dense_bits),
             Role.ROUTER: self.router_bits,
-            Role.HEAD: self.head_bits,
+            Role.HEAD: width(self.head_bits, HEAD_BESIDE),
+            Role.EMBEDDING: width(self.embedding_bits, EMBEDDING_BESIDE),
         }
-
-
-def bits_beside(mean_bits: float) -> int:
-    """The width of attention and shared experts that pays more than its bytes do among experts of `mean_bits`."""
-    return next(bits for above, bits in BESIDE if mean_bits > above)
 
 
 @dataclass(frozen=True)

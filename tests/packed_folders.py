@@ -22,7 +22,7 @@ from mc_cli.runtime.inventory import take_inventory
 from mc_cli.runtime.packed_model import copy_model_files, tied_names
 
 WIDTHS = (1, 2, 3, 4, 16)
-LINEAR_BITS = {Role.ATTENTION: 4, Role.SHARED: 4, Role.DENSE: 3}
+LINEAR_BITS = {Role.ATTENTION: 4, Role.SHARED: 4, Role.DENSE: 3, Role.EMBEDDING: 6}
 
 
 def pack_folder(
@@ -36,7 +36,7 @@ def pack_folder(
 ) -> Path:
     """Writes the packed folder of a tiny checkpoint: expert e's projection p has width number e + p of `widths`.
 
-    role_bits   width of other roles' linears; what is not named is kept
+    role_bits   width of other roles' matrices; what is not named is kept
     pruned      experts without weights, in every layer
     """
     config = read_config(checkpoint_folder, trust_remote_code=trust_remote_code)

@@ -121,7 +121,7 @@ def _too_small(problem: AllocationProblem, least: float, most: float, layers: Se
             f"{BUDGET_FLAGS[budget.kind]} {whole:,} bytes leaves nothing for the experts, everything else takes "
             f"{budget.other_bytes:,} bytes at the widths asked for"
         )
-        remedy = f"{remedy[:-1]}, or lower --attention-bits, --shared-bits or --head-bits."
+        remedy = f"{remedy[:-1]}, or lower --attention-bits, --shared-bits, --head-bits or --embedding-bits."
     return BudgetError(
         f"{asked}: with the candidate widths {_listing(problem.candidate_bits)}{floors} the experts take "
         f"{budget.shown(least, most)}. {remedy}"

@@ -57,6 +57,11 @@ class Encoding(Protocol):
         """The width that a plan gives: bits of the codes per weight, an int where whole."""
         ...
 
+    @property
+    def rows_apart(self) -> bool:
+        """Whether each row of every stored tensor belongs to one output, so that rows can be taken and joined."""
+        ...
+
     def tensor_specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """The stored tensors of one matrix, by name. Raises ShapeError where the widths do not fit."""
         ...

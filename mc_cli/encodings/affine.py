@@ -55,6 +55,10 @@ class AffineEncoding:
         return f"g{self.group_size}"
 
     @property
+    def rows_apart(self) -> bool:
+        return True
+
+    @property
     def zero_point_denominator(self) -> int:
         """Stored zero points are in units of one over this of a step."""
         return 1 << (8 - self.bits)

@@ -70,6 +70,10 @@ class TrellisEncoding:
     def basis(self) -> str:
         return f"h{self.block}"
 
+    @property
+    def rows_apart(self) -> bool:
+        return False  # a ring's bits are shared by up to 256 outputs
+
     def tensor_specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """Shapes and dtypes of `codes` and `scales`; ShapeError where the blocks do not divide the inputs."""
         if in_features % self.block:

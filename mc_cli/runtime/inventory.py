@@ -130,6 +130,11 @@ def _top_k_candidates(router: nn.Module, parent: nn.Module, config: Any) -> list
     return [getattr(router, "top_k", None), getattr(parent, "top_k", None), *in_config]
 
 
+def path_of(model: nn.Module, wanted: nn.Module) -> str:
+    """Path of a module in the model."""
+    return next(path for path, module in model.named_modules() if module is wanted)
+
+
 def _tied_names(model: nn.Module) -> set[str]:
     """Names of tensors that are another tensor, such as a head that is the embedding."""
     tied: Any = getattr(model, "all_tied_weights_keys", None)
@@ -138,7 +143,15 @@ def _tied_names(model: nn.Module) -> set[str]:
 
 def _head_path(model: Any) -> str | None:
     head = model.get_output_embeddings()
-    return None if head is None else next(path for path, module in model.named_modules() if module is head)
+    return None if head is None else path_of(model, head)
+
+
+def _plain_embedding_path(model: Any) -> str | None:
+    """Path of the token embedding; None where a family's own code reads its weight, which would unpack all of it."""
+    embedding = model.get_input_embeddings()
+    if type(embedding).forward is not nn.Embedding.forward:
+        return None
+    return path_of(model, embedding)
 
 
 def _tensor_parts(
@@ -147,6 +160,7 @@ def _tensor_parts(
     config: Any = model.config
     facts = facts_for(config.model_type)
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    embedding = _plain_embedding_path(model)
     head_path = _head_path(model)
     by_layer = {block.layer: block for block in blocks}
     tied = _tied_names(model)
@@ -161,7 +175,8 @@ def _tensor_parts(
         dtype = stored_dtypes.get(name, tensor.dtype)
         shape = tuple(tensor.shape)
         size = math.prod(shape) * dtype.itemsize
-        parts.append(TensorPart(name, role, layer, shape, str(dtype).removeprefix("torch."), size, is_linear))
+        packable = is_linear or name == f"{embedding}.weight"
+        parts.append(TensorPart(name, role, layer, shape, str(dtype).removeprefix("torch."), size, packable))
     return tuple(parts)
 
 

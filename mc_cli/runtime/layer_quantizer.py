@@ -24,8 +24,9 @@ from mc_cli.encodings import Encoding, encoding_for
 from mc_cli.encodings.trellis import TrellisEncoding
 from mc_cli.numerics.hessian import accumulate, trace_error
 from mc_cli.numerics.row_hessian import RowHessian
-from mc_cli.parts import ExpertBlock, Projection, Role, TensorPart
-from mc_cli.quantizers import Quantizer
+from mc_cli.parts import ExpertBlock, Projection, Role, TensorPart, family_of_role
+from mc_cli.quantizers import Prepared, Quantizer
+from mc_cli.quantizers.rtn import RoundToNearest
 from mc_cli.runtime import experts
 from mc_cli.runtime.channel_order import deal_channels
 from mc_cli.runtime.correction import Shortfall, add_experts, reach_of, rest_of_layer
@@ -36,6 +37,7 @@ from mc_cli.runtime.routing import watching
 from mc_cli.runtime.row_importance import down_importance, down_row_hessian, up_importance, up_row_hessian
 
 _ORDER_NOTE = "its activation mixes channels, so they stay in the checkpoint's order"
+_PIECE_WEIGHTS = 2**25  # of a head or embedding at a time, in float32: 128 MiB, and some times that while it is rounded
 PackedTensors = dict[str, torch.Tensor]  # stored part -> tensor of one matrix
 
 
@@ -96,13 +98,13 @@ class LayerQuantizer:
             hessian, tokens = self._input_hessian(group[0])
             self.quantize_linears([(path, wanted[path]) for path in group], hessian, tokens, result)
         for path in sorted(wanted.keys() - result.linears.keys()):
-            self._report_unseen(path, wanted[path], result)
+            self._report_kept(path, wanted[path], "its module is never called, so it has no calibration inputs", result)
         if block is not None:
             self._quantize_experts(block, original, result)
         return result
 
-    def _report_unseen(self, path: str, part: TensorPart, result: LayerResult) -> None:
-        note = "its module is never called, so it has no calibration inputs; kept as in the checkpoint"
+    def _report_kept(self, path: str, part: TensorPart, reason: str, result: LayerResult) -> None:
+        note = f"{reason}; kept as in the checkpoint"
         count = math.prod(part.shape)
         result.report.append(MatrixReport(path, part.role.value, "kept", count, KEPT_BITS, notes=(note,)))
 
@@ -110,32 +112,76 @@ class LayerQuantizer:
         self, linears: Sequence[tuple[str, TensorPart]], hessian: torch.Tensor, tokens: int, result: LayerResult
     ) -> None:
         """Quantizes modules that share an input, whose second moments are `hessian`; their weights are replaced."""
-        prepared: dict[str, Any] = {}
+        prepared: dict[str, Prepared] = {}
         for path, part in linears:
-            module: Any = self._model.get_submodule(path)
-            weight = module.weight.detach().float()[None]
-            encoding = self._encoding(self._plan.role_bits[part.role], weight)
+            encoding = self._encoding_of(self._plan.role_bits[part.role], *part.shape)
             if encoding.basis not in prepared:
                 prepared[encoding.basis] = self._quantizer.prepare(hessian[None], basis=encoding.basis)
-            quantized = self._quantizer.quantize(weight, prepared[encoding.basis], encoding)
-            module.weight.data.copy_(encoding.dequantize(quantized.tensors, weight.shape[-1])[0])
-            result.linears[path] = (encoding.key, {name: tensor[0] for name, tensor in quantized.tensors.items()})
-            row = MatrixReport(path, part.role.value, "quantized", weight.numel(), encoding.bits, encoding.key, tokens)
-            result.report.append(self._measured(row, weight, quantized, hessian[None], 0))
+            self._pack_matrix(path, part, self._quantizer, prepared[encoding.basis], encoding, tokens, result)
+
+    def quantize_embedding(self, tensors: Sequence[TensorPart]) -> LayerResult:
+        """Rounds the token embedding among `tensors` to its plan's width, if it has one; its weight is replaced.
+
+        Its inputs are single rows, all of whose weights count alike: there is no Hessian to feed errors back by, and a
+        tied head's would help neither at 6 bits nor at 8.
+        """
+        result = LayerResult()
+        bits = self._plan.role_bits.get(Role.EMBEDDING, KEPT_BITS)
+        for part in tensors:
+            path, _, leaf = part.name.rpartition(".")
+            if part.role is not Role.EMBEDDING or leaf != "weight" or bits == KEPT_BITS:
+                continue
+            if not part.packable:
+                self._report_kept(path, part, "its family's own code reads its weight", result)
+                continue
+            quantizer = RoundToNearest(clip_search=True)
+            encoding = self._encoding_of(bits, *part.shape, role=part.role)
+            alike = torch.eye(part.shape[1], device=self._device)[None]
+            prepared = quantizer.prepare(alike, basis=encoding.basis)
+            self._pack_matrix(path, part, quantizer, prepared, encoding, None, result)
+        return result
+
+    def _pack_matrix(
+        self,
+        path: str,
+        part: TensorPart,
+        quantizer: Quantizer,
+        prepared: Prepared,
+        encoding: Encoding,
+        tokens: int | None,
+        result: LayerResult,
+    ) -> None:
+        """Packs one module's weight, where rows stand apart some at a time: a head may have 10^9 weights."""
+        module: Any = self._model.get_submodule(path)
+        weight: torch.Tensor = module.weight.data
+        row = MatrixReport(path, part.role.value, "quantized", weight.numel(), encoding.bits, encoding.key, tokens)
+        pieces: list[PackedTensors] = []
+        loss = scale = 0.0
+        notes: dict[str, None] = {}
+        for rows in weight.split(max(1, _PIECE_WEIGHTS // weight.shape[1]) if encoding.rows_apart else len(weight)):
+            exact = rows.float()[None]
+            quantized = quantizer.quantize(exact, prepared, encoding)
+            rows.copy_(encoding.dequantize(quantized.tensors, exact.shape[-1])[0])
+            pieces.append({name: tensor[0] for name, tensor in quantized.tensors.items()})
+            loss += float(quantized.proxy_loss[0])
+            scale += 0.0 if prepared.hessian is None else float(trace_error(exact, prepared.hessian))
+            notes |= dict.fromkeys(quantized.notes)
+        result.report.append(_measured(row, loss, scale, notes, 0))
+        result.linears[path] = (
+            encoding.key,
+            {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]},
+        )
 
     def _packable(self, part: TensorPart) -> str | None:
         """The module path of a matrix that the plan packs, None for what is kept."""
         bits = self._plan.role_bits.get(part.role, KEPT_BITS)
         path, _, leaf = part.name.rpartition(".")
-        is_matrix = leaf == "weight" and len(part.shape) == 2 and (part.linear or part.role == Role.ROUTER)
+        is_matrix = leaf == "weight" and len(part.shape) == 2 and (part.packable or part.role == Role.ROUTER)
         return path if is_matrix and bits != KEPT_BITS else None
 
-    def _encoding(self, bits: float, weight: torch.Tensor) -> Encoding:
-        return self._encoding_of(bits, *weight.shape[-2:])
-
-    def _encoding_of(self, bits: float, out_features: int, in_features: int) -> Encoding:
-        limit = self._plan.group_size_limit
-        return encoding_for(self._plan.family, bits, out_features, in_features, group_size_limit=limit)
+    def _encoding_of(self, bits: float, out_features: int, in_features: int, *, role: Role = Role.EXPERT) -> Encoding:
+        family, limit = family_of_role(role, self._plan.family), self._plan.group_size_limit
+        return encoding_for(family, bits, out_features, in_features, group_size_limit=limit)
 
     # Linears
 
@@ -320,7 +366,7 @@ class LayerQuantizer:
             steps = torch.stack(list(map(shortfall.step, members, hessians, pooled)))
             moved = (trace_error(steps, hessians) / trace_error(weights, hessians).clamp_min(1e-300)).tolist()
             weights += steps
-        encoding = self._encoding(bits, weights)
+        encoding = self._encoding_of(bits, *weights.shape[1:])
         prepared = self._quantizer.prepare(hessians, basis=encoding.basis)
         importance = self._row_importance(module, inputs, projection, members, encoding)
         quantized = self._quantizer.quantize(weights, prepared, encoding, row_importance=importance)
@@ -340,7 +386,9 @@ class LayerQuantizer:
                 pooled_share=pooled[slot],
                 correction=moved[slot],
             )
-            row = self._measured(row, weights, quantized, hessians, slot)
+            loss = float(quantized.proxy_loss[slot])
+            scale = float(trace_error(weights[slot : slot + 1], hessians[slot : slot + 1]))
+            row = _measured(row, loss, scale, quantized.notes, slot)
             result.report.append(replace(row, notes=row.notes + self._order_note))
 
     def _row_importance(
@@ -365,15 +413,12 @@ class LayerQuantizer:
             return up_importance(module, inputs, members, up_weights, down_weights)
         return up_row_hessian(module, inputs, members, up_weights, down_weights, *together)
 
-    def _measured(
-        self, row: MatrixReport, weights: torch.Tensor, quantized: Any, hessians: torch.Tensor, slot: int
-    ) -> MatrixReport:
-        """The row with its losses, and the notes that speak of its batch item."""
-        scale = float(trace_error(weights[slot : slot + 1], hessians[slot : slot + 1]))
-        loss = float(quantized.proxy_loss[slot])
-        prefix = f"item {slot}: "
-        notes = tuple(note.removeprefix(prefix) for note in quantized.notes if note.startswith(prefix))
-        return replace(row, proxy_loss=loss, relative_error=loss / scale if scale > 0 else 0.0, notes=notes)
+
+def _measured(row: MatrixReport, loss: float, scale: float, notes: Iterable[str], slot: int) -> MatrixReport:
+    """The row with its losses, and the notes that speak of its batch item."""
+    prefix = f"item {slot}: "
+    mine = tuple(note.removeprefix(prefix) for note in notes if note.startswith(prefix))
+    return replace(row, proxy_loss=loss, relative_error=loss / scale if scale > 0 else 0.0, notes=mine)
 
 
 def _pieces(members: list[int], block: ExpertBlock) -> Iterable[list[int]]:

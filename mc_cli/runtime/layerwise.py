@@ -105,6 +105,11 @@ class LayerWalk:
         other.hidden = self.hidden.clone()
         return other
 
+    def embed_again(self) -> None:
+        """Starts anew with the embedding as it is now."""
+        self.hidden, self._arguments = self._embed()
+        self.depth = 0
+
     def restore(self, hidden: torch.Tensor, depth: int) -> None:
         """Continues from saved hidden states, the input of layer `depth`."""
         if hidden.shape != self.hidden.shape or hidden.dtype != self.hidden.dtype:

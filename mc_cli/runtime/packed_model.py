@@ -6,6 +6,7 @@ names, shapes and dtypes must agree with the skeleton, or an ArtifactError lists
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,14 +19,14 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 from mc_cli.artifacts.packed import PackedLayout, StoredBytes, encoding_of
-from mc_cli.errors import ArtifactError, McError, PlanError, listed
+from mc_cli.errors import ArtifactError, McError, listed
 from mc_cli.parts import Role
 from mc_cli.runtime import experts
 from mc_cli.runtime.checkpoint import REST
-from mc_cli.runtime.inventory import find_decoder_layers, take_inventory
+from mc_cli.runtime.inventory import find_decoder_layers, path_of, take_inventory
 from mc_cli.runtime.model_folder import read_config
 from mc_cli.runtime.packed_files import PackedFiles, copy_model_files, open_packed
-from mc_cli.runtime.packed_modules import pack_experts, pack_weight
+from mc_cli.runtime.packed_modules import pack_experts, pack_weight, state_dtype_of_embedding, tie_head
 from mc_cli.runtime.pruning import add_learned_tensors, apply_pruning
 from mc_cli.runtime.router_masks import drop_experts
 from mc_cli.runtime.skeleton import build_skeleton, rebuild_buffers
@@ -49,10 +50,10 @@ def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict
     kept_dtype   dtype of expert projections that are kept, and of `weight` where code reads it from a packed module
     Returns full tensor name -> stored part (`codes`, `scales`, ...) of every packed tensor, and of what a pruning
     policy learned. The policy itself is put on once the tensors are there, by `apply_pruning`.
-    Raises ArtifactError if layout and model do not fit, PlanError for a tied head or embedding.
+    Raises ArtifactError if layout and model do not fit.
     """
     _check_experts(model, layout)
-    _check_linears(model, layout)
+    tied = _check_linears(model, layout)
     packed: dict[str, str] = {}
     for block in layout.experts:
         parts = pack_experts(model.get_submodule(block.path), block, dtype=kept_dtype)
@@ -62,11 +63,24 @@ def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict
         assert encoding is not None  # _check_linears
         parts = pack_weight(model.get_submodule(path), encoding, dtype=kept_dtype)
         packed |= {f"{path}.{name}": part for name, part in parts.items()}
+    embedding = model.get_input_embeddings()
+    if path_of(model, embedding) in layout.linears:
+        state_dtype_of_embedding(model)
+        for path in tied:
+            tie_head(model.get_submodule(path), embedding)
+            _forget_tie(model, f"{path}.weight")
     if layout.pruning is not None:
         packed |= dict.fromkeys(add_learned_tensors(model, layout.pruning), LEARNED)
     drop_experts(model, {block.path: block.dropped for block in layout.experts})
     model.set_experts_implementation(experts.IMPLEMENTATION)
     return packed
+
+
+def _forget_tie(model: Any, name: str) -> None:
+    """Lets transformers no longer tie a parameter that is gone: neither by its table of names nor by its patterns."""
+    del model.all_tied_weights_keys[name]
+    rules = model._tied_weights_keys or {}
+    model._tied_weights_keys = {rule: source for rule, source in rules.items() if not re.fullmatch(rule, name)}
 
 
 def layout_for(model: Any, layout: PackedLayout) -> PackedLayout:
@@ -112,26 +126,31 @@ def _check_experts(model: Any, layout: PackedLayout) -> None:
     _raise_if_any(model, problems)
 
 
-def _check_linears(model: Any, layout: PackedLayout) -> None:
+def _check_linears(model: Any, layout: PackedLayout) -> list[str]:
+    """Paths of the linears whose weight is the embedding's, if that is packed."""
     modules = dict(model.named_modules())
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    both_ends = {name for pair in tied.items() for name in pair}
-    shared = [path for path in layout.linears if f"{path}.weight" in both_ends]
-    if shared:
-        raise PlanError(
-            f"head and embedding of this model are one tensor, which cannot be packed:\n{listed(shared)}\n"
-            "Keep the head at 16 bits: allocate --head-bits 16."
-        )
-    problems = []
+    embedding = path_of(model, model.get_input_embeddings())
+    heads, problems = [], []
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        path, twin = name.removesuffix(".weight"), source.removesuffix(".weight")
+        if path in layout.linears:
+            problems.append(f"{path}: the layout packs it, but it is {twin}, and is packed there")
+        elif twin in layout.linears:
+            if twin != embedding or type(modules[path]).forward is not nn.Linear.forward:
+                problems.append(f"{twin}: the layout packs it, but {path} shares it and needs it whole")
+            heads.append(path)
     for path, key in layout.linears.items():
         weight = modules[path]._parameters.get("weight") if path in modules else None
         if weight is None or weight.ndim != 2:
             problems.append(f"{path}: the layout packs it, the model has no matrix there")
-        elif encoding_of(key) is None:
+        elif (encoding := encoding_of(key)) is None:
             problems.append(f"{path}: a linear that is kept does not belong in the layout")
+        elif path == embedding and not encoding.rows_apart:
+            problems.append(f"{path}: {key} does not store the rows of an embedding apart")
         else:
             problems += _misfits(path, tuple(weight.shape), [key])
     _raise_if_any(model, problems)
+    return heads
 
 
 def _misfits(where: str, shape: tuple[int, ...], keys: Iterable[str]) -> list[str]:

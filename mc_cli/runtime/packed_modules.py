@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from mc_cli import kernels
 from mc_cli.artifacts.packed import ExpertLayout
@@ -68,6 +69,11 @@ class _PackedWeightModule(_StoredDtypes):
 
     _mc_weight: PackedWeight
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        cast = fn(torch.empty(0, dtype=self._mc_weight.dtype, device=next(iter(_stored_parts(self).values())).device))
+        self._mc_weight = replace(self._mc_weight, dtype=cast.dtype)
+        return super()._apply(fn, recurse)
+
     @property
     def weight(self) -> torch.Tensor:
         packed = self._mc_weight
@@ -85,13 +91,50 @@ class _PackedLinear(_PackedWeightModule):
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
 
+class _PackedEmbedding(_PackedWeightModule):
+    """A packed torch.nn.Embedding: the rows that are looked up are dequantized, no others."""
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        packed = self._mc_weight
+        rows = {name: part.index_select(0, token_ids.reshape(-1)) for name, part in _stored_parts(self).items()}
+        looked_up = packed.encoding.dequantize(rows, packed.in_features).to(packed.dtype)
+        return looked_up.view(*token_ids.shape, packed.in_features)
+
+
+class _TiedHead:
+    """A torch.nn.Linear whose weight is a packed embedding's; it stores nothing."""
+
+    _mc_embedding: tuple[Any]  # in a tuple, so that it is no submodule
+    bias: torch.Tensor | None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self._mc_embedding[0].weight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        embedding = self._mc_embedding[0]
+        packed, parts = embedding._mc_weight, _stored_parts(embedding)
+        if parts["codes"].device != inputs.device:  # of a model that is spread over devices
+            parts = {name: part.to(inputs.device) for name, part in parts.items()}
+        outputs = kernels.packed_linear(inputs, parts, packed.encoding, in_features=packed.in_features)
+        return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
+
+
+class _DtypeOfEmbedding:
+    """A model whose embedding is packed: the first floating tensor is its scales, of another dtype than it gives."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.get_input_embeddings()._mc_weight.dtype  # type: ignore[attr-defined]
+
+
 def _stored_parts(module: Any) -> dict[str, torch.Tensor]:
     return {part: module._parameters[part] for part in module._mc_weight.parts}
 
 
 @functools.cache
-def _subclass(base: Any, behaviour: Any) -> Any:
-    return type(f"Packed{base.__name__}", (behaviour, base), {"__module__": base.__module__})
+def _subclass(base: Any, behaviour: Any, name: str | None = None) -> Any:
+    return type(name or f"Packed{base.__name__}", (behaviour, base), {"__module__": base.__module__})
 
 
 def pack_weight(module: Any, encoding: Encoding, *, dtype: torch.dtype) -> dict[str, str]:
@@ -103,16 +146,35 @@ def pack_weight(module: Any, encoding: Encoding, *, dtype: torch.dtype) -> dict[
     weight = module.weight
     out_features, in_features = weight.shape
     specs = encoding.tensor_specs(out_features, in_features)
-    plain_linear = type(module).forward is nn.Linear.forward
+    behaviour = _BEHAVIOURS.get(type(module).forward, _PackedWeightModule)
     del module._parameters["weight"]
     for part, spec in specs.items():
         empty = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=weight.device)
         module.register_parameter(part, nn.Parameter(empty, requires_grad=False))
-    module.__class__ = _subclass(module.__class__, _PackedLinear if plain_linear else _PackedWeightModule)
+    module.__class__ = _subclass(module.__class__, behaviour)
     module._mc_weight = PackedWeight(encoding, tuple(specs), in_features, dtype)
     module._mc_stored = frozenset(specs)
     module._is_hf_initialized = True  # else transformers re-initialises a weight that is no parameter any more
     return {part: part for part in specs}
+
+
+_BEHAVIOURS = {nn.Linear.forward: _PackedLinear, nn.Embedding.forward: _PackedEmbedding}
+
+
+def tie_head(head: Any, embedding: Any) -> None:
+    """Makes `head`, a torch.nn.Linear, multiply with what the packed `embedding` stores, in place."""
+    del head._parameters["weight"]
+    head.__class__ = _subclass(head.__class__, _TiedHead)
+    head._mc_embedding = (embedding,)
+    head._is_hf_initialized = True
+
+
+def state_dtype_of_embedding(model: Any) -> None:
+    """Makes `dtype` of a model, and of the models in it, tell what its packed embedding gives, in place."""
+    models: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for each in models:
+        kind: Any = type(each)
+        each.__class__ = _subclass(kind, _DtypeOfEmbedding, kind.__name__)
 
 
 def pack_experts(module: Any, layout: ExpertLayout, *, dtype: torch.dtype) -> dict[str, str]:

@@ -177,9 +177,10 @@ def _weights(network: Any) -> Iterator[tuple[int, float]]:
     for _, module in find_experts(network):
         for parameter in module.parameters():
             shares[id(parameter)] = 1.0 if chosen is None else min(1.0, chosen / module.num_experts)
-    embedding = network.get_input_embeddings().weight
-    if network.get_output_embeddings() is None or network.get_output_embeddings().weight is not embedding:
-        shares[id(embedding)] = 1 / len(embedding)
+    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
+    own = set(map(id, embedding.parameters()))
+    if head is None or not own.issuperset(map(id, head.parameters())):  # a tied head reads all of the embedding
+        shares |= dict.fromkeys(own, 1 / embedding.num_embeddings)
     for parameter in network.parameters():
         yield parameter.nbytes, shares.get(id(parameter), 1.0)
 

@@ -15,9 +15,9 @@ from mc_cli.artifacts.plan import KEPT_BITS, ExpertBits, Plan
 from mc_cli.artifacts.store import STAGE_FOLDERS, StageFolder, require_done
 from mc_cli.encodings import encoding_for, stored_bytes
 from mc_cli.errors import PlanError
-from mc_cli.parts import ModelInventory, Role, TensorPart
+from mc_cli.parts import ModelInventory, Role, TensorPart, family_of_role
 from mc_cli.progress import Progress, StageResult
-from mc_cli.settings import BESIDE, AllocateSettings, QuantizerSettings, RunSettings
+from mc_cli.settings import WIDTH_BORDERS, AllocateSettings, QuantizerSettings, RunSettings
 
 STAGE = "allocate"
 PLAN = "plan.yaml"
@@ -49,8 +49,12 @@ def run(
         work_dir / STAGE_FOLDERS["calibrate"] / calibration_artifact.INVENTORY
     )
     quantizer = QuantizerSettings(**require_done(work_dir, "score").settings["quantizer"])
-    _check_tied_head(settings, inventory)
     role_bits, others = _beside_experts(settings, inventory, quantizer)
+    if inventory.tied_head and settings.head_bits not in (None, role_bits[Role.EMBEDDING]):
+        raise PlanError(
+            f"--head-bits {settings.head_bits}: this model's head is tied to its embedding, which gets "
+            f"{role_bits[Role.EMBEDDING]} bits here. Give --embedding-bits for both."
+        )
     with progress.step(f"allocate: {settings.method}", total=1, unit="programme") as step:
         plan = allocate(
             importance,
@@ -80,14 +84,6 @@ def run(
     return _result(folder, ran=True)
 
 
-def _check_tied_head(settings: AllocateSettings, inventory: ModelInventory) -> None:
-    if inventory.tied_head and settings.head_bits != KEPT_BITS:
-        raise PlanError(
-            f"--head-bits {settings.head_bits}: this model's head is tied to its embedding, packing it would store the "
-            "matrix twice. Keep --head-bits 16."
-        )
-
-
 def _beside_experts(
     settings: AllocateSettings, inventory: ModelInventory, quantizer: QuantizerSettings
 ) -> tuple[dict[Role, int], int]:
@@ -95,12 +91,19 @@ def _beside_experts(
 
     For a size in bytes: the widest that still leave the experts the mean width beside which they are the right ones.
     """
+
+    def widths(mean_bits: float) -> dict[Role, int]:
+        found = settings.role_bits(mean_bits)
+        if inventory.tied_head:
+            del found[Role.HEAD]  # no matrix of its own
+        return found
+
     asked = settings.target_stored_bits or settings.target_bits
     if asked is not None:
-        role_bits = settings.role_bits(asked)
+        role_bits = widths(asked)
         return role_bits, other_bytes(inventory, role_bits, quantizer)
-    for border, _ in BESIDE:
-        role_bits = settings.role_bits(math.nextafter(border, math.inf))
+    for border in WIDTH_BORDERS:
+        role_bits = widths(math.nextafter(border, math.inf))
         others = other_bytes(inventory, role_bits, quantizer)
         left = (settings.target_size_bytes or 0) - others
         if 8 * left > border * inventory.expert_weight_count:
@@ -134,11 +137,11 @@ def other_bytes(inventory: ModelInventory, role_bits: dict[Role, int], quantizer
 
 
 def _part_bytes(part: TensorPart, bits: float, quantizer: QuantizerSettings) -> int:
-    is_matrix = part.name.endswith(".weight") and len(part.shape) == 2 and (part.linear or part.role is Role.ROUTER)
+    is_matrix = part.name.endswith(".weight") and len(part.shape) == 2 and (part.packable or part.role is Role.ROUTER)
     if bits == KEPT_BITS or not is_matrix:
         return part.size_bytes
-    limit = quantizer.group_size
-    return stored_bytes(encoding_for(quantizer.family, bits, *part.shape, group_size_limit=limit), *part.shape)
+    family, limit = family_of_role(part.role, quantizer.family), quantizer.group_size
+    return stored_bytes(encoding_for(family, bits, *part.shape, group_size_limit=limit), *part.shape)
 
 
 def _result(folder: StageFolder, *, ran: bool) -> StageResult:

@@ -1,6 +1,6 @@
 """quantize: the plan becomes packed tensors, layer by layer, each layer calibrated on already quantized inputs.
 
-1. plan and model agree             4. experts: up, then down
+1. plan and model agree; embedding  4. experts: up, then down
 2. where an earlier run stopped     5. packed layer and report to disk, hidden states advance
 3. linears, in calling order        6. head and the rest; coverage; layout and manifest
 """
@@ -51,7 +51,7 @@ from mc_cli.settings import QuantizeSettings, RunSettings
 STAGE = "quantize"
 LAYOUT = "layout.json"
 REST = "rest"
-_PLANNED_ROLES = (Role.ATTENTION, Role.SHARED, Role.DENSE, Role.ROUTER, Role.HEAD)
+_PLANNED_ROLES = (Role.ATTENTION, Role.SHARED, Role.DENSE, Role.ROUTER, Role.HEAD, Role.EMBEDDING)
 
 
 def plan_stage(settings: QuantizeSettings, compute: RunSettings, work_dir: Path) -> StageFolder:
@@ -96,8 +96,11 @@ def run(
     )
     writer = _Writer(folder, checkpoint, inventory, session)
     original = walk.twin() if settings.quantizer.corrects_errors else None
+    rest = worker.quantize_embedding(inventory.tensors)
+    if rest.linears:
+        walk.embed_again()
     _layers(walk, original, checkpoint, inventory, plan, worker, writer, folder, progress)
-    _head_and_rest(walk, checkpoint, inventory, plan, worker, writer)
+    _head_and_rest(walk, checkpoint, inventory, plan, worker, writer, rest)
     _finish(folder, inventory, settings, session, progress)
     return _result(folder, compute, ran=True)
 
@@ -142,7 +145,7 @@ def _check_widths(plan: Plan, inventory: ModelInventory) -> None:
         elif bits == 0:
             problems.append(f"role_bits: {role.value} has 0 bits, but only experts can be pruned")
     if plan.role_bits.get(Role.HEAD, KEPT_BITS) != KEPT_BITS and inventory.tied_head:
-        problems.append("role_bits: head is packed, but tied to the embedding: that would store the matrix twice")
+        problems.append("role_bits: head is packed, but tied to the embedding, whose width it has: leave it out")
     for layer, row in sorted(plan.expert_bits.items()):
         for expert, entry in enumerate(row):
             widths = set(entry.values()) if isinstance(entry, dict) else {entry}
@@ -153,7 +156,7 @@ def _check_widths(plan: Plan, inventory: ModelInventory) -> None:
     if problems:
         raise PlanError(
             f"The plan has {len(problems)} widths that cannot be stored:\n{listed(problems)}\n"
-            "Correct plan.yaml, or run allocate again (a tied head: --head-bits 16)."
+            "Correct plan.yaml, or run allocate again."
         )
 
 
@@ -199,11 +202,14 @@ def _head_and_rest(
     plan: Plan,
     worker: LayerQuantizer,
     writer: _Writer,
+    result: LayerResult,
 ) -> None:
-    """Everything outside the layers; the head is packed if the plan says so, on the final normalised hidden states."""
+    """Everything outside the layers; the head is packed if the plan says so, on the final normalised hidden states.
+
+    result   what the embedding became; the head is added
+    """
     parts = [part for part in inventory.tensors if part.layer is None]
-    result = LayerResult()
-    heads = [(part.name.rpartition(".")[0], part) for part in parts if part.role is Role.HEAD and part.linear]
+    heads = [(part.name.rpartition(".")[0], part) for part in parts if part.role is Role.HEAD and part.packable]
     if heads and plan.role_bits.get(Role.HEAD, KEPT_BITS) != KEPT_BITS:
         head = checkpoint.model.get_output_embeddings()
         hessian = torch.zeros((head.weight.shape[-1],) * 2, device=checkpoint.device)

@@ -120,7 +120,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--max-windows", type=int, default=256, help="held-out windows, evenly over the domains; 0 = all"
     )
+    parser.add_argument("--experts-only", action="store_true", help="all else stays as it is in the checkpoint")
     parser.add_argument("--attention-bits", type=int, help="of every contender; without it, as the tool chooses")
+    parser.add_argument("--embedding-bits", type=int, help="the same")
     parser.add_argument("--only", help="contenders whose name holds this")
     parser.add_argument("--domains", nargs="+", help="calibrate on documents of these domains; --data is a JSONL file")
     parser.add_argument("--tasks", nargs="+", default=[], help="lm-eval tasks, whose accuracy is measured too")
@@ -170,7 +172,10 @@ def measure(arguments: argparse.Namespace, work_dir: Path, target: float, conten
         target_stored_bits=target,
         bits=pmq_bits(target) if contender.method == "pmq" else None,
         attention_bits=arguments.attention_bits,
+        embedding_bits=arguments.embedding_bits,
     )
+    if arguments.experts_only:
+        plan = replace(plan, attention_bits=16, shared_bits=16, head_bits=16, embedding_bits=16)
     allocate.run(plan, compute, work_dir, force=True, progress=silent)
     quantizer = quantizer_of(contender, contender.quantizer)
     started = time.monotonic()

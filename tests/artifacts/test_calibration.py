@@ -33,7 +33,7 @@ INVENTORY = ModelInventory(
     expert_blocks=(BLOCK,),
     tensors=(
         TensorPart("m.layers.1.experts.up_proj", Role.EXPERT, 1, (3, 8, 4), "bfloat16", 192),
-        TensorPart("lm_head.weight", Role.HEAD, None, (16, 4), "float32", 256, linear=True),
+        TensorPart("lm_head.weight", Role.HEAD, None, (16, 4), "float32", 256, packable=True),
     ),
     tied_head=False,
     contract_tested=False,

@@ -39,7 +39,7 @@ from tests.tiny_chain import (
 
 ROUNDING = 5e-5  # of float32 sums in another order; logits are about 1
 TOKEN_IDS = torch.randint(3, 300, (5, 12), generator=torch.Generator().manual_seed(1))
-PACKED_ROLES = (Role.ATTENTION, Role.SHARED, Role.DENSE)
+PACKED_ROLES = (Role.ATTENTION, Role.SHARED, Role.DENSE, Role.HEAD, Role.EMBEDDING)
 
 
 @dataclass(frozen=True)

@@ -166,9 +166,11 @@ def test_every_tensor_has_its_role_once(tiny_model: TinyModel, model_type: str) 
         assert part.layer == (int(named[1]) if named else None)
         assert part.dtype == ("float32" if re.search(expected.float32, part.name) else "bfloat16"), part.name
         if part.role in (Role.ATTENTION, Role.SHARED, Role.DENSE, Role.HEAD):
-            assert part.linear and len(part.shape) == 2, part.name
-        if part.role in (Role.EXPERT, Role.EXPERT_BIAS, Role.EMBEDDING):
-            assert not part.linear, part.name
+            assert part.packable and len(part.shape) == 2, part.name
+        if part.role is Role.EMBEDDING:
+            assert part.packable and part.name == "model.embed_tokens.weight"
+        if part.role in (Role.EXPERT, Role.EXPERT_BIAS):
+            assert not part.packable, part.name
 
 
 @every_family

@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mc_cli.artifacts.plan import Plan
-from mc_cli.artifacts.quantization import read_report
+from mc_cli.artifacts.quantization import MatrixReport, read_report
 from mc_cli.encodings import Encoding
 from mc_cli.errors import PlanError
 from mc_cli.parts import ModelInventory, Role, TensorPart
 from mc_cli.quantizers import Prepared, QuantizedLinear, quantizer_from_name
+from mc_cli.runtime import inventory as inventory_module
+from mc_cli.runtime import layer_quantizer
 from mc_cli.runtime.checkpoint import Checkpoint, read_config
 from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.inventory import take_inventory
@@ -261,7 +263,7 @@ def test_matrix_that_is_never_called_is_kept_and_reported(tiny_model: TinyModel)
     layer: Any = checkpoint.model.get_submodule("model.layers.0")
     layer.idle = nn.Linear(32, 8, bias=False)
     name = "model.layers.0.idle.weight"
-    part = TensorPart(name, Role.ATTENTION, 0, (8, 32), "bfloat16", 512, linear=True)
+    part = TensorPart(name, Role.ATTENTION, 0, (8, 32), "bfloat16", 512, packable=True)
     worker = LayerQuantizer(walk, uniform_plan(inventory), Recorder([], []), shrinkage=0.0)
     (row,) = worker.quantize([part], None).report
     assert (row.name, row.outcome, row.bits, row.weight_count) == ("model.layers.0.idle", "kept", 16, 256)
@@ -365,7 +367,7 @@ def test_plan_that_cannot_be_followed_is_refused(allocated: Path, tmp_path: Path
     wrong, message = {
         "pruned in half": (replace(plan, expert_bits={**plan.expert_bits, first: half}), f"layer {first} expert 0"),
         "missing layer": (replace(plan, expert_bits={n: plan.expert_bits[n] for n in others}), f"layer {first}"),
-        "role that is kept": (replace(plan, role_bits=plan.role_bits | {Role.EMBEDDING: 4}), "embedding has 4 bits"),
+        "role that is kept": (replace(plan, role_bits=plan.role_bits | {Role.OTHER: 4}), "other has 4 bits"),
         "pruned role": (replace(plan, role_bits=plan.role_bits | {Role.ATTENTION: 0}), "attention has 0 bits"),
     }[where]  # fmt: skip
     wrong.write(tmp_path / "wrong.yaml")
@@ -387,7 +389,75 @@ def test_head_that_is_the_embedding_cannot_be_packed(tiny_model: TinyModel, tmp_
     with pytest.raises(PlanError, match="tied to the embedding"):
         run_quantize(work_dir, plan=str(tmp_path / "packed-head.yaml"))
     run_quantize(work_dir)
-    assert "lm_head.weight" not in read_packed(work_dir / "packed").kept
+    found = read_packed(work_dir / "packed")
+    assert "lm_head.weight" not in found.kept and "model.embed_tokens" in found.linears
+
+
+def embedding_rows(work_dir: Path) -> list[MatrixReport]:
+    rows = read_report(work_dir / "packed" / "report" / "rest.json")
+    return [row for row in rows if row.role == Role.EMBEDDING.value]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_embedding_is_rounded_before_the_layers_see_it(
+    allocated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    work_dir = copy_of(allocated, tmp_path)
+    plan = plan_of(work_dir)
+    replace(plan, role_bits={**plan.role_bits, Role.EMBEDDING: bits}).write(tmp_path / "mine.yaml")
+    seen: dict[str, Tensor] = {}
+
+    def first_inputs(_: Any, walk: LayerWalk, original: LayerWalk | None) -> int:
+        seen.update(packed=walk.hidden.clone())
+        seen.update({} if original is None else {"original": original.hidden.clone()})
+        return 0
+
+    monkeypatch.setattr(quantize, "restore_progress", first_inputs)
+    run_quantize(work_dir, plan=str(tmp_path / "mine.yaml"))
+    (row,) = embedding_rows(work_dir)
+    assert (row.outcome, row.bits, row.notes) == ("quantized", bits, ())
+    assert row.relative_error is not None and 0 < row.relative_error < (0.02 if bits == 4 else 1e-4)
+    token_ids = load_file(work_dir / "calibration" / "tokens.safetensors")["token_ids"]
+    loaded = load_packed(work_dir / "packed")
+    stored = loaded.get_input_embeddings()(token_ids)
+    scale = (seen["packed"].norm() / stored.norm()).item()  # some families multiply embeddings by a number
+    torch.testing.assert_close(seen["packed"], stored * scale, atol=1e-5, rtol=1e-4)
+    if "original" in seen:
+        error = (seen["packed"] - seen["original"]).square().sum() / seen["original"].square().sum()
+        assert 0 < error < (0.02 if bits == 4 else 1e-4)
+
+
+def test_large_matrices_are_packed_some_rows_at_a_time(
+    allocated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, pieces = (copy_of(allocated, tmp_path / name) for name in ("whole", "pieces"))
+    plan = plan_of(whole)
+    replace(plan, role_bits={**plan.role_bits, Role.HEAD: 6, Role.EMBEDDING: 6}).write(tmp_path / "mine.yaml")
+    run_quantize(whole, plan=str(tmp_path / "mine.yaml"))
+    monkeypatch.setattr(layer_quantizer, "_PIECE_WEIGHTS", 1000)
+    run_quantize(pieces, plan=str(tmp_path / "mine.yaml"))
+    found, expected = (read_packed(each / "packed").linears for each in (pieces, whole))
+    for path in ("lm_head", "model.embed_tokens"):  # sums of other numbers of rows may turn a code that is on the edge
+        assert (found[path] - expected[path]).norm() < 0.02 * expected[path].norm()
+    rows = zip(*(read_report(each / "packed" / "report" / "rest.json") for each in (pieces, whole)), strict=True)
+    for row, other in rows:
+        assert row.proxy_loss == pytest.approx(other.proxy_loss, rel=1e-2)
+        assert row.relative_error == pytest.approx(other.relative_error, rel=1e-2)
+
+
+def test_an_embedding_with_code_of_its_own_is_kept_and_told(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inventory_module, "_plain_embedding_path", lambda model: None)
+    work_dir = tmp_path / "work"
+    run_calibrate(work_dir, tiny_model("mixtral"), write_documents(tmp_path / "text.jsonl", documents=24))
+    run_score(work_dir, bits=(2, 4))
+    run_allocate(work_dir)
+    result = run_quantize(work_dir)
+    (row,) = embedding_rows(work_dir)
+    assert (row.outcome, row.bits) == ("kept", 16) and "reads its weight" in row.notes[0]
+    assert any("model.embed_tokens: its family's own code" in warning for warning in result.warnings)
+    assert "model.embed_tokens.weight" in read_packed(work_dir / "packed").kept
 
 
 def test_missing_plan_says_how_to_make_one(allocated: Path, tmp_path: Path) -> None:

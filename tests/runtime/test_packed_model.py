@@ -15,14 +15,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mc_cli.artifacts.packed import CONFIG_FOLDER, LAYOUT, part_file, read_layout
-from mc_cli.errors import ArtifactError, InputError, PlanError
+from mc_cli.encodings.affine import AffineEncoding
+from mc_cli.encodings.trellis import trellis_for
+from mc_cli.errors import ArtifactError, InputError
 from mc_cli.families import CONTRACT_TESTED
 from mc_cli.parts import Role
 from mc_cli.runtime import experts
 from mc_cli.runtime.checkpoint import REST
 from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.packed_files import open_packed
-from mc_cli.runtime.packed_model import PackedSource, copy_model_files, load_packed, model_bytes
+from mc_cli.runtime.packed_model import PackedSource, copy_model_files, load_packed, model_bytes, tied_names
 from tests.conftest import TinyModel
 from tests.dense_twin import PRODUCTS, cut_experts_out, decoded_products
 from tests.packed_folders import LINEAR_BITS, pack_folder
@@ -115,7 +117,8 @@ def test_every_stored_byte_has_a_role(model_type: str, packed: Packed) -> None:
     for ending, counted in by_kind.items():
         assert counted == sum(tensor.nbytes for name, tensor in stacked.items() if name.endswith(ending)) > 0
     assert sizes[Role.EXPERT].total == sum(tensor.nbytes for tensor in stacked.values())
-    assert sizes[Role.EMBEDDING].kept == sizes[Role.EMBEDDING].total > 0
+    embedding = tensors["model.embed_tokens.codes"]
+    assert sizes[Role.EMBEDDING].codes == embedding.nbytes and sizes[Role.EMBEDDING].kept == 0
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "hunyuan_v1_moe", "granitemoe"])
@@ -155,7 +158,7 @@ def test_a_compute_dtype_casts_what_is_kept_and_nothing_that_is_packed(dtype: to
     stored = source.files.tensors
     for name in source.packed:
         assert found[name].dtype == stored[name].dtype
-    assert found["model.embed_tokens.weight"].dtype == dtype
+    assert found["model.norm.weight"].dtype == source.model.dtype == dtype
     assert found["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
     assert {found[name].dtype for name in found if name.endswith("_kept_weight")} == {dtype}
     assert torch.isfinite(logits_of(source.model).float()).all()
@@ -180,22 +183,77 @@ def test_only_one_layer_is_resident(packed: Packed) -> None:
     layers = source.model.get_submodule(source.layers_path)
     assert [{tensor.is_meta for tensor in layer.parameters()} for layer in layers] == [{True}, {True}, {False}]
     rest = {name for name, tensor in source.model.named_parameters() if not tensor.is_meta and ".layers." not in name}
-    assert rest == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    embedding = {f"model.embed_tokens.{part}" for part in ("codes", "scales", "zero_points")}
+    assert rest == embedding | {"model.norm.weight", "lm_head.weight"}
 
 
 def test_a_tied_head_is_stored_once(packed: Packed) -> None:
-    folder = packed("ernie4_5_moe")
+    folder = packed("ernie4_5_moe", role_bits={Role.ATTENTION: 4})
     assert "lm_head.weight" not in open_packed(folder).tensors
     model = load_packed(folder)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_tied_head_cannot_be_packed(packed: Packed, tmp_path: Path) -> None:
+def test_a_tied_head_multiplies_with_the_packed_embedding(packed: Packed) -> None:
+    folder = packed("ernie4_5_moe")
+    assert not [name for name in open_packed(folder).tensors if name.startswith("lm_head")]
+    model = load_packed(folder)
+    assert isinstance(model.lm_head, torch.nn.Linear) and not list(model.lm_head.parameters())
+    assert model.get_output_embeddings() is model.lm_head and not tied_names(model)
+    weight = model.model.embed_tokens.weight
+    assert torch.equal(weight, model.lm_head.weight)
+    hidden = torch.randn(3, 5, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.lm_head(hidden), hidden @ weight.T, atol=1e-3, rtol=0)
+    model.tie_weights()  # finds nothing to tie, whatever table it looks into
+    model.tie_weights(recompute_mapping=False)
+    assert not list(model.lm_head.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_embedding_looks_up_rows_in_the_dtype_of_its_model(dtype: torch.dtype, packed: Packed) -> None:
+    model = load_packed(packed("qwen3_moe"), dtype=dtype)
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding) and model.dtype == model.model.dtype == dtype
+    token_ids = torch.tensor([[5, 0, 5], [7, 319, 1]])
+    assert torch.equal(embedding(token_ids), embedding.weight[token_ids])
+    assert embedding(token_ids).dtype == embedding.weight.dtype == dtype
+    model.to(torch.float16)
+    assert embedding(token_ids).dtype == embedding.weight.dtype == model.dtype == torch.float16
+    assert model.num_parameters() > 0 and type(model).__name__ == "Qwen3MoeForCausalLM"
+
+
+def test_a_packed_embedding_decodes_no_other_rows(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedding = load_packed(packed("qwen3_moe")).get_input_embeddings()
+    asked: list[int] = []
+    real = AffineEncoding.dequantize
+
+    def dequantize(self: AffineEncoding, tensors: dict[str, torch.Tensor], in_features: int) -> torch.Tensor:
+        asked.append(len(tensors["codes"]))
+        return real(self, tensors, in_features)
+
+    monkeypatch.setattr(AffineEncoding, "dequantize", dequantize)
+    embedding(torch.tensor([[3, 4]]))
+    assert asked == [2]
+
+
+def test_a_layout_that_packs_a_tied_head_twice_is_refused(packed: Packed, tmp_path: Path) -> None:
     folder = shutil.copytree(packed("ernie4_5_moe"), tmp_path / "packed")
     change_layout(folder, lambda layout: layout["linears"].update({"lm_head": 0}))
-    with pytest.raises(PlanError, match="one tensor") as error:
+    with pytest.raises(ArtifactError, match="lm_head: the layout packs it, but it is"):
         source_of(folder)
-    assert "lm_head" in str(error.value) and "--head-bits 16" in str(error.value)
+
+
+def test_an_embedding_whose_rows_are_not_apart_is_refused(packed: Packed, tmp_path: Path) -> None:
+    folder = shutil.copytree(packed("qwen3_moe"), tmp_path / "packed")
+    key = trellis_for(4.0, 32).key
+
+    def change(layout: dict[str, Any]) -> None:
+        layout["encodings"].append(key)
+        layout["linears"]["model.embed_tokens"] = len(layout["encodings"]) - 1
+
+    change_layout(folder, change)
+    with pytest.raises(ArtifactError, match=f"{key} does not store the rows of an embedding apart"):
+        source_of(folder)
 
 
 def test_a_whole_model_generates_and_is_not_saved(packed: Packed, tmp_path: Path) -> None:

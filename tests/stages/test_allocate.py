@@ -13,7 +13,7 @@ from mc_cli.allocators import solver
 from mc_cli.artifacts.plan import Plan
 from mc_cli.errors import BudgetError
 from mc_cli.parts import Role
-from mc_cli.settings import bits_beside
+from mc_cli.settings import AllocateSettings
 from tests.conftest import TinyModel
 from tests.tiny_chain import run_allocate, run_calibrate, run_quantize, run_score, write_documents
 
@@ -62,7 +62,7 @@ def test_target_out_of_reach_says_what_is_feasible(scored: Path, tmp_path: Path)
 
 def test_a_target_size_out_of_reach_is_told_as_the_size_of_the_files(scored: Path, tmp_path: Path) -> None:
     work_dir = Path(shutil.copytree(scored, tmp_path / "work"))
-    run_allocate(work_dir, target_stored_bits=2.0)  # beside which attention is as wide as where nothing is left
+    run_allocate(work_dir, target_stored_bits=2.0)  # beside which all else is as wide as where nothing is left
     asked = plan_of(work_dir).budget["other_bytes"] + 10
     with pytest.raises(
         BudgetError, match=rf"10 bytes for all experts \({asked:,} with the rest of the model\)"
@@ -77,7 +77,14 @@ def test_a_target_size_out_of_reach_is_told_as_the_size_of_the_files(scored: Pat
 
 
 def test_borders_belong_to_the_narrower_width() -> None:
-    assert [bits_beside(bits) for bits in (0, 2.5, 2.501, 2.75, 2.751)] == [5, 5, 6, 6, 8]
+    settings = AllocateSettings(target_stored_bits=2.0)
+    for role, widths in {
+        Role.ATTENTION: [5, 5, 5, 5, 6, 6, 8],
+        Role.SHARED: [5, 5, 5, 5, 6, 6, 8],
+        Role.HEAD: [6, 6, 6, 6, 6, 6, 8],
+        Role.EMBEDDING: [6, 6, 6, 6, 8, 8, 8],
+    }.items():
+        assert [settings.role_bits(bits)[role] for bits in (0, 1.75, 1.751, 2.5, 2.501, 2.75, 2.751)] == widths
 
 
 @pytest.mark.parametrize(("bits", "beside"), [(2.0, 5), (2.4, 5), (2.6, 6), (3.0, 8), (3.6, 8)])

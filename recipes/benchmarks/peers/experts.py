@@ -23,6 +23,7 @@ EXPERT_WEIGHT = re.compile(
     r"\.layers\.(?P<layer>\d+)\..*experts\.(?P<expert>\d+)\.(?P<linear>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$"
 )
 ATTENTION_WEIGHT = re.compile(r"\.layers\.\d+\.self_attn\.(q|k|v|o)_proj\.weight$")
+EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 MIXED_UP = 1.5  # squared distance over squared norm; two unrelated matrices have 2
 LEAST_S = 0.3  # that a product is timed for
 STORED = "stored.json"
@@ -34,6 +35,7 @@ class Stored:
     """What a peer stores for all expert weights: `expert_bytes` counts codes, scales, zero points, everything.
 
     attention_bytes   the same of attention where that is compressed too; None where it is as in the checkpoint
+    embedding_bytes   the same of a token embedding that is the head, too
     """
 
     tool: str
@@ -45,6 +47,7 @@ class Stored:
     seconds: float
     notes: str = ""
     attention_bytes: int | None = None
+    embedding_bytes: int | None = None
 
 
 def parser(description: str | None, *, data_free: bool = False) -> argparse.ArgumentParser:
@@ -83,7 +86,7 @@ def write_dense(model: Path, out: Path, replaced: Mapping[str, torch.Tensor], st
     """Writes `out`: the checkpoint with `replaced` in place of its expert weights, and stored.json.
 
     replaced   every expert weight as float32, in the checkpoint's names: what the peer's stored codes stand for; and
-               every matrix of attention where `stored` counts attention
+               every matrix of attention, and the embedding, where `stored` counts them
     All other tensors stay as they are. Raises ValueError where a weight is missing, misshapen, not finite or still the
     original: a peer that passes over experts without a word must not be measured as lossless.
     """
@@ -92,6 +95,8 @@ def write_dense(model: Path, out: Path, replaced: Mapping[str, torch.Tensor], st
     wanted = dict(experts)
     if stored.attention_bytes is not None:
         wanted |= {name: tensor for name, tensor in tensors.items() if ATTENTION_WEIGHT.search(name)}
+    if stored.embedding_bytes is not None:
+        wanted[EMBEDDING_WEIGHT] = tensors[EMBEDDING_WEIGHT]
     faults = [f"{name}: not quantized" for name in sorted(wanted.keys() - replaced.keys())]
     faults += [f"{name}: not to be quantized" for name in sorted(replaced.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & replaced.keys()):

@@ -116,7 +116,7 @@ def loss(
             f"{inventory.expert_weight_count:,}. Make the folder again."
         )
     total, domains = losses(original, walked(at_folder(session, folder), windows), windows)
-    compressed = {"expert": stored["expert_bytes"], "attention": stored.get("attention_bytes")}
+    compressed = {role: stored.get(f"{role}_bytes") for role in ("expert", "attention", "embedding")}
     sizes = {role.value: size for role, size in inventory.bytes_by_role().items()}
     sizes |= {role: size for role, size in compressed.items() if size is not None}
     return {

@@ -20,7 +20,17 @@ from pathlib import Path
 import gguf
 import numpy
 import torch
-from experts import EXPERT_WEIGHT, Stopwatch, Stored, parser, read_experts, read_tokens, read_weights, write_dense
+from experts import (
+    EMBEDDING_WEIGHT,
+    EXPERT_WEIGHT,
+    Stopwatch,
+    Stored,
+    parser,
+    read_experts,
+    read_tokens,
+    read_weights,
+    write_dense,
+)
 
 PROJECTIONS = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
 ATTENTION = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
@@ -34,18 +44,18 @@ def main() -> None:
     arguments.add_argument("--type", required=True, help="IQ1_S to Q8_0")
     arguments.add_argument("--mix", action="store_true", help="the file type's own mix instead of one tensor type")
     arguments.add_argument(
-        "--whole", action="store_true", help="attention too, by the file type's own mix; the embedding stays bfloat16"
+        "--whole", action="store_true", help="all matrices, by the file type's own mix; the model's head is tied"
     )
     arguments.add_argument("--work-dir", type=Path, default=Path("runs/peers/gguf"), help="GGUF and importance files")
     arguments.add_argument("--threads", type=int, default=1)
     given = arguments.parse_args()
     tokens, seed = read_tokens(given.tokens)
     given.work_dir.mkdir(parents=True, exist_ok=True)
-    plain = given.work_dir / "plain.gguf"
+    plain = given.work_dir / ("tied.gguf" if given.whole else "plain.gguf")
     if not plain.exists():
-        write_gguf(given.model, plain)
+        write_gguf(given.model, plain, tied=given.whole)
     watch = Stopwatch()
-    importance = given.work_dir / f"importance{seed}.gguf"
+    importance = given.work_dir / f"importance-{plain.stem}{seed}.gguf"
     if not importance.exists():
         measure_importance(given.bin, plain, tokens, importance, given.threads)
     coded = given.work_dir / "coded.gguf"
@@ -53,14 +63,16 @@ def main() -> None:
         [given.type] if given.mix else ["--tensor-type", f"ffn_(gate|up|down)_exps={given.type.lower()}", BASE_TYPE]
     )
     if given.whole:
-        chosen = ["--token-embedding-type", "bf16", "--output-tensor-type", "bf16", given.type]
+        chosen = [given.type]
     options, kind = chosen[:-1], chosen[-1]
     call(given.bin / "llama-quantize", "--imatrix", importance, *options, plain, coded, kind, given.threads)
     replaced, types, size = read_back(given.model, coded)
-    attention_bytes = None
+    attention_bytes = embedding_bytes = None
     if given.whole:
         attention, attention_types, attention_bytes = read_attention(given.model, coded)
-        replaced, types = replaced | attention, types | attention_types
+        embedding, embedding_type, embedding_bytes = read_tensor(coded, "token_embd.weight")
+        replaced |= attention | {EMBEDDING_WEIGHT: embedding}
+        types |= attention_types | {"token_embd.weight": embedding_type}
     if not (given.mix or given.whole) and set(types.values()) != {given.type}:
         raise ValueError(f"asked for {given.type}, got {types}")
     stored = Stored(
@@ -73,6 +85,7 @@ def main() -> None:
         seconds=watch.seconds,
         notes=json.dumps({name: list(types.values()).count(name) for name in sorted(set(types.values()))}),
         attention_bytes=attention_bytes,
+        embedding_bytes=embedding_bytes,
     )
     write_dense(given.model, given.out, replaced, stored)
     coded.unlink()
@@ -106,9 +119,14 @@ def measure_importance(folder: Path, model: Path, tokens: torch.Tensor, out: Pat
     out.with_suffix(".log").write_text(log)
 
 
-def write_gguf(model: Path, out: Path) -> None:
-    """Writes a Mixtral checkpoint as float32 GGUF. Raises ValueError for other families."""
+def write_gguf(model: Path, out: Path, *, tied: bool) -> None:
+    """Writes a Mixtral checkpoint as float32 GGUF. Raises ValueError for other families.
+
+    tied   without a head of its own, which llama.cpp then takes from the embedding
+    """
     config = json.loads((model / "config.json").read_text())
+    if tied and not config.get("tie_word_embeddings"):
+        raise ValueError(f"{model}: its head is not tied to its embedding; --whole takes tied models only")
     if config["model_type"] != "mixtral":
         raise ValueError(f"model_type {config['model_type']}: this script writes Mixtral's GGUF only")
     heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -137,7 +155,8 @@ def write_gguf(model: Path, out: Path) -> None:
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     for name, tensor in gguf_tensors(read_weights(model), config["num_hidden_layers"], heads, key_heads).items():
-        writer.add_tensor(name, tensor.float().contiguous().numpy())
+        if not (tied and name == "output.weight"):
+            writer.add_tensor(name, tensor.float().contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -181,13 +200,24 @@ def read_attention(model: Path, path: Path) -> tuple[dict[str, torch.Tensor], di
     for layer in range(config["num_hidden_layers"]):
         for name, key in ATTENTION.items():
             tensor = fields[f"blk.{layer}.{key}.weight"]
-            weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32))
+            weight = dequantized(tensor)
             if name in heads:
                 weight = halved(weight, heads[name])
             replaced[f"model.layers.{layer}.self_attn.{name}_proj.weight"] = weight
             types[tensor.name] = tensor.tensor_type.name
             size += tensor.n_bytes
     return replaced, types, size
+
+
+def read_tensor(path: Path, name: str) -> tuple[torch.Tensor, str, int]:
+    """(weight as its codes stand for, its type, its bytes) of one tensor of a GGUF."""
+    tensor = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == name)
+    return dequantized(tensor), tensor.tensor_type.name, tensor.n_bytes
+
+
+def dequantized(tensor: gguf.ReaderTensor) -> torch.Tensor:
+    """What the codes of a GGUF's tensor stand for, float32."""
+    return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32))
 
 
 def halved(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -215,9 +245,7 @@ def read_back(model: Path, path: Path) -> tuple[dict[str, torch.Tensor], dict[st
         key = f"blk.{place['layer']}.{PROJECTIONS[place['linear']]}.weight"
         if key not in decoded:
             tensor = fields[key]
-            decoded[key] = torch.from_numpy(
-                gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32)
-            )
+            decoded[key] = dequantized(tensor)
             types[key] = tensor.tensor_type.name
             size += tensor.n_bytes
         replaced[name] = decoded[key][int(place["expert"])]
