@@ -4,8 +4,8 @@ A dropped expert has no encoding: nothing of it is stored, and whoever loads the
 
 The layout goes into `packed/layout.json` and, unchanged, into `quantization_config` of an exported config.json.
 Experts of one projection and encoding are stacked in one 3-D tensor per stored part, in ascending expert order:
-`<experts path>.<projection>_<encoding key>_<part>` [experts with that encoding, ...]; a packed linear keeps its path:
-`<linear path>.<part>`. Everything else keeps its module-tree name and dtype.
+`<experts path>.<projection>_<encoding key>_<part>` [experts with that encoding, ...]; a packed linear, or
+token embedding, keeps its path: `<path>.<part>`. Everything else keeps its module-tree name and dtype.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class PackedLayout:
     """Everything a loader needs to know beside the tensors; `pruning` is the policy that loading applies."""
 
     experts: tuple[ExpertLayout, ...]
-    linears: Mapping[str, str] = field(default_factory=dict)  # module path -> encoding key
+    linears: Mapping[str, str] = field(default_factory=dict)  # module path -> encoding key, the embedding too
     format_version: int = FORMAT_VERSION
     pruning: Pruning | None = None
 

@@ -31,7 +31,7 @@ UNITS = {
     "predicted_loss": "nats per token, from the layers' sensitivities, on the fitting text",
     "experts_per_token": "routed experts computed per token and MoE layer, mean",
     "activated_bytes": "stored bytes that one token's forward needs: experts by their calls, and all other weights but "
-    "the embedding",
+    "an embedding of which a row is read",
     "activated_parameters": "the same in weights",
     "on_front": "no other point of this evaluation drops as many calls at a smaller or equal loss",
 }
@@ -158,7 +158,7 @@ class _Bytes:
         self._blocks: dict[int, ExpertBlock] = {block.layer: block for block in inventory.expert_blocks}
         self._expert_bytes = {block.layer: _expert_bytes(packed, block) for block in inventory.expert_blocks}
         stored = model_bytes(packed.folder)
-        apart = (Role.EXPERT, Role.EMBEDDING)
+        apart = (Role.EXPERT,) if inventory.tied_head else (Role.EXPERT, Role.EMBEDDING)
         self._always_bytes = sum(part.total for role, part in stored.items() if role not in apart)
         self._always_weights = sum(
             math.prod(tensor.shape) for tensor in inventory.tensors if tensor.role not in (*apart, Role.EXPERT_BIAS)

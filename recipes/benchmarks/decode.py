@@ -1,6 +1,7 @@
 """A whole packed model beside the dense one: load time, memory, prompt and decoding speed, at sizes that need no GPU.
 
-Writes a random Mixtral checkpoint and the packed form of it (experts at 2.5 bits in the mean, mixed; attention 5 bits),
+Writes a random Mixtral checkpoint and the packed form of it (experts at 2.5 bits in the mean, mixed; all else as wide
+as `allocate` makes it beside them: attention 5 bits, embedding and head 6),
 and measures each in a process of its own, as `mc-cli bench` does for real models. Values are random: neither speed nor
 memory depends on them. Memory is told over what the libraries take alone, and as a multiple of the packed bytes plus
 the key-value cache.
@@ -25,15 +26,19 @@ from transformers import MixtralConfig
 from mc_cli import console
 from mc_cli.artifacts.packed import ExpertLayout, PackedLayout
 from mc_cli.artifacts.store import write_json
+from mc_cli.encodings import encoding_for
 from mc_cli.encodings.trellis import trellis_for
 from mc_cli.exporters.shards import ShardWriter
+from mc_cli.parts import family_of_role
 from mc_cli.runtime.experts import find_experts, projections_of
+from mc_cli.runtime.inventory import take_inventory
 from mc_cli.runtime.packed_model import attach
 from mc_cli.runtime.skeleton import build_skeleton
 from mc_cli.runtime.speed import Speed, measure, reading_rate
+from mc_cli.settings import AllocateSettings
 
 WIDTHS = (1.5, 2.0, 2.5, 2.5, 2.5, 2.5, 3.0, 3.5)  # of a layer's experts in turn
-ATTENTION_BITS = 5.0
+MEAN_BITS = 2.5  # of these
 SHARD_BYTES = 2 * 2**30
 
 
@@ -96,10 +101,13 @@ def write_packed(folder: Path, config: MixtralConfig) -> None:
             for name, shape in shapes.items()
         }
         blocks.append(ExpertLayout(path, module.num_experts, shapes, keys))
+    widths = AllocateSettings(target_stored_bits=MEAN_BITS).role_bits(MEAN_BITS)
     linears = {
-        path: trellis_for(ATTENTION_BITS, module.in_features).key
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "self_attn" in path
+        part.name.removesuffix(".weight"): encoding_for(
+            family_of_role(part.role, "trellis"), widths[part.role], *part.shape
+        ).key
+        for part in take_inventory(model, stored_dtypes={}).tensors
+        if part.packable
     }
     layout = PackedLayout(tuple(blocks), linears)
     attach(model, layout, kept_dtype=torch.bfloat16)
