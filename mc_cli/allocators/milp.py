@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +52,31 @@ def run_solver(model: pulp.LpProblem, *, time_limit_s: float, absolute_gap: floa
     name = choose_solver(name)
     solver = _solver(name, timeLimit=time_limit_s, threads=1, gapRel=0.0, gapAbs=absolute_gap)
     try:
-        model.solve(solver)
+        with _standard_output_left_alone():
+            model.solve(solver)
     except pulp.PulpSolverError as error:
         raise SolverError(f"{name} did not run: {error}. Reinstall pulp and highspy.") from error
     return Outcome(name, model.sol_status, _own_bound(model, name, absolute_gap))
+
+
+@contextmanager
+def _standard_output_left_alone() -> Iterator[None]:
+    """While it lasts, what is written to descriptor 1 goes to standard error.
+
+    HiGHS 1.16 introduces itself there when it is made, before it can be told to be silent, and would be part of --json.
+    """
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed, so there is nothing to keep clean
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _solver(name: str, **settings: Any) -> pulp.LpSolver:

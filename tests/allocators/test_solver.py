@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+import textwrap
 
 import pulp
 import pytest
@@ -302,3 +305,18 @@ def test_a_model_of_deepseek_v3_size_is_solved_to_the_gap():
     assert plan.solver["gap"] <= plan.solver["lagrangian_gap"] <= 1e-4
     assert 2.4999 < plan.budget["reached"] <= 2.5
     assert sum(len(row) for row in plan.expert_bits.values()) == 61 * 256
+
+
+def test_solving_prints_nothing() -> None:
+    """HiGHS greets on standard output when it is made: in a process of its own, since it does so once in each."""
+    script = """
+        import pulp
+        from mc_cli.allocators.milp import run_solver
+        model = pulp.LpProblem()
+        choice = pulp.LpVariable("choice", cat="Integer", lowBound=1, upBound=5)
+        model += choice
+        outcome = run_solver(model, time_limit_s=10, absolute_gap=0)
+        print(outcome.solver, choice.value())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    assert done.stdout == "HiGHS 1.0\n"
