@@ -34,7 +34,7 @@ from mc_cli.artifacts.store import (
 from mc_cli.errors import ArtifactError, PlanError, listed
 from mc_cli.kernels.trellis import path_name
 from mc_cli.numerics.hessian import accumulate
-from mc_cli.parts import ModelInventory, Role, TensorPart
+from mc_cli.parts import ModelInventory, Role, TensorPart, family_of_role
 from mc_cli.progress import Progress, StageResult
 from mc_cli.runtime.checkpoint import Checkpoint
 from mc_cli.runtime.experts import IMPLEMENTATION
@@ -144,6 +144,8 @@ def _check_widths(plan: Plan, inventory: ModelInventory) -> None:
             problems.append(f"role_bits: {role.value} has {bits} bits, but is always kept: its width is 16 or left out")
         elif bits == 0:
             problems.append(f"role_bits: {role.value} has 0 bits, but only experts can be pruned")
+        elif family_of_role(role, plan.family) == "affine" and not float(bits).is_integer():
+            problems.append(f"role_bits: {role.value} has {bits} bits, but affine grids have whole widths")
     if plan.role_bits.get(Role.HEAD, KEPT_BITS) != KEPT_BITS and inventory.tied_head:
         problems.append("role_bits: head is packed, but tied to the embedding, whose width it has: leave it out")
     for layer, row in sorted(plan.expert_bits.items()):

@@ -357,7 +357,9 @@ def _check_kept(experts: dict[str, dict[str, list[Tensor | None]]], twin: Any, m
             assert torch.equal(before[2], after[1]) == (projection == "down_proj")
 
 
-@pytest.mark.parametrize("where", ["pruned in half", "missing layer", "role that is kept", "pruned role"])
+@pytest.mark.parametrize(
+    "where", ["pruned in half", "missing layer", "role that is kept", "pruned role", "half embedding"]
+)
 def test_plan_that_cannot_be_followed_is_refused(allocated: Path, tmp_path: Path, where: str) -> None:
     work_dir = copy_of(allocated, tmp_path)
     plan = plan_of(work_dir)
@@ -369,6 +371,7 @@ def test_plan_that_cannot_be_followed_is_refused(allocated: Path, tmp_path: Path
         "missing layer": (replace(plan, expert_bits={n: plan.expert_bits[n] for n in others}), f"layer {first}"),
         "role that is kept": (replace(plan, role_bits=plan.role_bits | {Role.OTHER: 4}), "other has 4 bits"),
         "pruned role": (replace(plan, role_bits=plan.role_bits | {Role.ATTENTION: 0}), "attention has 0 bits"),
+        "half embedding": (replace(plan, role_bits=plan.role_bits | {Role.EMBEDDING: 4.5}), "embedding has 4.5 bits"),
     }[where]  # fmt: skip
     wrong.write(tmp_path / "wrong.yaml")
     with pytest.raises(PlanError, match=message):
