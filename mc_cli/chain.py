@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest, nothing_remembered
+from mc_cli.artifacts.files import nothing_remembered
+from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest
 from mc_cli.errors import InputError
 from mc_cli.flags import STAGES, shared_with_score
 from mc_cli.progress import Progress, StageResult

@@ -118,7 +118,7 @@ class TensorPart:
     shape: tuple[int, ...]
     dtype: str  # as stored when kept: "bfloat16", "float32", ...
     size_bytes: int  # stored size when kept
-    packable: bool = False  # the 2-D weight of a torch.nn.Linear, or of the token embedding
+    packable: bool = False  # the 2-D weight of a torch.nn.Linear, of a router, or of the token embedding
 
 
 @dataclass(frozen=True)

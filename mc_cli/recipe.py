@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from mc_cli.artifacts.strict_yaml import read_yaml
 from mc_cli.errors import InputError, listed
 from mc_cli.flags import (
     COMPUTE,
@@ -72,7 +73,7 @@ class RunPlan:
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file. Raises InputError naming every section, key and value that cannot be used."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist. Give a recipe, for example recipes/demo.yaml.") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -134,21 +135,6 @@ def _widen(score: dict[str, Any], allocate: Mapping[str, Any]) -> None:
     target = max(allocate.get(name) or 0 for name in ("target_stored_bits", "target_bits"))
     if not score.get("bits") and score.get("quantizer", QuantizerSettings.quantizer) == "trellis":
         score["bits"] = trellis_widths(target)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without tags that run code, and without keys given twice, of which YAML would keep the last silently."""
-
-
-def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
-    twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-    if twice:
-        raise yaml.constructor.ConstructorError(None, None, f"given twice: {', '.join(twice)}", node.start_mark)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
 def _section(section: str, values: Any, problems: list[str]) -> dict[str, Any]:

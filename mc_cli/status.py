@@ -11,16 +11,8 @@ from typing import Any
 
 from mc_cli.artifacts.exported import STAGE as EXPORT
 from mc_cli.artifacts.exported import ExportFolder, ExportRecord, known_exports
-from mc_cli.artifacts.store import (
-    BEGUN,
-    MANIFEST,
-    PARTIAL_SUFFIX,
-    RESUME,
-    STAGE_FOLDERS,
-    Manifest,
-    StageFolder,
-    read_json,
-)
+from mc_cli.artifacts.files import PARTIAL_SUFFIX, read_json
+from mc_cli.artifacts.store import BEGUN, MANIFEST, RESUME, STAGE_FOLDERS, Manifest, StageFolder
 from mc_cli.errors import ArtifactError, InputError
 
 DONE, BEGUN_STATE, STALE, DAMAGED, MISSING, TO_DO = "done", "begun", "stale", "damaged", "missing", "to do"

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mc_cli.artifacts.store import StageFolder, require_done, write_json
+from mc_cli.artifacts.files import write_json
+from mc_cli.artifacts.store import StageFolder, require_done
 from mc_cli.progress import Progress, StageResult
 from mc_cli.settings import RunSettings
 

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.packed import CONFIG_FOLDER, KEPT, LAYOUT, ExpertLayout, PackedLayout, part_file, stacked_name
-from mc_cli.artifacts.store import StageFolder, write_json
+from mc_cli.artifacts.store import StageFolder
 from mc_cli.encodings.affine import AffineEncoding, choose_group_size
 from mc_cli.numerics.packing import pack_codes
 from mc_cli.parts import ModelInventory, Role
 from mc_cli.runtime import experts
 from mc_cli.runtime.checkpoint import REST, Checkpoint, read_config
-from mc_cli.runtime.inventory import take_inventory
-from mc_cli.runtime.packed_model import copy_model_files, tied_names
+from mc_cli.runtime.inventory import take_inventory, tied_tensors
+from mc_cli.runtime.packed_model import copy_model_files
 
 WIDTHS = (1, 2, 3, 4, 16)
 LINEAR_BITS = {Role.ATTENTION: 4, Role.SHARED: 4, Role.DENSE: 3, Role.EMBEDDING: 6}
@@ -106,7 +107,7 @@ def _tensors(model: torch.nn.Module, layout: PackedLayout) -> dict[str, torch.Te
     """Every tensor of the packed model by its stored name."""
     from mc_cli.artifacts.packed import encoding_of
 
-    found = {name: tensor for name, tensor in model.state_dict().items() if name not in tied_names(model)}
+    found = {name: tensor for name, tensor in model.state_dict().items() if name not in tied_tensors(model)}
     for path, key in layout.linears.items():
         weight = found.pop(f"{path}.weight")
         found |= {f"{path}.{part}": tensor for part, tensor in encode(weight, encoding_of(key)).items()}

@@ -86,12 +86,12 @@ def _run(
 ) -> None:
     import torch
 
-    from mc_cli.artifacts import store
+    from mc_cli.artifacts import files
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has its children ignore it
     torch.set_num_threads(1)  # bytes are compared, and sums over threads come in any order
     if pause_s:
-        store._sync_folder = lambda _: time.sleep(pause_s)
+        files._sync_folder = lambda _: time.sleep(pause_s)
     if file_limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))

@@ -17,7 +17,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mc_cli.artifacts.store import PARTIAL_SUFFIX, RESUME, STAGE_FOLDERS
+from mc_cli.artifacts.files import PARTIAL_SUFFIX
+from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS
 from mc_cli.errors import ArtifactError, StaleArtifactError
 from mc_cli.settings import QuantizerSettings
 from tests.conftest import TinyModel

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mc_cli.artifacts.store import read_json, read_tensors, write_json
+from mc_cli.artifacts.files import read_json, read_tensors, write_json
 from mc_cli.errors import ArtifactError
 from mc_cli.parts import ExpertBlock, ModelInventory, Projection, Role, TensorPart
 

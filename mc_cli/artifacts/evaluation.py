@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.store import read_json, write_json
+from mc_cli.artifacts.files import read_json, write_json
 from mc_cli.errors import ArtifactError
 
 SCHEMA = 1

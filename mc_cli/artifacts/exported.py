@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.store import PARTIAL_SUFFIX, content_digest, damaged_files, file_digest, read_json, write_json
+from mc_cli.artifacts.files import PARTIAL_SUFFIX, content_digest, damaged_files, file_digest, read_json, write_json
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.progress import Progress
 

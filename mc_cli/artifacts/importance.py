@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.store import read_json, write_json
+from mc_cli.artifacts.files import read_json, write_json
 from mc_cli.errors import ArtifactError, listed
 from mc_cli.parts import DROPPED, read_width
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mc_cli.artifacts.files import read_json
 from mc_cli.artifacts.pruning import Pruning
-from mc_cli.artifacts.store import read_json
 from mc_cli.encodings import Encoding, encoding_from_key
 from mc_cli.errors import ArtifactError
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from mc_cli.artifacts.store import read_text, write_text
+from mc_cli.artifacts.files import read_text, write_text
+from mc_cli.artifacts.strict_yaml import read_yaml
 from mc_cli.errors import PlanError, listed
 from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role, too_few_survivors
 
@@ -91,7 +92,7 @@ class Plan:
     def read(cls, path: Path) -> Plan:
         """Reads and checks the file. Raises PlanError naming all that is wrong with it."""
         try:
-            content = yaml.load(read_text(path), Loader=_Loader)
+            content = read_yaml(read_text(path))
         except yaml.YAMLError as error:
             raise PlanError(f"{path} is not valid YAML: {error}. {REMEDY}") from error
         if not isinstance(content, dict):
@@ -117,20 +118,6 @@ class Plan:
             solver=content.get("solver", {}),
             warnings=tuple(content.get("warnings", ())),
         )
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error: otherwise the later line would win without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key_node.value!r} is given twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
 
 
 def _content_problems(content: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mc_cli.artifacts.store import read_json, read_tensors, write_json, write_tensors
+from mc_cli.artifacts.files import read_json, read_tensors, write_json, write_tensors
 from mc_cli.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mc_cli.artifacts.store import read_json, write_json
+from mc_cli.artifacts.files import read_json, write_json
 from mc_cli.errors import ArtifactError
 
 SCHEMA = 1

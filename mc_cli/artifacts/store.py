@@ -1,35 +1,32 @@
-"""Files that are whole or absent: atomic writes, digests, and the manifest that is written last.
+"""The folder of a stage: its manifest, written last, and whether it is done, begun, new or stale.
 
 A stage folder passes through three states: absent; begun (`begun.json`, no manifest); done (`manifest.json`).
-Killing the process at any moment leaves one of them, never a half-written file under its final name: what is being
-written lies in a folder `NAME.partial` beside it, what is being removed in `FOLDER.removed`.
+Killing the process at any moment leaves one of them: what is being removed lies in `FOLDER.removed`.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mc_cli.artifacts.files import (
+    PARTIAL_SUFFIX,
+    content_digest,
+    damaged_files,
+    file_digest,
+    read_json,
+    write_json,
+)
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.progress import Progress
-
-if TYPE_CHECKING:
-    import torch
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"
-PARTIAL_SUFFIX = ".partial"
 REMOVED_SUFFIX = ".removed"
 RESUME = "resume"  # what only a resume needs: hidden states after the last finished layer
 
@@ -41,210 +38,6 @@ STAGE_FOLDERS = {
     "quantize": "packed",
     "prune-eval": "evaluation",
 }
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-_UMASK = _umask()
-
-
-def write_bytes_with(path: Path, writer: Callable[[Path], None]) -> None:
-    """Calls `writer(partial)`, flushes it to disk and moves it to `path` in one step; removes it if that fails.
-
-    Raises ArtifactError where the disk is full or does not take the file; what was at `path` is then still there.
-    """
-    # A folder of its own, because safetensors writes to a temporary name that it chooses beside its target.
-    folder = path.with_name(path.name + PARTIAL_SUFFIX)
-    partial = folder / path.name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writer(partial)
-        partial.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
-        with partial.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        partial.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise _not_written(path, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _not_written(path: Path, error: OSError) -> ArtifactError:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return ArtifactError(f"{path} could not be written: {error.strerror or error}.")
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    quota = " (your quota on it is used up)" if error.errno == errno.EDQUOT else ""
-    return ArtifactError(
-        f"The disk is full{quota}: {path} could not be written, {shutil.disk_usage(there).free:,} bytes are free in "
-        f"{there}. What was finished before is kept; free some space and run the same command again."
-    )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text atomically."""
-    write_bytes_with(path, lambda partial: _write_plain(partial, text))
-
-
-def _write_plain(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON atomically; NaN and infinity are refused, since JSON has no word for them."""
-    try:
-        text = _json_text(content, "\n")
-    except ValueError as error:
-        raise ArtifactError(f"{path}: a measured value is not finite ({error}); nothing was written.") from error
-    write_text(path, text + "\n")
-
-
-def _json_text(value: Any, margin: str) -> str:
-    """JSON as `json.dumps(value, indent=1)` writes it, but a row of numbers takes one line and not one for each.
-
-    margin   line break and indentation of the line that `value` begins in
-    """
-    # A name is written through a pair with 0, because JSON's names are texts and json turns numbers into them.
-    inner = margin + " "
-    if isinstance(value, dict) and value:
-        pairs = (f"{json.dumps({name: 0})[1:-4]}: {_json_text(item, inner)}" for name, item in value.items())
-        return f"{{{inner}{f',{inner}'.join(pairs)}{margin}}}"
-    if isinstance(value, list | tuple) and not all(isinstance(item, int | float | type(None)) for item in value):
-        return f"[{inner}{f',{inner}'.join(_json_text(item, inner) for item in value)}{margin}]"
-    return json.dumps(value, allow_nan=False)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file atomically, tensors on the CPU and contiguous."""
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes_with(path, lambda partial: _save_tensors(partial, ready, dict(metadata or {"format": "pt"})))
-
-
-def _save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:  # a full disk included, which it tells in its message alone
-        found = re.search(r"\(os error ([0-9]+)\)", str(error))
-        if found is None and os.strerror(errno.ENOSPC) not in str(error):
-            raise
-        number = int(found[1]) if found else errno.ENOSPC
-        raise OSError(number, os.strerror(number), str(path)) from error
-
-
-def read_text(path: Path) -> str:
-    """The file's text. Raises ArtifactError where it is missing or not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path} does not exist. Run the stage that writes it first.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}.") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The file's JSON object. Raises ArtifactError where it is missing or not one."""
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"{path} is not valid JSON: {error}. Delete it and run its stage again.") from error
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path} should hold a JSON object, but holds a {type(content).__name__}.")
-    return content
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, in memory. Raises ArtifactError where it is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path} does not exist. Run the stage that writes it first.") from error
-    except SafetensorError as error:
-        raise ArtifactError(
-            f"{path} is not a whole safetensors file: {error}. Delete it and run its stage again."
-        ) from error
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def damaged_files(folder: Path, outputs: Mapping[str, Mapping[str, Any]], *, contents: bool) -> list[str]:
-    """A line for each file that is not as it was recorded when it was written: {"sha256", "size_bytes"} by name.
-
-    contents   read all of every file; without it, only sizes are compared
-    """
-    wrong = []
-    for name, facts in outputs.items():
-        path = folder / name
-        if not path.is_file():
-            wrong.append(f"{path}: missing")
-        elif path.stat().st_size != facts["size_bytes"]:
-            wrong.append(f"{path}: {path.stat().st_size:,} bytes, {facts['size_bytes']:,} when it was written")
-        elif contents and file_digest(path) != facts["sha256"]:
-            wrong.append(f"{path}: other bytes than were written")
-    return wrong
-
-
-def content_digest(content: Any) -> str:
-    """sha256 of the canonical JSON of `content`."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-_REMEMBERS: ContextVar[bool] = ContextVar("remembers", default=True)
-
-
-@contextmanager
-def nothing_remembered() -> Iterator[None]:
-    """Inside, digests of input files are worked out but not written down: a dry run leaves the disk as it is."""
-    token = _REMEMBERS.set(False)
-    try:
-        yield
-    finally:
-        _REMEMBERS.reset(token)
-
-
-class DigestCache:
-    """sha256 of input files, each hashed once: remembered by path, size and modification time in one JSON file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self._known: dict[str, Any] = read_json(path) if path.exists() else {}
-        except ArtifactError:  # only a memory: a damaged one is made anew
-            self._known = {}
-
-    def digest(self, path: Path) -> str:
-        """The file's sha256, from memory where size and modification time (nanoseconds) are unchanged."""
-        stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns]
-        name = str(path.resolve())
-        entry = self._known.get(name)
-        if not isinstance(entry, dict) or entry.get("stamp") != stamp or "sha256" not in entry:
-            entry = {"stamp": stamp, "sha256": file_digest(path)}
-            self._known[name] = entry
-            if _REMEMBERS.get():
-                write_json(self._path, self._known)
-        return entry["sha256"]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mc_cli.artifacts.store import write_json, write_text
+from mc_cli.artifacts.files import write_json, write_text
 from mc_cli.exporters import ExportJob
 from mc_cli.exporters.model_card import model_card
 from mc_cli.exporters.shards import ShardWriter

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mc_cli.artifacts.store import write_json, write_tensors
+from mc_cli.artifacts.files import write_json, write_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from mc_cli.artifacts.files import read_json, read_tensors, write_json, write_text
 from mc_cli.artifacts.packed import read_layout
 from mc_cli.artifacts.pruning import Pruning
-from mc_cli.artifacts.store import read_json, read_tensors, write_json, write_text
 from mc_cli.errors import InputError
 from mc_cli.exporters import ExportJob
 from mc_cli.exporters.model_card import model_card

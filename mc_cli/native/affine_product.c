@@ -1,8 +1,8 @@
 /* Products with affine grids, and their decoding. The format is described in encodings/affine.py.
  *
  * A row's codes come out as bytes. Activations come as two bytes each, a coarse and a fine part (or the coarse one and
- * zeros), with one step for each of the row's groups. So what a group gives is a sum of byte products, exact in int32, times scale and step; sums over
- * groups are float32. */
+ * zeros), with one step for each of the row's groups. So what a group gives is a sum of byte products, exact in int32,
+ * times scale and step; sums over groups are float32. */
 
 #include "product.h"
 #include "threads.h"

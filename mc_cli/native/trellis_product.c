@@ -2,8 +2,9 @@
  * numerics/trellis.py.
  *
  * Weights come out as bytes, 128 + level, in blocks [16][groups][lanes][4]: lane l of the k-th row of a block holds the
- * weights of output 16 * l + k for a group of 4 inputs. Activations come as two bytes, a coarse and a fine part, or as the coarse one. So a
- * product is a sum of byte products, exact in int32, and the same block serves vectors (VNNI) and tiles (AMX). */
+ * weights of output 16 * l + k for a group of 4 inputs. Activations come as two bytes, a coarse and a fine part, or as the
+ * coarse one. So a product is a sum of byte products, exact in int32, and the same block serves vectors (VNNI) and
+ * tiles (AMX). */
 
 #include "product.h"
 #include "threads.h"
@@ -603,7 +604,8 @@ static void quantize_tokens(void *context, int part) {
     free(rotated);
 }
 
-/* Outputs of one place, from the sums of its one or two rows; totals: of the activations that were multiplied by 128 more. */
+/* Outputs of one place, from the sums of its one or two rows; totals: of the activations that were multiplied by 128
+ * more. */
 VERSIONS static void finish(const int32_t *sums, int parts, const int32_t *totals, float step, const float *scales,
                             int count, float *out) {
     float values[SUMS];
@@ -625,7 +627,8 @@ static void multiply_sequence(void *context, int index) {
                         groups, lanes, (int)entry->planes};
     const int path = p->path == AMX_TILES && task[2] < MORE_TOKENS ? AVX512_VNNI : p->path;
     const int most = task[2] < TOKENS_AT_ONCE ? task[2] : TOKENS_AT_ONCE;
-    const size_t sum_bytes = (size_t)(p->parts * most + TILE - 1) / TILE * TILE * SUMS * sizeof(int32_t); /* whole tiles */
+    const size_t sum_rows = (size_t)(p->parts * most + TILE - 1) / TILE * TILE; /* whole tiles */
+    const size_t sum_bytes = sum_rows * SUMS * sizeof(int32_t);
     const Block block = new_block(most < MORE_TOKENS || path < AVX512_VNNI ? FEW_GROUPS
                                   : most <= TILE                          ? MORE_GROUPS
                                                                           : MANY_GROUPS);

@@ -10,11 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from mc_cli.artifacts.files import read_json
 from mc_cli.artifacts.packed import PackedLayout
-from mc_cli.artifacts.store import read_json
 from mc_cli.runtime import experts
+from mc_cli.runtime.inventory import tied_tensors
 from mc_cli.runtime.packed_files import PackedFiles, open_packed
-from mc_cli.runtime.packed_model import PackedSource, read_packed_config, tied_names
+from mc_cli.runtime.packed_model import PackedSource, read_packed_config
 from mc_cli.runtime.plain_routers import PlainRouters
 from mc_cli.runtime.router_masks import drop_experts
 from mc_cli.runtime.skeleton import build_skeleton, rebuild_buffers
@@ -57,7 +58,7 @@ class DenseTensors:
     def by_module(self, part: int) -> dict[str, torch.Tensor]:
         """Module-tree name -> tensor of every parameter and persistent buffer that a plain checkpoint holds."""
         self._source.load(part)
-        tied = tied_names(self._model)
+        tied = tied_tensors(self._model)
         names = [name for name in self._model.state_dict() if name not in tied and self._source.part_of(name) == part]
         kept = dict(self._source.files.read(name for name in names if name in self._stored))
         tensors = {name: kept[name] if name in kept else self._dequantized(name) for name in names}

@@ -49,7 +49,7 @@ def take_inventory(model: nn.Module, *, stored_dtypes: Mapping[str, torch.dtype]
         num_layers=len(layers),
         expert_blocks=blocks,
         tensors=tensors,
-        tied_head=f"{_head_path(model)}.weight" in _tied_names(model),
+        tied_head=f"{_head_path(model)}.weight" in tied_tensors(model),
         contract_tested=config.model_type in CONTRACT_TESTED,
     )
 
@@ -135,10 +135,9 @@ def path_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(path for path, module in model.named_modules() if module is wanted)
 
 
-def _tied_names(model: nn.Module) -> set[str]:
-    """Names of tensors that are another tensor, such as a head that is the embedding."""
-    tied: Any = getattr(model, "all_tied_weights_keys", None)
-    return set(tied or {})
+def tied_tensors(model: Any) -> dict[str, str]:
+    """Name of each parameter that is another one, and so is not stored, such as a tied head's weight -> that one's."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def _head_path(model: Any) -> str | None:
@@ -163,7 +162,7 @@ def _tensor_parts(
     embedding = _plain_embedding_path(model)
     head_path = _head_path(model)
     by_layer = {block.layer: block for block in blocks}
-    tied = _tied_names(model)
+    tied = tied_tensors(model)
     parts = []
     for name, tensor in model.state_dict().items():
         if name in tied:
@@ -175,7 +174,8 @@ def _tensor_parts(
         dtype = stored_dtypes.get(name, tensor.dtype)
         shape = tuple(tensor.shape)
         size = math.prod(shape) * dtype.itemsize
-        packable = is_linear or name == f"{embedding}.weight"
+        is_router = role is Role.ROUTER and leaf == "weight" and tensor.ndim == 2
+        packable = is_linear or is_router or name == f"{embedding}.weight"
         parts.append(TensorPart(name, role, layer, shape, str(dtype).removeprefix("torch."), size, packable))
     return tuple(parts)
 

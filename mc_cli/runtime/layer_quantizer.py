@@ -175,9 +175,7 @@ class LayerQuantizer:
     def _packable(self, part: TensorPart) -> str | None:
         """The module path of a matrix that the plan packs, None for what is kept."""
         bits = self._plan.role_bits.get(part.role, KEPT_BITS)
-        path, _, leaf = part.name.rpartition(".")
-        is_matrix = leaf == "weight" and len(part.shape) == 2 and (part.packable or part.role == Role.ROUTER)
-        return path if is_matrix and bits != KEPT_BITS else None
+        return part.name.rpartition(".")[0] if part.packable and bits != KEPT_BITS else None
 
     def _encoding_of(self, bits: float, out_features: int, in_features: int, *, role: Role = Role.EXPERT) -> Encoding:
         family, limit = family_of_role(role, self._plan.family), self._plan.group_size_limit

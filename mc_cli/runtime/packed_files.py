@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING
 
+from mc_cli.artifacts.files import read_json, write_json
 from mc_cli.artifacts.packed import CONFIG_FOLDER, LAYOUT, QUANT_METHOD, PackedLayout, read_layout
-from mc_cli.artifacts.store import read_json, write_json
 from mc_cli.errors import ArtifactError, InputError, listed
 
 INDEX = "model.safetensors.index.json"

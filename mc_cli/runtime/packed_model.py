@@ -23,7 +23,7 @@ from mc_cli.errors import ArtifactError, McError, listed
 from mc_cli.parts import Role
 from mc_cli.runtime import experts
 from mc_cli.runtime.checkpoint import REST
-from mc_cli.runtime.inventory import find_decoder_layers, path_of, take_inventory
+from mc_cli.runtime.inventory import find_decoder_layers, path_of, take_inventory, tied_tensors
 from mc_cli.runtime.model_folder import read_config
 from mc_cli.runtime.packed_files import PackedFiles, copy_model_files, open_packed
 from mc_cli.runtime.packed_modules import pack_experts, pack_weight, state_dtype_of_embedding, tie_head
@@ -31,15 +31,10 @@ from mc_cli.runtime.pruning import add_learned_tensors, apply_pruning
 from mc_cli.runtime.router_masks import drop_experts
 from mc_cli.runtime.skeleton import build_skeleton, rebuild_buffers
 
-__all__ = ["PackedSource", "StoredBytes", "attach", "copy_model_files", "load_packed", "model_bytes", "tied_names"]
+__all__ = ["PackedSource", "StoredBytes", "attach", "copy_model_files", "load_packed", "model_bytes"]
 
 
 LEARNED = "learned"  # stands for the stored part of a pruning policy's tensors
-
-
-def tied_names(model: Any) -> set[str]:
-    """Names of parameters that share another one's storage, and so are not stored: a tied head's weight."""
-    return set(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict[str, str]:
@@ -53,7 +48,7 @@ def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict
     Raises ArtifactError if layout and model do not fit.
     """
     _check_experts(model, layout)
-    tied = _check_linears(model, layout)
+    _check_linears(model, layout)
     packed: dict[str, str] = {}
     for block in layout.experts:
         parts = pack_experts(model.get_submodule(block.path), block, dtype=kept_dtype)
@@ -66,9 +61,10 @@ def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict
     embedding = model.get_input_embeddings()
     if path_of(model, embedding) in layout.linears:
         state_dtype_of_embedding(model)
-        for path in tied:
-            tie_head(model.get_submodule(path), embedding)
-            _forget_tie(model, f"{path}.weight")
+        for path, twin in _tied_modules(model).items():
+            if twin in layout.linears:
+                tie_head(model.get_submodule(path), embedding)
+                _forget_tie(model, f"{path}.weight")
     if layout.pruning is not None:
         packed |= dict.fromkeys(add_learned_tensors(model, layout.pruning), LEARNED)
     drop_experts(model, {block.path: block.dropped for block in layout.experts})
@@ -126,19 +122,21 @@ def _check_experts(model: Any, layout: PackedLayout) -> None:
     _raise_if_any(model, problems)
 
 
-def _check_linears(model: Any, layout: PackedLayout) -> list[str]:
-    """Paths of the linears whose weight is the embedding's, if that is packed."""
+def _tied_modules(model: Any) -> dict[str, str]:
+    """Path of each module whose weight is another module's -> path of that one."""
+    return {name.removesuffix(".weight"): twin.removesuffix(".weight") for name, twin in tied_tensors(model).items()}
+
+
+def _check_linears(model: Any, layout: PackedLayout) -> None:
     modules = dict(model.named_modules())
     embedding = path_of(model, model.get_input_embeddings())
-    heads, problems = [], []
-    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        path, twin = name.removesuffix(".weight"), source.removesuffix(".weight")
+    problems = []
+    for path, twin in _tied_modules(model).items():
+        can_follow = twin == embedding and type(modules[path]).forward is nn.Linear.forward
         if path in layout.linears:
             problems.append(f"{path}: the layout packs it, but it is {twin}, and is packed there")
-        elif twin in layout.linears:
-            if twin != embedding or type(modules[path]).forward is not nn.Linear.forward:
-                problems.append(f"{twin}: the layout packs it, but {path} shares it and needs it whole")
-            heads.append(path)
+        elif twin in layout.linears and not can_follow:
+            problems.append(f"{twin}: the layout packs it, but {path} shares it and needs it whole")
     for path, key in layout.linears.items():
         weight = modules[path]._parameters.get("weight") if path in modules else None
         if weight is None or weight.ndim != 2:
@@ -150,7 +148,6 @@ def _check_linears(model: Any, layout: PackedLayout) -> list[str]:
         else:
             problems += _misfits(path, tuple(weight.shape), [key])
     _raise_if_any(model, problems)
-    return heads
 
 
 def _misfits(where: str, shape: tuple[int, ...], keys: Iterable[str]) -> list[str]:
@@ -233,7 +230,7 @@ class PackedSource:
     def _check_names(self, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
         """Stored name -> the dtype it is cast to, None for as it is."""
         there = self.files.tensors
-        tied = tied_names(self.model)
+        tied = tied_tensors(self.model)
         wanted = {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
         problems = [f"{name}: missing" for name in sorted(wanted.keys() - there.keys())]
         problems += [f"{name}: not part of the model" for name in sorted(there.keys() - wanted.keys())]

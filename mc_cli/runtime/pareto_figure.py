@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.store import write_bytes_with
+from mc_cli.artifacts.files import write_bytes_with
 from mc_cli.errors import MissingDependencyError
 
 

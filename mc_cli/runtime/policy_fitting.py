@@ -17,10 +17,11 @@ from torch import Tensor
 
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
+from mc_cli.artifacts.files import read_tensors
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.packed import read_layout
 from mc_cli.artifacts.pruning import FOLDER, TENSOR_PREFIX, OperatingPoint, Pruning, read_pruning, write_pruning
-from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, read_tensors, require_done
+from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, require_done
 from mc_cli.errors import InputError
 from mc_cli.parts import ExpertBlock, ModelInventory
 from mc_cli.policies import LayerValues, odp, otp, policy_from_name

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mc_cli.artifacts.files import read_tensors, write_tensors
 from mc_cli.artifacts.pruning import TENSOR_PREFIX, PrunedLayer
-from mc_cli.artifacts.store import read_tensors, write_tensors
 from mc_cli.policies import Routed, otp
 from mc_cli.progress import Progress
 from mc_cli.runtime.pruning import pruned

@@ -21,9 +21,10 @@ from mc_cli.artifacts.pruning import Pruning
 from mc_cli.errors import ArtifactError, McError, listed
 from mc_cli.runtime.checkpoint import Checkpoint
 from mc_cli.runtime.dense_tensors import DenseTensors
+from mc_cli.runtime.inventory import tied_tensors
 from mc_cli.runtime.layerwise import LayerSource, LayerWalk
 from mc_cli.runtime.model_folder import read_config
-from mc_cli.runtime.packed_model import PackedSource, tied_names
+from mc_cli.runtime.packed_model import PackedSource
 from mc_cli.runtime.pruning import pruned, pruners
 
 WHOLE, LAYERED = "whole model", "layer by layer"
@@ -181,7 +182,7 @@ def _whole(
     for part in wanted.parts:
         compared, found = wanted.compare(state, part)
         count, problems = count + compared, problems + found
-    _raise_if_any(exported, problems + _left_over(state, wanted, count, tied_names(model)))
+    _raise_if_any(exported, problems + _left_over(state, wanted, count, tied_tensors(model)))
     model = model.to(device).eval()
     with torch.inference_mode():
         logits = torch.cat([model(row[None].to(device), use_cache=False).logits.float().cpu() for row in token_ids])
@@ -193,11 +194,11 @@ def _whole(
     return logits, count, int(text.shape[1] - prompt.shape[1])
 
 
-def _left_over(state: Mapping[str, Any], wanted: _Wanted, count: int, tied: set[str]) -> list[str]:
-    if len(state.keys() - tied) == count:
+def _left_over(state: Mapping[str, Any], wanted: _Wanted, count: int, tied: Mapping[str, str]) -> list[str]:
+    if len(state.keys() - tied.keys()) == count:
         return []
     known = {name for part in wanted.parts for name in wanted.tensors(part)}
-    return [f"{name}: not in the packed model" for name in sorted(state.keys() - tied - known)]
+    return [f"{name}: not in the packed model" for name in sorted(state.keys() - tied.keys() - known)]
 
 
 def _names(entry: Any) -> Iterator[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from mc_cli.artifacts.store import RESUME, StageFolder, read_tensors, write_tensors
+from mc_cli.artifacts.files import read_tensors, write_tensors
+from mc_cli.artifacts.store import RESUME, StageFolder
 from mc_cli.runtime.layerwise import LayerWalk
 
 _NAME = re.compile(r"before_([0-9]+)\.safetensors")

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from mc_cli.artifacts.store import DigestCache, Manifest, content_digest, read_json, require_done, write_json
+from mc_cli.artifacts.files import DigestCache, content_digest, read_json, write_json
+from mc_cli.artifacts.store import Manifest, require_done
 from mc_cli.errors import InputError, StaleArtifactError
 from mc_cli.runtime.checkpoint import Checkpoint, read_config, resolve_model
 from mc_cli.settings import RunSettings

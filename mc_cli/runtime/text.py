@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mc_cli.artifacts.store import DigestCache, content_digest
+from mc_cli.artifacts.files import DigestCache, content_digest
 from mc_cli.errors import CheckpointError, InputError
 
 DEFAULT_LENGTH = 2048

@@ -137,8 +137,7 @@ def other_bytes(inventory: ModelInventory, role_bits: dict[Role, int], quantizer
 
 
 def _part_bytes(part: TensorPart, bits: float, quantizer: QuantizerSettings) -> int:
-    is_matrix = part.name.endswith(".weight") and len(part.shape) == 2 and (part.packable or part.role is Role.ROUTER)
-    if bits == KEPT_BITS or not is_matrix:
+    if bits == KEPT_BITS or not part.packable:
         return part.size_bytes
     family, limit = family_of_role(part.role, quantizer.family), quantizer.group_size
     return stored_bytes(encoding_for(family, bits, *part.shape, group_size_limit=limit), *part.shape)

@@ -16,7 +16,8 @@ import torch
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as artifact
 from mc_cli.artifacts.calibration import LayerRouting
-from mc_cli.artifacts.store import RESUME, StageFolder, read_tensors, write_tensors
+from mc_cli.artifacts.files import read_tensors, write_tensors
+from mc_cli.artifacts.store import RESUME, StageFolder
 from mc_cli.parts import ExpertBlock, ModelInventory, Role
 from mc_cli.progress import Progress, StageResult
 from mc_cli.runtime import text

@@ -16,10 +16,11 @@ import torch
 
 from mc_cli import __version__
 from mc_cli.artifacts.exported import STAGE, ExportFolder, ExportRecord, remember_export
+from mc_cli.artifacts.files import read_json
 from mc_cli.artifacts.packed import PackedLayout, encoding_of
 from mc_cli.artifacts.pruning import FOLDER as POLICY_FOLDER
 from mc_cli.artifacts.pruning import Pruning, read_pruning
-from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest, StageFolder, read_json, require_done
+from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest, StageFolder, require_done
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError
 from mc_cli.exporters import ExportJob, exporter_from_name
 from mc_cli.exporters.model_card import CardFacts

@@ -14,9 +14,10 @@ from typing import Any
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.evaluation import Evaluation, TextResult
+from mc_cli.artifacts.files import DigestCache, content_digest
 from mc_cli.artifacts.packed import StoredBytes
 from mc_cli.artifacts.quantization import read_report
-from mc_cli.artifacts.store import STAGE_FOLDERS, DigestCache, StageFolder, content_digest, require_done
+from mc_cli.artifacts.store import STAGE_FOLDERS, StageFolder, require_done
 from mc_cli.errors import MissingDependencyError
 from mc_cli.kernels.compiled import check_inputs, inputs_of
 from mc_cli.parts import ModelInventory, Role
@@ -75,6 +76,7 @@ def run(
             batch_size=session.batch_size(windows.token_ids.shape[1]),
             progress=progress,
         )
+    # A fitted policy is kept for later evaluations, with other inputs too.
     fitted = _fitted(settings, session, inventory, packed, folder, force, progress)
     with inputs_of(settings.activation_bits, session.device):
         pruning = _pruning(settings, session, fitted, inventory, packed, original, windows, folder, progress)

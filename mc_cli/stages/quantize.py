@@ -17,20 +17,11 @@ from torch import nn
 
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
+from mc_cli.artifacts.files import file_digest, read_json, read_tensors, write_json, write_tensors
 from mc_cli.artifacts.packed import ExpertLayout, PackedLayout, stacked_name
 from mc_cli.artifacts.plan import KEPT_BITS, Plan
 from mc_cli.artifacts.quantization import MatrixReport, read_report, write_report
-from mc_cli.artifacts.store import (
-    RESUME,
-    STAGE_FOLDERS,
-    StageFolder,
-    file_digest,
-    read_json,
-    read_tensors,
-    require_done,
-    write_json,
-    write_tensors,
-)
+from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, require_done
 from mc_cli.errors import ArtifactError, PlanError, listed
 from mc_cli.kernels.trellis import path_name
 from mc_cli.numerics.hessian import accumulate

@@ -16,8 +16,9 @@ from torch import nn
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.calibration import LayerRouting
+from mc_cli.artifacts.files import read_json, read_tensors, write_json
 from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
-from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, read_json, read_tensors, write_json
+from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder
 from mc_cli.encodings import Encoding, encoding_for, stored_bytes
 from mc_cli.measures.output_error import output_norm_mean, predicted_loss, squared_output_error
 from mc_cli.numerics.row_hessian import RowHessian

@@ -24,8 +24,9 @@ from torch import nn
 from transformers import MixtralConfig
 
 from mc_cli import console
+from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.packed import ExpertLayout, PackedLayout
-from mc_cli.artifacts.store import write_json
+from mc_cli.artifacts.plan import KEPT_BITS
 from mc_cli.encodings import encoding_for
 from mc_cli.encodings.trellis import trellis_for
 from mc_cli.exporters.shards import ShardWriter
@@ -107,7 +108,7 @@ def write_packed(folder: Path, config: MixtralConfig) -> None:
             family_of_role(part.role, "trellis"), widths[part.role], *part.shape
         ).key
         for part in take_inventory(model, stored_dtypes={}).tensors
-        if part.packable
+        if part.packable and widths[part.role] != KEPT_BITS
     }
     layout = PackedLayout(tuple(blocks), linears)
     attach(model, layout, kept_dtype=torch.bfloat16)

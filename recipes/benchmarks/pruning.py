@@ -44,8 +44,9 @@ from torch import Tensor
 
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.evaluation import Evaluation
+from mc_cli.artifacts.files import read_tensors
 from mc_cli.artifacts.pruning import PrunedLayer, read_pruning
-from mc_cli.artifacts.store import STAGE_FOLDERS, read_tensors
+from mc_cli.artifacts.store import STAGE_FOLDERS
 from mc_cli.errors import MissingDependencyError
 from mc_cli.policies import kept_weights, weight_ranks
 from mc_cli.progress import SilentProgress

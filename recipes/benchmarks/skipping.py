@@ -28,8 +28,9 @@ from torch import Tensor
 from transformers import MixtralConfig
 
 from mc_cli.artifacts import calibration as calibration_artifact
+from mc_cli.artifacts.files import read_tensors
 from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer, Pruning, read_pruning
-from mc_cli.artifacts.store import STAGE_FOLDERS, read_tensors
+from mc_cli.artifacts.store import STAGE_FOLDERS
 from mc_cli.policies import odp, otp
 from mc_cli.runtime.experts import PRUNER
 from mc_cli.runtime.packed_model import load_packed

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mc_cli.artifacts.calibration import LayerRouting, read_inventory, routing_file, write_inventory
-from mc_cli.artifacts.store import read_json, write_json
+from mc_cli.artifacts.files import read_json, write_json
 from mc_cli.errors import ArtifactError
 from mc_cli.parts import ExpertBlock, ModelInventory, Projection, Role, TensorPart
 

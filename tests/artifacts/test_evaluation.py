@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mc_cli.artifacts.evaluation import UNITS, Evaluation, TextResult
+from mc_cli.artifacts.files import read_json, write_json
 from mc_cli.artifacts.quantization import MatrixReport, read_report, write_report
-from mc_cli.artifacts.store import read_json, write_json
 from mc_cli.errors import ArtifactError
 
 EVALUATION = Evaluation(

@@ -128,7 +128,7 @@ def test_hand_edits_that_are_no_plan_are_all_named(tmp_path: Path, changes, expe
         ("- 1\n- 2\n", "should hold a mapping, but holds a list"),
         ("schema: 1\nexpert_bits:\n  0: [1, 2\n", "is not valid YAML"),
         ("schema: 1\nmethod: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
-        ("schema: 1\nexpert_bits:\n  0: [1, 2]\n  1: [1, 2]\n  0: [2, 2]\n", "'0' is given twice"),
+        ("schema: 1\nexpert_bits:\n  0: [1, 2]\n  1: [1, 2]\n  0: [2, 2]\n", "given twice: 0"),
         ("schema: 1\n? [1]\n: 2\n", "is not valid YAML"),
     ],
 )

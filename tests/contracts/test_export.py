@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from mc_cli.artifacts.exported import RECORD, ExportFolder
-from mc_cli.artifacts.store import StageFolder, write_json
+from mc_cli.artifacts.files import write_json
+from mc_cli.artifacts.store import StageFolder
 from mc_cli.errors import ArtifactError, FamilyError, InputError, StaleArtifactError
 from mc_cli.exporters import exporter_from_name, exporters
 from mc_cli.families import CONTRACT_TESTED

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.artifacts.evaluation import Evaluation
+from mc_cli.artifacts.files import read_json
 from mc_cli.artifacts.quantization import read_report
-from mc_cli.artifacts.store import read_json
 from mc_cli.parts import ExpertBlock
 from mc_cli.runtime import correction, experts
 from mc_cli.runtime.correction import Shortfall, add_experts, reach_of, rest_of_layer

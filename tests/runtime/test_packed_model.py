@@ -22,9 +22,10 @@ from mc_cli.families import CONTRACT_TESTED
 from mc_cli.parts import Role
 from mc_cli.runtime import experts
 from mc_cli.runtime.checkpoint import REST
+from mc_cli.runtime.inventory import tied_tensors
 from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.packed_files import open_packed
-from mc_cli.runtime.packed_model import PackedSource, copy_model_files, load_packed, model_bytes, tied_names
+from mc_cli.runtime.packed_model import PackedSource, copy_model_files, load_packed, model_bytes
 from tests.conftest import TinyModel
 from tests.dense_twin import PRODUCTS, cut_experts_out, decoded_products
 from tests.packed_folders import LINEAR_BITS, pack_folder
@@ -199,7 +200,7 @@ def test_a_tied_head_multiplies_with_the_packed_embedding(packed: Packed) -> Non
     assert not [name for name in open_packed(folder).tensors if name.startswith("lm_head")]
     model = load_packed(folder)
     assert isinstance(model.lm_head, torch.nn.Linear) and not list(model.lm_head.parameters())
-    assert model.get_output_embeddings() is model.lm_head and not tied_names(model)
+    assert model.get_output_embeddings() is model.lm_head and not tied_tensors(model)
     weight = model.model.embed_tokens.weight
     assert torch.equal(weight, model.lm_head.weight)
     hidden = torch.randn(3, 5, weight.shape[1], generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc_cli.artifacts.store import DigestCache
+from mc_cli.artifacts.files import DigestCache
 from mc_cli.errors import CheckpointError, InputError
 from mc_cli.runtime import text
 from mc_cli.runtime.text import Document, calibration_windows, evaluation_windows, read_documents
