@@ -1,8 +1,8 @@
 """The compiled routines, loaded with ctypes. Without a compiler at installation there are none, and torch serves.
 
 Every routine takes plain pointers to contiguous arrays, releases Python's lock, and returns 0, or 1 where there is no
-memory left. Those with much to do take the number of threads to use; these are of one pool (threads.c), which keeps
-them between calls.
+memory left. Those with much to do take the number of threads to use: torch's own, where its OpenMP library can be
+had, otherwise a pool's (threads.c).
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
+import sys
 from pathlib import Path
 from typing import Any
 
 from mc_cli.errors import McError
 
 _NAME = "_library"
-_VERSION = 6  # as in version.c
+_VERSION = 7  # as in version.c
+_TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
 
 
@@ -31,7 +33,9 @@ def library() -> ctypes.CDLL | None:
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = folder / f"{_NAME}{suffix}"
         if path.is_file():
-            return _checked(ctypes.CDLL(str(path)), path)
+            compiled = _checked(ctypes.CDLL(str(path)), path)
+            compiled.mc_use_team(team_start())
+            return compiled
     return None
 
 
@@ -44,6 +48,20 @@ def _checked(compiled: ctypes.CDLL, path: Path) -> ctypes.CDLL:
             "again (make install, or pip install -e .), or delete that file: torch then does its work, slower."
         )
     return compiled
+
+
+def team_start() -> ctypes.c_void_p:
+    """How torch's OpenMP library starts a team, as compiled code calls it; null where torch has none.
+
+    Two sets of threads would wait for their work side by side, and take each other's processors while they do.
+    """
+    torch: Any = sys.modules.get("torch")  # whose tensors come here; a stage without any has no use for it
+    for name in _TORCH_LIBRARIES if torch is not None else ():
+        path = Path(torch.__file__).parent / "lib" / name
+        if path.is_file():
+            start: Any = getattr(ctypes.CDLL(str(path)), "GOMP_parallel", None)  # found in what it is linked with
+            return ctypes.cast(start, ctypes.c_void_p)
+    return ctypes.c_void_p()
 
 
 @functools.cache

@@ -1,4 +1,6 @@
-/* A pool of threads. Workers look for work for some microseconds before they sleep: within a token, calls follow each
+/* Work is divided among the threads of the OpenMP library that torch uses, where one is named (mc_use_team): they wait
+ * for work already, and a second pool beside them would compete with them for the processor. Otherwise among a pool of
+ * its own. Workers of that look for work for some microseconds before they sleep: within a token, calls follow each
  * other closely. Workers are never ended; after a fork the child starts its own. */
 
 #include "threads.h"
@@ -21,6 +23,31 @@ static void *current_context;
 static int current_count, allowed, workers;
 static uint64_t hired_at[MOST];
 static pid_t owner;
+
+/* As the OpenMP libraries of GNU, LLVM and Intel export it: run(context) on a team of that many threads. */
+typedef void (*team_start)(void (*run)(void *), void *context, unsigned threads, unsigned flags);
+
+static _Atomic(team_start) start_team;
+static pid_t team_owner;
+
+typedef struct {
+    mc_task task;
+    void *context;
+    int count;
+    _Atomic int next;
+} Shared;
+
+static void take_share(void *shared) {
+    Shared *s = shared;
+    for (int index; (index = atomic_fetch_add(&s->next, 1)) < s->count;) s->task(s->context, index);
+}
+
+/* start   GOMP_parallel of that library; NULL: the pool below */
+int mc_use_team(void *start) {
+    team_owner = getpid();
+    atomic_store(&start_team, (team_start)start);
+    return 0;
+}
 
 static inline void pause_briefly(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -78,11 +105,17 @@ static void hire(int wanted) {
 }
 
 void mc_parallel(mc_task task, void *context, int count, int threads) {
-    if (threads > count) threads = count;
-    if (threads <= 1) {
+    if (threads <= 1 || count <= 1) {
         for (int index = 0; index < count; index++) task(context, index);
         return;
     }
+    const team_start start = atomic_load(&start_team);
+    if (start && team_owner == getpid()) { /* a fork copies no threads, and the library would wait for them */
+        Shared shared = {task, context, count, 0};
+        start(take_share, &shared, (unsigned)threads, 0); /* all of them: a team that changes its size is made anew */
+        return;
+    }
+    if (threads > count) threads = count;
     pthread_mutex_lock(&turn);
     hire(threads - 1);
     current = task;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -116,6 +117,33 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert torch.equal(bank.product(tokens), expected)
     finally:
+        torch.set_num_threads(threads)
+
+
+@needs_library
+@pytest.mark.parametrize("team", [True, False])
+def test_products_by_torch_threads_and_by_the_pool_are_equal(team: bool) -> None:
+    """In torch's team and in a pool, from several threads at once, and with other numbers of threads in between."""
+    compiled = native.library()
+    assert compiled is not None
+    encoding, tensors = packed(2048, 512, 2)
+    tokens = rows(4, 512)
+    bank = Bank([(encoding, tensors)], 2048, 512)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = bank.product(tokens)
+        compiled.mc_use_team(native.team_start() if team else None)
+
+        def products(count: int) -> bool:
+            torch.set_num_threads(count)
+            return all(torch.equal(bank.product(tokens), expected) for _ in range(20))
+
+        assert products(2) and products(5) and products(2)
+        with ThreadPoolExecutor(3) as callers:
+            assert all(callers.map(products, (2, 3, 2, 4)))
+    finally:
+        compiled.mc_use_team(native.team_start())
         torch.set_num_threads(threads)
 
 
