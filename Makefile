@@ -3,8 +3,12 @@ VENV ?= .venv
 TORCH := torch==2.13.0
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := $(VENV)/bin
-# Threads that wait for each other sleep: where other work runs too, spinning takes several times the processor time.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that wait for each other sleep after 0.1 ms: where other work runs too, spinning takes several times the processor
+# time. As mc-cli itself does.
+ifndef OMP_WAIT_POLICY
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT ?= 10000
+endif
 
 .PHONY: help install install-dev demo test check smoke docs
 

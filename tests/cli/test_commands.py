@@ -48,9 +48,14 @@ def test_what_libraries_read_from_the_environment_is_set_unless_the_user_has(mon
     mine = {"THP_MEM_ALLOC_ENABLE": "0"}
     monkeypatch.setattr(os, "environ", mine)
     prepare_libraries(debug=True)
-    assert mine == {"THP_MEM_ALLOC_ENABLE": "0", "OMP_WAIT_POLICY": "PASSIVE"}
+    assert mine == {"THP_MEM_ALLOC_ENABLE": "0", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
     prepare_libraries(debug=False)
     assert (mine["THP_MEM_ALLOC_ENABLE"], mine["TRANSFORMERS_VERBOSITY"]) == ("0", "error")
+
+    mine = {"OMP_WAIT_POLICY": "ACTIVE"}
+    monkeypatch.setattr(os, "environ", mine)
+    prepare_libraries(debug=True)
+    assert mine == {"OMP_WAIT_POLICY": "ACTIVE", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 @pytest.mark.parametrize("command", [*STAGES, "run", "status", "generate", "bench"])
