@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mc_cli import kernels
-from mc_cli.numerics import trellis
+from mc_cli.numerics import trellis_code
 
 # What products with packed bytes change, in the mean, in logits of about 1: 4e-5 in each product. A near tie between
 # experts may then go the other way, so single logits say nothing.
@@ -105,8 +106,9 @@ def _decode_trellis(key: str, part: Any) -> torch.Tensor:
     length = int(bits.shape[-1] / rate)
     places = (np.floor(np.arange(length) * rate).astype(int)[:, None] + np.arange(12)) % bits.shape[-1]
     window = (bits[..., places] << np.arange(12)).sum(-1)
-    mixed = sum(((window & mask) * 54201 + 128) // 256 for mask in (0x00F, 0x030, 0x0C0, 0xF00)) + 237
-    values = np.array(trellis.LEVELS)[mixed % 64] * np.where(mixed % 256 >= 128, -1, 1) * (3.0378 / 127)
+    parts, levels = (np.frombuffer(bytes.fromhex(text), np.uint8) for text in trellis_code.CODES[Fraction(rate)])
+    mixed = parts[window % 16] ^ parts[16 + window // 16 % 16] ^ parts[32 + window // 256]
+    values = levels.view(np.int8)[mixed % 64] * np.where(mixed >= 128, -1.0, 1.0) * (3.0378 / 127)
     rows = values.transpose(0, 2, 1).reshape(-1, codes.shape[1])[: len(scales)] * scales[:, None]
     hadamard = np.array([[(-1) ** (i & j).bit_count() for j in range(block)] for i in range(block)]) / block**0.5
     turned = (rows.reshape(len(rows), -1, block) @ hadamard).reshape(rows.shape)

@@ -20,7 +20,7 @@ from mc_cli.artifacts.pruning import Pruning
 from mc_cli.encodings import Encoding, encoding_from_key
 from mc_cli.errors import ArtifactError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 QUANT_METHOD = "mc_cli"
 PRUNED = -1
 KEPT = "kept"  # an expert projection stored as in the checkpoint, [experts kept so, out_features, in_features]

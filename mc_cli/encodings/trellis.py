@@ -129,7 +129,7 @@ class TrellisEncoding:
         """`rotated` on the CPU, by one of `kernels.compiled.PATHS`. Raises McError where no memory is left."""
         import torch
 
-        from mc_cli.numerics.trellis import UNIT, lookup_tables
+        from mc_cli.numerics.trellis_code import UNIT, lookup_tables
 
         codes, scales = tensors["codes"].contiguous(), tensors["scales"].contiguous()
         out_features = scales.shape[-1]

@@ -21,7 +21,7 @@ from mc_cli.kernels.compiled import PATHS, activation_bytes, best_path, check, t
 from mc_cli.kernels.matrix_table import Part, matrix_table
 from mc_cli.kernels.trellis_gpu import GpuBank
 from mc_cli.numerics.rotation import rotate, signs
-from mc_cli.numerics.trellis import UNIT, lookup_tables
+from mc_cli.numerics.trellis_code import UNIT, lookup_tables
 
 _FOR_MANY_TOKENS = 2  # paths from here on multiply any number of tokens as fast as the library does, or faster
 FEW_TOKENS = 8  # up to here the others are faster than decoding first

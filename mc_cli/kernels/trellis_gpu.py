@@ -19,7 +19,7 @@ from torch import Tensor
 from mc_cli.encodings.trellis import INPUTS_TOGETHER, padded, sequence_length
 from mc_cli.kernels.matrix_table import Part, matrix_table
 from mc_cli.numerics.rotation import signs
-from mc_cli.numerics.trellis import UNIT, code_levels
+from mc_cli.numerics.trellis_code import RATES, UNIT, code_levels
 
 SWITCH = "MC_CLI_TRITON"  # of the environment
 TILE_WARPS = 16  # one program per multiprocessor: the largest table and a tile of weights take its shared memory
@@ -235,10 +235,13 @@ def _on_device(in_features: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _pair_tables() -> Tensor:
-    """int16: for steps of 0 to 3 bits between two windows, by all their bits, 128 + level of one, and of the next."""
-    levels = code_levels().int() + 128
+    """int16: for every rate, by all bits of two neighbouring windows, 128 + level of one, and of the next.
+
+    From 4 bits on, where a table for two would not fit, by the bits of one window, and the level twice.
+    """
     tables = []
-    for step in range(4):
+    for rate in RATES:
+        levels, step = code_levels(rate).int() + 128, int(rate) if rate < 4 else 0
         bits = torch.arange(len(levels) << step)
         both = levels[bits % len(levels)] + 256 * levels[bits >> step]
         tables.append(torch.where(both >= 2**15, both - 2**16, both).to(torch.int16))

@@ -104,9 +104,10 @@ def _level(found):
 
 @triton.jit
 def _table(tables, BYTES: tl.constexpr):
-    """The look-up table for a width; in `tables` those for steps of 0 to 3 bits follow each other."""
+    """The look-up table for a width; `tables` holds them one after the other, the two of 1 and 1.5 bits first."""
     STEP: tl.constexpr = BYTES // 2 if BYTES < 8 else 0
-    return tl.load(tables + TABLE * ((1 << STEP) - 1) + tl.arange(0, TABLE << STEP))
+    BEFORE: tl.constexpr = (2 << STEP) - 4 + BYTES % 2 * (1 << STEP) if BYTES < 8 else 28 + BYTES - 8  # in TABLEs
+    return tl.load(tables + TABLE * BEFORE + tl.arange(0, TABLE << STEP))
 
 
 @triton.jit

@@ -24,10 +24,20 @@
 #define TOKENS_AT_ONCE 256
 #define MORE_TOKENS 3 /* from here on larger blocks are faster, and tiles */
 
+/* A hash's low six bits choose the level, its highest one negates it. Codes below 3 bits never negate, and their first
+ * table gives back what is looked up: they do without both. */
 typedef struct {
-    const uint8_t *first, *second; /* [64] each: their sum mod 256 is the hash of a window */
-    const uint8_t *sizes;          /* [64]: 128 + level by the hash's low bits; its highest one is the sign */
+    const uint8_t *first, *second; /* [64] each, by the low and high bits of a window: their xor is its hash */
+    const uint8_t *levels;         /* [64]: 128 + level */
 } Code;
+
+#define SIGNED_FROM 6 /* planes */
+
+/* As `lookup_tables` in numerics/trellis_code.py: for every rate the three tables. */
+static Code code_of(const uint8_t *tables, int planes) {
+    const uint8_t *own = tables + (planes - 2) * 3 * 64;
+    return (Code){own, own + 64, own + 128};
+}
 
 typedef struct {
     const uint8_t *codes; /* [groups][planes][lanes][4], of one sequence of outputs */
@@ -61,10 +71,9 @@ static void decode_portable(const Sequence *s, const Code *code, int first, int 
                 for (int k = 0; k < PER_LANE; k++) {
                     const int bit = k * s->planes / 2;
                     const uint32_t window = (own[bit >> 3] | own[(bit >> 3) + 1] << 8 | own[(bit >> 3) + 2] << 16) >> (bit & 7);
-                    const uint8_t hash = (uint8_t)(code->first[window & 63] + code->second[window >> 6 & 63]);
-                    const uint8_t size = code->sizes[hash & 63];
-                    at(block, k, g)[lane * GROUP + input] =
-                        hash & 128 ? (uint8_t)-size : size;
+                    const uint8_t hash = code->first[window & 63] ^ code->second[window >> 6 & 63];
+                    const uint8_t level = code->levels[hash & 63];
+                    at(block, k, g)[lane * GROUP + input] = hash & 128 ? (uint8_t)-level : level;
                 }
             }
         }
@@ -125,7 +134,8 @@ INLINE uint8x16_t six_of(const uint8x16_t *planes, int bit) {
 
 INLINE void decode_planes_neon(const Sequence *s, const Code *code, int first, int count, Block block,
                                const int planes) {
-    const uint8x16x4_t one = vld1q_u8_x4(code->first), two = vld1q_u8_x4(code->second), sizes = vld1q_u8_x4(code->sizes);
+    const uint8x16x4_t one = vld1q_u8_x4(code->first), two = vld1q_u8_x4(code->second),
+                       levels = vld1q_u8_x4(code->levels);
     const size_t stride = (size_t)s->lanes * GROUP;
     uint8_t near[MOST_PLANES + 2][LANE_BYTES] = {{0}};
     for (int g = 0; g < count; g++) {
@@ -137,11 +147,16 @@ INLINE void decode_planes_neon(const Sequence *s, const Code *code, int first, i
 #pragma GCC unroll 16
             for (int k = 0; k < PER_LANE; k++) {
                 const int bit = k * planes / 2;
-                const uint8x16_t hash =
-                    vaddq_u8(vqtbl4q_u8(one, six_of(plane, bit)), vqtbl4q_u8(two, six_of(plane, bit + 6)));
-                const uint8x16_t size = vqtbl4q_u8(sizes, vandq_u8(hash, vdupq_n_u8(63)));
-                const uint8x16_t negative = vreinterpretq_u8_s8(vshrq_n_s8(vreinterpretq_s8_u8(hash), 7));
-                vst1q_u8(at(block, k, g) + from, vsubq_u8(veorq_u8(size, negative), negative));
+                const uint8x16_t low = six_of(plane, bit), high = vqtbl4q_u8(two, six_of(plane, bit + 6));
+                uint8x16_t level;
+                if (planes < SIGNED_FROM) level = vqtbl4q_u8(levels, veorq_u8(low, high));
+                else {
+                    const uint8x16_t hash = veorq_u8(vqtbl4q_u8(one, low), high);
+                    const uint8x16_t negative = vreinterpretq_u8_s8(vshrq_n_s8(vreinterpretq_s8_u8(hash), 7));
+                    level = vqtbl4q_u8(levels, vandq_u8(hash, vdupq_n_u8(63)));
+                    level = vsubq_u8(veorq_u8(level, negative), negative);
+                }
+                vst1q_u8(at(block, k, g) + from, level);
             }
         }
     }
@@ -197,9 +212,9 @@ static void multiply_neon(Block block, int count, const int8_t *x, size_t stride
 #define FOR_AVX2 __attribute__((target("avx2")))
 #define HALF (LANE_BYTES / 2) /* bytes of a vector: 8 lanes */
 
-/* The same hash as a sum of three tables of 16, and the sizes in four parts; each twice, for both halves of a vector. */
+/* The same hash from three tables of 16, and the levels in four parts; each twice, for both halves of a vector. */
 typedef struct {
-    __m256i first, second, third, sizes[4];
+    __m256i first, second, third, levels[4];
 } SmallTables;
 
 FOR_AVX2 INLINE __m256i twice(const uint8_t *table) {
@@ -209,11 +224,12 @@ FOR_AVX2 INLINE __m256i twice(const uint8_t *table) {
 FOR_AVX2 static SmallTables small_tables(const Code *code) {
     uint8_t second[16], third[16];
     for (int i = 0; i < 16; i++) {
-        second[i] = (uint8_t)(code->first[16 * (i & 3)] - code->first[0] + code->second[i >> 2]);
+        second[i] = code->first[16 * (i & 3)] ^ code->first[0] ^ code->second[i >> 2] ^ code->second[0];
         third[i] = code->second[4 * i];
     }
     return (SmallTables){twice(code->first), twice(second), twice(third),
-                         {twice(code->sizes), twice(code->sizes + 16), twice(code->sizes + 32), twice(code->sizes + 48)}};
+                         {twice(code->levels), twice(code->levels + 16), twice(code->levels + 32),
+                          twice(code->levels + 48)}};
 }
 
 /* Every byte: bits `bit` to bit + 3 of its column of planes. */
@@ -243,17 +259,18 @@ FOR_AVX2 INLINE void decode_planes_avx2(const Sequence *s, const Code *code, int
             for (int k = 0; k < PER_LANE; k++) {
                 const int bit = k * planes / 2;
                 const __m256i hash =
-                    _mm256_add_epi8(_mm256_add_epi8(_mm256_shuffle_epi8(t.first, four_bits(plane, bit)),
-                                                    _mm256_shuffle_epi8(t.second, four_bits(plane, bit + 4))),
-                                    _mm256_shuffle_epi8(t.third, four_bits(plane, bit + 8)));
+                    _mm256_xor_si256(_mm256_xor_si256(_mm256_shuffle_epi8(t.first, four_bits(plane, bit)),
+                                                      _mm256_shuffle_epi8(t.second, four_bits(plane, bit + 4))),
+                                     _mm256_shuffle_epi8(t.third, four_bits(plane, bit + 8)));
                 const __m256i low = _mm256_and_si256(hash, four), bit4 = _mm256_slli_epi16(hash, 3),
                               bit5 = _mm256_slli_epi16(hash, 2);
-                const __m256i size = _mm256_blendv_epi8(
-                    _mm256_blendv_epi8(_mm256_shuffle_epi8(t.sizes[0], low), _mm256_shuffle_epi8(t.sizes[1], low), bit4),
-                    _mm256_blendv_epi8(_mm256_shuffle_epi8(t.sizes[2], low), _mm256_shuffle_epi8(t.sizes[3], low), bit4),
-                    bit5);
-                _mm256_store_si256((__m256i *)(at(block, k, g) + half * HALF),
-                                   _mm256_sign_epi8(size, _mm256_or_si256(hash, one)));
+                __m256i level = _mm256_blendv_epi8(_mm256_blendv_epi8(_mm256_shuffle_epi8(t.levels[0], low),
+                                                                      _mm256_shuffle_epi8(t.levels[1], low), bit4),
+                                                   _mm256_blendv_epi8(_mm256_shuffle_epi8(t.levels[2], low),
+                                                                      _mm256_shuffle_epi8(t.levels[3], low), bit4),
+                                                   bit5);
+                if (planes >= SIGNED_FROM) level = _mm256_sign_epi8(level, _mm256_or_si256(hash, one));
+                _mm256_store_si256((__m256i *)(at(block, k, g) + half * HALF), level);
             }
         }
     }
@@ -326,7 +343,7 @@ AVX512 INLINE __m512i six_bits(const __m512i *planes, int bit, const int count) 
 AVX512 INLINE void decode_planes(const Sequence *s, const Code *code, int first, int count, Block block,
                                  const int planes) {
     const __m512i one = _mm512_loadu_si512(code->first), two = _mm512_loadu_si512(code->second),
-                  sizes = _mm512_loadu_si512(code->sizes), zero = _mm512_setzero_si512();
+                  levels = _mm512_loadu_si512(code->levels), zero = _mm512_setzero_si512();
     const __mmask16 mask = (__mmask16)((1u << s->lanes) - 1);
     int32_t after[LANES];
     for (int lane = 0; lane < LANES; lane++) after[lane] = lane + 1 < s->lanes ? lane + 1 : 0;
@@ -345,11 +362,12 @@ AVX512 INLINE void decode_planes(const Sequence *s, const Code *code, int first,
 #pragma GCC unroll 16
         for (int k = 0; k < PER_LANE; k++) {
             const int bit = k * planes / 2;
-            const __m512i hash = _mm512_add_epi8(_mm512_permutexvar_epi8(six_bits(plane, bit, planes), one),
-                                                 _mm512_permutexvar_epi8(six_bits(plane, bit + 6, planes), two));
-            const __m512i size = _mm512_permutexvar_epi8(hash, sizes);
-            const __m512i weight = _mm512_mask_sub_epi8(size, _mm512_movepi8_mask(hash), zero, size);
-            _mm512_store_si512(at(block, k, g), weight);
+            const __m512i low = six_bits(plane, bit, planes); /* look-ups ignore the two highest bits */
+            const __m512i high = _mm512_permutexvar_epi8(six_bits(plane, bit + 6, planes), two);
+            const __m512i hash = _mm512_xor_si512(planes < SIGNED_FROM ? low : _mm512_permutexvar_epi8(low, one), high);
+            __m512i level = _mm512_permutexvar_epi8(hash, levels);
+            if (planes >= SIGNED_FROM) level = _mm512_mask_sub_epi8(level, _mm512_movepi8_mask(hash), zero, level);
+            _mm512_store_si512(at(block, k, g), level);
         }
     }
 }
@@ -563,7 +581,7 @@ typedef struct {
 typedef struct {
     const float *x, *signs;
     const Entry *bank;
-    Code code;
+    const uint8_t *tables;
     float unit;
     float *out;
     int tokens, share, inputs, outputs, block, length, parts, path, chunks;
@@ -625,6 +643,7 @@ static void multiply_sequence(void *context, int index) {
     const Entry *entry = p->bank + task[0];
     const Sequence s = {(const uint8_t *)(intptr_t)entry->codes + (size_t)chunk * groups * entry->planes * lanes * GROUP,
                         groups, lanes, (int)entry->planes};
+    const Code code = code_of(p->tables, s.planes);
     const int path = p->path == AMX_TILES && task[2] < MORE_TOKENS ? AVX512_VNNI : p->path;
     const int most = task[2] < TOKENS_AT_ONCE ? task[2] : TOKENS_AT_ONCE;
     const size_t sum_rows = (size_t)(p->parts * most + TILE - 1) / TILE * TILE; /* whole tiles */
@@ -655,7 +674,7 @@ static void multiply_sequence(void *context, int index) {
         memset(sums, 0, sum_bytes);
         for (int first = 0; first < groups; first += block.pitch) {
             const int some = groups - first < block.pitch ? groups - first : block.pitch;
-            decode_block(&s, &p->code, first, some, path, block);
+            decode_block(&s, &code, first, some, path, block);
             multiply(block, some, rows + (size_t)first * GROUP, p->stride, p->parts * count, path, sums);
         }
         for (int i = 0; i < count; i++)
@@ -672,14 +691,13 @@ static void multiply_sequence(void *context, int index) {
 
 /* out [slots][outputs] float32: slot s holds the product of token s / share with the matrix experts[s] of the bank;
  * zeros where experts[s] is none of the `matrices` or that matrix is not there. experts NULL: all the first.
- * x [tokens][inputs], multiplied as numbers of `parts` bytes, 1 or 2; tables: `first`, `second` and `sizes` of Code, 64
- * bytes each. Returns 0, or 1 without memory. */
+ * x [tokens][inputs], multiplied as numbers of `parts` bytes, 1 or 2; tables: as code_of takes them. Returns 0, or 1
+ * without memory. */
 int mc_trellis_product(const float *x, const int64_t *experts, const Entry *bank, const uint8_t *tables,
                        const float *signs, float unit, int matrices, int tokens, int slots, int share, int inputs,
                        int outputs, int block, int length, int parts, int path, int threads, float *out) {
     const int groups = (inputs + GROUP - 1) / GROUP;
-    Product p = {.x = x, .signs = signs, .bank = bank, .code = {tables, tables + 64, tables + 128}, .unit = unit,
-                 .out = out, .tokens = tokens, .share = share, .inputs = inputs, .outputs = outputs, .block = block,
+    Product p = {.x = x, .signs = signs, .bank = bank, .tables = tables, .unit = unit, .out = out, .tokens = tokens, .share = share, .inputs = inputs, .outputs = outputs, .block = block,
                  .length = length, .parts = parts, .path = path, .chunks = (outputs + length - 1) / length,
                  .stride = ((size_t)(groups + TILE - 1) / TILE * TILE + TILE) * GROUP};
     const size_t room = (size_t)slots + TILE; /* tiles read rows beyond the last */
@@ -740,7 +758,7 @@ static void write_sequence(void *context, int chunk) {
 int mc_trellis_matrix(const uint8_t *codes, const uint16_t *scales, const uint8_t *tables, float unit, int inputs,
                       int outputs, int length, int planes, int path, int threads, float *out) {
     Matrix m = {.first = {codes, (inputs + GROUP - 1) / GROUP, length / PER_LANE, planes}, .scales = scales,
-                .code = {tables, tables + 64, tables + 128}, .unit = unit, .out = out, .inputs = inputs,
+                .code = code_of(tables, planes), .unit = unit, .out = out, .inputs = inputs,
                 .outputs = outputs, .length = length, .path = path < 0 ? mc_best_path() : path};
     atomic_init(&m.failed, 0);
     mc_parallel(write_sequence, &m, (outputs + length - 1) / length, threads);

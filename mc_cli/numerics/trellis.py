@@ -1,16 +1,14 @@
 """Trellis codes: sequences of weights whose code words overlap, so that few bits choose among many values.
 
 A sequence of T weights at rate R (bits per weight) is a ring of T * R bits. The 12 bits from bit floor(i * R) on, the
-window of weight i, decide its value: `code_values()[window]`, first bit lowest. Neighbouring windows share bits, so a
+window of weight i, decide its value: `code_values(R)[window]`, first bit lowest. Neighbouring windows share bits, so a
 search over the whole sequence (Viterbi) finds values far closer to normally distributed weights than R bits each could:
     rate                               1    1.5      2    2.5      3    3.5      4    4.5      5
-    mean squared error, variance 1  .2842  .1418  .0715  .0367  .0186  .0097  .0050  .0029  .0019
+    mean squared error, variance 1  .2709  .1383  .0700  .0362  .0182  .0095  .0050  .0029  .0017
     best grid of 2^R levels         .3634    -    .1175    -    .0345    -    .0095    -    .0025
     no code can be below            .2500  .1250  .0625  .0313  .0156  .0078  .0039  .0020  .0010
-Source of the idea: QTIP, Tseng et al. 2024, arXiv:2406.11235 (bit-shift trellis, tail-biting). The hash and the
-levels are our own. The hash is a sum of four small tables, so that a processor finds it by looking up bytes: six bits
-at a time where tables of 64 bytes are in reach, four where tables of 16 are. It is the best of 9,000 multipliers; the
-levels are then from Lloyd's iterations on a normal source at rates 1 to 4.
+What value a window stands for is in `trellis_code.py`.
+Source of the idea: QTIP, Tseng et al. 2024, arXiv:2406.11235 (bit-shift trellis, tail-biting).
 """
 
 from __future__ import annotations
@@ -24,51 +22,13 @@ from torch import Tensor
 
 from mc_cli import native
 from mc_cli.errors import McError, ShapeError
+from mc_cli.numerics.trellis_code import STATE_BITS, code_values
 
-STATE_BITS = 12
 LARGEST_RATE = 5
-LEVELS = (
-    1, 1, 2, 3, 3, 5, 6, 6, 7, 7, 9, 9, 11, 11, 12, 13, 14, 15, 16, 16, 17, 18, 20, 20, 21, 22, 23, 24, 25, 25, 27, 29,
-    29, 30, 31, 32, 34, 35, 37, 36, 38, 40, 41, 43, 43, 45, 47, 48, 50, 51, 53, 55, 57, 59, 62, 64, 66, 70, 73, 78, 83,
-    91, 104, 127,
-)  # fmt: skip
-UNIT = 3.0378 / 127  # of a level, where the weights have variance 1
-_MULTIPLIER, _OFFSET = 54201, 237
-_HASHED_APART = (0x00F, 0x030, 0x0C0, 0xF00)  # bits of a window that each have a table
 _WARM_UP = 48  # weights on either side of the seam from which the bits that cross it are chosen
 PIECE = 32  # weights between two looks at the errors so far, where errors are fed back; as in native/trellis.c
 _UNSETTLED = 12  # weights before such a look whose codes are still likely to change; as in native/trellis.c
 _SEQUENCES_AT_ONCE = {"cpu": 256, "cuda": 2048}  # in the torch search: on a GPU up to 1 GB of choices, for few launches
-
-
-@functools.cache
-def window_hashes() -> Tensor:
-    """int64 [4096], from 0 to 255: the highest bit is the sign, the low six choose the level."""
-    windows = torch.arange(1 << STATE_BITS)
-    parts = torch.stack([((windows & bits) * _MULTIPLIER + 128) >> 8 for bits in _HASHED_APART])
-    return (parts.sum(0) + _OFFSET) & 0xFF
-
-
-@functools.cache
-def code_levels() -> Tensor:
-    """int8 [4096]: the level of every window."""
-    hashes = window_hashes()
-    levels = torch.tensor(LEVELS)[hashes & 63]
-    return torch.where(hashes >= 0x80, -levels, levels).to(torch.int8)
-
-
-@functools.cache
-def lookup_tables() -> Tensor:
-    """uint8 [3, 64]: by the low six bits of a window, by its high ones (their sum is the hash), and 128 + LEVELS."""
-    hashes, six = window_hashes(), torch.arange(64)
-    low, high = hashes[six], hashes[six << 6] - hashes[0]
-    return torch.stack([low & 0xFF, high & 0xFF, torch.tensor(LEVELS) + 128]).to(torch.uint8)
-
-
-@functools.cache
-def code_values() -> Tensor:
-    """float32 [4096]: the levels in units of the weights' standard deviation."""
-    return code_levels().float() * UNIT
 
 
 def offsets(length: int, rate: Fraction) -> Tensor:
@@ -83,20 +43,24 @@ def check_rate(length: int, rate: Fraction) -> None:
         raise ShapeError(f"sequences of {length} weights cannot have {float(rate):g} bits each")
 
 
-def encode(targets: Tensor, rate: Fraction, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def encode(
+    targets: Tensor, rate: Fraction, weights: Tensor | None = None, table: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(codes uint8 [sequences, length * rate / 8], values float32 [sequences, length]) of least squared error.
 
     targets  float32 [sequences, length]
     weights  float32 like targets, of each squared error; None for ones
+    table    float32 [4096], the value of every window, for trials of other codes; None for the code of that rate
     The bits that cross the seam of the ring are chosen first, from the weights around it; given them the search is
     exact. Compiled on a CPU; torch where the compiled routines are missing, and on a GPU.
     """
-    codes, values = encode_together(targets[:, None], rate, None if weights is None else weights[:, None], None)
+    grouped = None if weights is None else weights[:, None]
+    codes, values = encode_together(targets[:, None], rate, grouped, None, table)
     return codes[:, 0], values[:, 0]
 
 
 def encode_together(
-    targets: Tensor, rate: Fraction, weights: Tensor | None, feedback: Tensor | None
+    targets: Tensor, rate: Fraction, weights: Tensor | None, feedback: Tensor | None, table: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(codes uint8 [groups, rings, length * rate / 8], values float32 like targets), rings after rings in a group.
 
@@ -104,17 +68,22 @@ def encode_together(
     weights   float32 like targets, of each squared error; None for ones
     feedback  float32 [groups, rings * length, rings * length]: what a unit of error (value minus target) of one weight,
               a row, takes from the target of one after it, a column; None for nothing
+    table     as in `encode`
     Every PIECE weights of a ring the best path so far says what the errors are; the last ones, whose codes are not
     settled, count from the next look on. Entries of `feedback` that would be needed sooner are not used.
     Without feedback, and with the bits that cross a ring's seam chosen from the weights around it, the search is exact.
     """
     check_rate(targets.shape[-1], rate)
     if is_compiled(targets):
-        return _encode_compiled(targets, rate, weights, feedback)
+        return _encode_compiled(targets, rate, weights, feedback, table)
     at_once = _SEQUENCES_AT_ONCE.get(targets.device.type, 256)
     parts = [
         encode_in_torch(
-            targets[some], rate, *(None if tensor is None else tensor[some] for tensor in (weights, feedback))
+            targets[some],
+            rate,
+            None if weights is None else weights[some],
+            None if feedback is None else feedback[some],
+            table,
         )
         for start in range(0, len(targets), at_once)
         for some in [slice(start, start + at_once)]
@@ -124,14 +93,18 @@ def encode_together(
 
 def decode(codes: Tensor, rate: Fraction) -> Tensor:
     """float32 [..., length], the values of codes uint8 [..., length * rate / 8], on any device."""
+    return code_values(rate).to(codes.device)[decode_windows(codes, rate)]
+
+
+def decode_windows(codes: Tensor, rate: Fraction) -> Tensor:
+    """int32 [..., length], the window of every weight."""
     size = codes.shape[-1]
     length = int(size * 8 / rate)
     start = offsets(length, rate).to(codes.device)
     window = torch.zeros((*codes.shape[:-1], length), dtype=torch.int32, device=codes.device)
     for place in range(3):  # a window of 12 bits touches at most 3 bytes
         window |= codes[..., ((start >> 3) + place) % size].int() << (8 * place)
-    window = (window >> (start & 7).int()) & ((1 << STATE_BITS) - 1)
-    return code_values().to(codes.device)[window]
+    return (window >> (start & 7).int()) & ((1 << STATE_BITS) - 1)
 
 
 # The search, compiled
@@ -157,6 +130,7 @@ def encode_panel(
     values: Tensor,
     errors: Tensor | None,
     path: int = -1,
+    table: Tensor | None = None,
 ) -> None:
     """Codes inputs `first` to first + n - 1 of a batch of matrices in turn, each with its share of the earlier errors.
 
@@ -171,6 +145,7 @@ def encode_panel(
     errors    float32 [B, in, out], likewise: targets less what is owed and what the values stand for, over the factor's
               diagonal. None where there is no factor
     path      of the processor, as in `kernels/trellis.py`; -1 for the best
+    table     as in `encode`
     """
     batch, count, outputs = targets.shape
     groups, rows = members.shape
@@ -180,10 +155,11 @@ def encode_panel(
     assert codes.is_contiguous() and values.is_contiguous() and (errors is None or errors.is_contiguous())
     if factor is not None:
         factor = (factor[:1] if factor.stride(0) == 0 else factor).contiguous()
+    table = (code_values(rate) if table is None else table).contiguous()
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in (given[0], factor, *given[1:])]
     failed = native.routine("mc_trellis_encode", "pppppppiiiiiiiiiiiiippp")(
         *pointers,
-        code_values().data_ptr(),
+        table.data_ptr(),
         1 if factor is None else len(factor),
         batch,
         first,
@@ -206,7 +182,7 @@ def encode_panel(
 
 
 def _encode_compiled(
-    targets: Tensor, rate: Fraction, weights: Tensor | None, feedback: Tensor | None
+    targets: Tensor, rate: Fraction, weights: Tensor | None, feedback: Tensor | None, table: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     batch, rings, length = targets.shape
     codes = torch.empty((batch, rings, 1, int(length * rate) // 8), dtype=torch.uint8)
@@ -224,6 +200,7 @@ def _encode_compiled(
         codes=codes,
         values=values,
         errors=None,
+        table=table,
     )
     return codes[:, :, 0], values.view(targets.shape)
 
@@ -232,11 +209,13 @@ def _encode_compiled(
 
 
 def encode_in_torch(
-    targets: Tensor, rate: Fraction, weights: Tensor | None, feedback: Tensor | None
+    targets: Tensor, rate: Fraction, weights: Tensor | None, feedback: Tensor | None, table: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`encode_together` on any device, all groups side by side."""
     _, rings, length = targets.shape
     weights = torch.ones_like(targets) if weights is None else weights
+    by_window = (code_values(rate) if table is None else table).to(targets.device)
+    by_state = by_window[_reversed_bits().to(targets.device)]
     wanted = targets.flatten(1)
     aim, fed = wanted.clone(), torch.zeros_like(wanted)
     codes, values = [], []
@@ -252,8 +231,8 @@ def encode_in_torch(
             fed[:, here] = error
 
         looked_at = None if feedback is None else look
-        states = _ring_states(aim[:, ring], weights[:, first // length], rate, looked_at)
-        values.append(_state_values(states))
+        states = _ring_states(aim[:, ring], weights[:, first // length], rate, by_state, looked_at)
+        values.append(by_state[states])
         codes.append(_packed(_reversed_bits().to(states.device)[states], rate))
         if feedback is not None:
             look(values[-1], length, length)
@@ -261,16 +240,16 @@ def encode_in_torch(
 
 
 def _ring_states(
-    aim: Tensor, weights: Tensor, rate: Fraction, look: Callable[[Tensor, int, int], None] | None
+    aim: Tensor, weights: Tensor, rate: Fraction, values: Tensor, look: Callable[[Tensor, int, int], None] | None
 ) -> Tensor:
     """int64 [groups, length]: the best states for targets `aim` [groups, length], which `look` moves on the way.
 
+    values  [states]
     look  (values so far, how many of them are settled, weights so far)
     """
     length = aim.shape[-1]
     steps = _steps(length, rate)
     before = min(_WARM_UP, length // 2)
-    values = _state_values(torch.arange(1 << STATE_BITS, device=aim.device))
     seam = _Path(values, steps, None)
     for place in range(-before, before):
         seam.advance(place % length, aim, weights)
@@ -278,7 +257,7 @@ def _ring_states(
     path = _Path(values, steps, overlap)
     for place in range(length):
         if look is not None and place and place % PIECE == 0:
-            look(_state_values(path.trace_back()), place - _UNSETTLED, place)
+            look(values[path.trace_back()], place - _UNSETTLED, place)
         path.advance(place, aim, weights)
     return path.trace_back(closed=True)
 
@@ -327,10 +306,6 @@ def _steps(length: int, rate: Fraction) -> list[int]:
     """Bits by which the window moves after every weight of a ring."""
     start = offsets(length + 1, rate)
     return (start[1:] - start[:-1]).tolist()
-
-
-def _state_values(states: Tensor) -> Tensor:
-    return code_values().to(states.device)[_reversed_bits().to(states.device)[states]]
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from mc_cli.kernels.trellis import (
     path_name,
 )
 from mc_cli.numerics.rotation import rotate, rotate_back
-from mc_cli.numerics.trellis import code_levels
+from mc_cli.numerics.trellis_code import code_levels
 from tests.kernels.products import error_of_bank, paths, relative_error, rows
 
 RATES = tuple(half / 2 for half in range(2, 11))
@@ -187,7 +188,7 @@ def test_the_largest_sums_fit() -> None:
     """All activations and weights at their largest: the most inputs that are multiplied packed, and one more."""
     for inputs, bound in ((MOST_INPUTS, LARGEST_ERROR), (MOST_INPUTS + 1, LARGEST_ERROR_OF_TORCH)):
         encoding, tensors = packed(16, inputs, 1)
-        window = int(code_levels().argmax())
+        window = int(code_levels(Fraction(1)).argmax())
         ring = torch.zeros(1, 1, 2, dtype=torch.uint8)
         for bit in range(12):  # one weight of every ring has the largest level
             ring[..., bit >> 3] |= (window >> bit & 1) << (bit & 7)

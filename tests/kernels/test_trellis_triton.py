@@ -25,7 +25,8 @@ from mc_cli.kernels import trellis, trellis_gpu
 from mc_cli.kernels.trellis import path_name
 from mc_cli.kernels.trellis_gpu import GpuBank
 from mc_cli.numerics.rotation import rotate
-from mc_cli.numerics.trellis import code_levels
+from mc_cli.numerics.trellis_code import RATES as WIDTHS
+from mc_cli.numerics.trellis_code import code_levels
 from mc_cli.runtime import experts
 from mc_cli.runtime.packed_modules import pack_experts
 from tests.dense_twin import _decode
@@ -194,8 +195,9 @@ def test_zeros_give_zeros() -> None:
 
 
 def test_tables_hold_two_levels() -> None:
-    levels, tables = code_levels().int(), trellis_gpu._pair_tables()
-    for step in range(4):
+    tables = trellis_gpu._pair_tables()
+    for rate in WIDTHS:
+        levels, step = code_levels(rate).int(), int(rate) if rate < 4 else 0
         table, tables = tables[: 4096 << step].int() & 0xFFFF, tables[4096 << step :]
         bits = torch.arange(4096 << step)
         assert torch.equal((table & 0xFF) - 128, levels[bits & 4095])

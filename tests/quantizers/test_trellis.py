@@ -124,8 +124,8 @@ def related(outputs: int, *, batch: int = 1, seed: int = 0) -> tuple[Tensor, Row
 
 @pytest.mark.parametrize("outputs", [24, 128, 512, 768])
 def test_errors_are_fed_into_later_rows(outputs: int) -> None:
-    weight, hessian = weights(2, outputs, INPUTS), correlated_hessian(2, INPUTS, seed=13)
-    whole, row_hessian = related(outputs, batch=2, seed=14)
+    weight, hessian = weights(8, outputs, INPUTS), correlated_hessian(8, INPUTS, seed=13)
+    whole, row_hessian = related(outputs, batch=8, seed=14)
     plain = quantized(weight, hessian, 2, importance=whole.diagonal(dim1=-2, dim2=-1))
     fed = quantized(weight, hessian, 2, importance=row_hessian)
 
