@@ -411,8 +411,8 @@ AVX512 INLINE void multiply_lanes(const uint8_t *w, size_t pitch, const int8_t *
                 int32_t codes;
                 memcpy(&codes, row + r * pitch + 4 * i, 4);
                 const __m512i all = _mm512_set1_epi32(codes);
-                coarse[r] = _mm512_dpbusd_epi32(coarse[r], all, most);
-                if (parts > 1) fine[r] = _mm512_dpbusd_epi32(fine[r], all, rest);
+                coarse[r] = add_products(coarse[r], all, most);
+                if (parts > 1) fine[r] = add_products(fine[r], all, rest);
             }
         }
 #pragma GCC unroll 8

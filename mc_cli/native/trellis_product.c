@@ -385,14 +385,19 @@ AVX512 INLINE void multiply_tile(Block block, int count, const int8_t *x, size_t
         for (int i = 0; i < wide * high; i++)
             sum[i] = _mm512_load_si512(sums + ((i / high) * PER_LANE + k + i % high) * LANES);
         for (int g = 0; g < count; g++) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int h = 0; h < high; h++) {
                 const __m512i w = _mm512_load_si512(at(block, k + h, g));
 #pragma GCC unroll 16
                 for (int row = 0; row < wide; row++) {
-                    int32_t four;
-                    memcpy(&four, x + (size_t)row * stride + (size_t)g * GROUP, GROUP);
-                    sum[row * high + h] = _mm512_dpbusd_epi32(sum[row * high + h], w, _mm512_set1_epi32(four));
+                    const int8_t *four = x + (size_t)row * stride + (size_t)g * GROUP;
+                    __m512i *into = sum + row * high + h;
+                    if (high == 1) *into = add_products_with(*into, w, four);
+                    else {
+                        int32_t all;
+                        memcpy(&all, four, GROUP);
+                        *into = add_products(*into, w, _mm512_set1_epi32(all));
+                    }
                 }
             }
         }
@@ -646,7 +651,8 @@ static void multiply_sequence(void *context, int index) {
     const Code code = code_of(p->tables, s.planes);
     const int path = p->path == AMX_TILES && task[2] < MORE_TOKENS ? AVX512_VNNI : p->path;
     const int most = task[2] < TOKENS_AT_ONCE ? task[2] : TOKENS_AT_ONCE;
-    const size_t sum_rows = (size_t)(p->parts * most + TILE - 1) / TILE * TILE; /* whole tiles */
+    const int rows_together = path == AMX_TILES ? TILE : 2;
+    const size_t sum_rows = (size_t)(p->parts * most + rows_together - 1) / rows_together * rows_together;
     const size_t sum_bytes = sum_rows * SUMS * sizeof(int32_t);
     const Block block = new_block(most < MORE_TOKENS || path < AVX512_VNNI ? FEW_GROUPS
                                   : most <= TILE                          ? MORE_GROUPS
@@ -700,7 +706,7 @@ int mc_trellis_product(const float *x, const int64_t *experts, const Entry *bank
     Product p = {.x = x, .signs = signs, .bank = bank, .tables = tables, .unit = unit, .out = out, .tokens = tokens, .share = share, .inputs = inputs, .outputs = outputs, .block = block,
                  .length = length, .parts = parts, .path = path, .chunks = (outputs + length - 1) / length,
                  .stride = ((size_t)(groups + TILE - 1) / TILE * TILE + TILE) * GROUP};
-    const size_t room = (size_t)slots + TILE; /* tiles read rows beyond the last */
+    const size_t room = (size_t)slots + (slots < MORE_TOKENS ? 1 : TILE); /* pairs and tiles read rows beyond the last */
     int failed = mc_sort_slots(&p.sorted, experts, slots, &bank->planes, sizeof(Entry) / sizeof(int64_t), matrices);
     p.rows = calloc((size_t)parts * room, p.stride);
     p.steps = malloc(sizeof(float) * room);
