@@ -24,14 +24,14 @@
 #define TOKENS_AT_ONCE 256
 #define MORE_TOKENS 3 /* from here on larger blocks are faster, and tiles */
 
-/* A hash's low six bits choose the level, its highest one negates it. Codes below 3 bits never negate, and their first
+/* A hash's low six bits choose the level, its highest one negates it. Codes of up to 2 bits never negate, and their first
  * table gives back what is looked up: they do without both. */
 typedef struct {
     const uint8_t *first, *second; /* [64] each, by the low and high bits of a window: their xor is its hash */
     const uint8_t *levels;         /* [64]: 128 + level */
 } Code;
 
-#define SIGNED_FROM 6 /* planes */
+#define SIGNED_FROM 5 /* planes */
 
 /* As `lookup_tables` in numerics/trellis_code.py: for every rate the three tables. */
 static Code code_of(const uint8_t *tables, int planes) {

@@ -4,7 +4,7 @@ A sequence of T weights at rate R (bits per weight) is a ring of T * R bits. The
 window of weight i, decide its value: `code_values(R)[window]`, first bit lowest. Neighbouring windows share bits, so a
 search over the whole sequence (Viterbi) finds values far closer to normally distributed weights than R bits each could:
     rate                               1    1.5      2    2.5      3    3.5      4    4.5      5
-    mean squared error, variance 1  .2709  .1383  .0700  .0362  .0182  .0095  .0050  .0029  .0017
+    mean squared error, variance 1  .2713  .1387  .0702  .0358  .0182  .0093  .0050  .0028  .0017
     best grid of 2^R levels         .3634    -    .1175    -    .0345    -    .0095    -    .0025
     no code can be below            .2500  .1250  .0625  .0313  .0156  .0078  .0039  .0020  .0010
 What value a window stands for is in `trellis_code.py`.

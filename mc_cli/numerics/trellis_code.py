@@ -2,7 +2,7 @@
 
 A window's 12 bits are looked up four by four; the xor of what is found is its hash. The low six bits of that choose a
 level, and the highest one negates it. So a processor needs tables of 16 bytes, or of 64 where those are in reach, and
-one table of levels. Below 3 bits, where the look-ups are what takes the time, no hash negates, and the first six bits
+one table of levels. Up to 2 bits, where the look-ups are what takes the time, no hash negates, and the first six bits
 of a window enter it as they are: two look-ups in tables of 64.
 
 The tables are from `recipes/trellis_code.py`, with its defaults, for one rate after the other. What makes them better
@@ -23,7 +23,7 @@ STATE_BITS = 12
 WINDOWS = 1 << STATE_BITS
 UNIT = 3.0378 / 127  # of a level, where the weights have variance 1
 RATES = tuple(Fraction(half, 2) for half in range(2, 11))
-SIGNED_FROM = 3  # bits per weight: from here on hashes negate; as in native/trellis_product.c
+SIGNED_FROM = 2.5  # bits per weight: from here on hashes negate; as in native/trellis_product.c
 _NEGATIVE, _LEVEL = 0x80, 0x3F  # of a hash
 
 
@@ -78,51 +78,53 @@ def _turned(place: int) -> int:
     return int(f"{place:06b}"[::-1], 2)
 
 
-CODES = {  # by rate: parts and levels of its tables, and the squared error on normal weights of variance 1
-    Fraction(1, 1): (  # 0.27089
-        "000102030405060708090a0b0c0d0e0f0d1d2d3d12023222140434242e3e0e1e220a130b1d31212c1b3b023e1012280d",
-        "a702e91ad60df42ec807ec23e014f73bc105ea20dd12f532d30cf129e516fc49"
-        "b704ea1bd70ff42dce0bee23e016fb3fc509ec20dd14f938d20cf32ae617fe59",
+# By rate: parts and levels of its tables; behind, the error on normal weights of variance 1 where all matter alike, and
+# where every second one matters much, weighted, as the recipe draws them.
+CODES = {
+    Fraction(1, 1): (  # 0.27134, 0.08881
+        "000102030405060708090a0b0c0d0e0f372717072d3d0d1d2333031324340414282f1f3621182515331e0e273e113404",
+        "9a01e61ad40ef42cc707ee24de14f93dbd02ea1fdc11f834cf0af028e317fe4f"
+        "b102e91dd810f631cc08ef24e116fe43c307ec22dc12f939d40cf22ce61aff66",
     ),
-    Fraction(3, 2): (  # 0.13833
-        "000102030405060708090a0b0c0d0e0f2d3d0d1d203000101c0c3c2c3b2b1b0b1c2c39093f171c060d3d30182e1a272f",
-        "9a00e71dd20df431c407ed26dc15fa42b804e922d812f736cb0af02be018fe4d"
-        "b302e820d510f635ca09ee28de17fc48be06eb24da13f93ccf0cf32ee3190066",
+    Fraction(3, 2): (  # 0.13867, 0.04117
+        "000102030405060708090a0b0c0d0e0f3525150508182838031323331b0b3b2b301f173e032a251d112c260f220d3428",
+        "9101e61dd10ef432c307ec26dc15fa43b604e922d712f739cb0bf02be119fe57"
+        "a902e71fd510f535c709ee29de17fc4abd06eb24da14f93dce0cf22fe31aff6f",
     ),
-    Fraction(2, 1): (  # 0.06996
-        "000102030405060708090a0b0c0d0e0f2535051510003020342414040b1b2b3b3c080d1b0f1b1f060d192c1c2e1a2239",
-        "9401e51ed00ff432c207ec26db16fa44b304e822d613f739cb0bf02ce019fe51"
-        "af02e720d410f535c709ed2ade18fc4dbc06ea25da14f93ece0cf130e21bff6c",
+    Fraction(2, 1): (  # 0.07022, 0.02047
+        "000102030405060708090a0b0c0d0e0f1f0f3f2f2a3a0a1a3525150506162636032f360b2a1d0539110e3722000c3428",
+        "8c01e51dd10ef432c207ec26dc15fa45b204e922d712f739cb0bf02ce119fe5c"
+        "a402e71fd410f535c709ee29de17fc4ebb06eb24da14f93ece0cf22fe31bff74",
     ),
-    Fraction(5, 2): (  # 0.03623
-        "000102030405060708090a0b0c0d0e0f091929393b2b1b0b1c0c3c2c28380818301e36223b070f29091d24282a0c0d1f",
-        "9001e51dd10ef433c007ec26dc15fa43b304e922d712f739cb0bf02ce119fe57"
-        "a902e71fd410f535c709ee29de17fc4dbd06eb24da14f940cd0cf22fe31bff70",
-    ),
-    Fraction(3, 1): (  # 0.01816
-        "bf059e21af118e30b3089628a218863b888f8b8b2d2a2e2ea6a1a5a58c8b8f8f198a0a1e9e3c8e0ca7a8b72c3b9d28b3",
+    Fraction(5, 2): (  # 0.03580, 0.01029
+        "bb009e20af108c30b60a9229a618863914101610a6a2a4a20f0b0d0b999d9b9db6a23b9b0a8c192c2a188cba9339bc0c",
         "0001020304050506070809090a0b0c0d0e0f0f101112131415161718191a1b1c"
-        "1d1e1f20212223242627282a2b2c2e2f31333436383a3c3f4344484d5157667f",
+        "1d1e1f20212223242627282a2b2c2e2f31333436383a3c3f4145484d535c687f",
     ),
-    Fraction(7, 2): (  # 0.00947
-        "bf019f21ae118e35b2089628a719873832373134a3a6a0a527222421b7b2b4b101b09b0d30812138a89010a28e28bf19",
+    Fraction(3, 1): (  # 0.01823, 0.00557
+        "bd009e20ae118c31b6099628a7188439181c1e1ab6b2b0b493979591b0b4b6b296ba3395bc8e1aa20e258c122038a103",
         "0001020304050506070809090a0b0c0d0e0f0f101112131415161718191a1b1c"
-        "1d1e1f20212223242627282a2b2c2e2f31333436383a3c3f4145484c5158677f",
+        "1d1e1f20212223242627282a2b2c2e2f31333436383a3c3f4144484d545d6a7f",
     ),
-    Fraction(4, 1): (  # 0.00504
-        "be009f21af108d31b7089628a7198638a2a5a1a42b2c282d868185801c1b1f1aa19db4b82e103e8d1a372006098496ad",
+    Fraction(7, 2): (  # 0.00934, 0.00319
+        "bf019e21ae118a31b60a9729a71b8639aaaaadaf939394960a0a0d0f8f8f888a90a839100e8d2825b50086b91b31a398",
         "0001020304050506070809090a0b0c0d0e0f0f101112131415161718191a1b1c"
-        "1d1e1f20212223242627282a2b2c2e2f31333436383a3c3f4144484c525b697f",
+        "1d1e1f20212223242627282a2b2c2e2f31333436383a3c3f4145484d545e6c7f",
     ),
-    Fraction(9, 2): (  # 0.00288
-        "be019f20af118e30b7089629a71886399e9b9d983c393f3a1d181e1ba0a5a3a6abbb06949eb7a2319a8e112d3a83220a",
+    Fraction(4, 1): (  # 0.00495, 0.00205
+        "be009e21af108e31b7099729a6188739808781871512141204030503bcbbbdbbaf2539bc0e9232071e8288b5a0982810",
         "0001020304050506070809090a0b0c0d0e0f0f101112131415161718191a1b1c"
-        "1d1e1f20212223242627282a2b2c2e2f31333436383a3c3f4144484c535d6b7f",
+        "1d1e1f20212223242627282a2b2c2e2f31333436383a3c3f4144484d545e6c7f",
     ),
-    Fraction(5, 1): (  # 0.00174
-        "be009e21af118f31b7089628a61887383a3f393da6a3a5a19c999f9b838680841080010c20a28c9089392c9b309eb218",
+    Fraction(9, 2): (  # 0.00280, 0.00146
+        "bf009e21af108e31b7089629a6188639a6a2a4a00206000480848286babeb8bc243fa0331e8c9680b210b90c2c07ad39",
         "0001020304050506070809090a0b0c0d0e0f0f101112131415161718191a1b1c"
-        "1d1e1f20212223242627282a2b2c2e2f31333436383a3c3f4144484d545e6b7f",
+        "1d1e1f20212223242627282a2b2c2e2f31333436383a3c3f4144484e56606c7f",
+    ),
+    Fraction(5, 1): (  # 0.00168, 0.00118
+        "bf009e21af108e31b7089629a7188339a7a3a4a00206010525212622aaaea9ad99ab0da12597bc1e10b20780328a3bad",
+        "0001020304050506070809090a0b0c0d0e0f0f101112131415161718191a1b1c"
+        "1d1e1f20212223242627282a2b2c2e2f31333436383a3c3f4144484e56606c7f",
     ),
 }
 

@@ -25,7 +25,7 @@ from mc_cli.numerics.trellis import (
 from mc_cli.numerics.trellis_code import CODES, RATES, UNIT, code_values
 
 ERRORS = dict(
-    zip(RATES, (0.2709, 0.1383, 0.0700, 0.0362, 0.0182, 0.0095, 0.0050, 0.0029, 0.00174), strict=True)
+    zip(RATES, (0.2713, 0.1387, 0.0702, 0.0358, 0.0182, 0.0093, 0.0050, 0.0028, 0.00168), strict=True)
 )  # as documented
 
 
