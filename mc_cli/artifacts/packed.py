@@ -128,7 +128,7 @@ class PackedLayout:
         if version != FORMAT_VERSION:
             raise ArtifactError(
                 f"The packed format has version {version!r}; this version of mc-cli reads {FORMAT_VERSION}. "
-                "Install a matching mc-cli."
+                "Install a matching mc-cli, or pack the model again (quantize --force, then export)."
             )
         try:
             keys: dict[int, str | None] = dict(enumerate(content["encodings"]))

@@ -703,8 +703,9 @@ int mc_trellis_product(const float *x, const int64_t *experts, const Entry *bank
                        const float *signs, float unit, int matrices, int tokens, int slots, int share, int inputs,
                        int outputs, int block, int length, int parts, int path, int threads, float *out) {
     const int groups = (inputs + GROUP - 1) / GROUP;
-    Product p = {.x = x, .signs = signs, .bank = bank, .tables = tables, .unit = unit, .out = out, .tokens = tokens, .share = share, .inputs = inputs, .outputs = outputs, .block = block,
-                 .length = length, .parts = parts, .path = path, .chunks = (outputs + length - 1) / length,
+    Product p = {.x = x, .signs = signs, .bank = bank, .tables = tables, .unit = unit, .out = out, .tokens = tokens,
+                 .share = share, .inputs = inputs, .outputs = outputs, .block = block, .length = length, .parts = parts,
+                 .path = path, .chunks = (outputs + length - 1) / length,
                  .stride = ((size_t)(groups + TILE - 1) / TILE * TILE + TILE) * GROUP};
     const size_t room = (size_t)slots + (slots < MORE_TOKENS ? 1 : TILE); /* pairs and tiles read rows beyond the last */
     int failed = mc_sort_slots(&p.sorted, experts, slots, &bank->planes, sizeof(Entry) / sizeof(int64_t), matrices);
