@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mc_cli.numerics.trellis import decode_windows, encode
-from mc_cli.numerics.trellis_code import SIGNED_FROM, UNIT, WINDOWS, Tables
+from mc_cli.numerics.trellis_code import SIGNED_FROM, UNIT, Tables, by_windows
 
 LENGTH = 256
 NIBBLE = torch.arange(16)
@@ -45,12 +45,10 @@ class Trial:
 
     def places(self) -> Tensor:
         """int64 [4096]"""
-        windows = torch.arange(WINDOWS)
-        first, second, third = self.parts
-        return first[windows & 15] ^ second[windows >> 4 & 15] ^ third[windows >> 8]
+        return by_windows(self.parts)
 
     def rounded(self) -> Tensor:
-        """int64 [2^bits]: the levels as they are stored, without those signs that the other half has."""
+        """int64 [2^bits]: the levels as they are stored."""
         return (self.levels / UNIT).round().clamp(-127, 127).long()
 
     def values(self) -> Tensor:

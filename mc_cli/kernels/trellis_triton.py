@@ -7,7 +7,7 @@ as bytes. A table is written to shared memory once per tile of weights, which th
 
 Every matrix has a row in a table on the device: addresses of `codes` and `scales`, and bytes per lane, twice its bits;
 0 for a matrix that is not there. A program's weights are all of one matrix, so it takes one branch for that width.
-The layout of codes is in encodings/trellis.py, the code in numerics/trellis.py.
+The layout of codes is in encodings/trellis.py, the code in numerics/trellis.py and trellis_code.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 /* Products with trellis-coded matrices, and their decoding. The format is described in encodings/trellis.py, the code in
- * numerics/trellis.py.
+ * numerics/trellis.py and trellis_code.py.
  *
  * Weights come out as bytes, 128 + level, in blocks [16][groups][lanes][4]: lane l of the k-th row of a block holds the
  * weights of output 16 * l + k for a group of 4 inputs. Activations come as two bytes, a coarse and a fine part, or as the

@@ -68,9 +68,14 @@ class Tables:
 
     def hashes(self) -> Tensor:
         """int64 [4096], by window."""
-        windows = torch.arange(WINDOWS)
-        first, second, third = torch.tensor(self.parts)
-        return first[windows & 15] ^ second[windows >> 4 & 15] ^ third[windows >> 8]
+        return by_windows(torch.tensor(self.parts))
+
+
+def by_windows(parts: Iterable[Tensor]) -> Tensor:
+    """int64 [4096]: for every window the xor of what three tables, int64 [16], give for each four of its bits."""
+    windows = torch.arange(WINDOWS)
+    first, second, third = parts
+    return first[windows & 15] ^ second[windows >> 4 & 15] ^ third[windows >> 8]
 
 
 def _turned(place: int) -> int:

@@ -23,6 +23,9 @@ def test_no_level_is_rare_or_frequent_and_every_one_has_its_negative(rate: Fract
     frequent = frequent[frequent > 0]
     assert len(frequent) == (128 if rate >= SIGNED_FROM else 64)
     assert float(frequent.max()) < 2 * float(frequent.mean())
+    assert rate >= SIGNED_FROM or float(frequent.min()) == float(frequent.max())
+    negative = tables(rate).hashes() >= 128 if rate >= SIGNED_FROM else code_levels(rate) < 0
+    assert int(negative.sum()) == 2048
     levels = set(code_levels(rate).tolist())
     assert levels == {-level for level in levels}
 
