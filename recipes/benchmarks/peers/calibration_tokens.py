@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from mc_cli.runtime import text
+from mc_cli.runtime.model_folder import resolve_model
 from mc_cli.settings import CalibrateSettings
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=256)
@@ -25,11 +26,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     settings = CalibrateSettings(
-        model=str(given.model), data=given.data, sequences=given.sequences, length=given.length, seed=given.seed
+        model=given.model, data=given.data, sequences=given.sequences, length=given.length, seed=given.seed
     )
     windows = text.calibration_windows(
         text.read_documents(settings.data, split=settings.split, text_field=settings.text_field),
-        text.load_tokenizer(given.model),
+        text.load_tokenizer(resolve_model(given.model)),
         sequences=settings.sequences,
         length=settings.length,
         seed=settings.seed,

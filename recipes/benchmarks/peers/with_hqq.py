@@ -5,7 +5,7 @@
 HQQ sees no data. Its own walk over a model finds nn.Linear only, and passes over experts that are stacked in one
 parameter without a word; here every expert projection is given to it as a Linear of its own. Scales and zero points are
 float16, codes as it packs them (3 bits: ten in a 32-bit word). --axis 0 groups along the outputs: slower to run, and by
-its documentation better.
+its documentation better, which the demo model does not show.
 """
 
 from __future__ import annotations
