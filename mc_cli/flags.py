@@ -129,6 +129,11 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
             metavar="TOKENS",
         ),
         Flag("gradient_samples", "Labels drawn from the model for each of these tokens.", _TEXT, metavar="COUNT"),
+        Flag(
+            "choice_costs",
+            "Count in what it costs that errors make later routers choose other experts.",
+            _TEXT,
+        ),
     ),
     s.QuantizerSettings: (
         Flag(

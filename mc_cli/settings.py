@@ -148,7 +148,8 @@ class CalibrateSettings(StageSettings):
     """model: folder, hub id or bundled:NAME. data: file, folder of files, datasets name or bundled:NAME.
 
     gradient_tokens: tokens of the backward pass that gives each layer's sensitivity; 0 leaves it out, and score
-    then uses the share of the residual stream's energy. gradient_samples: labels drawn for each of them.
+    then uses the share of the residual stream's energy. gradient_samples: labels drawn for each of them. choice_costs:
+    whether sensitivities hold what it costs that errors make later routers choose other experts.
     """
 
     model: str = ""
@@ -161,6 +162,7 @@ class CalibrateSettings(StageSettings):
     seed: int = 0
     gradient_tokens: int = 32768
     gradient_samples: int = 4
+    choice_costs: bool = True
     # The digests of model files and of the token ids stand for these two.
     not_fingerprinted = frozenset({"model", "data"})
 

@@ -5,7 +5,8 @@ inventory.json           every tensor with role, shape and bytes; every experts 
 routing/layer_NN.json    routing statistics of one MoE layer
   sensitivity.safetensors  layers.N.gradient_square [hidden] float32: mean over tokens of the squared gradient of the
                            summed loss at the MoE output; layers.N.token_scale [tokens of the first sequences] float32:
-                           a token's squares summed over features, relative to the mean token's
+                           a token's squares summed over features, relative to the mean token's; layers.N.choice_cost
+                           [] float64, see LayerSensitivity
 gradients/layer_NNN.safetensors  covariance [hidden, hidden] float32: mean over tokens of gradient gradient^T at one MoE
                            output; a file per layer, read when that layer is quantized. Calibrations of earlier versions
                            have none
@@ -13,7 +14,7 @@ gradients/layer_NNN.safetensors  covariance [hidden, hidden] float32: mean over 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,10 +39,29 @@ class LayerSensitivity:
 
     gradient_square  [hidden] float32, mean over tokens
     token_scale      [tokens] float32, a token's summed squares over the mean token's, in the order of the sequences
+    choice_cost      nats that it costs when the layer's router chooses another expert, NaN where that cannot be told;
+                     None where it was not asked. Layers in front of this one have it in their gradients
     """
 
     gradient_square: torch.Tensor
     token_scale: torch.Tensor
+    choice_cost: float | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As they are stored."""
+        import torch
+
+        stored = {"gradient_square": self.gradient_square, "token_scale": self.token_scale}
+        if self.choice_cost is not None:
+            stored["choice_cost"] = torch.tensor(self.choice_cost, dtype=torch.float64)
+        return stored
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor], prefix: str) -> LayerSensitivity:
+        """From stored tensors whose names begin with `prefix`."""
+        cost = tensors.get(f"{prefix}choice_cost")
+        square, scale = tensors[f"{prefix}gradient_square"], tensors[f"{prefix}token_scale"]
+        return cls(square, scale, None if cost is None else float(cost))
 
 
 @dataclass(frozen=True)
@@ -135,9 +155,4 @@ def read_sensitivities(calibration: Path, inventory: ModelInventory) -> dict[int
     if not path.exists():
         return {}
     tensors = read_tensors(path)
-    return {
-        block.layer: LayerSensitivity(
-            tensors[f"layers.{block.layer}.gradient_square"], tensors[f"layers.{block.layer}.token_scale"]
-        )
-        for block in inventory.expert_blocks
-    }
+    return {block.layer: LayerSensitivity.of(tensors, f"layers.{block.layer}.") for block in inventory.expert_blocks}

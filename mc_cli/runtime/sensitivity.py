@@ -3,14 +3,16 @@
 Labels are sampled from the model itself, so the expected outer product of gradients is the Fisher matrix, the second
 derivative of the KL divergence from the original model. Its diagonal turns a squared output error into nats:
     KL per token  ~  1/2 * mean over tokens of sum over features of gradient^2 * error^2
-All of it, the gradients' covariance, tells how one feature's error can make good for another's.
+All of it, the gradients' covariance, tells how one feature's error can make good for another's. What it costs that
+later routers choose otherwise is added to the gradients: see runtime/expert_choice.py.
 Source: GEMQ (arXiv:2605.23078) for gradient-weighted errors; the sampled-label Fisher is standard.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from torch import nn
 from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.numerics.hessian import accumulate
 from mc_cli.parts import ExpertBlock
+from mc_cli.runtime.expert_choice import ChoiceCosts
 from mc_cli.runtime.layerwise import LayerWalk
 
 
@@ -41,18 +44,36 @@ def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, samples: int
     return gradients
 
 
-def backward_layer(
-    walk: LayerWalk, layer_inputs: torch.Tensor, gradients: torch.Tensor, block: ExpertBlock | None
-) -> tuple[torch.Tensor, LayerSensitivity | None, torch.Tensor | None]:
-    """The gradients at the resident layer's input; if it has experts (`block`), its sensitivity and their gradients'
-    covariance [hidden, hidden] float32, a mean over tokens and samples.
+class LayerBackward(NamedTuple):
+    """What the backward pass says of one layer; all but `before` of its experts, None without any."""
 
-    layer_inputs  [sequences, length, hidden], what the layer `walk.depth` was given
+    before: torch.Tensor  # [samples, sequences, length, hidden], gradients at the layer's input
+    sensitivity: LayerSensitivity | None = None
+    covariance: torch.Tensor | None = None  # [hidden, hidden] float32 of gradients, a mean over tokens and samples
+
+
+def backward_layer(
+    walk: LayerWalk,
+    layer_inputs: torch.Tensor,
+    gradients: torch.Tensor,
+    block: ExpertBlock | None,
+    *,
+    choices: bool,
+    seed: int,
+) -> LayerBackward:
+    """Takes gradients back through the resident layer `walk.depth`, whose experts are `block`.
+
+    layer_inputs  [sequences, length, hidden], what the layer was given
     gradients     [samples, sequences, length, hidden], of the summed losses at the layer's output
+    choices       whether what other choices of its router cost is added to the gradients at its input; `seed` draws it
     """
     collector = _Collector() if block is not None else None
+    costs = ChoiceCosts(walk.source.model, block) if block is not None and choices else None
     before = torch.empty_like(gradients)
-    with _listening(walk, block, collector):
+    with ExitStack() as stack:
+        stack.enter_context(_listening(walk, block, collector))
+        if costs is not None:
+            stack.enter_context(costs.watching())
         for rows in walk.batches():
             with torch.enable_grad():
                 hidden = layer_inputs[rows].to(walk.source.device).requires_grad_(True)
@@ -62,8 +83,14 @@ def backward_layer(
             found = _gradients(totals, *wanted)
             if collector is not None:
                 collector.add(found[1])
+            if costs is not None:
+                costs.add(found[1])
             before[:, rows] = found[0].to(before.device)
-    return before, *(collector.result() if collector is not None else (None, None))
+    if costs is not None:
+        costs.add_gradients(before, walk, layer_inputs, seed=seed)
+    if collector is None:
+        return LayerBackward(before)
+    return LayerBackward(before, *collector.result(costs.cost if costs is not None else None))
 
 
 def _gradients(losses: Sequence[torch.Tensor], *of: torch.Tensor) -> list[torch.Tensor]:
@@ -117,9 +144,10 @@ class _Collector:
         self._square = squares.sum(0) if self._square is None else self._square + squares.sum(0)
         self._per_token.append(squares.sum(-1))
 
-    def result(self) -> tuple[LayerSensitivity, torch.Tensor]:
+    def result(self, choice_cost: float | None) -> tuple[LayerSensitivity, torch.Tensor]:
         assert self._square is not None and self._covariance is not None
         per_token = torch.cat(self._per_token)
         mean = per_token.mean().clamp(min=1e-300)
-        sensitivity = LayerSensitivity((self._square / len(per_token)).float(), (per_token / mean).float())
+        square, scale = (self._square / len(per_token)).float(), (per_token / mean).float()
+        sensitivity = LayerSensitivity(square, scale, choice_cost)
         return sensitivity, (self._covariance / len(per_token)).cpu()

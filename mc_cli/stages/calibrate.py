@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as artifact
-from mc_cli.artifacts.calibration import LayerRouting
+from mc_cli.artifacts.calibration import LayerRouting, LayerSensitivity
 from mc_cli.artifacts.files import read_tensors, write_tensors
 from mc_cli.artifacts.store import RESUME, StageFolder
 from mc_cli.parts import ExpertBlock, ModelInventory, Role
@@ -62,7 +64,8 @@ def run(
     _forward(walk, checkpoint, inventory, folder, sequences, progress)
     if sequences:
         _backward(walk, checkpoint, inventory, folder, sequences, settings, progress)
-    for message in starved_experts(read_routing(folder.folder, inventory), inventory):
+    unexplained = unexplained_choices(artifact.read_sensitivities(folder.folder, inventory))
+    for message in unexplained + starved_experts(read_routing(folder.folder, inventory), inventory):
         folder.warn(message, progress)
     folder.finish(__version__)
     return _result(folder, ran=True)
@@ -180,14 +183,20 @@ def _backward(
             checkpoint.load(depth)
             walk.depth = depth
             inputs = read_tensors(folder.path(_inputs_file(depth)))["hidden"]
-            gradients, sensitivity, covariance = backward_layer(walk, inputs, gradients, blocks.get(depth))
+            gradients, sensitivity, covariance = backward_layer(
+                walk,
+                inputs,
+                gradients,
+                blocks.get(depth),
+                choices=settings.choice_costs,
+                seed=settings.seed * walk.num_layers + depth,
+            )
             checkpoint.free(depth)
             release_freed_memory()
             state = {"gradients": gradients}
             if sensitivity is not None and covariance is not None:
                 write_tensors(folder.path(artifact.covariance_file(depth)), {"covariance": covariance})
-                part = {"gradient_square": sensitivity.gradient_square, "token_scale": sensitivity.token_scale}
-                write_tensors(folder.path(f"{RESUME}/sensitivity_{depth}.safetensors"), part)
+                write_tensors(folder.path(f"{RESUME}/sensitivity_{depth}.safetensors"), sensitivity.tensors())
             write_tensors(folder.path(f"{RESUME}/gradient_before_{depth}.safetensors"), state)
             folder.path(f"{RESUME}/gradient_before_{depth + 1}.safetensors").unlink(missing_ok=True)
             step.advance(note=f"layer {depth}")
@@ -219,6 +228,17 @@ def _inputs_file(layer: int) -> str:
 def read_routing(folder: Path, inventory: ModelInventory) -> list[LayerRouting]:
     """The routing statistics of every MoE layer, in layer order."""
     return [LayerRouting.read(folder / artifact.routing_file(block.layer)) for block in inventory.expert_blocks]
+
+
+def unexplained_choices(sensitivities: Mapping[int, LayerSensitivity]) -> list[str]:
+    """A warning if there are routers whose choices their scores do not explain."""
+    layers = [str(layer) for layer, found in sensitivities.items() if math.isnan(found.choice_cost or 0.0)]
+    if not layers:
+        return []
+    return [
+        f"the routers of {len(layers)} layers choose by something else than their scores and biases "
+        f"({_shown(layers)}): what it costs that they choose other experts is not in the layers' sensitivities."
+    ]
 
 
 def starved_experts(routing: list[LayerRouting], inventory: ModelInventory) -> list[str]:

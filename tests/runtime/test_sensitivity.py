@@ -34,6 +34,7 @@ def calibrated(
         gradient_tokens=sequences * LENGTH,
         seed=SEED,
         gradient_samples=SAMPLES,
+        choice_costs=False,  # tests/runtime/test_expert_choice.py
     )
     calibration = folder / "work" / "calibration"
     token_ids = load_file(calibration / "tokens.safetensors")["token_ids"]
