@@ -1,0 +1,126 @@
+"""What other choices of experts cost: a packed model as it is, and with every token sent to the original's experts.
+
+Where the packed model's routers choose as the original's do, nothing is changed. Where they do not, the experts that
+they add are replaced by those that they miss, at the weights of the ones replaced: they were nearly level. The rest of
+the divergence is what derivatives see. Work folders are those of `mc-cli run`, or of calibrate to quantize.
+
+    python recipes/benchmarks/choices.py --heldout FOLDER runs/a runs/b
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from mc_cli.artifacts import calibration
+from mc_cli.artifacts.evaluation import TextResult
+from mc_cli.artifacts.store import STAGE_FOLDERS
+from mc_cli.parts import ExpertBlock
+from mc_cli.runtime import text
+from mc_cli.runtime.comparison import changed_share, losses
+from mc_cli.runtime.experts import IMPLEMENTATION
+from mc_cli.runtime.layerwise import LayerWalk
+from mc_cli.runtime.packed_model import PackedSource
+from mc_cli.runtime.routing import watching
+from mc_cli.runtime.session import later_session
+from mc_cli.settings import EvaluateSettings, RunSettings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work_dirs", type=Path, nargs="+")
+    parser.add_argument("--heldout", default="bundled:heldout")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--max-windows", type=int, default=256, help="evenly over the domains; 0 = all")
+    given = parser.parse_args()
+    table = Table(title="Packed model, and the same with the original's choices of experts")
+    for name in ("work folder", "choices", "gap, nats/token", "KL, nats/token", "other experts by layer, %"):
+        table.add_column(name, justify="left" if name == "work folder" else "right")
+    for work_dir in given.work_dirs:
+        for forced in (False, True):
+            found, changes = measure(work_dir, given, forced=forced)
+            table.add_row(
+                str(work_dir),
+                "the original's" if forced else "its own",
+                f"{found.packed_loss - found.original_loss:.5f}",
+                f"{found.kl_divergence:.5f}",
+                "" if forced else " ".join(f"{100 * share:.2f}" for share in changes),
+            )
+    Console(width=140).print(table)
+
+
+def measure(work_dir: Path, given: argparse.Namespace, *, forced: bool) -> tuple[TextResult, list[float]]:
+    """(losses, share of other experts by MoE layer) of the packed model in `work_dir`."""
+    session = later_session(work_dir, RunSettings())
+    inventory = calibration.read_inventory(work_dir / STAGE_FOLDERS["calibrate"] / calibration.INVENTORY)
+    blocks = {block.layer: block for block in inventory.expert_blocks}
+    settings = EvaluateSettings(data=given.heldout, length=given.length, max_sequences=given.max_windows)
+    windows = text.evaluation_windows(
+        text.read_documents(settings.data, split=settings.split, text_field=settings.text_field),
+        text.load_tokenizer(session.folder),
+        length=settings.length,
+        stride=settings.length,
+        max_sequences=settings.max_sequences,
+    )
+    original = session.open_checkpoint()
+    original.model.set_experts_implementation(IMPLEMENTATION)
+    packed = PackedSource(work_dir / STAGE_FOLDERS["quantize"], dtype=session.dtype, device=session.device)
+    batch_size = session.batch_size(given.length)
+    walks = [LayerWalk(source, windows.token_ids, batch_size=batch_size) for source in (original, packed)]
+    changes = []
+    for layer in range(walks[0].num_layers):
+        block = blocks.get(layer)
+        chosen = advance(walks[0], layer, block, None)
+        found = advance(walks[1], layer, block, chosen if forced else None)
+        if chosen is not None and found is not None:
+            changes.append(changed_share(chosen, found))
+    return losses(walks[0], walks[1], windows)[0], changes
+
+
+def advance(walk: LayerWalk, layer: int, block: ExpertBlock | None, wanted: Tensor | None) -> Tensor | None:
+    """Runs one layer; returns what its router chooses [tokens, k]. wanted: the choices that are made in its place."""
+    walk.source.load(layer)
+    if block is None:
+        walk.run_layer(advance=True)
+        walk.source.free(layer)
+        return None
+    done = 0
+
+    def choose(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal done
+        hidden, index, weights, *rest = args
+        if wanted is None:
+            return args
+        here = wanted[done : done + index.numel() // index.shape[-1]].to(index.device)
+        done += len(here)
+        return hidden, replaced(index.reshape(here.shape), here).view_as(index), weights, *rest
+
+    with watching(walk.source.model, block) as capture:
+        handle = walk.source.model.get_submodule(block.path).register_forward_pre_hook(choose)
+        walk.run_layer(advance=True)
+        handle.remove()
+    walk.source.free(layer)
+    return capture.index
+
+
+def replaced(index: Tensor, wanted: Tensor) -> Tensor:
+    """`index` [tokens, k] with the experts that `wanted` does not have replaced by those that it has instead."""
+    extra, missing = ~_within(index, wanted), ~_within(wanted, index)
+    places, others = (torch.argsort(mask.int(), dim=-1, descending=True, stable=True) for mask in (extra, missing))
+    is_extra = extra.gather(1, places)
+    chosen = torch.where(is_extra, wanted.gather(1, others), index.gather(1, places))
+    return torch.empty_like(index).scatter_(1, places, chosen)
+
+
+def _within(one: Tensor, other: Tensor) -> Tensor:
+    return (one[:, :, None] == other[:, None, :]).any(-1)
+
+
+if __name__ == "__main__":
+    main()
