@@ -23,6 +23,7 @@ from mc_cli.quantizers.gptq import Gptq
 NAME = "trellis"
 _LARGEST_SCALE = 65504.0  # of float16
 _NOISE_SEED = 0
+_MOST_GAIN = 1.5  # of scales; a code of 1 bit takes 1.4 at most
 LARGEST_GROUP = 3  # rings of 256 rows: what feeding back costs grows with their number
 _POOLED_ROWS = 16  # divides every padded number of outputs
 _SAMPLED_INPUTS = 8  # of a matrix, on which the search is tried when only its errors' size is wanted
@@ -97,6 +98,7 @@ class Trellis:
         coder.code()
         for _ in range(self.sweeps):
             coder.sweep()
+        coder.lengthen()
         tensors = coder.tensors()
         assert prepared.hessian is not None
         loss = trace_error(weight - encoding.dequantize(tensors, weight.shape[-1]), prepared.hessian)
@@ -113,6 +115,7 @@ class Trellis:
             return self._affine().forecast(weight, prepared, encoding)
         coder = _Coder(weight, prepared, encoding, row_importance)
         coder.draw()
+        coder.lengthen()
         return rotate_back(coder.matrix(), encoding.block)
 
     def _affine(self) -> Gptq:
@@ -278,6 +281,19 @@ class _Coder:
             difference[:, position] -= moved * self._scales
         self._refit()
 
+    def lengthen(self) -> None:
+        """Scales up by what least squares take away: of the weights' own direction as much is left as there was.
+
+        A matrix that is nearest to its weights is shorter than they are, by its relative error. Errors of many matrices
+        add up at random, but all that is missing along the weights adds up in one direction: outputs of every expert
+        would be weaker, at every layer. Its own error grows by the square of the relative one only.
+        """
+        felt = torch.bmm(self._hessian, self._columns)
+        coded = self._values * self._scales[:, None]
+        whole, left = (((matrix * felt).sum(1) * self._outputs_matter()).sum(-1) for matrix in (self._columns, coded))
+        gain = torch.where((whole > 0) & (left > 0), whole / left, 1.0).clamp(1.0, _MOST_GAIN)
+        self._scales = _stored(self._scales * gain[:, None])
+
     def matrix(self) -> Tensor:
         """float32 [B, out, in], rotated."""
         return (self._values * self._scales[:, None]).transpose(1, 2)[:, : self._outputs]
@@ -315,8 +331,11 @@ class _Coder:
 
     def _row_weights(self) -> Tensor:
         """[B, out]: what a squared error of a row's values matters."""
-        weights = self._scales.square()
-        return weights if self._importance is None else weights * self._importance
+        return self._scales.square() * self._outputs_matter()
+
+    def _outputs_matter(self) -> Tensor:
+        """[B, out]: what a squared error of an output matters."""
+        return torch.ones_like(self._scales) if self._importance is None else self._importance
 
     def _divisors(self) -> Tensor:
         return self._scales.clamp_min(1e-12)  # a row of zeros has scale 0: its values do not matter

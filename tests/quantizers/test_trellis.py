@@ -81,10 +81,22 @@ def test_errors_are_fed_back() -> None:
     )
 
 
-def test_scales_are_the_best_for_their_values() -> None:
+@pytest.mark.parametrize("bits", [1, 1.5, 3])
+def test_as_much_is_left_along_the_weights_as_there_was(bits: float) -> None:
+    """What rows weigh included. The nearest matrix is shorter, and this one is longer by one factor."""
+    weight, hessian = weights(2, 96, INPUTS), correlated_hessian(2, INPUTS, seed=23)
+    importance = 0.1 + torch.rand(2, 96, generator=torch.Generator().manual_seed(24))
+    for given in (None, importance):
+        matrix = matrix_of(quantized(weight, hessian, bits, importance=given))
+        felt = (weight @ hessian) * (1.0 if given is None else given[..., None])
+        assert torch.allclose((matrix * felt).sum((1, 2)), (weight * felt).sum((1, 2)), rtol=1e-3)
+
+
+def test_scales_are_the_best_for_their_values_but_for_one_factor() -> None:
     weight, hessian = weights(1, 48, INPUTS), correlated_hessian(1, INPUTS, seed=4)
-    result = quantized(weight, hessian, 1.5)
-    best = matrix_of(result)
+    matrix = matrix_of(quantized(weight, hessian, 1.5))
+    best = matrix * float((matrix @ hessian * weight).sum() / (matrix @ hessian * matrix).sum())
+    assert float((matrix / best).mean()) > 1.005
     for factor in (0.99, 1.01):  # float16 keeps a scale to 0.05 %
         rows = (weight - factor * best)[0].double(), (weight - best)[0].double()
         changed, kept = ((row @ hessian[0].double() * row).sum(-1) for row in rows)
@@ -130,7 +142,10 @@ def test_errors_are_fed_into_later_rows(outputs: int) -> None:
     fed = quantized(weight, hessian, 2, importance=row_hessian)
 
     def felt(result: QuantizedLinear) -> float:
-        miss = weight - matrix_of(result)
+        matrix = matrix_of(result)  # at the lengths at which they are nearest
+        product = whole @ matrix @ hessian
+        length = (product * weight).sum((1, 2)) / (product * matrix).sum((1, 2))
+        miss = weight - length[:, None, None] * matrix
         return float((whole @ miss @ hessian * miss).sum())
 
     assert felt(fed) < (0.8 if outputs > 256 else 1.0) * felt(plain)
