@@ -23,9 +23,6 @@
 #define SUMS (PER_LANE * LANES) /* of one row of activations, with one sequence of outputs */
 #define TOKENS_AT_ONCE 256
 #define MORE_TOKENS 3 /* from here on larger blocks are faster, and tiles */
-#define PIECES 4       /* of work, for each thread, so that none waits long for the last */
-#define LEAST_GROUPS 96 /* in a piece of a sequence: shorter ones gain less than they cost to begin and to add up */
-#define MOST_SHARED (1 << 25) /* bytes of sums of sequences in pieces */
 
 /* A hash's low six bits choose the level, its highest one negates it. Codes of up to 2 bits never negate, and their first
  * table gives back what is looked up: they do without both. */
@@ -598,9 +595,6 @@ typedef struct {
     float *steps;    /* [places] */
     int32_t *totals; /* [places][2] */
     mc_slots sorted;
-    int pieces, piece_groups; /* of a sequence's inputs, and groups in each; 1 where threads have enough to do */
-    int32_t *shared;          /* [jobs][pieces][shared_pitch], sums of pieces */
-    size_t shared_pitch;
     atomic_int failed;
 } Product;
 
@@ -646,125 +640,59 @@ VERSIONS static void finish(const int32_t *sums, int parts, const int32_t *total
     for (int i = 0; i < count; i++) out[i] = scales[i] * values[i % PER_LANE * LANES + i / PER_LANE];
 }
 
-/* One sequence of outputs of one expert, with its places. */
-typedef struct {
-    Sequence sequence;
-    Code code;
-    const uint16_t *scales;
-    int place, count, path, first_output, outputs;
-} Job;
-
-static Job job_of(const Product *p, int index) {
+/* One sequence of outputs of one expert, for its places. */
+static void multiply_sequence(void *context, int index) {
+    Product *p = context;
     const int *task = p->sorted.tasks + 3 * (index / p->chunks);
     const int chunk = index % p->chunks, lanes = p->length / PER_LANE, groups = (p->inputs + GROUP - 1) / GROUP;
     const Entry *entry = p->bank + task[0];
-    const uint8_t *codes = (const uint8_t *)(intptr_t)entry->codes + (size_t)chunk * groups * entry->planes * lanes * GROUP;
-    const int first = chunk * p->length;
-    return (Job){.sequence = {codes, groups, lanes, (int)entry->planes},
-                 .code = code_of(p->tables, (int)entry->planes),
-                 .scales = (const uint16_t *)(intptr_t)entry->scales + first,
-                 .place = task[1],
-                 .count = task[2],
-                 .path = p->path == AMX_TILES && task[2] < MORE_TOKENS ? AVX512_VNNI : p->path,
-                 .first_output = first,
-                 .outputs = p->outputs - first < p->length ? p->outputs - first : p->length};
-}
-
-/* Bytes of the sums of so many places; pairs and tiles of rows are whole. */
-static size_t sum_bytes_of(const Product *p, int places, int path) {
-    const size_t together = path == AMX_TILES ? TILE : 2;
-    return ((size_t)p->parts * places + together - 1) / together * together * SUMS * sizeof(int32_t);
-}
-
-/* sums = those of `count` places from `place` on, of the groups of inputs from `begin` to `end` */
-static void sum_groups(const Product *p, const Job *job, Block block, int place, int count, int begin, int end,
-                       int32_t *sums) {
-    const int8_t *rows = p->rows + (size_t)p->parts * place * p->stride;
-    memset(sums, 0, sum_bytes_of(p, count, job->path));
-    for (int first = begin; first < end; first += block.pitch) {
-        const int some = end - first < block.pitch ? end - first : block.pitch;
-        decode_block(&job->sequence, &job->code, first, some, job->path, block);
-        multiply(block, some, rows + (size_t)first * GROUP, p->stride, p->parts * count, job->path, sums);
-    }
-}
-
-static void finish_places(const Product *p, const Job *job, int place, int count, const int32_t *sums) {
-    const int32_t none[2] = {0, 0};
-    float scales[PER_LANE * LANES];
-    for (int i = 0; i < job->outputs; i++) scales[i] = from_half(job->scales[i]);
-    for (int i = 0; i < count; i++)
-        finish(sums + (size_t)p->parts * i * SUMS, p->parts,
-               sums_levels(job->path) ? none : p->totals + 2 * (place + i), p->steps[place + i] * p->unit, scales,
-               job->outputs, p->out + (size_t)p->sorted.slots[place + i] * p->outputs + job->first_output);
-}
-
-/* One sequence, or one of the pieces of its inputs, whose sums are kept for finish_pieces. */
-static void multiply_sequence(void *context, int index) {
-    Product *p = context;
-    const Job job = job_of(p, index / p->pieces);
-    const int most = job.count < TOKENS_AT_ONCE ? job.count : TOKENS_AT_ONCE;
-    const Block block = new_block(most < MORE_TOKENS || job.path < AVX512_VNNI ? FEW_GROUPS
-                                  : most <= TILE                              ? MORE_GROUPS
-                                                                              : MANY_GROUPS);
-    int32_t *own = p->pieces > 1 ? NULL : aligned_alloc(64, sum_bytes_of(p, most, job.path));
-    if (!block.bytes || (!own && p->pieces == 1)) {
+    const Sequence s = {(const uint8_t *)(intptr_t)entry->codes + (size_t)chunk * groups * entry->planes * lanes * GROUP,
+                        groups, lanes, (int)entry->planes};
+    const Code code = code_of(p->tables, s.planes);
+    const int path = p->path == AMX_TILES && task[2] < MORE_TOKENS ? AVX512_VNNI : p->path;
+    const int most = task[2] < TOKENS_AT_ONCE ? task[2] : TOKENS_AT_ONCE;
+    const int rows_together = path == AMX_TILES ? TILE : 2;
+    const size_t sum_rows = (size_t)(p->parts * most + rows_together - 1) / rows_together * rows_together;
+    const size_t sum_bytes = sum_rows * SUMS * sizeof(int32_t);
+    const Block block = new_block(most < MORE_TOKENS || path < AVX512_VNNI ? FEW_GROUPS
+                                  : most <= TILE                          ? MORE_GROUPS
+                                                                          : MANY_GROUPS);
+    int32_t *sums = aligned_alloc(64, sum_bytes);
+    if (!block.bytes || !sums) {
         atomic_store(&p->failed, 1);
         free(block.bytes);
-        free(own);
+        free(sums);
         return;
     }
-    if (job.sequence.lanes < LANES) /* lanes that are not there are multiplied, too */
-        memset(block.bytes, 0, (size_t)PER_LANE * block.pitch * LANE_BYTES);
+    const int32_t none[2] = {0, 0};
+    float scales[PER_LANE * LANES];
+    const int first_output = chunk * p->length;
+    const int outputs = p->outputs - first_output < p->length ? p->outputs - first_output : p->length;
+    for (int i = 0; i < outputs; i++)
+        scales[i] = from_half(((const uint16_t *)(intptr_t)entry->scales)[first_output + i]);
+    if (lanes < LANES) memset(block.bytes, 0, (size_t)PER_LANE * block.pitch * LANE_BYTES); /* lanes that are not there are multiplied, too */
 #ifdef HAS_AMX
-    if (job.path == AMX_TILES) mc_configure_tiles();
+    if (path == AMX_TILES) mc_configure_tiles();
 #endif
-    if (p->pieces > 1) {
-        const int begin = index % p->pieces * p->piece_groups, groups = job.sequence.groups;
-        const int end = begin + p->piece_groups < groups ? begin + p->piece_groups : groups;
-        sum_groups(p, &job, block, job.place, job.count, begin, end, p->shared + (size_t)index * p->shared_pitch);
-    } else
-        for (int begin = 0; begin < job.count; begin += most) {
-            const int count = job.count - begin < most ? job.count - begin : most;
-            sum_groups(p, &job, block, job.place + begin, count, 0, job.sequence.groups, own);
-            finish_places(p, &job, job.place + begin, count, own);
+    for (int begin = 0; begin < task[2]; begin += most) {
+        const int count = task[2] - begin < most ? task[2] - begin : most, place = task[1] + begin;
+        const int8_t *rows = p->rows + (size_t)p->parts * place * p->stride;
+        memset(sums, 0, sum_bytes);
+        for (int first = 0; first < groups; first += block.pitch) {
+            const int some = groups - first < block.pitch ? groups - first : block.pitch;
+            decode_block(&s, &code, first, some, path, block);
+            multiply(block, some, rows + (size_t)first * GROUP, p->stride, p->parts * count, path, sums);
         }
+        for (int i = 0; i < count; i++)
+            finish(sums + (size_t)p->parts * i * SUMS, p->parts, sums_levels(path) ? none : p->totals + 2 * (place + i),
+                   p->steps[place + i] * p->unit, scales, outputs,
+                   p->out + (size_t)p->sorted.slots[place + i] * p->outputs + first_output);
+    }
 #ifdef HAS_AMX
-    if (job.path == AMX_TILES) mc_release_tiles();
+    if (path == AMX_TILES) mc_release_tiles();
 #endif
     free(block.bytes);
-    free(own);
-}
-
-/* The outputs of a sequence that was multiplied in pieces. */
-static void finish_pieces(void *context, int index) {
-    Product *p = context;
-    const Job job = job_of(p, index);
-    int32_t *sums = p->shared + (size_t)index * p->pieces * p->shared_pitch;
-    for (int piece = 1; piece < p->pieces; piece++) {
-        const int32_t *others = sums + piece * p->shared_pitch;
-        for (size_t i = 0; i < (size_t)p->parts * job.count * SUMS; i++) sums[i] += others[i];
-    }
-    finish_places(p, &job, job.place, job.count, sums);
-}
-
-/* Divides sequences along their inputs where there are too few for the threads. Returns 0, or 1 without memory. */
-static int divide(Product *p, int threads) {
-    const int jobs = p->sorted.count * p->chunks, groups = (p->inputs + GROUP - 1) / GROUP;
-    p->pieces = 1;
-    p->piece_groups = groups;
-    if (threads <= 1 || !jobs || jobs >= PIECES * threads) return 0;
-    int most = 0;
-    for (int task = 0; task < p->sorted.count; task++)
-        if (p->sorted.tasks[3 * task + 2] > most) most = p->sorted.tasks[3 * task + 2];
-    const size_t bytes = sum_bytes_of(p, most, p->path);
-    int pieces = (PIECES * threads + jobs - 1) / jobs;
-    if (pieces > groups / LEAST_GROUPS) pieces = groups / LEAST_GROUPS;
-    if (most > TOKENS_AT_ONCE || pieces <= 1 || bytes * jobs * pieces > MOST_SHARED) return 0;
-    p->piece_groups = ((groups + pieces - 1) / pieces + TILE - 1) / TILE * TILE; /* tiles multiply whole ones */
-    p->pieces = (groups + p->piece_groups - 1) / p->piece_groups;
-    p->shared_pitch = bytes / sizeof(int32_t);
-    p->shared = aligned_alloc(64, bytes * jobs * p->pieces);
-    return !p->shared;
+    free(sums);
 }
 
 /* out [slots][outputs] float32: slot s holds the product of token s / share with the matrix experts[s] of the bank;
@@ -784,20 +712,15 @@ int mc_trellis_product(const float *x, const int64_t *experts, const Entry *bank
     p.rows = calloc((size_t)parts * room, p.stride);
     p.steps = malloc(sizeof(float) * room);
     p.totals = malloc(sizeof(int32_t) * 2 * room);
-    failed = failed || !p.rows || !p.steps || !p.totals || divide(&p, threads);
-    atomic_init(&p.failed, failed);
+    atomic_init(&p.failed, failed || !p.rows || !p.steps || !p.totals);
     if (!atomic_load(&p.failed)) {
         mc_clear_missing(&p.sorted, slots, outputs, out);
         mc_parallel(quantize_tokens, &p, (tokens + 7) / 8, threads);
-        const int jobs = p.sorted.count * p.chunks;
-        if (!atomic_load(&p.failed)) mc_parallel(multiply_sequence, &p, jobs * p.pieces, threads);
-        /* of few tokens sooner done than divided */
-        if (!atomic_load(&p.failed) && p.pieces > 1) mc_parallel(finish_pieces, &p, jobs, tokens < TILE ? 1 : threads);
+        if (!atomic_load(&p.failed)) mc_parallel(multiply_sequence, &p, p.sorted.count * p.chunks, threads);
     }
     free(p.rows);
     free(p.steps);
     free(p.totals);
-    free(p.shared);
     mc_free_slots(&p.sorted);
     return atomic_load(&p.failed);
 }

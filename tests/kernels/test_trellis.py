@@ -104,28 +104,6 @@ def test_a_bank_gives_every_slot_its_own_matrix(count: int, path: int) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("path", sorted(PATHS))
-@pytest.mark.parametrize(("outputs", "inputs"), [(528, 2050), (272, 4095), (24, 30001)])
-def test_sequences_in_pieces_give_the_same_numbers(outputs: int, inputs: int, path: int) -> None:
-    """Too few sequences for the threads are divided along their inputs; sums of integers are exact."""
-    if path not in paths(kernels.trellis):
-        pytest.skip(f"this machine has no {PATHS[path]}")
-    made = [packed(outputs, inputs, bits) for bits in (2, 3.5)]
-    bank = Bank(made, outputs, inputs)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 5, 40, 300):
-            tokens, chosen = rows(count, inputs), torch.arange(count) % 3  # every third has no expert
-            torch.set_num_threads(1)
-            expected = bank.product(tokens, chosen, path=path)
-            for many in (2, 3, 7):
-                torch.set_num_threads(many)
-                assert torch.equal(bank.product(tokens, chosen, path=path), expected)
-    finally:
-        torch.set_num_threads(threads)
-
-
-@needs_library
 def test_a_forked_process_has_threads_of_its_own() -> None:
     encoding, tensors = packed(2048, 512, 2)
     threads = torch.get_num_threads()
