@@ -98,11 +98,11 @@ class Trellis:
         coder.code()
         for _ in range(self.sweeps):
             coder.sweep()
-        coder.lengthen()
+        notes = prepared.notes + _group_notes(row_importance, weight) + coder.lengthen()
         tensors = coder.tensors()
         assert prepared.hessian is not None
         loss = trace_error(weight - encoding.dequantize(tensors, weight.shape[-1]), prepared.hessian)
-        return QuantizedLinear(encoding, tensors, loss, prepared.notes + _group_notes(row_importance, weight))
+        return QuantizedLinear(encoding, tensors, loss, notes)
 
     def forecast(
         self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None
@@ -281,18 +281,24 @@ class _Coder:
             difference[:, position] -= moved * self._scales
         self._refit()
 
-    def lengthen(self) -> None:
+    def lengthen(self) -> tuple[str, ...]:
         """Scales up by what least squares take away: of the weights' own direction as much is left as there was.
 
         A matrix that is nearest to its weights is shorter than they are, by its relative error. Errors of many matrices
         add up at random, but all that is missing along the weights adds up in one direction: outputs of every expert
-        would be weaker, at every layer. Its own error grows by the square of the relative one only.
+        would be weaker, at every layer. Its own error grows by the square of the relative one only. Returns a note for
+        every item of which so little is left that it is not made up for.
         """
         felt = torch.bmm(self._hessian, self._columns)
         coded = self._values * self._scales[:, None]
         whole, left = (((matrix * felt).sum(1) * self._outputs_matter()).sum(-1) for matrix in (self._columns, coded))
-        gain = torch.where((whole > 0) & (left > 0), whole / left, 1.0).clamp(1.0, _MOST_GAIN)
-        self._scales = _stored(self._scales * gain[:, None])
+        gain = torch.where(whole > 0, whole / left.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
+        self._scales = _stored(self._scales * gain.clamp(1.0, _MOST_GAIN)[:, None])
+        return tuple(
+            f"item {item}: its codes lack {1 - 1 / lacking:.0%} of its length, {1 - 1 / _MOST_GAIN:.0%} is made up for"
+            for item, lacking in enumerate(gain.tolist())
+            if lacking > _MOST_GAIN
+        )
 
     def matrix(self) -> Tensor:
         """float32 [B, out, in], rotated."""

@@ -92,6 +92,17 @@ def test_as_much_is_left_along_the_weights_as_there_was(bits: float) -> None:
         assert torch.allclose((matrix * felt).sum((1, 2)), (weight * felt).sum((1, 2)), rtol=1e-3)
 
 
+def test_a_matrix_that_is_mostly_lost_is_noted() -> None:
+    """One input only, so that rotated rows have two values, which codes of one bit cannot follow."""
+    weight = weights(1, 16, INPUTS)
+    weight[:, :, 1:] = 0
+    result = quantized(weight, torch.eye(INPUTS)[None], 1)
+    assert bool(torch.isfinite(matrix_of(result)).all())
+    (note,) = result.notes
+    assert note.startswith("item 0: its codes lack ") and note.endswith("33% is made up for")
+    assert quantized(weight, torch.eye(INPUTS)[None], 2).notes == ()
+
+
 def test_scales_are_the_best_for_their_values_but_for_one_factor() -> None:
     weight, hessian = weights(1, 48, INPUTS), correlated_hessian(1, INPUTS, seed=4)
     matrix = matrix_of(quantized(weight, hessian, 1.5))
