@@ -132,7 +132,9 @@ class ChoiceCosts:
     @property
     def cost(self) -> float:
         """Nats that a changed choice costs in the mean; NaN where the choices cannot be told from the scores."""
-        return self._cost / self._weight if self._weight and self._explained else 0.0 if self._explained else math.nan
+        if not self._explained:
+            return math.nan
+        return self._cost / self._weight if self._weight else 0.0
 
     def add_gradients(self, before: torch.Tensor, walk: LayerWalk, layer_inputs: torch.Tensor, *, seed: int) -> None:
         """Adds to the gradients [samples, sequences, length, hidden] at the layer's input, in place, what choices do.
