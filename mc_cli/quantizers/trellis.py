@@ -149,11 +149,13 @@ class _Coder:
         self._columns = rows.transpose(1, 2).contiguous()
         self._length = sequence_length(self._outputs)
         self._row_hessian = importance if isinstance(importance, RowHessian) else None
-        if isinstance(importance, RowHessian):
-            self._importance: Tensor | None = importance.diagonal()
-        else:
-            self._importance = None if importance is None else torch.nn.functional.pad(importance, (0, spare))
         self._scales = _stored(self._columns.square().mean(1).sqrt())  # [B, out]
+        if isinstance(importance, RowHessian):
+            self._importance = importance.diagonal()  # [B, out], of a squared error of an output
+        elif importance is not None:
+            self._importance = torch.nn.functional.pad(importance, (0, spare))
+        else:
+            self._importance = torch.ones_like(self._scales)
         self._rings = torch.arange(rows.shape[1], device=weight.device).view(-1, self._length)
         self._values = torch.empty_like(self._columns)
         self._fed = None if self._row_hessian is None else self._feedback(self._row_hessian)
@@ -291,7 +293,7 @@ class _Coder:
         """
         felt = torch.bmm(self._hessian, self._columns)
         coded = self._values * self._scales[:, None]
-        whole, left = (((matrix * felt).sum(1) * self._outputs_matter()).sum(-1) for matrix in (self._columns, coded))
+        whole, left = (((matrix * felt).sum(1) * self._importance).sum(-1) for matrix in (self._columns, coded))
         gain = torch.where(whole > 0, whole / left.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
         self._scales = _stored(self._scales * gain.clamp(1.0, _MOST_GAIN)[:, None])
         return tuple(
@@ -337,11 +339,7 @@ class _Coder:
 
     def _row_weights(self) -> Tensor:
         """[B, out]: what a squared error of a row's values matters."""
-        return self._scales.square() * self._outputs_matter()
-
-    def _outputs_matter(self) -> Tensor:
-        """[B, out]: what a squared error of an output matters."""
-        return torch.ones_like(self._scales) if self._importance is None else self._importance
+        return self._scales.square() * self._importance
 
     def _divisors(self) -> Tensor:
         return self._scales.clamp_min(1e-12)  # a row of zeros has scale 0: its values do not matter

@@ -64,7 +64,7 @@ def compare(
     changes: dict[int, float] = {}
     with progress.step("prune-eval: original and packed model", total=walks[0].num_layers + 1, unit="layer") as step:
         for layer in range(walks[0].num_layers):
-            chosen = [_advance(walk, blocks.get(layer), layer) for walk in walks]
+            chosen = [advance(walk, blocks.get(layer), layer) for walk in walks]
             if chosen[0] is not None and chosen[1] is not None:
                 changes[layer] = changed_share(chosen[0], chosen[1])
             step.advance(note=f"layer {layer}")
@@ -73,7 +73,7 @@ def compare(
     return total, domains, changes
 
 
-def _advance(walk: LayerWalk, block: ExpertBlock | None, layer: int) -> torch.Tensor | None:
+def advance(walk: LayerWalk, block: ExpertBlock | None, layer: int) -> torch.Tensor | None:
     """Runs one layer and returns the experts chosen [tokens, k], None for a dense layer."""
     walk.source.load(layer)
     if block is None:

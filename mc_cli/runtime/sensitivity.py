@@ -71,7 +71,8 @@ def backward_layer(
     costs = ChoiceCosts(walk.source.model, block) if block is not None and choices else None
     before = torch.empty_like(gradients)
     with ExitStack() as stack:
-        stack.enter_context(_listening(walk, block, collector))
+        if block is not None and collector is not None:
+            stack.enter_context(_listening(walk, block, collector))
         if costs is not None:
             stack.enter_context(costs.watching())
         for rows in walk.batches():
@@ -101,11 +102,8 @@ def _gradients(losses: Sequence[torch.Tensor], *of: torch.Tensor) -> list[torch.
 
 
 @contextmanager
-def _listening(walk: LayerWalk, block: ExpertBlock | None, collector: _Collector | None) -> Iterator[None]:
+def _listening(walk: LayerWalk, block: ExpertBlock, collector: _Collector) -> Iterator[None]:
     """Context in which the collector sees every output of the layer's experts."""
-    if block is None or collector is None:
-        yield
-        return
     handle = walk.source.model.get_submodule(block.path).register_forward_hook(collector.keep)
     try:
         yield

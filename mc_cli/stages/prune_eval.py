@@ -56,7 +56,7 @@ def run(
         work_dir / STAGE_FOLDERS["calibrate"] / calibration_artifact.INVENTORY
     )
     tasks = find_tasks(settings)
-    windows = _windows(settings, session)
+    windows = heldout_windows(settings, session)
     _warn_of_text(folder, work_dir, windows, progress)
     text.check_vocabulary(windows.token_ids, session.config.get_text_config().vocab_size)
     check_inputs(settings.activation_bits, session.device)
@@ -193,7 +193,8 @@ def _warn_of_text(folder: StageFolder, work_dir: Path, windows: text.Windows, pr
         )
 
 
-def _windows(settings: EvaluateSettings, session: Session) -> text.Windows:
+def heldout_windows(settings: EvaluateSettings, session: Session) -> text.Windows:
+    """The windows of held-out text, as long as the model allows. Raises InputError where there is too little of it."""
     tokenizer = text.load_tokenizer(session.folder, trust_remote_code=session.compute.trust_remote_code)
     documents = text.read_documents(settings.data, split=settings.split, text_field=settings.text_field)
     return text.evaluation_windows(

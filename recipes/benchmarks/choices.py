@@ -10,6 +10,8 @@ the divergence is what derivatives see. Work folders are those of `mc-cli run`, 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,13 @@ from torch import Tensor, nn
 from mc_cli.artifacts import calibration
 from mc_cli.artifacts.evaluation import TextResult
 from mc_cli.artifacts.store import STAGE_FOLDERS
-from mc_cli.parts import ExpertBlock
-from mc_cli.runtime import text
-from mc_cli.runtime.comparison import changed_share, losses
+from mc_cli.runtime.comparison import advance, changed_share, losses
 from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.packed_model import PackedSource
-from mc_cli.runtime.routing import watching
 from mc_cli.runtime.session import later_session
 from mc_cli.settings import EvaluateSettings, RunSettings
+from mc_cli.stages.prune_eval import heldout_windows
 
 
 def main() -> None:
@@ -43,70 +43,57 @@ def main() -> None:
     for name in ("work folder", "choices", "gap, nats/token", "KL, nats/token", "other experts by layer, %"):
         table.add_column(name, justify="left" if name == "work folder" else "right")
     for work_dir in given.work_dirs:
-        for forced in (False, True):
-            found, changes = measure(work_dir, given, forced=forced)
-            table.add_row(
-                str(work_dir),
-                "the original's" if forced else "its own",
-                f"{found.packed_loss - found.original_loss:.5f}",
-                f"{found.kl_divergence:.5f}",
-                "" if forced else " ".join(f"{100 * share:.2f}" for share in changes),
-            )
+        own, forced, changes = measure(work_dir, given)
+        shares = " ".join(f"{100 * share:.2f}" for share in changes)
+        for name, found, others in (("its own", own, shares), ("the original's", forced, "")):
+            gap = found.packed_loss - found.original_loss
+            table.add_row(str(work_dir), name, f"{gap:.5f}", f"{found.kl_divergence:.5f}", others)
     Console(width=140).print(table)
 
 
-def measure(work_dir: Path, given: argparse.Namespace, *, forced: bool) -> tuple[TextResult, list[float]]:
-    """(losses, share of other experts by MoE layer) of the packed model in `work_dir`."""
+def measure(work_dir: Path, given: argparse.Namespace) -> tuple[TextResult, TextResult, list[float]]:
+    """(losses of the packed model in `work_dir`, with the original's choices, share of other experts by MoE layer)."""
     session = later_session(work_dir, RunSettings())
     inventory = calibration.read_inventory(work_dir / STAGE_FOLDERS["calibrate"] / calibration.INVENTORY)
     blocks = {block.layer: block for block in inventory.expert_blocks}
     settings = EvaluateSettings(data=given.heldout, length=given.length, max_sequences=given.max_windows)
-    windows = text.evaluation_windows(
-        text.read_documents(settings.data, split=settings.split, text_field=settings.text_field),
-        text.load_tokenizer(session.folder),
-        length=settings.length,
-        stride=settings.length,
-        max_sequences=settings.max_sequences,
-    )
-    original = session.open_checkpoint()
-    original.model.set_experts_implementation(IMPLEMENTATION)
-    packed = PackedSource(work_dir / STAGE_FOLDERS["quantize"], dtype=session.dtype, device=session.device)
-    batch_size = session.batch_size(given.length)
-    walks = [LayerWalk(source, windows.token_ids, batch_size=batch_size) for source in (original, packed)]
+    windows = heldout_windows(settings, session)
+    checkpoint = session.open_checkpoint()
+    checkpoint.model.set_experts_implementation(IMPLEMENTATION)
+    source = PackedSource(work_dir / STAGE_FOLDERS["quantize"], dtype=session.dtype, device=session.device)
+    batch_size = session.batch_size(windows.token_ids.shape[1])
+    original, own = (LayerWalk(each, windows.token_ids, batch_size=batch_size) for each in (checkpoint, source))
+    forced = own.twin()
     changes = []
-    for layer in range(walks[0].num_layers):
+    for layer in range(original.num_layers):
         block = blocks.get(layer)
-        chosen = advance(walks[0], layer, block, None)
-        found = advance(walks[1], layer, block, chosen if forced else None)
-        if chosen is not None and found is not None:
-            changes.append(changed_share(chosen, found))
-    return losses(walks[0], walks[1], windows)[0], changes
+        chosen, found = advance(original, block, layer), advance(own, block, layer)
+        if block is None or chosen is None or found is None:
+            advance(forced, block, layer)
+            continue
+        changes.append(changed_share(chosen, found))
+        with choosing(source.model.get_submodule(block.path), chosen):
+            advance(forced, block, layer)
+    return losses(original, own, windows)[0], losses(original, forced, windows)[0], changes
 
 
-def advance(walk: LayerWalk, layer: int, block: ExpertBlock | None, wanted: Tensor | None) -> Tensor | None:
-    """Runs one layer; returns what its router chooses [tokens, k]. wanted: the choices that are made in its place."""
-    walk.source.load(layer)
-    if block is None:
-        walk.run_layer(advance=True)
-        walk.source.free(layer)
-        return None
+@contextmanager
+def choosing(experts: nn.Module, wanted: Tensor) -> Iterator[None]:
+    """Context in which these experts are called with the choices `wanted` [tokens, k], in the order of the tokens."""
     done = 0
 
     def choose(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         nonlocal done
-        hidden, index, weights, *rest = args
-        if wanted is None:
-            return args
+        hidden, index, *rest = args
         here = wanted[done : done + index.numel() // index.shape[-1]].to(index.device)
         done += len(here)
-        return hidden, replaced(index.reshape(here.shape), here).view_as(index), weights, *rest
+        return hidden, replaced(index.reshape(here.shape), here).view_as(index), *rest
 
-    with watching(walk.source.model, block) as capture:
-        handle = walk.source.model.get_submodule(block.path).register_forward_pre_hook(choose)
-        walk.run_layer(advance=True)
+    handle = experts.register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
         handle.remove()
-    walk.source.free(layer)
-    return capture.index
 
 
 def replaced(index: Tensor, wanted: Tensor) -> Tensor:

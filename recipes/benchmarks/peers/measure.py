@@ -30,6 +30,7 @@ from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.lm_eval_tasks import Tasks, evaluate_folder, find_tasks
 from mc_cli.runtime.session import Session, first_session
 from mc_cli.settings import EvaluateSettings, RunSettings
+from mc_cli.stages.prune_eval import heldout_windows
 
 ORIGINAL = "original"
 
@@ -46,13 +47,7 @@ def main() -> None:
     )
     session = first_session(given.out.parent, given.model, None, RunSettings())
     tasks = find_tasks(settings)
-    windows = text.evaluation_windows(
-        text.read_documents(settings.data, split=settings.split, text_field=settings.text_field),
-        text.load_tokenizer(session.folder),
-        length=settings.length,
-        stride=settings.stride,
-        max_sequences=settings.max_sequences,
-    )
+    windows = heldout_windows(settings, session)
     original: LayerWalk | None = None  # walked once for all folders, and only if one is to be measured
     for folder in given.folders:
         stored = json.loads((folder / STORED).read_text())
