@@ -104,6 +104,10 @@ VERSIONS float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine,
     return largest / 127.0f;
 }
 
+VERSIONS void mc_from_halves(const uint16_t *restrict halves, int count, float *restrict values) {
+    for (int i = 0; i < count; i++) values[i] = from_half(halves[i]);
+}
+
 int mc_best_path(void) {
 #ifdef HAS_VECTORS
     if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) {

@@ -74,18 +74,19 @@ void mc_clear_missing(const mc_slots *sorted, int slots, int outputs, float *out
  * Returns the step; NaN where one is not finite, so that it shows in the outputs. totals [2]: the sums of both. */
 float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine, int32_t *totals);
 
+/* Without branches, so that many at once are vectors. */
 INLINE float from_half(uint16_t half) {
     const uint32_t sign = (uint32_t)(half & 0x8000) << 16, size = half & 0x7fff;
+    const float small = (float)(int32_t)size * 0x1p-24f;
     uint32_t bits;
+    memcpy(&bits, &small, 4);
+    const uint32_t large = (size << 13) + (size >= 0x7c00 ? 0x70000000u : 0x38000000u);
+    bits = sign | (size >= 0x0400 ? large : bits);
     float value;
-    if (size >= 0x0400) bits = (size << 13) + (size >= 0x7c00 ? 0x70000000u : 0x38000000u);
-    else {
-        const float small = (float)size * 0x1p-24f;
-        memcpy(&bits, &small, 4);
-    }
-    bits |= sign;
     memcpy(&value, &bits, 4);
     return value;
 }
+
+void mc_from_halves(const uint16_t *halves, int count, float *values);
 
 #endif

@@ -1,7 +1,10 @@
 /* Work is divided among the threads of the OpenMP library that torch uses, where one is named (mc_use_team): they wait
  * for work already, and a second pool beside them would compete with them for the processor. Otherwise among a pool of
  * its own. Workers of that look for work for some microseconds before they sleep: within a token, calls follow each
- * other closely. Workers are never ended; after a fork the child starts its own. */
+ * other closely. Workers are never ended; after a fork the child starts its own.
+ *
+ * Each thread has a run of neighbours to do, so that what it fetches ahead of its work is its own, and then helps with what
+ * others have left. */
 
 #include "threads.h"
 
@@ -17,10 +20,8 @@ static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER; /* held by the caller w
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of the two conditions */
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER, done = PTHREAD_COND_INITIALIZER;
 static _Atomic uint64_t work; /* call number, changes when there is something to do */
-static _Atomic int next_index, active;
-static mc_task current;
-static void *current_context;
-static int current_count, allowed, workers;
+static _Atomic int active;
+static int allowed, workers;
 static uint64_t hired_at[MOST];
 static pid_t owner;
 
@@ -30,16 +31,36 @@ typedef void (*team_start)(void (*run)(void *), void *context, unsigned threads,
 static _Atomic(team_start) start_team;
 static pid_t team_owner;
 
+/* Indices 0 to count - 1 in as many runs as there are threads. */
 typedef struct {
     mc_task task;
     void *context;
-    int count;
-    _Atomic int next;
+    int count, runs;
+    _Atomic int arrived;
+    struct {
+        _Atomic int next;
+        char apart[60]; /* a line of the cache for each */
+    } run[MOST];
 } Shared;
+
+static Shared *current; /* of the pool */
+
+static void share_out(Shared *s, mc_task task, void *context, int count, int threads) {
+    s->task = task;
+    s->context = context;
+    s->count = count;
+    s->runs = threads < MOST ? threads : MOST;
+    atomic_init(&s->arrived, 0);
+    for (int run = 0; run < s->runs; run++) atomic_init(&s->run[run].next, (int)((int64_t)count * run / s->runs));
+}
 
 static void take_share(void *shared) {
     Shared *s = shared;
-    for (int index; (index = atomic_fetch_add(&s->next, 1)) < s->count;) s->task(s->context, index);
+    const int own = atomic_fetch_add(&s->arrived, 1);
+    for (int turn = 0; turn < s->runs; turn++) {
+        const int run = (own + turn) % s->runs, end = (int)((int64_t)s->count * (run + 1) / s->runs);
+        for (int index; (index = atomic_fetch_add(&s->run[run].next, 1)) < end;) s->task(s->context, index);
+    }
 }
 
 /* start   GOMP_parallel of that library; NULL: the pool below */
@@ -55,10 +76,6 @@ static inline void pause_briefly(void) {
 #endif
 }
 
-static void take_part(void) {
-    for (int index; (index = atomic_fetch_add(&next_index, 1)) < current_count;) current(current_context, index);
-}
-
 static void *serve(void *argument) {
     const int number = (int)(intptr_t)argument;
     uint64_t seen = hired_at[number];
@@ -71,7 +88,7 @@ static void *serve(void *argument) {
             pthread_mutex_unlock(&lock);
         }
         seen = atomic_load(&work);
-        if (number < allowed) take_part();
+        if (number < allowed) take_share(current);
         if (atomic_fetch_sub(&active, 1) == 1) {
             pthread_mutex_lock(&lock);
             pthread_cond_signal(&done);
@@ -109,26 +126,25 @@ void mc_parallel(mc_task task, void *context, int count, int threads) {
         for (int index = 0; index < count; index++) task(context, index);
         return;
     }
+    Shared shared;
     const team_start start = atomic_load(&start_team);
     if (start && team_owner == getpid()) { /* a fork copies no threads, and the library would wait for them */
-        Shared shared = {task, context, count, 0};
+        share_out(&shared, task, context, count, threads);
         start(take_share, &shared, (unsigned)threads, 0); /* all of them: a team that changes its size is made anew */
         return;
     }
     if (threads > count) threads = count;
+    share_out(&shared, task, context, count, threads);
     pthread_mutex_lock(&turn);
     hire(threads - 1);
-    current = task;
-    current_context = context;
-    current_count = count;
+    current = &shared;
     allowed = threads - 1;
-    atomic_store(&next_index, 0);
     atomic_store(&active, workers);
     pthread_mutex_lock(&lock);
     atomic_fetch_add(&work, 1);
     pthread_cond_broadcast(&wake);
     pthread_mutex_unlock(&lock);
-    take_part();
+    take_share(&shared);
     for (int looks = 0; atomic_load(&active) && looks < LOOKS; looks++) pause_briefly();
     pthread_mutex_lock(&lock);
     while (atomic_load(&active)) pthread_cond_wait(&done, &lock);

@@ -29,14 +29,15 @@
 typedef struct {
     const uint8_t *first, *second; /* [64] each, by the low and high bits of a window: their xor is its hash */
     const uint8_t *levels;         /* [64]: 128 + level */
+    const uint8_t (*turned)[3][64]; /* [8]: the same for windows that begin at that bit of a byte, with bits as six_bits gives them */
 } Code;
 
 #define SIGNED_FROM 5 /* planes */
 
-/* As `lookup_tables` in numerics/trellis_code.py: for every rate the three tables. */
+/* As `lookup_tables` in numerics/trellis_code.py: for every rate three tables, and eight times those again. */
 static Code code_of(const uint8_t *tables, int planes) {
-    const uint8_t *own = tables + (planes - 2) * 3 * 64;
-    return (Code){own, own + 64, own + 128};
+    const uint8_t (*own)[3][64] = (const uint8_t (*)[3][64])tables + (planes - 2) * 9;
+    return (Code){own[0][0], own[0][1], own[0][2], own + 1};
 }
 
 typedef struct {
@@ -319,31 +320,33 @@ FOR_AVX2 static void multiply_avx2(Block block, int count, const int8_t *x, size
         }
 }
 
-#define AHEAD 4096 /* bytes from codes that are decoded to those that are fetched */
+/* Bytes from codes that are decoded to those that are fetched: to the first cache, and before to the second, as the first
+ * can wait for fewer lines than the memory needs to be busy. */
+#define NEAR 2048
+#define FAR 8192
 
-/* Every byte: bits `bit` to bit + 7 of its column of planes; bit is no multiple of 8. */
-AVX512 INLINE __m512i eight_bits(const __m512i *planes, int bit) {
-    const int plane = bit >> 3, from = bit & 7;
-    const __m512i own = _mm512_set1_epi8((char)((1 << (8 - from)) - 1));
-    return _mm512_ternarylogic_epi32(own, _mm512_srli_epi16(planes[plane], (unsigned)from),
-                                     _mm512_slli_epi16(planes[plane + 1], (unsigned)(8 - from)), 0xCA);
-}
-
-/* The low six bits of every byte: bits `bit` to bit + 5 of its column of planes; the other two are anything.
+/* The low six bits of every byte: bits `bit` to bit + 5 of its column of planes, the other two are anything.
  *
- * Windows that begin at most two bits apart are taken from the same eight bits, which the compiler makes once; at 3 and
- * 4.5 bits too few begin so. It is least work among the choices of where the eight bits begin. */
-AVX512 INLINE __m512i six_bits(const __m512i *planes, int bit, const int count) {
-    const int from = bit & 7;
-    const int begin = from <= 2 ? 0 : count % 4 == 0 ? 4 : count == 6 || count == 9 ? from : from < 6 ? 3 : 6;
-    const __m512i bits = begin ? eight_bits(planes, bit - from + begin) : planes[bit >> 3];
-    return from == begin ? bits : _mm512_srli_epi16(bits, (unsigned)(from - begin));
+ * In which order they lie does not matter to look-ups in tables made for it. So where the six bits are of two planes, those
+ * of the second stay where they are, and those of the first, moved by two whatever the bit, go above them: one shift
+ * serves all windows that begin in a plane. `lookup_tables` says which order that is. */
+AVX512 INLINE __m512i six_bits(const __m512i *planes, int bit) {
+    const int plane = bit >> 3, from = bit & 7;
+    if (from < 2) return from ? _mm512_srli_epi16(planes[plane], 1) : planes[plane];
+    const __m512i moved = _mm512_srli_epi16(planes[plane], 2), below = _mm512_set1_epi8((char)((1 << (from - 2)) - 1));
+    return from == 2 ? moved : _mm512_ternarylogic_epi32(below, planes[plane + 1], moved, 0xCA);
 }
 
 AVX512 INLINE void decode_planes(const Sequence *s, const Code *code, int first, int count, Block block,
                                  const int planes) {
-    const __m512i one = _mm512_loadu_si512(code->first), two = _mm512_loadu_si512(code->second),
-                  levels = _mm512_loadu_si512(code->levels), zero = _mm512_setzero_si512();
+    const __m512i zero = _mm512_setzero_si512();
+    __m512i one[8], two[8], levels[8]; /* by the bit of a byte where a window begins */
+#pragma GCC unroll 8
+    for (int bit = 0; bit < 8; bit++) {
+        one[bit] = _mm512_loadu_si512(code->turned[bit][0]);
+        two[bit] = _mm512_loadu_si512(code->turned[bit][1]);
+        levels[bit] = _mm512_loadu_si512(code->turned[bit][2]);
+    }
     const __mmask16 mask = (__mmask16)((1u << s->lanes) - 1);
     int32_t after[LANES];
     for (int lane = 0; lane < LANES; lane++) after[lane] = lane + 1 < s->lanes ? lane + 1 : 0;
@@ -357,15 +360,19 @@ AVX512 INLINE void decode_planes(const Sequence *s, const Code *code, int first,
         plane[planes] = _mm512_permutexvar_epi32(next, plane[0]);
         plane[planes + 1] = _mm512_permutexvar_epi32(next, plane[1]);
 #pragma GCC unroll 10
-        for (int p = 0; p < planes; p++) _mm_prefetch((const char *)codes + AHEAD + p * LANE_BYTES, _MM_HINT_T0);
+        for (int p = 0; p < planes; p++) {
+            _mm_prefetch((const char *)codes + FAR + p * LANE_BYTES, _MM_HINT_T1);
+            _mm_prefetch((const char *)codes + NEAR + p * LANE_BYTES, _MM_HINT_T0);
+        }
         codes += planes * stride;
 #pragma GCC unroll 16
         for (int k = 0; k < PER_LANE; k++) {
             const int bit = k * planes / 2;
-            const __m512i low = six_bits(plane, bit, planes); /* look-ups ignore the two highest bits */
-            const __m512i high = _mm512_permutexvar_epi8(six_bits(plane, bit + 6, planes), two);
-            const __m512i hash = _mm512_xor_si512(planes < SIGNED_FROM ? low : _mm512_permutexvar_epi8(low, one), high);
-            __m512i level = _mm512_permutexvar_epi8(hash, levels);
+            const __m512i low = six_bits(plane, bit); /* look-ups ignore the two highest bits */
+            const __m512i high = _mm512_permutexvar_epi8(six_bits(plane, bit + 6), two[bit & 7]);
+            const __m512i first = planes < SIGNED_FROM ? low : _mm512_permutexvar_epi8(low, one[bit & 7]);
+            const __m512i hash = _mm512_xor_si512(first, high);
+            __m512i level = _mm512_permutexvar_epi8(hash, levels[planes < SIGNED_FROM ? bit & 7 : 0]);
             if (planes >= SIGNED_FROM) level = _mm512_mask_sub_epi8(level, _mm512_movepi8_mask(hash), zero, level);
             _mm512_store_si512(at(block, k, g), level);
         }
@@ -373,7 +380,12 @@ AVX512 INLINE void decode_planes(const Sequence *s, const Code *code, int first,
 }
 
 AVX512 static void decode_avx512(const Sequence *s, const Code *code, int first, int count, Block block) {
-    BY_RATE(decode_planes)
+    if (block.pitch == FEW_GROUPS) { /* so that places in it are constants */
+        block.pitch = FEW_GROUPS;
+        BY_RATE(decode_planes)
+    } else {
+        BY_RATE(decode_planes)
+    }
 }
 
 /* `wide` rows of activations with `high` rows of the block at a time, their sums in registers */
@@ -654,10 +666,14 @@ static void multiply_sequence(void *context, int index) {
     const int rows_together = path == AMX_TILES ? TILE : 2;
     const size_t sum_rows = (size_t)(p->parts * most + rows_together - 1) / rows_together * rows_together;
     const size_t sum_bytes = sum_rows * SUMS * sizeof(int32_t);
-    const Block block = new_block(most < MORE_TOKENS || path < AVX512_VNNI ? FEW_GROUPS
-                                  : most <= TILE                          ? MORE_GROUPS
-                                                                          : MANY_GROUPS);
-    int32_t *sums = aligned_alloc(64, sum_bytes);
+    uint8_t few_bytes[PER_LANE * FEW_GROUPS * LANE_BYTES] __attribute__((aligned(64)));
+    int32_t few_sums[2 * (MORE_TOKENS - 1) * SUMS] __attribute__((aligned(64)));
+    const int few = most < MORE_TOKENS;
+    const Block block = few                  ? (Block){few_bytes, FEW_GROUPS}
+                        : path < AVX512_VNNI ? new_block(FEW_GROUPS)
+                        : most <= TILE       ? new_block(MORE_GROUPS)
+                                             : new_block(MANY_GROUPS);
+    int32_t *sums = few ? few_sums : aligned_alloc(64, sum_bytes);
     if (!block.bytes || !sums) {
         atomic_store(&p->failed, 1);
         free(block.bytes);
@@ -668,8 +684,7 @@ static void multiply_sequence(void *context, int index) {
     float scales[PER_LANE * LANES];
     const int first_output = chunk * p->length;
     const int outputs = p->outputs - first_output < p->length ? p->outputs - first_output : p->length;
-    for (int i = 0; i < outputs; i++)
-        scales[i] = from_half(((const uint16_t *)(intptr_t)entry->scales)[first_output + i]);
+    mc_from_halves((const uint16_t *)(intptr_t)entry->scales + first_output, outputs, scales);
     if (lanes < LANES) memset(block.bytes, 0, (size_t)PER_LANE * block.pitch * LANE_BYTES); /* lanes that are not there are multiplied, too */
 #ifdef HAS_AMX
     if (path == AMX_TILES) mc_configure_tiles();
@@ -691,6 +706,7 @@ static void multiply_sequence(void *context, int index) {
 #ifdef HAS_AMX
     if (path == AMX_TILES) mc_release_tiles();
 #endif
+    if (few) return;
     free(block.bytes);
     free(sums);
 }

@@ -156,9 +156,38 @@ def code_values(rate: Fraction) -> Tensor:
 
 @functools.cache
 def lookup_tables() -> Tensor:
-    """uint8 [rates, 3, 64]: by the low and the high six bits of a window, whose xor is the hash; 128 + level by it."""
+    """uint8 [rates, 9, 3, 64]: for products with codes of every rate.
+
+    [:, 0]      by the low and by the high six bits of a window, whose xor is the hash; 128 + level by the hash
+    [:, 1 + b]  the same for windows whose low bits begin at bit b of a byte, and their high ones six bits later, for
+                processors that take six bits from two bytes without bringing them in order: see `_turn`. Up to 2 bits,
+                where the low bits enter the hash as they are, that is in their order
+    """
     six, found = torch.arange(64), []
     for rate in RATES:
         hashes = tables(rate).hashes()
-        found.append(torch.stack([hashes[six] ^ hashes[0], hashes[six << 6], torch.tensor(tables(rate).levels) + 128]))
-    return torch.stack(found).to(torch.uint8)
+        low, high, levels = hashes[six] ^ hashes[0], hashes[six << 6], torch.tensor(tables(rate).levels) + 128
+        found.append(torch.stack([low, high, levels]))
+        for begin in range(8):
+            own, later = _turn(begin), _turn((begin + 6) % 8)
+            order = 0 if rate >= SIGNED_FROM else own  # of a hash
+            turned = torch.empty((3, 64), dtype=torch.int64)
+            turned[0, _rotated(six, own)] = _rotated(low, order)
+            turned[1, _rotated(six, later)] = _rotated(high, order)
+            turned[2, _rotated(six, order)] = levels
+            found.append(turned)
+    return torch.stack(found).to(torch.uint8).view(len(RATES), 9, 3, 64)
+
+
+def _turn(begin: int) -> int:
+    """Places by which six bits are rotated that begin at this bit of a byte.
+
+    What is of the first byte comes down by two places, and what is of the second stays at the lowest ones.
+    """
+    return max(begin - 2, 0)
+
+
+def _rotated(entries: Tensor, places: int) -> Tensor:
+    """The low six bits, rotated towards higher places; the other two stay."""
+    low = entries & 63
+    return (entries & ~63) | (low << places | low >> (6 - places)) & 63

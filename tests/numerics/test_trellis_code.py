@@ -32,17 +32,41 @@ def test_no_level_is_rare_or_frequent_and_every_one_has_its_negative(rate: Fract
 
 @pytest.mark.parametrize("rate", RATES, ids=float)
 def test_the_lookup_tables_give_the_levels_of_all_windows(rate: Fraction) -> None:
-    low, high, shifted = lookup_tables()[RATES.index(rate)].long()
+    low, high, shifted = lookup_tables()[RATES.index(rate), 0].long()
     windows = torch.arange(4096)
     hashes = low[windows & 63] ^ high[windows >> 6]
     levels = shifted[hashes & 63] - 128
     assert torch.equal(torch.where(hashes >= 128, -levels, levels), code_levels(rate).long())
 
 
+@pytest.mark.parametrize("begin", range(8))
+@pytest.mark.parametrize("rate", RATES, ids=float)
+def test_tables_for_windows_that_begin_within_a_byte(rate: Fraction, begin: int) -> None:
+    """Six bits as native/trellis_product.c takes them from two bytes, from everything that may lie around them."""
+
+    def six_bits(stream: torch.Tensor, bit: int) -> torch.Tensor:
+        own, other = stream >> (bit & ~7) & 255, stream >> ((bit & ~7) + 8) & 255
+        if bit % 8 < 2:
+            return own >> bit % 8
+        below = (1 << bit % 8 - 2) - 1
+        return other & below | own >> 2 & ~below
+
+    low, high, shifted = lookup_tables()[RATES.index(rate), 1 + begin].long()
+    windows = torch.arange(4096).repeat(16)
+    around = torch.randint(0, 1 << 24, windows.shape, generator=torch.Generator().manual_seed(begin))
+    stream = around & ~(4095 << begin) | windows << begin
+    first = six_bits(stream, begin)
+    hashes = low[first & 63] ^ high[six_bits(stream, begin + 6) & 63]
+    if rate < SIGNED_FROM:
+        assert torch.equal(hashes & 63, (first ^ high[six_bits(stream, begin + 6) & 63]) & 63)
+    levels = shifted[hashes & 63] - 128
+    assert torch.equal(torch.where(hashes >= 128, -levels, levels), code_levels(rate)[windows].long())
+
+
 @pytest.mark.parametrize("rate", [rate for rate in RATES if rate < SIGNED_FROM], ids=float)
 def test_narrow_codes_need_two_lookups(rate: Fraction) -> None:
     """As `SIGNED_FROM` in native/trellis_product.c takes it: the first table is none, and nothing negates."""
-    low, high, _ = lookup_tables()[RATES.index(rate)]
+    low, high, _ = lookup_tables()[RATES.index(rate), 0]
     assert low.tolist() == list(range(64)) and int(high.max()) < 64
 
 
