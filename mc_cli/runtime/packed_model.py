@@ -24,9 +24,16 @@ from mc_cli.parts import Role
 from mc_cli.runtime import experts
 from mc_cli.runtime.checkpoint import REST
 from mc_cli.runtime.inventory import find_decoder_layers, path_of, take_inventory, tied_tensors
+from mc_cli.runtime.memory import read_ahead
 from mc_cli.runtime.model_folder import read_config
 from mc_cli.runtime.packed_files import PackedFiles, copy_model_files, open_packed
-from mc_cli.runtime.packed_modules import pack_experts, pack_weight, state_dtype_of_embedding, tie_head
+from mc_cli.runtime.packed_modules import (
+    ask_for_huge_weights,
+    pack_experts,
+    pack_weight,
+    state_dtype_of_embedding,
+    tie_head,
+)
 from mc_cli.runtime.pruning import add_learned_tensors, apply_pruning
 from mc_cli.runtime.router_masks import drop_experts
 from mc_cli.runtime.skeleton import build_skeleton, rebuild_buffers
@@ -295,6 +302,7 @@ def load_packed(
     It cannot be saved by `save_pretrained`: the folder it was read from is the model, `mc-cli export` writes others.
     """
     source = PackedSource(folder, dtype=dtype, device=torch.device(device), trust_remote_code=trust_remote_code)
+    read_ahead({tensor.path for tensor in source.files.tensors.values()})
     for part in source.parts:
         source.load(part)
     model = source.model
@@ -306,6 +314,7 @@ def load_packed(
     from mc_cli.runtime.plugin import mark_quantized
 
     mark_quantized(model, source.layout)
+    ask_for_huge_weights(model)
     return model
 
 

@@ -19,6 +19,7 @@ from mc_cli.artifacts.packed import ExpertLayout
 from mc_cli.encodings import Encoding
 from mc_cli.errors import InputError
 from mc_cli.runtime import experts
+from mc_cli.runtime.memory import ask_for_huge_pages
 
 
 @dataclass(frozen=True)
@@ -187,3 +188,10 @@ def pack_experts(module: Any, layout: ExpertLayout, *, dtype: torch.dtype) -> di
     module.__class__ = _subclass(module.__class__, _PackedExperts)
     module._mc_stored = frozenset(stored)
     return stored
+
+
+def ask_for_huge_weights(model: nn.Module) -> None:
+    """Asks for huge pages under all parameters in the processor's memory, which are mapped from files as a rule."""
+    ask_for_huge_pages(
+        (parameter.data_ptr(), parameter.nbytes) for parameter in model.parameters() if parameter.device.type == "cpu"
+    )

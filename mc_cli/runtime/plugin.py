@@ -5,6 +5,7 @@ Imported while transformers itself is half imported, so that only its quantizer 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.base import HfQuantizer
@@ -52,15 +53,20 @@ class PackedQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+        from mc_cli.runtime.memory import read_ahead
         from mc_cli.runtime.packed_model import attach, layout_for
 
         layout = layout_for(model, self.quantization_config.layout)
         self._packed = attach(model, layout, kept_dtype=dtype or model.dtype)
+        read_ahead(Path(path) for path in kwargs.get("checkpoint_files") or ())
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from mc_cli.runtime.packed_modules import ask_for_huge_weights
+
         for name in self._packed:
             model.get_parameter(name).requires_grad_(False)  # else a forward without no_grad keeps dequantized weights
+        ask_for_huge_weights(model)
         if self.quantization_config.layout.pruning is not None:
             set_pruning_rate(model, getattr(model.config, PRUNING_RATE, None))
         return model

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +12,17 @@ from pathlib import Path
 import pytest
 
 from mc_cli.progress import SilentProgress, Step
-from mc_cli.runtime.memory import large_blocks_mapped, release_freed_memory, resident_bytes
+from mc_cli.runtime import memory
+from mc_cli.runtime.memory import (
+    ask_for_huge_pages,
+    large_blocks_mapped,
+    read_ahead,
+    release_freed_memory,
+    resident_bytes,
+)
 from mc_cli.stages import quantize
 from tests.conftest import TinyModel
+from tests.smaps import flags_of_page
 from tests.tiny_chain import COMPUTE, QUANTIZE, run_allocate, run_calibrate, run_score, write_documents
 
 MIB = 2**20
@@ -105,3 +115,64 @@ def test_quantize_leaves_no_holes_of_large_tensors(tiny_model: TinyModel, tmp_pa
     quantize.run(QUANTIZE, COMPUTE, tmp_path / "work", force=False, progress=progress)
     assert progress.seen == [True, True]
     assert not is_mapped(8 * MIB)
+
+
+def cached_bytes(path: Path) -> int:
+    """How much of a file the system has in memory."""
+    libc = ctypes.CDLL(None)
+    pages = -(-path.stat().st_size // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * pages)()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        held = ctypes.c_char.from_buffer(mapped)
+        failed = libc.mincore(ctypes.c_void_p(ctypes.addressof(held)), ctypes.c_size_t(len(mapped)), found)
+        del held
+    assert not failed
+    return sum(entry & 1 for entry in found) * mmap.PAGESIZE
+
+
+def write_and_forget(path: Path, size: int) -> bool:
+    """Writes a file that the system then does not have in memory; False where it keeps it."""
+    with path.open("wb") as file:
+        file.write(os.urandom(size))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return cached_bytes(path) == 0
+
+
+def test_files_are_read_ahead_and_stay_out_of_this_process(tmp_path: Path) -> None:
+    path, empty = tmp_path / "weights.safetensors", tmp_path / "empty"
+    empty.touch()
+    if not write_and_forget(path, 32 * MIB):
+        pytest.skip("this file system keeps its files in memory")
+    before = resident_bytes()
+    read_ahead([empty, path])
+    assert cached_bytes(path) == 32 * MIB
+    assert resident_bytes() - before < 8 * MIB
+
+
+def test_files_for_which_there_is_no_memory_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "weights.safetensors"
+    if not write_and_forget(path, 8 * MIB):
+        pytest.skip("this file system keeps its files in memory")
+    monkeypatch.setattr(memory, "_available_bytes", lambda: 8 * MIB - 1)
+    read_ahead([path])
+    assert cached_bytes(path) == 0
+
+
+def test_the_system_tells_what_memory_is_available() -> None:
+    if not Path("/proc/meminfo").is_file():
+        pytest.skip("not Linux")
+    assert 2**20 < memory._available_bytes() < 2**50
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="not Linux")
+def test_huge_pages_are_asked_for_under_blocks_and_what_is_between_them_alone() -> None:
+    size = MIB
+    with mmap.mmap(-1, size) as mapped:
+        held = ctypes.c_char.from_buffer(mapped)
+        begin = ctypes.addressof(held)
+        ask_for_huge_pages([(begin + size // 2 + 5000, 1000), (begin + size // 2 + 100, 50)])
+        asked = [place for place in range(0, size, mmap.PAGESIZE) if "hg" in flags_of_page(begin + place)]
+        del held
+    assert asked == [size // 2, size // 2 + mmap.PAGESIZE]

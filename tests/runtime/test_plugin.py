@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import mmap
 import os
 import subprocess
 import sys
 import textwrap
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from mc_cli.settings import ExportSettings, RunSettings
 from mc_cli.stages import export
 from tests.conftest import TinyModel
 from tests.packed_folders import packed_work_dir
+from tests.smaps import flags_of_page
 
 TOKEN_IDS = torch.randint(3, 300, (2, 10), generator=torch.Generator().manual_seed(1))
 
@@ -138,6 +141,14 @@ def test_packed_tensors_keep_their_dtype_and_no_gradient(dtype: torch.dtype | No
         assert part is None or not parameter.requires_grad
     assert model.dtype == expected
     assert torch.isfinite(model(TOKEN_IDS).logits.float()).all()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="not Linux")
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, load_packed])
+def test_huge_pages_are_asked_for_under_the_weights(load: Callable[[Path], Any], place: Path) -> None:
+    model = load(place / ("work/packed" if load is load_packed else "out"))
+    codes = next(parameter for name, parameter in model.named_parameters() if name.endswith("_codes"))
+    assert "hg" in flags_of_page(codes.data_ptr())
 
 
 def test_a_padded_batch_generates_what_its_rows_do_alone(place: Path) -> None:
