@@ -17,7 +17,16 @@ setup(
             "mc_cli.native._library",
             sources=[
                 f"mc_cli/native/{name}.c"
-                for name in ("trellis", "trellis_product", "affine_product", "product", "pruning", "threads", "version")
+                for name in (
+                    "trellis",
+                    "trellis_product",
+                    "affine_product",
+                    "product",
+                    "experts",
+                    "pruning",
+                    "threads",
+                    "version",
+                )
             ],
             libraries=["m"],
             depends=[f"mc_cli/native/{name}.h" for name in ("compiler", "product", "threads")],

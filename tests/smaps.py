@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def flags_of_page(address: int) -> list[str]:
-    """The flags of the mapping that an address is in, as proc(5) lists them for smaps: `hg` where huge pages are asked for."""
+    """The flags of the mapping that an address is in, as proc(5) lists them; `hg`: huge pages are asked for."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first = line.split()[0]

@@ -16,9 +16,19 @@ from mc_cli.encodings import Encoding
 from mc_cli.encodings.affine import AffineEncoding
 from mc_cli.encodings.trellis import TrellisEncoding
 from mc_cli.kernels import affine, trellis
+from mc_cli.kernels.bank import GATES, CompiledBank, experts_output
 from mc_cli.kernels.compiled import activation_bytes
 
-__all__ = ["Bank", "bank_for", "packed_linear", "path_names", "runs_packed"]
+__all__ = [
+    "GATES",
+    "Bank",
+    "bank_for",
+    "computes_experts",
+    "experts_output",
+    "packed_linear",
+    "path_names",
+    "runs_packed",
+]
 
 _ROUTINES: dict[type, Any] = {TrellisEncoding: trellis, AffineEncoding: affine}
 _FAMILIES = {TrellisEncoding: "trellis codes", AffineEncoding: "affine grids"}
@@ -72,6 +82,11 @@ def bank_for(
     if kind not in _ROUTINES or in_features > _ROUTINES[kind].MOST_INPUTS:
         return None
     return _ROUTINES[kind].bank_of(parts, len(there[0][1]["scales"]), in_features)
+
+
+def computes_experts(up: Bank, down: Bank) -> bool:
+    """Whether `experts_output` takes these banks."""
+    return isinstance(up, CompiledBank) and isinstance(down, CompiledBank)
 
 
 def path_names(encodings: Iterable[Encoding], device: torch.device) -> str:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from mc_cli import native
-from mc_cli.encodings import FASTEST
 from mc_cli.encodings.affine import AffineEncoding
-from mc_cli.kernels.compiled import PATHS, activation_bytes, best_path, check, threads_for
+from mc_cli.kernels.bank import CompiledBank
+from mc_cli.kernels.compiled import PATHS, activation_bytes, best_path
 
 Part = tuple[AffineEncoding, Mapping[str, Tensor]]  # a matrix: its encoding, `codes`, `scales` and `zero_points`
 
+_KIND = 1  # in native/product.h
 _FOR_MANY_TOKENS = 2  # paths from here on multiply many tokens fast, too
 FEW_TOKENS = 16  # of more, the others need longer than decoding does
 HALF_TOKENS = 192  # of 16-bit tokens; of more, products of two bytes need longer than decoding and the library's own
@@ -61,48 +62,21 @@ def decoded_product(rows: Tensor, tensors: Mapping[str, Tensor], encoding: Affin
     return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
 
 
-class Bank:
-    """Matrices of affine grids, of one shape and group size, at any widths; every row has its own matrix.
+class Bank(CompiledBank):
+    """Matrices of affine grids, of one shape and group size, at any widths.
 
-    It keeps addresses: the stored parts must stay where they are. Parts are (encoding, `codes`, `scales` and
-    `zero_points`) of each matrix, on the CPU and contiguous; None for one that is not there, whose products are zeros.
+    Parts are (encoding, `codes`, `scales` and `zero_points`) of each matrix, on the CPU and contiguous; None for one that
+    is not there.
     """
 
     def __init__(self, parts: Sequence[Part | None], out_features: int, in_features: int) -> None:
-        self._table = torch.tensor([_entry(part) for part in parts], dtype=torch.int64)
-        self.absent = torch.tensor([part is None for part in parts] + [True])  # [matrices + 1], by number
-        self._routine = native.routine("mc_affine_product", "pppiiiiiiiiiip")
-        self._group = next(part[0].group_size for part in parts if part is not None)
-        self.out_features, self.in_features = out_features, in_features
-
-    def product(self, rows: Tensor, experts: Tensor | None = None, share: int = 1, path: int = FASTEST) -> Tensor:
-        """[slots, out_features] float32: slot s is row s // share times the matrix experts[s].
-
-        rows      [tokens, in_features] floating point; computed from in float32
-        experts   [tokens * share] int64; zeros come out where it is not the number of a matrix. None: all the first
-        share     slots that have the same row, one after the other
-        """
-        rows = rows.float().contiguous()
-        slots = len(rows) * share
-        outputs = torch.empty((slots, self.out_features))
-        failed = self._routine(
-            rows.data_ptr(),
-            None if experts is None else experts.data_ptr(),
-            self._table.data_ptr(),
-            len(self._table),
-            len(rows),
-            slots,
-            share,
-            self.in_features,
-            self.out_features,
-            self._group,
-            activation_bytes(),
-            best_path() if path == FASTEST else path,
-            threads_for(outputs.numel() * self.in_features),
-            outputs.data_ptr(),
+        super().__init__(
+            _KIND,
+            torch.tensor([_entry(part) for part in parts], dtype=torch.int64),
+            out_features=out_features,
+            in_features=in_features,
+            block=next(part[0].group_size for part in parts if part is not None),
         )
-        check(failed, self.out_features, self.in_features)
-        return outputs
 
 
 def bank_of(parts: Sequence[Part | None], out_features: int, in_features: int) -> Bank | None:

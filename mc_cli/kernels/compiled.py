@@ -26,9 +26,11 @@ def best_path() -> int:
     return native.routine("mc_best_path", "")()
 
 
+@functools.cache
 def activation_bytes() -> int:
-    """Of an input, as compiled products take it: 2, or 1 where the environment asks for it.
+    """Of an input, as compiled products take it: 2, or 1 where the environment asks for it, at the first call.
 
+    Every product asks, and reading the environment takes as long as a small product where caches are full of weights.
     Raises InputError for any other value of `SWITCH`.
     """
     asked = os.environ.get(SWITCH, "16")
@@ -53,12 +55,14 @@ def inputs_of(bits: int, device: torch.device) -> Iterator[None]:
     check_inputs(bits, device)
     before = os.environ.get(SWITCH)
     os.environ[SWITCH] = str(bits)
+    activation_bytes.cache_clear()
     try:
         yield
     finally:
         os.environ.pop(SWITCH)
         if before is not None:
             os.environ[SWITCH] = before
+        activation_bytes.cache_clear()
 
 
 def threads_for(products: int) -> int:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from mc_cli import native
-from mc_cli.encodings import FASTEST
 from mc_cli.encodings.trellis import TrellisEncoding, sequence_length
 from mc_cli.kernels import trellis_gpu
-from mc_cli.kernels.compiled import PATHS, activation_bytes, best_path, check, threads_for
+from mc_cli.kernels.bank import CompiledBank
+from mc_cli.kernels.compiled import PATHS, best_path
 from mc_cli.kernels.matrix_table import Part, matrix_table
 from mc_cli.kernels.trellis_gpu import GpuBank
 from mc_cli.numerics.rotation import rotate, signs
@@ -26,7 +26,7 @@ from mc_cli.numerics.trellis_code import UNIT, lookup_tables
 _FOR_MANY_TOKENS = 2  # paths from here on multiply any number of tokens as fast as the library does, or faster
 FEW_TOKENS = 8  # up to here the others are faster than decoding first
 MOST_INPUTS = 2**16  # of more, sums of byte products might leave int32
-_ARGUMENTS = "pppppfiiiiiiiiiiip"
+_KIND = 0  # in native/product.h
 
 
 def runs_packed(rows: Tensor) -> bool:
@@ -53,52 +53,24 @@ def decoded_product(rows: Tensor, tensors: Mapping[str, Tensor], encoding: Trell
     return torch.nn.functional.linear(rotated, encoding.rotated(tensors, rows.shape[-1]))
 
 
-class Bank:
-    """Trellis-coded matrices of one shape, at any widths, for products in which every row has its own matrix.
+class Bank(CompiledBank):
+    """Trellis-coded matrices of one shape, at any widths.
 
-    It keeps addresses: the stored parts must stay where they are. Parts are (encoding, `codes` and `scales`) of each
-    matrix, on the CPU and contiguous; None for one that is not there, whose products are zeros.
+    Parts are (encoding, `codes` and `scales`) of each matrix, on the CPU and contiguous; None for one that is not there.
     """
 
     def __init__(self, parts: Sequence[Part | None], out_features: int, in_features: int) -> None:
-        self._table = matrix_table(parts)
-        self._block = next((part[0].block for part in parts if part is not None), 1)
-        self.absent = torch.tensor([part is None for part in parts] + [True])  # [matrices + 1], by number
-        self._routine = native.routine("mc_trellis_product", _ARGUMENTS)
-        self.out_features, self.in_features = out_features, in_features
-        self._shared = signs(in_features), lookup_tables()  # keeps what the addresses below point to
-        self._fixed = self._table.data_ptr(), self._shared[1].data_ptr(), self._shared[0].data_ptr(), UNIT, len(parts)
-        self._length = sequence_length(out_features)
-
-    def product(self, rows: Tensor, experts: Tensor | None = None, share: int = 1, path: int = FASTEST) -> Tensor:
-        """[slots, out_features] float32: slot s is row s // share times the matrix experts[s].
-
-        rows      [tokens, in_features] floating point; computed from in float32
-        experts   [tokens * share] int64; zeros come out where it is not the number of a matrix. None: all the first
-        share     slots that have the same row, one after the other
-        """
-        rows = rows.float().contiguous()
-        tokens = rows.shape[0]
-        slots = tokens * share
-        outputs = torch.empty((slots, self.out_features))
-        failed = self._routine(
-            rows.data_ptr(),
-            None if experts is None else experts.data_ptr(),
-            *self._fixed,
-            tokens,
-            slots,
-            share,
-            self.in_features,
-            self.out_features,
-            self._block,
-            self._length,
-            activation_bytes(),
-            best_path() if path == FASTEST else path,
-            threads_for(outputs.numel() * self.in_features),
-            outputs.data_ptr(),
+        super().__init__(
+            _KIND,
+            matrix_table(parts),
+            out_features=out_features,
+            in_features=in_features,
+            block=next((part[0].block for part in parts if part is not None), 1),
+            tables=lookup_tables(),
+            signs=signs(in_features),
+            unit=UNIT,
+            length=sequence_length(out_features),
         )
-        check(failed, self.out_features, self.in_features)
-        return outputs
 
 
 def bank_of(parts: Sequence[Part | None], out_features: int, in_features: int) -> Bank | GpuBank:

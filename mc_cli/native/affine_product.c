@@ -629,18 +629,17 @@ static void multiply_rows(void *context, int index) {
     free(scales);
 }
 
-/* out [slots][outputs] float32: slot s holds the product of token s / share with the matrix experts[s] of the bank;
- * zeros where experts[s] is none of the `matrices` or that matrix is not there. experts NULL: all the first.
- * x [tokens][inputs], multiplied as numbers of `parts` bytes, 1 or 2; `group` divides the inputs. Returns 0, or 1
- * without memory. */
-int mc_affine_product(const float *x, const int64_t *experts, const Entry *bank, int matrices, int tokens, int slots,
-                      int share, int inputs, int outputs, int group, int parts, int path, int threads, float *out) {
+int mc_affine_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
+                      int path, int threads, float *out) {
+    const Entry *entries = bank->entries;
+    const int slots = tokens * share, inputs = bank->inputs, outputs = bank->outputs, group = bank->block;
     const size_t pitch = whole((size_t)group, VECTOR), groups = (size_t)(inputs / group);
-    Product p = {.x = x, .bank = bank, .out = out, .tokens = tokens, .share = share, .inputs = inputs,
+    Product p = {.x = x, .bank = entries, .out = out, .tokens = tokens, .share = share, .inputs = inputs,
                  .outputs = outputs, .group = group, .groups = (int)groups, .parts = parts, .path = path,
                  .pieces = (outputs + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, .pitch = pitch,
                  .stride = groups * pitch + VECTOR, .room = whole(groups, FLOATS)};
-    int failed = mc_sort_slots(&p.sorted, experts, slots, &bank->bits, sizeof(Entry) / sizeof(int64_t), matrices);
+    int failed = mc_sort_slots(&p.sorted, experts, slots, &entries->bits, sizeof(Entry) / sizeof(int64_t),
+                               bank->matrices);
     const size_t bytes = 2 * (size_t)tokens * p.stride;
     p.rows = aligned_alloc(VECTOR, whole(bytes + 1, VECTOR));
     const size_t wide_bytes = path < AVX512_VNNI ? (size_t)tokens * groups * pitch * sizeof(int16_t) : 0;
@@ -676,13 +675,6 @@ typedef struct {
     uint16_t *halves; /* the same, rounded to bfloat16, or NULL */
     atomic_int failed;
 } Decoding;
-
-/* to nearest, ties to even */
-INLINE uint16_t to_bfloat16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 /* What the codes of a group stand for, in `floats`, or where that is NULL in `halves`. */
 VERSIONS static void write_portable(const uint8_t *codes, int count, float scale, float zero_point, float *floats,

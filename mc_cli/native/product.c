@@ -104,8 +104,10 @@ VERSIONS float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine,
     return largest / 127.0f;
 }
 
-VERSIONS void mc_from_halves(const uint16_t *restrict halves, int count, float *restrict values) {
-    for (int i = 0; i < count; i++) values[i] = from_half(halves[i]);
+int mc_bank_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
+                    int path, int threads, float *out) {
+    return (bank->kind == TRELLIS ? mc_trellis_product : mc_affine_product)(bank, x, experts, tokens, share, parts, path,
+                                                                           threads, out);
 }
 
 int mc_best_path(void) {

@@ -54,6 +54,30 @@ enum { PORTABLE = 0, AVX2 = 1, NEON = 1, AVX512_VNNI = 2, AMX_TILES = 3 };
 /* The fastest path of this machine. */
 int mc_best_path(void);
 
+/* Matrices of one shape, as kernels/bank.py describes them: `entries` are an Entry of trellis_product.c or affine_product.c
+ * each, by `kind`. */
+enum { TRELLIS = 0, AFFINE = 1 };
+typedef struct {
+    const void *entries;
+    const uint8_t *tables; /* of trellis codes, as code_of takes them */
+    const float *signs;    /* of the rotation of their inputs */
+    float unit;            /* of their levels */
+    int32_t kind, matrices, inputs, outputs;
+    int32_t block;  /* inputs that are rotated together, or share a grid */
+    int32_t length; /* outputs of a sequence of trellis codes */
+} mc_bank;
+
+/* out [slots][outputs] float32: slot s holds the product of token s / share with the matrix experts[s] of the bank;
+ * zeros where experts[s] is none of its matrices or that matrix is not there. experts NULL: all the first.
+ * x [tokens][inputs], multiplied as numbers of `parts` bytes, 1 or 2; tokens * share slots. Returns 0, or 1 without
+ * memory. */
+int mc_bank_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
+                    int path, int threads, float *out);
+int mc_trellis_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
+                       int path, int threads, float *out);
+int mc_affine_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
+                      int path, int threads, float *out);
+
 /* Slots, each with its matrix, put side by side by matrix. A place is where a slot comes to lie. */
 typedef struct {
     int *slots;  /* [places] */
@@ -87,6 +111,12 @@ INLINE float from_half(uint16_t half) {
     return value;
 }
 
-void mc_from_halves(const uint16_t *halves, int count, float *values);
+/* Bfloat16, to nearest, ties to even; NaN stays one */
+INLINE uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+    return (uint16_t)((value == value ? rounded : bits | 0x400000) >> 16);
+}
 
 #endif

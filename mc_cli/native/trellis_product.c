@@ -22,6 +22,7 @@
 #define MANY_GROUPS 256 /* for many, whose sums do not stay in the first cache: 256 KB stay in the second */
 #define SUMS (PER_LANE * LANES) /* of one row of activations, with one sequence of outputs */
 #define TOKENS_AT_ONCE 256
+#define QUANTIZED_TOGETHER 8192 /* activations in a piece of work */
 #define MORE_TOKENS 3 /* from here on larger blocks are faster, and tiles */
 
 /* A hash's low six bits choose the level, its highest one negates it. Codes of up to 2 bits never negate, and their first
@@ -348,9 +349,8 @@ AVX512 INLINE void decode_planes(const Sequence *s, const Code *code, int first,
         levels[bit] = _mm512_loadu_si512(code->turned[bit][2]);
     }
     const __mmask16 mask = (__mmask16)((1u << s->lanes) - 1);
-    int32_t after[LANES];
-    for (int lane = 0; lane < LANES; lane++) after[lane] = lane + 1 < s->lanes ? lane + 1 : 0;
-    const __m512i next = _mm512_loadu_si512(after);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i next = _mm512_maskz_add_epi32(mask >> 1, lane, _mm512_set1_epi32(1)); /* of the last, the first */
     const int stride = s->lanes * GROUP;
     const uint8_t *codes = s->codes + (size_t)first * planes * stride;
     for (int g = 0; g < count; g++) {
@@ -602,6 +602,7 @@ typedef struct {
     float unit;
     float *out;
     int tokens, share, inputs, outputs, block, length, parts, path, chunks;
+    int together;    /* tokens that are quantized in a piece of work */
     size_t stride;   /* bytes of a row of activations, zeros behind its end; no power of two, which caches dislike */
     int8_t *rows;    /* [places][parts][stride], coarse and fine; a place is a slot, those of an expert side by side */
     float *steps;    /* [places] */
@@ -610,7 +611,7 @@ typedef struct {
     atomic_int failed;
 } Product;
 
-/* Eight tokens: rotated, quantized, and put where their experts find them. */
+/* Some tokens: rotated, quantized, and put where their experts find them. */
 static void quantize_tokens(void *context, int part) {
     Product *p = context;
     float *rotated = malloc(sizeof(float) * (size_t)p->inputs);
@@ -618,7 +619,8 @@ static void quantize_tokens(void *context, int part) {
         atomic_store(&p->failed, 1);
         return;
     }
-    for (int token = part * 8; token < p->tokens && token < part * 8 + 8; token++) {
+    const int first = part * p->together;
+    for (int token = first; token < p->tokens && token < first + p->together; token++) {
         int done = -1;
         for (int slot = token * p->share; slot < (token + 1) * p->share; slot++) {
             const int place = p->sorted.places[slot];
@@ -628,6 +630,7 @@ static void quantize_tokens(void *context, int part) {
                 rotate(p->x + (size_t)token * p->inputs, p->signs, p->inputs, p->block, rotated);
                 int8_t *fine = p->parts > 1 ? row + p->stride : NULL;
                 p->steps[place] = mc_split(rotated, p->inputs, row, fine, p->totals + 2 * place);
+                for (int i = 0; i < p->parts; i++) memset(row + i * p->stride + p->inputs, 0, p->stride - (size_t)p->inputs);
                 done = place;
             } else {
                 memcpy(row, p->rows + (size_t)p->parts * done * p->stride, (size_t)p->parts * p->stride);
@@ -641,7 +644,7 @@ static void quantize_tokens(void *context, int part) {
 
 /* Outputs of one place, from the sums of its one or two rows; totals: of the activations that were multiplied by 128
  * more. */
-VERSIONS static void finish(const int32_t *sums, int parts, const int32_t *totals, float step, const float *scales,
+VERSIONS static void finish(const int32_t *sums, int parts, const int32_t *totals, float step, const uint16_t *scales,
                             int count, float *out) {
     float values[SUMS];
     if (parts == 1)
@@ -649,8 +652,56 @@ VERSIONS static void finish(const int32_t *sums, int parts, const int32_t *total
     else
         for (int i = 0; i < SUMS; i++)
             values[i] = step * ((float)(sums[i] - 128 * totals[0]) + (float)(sums[SUMS + i] - 128 * totals[1]) / FINE);
-    for (int i = 0; i < count; i++) out[i] = scales[i] * values[i % PER_LANE * LANES + i / PER_LANE];
+    for (int i = 0; i < count; i++) out[i] = from_half(scales[i]) * values[i % PER_LANE * LANES + i / PER_LANE];
 }
+
+#ifdef HAS_VECTORS
+/* Rows become columns: halves change places, then quarters within them, and so on. */
+AVX512 INLINE void transpose(__m512 *rows) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#pragma GCC unroll 4
+    for (int half = 8; half; half >>= 1) {
+        const __m512i shift = _mm512_set1_epi32(half), other = _mm512_set1_epi32(LANES);
+        const __mmask16 second = _mm512_test_epi32_mask(lane, shift);
+        const __m512i low = _mm512_mask_add_epi32(lane, second, _mm512_sub_epi32(lane, shift), other);
+        const __m512i high = _mm512_mask_mov_epi32(_mm512_add_epi32(lane, shift), second, _mm512_add_epi32(lane, other));
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            if (i & half) continue;
+            const __m512 a = rows[i], b = rows[i + half];
+            rows[i] = _mm512_permutex2var_ps(a, low, b);
+            rows[i + half] = _mm512_permutex2var_ps(a, high, b);
+        }
+    }
+}
+
+/* As finish, with scales as they are stored. */
+AVX512 static void finish_avx512(const int32_t *sums, int parts, const int32_t *totals, float step,
+                                 const uint16_t *scales, int count, float *out) {
+    const __m512 steps = _mm512_set1_ps(step), fine = _mm512_set1_ps(FINE);
+    __m512 values[LANES];
+#pragma GCC unroll 16
+    for (int k = 0; k < PER_LANE; k++) {
+        const __m512i coarse = _mm512_sub_epi32(_mm512_load_si512(sums + k * LANES), _mm512_set1_epi32(128 * totals[0]));
+        values[k] = _mm512_cvtepi32_ps(coarse);
+        if (parts > 1) {
+            const __m512i rest =
+                _mm512_sub_epi32(_mm512_load_si512(sums + SUMS + k * LANES), _mm512_set1_epi32(128 * totals[1]));
+            values[k] = _mm512_add_ps(values[k], _mm512_div_ps(_mm512_cvtepi32_ps(rest), fine));
+        }
+        values[k] = _mm512_mul_ps(steps, values[k]);
+    }
+    transpose(values);
+#pragma GCC unroll 16
+    for (int lane = 0; lane < LANES; lane++) {
+        const int left = count - lane * PER_LANE;
+        if (left <= 0) break;
+        const __mmask16 there = left < PER_LANE ? (__mmask16)((1u << left) - 1) : 0xffff;
+        const __m256i stored = _mm256_maskz_loadu_epi16(there, scales + lane * PER_LANE);
+        _mm512_mask_storeu_ps(out + lane * PER_LANE, there, _mm512_mul_ps(_mm512_cvtph_ps(stored), values[lane]));
+    }
+}
+#endif
 
 /* One sequence of outputs of one expert, for its places. */
 static void multiply_sequence(void *context, int index) {
@@ -681,10 +732,10 @@ static void multiply_sequence(void *context, int index) {
         return;
     }
     const int32_t none[2] = {0, 0};
-    float scales[PER_LANE * LANES];
     const int first_output = chunk * p->length;
     const int outputs = p->outputs - first_output < p->length ? p->outputs - first_output : p->length;
-    mc_from_halves((const uint16_t *)(intptr_t)entry->scales + first_output, outputs, scales);
+    const uint16_t *scales = (const uint16_t *)(intptr_t)entry->scales + first_output;
+    for (int i = 0; i < outputs; i += LANE_BYTES / 2) __builtin_prefetch(scales + i);
     if (lanes < LANES) memset(block.bytes, 0, (size_t)PER_LANE * block.pitch * LANE_BYTES); /* lanes that are not there are multiplied, too */
 #ifdef HAS_AMX
     if (path == AMX_TILES) mc_configure_tiles();
@@ -698,10 +749,18 @@ static void multiply_sequence(void *context, int index) {
             decode_block(&s, &code, first, some, path, block);
             multiply(block, some, rows + (size_t)first * GROUP, p->stride, p->parts * count, path, sums);
         }
-        for (int i = 0; i < count; i++)
-            finish(sums + (size_t)p->parts * i * SUMS, p->parts, sums_levels(path) ? none : p->totals + 2 * (place + i),
-                   p->steps[place + i] * p->unit, scales, outputs,
-                   p->out + (size_t)p->sorted.slots[place + i] * p->outputs + first_output);
+        for (int i = 0; i < count; i++) {
+            const int32_t *sum = sums + (size_t)p->parts * i * SUMS, *total = p->totals + 2 * (place + i);
+            const float step = p->steps[place + i] * p->unit;
+            float *out = p->out + (size_t)p->sorted.slots[place + i] * p->outputs + first_output;
+#ifdef HAS_VECTORS
+            if (path >= AVX512_VNNI) {
+                finish_avx512(sum, p->parts, total, step, scales, outputs, out);
+                continue;
+            }
+#endif
+            finish(sum, p->parts, sums_levels(path) ? none : total, step, scales, outputs, out);
+        }
     }
 #ifdef HAS_AMX
     if (path == AMX_TILES) mc_release_tiles();
@@ -711,27 +770,27 @@ static void multiply_sequence(void *context, int index) {
     free(sums);
 }
 
-/* out [slots][outputs] float32: slot s holds the product of token s / share with the matrix experts[s] of the bank;
- * zeros where experts[s] is none of the `matrices` or that matrix is not there. experts NULL: all the first.
- * x [tokens][inputs], multiplied as numbers of `parts` bytes, 1 or 2; tables: as code_of takes them. Returns 0, or 1
- * without memory. */
-int mc_trellis_product(const float *x, const int64_t *experts, const Entry *bank, const uint8_t *tables,
-                       const float *signs, float unit, int matrices, int tokens, int slots, int share, int inputs,
-                       int outputs, int block, int length, int parts, int path, int threads, float *out) {
+int mc_trellis_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
+                       int path, int threads, float *out) {
+    const Entry *entries = bank->entries;
+    const int slots = tokens * share, inputs = bank->inputs, outputs = bank->outputs;
     const int groups = (inputs + GROUP - 1) / GROUP;
-    Product p = {.x = x, .signs = signs, .bank = bank, .tables = tables, .unit = unit, .out = out, .tokens = tokens,
-                 .share = share, .inputs = inputs, .outputs = outputs, .block = block, .length = length, .parts = parts,
-                 .path = path, .chunks = (outputs + length - 1) / length,
+    Product p = {.x = x, .signs = bank->signs, .bank = entries, .tables = bank->tables, .unit = bank->unit, .out = out,
+                 .tokens = tokens, .share = share, .inputs = inputs, .outputs = outputs, .block = bank->block,
+                 .length = bank->length, .parts = parts, .path = path,
+                 .chunks = (outputs + bank->length - 1) / bank->length,
+                 .together = inputs < QUANTIZED_TOGETHER ? QUANTIZED_TOGETHER / inputs : 1,
                  .stride = ((size_t)(groups + TILE - 1) / TILE * TILE + TILE) * GROUP};
     const size_t room = (size_t)slots + (slots < MORE_TOKENS ? 1 : TILE); /* pairs and tiles read rows beyond the last */
-    int failed = mc_sort_slots(&p.sorted, experts, slots, &bank->planes, sizeof(Entry) / sizeof(int64_t), matrices);
-    p.rows = calloc((size_t)parts * room, p.stride);
+    int failed = mc_sort_slots(&p.sorted, experts, slots, &entries->planes, sizeof(Entry) / sizeof(int64_t),
+                               bank->matrices);
+    p.rows = malloc(parts * room * p.stride);
     p.steps = malloc(sizeof(float) * room);
     p.totals = malloc(sizeof(int32_t) * 2 * room);
     atomic_init(&p.failed, failed || !p.rows || !p.steps || !p.totals);
     if (!atomic_load(&p.failed)) {
         mc_clear_missing(&p.sorted, slots, outputs, out);
-        mc_parallel(quantize_tokens, &p, (tokens + 7) / 8, threads);
+        mc_parallel(quantize_tokens, &p, (tokens + p.together - 1) / p.together, threads);
         if (!atomic_load(&p.failed)) mc_parallel(multiply_sequence, &p, p.sorted.count * p.chunks, threads);
     }
     free(p.rows);

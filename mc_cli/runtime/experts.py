@@ -42,7 +42,15 @@ class ExpertCall:
 
 
 Observer = Callable[[nn.Module, ExpertCall], None]
-Banks = tuple[kernels.Bank, kernels.Bank]  # of the up and the down projection
+
+
+@dataclass(frozen=True)
+class Banks:
+    """Both projections of a layer's experts. gate: the activation of its gates where one call computes all of it."""
+
+    up: kernels.Bank
+    down: kernels.Bank
+    gate: str | None
 
 
 @dataclass(frozen=True)
@@ -203,10 +211,12 @@ def experts_forward(
     if banks is None:
         total = _one_by_one(module, flat, top_k_index, top_k_weights)
     else:
-        step = max(1, _HIDDEN_BYTES // (4 * top_k_index.shape[-1] * banks[0].out_features))
-        parts = (tensor.split(step) for tensor in (flat, top_k_index, top_k_weights))
-        totals = [_all_at_once(banks, module, *part) for part in zip(*parts, strict=True)]
-        total = totals[0] if len(totals) == 1 else torch.cat(totals)
+        step = max(1, _HIDDEN_BYTES // (4 * top_k_index.shape[-1] * banks.up.out_features))
+        if len(flat) <= step:
+            total = _all_at_once(banks, module, flat, top_k_index, top_k_weights)
+        else:
+            parts = (tensor.split(step) for tensor in (flat, top_k_index, top_k_weights))
+            total = torch.cat([_all_at_once(banks, module, *part) for part in zip(*parts, strict=True)])
     return total.to(hidden_states.dtype).reshape(hidden_states.shape)
 
 
@@ -252,13 +262,15 @@ def _all_at_once(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """As `_one_by_one`, in two compiled calls: slot after slot, whatever experts they have. Tokens share a rotation.
+    """As `_one_by_one`, in one compiled call, or two: slot after slot, whatever experts they have. Tokens share a rotation.
 
     On a GPU nothing here waits for the device, so that a graph can be made of it.
     """
+    if banks.gate is not None:
+        return kernels.experts_output(banks.up, banks.down, flat, top_k_index, top_k_weights, banks.gate)
     tokens, k = top_k_index.shape
     chosen = top_k_index.reshape(-1).contiguous()
-    up, down = banks
+    up, down = banks.up, banks.down
     # One expression, so that nothing stays that is not needed any more: of a long prompt these are the largest tensors.
     activated = activate(
         module, _with_bias(module, up_name(module), chosen, up.product(flat, chosen, share=k)).to(flat.dtype)
@@ -314,7 +326,22 @@ def _made_banks(module: Experts) -> Banks | None:
         if bank is None:
             return None
         made.append(bank)
-    return made[0], made[1]
+    up, down = made
+    plain = module.has_gate and not module.has_bias and not module.has_post_expert_norm
+    return Banks(up, down, _gate_of(module, up.out_features) if plain and kernels.computes_experts(up, down) else None)
+
+
+def _gate_of(module: Experts, width: int) -> str | None:
+    """Which of kernels.GATES the module's own gate [.., width] is, by what it does; None where it is another one."""
+    probe = torch.randn(8, width, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 4, 8)[:, None]
+    with torch.no_grad():
+        found = activate(module, probe)
+        first, second = probe.chunk(2, -1)
+        for name, activation in kernels.GATES.items():
+            expected = activation(first) * second
+            if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5, atol=1e-6):
+                return name
+    return None
 
 
 def routed_tokens(

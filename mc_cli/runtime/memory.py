@@ -84,8 +84,8 @@ def release_freed_memory() -> None:
 def read_ahead(paths: Iterable[Path]) -> None:
     """Reads files into the system's cache, from one end to the other and in huge pages where Linux has them.
 
-    Mapped files are otherwise read as their pages are first touched, here and there, at less than the disk's speed. What
-    does not fit into the memory that is available is left to that, as are other systems; hence no answer.
+    Mapped files are otherwise read as their pages are first touched, here and there, at less than the disk's speed.
+    What does not fit into the memory that is available is left to that, as are other systems; hence no answer.
     """
     sizes = {path: path.stat().st_size for path in paths}
     if not hasattr(mmap, "MADV_HUGEPAGE") or sum(sizes.values()) > _available_bytes():
@@ -115,10 +115,10 @@ def ask_for_huge_pages(blocks: Iterable[tuple[int, int]]) -> None:
 
     blocks   (address, bytes) of each; what lies in mapped files may be between them
 
-    Every token reads weights from one end to the other, and with pages of 4 KiB an eighth of that time is spent on finding
-    the next page. Mapped files take no more memory for it: new kernels read them from disk in huge pages (Linux 6.16 for
-    ext4, before for XFS; see `read_ahead`). What the system has in small pages stays so, and where it has no huge pages
-    nothing changes; hence no answer.
+    Every token reads weights from one end to the other, and with pages of 4 KiB an eighth of that time is spent on
+    finding the next page. Mapped files take no more memory for it: new kernels read them from disk in huge pages (Linux
+    6.16 for ext4, before for XFS; see `read_ahead`). What the system has in small pages stays so, and where it has no
+    huge pages nothing changes; hence no answer.
     """
     advise = _c_function("madvise") if hasattr(mmap, "MADV_HUGEPAGE") else None
     if advise is None:

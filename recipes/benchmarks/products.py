@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import time
@@ -34,7 +33,7 @@ from mc_cli.encodings import FASTEST, Encoding
 from mc_cli.encodings.affine import affine_for
 from mc_cli.encodings.trellis import trellis_for
 from mc_cli.kernels import affine, bank_for, trellis
-from mc_cli.kernels.compiled import SWITCH
+from mc_cli.kernels.compiled import inputs_of
 from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.packed_modules import pack_experts
 from mc_cli.runtime.speed import reading_rate
@@ -63,15 +62,15 @@ def main() -> None:
     for threads in arguments.threads:
         torch.set_num_threads(threads or every)
         rate = reading_rate()
-        os.environ[SWITCH] = str(arguments.activation_bits)
         console = Console(width=140)
         console.print(
             f"{torch.get_num_threads()} threads, {trellis.path_name()} (affine grids: {affine.path_name()}), "
             f"inputs of {arguments.activation_bits} bits, {platform.machine()}, torch {torch.__version__}, "
             f"reading {rate / 1e9:.1f} GB/s"
         )
-        found = [row for shape in arguments.shapes for row in matrices(arguments, shape, rate)]
-        found += blocks(arguments)
+        with inputs_of(arguments.activation_bits, torch.device("cpu")):
+            found = [row for shape in arguments.shapes for row in matrices(arguments, shape, rate)]
+            found += blocks(arguments)
         show(console, found)
         results += [{**row, "threads": torch.get_num_threads(), "reading_bytes_per_s": rate} for row in found]
     if arguments.out:

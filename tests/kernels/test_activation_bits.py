@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -110,7 +111,16 @@ def test_inputs_that_are_not_finite_show_in_their_token_alone(value: float) -> N
     assert bool(found[1].isnan().all()) and torch.equal(found[2:], expected[2:]) and torch.equal(found[0], expected[0])
 
 
+@pytest.fixture
+def read_anew() -> Iterator[None]:
+    """The environment is read at the first product; here each test's is."""
+    activation_bytes.cache_clear()
+    yield
+    activation_bytes.cache_clear()
+
+
 @needs_library
+@pytest.mark.usefixtures("read_anew")
 def test_what_the_switch_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """It holds for a while, is told with the paths, and has many 16-bit tokens multiplied packed."""
     monkeypatch.delenv(SWITCH, raising=False)
@@ -126,6 +136,7 @@ def test_what_the_switch_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert SWITCH not in os.environ
 
 
+@pytest.mark.usefixtures("read_anew")
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"on cuda torch multiplies"):
         check_inputs(8, torch.device("cuda"))

@@ -285,7 +285,7 @@ def test_a_block_of_experts_is_that_of_float64(make: Callable[[], Any], dtype: t
         with torch.inference_mode():
             found = experts.experts_forward(block, hidden.to(dtype), chosen.to(DEVICE), weights.to(DEVICE, dtype))
             banks = experts._banks_of(block)
-            assert banks is not None and all(isinstance(bank, GpuBank) for bank in banks)
+            assert banks is not None and all(isinstance(bank, GpuBank) for bank in (banks.up, banks.down))
             safe = chosen.clamp(max=5)  # not every family's own forward knows the sentinel
             whole.config._experts_implementation = "eager"
             exact = whole(hidden.to(dtype).cpu().double(), safe, weights.to(dtype).double() * (chosen < 6))

@@ -1,0 +1,136 @@
+"""Packed matrices of one shape as compiled routines take them: products in which every row has its own matrix, and the
+whole of a layer's routed experts in one call."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mc_cli import native
+from mc_cli.encodings import FASTEST
+from mc_cli.kernels.compiled import activation_bytes, best_path, check, threads_for
+
+# Activations of gates, in the order in which native/experts.c numbers them.
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+}
+
+
+class _Fields(ctypes.Structure):
+    """mc_bank of native/product.h."""
+
+    _fields_ = (
+        ("entries", ctypes.c_void_p),
+        ("tables", ctypes.c_void_p),
+        ("signs", ctypes.c_void_p),
+        ("unit", ctypes.c_float),
+        ("kind", ctypes.c_int32),
+        ("matrices", ctypes.c_int32),
+        ("inputs", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+        ("block", ctypes.c_int32),
+        ("length", ctypes.c_int32),
+    )
+
+
+class CompiledBank:
+    """Packed matrices of one shape on the CPU, for products in which every row has its own matrix.
+
+    It keeps addresses: the stored parts must stay where they are.
+
+    entries   int64 [matrices, fields], as `Entry` of the kind's routine in native; the last field of one that is not there,
+              whose products are zeros, is 0
+    more      further fields of mc_bank
+    """
+
+    def __init__(
+        self, kind: int, entries: Tensor, *, out_features: int, in_features: int, block: int, **more: Tensor | float
+    ) -> None:
+        self._kept = entries, more  # what the addresses below point to
+        addresses = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in more.items()}
+        self._fields = _Fields(
+            entries=entries.data_ptr(),
+            kind=kind,
+            matrices=len(entries),
+            inputs=in_features,
+            outputs=out_features,
+            block=block,
+            **addresses,
+        )
+        self.address = ctypes.addressof(self._fields)
+        self._product = native.routine("mc_bank_product", "pppiiiiip")
+        self.absent = torch.cat([entries[:, -1] == 0, torch.ones(1, dtype=torch.bool)])  # [matrices + 1], by number
+        self.out_features, self.in_features = out_features, in_features
+
+    def product(self, rows: Tensor, experts: Tensor | None = None, share: int = 1, path: int = FASTEST) -> Tensor:
+        """[slots, out_features] float32: slot s is row s // share times the matrix experts[s].
+
+        rows      [tokens, in_features] floating point; computed from in float32
+        experts   [tokens * share] int64; zeros come out where it is not the number of a matrix. None: all the first
+        share     slots that have the same row, one after the other
+        """
+        rows = rows.float().contiguous()
+        tokens = rows.shape[0]
+        outputs = torch.empty((tokens * share, self.out_features))
+        failed = self._product(
+            self.address,
+            rows.data_ptr(),
+            None if experts is None else experts.data_ptr(),
+            tokens,
+            share,
+            activation_bytes(),
+            best_path() if path == FASTEST else path,
+            threads_for(outputs.numel() * self.in_features),
+            outputs.data_ptr(),
+        )
+        check(failed, self.out_features, self.in_features)
+        return outputs
+
+
+def experts_output(
+    up: CompiledBank,
+    down: CompiledBank,
+    rows: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate: str,
+    path: int = FASTEST,
+) -> Tensor:
+    """[tokens, out_features] in the dtype of `rows`: the weighted sum of each token's experts, gated ones without biases.
+
+    up        its outputs are gate and up, one after the other
+    rows      [tokens, in_features] floating point; everything is computed in float32
+    experts   [tokens, slots] int64; a slot adds nothing where it is not the number of a matrix
+    weights   [tokens, slots], by which experts' outputs are multiplied
+    gate      one of GATES
+    """
+    tokens, share = experts.shape
+    dtype = rows.dtype if rows.dtype == weights.dtype == torch.bfloat16 else torch.float32
+    inputs, chosen, factors = _plain(rows, dtype), experts.contiguous(), _plain(weights, dtype)
+    outputs = torch.empty((tokens, down.out_features), dtype=dtype)
+    failed = native.routine("mc_experts", "pppppiiiiiiip")(
+        up.address,
+        down.address,
+        inputs.data_ptr(),
+        chosen.data_ptr(),
+        factors.data_ptr(),
+        dtype == torch.bfloat16,
+        tokens,
+        share,
+        list(GATES).index(gate),
+        activation_bytes(),
+        best_path() if path == FASTEST else path,
+        torch.get_num_threads(),
+        outputs.data_ptr(),
+    )
+    check(failed, up.out_features, up.in_features)
+    return outputs.to(rows.dtype)
+
+
+def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype).contiguous()
