@@ -22,8 +22,8 @@ from mc_cli.kernels.compiled import activation_bytes
 __all__ = [
     "GATES",
     "Bank",
+    "CompiledBank",
     "bank_for",
-    "computes_experts",
     "experts_output",
     "packed_linear",
     "path_names",
@@ -82,11 +82,6 @@ def bank_for(
     if kind not in _ROUTINES or in_features > _ROUTINES[kind].MOST_INPUTS:
         return None
     return _ROUTINES[kind].bank_of(parts, len(there[0][1]["scales"]), in_features)
-
-
-def computes_experts(up: Bank, down: Bank) -> bool:
-    """Whether `experts_output` takes these banks."""
-    return isinstance(up, CompiledBank) and isinstance(down, CompiledBank)
 
 
 def path_names(encodings: Iterable[Encoding], device: torch.device) -> str:

@@ -65,8 +65,8 @@ def decoded_product(rows: Tensor, tensors: Mapping[str, Tensor], encoding: Affin
 class Bank(CompiledBank):
     """Matrices of affine grids, of one shape and group size, at any widths.
 
-    Parts are (encoding, `codes`, `scales` and `zero_points`) of each matrix, on the CPU and contiguous; None for one that
-    is not there.
+    Parts are (encoding, `codes`, `scales` and `zero_points`) of each matrix, on the CPU and contiguous; None for one
+    that is not there.
     """
 
     def __init__(self, parts: Sequence[Part | None], out_features: int, in_features: int) -> None:

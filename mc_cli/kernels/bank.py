@@ -43,8 +43,8 @@ class CompiledBank:
 
     It keeps addresses: the stored parts must stay where they are.
 
-    entries   int64 [matrices, fields], as `Entry` of the kind's routine in native; the last field of one that is not there,
-              whose products are zeros, is 0
+    entries   int64 [matrices, fields], as `Entry` of the kind's routine in native; the last field of one that is not
+              there, whose products are zeros, is 0
     more      further fields of mc_bank
     """
 
@@ -101,7 +101,7 @@ def experts_output(
     gate: str,
     path: int = FASTEST,
 ) -> Tensor:
-    """[tokens, out_features] in the dtype of `rows`: the weighted sum of each token's experts, gated ones without biases.
+    """[tokens, out_features] in the dtype of `rows`: the weighted sum of each token's experts, gated, without biases.
 
     up        its outputs are gate and up, one after the other
     rows      [tokens, in_features] floating point; everything is computed in float32

@@ -56,7 +56,8 @@ def decoded_product(rows: Tensor, tensors: Mapping[str, Tensor], encoding: Trell
 class Bank(CompiledBank):
     """Trellis-coded matrices of one shape, at any widths.
 
-    Parts are (encoding, `codes` and `scales`) of each matrix, on the CPU and contiguous; None for one that is not there.
+    Parts are (encoding, `codes` and `scales`) of each matrix, on the CPU and contiguous; None for one that is not
+    there.
     """
 
     def __init__(self, parts: Sequence[Part | None], out_features: int, in_features: int) -> None:

@@ -8,6 +8,7 @@ own gate activation, so no family needs code of its own here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,11 +47,11 @@ Observer = Callable[[nn.Module, ExpertCall], None]
 
 @dataclass(frozen=True)
 class Banks:
-    """Both projections of a layer's experts. gate: the activation of its gates where one call computes all of it."""
+    """Both projections of a layer's experts. whole: all that they do, of (rows, experts, weights), where one call does."""
 
     up: kernels.Bank
     down: kernels.Bank
-    gate: str | None
+    whole: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -262,12 +263,12 @@ def _all_at_once(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """As `_one_by_one`, in one compiled call, or two: slot after slot, whatever experts they have. Tokens share a rotation.
+    """As `_one_by_one`, in one compiled call, or two: slot after slot, whatever experts they have.
 
     On a GPU nothing here waits for the device, so that a graph can be made of it.
     """
-    if banks.gate is not None:
-        return kernels.experts_output(banks.up, banks.down, flat, top_k_index, top_k_weights, banks.gate)
+    if banks.whole is not None:
+        return banks.whole(flat, top_k_index, top_k_weights)
     tokens, k = top_k_index.shape
     chosen = top_k_index.reshape(-1).contiguous()
     up, down = banks.up, banks.down
@@ -327,8 +328,12 @@ def _made_banks(module: Experts) -> Banks | None:
             return None
         made.append(bank)
     up, down = made
+    whole = None
     plain = module.has_gate and not module.has_bias and not module.has_post_expert_norm
-    return Banks(up, down, _gate_of(module, up.out_features) if plain and kernels.computes_experts(up, down) else None)
+    if plain and isinstance(up, kernels.CompiledBank) and isinstance(down, kernels.CompiledBank):
+        gate = _gate_of(module, up.out_features)
+        whole = gate and functools.partial(kernels.experts_output, up, down, gate=gate)
+    return Banks(up, down, whole or None)
 
 
 def _gate_of(module: Experts, width: int) -> str | None:
