@@ -9,6 +9,8 @@ ifndef OMP_WAIT_POLICY
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT ?= 10000
 endif
+# Torch's large arrays in huge pages, where the system has them. As mc-cli itself does.
+export THP_MEM_ALLOC_ENABLE ?= 1
 
 .PHONY: help install install-dev demo test check smoke docs
 

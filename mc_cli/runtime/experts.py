@@ -47,7 +47,7 @@ Observer = Callable[[nn.Module, ExpertCall], None]
 
 @dataclass(frozen=True)
 class Banks:
-    """Both projections of a layer's experts. whole: all that they do, of (rows, experts, weights), where one call does."""
+    """Both projections of a layer's experts. whole: all they do with (rows, experts, weights), where one call does."""
 
     up: kernels.Bank
     down: kernels.Bank

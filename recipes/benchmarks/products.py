@@ -3,8 +3,9 @@
 Every contender multiplies by one matrix after another out of a pool larger than the last-level cache, so that weights
 come from memory as they do in a model. Contenders take turns, and figures are the median over repeats, with the
 smallest and largest. Speedups are over torch's bfloat16 F.linear; `of reading` is the rate at which packed bytes are
-used, over the rate at which torch reads a plain array with as many threads. Weights are random codes: speed does not
-depend on values.
+used, over that at which torch sums a plain array or takes its largest number, whichever is faster, in turns with the
+others and with as many threads. Weights are random codes: speed does not depend on values. All arrays lie in huge pages
+where the system has them, as packed models do once they are loaded.
 
     python recipes/benchmarks/products.py --threads 1 0 --out products.json
 """
@@ -36,13 +37,13 @@ from mc_cli.kernels import affine, bank_for, trellis
 from mc_cli.kernels.compiled import inputs_of
 from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.packed_modules import pack_experts
-from mc_cli.runtime.speed import reading_rate
 
 SHAPES = ((14336, 4096), (4096, 14336), (768, 2048), (2048, 7168))  # (out_features, in_features) of real experts
 WIDTHS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 AFFINE_WIDTHS = (2, 3, 4, 8)
 MIXED = (1.5, 2.0, 2.5, 2.5, 2.5, 2.5, 3.0, 3.5)  # a block's experts: 2.5 bits in the mean
 TOKENS = (1, 8, 64)
+READ_AT_ONCE = 2**24  # numbers of a plain array
 
 
 @dataclass
@@ -61,18 +62,16 @@ def main() -> None:
     every = torch.get_num_threads()
     for threads in arguments.threads:
         torch.set_num_threads(threads or every)
-        rate = reading_rate()
         console = Console(width=140)
         console.print(
             f"{torch.get_num_threads()} threads, {trellis.path_name()} (affine grids: {affine.path_name()}), "
-            f"inputs of {arguments.activation_bits} bits, {platform.machine()}, torch {torch.__version__}, "
-            f"reading {rate / 1e9:.1f} GB/s"
+            f"inputs of {arguments.activation_bits} bits, {platform.machine()}, torch {torch.__version__}"
         )
         with inputs_of(arguments.activation_bits, torch.device("cpu")):
-            found = [row for shape in arguments.shapes for row in matrices(arguments, shape, rate)]
+            found = [row for shape in arguments.shapes for row in matrices(arguments, shape)]
             found += blocks(arguments)
         show(console, found)
-        results += [{**row, "threads": torch.get_num_threads(), "reading_bytes_per_s": rate} for row in found]
+        results += [{**row, "threads": torch.get_num_threads()} for row in found]
     if arguments.out:
         arguments.out.write_text(json.dumps(results, indent=1))
 
@@ -106,13 +105,15 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def matrices(arguments: argparse.Namespace, shape: tuple[int, int], rate: float) -> list[dict[str, Any]]:
+def matrices(arguments: argparse.Namespace, shape: tuple[int, int]) -> list[dict[str, Any]]:
     """One row per number of tokens and width: a product with a matrix of that shape."""
     outputs, inputs = shape
     rows = []
     for tokens in arguments.tokens:
         tokens_in = torch.randn(tokens, inputs)
+        readers = reading(arguments)
         contenders = [
+            *readers,
             dense(arguments, "bfloat16", tokens_in.bfloat16(), shape, torch.bfloat16),
             dense(arguments, "float32", tokens_in, shape, torch.float32),
             *(
@@ -125,19 +126,32 @@ def matrices(arguments: argparse.Namespace, shape: tuple[int, int], rate: float)
             ),
         ]
         times = measured(arguments, contenders)
+        rates = {one.name: one.size_bytes / statistics.median(times[one.name]) for one in contenders}
+        reading_rate = max(rates[one.name] for one in readers)
         baseline = statistics.median(times["bfloat16"])
-        for contender in contenders:
-            seconds = times[contender.name]
-            rows.append(
-                {
-                    "work": f"{outputs} x {inputs}, {tokens} token{'s' if tokens > 1 else ''}",
-                    "contender": contender.name,
-                    **spread(seconds),
-                    "speedup": baseline / statistics.median(seconds),
-                    "of_reading": contender.size_bytes / statistics.median(seconds) / rate,
-                }
-            )
+        rows += [
+            {
+                "work": f"{outputs} x {inputs}, {tokens} token{'s' if tokens > 1 else ''}",
+                "contender": contender.name,
+                **spread(times[contender.name]),
+                "bytes_per_s": rates[contender.name],
+                "of_reading": rates[contender.name] / reading_rate,
+                **({} if contender in readers else {"speedup": baseline / statistics.median(times[contender.name])}),
+            }
+            for contender in contenders
+        ]
     return rows
+
+
+def reading(arguments: argparse.Namespace) -> list[Contender]:
+    """Torch's two fastest ways over a plain array, piece by piece."""
+    pool = list(torch.ones(arguments.pool_mb * 2**18).split(READ_AT_ONCE))
+    size = READ_AT_ONCE * pool[0].itemsize
+    pool = [piece for piece in pool if piece.nbytes == size]
+    return [
+        Contender("plain reading, sum", in_turn(pool, torch.sum), size),
+        Contender("plain reading, largest", in_turn(pool, torch.max), size),
+    ]
 
 
 def measured(arguments: argparse.Namespace, contenders: list[Contender]) -> dict[str, list[float]]:
@@ -266,7 +280,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
     table = Table()
-    for name in ("work", "weights", "median ms", "range ms", "x bfloat16", "of reading"):
+    for name in ("work", "weights", "median ms", "range ms", "GB/s", "x bfloat16", "of reading"):
         table.add_column(name, justify="left" if name in ("work", "weights") else "right")
     work = None
     for row in rows:
@@ -278,7 +292,8 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
             row["contender"],
             f"{1e3 * row['median_s']:.3f}",
             f"{1e3 * row['fastest_s']:.3f} to {1e3 * row['slowest_s']:.3f}",
-            f"{row['speedup']:.2f}",
+            f"{row['bytes_per_s'] / 1e9:.1f}" if "bytes_per_s" in row else "",
+            f"{row['speedup']:.2f}" if "speedup" in row else "",
             f"{row['of_reading']:.2f}" if "of_reading" in row else "",
         )
     console.print(table)
