@@ -5,11 +5,11 @@ One file per encoding. Each says which rows it multiplies packed, has a bank for
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mc_cli import native
 from mc_cli.encodings import Encoding
@@ -55,14 +55,16 @@ def packed_linear(
     inputs    [..., in_features] floating point
     tensors   the stored parts of one matrix, as `encoding.tensor_specs` names them
     """
+    bank = _cached_bank(tensors, encoding, in_features) if runs_packed(inputs, encoding) else None
+    if isinstance(bank, CompiledBank):
+        return bank.linear(inputs)
     rows = inputs.reshape(-1, in_features)
-    bank = _cached_bank(tensors, encoding, in_features) if runs_packed(rows, encoding) else None
     outputs = _ROUTINES[type(encoding)].decoded_product(rows, tensors, encoding) if bank is None else bank.product(rows)
     return outputs.view(*inputs.shape[:-1], outputs.shape[-1]).to(inputs.dtype)
 
 
 def runs_packed(rows: torch.Tensor, encoding: Encoding | None) -> bool:
-    """Whether rows [tokens, in_features] are multiplied with a packed matrix as it is; None stands for a kept one."""
+    """Whether rows [..., in_features] are multiplied with a packed matrix as it is; None stands for a kept one."""
     return encoding is not None and _ROUTINES[type(encoding)].runs_packed(rows)
 
 
@@ -97,16 +99,24 @@ def _narrow(device: torch.device) -> str:
     return ", inputs of 8 bits" if compiled and activation_bytes() == 1 else ""
 
 
-_banks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of single matrices, by their codes
+# Of single matrices, by the address of their codes: whose it is, where the other parts lie, and the bank.
+_banks: dict[int, tuple[weakref.ref[torch.Tensor], list[int], Bank | None]] = {}
 
 
 def _cached_bank(tensors: Mapping[str, torch.Tensor], encoding: Encoding, in_features: int) -> Bank | None:
     codes = tensors["codes"]
-    addresses = tuple(tensor.data_ptr() for tensor in tensors.values())
-    found = _banks.get(codes)
-    if found is not None and found[0] == addresses:
-        return found[1]
+    addresses = [tensor.data_ptr() for tensor in tensors.values()]
+    found = _banks.get(addresses[0])
+    if found is not None and found[0]() is codes and found[1] == addresses:
+        return found[2]
     bank = bank_for([(encoding, tensors)], in_features)
     if isinstance(codes, torch.nn.Parameter):  # anything else is a passing view
-        _banks[codes] = addresses, bank
+        key = addresses[0]
+        _banks[key] = weakref.ref(codes, lambda gone: _forget(key, gone)), addresses, bank
     return bank
+
+
+def _forget(key: int, gone: weakref.ref[torch.Tensor]) -> None:
+    """The codes there have gone; by now others may have come."""
+    if key in _banks and _banks[key][0] is gone:
+        del _banks[key]

@@ -27,14 +27,18 @@ _TILE_WEIGHTS = 2**22  # decoded at a time: a transient copy of 8 to 16 MB, what
 
 
 def runs_packed(rows: Tensor) -> bool:
-    """Whether rows [tokens, in_features] are multiplied with packed matrices as these are."""
+    """Whether rows [..., in_features] are multiplied with packed matrices as these are."""
     if (rows.requires_grad and torch.is_grad_enabled()) or rows.shape[-1] > MOST_INPUTS:
         return False
     if rows.device.type != "cpu" or native.library() is None:
         return False
     if best_path() < _FOR_MANY_TOKENS:
-        return rows.shape[0] <= FEW_TOKENS
-    return rows.dtype == torch.float32 or rows.shape[0] <= HALF_TOKENS or activation_bytes() == 1
+        return _tokens(rows) <= FEW_TOKENS
+    return rows.dtype == torch.float32 or _tokens(rows) <= HALF_TOKENS or activation_bytes() == 1
+
+
+def _tokens(rows: Tensor) -> int:
+    return rows.numel() // max(1, rows.shape[-1])
 
 
 def path_name(device: torch.device | None = None) -> str:

@@ -63,7 +63,7 @@ class CompiledBank:
             **addresses,
         )
         self.address = ctypes.addressof(self._fields)
-        self._product = native.routine("mc_bank_product", "pppiiiiip")
+        self._product = native.routine("mc_product", "pppiiiiiip")
         self.absent = torch.cat([entries[:, -1] == 0, torch.ones(1, dtype=torch.bool)])  # [matrices + 1], by number
         self.out_features, self.in_features = out_features, in_features
 
@@ -74,14 +74,28 @@ class CompiledBank:
         experts   [tokens * share] int64; zeros come out where it is not the number of a matrix. None: all the first
         share     slots that have the same row, one after the other
         """
-        rows = rows.float().contiguous()
-        tokens = rows.shape[0]
-        outputs = torch.empty((tokens * share, self.out_features))
+        outputs = torch.empty((rows.shape[0] * share, self.out_features))
+        self._multiply(_plain(rows, torch.float32), experts, share, path, outputs)
+        return outputs
+
+    def linear(self, inputs: Tensor) -> Tensor:
+        """[..., out_features], in the dtype of inputs [..., in_features]: products with the first matrix.
+
+        Few calls of Python and torch: where weights have driven those out of the caches, each costs as much as reading
+        100 KB of codes.
+        """
+        dtype = _computed_in(inputs)
+        outputs = torch.empty((*inputs.shape[:-1], self.out_features), dtype=dtype)
+        self._multiply(_plain(inputs, dtype), None, 1, FASTEST, outputs)
+        return outputs if inputs.dtype == dtype else outputs.to(inputs.dtype)
+
+    def _multiply(self, rows: Tensor, experts: Tensor | None, share: int, path: int, outputs: Tensor) -> None:
         failed = self._product(
             self.address,
             rows.data_ptr(),
             None if experts is None else experts.data_ptr(),
-            tokens,
+            rows.dtype == torch.bfloat16,
+            rows.numel() // self.in_features,
             share,
             activation_bytes(),
             best_path() if path == FASTEST else path,
@@ -89,7 +103,6 @@ class CompiledBank:
             outputs.data_ptr(),
         )
         check(failed, self.out_features, self.in_features)
-        return outputs
 
 
 def experts_output(
@@ -110,7 +123,7 @@ def experts_output(
     gate      one of GATES
     """
     tokens, share = experts.shape
-    dtype = rows.dtype if rows.dtype == weights.dtype == torch.bfloat16 else torch.float32
+    dtype = _computed_in(rows) if weights.dtype == rows.dtype else torch.float32
     inputs, chosen, factors = _plain(rows, dtype), experts.contiguous(), _plain(weights, dtype)
     outputs = torch.empty((tokens, down.out_features), dtype=dtype)
     failed = native.routine("mc_experts", "pppppiiiiiiip")(
@@ -132,5 +145,10 @@ def experts_output(
     return outputs.to(rows.dtype)
 
 
+def _computed_in(inputs: Tensor) -> torch.dtype:
+    """As what routines take these inputs and give outputs."""
+    return inputs.dtype if inputs.dtype == torch.bfloat16 else torch.float32
+
+
 def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype).contiguous()
+    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()

@@ -30,14 +30,18 @@ _KIND = 0  # in native/product.h
 
 
 def runs_packed(rows: Tensor) -> bool:
-    """Whether rows [tokens, in_features] are multiplied with packed matrices as these are."""
+    """Whether rows [..., in_features] are multiplied with packed matrices as these are."""
     if (rows.requires_grad and torch.is_grad_enabled()) or rows.shape[-1] > MOST_INPUTS:
         return False
     if rows.device.type == "cuda":
         return trellis_gpu.serves(rows.device)
     if rows.device.type != "cpu" or native.library() is None:
         return False
-    return rows.shape[0] <= FEW_TOKENS or best_path() >= _FOR_MANY_TOKENS
+    return best_path() >= _FOR_MANY_TOKENS or _tokens(rows) <= FEW_TOKENS
+
+
+def _tokens(rows: Tensor) -> int:
+    return rows.numel() // max(1, rows.shape[-1])
 
 
 def path_name(device: torch.device | None = None) -> str:

@@ -4,29 +4,13 @@
 #include "product.h"
 #include "threads.h"
 
-#include <stdatomic.h>
 #include <stdlib.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 /* Gates' activations, as kernels/bank.py names them. */
 enum { SILU = 0, GELU_TANH = 1 };
 
 #define WEIGHTS_PER_THREAD (1 << 18) /* fewer are done before a second thread has started */
 #define FLOATS_PER_THREAD (1 << 15)
-#define HUGE_PAGE ((size_t)1 << 21)
-
-/* Room for floats; of large blocks, in large pages where the system has them. */
-static float *room_for(size_t floats) {
-    const size_t bytes = floats * sizeof(float) + 64;
-    if (bytes < 2 * HUGE_PAGE) return aligned_alloc(64, (bytes + 63) / 64 * 64);
-    float *room = aligned_alloc(HUGE_PAGE, (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
-#ifdef MADV_HUGEPAGE
-    if (room) madvise(room, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
-#endif
-    return room;
-}
 
 /* e^x to 2e-7 of itself, between e^-87 and e^88; of NaN, NaN. Without branches, so that many at once are vectors. */
 INLINE float exponential(float x) {
@@ -68,30 +52,13 @@ VERSIONS static void weighted_sum(float *restrict rows, const float *weights, in
     }
 }
 
-VERSIONS static void from_bfloat16(const uint16_t *restrict halves, size_t count, float *restrict floats) {
-    for (size_t i = 0; i < count; i++) {
-        const uint32_t bits = (uint32_t)halves[i] << 16;
-        memcpy(floats + i, &bits, 4);
-    }
-}
-
-VERSIONS static void to_bfloat16s(const float *restrict floats, size_t count, uint16_t *restrict halves) {
-    for (size_t i = 0; i < count; i++) halves[i] = to_bfloat16(floats[i]);
-}
-
 typedef struct {
     const void *x;
     const float *hidden, *weights;
     void *out;
-    float *floats, *activated, *outputs;
-    int inputs, inner, outer, share, activation, halves;
+    float *activated, *outputs;
+    int inner, outer, share, activation, halves;
 } Layer;
-
-static void widen_token(void *context, int token) {
-    const Layer *l = context;
-    const size_t first = (size_t)token * l->inputs;
-    from_bfloat16((const uint16_t *)l->x + first, (size_t)l->inputs, l->floats + first);
-}
 
 static void gate_slot(void *context, int slot) {
     const Layer *l = context;
@@ -103,7 +70,7 @@ static void sum_token(void *context, int token) {
     const size_t first = (size_t)token * l->share, outer = (size_t)l->outer;
     float *sum = l->outputs + first * outer;
     weighted_sum(sum, l->weights + first, l->share, l->outer);
-    if (l->halves) to_bfloat16s(sum, outer, (uint16_t *)l->out + (size_t)token * outer);
+    if (l->halves) mc_narrow(sum, outer, (uint16_t *)l->out + (size_t)token * outer, 1);
     else memcpy((float *)l->out + (size_t)token * outer, sum, outer * sizeof(float));
 }
 
@@ -113,16 +80,16 @@ static int threads_for(size_t work, size_t per_thread, int threads) { return wor
 static int run_layer(Layer *l, const mc_bank *up, const mc_bank *down, const int64_t *experts, int tokens, int parts,
                      int path, int threads) {
     const size_t slots = (size_t)tokens * l->share;
-    float *hidden = room_for(slots * up->outputs);
+    float *hidden = mc_room_for(slots * up->outputs);
     if (!hidden) return 1;
     int used = threads_for(slots * up->outputs * up->inputs, WEIGHTS_PER_THREAD, threads);
     int failed = mc_bank_product(up, l->x, experts, tokens, l->share, parts, path, used, hidden);
     l->hidden = hidden;
-    l->activated = failed ? NULL : room_for(slots * l->inner);
+    l->activated = failed ? NULL : mc_room_for(slots * l->inner);
     failed |= !l->activated;
     if (!failed) mc_parallel(gate_slot, l, (int)slots, threads_for(slots * l->inner, FLOATS_PER_THREAD, threads));
     free(hidden);
-    l->outputs = failed ? NULL : room_for(slots * l->outer);
+    l->outputs = failed ? NULL : mc_room_for(slots * l->outer);
     failed |= !l->outputs;
     if (!failed) {
         used = threads_for(slots * l->outer * l->inner, WEIGHTS_PER_THREAD, threads);
@@ -140,17 +107,17 @@ static int run_layer(Layer *l, const mc_bank *up, const mc_bank *down, const int
  * halves: x, weights and out are bfloat16, otherwise float32. Returns 0, or 1 without memory. */
 int mc_experts(const mc_bank *up, const mc_bank *down, const void *x, const int64_t *experts, const void *weights,
                int halves, int tokens, int share, int activation, int parts, int path, int threads, void *out) {
-    Layer l = {.x = x, .weights = weights, .out = out, .inputs = up->inputs, .inner = down->inputs,
-               .outer = down->outputs, .share = share, .activation = activation, .halves = halves};
+    Layer l = {.x = x, .weights = weights, .out = out, .inner = down->inputs, .outer = down->outputs, .share = share,
+               .activation = activation, .halves = halves};
     if (!halves) return run_layer(&l, up, down, experts, tokens, parts, path, threads);
-    const size_t inputs = (size_t)tokens * l.inputs, slots = (size_t)tokens * share;
-    l.floats = room_for(inputs + slots);
-    if (!l.floats) return 1;
-    from_bfloat16(weights, slots, l.floats + inputs);
-    mc_parallel(widen_token, &l, tokens, threads_for(inputs, FLOATS_PER_THREAD, threads));
-    l.x = l.floats;
-    l.weights = l.floats + inputs;
+    const size_t inputs = (size_t)tokens * up->inputs, slots = (size_t)tokens * share;
+    float *floats = mc_room_for(inputs + slots);
+    if (!floats) return 1;
+    mc_widen(x, inputs, floats, threads);
+    mc_widen(weights, slots, floats + inputs, threads);
+    l.x = floats;
+    l.weights = floats + inputs;
     const int failed = run_layer(&l, up, down, experts, tokens, parts, path, threads);
-    free(l.floats);
+    free(floats);
     return failed;
 }

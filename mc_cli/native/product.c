@@ -1,6 +1,10 @@
 #include "product.h"
+#include "threads.h"
 
 #include <stdlib.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #ifdef HAS_AMX
 #include <sys/syscall.h>
@@ -104,10 +108,82 @@ VERSIONS float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine,
     return largest / 127.0f;
 }
 
+#define HUGE_PAGE ((size_t)1 << 21)
+
+float *mc_room_for(size_t floats) {
+    const size_t bytes = floats * sizeof(float) + 64;
+    if (bytes < 2 * HUGE_PAGE) return aligned_alloc(64, (bytes + 63) / 64 * 64);
+    float *room = aligned_alloc(HUGE_PAGE, (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+#ifdef MADV_HUGEPAGE
+    if (room) madvise(room, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
+#endif
+    return room;
+}
+
+VERSIONS static void widen(const uint16_t *restrict halves, size_t count, float *restrict floats) {
+    for (size_t i = 0; i < count; i++) {
+        const uint32_t bits = (uint32_t)halves[i] << 16;
+        memcpy(floats + i, &bits, 4);
+    }
+}
+
+VERSIONS static void narrow(const float *restrict floats, size_t count, uint16_t *restrict halves) {
+    for (size_t i = 0; i < count; i++) halves[i] = to_bfloat16(floats[i]);
+}
+
+#define FLOATS_AT_ONCE ((size_t)1 << 14)
+
+typedef struct {
+    const void *from;
+    void *to;
+    size_t count;
+} Conversion;
+
+INLINE size_t piece_of(const Conversion *c, int index) {
+    const size_t left = c->count - index * FLOATS_AT_ONCE;
+    return left < FLOATS_AT_ONCE ? left : FLOATS_AT_ONCE;
+}
+
+static void widen_piece(void *context, int index) {
+    const Conversion *c = context;
+    widen((const uint16_t *)c->from + index * FLOATS_AT_ONCE, piece_of(c, index), (float *)c->to + index * FLOATS_AT_ONCE);
+}
+
+static void narrow_piece(void *context, int index) {
+    const Conversion *c = context;
+    narrow((const float *)c->from + index * FLOATS_AT_ONCE, piece_of(c, index), (uint16_t *)c->to + index * FLOATS_AT_ONCE);
+}
+
+static void convert(mc_task task, Conversion c, int threads) {
+    const size_t pieces = (c.count + FLOATS_AT_ONCE - 1) / FLOATS_AT_ONCE;
+    mc_parallel(task, &c, (int)pieces, pieces < 4 ? 1 : threads);
+}
+
+void mc_widen(const uint16_t *halves, size_t count, float *floats, int threads) {
+    convert(widen_piece, (Conversion){halves, floats, count}, threads);
+}
+
+void mc_narrow(const float *floats, size_t count, uint16_t *halves, int threads) {
+    convert(narrow_piece, (Conversion){floats, halves, count}, threads);
+}
+
 int mc_bank_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
                     int path, int threads, float *out) {
     return (bank->kind == TRELLIS ? mc_trellis_product : mc_affine_product)(bank, x, experts, tokens, share, parts, path,
                                                                            threads, out);
+}
+
+int mc_product(const mc_bank *bank, const void *x, const int64_t *experts, int halves, int tokens, int share, int parts,
+               int path, int threads, void *out) {
+    if (!halves) return mc_bank_product(bank, x, experts, tokens, share, parts, path, threads, out);
+    const size_t inputs = (size_t)tokens * bank->inputs, outputs = (size_t)tokens * share * bank->outputs;
+    float *floats = mc_room_for(inputs + outputs);
+    if (!floats) return 1;
+    mc_widen(x, inputs, floats, threads);
+    const int failed = mc_bank_product(bank, floats, experts, tokens, share, parts, path, threads, floats + inputs);
+    if (!failed) mc_narrow(floats + inputs, outputs, out, threads);
+    free(floats);
+    return failed;
 }
 
 int mc_best_path(void) {

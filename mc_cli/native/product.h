@@ -73,10 +73,20 @@ typedef struct {
  * memory. */
 int mc_bank_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
                     int path, int threads, float *out);
+/* The same with x and out bfloat16 where `halves`, float32 otherwise. */
+int mc_product(const mc_bank *bank, const void *x, const int64_t *experts, int halves, int tokens, int share, int parts,
+               int path, int threads, void *out);
 int mc_trellis_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
                        int path, int threads, float *out);
 int mc_affine_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
                       int path, int threads, float *out);
+
+/* Room for floats, to be freed, or NULL; of large blocks, in huge pages where the system has them. */
+float *mc_room_for(size_t floats);
+
+/* To float32 from bfloat16, and back. */
+void mc_widen(const uint16_t *halves, size_t count, float *floats, int threads);
+void mc_narrow(const float *floats, size_t count, uint16_t *halves, int threads);
 
 /* Slots, each with its matrix, put side by side by matrix. A place is where a slot comes to lie. */
 typedef struct {

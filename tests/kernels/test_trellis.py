@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -162,6 +163,46 @@ def test_shapes_dtypes_and_threads() -> None:
         assert torch.equal(packed_linear(tokens, tensors, encoding, in_features=512), found)
     finally:
         torch.set_num_threads(threads)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 3, 200])
+def test_linear_is_the_product_in_the_dtype_of_its_inputs(count: int, dtype: torch.dtype) -> None:
+    encoding, tensors = packed(272, 128, 2.5)
+    bank = Bank([(encoding, tensors)], 272, 128)
+    tokens = torch.randn(128, count, 2).permute(1, 2, 0).to(dtype)  # not contiguous
+    assert count == 1 or not tokens.is_contiguous()
+    expected = bank.product(tokens.reshape(-1, 128)).view(count, 2, 272).to(dtype)
+    assert torch.equal(bank.linear(tokens), expected)
+    assert torch.equal(packed_linear(tokens, tensors, encoding, in_features=128), expected)
+
+
+@needs_library
+def test_banks_are_kept_for_parameters_and_not_for_what_came_in_their_place() -> None:
+    tokens = rows(2, 64)
+    encoding, tensors = packed(48, 64, 2)
+    held = {name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+    expected = packed_linear(tokens, tensors, encoding, in_features=64)
+    before = len(kernels._banks)
+    for _ in range(2):
+        assert torch.equal(packed_linear(tokens, held, encoding, in_features=64), expected)
+    assert len(kernels._banks) == before + 1
+    held["scales"] = torch.nn.Parameter(2 * held["scales"], requires_grad=False)
+    assert torch.equal(packed_linear(tokens, held, encoding, in_features=64), 2 * expected)
+    wider = trellis_for(1, 64)  # reads half of the same codes, at the same place
+    other = {
+        "codes": torch.nn.Parameter(tensors["codes"][..., : wider.lane_bytes * 12].contiguous(), requires_grad=False)
+    }
+    held["codes"].data = other["codes"].data
+    other["scales"] = torch.nn.Parameter(tensors["scales"], requires_grad=False)
+    assert torch.equal(
+        packed_linear(tokens, other, wider, in_features=64),
+        Bank([(wider, {name: tensor.data for name, tensor in other.items()})], 48, 64).product(tokens),
+    )
+    del held, other
+    gc.collect()
+    assert len(kernels._banks) == before
 
 
 def test_gradients_flow_through_few_tokens() -> None:
