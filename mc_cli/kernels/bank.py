@@ -81,8 +81,7 @@ class CompiledBank:
     def linear(self, inputs: Tensor) -> Tensor:
         """[..., out_features], in the dtype of inputs [..., in_features]: products with the first matrix.
 
-        Few calls of Python and torch: where weights have driven those out of the caches, each costs as much as reading
-        100 KB of codes.
+        Few calls of Python and torch: where weights have driven those out of the caches, each is slow.
         """
         dtype = _computed_in(inputs)
         outputs = torch.empty((*inputs.shape[:-1], self.out_features), dtype=dtype)

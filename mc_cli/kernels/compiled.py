@@ -30,7 +30,7 @@ def best_path() -> int:
 def activation_bytes() -> int:
     """Of an input, as compiled products take it: 2, or 1 where the environment asks for it, at the first call.
 
-    Every product asks, and reading the environment takes as long as a small product where caches are full of weights.
+    Every product asks, and reading the environment is slow where caches are full of weights.
     Raises InputError for any other value of `SWITCH`.
     """
     asked = os.environ.get(SWITCH, "16")

@@ -115,7 +115,7 @@ def ask_for_huge_pages(blocks: Iterable[tuple[int, int]]) -> None:
 
     blocks   (address, bytes) of each; what lies in mapped files may be between them
 
-    Every token reads weights from one end to the other, and with pages of 4 KiB an eighth of that time is spent on
+    Every token reads weights from one end to the other, and with pages of 4 KiB a good part of that time is spent on
     finding the next page. Mapped files take no more memory for it: new kernels read them from disk in huge pages (Linux
     6.16 for ext4, before for XFS; see `read_ahead`). What the system has in small pages stays so, and where it has no
     huge pages nothing changes; hence no answer.
