@@ -14,7 +14,7 @@ from torch import Tensor
 from mc_cli import native
 from mc_cli.encodings.affine import AffineEncoding
 from mc_cli.kernels.bank import CompiledBank
-from mc_cli.kernels.compiled import PATHS, activation_bytes, best_path
+from mc_cli.kernels.compiled import PATHS, activation_bytes, best_path, tokens_of
 
 Part = tuple[AffineEncoding, Mapping[str, Tensor]]  # a matrix: its encoding, `codes`, `scales` and `zero_points`
 
@@ -33,12 +33,8 @@ def runs_packed(rows: Tensor) -> bool:
     if rows.device.type != "cpu" or native.library() is None:
         return False
     if best_path() < _FOR_MANY_TOKENS:
-        return _tokens(rows) <= FEW_TOKENS
-    return rows.dtype == torch.float32 or _tokens(rows) <= HALF_TOKENS or activation_bytes() == 1
-
-
-def _tokens(rows: Tensor) -> int:
-    return rows.numel() // max(1, rows.shape[-1])
+        return tokens_of(rows) <= FEW_TOKENS
+    return rows.dtype == torch.float32 or tokens_of(rows) <= HALF_TOKENS or activation_bytes() == 1
 
 
 def path_name(device: torch.device | None = None) -> str:

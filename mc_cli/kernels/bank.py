@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mc_cli import native
 from mc_cli.encodings import FASTEST
-from mc_cli.kernels.compiled import activation_bytes, best_path, check, threads_for
+from mc_cli.kernels.compiled import activation_bytes, best_path, check
 
 # Activations of gates, in the order in which native/experts.c numbers them.
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -98,7 +98,7 @@ class CompiledBank:
             share,
             activation_bytes(),
             best_path() if path == FASTEST else path,
-            threads_for(outputs.numel() * self.in_features),
+            torch.get_num_threads(),
             outputs.data_ptr(),
         )
         check(failed, self.out_features, self.in_features)

@@ -17,7 +17,6 @@ _ARM = platform.machine().lower() in ("aarch64", "arm64")
 # of the processor, slowest first
 PATHS = {0: "portable C", 1: "NEON" if _ARM else "AVX2", 2: "AVX-512 (VBMI, VNNI)", 3: "AMX"}
 SWITCH = "MC_CLI_ACTIVATION_BITS"  # of the environment: as what compiled products take inputs, 16 or 8
-_WEIGHTS_PER_THREAD = 2**18  # fewer are done before a second thread has started
 
 
 @functools.cache
@@ -65,9 +64,9 @@ def inputs_of(bits: int, device: torch.device) -> Iterator[None]:
         activation_bytes.cache_clear()
 
 
-def threads_for(products: int) -> int:
-    """Threads for a call that multiplies by as many weights."""
-    return 1 if products < 2 * _WEIGHTS_PER_THREAD else torch.get_num_threads()
+def tokens_of(rows: torch.Tensor) -> int:
+    """How many rows [..., features] there are."""
+    return rows.numel() // max(1, rows.shape[-1])
 
 
 def check(failed: int, out_features: int, in_features: int) -> None:

@@ -17,7 +17,7 @@ from mc_cli import native
 from mc_cli.encodings.trellis import TrellisEncoding, sequence_length
 from mc_cli.kernels import trellis_gpu
 from mc_cli.kernels.bank import CompiledBank
-from mc_cli.kernels.compiled import PATHS, best_path
+from mc_cli.kernels.compiled import PATHS, best_path, tokens_of
 from mc_cli.kernels.matrix_table import Part, matrix_table
 from mc_cli.kernels.trellis_gpu import GpuBank
 from mc_cli.numerics.rotation import rotate, signs
@@ -37,11 +37,7 @@ def runs_packed(rows: Tensor) -> bool:
         return trellis_gpu.serves(rows.device)
     if rows.device.type != "cpu" or native.library() is None:
         return False
-    return best_path() >= _FOR_MANY_TOKENS or _tokens(rows) <= FEW_TOKENS
-
-
-def _tokens(rows: Tensor) -> int:
-    return rows.numel() // max(1, rows.shape[-1])
+    return best_path() >= _FOR_MANY_TOKENS or tokens_of(rows) <= FEW_TOKENS
 
 
 def path_name(device: torch.device | None = None) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from mc_cli.errors import McError
 
 _NAME = "_library"
-_VERSION = 11  # as in version.c
+_VERSION = 12  # as in version.c
 _TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
 

@@ -9,7 +9,6 @@
 /* Gates' activations, as kernels/bank.py names them. */
 enum { SILU = 0, GELU_TANH = 1 };
 
-#define WEIGHTS_PER_THREAD (1 << 18) /* fewer are done before a second thread has started */
 #define FLOATS_PER_THREAD (1 << 15)
 
 /* e^x to 2e-7 of itself, between e^-87 and e^88; of NaN, NaN. Without branches, so that many at once are vectors. */
@@ -74,7 +73,7 @@ static void sum_token(void *context, int token) {
     else memcpy((float *)l->out + (size_t)token * outer, sum, outer * sizeof(float));
 }
 
-static int threads_for(size_t work, size_t per_thread, int threads) { return work < 2 * per_thread ? 1 : threads; }
+static int threads_for(size_t floats, int threads) { return floats < 2 * FLOATS_PER_THREAD ? 1 : threads; }
 
 /* All but the conversion of inputs; l->x and l->weights are float32. */
 static int run_layer(Layer *l, const mc_bank *up, const mc_bank *down, const int64_t *experts, int tokens, int parts,
@@ -82,21 +81,17 @@ static int run_layer(Layer *l, const mc_bank *up, const mc_bank *down, const int
     const size_t slots = (size_t)tokens * l->share;
     float *hidden = mc_room_for(slots * up->outputs);
     if (!hidden) return 1;
-    int used = threads_for(slots * up->outputs * up->inputs, WEIGHTS_PER_THREAD, threads);
-    int failed = mc_bank_product(up, l->x, experts, tokens, l->share, parts, path, used, hidden);
+    int failed = mc_bank_product(up, l->x, experts, tokens, l->share, parts, path, threads, hidden);
     l->hidden = hidden;
     l->activated = failed ? NULL : mc_room_for(slots * l->inner);
     failed |= !l->activated;
-    if (!failed) mc_parallel(gate_slot, l, (int)slots, threads_for(slots * l->inner, FLOATS_PER_THREAD, threads));
+    if (!failed) mc_parallel(gate_slot, l, (int)slots, threads_for(slots * l->inner, threads));
     free(hidden);
     l->outputs = failed ? NULL : mc_room_for(slots * l->outer);
     failed |= !l->outputs;
-    if (!failed) {
-        used = threads_for(slots * l->outer * l->inner, WEIGHTS_PER_THREAD, threads);
-        failed = mc_bank_product(down, l->activated, experts, (int)slots, 1, parts, path, used, l->outputs);
-    }
+    if (!failed) failed = mc_bank_product(down, l->activated, experts, (int)slots, 1, parts, path, threads, l->outputs);
     free(l->activated);
-    if (!failed) mc_parallel(sum_token, l, tokens, threads_for(slots * l->outer, FLOATS_PER_THREAD, threads));
+    if (!failed) mc_parallel(sum_token, l, tokens, threads_for(slots * l->outer, threads));
     free(l->outputs);
     return failed;
 }

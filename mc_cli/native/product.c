@@ -167,8 +167,11 @@ void mc_narrow(const float *floats, size_t count, uint16_t *halves, int threads)
     convert(narrow_piece, (Conversion){floats, halves, count}, threads);
 }
 
+#define WEIGHTS_PER_THREAD ((size_t)1 << 18) /* fewer are done before a second thread has started */
+
 int mc_bank_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
                     int path, int threads, float *out) {
+    if ((size_t)tokens * share * bank->outputs * bank->inputs < 2 * WEIGHTS_PER_THREAD) threads = 1;
     return (bank->kind == TRELLIS ? mc_trellis_product : mc_affine_product)(bank, x, experts, tokens, share, parts, path,
                                                                            threads, out);
 }

@@ -69,13 +69,14 @@ typedef struct {
 
 /* out [slots][outputs] float32: slot s holds the product of token s / share with the matrix experts[s] of the bank;
  * zeros where experts[s] is none of its matrices or that matrix is not there. experts NULL: all the first.
- * x [tokens][inputs], multiplied as numbers of `parts` bytes, 1 or 2; tokens * share slots. Returns 0, or 1 without
- * memory. */
+ * x [tokens][inputs], multiplied as numbers of `parts` bytes, 1 or 2; tokens * share slots. threads: at most; for little
+ * work one. Returns 0, or 1 without memory. */
 int mc_bank_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
                     int path, int threads, float *out);
 /* The same with x and out bfloat16 where `halves`, float32 otherwise. */
 int mc_product(const mc_bank *bank, const void *x, const int64_t *experts, int halves, int tokens, int share, int parts,
                int path, int threads, void *out);
+/* mc_bank_product for banks of one kind each. */
 int mc_trellis_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
                        int path, int threads, float *out);
 int mc_affine_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,

@@ -30,7 +30,7 @@
 typedef struct {
     const uint8_t *first, *second; /* [64] each, by the low and high bits of a window: their xor is its hash */
     const uint8_t *levels;         /* [64]: 128 + level */
-    const uint8_t (*turned)[3][64]; /* [8]: the same for windows that begin at that bit of a byte, with bits as six_bits gives them */
+    const uint8_t (*turned)[3][64]; /* [8]: these, by the bit of a byte where windows begin, for bits as six_bits has them */
 } Code;
 
 #define SIGNED_FROM 5 /* planes */

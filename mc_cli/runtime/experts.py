@@ -332,8 +332,9 @@ def _made_banks(module: Experts) -> Banks | None:
     plain = module.has_gate and not module.has_bias and not module.has_post_expert_norm
     if plain and isinstance(up, kernels.CompiledBank) and isinstance(down, kernels.CompiledBank):
         gate = _gate_of(module, up.out_features)
-        whole = gate and functools.partial(kernels.experts_output, up, down, gate=gate)
-    return Banks(up, down, whole or None)
+        if gate is not None:
+            whole = functools.partial(kernels.experts_output, up, down, gate=gate)
+    return Banks(up, down, whole)
 
 
 def _gate_of(module: Experts, width: int) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -88,7 +89,7 @@ def read_ahead(paths: Iterable[Path]) -> None:
     What does not fit into the memory that is available is left to that, as are other systems; hence no answer.
     """
     sizes = {path: path.stat().st_size for path in paths}
-    if not hasattr(mmap, "MADV_HUGEPAGE") or sum(sizes.values()) > _available_bytes():
+    if not hasattr(mmap, "MADV_HUGEPAGE") or sum(sizes.values()) > (available_bytes() or 0):
         return
     for path in (path for path, size in sizes.items() if size):
         with (
@@ -103,11 +104,14 @@ def read_ahead(paths: Iterable[Path]) -> None:
                 pages.madvise(mmap.MADV_DONTNEED, *piece)  # they stay in the cache, but are not this process's any more
 
 
-def _available_bytes() -> int:
-    """Memory that programs can have without others being swapped out; 0 where the system does not tell."""
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if meminfo.is_file() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
+def available_bytes() -> int | None:
+    """Memory that programs can have now without others being swapped out, None where the system does not tell."""
+    available = None
+    with suppress(OSError, ValueError, StopIteration):
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        available = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    return available
 
 
 def ask_for_huge_pages(blocks: Iterable[tuple[int, int]]) -> None:

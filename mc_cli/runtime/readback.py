@@ -6,7 +6,6 @@ both models compute logits for the same tokens, and the exported one generates.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from mc_cli.runtime.checkpoint import Checkpoint
 from mc_cli.runtime.dense_tensors import DenseTensors
 from mc_cli.runtime.inventory import tied_tensors
 from mc_cli.runtime.layerwise import LayerSource, LayerWalk
+from mc_cli.runtime.memory import available_bytes
 from mc_cli.runtime.model_folder import read_config
 from mc_cli.runtime.packed_model import PackedSource
 from mc_cli.runtime.pruning import pruned, pruners
@@ -272,14 +272,7 @@ def _raise_if_any(exported: Path, problems: list[str]) -> None:
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can be allocated now, None where the system does not tell."""
-    free = []
+    free = [available_bytes()]
     if device.type == "cuda":
         free.append(torch.cuda.mem_get_info(device)[0])
-    try:
-        free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        available = next(line for line in lines if line.startswith("MemAvailable"))
-        free[-1] = int(available.split()[1]) * 1024
-    except (OSError, ValueError, StopIteration):
-        pass
-    return min(free, default=None)
+    return min((count for count in free if count is not None), default=None)

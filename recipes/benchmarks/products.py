@@ -151,9 +151,8 @@ def matrices(arguments: argparse.Namespace, shape: tuple[int, int]) -> list[dict
 
 def reading(arguments: argparse.Namespace) -> list[Contender]:
     """Torch's two fastest ways over a plain array, piece by piece."""
-    pool = list(torch.ones(arguments.pool_mb * 2**18).split(READ_AT_ONCE))
-    size = READ_AT_ONCE * pool[0].itemsize
-    pool = [piece for piece in pool if piece.nbytes == size]
+    size = READ_AT_ONCE * torch.float32.itemsize
+    pool = list(torch.ones(max(2, arguments.pool_mb * 2**20 // size), READ_AT_ONCE))
     return [
         Contender("plain reading, sum", in_turn(pool, torch.sum), size),
         Contender("plain reading, largest", in_turn(pool, torch.max), size),
@@ -215,14 +214,12 @@ def one_block(arguments: argparse.Namespace, config: MixtralConfig) -> list[dict
     made = {}
     for name, widths in (("uniform 2.5 bits", (2.5,)), ("mixed 2.5 bits", MIXED)):
         made[name] = packed_block(config, widths)
-    for implementation in DENSE:
-        made[f"bfloat16, {implementation}"] = dense_block(config, implementation=implementation)
-    for name in list(made)[3:]:  # they share weights
-        made[name].load_state_dict(made[f"bfloat16, {DENSE[0]}"].state_dict(), assign=True)
+    dense = dense_block(config)
     rows = []
     for tokens in (1, 512):
         inputs = torch.randn(tokens, config.hidden_size).bfloat16()
         contenders = [block_contender(name, block, inputs, config) for name, block in made.items()]
+        contenders += [block_contender(f"bfloat16, {way}", dense, inputs, config, implementation=way) for way in DENSE]
         contenders.append(block_contender("mixed, half skipped", made["mixed 2.5 bits"], inputs, config, skip=True))
         times = measured(arguments, contenders)
         baseline = min(statistics.median(seconds) for name, seconds in times.items() if name.startswith("bfloat16"))
@@ -240,7 +237,15 @@ def one_block(arguments: argparse.Namespace, config: MixtralConfig) -> list[dict
     return rows
 
 
-def block_contender(name: str, block: Any, inputs: Tensor, config: MixtralConfig, *, skip: bool = False) -> Contender:
+def block_contender(
+    name: str,
+    block: Any,
+    inputs: Tensor,
+    config: MixtralConfig,
+    *,
+    skip: bool = False,
+    implementation: str = IMPLEMENTATION,
+) -> Contender:
     """Runs go through all experts, a token's share at a time, so that none's weights are in a cache by chance.
 
     skip   every token does without half of its experts, as under a pruning policy
@@ -253,15 +258,16 @@ def block_contender(name: str, block: Any, inputs: Tensor, config: MixtralConfig
         chosen = (first + torch.arange(share)) % experts
         if skip:
             chosen[:, share // 2 :] = experts
+        block.config._experts_implementation = implementation
         with torch.inference_mode():
             return block(inputs, chosen, torch.full((tokens, share), 1 / share, dtype=inputs.dtype))
 
     return Contender(name, run, 0)
 
 
-def dense_block(config: MixtralConfig, device: str = "cpu", implementation: str = "eager") -> Any:
+def dense_block(config: MixtralConfig, device: str = "cpu") -> Any:
     config = MixtralConfig(**config.to_dict())
-    config._experts_implementation = implementation
+    config._experts_implementation = "eager"
     with torch.device("meta"):
         block = MixtralExperts(config)
     block = block.to(torch.bfloat16).to_empty(device=device).requires_grad_(False)
