@@ -161,10 +161,11 @@ class LayerQuantizer:
         for rows in weight.split(max(1, _PIECE_WEIGHTS // weight.shape[1]) if encoding.rows_apart else len(weight)):
             exact = rows.float()[None]
             quantized = quantizer.quantize(exact, prepared, encoding)
+            # before the rows are replaced: in float32 `exact` is a view of them
+            scale += 0.0 if prepared.hessian is None else float(trace_error(exact, prepared.hessian))
             rows.copy_(encoding.dequantize(quantized.tensors, exact.shape[-1])[0])
             pieces.append({name: tensor[0] for name, tensor in quantized.tensors.items()})
             loss += float(quantized.proxy_loss[0])
-            scale += 0.0 if prepared.hessian is None else float(trace_error(exact, prepared.hessian))
             notes |= dict.fromkeys(quantized.notes)
         result.report.append(_measured(row, loss, scale, notes, 0))
         result.linears[path] = (
