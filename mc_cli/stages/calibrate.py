@@ -19,6 +19,7 @@ from mc_cli import __version__
 from mc_cli.artifacts import calibration as artifact
 from mc_cli.artifacts.calibration import LayerRouting, LayerSensitivity
 from mc_cli.artifacts.files import read_tensors, write_tensors
+from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.store import RESUME, StageFolder
 from mc_cli.parts import ExpertBlock, ModelInventory, Role
 from mc_cli.progress import Progress, StageResult
@@ -43,6 +44,7 @@ def plan_stage(settings: CalibrateSettings, compute: RunSettings, work_dir: Path
     return _folder(settings, first_session(work_dir, settings.model, settings.revision, compute))
 
 
+@holding_work_dir
 def run(
     settings: CalibrateSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress
 ) -> StageResult:

@@ -76,7 +76,8 @@ def test_rebuilt_with_the_same_settings_is_not_stale(mc_cli: Invoke, work_dir: P
 def test_stale_when_an_earlier_stage_is_begun_again(work_dir: Path) -> None:
     calibrate = StageFolder(work_dir, "calibrate", {"other": 1}, {})
     calibrate.begin(force=True)
-    assert states(work_dir)["calibrate"] == "to do"  # nothing of it is on disk yet
+    [entry, *_] = work_dir_status(work_dir)
+    assert (entry.state, entry.detail) == ("begun", "nothing finished yet")
     calibrate.path("tokens.safetensors").write_text("x", encoding="utf-8")
     found = {entry.stage: entry for entry in work_dir_status(work_dir)}
     assert (found["score"].state, found["score"].detail) == ("stale", "calibrate is begun")
