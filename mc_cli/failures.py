@@ -50,7 +50,10 @@ def error_message(error: Exception) -> str:
         return str(error)
     text = str(error)
     if _FULL in text and not isinstance(error, OSError):
-        return f"The disk is full ({text}). What was finished before is kept; free some space and run the same command again."
+        return (
+            f"The disk is full ({text}). What was finished before is kept: free some space and run the same command "
+            "again."
+        )
     if isinstance(error, OSError) and error.errno is not None:
         return refusal(error)
     if isinstance(error, ValueError) and "embedded null" in text:

@@ -447,6 +447,6 @@ def verify_stages(work_dir: Path, stages: Iterable[str], *, up_to_bytes: float) 
     if any(line.startswith(f"{plan}:") for line in wrong):
         edited = f" If you edited the plan by hand, name it: `mc-cli quantize -w {work_dir} --plan {plan}`."
     raise ArtifactError(
-        f"What earlier stages wrote is damaged:\n{listed(wrong)}\nRun {' and '.join(commands)} to make it again, or "
+        f"What earlier stages wrote is damaged:\n{listed(wrong)}\nUse --force to make it again: {' and '.join(commands)}; or "
         f"copy the files again from where they are whole.{edited}"
     )

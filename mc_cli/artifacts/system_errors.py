@@ -42,29 +42,28 @@ def refusal(error: OSError, path: Path | str | None = None, *, action: str = "")
     named = [str(name) for name in (error.filename, error.filename2) if name is not None]
     where = str(path) if path is not None else " and ".join(named) or "A file (the system does not say which)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _full(where, error)
+        lost = f"while writing {where}" if path is None else f": {where} could not be written"
+        return _full(f" {lost}" if path is None else lost, where, error)
     reason = error.strerror or str(error) or type(error).__name__
     what_to_do = _WHAT_TO_DO.get(error.errno or 0, _ELSE)
     return f"{where} {action}: {reason}. {what_to_do}" if action else f"{where}: {reason}. {what_to_do}"
 
 
-def _full(where: str, error: OSError) -> str:
+def _full(lost: str, where: str, error: OSError) -> str:
     """A full disk: of bytes, of files, or of what this user may take."""
+    quota = " (your quota on it is used up)" if error.errno == errno.EDQUOT else ""
     again = "What was finished before is kept; free some space and run the same command again."
     there = _existing(Path(where))
-    if error.errno == errno.EDQUOT:
-        free = "" if there is None else f" {shutil.disk_usage(there).free:,} bytes are free in {there}."
-        return f"The disk is full (your quota on it is used up): {where} could not be written.{free} {again}"
     if there is None:
-        return f"The disk is full: {where} could not be written. {again}"
-    if _without_inodes(there):
+        return f"The disk is full{quota}{lost}. {again}"
+    if not quota and _without_inodes(there):
         return (
-            f"The disk is full: {where} could not be written, the file system of {there} has no inodes left: it can "
-            "hold no more files, whatever their size. What was finished before is kept; remove some files, or name a "
-            "place elsewhere, and run the same command again."
+            f"The disk is full{lost}, the file system of {there} has no inodes left: it can hold no more files, "
+            "whatever their size. What was finished before is kept; remove some files, or name a place elsewhere, and "
+            "run the same command again."
         )
     free_bytes = shutil.disk_usage(there).free
-    return f"The disk is full: {where} could not be written, {free_bytes:,} bytes are free in {there}. {again}"
+    return f"The disk is full{quota}{lost}, {free_bytes:,} bytes are free in {there}. {again}"
 
 
 def _existing(path: Path) -> Path | None:
