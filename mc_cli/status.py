@@ -15,10 +15,10 @@ from mc_cli.artifacts.exported import ExportFolder, ExportRecord, known_exports
 from mc_cli.artifacts.files import read_json, read_number
 from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX, is_our_partial
 from mc_cli.artifacts.locks import process_in
+from mc_cli.artifacts.manifest import POLICY_FOLDER
 from mc_cli.artifacts.store import (
     BEGUN,
     MANIFEST,
-    POLICY_FOLDER,
     RESUME,
     STAGE_FOLDERS,
     Manifest,

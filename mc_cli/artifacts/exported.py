@@ -27,7 +27,8 @@ from mc_cli.artifacts.leftovers import (
     remove_folder,
     remove_partial,
 )
-from mc_cli.artifacts.store import BEGUN, record_problems
+from mc_cli.artifacts.manifest import record_problems
+from mc_cli.artifacts.store import BEGUN
 from mc_cli.artifacts.system_errors import refusal
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.progress import Progress

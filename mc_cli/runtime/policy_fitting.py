@@ -20,9 +20,10 @@ from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.damage import ALL_BYTES
 from mc_cli.artifacts.files import read_tensors
 from mc_cli.artifacts.importance import Importance
+from mc_cli.artifacts.manifest import POLICY_STAGE
 from mc_cli.artifacts.packed import read_layout
 from mc_cli.artifacts.pruning import FOLDER, TENSOR_PREFIX, OperatingPoint, Pruning, read_pruning, write_pruning
-from mc_cli.artifacts.store import POLICY_STAGE, RESUME, STAGE_FOLDERS, StageFolder, require_done
+from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, require_done
 from mc_cli.errors import InputError
 from mc_cli.parts import ExpertBlock, ModelInventory
 from mc_cli.policies import LayerValues, odp, otp, policy_from_name

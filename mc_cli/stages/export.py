@@ -28,10 +28,11 @@ from mc_cli.artifacts.exported import (
 )
 from mc_cli.artifacts.files import noting_files, read_json
 from mc_cli.artifacts.locks import holding_work_dir, target_lock
+from mc_cli.artifacts.manifest import POLICY_STAGE
 from mc_cli.artifacts.packed import PackedLayout, encoding_of
 from mc_cli.artifacts.pruning import FOLDER as POLICY_FOLDER
 from mc_cli.artifacts.pruning import Pruning, read_pruning
-from mc_cli.artifacts.store import POLICY_STAGE, STAGE_FOLDERS, Manifest, require_done, verify_stages
+from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest, require_done, verify_stages
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError
 from mc_cli.exporters import ExportJob, exporter_from_name
 from mc_cli.exporters.model_card import CardFacts
