@@ -45,8 +45,8 @@ def work_dir_lock(work_dir: Path) -> Iterator[None]:
     Raises BusyError where another process works in it, InputError where it is a file. Entered again inside, it does
     nothing.
     """
-    if work_dir.exists() and not work_dir.is_dir():
-        raise InputError(f"-w {work_dir} is a file. Name a directory for the work, which is made if need be.")
+    if os.path.lexists(work_dir) and not work_dir.is_dir():
+        raise InputError(f"-w {work_dir} is a file or a dead link, not a directory. Name one for the work, which is made if need be.")
     with _lock(work_dir / LOCK, f"the work directory {work_dir}", f"`mc-cli status -w {work_dir}` shows how far it is"):
         for name in _TIDIED:
             remove_partial(work_dir / (name + PARTIAL_SUFFIX))
