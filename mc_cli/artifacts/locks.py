@@ -46,7 +46,9 @@ def work_dir_lock(work_dir: Path) -> Iterator[None]:
     nothing.
     """
     if os.path.lexists(work_dir) and not work_dir.is_dir():
-        raise InputError(f"-w {work_dir} is a file or a dead link, not a directory. Name one for the work, which is made if need be.")
+        raise InputError(
+            f"-w {work_dir} is a file or a dead link, not a directory. Name one, which is made if need be."
+        )
     with _lock(work_dir / LOCK, f"the work directory {work_dir}", f"`mc-cli status -w {work_dir}` shows how far it is"):
         for name in _TIDIED:
             remove_partial(work_dir / (name + PARTIAL_SUFFIX))
