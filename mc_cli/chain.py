@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mc_cli.artifacts.files import nothing_remembered
+from mc_cli.artifacts.locks import work_dir_lock
 from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest
 from mc_cli.errors import InputError
 from mc_cli.flags import STAGES, shared_with_score
@@ -90,20 +91,21 @@ def run_chain(
     """All stages in turn, those that are done skipped; `tell` is called after each."""
     _check_ahead(plan)
     results = []
-    for stage, force in _forced(force_from):
-        module = stage_module(stage)
-        results.append(module.run(plan.stages[stage], plan.compute, plan.work_dir, force=force, progress=progress))
-        tell(results[-1])
+    with work_dir_lock(plan.work_dir):  # between two stages, too, nothing else works in it
+        for stage, force in _forced(force_from):
+            module = stage_module(stage)
+            results.append(module.run(plan.stages[stage], plan.compute, plan.work_dir, force=force, progress=progress))
+            tell(results[-1])
     return results
 
 
 def _check_ahead(plan: RunPlan) -> None:
     """Raises InputError for what a late stage would refuse after hours: its text, or the place to export to."""
-    from mc_cli.artifacts.exported import ExportFolder
+    from mc_cli.artifacts.exported import ExportFolder, export_target
     from mc_cli.runtime.text import resolve_data
 
     resolve_data(plan.stages["prune-eval"].data, flag="--eval-data")
-    ExportFolder(Path(plan.stages["export"].out).expanduser().resolve(), {}, {}).check_place()
+    ExportFolder(export_target(plan.stages["export"].out), {}, {}).check_place()
 
 
 def _forced(force_from: str | None) -> Iterator[tuple[str, bool]]:

@@ -48,6 +48,10 @@ class StaleArtifactError(ArtifactError):
     """An artifact was made with other settings or inputs than the ones asked for now."""
 
 
+class BusyError(McError):
+    """Another process works in the same directory; the message says which."""
+
+
 class MissingDependencyError(McError):
     """An optional package is needed; the message names it and the extra that installs it."""
 

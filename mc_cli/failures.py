@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 import traceback
 from collections.abc import Iterator
@@ -11,11 +10,11 @@ from pathlib import Path
 
 import typer
 
+from mc_cli.artifacts.system_errors import refusal
 from mc_cli.errors import McError
 
 ERROR, INTERRUPTED = 1, 130
 _FULL = "No space left on device"  # safetensors reports a full disk in an error of its own, by these words
-_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY)
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -50,17 +49,22 @@ def error_message(error: Exception) -> str:
     if isinstance(error, McError):
         return str(error)
     text = str(error)
-    if _FULL in text or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
-        where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
+    if _FULL in text and not isinstance(error, OSError):
         return (
-            f"The disk is full{where} ({text}). What was finished before is kept: free some space and run the same "
-            "command again."
+            f"The disk is full ({text}). What was finished before is kept: free some space and run the same command "
+            "again."
         )
-    if isinstance(error, OSError) and error.errno in _REFUSED:
-        where = " and ".join(str(name) for name in (error.filename, error.filename2) if name)
+    if isinstance(error, OSError) and error.errno is not None:
+        return refusal(error)
+    if isinstance(error, ValueError) and "embedded null" in text:
         return (
-            f"{where or 'A file'}: {error.strerror}. What was finished before is kept: name another place, or see to "
-            "the permissions of this one, and run the same command again."
+            f"A path or name that was given holds a NUL character ({text}), which no file can have. See to the flags "
+            "and to the recipe."
+        )
+    if isinstance(error, UnicodeEncodeError):
+        return (
+            f"A path or text that was given holds a character that cannot be written ({error.reason}, at position "
+            f"{error.start}). See to the flags, the recipe and the files that they name."
         )
     if type(error).__name__ == "SafetensorError":
         return (

@@ -9,14 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mc_cli.artifacts.damage import ALL_BYTES
 from mc_cli.artifacts.exported import STAGE as EXPORT
 from mc_cli.artifacts.exported import ExportFolder, ExportRecord, known_exports
-from mc_cli.artifacts.files import PARTIAL_SUFFIX, read_json
-from mc_cli.artifacts.store import BEGUN, MANIFEST, RESUME, STAGE_FOLDERS, Manifest, StageFolder
+from mc_cli.artifacts.files import read_json, read_number
+from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX, is_our_partial
+from mc_cli.artifacts.locks import process_in
+from mc_cli.artifacts.manifest import POLICY_FOLDER
+from mc_cli.artifacts.store import (
+    BEGUN,
+    MANIFEST,
+    RESUME,
+    STAGE_FOLDERS,
+    Manifest,
+    StageFolder,
+    read_begun,
+    verify_stages,
+)
 from mc_cli.errors import ArtifactError, InputError
 
 DONE, BEGUN_STATE, STALE, DAMAGED, MISSING, TO_DO = "done", "begun", "stale", "damaged", "missing", "to do"
 _NEXT_LAYER = re.compile(r"before_([0-9]+)\.safetensors")  # the resume state in front of that layer
+_NEXT_GRADIENT = re.compile(r"gradient_before_([0-9]+)\.safetensors")  # the way back has come down to that layer
 _LAYER_FILE = re.compile(r"layer_([0-9]+)\.[a-z]+")
 
 
@@ -46,9 +60,11 @@ def work_dir_status(work_dir: Path, *, contents: bool = False) -> list[StageStat
     contents   compare all bytes of all files with what was written, not their sizes alone
     Raises InputError where `work_dir` is no work directory.
     """
-    if not work_dir.is_dir():
+    if work_dir.exists() and not work_dir.is_dir():
+        raise InputError(f"{work_dir} is a file. Give the work directory that calibrate or run was given with -w.")
+    if not work_dir.exists():
         raise InputError(f"{work_dir} does not exist. Give the work directory that calibrate or run was given with -w.")
-    if not any((work_dir / name / file).exists() for name in STAGE_FOLDERS.values() for file in (MANIFEST, BEGUN)):
+    if not any((work_dir / name / MANIFEST).exists() or _is_begun(work_dir / name) for name in STAGE_FOLDERS.values()):
         raise InputError(
             f"{work_dir} is not a work directory of mc-cli: it holds no finished or begun "
             f"{', '.join(STAGE_FOLDERS.values())}. Give the directory that calibrate or run was given with -w."
@@ -59,18 +75,28 @@ def work_dir_status(work_dir: Path, *, contents: bool = False) -> list[StageStat
     return [*found.values(), *_exports(work_dir, found, contents)]
 
 
+def _is_begun(folder: Path) -> bool:
+    """Whether a stage was begun there: its record is there, or on its way."""
+    return (folder / BEGUN).exists() or is_our_partial(folder / (BEGUN + PARTIAL_SUFFIX))
+
+
 def _stage_status(
     work_dir: Path, stage: str, folder: Path, earlier: dict[str, StageStatus], contents: bool
 ) -> StageStatus:
     size = _size_bytes(folder)
     try:
+        if stage == "prune-eval":  # whose policies lie beside it
+            size += _size_bytes(work_dir / POLICY_FOLDER)
+            verify_stages(work_dir, ["policy"], up_to_bytes=ALL_BYTES if contents else 0)
         manifest = Manifest.read(folder)
-        if manifest is None and _holds_work(folder):
-            why = _outdated(read_json(folder / BEGUN).get("inputs", {}), earlier)
-            return StageStatus(stage, STALE if why else BEGUN_STATE, folder, why or _progress(work_dir, folder), size)
+        if manifest is None and _is_begun(folder):
+            why = _outdated(read_begun(folder).get("inputs", {}), earlier)
+            detail = ", ".join(filter(None, [why or _progress(work_dir, stage, folder), process_in(work_dir)]))
+            return StageStatus(stage, STALE if why else BEGUN_STATE, folder, detail, size)
         if manifest is None:
             return StageStatus(stage, TO_DO, folder, size_bytes=size)
-        StageFolder(work_dir, stage, manifest.settings, manifest.inputs).verify(contents=contents)
+        whole = StageFolder(work_dir, stage, manifest.settings, manifest.inputs)
+        whole.verify(up_to_bytes=ALL_BYTES if contents else 0)
     except ArtifactError as error:
         return StageStatus(stage, DAMAGED, folder, " ".join(str(error).split()), size)
     why = _outdated(manifest.inputs, earlier)
@@ -78,7 +104,14 @@ def _stage_status(
 
 
 def _size_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+    """Bytes of all files; those that go while they are counted count nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except OSError:
+            continue
+    return total
 
 
 def _exports(work_dir: Path, earlier: dict[str, StageStatus], contents: bool) -> list[StageStatus]:
@@ -95,10 +128,15 @@ def _export_status(folder: Path, fingerprint: str, earlier: dict[str, StageStatu
     """One exported directory; `fingerprint` is that of the last export to it from this work directory."""
     size = _size_bytes(folder)
     try:
+        target = ExportFolder(folder, {}, {})
+        if target.is_begun():
+            written = _size_bytes(target.partial)
+            detail = f"{folder}: {written:,} bytes written, the packed model has {earlier['quantize'].size_bytes:,}"
+            return StageStatus(EXPORT, BEGUN_STATE, folder, detail, written)
         record = ExportRecord.read(folder)
         if record is None:
             return StageStatus(EXPORT, MISSING, folder, f"{folder}: was exported, and is no longer there", size)
-        ExportFolder(folder, record.settings, record.inputs).verify(contents=contents)
+        ExportFolder(folder, record.settings, record.inputs).verify(up_to_bytes=ALL_BYTES if contents else 0)
     except ArtifactError as error:
         return StageStatus(EXPORT, DAMAGED, folder, " ".join(str(error).split()), size)
     why = _outdated(record.inputs, earlier)
@@ -108,13 +146,6 @@ def _export_status(folder: Path, fingerprint: str, earlier: dict[str, StageStatu
         why = ", ".join([*filter(None, [why]), "prune-eval was run since"])
     state, detail = (STALE, f"{folder}: {why}") if why else (DONE, str(folder))
     return StageStatus(EXPORT, state, folder, detail, size, tuple(record.warnings))
-
-
-def _holds_work(folder: Path) -> bool:
-    """Whether a run that has not finished left anything to go on from."""
-    return (folder / BEGUN).exists() and any(
-        path.name != BEGUN and path.suffix != PARTIAL_SUFFIX for path in folder.iterdir()
-    )
 
 
 def _outdated(inputs: Any, earlier: dict[str, StageStatus]) -> str:
@@ -134,17 +165,52 @@ def _outdated(inputs: Any, earlier: dict[str, StageStatus]) -> str:
     return ", ".join(reasons)
 
 
-def _progress(work_dir: Path, folder: Path) -> str:
-    """How many layers of an unfinished stage are on disk."""
-    ready = [int(match[1]) for path in (folder / RESUME).glob("*") if (match := _NEXT_LAYER.fullmatch(path.name))]
-    files = {int(match[1]) for path in folder.rglob("*") if (match := _LAYER_FILE.fullmatch(path.name))}
+def _progress(work_dir: Path, stage: str, folder: Path) -> str:
+    """How far an unfinished stage is, from what it has on disk."""
+    if stage == "prune-eval":
+        return _evaluation_progress(work_dir)
+    ready = _numbers(_NEXT_LAYER, folder / RESUME)
+    files = set(_numbers(_LAYER_FILE, folder, folder / RESUME, folder / "report", folder / "routing"))
     count = max(ready, default=len(files))
-    total = _layer_count(work_dir)
-    return f"{count} of {total} layers" if total else f"{count} layers"
+    total, first = _layers(work_dir)
+    layers = f"{count} of {total} layers" if total else f"{count} layers"
+    if stage != "calibrate":
+        return layers if count or ready else f"nothing finished yet, {layers}"
+    if not (folder / "tokens.safetensors").exists():
+        return "nothing finished yet"
+    back = _numbers(_NEXT_GRADIENT, folder / RESUME)
+    if total and (back or count >= total):
+        return f"backward, {total - min(back, default=total)} of {total - first} layers"
+    return f"forward, {layers}"
 
 
-def _layer_count(work_dir: Path) -> int | None:
-    """Decoder layers of the model, from the inventory that calibrate writes first."""
+def _numbers(pattern: re.Pattern[str], *folders: Path) -> list[int]:
+    """The numbers in the names of files that `pattern` describes."""
+    names = (path.name for folder in folders for path in folder.glob("*"))
+    return [int(match[1]) for name in names if (match := pattern.fullmatch(name))]
+
+
+def _evaluation_progress(work_dir: Path) -> str:
+    """Text is measured in one go; policies are fitted into a folder of their own, those that learn step by step."""
+    policies = work_dir / POLICY_FOLDER
+    if (policies / MANIFEST).exists():
+        return "policies fitted, their points are measured"
+    if not _is_begun(policies):
+        return "original and packed model are compared"
+    settings = read_begun(policies).get("settings", {})
+    routers = policies / RESUME / "routers.safetensors"
+    if "otp" not in settings.get("policy", []):
+        return "policies are fitted"
+    if not routers.exists():
+        return "otp's routers are trained, layer by layer"
+    return f"otp's routers are trained, {read_number(routers, 'step')} of {settings.get('otp_steps')} steps"
+
+
+def _layers(work_dir: Path) -> tuple[int, int]:
+    """(Decoder layers, the first with experts) from the inventory that calibrate writes first; (0, 0) before."""
     path = work_dir / STAGE_FOLDERS["calibrate"] / "inventory.json"
-    count = read_json(path).get("num_layers") if path.exists() else None
-    return count if isinstance(count, int) else None
+    content = read_json(path) if path.exists() else {}
+    count, blocks = content.get("num_layers"), content.get("expert_blocks")
+    layers = [block.get("layer") for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
+    first = min((layer for layer in layers if isinstance(layer, int)), default=0)
+    return (count, first) if isinstance(count, int) else (0, 0)

@@ -1,20 +1,35 @@
 """The directory that export makes: built beside its final name, read back, and only then moved there.
 
 `DIR.partial` is being written, `DIR` is whole and has its record in `mc_cli.json`. Killing the process at any moment
-leaves no `DIR` that looks whole and is not. Only directories with such a record are ever replaced or removed.
-The work directory notes in `exports.json` where its exports went; that is a memory for `status`, and no artifact.
+leaves no `DIR` that looks whole and is not. Markers tell what is ours: `DIR.partial` holds `begun.json` from the first
+moment on, an export that is put aside as `DIR.replaced` a file that says so. Nothing else is replaced or removed.
+The work directory notes in `exports.json` where its exports go; that is a memory for `status`, and no artifact.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.files import PARTIAL_SUFFIX, content_digest, damaged_files, file_digest, read_json, write_json
+from mc_cli.artifacts.damage import SHOWN_BYTES, damaged_files
+from mc_cli.artifacts.files import Written, content_digest, file_digest, read_json, stamp_of, write_json, write_text
+from mc_cli.artifacts.leftovers import (
+    PARTIAL_SUFFIX,
+    foreign_error,
+    has_marker,
+    is_empty,
+    partials_below,
+    remove_folder,
+    remove_partial,
+)
+from mc_cli.artifacts.manifest import record_problems
+from mc_cli.artifacts.store import BEGUN
+from mc_cli.artifacts.system_errors import refusal
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.progress import Progress
 
@@ -23,6 +38,8 @@ RECORD = "mc_cli.json"
 STAGE = "export"
 EXPORTS = "exports.json"
 _REPLACED_SUFFIX = ".replaced"
+_PUT_ASIDE = "put_aside.json"  # in an earlier export from before it is renamed to `DIR.replaced`
+_LONGEST_NAME = 255 - len(_REPLACED_SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -48,39 +65,81 @@ class ExportRecord:
         content = read_json(path)
         if content.get("schema") != SCHEMA:
             raise ArtifactError(
-                f"{path} has schema {content.get('schema')!r}; this version reads {SCHEMA}. Use --force."
+                f"{path} has schema {content.get('schema')!r:.80}; this version reads {SCHEMA}. Use --force to export "
+                "again."
             )
-        try:
-            return cls(**{**content, "warnings": tuple(content["warnings"])})
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(f"{path} is damaged: {error!r}. Use --force to export again.") from error
+        wrong = record_problems(content, {entry.name for entry in fields(cls)})
+        if not wrong and content["fingerprint"] != _fingerprint(content["settings"], content["inputs"]):
+            wrong = ["its fingerprint is not that of its settings and inputs"]
+        if wrong:
+            raise ArtifactError(f"{path} is damaged:\n{listed(wrong)}\nUse --force to export again.")
+        return cls(**{**content, "warnings": tuple(content["warnings"])})
 
 
-def remember_export(work_dir: Path, folder: Path, fingerprint: str) -> None:
-    """Notes in the work directory that `folder` was exported from it; directories that are gone are forgotten.
+def _fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    return content_digest({"stage": STAGE, "schema": SCHEMA, "settings": settings, "inputs": inputs})
 
-    One inside the work directory is noted by its path there, so that both can be moved together.
+
+def remember_export(work_dir: Path, folder: Path, fingerprint: str | None) -> None:
+    """Notes in the work directory what is exported from it to `folder`, None: nothing. What is gone is forgotten.
+
+    A directory inside the work directory is noted by its path there, so that both can be moved together.
     """
-    try:
-        known = known_exports(work_dir)
-    except ArtifactError:  # only a memory: a damaged one is made anew
-        known = {}
-    kept = {path: made for path, made in known.items() if path.is_dir()} | {folder.resolve(): fingerprint}
+    known = _known_or_none(work_dir)
+    kept = {path: made for path, made in known.items() if path.is_dir() or _partial_of(path).is_dir()}
+    kept.pop(folder.resolve(), None)
+    if fingerprint is not None:
+        kept[folder.resolve()] = fingerprint
     inside = work_dir.resolve()
     names = {
         str(path.relative_to(inside) if path.is_relative_to(inside) else path): made for path, made in kept.items()
     }
-    if kept != known:
+    if kept and kept != known:
         write_json(work_dir / EXPORTS, {"exports": dict(sorted(names.items()))})
+    elif not kept:
+        (work_dir / EXPORTS).unlink(missing_ok=True)
+
+
+def noted_export(work_dir: Path, folder: Path) -> str | None:
+    """The fingerprint that is noted of an export to `folder`, None where there is none."""
+    return _known_or_none(work_dir).get(folder.resolve())
+
+
+def _known_or_none(work_dir: Path) -> dict[Path, str]:
+    try:
+        return known_exports(work_dir)
+    except ArtifactError:  # only a memory: a damaged one is made anew
+        return {}
 
 
 def known_exports(work_dir: Path) -> dict[Path, str]:
     """Directory -> fingerprint of what export wrote there, as far as noted. Raises ArtifactError for a damaged note."""
     path = work_dir / EXPORTS
     noted = read_json(path).get("exports") if path.exists() else {}
-    if not isinstance(noted, dict):
+    if not isinstance(noted, dict) or any("\0" in name for name in noted):
         raise ArtifactError(f"{path} is damaged: it has no list of exports. Delete it and export again.")
     return {(work_dir.resolve() / name): str(fingerprint) for name, fingerprint in noted.items()}
+
+
+def export_target(out: str) -> Path:
+    """The directory that `--out` names, links followed. Raises InputError for what is no name of a directory."""
+    try:
+        target = Path(out).expanduser().resolve()
+        os.fsencode(target)
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no such user, or links in a circle
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"--out {out!r:.200} names no directory: {reason}. Name another one.") from error
+    long = [piece for piece in target.parts if len(os.fsencode(piece)) > _LONGEST_NAME]
+    if long:
+        raise InputError(
+            f"--out {out:.200} has a name of {len(os.fsencode(long[0])):,} bytes ({long[0]:.40}...); {_LONGEST_NAME} "
+            "are possible here. Choose a shorter one."
+        )
+    return target
+
+
+def _partial_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + PARTIAL_SUFFIX)
 
 
 @dataclass
@@ -97,17 +156,25 @@ class ExportFolder:
 
     @property
     def fingerprint(self) -> str:
-        return content_digest({"stage": STAGE, "schema": SCHEMA, "settings": self.settings, "inputs": self.inputs})
+        return _fingerprint(self.settings, self.inputs)
 
     @property
     def partial(self) -> Path:
         """Where it is built."""
-        return self.folder.with_name(self.folder.name + PARTIAL_SUFFIX)
+        return _partial_of(self.folder)
+
+    def is_begun(self) -> bool:
+        """Whether an export to it was begun and has not ended."""
+        return has_marker(self.partial, (BEGUN,))
 
     def check_place(self) -> None:
         """Raises InputError for a directory that is not ours, or that cannot be made where it is asked for."""
-        self.state()
+        if self.state() != "new":
+            return
+        self._refuse_foreign()
         above = next(folder for folder in self.folder.parents if folder.exists())
+        if not above.is_dir():
+            raise InputError(f"--out {self.folder} lies below {above}, which is a file. Name a directory elsewhere.")
         if not os.access(above, os.W_OK):
             raise InputError(f"--out {self.folder}: {above} cannot be written to. Name a directory elsewhere.")
 
@@ -151,30 +218,69 @@ class ExportFolder:
         return lines
 
     def begin(self, *, force: bool) -> bool:
-        """True if it has to be made: an empty `partial` is there then. False if it is done.
+        """True if it has to be made: `partial` is there then, with nothing but its marker. False if it is done.
 
-        Raises StaleArtifactError for an export of something else unless `force`, ArtifactError for a damaged one.
+        Raises StaleArtifactError for an export of something else unless `force`, ArtifactError for a damaged one or
+        for what somebody else has put where it is made.
         """
         if self._is_half_replaced():
             self._replaced.rename(self.folder)
         ours = (self.folder / RECORD).exists()
         state = "new" if force and ours else self.state()
         if state == "done":
-            self.verify()
+            self.verify(up_to_bytes=SHOWN_BYTES)
+            self._tidy_finished()
             return False
         if state == "stale":
             raise StaleArtifactError(
                 f"{self.folder} was exported with other settings or inputs:\n{listed(self.differences())}\n"
                 "Use --force to replace it, or name another directory with --out."
             )
+        self.check_place()
+        self._refuse_foreign()
         self.discard()
-        self.partial.mkdir(parents=True)
+        if self.folder.exists() and self._replaced.exists():  # a removal that did not come to its end
+            remove_folder(self._replaced, (RECORD, _PUT_ASIDE))
+        try:
+            self.partial.mkdir(parents=True)
+        except OSError as error:
+            raise ArtifactError(refusal(error, self.partial, action="could not be made")) from error
+        write_text(self.partial / BEGUN, json.dumps({"fingerprint": self.fingerprint}))
         return True
 
-    def verify(self, *, contents: bool = False) -> None:
-        """Raises ArtifactError if a file of the record is missing or has another size, or other `contents`."""
+    def _refuse_foreign(self) -> None:
+        """Raises ArtifactError for what lies at the names that are used beside the directory, and is not ours."""
+        foreign = [
+            path
+            for path, ours in ((self.partial, _is_our_partial), (self._replaced, _is_our_replaced))
+            if os.path.lexists(path) and not ours(path)
+        ]
+        if foreign:
+            raise foreign_error(foreign)
+
+    def _tidy_finished(self) -> None:
+        """Removes what killed runs left of an export that is done; on a disk that is only read, it stays."""
+        with suppress(ArtifactError, OSError):
+            self.discard()
+            self._tidy_inside()
+            if _is_our_replaced(self._replaced):
+                remove_folder(self._replaced, (RECORD, _PUT_ASIDE))
+
+    def _tidy_inside(self) -> None:
+        """Markers and what was on its way, inside the finished directory."""
+        for name in (BEGUN, _PUT_ASIDE):
+            if has_marker(self.folder, (name,)):
+                (self.folder / name).unlink()
+        for leftover in partials_below(self.folder)[0]:
+            remove_partial(leftover)
+
+    def verify(self, *, up_to_bytes: float = 0) -> None:
+        """Raises ArtifactError if a file of the record is missing or of another size, or has other contents.
+
+        up_to_bytes   contents of files up to this size are compared
+        """
         record = ExportRecord.read(self.folder)
-        wrong = damaged_files(self.folder, record.outputs if record else {}, contents=contents)
+        wrong = damaged_files(self.folder, record.outputs if record else {}, up_to_bytes=up_to_bytes)
         if wrong:
             raise ArtifactError(f"{self.folder} is damaged:\n{listed(wrong)}\nUse --force to export it again.")
 
@@ -185,16 +291,24 @@ class ExportFolder:
             progress.warn(message)
 
     def discard(self) -> None:
-        """Removes what an unfinished export has left."""
-        if self.partial.exists():
-            shutil.rmtree(self.partial)
+        """Removes what an unfinished export has left, and nothing of somebody else."""
+        if _is_our_partial(self.partial):
+            remove_folder(self.partial, (BEGUN,))
 
-    def finish(self, *, stages: Mapping[str, Any], read_back: Mapping[str, Any], tool_version: str) -> ExportRecord:
-        """Writes the record and moves the directory to its name, in the place of an earlier export."""
+    def finish(
+        self, *, written: Written, stages: Mapping[str, Any], read_back: Mapping[str, Any], tool_version: str
+    ) -> ExportRecord:
+        """Writes the record and moves the directory to its name, in the place of an earlier export.
+
+        written   the files that the exporter wrote: these are recorded, and no others may be there
+        Raises ArtifactError, naming them, where one is gone, was changed, or came from elsewhere.
+        """
+        for leftover in partials_below(self.partial)[0]:
+            remove_partial(leftover)
+        self._refuse_what_was_not_written(written)
         outputs = {
             str(path.relative_to(self.partial)): {"sha256": file_digest(path), "size_bytes": path.stat().st_size}
-            for path in sorted(self.partial.rglob("*"))
-            if path.is_file()
+            for path in sorted(written)
         }
         record = ExportRecord(
             fingerprint=self.fingerprint,
@@ -207,11 +321,37 @@ class ExportFolder:
             warnings=tuple(self.warnings),
         )
         write_json(self.partial / RECORD, asdict(record))
-        if self.folder.exists() and any(self.folder.iterdir()):
-            self.folder.rename(self._replaced)
-        self.partial.replace(self.folder)
-        shutil.rmtree(self._replaced, ignore_errors=True)
+        self._put_in_place()
         return record
+
+    def _refuse_what_was_not_written(self, written: Written) -> None:
+        there = {path for path in self.partial.rglob("*") if not path.is_dir() or path.is_symlink()}
+        there.discard(self.partial / BEGUN)
+        foreign = there - written.keys()
+        wrong = [f"{path}: gone" for path in sorted(written.keys() - there)]
+        wrong += [f"{path}: not written by this export" for path in sorted(foreign)]
+        wrong += [
+            f"{path}: changed since" for path in sorted(there & written.keys()) if stamp_of(path) != written[path]
+        ]
+        if foreign:  # what is ours goes, with the marker; the rest stays and is not taken for ours by a later run
+            for path in (*written, self.partial / BEGUN):
+                path.unlink(missing_ok=True)
+        if wrong:
+            raise ArtifactError(
+                f"{self.partial} is not as this export wrote it:\n{listed(wrong)}\nSomething else works in that "
+                "directory. See to it, and export again, or name another directory with --out."
+            )
+
+    def _put_in_place(self) -> None:
+        """The two renames; markers are removed when both are done."""
+        try:
+            if self.folder.exists() and any(self.folder.iterdir()):
+                write_json(self.folder / _PUT_ASIDE, {"fingerprint": self.fingerprint})
+                self.folder.rename(self._replaced)
+            self.partial.replace(self.folder)
+        except OSError as error:
+            raise ArtifactError(refusal(error, self.folder, action="could not be put in its place")) from error
+        self._tidy_finished()
 
     @property
     def _replaced(self) -> Path:
@@ -219,4 +359,14 @@ class ExportFolder:
 
     def _is_half_replaced(self) -> bool:
         """A process killed between the two renames of `finish` leaves the earlier export beside its name."""
-        return (self._replaced / RECORD).exists() and not self.folder.exists()
+        return _is_our_replaced(self._replaced) and (self._replaced / RECORD).exists() and not self.folder.exists()
+
+
+def _is_our_partial(folder: Path) -> bool:
+    """Whether it is what an export that did not end has left: begun, or not even that."""
+    return folder.is_dir() and not folder.is_symlink() and (has_marker(folder, (BEGUN,)) or is_empty(folder))
+
+
+def _is_our_replaced(folder: Path) -> bool:
+    """Whether it is an export that was put aside; its marker is removed last."""
+    return folder.is_dir() and not folder.is_symlink() and (has_marker(folder, (_PUT_ASIDE,)) or is_empty(folder))

@@ -11,19 +11,22 @@ import hashlib
 import json
 import os
 import re
-import shutil
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX, refuse_foreign_partial, remove_partial
+from mc_cli.artifacts.system_errors import refusal
 from mc_cli.errors import ArtifactError
 
 if TYPE_CHECKING:
     import torch
 
-PARTIAL_SUFFIX = ".partial"
+_COPIED_BYTES = 1 << 20
+_LONGEST_HEADER = 100 << 20  # of a safetensors file, by its format
 
 
 def _umask() -> int:
@@ -38,11 +41,13 @@ _UMASK = _umask()
 def write_bytes_with(path: Path, writer: Callable[[Path], None]) -> None:
     """Calls `writer(partial)`, flushes it to disk and moves it to `path` in one step; removes it if that fails.
 
-    Raises ArtifactError where the disk is full or does not take the file; what was at `path` is then still there.
+    Raises ArtifactError where the disk is full or does not take the file, or where something of somebody else lies at
+    `NAME.partial`; what was at `path` is then still there.
     """
     # A folder of its own, because safetensors writes to a temporary name that it chooses beside its target.
     folder = path.with_name(path.name + PARTIAL_SUFFIX)
     partial = folder / path.name
+    refuse_foreign_partial(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writer(partial)
@@ -51,21 +56,73 @@ def write_bytes_with(path: Path, writer: Callable[[Path], None]) -> None:
             os.fsync(handle.fileno())
         partial.replace(path)
         _sync_folder(path.parent)
+        _note(path)
     except OSError as error:
-        raise _not_written(path, error) from error
+        raise ArtifactError(refusal(error, path, action="could not be written")) from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_partial(folder)
 
 
-def _not_written(path: Path, error: OSError) -> ArtifactError:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return ArtifactError(f"{path} could not be written: {error.strerror or error}.")
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    quota = " (your quota on it is used up)" if error.errno == errno.EDQUOT else ""
-    return ArtifactError(
-        f"The disk is full{quota}: {path} could not be written, {shutil.disk_usage(there).free:,} bytes are free in "
-        f"{there}. What was finished before is kept; free some space and run the same command again."
-    )
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file's bytes, atomically. Raises ArtifactError, naming the one that cannot be read or written."""
+    try:
+        with source.open("rb") as handle:
+            write_bytes_with(target, lambda partial: _copy_open(handle, source, partial))
+    except OSError as error:
+        raise ArtifactError(refusal(error, source, action="cannot be read")) from error
+
+
+def _copy_open(handle: BinaryIO, source: Path, partial: Path) -> None:
+    with partial.open("wb") as out:
+        while block := _read_block(handle, source):
+            out.write(block)
+
+
+def _read_block(handle: BinaryIO, source: Path) -> bytes:
+    try:
+        return handle.read(_COPIED_BYTES)
+    except OSError as error:
+        raise ArtifactError(refusal(error, source, action="cannot be read")) from error
+
+
+def rename_file(source: Path, target: Path) -> None:
+    """Gives a file that was written another name. Raises ArtifactError where the system refuses."""
+    try:
+        source.rename(target)
+    except OSError as error:
+        raise ArtifactError(refusal(error, source, action=f"could not be renamed to {target.name}")) from error
+    written = _WRITTEN.get()
+    if written is not None:
+        written.pop(source, None)
+        _note(target)
+
+
+# While an export is written: file -> (inode, bytes, modification time) as it was when it got its name.
+Written = dict[Path, tuple[int, int, int]]
+_WRITTEN: ContextVar[Written | None] = ContextVar("written", default=None)
+
+
+@contextmanager
+def noting_files() -> Iterator[Written]:
+    """Gives every file that is written, copied or renamed inside by the functions of this module."""
+    written: Written = {}
+    token = _WRITTEN.set(written)
+    try:
+        yield written
+    finally:
+        _WRITTEN.reset(token)
+
+
+def _note(path: Path) -> None:
+    written = _WRITTEN.get()
+    if written is not None:
+        written[path] = stamp_of(path)
+
+
+def stamp_of(path: Path) -> tuple[int, int, int]:
+    """(inode, bytes, modification time in ns): other where a file was written anew."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _sync_folder(folder: Path) -> None:
@@ -165,27 +222,26 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
+def read_number(path: Path, name: str) -> int:
+    """A tensor of one int64 in a safetensors file, without torch. Raises ArtifactError where there is none."""
+    try:
+        with path.open("rb") as handle:
+            (size,) = struct.unpack("<Q", handle.read(8))
+            entry = json.loads(handle.read(min(size, _LONGEST_HEADER)))[name]
+            if (entry["dtype"], entry["shape"]) != ("I64", []):
+                raise ValueError(f"{name} is no number")
+            handle.seek(8 + size + entry["data_offsets"][0])
+            return int(struct.unpack("<q", handle.read(8))[0])
+    except OSError as error:
+        raise ArtifactError(refusal(error, path, action="cannot be read")) from error
+    except (struct.error, KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ArtifactError(f"{path} is damaged: {error!r:.200}. Use --force to make it again.") from error
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def damaged_files(folder: Path, outputs: Mapping[str, Mapping[str, Any]], *, contents: bool) -> list[str]:
-    """A line for each file that is not as it was recorded when it was written: {"sha256", "size_bytes"} by name.
-
-    contents   read all of every file; without it, only sizes are compared
-    """
-    wrong = []
-    for name, facts in outputs.items():
-        path = folder / name
-        if not path.is_file():
-            wrong.append(f"{path}: missing")
-        elif path.stat().st_size != facts["size_bytes"]:
-            wrong.append(f"{path}: {path.stat().st_size:,} bytes, {facts['size_bytes']:,} when it was written")
-        elif contents and file_digest(path) != facts["sha256"]:
-            wrong.append(f"{path}: other bytes than were written")
-    return wrong
 
 
 def content_digest(content: Any) -> str:

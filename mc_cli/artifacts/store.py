@@ -7,69 +7,39 @@ Killing the process at any moment leaves one of them: what is being removed lies
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.files import (
+from mc_cli.artifacts.damage import ALL_BYTES, SHOWN_BYTES, damaged_files, unexpected_files
+from mc_cli.artifacts.files import file_digest, read_json, write_json
+from mc_cli.artifacts.leftovers import (
     PARTIAL_SUFFIX,
-    content_digest,
-    damaged_files,
-    file_digest,
-    read_json,
-    write_json,
+    foreign_error,
+    has_marker,
+    is_empty,
+    partials_below,
+    remove_folder,
+    remove_partial,
 )
+from mc_cli.artifacts.manifest import (
+    FOLDERS,
+    MANIFEST,
+    STAGE_FOLDERS,
+    Manifest,
+    command_of,
+    fingerprint_of,
+)
+from mc_cli.artifacts.system_errors import refusal
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.progress import Progress
 
-SCHEMA = 1
-MANIFEST = "manifest.json"
 BEGUN = "begun.json"
 REMOVED_SUFFIX = ".removed"
 RESUME = "resume"  # what only a resume needs: hidden states after the last finished layer
-
-# command -> folder in the work directory, in the order of a run
-STAGE_FOLDERS = {
-    "calibrate": "calibration",
-    "score": "importance",
-    "allocate": "plan",
-    "quantize": "packed",
-    "prune-eval": "evaluation",
-}
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What made a stage folder, from what, with which settings, and the files it holds."""
-
-    stage: str
-    fingerprint: str
-    settings: Mapping[str, Any]
-    inputs: Mapping[str, str]
-    outputs: Mapping[str, Mapping[str, Any]]  # file -> {"sha256", "size_bytes"}
-    tool_version: str
-    warnings: tuple[str, ...] = ()
-    schema: int = SCHEMA
-
-    @classmethod
-    def read(cls, folder: Path) -> Manifest | None:
-        """The folder's manifest, or None where the stage has not finished."""
-        path = folder / MANIFEST
-        if not path.exists():
-            return None
-        content = read_json(path)
-        if content.get("schema") != SCHEMA:
-            raise ArtifactError(
-                f"{path} has schema {content.get('schema')!r}; this version reads {SCHEMA}. Use --force to rebuild."
-            )
-        try:
-            return cls(**{**content, "warnings": tuple(content["warnings"])})
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(
-                f"{path} is not a manifest of this version: {error}. Use --force to rebuild."
-            ) from error
+_MARKERS = (MANIFEST, BEGUN)
 
 
 @dataclass
@@ -78,6 +48,7 @@ class StageFolder:
 
     settings   everything that changes the result; what does not (progress, batch of a GPU) stays out
     inputs     name -> digest of what the stage reads: model files, data, fingerprints of earlier stages
+    reads      earlier stages whose files it reads beside those that `inputs` names
     """
 
     work_dir: Path
@@ -86,6 +57,7 @@ class StageFolder:
     inputs: Mapping[str, str]
     warnings: list[str] = field(default_factory=list)
     folder_name: str = ""  # "" = the stage's own; another for what a stage makes beside it
+    reads: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -93,7 +65,7 @@ class StageFolder:
 
     @property
     def fingerprint(self) -> str:
-        return content_digest({"stage": self.stage, "schema": SCHEMA, "settings": self.settings, "inputs": self.inputs})
+        return fingerprint_of(self.stage, self.settings, self.inputs)
 
     def path(self, name: str) -> Path:
         """Where the file `name` of this stage lies."""
@@ -109,19 +81,14 @@ class StageFolder:
         manifest = Manifest.read(self.folder)
         if manifest is not None:
             return "done" if manifest.fingerprint == self.fingerprint else "stale"
-        if not self.path(BEGUN).exists() or not self._holds_work():
+        if not self.path(BEGUN).exists() or not holds_work(self.folder):
             return "new"
-        return "begun" if read_json(self.path(BEGUN)).get("fingerprint") == self.fingerprint else "stale"
-
-    def _holds_work(self) -> bool:
-        return any(path.name != BEGUN and path.suffix != PARTIAL_SUFFIX for path in self.folder.iterdir())
+        return "begun" if read_begun(self.folder).get("fingerprint") == self.fingerprint else "stale"
 
     def differences(self) -> list[str]:
         """Each setting and input that differs between what lies on disk and what is asked for now."""
-        record = self.path(MANIFEST) if self.path(MANIFEST).exists() else self.path(BEGUN)
-        if not record.exists():
-            return []
-        then = read_json(record)
+        manifest = Manifest.read(self.folder)
+        then = asdict(manifest) if manifest is not None else read_begun(self.folder)
         return [
             line
             for kind, now in (("settings", self.settings), ("inputs", self.inputs))
@@ -139,21 +106,22 @@ class StageFolder:
         """True if the stage has to run, False if it is done. Nothing that is whole is changed.
 
         Raises StaleArtifactError naming every setting and input that changed, unless `force`; ArtifactError for a
-        folder that is done but damaged, or that holds files of somebody else.
+        folder that is done but damaged, for files of somebody else in the way, and for damage in an earlier stage.
         """
-        _discard_rest(self.folder)
         self._refuse_foreign()
         if not force:
             state = self.state()
             if state == "done":
-                self.verify()
-                self._clean()
+                self.verify(up_to_bytes=SHOWN_BYTES)
+                self._tidy_finished()
                 return False
             if state == "stale":
                 raise StaleArtifactError(
                     f"{self.folder} was made with other settings or inputs:\n{listed(self.differences())}\n"
                     "Use --force to rebuild it, another work directory to keep both, or the old settings to continue."
                 )
+        self._refuse_foreign_leftovers()
+        self._verify_earlier()
         return True
 
     def start(self, *, force: bool) -> None:
@@ -161,6 +129,7 @@ class StageFolder:
 
         To be called once everything that could be refused has been read: with `force` it removes a finished result.
         """
+        _discard_rest(self.folder)
         if force or self.state() == "new":
             _discard(self.folder)
         self._clean_partial()
@@ -170,34 +139,67 @@ class StageFolder:
 
     def _refuse_foreign(self) -> None:
         """Raises ArtifactError for a folder that no stage made: it would be removed, with whatever is in it."""
-        if not self.folder.exists() or self.path(MANIFEST).exists() or self.path(BEGUN).exists():
-            return
-        found = sorted(path.name for path in self.folder.iterdir() if path.name != BEGUN + PARTIAL_SUFFIX)
-        if found:
-            raise ArtifactError(
-                f"{self.folder} has neither {MANIFEST} nor {BEGUN}, so {self.stage} did not make it, but it holds "
-                f"{len(found)} files or folders ({', '.join(found[:5])}). Move it away, or use another work directory."
-            )
+        try:
+            if self.folder.is_file() or (self.folder.is_symlink() and not self.folder.exists()):
+                raise foreign_error([self.folder])
+            if not self.folder.exists() or has_marker(self.folder, _MARKERS) or is_empty(self.folder):
+                return
+            found = sorted(path.name for path in self.folder.iterdir())
+        except OSError as error:
+            raise ArtifactError(refusal(error, self.folder, action="cannot be read")) from error
+        raise ArtifactError(
+            f"{self.folder} has neither {MANIFEST} nor {BEGUN} of ours, so {self.stage} did not make it, but it holds "
+            f"{len(found)} files or folders ({', '.join(found[:5])}). Move it away, or use another work directory."
+        )
+
+    def _refuse_foreign_leftovers(self) -> None:
+        """Raises ArtifactError for what has a name that we tidy, and is somebody else's."""
+        foreign = partials_below(self.folder)[1]
+        removed = _removed(self.folder)
+        if removed.is_symlink() or (removed.exists() and not _is_ours(removed)):
+            foreign.append(removed)
+        if foreign:
+            raise foreign_error(foreign)
 
     def _clean_partial(self) -> None:
         """Removes what a killed run was writing."""
-        for leftover in self.folder.rglob(f"*{PARTIAL_SUFFIX}"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in partials_below(self.folder)[0]:
+            remove_partial(leftover)
+
+    def _tidy_finished(self) -> None:
+        """Removes what killed runs left of a stage that is done; on a disk that is only read, it stays."""
+        with suppress(ArtifactError, OSError):
+            self._clean()
+            if _is_ours(_removed(self.folder)):
+                _discard_rest(self.folder)
 
     def _clean(self) -> None:
         """Removes what only an unfinished stage needs."""
-        shutil.rmtree(self.path(RESUME), ignore_errors=True)
+        if self.path(RESUME).is_dir():
+            remove_folder(self.path(RESUME), ())
         self._clean_partial()
-        self.path(BEGUN).unlink(missing_ok=True)
+        if self.path(BEGUN).exists():
+            self.path(BEGUN).unlink(missing_ok=True)
 
-    def verify(self, *, contents: bool = False) -> None:
-        """Raises ArtifactError if a file of the manifest is missing or has another size, or other `contents`."""
+    def verify(self, *, up_to_bytes: float = 0) -> None:
+        """Raises ArtifactError if a file of the manifest is missing or of another size, or has other contents.
+
+        up_to_bytes   contents of files up to this size are compared (`damage.ALL_BYTES`: all)
+        """
         manifest = Manifest.read(self.folder)
         if manifest is None:
             raise ArtifactError(f"{self.folder} has no {MANIFEST}: the stage has not finished. Run it again.")
-        wrong = damaged_files(self.folder, manifest.outputs, contents=contents)
+        wrong = damaged_files(self.folder, manifest.outputs, up_to_bytes=up_to_bytes)
         if wrong:
-            raise ArtifactError(f"{self.folder} is damaged:\n{listed(wrong)}\nUse --force to rebuild this stage.")
+            raise ArtifactError(
+                f"{self.folder} is damaged:\n{listed(wrong)}\nUse --force to rebuild this stage: "
+                f"`mc-cli {command_of(self.stage)} -w {self.work_dir} --force`."
+            )
+
+    def _verify_earlier(self) -> None:
+        """Raises ArtifactError where a file that this stage reads is not as it was written."""
+        names = [name for name in FOLDERS if name in self.inputs or name in self.reads]
+        verify_stages(self.work_dir, names, up_to_bytes=ALL_BYTES)
 
     def warn(self, message: str, progress: Progress) -> None:
         """Shows a warning now, and keeps it for the manifest."""
@@ -211,7 +213,16 @@ class StageFolder:
         return manifest.warnings if manifest else ()
 
     def finish(self, tool_version: str) -> Manifest:
-        """Writes the manifest, from which on the stage is done, and removes what only a resume needed."""
+        """Writes the manifest, from which on the stage is done, and removes what only a resume needed.
+
+        Raises ArtifactError where a file of an earlier stage has changed while this one ran; what was computed from it
+        is then removed.
+        """
+        try:
+            self._verify_earlier()
+        except ArtifactError as error:
+            _discard(self.folder)
+            raise ArtifactError(f"{error} It changed while {self.stage} ran, whose work is not kept.") from error
         self._clean_partial()
         outputs = {}
         for path in sorted(self.folder.rglob("*")):
@@ -228,19 +239,56 @@ class StageFolder:
             warnings=tuple(self.warnings),
         )
         write_json(self.path(MANIFEST), asdict(manifest))
-        self._clean()
+        with suppress(ArtifactError, OSError):  # it is done; a later run tidies
+            self._clean()
         return manifest
 
 
+def holds_work(folder: Path) -> bool:
+    """Whether a run that has not finished left anything to go on from."""
+    return any(path.name != BEGUN and not path.name.endswith(PARTIAL_SUFFIX) for path in folder.iterdir())
+
+
+def read_begun(folder: Path) -> dict[str, Any]:
+    """What the run that began the folder was asked for; empty where there is no such record.
+
+    Raises ArtifactError for a damaged one.
+    """
+    path = folder / BEGUN
+    if not path.exists():
+        return {}
+    content = read_json(path)
+    kinds = {"fingerprint": str, "settings": dict, "inputs": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
+    if wrong:
+        raise ArtifactError(f"{path} is damaged: {', '.join(wrong)}. Use --force to begin this stage anew.")
+    return content
+
+
+def _removed(folder: Path) -> Path:
+    return folder.with_name(folder.name + REMOVED_SUFFIX)
+
+
+def _is_ours(folder: Path) -> bool:
+    return folder.is_dir() and not folder.is_symlink() and (has_marker(folder, _MARKERS) or is_empty(folder))
+
+
 def _discard(folder: Path) -> None:
-    """Removes a folder; killed half-way, none of it is left under its own name."""
-    if folder.exists():
-        folder.rename(folder.with_name(folder.name + REMOVED_SUFFIX))
+    """Removes a folder of ours; killed half-way, none of it is left under its own name."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        try:
+            folder.rename(_removed(folder))
+        except OSError as error:
+            raise ArtifactError(refusal(error, folder, action="could not be removed")) from error
         _discard_rest(folder)
 
 
 def _discard_rest(folder: Path) -> None:
-    shutil.rmtree(folder.with_name(folder.name + REMOVED_SUFFIX), ignore_errors=True)
+    """Removes what is left of a folder that is being removed, and nothing of somebody else."""
+    if _is_ours(_removed(folder)):
+        remove_folder(_removed(folder), _MARKERS)
 
 
 def _differences(kind: str, then: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
@@ -261,10 +309,10 @@ def _short(value: Any) -> str:
 
 
 def require_done(work_dir: Path, stage: str) -> Manifest:
-    """The manifest of a finished earlier stage, made from what the stages before it are now.
+    """The manifest of a finished earlier stage, made from what the stages before it are now, with all its files.
 
     Raises InputError naming the command to run where it is not finished, StaleArtifactError where a stage that it read
-    has been made anew since.
+    has been made anew since, ArtifactError where a file is gone or of another size.
     """
     folder = work_dir / STAGE_FOLDERS[stage]
     manifest = Manifest.read(folder)
@@ -281,4 +329,35 @@ def require_done(work_dir: Path, stage: str) -> Manifest:
                 f"{folder} was made from an earlier run of {name}, which has been made anew since. "
                 f"Run `mc-cli {stage} -w {work_dir} --force` first."
             )
+    verify_stages(work_dir, [stage], up_to_bytes=0)
     return manifest
+
+
+def verify_stages(work_dir: Path, stages: Iterable[str], *, up_to_bytes: float) -> None:
+    """Raises ArtifactError, naming all files that are not as the finished stages wrote them, and what to do.
+
+    up_to_bytes   contents of files up to this size are compared, of larger ones only the size
+    """
+    wrong: list[str] = []
+    commands: list[str] = []
+    for stage in stages:
+        folder = work_dir / FOLDERS[stage]
+        manifest = Manifest.read(folder)
+        if manifest is None:
+            continue
+        found = damaged_files(folder, manifest.outputs, up_to_bytes=up_to_bytes)
+        if stage == "quantize" and up_to_bytes:  # whose folder is read by listing it
+            found += unexpected_files(folder, manifest.outputs, ignored=(MANIFEST, BEGUN, RESUME))
+        if found:
+            wrong += found
+            commands.append(f"`mc-cli {command_of(stage)} -w {work_dir} --force`")
+    if not wrong:
+        return
+    plan = work_dir / STAGE_FOLDERS["allocate"] / "plan.yaml"
+    edited = ""
+    if any(line.startswith(f"{plan}:") for line in wrong):
+        edited = f" If you edited the plan by hand, name it: `mc-cli quantize -w {work_dir} --plan {plan}`."
+    raise ArtifactError(
+        f"What earlier stages wrote is damaged:\n{listed(wrong)}\nUse --force to make it again, "
+        f"{' and '.join(commands)}, or copy the files again from where they are whole.{edited}"
+    )

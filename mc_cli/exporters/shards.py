@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mc_cli.artifacts.files import write_json, write_tensors
+from mc_cli.artifacts.files import rename_file, write_json, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -48,12 +48,12 @@ class ShardWriter:
             self._flush()
         count = len(self._shards)
         if count == 1:
-            (self._folder / _unnamed(0)).rename(self._folder / SINGLE)
+            rename_file(self._folder / _unnamed(0), self._folder / SINGLE)
             return
         weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards):
             file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            (self._folder / _unnamed(number)).rename(self._folder / file)
+            rename_file(self._folder / _unnamed(number), self._folder / file)
             weight_map |= dict.fromkeys(names, file)
         metadata = {"total_size": self._total_bytes}
         write_json(self._folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})

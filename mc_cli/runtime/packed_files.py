@@ -6,7 +6,6 @@ Only headers are read until a tensor is asked for; tensors on the CPU stay memor
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING
 
-from mc_cli.artifacts.files import read_json, write_json
+from mc_cli.artifacts.files import copy_file, read_json, write_json
 from mc_cli.artifacts.packed import CONFIG_FOLDER, LAYOUT, QUANT_METHOD, PackedLayout, read_layout
 from mc_cli.errors import ArtifactError, InputError, listed
 
@@ -64,7 +63,7 @@ def copy_model_files(source_folder: Path, target_folder: Path) -> None:
     own_code = config.get("model_type") not in CONFIG_MAPPING
     patterns = (*MODEL_FILES, "*.py") if own_code else MODEL_FILES
     for path in sorted({path for pattern in patterns for path in source_folder.glob(pattern) if path.is_file()}):
-        shutil.copyfile(path, target_folder / path.name)
+        copy_file(path, target_folder / path.name)
     dropped = _OF_THE_ORIGINAL[:-1] if own_code else _OF_THE_ORIGINAL
     write_json(target_folder / "config.json", _without(config, dropped))
 

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
+from mc_cli.artifacts.damage import ALL_BYTES
 from mc_cli.artifacts.files import read_tensors
 from mc_cli.artifacts.importance import Importance
+from mc_cli.artifacts.manifest import POLICY_STAGE
 from mc_cli.artifacts.packed import read_layout
 from mc_cli.artifacts.pruning import FOLDER, TENSOR_PREFIX, OperatingPoint, Pruning, read_pruning, write_pruning
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, require_done
@@ -46,7 +48,6 @@ from mc_cli.runtime.readback import free_memory
 from mc_cli.runtime.session import Session
 from mc_cli.settings import PruneSettings
 
-STAGE = "policy"
 BASELINES = ("top-k", "random", "router-threshold")
 DEFAULT_MAX_LOSS = 0.01
 _CHECK_SHARE = 4  # one of so many fitting windows is kept for --max-loss; no threshold is fitted on it
@@ -106,7 +107,10 @@ def fitting_folder(settings: PruneSettings, session: Session, inputs: Mapping[st
     resolved = {**settings.resolved(), "policy": policy_names(settings), "dtype": session.dtype_name}
     del resolved["sweep"]
     made_from = {name: require_done(session.work_dir, name).fingerprint for name in ("calibrate", "quantize")}
-    return StageFolder(session.work_dir, STAGE, resolved, {**made_from, **inputs}, folder_name=FOLDER)
+    reads = ("score",) if settings.drop_experts else ()
+    return StageFolder(
+        session.work_dir, POLICY_STAGE, resolved, {**made_from, **inputs}, folder_name=FOLDER, reads=reads
+    )
 
 
 def fit_or_read(
@@ -135,6 +139,7 @@ def fit_or_read(
                 folder.warn(note, progress)
             write_pruning(folder.path(name), ready, learned.get(name, {}))
         folder.finish(__version__)
+    folder.verify(up_to_bytes=ALL_BYTES)
     found = {name: read_pruning(folder.path(name)) for name in names}
     return FittedPolicies(folder.fingerprint, found, folder.recorded_warnings())
 

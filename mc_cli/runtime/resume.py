@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 
+import torch
+
 from mc_cli.artifacts.files import read_tensors, write_tensors
 from mc_cli.artifacts.store import RESUME, StageFolder
+from mc_cli.errors import ArtifactError
 from mc_cli.runtime.layerwise import LayerWalk
 
 _NAME = re.compile(r"before_([0-9]+)\.safetensors")
@@ -29,8 +32,22 @@ def restore_progress(folder: StageFolder, walk: LayerWalk, original: LayerWalk |
     if not depths:
         return 0
     depth = max(depths)
-    saved = read_tensors(folder.path(f"{RESUME}/before_{depth}.safetensors"))
-    walk.restore(saved["hidden"], depth)
+    if depth > walk.num_layers:
+        raise ArtifactError(
+            f"{folder.path(RESUME)} holds states behind layer {depth}, and the model has {walk.num_layers}. Use "
+            "--force to begin this stage anew."
+        )
+    name = f"before_{depth}.safetensors"
+    walk.restore(read_state(folder, name, "hidden"), depth)
     if original is not None:
-        original.restore(saved["original"], depth)
+        original.restore(read_state(folder, name, "original"), depth)
     return depth
+
+
+def read_state(folder: StageFolder, file: str, name: str) -> torch.Tensor:
+    """The tensor `name` that an earlier run left for a resume. Raises ArtifactError where it is not in its file."""
+    path = folder.path(f"{RESUME}/{file}")
+    found = read_tensors(path)
+    if name not in found:
+        raise ArtifactError(f"{path} is damaged: it has no tensor {name!r}. Use --force to begin this stage anew.")
+    return found[name]

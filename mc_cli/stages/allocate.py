@@ -11,6 +11,7 @@ from mc_cli import __version__
 from mc_cli.allocators import Budget, Floor, allocate
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.importance import Importance
+from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.plan import KEPT_BITS, ExpertBits, Plan
 from mc_cli.artifacts.store import STAGE_FOLDERS, StageFolder, require_done
 from mc_cli.encodings import encoding_for, stored_bytes
@@ -37,6 +38,7 @@ def plan_stage(settings: AllocateSettings, compute: RunSettings, work_dir: Path)
     )
 
 
+@holding_work_dir
 def run(
     settings: AllocateSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress
 ) -> StageResult:

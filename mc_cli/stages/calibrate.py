@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from mc_cli import __version__
 from mc_cli.artifacts import calibration as artifact
 from mc_cli.artifacts.calibration import LayerRouting, LayerSensitivity
 from mc_cli.artifacts.files import read_tensors, write_tensors
+from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.store import RESUME, StageFolder
 from mc_cli.parts import ExpertBlock, ModelInventory, Role
 from mc_cli.progress import Progress, StageResult
@@ -28,7 +30,7 @@ from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.inventory import take_inventory
 from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.memory import release_freed_memory
-from mc_cli.runtime.resume import restore_progress, save_progress
+from mc_cli.runtime.resume import read_state, restore_progress, save_progress
 from mc_cli.runtime.routing import routing_statistics, watching
 from mc_cli.runtime.sensitivity import backward_layer, output_gradient
 from mc_cli.runtime.session import Session, first_session
@@ -37,12 +39,15 @@ from mc_cli.settings import CalibrateSettings, RunSettings
 STAGE = "calibrate"
 GRADIENT_BATCH_TOKENS = 4096  # per backward of one layer, whose activations are all kept
 
+_GRADIENTS = re.compile(r"gradient_before_([0-9]+)\.safetensors")
+
 
 def plan_stage(settings: CalibrateSettings, compute: RunSettings, work_dir: Path) -> StageFolder:
     """The stage's folder with its settings and input digests; nothing is run."""
     return _folder(settings, first_session(work_dir, settings.model, settings.revision, compute))
 
 
+@holding_work_dir
 def run(
     settings: CalibrateSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress
 ) -> StageResult:
@@ -142,7 +147,9 @@ def _forward(
     with progress.step("calibrate: forward", total=walk.num_layers, unit="layer", done=first) as step:
         for layer in range(first, walk.num_layers):
             if gradient_sequences:
-                write_tensors(folder.path(_inputs_file(layer)), {"hidden": walk.hidden[:gradient_sequences]})
+                write_tensors(
+                    folder.path(f"{RESUME}/{_inputs_file(layer)}"), {"hidden": walk.hidden[:gradient_sequences]}
+                )
             checkpoint.load(layer)
             _forward_layer(walk, checkpoint, blocks.get(layer), folder)
             checkpoint.free(layer)
@@ -182,7 +189,7 @@ def _backward(
         for depth in range(layer, first - 1, -1):
             checkpoint.load(depth)
             walk.depth = depth
-            inputs = read_tensors(folder.path(_inputs_file(depth)))["hidden"]
+            inputs = read_state(folder, _inputs_file(depth), "hidden")
             gradients, sensitivity, covariance = backward_layer(
                 walk,
                 inputs,
@@ -211,18 +218,21 @@ def _gradient_start(
     walk: LayerWalk, folder: StageFolder, sequences: int, settings: CalibrateSettings
 ) -> tuple[torch.Tensor, int]:
     """Gradients at the output of a layer, and that layer: the last one, or where an earlier run stopped."""
-    saved = sorted(
-        folder.path(RESUME).glob("gradient_before_*.safetensors"), key=lambda path: int(path.stem.split("_")[-1])
-    )
-    if saved:
-        return read_tensors(saved[0])["gradients"], int(saved[0].stem.split("_")[-1]) - 1
-    final = read_tensors(folder.path(f"{RESUME}/before_{walk.num_layers}.safetensors"))["hidden"][:sequences]
+    depths = [
+        int(match[1])
+        for path in folder.path(RESUME).glob("*")
+        if (match := _GRADIENTS.fullmatch(path.name)) is not None
+    ]
+    if depths:
+        depth = min(depths)
+        return read_state(folder, f"gradient_before_{depth}.safetensors", "gradients"), depth - 1
+    final = read_state(folder, f"before_{walk.num_layers}.safetensors", "hidden")[:sequences]
     gradients = output_gradient(walk, final, samples=settings.gradient_samples, seed=settings.seed)
     return gradients, walk.num_layers - 1
 
 
 def _inputs_file(layer: int) -> str:
-    return f"{RESUME}/gradient_inputs_{layer}.safetensors"
+    return f"gradient_inputs_{layer}.safetensors"
 
 
 def read_routing(folder: Path, inventory: ModelInventory) -> list[LayerRouting]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -15,12 +16,23 @@ from typing import Any
 import torch
 
 from mc_cli import __version__
-from mc_cli.artifacts.exported import STAGE, ExportFolder, ExportRecord, remember_export
-from mc_cli.artifacts.files import read_json
+from mc_cli.artifacts.damage import ALL_BYTES
+from mc_cli.artifacts.exported import (
+    RECORD,
+    STAGE,
+    ExportFolder,
+    ExportRecord,
+    export_target,
+    noted_export,
+    remember_export,
+)
+from mc_cli.artifacts.files import noting_files, read_json
+from mc_cli.artifacts.locks import holding_work_dir, target_lock
+from mc_cli.artifacts.manifest import POLICY_STAGE
 from mc_cli.artifacts.packed import PackedLayout, encoding_of
 from mc_cli.artifacts.pruning import FOLDER as POLICY_FOLDER
 from mc_cli.artifacts.pruning import Pruning, read_pruning
-from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest, StageFolder, require_done
+from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest, require_done, verify_stages
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError
 from mc_cli.exporters import ExportJob, exporter_from_name
 from mc_cli.exporters.model_card import CardFacts
@@ -35,6 +47,7 @@ from mc_cli.settings import ExportSettings, RunSettings
 
 KEPT_BITS = 16
 EVALUATION = "eval.json"
+_SHIPPED = ("quantize", "prune-eval", POLICY_STAGE)  # whose files are in what is exported
 
 
 def plan_stage(settings: ExportSettings, compute: RunSettings, work_dir: Path) -> ExportFolder:
@@ -45,36 +58,55 @@ def plan_stage(settings: ExportSettings, compute: RunSettings, work_dir: Path) -
     if evaluated is not None:
         inputs["prune-eval"] = evaluated.fingerprint
     resolved = {name: value for name, value in settings.resolved().items() if name != "out"}
-    target = Path(settings.out).expanduser().resolve()
+    target = export_target(settings.out)
     packed = (work_dir / STAGE_FOLDERS["quantize"]).resolve()
     if target == packed or packed in target.parents or target in packed.parents:
         raise InputError(f"--out {settings.out} holds or lies in {packed}, which is read. Name a directory elsewhere.")
     return ExportFolder(target, resolved, inputs)
 
 
+@holding_work_dir
 def run(
     settings: ExportSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress
 ) -> StageResult:
     """Writes the directory `settings.out`. A failure, also of reading it back, leaves none and raises."""
     folder = plan_stage(settings, compute, work_dir)
-    _verify_packed(work_dir, contents=False)
+    folder.check_place()
+    with target_lock(folder.folder):
+        return _run(folder, settings, compute, work_dir, force=force, progress=progress)
+
+
+def _run(
+    folder: ExportFolder,
+    settings: ExportSettings,
+    compute: RunSettings,
+    work_dir: Path,
+    *,
+    force: bool,
+    progress: Progress,
+) -> StageResult:
     if not folder.begin(force=force):
         _remember(work_dir, folder, progress)
         return _result(folder, settings, ran=False)
+    before = noted_export(work_dir, folder.folder)
+    _remember(work_dir, folder, progress)
     packed = work_dir / STAGE_FOLDERS["quantize"]
     try:
-        _verify_packed(work_dir, contents=True)
+        verify_stages(work_dir, _SHIPPED, up_to_bytes=ALL_BYTES)
         stages = _stage_records(work_dir)
         files = open_packed(packed)
         evaluation = _evaluation(work_dir, folder, progress)
         card = _card(work_dir, files, stages, evaluation, compute)
         pruning = _pruning(settings, work_dir, evaluation, folder, progress)
-        found = _write_and_read_back(settings, compute, files, folder, card, pruning, progress)
-        folder.finish(stages=stages, read_back=asdict(found), tool_version=__version__)
+        with noting_files() as written:
+            found = _write_and_read_back(settings, compute, files, folder, card, pruning, progress)
+        verify_stages(work_dir, _SHIPPED, up_to_bytes=ALL_BYTES)  # what was read is still what was checked
+        folder.finish(written=written, stages=stages, read_back=asdict(found), tool_version=__version__)
     except BaseException:
         folder.discard()
+        with suppress(ArtifactError, OSError):
+            remember_export(work_dir, folder.folder, before)
         raise
-    _remember(work_dir, folder, progress)
     return _result(folder, settings, ran=True)
 
 
@@ -128,12 +160,6 @@ def _write_and_read_back(
             progress,
         )
     return found
-
-
-def _verify_packed(work_dir: Path, *, contents: bool) -> None:
-    """Raises ArtifactError where the packed folder's files are not those of its manifest."""
-    manifest = require_done(work_dir, "quantize")
-    StageFolder(work_dir, "quantize", manifest.settings, manifest.inputs).verify(contents=contents)
 
 
 def _stage_records(work_dir: Path) -> dict[str, dict[str, Any]]:
@@ -243,7 +269,12 @@ def _pruning(
 def _result(folder: ExportFolder, settings: ExportSettings, *, ran: bool) -> StageResult:
     record = ExportRecord.read(folder.folder)
     assert record is not None
-    found = ReadBack(**record.read_back)
+    try:
+        found = ReadBack(**record.read_back)
+    except TypeError as error:
+        raise ArtifactError(
+            f"{folder.folder / RECORD} is damaged: read_back: {error}. Use --force to export again."
+        ) from error
     facts = {
         "format": settings.format,
         "directory": str(folder.folder),

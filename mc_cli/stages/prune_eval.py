@@ -15,6 +15,7 @@ from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.evaluation import Evaluation, TextResult
 from mc_cli.artifacts.files import DigestCache, content_digest
+from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.packed import StoredBytes
 from mc_cli.artifacts.quantization import read_report
 from mc_cli.artifacts.store import STAGE_FOLDERS, StageFolder, require_done
@@ -44,6 +45,7 @@ def plan_stage(settings: EvaluateSettings, compute: RunSettings, work_dir: Path)
     return _folder(settings, later_session(work_dir, compute))
 
 
+@holding_work_dir
 def run(
     settings: EvaluateSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress
 ) -> StageResult:
@@ -102,7 +104,8 @@ def _folder(settings: EvaluateSettings, session: Session) -> StageFolder:
         inputs |= _fitting_inputs(settings, session)
     if settings.tasks and settings.include_path is not None:
         inputs["tasks"] = _tasks_digest(Path(settings.include_path).expanduser(), session.digests())
-    return StageFolder(session.work_dir, STAGE, {**settings.resolved(), "dtype": session.dtype_name}, inputs)
+    resolved = {**settings.resolved(), "dtype": session.dtype_name}
+    return StageFolder(session.work_dir, STAGE, resolved, inputs, reads=("calibrate",))
 
 
 def _fitting_inputs(settings: EvaluateSettings, session: Session) -> dict[str, str]:

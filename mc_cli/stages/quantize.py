@@ -18,6 +18,7 @@ from torch import nn
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.files import file_digest, read_json, read_tensors, write_json, write_tensors
+from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.packed import ExpertLayout, PackedLayout, stacked_name
 from mc_cli.artifacts.plan import KEPT_BITS, Plan
 from mc_cli.artifacts.quantization import MatrixReport, read_report, write_report
@@ -50,6 +51,7 @@ def plan_stage(settings: QuantizeSettings, compute: RunSettings, work_dir: Path)
     return _folder(settings, later_session(work_dir, compute))
 
 
+@holding_work_dir
 @large_blocks_mapped()
 def run(
     settings: QuantizeSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress

@@ -18,6 +18,7 @@ from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.calibration import LayerRouting
 from mc_cli.artifacts.files import read_json, read_tensors, write_json
 from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
+from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder
 from mc_cli.encodings import Encoding, encoding_for, stored_bytes
 from mc_cli.measures.output_error import output_norm_mean, predicted_loss, squared_output_error
@@ -56,6 +57,7 @@ def plan_stage(settings: ScoreSettings, compute: RunSettings, work_dir: Path) ->
     return _folder(settings, later_session(work_dir, compute))
 
 
+@holding_work_dir
 def run(
     settings: ScoreSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress
 ) -> StageResult:

@@ -141,6 +141,7 @@ def test_killed_while_writing_and_while_removing(tmp_path: Path) -> None:
     write_text(folder.path("half"), "h")
     write_text(folder.path("deep/other.partial/.tmpX"), "x")
     write_text(tmp_path / "importance.removed" / "old", "o")
+    write_text(tmp_path / "importance.removed" / MANIFEST, '{"fingerprint": "f"}')
     assert stage(tmp_path).begin(force=False)
     assert names(tmp_path) == [f"importance/{BEGUN}", "importance/half"]
 

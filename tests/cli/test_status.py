@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import Result
 
+from mc_cli.artifacts.exported import remember_export
+from mc_cli.artifacts.files import write_json, write_tensors, write_text
 from mc_cli.artifacts.store import StageFolder
 from mc_cli.errors import ArtifactError
 from mc_cli.progress import SilentProgress
@@ -60,6 +63,63 @@ def test_begun_counts_layers(work_dir: Path) -> None:
     assert entry.detail == "4 of 5 layers"
 
 
+def test_the_phases_of_calibrate_are_counted(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+
+    def detail() -> str:
+        [entry] = [entry for entry in work_dir_status(work) if entry.stage == "calibrate"]
+        assert entry.state == "begun"
+        return entry.detail
+
+    folder = StageFolder(work, "calibrate", {"seed": 0}, {})
+    folder.path("begun.json.partial").mkdir(parents=True)  # killed in its very first file
+    assert detail() == "nothing finished yet"
+    folder.start(force=False)
+    assert detail() == "nothing finished yet"
+    write_text(folder.path("tokens.safetensors"), "x")
+    write_json(folder.path("inventory.json"), {"num_layers": 5, "expert_blocks": [{"layer": 3}, {"layer": 1}]})
+    assert detail() == "forward, 0 of 5 layers"
+    write_text(folder.path("resume/before_2.safetensors"), "x")
+    assert detail() == "forward, 2 of 5 layers"
+    folder.path("resume/before_2.safetensors").unlink()
+    write_text(folder.path("resume/before_5.safetensors"), "x")
+    assert detail() == "backward, 0 of 4 layers"
+    for depth in (4, 3):
+        write_text(folder.path(f"resume/gradient_before_{depth}.safetensors"), "x")
+    assert detail() == "backward, 2 of 4 layers"
+
+
+def test_the_phases_of_prune_eval_are_counted(work_dir: Path) -> None:
+    def detail() -> str:
+        [entry] = [entry for entry in work_dir_status(work_dir) if entry.stage == "prune-eval"]
+        assert entry.state == "begun"
+        return entry.detail
+
+    StageFolder(work_dir, "prune-eval", {"length": 8}, {}).start(force=False)
+    assert detail() == "original and packed model are compared"
+    settings = {"policy": ["otp"], "otp_steps": 200}
+    policies = StageFolder(work_dir, "policy", settings, {}, folder_name="pruning")
+    policies.start(force=False)
+    assert detail() == "otp's routers are trained, layer by layer"
+    write_tensors(policies.path("resume/routers.safetensors"), {"a": torch.ones(3), "step": torch.tensor(40)})
+    assert detail() == "otp's routers are trained, 40 of 200 steps"
+    write_text(policies.path("otp/policy.json"), "{}")
+    policies.finish("0")
+    assert detail() == "policies fitted, their points are measured"
+    policies.path("otp/policy.json").write_text("[]!", encoding="utf-8")
+    [entry] = [entry for entry in work_dir_status(work_dir) if entry.stage == "prune-eval"]
+    assert entry.state == "damaged" and "pruning/otp/policy.json: 3 bytes" in entry.detail
+
+
+def test_an_export_under_way(tiny_model: TinyModel, tmp_path: Path) -> None:
+    work, out = packed_work_dir(tiny_model("mixtral"), tmp_path / "work"), tmp_path / "out"
+    remember_export(work, out, "f")
+    write_json(tmp_path / "out.partial" / "begun.json", {"fingerprint": "f"})
+    write_text(tmp_path / "out.partial" / "model.safetensors", "x" * 976)
+    [(state, detail)] = exports(work)
+    assert state == "begun" and detail.startswith(f"{out}: 1,000 bytes written, the packed model has ")
+
+
 def test_stale_when_an_earlier_stage_was_made_anew(mc_cli: Invoke, work_dir: Path) -> None:
     assert mc_cli("allocate", "-w", work_dir, "--target-bits", 2).exit_code == 0
     assert mc_cli(*CALIBRATE, "--seed", 3, "--force", "-w", work_dir).exit_code == 0
@@ -76,7 +136,8 @@ def test_rebuilt_with_the_same_settings_is_not_stale(mc_cli: Invoke, work_dir: P
 def test_stale_when_an_earlier_stage_is_begun_again(work_dir: Path) -> None:
     calibrate = StageFolder(work_dir, "calibrate", {"other": 1}, {})
     calibrate.begin(force=True)
-    assert states(work_dir)["calibrate"] == "to do"  # nothing of it is on disk yet
+    [entry, *_] = work_dir_status(work_dir)
+    assert (entry.state, entry.detail) == ("begun", "nothing finished yet")
     calibrate.path("tokens.safetensors").write_text("x", encoding="utf-8")
     found = {entry.stage: entry for entry in work_dir_status(work_dir)}
     assert (found["score"].state, found["score"].detail) == ("stale", "calibrate is begun")

@@ -239,7 +239,7 @@ def test_a_killed_export_leaves_no_directory_that_looks_whole(
         if moment == "reading back":
             patched.setattr(export, "read_back", die)
         elif moment == "record":
-            patched.setattr("mc_cli.artifacts.exported.write_json", die)
+            patched.setattr("mc_cli.artifacts.exported.asdict", die)
         else:
             patched.setattr(Path, "replace", die_on_a_directory)
         with pytest.raises(KeyboardInterrupt):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import mc_cli
 from mc_cli.artifacts.packed import read_layout
 from mc_cli.artifacts.pruning import TENSOR_PREFIX, Pruning, read_pruning, write_pruning
-from mc_cli.artifacts.store import Manifest
+from mc_cli.artifacts.store import Manifest, StageFolder
 from mc_cli.errors import InputError, StaleArtifactError
 from mc_cli.policies import otp
 from mc_cli.progress import SilentProgress, StageResult
@@ -150,7 +150,7 @@ def test_what_a_policy_learned_is_part_of_the_model(dtype: torch.dtype, measured
 
 
 def pretend_otp(work_dir: Path) -> dict[str, torch.Tensor]:
-    """Replaces the fitted policy by otp with drawn routers, under the same manifest."""
+    """Replaces the fitted policy by otp with drawn routers, made as far as its manifest says."""
     pruning, _ = read_pruning(work_dir / "pruning" / "odp")
     plain = pruning.to_json()
     learned = {}
@@ -164,4 +164,5 @@ def pretend_otp(work_dir: Path) -> dict[str, torch.Tensor]:
     manifest = Manifest.read(work_dir / "pruning")
     assert manifest is not None
     write_pruning(work_dir / "pruning" / "odp", Pruning.from_json({**plain, "policy": "otp"}), learned)
+    StageFolder(work_dir, "policy", manifest.settings, manifest.inputs, folder_name="pruning").finish("0")
     return learned

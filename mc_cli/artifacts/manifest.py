@@ -1,0 +1,109 @@
+"""manifest.json: what made a stage folder, from what, and the files it holds; and whether such a record is whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mc_cli.artifacts.files import content_digest, read_json
+from mc_cli.errors import ArtifactError, listed
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+# command -> folder in the work directory, in the order of a run
+STAGE_FOLDERS = {
+    "calibrate": "calibration",
+    "score": "importance",
+    "allocate": "plan",
+    "quantize": "packed",
+    "prune-eval": "evaluation",
+}
+POLICY_STAGE, POLICY_FOLDER = "policy", "pruning"  # what prune-eval makes beside its own folder
+FOLDERS = STAGE_FOLDERS | {POLICY_STAGE: POLICY_FOLDER}
+_STAGE_OF = {folder: stage for stage, folder in FOLDERS.items()}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What made a stage folder, from what, with which settings, and the files it holds."""
+
+    stage: str
+    fingerprint: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, Mapping[str, Any]]  # file -> {"sha256", "size_bytes"}
+    tool_version: str
+    warnings: tuple[str, ...] = ()
+    schema: int = SCHEMA
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """The folder's manifest, or None where the stage has not finished."""
+        path = folder / MANIFEST
+        if not path.exists():
+            return None
+        content = read_json(path)
+        stage = _STAGE_OF.get(folder.name, "")
+        command = f": `mc-cli {command_of(stage)} -w {folder.parent} --force`" if stage else ""
+        if content.get("schema") != SCHEMA:
+            raise ArtifactError(
+                f"{path} has schema {content.get('schema')!r:.80}; this version reads {SCHEMA}. Use --force to rebuild "
+                f"the stage{command}."
+            )
+        wrong = record_problems(content, {entry.name for entry in fields(cls)})
+        if not wrong and stage and content["stage"] != stage:
+            wrong = [f"it is of stage {content['stage']!r:.80}"]
+        if not wrong and content["fingerprint"] != fingerprint_of(*(content[name] for name in _FINGERPRINTED)):
+            wrong = ["its fingerprint is not that of its settings and inputs"]
+        if wrong:
+            raise ArtifactError(
+                f"{path} is damaged, or not a manifest of this version:\n{listed(wrong)}\nUse --force to rebuild the "
+                f"stage{command}."
+            )
+        return cls(**{**content, "warnings": tuple(content["warnings"])})
+
+
+_FINGERPRINTED = ("stage", "settings", "inputs")
+
+
+def fingerprint_of(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """What tells whether a folder was made by `stage` with these settings from these inputs."""
+    return content_digest({"stage": stage, "schema": SCHEMA, "settings": settings, "inputs": inputs})
+
+
+def record_problems(content: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """A line for each field of a manifest or of an export's record that is missing, unknown or of another type."""
+    wrong = [f"{name} is missing" for name in names if name not in content]
+    wrong += [f"{name!r:.80} is unknown" for name in content if name not in names]
+    texts = [name for name in ("stage", "fingerprint", "tool_version") if not isinstance(content.get(name, ""), str)]
+    wrong += [f"{name} is not a text" for name in texts]
+    for name in ("settings", "inputs", "outputs", "stages", "read_back"):
+        if not isinstance(content.get(name, {}), dict):
+            wrong.append(f"{name} is not a mapping")
+    inputs, outputs, warnings = (content.get(name) for name in ("inputs", "outputs", "warnings"))
+    if isinstance(inputs, dict):
+        wrong += [f"inputs: {name} is not a text" for name, value in inputs.items() if not isinstance(value, str)]
+    if isinstance(outputs, dict):
+        wrong += [f"outputs: {name!r:.80} has no sha256 and size" for name in outputs if not _is_output(outputs, name)]
+    if not isinstance(warnings, list) or not all(isinstance(warning, str) for warning in warnings):
+        wrong.append("warnings is not a list of texts")
+    return wrong
+
+
+def _is_output(outputs: Mapping[str, Any], name: str) -> bool:
+    """Whether an entry of `outputs` names a file inside its folder, with its digest and size."""
+    facts, path = outputs[name], PurePosixPath(name)
+    if not isinstance(facts, dict) or path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
+        return False
+    digest, size = facts.get("sha256"), facts.get("size_bytes")
+    return isinstance(digest, str) and bool(_SHA256.fullmatch(digest)) and type(size) is int and size >= 0
+
+
+def command_of(stage: str) -> str:
+    """The command that makes a stage's folder."""
+    return "prune-eval" if stage == POLICY_STAGE else stage

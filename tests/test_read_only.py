@@ -1,0 +1,101 @@
+"""A finished run where nothing can be written: every stage is skipped with its results, and nothing is touched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mc_cli import chain
+from mc_cli.flags import STAGES
+from mc_cli.progress import SilentProgress
+from mc_cli.recipe import RunPlan
+from mc_cli.settings import ExportSettings, PruneSettings, QuantizerSettings
+from mc_cli.status import DONE, work_dir_status
+from tests.conftest import TinyModel
+from tests.stage_process import Outcome, StageProcess
+from tests.tiny_chain import ALLOCATE, CALIBRATE, COMPUTE, EVALUATE, QUANTIZE, SCORE, write_documents
+
+NOBODY = 65534
+CHEAP = QuantizerSettings(quantizer="rtn")
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that every user may enter, which pytest's own are not."""
+    folder = Path(tempfile.mkdtemp(prefix="mc-read-only-"))
+    folder.chmod(0o755)
+    yield folder
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def plan_of(folder: Path) -> RunPlan:
+    stages = {
+        "calibrate": replace(CALIBRATE, model=str(folder / "model"), data=str(folder / "text.jsonl")),
+        "score": replace(SCORE, bits=(2, 3), quantizer=CHEAP),
+        "allocate": replace(ALLOCATE, target_stored_bits=3.4),
+        "quantize": replace(QUANTIZE, quantizer=CHEAP),
+        "prune-eval": replace(
+            EVALUATE,
+            data=str(folder / "held.jsonl"),
+            prune=PruneSettings(policy=("odp",), fit_sequences=4, target_rate=0.2),
+        ),
+        "export": ExportSettings(out=str(folder / "out" / "model")),
+    }
+    return RunPlan(folder / "work", stages, COMPUTE)
+
+
+def run_all(folder: Path) -> list[bool]:
+    """Which stages of the whole run did anything."""
+    results = chain.run_chain(plan_of(folder), force_from=None, progress=SilentProgress(), tell=lambda result: None)
+    assert all(result.summary["facts"] for result in results)
+    return [result.ran for result in results]
+
+
+def run_where_nothing_can_be_written(folder: Path) -> None:
+    if os.geteuid() == 0:  # whom no permission stops
+        os.setgroups([])
+        os.setegid(NOBODY)
+        os.seteuid(NOBODY)
+    for place in (folder / "work" / "x", folder / "work" / "packed" / "x", folder / "out" / "x"):
+        with pytest.raises(PermissionError):
+            place.write_text("x")
+    assert run_all(folder) == [False] * 6
+    plan = plan_of(folder)
+    for stage in STAGES:
+        module = chain.stage_module(stage)
+        result = module.run(plan.stages[stage], plan.compute, plan.work_dir, force=False, progress=SilentProgress())
+        assert not result.ran and result.summary["facts"]
+    planned = chain.planned_chain(plan, force_from=None)
+    assert [entry.state for entry in planned] == ["done"] * 6
+    for contents in (False, True):
+        assert [entry.state for entry in work_dir_status(plan.work_dir, contents=contents)] == [DONE] * 6
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def test_every_stage_is_skipped(public: Path, tiny_model: TinyModel) -> None:
+    shutil.copytree(tiny_model("mixtral"), public / "model")
+    write_documents(public / "text.jsonl", documents=24)
+    write_documents(public / "held.jsonl", documents=24, offset=500)
+    assert run_all(public) == [True] * 6
+    # What a kill may have left of stages that are done: it stays where it cannot be removed.
+    (public / "work" / "packed" / "begun.json").write_text("{}")
+    (public / "work" / "packed" / "resume").mkdir()
+    (public / "work" / "evaluation.removed").mkdir()
+    for path in [public, *public.rglob("*")]:
+        if path.is_dir():
+            path.chmod(0o555)
+    before = stamps(public)
+    assert StageProcess(run_where_nothing_can_be_written, public).finish() == Outcome(0)
+    assert stamps(public) == before
