@@ -66,6 +66,7 @@ def run(
     _check_family(plan, settings)
     _check_widths(plan, inventory)
     checkpoint = session.open_checkpoint()
+    weights = session.digesting(checkpoint, folder)
     folder.start(force=force)
     checkpoint.model.set_experts_implementation(IMPLEMENTATION)
     token_ids = read_tensors(calibration / calibration_artifact.TOKENS)["token_ids"]
@@ -87,11 +88,13 @@ def run(
     )
     writer = _Writer(folder, checkpoint, inventory, session)
     original = walk.twin() if settings.quantizer.corrects_errors else None
-    rest = worker.quantize_embedding(inventory.tensors)
-    if rest.linears:
-        walk.embed_again()
-    _layers(walk, original, checkpoint, inventory, plan, worker, writer, folder, progress)
-    _head_and_rest(walk, checkpoint, inventory, plan, worker, writer, rest)
+    with weights:
+        rest = worker.quantize_embedding(inventory.tensors)
+        if rest.linears:
+            walk.embed_again()
+        _layers(walk, original, checkpoint, inventory, plan, worker, writer, folder, progress)
+        _head_and_rest(walk, checkpoint, inventory, plan, worker, writer, rest)
+        weights.finish()
     _finish(folder, inventory, settings, session, progress)
     return _result(folder, compute, ran=True)
 
@@ -103,7 +106,7 @@ def _has_covariances(calibration: Path, inventory: ModelInventory) -> bool:
 
 def _folder(settings: QuantizeSettings, session: Session) -> StageFolder:
     calibrated = session.calibrated()
-    inputs = {"model": session.model_digest(), "calibrate": calibrated.fingerprint}
+    inputs = {**session.model_inputs(), "calibrate": calibrated.fingerprint}
     if settings.plan is None:
         inputs["allocate"] = require_done(session.work_dir, "allocate").fingerprint
     path = _plan_path(settings, session.work_dir)
