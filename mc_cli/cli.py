@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mc_cli import __version__
+from mc_cli.errors import Problems
 from mc_cli.failures import INTERRUPTED, interrupted_message, telling_errors
 from mc_cli.flags import (
     ACTIVATION_BITS_HELP,
     COMPUTE,
     HELD_OUT,
     STAGES,
+    TARGETS,
     Flag,
     build,
     default_text,
@@ -166,10 +168,29 @@ def _add_command(
     app.command(name, cls=GroupedCommand, help=help, rich_help_panel=panel)(command)
 
 
-def _given(section: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a section's flags that were given."""
-    asked = [flag for flag in flags_of(section) if given.get(flag.field) is not None]
-    return {flag.field: parsed(flag, given[flag.field]) for flag in asked}
+def _given(section: str, given: Mapping[str, Any], problems: Problems) -> tuple[dict[str, Any], set[str]]:
+    """(the values of a section's flags that were given, the fields of those that cannot be read: in `problems`)."""
+    values, unread = {}, set()
+    for flag in flags_of(section):
+        if given.get(flag.field) is not None:
+            unread.add(flag.field)
+            with problems.catching():
+                values[flag.field] = parsed(flag, given[flag.field])
+                unread.remove(flag.field)
+    return values, unread
+
+
+def _settings(*sections: str, given: Mapping[str, Any], beneath: Mapping[str, Any] | None = None) -> list[Any]:
+    """The settings of sections, `beneath` under the first one's flags. Raises InputError naming all that is refused."""
+    problems = Problems()
+    built = []
+    for number, section in enumerate(sections):
+        values, unread = _given(section, given, problems)
+        if unread.isdisjoint(TARGETS):  # without its target nothing is to be said of the rest
+            with problems.catching():
+                built.append(build(section, {**(beneath or {} if number == 0 else {}), **values}))
+    problems.tell()
+    return built
 
 
 # Commands
@@ -182,8 +203,7 @@ def _run_stage(stage: str, given: Mapping[str, Any]) -> None:
         prepare_libraries(debug=given["debug"])
         from mc_cli import chain, console
 
-        settings = build(stage, {**chain.followed_settings(stage, work_dir), **_given(stage, given)})
-        compute = build(COMPUTE, _given(COMPUTE, given))
+        settings, compute = _settings(stage, COMPUTE, given=given, beneath=chain.followed_settings(stage, work_dir))
         if given["dry_run"]:
             planned = chain.planned_stage(stage, settings, compute, work_dir, force=given["force"])
             return _print_planned([planned], given)
@@ -198,18 +218,33 @@ def _run_stage(stage: str, given: Mapping[str, Any]) -> None:
 def _run_all(given: Mapping[str, Any]) -> None:
     """All stages, from a recipe, from flags, or both."""
     with telling_errors(debug=given["debug"]):
-        from mc_cli.recipe import Recipe, plan_run, read_recipe
-
-        asked = [
-            (section, flag.field, parsed(flag, given[name]))
-            for name, targets in run_flags().items()
-            for section, flag in targets
-            if given[name] is not None
-        ]
-        recipe = read_recipe(given["recipe"]) if given["recipe"] else Recipe()
-        plan = plan_run(recipe.override(asked, given["work_dir"] and str(given["work_dir"]), given["effort"]))
+        plan = _plan_of(given)
     with telling_errors(debug=given["debug"], work_dir=plan.work_dir):
         _run_plan(plan, given["force_from"] or (STAGES[0] if given["force"] else None), given)
+
+
+def _plan_of(given: Mapping[str, Any]) -> RunPlan:
+    """What `run` was asked for. Raises InputError naming all that is missing or cannot be used."""
+    from mc_cli.recipe import Recipe, plan_run, read_recipe
+
+    problems = Problems()
+    recipe: Recipe | None = Recipe()
+    if given["recipe"]:
+        recipe = None
+        with problems.catching():
+            recipe = read_recipe(given["recipe"])
+    asked, unread = [], set()
+    for name, targets in run_flags().items():
+        for section, flag in targets if given[name] is not None else ():
+            unread.add((section, flag.field))
+            with problems.catching():
+                asked.append((section, flag.field, parsed(flag, given[name])))
+                unread.remove((section, flag.field))
+    if recipe is None:  # what it lacks is not known
+        problems.tell()
+    assert recipe is not None
+    work_dir = given["work_dir"] and str(given["work_dir"])
+    return plan_run(recipe.override(asked, work_dir, given["effort"]), problems, unread)
 
 
 def _run_plan(plan: RunPlan, force_from: str | None, given: Mapping[str, Any]) -> None:
@@ -300,7 +335,7 @@ def status(
 def _generate(given: Mapping[str, Any]) -> None:
     """Text to stdout as it comes; speed and memory to stderr."""
     with telling_errors(debug=given["debug"]):
-        compute = build(COMPUTE, _given(COMPUTE, given))
+        (compute,) = _settings(COMPUTE, given=given)
         bits = check_activation_bits(given["activation_bits"])
         prepare_libraries(debug=given["debug"])
         from mc_cli import console
@@ -363,7 +398,7 @@ def _activation_bits(panel: str) -> inspect.Parameter:
 def _bench(given: Mapping[str, Any]) -> None:
     """Every model in a process of its own; the table to stdout."""
     with telling_errors(debug=given["debug"]):
-        compute = build(COMPUTE, _given(COMPUTE, given))
+        (compute,) = _settings(COMPUTE, given=given)
         bits = check_activation_bits(given["activation_bits"])
         prepare_libraries(debug=given["debug"])
         import torch

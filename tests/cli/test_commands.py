@@ -241,7 +241,7 @@ def test_run_takes_a_recipe_and_flags_over_it(mc_cli: Invoke, stages: FakeStages
 
 def test_run_names_what_it_lacks(mc_cli: Invoke, stages: FakeStages) -> None:
     result = mc_cli("run", "--model", "m")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "run lacks 4 settings" in result.stderr
     assert stages.calls == []
 
