@@ -37,6 +37,7 @@ from mc_cli.help import GroupedCommand, GroupedCommands
 from mc_cli.settings import check_activation_bits
 
 if TYPE_CHECKING:
+    from mc_cli.ahead import Outlook
     from mc_cli.chain import PlannedStage
     from mc_cli.progress import StageResult
     from mc_cli.recipe import RunPlan
@@ -205,8 +206,10 @@ def _run_stage(stage: str, given: Mapping[str, Any]) -> None:
 
         settings, compute = _settings(stage, COMPUTE, given=given, beneath=chain.followed_settings(stage, work_dir))
         if given["dry_run"]:
-            planned = chain.planned_stage(stage, settings, compute, work_dir, force=given["force"])
-            return _print_planned([planned], given)
+            return _print_planned(
+                *chain.forecast_stage(stage, settings, compute, work_dir, force=given["force"]), given
+            )
+        chain.check_stage(stage, settings, compute, work_dir, force=given["force"])
         run = chain.stage_module(stage).run
         result = run(settings, compute, work_dir, force=given["force"], progress=console.ConsoleProgress())
         _tell_end(result)
@@ -252,7 +255,7 @@ def _run_plan(plan: RunPlan, force_from: str | None, given: Mapping[str, Any]) -
     from mc_cli import chain, console
 
     if given["dry_run"]:
-        return _print_planned(chain.planned_chain(plan, force_from=force_from), given)
+        return _print_planned(*chain.forecast_chain(plan, force_from=force_from), given)
     results = chain.run_chain(plan, force_from=force_from, progress=console.ConsoleProgress(), tell=_tell_end)
     if given["json"]:
         stages = [console.result_json(result) for result in results]
@@ -272,15 +275,20 @@ def _tell_end(result: StageResult) -> None:
     return None
 
 
-def _print_planned(planned: list[PlannedStage], given: Mapping[str, Any]) -> None:
+def _print_planned(planned: list[PlannedStage], outlook: Outlook | None, given: Mapping[str, Any]) -> None:
     from mc_cli import console
 
+    for message in outlook.warnings if outlook else ():
+        console.say_warning(message)
     if given["json"]:
-        return console.print_json({"stages": [entry.plain() for entry in planned]})
+        found = {"outlook": outlook.plain()} if outlook else {}
+        return console.print_json({"stages": [entry.plain() for entry in planned], **found})
     for entry in planned:
         print(f"{entry.stage}: {entry.state}: {entry.action}{f' ({entry.folder})' if entry.folder else ''}")
         for difference in entry.differences:
             print(f"  {difference}")
+    if outlook is not None and outlook.shown():
+        console.print_summary({"facts": outlook.shown()})
     return None
 
 
