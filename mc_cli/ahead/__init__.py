@@ -184,7 +184,7 @@ class _Look:
 
     def _needs(self, session: Session, inventory: ModelInventory, size: Size | None) -> list[Need]:
         calibrate = self._all.get("calibrate")
-        tokens = None
+        tokens, length = None, 1
         if calibrate is not None:
             with self._problems.catching():
                 length = text.fit_length(calibrate.length, session.config)
@@ -198,6 +198,7 @@ class _Look:
             hidden_bytes=session.config.get_text_config().hidden_size * session.dtype.itemsize,
             hidden_size=session.config.get_text_config().hidden_size,
             tokens=tokens,
+            length=length,
             packed_bytes=None if size is None else size.whole,
         )
 

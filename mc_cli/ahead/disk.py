@@ -53,15 +53,16 @@ def needs_of(
     hidden_size: int,
     hidden_bytes: int,
     tokens: int | None,
+    length: int,
     packed_bytes: int | None,
 ) -> list[Need]:
     """What has to be free in the work directory and where export writes; one entry where both are on one disk.
 
     hidden_bytes   of one token's hidden state
-    tokens         of calibration, at most; None: not known
+    tokens         of calibration, at most; None: not known;  length   of one sequence
     packed_bytes   of the packed model; None: not known
     """
-    inside = _in_work_dir(todo, work_dir, inventory, hidden_size, hidden_bytes, tokens or 0, packed_bytes or 0)
+    inside = _in_work_dir(todo, work_dir, inventory, hidden_size, hidden_bytes, tokens or 0, length, packed_bytes or 0)
     outside: dict[str, int] = {}
     if "export" in todo:
         packed = packed_bytes or _size_of(work_dir / STAGE_FOLDERS["quantize"])
@@ -84,6 +85,7 @@ def _in_work_dir(
     hidden_size: int,
     hidden_bytes: int,
     tokens: int,
+    length: int,
     packed_bytes: int,
 ) -> dict[str, int]:
     """What stays of each stage, and the most that one needs beside it while it runs."""
@@ -91,7 +93,7 @@ def _in_work_dir(
     running: dict[str, int] = {}
     if "calibrate" in todo and tokens:
         settings = todo["calibrate"]
-        backward = min(tokens, settings.gradient_tokens + 8192) if settings.gradient_tokens else 0
+        backward = min(tokens, -(-settings.gradient_tokens // length) * length)
         stays["calibrate"] = 8 * tokens
         if backward:
             stays["calibrate"] += len(inventory.expert_blocks) * hidden_size**2 * _GRADIENT_BYTES
