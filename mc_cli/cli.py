@@ -76,7 +76,10 @@ def _option(*names: str, help: str, panel: str = _WORK, **details: Any) -> Any:
 
 _WORK_DIR = _option("--work-dir", "-w", help="Where the artifacts of this run lie.", metavar="DIR")
 _FORCE = _option("--force", help="Rebuild what is there, also if it was made with other settings.")
-_DRY_RUN = _option("--dry-run", help="Say what would be done, and do none of it.")
+_DRY_RUN = _option(
+    "--dry-run",
+    help="Check all that can be checked without reading a weight; say what would be done and what it takes; do none.",
+)
 _JSON = _option("--json", help="Print one JSON document instead of tables.")
 _DEBUG = _option("--debug", help="Show the traceback of an error, and the libraries' own notices.")
 _COMMON = {"force": _FORCE, "dry_run": _DRY_RUN, "json": _JSON, "debug": _DEBUG}

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mc_cli.ahead.budget import Size, planned_size, reachable_size
+from mc_cli.ahead.budget import Size, importance_of_shapes, planned_size, reachable_size
 from mc_cli.ahead.disk import Need, check_disk, needs_of
 from mc_cli.ahead.outlook import Outlook
 from mc_cli.ahead.tasks import check_tasks
@@ -18,6 +18,7 @@ from mc_cli.ahead.texts import check_text, text_bytes
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.exported import ExportFolder
 from mc_cli.artifacts.plan import Plan
+from mc_cli.artifacts.pruning import FOLDER as POLICIES
 from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest
 from mc_cli.errors import InputError, Problems
 from mc_cli.exporters import exporter_from_name
@@ -70,7 +71,7 @@ class _Look:
         if size is not None:
             found.facts |= size.facts
             found.warnings += size.warnings
-        if session is not None and inventory is not None:
+        if inventory is not None:
             needs = self._needs(session, inventory, size)
             found.needs += needs
             for need in needs:
@@ -166,7 +167,10 @@ class _Look:
                     check_plan(plan, quantize, inventory)
                     size = planned_size(plan, inventory, quantize.quantizer)
         score = self._score()
-        if "allocate" in self._todo and score is not None:
+        if score is not None and "score" in self._todo:
+            with self._problems.catching():
+                importance_of_shapes(inventory, score)  # every width fits every matrix
+        if score is not None and "allocate" in self._todo:
             with self._problems.catching():
                 asked = reachable_size(self._todo["allocate"], score, inventory)
                 size = size or asked
@@ -182,25 +186,33 @@ class _Look:
         quantizer = QuantizerSettings(**done.settings["quantizer"])
         return ScoreSettings(tuple(done.settings["bits"]), quantizer)
 
-    def _needs(self, session: Session, inventory: ModelInventory, size: Size | None) -> list[Need]:
-        calibrate = self._all.get("calibrate")
+    def _needs(self, session: Session | None, inventory: ModelInventory, size: Size | None) -> list[Need]:
         tokens, length = None, 1
-        if calibrate is not None:
-            with self._problems.catching():
-                length = text.fit_length(calibrate.length, session.config)
-                limit = text_bytes(calibrate.data)
-                asked = calibrate.sequences * length
-                tokens = asked if limit is None else min(asked, limit)
+        with self._problems.catching():
+            tokens, length = self._tokens(session)
+        hidden = None if session is None else session.config.get_text_config().hidden_size
         return needs_of(
             self._todo,
             self._work_dir,
             inventory,
-            hidden_bytes=session.config.get_text_config().hidden_size * session.dtype.itemsize,
-            hidden_size=session.config.get_text_config().hidden_size,
+            hidden_size=hidden or 0,
+            hidden_bytes=0 if session is None else (hidden or 0) * session.dtype.itemsize,
             tokens=tokens,
             length=length,
             packed_bytes=None if size is None else size.whole,
         )
+
+    def _tokens(self, session: Session | None) -> tuple[int | None, int]:
+        """(tokens of calibration at most, tokens of one sequence); None where that is not known."""
+        calibrate = self._all.get("calibrate")
+        if calibrate is None or session is None:
+            done = Manifest.read(self._work_dir / STAGE_FOLDERS["calibrate"])
+            length = 1 if done is None else int(done.settings.get("length") or 1)
+            return (None if done is None else int(done.settings.get("sequences") or 0) * length), length
+        length = text.fit_length(calibrate.length, session.config)
+        limit = text_bytes(calibrate.data)
+        asked = calibrate.sequences * length
+        return (asked if limit is None else min(asked, limit)), length
 
 
 def check_work_dir(work_dir: Path) -> None:
@@ -217,9 +229,11 @@ def check_work_dir(work_dir: Path) -> None:
 def check_target(out: str, work_dir: Path) -> None:
     """Raises InputError for a directory that export would refuse."""
     target = Path(out).expanduser().resolve()
-    packed = (work_dir / STAGE_FOLDERS["quantize"]).resolve()
-    if target == packed or packed in target.parents or target in packed.parents:
-        raise InputError(f"--out {out} holds or lies in {packed}, which is read. Name a directory elsewhere.")
+    whole = work_dir.resolve()
+    for name in (*STAGE_FOLDERS.values(), POLICIES):
+        taken = whole / name
+        if target == taken or taken in target.parents or target in taken.parents:
+            raise InputError(f"--out {out} holds or lies in {taken}, which is read. Name a directory elsewhere.")
     above = next(folder for folder in target.parents if folder.exists())
     if not above.is_dir():
         raise InputError(f"--out {out}: {above} is a file, so nothing can be made in it. Name another place.")

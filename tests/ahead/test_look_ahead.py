@@ -19,7 +19,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from mc_cli import cli
-from mc_cli.ahead import disk
+from mc_cli.ahead import disk, texts
 from mc_cli.artifacts.packed import read_layout
 from mc_cli.runtime import tensor_files
 from tests import sparse_models
@@ -304,3 +304,22 @@ def test_the_solver_says_nothing(chain: Path, tmp_path: Path) -> None:
         assert "HiGHS" not in done.stderr and "THIRD_PARTY" not in done.stdout + done.stderr
         assert "Running" not in done.stdout
     assert json.loads(done.stdout)["stage"] == "allocate"
+
+
+@pytest.mark.parametrize("out", ["", "packed", "calibration/x", "pruning", ".."])
+def test_an_export_into_what_is_read_is_refused_before_it_is_there(large: Path, tmp_path: Path, out: str) -> None:
+    work = tmp_path / "runs" / "work"
+    result = whole_run(large, tmp_path, "--dry-run", "-w", work, "--out", work / out)
+    assert result.exit_code == 1 and "which is read. Name a directory elsewhere" in said(result)
+
+
+def test_a_large_text_without_the_field_is_refused_by_its_beginning(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, much_room: None
+) -> None:
+    monkeypatch.setattr(texts, "_READ_WHOLE", 1000)
+    data = tmp_path / "large.jsonl"
+    data.write_text('{"text": "one"}\n' * 99 + '{"content": "another"}\n' * 9)
+    result = whole_run(large, tmp_path, "--dry-run", "--eval-data", data)
+    assert result.exit_code == 1 and f"{data}, line 100" in said(result)
+    data.write_text('{"text": "one"}\n' * 99)
+    assert whole_run(large, tmp_path, "--dry-run", "--eval-data", data).exit_code == 0
