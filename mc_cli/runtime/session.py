@@ -150,12 +150,12 @@ def digest_cache(work_dir: Path) -> DigestCache:
 
 
 def first_session(work_dir: Path, model: str, revision: str | None, compute: RunSettings) -> Session:
-    """Opens the model that `--model` names. Nothing is written."""
+    """Opens the model that `--model` names. Nothing is written, and in a dry run nothing is fetched."""
     if not model:
         raise InputError(
             "--model is missing: give a folder with config.json and *.safetensors, a hub id, or bundled:demo-moe."
         )
-    return _open(work_dir, resolve_model(model, revision=revision).resolve(), compute)
+    return _open(work_dir, resolve_model(model, revision=revision, fetch=remembers()).resolve(), compute)
 
 
 def later_session(work_dir: Path, compute: RunSettings) -> Session:

@@ -323,3 +323,14 @@ def test_a_large_text_without_the_field_is_refused_by_its_beginning(
     assert result.exit_code == 1 and f"{data}, line 100" in said(result)
     data.write_text('{"text": "one"}\n' * 99)
     assert whole_run(large, tmp_path, "--dry-run", "--eval-data", data).exit_code == 0
+
+
+def test_a_dry_run_fetches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked = []
+    fetch = huggingface_hub.snapshot_download
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: (asked.append(k), fetch(*a, **k))[1])
+    result = whole_run(Path("nobody/nothing-7b"), tmp_path, "--dry-run")
+    assert result.exit_code == 1 and "a dry run fetches nothing" in said(result)
+    assert asked and all(each["local_files_only"] for each in asked)
