@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mc_cli.artifacts.files import nothing_remembered
 from mc_cli.artifacts.locks import work_dir_lock
 from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest
-from mc_cli.errors import InputError
+from mc_cli.errors import InputError, McError, Problems
 from mc_cli.flags import STAGES, shared_with_score
 from mc_cli.progress import Progress, StageResult
 from mc_cli.recipe import RunPlan
 from mc_cli.settings import RunSettings
 
-_WAITING = "waiting"
+if TYPE_CHECKING:
+    from mc_cli.ahead import Outlook
+
+_WAITING, _DONE = "waiting", "done"
 _ACTIONS = {
     "new": "would run",
     "done": "nothing to do",
@@ -71,6 +74,70 @@ def planned_stage(stage: str, settings: Any, compute: RunSettings, work_dir: Pat
     return PlannedStage(stage, state, actions[state], str(folder.folder), differences)
 
 
+def look_ahead(stages: Mapping[str, Any], compute: RunSettings, work_dir: Path, *, todo: Collection[str]) -> Outlook:
+    """See `mc_cli.ahead`, which imports torch."""
+    from mc_cli import ahead
+
+    return ahead.look_ahead(stages, compute, work_dir, todo=todo)
+
+
+def check_stage(stage: str, settings: Any, compute: RunSettings, work_dir: Path, *, force: bool) -> None:
+    """Raises a McError naming all that stands against a stage, before it computes anything; nothing if it is done."""
+    problems = Problems()
+    state = ""
+    with problems.catching():
+        state = stage_module(stage).plan_stage(settings, compute, work_dir).state()
+    if force or state != _DONE:
+        with problems.catching():
+            look_ahead({stage: settings}, compute, work_dir, todo=(stage,))
+    problems.tell()
+
+
+def forecast_stage(
+    stage: str, settings: Any, compute: RunSettings, work_dir: Path, *, force: bool
+) -> tuple[list[PlannedStage], Outlook | None]:
+    """What running this stage now would do, and what it would take; nothing is written, and no weight is read.
+
+    Raises a McError naming all that stands against it.
+    """
+    problems = Problems()
+    planned: list[PlannedStage] = []
+    with problems.catching():
+        planned = [planned_stage(stage, settings, compute, work_dir, force=force)]
+    return planned, _forecast(problems, planned, {stage: settings}, compute, work_dir, force=force)
+
+
+def forecast_chain(plan: RunPlan, *, force_from: str | None) -> tuple[list[PlannedStage], Outlook | None]:
+    """The same of all stages."""
+    list(_forced(force_from))
+    problems = Problems()
+    planned: list[PlannedStage] = []
+    with problems.catching():
+        planned = planned_chain(plan, force_from=force_from)
+    forced = force_from is not None
+    return planned, _forecast(problems, planned, plan.stages, plan.compute, plan.work_dir, force=forced)
+
+
+def _forecast(
+    problems: Problems,
+    planned: list[PlannedStage],
+    stages: Mapping[str, Any],
+    compute: RunSettings,
+    work_dir: Path,
+    *,
+    force: bool,
+) -> Outlook | None:
+    """The outlook of the stages that are not done; None where all are. Raises what was collected with what is found."""
+    done = {entry.stage for entry in planned if entry.state == _DONE and not entry.action.startswith("would")}
+    todo = [stage for stage in stages if stage not in done]
+    found: Outlook | None = None
+    if todo:
+        with problems.catching(), nothing_remembered():
+            found = look_ahead(stages, compute, work_dir, todo=todo)
+    problems.tell()
+    return found
+
+
 def planned_chain(plan: RunPlan, *, force_from: str | None) -> list[PlannedStage]:
     """What running all stages now would do; behind one that is not done, later ones wait for what it makes."""
     found: list[PlannedStage] = []
@@ -80,7 +147,7 @@ def planned_chain(plan: RunPlan, *, force_from: str | None) -> list[PlannedStage
             found.append(PlannedStage(stage, _WAITING, f"after {waits_for}"))
             continue
         found.append(planned_stage(stage, plan.stages[stage], plan.compute, plan.work_dir, force=force))
-        if found[-1].state != "done" or force:
+        if found[-1].state != _DONE or force:
             waits_for = stage
     return found
 
@@ -89,7 +156,7 @@ def run_chain(
     plan: RunPlan, *, force_from: str | None, progress: Progress, tell: Callable[[StageResult], None]
 ) -> list[StageResult]:
     """All stages in turn, those that are done skipped; `tell` is called after each."""
-    _check_ahead(plan)
+    _check_chain(plan, force_from)
     results = []
     with work_dir_lock(plan.work_dir):  # between two stages, too, nothing else works in it
         for stage, force in _forced(force_from):
@@ -99,13 +166,20 @@ def run_chain(
     return results
 
 
-def _check_ahead(plan: RunPlan) -> None:
-    """Raises InputError for what a late stage would refuse after hours: its text, or the place to export to."""
-    from mc_cli.artifacts.exported import ExportFolder, export_target
-    from mc_cli.runtime.text import resolve_data
-
-    resolve_data(plan.stages["prune-eval"].data, flag="--eval-data")
-    ExportFolder(export_target(plan.stages["export"].out), {}, {}).check_place()
+def _check_chain(plan: RunPlan, force_from: str | None) -> None:
+    """Raises a McError naming all that a late stage would refuse after hours; nothing where all stages are done."""
+    done = set()
+    for stage, force in _forced(force_from):
+        try:
+            state = stage_module(stage).plan_stage(plan.stages[stage], plan.compute, plan.work_dir).state()
+        except McError:  # said by the stage itself, or because an earlier one is still to run
+            break
+        if force or state != _DONE:
+            break
+        done.add(stage)
+    todo = [stage for stage in plan.stages if stage not in done]
+    if todo:
+        look_ahead(plan.stages, plan.compute, plan.work_dir, todo=todo)
 
 
 def _forced(force_from: str | None) -> Iterator[tuple[str, bool]]:

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mc_cli import __version__
+from mc_cli.errors import Problems
 from mc_cli.failures import INTERRUPTED, interrupted_message, telling_errors
 from mc_cli.flags import (
     ACTIVATION_BITS_HELP,
     COMPUTE,
     HELD_OUT,
     STAGES,
+    TARGETS,
     Flag,
     build,
     default_text,
@@ -35,6 +37,7 @@ from mc_cli.help import GroupedCommand, GroupedCommands
 from mc_cli.settings import check_activation_bits
 
 if TYPE_CHECKING:
+    from mc_cli.ahead import Outlook
     from mc_cli.chain import PlannedStage
     from mc_cli.progress import StageResult
     from mc_cli.recipe import RunPlan
@@ -73,7 +76,10 @@ def _option(*names: str, help: str, panel: str = _WORK, **details: Any) -> Any:
 
 _WORK_DIR = _option("--work-dir", "-w", help="Where the artifacts of this run lie.", metavar="DIR")
 _FORCE = _option("--force", help="Rebuild what is there, also if it was made with other settings.")
-_DRY_RUN = _option("--dry-run", help="Say what would be done, and do none of it.")
+_DRY_RUN = _option(
+    "--dry-run",
+    help="Check all that can be checked without reading a weight; say what would be done and what it takes; do none.",
+)
 _JSON = _option("--json", help="Print one JSON document instead of tables.")
 _DEBUG = _option("--debug", help="Show the traceback of an error, and the libraries' own notices.")
 _COMMON = {"force": _FORCE, "dry_run": _DRY_RUN, "json": _JSON, "debug": _DEBUG}
@@ -166,10 +172,29 @@ def _add_command(
     app.command(name, cls=GroupedCommand, help=help, rich_help_panel=panel)(command)
 
 
-def _given(section: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a section's flags that were given."""
-    asked = [flag for flag in flags_of(section) if given.get(flag.field) is not None]
-    return {flag.field: parsed(flag, given[flag.field]) for flag in asked}
+def _given(section: str, given: Mapping[str, Any], problems: Problems) -> tuple[dict[str, Any], set[str]]:
+    """(the values of a section's flags that were given, the fields of those that cannot be read: in `problems`)."""
+    values, unread = {}, set()
+    for flag in flags_of(section):
+        if given.get(flag.field) is not None:
+            unread.add(flag.field)
+            with problems.catching():
+                values[flag.field] = parsed(flag, given[flag.field])
+                unread.remove(flag.field)
+    return values, unread
+
+
+def _settings(*sections: str, given: Mapping[str, Any], beneath: Mapping[str, Any] | None = None) -> list[Any]:
+    """The settings of sections, `beneath` under the first one's flags. Raises InputError naming all that is refused."""
+    problems = Problems()
+    built = []
+    for number, section in enumerate(sections):
+        values, unread = _given(section, given, problems)
+        if unread.isdisjoint(TARGETS):  # without its target nothing is to be said of the rest
+            with problems.catching():
+                built.append(build(section, {**(beneath or {} if number == 0 else {}), **values}))
+    problems.tell()
+    return built
 
 
 # Commands
@@ -182,11 +207,12 @@ def _run_stage(stage: str, given: Mapping[str, Any]) -> None:
         prepare_libraries(debug=given["debug"])
         from mc_cli import chain, console
 
-        settings = build(stage, {**chain.followed_settings(stage, work_dir), **_given(stage, given)})
-        compute = build(COMPUTE, _given(COMPUTE, given))
+        settings, compute = _settings(stage, COMPUTE, given=given, beneath=chain.followed_settings(stage, work_dir))
         if given["dry_run"]:
-            planned = chain.planned_stage(stage, settings, compute, work_dir, force=given["force"])
-            return _print_planned([planned], given)
+            return _print_planned(
+                *chain.forecast_stage(stage, settings, compute, work_dir, force=given["force"]), given
+            )
+        chain.check_stage(stage, settings, compute, work_dir, force=given["force"])
         run = chain.stage_module(stage).run
         result = run(settings, compute, work_dir, force=given["force"], progress=console.ConsoleProgress())
         _tell_end(result)
@@ -198,18 +224,33 @@ def _run_stage(stage: str, given: Mapping[str, Any]) -> None:
 def _run_all(given: Mapping[str, Any]) -> None:
     """All stages, from a recipe, from flags, or both."""
     with telling_errors(debug=given["debug"]):
-        from mc_cli.recipe import Recipe, plan_run, read_recipe
-
-        asked = [
-            (section, flag.field, parsed(flag, given[name]))
-            for name, targets in run_flags().items()
-            for section, flag in targets
-            if given[name] is not None
-        ]
-        recipe = read_recipe(given["recipe"]) if given["recipe"] else Recipe()
-        plan = plan_run(recipe.override(asked, given["work_dir"] and str(given["work_dir"]), given["effort"]))
+        plan = _plan_of(given)
     with telling_errors(debug=given["debug"], work_dir=plan.work_dir):
         _run_plan(plan, given["force_from"] or (STAGES[0] if given["force"] else None), given)
+
+
+def _plan_of(given: Mapping[str, Any]) -> RunPlan:
+    """What `run` was asked for. Raises InputError naming all that is missing or cannot be used."""
+    from mc_cli.recipe import Recipe, plan_run, read_recipe
+
+    problems = Problems()
+    recipe: Recipe | None = Recipe()
+    if given["recipe"]:
+        recipe = None
+        with problems.catching():
+            recipe = read_recipe(given["recipe"])
+    asked, unread = [], set()
+    for name, targets in run_flags().items():
+        for section, flag in targets if given[name] is not None else ():
+            unread.add((section, flag.field))
+            with problems.catching():
+                asked.append((section, flag.field, parsed(flag, given[name])))
+                unread.remove((section, flag.field))
+    if recipe is None:  # what it lacks is not known
+        problems.tell()
+    assert recipe is not None
+    work_dir = given["work_dir"] and str(given["work_dir"])
+    return plan_run(recipe.override(asked, work_dir, given["effort"]), problems, unread)
 
 
 def _run_plan(plan: RunPlan, force_from: str | None, given: Mapping[str, Any]) -> None:
@@ -217,7 +258,7 @@ def _run_plan(plan: RunPlan, force_from: str | None, given: Mapping[str, Any]) -
     from mc_cli import chain, console
 
     if given["dry_run"]:
-        return _print_planned(chain.planned_chain(plan, force_from=force_from), given)
+        return _print_planned(*chain.forecast_chain(plan, force_from=force_from), given)
     results = chain.run_chain(plan, force_from=force_from, progress=console.ConsoleProgress(), tell=_tell_end)
     if given["json"]:
         stages = [console.result_json(result) for result in results]
@@ -237,15 +278,20 @@ def _tell_end(result: StageResult) -> None:
     return None
 
 
-def _print_planned(planned: list[PlannedStage], given: Mapping[str, Any]) -> None:
+def _print_planned(planned: list[PlannedStage], outlook: Outlook | None, given: Mapping[str, Any]) -> None:
     from mc_cli import console
 
+    for message in outlook.warnings if outlook else ():
+        console.say_warning(message)
     if given["json"]:
-        return console.print_json({"stages": [entry.plain() for entry in planned]})
+        found = {"outlook": outlook.plain()} if outlook else {}
+        return console.print_json({"stages": [entry.plain() for entry in planned], **found})
     for entry in planned:
         print(f"{entry.stage}: {entry.state}: {entry.action}{f' ({entry.folder})' if entry.folder else ''}")
         for difference in entry.differences:
             print(f"  {difference}")
+    if outlook is not None and outlook.shown():
+        console.print_summary({"facts": outlook.shown()})
     return None
 
 
@@ -300,7 +346,7 @@ def status(
 def _generate(given: Mapping[str, Any]) -> None:
     """Text to stdout as it comes; speed and memory to stderr."""
     with telling_errors(debug=given["debug"]):
-        compute = build(COMPUTE, _given(COMPUTE, given))
+        (compute,) = _settings(COMPUTE, given=given)
         bits = check_activation_bits(given["activation_bits"])
         prepare_libraries(debug=given["debug"])
         from mc_cli import console
@@ -363,7 +409,7 @@ def _activation_bits(panel: str) -> inspect.Parameter:
 def _bench(given: Mapping[str, Any]) -> None:
     """Every model in a process of its own; the table to stdout."""
     with telling_errors(debug=given["debug"]):
-        compute = build(COMPUTE, _given(COMPUTE, given))
+        (compute,) = _settings(COMPUTE, given=given)
         bits = check_activation_bits(given["activation_bits"])
         prepare_libraries(debug=given["debug"])
         import torch

@@ -5,15 +5,67 @@ The command line prints `str(error)` and exits with status 1; anything that is n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class McError(Exception):
-    """Base of every error whose message is meant for the user."""
+    """Base of every error whose message is meant for the user; `exit_status` is what the command ends with."""
+
+    exit_status: int = 1
 
 
 class InputError(McError):
     """A file, folder, flag or text that the user handed in cannot be used."""
+
+
+class MissingFlagsError(InputError):
+    """Flags are missing without which a command has nothing to do."""
+
+    exit_status: int = 2
+
+
+class SeveralErrors(InputError):
+    """All that stands against a command, each in its own words."""
+
+    def __init__(self, errors: Iterable[McError]) -> None:
+        self.errors = tuple(errors)
+        self.exit_status = max(error.exit_status for error in self.errors)
+        lines = (f"- {str(error).strip().replace(chr(10), chr(10) + '  ')}" for error in self.errors)
+        super().__init__(f"{len(self.errors)} things stand against this:\n" + "\n".join(lines))
+
+
+class Problems:
+    """Collects what is wrong, so that all of it is told at once."""
+
+    def __init__(self) -> None:
+        self.errors: list[McError] = []
+
+    def add(self, error: McError) -> None:
+        """One more error; several in one are taken apart, and one that was told already is left out."""
+        for each in error.errors if isinstance(error, SeveralErrors) else (error,):
+            if str(each) not in {str(known) for known in self.errors}:
+                self.errors.append(each)
+
+    @contextmanager
+    def catching(self) -> Iterator[None]:
+        """An error raised inside is kept for later."""
+        try:
+            yield
+        except McError as error:
+            self.add(error)
+
+    def refuse(self, message: str) -> None:
+        """An InputError of that message; none where it is empty."""
+        if message:
+            self.add(InputError(message))
+
+    def tell(self) -> None:
+        """Raises what was collected: one error as it is, several as SeveralErrors."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise SeveralErrors(self.errors)
 
 
 class CheckpointError(InputError):

@@ -34,7 +34,7 @@ def telling_errors(*, debug: bool, work_dir: Path | None = None) -> Iterator[Non
         if debug:
             traceback.print_exception(error, file=sys.stderr)
         _say(error_message(error))
-        raise typer.Exit(ERROR) from error
+        raise typer.Exit(error.exit_status if isinstance(error, McError) else ERROR) from error
 
 
 def interrupted_message(work_dir: Path | None) -> str:

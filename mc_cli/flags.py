@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from mc_cli import settings as s
-from mc_cli.errors import InputError
+from mc_cli.errors import InputError, Problems
 
 # The sections of a recipe, in the order of a run; all but `compute` are stages and commands.
 COMPUTE = "compute"
@@ -204,7 +204,7 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
             _BUDGET,
             option="--target-size",
             metavar="SIZE",
-            parse=s.parse_size,
+            parse=s.parse_file_size,
             default="not set",
         ),
         Flag(
@@ -382,7 +382,7 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
             _OUTPUT,
             option="--shard-size",
             metavar="SIZE",
-            parse=s.parse_size,
+            parse=s.parse_file_size,
         ),
     ),
     s.RunSettings: (
@@ -467,14 +467,22 @@ def _owner(cls: type, name: str) -> type:
 
 
 def build(section: str, values: Mapping[str, Any]) -> Any:
-    """The settings of a section from flat field values. Raises InputError where the dataclass refuses one."""
+    """The settings of a section from flat field values. Raises InputError naming all that its dataclasses refuse."""
     return _build(SECTIONS[section], values)
 
 
 def _build(cls: type, values: Mapping[str, Any]) -> Any:
     kinds = annotations_of(cls)
+    problems = Problems()
     given = {name: values[name] for name, kind in kinds.items() if kind not in FLAGS and name in values}
-    return cls(**given, **{name: _build(kind, values) for name, kind in kinds.items() if kind in FLAGS})
+    for name, kind in kinds.items():
+        if kind in FLAGS:
+            with problems.catching():
+                given[name] = _build(kind, values)
+    with problems.catching():  # what is nested and wrong is left at its defaults here
+        built = cls(**given)
+    problems.tell()
+    return built
 
 
 def run_name(section: str, flag: Flag) -> str:
@@ -489,5 +497,11 @@ def run_option(section: str, flag: Flag) -> str:
 
 
 def parsed(flag: Flag, value: Any) -> Any:
-    """A flag's value as its field holds it."""
-    return value if flag.parse is None or value is None else flag.parse(value)
+    """A flag's value as its field holds it. Raises InputError, naming the flag, for a value that it does not take."""
+    if flag.parse is None or value is None:
+        return value
+    try:
+        return flag.parse(value)
+    except InputError as error:
+        named = str(error).startswith(flag.name)
+        raise error if named else InputError(f"{flag.name}: {error}") from error

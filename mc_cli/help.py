@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 _PLAIN = "Options"
+EXACTLY_ONE = "(exactly one)"  # how the heading of such a group ends
 
 
 def by_panel(entries: Iterable[Any], default: str) -> dict[str, list[Any]]:
@@ -20,7 +21,18 @@ def by_panel(entries: Iterable[Any], default: str) -> dict[str, list[Any]]:
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose help lists arguments and flags under their headings."""
+    """A command whose help lists arguments and flags under their headings, and that names all missing ones at once."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """What is left of `args`. Ends with exit status 2 where flags are missing or cannot be read."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            if type(error).__name__ != "MissingParameter":
+                raise
+            found, _, _ = self.make_parser(ctx).parse_args(args=given)
+            return ctx.fail(f"Missing: {', '.join(_missing(self.get_params(ctx), found))}.")
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Writes the headings and what is under them."""
@@ -36,6 +48,22 @@ class GroupedCommands(TyperGroup):
         for heading, commands in by_panel(self.commands.values(), "Commands").items():
             _write(formatter, heading, [(command.name or "", command.get_short_help_str(200)) for command in commands])
         _write(formatter, _PLAIN, [record for one in self.get_params(ctx) if (record := one.get_help_record(ctx))])
+
+
+def _missing(parameters: list[Any], found: dict[str, Any]) -> list[str]:
+    """Names of required parameters that were not given, and of a group of which exactly one is to be."""
+
+    def given(one: Any) -> bool:
+        return found.get(one.name) not in (None, ())
+
+    def shown(one: Any) -> str:
+        return max(one.opts, key=len) if one.param_type_name == "option" else one.metavar or str(one.name).upper()
+
+    names = [shown(one) for one in parameters if one.required and not given(one)]
+    for heading, group in by_panel(parameters, _PLAIN).items():
+        if heading.endswith(EXACTLY_ONE) and not any(map(given, group)):
+            names.append(f"one of {', '.join(map(shown, group))}")
+    return names
 
 
 def _write(formatter: Any, heading: str, rows: list[tuple[str, str]]) -> None:

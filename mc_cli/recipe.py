@@ -10,7 +10,7 @@ Flag > recipe > default. Everything that is wrong with a recipe is said at once,
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from mc_cli.artifacts.strict_yaml import read_yaml
-from mc_cli.errors import InputError, listed
+from mc_cli.errors import InputError, MissingFlagsError, Problems, listed
 from mc_cli.flags import (
     COMPUTE,
     HELD_OUT,
@@ -100,34 +100,60 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe(sections, content.get("work_dir"), content.get("description", ""), effort)
 
 
-def plan_run(recipe: Recipe) -> RunPlan:
-    """The settings of all stages. Raises InputError naming every required one that is missing.
+def plan_run(
+    recipe: Recipe, problems: Problems | None = None, unread: Collection[tuple[str, str]] = frozenset()
+) -> RunPlan:
+    """The settings of all stages. Raises InputError naming every required one that is missing, and all that is wrong.
 
     What `run` adds to the defaults: quantize rounds as score did, evaluation reads the bundled held-out text, and wide
     targets have wide widths scored.
+
+    problems  what is known to be wrong already;  unread  (section, field) of what was given and cannot be read
     """
+    problems = problems or Problems()
     if recipe.effort not in EFFORTS:
-        raise InputError(f"--effort {recipe.effort!r}: known are {', '.join(EFFORTS)}.")
-    effort = EFFORTS[recipe.effort]
+        problems.refuse(f"--effort {recipe.effort!r}: known are {', '.join(EFFORTS)}.")
+    effort = EFFORTS.get(recipe.effort, {})
     sections = {name: {**effort.get(name, {}), **recipe.sections.get(name, {})} for name in SECTIONS}
     sections["prune-eval"].setdefault("data", HELD_OUT)
+    missing = _missing(recipe, sections, unread)
+    if missing:
+        problems.add(MissingFlagsError(f"run lacks {len(missing)} settings:\n{listed(missing)}"))
+    _widen(sections["score"], sections["allocate"])
+    followed = {name: value for name, value in sections["score"].items() if name in shared_with_score()}
+    sections["quantize"] = {**followed, **sections["quantize"]}
+    built: dict[str, Any] = {}
+    for name in SECTIONS:
+        wanted = [flag.field for flag in flags_of(name) if flag.required]
+        complete = all(sections[name].get(field) for field in wanted)
+        if name == "allocate":
+            complete = any(sections[name].get(target) is not None for target in TARGETS)
+        with problems.catching():
+            built[name] = build(name, sections[name] if complete else {**sections[name], **_STANDS_IN.get(name, {})})
+    problems.tell()
+    return RunPlan(Path(str(recipe.work_dir)), {stage: built[stage] for stage in STAGES}, built[COMPUTE])
+
+
+# In place of what is missing, so that the section's other settings are looked at too; no plan is made of it.
+_STANDS_IN: dict[str, dict[str, Any]] = {"allocate": {"target_bits": 2.0}, "export": {"out": "missing"}}
+
+
+def _missing(
+    recipe: Recipe, sections: Mapping[str, Mapping[str, Any]], unread: Collection[tuple[str, str]]
+) -> list[str]:
+    """A line for every required setting that was not given."""
     missing = [
         f"{run_option(section, flag)} (in a recipe: {section}: {{{flag.field}: ...}})   {flag.help}"
         for section in STAGES
         for flag in flags_of(section)
-        if flag.required and not sections[section].get(flag.field)
+        if flag.required and not sections[section].get(flag.field) and (section, flag.field) not in unread
     ]
     if not recipe.work_dir:
         missing.insert(0, "--work-dir (in a recipe: work_dir: ...)   Where this run's artifacts go.")
-    if not any(sections["allocate"].get(name) is not None for name in TARGETS):
+    targets = [name for name in TARGETS if sections["allocate"].get(name) is not None or ("allocate", name) in unread]
+    if not targets:
         missing.append("one of --target-stored-bits, --target-bits, --target-size   How small the result is to be.")
-    if missing:
-        raise InputError(f"run lacks {len(missing)} settings:\n{listed(missing)}")
-    _widen(sections["score"], sections["allocate"])
-    followed = {name: value for name, value in sections["score"].items() if name in shared_with_score()}
-    sections["quantize"] = {**followed, **sections["quantize"]}
-    stages = {stage: build(stage, sections[stage]) for stage in STAGES}
-    return RunPlan(Path(str(recipe.work_dir)), stages, build(COMPUTE, sections[COMPUTE]))
+    return missing
 
 
 def _widen(score: dict[str, Any], allocate: Mapping[str, Any]) -> None:

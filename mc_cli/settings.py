@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from mc_cli.errors import InputError
+from mc_cli.errors import InputError, Problems
 from mc_cli.parts import DROPPED, Role, read_width
 
 # Widths that score measures unless told otherwise, by the family of encodings that the quantizer makes.
@@ -39,6 +39,7 @@ EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(B|[KMGT]i?B)?\s*", re.IGNORECASE)
+_LEAST_PLAIN_BYTES = 10**6
 _UNITS = {
     "B": 1,
     "KB": 10**3,
@@ -65,28 +66,36 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _one_of(flag: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"{flag} {value!r}: known are {', '.join(known)}.")
+def _refuse(*messages: str) -> None:
+    """Raises InputError for every message that is not empty, all at once."""
+    problems = Problems()
+    for message in messages:
+        problems.refuse(message)
+    problems.tell()
 
 
-def _length(value: int) -> None:
-    if value and value < 8:
-        raise InputError(
-            f"--length {value}: at least 8 tokens, or 0 for 2048 (or the model's whole context where shorter)."
-        )
+def _one_of(flag: str, value: str, known: tuple[str, ...]) -> str:
+    return "" if value in known else f"{flag} {value!r}: known are {', '.join(known)}."
+
+
+def _length(value: int) -> str:
+    if value == 0 or value >= 8:
+        return ""
+    return f"--length {value}: at least 8 tokens, or 0 for 2048 (or the model's whole context where shorter)."
 
 
 def check_activation_bits(bits: int) -> int:
     """The bits as they are. Raises InputError unless they are 16 or 8."""
-    if bits not in (16, 8):
-        raise InputError(f"--activation-bits {bits}: 16 or 8.")
+    _refuse(_activation_bits(bits))
     return bits
 
 
-def _at_least(flag: str, value: int, minimum: int) -> None:
-    if value < minimum:
-        raise InputError(f"{flag} {value}: at least {minimum}.")
+def _activation_bits(bits: int) -> str:
+    return "" if bits in (16, 8) else f"--activation-bits {bits}: 16 or 8."
+
+
+def _at_least(flag: str, value: int, minimum: int) -> str:
+    return "" if value >= minimum else f"{flag} {value}: at least {minimum}."
 
 
 def parse_size(text: str) -> int:
@@ -97,6 +106,17 @@ def parse_size(text: str) -> int:
             f"{text!r} is not a size. Write bytes, or a number with B, kB, MB, GB, KiB, MiB or GiB, for example 16GiB."
         )
     return round(float(match[1]) * _UNITS[(match[2] or "B").upper()])
+
+
+def parse_file_size(text: str) -> int:
+    """The same for the size of a model or file: a plain number below 1 MB lacks its unit. Raises InputError for one."""
+    size = parse_size(text)
+    if size < _LEAST_PLAIN_BYTES and text.strip().replace(".", "", 1).isdigit():
+        raise InputError(
+            f"{text.strip()!r} is {size:,} bytes, too few for a model or a file of it. Write the unit, for example "
+            f"{text.strip()}GiB; with B a size of so many bytes is taken as it is."
+        )
+    return size
 
 
 def parse_bits_list(text: str) -> tuple[float, ...]:
@@ -127,9 +147,11 @@ class RunSettings:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("--device", self.device, DEVICES)
-        _one_of("--dtype", self.dtype, DTYPES)
-        _at_least("--batch-tokens", self.batch_tokens, 1)
+        _refuse(
+            _one_of("--device", self.device, DEVICES),
+            _one_of("--dtype", self.dtype, DTYPES),
+            _at_least("--batch-tokens", self.batch_tokens, 1),
+        )
 
 
 class StageSettings:
@@ -167,10 +189,12 @@ class CalibrateSettings(StageSettings):
     not_fingerprinted = frozenset({"model", "data"})
 
     def __post_init__(self) -> None:
-        _at_least("--sequences", self.sequences, 1)
-        _at_least("--gradient-tokens", self.gradient_tokens, 0)
-        _at_least("--gradient-samples", self.gradient_samples, 1)
-        _length(self.length)
+        _refuse(
+            _at_least("--sequences", self.sequences, 1),
+            _at_least("--gradient-tokens", self.gradient_tokens, 0),
+            _at_least("--gradient-samples", self.gradient_samples, 1),
+            _length(self.length),
+        )
 
 
 @dataclass(frozen=True)
@@ -199,13 +223,13 @@ class QuantizerSettings(StageSettings):
         return "trellis" if self.quantizer == "trellis" else "affine"
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping < 1:
-            raise InputError(f"--damping {self.damping}: a fraction of the mean Hessian diagonal, between 0 and 1.")
-        if self.shrinkage < 0:
-            raise InputError(f"--shrinkage {self.shrinkage}: tokens per input feature, 0 or more.")
-        _at_least("--group-size", self.group_size, 8)
-        if self.sweeps is not None:
-            _at_least("--sweeps", self.sweeps, 0)
+        fraction = f"--damping {self.damping}: a fraction of the mean Hessian diagonal, between 0 and 1."
+        _refuse(
+            "" if 0 < self.damping < 1 else fraction,
+            "" if self.shrinkage >= 0 else f"--shrinkage {self.shrinkage}: tokens per input feature, 0 or more.",
+            _at_least("--group-size", self.group_size, 8),
+            _at_least("--sweeps", self.sweeps or 0, 0),
+        )
 
 
 @dataclass(frozen=True)
@@ -220,14 +244,15 @@ class ScoreSettings(StageSettings):
     loss_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        _at_least("--loss-tokens", self.loss_tokens, 1)
         if not self.bits:
             object.__setattr__(self, "bits", CANDIDATES[self.quantizer.family])
         halves = [width for width in self.bits if not float(width).is_integer()]
-        if halves and (self.quantizer.family == "affine" or halves[-1] > 5):
-            raise InputError(
-                f"--bits {','.join(map(str, self.bits))}: half steps are for --quantizer trellis, and up to 4.5."
-            )
+        wrong = bool(halves) and (self.quantizer.family == "affine" or halves[-1] > 5)
+        listed_bits = ",".join(map(str, self.bits))
+        _refuse(
+            _at_least("--loss-tokens", self.loss_tokens, 1),
+            f"--bits {listed_bits}: half steps are for --quantizer trellis, and up to 4.5." if wrong else "",
+        )
 
 
 @dataclass(frozen=True)
@@ -264,17 +289,25 @@ class AllocateSettings(StageSettings):
             for name in ("target_stored_bits", "target_bits", "target_size_bytes")
             if getattr(self, name) is not None
         ]
+        problems = Problems()
         if len(given) != 1:
-            raise InputError(
+            problems.refuse(
                 f"allocate needs exactly one target, {len(given)} given: --target-stored-bits (scales included), "
                 "--target-bits (codes only) or --target-size (the whole checkpoint, for example 16GiB)."
             )
-        target = getattr(self, given[0])
-        if not (math.isfinite(target) and target > 0):
-            raise InputError(f"--{given[0].removesuffix('_bytes').replace('_', '-')} {target}: a target is above 0.")
+        for name in given:
+            target = getattr(self, name)
+            if not (math.isfinite(target) and target > 0):
+                flag = name.removesuffix("_bytes").replace("_", "-")
+                problems.refuse(f"--{flag} {target}: a target is above 0.")
         for role, bits in self.role_bits(0).items():
             if not (1 <= bits <= 8 or bits == 16):
-                raise InputError(f"--{role.value}-bits {bits}: a width is 1 to 8, or 16 to keep the checkpoint's own.")
+                problems.refuse(f"--{role.value}-bits {bits}: a width is 1 to 8, or 16 to keep the checkpoint's own.")
+        if self.gap is not None and not 0 <= self.gap < 1:
+            problems.refuse(f"--gap {self.gap}: a relative distance, from 0 to below 1.")
+        if not self.time_limit_s > 0:
+            problems.refuse(f"--time-limit {self.time_limit_s}: seconds above 0.")
+        problems.tell()
 
     def role_bits(self, mean_bits: float) -> dict[Role, int]:
         """Width per role beside experts of `mean_bits`; DENSE follows SHARED unless set."""
@@ -344,31 +377,33 @@ class PruneSettings(StageSettings):
     not_fingerprinted = frozenset({"fit_data"})
 
     def __post_init__(self) -> None:
+        problems = Problems()
         if self.target_rate is not None and self.max_loss is not None:
-            raise InputError("--target-rate and --max-loss exclude each other: one follows from the other. Give one.")
+            problems.refuse("--target-rate and --max-loss exclude each other: one follows from the other. Give one.")
         if self.target_rate is not None and not 0 < self.target_rate < 1:
-            raise InputError(f"--target-rate {self.target_rate}: a share of expert calls, above 0 and below 1.")
+            problems.refuse(f"--target-rate {self.target_rate}: a share of expert calls, above 0 and below 1.")
         if self.max_loss is not None and not self.max_loss > 0:
-            raise InputError(f"--max-loss {self.max_loss}: a relative rise of perplexity above 0, for example 0.01.")
+            problems.refuse(f"--max-loss {self.max_loss}: a relative rise of perplexity above 0, for example 0.01.")
         if not 0 <= self.protect < 1:
-            raise InputError(f"--protect {self.protect}: a share of tokens, from 0 to below 1.")
+            problems.refuse(f"--protect {self.protect}: a share of tokens, from 0 to below 1.")
         asked = self.target_rate is not None or self.max_loss is not None or self.sweep
         if asked and not self.policy:
-            raise InputError("--target-rate, --max-loss and --sweep need --policy, for example --policy odp.")
+            problems.refuse("--target-rate, --max-loss and --sweep need --policy, for example --policy odp.")
         if not 0 <= self.drop_experts < 1:
-            raise InputError(f"--drop-experts {self.drop_experts}: a share of the experts, from 0 to below 1.")
+            problems.refuse(f"--drop-experts {self.drop_experts}: a share of the experts, from 0 to below 1.")
         if self.drop_experts and not self.policy:
-            raise InputError("--drop-experts needs --policy; --policy all drops whole experts and nothing per token.")
-        _one_of("--drop-by", self.drop_by, ("reap", "frequency", "router-weight"))
-        _one_of("--drop-scope", self.drop_scope, ("layer", "global"))
-        if self.otp_learning_rate <= 0:
-            raise InputError(f"--otp-learning-rate {self.otp_learning_rate}: above 0.")
+            problems.refuse("--drop-experts needs --policy; --policy all drops whole experts and nothing per token.")
+        problems.refuse(_one_of("--drop-by", self.drop_by, ("reap", "frequency", "router-weight")))
+        problems.refuse(_one_of("--drop-scope", self.drop_scope, ("layer", "global")))
+        if not self.otp_learning_rate > 0:
+            problems.refuse(f"--otp-learning-rate {self.otp_learning_rate}: above 0.")
         for flag, value, least in (
             ("--fit-sequences", self.fit_sequences, 4),
             ("--otp-steps", self.otp_steps, 1),
             ("--otp-batch", self.otp_batch, 1),
         ):
-            _at_least(flag, value, least)
+            problems.refuse(_at_least(flag, value, least))
+        problems.tell()
 
 
 @dataclass(frozen=True)
@@ -395,10 +430,15 @@ class EvaluateSettings(StageSettings):
         return {**plain, "prune": self.prune.resolved()} if self.prune.policy else plain
 
     def __post_init__(self) -> None:
-        _length(self.length)
-        if self.stride < 0 or (self.length and self.stride > self.length):
-            raise InputError(f"--stride {self.stride}: from 0 (no overlap) to --length {self.length}.")
-        check_activation_bits(self.activation_bits)
+        beyond = self.stride < 0 or bool(self.length and self.stride > self.length)
+        limited = self.task_limit is not None
+        _refuse(
+            _length(self.length),
+            f"--stride {self.stride}: from 0 (no overlap) to --length {self.length}." if beyond else "",
+            _at_least("--max-sequences", self.max_sequences, 0),
+            _at_least("--task-limit", self.task_limit or 0, 1) if limited else "",
+            _activation_bits(self.activation_bits),
+        )
 
 
 @dataclass(frozen=True)
@@ -410,5 +450,7 @@ class ExportSettings(StageSettings):
     shard_bytes: int = 4 * 10**9
 
     def __post_init__(self) -> None:
-        if not self.out:
-            raise InputError("export needs --out, the directory to write.")
+        _refuse(
+            "" if self.out else "export needs --out, the directory to write.",
+            _at_least("--shard-size", self.shard_bytes, 1),
+        )

@@ -21,6 +21,7 @@ LAYERS = (
     ("runtime",),
     ("exporters",),
     ("stages",),
+    ("ahead",),
     ("flags",),
     ("recipe", "status", "help"),
     ("chain", "console"),

@@ -33,6 +33,7 @@ __all__ = [
     "Unit",
     "allocate",
     "build_problem",
+    "feasible_problem",
     "strategies",
     "strategy_named",
 ]
@@ -93,6 +94,27 @@ def allocate(
     assignment = strategy.assign(problem, SolverSettings(gap, time_limit_s, solver))
     plan = make_plan(importance, strategy, problem, assignment, settings=settings)
     return replace(plan, role_bits=dict(role_bits), group_size_limit=group_size_limit)
+
+
+def feasible_problem(
+    importance: Importance,
+    *,
+    method: str = DEFAULT_METHOD,
+    budget: Budget,
+    candidate_bits: Iterable[float] | None = None,
+    floors: Iterable[Floor] | None = None,
+    **exponents: float | None,
+) -> AllocationProblem:
+    """The problem that `allocate` would solve, where it can be solved; costs play no part, so any will do.
+
+    Raises what `allocate` raises: InputError for methods, widths, floors and exponents, BudgetError for the budget.
+    """
+    strategy = strategy_named(method)
+    settings = CostSettings(_exponents(strategy, **exponents))
+    widths = _candidates(importance, strategy, candidate_bits)
+    problem = build_problem(importance, strategy, budget, widths, _floors(strategy, floors), settings)
+    strategy.check(problem)
+    return problem
 
 
 def build_problem(

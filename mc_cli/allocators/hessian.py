@@ -7,7 +7,7 @@ Source: the error-only ablation of Huang et al. 2024, arXiv 2410.06270, section 
 from __future__ import annotations
 
 from mc_cli.allocators.costs import output_error
-from mc_cli.allocators.per_layer import solve_per_layer
+from mc_cli.allocators.per_layer import check_shares, solve_per_layer
 from mc_cli.allocators.strategy import Strategy
 
 STRATEGY = Strategy(
@@ -17,4 +17,5 @@ STRATEGY = Strategy(
     formula="sum over experts of loss_by_bits[bits]",
     costs=output_error,
     assign=solve_per_layer,
+    check=check_shares,
 )

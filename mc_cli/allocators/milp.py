@@ -61,9 +61,10 @@ def run_solver(model: pulp.LpProblem, *, time_limit_s: float, absolute_gap: floa
 
 @contextmanager
 def _standard_output_left_alone() -> Iterator[None]:
-    """While it lasts, what is written to descriptor 1 goes to standard error.
+    """While it lasts, what is written to descriptor 1 goes nowhere.
 
-    HiGHS 1.16 introduces itself there when it is made, before it can be told to be silent, and would be part of --json.
+    HiGHS 1.16 introduces itself there when it is made, before it can be told to be silent: two lines that say nothing
+    of the run, and would be part of --json. What goes wrong reaches us as a status or an exception.
     """
     sys.stdout.flush()
     try:
@@ -71,12 +72,14 @@ def _standard_output_left_alone() -> Iterator[None]:
     except OSError:  # closed, so there is nothing to keep clean
         yield
         return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(2, 1)
+        os.dup2(nowhere, 1)
         yield
     finally:
         os.dup2(kept, 1)
         os.close(kept)
+        os.close(nowhere)
 
 
 def _solver(name: str, **settings: Any) -> pulp.LpSolver:

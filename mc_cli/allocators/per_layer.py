@@ -20,8 +20,8 @@ def solve_per_layer(problem: AllocationProblem, settings: SolverSettings) -> Ass
     bytes: whole steps seldom meet a layer's bytes, so what one layer leaves is added to the next one's share.
     Raises BudgetError where some layer's share is too small for it.
     """
+    check_shares(problem)
     shares = _shares(problem)
-    check_layer_budgets(problem, {layer: math.floor(share) for layer, share in shares.items()})
     picks = [0] * len(problem.units)
     parts = []
     carried = Fraction(0)
@@ -41,6 +41,11 @@ def solve_per_layer(problem: AllocationProblem, settings: SolverSettings) -> Ass
         bound=math.fsum(part.bound or 0.0 for part in parts),
         lagrangian_bound=math.fsum(part.lagrangian_bound or 0.0 for part in parts),
     )
+
+
+def check_shares(problem: AllocationProblem) -> None:
+    """Raises BudgetError where some layer's share of the budget is too small for it."""
+    check_layer_budgets(problem, {layer: math.floor(share) for layer, share in _shares(problem).items()})
 
 
 def _shares(problem: AllocationProblem) -> dict[int, Fraction]:

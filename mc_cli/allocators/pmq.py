@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mc_cli.allocators.costs import normalised, output_error
-from mc_cli.allocators.per_layer import solve_per_layer
+from mc_cli.allocators.per_layer import check_shares, solve_per_layer
 from mc_cli.allocators.problem import Floor
 from mc_cli.allocators.strategy import CostSettings, Strategy
 from mc_cli.artifacts.importance import LayerImportance
@@ -38,6 +38,7 @@ STRATEGY = Strategy(
     "counts and sums normalised to 1 per layer",
     costs=costs,
     assign=solve_per_layer,
+    check=check_shares,
     candidate_bits=(1, 2, 3),
     floors=(Floor(3), Floor(2)),
     exponents={"alpha": 1.0, "beta": 1.5, "gamma": 1.0},

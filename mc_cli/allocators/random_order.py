@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from mc_cli.allocators.costs import halving
-from mc_cli.allocators.per_layer import solve_per_layer
+from mc_cli.allocators.per_layer import check_shares, solve_per_layer
 from mc_cli.allocators.strategy import CostSettings, Strategy
 from mc_cli.artifacts.importance import LayerImportance
 
@@ -25,5 +25,6 @@ STRATEGY = Strategy(
     formula="sum over experts of a uniform random number * 2^-bits",
     costs=costs,
     assign=solve_per_layer,
+    check=check_shares,
     uses_seed=True,
 )

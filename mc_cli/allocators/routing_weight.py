@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mc_cli.allocators.costs import halving, normalised
-from mc_cli.allocators.per_layer import solve_per_layer
+from mc_cli.allocators.per_layer import check_shares, solve_per_layer
 from mc_cli.allocators.strategy import CostSettings, Strategy
 from mc_cli.artifacts.importance import LayerImportance
 
@@ -25,4 +25,5 @@ STRATEGY = Strategy(
     formula="sum over experts of router_probability_sum * 2^-bits, sums normalised to 1 per layer",
     costs=costs,
     assign=solve_per_layer,
+    check=check_shares,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from mc_cli.allocators.feasibility import check_budget
 from mc_cli.allocators.problem import AllocationProblem, Floor
 from mc_cli.artifacts.importance import LayerImportance
 from mc_cli.errors import InputError
@@ -74,6 +75,7 @@ class Strategy:
                     costs are then the predicted losses of the projections
     drops_experts   whether 0 may be among its widths: the expert is dropped, and its tokens go to others
     exponents       the exponents it takes, with their defaults
+    check           raises BudgetError where no choices meet the budget; `assign` begins with it
     """
 
     name: str
@@ -89,3 +91,4 @@ class Strategy:
     splits_experts: bool = False
     drops_experts: bool = True
     exponents: Mapping[str, float] = field(default_factory=dict)
+    check: Callable[[AllocationProblem], None] = check_budget

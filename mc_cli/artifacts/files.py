@@ -13,13 +13,14 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX, refuse_foreign_partial, remove_partial
 from mc_cli.artifacts.system_errors import refusal
+from mc_cli.artifacts.places import require_ordinary
 from mc_cli.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -262,25 +263,57 @@ def nothing_remembered() -> Iterator[None]:
         _REMEMBERS.reset(token)
 
 
+def remembers() -> bool:
+    """Whether digests are written down: not in a dry run."""
+    return _REMEMBERS.get()
+
+
 class DigestCache:
-    """sha256 of input files, each hashed once: remembered by path, size and modification time in one JSON file."""
+    """sha256 of input files, each hashed once: remembered in one JSON file by path, size and the times of last change.
+
+    The second of these times, which no program can set, tells a file that was exchanged under its old date. Where the
+    memory cannot be written, on a read-only disk for example, files are hashed again next time.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            self._known: dict[str, Any] = read_json(path) if path.exists() else {}
-        except ArtifactError:  # only a memory: a damaged one is made anew
-            self._known = {}
+        self._known = self._read()
 
     def digest(self, path: Path) -> str:
-        """The file's sha256, from memory where size and modification time (nanoseconds) are unchanged."""
-        stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns]
-        name = str(path.resolve())
-        entry = self._known.get(name)
-        if not isinstance(entry, dict) or entry.get("stamp") != stamp or "sha256" not in entry:
-            entry = {"stamp": stamp, "sha256": file_digest(path)}
-            self._known[name] = entry
-            if _REMEMBERS.get():
-                write_json(self._path, self._known)
-        return entry["sha256"]
+        """The file's sha256, from memory where it was not changed since. Raises InputError for no ordinary file."""
+        known = self.known(path)
+        if known is None:
+            require_ordinary(path)
+            before = file_stamp(path)
+            known = file_digest(path)
+            if file_stamp(path) == before:
+                self.remember(path, before, known)
+        return known
+
+    def known(self, path: Path) -> str | None:
+        """The file's sha256 from memory alone; None where it is new or has been changed."""
+        entry = self._known.get(str(path.resolve()))
+        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+            return None
+        stamp = file_stamp(path)
+        return entry["sha256"] if entry.get("stamp") in (stamp, stamp[:2]) else None  # earlier versions noted two
+
+    def remember(self, path: Path, stamp: list[int], digest: str) -> None:
+        """Notes a file's sha256, made while it had that stamp."""
+        entry = {str(path.resolve()): {"stamp": stamp, "sha256": digest}}
+        self._known |= entry
+        if _REMEMBERS.get():
+            with suppress(ArtifactError):
+                write_json(self._path, self._read() | entry)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return read_json(self._path) if self._path.exists() else {}
+        except ArtifactError:  # only a memory: a damaged one is made anew
+            return {}
+
+
+def file_stamp(path: Path) -> list[int]:
+    """Size, modification time and time of last change (nanoseconds): equal while nobody writes to the file."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]

@@ -28,10 +28,11 @@ def check_transformers_version() -> None:
         )
 
 
-def resolve_model(name: str, *, revision: str | None = None, asked_as: str = "--model") -> Path:
+def resolve_model(name: str, *, revision: str | None = None, asked_as: str = "--model", fetch: bool = True) -> Path:
     """The folder of a model: a directory, `bundled:NAME`, or a hub id, whose files are downloaded to the hub's cache.
 
     asked_as  the option that named it, for messages
+    fetch     whether files of a hub id may be downloaded; without it they have to be in the hub's cache
     Raises InputError if it is none of these.
     """
     if name.startswith("bundled:"):
@@ -48,18 +49,31 @@ def resolve_model(name: str, *, revision: str | None = None, asked_as: str = "--
             f"{asked_as} {name}: no such directory. Give a folder with config.json and *.safetensors, or a hub id like "
             "org/name."
         )
-    return _download(name, revision)
+    return _download(name, revision, fetch=fetch)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, *, fetch: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"]
     # Folders and `consolidated` files hold a second copy of the weights in the publisher's own layout.
     second_copies = ["*/*", "consolidated*"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=second_copies))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=second_copies,
+                local_files_only=not fetch,
+            )
+        )
     except Exception as error:  # the hub client raises its own, requests' and file system errors
+        if not fetch:
+            raise InputError(
+                f"--model {name}: not on this machine. A run would fetch it from the hub first; a dry run fetches "
+                "nothing. Download it, or give a directory."
+            ) from error
         raise InputError(
             f"--model {name}: not a directory here, and not to be had from the hub: {first_line(error)} Check the "
             "name, the revision and the network, or give a directory."

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from mc_cli.artifacts.files import DigestCache, content_digest, read_json, write_json
-from mc_cli.artifacts.store import Manifest, require_done
-from mc_cli.errors import InputError, StaleArtifactError
+from mc_cli.artifacts.files import DigestCache, content_digest, read_json, remembers, write_json
+from mc_cli.artifacts.places import require_ordinary
+from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, Manifest, StageFolder, require_done
+from mc_cli.errors import InputError, StaleArtifactError, listed
 from mc_cli.runtime.checkpoint import Checkpoint, read_config, resolve_model
+from mc_cli.runtime.weight_digests import RECORD, SUFFIX, WeightDigests, Weights, changed_files, header_digest
 from mc_cli.settings import RunSettings
 
 POINTER = "model.json"  # where the model lies on this machine; not an artifact: the digests say which model it is
@@ -47,10 +49,76 @@ class Session:
         return Checkpoint(self.folder, self.config, dtype=self.dtype, device=self.device)
 
     def model_digest(self) -> str:
-        """One digest over config, tokenizer and weights."""
+        """One digest over config, tokenizer, and names, sizes and headers of the weights, which are not read."""
         cache = self.digests()
-        files = sorted(path for path in self.folder.iterdir() if path.suffix in _MODEL_SUFFIXES)
+        return content_digest(
+            [
+                [path.name, path.stat().st_size, header_digest(path)]
+                if path.suffix == SUFFIX
+                else [path.name, cache.digest(path)]
+                for path in self._model_files()
+            ]
+        )
+
+    def _model_files(self) -> list[Path]:
+        found = sorted(path for path in self.folder.iterdir() if path.suffix in _MODEL_SUFFIXES)
+        for path in found:
+            require_ordinary(path)
+        return found
+
+    def _whole_digest(self) -> str | None:
+        """One digest over all bytes, by which earlier versions told models apart; None in a dry run that lacks it."""
+        cache, files = self.digests(), self._model_files()
+        if not remembers() and any(cache.known(path) is None for path in files if path.suffix == SUFFIX):
+            return None
         return content_digest([[path.name, cache.digest(path)] for path in files])
+
+    def model_inputs(self) -> dict[str, str]:
+        """What tells in a stage's inputs which model it reads, `calibrated` being true of it.
+
+        For a calibration of an earlier version, which has no record of the weights, as that version told it.
+        """
+        weights = Weights.read(self._calibration)
+        identity = require_done(self.work_dir, "calibrate").inputs["model"]
+        return {"model": identity} if weights is None else {"model": identity, "weights": weights.digest}
+
+    def calibrate_inputs(self) -> dict[str, str]:
+        """The same for calibrate itself."""
+        done = Manifest.read(self._calibration)
+        if done is not None and not (self._calibration / RECORD).exists():
+            return {"model": self._whole_digest() or done.inputs["model"]}
+        return {"model": self.model_digest()}
+
+    @property
+    def _calibration(self) -> Path:
+        return self.work_dir / STAGE_FOLDERS["calibrate"]
+
+    def check_weights(self) -> None:
+        """Raises StaleArtifactError where the weights are not those of a finished calibration, changed files read."""
+        weights = Weights.read(self._calibration)
+        wrong = changed_files(self.folder, weights.digests if weights else {}, self.digests(), read=True)
+        if wrong:
+            raise StaleArtifactError(
+                f"{self._calibration} was made from other weights:\n{listed(wrong)}\nUse --force to rebuild it, or put "
+                "the files of that time back."
+            )
+
+    def digesting(self, checkpoint: Checkpoint, folder: StageFolder | None) -> WeightDigests:
+        """Hashes the checkpoint's files while a stage reads them; `finish` has to be called before its manifest.
+
+        folder   of the stage, where what is read is noted for a resume; None for one that resumes nothing
+        """
+        weights = Weights.read(self._calibration)
+        names = {file for tensor in checkpoint.files.tensors.values() for _, file in tensor.places}
+        found = WeightDigests(
+            self.folder,
+            tuple(sorted(names)),
+            self.digests(),
+            weights.digests if weights is not None and (folder is None or folder.folder != self._calibration) else {},
+            None if folder is None else folder.path(f"{RESUME}/{RECORD}"),
+        )
+        checkpoint.files.on_open = found.opened
+        return found
 
     def remember(self, model: str, revision: str | None) -> None:
         """Notes the model's place for the later stages; `model` and `revision` are what the user named it by."""
@@ -64,9 +132,13 @@ class Session:
         Raises InputError where it has not run, StaleArtifactError where the model's files are not those it read.
         """
         manifest = require_done(self.work_dir, "calibrate")
-        if manifest.inputs["model"] != self.model_digest():
+        weights = Weights.read(self._calibration)
+        now = self._whole_digest() if weights is None else self.model_digest()
+        known = changed_files(self.folder, weights.digests if weights else {}, self.digests(), read=False)
+        if now not in (None, manifest.inputs["model"]) or known:
+            which = f":\n{listed(known)}\n" if known else ". "
             raise StaleArtifactError(
-                f"The files in {self.folder} are not those that calibrate read. Run `mc-cli calibrate --force -w "
+                f"The files in {self.folder} are not those that calibrate read{which}Run `mc-cli calibrate --force -w "
                 f"{self.work_dir}` again with --model, or name with it the place of the model that was calibrated."
             )
         return manifest
@@ -78,12 +150,12 @@ def digest_cache(work_dir: Path) -> DigestCache:
 
 
 def first_session(work_dir: Path, model: str, revision: str | None, compute: RunSettings) -> Session:
-    """Opens the model that `--model` names. Nothing is written."""
+    """Opens the model that `--model` names. Nothing is written, and in a dry run nothing is fetched."""
     if not model:
         raise InputError(
             "--model is missing: give a folder with config.json and *.safetensors, a hub id, or bundled:demo-moe."
         )
-    return _open(work_dir, resolve_model(model, revision=revision).resolve(), compute)
+    return _open(work_dir, resolve_model(model, revision=revision, fetch=remembers()).resolve(), compute)
 
 
 def later_session(work_dir: Path, compute: RunSettings) -> Session:

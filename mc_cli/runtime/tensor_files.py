@@ -8,7 +8,7 @@ a block is cut at the edge, such as the 576 rows of DeepSeek-V3's kv_a_proj_with
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,7 @@ class TensorFiles:
 
     def __init__(self, folder: Path, quantization: dict[str, Any] | None) -> None:
         self.folder = folder
+        self.on_open: Callable[[str], None] = lambda name: None  # told the name of each file that is opened for reading
         self._block = _fp8_block(quantization or {})
         method = check_format(folder, quantization)
         plain = _plain_tensors(folder)
@@ -149,6 +150,7 @@ class TensorFiles:
                 pieces = []
                 for stored_key, file in tensor.places:
                     if file not in handles:
+                        self.on_open(file)
                         handles[file] = stack.enter_context(_open(self.folder / file))
                     pieces.append(handles[file].get_slice(stored_key))
                 slices[key] = self._readable(tensor, pieces)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,20 +52,15 @@ def run(
         work_dir / STAGE_FOLDERS["calibrate"] / calibration_artifact.INVENTORY
     )
     quantizer = QuantizerSettings(**require_done(work_dir, "score").settings["quantizer"])
-    role_bits, others = _beside_experts(settings, inventory, quantizer)
-    if inventory.tied_head and settings.head_bits not in (None, role_bits[Role.EMBEDDING]):
-        raise PlanError(
-            f"--head-bits {settings.head_bits}: this model's head is tied to its embedding, which gets "
-            f"{role_bits[Role.EMBEDDING]} bits here. Give --embedding-bits for both."
-        )
+    role_bits, others = beside_experts(settings, inventory, quantizer)
     with progress.step(f"allocate: {settings.method}", total=1, unit="programme") as step:
         plan = allocate(
             importance,
             method=settings.method,
-            budget=_budget(settings, others),
+            budget=budget_of(settings, others),
             role_bits=role_bits,
             candidate_bits=settings.bits,
-            floors=None if settings.floors is None else [Floor(bits, count) for bits, count in settings.floors],
+            floors=floors_of(settings),
             alpha=settings.alpha,
             beta=settings.beta,
             gamma=settings.gamma,
@@ -86,13 +82,26 @@ def run(
     return _result(folder, ran=True)
 
 
-def _beside_experts(
+def beside_experts(
     settings: AllocateSettings, inventory: ModelInventory, quantizer: QuantizerSettings
 ) -> tuple[dict[Role, int], int]:
     """(width per role, file bytes of all that is not a routed expert weight).
 
     For a size in bytes: the widest that still leave the experts the mean width beside which they are the right ones.
+    Raises PlanError for a width of its own of a tied head.
     """
+    role_bits, others = _widths_beside(settings, inventory, quantizer)
+    if inventory.tied_head and settings.head_bits not in (None, role_bits[Role.EMBEDDING]):
+        raise PlanError(
+            f"--head-bits {settings.head_bits}: this model's head is tied to its embedding, which gets "
+            f"{role_bits[Role.EMBEDDING]} bits here. Give --embedding-bits for both."
+        )
+    return role_bits, others
+
+
+def _widths_beside(
+    settings: AllocateSettings, inventory: ModelInventory, quantizer: QuantizerSettings
+) -> tuple[dict[Role, int], int]:
 
     def widths(mean_bits: float) -> dict[Role, int]:
         found = settings.role_bits(mean_bits)
@@ -113,7 +122,13 @@ def _beside_experts(
     return role_bits, others
 
 
-def _budget(settings: AllocateSettings, others: int) -> Budget:
+def floors_of(settings: AllocateSettings) -> list[Floor] | None:
+    """The floors asked for; None = the method's own."""
+    return None if settings.floors is None else [Floor(bits, count) for bits, count in settings.floors]
+
+
+def budget_of(settings: AllocateSettings, others: int) -> Budget:
+    """The budget of the routed experts, beside `others` bytes of everything else."""
     if settings.target_stored_bits is not None:
         return Budget("stored_bits", settings.target_stored_bits)
     if settings.target_bits is not None:
@@ -122,7 +137,7 @@ def _budget(settings: AllocateSettings, others: int) -> Budget:
     return Budget("expert_bytes", settings.target_size_bytes - others, other_bytes=others)
 
 
-def other_bytes(inventory: ModelInventory, role_bits: dict[Role, int], quantizer: QuantizerSettings) -> int:
+def other_bytes(inventory: ModelInventory, role_bits: Mapping[Role, float], quantizer: QuantizerSettings) -> int:
     """File bytes of all that is not a routed expert weight, at the roles' widths, headers included (rounded up)."""
     total = 0
     names = 0

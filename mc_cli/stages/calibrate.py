@@ -55,9 +55,11 @@ def run(
     session = first_session(work_dir, settings.model, settings.revision, compute)
     folder = _folder(settings, session)
     if not folder.needed(force=force):
+        session.check_weights()
         session.remember(settings.model, settings.revision)
         return _result(folder, ran=False)
     checkpoint = session.open_checkpoint()
+    weights = session.digesting(checkpoint, folder)
     windows = None if folder.path(artifact.TOKENS).exists() and not force else _windows(settings, session)
     folder.start(force=force)
     session.remember(settings.model, settings.revision)
@@ -66,9 +68,11 @@ def run(
     inventory = _write_inventory(checkpoint, folder, progress)
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
     sequences = min(-(-settings.gradient_tokens // token_ids.shape[1]), len(token_ids))
-    _forward(walk, checkpoint, inventory, folder, sequences, progress)
-    if sequences:
-        _backward(walk, checkpoint, inventory, folder, sequences, settings, progress)
+    with weights:
+        _forward(walk, checkpoint, inventory, folder, sequences, progress)
+        if sequences:
+            _backward(walk, checkpoint, inventory, folder, sequences, settings, progress)
+        weights.finish().write(folder.folder)
     unexplained = unexplained_choices(artifact.read_sensitivities(folder.folder, inventory))
     for message in unexplained + starved_experts(read_routing(folder.folder, inventory), inventory):
         folder.warn(message, progress)
@@ -80,7 +84,7 @@ def _folder(settings: CalibrateSettings, session: Session) -> StageFolder:
     settings = replace(settings, length=text.fit_length(settings.length, session.config))
     data = text.data_digest(settings.data, settings.split, settings.text_field, session.digests())
     resolved = {**settings.resolved(), "dtype": session.dtype_name}
-    return StageFolder(session.work_dir, STAGE, resolved, {"model": session.model_digest(), "data": data})
+    return StageFolder(session.work_dir, STAGE, resolved, {**session.calibrate_inputs(), "data": data})
 
 
 def _windows(settings: CalibrateSettings, session: Session) -> torch.Tensor:

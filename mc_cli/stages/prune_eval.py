@@ -27,7 +27,7 @@ from mc_cli.runtime import text
 from mc_cli.runtime.checkpoint import Checkpoint
 from mc_cli.runtime.comparison import compare
 from mc_cli.runtime.experts import IMPLEMENTATION
-from mc_cli.runtime.lm_eval_tasks import find_tasks, run_tasks
+from mc_cli.runtime.lm_eval_tasks import Tasks, find_tasks, run_tasks
 from mc_cli.runtime.packed_model import PackedSource, model_bytes
 from mc_cli.runtime.pareto_figure import draw_front
 from mc_cli.runtime.policy_fitting import FittedPolicies, fit_or_read, fitting_inputs, policy_names
@@ -64,10 +64,30 @@ def run(
     check_inputs(settings.activation_bits, session.device)
     original = session.open_checkpoint()
     folder.start(force=force)
+    with session.digesting(original, None) as weights:
+        evaluation = _measured(settings, session, inventory, original, windows, tasks, folder, force, progress)
+        weights.finish()
+    evaluation.write(folder.path(EVALUATION))
+    folder.finish(__version__)
+    return _result(folder, ran=True)
+
+
+def _measured(
+    settings: EvaluateSettings,
+    session: Session,
+    inventory: ModelInventory,
+    original: Checkpoint,
+    windows: text.Windows,
+    tasks: Tasks | None,
+    folder: StageFolder,
+    force: bool,
+    progress: Progress,
+) -> Evaluation:
+    """All that is measured on the two models."""
     original.model.set_experts_implementation(IMPLEMENTATION)
-    packed_folder = work_dir / STAGE_FOLDERS["quantize"]
+    packed_folder = session.work_dir / STAGE_FOLDERS["quantize"]
     packed = PackedSource(
-        packed_folder, dtype=session.dtype, device=session.device, trust_remote_code=compute.trust_remote_code
+        packed_folder, dtype=session.dtype, device=session.device, trust_remote_code=session.compute.trust_remote_code
     )
     with inputs_of(settings.activation_bits, session.device):
         total, domains, changes = compare(
@@ -84,18 +104,16 @@ def run(
         pruning = _pruning(settings, session, fitted, inventory, packed, original, windows, folder, progress)
         ships = next(iter(fitted.policies.values())) if fitted else None
         results = run_tasks(tasks, settings, session, packed_folder, progress, pruning=ships) if tasks else {}
-    stored = model_bytes(packed_folder, trust_remote_code=compute.trust_remote_code)
+    stored = model_bytes(packed_folder, trust_remote_code=session.compute.trust_remote_code)
     evaluation = _evaluation(settings, packed_folder, stored, inventory, windows, total, domains, changes, results)
-    replace(evaluation, pruning=pruning).write(folder.path(EVALUATION))
-    folder.finish(__version__)
-    return _result(folder, ran=True)
+    return replace(evaluation, pruning=pruning)
 
 
 def _folder(settings: EvaluateSettings, session: Session) -> StageFolder:
     settings = replace(settings, length=text.fit_length(settings.length, session.config))
     session.calibrated()
     inputs = {
-        "model": session.model_digest(),
+        **session.model_inputs(),
         "data": text.data_digest(settings.data, settings.split, settings.text_field, session.digests()),
         "quantize": require_done(session.work_dir, "quantize").fingerprint,
     }

@@ -23,7 +23,7 @@ from mc_cli.artifacts.packed import ExpertLayout, PackedLayout, stacked_name
 from mc_cli.artifacts.plan import KEPT_BITS, Plan
 from mc_cli.artifacts.quantization import MatrixReport, read_report, write_report
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, require_done
-from mc_cli.errors import ArtifactError, PlanError, listed
+from mc_cli.errors import ArtifactError, PlanError, Problems, listed
 from mc_cli.kernels.trellis import path_name
 from mc_cli.numerics.hessian import accumulate
 from mc_cli.parts import ModelInventory, Role, TensorPart, family_of_role
@@ -63,11 +63,10 @@ def run(
         return _result(folder, compute, ran=False)
     calibration = work_dir / STAGE_FOLDERS["calibrate"]
     inventory = calibration_artifact.read_inventory(calibration / calibration_artifact.INVENTORY)
-    plan = Plan.read(_plan_path(settings, work_dir))
-    plan.check_against(inventory)
-    _check_family(plan, settings)
-    _check_widths(plan, inventory)
+    plan = Plan.read(plan_path(settings, work_dir))
+    check_plan(plan, settings, inventory)
     checkpoint = session.open_checkpoint()
+    weights = session.digesting(checkpoint, folder)
     folder.start(force=force)
     checkpoint.model.set_experts_implementation(IMPLEMENTATION)
     token_ids = read_tensors(calibration / calibration_artifact.TOKENS)["token_ids"]
@@ -89,11 +88,13 @@ def run(
     )
     writer = _Writer(folder, checkpoint, inventory, session)
     original = walk.twin() if settings.quantizer.corrects_errors else None
-    rest = worker.quantize_embedding(inventory.tensors)
-    if rest.linears:
-        walk.embed_again()
-    _layers(walk, original, checkpoint, inventory, plan, worker, writer, folder, progress)
-    _head_and_rest(walk, checkpoint, inventory, plan, worker, writer, rest)
+    with weights:
+        rest = worker.quantize_embedding(inventory.tensors)
+        if rest.linears:
+            walk.embed_again()
+        _layers(walk, original, checkpoint, inventory, plan, worker, writer, folder, progress)
+        _head_and_rest(walk, checkpoint, inventory, plan, worker, writer, rest)
+        weights.finish()
     _finish(folder, inventory, settings, session, progress)
     return _result(folder, compute, ran=True)
 
@@ -105,18 +106,32 @@ def _has_covariances(calibration: Path, inventory: ModelInventory) -> bool:
 
 def _folder(settings: QuantizeSettings, session: Session) -> StageFolder:
     calibrated = session.calibrated()
-    inputs = {"model": session.model_digest(), "calibrate": calibrated.fingerprint}
+    inputs = {**session.model_inputs(), "calibrate": calibrated.fingerprint}
     if settings.plan is None:
         inputs["allocate"] = require_done(session.work_dir, "allocate").fingerprint
-    path = _plan_path(settings, session.work_dir)
+    path = plan_path(settings, session.work_dir)
     if not path.is_file():
         raise PlanError(f"{path}: no such plan. Run `mc-cli allocate -w {session.work_dir}`, or name one with --plan.")
     inputs["plan"] = file_digest(path)
     return StageFolder(session.work_dir, STAGE, {**settings.resolved(), "dtype": session.dtype_name}, inputs)
 
 
-def _plan_path(settings: QuantizeSettings, work_dir: Path) -> Path:
+def plan_path(settings: QuantizeSettings, work_dir: Path) -> Path:
+    """Where the plan lies that quantize follows."""
     return Path(settings.plan) if settings.plan is not None else work_dir / STAGE_FOLDERS["allocate"] / "plan.yaml"
+
+
+def check_plan(plan: Plan, settings: QuantizeSettings, inventory: ModelInventory) -> None:
+    """Raises PlanErrors, all at once, for a plan of another model or quantizer, or of what cannot be stored."""
+    problems = Problems()
+    for check in (
+        lambda: plan.check_against(inventory),
+        lambda: _check_family(plan, settings),
+        lambda: _check_widths(plan, inventory),
+    ):
+        with problems.catching():
+            check()
+    problems.tell()
 
 
 def _check_family(plan: Plan, settings: QuantizeSettings) -> None:

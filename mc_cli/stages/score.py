@@ -69,6 +69,7 @@ def run(
     calibration = work_dir / STAGE_FOLDERS["calibrate"]
     inventory = calibration_artifact.read_inventory(calibration / calibration_artifact.INVENTORY)
     checkpoint = session.open_checkpoint()
+    weights = session.digesting(checkpoint, folder)
     checkpoint.model.set_experts_implementation(experts.IMPLEMENTATION)
     token_ids = read_tensors(calibration / calibration_artifact.TOKENS)["token_ids"]
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
@@ -76,25 +77,27 @@ def run(
     blocks = {block.layer: block for block in inventory.expert_blocks}
     sensitivities = calibration_artifact.read_sensitivities(calibration, inventory)
     folder.start(force=force)
-    first = restore_progress(folder, walk)
-    with progress.step("score", total=walk.num_layers, unit="layer", done=first) as step:
-        for layer in range(first, walk.num_layers):
-            checkpoint.load(layer)
-            if layer in blocks:
-                with watching(checkpoint.model, blocks[layer], keep_inputs=True) as capture:
+    with weights:
+        first = restore_progress(folder, walk)
+        with progress.step("score", total=walk.num_layers, unit="layer", done=first) as step:
+            for layer in range(first, walk.num_layers):
+                checkpoint.load(layer)
+                if layer in blocks:
+                    with watching(checkpoint.model, blocks[layer], keep_inputs=True) as capture:
+                        walk.run_layer(advance=True)
+                    module = checkpoint.model.get_submodule(blocks[layer].path)
+                    sensitivity = sensitivities.get(layer)
+                    inputs = ExpertInputs(capture, blocks[layer], session.device, sensitivity=sensitivity)
+                    rerouting = Rerouting(checkpoint.model, blocks[layer], inputs) if DROPPED in settings.bits else None
+                    scored = scorer.score(module, inputs, rerouting)
+                    write_json(folder.path(_layer_file(layer)), asdict(scored))
+                else:
                     walk.run_layer(advance=True)
-                module = checkpoint.model.get_submodule(blocks[layer].path)
-                sensitivity = sensitivities.get(layer)
-                inputs = ExpertInputs(capture, blocks[layer], session.device, sensitivity=sensitivity)
-                rerouting = Rerouting(checkpoint.model, blocks[layer], inputs) if DROPPED in settings.bits else None
-                scored = scorer.score(module, inputs, rerouting)
-                write_json(folder.path(_layer_file(layer)), asdict(scored))
-            else:
-                walk.run_layer(advance=True)
-            checkpoint.free(layer)
-            release_freed_memory()
-            save_progress(folder, walk)
-            step.advance(note=f"layer {layer}")
+                checkpoint.free(layer)
+                release_freed_memory()
+                save_progress(folder, walk)
+                step.advance(note=f"layer {layer}")
+        weights.finish()
     _merge(settings, inventory, scorer.sensitivity_method, folder, progress)
     folder.finish(__version__)
     return _result(folder, ran=True)
@@ -103,7 +106,7 @@ def run(
 def _folder(settings: ScoreSettings, session: Session) -> StageFolder:
     calibrated = session.calibrated()
     resolved = {**settings.resolved(), "dtype": session.dtype_name}
-    inputs = {"model": session.model_digest(), "calibrate": calibrated.fingerprint}
+    inputs = {**session.model_inputs(), "calibrate": calibrated.fingerprint}
     return StageFolder(session.work_dir, STAGE, resolved, inputs)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from typer.testing import CliRunner, Result
 
-from mc_cli import chain, cli
+from mc_cli import ahead, chain, cli
 from mc_cli.artifacts.store import STAGE_FOLDERS
 from mc_cli.flags import STAGES
 from tests.fake_stages import FakeStages
@@ -18,6 +18,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> FakeStages:
     """Fakes in place of all stages."""
     fakes = FakeStages()
     monkeypatch.setattr(chain, "stage_module", fakes.module)
+    monkeypatch.setattr(ahead._Look, "_model", lambda _: (None, None))  # there is none
     for stage in STAGES:
         if stage not in STAGE_FOLDERS:
             monkeypatch.setitem(STAGE_FOLDERS, stage, stage)

@@ -25,7 +25,7 @@ from mc_cli.settings import CalibrateSettings
 from tests.fake_stages import FakeStages
 
 Invoke = Callable[..., Result]
-WHOLE_RUN = ("run", "--model", "m", "--data", "d.txt", "--target-stored-bits", "2.25", "--out", "o")
+WHOLE_RUN = ("run", "--model", "m", "--data", "bundled:calibration", "--target-stored-bits", "2.25", "--out", "o")
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -241,7 +241,7 @@ def test_run_takes_a_recipe_and_flags_over_it(mc_cli: Invoke, stages: FakeStages
 
 def test_run_names_what_it_lacks(mc_cli: Invoke, stages: FakeStages) -> None:
     result = mc_cli("run", "--model", "m")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "run lacks 4 settings" in result.stderr
     assert stages.calls == []
 
@@ -299,6 +299,7 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def run(*a, **k):\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "chain.stage_module = lambda stage: SimpleNamespace(run=run)\n"
+        "chain.check_stage = lambda *a, **k: None\n"
         "cli.main()\n"
     )
     arguments = ["calibrate", "--model", "m", "--data", "d", "-w", str(tmp_path)]

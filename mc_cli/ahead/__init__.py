@@ -1,0 +1,240 @@
+"""Before the first forward: everything that a late stage would refuse after hours, and what a run will take.
+
+No weight is read: shapes come from headers, sizes from shapes. All that stands against a run is told at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from mc_cli.ahead.budget import Size, importance_of_shapes, planned_size, reachable_size
+from mc_cli.ahead.disk import Need, check_disk, needs_of
+from mc_cli.ahead.outlook import Outlook
+from mc_cli.ahead.tasks import check_tasks
+from mc_cli.ahead.texts import check_text, text_bytes
+from mc_cli.artifacts import calibration as calibration_artifact
+from mc_cli.artifacts.exported import ExportFolder
+from mc_cli.artifacts.plan import Plan
+from mc_cli.artifacts.pruning import FOLDER as POLICIES
+from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest
+from mc_cli.errors import InputError, Problems
+from mc_cli.exporters import exporter_from_name
+from mc_cli.kernels.compiled import check_inputs
+from mc_cli.parts import ModelInventory
+from mc_cli.runtime import text
+from mc_cli.runtime.inventory import take_inventory
+from mc_cli.runtime.policy_fitting import policy_names
+from mc_cli.runtime.quantization import quantizer_for
+from mc_cli.runtime.session import Session, first_session, later_session
+from mc_cli.settings import QuantizerSettings, RunSettings, ScoreSettings
+from mc_cli.stages.quantize import check_plan, plan_path
+
+__all__ = ["Outlook", "look_ahead"]
+
+
+def look_ahead(stages: Mapping[str, Any], compute: RunSettings, work_dir: Path, *, todo: Collection[str]) -> Outlook:
+    """What running the stages `todo` would take.
+
+    stages   settings by stage: all of a run, or a single stage's
+    Raises one McError, or SeveralErrors naming everything that stands against it.
+    """
+    return _Look(stages, compute, work_dir, todo).outlook()
+
+
+class _Look:
+    """One look: what is wrong is collected on the way, and what depends on it left out."""
+
+    def __init__(self, stages: Mapping[str, Any], compute: RunSettings, work_dir: Path, todo: Collection[str]) -> None:
+        self._all = stages
+        self._todo = {stage: settings for stage, settings in stages.items() if stage in todo}
+        self._compute = compute
+        self._work_dir = work_dir
+        self._problems = Problems()
+
+    def outlook(self) -> Outlook:
+        """See `look_ahead`."""
+        found = Outlook()
+        session, inventory = self._model()
+        self._texts(session)
+        self._names(session)
+        self._places()
+        size = self._size(inventory) if inventory is not None else None
+        if inventory is not None:
+            found.facts |= {
+                "model type": inventory.model_type,
+                "model bytes": sum(inventory.bytes_by_role().values()),
+                "expert weights": inventory.expert_weight_count,
+            }
+        if size is not None:
+            found.facts |= size.facts
+            found.warnings += size.warnings
+        if inventory is not None:
+            needs = self._needs(session, inventory, size)
+            found.needs += needs
+            for need in needs:
+                with self._problems.catching():
+                    check_disk(need)
+        self._problems.tell()
+        return found
+
+    def _model(self) -> tuple[Session | None, ModelInventory | None]:
+        """The model's folder, and what it is made of: from its headers, or as a finished calibration noted it."""
+        session: Session | None = None
+        inventory: ModelInventory | None = None
+        if set(self._todo) <= {"allocate", "export"} and "calibrate" not in self._all:
+            return None, self._noted_inventory()
+        with self._problems.catching():
+            if "calibrate" in self._all:
+                asked = self._all["calibrate"]
+                session = first_session(self._work_dir, asked.model, asked.revision, self._compute)
+            else:
+                session = later_session(self._work_dir, self._compute)
+            if "calibrate" in self._todo:
+                text.load_tokenizer(session.folder, trust_remote_code=self._compute.trust_remote_code)
+        with self._problems.catching():
+            if session is not None and "calibrate" in self._todo:
+                checkpoint = session.open_checkpoint()
+                inventory = take_inventory(checkpoint.model, stored_dtypes=checkpoint.stored_dtypes)
+            else:
+                inventory = self._noted_inventory()
+        return session, inventory
+
+    def _noted_inventory(self) -> ModelInventory | None:
+        path = self._work_dir / STAGE_FOLDERS["calibrate"] / calibration_artifact.INVENTORY
+        return calibration_artifact.read_inventory(path) if path.exists() else None
+
+    def _texts(self, session: Session | None) -> None:
+        """Texts that can be read, have the field, and are not asked for longer windows than the model has room for."""
+        whole_run = "calibrate" in self._all
+        for stage, flag in (("calibrate", "--data"), ("prune-eval", "--eval-data" if whole_run else "--data")):
+            if stage not in self._todo:
+                continue
+            settings = self._todo[stage]
+            with self._problems.catching():
+                check_text(settings.data, split=settings.split, text_field=settings.text_field, flag=flag)
+            if session is not None:
+                with self._problems.catching():
+                    length = text.fit_length(settings.length, session.config)
+                    stride = getattr(settings, "stride", 0)
+                    if stride > length:
+                        raise InputError(f"--stride {stride}: from 0 (no overlap) to the window's length, {length}.")
+        prune = getattr(self._todo.get("prune-eval"), "prune", None)
+        if prune is not None and prune.policy and prune.fit_data is not None:
+            evaluated = self._todo["prune-eval"]
+            with self._problems.catching():
+                check_text(prune.fit_data, split=evaluated.split, text_field=evaluated.text_field, flag="--fit-data")
+
+    def _names(self, session: Session | None) -> None:
+        """Names that only a late stage looks up: quantizers, policies, lm-eval tasks, formats."""
+        for stage in ("score", "quantize"):
+            if stage in self._todo:
+                with self._problems.catching():
+                    quantizer_for(self._todo[stage].quantizer)
+        if "prune-eval" in self._todo:
+            evaluated = self._todo["prune-eval"]
+            with self._problems.catching():
+                if evaluated.prune.policy:
+                    policy_names(evaluated.prune)
+            with self._problems.catching():
+                check_tasks(evaluated)
+            if session is not None:
+                with self._problems.catching():
+                    check_inputs(evaluated.activation_bits, session.device)
+        if "export" in self._todo:
+            with self._problems.catching():
+                exporter_from_name(self._todo["export"].format)
+
+    def _places(self) -> None:
+        """Places that can be written to."""
+        with self._problems.catching():
+            check_work_dir(self._work_dir)
+        if "export" in self._todo:
+            with self._problems.catching():
+                check_target(self._todo["export"].out, self._work_dir)
+
+    def _size(self, inventory: ModelInventory) -> Size | None:
+        """What the packed model will take: as the budget asks, or as a plan says."""
+        size: Size | None = None
+        quantize = self._todo.get("quantize")
+        with self._problems.catching():
+            if quantize is not None and (quantize.plan is not None or "allocate" not in self._all):
+                path = plan_path(quantize, self._work_dir)
+                if path.is_file() or quantize.plan is not None:
+                    plan = Plan.read(path)
+                    check_plan(plan, quantize, inventory)
+                    size = planned_size(plan, inventory, quantize.quantizer)
+        score = self._score()
+        if score is not None and "score" in self._todo:
+            with self._problems.catching():
+                importance_of_shapes(inventory, score)  # every width fits every matrix
+        if score is not None and "allocate" in self._todo:
+            with self._problems.catching():
+                asked = reachable_size(self._todo["allocate"], score, inventory)
+                size = size or asked
+        return size
+
+    def _score(self) -> ScoreSettings | None:
+        """What was scored, or will be."""
+        if "score" in self._all:
+            return self._all["score"]
+        done = Manifest.read(self._work_dir / STAGE_FOLDERS["score"])
+        if done is None:
+            return None
+        quantizer = QuantizerSettings(**done.settings["quantizer"])
+        return ScoreSettings(tuple(done.settings["bits"]), quantizer)
+
+    def _needs(self, session: Session | None, inventory: ModelInventory, size: Size | None) -> list[Need]:
+        tokens, length = None, 1
+        with self._problems.catching():
+            tokens, length = self._tokens(session)
+        hidden = None if session is None else session.config.get_text_config().hidden_size
+        return needs_of(
+            self._todo,
+            self._work_dir,
+            inventory,
+            hidden_size=hidden or 0,
+            hidden_bytes=0 if session is None else (hidden or 0) * session.dtype.itemsize,
+            tokens=tokens,
+            length=length,
+            packed_bytes=None if size is None else size.whole,
+        )
+
+    def _tokens(self, session: Session | None) -> tuple[int | None, int]:
+        """(tokens of calibration at most, tokens of one sequence); None where that is not known."""
+        calibrate = self._all.get("calibrate")
+        if calibrate is None or session is None:
+            done = Manifest.read(self._work_dir / STAGE_FOLDERS["calibrate"])
+            length = 1 if done is None else int(done.settings.get("length") or 1)
+            return (None if done is None else int(done.settings.get("sequences") or 0) * length), length
+        length = text.fit_length(calibrate.length, session.config)
+        limit = text_bytes(calibrate.data)
+        asked = calibrate.sequences * length
+        return (asked if limit is None else min(asked, limit)), length
+
+
+def check_work_dir(work_dir: Path) -> None:
+    """Raises InputError for a work directory that cannot be made, or written to."""
+    if work_dir.exists() and not work_dir.is_dir():
+        raise InputError(f"--work-dir {work_dir} is a file. Name a directory.")
+    above = next(folder for folder in (work_dir, *work_dir.absolute().parents) if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"--work-dir {work_dir}: {above} is a file, so nothing can be made in it. Name another place.")
+    if not os.access(above, os.W_OK):
+        raise InputError(f"--work-dir {work_dir}: {above} cannot be written to. Name a directory elsewhere.")
+
+
+def check_target(out: str, work_dir: Path) -> None:
+    """Raises InputError for a directory that export would refuse."""
+    target = Path(out).expanduser().resolve()
+    whole = work_dir.resolve()
+    for name in (*STAGE_FOLDERS.values(), POLICIES):
+        taken = whole / name
+        if target == taken or taken in target.parents or target in taken.parents:
+            raise InputError(f"--out {out} holds or lies in {taken}, which is read. Name a directory elsewhere.")
+    above = next(folder for folder in target.parents if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"--out {out}: {above} is a file, so nothing can be made in it. Name another place.")
+    ExportFolder(target, {}, {}).check_place()

@@ -1,0 +1,151 @@
+"""What the packed model will take, and whether a budget can be met, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mc_cli.allocators import AllocationProblem, Budget, feasible_problem
+from mc_cli.allocators.feasibility import size_range
+from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
+from mc_cli.artifacts.plan import KEPT_BITS, Plan
+from mc_cli.encodings import encoding_for, stored_bytes
+from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory
+from mc_cli.settings import AllocateSettings, QuantizerSettings, ScoreSettings
+from mc_cli.stages.allocate import beside_experts, budget_of, floors_of, other_bytes
+
+_KEPT_BYTES = 2  # of an expert weight that is kept, as the checkpoint's own 16 bits
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of the packed model, file headers included; `facts` and `warnings` are for the user."""
+
+    whole: int
+    facts: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: ModelInventory) -> Size:
+    """What a budget leads to. Raises BudgetError where it cannot be met, saying what can; PlanError, ShapeError."""
+    _, others = beside_experts(settings, inventory, score.quantizer)
+    budget = budget_of(settings, others)
+    measured = importance_of_shapes(inventory, score)
+    asked = {name: getattr(settings, name) for name in ("alpha", "beta", "gamma")}
+    problem = feasible_problem(
+        measured,
+        method=settings.method,
+        budget=budget,
+        candidate_bits=settings.bits,
+        floors=floors_of(settings),
+        **asked,
+    )
+    least, most = size_range(problem)
+    experts = _expert_bytes(problem, measured, min(problem.limit, most))
+    facts = {
+        "predicted stored bytes": experts + others,
+        "predicted expert bytes": experts,
+        "other bytes": others,
+        "reachable": budget.shown(
+            budget.amount_of(least, problem.weight_count), budget.amount_of(most, problem.weight_count)
+        ),
+    }
+    return Size(experts + others, facts, _beyond(budget, problem, most))
+
+
+def _beyond(budget: Budget, problem: AllocationProblem, most: int) -> list[str]:
+    reached = budget.amount_of(most, problem.weight_count)
+    if reached >= 0.999 * budget.amount:
+        return []
+    return [
+        f"the budget of {budget.amount:g} {budget.unit} is more than the widest candidate takes ({reached:g}); every "
+        "expert would have that width."
+    ]
+
+
+def _expert_bytes(problem: AllocationProblem, measured: Importance, size: int) -> int:
+    """Stored bytes of the experts where the budget is spent to `size`; of code bits, at the nearest width's ratio."""
+    if problem.budget.kind != "code_bits":
+        return size
+    layers = measured.layers
+    best, ratio = float("inf"), 1.0
+    for width in measured.candidate_bits:
+        codes = sum(round(width * layer.weights_per_expert) * layer.num_experts for layer in layers)
+        stored = sum(layer.stored_bytes_by_bits[width] * layer.num_experts for layer in layers)
+        if width != DROPPED and abs(codes - size) < best:
+            best, ratio = abs(codes - size), stored / codes
+    return round(size * ratio)
+
+
+def importance_of_shapes(inventory: ModelInventory, score: ScoreSettings) -> Importance:
+    """What score would measure, as far as shapes tell: sizes at every width. Losses are made up."""
+    layers = tuple(_layer(block, score) for block in inventory.expert_blocks)
+    return Importance(
+        model_type=inventory.model_type,
+        quantizer=score.quantizer.quantizer,
+        candidate_bits=score.bits,
+        layers=layers,
+        sensitivity_method="none",
+    )
+
+
+def _layer(block: ExpertBlock, score: ScoreSettings) -> LayerImportance:
+    widths = [width for width in score.bits if width != DROPPED]
+    sizes = {
+        part.name: {width: _stored(score.quantizer, width, part.out_features, part.in_features) for width in widths}
+        for part in block.projections
+    }
+    ones = (1.0,) * block.num_experts
+    losses: dict[float, Sequence[float]] = {width: [1.0 / (1 + width)] * len(ones) for width in score.bits}
+    return LayerImportance(
+        layer=block.layer,
+        weights_per_expert=block.weights_per_expert,
+        token_count=block.num_experts,
+        routing_count=(1,) * block.num_experts,
+        routing_weight_sum=ones,
+        router_probability_sum=ones,
+        output_norm_mean=ones,
+        loss_by_bits=losses,
+        predicted_loss_by_bits=losses,
+        stored_bytes_by_bits={
+            width: sum(sizes[part.name].get(width, 0) for part in block.projections) for width in score.bits
+        },
+        projections=tuple(
+            ProjectionImportance(part.name, part.weight_count, {w: losses[w] for w in widths}, sizes[part.name])
+            for part in block.projections
+        ),
+        top_k=block.top_k,
+        router_groups=block.router_groups,
+        groups_used=block.groups_used,
+    )
+
+
+def _stored(quantizer: QuantizerSettings, width: float, out_features: int, in_features: int) -> int:
+    limit = quantizer.group_size
+    encoding = encoding_for(quantizer.family, width, out_features, in_features, group_size_limit=limit)
+    return stored_bytes(encoding, out_features, in_features)
+
+
+def planned_size(plan: Plan, inventory: ModelInventory, quantizer: QuantizerSettings) -> Size:
+    """What a plan leads to. Raises ShapeError where its widths do not fit the model's shapes."""
+    others = other_bytes(inventory, plan.role_bits, quantizer)
+    known: dict[tuple[float, int, int], int] = {}
+    experts = 0
+    for block in inventory.expert_blocks:
+        for expert in range(block.num_experts):
+            for part in block.projections:
+                shape = (plan.bits_of(block.layer, expert, part.name), part.out_features, part.in_features)
+                if shape not in known:
+                    known[shape] = _planned(quantizer, *shape)
+                experts += known[shape]
+    facts = {"predicted stored bytes": experts + others, "predicted expert bytes": experts, "other bytes": others}
+    return Size(experts + others, facts)
+
+
+def _planned(quantizer: QuantizerSettings, width: float, out_features: int, in_features: int) -> int:
+    if width == DROPPED:
+        return 0
+    if width == KEPT_BITS:
+        return out_features * in_features * _KEPT_BYTES
+    return _stored(quantizer, width, out_features, in_features)

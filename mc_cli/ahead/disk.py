@@ -1,0 +1,134 @@
+"""Whether there is room for what stages write: what stays, and what only a resume needs.
+
+Bytes are predicted from shapes, a little above what is written; a stage that has begun has part of them already.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mc_cli.artifacts.store import STAGE_FOLDERS
+from mc_cli.errors import InputError
+from mc_cli.parts import ModelInventory
+
+_SPARE = 1.02  # headers, reports, manifests, and the file that is being replaced while the next one is written
+_FEW = 1 << 20
+_GRADIENT_BYTES = 4  # of one feature of a gradient, or of the covariance of two
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that have to be free in one place, and how they come about."""
+
+    place: Path
+    needed_bytes: int
+    free_bytes: int
+    pieces: Mapping[str, int]
+
+    def plain(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**self.__dict__, "place": str(self.place), "pieces": dict(self.pieces)}
+
+
+def check_disk(need: Need) -> None:
+    """Raises InputError where there is too little room."""
+    if need.needed_bytes <= need.free_bytes:
+        return
+    pieces = ", ".join(f"{name} {size:,}" for name, size in need.pieces.items() if size)
+    raise InputError(
+        f"{need.place} has {need.free_bytes:,} bytes free, and about {need.needed_bytes:,} are needed ({pieces}). Free "
+        "some space, or name a place on another disk; fewer --sequences or --gradient-tokens need less while running."
+    )
+
+
+def needs_of(
+    todo: Mapping[str, Any],
+    work_dir: Path,
+    inventory: ModelInventory,
+    *,
+    hidden_size: int,
+    hidden_bytes: int,
+    tokens: int | None,
+    length: int,
+    packed_bytes: int | None,
+) -> list[Need]:
+    """What has to be free in the work directory and where export writes; one entry where both are on one disk.
+
+    hidden_bytes   of one token's hidden state
+    tokens         of calibration, at most; None: not known;  length   of one sequence
+    packed_bytes   of the packed model; None: not known
+    """
+    inside = _in_work_dir(todo, work_dir, inventory, hidden_size, hidden_bytes, tokens or 0, length, packed_bytes or 0)
+    outside: dict[str, int] = {}
+    if "export" in todo:
+        packed = packed_bytes or _size_of(work_dir / STAGE_FOLDERS["quantize"])
+        dense = todo["export"].format == "dense"
+        outside["export"] = sum(inventory.bytes_by_role().values()) if dense else packed
+    places: list[tuple[Path, dict[str, int]]] = [(work_dir, inside)]
+    if outside:
+        target = Path(todo["export"].out).expanduser().absolute()
+        if _device(target) == _device(work_dir):
+            inside |= outside
+        else:
+            places.append((target, outside))
+    return [_need(place, pieces) for place, pieces in places if any(pieces.values())]
+
+
+def _in_work_dir(
+    todo: Mapping[str, Any],
+    work_dir: Path,
+    inventory: ModelInventory,
+    hidden_size: int,
+    hidden_bytes: int,
+    tokens: int,
+    length: int,
+    packed_bytes: int,
+) -> dict[str, int]:
+    """What stays of each stage, and the most that one needs beside it while it runs."""
+    stays: dict[str, int] = {}
+    running: dict[str, int] = {}
+    if "calibrate" in todo and tokens:
+        settings = todo["calibrate"]
+        backward = min(tokens, -(-settings.gradient_tokens // length) * length)
+        stays["calibrate"] = 8 * tokens
+        if backward:
+            stays["calibrate"] += len(inventory.expert_blocks) * hidden_size**2 * _GRADIENT_BYTES
+        running["calibrate"] = 2 * tokens * hidden_bytes + backward * (
+            inventory.num_layers * hidden_bytes + 2 * hidden_size * _GRADIENT_BYTES
+        )
+    if "score" in todo:
+        running["score"] = 2 * tokens * hidden_bytes
+    if "quantize" in todo:
+        stays["quantize"] = packed_bytes
+        states = 2 if todo["quantize"].quantizer.corrects_errors else 1
+        running["quantize"] = 2 * states * tokens * hidden_bytes
+    there = {stage: _size_of(work_dir / STAGE_FOLDERS[stage]) for stage in {*stays, *running}}
+    pieces = {stage: max(0, size - there[stage]) for stage, size in stays.items()}
+    scratch = {stage: max(0, size - max(0, there[stage] - stays.get(stage, 0))) for stage, size in running.items()}
+    if scratch:
+        largest = max(scratch, key=lambda stage: scratch[stage])
+        pieces[f"{largest} while it runs"] = scratch[largest]
+    return pieces
+
+
+def _need(place: Path, pieces: Mapping[str, int]) -> Need:
+    free = shutil.disk_usage(_there(place)).free
+    total = sum(pieces.values())
+    return Need(place, round(total * _SPARE) + _FEW, free, pieces)
+
+
+def _there(place: Path) -> Path:
+    """The nearest folder that exists."""
+    return next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.is_dir())
+
+
+def _device(place: Path) -> int:
+    return _there(place).stat().st_dev
+
+
+def _size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
