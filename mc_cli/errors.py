@@ -67,8 +67,6 @@ def shown(value: object, limit: int = 40) -> str:
 
     A few bytes of YAML can stand for 9**10 entries, and a number can have more digits than Python prints.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
-        return f"a whole number of {value.bit_length() * 30103 // 100000 + 1:,} digits"
     text = repr(value[: limit + 1]) if isinstance(value, str | bytes) else _BRIEF.repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
@@ -83,7 +81,8 @@ class _Brief(reprlib.Repr):
         self.maxstring = self.maxother = self.maxlong = 64
 
     def repr_int(self, x: int, level: int) -> str:
-        return shown(x, 64)
+        many = x.bit_length() > 128
+        return f"a whole number of {x.bit_length() * 30103 // 100000 + 1:,} digits" if many else repr(x)
 
     def repr_str(self, x: str, level: int) -> str:
         return repr(x[:64])

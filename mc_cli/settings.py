@@ -36,6 +36,7 @@ EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
     # No sweeps: errors fed into later rows, which they would undo, are worth more.
     "best": {"calibrate": {"sequences": 256, "gradient_samples": 8}, "score": {"loss_tokens": 4096}},
 }
+LARGEST_GROUP = 2**20  # inputs per scale; more than any matrix has
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(B|[KMGT]i?B)?\s*", re.IGNORECASE)
@@ -204,6 +205,8 @@ class QuantizerSettings(StageSettings):
         if self.shrinkage < 0:
             raise InputError(f"--shrinkage {self.shrinkage}: tokens per input feature, 0 or more.")
         _at_least("--group-size", self.group_size, 8)
+        if self.group_size > LARGEST_GROUP:
+            raise InputError(f"--group-size {self.group_size}: at most {LARGEST_GROUP} inputs share a scale.")
         if self.sweeps is not None:
             _at_least("--sweeps", self.sweeps, 0)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from mc_cli.errors import ArtifactError, shown
+from mc_cli.parts import read_width
 
 _MOST = 2**63 - 1
+_INDEX = re.compile(r"[0-9]{1,9}")
+_WIDTH = re.compile(r"[0-9]{1,2}(\.[05])?")
 _NAMES: dict[Any, str] = {
     int: "a whole number",
     float: "a finite number",
@@ -50,6 +54,13 @@ def reading(path: Path, what: str, remedy: str) -> Iterator[None]:
         raise ArtifactError(f"{path} is not {what}: {error}. {remedy}") from error
 
 
+def take_schema(content: dict[str, Any], schema: int) -> None:
+    """Takes `schema` out of a file's content. Raises FieldError unless it is the one that this version reads."""
+    found = content.pop("schema", None)
+    if found != schema or isinstance(found, bool):
+        raise FieldError(f"schema is {shown(found)}, this version reads {schema}")
+
+
 def read_as(kind: Any, value: object, where: str = "") -> Any:
     """`value`, out of JSON, as `kind`: a dataclass, enum, plain type, union, list, mapping, or one of them Annotated.
 
@@ -63,14 +74,15 @@ def read_as(kind: Any, value: object, where: str = "") -> Any:
         return _within(read_as(arguments[0], value, where), arguments[1], where)
     if origin in (types.UnionType, typing.Union):
         return _one_of(arguments, value, where)
-    if is_dataclass(kind) and isinstance(kind, type):
-        return _dataclass(kind, value, where)
+    if typing.is_typeddict(kind) or (is_dataclass(kind) and isinstance(kind, type)):
+        return _named(kind, value, where)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         if value not in [member.value for member in kind]:
             raise _misfit(where, value, f"one of {', '.join(str(member.value) for member in kind)}")
         return kind(value)
     if origin in (list, tuple, Sequence):
-        return _list(arguments, value, where)
+        found = _list(arguments, value, where)
+        return tuple(found) if origin is tuple else found
     if origin in (dict, Mapping):
         return _mapping(arguments, value, where)
     return _plain(kind, value, where)
@@ -108,10 +120,10 @@ def _one_of(kinds: Sequence[Any], value: object, where: str) -> Any:
     raise first
 
 
-def _list(kinds: Sequence[Any], value: object, where: str) -> tuple[Any, ...]:
+def _list(kinds: Sequence[Any], value: object, where: str) -> list[Any]:
     if not isinstance(value, list | tuple):
         raise _misfit(where, value, "a list")
-    return tuple(read_as(kinds[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    return [read_as(kinds[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
 
 
 def _mapping(kinds: Sequence[Any], value: object, where: str) -> dict[Any, Any]:
@@ -119,18 +131,23 @@ def _mapping(kinds: Sequence[Any], value: object, where: str) -> dict[Any, Any]:
         raise _misfit(where, value, "an object")
     found = {}
     for name, item in value.items():
-        key = name
-        if kinds[0] is int:  # JSON's names are texts
-            if not (isinstance(name, str) and name.isascii() and name.isdigit() and len(name) < 19):
-                raise FieldError(f"{where or 'it'} names {shown(name)}, which is not a whole number")
-            key = int(name)
+        key = name if kinds[0] is str else _number_of(name, kinds[0], where)  # JSON's names are texts
         if key in found:
             raise FieldError(f"{where or 'it'} has two entries for {key}")
         found[key] = read_as(kinds[1], item, f"{where}.{shown(name).strip(chr(39))}")
     return found
 
 
-def _dataclass(kind: type, value: object, where: str) -> Any:
+def _number_of(name: object, kind: Any, where: str) -> float:
+    """The layer number, or for float the width in bits, that a name stands for."""
+    pattern = _WIDTH if kind is float else _INDEX
+    if not isinstance(name, str) or not pattern.fullmatch(name):
+        what = "a width in bits" if kind is float else "a whole number"
+        raise FieldError(f"{where or 'it'} names {shown(name)}, which is not {what}")
+    return read_width(name)
+
+
+def _named(kind: Any, value: object, where: str) -> Any:
     if not isinstance(value, dict):
         raise _misfit(where, value, "an object")
     known, needed = _fields(kind)
@@ -144,8 +161,10 @@ def _dataclass(kind: type, value: object, where: str) -> Any:
 
 @cache
 def _fields(kind: type) -> tuple[dict[str, Any], frozenset[str]]:
-    """(type of each field by name, those without a default) of a dataclass."""
+    """(type of each field by name, those without a default) of a dataclass or TypedDict."""
     hints = typing.get_type_hints(kind, include_extras=True)
+    if typing.is_typeddict(kind):
+        return hints, kind.__required_keys__  # type: ignore[attr-defined]
     members = fields(kind)  # type: ignore[arg-type]
     needed = (f.name for f in members if f.default is MISSING and f.default_factory is MISSING)
     return {f.name: hints[f.name] for f in members if f.init}, frozenset(needed)

@@ -133,7 +133,7 @@ def _save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 
 def read_text(path: Path) -> str:
-    """The file's text. Raises ArtifactError where it is missing, too large or not UTF-8, InputError if it is no file."""
+    """The file's text. Raises ArtifactError where it is missing, too large or not UTF-8, InputError for a folder."""
     try:
         return _read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -189,7 +189,9 @@ def _read_bytes(path: Path) -> bytes:
     try:
         size = path.stat().st_size
         if size > LARGEST_TEXT:
-            raise ArtifactError(f"{path} has {size:,} bytes; a text file of a model or stage has {LARGEST_TEXT:,} at most.")
+            raise ArtifactError(
+                f"{path} has {size:,} bytes; a text file of a model or stage has {LARGEST_TEXT:,} at most."
+            )
         return path.read_bytes()
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist. Run the stage that writes it first.") from error

@@ -11,8 +11,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
+from mc_cli.artifacts.fields import read_as, reading, take_schema
 from mc_cli.artifacts.files import (
     PARTIAL_SUFFIX,
     content_digest,
@@ -40,6 +41,13 @@ STAGE_FOLDERS = {
 }
 
 
+class FileFacts(TypedDict):
+    """How a file was when it was written."""
+
+    sha256: str
+    size_bytes: int
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What made a stage folder, from what, with which settings, and the files it holds."""
@@ -48,7 +56,7 @@ class Manifest:
     fingerprint: str
     settings: Mapping[str, Any]
     inputs: Mapping[str, str]
-    outputs: Mapping[str, Mapping[str, Any]]  # file -> {"sha256", "size_bytes"}
+    outputs: Mapping[str, FileFacts]
     tool_version: str
     warnings: tuple[str, ...] = ()
     schema: int = SCHEMA
@@ -60,16 +68,9 @@ class Manifest:
         if not path.exists():
             return None
         content = read_json(path)
-        if content.get("schema") != SCHEMA:
-            raise ArtifactError(
-                f"{path} has schema {content.get('schema')!r}; this version reads {SCHEMA}. Use --force to rebuild."
-            )
-        try:
-            return cls(**{**content, "warnings": tuple(content["warnings"])})
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(
-                f"{path} is not a manifest of this version: {error}. Use --force to rebuild."
-            ) from error
+        with reading(path, "a manifest of this version", "Use --force to rebuild."):
+            take_schema(content, SCHEMA)
+            return cast(Manifest, read_as(cls, content))
 
 
 @dataclass
@@ -122,10 +123,12 @@ class StageFolder:
         if not record.exists():
             return []
         then = read_json(record)
+        with reading(record, "a record of this version", "Use --force to rebuild."):
+            before = {kind: read_as(Mapping[str, Any], then.get(kind, {}), kind) for kind in ("settings", "inputs")}
         return [
             line
             for kind, now in (("settings", self.settings), ("inputs", self.inputs))
-            for line in _differences(kind[:-1], then.get(kind, {}), json.loads(json.dumps(now)))
+            for line in _differences(kind[:-1], before[kind], json.loads(json.dumps(now)))
         ]
 
     def begin(self, *, force: bool) -> bool:
@@ -213,7 +216,7 @@ class StageFolder:
     def finish(self, tool_version: str) -> Manifest:
         """Writes the manifest, from which on the stage is done, and removes what only a resume needed."""
         self._clean_partial()
-        outputs = {}
+        outputs: dict[str, FileFacts] = {}
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder)
             if path.is_file() and path.name not in (BEGUN, MANIFEST) and name.parts[0] != RESUME:

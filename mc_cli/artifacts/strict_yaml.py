@@ -25,7 +25,7 @@ _MISFITS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
 
 
 def read_yaml(text: str) -> Any:
-    """What a YAML text holds. Raises yaml.YAMLError where it is none, has other tags, gives a key twice or is too big."""
+    """What a YAML text holds. Raises yaml.YAMLError where it is none, has other tags, a key twice or too much in it."""
     if len(text) > CHARACTERS:
         raise yaml.YAMLError(f"it has {len(text):,} characters, at most {CHARACTERS:,} are read")
     try:
@@ -41,7 +41,7 @@ def _fastest_loader() -> Any:
     """
     if not yaml.__with_libyaml__:
         return yaml.SafeLoader
-    from yaml.cyaml import CParser
+    from yaml.cyaml import CParser  # type: ignore[attr-defined]
 
     class Compiled(Composer, CParser, SafeConstructor, Resolver):  # type: ignore[misc]
         def __init__(self, text: str) -> None:

@@ -203,7 +203,7 @@ def _dropped(settings: PruneSettings, work_dir: Path, blocks: Mapping[int, Exper
 
 
 def _token_ids(settings: PruneSettings, session: Session, calibration: Path, split: str, text_field: str) -> Tensor:
-    calibrated = read_tensors(calibration / calibration_artifact.TOKENS)["token_ids"]
+    calibrated = calibration_artifact.read_token_ids(calibration, vocabulary=session.vocabulary)
     if settings.fit_data is None:
         found = calibrated[: settings.fit_sequences]
     else:

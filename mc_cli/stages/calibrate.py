@@ -56,7 +56,7 @@ def run(
     windows = None if folder.path(artifact.TOKENS).exists() and not force else _windows(settings, session)
     folder.start(force=force)
     session.remember(settings.model, settings.revision)
-    token_ids = _token_ids(settings, folder, windows, progress)
+    token_ids = _token_ids(settings, session, folder, windows, progress)
     checkpoint.model.set_experts_implementation(IMPLEMENTATION)
     inventory = _write_inventory(checkpoint, folder, progress)
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
@@ -94,13 +94,12 @@ def _windows(settings: CalibrateSettings, session: Session) -> torch.Tensor:
 
 
 def _token_ids(
-    settings: CalibrateSettings, folder: StageFolder, windows: torch.Tensor | None, progress: Progress
+    settings: CalibrateSettings, session: Session, folder: StageFolder, windows: torch.Tensor | None, progress: Progress
 ) -> torch.Tensor:
     """The windows of calibration tokens, written once; None: those written before. A shortfall of text is a warning."""
-    path = folder.path(artifact.TOKENS)
     if windows is not None:
-        write_tensors(path, {"token_ids": windows})
-    token_ids = read_tensors(path)["token_ids"]
+        write_tensors(folder.path(artifact.TOKENS), {"token_ids": windows})
+    token_ids = artifact.read_token_ids(folder.folder, vocabulary=session.vocabulary)
     if len(token_ids) < settings.sequences:
         folder.warn(
             f"the text fills {len(token_ids)} of the {settings.sequences} sequences asked for; all of it is used.",

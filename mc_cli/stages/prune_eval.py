@@ -252,7 +252,7 @@ def _result(folder: StageFolder, *, ran: bool) -> StageResult:
         rows = [_row("all", evaluation.total)]
     columns = ["text", "tokens", "perplexity before", "after", "loss gap (nats)", "KL (nats)", "same top token %"]
     title = f"Original and packed model, context {context['length']}, stride {context['stride']}"
-    if context["activation_bits"] == 8:
+    if context.get("activation_bits") == 8:
         title += ", inputs of 8 bits"
     table = {
         "title": title,

@@ -16,7 +16,7 @@ from torch import nn
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.calibration import LayerRouting
-from mc_cli.artifacts.files import read_json, read_tensors, write_json
+from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder
 from mc_cli.encodings import Encoding, encoding_for, stored_bytes
@@ -68,7 +68,7 @@ def run(
     inventory = calibration_artifact.read_inventory(calibration / calibration_artifact.INVENTORY)
     checkpoint = session.open_checkpoint()
     checkpoint.model.set_experts_implementation(experts.IMPLEMENTATION)
-    token_ids = read_tensors(calibration / calibration_artifact.TOKENS)["token_ids"]
+    token_ids = calibration_artifact.read_token_ids(calibration, vocabulary=session.vocabulary)
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
     scorer = _LayerScorer(settings, quantizer_for(settings.quantizer), calibration)
     blocks = {block.layer: block for block in inventory.expert_blocks}
@@ -339,7 +339,7 @@ def _merge(
     """One importance.json of all layers; experts that no token reached are a warning."""
     layers = []
     for block in inventory.expert_blocks:
-        layers.append(LayerImportance.from_json(read_json(folder.path(_layer_file(block.layer)))))
+        layers.append(LayerImportance.read(folder.path(_layer_file(block.layer))))
     unseen = [
         f"{layer.layer}.{expert}" for layer in layers for expert, count in enumerate(layer.routing_count) if count == 0
     ]
