@@ -53,7 +53,10 @@ class MissingDependencyError(McError):
     """An optional package is needed; the message names it and the extra that installs it."""
 
 
-def listed(offenders: Iterable[str], limit: int = 20) -> str:
+SHOWN = 20  # offenders of one kind that a message names
+
+
+def listed(offenders: Iterable[str], limit: int = SHOWN) -> str:
     """All offenders, one indented line each; past `limit` the rest is counted, so that a message stays readable."""
     lines = list(offenders)
     shown = [f"  {line}" for line in lines[:limit]]

@@ -6,6 +6,7 @@ here: they come from the dataclass. A recipe's keys are the field names, checked
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -14,10 +15,11 @@ from functools import cache
 from typing import Any
 
 from mc_cli import settings as s
-from mc_cli.errors import InputError
+from mc_cli.errors import InputError, shown
 
 # The sections of a recipe, in the order of a run; all but `compute` are stages and commands.
 COMPUTE = "compute"
+_MOST = 2**63 - 1
 SECTIONS: dict[str, type] = {
     "calibrate": s.CalibrateSettings,
     "score": s.ScoreSettings,
@@ -474,7 +476,19 @@ def build(section: str, values: Mapping[str, Any]) -> Any:
 def _build(cls: type, values: Mapping[str, Any]) -> Any:
     kinds = annotations_of(cls)
     given = {name: values[name] for name, kind in kinds.items() if kind not in FLAGS and name in values}
-    return cls(**given, **{name: _build(kind, values) for name, kind in kinds.items() if kind in FLAGS})
+    built = cls(**given, **{name: _build(kind, values) for name, kind in kinds.items() if kind in FLAGS})
+    _check_numbers(cls, values)  # after the dataclass, whose own words are better where it has some
+    return built
+
+
+def _check_numbers(cls: type, values: Mapping[str, Any]) -> None:
+    """Raises InputError for NaN, which is neither below nor above any limit, infinity, and numbers beyond 64 bits."""
+    for flag in FLAGS[cls]:
+        value = values.get(flag.field)
+        if isinstance(value, int | float) and not (
+            math.isfinite(value) if isinstance(value, float) else -_MOST <= value <= _MOST
+        ):
+            raise InputError(f"{flag.name} {shown(value)}: give a finite number of at most 63 bits.")
 
 
 def run_name(section: str, flag: Flag) -> str:

@@ -20,11 +20,12 @@ from mc_cli.artifacts.files import read_text, write_text
 from mc_cli.artifacts.strict_yaml import read_yaml
 from mc_cli.errors import PlanError, listed, shown
 from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role, too_few_survivors
+from mc_cli.settings import LARGEST_GROUP
 
 SCHEMA = 1
 FAMILIES = ("affine", "trellis")
 KEPT_BITS = 16
-LARGEST_GROUP, MOST_LAYERS = 2**20, 100_000  # more inputs than any matrix has, more layers than any model
+MOST_LAYERS = 100_000  # more than any model has
 LARGEST_HALF = 5  # trellis codes have half steps, and end here
 REMEDY = "Run allocate again, or correct the file."
 
@@ -137,7 +138,7 @@ def _content_problems(content: Mapping[str, Any]) -> list[str]:
     }
     problems = [f"{name} is missing" for name in kinds if name not in content]
     problems += [
-        f"{shown(name) if not isinstance(name, str) else name[:40]} is unknown"
+        f"{_name(name)} is unknown"
         for name in content
         if name not in kinds and name not in optional and name != "schema"
     ]
@@ -159,7 +160,7 @@ def _content_problems(content: Mapping[str, Any]) -> list[str]:
     for role, bits in content["role_bits"].items():
         if role not in set(Role):
             problems.append(f"role_bits: {shown(role)} is not a role; the roles are {', '.join(Role)}")
-        problems += _width_problem(f"role_bits: {shown(role)}", bits)
+        problems += _width_problem(f"role_bits: {_name(role)}", bits)
     for layer, row in content["expert_bits"].items():
         problems += _row_problems(layer, row)
     return problems
@@ -178,6 +179,10 @@ def _plain_problems(name: str, entries: Mapping[Any, Any]) -> list[str]:
     return problems
 
 
+def _name(key: object) -> str:
+    return key[:40] if isinstance(key, str) else shown(key)
+
+
 def _row_problems(layer: object, row: object) -> list[str]:
     if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= MOST_LAYERS:
         return [f"expert_bits: {shown(layer)} is not a layer number"]
@@ -192,7 +197,7 @@ def _row_problems(layer: object, row: object) -> list[str]:
             for projection, bits in entry.items():
                 if not isinstance(projection, str):
                     problems.append(f"{where}: {shown(projection)} is not the name of a projection")
-                problems += _width_problem(f"{where} {shown(projection).strip(chr(39))}", bits)
+                problems += _width_problem(f"{where} {_name(projection)}", bits)
         else:
             problems += _width_problem(where, entry)
     return problems
