@@ -100,7 +100,7 @@ def run_chain(
 def _check_ahead(plan: RunPlan) -> None:
     """Raises InputError for what a late stage would refuse after hours: its text, or the place to export to."""
     from mc_cli.artifacts.exported import ExportFolder
-    from mc_cli.runtime.text import resolve_data
+    from mc_cli.runtime.documents import resolve_data
 
     resolve_data(plan.stages["prune-eval"].data, flag="--eval-data")
     ExportFolder(Path(plan.stages["export"].out).expanduser().resolve(), {}, {}).check_place()

@@ -80,9 +80,17 @@ _METHOD, _QUANTIZER, _EVALUATION, _OUTPUT, _MODEL = "Method", "Quantizer", "Eval
 _PRUNING = "Skipping experts while running"
 COMPUTING = "Computing"
 
-_DATA = "Text: a .txt, .jsonl or .parquet file, a folder of them, a `datasets` name (NAME or NAME:CONFIG), or bundled:"
+_DATA = (
+    "Text: a .txt, .jsonl, .json or .parquet file, a folder of them, a `datasets` name (NAME or NAME:CONFIG), or "
+    "bundled:"
+)
 _SPLIT = "Split of a `datasets` name; files have none."
-_TEXT_FIELD = "Field of a .jsonl object, a .parquet row or a `datasets` row that holds the text."
+_TEXT_FIELD = (
+    "Field of a .jsonl object, a .parquet row or a `datasets` row that holds the text. Rows without `text` are chats "
+    "(messages, conversations, or prompt and completion), else their first field with a text is taken."
+)
+_CHAT_TEMPLATE = "Template that makes texts of chats: the name of one of the tokenizer's, or a file."
+_NO_CHAT_TEMPLATE = "Take the turns of chats as plain text, one under the other."
 _SEED = "Seed of everything random in this stage."
 
 
@@ -114,6 +122,8 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         Flag("data", _DATA + "calibration.", _TEXT, metavar="PATH|NAME", required=True),
         Flag("split", _SPLIT, _TEXT),
         Flag("text_field", _TEXT_FIELD, _TEXT),
+        Flag("chat_template", _CHAT_TEMPLATE, _TEXT, metavar="NAME|FILE", default="the tokenizer's own"),
+        Flag("no_chat_template", _NO_CHAT_TEMPLATE, _TEXT),
         Flag("sequences", "Sequences to measure on.", _TEXT, metavar="COUNT"),
         Flag(
             "length",
@@ -289,6 +299,8 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         ),
         Flag("split", _SPLIT, _EVALUATION),
         Flag("text_field", _TEXT_FIELD, _EVALUATION),
+        Flag("chat_template", _CHAT_TEMPLATE, _EVALUATION, metavar="NAME|FILE", default="the tokenizer's own"),
+        Flag("no_chat_template", _NO_CHAT_TEMPLATE, _EVALUATION),
         Flag(
             "length",
             "Tokens per window.",

@@ -78,6 +78,11 @@ def _length(value: int) -> None:
         )
 
 
+def _one_template(template: str | None, none: bool) -> None:
+    if template is not None and none:
+        raise InputError(f"--chat-template {template} and --no-chat-template exclude each other. Give one.")
+
+
 def check_activation_bits(bits: int) -> int:
     """The bits as they are. Raises InputError unless they are 16 or 8."""
     if bits not in (16, 8):
@@ -158,16 +163,19 @@ class CalibrateSettings(StageSettings):
     revision: str | None = None
     split: str = "train"
     text_field: str = "text"
+    chat_template: str | None = None
+    no_chat_template: bool = False
     sequences: int = 128
     length: int = 0  # 0 = 2048, or the model's whole context where that is shorter
     seed: int = 0
     gradient_tokens: int = 32768
     gradient_samples: int = 4
     choice_costs: bool = True
-    # The digests of model files and of the token ids stand for these two.
-    not_fingerprinted = frozenset({"model", "data"})
+    # The digests of model files and of the text, which counts its chat template, stand for these.
+    not_fingerprinted = frozenset({"model", "data", "chat_template", "no_chat_template"})
 
     def __post_init__(self) -> None:
+        _one_template(self.chat_template, self.no_chat_template)
         _at_least("--sequences", self.sequences, 1)
         _at_least("--gradient-tokens", self.gradient_tokens, 0)
         _at_least("--gradient-samples", self.gradient_samples, 1)
@@ -381,6 +389,8 @@ class EvaluateSettings(StageSettings):
     data: str = ""
     split: str = "test"
     text_field: str = "text"
+    chat_template: str | None = None
+    no_chat_template: bool = False
     length: int = 0  # 0 = 2048, or the model's whole context where that is shorter
     stride: int = 0
     max_sequences: int = 0  # 0 = all of the text
@@ -389,7 +399,7 @@ class EvaluateSettings(StageSettings):
     task_limit: int | None = None
     activation_bits: int = 16
     prune: PruneSettings = PruneSettings()
-    not_fingerprinted = frozenset({"data"})
+    not_fingerprinted = frozenset({"data", "chat_template", "no_chat_template"})
 
     def resolved(self) -> dict[str, Any]:
         """Plain JSON values of all fields that change the result; a policy's only where there is one."""
@@ -398,6 +408,7 @@ class EvaluateSettings(StageSettings):
         return {**plain, "prune": self.prune.resolved()} if self.prune.policy else plain
 
     def __post_init__(self) -> None:
+        _one_template(self.chat_template, self.no_chat_template)
         _length(self.length)
         if self.stride < 0 or (self.length and self.stride > self.length):
             raise InputError(f"--stride {self.stride}: from 0 (no overlap) to --length {self.length}.")

@@ -1,6 +1,7 @@
 """`calibration/`: the token windows, what the model is made of, how it routes, and how its loss reacts.
 
 tokens.safetensors       token_ids [sequences, length] int64
+text.json                how rows became text; absent where each row gave the text in the field that was asked for
 inventory.json           every tensor with role, shape and bytes; every experts module
 routing/layer_NN.json    routing statistics of one MoE layer
   sensitivity.safetensors  layers.N.gradient_square [hidden] float32: mean over tokens of the squared gradient of the
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
 
 from mc_cli.artifacts.fields import FieldError, Within, read_as, reading, take_schema
 from mc_cli.artifacts.files import read_json, read_tensors, write_json
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 TOKENS = "tokens.safetensors"
+TEXT = "text.json"
 INVENTORY = "inventory.json"
 SENSITIVITY = "sensitivity.safetensors"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -153,6 +155,26 @@ def read_token_ids(calibration: Path, *, vocabulary: int) -> torch.Tensor:
             f"{path} holds token ids from {least} to {most}, the model's vocabulary has {vocabulary} entries. {_REMEDY}"
         )
     return found
+
+
+class TextReport(TypedDict):
+    """How rows became text."""
+
+    rows: dict[str, int]
+    empty_rows: int
+    chat_template: str
+    chats_rendered: int
+    chats_refused: int
+    example_of_refused: str
+
+
+def read_text_report(calibration: Path) -> TextReport | None:
+    """How the rows of the text were read; None where all were plain. Raises ArtifactError for a damaged file."""
+    path = calibration / TEXT
+    if not path.exists():
+        return None
+    with reading(path, "a report of the text", _REMEDY):
+        return cast(TextReport, read_as(TextReport, read_json(path)))
 
 
 def _tensor(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from mc_cli.artifacts.calibration import TextReport
 from mc_cli.artifacts.fields import FieldError, Within, read_as, reading, take_schema
 from mc_cli.artifacts.files import read_json, write_json
 from mc_cli.errors import shown
@@ -121,6 +122,8 @@ class Evaluation:
         for name, kind in context.items():
             if name in self.context or name in ("length", "stride"):
                 read_as(kind, self.context.get(name), f"context.{name}")
+        if "text" in self.context:
+            read_as(TextReport, self.context["text"], "context.text")
         if self.pruning:
             pruning: PruningFigures = read_as(PruningFigures, dict(self.pruning), "pruning")
             if not any(point.chosen and point.policy == pruning.policy for point in pruning.points):
