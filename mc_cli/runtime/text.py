@@ -132,7 +132,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     present = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
-    shown_files = ", ".join(path.name for path in present) or "no file of a tokenizer"
+    shown_files = ", ".join(map(str, present)) or f"{folder}, which has no file of one"
     try:
         for path in present:
             require_ordinary(path)
@@ -141,12 +141,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         _try_out(tokenizer)
     except McError as error:
-        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded. {error}") from error
+        raise CheckpointError(f"the tokenizer cannot be loaded. {error}") from error
     except Exception as error:  # the libraries raise many types for what stands in these files, custom code any
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CheckpointError(
-            f"{folder}: the tokenizer cannot be loaded from {shown_files} ({reason}). Copy, download or make these "
-            "files again."
+            f"the tokenizer cannot be loaded from {shown_files} ({reason}). Copy, download or make these files again."
         ) from error
     return tokenizer
 
