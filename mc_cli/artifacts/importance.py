@@ -10,7 +10,7 @@ from typing import Annotated, cast
 
 from mc_cli.artifacts.fields import Within, read_as, reading, take_schema
 from mc_cli.artifacts.files import read_json, write_json
-from mc_cli.errors import ArtifactError, listed
+from mc_cli.errors import ArtifactError, listed, shown
 from mc_cli.parts import DROPPED
 
 SCHEMA = 1
@@ -109,6 +109,29 @@ class LayerImportance:
             for name, size in sizes.items()
             if isinstance(size, bool) or not isinstance(size, int) or size < 0 or (size == 0) != (name == _NOTHING)
         ]
+        return found + self._structure_problems(wanted)
+
+    def _structure_problems(self, wanted: set[float]) -> list[str]:
+        """What is wrong with counts and with the projections' own widths, one line each."""
+        where = f"layer {self.layer}"
+        found = []
+        if not self.num_experts:
+            found.append(f"{where}: it has no experts")
+        if self.top_k > self.num_experts or not self.groups_used <= self.router_groups <= max(1, self.num_experts):
+            found.append(
+                f"{where}: top_k {self.top_k}, router_groups {self.router_groups}, groups_used {self.groups_used} do "
+                f"not fit {self.num_experts} experts"
+            )
+        if self.router_groups > 1 and self.num_experts % self.router_groups:
+            found.append(f"{where}: router_groups {self.router_groups} do not divide {self.num_experts} experts")
+        for part in self.projections:
+            for name in ("predicted_loss_by_bits", "stored_bytes_by_bits"):
+                # A dropped expert has no projections to measure.
+                if lacking := sorted(wanted - {DROPPED} - set(getattr(part, name))):
+                    found.append(f"{where}: {shown(part.name)}: {name} lacks width {', '.join(map(str, lacking))}")
+        names = [part.name for part in self.projections]
+        if len(set(names)) != len(names):
+            found.append(f"{where}: projections {shown(names)} have one name twice")
         return found
 
     def _columns(self) -> list[tuple[str, Sequence[float]]]:
