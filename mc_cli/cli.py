@@ -106,7 +106,7 @@ def _flag_parameter(section: str, flag: Flag, *, name: str, option: str, require
     kind: Any = list[str] if flag.repeated else str if flag.parse else plain_type(type_of(section, flag.field))
     default = _RUN_DEFAULTS.get(name) or default_text(section, flag)
     info = _option(
-        f"{option}/--no-{option.removeprefix('--')}" if kind is bool else option,
+        f"{option}/--no-{option.removeprefix('--')}" if kind is bool and not flag.field.startswith("no_") else option,
         help=f"{flag.help} [default: {default}]" if default else flag.help,
         panel=flag.panel,
         metavar=flag.metavar or _METAVARS.get(kind),

@@ -6,6 +6,7 @@ here: they come from the dataclass. A recipe's keys are the field names, checked
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -14,10 +15,11 @@ from functools import cache
 from typing import Any
 
 from mc_cli import settings as s
-from mc_cli.errors import InputError, Problems
+from mc_cli.errors import InputError, Problems, shown
 
 # The sections of a recipe, in the order of a run; all but `compute` are stages and commands.
 COMPUTE = "compute"
+_MOST = 2**63 - 1
 SECTIONS: dict[str, type] = {
     "calibrate": s.CalibrateSettings,
     "score": s.ScoreSettings,
@@ -78,9 +80,17 @@ _METHOD, _QUANTIZER, _EVALUATION, _OUTPUT, _MODEL = "Method", "Quantizer", "Eval
 _PRUNING = "Skipping experts while running"
 COMPUTING = "Computing"
 
-_DATA = "Text: a .txt, .jsonl or .parquet file, a folder of them, a `datasets` name (NAME or NAME:CONFIG), or bundled:"
+_DATA = (
+    "Text: a .txt, .jsonl, .json or .parquet file, a folder of them, a `datasets` name (NAME or NAME:CONFIG), or "
+    "bundled:"
+)
 _SPLIT = "Split of a `datasets` name; files have none."
-_TEXT_FIELD = "Field of a .jsonl object, a .parquet row or a `datasets` row that holds the text."
+_TEXT_FIELD = (
+    "Field of a .jsonl object, a .parquet row or a `datasets` row that holds the text. Rows without `text` are chats "
+    "(messages, conversations, or prompt and completion), else their first field with a text is taken."
+)
+_CHAT_TEMPLATE = "Template that makes texts of chats: the name of one of the tokenizer's, or a file."
+_NO_CHAT_TEMPLATE = "Take the turns of chats as plain text, one under the other."
 _SEED = "Seed of everything random in this stage."
 
 
@@ -112,6 +122,8 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         Flag("data", _DATA + "calibration.", _TEXT, metavar="PATH|NAME", required=True),
         Flag("split", _SPLIT, _TEXT),
         Flag("text_field", _TEXT_FIELD, _TEXT),
+        Flag("chat_template", _CHAT_TEMPLATE, _TEXT, metavar="NAME|FILE", default="the tokenizer's own"),
+        Flag("no_chat_template", _NO_CHAT_TEMPLATE, _TEXT),
         Flag("sequences", "Sequences to measure on.", _TEXT, metavar="COUNT"),
         Flag(
             "length",
@@ -287,6 +299,8 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         ),
         Flag("split", _SPLIT, _EVALUATION),
         Flag("text_field", _TEXT_FIELD, _EVALUATION),
+        Flag("chat_template", _CHAT_TEMPLATE, _EVALUATION, metavar="NAME|FILE", default="the tokenizer's own"),
+        Flag("no_chat_template", _NO_CHAT_TEMPLATE, _EVALUATION),
         Flag(
             "length",
             "Tokens per window.",
@@ -481,8 +495,20 @@ def _build(cls: type, values: Mapping[str, Any]) -> Any:
                 given[name] = _build(kind, values)
     with problems.catching():  # what is nested and wrong is left at its defaults here
         built = cls(**given)
+    with problems.catching():  # after the dataclass, whose own words are better where it has some
+        _check_numbers(cls, values)
     problems.tell()
     return built
+
+
+def _check_numbers(cls: type, values: Mapping[str, Any]) -> None:
+    """Raises InputError for NaN, which is neither below nor above any limit, infinity, and numbers beyond 64 bits."""
+    for flag in FLAGS[cls]:
+        value = values.get(flag.field)
+        if isinstance(value, int | float) and not (
+            math.isfinite(value) if isinstance(value, float) else -_MOST <= value <= _MOST
+        ):
+            raise InputError(f"{flag.name} {shown(value)}: give a finite number of at most 63 bits.")
 
 
 def run_name(section: str, flag: Flag) -> str:

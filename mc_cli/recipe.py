@@ -17,8 +17,9 @@ from typing import Any
 
 import yaml
 
-from mc_cli.artifacts.strict_yaml import read_yaml
-from mc_cli.errors import InputError, MissingFlagsError, Problems, listed
+from mc_cli.artifacts.places import require_ordinary
+from mc_cli.artifacts.strict_yaml import CHARACTERS, read_yaml
+from mc_cli.errors import SHOWN, InputError, MissingFlagsError, Problems, listed, shown
 from mc_cli.flags import (
     COMPUTE,
     HELD_OUT,
@@ -35,6 +36,7 @@ from mc_cli.flags import (
 )
 from mc_cli.settings import EFFORTS, QuantizerSettings, RunSettings, trellis_widths
 
+_MOST_ENTRIES = 1000  # of one list in a recipe
 TOP = ("description", "work_dir", "effort")  # what a recipe holds beside its sections
 
 
@@ -73,7 +75,9 @@ class RunPlan:
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file. Raises InputError naming every section, key and value that cannot be used."""
     try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
+        require_ordinary(path)
+        with path.open(encoding="utf-8") as file:
+            content = read_yaml(file.read(CHARACTERS + 1))
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist. Give a recipe, for example recipes/demo.yaml.") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -88,7 +92,7 @@ def read_recipe(path: Path) -> Recipe:
         for name, values in content.items()
         if name in SECTIONS and values is not None
     }
-    problems += [_unknown("section", name, (*TOP, *SECTIONS)) for name in content if name not in (*TOP, *SECTIONS)]
+    problems += _all_unknown("section", [name for name in content if name not in (*TOP, *SECTIONS)], (*TOP, *SECTIONS))
     problems += [
         f"{name}: {_kind(content[name])}, should be a text"
         for name in TOP
@@ -170,13 +174,13 @@ def _section(section: str, values: Any, problems: list[str]) -> dict[str, Any]:
         return {}
     known = {flag.field: flag for flag in flags_of(section)}
     checked = {}
+    problems += _all_unknown(f"key in {section}:", [name for name in values if name not in known], tuple(known))
     for name, value in values.items():
         if name not in known:
-            problems.append(_unknown(f"key in {section}:", name, tuple(known)))
             continue
         try:
             checked[name] = _value(section, known[name], value)
-        except (InputError, TypeError, ValueError) as error:
+        except (InputError, OverflowError, TypeError, ValueError) as error:
             problems.append(f"{section}: {name}: {error}")
     return checked
 
@@ -198,17 +202,20 @@ def _value(section: str, flag: Flag, value: Any) -> Any:
             pass
     elif type(value) is wanted:
         return value
-    raise TypeError(f"is {_kind(value)} ({value!r}), should be {_KINDS[wanted]}")
+    raise TypeError(f"is {_kind(value)} ({shown(value)}), should be {_KINDS[wanted]}")
 
 
 def _parsed(flag: Flag, value: Any) -> Any:
     """The field's value of a flag that has a text form; YAML may also give lists, mappings and numbers."""
     assert flag.parse is not None
     if isinstance(value, bool):
-        raise TypeError(f"is {_kind(value)} ({value!r}), should be written as {flag.name} takes it")
+        raise TypeError(f"is {_kind(value)} ({shown(value)}), should be written as {flag.name} takes it")
+    entries = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    if not all(isinstance(item, str | int | float) for item in entries) or len(entries) > _MOST_ENTRIES:
+        raise TypeError(f"is {_kind(value)} ({shown(value)}), should be written as {flag.name} takes it")
     if isinstance(value, dict):
-        value = [f"{key}:{item}" for key, item in value.items()]
-    pieces = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        entries = [f"{key}:{item}" for key, item in value.items()]
+    pieces = [str(item) for item in entries]
     return flag.parse(pieces if flag.repeated else ",".join(pieces))
 
 
@@ -220,10 +227,15 @@ def _kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
+def _all_unknown(what: str, names: list[Any], known: tuple[str, ...]) -> list[str]:
+    """A line for each name that is not known; the closest known one is looked for where the line will be shown."""
+    return [_unknown(what, name, known) for name in names[:SHOWN]] + [f"unknown {what}"] * len(names[SHOWN:])
+
+
 def _unknown(what: str, name: Any, known: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f"unknown {what} {name!r}{f' (did you mean {close[0]}?)' if close else ''}; known: {', '.join(known)}"
+    close = difflib.get_close_matches(name[:80] if isinstance(name, str) else shown(name), known, n=1)
+    return f"unknown {what} {shown(name)}{f' (did you mean {close[0]}?)' if close else ''}; known: {', '.join(known)}"
 
 
 def _one_line(error: yaml.YAMLError) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error)[:1000].split())

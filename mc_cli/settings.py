@@ -36,6 +36,7 @@ EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
     # No sweeps: errors fed into later rows, which they would undo, are worth more.
     "best": {"calibrate": {"sequences": 256, "gradient_samples": 8}, "score": {"loss_tokens": 4096}},
 }
+LARGEST_GROUP = 2**20  # inputs per scale; more than any matrix has
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(B|[KMGT]i?B)?\s*", re.IGNORECASE)
@@ -82,6 +83,12 @@ def _length(value: int) -> str:
     if value == 0 or value >= 8:
         return ""
     return f"--length {value}: at least 8 tokens, or 0 for 2048 (or the model's whole context where shorter)."
+
+
+def _one_template(template: str | None, none: bool) -> str:
+    if template is None or not none:
+        return ""
+    return f"--chat-template {template} and --no-chat-template exclude each other. Give one."
 
 
 def check_activation_bits(bits: int) -> int:
@@ -179,17 +186,20 @@ class CalibrateSettings(StageSettings):
     revision: str | None = None
     split: str = "train"
     text_field: str = "text"
+    chat_template: str | None = None
+    no_chat_template: bool = False
     sequences: int = 128
     length: int = 0  # 0 = 2048, or the model's whole context where that is shorter
     seed: int = 0
     gradient_tokens: int = 32768
     gradient_samples: int = 4
     choice_costs: bool = True
-    # The digests of model files and of the token ids stand for these two.
-    not_fingerprinted = frozenset({"model", "data"})
+    # The digests of model files and of the text, which counts its chat template, stand for these.
+    not_fingerprinted = frozenset({"model", "data", "chat_template", "no_chat_template"})
 
     def __post_init__(self) -> None:
         _refuse(
+            _one_template(self.chat_template, self.no_chat_template),
             _at_least("--sequences", self.sequences, 1),
             _at_least("--gradient-tokens", self.gradient_tokens, 0),
             _at_least("--gradient-samples", self.gradient_samples, 1),
@@ -223,11 +233,13 @@ class QuantizerSettings(StageSettings):
         return "trellis" if self.quantizer == "trellis" else "affine"
 
     def __post_init__(self) -> None:
+        too_wide = f"--group-size {self.group_size}: at most {LARGEST_GROUP} inputs share a scale."
         fraction = f"--damping {self.damping}: a fraction of the mean Hessian diagonal, between 0 and 1."
         _refuse(
             "" if 0 < self.damping < 1 else fraction,
             "" if self.shrinkage >= 0 else f"--shrinkage {self.shrinkage}: tokens per input feature, 0 or more.",
             _at_least("--group-size", self.group_size, 8),
+            "" if self.group_size <= LARGEST_GROUP else too_wide,
             _at_least("--sweeps", self.sweeps or 0, 0),
         )
 
@@ -413,6 +425,8 @@ class EvaluateSettings(StageSettings):
     data: str = ""
     split: str = "test"
     text_field: str = "text"
+    chat_template: str | None = None
+    no_chat_template: bool = False
     length: int = 0  # 0 = 2048, or the model's whole context where that is shorter
     stride: int = 0
     max_sequences: int = 0  # 0 = all of the text
@@ -421,7 +435,7 @@ class EvaluateSettings(StageSettings):
     task_limit: int | None = None
     activation_bits: int = 16
     prune: PruneSettings = PruneSettings()
-    not_fingerprinted = frozenset({"data"})
+    not_fingerprinted = frozenset({"data", "chat_template", "no_chat_template"})
 
     def resolved(self) -> dict[str, Any]:
         """Plain JSON values of all fields that change the result; a policy's only where there is one."""
@@ -433,6 +447,7 @@ class EvaluateSettings(StageSettings):
         beyond = self.stride < 0 or bool(self.length and self.stride > self.length)
         limited = self.task_limit is not None
         _refuse(
+            _one_template(self.chat_template, self.no_chat_template),
             _length(self.length),
             f"--stride {self.stride}: from 0 (no overlap) to --length {self.length}." if beyond else "",
             _at_least("--max-sequences", self.max_sequences, 0),

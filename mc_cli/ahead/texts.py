@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mc_cli.errors import InputError
-from mc_cli.runtime import text
+from mc_cli.runtime import documents
 
 _READ_WHOLE = 1 << 25  # texts up to this many bytes are read as the stage will read them
 _BEGINNING = 1 << 16
@@ -19,7 +19,7 @@ def check_text(data: str, *, split: str, text_field: str, flag: str) -> None:
     A small text is read whole, of large .jsonl files the beginning, of other large files only that they open is known
     before. Names of `datasets` are left to the library, which may have to fetch them.
     """
-    path = text.resolve_data(data, flag=flag)
+    path = documents.resolve_data(data, flag=flag)
     if path is None:
         return
     files = _files(path)
@@ -27,7 +27,7 @@ def check_text(data: str, *, split: str, text_field: str, flag: str) -> None:
     if unreadable:
         raise InputError(f"{flag} {data} cannot be read: no permission for {', '.join(unreadable[:5])}.")
     if sum(file.stat().st_size for file in files) <= _READ_WHOLE:
-        text.read_documents(data, split=split, text_field=text_field)
+        documents.read_documents(data, split=split, text_field=text_field, flag=flag)
         return
     for file in files:
         if file.suffix == ".jsonl":
@@ -44,14 +44,14 @@ def _check_beginning(file: Path, split: str, text_field: str) -> None:
         beginning = Path(folder) / file.name
         beginning.write_bytes(b"".join(lines))
         try:
-            text.read_documents(str(beginning), split=split, text_field=text_field)
+            documents.read_documents(str(beginning), split=split, text_field=text_field)
         except InputError as error:
             raise InputError(str(error).replace(str(beginning), str(file))) from error
 
 
 def text_bytes(data: str) -> int | None:
     """Bytes of a text of plain files, above which it has no tokens; None where that is not known."""
-    path = text.resolve_data(data)
+    path = documents.resolve_data(data)
     if path is None:
         return None
     files = _files(path)

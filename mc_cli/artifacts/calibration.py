@@ -1,6 +1,7 @@
 """`calibration/`: the token windows, what the model is made of, how it routes, and how its loss reacts.
 
 tokens.safetensors       token_ids [sequences, length] int64
+text.json                how rows became text; absent where each row gave the text in the field that was asked for
 inventory.json           every tensor with role, shape and bytes; every experts module
 routing/layer_NN.json    routing statistics of one MoE layer
   sensitivity.safetensors  layers.N.gradient_square [hidden] float32: mean over tokens of the squared gradient of the
@@ -17,20 +18,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
 
+from mc_cli.artifacts.fields import FieldError, Within, read_as, reading, take_schema
 from mc_cli.artifacts.files import read_json, read_tensors, write_json
-from mc_cli.errors import ArtifactError
-from mc_cli.parts import ExpertBlock, ModelInventory, Projection, Role, TensorPart
+from mc_cli.errors import ArtifactError, shown
+from mc_cli.parts import ModelInventory
 
 if TYPE_CHECKING:
     import torch
 
 SCHEMA = 1
 TOKENS = "tokens.safetensors"
+TEXT = "text.json"
 INVENTORY = "inventory.json"
 SENSITIVITY = "sensitivity.safetensors"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_MOST_LAYERS, _MOST_FEATURES = 100_000, 2**31
+_REMEDY = "Run calibrate --force."
 
 
 @dataclass(frozen=True)
@@ -73,15 +78,15 @@ class LayerRouting:
     residual_energy           mean over tokens of the squared L2 norm of the layer's output
     """
 
-    layer: int
-    top_k: int
-    token_count: int
-    routing_count: Sequence[int]
+    layer: Annotated[int, Within(0)]
+    top_k: Annotated[int, Within(1)]
+    token_count: Annotated[int, Within(1)]
+    routing_count: Sequence[Annotated[int, Within(0)]]
     routing_weight_sum: Sequence[float]
     router_probability_sum: Sequence[float]
     routing_weight_quantiles: Sequence[Sequence[float]]
     weight_ratio_quantiles: Sequence[Sequence[float]]
-    residual_energy: float
+    residual_energy: Annotated[float, Within(0)]
 
     def write(self, path: Path) -> None:
         """Writes the JSON file in one atomic replace."""
@@ -91,15 +96,24 @@ class LayerRouting:
     def read(cls, path: Path) -> LayerRouting:
         """Reads the file back. Raises ArtifactError where it is damaged."""
         content = read_json(path)
-        try:
-            if content.pop("schema") != SCHEMA:
-                raise ValueError("schema")
-            content.pop("quantiles")
-            return cls(**content)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(
-                f"{path} is not a routing file of this version: {error!r}. Run calibrate --force."
-            ) from error
+        with reading(path, "a routing file of this version", _REMEDY):
+            take_schema(content, SCHEMA)
+            if content.pop("quantiles", None) != list(QUANTILES):
+                raise FieldError(f"quantiles are not {QUANTILES}")
+            found: LayerRouting = read_as(cls, content)
+            found._check_lengths()
+        return found
+
+    def _check_lengths(self) -> None:
+        """Raises FieldError where sequences over the experts have different lengths."""
+        for name in ("routing_weight_sum", "router_probability_sum", "routing_weight_quantiles"):
+            if len(getattr(self, name)) != len(self.routing_count):
+                raise FieldError(
+                    f"{name} has {len(getattr(self, name))} entries, routing_count {len(self.routing_count)}"
+                )
+        for name in ("routing_weight_quantiles", "weight_ratio_quantiles"):
+            if any(len(row) not in (0, len(QUANTILES)) for row in getattr(self, name)):
+                raise FieldError(f"{name} has a row that is not of {len(QUANTILES)} quantiles")
 
 
 def routing_file(layer: int) -> str:
@@ -113,9 +127,72 @@ def covariance_file(layer: int) -> str:
 
 
 def read_covariance(calibration: Path, layer: int) -> torch.Tensor | None:
-    """[hidden, hidden] float32 of one layer's MoE output; None without a backward pass, or from an earlier version."""
+    """[hidden, hidden] float32 of one layer's MoE output; None without a backward pass, or from an earlier version.
+
+    Raises ArtifactError where the file is damaged.
+    """
     path = calibration / covariance_file(layer)
-    return read_tensors(path)["covariance"] if path.exists() else None
+    if not path.exists():
+        return None
+    found = _tensor(path, read_tensors(path), "covariance", "float32", 2)
+    if found.shape[0] != found.shape[1]:
+        raise ArtifactError(f"{path}: covariance has shape {tuple(found.shape)}, should be square. {_REMEDY}")
+    return found
+
+
+def read_token_ids(calibration: Path, *, vocabulary: int) -> torch.Tensor:
+    """[sequences, length] int64: the calibration tokens. Raises ArtifactError where the file is damaged.
+
+    vocabulary  how many ids the model knows
+    """
+    path = calibration / TOKENS
+    found = _tensor(path, read_tensors(path), "token_ids", "int64", 2)
+    if found.shape[1] < 2:
+        raise ArtifactError(f"{path}: token_ids has shape {tuple(found.shape)}, sequences are longer. {_REMEDY}")
+    least, most = int(found.min()), int(found.max())
+    if least < 0 or most >= vocabulary:
+        raise ArtifactError(
+            f"{path} holds token ids from {least} to {most}, the model's vocabulary has {vocabulary} entries. {_REMEDY}"
+        )
+    return found
+
+
+class TextReport(TypedDict):
+    """How rows became text."""
+
+    rows: dict[str, int]
+    empty_rows: int
+    chat_template: str
+    chats_rendered: int
+    chats_refused: int
+    example_of_refused: str
+
+
+def read_text_report(calibration: Path) -> TextReport | None:
+    """How the rows of the text were read; None where all were plain. Raises ArtifactError for a damaged file."""
+    path = calibration / TEXT
+    if not path.exists():
+        return None
+    with reading(path, "a report of the text", _REMEDY):
+        return cast(TextReport, read_as(TextReport, read_json(path)))
+
+
+def _tensor(
+    path: Path, tensors: Mapping[str, torch.Tensor], name: str, dtype: str, dimensions: int, *, finite: bool = True
+) -> torch.Tensor:
+    """One tensor of a file. Raises ArtifactError naming the file unless it is there, as it should be and finite."""
+    found = tensors.get(name)
+    if found is None:
+        raise ArtifactError(f"{path} holds no tensor {name!r}, but {', '.join(sorted(tensors)[:8])}. {_REMEDY}")
+    kind = str(found.dtype).removeprefix("torch.")
+    if kind != dtype or found.dim() != dimensions or (dimensions and not found.numel()):
+        raise ArtifactError(
+            f"{path}: {name} is {kind} of shape {tuple(found.shape)}, should be {dtype} with {dimensions} dimensions. "
+            f"{_REMEDY}"
+        )
+    if finite and not bool(found.isfinite().all()):
+        raise ArtifactError(f"{path}: {name} holds values that are not finite. {_REMEDY}")
+    return found
 
 
 def write_inventory(path: Path, inventory: ModelInventory) -> None:
@@ -126,33 +203,57 @@ def write_inventory(path: Path, inventory: ModelInventory) -> None:
 def read_inventory(path: Path) -> ModelInventory:
     """Reads the inventory back. Raises ArtifactError where it is damaged."""
     content: dict[str, Any] = read_json(path)
-    try:
-        if content["schema"] != SCHEMA:
-            raise ValueError(f"schema {content['schema']!r}")
-        blocks = tuple(
-            ExpertBlock(**{**block, "projections": tuple(Projection(**entry) for entry in block["projections"])})
-            for block in content["expert_blocks"]
+    with reading(path, "an inventory of this version", _REMEDY):
+        take_schema(content, SCHEMA)
+        found: ModelInventory = read_as(ModelInventory, content)
+        _check_inventory(found)
+    return found
+
+
+def _check_inventory(inventory: ModelInventory) -> None:
+    """Raises FieldError for layers, counts and sizes that no model has."""
+    if not 0 < inventory.num_layers <= _MOST_LAYERS:
+        raise FieldError(f"num_layers is {inventory.num_layers}, should be 1 to {_MOST_LAYERS}")
+    layers = [block.layer for block in inventory.expert_blocks]
+    if not layers or layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < inventory.num_layers:
+        raise FieldError(
+            f"expert_blocks are of the layers {shown(layers)}, should be of {inventory.num_layers} at most, ascending"
         )
-        tensors = tuple(
-            TensorPart(**{**tensor, "role": Role(tensor["role"]), "shape": tuple(tensor["shape"])})
-            for tensor in content["tensors"]
-        )
-        return ModelInventory(
-            model_type=content["model_type"],
-            num_layers=content["num_layers"],
-            expert_blocks=blocks,
-            tensors=tensors,
-            tied_head=content["tied_head"],
-            contract_tested=content["contract_tested"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path} is not an inventory of this version: {error!r}. Run calibrate --force.") from error
+    for place, block in enumerate(inventory.expert_blocks):
+        sizes = [size for part in block.projections for size in (part.out_features, part.in_features)]
+        if not sizes or min(sizes) < 1 or max(sizes) > _MOST_FEATURES:
+            raise FieldError(f"expert_blocks[{place}].projections have the sizes {shown(sizes)}")
+        if not (1 <= block.top_k <= block.num_experts <= _MOST_FEATURES):
+            raise FieldError(f"expert_blocks[{place}] has top_k {block.top_k} of num_experts {block.num_experts}")
+        if not (1 <= block.groups_used <= block.router_groups <= block.num_experts):
+            raise FieldError(
+                f"expert_blocks[{place}] has groups_used {block.groups_used} of router_groups {block.router_groups}"
+            )
+    for tensor in inventory.tensors:
+        if min((tensor.size_bytes, *tensor.shape)) < 0 or not (
+            tensor.layer is None or 0 <= tensor.layer < inventory.num_layers
+        ):
+            raise FieldError(
+                f"the tensor {shown(tensor.name)} has shape {shown(tensor.shape)}, {tensor.size_bytes} bytes, layer "
+                f"{tensor.layer}"
+            )
+        if tensor.packable and (len(tensor.shape) != 2 or min(tensor.shape) < 1):
+            raise FieldError(f"the tensor {shown(tensor.name)} is packable, but has shape {shown(tensor.shape)}")
 
 
 def read_sensitivities(calibration: Path, inventory: ModelInventory) -> dict[int, LayerSensitivity]:
-    """Decoder layer -> its sensitivity; empty where no backward pass was run."""
+    """Decoder layer -> its sensitivity; empty where no backward pass was run.
+
+    Raises ArtifactError where the file is damaged.
+    """
     path = calibration / SENSITIVITY
     if not path.exists():
         return {}
     tensors = read_tensors(path)
+    for block in inventory.expert_blocks:
+        prefix = f"layers.{block.layer}."
+        for name in ("gradient_square", "token_scale"):
+            _tensor(path, tensors, prefix + name, "float32", 1)
+        if f"{prefix}choice_cost" in tensors:
+            _tensor(path, tensors, f"{prefix}choice_cost", "float64", 0, finite=False)  # NaN: it cannot be told
     return {block.layer: LayerSensitivity.of(tensors, f"layers.{block.layer}.") for block in inventory.expert_blocks}

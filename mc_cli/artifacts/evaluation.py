@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from mc_cli.artifacts.calibration import TextReport
+from mc_cli.artifacts.fields import FieldError, Within, read_as, reading, take_schema
 from mc_cli.artifacts.files import read_json, write_json
-from mc_cli.errors import ArtifactError
+from mc_cli.errors import shown
 
 SCHEMA = 1
+_MOST_LOSS = 700.0  # nats; the exponent of more is beyond a float
 
 UNITS = {
     "loss": "nats per token, mean over predicted tokens",
@@ -25,11 +28,49 @@ UNITS = {
 class TextResult:
     """One domain of the text, or all of it."""
 
-    tokens: int
-    original_loss: float
-    packed_loss: float
+    tokens: Annotated[int, Within(1)]
+    original_loss: Annotated[float, Within(0, _MOST_LOSS)]
+    packed_loss: Annotated[float, Within(0, _MOST_LOSS)]
     kl_divergence: float
-    same_top_token: float
+    same_top_token: Annotated[float, Within(0, 1)]
+
+
+@dataclass(frozen=True)
+class PruningPoint:
+    """One operating point of a policy, or the unpruned model, measured on held-out text; see `units` of the file."""
+
+    rate: Annotated[float, Within(0, 1)]
+    tokens: int
+    loss: float
+    loss_error: float
+    perplexity: float
+    perplexity_rise: float
+    kl_packed: float
+    kl_original: float
+    experts_per_token: float
+    experts_by_layer: Mapping[str, float]
+    experts_by_class: Mapping[str, float]
+    activated_bytes: float
+    activated_parameters: float
+    policy: str = ""
+    chosen: bool = False
+    fitted_rate: float = 0.0
+    predicted_loss: float | None = None
+    thresholds: Sequence[float] = ()
+    on_front: bool = False
+
+
+@dataclass(frozen=True)
+class PruningFigures:
+    """What prune-eval found of the policies."""
+
+    policy: str
+    fit: str
+    units: Mapping[str, str]
+    unpruned: PruningPoint
+    points: Sequence[PruningPoint]
+    token_classes: Mapping[str, int]
+    experts_dropped: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,11 +87,11 @@ class Evaluation:
     domains: Mapping[str, TextResult]
     router_changes: Mapping[int, float]
     context: Mapping[str, Any]
-    stored_bytes: Mapping[str, Mapping[str, int]]
-    original_bytes: Mapping[str, int]
+    stored_bytes: Mapping[str, Mapping[str, Annotated[int, Within(0)]]]
+    original_bytes: Mapping[str, Annotated[int, Within(0)]]
     expert_stored_bits: float
     expert_code_bits: float
-    tasks: Mapping[str, Any] = field(default_factory=dict)
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     units: Mapping[str, str] = field(default_factory=lambda: dict(UNITS))
     pruning: Mapping[str, Any] = field(default_factory=dict)
 
@@ -65,14 +106,46 @@ class Evaluation:
     def read(cls, path: Path) -> Evaluation:
         """Reads the file back. Raises ArtifactError where it is damaged."""
         content = read_json(path)
-        try:
-            if content.pop("schema") != SCHEMA:
-                raise ValueError("schema")
-            content["total"] = TextResult(**content["total"])
-            content["domains"] = {name: TextResult(**entry) for name, entry in content["domains"].items()}
-            content["router_changes"] = {int(layer): share for layer, share in content["router_changes"].items()}
-            return cls(**content)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(
-                f"{path} is not an evaluation of this version: {error!r}. Run prune-eval --force."
-            ) from error
+        with reading(path, "an evaluation of this version", "Run prune-eval --force."):
+            take_schema(content, SCHEMA)
+            found: Evaluation = read_as(cls, content)
+            found._check()
+        return found
+
+    def _check(self) -> None:
+        """Raises FieldError for what no evaluation finds, and the tables of results are made of."""
+        if not self.domains or not self.router_changes:
+            raise FieldError(f"it has {len(self.domains)} domains and {len(self.router_changes)} layers")
+        if sum(self.original_bytes.values()) <= 0 or sum(map(_total, self.stored_bytes.values())) <= 0:
+            raise FieldError("stored_bytes or original_bytes add up to nothing")
+        context = {"length": int, "stride": int, "windows": int, "data": str, "activation_bits": int}
+        for name, kind in context.items():
+            if name in self.context or name in ("length", "stride"):
+                read_as(kind, self.context.get(name), f"context.{name}")
+        if "text" in self.context:
+            read_as(TextReport, self.context["text"], "context.text")
+        if self.pruning:
+            pruning: PruningFigures = read_as(PruningFigures, dict(self.pruning), "pruning")
+            if not any(point.chosen and point.policy == pruning.policy for point in pruning.points):
+                raise FieldError(f"pruning.points has no chosen point of the policy {shown(pruning.policy)}")
+        self._check_tasks()
+
+    def _check_tasks(self) -> None:
+        """Raises FieldError where models were not measured on the same tasks by the same metrics."""
+        results = {
+            name: read_as(Mapping[str, Mapping[str, Any]], dict(found).get("results"), f"tasks.{name}.results")
+            for name, found in self.tasks.items()
+        }
+        for first in list(results.values())[:1]:
+            for name, other in results.items():
+                if {task: set(found) for task, found in other.items()} != {
+                    task: set(found) for task, found in first.items()
+                }:
+                    raise FieldError(f"tasks.{shown(name)} has other tasks or metrics than the first model")
+                for task, metric in ((task, metric) for task, found in other.items() for metric in found):
+                    if "," in metric:
+                        read_as(float | str, other[task][metric], f"tasks.{name}.results.{task}.{metric}")
+
+
+def _total(parts: Mapping[str, int]) -> int:
+    return sum(parts.values())

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX, refuse_foreign_partial, remove_partial
-from mc_cli.artifacts.system_errors import refusal
 from mc_cli.artifacts.places import require_ordinary
+from mc_cli.artifacts.strict_json import JsonError, parse_json
+from mc_cli.artifacts.system_errors import refusal
 from mc_cli.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _COPIED_BYTES = 1 << 20
 _LONGEST_HEADER = 100 << 20  # of a safetensors file, by its format
+LARGEST_TEXT = 256 * 2**20  # bytes; a tokenizer.json has up to 40 MB
 
 
 def _umask() -> int:
@@ -188,24 +190,37 @@ def _save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 
 def read_text(path: Path) -> str:
-    """The file's text. Raises ArtifactError where it is missing or not UTF-8."""
+    """The file's text. Raises ArtifactError where it is missing, too large or not UTF-8, InputError for a folder."""
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path} does not exist. Run the stage that writes it first.") from error
-    except (OSError, UnicodeDecodeError) as error:
+        return _read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise ArtifactError(f"{path} cannot be read: {error}.") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The file's JSON object. Raises ArtifactError where it is missing or not one."""
+def read_json(path: Path, *, foreign: bool = False) -> dict[str, Any]:
+    """The file's JSON object. Raises ArtifactError where it is missing or not one.
+
+    foreign   a file that this package did not write, such as a model's config.json: as transformers reads it, NaN and
+              infinity may stand in it, and the last of two equal names counts
+    """
+    remedy = "Copy, download or make it again." if foreign else "Delete it and run its stage again."
     try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"{path} is not valid JSON: {error}. Delete it and run its stage again.") from error
+        content = parse_json(_read_bytes(path), finite=not foreign, unique=not foreign)
+    except JsonError as error:
+        raise ArtifactError(f"{path} is not valid JSON: {error}. {remedy}") from error
     if not isinstance(content, dict):
-        raise ArtifactError(f"{path} should hold a JSON object, but holds a {type(content).__name__}.")
+        raise ArtifactError(f"{path} should hold a JSON object, but holds a {type(content).__name__}. {remedy}")
     return content
+
+
+def check_json_file(path: Path) -> None:
+    """Raises an error naming `path` where it is there, and a library could not read it within bounds.
+
+    For files that transformers or tokenizers opens by itself: it says neither which file it was that is wrong, nor ends
+    by itself where the file is a pipe or nested without end.
+    """
+    if path.exists() or path.is_symlink():
+        read_json(path, foreign=True)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -213,11 +228,14 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    require_ordinary(path)
     try:
         return load_file(path)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist. Run the stage that writes it first.") from error
-    except SafetensorError as error:
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (SafetensorError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{path} is not a whole safetensors file: {error}. Delete it and run its stage again."
         ) from error
@@ -237,6 +255,21 @@ def read_number(path: Path, name: str) -> int:
         raise ArtifactError(refusal(error, path, action="cannot be read")) from error
     except (struct.error, KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged: {error!r:.200}. Use --force to make it again.") from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    require_ordinary(path)
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_TEXT:
+            raise ArtifactError(
+                f"{path} has {size:,} bytes; a text file of a model or stage has {LARGEST_TEXT:,} at most."
+            )
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} does not exist. Run the stage that writes it first.") from error
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def file_digest(path: Path) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, cast
 
+from mc_cli.artifacts.fields import Within, read_as, reading, take_schema
 from mc_cli.artifacts.files import read_json, write_json
-from mc_cli.errors import ArtifactError, listed
-from mc_cli.parts import DROPPED, read_width
+from mc_cli.errors import ArtifactError, listed, shown
+from mc_cli.parts import DROPPED
 
 SCHEMA = 1
 
@@ -37,9 +38,9 @@ class ProjectionImportance:
     """The cost of each width of one projection alone, the expert's others as in the checkpoint; indexed by expert."""
 
     name: str
-    weight_count: int  # of one expert
+    weight_count: Annotated[int, Within(1)]  # of one expert
     predicted_loss_by_bits: dict[float, Sequence[float]]
-    stored_bytes_by_bits: dict[float, int]
+    stored_bytes_by_bits: dict[float, Annotated[int, Within(0)]]
 
     def __post_init__(self) -> None:
         values = {bits: tuple(losses) for bits, losses in self.predicted_loss_by_bits.items()}
@@ -50,10 +51,10 @@ class ProjectionImportance:
 class LayerImportance:
     """Measures of the experts of one MoE layer; every sequence is indexed by expert and kept as a tuple."""
 
-    layer: int
+    layer: Annotated[int, Within(0)]
     weights_per_expert: int
-    token_count: int
-    routing_count: Sequence[int]
+    token_count: Annotated[int, Within(0)]
+    routing_count: Sequence[Annotated[int, Within(0)]]
     routing_weight_sum: Sequence[float]
     router_probability_sum: Sequence[float]
     output_norm_mean: Sequence[float]
@@ -61,9 +62,11 @@ class LayerImportance:
     predicted_loss_by_bits: dict[float, Sequence[float]]
     stored_bytes_by_bits: dict[float, int]
     projections: tuple[ProjectionImportance, ...] = ()  # none: widths are for whole experts
-    top_k: int = 0  # experts that a token is sent to, and the router's groups: how many have to stay; 0 = not known
-    router_groups: int = 1
-    groups_used: int = 1
+    top_k: Annotated[int, Within(0)] = (
+        0  # experts that a token is sent to, and the router's groups: how many have to stay; 0 = not known
+    )
+    router_groups: Annotated[int, Within(1)] = 1
+    groups_used: Annotated[int, Within(1)] = 1
     up_share_left: float = 1.0
 
     def __post_init__(self) -> None:
@@ -77,15 +80,10 @@ class LayerImportance:
         return len(self.routing_count)
 
     @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> LayerImportance:
-        """The layer of a JSON object, its widths turned from strings to numbers.
-
-        Raises KeyError, TypeError or ValueError where the object is not one; the caller knows the file to name.
-        """
-        layer = _with_widths(entry, (*_PER_EXPERT_AND_WIDTH, "stored_bytes_by_bits"))
-        widths = ("predicted_loss_by_bits", "stored_bytes_by_bits")
-        parts = (ProjectionImportance(**_with_widths(part, widths)) for part in entry.get("projections", ()))
-        return cls(**{**layer, "projections": tuple(parts)})
+    def read(cls, path: Path) -> LayerImportance:
+        """One layer's measures, from a file of their own. Raises ArtifactError naming what is wrong with it."""
+        with reading(path, "a layer's importance", "Run score again."):
+            return cast(LayerImportance, read_as(cls, read_json(path)))
 
     def problems(self, candidate_bits: Iterable[float]) -> list[str]:
         """What is wrong with the measures, one line each: lengths, missing widths, numbers that are not finite."""
@@ -111,6 +109,29 @@ class LayerImportance:
             for name, size in sizes.items()
             if isinstance(size, bool) or not isinstance(size, int) or size < 0 or (size == 0) != (name == _NOTHING)
         ]
+        return found + self._structure_problems(wanted)
+
+    def _structure_problems(self, wanted: set[float]) -> list[str]:
+        """What is wrong with counts and with the projections' own widths, one line each."""
+        where = f"layer {self.layer}"
+        found = []
+        if not self.num_experts:
+            found.append(f"{where}: it has no experts")
+        if self.top_k > self.num_experts or not self.groups_used <= self.router_groups <= max(1, self.num_experts):
+            found.append(
+                f"{where}: top_k {self.top_k}, router_groups {self.router_groups}, groups_used {self.groups_used} do "
+                f"not fit {self.num_experts} experts"
+            )
+        if self.router_groups > 1 and self.num_experts % self.router_groups:
+            found.append(f"{where}: router_groups {self.router_groups} do not divide {self.num_experts} experts")
+        for part in self.projections:
+            for name in ("predicted_loss_by_bits", "stored_bytes_by_bits"):
+                # A dropped expert has no projections to measure.
+                if lacking := sorted(wanted - {DROPPED} - set(getattr(part, name))):
+                    found.append(f"{where}: {shown(part.name)}: {name} lacks width {', '.join(map(str, lacking))}")
+        names = [part.name for part in self.projections]
+        if len(set(names)) != len(names):
+            found.append(f"{where}: projections {shown(names)} have one name twice")
         return found
 
     def _columns(self) -> list[tuple[str, Sequence[float]]]:
@@ -123,19 +144,13 @@ class LayerImportance:
         return columns
 
 
-def _with_widths(entry: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """A JSON object with the keys of some of its mappings turned from strings to widths."""
-    by_bits = {name: {read_width(bits): values for bits, values in entry[name].items()} for name in names}
-    return {**entry, **by_bits}
-
-
 @dataclass(frozen=True)
 class Importance:
     """The measures of every MoE layer of one model."""
 
     model_type: str
     quantizer: str
-    candidate_bits: tuple[float, ...]
+    candidate_bits: tuple[Annotated[float, Within(0, 16)], ...]
     layers: tuple[LayerImportance, ...]
     sensitivity_method: str = ""
     units: dict[str, str] = field(default_factory=lambda: dict(UNITS))
@@ -164,22 +179,9 @@ class Importance:
     def read(cls, path: Path) -> Importance:
         """Reads and checks the file. Raises ArtifactError naming what is wrong with it."""
         content = read_json(path)
-        if content.get("schema") != SCHEMA:
-            raise ArtifactError(
-                f"{path} has schema {content.get('schema')!r}; this version of mc-cli reads {SCHEMA}. Run score again."
-            )
-        try:
-            importance = cls(
-                model_type=str(content["model_type"]),
-                quantizer=str(content["quantizer"]),
-                candidate_bits=tuple(read_width(bits) for bits in content["candidate_bits"]),
-                layers=tuple(LayerImportance.from_json(entry) for entry in content["layers"]),
-                sensitivity_method=str(content["sensitivity_method"]),
-                units=dict(content["units"]),
-                warnings=tuple(content["warnings"]),
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path} is not an importance file: {error!r}. Run score again.") from error
+        with reading(path, "an importance file", "Run score again."):
+            take_schema(content, SCHEMA)
+            importance: Importance = read_as(cls, content)
         try:
             importance.check()
         except ArtifactError as error:

@@ -7,21 +7,25 @@ per role; 16 means kept as in the checkpoint.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
 
 from mc_cli.artifacts.files import read_text, write_text
 from mc_cli.artifacts.strict_yaml import read_yaml
-from mc_cli.errors import PlanError, listed
+from mc_cli.errors import PlanError, listed, shown
 from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role, too_few_survivors
+from mc_cli.settings import LARGEST_GROUP
 
 SCHEMA = 1
 FAMILIES = ("affine", "trellis")
 KEPT_BITS = 16
+MOST_LAYERS = 100_000  # more than any model has
 LARGEST_HALF = 5  # trellis codes have half steps, and end here
 REMEDY = "Run allocate again, or correct the file."
 
@@ -94,12 +98,13 @@ class Plan:
         try:
             content = read_yaml(read_text(path))
         except yaml.YAMLError as error:
-            raise PlanError(f"{path} is not valid YAML: {error}. {REMEDY}") from error
+            raise PlanError(f"{path} is not valid YAML: {str(error)[:500]}. {REMEDY}") from error
         if not isinstance(content, dict):
             raise PlanError(f"{path} should hold a mapping, but holds a {type(content).__name__}. {REMEDY}")
-        if content.get("schema") != SCHEMA:
+        schema = content.get("schema")
+        if schema != SCHEMA or isinstance(schema, bool):
             raise PlanError(
-                f"{path} has schema {content.get('schema')!r}; this version reads schema {SCHEMA}. Run allocate again."
+                f"{path} has schema {shown(schema)}; this version reads schema {SCHEMA}. Run allocate again."
             )
         if problems := _content_problems(content):
             raise PlanError(
@@ -133,37 +138,66 @@ def _content_problems(content: Mapping[str, Any]) -> list[str]:
     }
     problems = [f"{name} is missing" for name in kinds if name not in content]
     problems += [
-        f"{name} is unknown" for name in content if name not in kinds and name not in optional and name != "schema"
+        f"{_name(name)} is unknown"
+        for name in content
+        if name not in kinds and name not in optional and name != "schema"
     ]
     for name, kind in (kinds | optional).items():
         if name in content and (not isinstance(content[name], kind) or isinstance(content[name], bool)):
-            problems.append(f"{name} is {_shown(content[name])}, not a {kind.__name__}")
+            problems.append(f"{name} is {shown(content[name])}, not a {kind.__name__}")
     if problems:
         return problems
     if content.get("family", "affine") not in FAMILIES:
-        problems.append(f"family is {_shown(content['family'])}, not one of {', '.join(FAMILIES)}")
-    if content.get("group_size_limit", 128) < 1:
-        problems.append(f"group_size_limit is {content['group_size_limit']}, not positive")
+        problems.append(f"family is {shown(content['family'])}, not one of {', '.join(FAMILIES)}")
+    limit = content.get("group_size_limit", 128)
+    if not 1 <= limit <= LARGEST_GROUP:
+        problems.append(f"group_size_limit is {shown(limit)}, not positive or not at most {LARGEST_GROUP}")
+    problems += [
+        f"warnings: {shown(line)} is not a text" for line in content.get("warnings", ()) if not isinstance(line, str)
+    ]
+    for name in ("budget", "objective", "solver"):
+        problems += _plain_problems(name, content.get(name, {}))
     for role, bits in content["role_bits"].items():
         if role not in set(Role):
-            problems.append(f"role_bits: {role!r} is not a role; the roles are {', '.join(Role)}")
-        problems += _width_problem(f"role_bits: {role}", bits)
+            problems.append(f"role_bits: {shown(role)} is not a role; the roles are {', '.join(Role)}")
+        problems += _width_problem(f"role_bits: {_name(role)}", bits)
     for layer, row in content["expert_bits"].items():
         problems += _row_problems(layer, row)
     return problems
 
 
+def _plain_problems(name: str, entries: Mapping[Any, Any]) -> list[str]:
+    """What is wrong with figures that are only shown: names that are no texts, numbers that are not finite."""
+    problems = []
+    for key, value in entries.items():
+        if not isinstance(key, str):
+            problems.append(f"{name}: {shown(key)} is not a text")
+        elif isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{name}: {key[:40]} is {value}, not finite")
+        elif not isinstance(value, str | int | float | list | NoneType):
+            problems.append(f"{name}: {key[:40]} is {shown(value)}, not a text, number or list")
+    return problems
+
+
+def _name(key: object) -> str:
+    return key[:40] if isinstance(key, str) else shown(key)
+
+
 def _row_problems(layer: object, row: object) -> list[str]:
-    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-        return [f"expert_bits: {layer!r} is not a layer number"]
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= MOST_LAYERS:
+        return [f"expert_bits: {shown(layer)} is not a layer number"]
     if not isinstance(row, list):
-        return [f"layer {layer}: {_shown(row)} is not a list of widths"]
+        return [f"layer {layer}: {shown(row)} is not a list of widths"]
     problems = []
     for expert, entry in enumerate(row):
         where = f"layer {layer} expert {expert}"
         if isinstance(entry, dict):
+            if not entry:
+                problems.append(f"{where} has no projections")
             for projection, bits in entry.items():
-                problems += _width_problem(f"{where} {projection}", bits)
+                if not isinstance(projection, str):
+                    problems.append(f"{where}: {shown(projection)} is not the name of a projection")
+                problems += _width_problem(f"{where} {_name(projection)}", bits)
         else:
             problems += _width_problem(where, entry)
     return problems
@@ -172,16 +206,11 @@ def _row_problems(layer: object, row: object) -> list[str]:
 def _width_problem(where: str, bits: object) -> list[str]:
     whole = isinstance(bits, int) and not isinstance(bits, bool) and (0 <= bits <= 8 or bits == KEPT_BITS)
     fits = whole or (isinstance(bits, float) and 1 < bits < LARGEST_HALF and bits % 1 == 0.5)
-    return [] if fits else [f"{where} has width {_shown(bits)}"]
+    return [] if fits else [f"{where} has width {shown(bits)}"]
 
 
 def _is_dropped(entry: ExpertBits) -> bool:
     return DROPPED in (entry.values() if isinstance(entry, dict) else (entry,))
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _layer_problems(layer: int, row: tuple[ExpertBits, ...], block: ExpertBlock) -> list[str]:
@@ -196,6 +225,6 @@ def _layer_problems(layer: int, row: tuple[ExpertBits, ...], block: ExpertBlock)
     for expert, entry in enumerate(row):
         if isinstance(entry, dict) and set(entry) != names:
             problems.append(
-                f"layer {layer} expert {expert}: plan has projections {sorted(entry)}, model {sorted(names)}"
+                f"layer {layer} expert {expert}: plan has projections {shown(sorted(entry))}, model {sorted(names)}"
             )
     return problems

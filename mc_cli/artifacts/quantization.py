@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
+from mc_cli.artifacts.fields import Within, read_as, reading, take_schema
 from mc_cli.artifacts.files import read_json, write_json
-from mc_cli.errors import ArtifactError
 
 SCHEMA = 1
 
@@ -29,8 +30,8 @@ class MatrixReport:
     name: str
     role: str
     outcome: str
-    weight_count: int
-    bits: float
+    weight_count: Annotated[int, Within(0)]
+    bits: Annotated[float, Within(0, 64)]
     encoding: str | None = None
     tokens: int | None = None
     proxy_loss: float | None = None
@@ -38,6 +39,11 @@ class MatrixReport:
     pooled_share: float = 0.0
     correction: float | None = None
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Report:
+    matrices: tuple[MatrixReport, ...]
 
 
 def write_report(path: Path, rows: Sequence[MatrixReport]) -> None:
@@ -48,9 +54,6 @@ def write_report(path: Path, rows: Sequence[MatrixReport]) -> None:
 def read_report(path: Path) -> list[MatrixReport]:
     """Reads one layer's rows back. Raises ArtifactError where the file is damaged."""
     content = read_json(path)
-    try:
-        if content["schema"] != SCHEMA:
-            raise ValueError(f"schema {content['schema']!r}")
-        return [MatrixReport(**{**row, "notes": tuple(row["notes"])}) for row in content["matrices"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path} is not a quantization report: {error!r}. Run quantize --force.") from error
+    with reading(path, "a quantization report", "Run quantize --force."):
+        take_schema(content, SCHEMA)
+        return list(read_as(_Report, content).matrices)

@@ -224,7 +224,7 @@ class StageFolder:
             _discard(self.folder)
             raise ArtifactError(f"{error} It changed while {self.stage} ran, whose work is not kept.") from error
         self._clean_partial()
-        outputs = {}
+        outputs: dict[str, dict[str, Any]] = {}
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder)
             if path.is_file() and path.name not in (BEGUN, MANIFEST) and name.parts[0] != RESUME:

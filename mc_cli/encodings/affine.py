@@ -131,8 +131,9 @@ def choose_group_size(in_features: int, limit: int = 128) -> int:
 
     Vector kernels read 32 or 8 codes at a time, so 2880 gets 96 and not 120, and 1408 gets 128.
     """
+    largest = min(limit, in_features)
     for step in (32, 8, 1):
-        for size in range(limit - limit % step, 0, -step):
+        for size in range(largest - largest % step, 0, -step):
             if in_features % size == 0:
                 return size
     raise ShapeError(f"no group size divides in_features {in_features}")

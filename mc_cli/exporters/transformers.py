@@ -97,7 +97,7 @@ def _policy_words(pruning: Pruning) -> dict[str, str]:
 
 def packed_config(job: ExportJob) -> dict[str, Any]:
     """config.json of the export: the native one, the layout, the notice, and the way in for trust_remote_code."""
-    config = read_json(job.config_folder / "config.json")
+    config = read_json(job.config_folder / "config.json", foreign=True)
     if "auto_map" in config:
         raise InputError(
             f"model_type {config.get('model_type')!r} brings its own Python code, which the packed format cannot load "

@@ -53,7 +53,7 @@ class DenseTensors:
 
     def config_json(self) -> dict[str, Any]:
         """config.json of a plain checkpoint with these tensors."""
-        return self._routers.config_json(read_json(self._source.files.config_folder / "config.json"))
+        return self._routers.config_json(read_json(self._source.files.config_folder / "config.json", foreign=True))
 
     def by_module(self, part: int) -> dict[str, torch.Tensor]:
         """Module-tree name -> tensor of every parameter and persistent buffer that a plain checkpoint holds."""

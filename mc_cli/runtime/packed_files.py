@@ -59,7 +59,7 @@ def copy_model_files(source_folder: Path, target_folder: Path) -> None:
     A model whose architecture is not part of transformers keeps its own code.
     """
     target_folder.mkdir(parents=True, exist_ok=True)
-    config = read_json(source_folder / "config.json")
+    config = read_json(source_folder / "config.json", foreign=True)
     own_code = config.get("model_type") not in CONFIG_MAPPING
     patterns = (*MODEL_FILES, "*.py") if own_code else MODEL_FILES
     for path in sorted({path for pattern in patterns for path in source_folder.glob(pattern) if path.is_file()}):
@@ -124,7 +124,7 @@ def open_packed(folder: Path) -> PackedFiles:
         raise InputError(
             f"{folder} holds no packed model: it has neither {LAYOUT} nor config.json. Run quantize first."
         )
-    quantization = read_json(folder / "config.json").get("quantization_config") or {}
+    quantization = read_json(folder / "config.json", foreign=True).get("quantization_config") or {}
     if quantization.get("quant_method") != QUANT_METHOD:
         raise InputError(
             f"{folder} holds a model, but not one packed by mc-cli. Give a packed folder or an exported directory."

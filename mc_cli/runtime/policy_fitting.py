@@ -31,6 +31,7 @@ from mc_cli.policies.static_experts import FREQUENCY, REAP, ROUTER_WEIGHT, exper
 from mc_cli.progress import Progress
 from mc_cli.runtime import text
 from mc_cli.runtime.dense_tensors import load_dense
+from mc_cli.runtime.documents import ALL, Reading
 from mc_cli.runtime.layerwise import LayerSource
 from mc_cli.runtime.pruned_comparison import compare_points
 from mc_cli.runtime.pruning import pruners
@@ -95,11 +96,18 @@ def policy_names(settings: PruneSettings) -> list[str]:
     return names
 
 
-def fitting_inputs(settings: PruneSettings, session: Session, *, split: str, text_field: str) -> dict[str, str]:
-    """Digests of what policies are fitted on."""
+def fitting_source(settings: PruneSettings, heldout: text.TextSource) -> text.TextSource | None:
+    """The text to fit on, read as the held-out text is; None for the calibration tokens."""
     if settings.fit_data is None:
+        return None
+    return replace(heldout, data=settings.fit_data, flag="--fit-data", reading=Reading())
+
+
+def fitting_inputs(settings: PruneSettings, session: Session, source: text.TextSource | None) -> dict[str, str]:
+    """Digests of what policies are fitted on."""
+    if source is None:
         return {"fit data": require_done(session.work_dir, "calibrate").inputs["data"]}
-    return {"fit data": text.data_digest(settings.fit_data, split, text_field, session.digests())}
+    return {"fit data": source.digest(session.digests())}
 
 
 def fitting_folder(settings: PruneSettings, session: Session, inputs: Mapping[str, str]) -> StageFolder:
@@ -119,16 +127,15 @@ def fit_or_read(
     inventory: ModelInventory,
     source: LayerSource,
     *,
-    split: str,
-    text_field: str,
+    text_source: text.TextSource | None,
     force: bool,
     progress: Progress,
 ) -> FittedPolicies:
     """The fitted policies, from `pruning/` where they are already there."""
     names = policy_names(settings)
-    folder = fitting_folder(settings, session, fitting_inputs(settings, session, split=split, text_field=text_field))
+    folder = fitting_folder(settings, session, fitting_inputs(settings, session, text_source))
     if folder.needed(force=force):
-        job = _job(settings, session, inventory, source, split, text_field, folder, progress)
+        job = _job(settings, session, inventory, source, text_source, folder, progress)
         folder.start(force=force)
         learned = {otp.NAME: _trained(job, folder)} if otp.NAME in names else {}
         fitted = _fitted(job, names, learned)
@@ -149,8 +156,7 @@ def _job(
     session: Session,
     inventory: ModelInventory,
     source: LayerSource,
-    split: str,
-    text_field: str,
+    text_source: text.TextSource | None,
     folder: StageFolder,
     progress: Progress,
 ) -> _Job:
@@ -163,7 +169,7 @@ def _job(
             "stream's energy, which compares layers less well.",
             progress,
         )
-    token_ids = _token_ids(settings, session, calibration, split, text_field)
+    token_ids = _token_ids(settings, session, calibration, text_source, folder, progress)
     held = max(1, len(token_ids) // _CHECK_SHARE)
     return _Job(
         settings=settings,
@@ -207,20 +213,30 @@ def _dropped(settings: PruneSettings, work_dir: Path, blocks: Mapping[int, Exper
     return experts_to_drop(scores, top_k, share=settings.drop_experts, scope=settings.drop_scope, gone=gone)
 
 
-def _token_ids(settings: PruneSettings, session: Session, calibration: Path, split: str, text_field: str) -> Tensor:
-    calibrated = read_tensors(calibration / calibration_artifact.TOKENS)["token_ids"]
-    if settings.fit_data is None:
+def _token_ids(
+    settings: PruneSettings,
+    session: Session,
+    calibration: Path,
+    source: text.TextSource | None,
+    folder: StageFolder,
+    progress: Progress,
+) -> Tensor:
+    calibrated = calibration_artifact.read_token_ids(calibration, vocabulary=session.vocabulary)
+    if source is None:
         found = calibrated[: settings.fit_sequences]
     else:
         tokenizer = text.load_tokenizer(session.folder, trust_remote_code=session.compute.trust_remote_code)
-        documents = text.read_documents(settings.fit_data, split=split, text_field=text_field)
         found = text.calibration_windows(
-            documents,
+            source.documents(tokenizer),
             tokenizer,
             sequences=settings.fit_sequences,
             length=calibrated.shape[1],
             seed=settings.policy_seed,
+            renderer=source.renderer,
         )
+        text.check_vocabulary(found, session.vocabulary)
+        for message in text.report_warnings(source.report()):
+            folder.warn(f"--fit-data: {message}", progress)
     if len(found) < 2:
         raise InputError(
             f"There are {len(found)} windows of {found.shape[1]} tokens to fit a policy on, and at least 2 are needed: "
@@ -265,7 +281,7 @@ def _chosen(job: _Job, pruning: Pruning, learned: Mapping[str, Tensor]) -> Pruni
 def _checked(job: _Job, pruning: Pruning, learned: Mapping[str, Tensor]) -> Pruning:
     """The policy with every point's rise of perplexity on windows that no threshold was fitted on."""
     count, length = job.check_ids.shape
-    windows = text.Windows(job.check_ids, torch.full((count,), length - 1), (text.ALL,) * count)
+    windows = text.Windows(job.check_ids, torch.full((count,), length - 1), (ALL,) * count)
     found = compare_points(
         job.source,
         windows,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.files import DigestCache, content_digest, read_json, remembers, write_json
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, Manifest, StageFolder, require_done
@@ -19,6 +20,15 @@ from mc_cli.settings import RunSettings
 POINTER = "model.json"  # where the model lies on this machine; not an artifact: the digests say which model it is
 # What decides tokens and logits: configuration, tokenizer in any of its forms, weights, a model's own code.
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".tiktoken", ".txt", ".py")
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What `model.json` holds: the model's folder, and what the user named it by."""
+
+    folder: str
+    model: str = ""
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,11 @@ class Session:
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model knows."""
+        return int(self.config.get_text_config().vocab_size)
 
     def batch_size(self, length: int) -> int:
         """Sequences of `length` tokens per forward."""
@@ -166,7 +181,8 @@ def later_session(work_dir: Path, compute: RunSettings) -> Session:
             f"{work_dir} has no {POINTER}: it is not a work directory, or calibrate has not run. "
             "Run `mc-cli calibrate` first."
         )
-    folder = Path(read_json(pointer)["folder"])
+    with reading(pointer, "a note of the model's place", "Run calibrate again with --model."):
+        folder = Path(read_as(Pointer, read_json(pointer)).folder)
     if not folder.is_dir():
         raise InputError(
             f"The model was at {folder}, and is no longer there. Run `mc-cli calibrate --model NEW_PLACE "

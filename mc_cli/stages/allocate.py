@@ -11,10 +11,11 @@ from typing import Any
 from mc_cli import __version__
 from mc_cli.allocators import Budget, Floor, allocate
 from mc_cli.artifacts import calibration as calibration_artifact
+from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.plan import KEPT_BITS, ExpertBits, Plan
-from mc_cli.artifacts.store import STAGE_FOLDERS, StageFolder, require_done
+from mc_cli.artifacts.store import MANIFEST, STAGE_FOLDERS, StageFolder, require_done
 from mc_cli.encodings import encoding_for, stored_bytes
 from mc_cli.errors import PlanError
 from mc_cli.parts import ModelInventory, Role, TensorPart, family_of_role
@@ -51,7 +52,10 @@ def run(
     inventory = calibration_artifact.read_inventory(
         work_dir / STAGE_FOLDERS["calibrate"] / calibration_artifact.INVENTORY
     )
-    quantizer = QuantizerSettings(**require_done(work_dir, "score").settings["quantizer"])
+    manifest = work_dir / STAGE_FOLDERS["score"] / MANIFEST
+    with reading(manifest, "a manifest of score", "Run score --force."):
+        scored = require_done(work_dir, "score").settings
+        quantizer: QuantizerSettings = read_as(QuantizerSettings, scored.get("quantizer"), "settings.quantizer")
     role_bits, others = beside_experts(settings, inventory, quantizer)
     with progress.step(f"allocate: {settings.method}", total=1, unit="programme") as step:
         plan = allocate(

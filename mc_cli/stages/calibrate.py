@@ -19,12 +19,13 @@ import torch
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as artifact
 from mc_cli.artifacts.calibration import LayerRouting, LayerSensitivity
-from mc_cli.artifacts.files import read_tensors, write_tensors
+from mc_cli.artifacts.files import read_tensors, write_json, write_tensors
 from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.store import RESUME, StageFolder
 from mc_cli.parts import ExpertBlock, ModelInventory, Role
 from mc_cli.progress import Progress, StageResult
 from mc_cli.runtime import text
+from mc_cli.runtime.chat import ChatSettings
 from mc_cli.runtime.checkpoint import Checkpoint
 from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.inventory import take_inventory
@@ -60,10 +61,10 @@ def run(
         return _result(folder, ran=False)
     checkpoint = session.open_checkpoint()
     weights = session.digesting(checkpoint, folder)
-    windows = None if folder.path(artifact.TOKENS).exists() and not force else _windows(settings, session)
+    drawn = None if folder.path(artifact.TOKENS).exists() and not force else _windows(settings, session)
     folder.start(force=force)
     session.remember(settings.model, settings.revision)
-    token_ids = _token_ids(settings, folder, windows, progress)
+    token_ids = _token_ids(settings, session, folder, drawn, progress)
     checkpoint.model.set_experts_implementation(IMPLEMENTATION)
     inventory = _write_inventory(checkpoint, folder, progress)
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
@@ -82,34 +83,48 @@ def run(
 
 def _folder(settings: CalibrateSettings, session: Session) -> StageFolder:
     settings = replace(settings, length=text.fit_length(settings.length, session.config))
-    data = text.data_digest(settings.data, settings.split, settings.text_field, session.digests())
+    data = _source(settings).digest(session.digests())
     resolved = {**settings.resolved(), "dtype": session.dtype_name}
     return StageFolder(session.work_dir, STAGE, resolved, {**session.calibrate_inputs(), "data": data})
 
 
-def _windows(settings: CalibrateSettings, session: Session) -> torch.Tensor:
-    """[sequences, length] int64: windows of calibration tokens, drawn from the text."""
+def _source(settings: CalibrateSettings) -> text.TextSource:
+    chat = ChatSettings(settings.chat_template, settings.no_chat_template)
+    return text.TextSource(settings.data, settings.split, settings.text_field, chat)
+
+
+def _windows(settings: CalibrateSettings, session: Session) -> tuple[torch.Tensor, artifact.TextReport | None]:
+    """([sequences, length] int64, report): windows of calibration tokens, drawn from the text, and how it was read."""
     tokenizer = text.load_tokenizer(session.folder, trust_remote_code=session.compute.trust_remote_code)
-    documents = text.read_documents(settings.data, split=settings.split, text_field=settings.text_field)
+    source = _source(settings)
     windows = text.calibration_windows(
-        documents,
+        source.documents(tokenizer),
         tokenizer,
         sequences=settings.sequences,
         length=text.fit_length(settings.length, session.config),
         seed=settings.seed,
+        renderer=source.renderer,
     )
-    text.check_vocabulary(windows, session.config.get_text_config().vocab_size)
-    return windows
+    text.check_vocabulary(windows, session.vocabulary)
+    return windows, source.report()
 
 
 def _token_ids(
-    settings: CalibrateSettings, folder: StageFolder, windows: torch.Tensor | None, progress: Progress
+    settings: CalibrateSettings,
+    session: Session,
+    folder: StageFolder,
+    drawn: tuple[torch.Tensor, artifact.TextReport | None] | None,
+    progress: Progress,
 ) -> torch.Tensor:
     """The windows of calibration tokens, written once; None: those written before. A shortfall of text is a warning."""
-    path = folder.path(artifact.TOKENS)
-    if windows is not None:
-        write_tensors(path, {"token_ids": windows})
-    token_ids = read_tensors(path)["token_ids"]
+    if drawn is not None:
+        windows, report = drawn
+        if report is not None:
+            write_json(folder.path(artifact.TEXT), report)
+        write_tensors(folder.path(artifact.TOKENS), {"token_ids": windows})
+    for message in text.report_warnings(artifact.read_text_report(folder.folder)):
+        folder.warn(message, progress)
+    token_ids = artifact.read_token_ids(folder.folder, vocabulary=session.vocabulary)
     if len(token_ids) < settings.sequences:
         folder.warn(
             f"the text fills {len(token_ids)} of the {settings.sequences} sequences asked for; all of it is used.",
@@ -319,4 +334,6 @@ def _result(folder: StageFolder, *, ran: bool) -> StageResult:
         "columns": [{"name": name, "align": "right"} for name in columns],
         "rows": rows,
     }
+    if report := artifact.read_text_report(folder.folder):
+        facts["text"] = text.report_line(report)
     return StageResult(STAGE, folder.folder, ran, {"facts": facts, "tables": [table]}, manifest_warnings)

@@ -13,6 +13,7 @@ from typing import Any
 
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
+from mc_cli.artifacts.calibration import TextReport
 from mc_cli.artifacts.evaluation import Evaluation, TextResult
 from mc_cli.artifacts.files import DigestCache, content_digest
 from mc_cli.artifacts.locks import holding_work_dir
@@ -24,13 +25,14 @@ from mc_cli.kernels.compiled import check_inputs, inputs_of
 from mc_cli.parts import ModelInventory, Role
 from mc_cli.progress import Progress, SilentProgress, StageResult
 from mc_cli.runtime import text
+from mc_cli.runtime.chat import ChatSettings
 from mc_cli.runtime.checkpoint import Checkpoint
 from mc_cli.runtime.comparison import compare
 from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.lm_eval_tasks import Tasks, find_tasks, run_tasks
 from mc_cli.runtime.packed_model import PackedSource, model_bytes
 from mc_cli.runtime.pareto_figure import draw_front
-from mc_cli.runtime.policy_fitting import FittedPolicies, fit_or_read, fitting_inputs, policy_names
+from mc_cli.runtime.policy_fitting import FittedPolicies, fit_or_read, fitting_inputs, fitting_source, policy_names
 from mc_cli.runtime.pruning_evaluation import evaluate_policies
 from mc_cli.runtime.session import Session, later_session
 from mc_cli.settings import EvaluateSettings, RunSettings
@@ -58,15 +60,17 @@ def run(
         work_dir / STAGE_FOLDERS["calibrate"] / calibration_artifact.INVENTORY
     )
     tasks = find_tasks(settings)
-    windows = heldout_windows(settings, session)
-    _warn_of_text(folder, work_dir, windows, progress)
-    text.check_vocabulary(windows.token_ids, session.config.get_text_config().vocab_size)
+    windows, report = _read_heldout(settings, session)
+    _warn_of_text(folder, work_dir, windows, report, progress)
+    text.check_vocabulary(windows.token_ids, session.vocabulary)
     check_inputs(settings.activation_bits, session.device)
     original = session.open_checkpoint()
     folder.start(force=force)
     with session.digesting(original, None) as weights:
         evaluation = _measured(settings, session, inventory, original, windows, tasks, folder, force, progress)
         weights.finish()
+    if report is not None:
+        evaluation = replace(evaluation, context={**evaluation.context, "text": report})
     evaluation.write(folder.path(EVALUATION))
     folder.finish(__version__)
     return _result(folder, ran=True)
@@ -114,7 +118,7 @@ def _folder(settings: EvaluateSettings, session: Session) -> StageFolder:
     session.calibrated()
     inputs = {
         **session.model_inputs(),
-        "data": text.data_digest(settings.data, settings.split, settings.text_field, session.digests()),
+        "data": _source(settings).digest(session.digests()),
         "quantize": require_done(session.work_dir, "quantize").fingerprint,
     }
     if settings.prune.policy:
@@ -127,7 +131,7 @@ def _folder(settings: EvaluateSettings, session: Session) -> StageFolder:
 
 
 def _fitting_inputs(settings: EvaluateSettings, session: Session) -> dict[str, str]:
-    return fitting_inputs(settings.prune, session, split=settings.split, text_field=settings.text_field)
+    return fitting_inputs(settings.prune, session, fitting_source(settings.prune, _source(settings)))
 
 
 def _fitted(
@@ -147,8 +151,7 @@ def _fitted(
         session,
         inventory,
         packed,
-        split=settings.split,
-        text_field=settings.text_field,
+        text_source=fitting_source(settings.prune, _source(settings)),
         force=force,
         progress=progress,
     )
@@ -198,8 +201,12 @@ def _tasks_digest(folder: Path, cache: DigestCache) -> str:
     return content_digest([[str(path.relative_to(folder)), cache.digest(path)] for path in files])
 
 
-def _warn_of_text(folder: StageFolder, work_dir: Path, windows: text.Windows, progress: Progress) -> None:
-    """Warnings about text that was calibrated on, and about domains too short to be measured."""
+def _warn_of_text(
+    folder: StageFolder, work_dir: Path, windows: text.Windows, report: TextReport | None, progress: Progress
+) -> None:
+    """Warnings about rows, about text that was calibrated on, and about domains too short to be measured."""
+    for message in text.report_warnings(report):
+        folder.warn(message, progress)
     if require_done(work_dir, "calibrate").inputs["data"] == folder.inputs["data"]:
         folder.warn(
             "the text is the one that was calibrated on: the figures flatter the packed model. Give held-out text.",
@@ -214,17 +221,29 @@ def _warn_of_text(folder: StageFolder, work_dir: Path, windows: text.Windows, pr
         )
 
 
+def _source(settings: EvaluateSettings) -> text.TextSource:
+    chat = ChatSettings(settings.chat_template, settings.no_chat_template)
+    return text.TextSource(settings.data, settings.split, settings.text_field, chat)
+
+
 def heldout_windows(settings: EvaluateSettings, session: Session) -> text.Windows:
     """The windows of held-out text, as long as the model allows. Raises InputError where there is too little of it."""
+    return _read_heldout(settings, session)[0]
+
+
+def _read_heldout(settings: EvaluateSettings, session: Session) -> tuple[text.Windows, TextReport | None]:
+    """The windows of held-out text, and how its rows became text; None where they are plain."""
     tokenizer = text.load_tokenizer(session.folder, trust_remote_code=session.compute.trust_remote_code)
-    documents = text.read_documents(settings.data, split=settings.split, text_field=settings.text_field)
-    return text.evaluation_windows(
-        documents,
+    source = _source(settings)
+    windows = text.evaluation_windows(
+        source.documents(tokenizer),
         tokenizer,
         length=text.fit_length(settings.length, session.config),
         stride=settings.stride,
         max_sequences=settings.max_sequences,
+        renderer=source.renderer,
     )
+    return windows, source.report()
 
 
 def _evaluation(
@@ -273,7 +292,7 @@ def _result(folder: StageFolder, *, ran: bool) -> StageResult:
         rows = [_row("all", evaluation.total)]
     columns = ["text", "tokens", "perplexity before", "after", "loss gap (nats)", "KL (nats)", "same top token %"]
     title = f"Original and packed model, context {context['length']}, stride {context['stride']}"
-    if context["activation_bits"] == 8:
+    if context.get("activation_bits") == 8:
         title += ", inputs of 8 bits"
     table = {
         "title": title,
@@ -294,6 +313,8 @@ def _result(folder: StageFolder, *, ran: bool) -> StageResult:
         "router choices changed": f"{100 * sum(changes.values()) / len(changes):.2f} % "
         f"(worst layer {100 * max(changes.values()):.2f} %)",
     }
+    if "text" in context:
+        facts["text"] = text.report_line(context["text"])
     tables = [table, _bytes_table(evaluation), *_pruning_tables(evaluation), *_task_tables(evaluation)]
     summary: dict[str, Any] = {"facts": facts, "tables": tables, "tasks": dict(evaluation.tasks)}
     if evaluation.pruning:

@@ -17,7 +17,7 @@ from torch import nn
 
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
-from mc_cli.artifacts.files import file_digest, read_json, read_tensors, write_json, write_tensors
+from mc_cli.artifacts.files import file_digest, read_json, write_json, write_tensors
 from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.packed import ExpertLayout, PackedLayout, stacked_name
 from mc_cli.artifacts.plan import KEPT_BITS, Plan
@@ -69,7 +69,7 @@ def run(
     weights = session.digesting(checkpoint, folder)
     folder.start(force=force)
     checkpoint.model.set_experts_implementation(IMPLEMENTATION)
-    token_ids = read_tensors(calibration / calibration_artifact.TOKENS)["token_ids"]
+    token_ids = calibration_artifact.read_token_ids(calibration, vocabulary=session.vocabulary)
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
     sensitivities = calibration_artifact.read_sensitivities(calibration, inventory)
     if settings.quantizer.quantizer == "trellis" and sensitivities and not _has_covariances(calibration, inventory):

@@ -16,7 +16,7 @@ from torch import nn
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.calibration import LayerRouting
-from mc_cli.artifacts.files import read_json, read_tensors, write_json
+from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
 from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder
@@ -71,7 +71,7 @@ def run(
     checkpoint = session.open_checkpoint()
     weights = session.digesting(checkpoint, folder)
     checkpoint.model.set_experts_implementation(experts.IMPLEMENTATION)
-    token_ids = read_tensors(calibration / calibration_artifact.TOKENS)["token_ids"]
+    token_ids = calibration_artifact.read_token_ids(calibration, vocabulary=session.vocabulary)
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
     scorer = _LayerScorer(settings, quantizer_for(settings.quantizer), calibration)
     blocks = {block.layer: block for block in inventory.expert_blocks}
@@ -344,7 +344,7 @@ def _merge(
     """One importance.json of all layers; experts that no token reached are a warning."""
     layers = []
     for block in inventory.expert_blocks:
-        layers.append(LayerImportance.from_json(read_json(folder.path(_layer_file(block.layer)))))
+        layers.append(LayerImportance.read(folder.path(_layer_file(block.layer))))
     unseen = [
         f"{layer.layer}.{expert}" for layer in layers for expert, count in enumerate(layer.routing_count) if count == 0
     ]

@@ -87,16 +87,16 @@ def damaged(content: dict[str, Any], *path: str | int, value: Any) -> None:
 
 FIRST = ("layers", 0)
 DAMAGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda c: damaged(c, "schema", value=7), "has schema 7; this version of mc-cli reads 1. Run score again."),
-    (lambda c: c.pop("model_type"), "is not an importance file: KeyError('model_type'). Run score again."),
-    (lambda c: c.pop("layers"), "KeyError('layers')"),
-    (lambda c: damaged(c, "layers", value=[3]), "is not an importance file: TypeError"),
+    (lambda c: damaged(c, "schema", value=7), "schema is 7, this version reads 1. Run score again."),
+    (lambda c: c.pop("model_type"), "is not an importance file: model_type is missing. Run score again."),
+    (lambda c: c.pop("layers"), "layers is missing"),
+    (lambda c: damaged(c, "layers", value=[3]), "layers[0] is 3, should be an object"),
     (lambda c: damaged(c, "layers", value=[]), "0 layers and 2 candidate widths"),
     (lambda c: c["layers"].append(c["layers"][0]), "layer 1 occurs 2 times"),
-    (lambda c: c["layers"][0].pop("routing_count"), "is not an importance file: TypeError"),
-    (lambda c: damaged(c, *FIRST, "surprise", value=1), "is not an importance file: TypeError"),
-    (lambda c: damaged(c, *FIRST, "loss_by_bits", value={"two": [1, 2, 3]}), "is not an importance file: ValueError"),
-    (lambda c: damaged(c, *FIRST, "loss_by_bits", value=[1, 2]), "is not an importance file: AttributeError"),
+    (lambda c: c["layers"][0].pop("routing_count"), "layers[0].routing_count is missing"),
+    (lambda c: damaged(c, *FIRST, "surprise", value=1), "layers[0]: 'surprise' is unknown here"),
+    (lambda c: damaged(c, *FIRST, "loss_by_bits", value={"two": [1]}), "names 'two', which is not a width in bits"),
+    (lambda c: damaged(c, *FIRST, "loss_by_bits", value=[1, 2]), "loss_by_bits is [1, 2], should be an object"),
     (lambda c: c["layers"][0]["loss_by_bits"].pop("3"), "layer 1: loss_by_bits lacks width 3"),
     (lambda c: c["layers"][0]["predicted_loss_by_bits"].pop("2"), "layer 1: predicted_loss_by_bits lacks width 2"),
     (lambda c: c["layers"][0]["stored_bytes_by_bits"].pop("2"), "layer 1: stored_bytes_by_bits lacks width 2"),
@@ -110,15 +110,15 @@ DAMAGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     ),
     (
         lambda c: damaged(c, *FIRST, "loss_by_bits", "2", value=[1.0, math.nan, math.inf]),
-        "layer 1: loss_by_bits at 2 bits is no finite number for expert 1, 2",
+        "is not valid JSON: NaN is not a number of JSON. Delete it and run its stage again.",
     ),
     (
         lambda c: damaged(c, *FIRST, "routing_weight_sum", value=["1", 2, None]),
-        "layer 1: routing_weight_sum is no finite number for expert 0, 2",
+        "layers[0].routing_weight_sum[0] is '1', should be a finite number",
     ),
     (
         lambda c: damaged(c, *FIRST, "stored_bytes_by_bits", "2", value=1.5),
-        "layer 1: stored_bytes_by_bits at 2 is 1.5, not a positive whole number",
+        "layers[0].stored_bytes_by_bits.2 is 1.5, should be a whole number",
     ),
     (
         lambda c: damaged(c, *FIRST, "weights_per_expert", value=0),
@@ -138,7 +138,7 @@ def test_damage_is_named(tmp_path: Path, damage, expected):
         Importance.read(path)
     assert str(caught.value).startswith(str(path))
     assert expected in str(caught.value)
-    assert "Run score again." in str(caught.value)
+    assert "un score again." in str(caught.value) or "run its stage again" in str(caught.value)
 
 
 def test_all_that_is_wrong_is_listed_at_once(tmp_path: Path):

@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from mc_cli.artifacts.files import DigestCache
 from mc_cli.errors import CheckpointError, InputError
 from mc_cli.runtime import text
-from mc_cli.runtime.text import Document, calibration_windows, evaluation_windows, read_documents
+from mc_cli.runtime.documents import Document, data_digest, read_documents
+from mc_cli.runtime.text import calibration_windows, evaluation_windows
+from mc_cli.runtime.tokenizing import encode
 from tests.tiny_models import tiny_tokenizer
 
 
@@ -80,7 +82,7 @@ def test_folder_of_files_in_order_of_names(tmp_path: Path) -> None:
     (tmp_path / "d.txt").mkdir()
     assert [document.text for document in read(tmp_path)] == ["first", "second", "third"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"holds no \.txt, \.jsonl, \.parquet file"):
+    with pytest.raises(InputError, match=r"holds no \.txt, \.jsonl, \.parquet, \.json file"):
         read(tmp_path / "empty")
 
 
@@ -123,10 +125,14 @@ def test_unknown_dataset_says_what_was_tried() -> None:
     ("line", "reason"),
     [
         (b'{"text": "cut', "not a JSON object"),
-        (b'{"body": "x"}', "KeyError"),
-        (b'["text"]', "TypeError"),
-        (b"17", "TypeError"),
-        (b'{"text": "\xff"}', "UnicodeDecodeError"),
+        (b'{"body": "x"}', "no field 'text', nor one of messages, conversations, prompt/completion; it has 'body'"),
+        (b'["text"]', "not a JSON object, but list ['text']"),
+        (b"17", "not a JSON object, but int 17"),
+        (b'{"text": "\xff"}', "cannot be read as UTF-8 (byte 10"),
+        (b'{"text": "\\ud800"}', "half of a character"),
+        (b'{"text": "a", "text": "b"}', "given twice in one object: 'text'"),
+        (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "a whole number of 5,000 digits"),
+        (b'{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}", "more than 100 lists and objects"),
         (b'{"text": 17}', "holds int '17', not a text"),
     ],
 )
@@ -163,7 +169,7 @@ def test_home_folder_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_digest_follows_contents_and_what_is_read_of_them(tmp_path: Path) -> None:
     def digest(data: Path | str, split: str = "train", text_field: str = "text") -> str:
-        return text.data_digest(str(data), split, text_field, DigestCache(tmp_path / "digests.json"))
+        return data_digest(str(data), split, text_field, DigestCache(tmp_path / "digests.json"))
 
     path = write_jsonl(tmp_path / "d.jsonl", [{"text": "one", "body": "x"}])
     first = digest(path)
@@ -184,10 +190,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_documents_end_with_the_end_token(tokenizer: Any) -> None:
-    one, two = text.encode([Document("hello world"), Document("<s>cat</s>")], tokenizer)
+    one, two = encode([Document("hello world"), Document("<s>cat</s>")], tokenizer)
     assert tokenizer.decode(one) == "hello world</s>" and one.count(tokenizer.eos_token_id) == 1
     assert two[-1] == tokenizer.eos_token_id
-    assert text.encode([Document("ab")], Letters()) == [[97, 98]]
+    assert encode([Document("ab")], Letters()) == [[97, 98]]
 
 
 def test_folder_without_tokenizer(tmp_path: Path) -> None:
