@@ -27,7 +27,8 @@ from mc_cli.exporters.model_card import CardFacts
 from mc_cli.parts import Role
 from mc_cli.progress import Progress, StageResult
 from mc_cli.runtime.dense_tensors import DenseTensors, weight_dtype
-from mc_cli.runtime.packed_files import PackedFiles, copy_model_files, open_packed
+from mc_cli.runtime.model_files import copy_model_files
+from mc_cli.runtime.packed_files import PackedFiles, open_packed
 from mc_cli.runtime.packed_model import model_bytes, part_numbers, read_packed_config
 from mc_cli.runtime.readback import ReadBack, read_back
 from mc_cli.runtime.session import POINTER, device_named, dtype_named

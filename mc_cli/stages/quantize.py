@@ -32,7 +32,8 @@ from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.layer_quantizer import LayerQuantizer, LayerResult
 from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.memory import large_blocks_mapped, release_freed_memory
-from mc_cli.runtime.packed_model import copy_model_files, model_bytes
+from mc_cli.runtime.model_files import copy_model_files
+from mc_cli.runtime.packed_model import model_bytes
 from mc_cli.runtime.quantization import quantizer_for
 from mc_cli.runtime.resume import restore_progress, save_progress
 from mc_cli.runtime.router_masks import drop_experts

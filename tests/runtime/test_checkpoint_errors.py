@@ -212,7 +212,7 @@ def test_only_pickled_weights(mixtral: Path) -> None:
 def test_no_weights_at_all(mixtral: Path) -> None:
     (mixtral / "model.safetensors").unlink()
     message = message_of(CheckpointError, lambda: open_all(mixtral))
-    assert "no model*.safetensors file" in message and "Download" in message
+    assert "no model.safetensors and no model.safetensors.index.json" in message and "Download" in message
 
 
 def test_only_the_publishers_own_layout(mixtral: Path) -> None:
