@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 TOKENS = "tokens.safetensors"
 INVENTORY = "inventory.json"
+LEFT_OUT = "Left out of every result:"  # begins the warning on tensors that the model's class does not have
 SENSITIVITY = "sensitivity.safetensors"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

@@ -150,7 +150,7 @@ def _from_json(kind: Any, config: Mapping[str, Any]) -> Any:
 
 
 def _without_prediction(config: dict[str, Any]) -> dict[str, Any]:
-    plain = {name: 0 if _counts(name, value) else value for name, value in config.items()}
+    plain: dict[str, Any] = {name: 0 if _counts(name, value) else value for name, value in config.items()}
     if isinstance(plain.get("text_config"), dict):
         plain["text_config"] = _without_prediction(plain["text_config"])
     return plain

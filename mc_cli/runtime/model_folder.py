@@ -64,9 +64,9 @@ def _download(name: str, revision: str | None) -> Path:
 
     from mc_cli.runtime.model_files import DOWNLOADED, NOT_DOWNLOADED
 
-    wanted = {"allow_patterns": list(DOWNLOADED), "ignore_patterns": list(NOT_DOWNLOADED)}
+    wanted, unwanted = list(DOWNLOADED), list(NOT_DOWNLOADED)
     try:
-        return Path(snapshot_download(name, revision=revision, **wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # the hub client raises its own, requests' and file system errors
         raise InputError(
             f"--model {name}: not a directory here, and not to be had from the hub: {first_line(error)} Check the "

@@ -26,6 +26,7 @@ from mc_cli.runtime.checkpoint import REST
 from mc_cli.runtime.inventory import find_decoder_layers, path_of, take_inventory, tied_tensors
 from mc_cli.runtime.memory import read_ahead
 from mc_cli.runtime.model_folder import read_config
+from mc_cli.runtime.own_experts import run_our_experts
 from mc_cli.runtime.packed_files import PackedFiles, open_packed
 from mc_cli.runtime.packed_modules import (
     ask_for_huge_weights,
@@ -75,7 +76,7 @@ def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict
     if layout.pruning is not None:
         packed |= dict.fromkeys(add_learned_tensors(model, layout.pruning), LEARNED)
     drop_experts(model, {block.path: block.dropped for block in layout.experts})
-    model.set_experts_implementation(experts.IMPLEMENTATION)
+    run_our_experts(model)
     return packed
 
 

@@ -85,6 +85,7 @@ class TensorFiles:
 
     quantization  config.json's entry quantization_config as a dictionary, None for plain checkpoints
     named         config.json's entry transformers_weights: the file that holds the weights
+    said          the files that are read, in words
     not_read      weight files that lie beside those that are read
     Raises CheckpointError where files or tensors are missing or damaged, or the format is not one that can be read.
     """
@@ -95,6 +96,7 @@ class TensorFiles:
         method = check_format(folder, quantization)
         files = weight_files(folder, named)
         self.not_read = files.beside
+        self.said = files.names[0] if files.placed is None else f"the {len(files.names)} files of the index"
         plain = _plain_tensors(folder, files)
         if method == "fp8":
             plain = self._fold_fp8(plain)
@@ -320,7 +322,7 @@ def _read_index(folder: Path, name: str) -> dict[str, str]:
         )
     missing = sorted(file for file in set(placed.values()) if not file_inside(folder, file).is_file())
     if missing:
-        there = [name for name in _beside(folder, {name}) if name.endswith(".safetensors")]
+        there = [name for name in _beside(folder, {name, *placed.values()}) if name.endswith(".safetensors")]
         raise CheckpointError(
             f"{folder}: {name} names {len(missing)} files that are not there:\n{listed(missing)}\n"
             + (f"There are {len(there)} others: {', '.join(there[:5])}. " if there else "")

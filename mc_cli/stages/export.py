@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mc_cli import __version__
+from mc_cli.artifacts.calibration import LEFT_OUT
 from mc_cli.artifacts.exported import STAGE, ExportFolder, ExportRecord, remember_export
 from mc_cli.artifacts.files import read_json
 from mc_cli.artifacts.packed import PackedLayout, encoding_of
@@ -69,9 +70,12 @@ def run(
         files = open_packed(packed)
         evaluation = _evaluation(work_dir, folder, progress)
         card = _card(work_dir, files, stages, evaluation, compute)
+        for sentence in card.left_out:
+            folder.warn(sentence, progress)
         pruning = _pruning(settings, work_dir, evaluation, folder, progress)
         found = _write_and_read_back(settings, compute, files, folder, card, pruning, progress)
-        folder.finish(stages=stages, read_back=asdict(found), tool_version=__version__)
+        record = {name: value for name, value in asdict(found).items() if value is not None}
+        folder.finish(stages=stages, read_back=record, tool_version=__version__)
     except BaseException:
         folder.discard()
         raise
@@ -122,6 +126,13 @@ def _write_and_read_back(
             folder.partial, files.folder, dtype=dtype, device=device, trust_remote_code=trusted, pruning=pruning
         )
         step.advance(note="read back")
+    if found.rounding_error is not None:
+        folder.warn(
+            f"rounding the weights to {str(stored).removeprefix('torch.')} alone moves the logits by "
+            f"{found.rounding_error:.2g} (relative, median token) from the packed model's: this model amplifies small "
+            "differences. The export was compared with weights rounded in the same way.",
+            progress,
+        )
     if found.generated_tokens == 0:
         folder.warn(
             "the exported model does not fit into the free memory, so it was read back layer by layer: all tensors and "
@@ -173,7 +184,14 @@ def _card(
         experts_dropped=sum(len(block.dropped) for block in files.layout.experts),
         experts=sum(block.num_experts for block in files.layout.experts),
         tool_version=__version__,
+        left_out=_left_out(work_dir),
     )
+
+
+def _left_out(work_dir: Path) -> tuple[str, ...]:
+    """What calibrate said of tensors of the checkpoint that no stage takes along."""
+    calibrated = Manifest.read(work_dir / STAGE_FOLDERS["calibrate"])
+    return tuple(text for text in (calibrated.warnings if calibrated else ()) if text.startswith(LEFT_OUT))
 
 
 def expert_code_bits(layout: PackedLayout) -> tuple[float, int]:

@@ -25,8 +25,8 @@ from mc_cli.progress import Progress, SilentProgress, StageResult
 from mc_cli.runtime import text
 from mc_cli.runtime.checkpoint import Checkpoint
 from mc_cli.runtime.comparison import compare
-from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.lm_eval_tasks import find_tasks, run_tasks
+from mc_cli.runtime.own_experts import run_our_experts
 from mc_cli.runtime.packed_model import PackedSource, model_bytes
 from mc_cli.runtime.pareto_figure import draw_front
 from mc_cli.runtime.policy_fitting import FittedPolicies, fit_or_read, fitting_inputs, policy_names
@@ -62,7 +62,7 @@ def run(
     check_inputs(settings.activation_bits, session.device)
     original = session.open_checkpoint()
     folder.start(force=force)
-    original.model.set_experts_implementation(IMPLEMENTATION)
+    run_our_experts(original.model)
     packed_folder = work_dir / STAGE_FOLDERS["quantize"]
     packed = PackedSource(
         packed_folder, dtype=session.dtype, device=session.device, trust_remote_code=compute.trust_remote_code

@@ -38,6 +38,7 @@ from mc_cli.runtime.expert_inputs import (
 )
 from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.memory import release_freed_memory
+from mc_cli.runtime.own_experts import run_our_experts
 from mc_cli.runtime.quantization import quantizer_for
 from mc_cli.runtime.rerouting import Rerouting
 from mc_cli.runtime.resume import restore_progress, save_progress
@@ -67,7 +68,7 @@ def run(
     calibration = work_dir / STAGE_FOLDERS["calibrate"]
     inventory = calibration_artifact.read_inventory(calibration / calibration_artifact.INVENTORY)
     checkpoint = session.open_checkpoint()
-    checkpoint.model.set_experts_implementation(experts.IMPLEMENTATION)
+    run_our_experts(checkpoint.model)
     token_ids = read_tensors(calibration / calibration_artifact.TOKENS)["token_ids"]
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
     scorer = _LayerScorer(settings, quantizer_for(settings.quantizer), calibration)
