@@ -84,7 +84,8 @@ def _expert_block(layers_path: str, index: int, layer: nn.Module, config: Any) -
     prefix = f"{layers_path}.{index}."
     if router is None:
         raise FamilyError(f"{prefix}{parent_path} has experts but no router named {' or '.join(_ROUTER_NAMES)}.")
-    top_k = next((found for found in _top_k_candidates(getattr(parent, router), parent, config) if found), None)
+    candidates = [found for found in _top_k_candidates(getattr(parent, router), parent, config) if found is not None]
+    top_k = next((found for found in candidates if found), next(iter(candidates), None))
     if not isinstance(top_k, int):
         raise FamilyError(
             f"{prefix}{parent_path}: neither its router nor the config says how many experts a token uses."

@@ -94,8 +94,8 @@ def read_back(
     if not found["logit_error_median"] <= found["tolerance"]:
         raise ArtifactError(
             f"{exported}: the exported model's logits differ from the packed model's by "
-            f"{found['logit_error_median']:.2g} (relative, median token), more than {found['tolerance']:.2g}, though all "
-            "tensors agree. This is a defect of mc-cli."
+            f"{found['logit_error_median']:.2g} (relative, median token), more than {found['tolerance']:.2g}, though "
+            "all tensors agree. This is a defect of mc-cli."
         )
     return ReadBack(method=method, tensors=tensors, tokens=token_ids.numel(), generated_tokens=generated, **found)
 
