@@ -37,7 +37,7 @@ MODEL_FILES = (
     "normalizer.json",
     "chat_template*",
     "*.jinja",
-    "additional_chat_templates/*.jinja",
+    "additional_chat_templates/*.jinja",  # the only folder
     "*processor*.json",
     "processing*.py",
     "*_processing*.py",
@@ -51,9 +51,18 @@ MODEL_FILES = (
 )
 # What is downloaded of a model on the hub: all of that, what mc-cli itself reads, and the model's own code.
 DOWNLOADED = (*MODEL_FILES, "*.json", "*.safetensors", "*.txt", "*.py")
-# Folders and `consolidated` files hold a second copy of the weights in the publisher's own layout; fnmatch has no
-# "but", and its * runs over slashes, so that the only folder to keep is what is left by its first letters.
-NOT_DOWNLOADED = ("consolidated*", "[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "*/*/*")
+_TEMPLATES = "additional_chat_templates"
+
+
+def _other_folders(name: str) -> Iterator[str]:
+    """fnmatch patterns of what lies in any folder but `name`; fnmatch has no "but", and its * runs over slashes."""
+    for place, letter in enumerate(name):
+        yield f"{name[:place]}[!{letter}]*/*"
+        yield f"{name[: place + 1]}/*" if place + 1 < len(name) else f"{name}?*/*"
+
+
+# Folders and `consolidated` files hold a second copy of the weights in the publisher's own layout.
+NOT_DOWNLOADED = ("consolidated*", *_other_folders(_TEMPLATES))
 # What config.json says of the original's weights and of the code that reads their files.
 _OF_THE_ORIGINAL = ("quantization_config", "transformers_weights", "auto_map")
 _NEVER = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.pkl", "*.partial")
