@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from mc_cli.errors import CheckpointError, listed
 from mc_cli.families import facts_for
-from mc_cli.runtime.finite import float16_remark, is_finite
+from mc_cli.runtime.finite import damaged_weights, is_finite
 from mc_cli.runtime.inventory import find_decoder_layers
 from mc_cli.runtime.model_folder import read_config, resolve_model
 from mc_cli.runtime.skeleton import (
@@ -401,7 +401,4 @@ def _check_finite(root: nn.Module, where: str, dtype: torch.dtype) -> None:
         of_experts = f", experts {', '.join(which[:10])}" if len(counts) > 1 else ""
         wrong.append(f"{name}: {sum(counts):,} of {tensor.numel():,} values{of_experts}")
     if wrong:
-        raise CheckpointError(
-            f"{where}: weights that are NaN or infinite:\n{listed(wrong)}\n{float16_remark(dtype)}The checkpoint is "
-            "damaged; fetch it again."
-        )
+        raise CheckpointError(f"{where}: weights that are NaN or infinite:\n{listed(wrong)}\n{damaged_weights(dtype)}")

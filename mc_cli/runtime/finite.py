@@ -46,11 +46,11 @@ def not_finite(what: str, count: int, of: int, dtype: torch.dtype, model: object
     )
 
 
-def float16_remark(dtype: torch.dtype) -> str:
-    """What to say of weights that are not finite once they are cast to `dtype`; nothing but for float16."""
+def damaged_weights(dtype: torch.dtype) -> str:
+    """What to say where weights are not finite after they were cast to `dtype`, and what to do."""
     if dtype != torch.float16:
-        return ""
+        return "The checkpoint is damaged; fetch it again."
     return (
-        f"They were read as float16, which ends at {_FLOAT16}: if the checkpoint's own numbers are larger, use --dtype "
-        "bfloat16, or --dtype float32. If they are not finite there either: "
+        f"They were read as float16, which ends at {_FLOAT16}; the checkpoint's own numbers may be larger. Use --dtype "
+        "bfloat16, or --dtype float32. If that gives the same, the checkpoint is damaged; fetch it again."
     )
