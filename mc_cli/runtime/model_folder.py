@@ -101,9 +101,15 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
             f"--trust-remote-code. {SUPPORTED}"
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=model_type not in CONFIG_MAPPING)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model_type not in CONFIG_MAPPING)
+        text = config.get_text_config()
     except Exception as error:  # validation raises many types, custom code any
         raise CheckpointError(f"{path} (model_type {model_type!r}) cannot be used: {first_line(error)}") from error
+    if not isinstance(text, PretrainedConfig):
+        raise CheckpointError(
+            f"{path}: text_config is {text!r:.80}, not the configuration of a model. Download it again."
+        )
+    return config
 
 
 def _read_config_json(folder: Path, path: Path) -> dict[str, Any]:

@@ -17,8 +17,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mc_cli.errors import CheckpointError, FamilyError
+from mc_cli.errors import CheckpointError, FamilyError, listed
 from mc_cli.runtime.model_folder import SUPPORTED, first_line
+
+_LARGEST_BUFFER = 1 << 32  # bytes
 
 
 def require_causal(config: PretrainedConfig) -> bool:
@@ -66,7 +68,21 @@ def _refuse_towers(model: Any) -> None:
 
 
 def rebuild_buffers(model: nn.Module, device: torch.device) -> None:
-    """Fills the non-persistent buffers (rotary frequencies and the like) that no checkpoint holds."""
+    """Fills the non-persistent buffers (rotary frequencies and the like) that no checkpoint holds.
+
+    Raises CheckpointError where config.json makes them larger than any model's.
+    """
+    large = [
+        f"{path}.{name}: {list(buffer.shape)}"
+        for path, module in model.named_modules()
+        for name, buffer in non_persistent_buffers(module).items()
+        if buffer.numel() * buffer.itemsize > _LARGEST_BUFFER
+    ]
+    if large:
+        raise CheckpointError(
+            f"config.json makes {len(large)} tables of more than {_LARGEST_BUFFER:,} bytes:\n{listed(large)}\n"
+            "An entry that sets a width, a share or a length is of another model or damaged: download it again."
+        )
     for module in model.modules():
         buffers = non_persistent_buffers(module)
         initialise(model, module, [name for name, buffer in buffers.items() if buffer.is_meta])
