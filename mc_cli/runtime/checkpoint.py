@@ -37,7 +37,7 @@ from mc_cli.errors import CheckpointError, listed
 from mc_cli.families import facts_for
 from mc_cli.runtime.finite import damaged_weights, is_finite
 from mc_cli.runtime.inventory import find_decoder_layers
-from mc_cli.runtime.model_folder import read_config, resolve_model
+from mc_cli.runtime.model_folder import config_file, read_config, resolve_model
 from mc_cli.runtime.skeleton import (
     build_skeleton,
     initialise,
@@ -375,8 +375,8 @@ def _quantization_entry(config: PretrainedConfig) -> dict[str, Any] | None:
         return entry
     if not hasattr(entry, "to_dict"):
         raise CheckpointError(
-            f"config.json: quantization_config is {entry!r:.80}, not an object that names a quant_method. Remove the "
-            "entry if the weights are plain, or download the file again."
+            f"{config_file(config)}: quantization_config is {entry!r:.80}, not an object that names a quant_method. "
+            "Remove the entry if the weights are plain, or download the file again."
         )
     return entry.to_dict()
 

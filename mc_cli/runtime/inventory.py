@@ -14,6 +14,7 @@ from mc_cli.errors import CheckpointError, FamilyError
 from mc_cli.families import CONTRACT_TESTED, FamilyFacts, facts_for
 from mc_cli.parts import ExpertBlock, ModelInventory, Role, TensorPart
 from mc_cli.runtime import experts
+from mc_cli.runtime.model_folder import config_file
 
 _ROUTER_NAMES = ("gate", "router")
 _MLP_PARTS = {"mlp", "feed_forward", "block_sparse_moe", "ffn", "shared_mlp"}
@@ -93,8 +94,8 @@ def _expert_block(layers_path: str, index: int, layer: nn.Module, config: Any) -
     num_experts = int(module.num_experts)  # type: ignore[arg-type]
     if not 0 < top_k <= num_experts:
         raise CheckpointError(
-            f"config.json: each token goes to {top_k} experts of {prefix}{path}, which has {num_experts}. The number "
-            "of experts per token has to be from 1 to that; config.json may be of another model."
+            f"{config_file(config)}: each token goes to {top_k} experts of {prefix}{path}, which has {num_experts}. "
+            "The number of experts per token has to be from 1 to that; config.json may be of another model."
         )
     groups, groups_used = _router_groups(getattr(parent, router))
     return ExpertBlock(

@@ -127,6 +127,12 @@ def _read_config_json(folder: Path, path: Path) -> dict[str, Any]:
     return raw
 
 
+def config_file(config: Any) -> str:
+    """The config.json that a config was read from, for messages."""
+    folder = getattr(config, "name_or_path", "")
+    return str(Path(folder) / "config.json") if isinstance(folder, str) and folder else "config.json"
+
+
 def check_files(folder: Path) -> None:
     """Raises InputError for files of a model that are links out of its folder, pipes or devices.
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from mc_cli.errors import CheckpointError, FamilyError, listed
-from mc_cli.runtime.model_folder import SUPPORTED, first_line
+from mc_cli.runtime.model_folder import SUPPORTED, config_file, first_line
 
 _LARGEST_BUFFER = 1 << 32  # bytes
 
@@ -48,7 +48,7 @@ def build_skeleton(config: PretrainedConfig, *, dtype: torch.dtype) -> PreTraine
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=custom)
         except Exception as error:  # whatever a model's constructor makes of entries that do not fit each other
             raise CheckpointError(
-                f"config.json (model_type {config.model_type!r}) describes a model that cannot be built: "
+                f"{config_file(config)} (model_type {config.model_type!r}) describes a model that cannot be built: "
                 f"{first_line(error)}"
             ) from error
     _refuse_towers(model)
@@ -67,7 +67,7 @@ def _refuse_towers(model: Any) -> None:
         )
 
 
-def rebuild_buffers(model: nn.Module, device: torch.device) -> None:
+def rebuild_buffers(model: Any, device: torch.device) -> None:
     """Fills the non-persistent buffers (rotary frequencies and the like) that no checkpoint holds.
 
     Raises CheckpointError where config.json makes them larger than any model's.
@@ -80,8 +80,8 @@ def rebuild_buffers(model: nn.Module, device: torch.device) -> None:
     ]
     if large:
         raise CheckpointError(
-            f"config.json makes {len(large)} tables of more than {_LARGEST_BUFFER:,} bytes:\n{listed(large)}\n"
-            "An entry that sets a width, a share or a length is of another model or damaged: download it again."
+            f"{config_file(model.config)} makes {len(large)} tables of more than {_LARGEST_BUFFER:,} bytes:\n"
+            f"{listed(large)}\nAn entry that sets a width, a share or a length is of another model or damaged: download it again."
         )
     for module in model.modules():
         buffers = non_persistent_buffers(module)
