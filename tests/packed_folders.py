@@ -20,7 +20,7 @@ from mc_cli.parts import ModelInventory, Role
 from mc_cli.runtime import experts
 from mc_cli.runtime.checkpoint import REST, Checkpoint, read_config
 from mc_cli.runtime.inventory import take_inventory, tied_tensors
-from mc_cli.runtime.packed_model import copy_model_files
+from mc_cli.runtime.model_files import copy_model_files
 
 WIDTHS = (1, 2, 3, 4, 16)
 LINEAR_BITS = {Role.ATTENTION: 4, Role.SHARED: 4, Role.DENSE: 3, Role.EMBEDDING: 6}

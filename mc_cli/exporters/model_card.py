@@ -27,6 +27,7 @@ class CardFacts:
     experts_dropped: int = 0
     experts: int = 0
     tool_version: str = ""
+    left_out: tuple[str, ...] = ()  # sentences on what of the original is not in the export
 
     @property
     def total_bytes(self) -> int:
@@ -36,6 +37,7 @@ class CardFacts:
 def model_card(facts: CardFacts, *, title: str, opening: str, loading: str, size_note: str = "") -> str:
     """The card's Markdown; `opening`, `loading` and `size_note` are the exporter's own words."""
     parts = [_front_matter(facts), f"# {title}", opening, "## How to load it", loading]
+    parts += ["## What is not in it", *facts.left_out] if facts.left_out else []
     parts += ["## Size", _size_sentence(facts, size_note), _size_table(facts)]
     parts += _measured(facts.evaluation)
     parts += ["## How it was made", *_stage_sections(facts)]

@@ -13,7 +13,6 @@ from typing import Any
 from mc_cli.artifacts.files import read_json, read_tensors, write_json, write_text
 from mc_cli.artifacts.packed import read_layout
 from mc_cli.artifacts.pruning import Pruning
-from mc_cli.errors import InputError
 from mc_cli.exporters import ExportJob
 from mc_cli.exporters.model_card import model_card
 from mc_cli.exporters.shards import ShardWriter
@@ -63,6 +62,18 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 `AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)` does the import by itself. Without either,
 loading stops with an error that says so: it never falls back to random weights. Layers stay packed in memory."""
 
+_LOADING_OWN_CODE = """\
+```python
+import mc_cli  # pip install mc-cli
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)  # the model's own Python code, in PATH
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+Without mc_cli, loading stops with an error that says so: it never falls back to random weights. Layers stay packed in
+memory."""
+
 _PRUNING = """\
 Tokens skip experts that they hardly need: the policy `{policy}` drops about {rate} of the expert calls, and a dropped
 expert is not computed. It was fitted for {rates}, and rates between them.
@@ -84,9 +95,12 @@ def export(job: ExportJob) -> None:
     for name, tensor in sorted(job.pruning[1].items() if job.pruning else ()):
         writer.add(name, tensor)
     writer.finish()
-    write_text(job.target / f"{LOADER}.py", LOADER_SOURCE)
+    own_code = "auto_map" in read_json(job.config_folder / "config.json")
+    if not own_code:
+        write_text(job.target / f"{LOADER}.py", LOADER_SOURCE)
     title = f"{job.card.base_model or job.card.model_type}, packed by mc-cli"
-    loading = _LOADING if job.pruning is None else f"{_LOADING}\n\n{_PRUNING.format(**_policy_words(job.pruning[0]))}"
+    how = _LOADING_OWN_CODE if own_code else _LOADING
+    loading = how if job.pruning is None else f"{how}\n\n{_PRUNING.format(**_policy_words(job.pruning[0]))}"
     write_text(job.target / "README.md", model_card(job.card, title=title, opening=_OPENING, loading=loading))
 
 
@@ -98,11 +112,6 @@ def _policy_words(pruning: Pruning) -> dict[str, str]:
 def packed_config(job: ExportJob) -> dict[str, Any]:
     """config.json of the export: the native one, the layout, the notice, and the way in for trust_remote_code."""
     config = read_json(job.config_folder / "config.json", foreign=True)
-    if "auto_map" in config:
-        raise InputError(
-            f"model_type {config.get('model_type')!r} brings its own Python code, which the packed format cannot load "
-            "through. Use --format dense."
-        )
     layout = read_layout(job.packed_folder)
     if job.pruning is not None:
         layout = replace(layout, pruning=job.pruning[0])
@@ -111,7 +120,8 @@ def packed_config(job: ExportJob) -> dict[str, Any]:
         **_with_dtype(config, job.dtype),
         "quantization_config": layout.to_json(),
         "transformers_weights": NOTICE,
-        "auto_map": {"AutoModelForCausalLM": f"{LOADER}.PackedModelForCausalLM"},
+        # Code of the model's own stays the way in to it.
+        "auto_map": config.get("auto_map") or {"AutoModelForCausalLM": f"{LOADER}.PackedModelForCausalLM"},
     }
 
 

@@ -34,8 +34,8 @@ def dequantize_fp8_blocks(codes: torch.Tensor, scales: torch.Tensor, *, block: t
             f"scales {tuple(factors.shape)} for codes {tuple(codes.shape)} in blocks {block}: not {wanted}"
         )
     rows, columns = codes.shape[-2:]
-    factors = factors.repeat_interleave(block[0], dim=-2)[..., :rows, :]
-    return codes.float() * factors.repeat_interleave(block[1], dim=-1)[..., :columns]
+    factors = factors.repeat_interleave(min(block[0], rows), dim=-2)[..., :rows, :]
+    return codes.float() * factors.repeat_interleave(min(block[1], columns), dim=-1)[..., :columns]
 
 
 def dequantize_mxfp4(blocks: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,9 @@ of transformers are used; the version is pinned, and checked here.
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,21 @@ from transformers.utils import logging as transformers_logging
 
 from mc_cli.errors import CheckpointError, listed
 from mc_cli.families import facts_for
+from mc_cli.runtime.finite import damaged_weights, is_finite
 from mc_cli.runtime.inventory import find_decoder_layers
-from mc_cli.runtime.model_folder import read_config, resolve_model
-from mc_cli.runtime.skeleton import build_skeleton, initialise, non_persistent_buffers, rebuild_buffers
+from mc_cli.runtime.model_folder import config_file, read_config, resolve_model
+from mc_cli.runtime.skeleton import (
+    build_skeleton,
+    initialise,
+    non_persistent_buffers,
+    rebuild_buffers,
+    require_causal,
+)
 from mc_cli.runtime.tensor_files import StoredTensor, TensorFiles, check_format
 
 __all__ = ["REST", "Checkpoint", "build_skeleton", "read_config", "rebuild_buffers", "resolve_model"]
 
+_LAYERS_TO_LIST = 64  # a skeleton with this many layers too many is still built at once
 REST = -1  # everything outside the decoder layers
 
 
@@ -75,11 +83,20 @@ class _Target:
         )
         return steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
+    @property
+    def is_twice(self) -> bool:
+        """True where two stored tensors claim the same place."""
+        if self.converter is None or None in self.pieces:
+            return len(self.all_pieces) > 1
+        return self.fuses_experts and any(
+            len(pieces) > len({_expert_of(piece.key) for piece in pieces}) for pieces in self.pieces.values()
+        )
+
     def lost_experts(self, num_experts: int) -> list[str]:
         """Keys of the experts' tensors that are missing among the pieces of a pattern."""
         lost = []
         for pieces in self.pieces.values():
-            there = {int(re.findall(r"\.(\d+)\.", piece.key)[-1]): piece.key for piece in pieces}
+            there = {_expert_of(piece.key): piece.key for piece in pieces}
             before, _, after = next(iter(there.values())).rpartition(f".{next(iter(there))}.")
             lost += [f"{before}.{expert}.{after}" for expert in range(num_experts) if expert not in there]
         return lost
@@ -92,6 +109,11 @@ class _Target:
             counts = {pattern: len(pieces) for pattern, pieces in self.pieces.items()}
             return {piece.shape for piece in self.all_pieces} == {part} and counts == whole
         return self.converter is not None or self.all_pieces[0].shape == wanted
+
+
+def _expert_of(key: str) -> int:
+    """The expert that a tensor of one expert belongs to."""
+    return int(re.findall(r"\.(\d+)\.", key)[-1])
 
 
 class _FusedSlice:
@@ -120,6 +142,7 @@ class Checkpoint:
     model          the skeleton; `load` and `free` fill and empty its parts
     layers_path    module path of the decoder layers
     stored_dtypes  module-tree name -> dtype of the tensor when it is kept as it is
+    not_read       weight files beside those that are read
     unused         keys that the causal language model has no place for, such as the layers of multi-token prediction
     """
 
@@ -130,10 +153,13 @@ class Checkpoint:
         self.dtype = dtype
         quantization = _quantization_entry(config)
         check_format(folder, quantization)
+        require_causal(config)
+        self.files = TensorFiles(folder, quantization, named=getattr(config, "transformers_weights", None))
+        _check_counts(folder, config, self.files.tensors)
         self.model = build_skeleton(_without_quantization(config), dtype=dtype)
         self.layers_path = find_decoder_layers(self.model)
-        self.files = TensorFiles(folder, quantization)
         self.stored_dtypes: dict[str, torch.dtype] = {}
+        self.not_read = self.files.not_read
         self.unused: list[str] = []
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         self._targets: dict[int, list[_Target]] = defaultdict(list)
@@ -159,11 +185,25 @@ class Checkpoint:
             converter = by_pattern[pattern] if pattern is not None else None
             targets.setdefault(name, _Target(name, converter)).pieces[pattern].append(tensor)
             self.stored_dtypes[name] = tensor.dtype or dequantized
+        self._check_twice(targets)
         self._check_tied(targets)
         self._check_complete(targets, known)
         self._check_shapes(targets, known)
         for target in targets.values():
             self._targets[self.layer_of(target.name)].append(target)
+
+    def _check_twice(self, targets: dict[str, _Target]) -> None:
+        """Raises CheckpointError for tensors that are there under two names, or fused and apart: they may differ."""
+        twice = [
+            f"{target.name}: {', '.join(piece.key for piece in target.all_pieces[:4])}"
+            for target in targets.values()
+            if target.is_twice
+        ]
+        if twice:
+            raise CheckpointError(
+                f"{self.folder}: the files hold {len(twice)} tensors twice, under different names:\n{listed(twice)}\n"
+                "Keep the tensors of one checkpoint."
+            )
 
     def _check_tied(self, targets: dict[str, _Target]) -> None:
         """Leaves out a tied tensor that is stored beside its twin; they must be equal."""
@@ -192,9 +232,11 @@ class Checkpoint:
             elif not self._is_tied_to(name, reached):
                 missing.append(name)
         if missing:
+            found = f" {len(self.unused)} tensors of the files have no place in it, {', '.join(self.unused[:3])} for "
             raise CheckpointError(
                 f"{self.folder} lacks {len(missing)} tensors that {type(self.model).__name__} needs:\n"
                 f"{listed(missing)}\nThe download may be incomplete, or config.json may be of another model."
+                + (f"{found}example." if self.unused else "")
             )
 
     def _is_tied_to(self, name: str, reached: set[str]) -> bool:
@@ -243,7 +285,7 @@ class Checkpoint:
             missing = {name for name, tensor in self.model.named_parameters(remove_duplicate=False) if tensor.is_meta}
             self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         root.requires_grad_(False)
-        _check_finite(root, where)
+        _check_finite(root, where, self.dtype)
 
     def _readable(self, target: _Target, slices: dict[str, Any]) -> dict[str, Any]:
         """What transformers' conversion gets for one tensor; experts are fused here, under the fused name."""
@@ -301,11 +343,42 @@ class Checkpoint:
             module._buffers.update(buffers)
 
 
+def _check_counts(folder: Path, config: PretrainedConfig, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raises CheckpointError where config.json counts far more than the files hold, before a model of that is built.
+
+    What it counts a little too high is listed tensor by tensor, once there is a skeleton to compare with.
+    """
+    text: Any = config.get_text_config()
+    numbers = {number for key in tensors for number in re.findall(r"\.(\d+)\.", f".{key}")[:1]}
+    width = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    largest = max(width, len(tensors))
+    wrong = []
+    layers = getattr(text, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(numbers) + _LAYERS_TO_LIST:
+        wrong.append(f"num_hidden_layers: {layers:,}, the files hold tensors of {len(numbers):,} layers")
+    for name, value in sorted(text.to_dict().items()):
+        if name.endswith(("experts", "expert")) and isinstance(value, int) and value > largest:
+            wrong.append(f"{name}: {value:,}, no tensor of the files has more than {width:,} rows or columns")
+    if wrong:
+        raise CheckpointError(
+            f"{folder / 'config.json'} counts what the files do not hold:\n{listed(wrong)}\n"
+            f"The {len(tensors):,} tensors there are {', '.join(sorted(tensors)[:3])} and others. The download may be "
+            "incomplete, or config.json may be of another model."
+        )
+
+
 def _quantization_entry(config: PretrainedConfig) -> dict[str, Any] | None:
     entry = getattr(config, "quantization_config", None)
     if entry is None:
         entry = getattr(config.get_text_config(), "quantization_config", None)
-    return entry if entry is None or isinstance(entry, dict) else entry.to_dict()
+    if entry is None or isinstance(entry, dict):
+        return entry
+    if not hasattr(entry, "to_dict"):
+        raise CheckpointError(
+            f"{config_file(config)}: quantization_config is {entry!r:.80}, not an object that names a quant_method. "
+            "Remove the entry if the weights are plain, or download the file again."
+        )
+    return entry.to_dict()
 
 
 def _without_quantization(config: PretrainedConfig) -> PretrainedConfig:
@@ -317,10 +390,10 @@ def _without_quantization(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _check_finite(root: nn.Module, where: str) -> None:
+def _check_finite(root: nn.Module, where: str, dtype: torch.dtype) -> None:
     wrong = []
     for name, tensor in root.state_dict().items():
-        if tensor.is_meta or not tensor.is_floating_point() or _is_finite(tensor):
+        if tensor.is_meta or not tensor.is_floating_point() or is_finite(tensor):
             continue
         rows = tensor if tensor.ndim == 3 else tensor[None]
         counts = [row.numel() - int(row.isfinite().sum()) for row in rows]
@@ -328,13 +401,4 @@ def _check_finite(root: nn.Module, where: str) -> None:
         of_experts = f", experts {', '.join(which[:10])}" if len(counts) > 1 else ""
         wrong.append(f"{name}: {sum(counts):,} of {tensor.numel():,} values{of_experts}")
     if wrong:
-        raise CheckpointError(
-            f"{where}: weights that are NaN or infinite:\n{listed(wrong)}\nThe checkpoint is damaged; fetch it again."
-        )
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are finite. One pass without temporaries: 20 times as fast as `isfinite` on a CPU."""
-    if tensor.numel() == 0:
-        return True
-    return all(math.isfinite(float(extreme)) for extreme in tensor.aminmax())
+        raise CheckpointError(f"{where}: weights that are NaN or infinite:\n{listed(wrong)}\n{damaged_weights(dtype)}")

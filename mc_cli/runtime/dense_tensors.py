@@ -14,6 +14,7 @@ from mc_cli.artifacts.files import read_json
 from mc_cli.artifacts.packed import PackedLayout
 from mc_cli.runtime import experts
 from mc_cli.runtime.inventory import tied_tensors
+from mc_cli.runtime.own_experts import run_our_experts
 from mc_cli.runtime.packed_files import PackedFiles, open_packed
 from mc_cli.runtime.packed_model import PackedSource, read_packed_config
 from mc_cli.runtime.plain_routers import PlainRouters
@@ -50,6 +51,11 @@ class DenseTensors:
         self._model: Any = build_skeleton(self._routers.config, dtype=self.dtype)
         self._stored = self._source.files.tensors
         self.parts = self._source.parts
+
+    @property
+    def config(self) -> Any:
+        """The config of a model with these tensors."""
+        return self._routers.config
 
     def config_json(self) -> dict[str, Any]:
         """config.json of a plain checkpoint with these tensors."""
@@ -118,7 +124,7 @@ def load_dense(
     model.tie_weights()
     rebuild_buffers(model, device)
     drop_experts(model, {block.path: block.dropped for block in open_packed(folder).layout.experts})
-    model.set_experts_implementation(experts.IMPLEMENTATION)
+    run_our_experts(model)
     return model.eval()
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mc_cli.errors import FamilyError
+from mc_cli.errors import CheckpointError, FamilyError
 from mc_cli.families import CONTRACT_TESTED, FamilyFacts, facts_for
 from mc_cli.parts import ExpertBlock, ModelInventory, Role, TensorPart
 from mc_cli.runtime import experts
+from mc_cli.runtime.model_folder import config_file
 
 _ROUTER_NAMES = ("gate", "router")
 _MLP_PARTS = {"mlp", "feed_forward", "block_sparse_moe", "ffn", "shared_mlp"}
@@ -84,17 +85,24 @@ def _expert_block(layers_path: str, index: int, layer: nn.Module, config: Any) -
     prefix = f"{layers_path}.{index}."
     if router is None:
         raise FamilyError(f"{prefix}{parent_path} has experts but no router named {' or '.join(_ROUTER_NAMES)}.")
-    top_k = next((found for found in _top_k_candidates(getattr(parent, router), parent, config) if found), None)
+    candidates = [found for found in _top_k_candidates(getattr(parent, router), parent, config) if found is not None]
+    top_k = next((found for found in candidates if found), next(iter(candidates), None))
     if not isinstance(top_k, int):
         raise FamilyError(
             f"{prefix}{parent_path}: neither its router nor the config says how many experts a token uses."
+        )
+    num_experts = int(module.num_experts)  # type: ignore[arg-type]
+    if not 0 < top_k <= num_experts:
+        raise CheckpointError(
+            f"{config_file(config)}: each token goes to {top_k} experts of {prefix}{path}, which has {num_experts}. "
+            "The number of experts per token has to be from 1 to that; config.json may be of another model."
         )
     groups, groups_used = _router_groups(getattr(parent, router))
     return ExpertBlock(
         layer=index,
         path=prefix + path,
         router_path=prefix + (f"{parent_path}." if parent_path else "") + router,
-        num_experts=int(module.num_experts),  # type: ignore[arg-type]
+        num_experts=num_experts,
         top_k=top_k,
         projections=experts.projections_of(module),
         router_groups=groups,

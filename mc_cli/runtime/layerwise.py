@@ -9,14 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import traceback
 from collections.abc import Callable, Iterator, MutableMapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from mc_cli.errors import FamilyError, InputError
+from mc_cli.errors import CheckpointError, FamilyError, InputError
 from mc_cli.runtime.checkpoint import REST
+from mc_cli.runtime.finite import require_finite
+from mc_cli.runtime.model_folder import first_line
+
+_PACKAGE = Path(__file__).parents[1]
+# What a model's code raises for entries of config.json that do not fit each other.
+_MODEL_ERRORS = (RuntimeError, TypeError, IndexError, KeyError, AttributeError, ArithmeticError, AssertionError)
 
 Calls = list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]]  # hidden states and arguments, per layer
 
@@ -89,6 +97,7 @@ class LayerWalk:
         self.layers = decoder_layers(source.model, source.layers_path)
         source.load(REST)
         self.hidden, self._arguments = self._embed()
+        self._require_finite(self.hidden, "the embeddings of the tokens")
 
     @property
     def num_layers(self) -> int:
@@ -133,6 +142,7 @@ class LayerWalk:
         layer = self.layers[self.depth]
         for rows in self.batches():
             output = self._call(layer, self.hidden[rows].to(self.source.device), rows)
+            self._require_finite(output, f"the hidden states that leave layer {self.depth}")
             if on_batch is not None:
                 on_batch(rows, output)
             if advance:
@@ -143,11 +153,29 @@ class LayerWalk:
     def _call(self, layer: nn.Module, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
         args, kwargs = self._arguments_of(rows)[self.depth]
         vessels = [value for value in (*args, *kwargs.values()) if _is_empty_vessel(value)]
-        output = layer(hidden, *args, **kwargs)
+        with self._blaming_config(f"layer {self.depth}"):
+            output = layer(hidden, *args, **kwargs)
         beside = [value for value in output[1:] if value is not None] if isinstance(output, tuple) else []
         if beside or any(map(len, vessels)):
             raise self._refusal("its layers hand more than hidden states to the layers after them")
         return output[0] if isinstance(output, tuple) else output
+
+    def _require_finite(self, tensor: torch.Tensor, what: str) -> None:
+        require_finite(tensor, what, dtype=self.hidden.dtype, model=getattr(self.source, "folder", None))
+
+    @contextlib.contextmanager
+    def _blaming_config(self, what: str) -> Iterator[None]:
+        """Turns an error in the model's own code, on weights that fit their shapes, into one that names config.json."""
+        try:
+            yield
+        except _MODEL_ERRORS as error:
+            if _is_ours(error) or "memory" in str(error):
+                raise
+            raise CheckpointError(
+                f"{getattr(self.source, 'folder', 'config.json')}: {what} of {type(self.source.model).__name__} cannot "
+                f"be computed as config.json describes it: {first_line(error)} An entry of config.json may be of "
+                "another model: download it again."
+            ) from error
 
     def _refusal(self, reason: str) -> FamilyError:
         return FamilyError(
@@ -162,7 +190,9 @@ class LayerWalk:
     @torch.no_grad()
     def logits(self, rows: slice, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """Next-token logits [sequences, length, vocabulary] of one batch after the last layer."""
-        return self.head(rows, self.hidden[rows] if hidden is None else hidden)
+        logits = self.head(rows, self.hidden[rows] if hidden is None else hidden)
+        self._require_finite(logits, "the logits after the last layer")
+        return logits
 
     def head(self, rows: slice, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head applied to `hidden` [sequences, length, hidden]; gradients flow if enabled."""
@@ -207,7 +237,8 @@ class LayerWalk:
         count = self.num_layers
         with _replaced(self.layers, lambda index, real: _Recorder(real, calls, index == count - 1)):
             try:
-                self._forward(rows)
+                with self._blaming_config("what comes before the layers"):
+                    self._forward(rows)
             except _AllLayersSeen:
                 pass
             except ValueError as error:  # the model unpacks what the recorders return
@@ -215,6 +246,13 @@ class LayerWalk:
         if len(calls) != count or any(hidden is not calls[0][0] for hidden, _, _ in calls):
             raise self._refusal("it changes the hidden states between its layers, or does not call each layer once")
         return calls[0][0], [(args, kwargs) for _, args, kwargs in calls]
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package's code raised it rather than a model's; what torch raises counts for its caller."""
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    ours = [path.is_relative_to(_PACKAGE) for path in files if "torch" not in path.parts]
+    return bool(ours) and ours[-1]
 
 
 class _replaced:

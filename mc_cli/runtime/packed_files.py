@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING
 
-from mc_cli.artifacts.files import copy_file, read_json, write_json
+from mc_cli.artifacts.files import read_json
 from mc_cli.artifacts.packed import CONFIG_FOLDER, LAYOUT, QUANT_METHOD, PackedLayout, read_layout
 from mc_cli.errors import ArtifactError, InputError, listed
 
@@ -33,46 +32,6 @@ DTYPES = {
     "F64": torch.float64,
     "BOOL": torch.bool,
 }
-# What makes a model usable beside config.json and its weights, and the licence they come under.
-MODEL_FILES = (
-    "generation_config.json",
-    "tokenizer*",
-    "tokenization*.py",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-# What config.json says of the original's weights and of the code that reads their files.
-_OF_THE_ORIGINAL = ("quantization_config", "transformers_weights", "auto_map")
-
-
-def copy_model_files(source_folder: Path, target_folder: Path) -> None:
-    """Copies configuration, tokenizer and licence files; config.json without what describes the original's weights.
-
-    A model whose architecture is not part of transformers keeps its own code.
-    """
-    target_folder.mkdir(parents=True, exist_ok=True)
-    config = read_json(source_folder / "config.json", foreign=True)
-    own_code = config.get("model_type") not in CONFIG_MAPPING
-    patterns = (*MODEL_FILES, "*.py") if own_code else MODEL_FILES
-    for path in sorted({path for pattern in patterns for path in source_folder.glob(pattern) if path.is_file()}):
-        copy_file(path, target_folder / path.name)
-    dropped = _OF_THE_ORIGINAL[:-1] if own_code else _OF_THE_ORIGINAL
-    write_json(target_folder / "config.json", _without(config, dropped))
-
-
-def _without(config: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    kept = {name: value for name, value in config.items() if name not in names}
-    if isinstance(kept.get("text_config"), dict):
-        kept["text_config"] = _without(kept["text_config"], names)
-    return kept
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from mc_cli.runtime.checkpoint import REST
 from mc_cli.runtime.inventory import find_decoder_layers, path_of, take_inventory, tied_tensors
 from mc_cli.runtime.memory import read_ahead
 from mc_cli.runtime.model_folder import read_config
-from mc_cli.runtime.packed_files import PackedFiles, copy_model_files, open_packed
+from mc_cli.runtime.own_experts import run_our_experts
+from mc_cli.runtime.packed_files import PackedFiles, open_packed
 from mc_cli.runtime.packed_modules import (
     ask_for_huge_weights,
     pack_experts,
@@ -38,7 +39,7 @@ from mc_cli.runtime.pruning import add_learned_tensors, apply_pruning
 from mc_cli.runtime.router_masks import drop_experts
 from mc_cli.runtime.skeleton import build_skeleton, rebuild_buffers
 
-__all__ = ["PackedSource", "StoredBytes", "attach", "copy_model_files", "load_packed", "model_bytes"]
+__all__ = ["PackedSource", "StoredBytes", "attach", "load_packed", "model_bytes"]
 
 
 LEARNED = "learned"  # stands for the stored part of a pruning policy's tensors
@@ -75,7 +76,7 @@ def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict
     if layout.pruning is not None:
         packed |= dict.fromkeys(add_learned_tensors(model, layout.pruning), LEARNED)
     drop_experts(model, {block.path: block.dropped for block in layout.experts})
-    model.set_experts_implementation(experts.IMPLEMENTATION)
+    run_our_experts(model)
     return packed
 
 

@@ -18,14 +18,15 @@ from transformers.utils import logging as transformers_logging
 
 from mc_cli.artifacts.pruning import Pruning
 from mc_cli.errors import ArtifactError, McError, listed
-from mc_cli.runtime.checkpoint import Checkpoint
+from mc_cli.runtime.checkpoint import REST, Checkpoint
 from mc_cli.runtime.dense_tensors import DenseTensors
-from mc_cli.runtime.inventory import tied_tensors
+from mc_cli.runtime.inventory import find_decoder_layers, tied_tensors
 from mc_cli.runtime.layerwise import LayerSource, LayerWalk
 from mc_cli.runtime.memory import available_bytes
 from mc_cli.runtime.model_folder import read_config
 from mc_cli.runtime.packed_model import PackedSource
 from mc_cli.runtime.pruning import pruned, pruners
+from mc_cli.runtime.skeleton import build_skeleton, non_persistent_buffers, rebuild_buffers
 
 WHOLE, LAYERED = "whole model", "layer by layer"
 SEQUENCES, LENGTH, PROMPT, NEW_TOKENS = 2, 32, 8, 4
@@ -50,6 +51,9 @@ class ReadBack:
     tolerance: float  # for the median
     same_top_token: float
     generated_tokens: int  # 0 where layer by layer
+    # Median error against the packed model, where that is more than rounding to the export's dtype should make: the
+    # other figures are then against the packed model with its weights rounded to that dtype.
+    rounding_error: float | None = None
 
 
 def read_back(
@@ -81,25 +85,29 @@ def read_back(
     else:
         logits, tensors = _layered(exported, wanted, token_ids, dtype, device)
         method, generated = LAYERED, 0
-    expected = _walked_logits(original, token_ids, pruning)
-    errors = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
-    found = ReadBack(
-        method=method,
-        tensors=tensors,
-        tokens=token_ids.numel(),
-        logit_error_median=float(errors.median()),
-        logit_error_max=float(errors.max()),
-        tolerance=wanted.tolerance(dtype),
-        same_top_token=float((logits.argmax(-1) == expected.argmax(-1)).float().mean()),
-        generated_tokens=generated,
-    )
-    if not found.logit_error_median <= found.tolerance:
+    found = _compared_logits(logits, _walked_logits(original, token_ids, pruning), wanted.tolerance(dtype))
+    if not found["logit_error_median"] <= found["tolerance"] and wanted.dense is not None:
+        twin = _RoundedTwin(wanted.dense, dtype=dtype, device=device)
+        moved = found["logit_error_median"]
+        found = _compared_logits(logits, _walked_logits(twin, token_ids), _same_weights(dtype))
+        found["rounding_error"] = moved
+    if not found["logit_error_median"] <= found["tolerance"]:
         raise ArtifactError(
-            f"{exported}: the exported model's logits differ from the packed model's by {found.logit_error_median:.2g} "
-            f"(relative, median token), more than {found.tolerance:.2g}, though all tensors agree. This is a defect of "
-            "mc-cli."
+            f"{exported}: the exported model's logits differ from the packed model's by "
+            f"{found['logit_error_median']:.2g} (relative, median token), more than {found['tolerance']:.2g}, though "
+            "all tensors agree. This is a defect of mc-cli."
         )
-    return found
+    return ReadBack(method=method, tensors=tensors, tokens=token_ids.numel(), generated_tokens=generated, **found)
+
+
+def _compared_logits(logits: torch.Tensor, expected: torch.Tensor, tolerance: float) -> dict[str, Any]:
+    errors = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return {
+        "logit_error_median": float(errors.median()),
+        "logit_error_max": float(errors.max()),
+        "tolerance": tolerance,
+        "same_top_token": float((logits.argmax(-1) == expected.argmax(-1)).float().mean()),
+    }
 
 
 def sample_tokens(config: Any) -> torch.Tensor:
@@ -124,8 +132,10 @@ class _Wanted:
         self.pruning = pruning
         self.trust_remote_code = trust_remote_code
         config = read_config(exported, trust_remote_code=trust_remote_code)
+        self.own_code = type(config).__module__.startswith("transformers_modules")
+        self.architectures = tuple(getattr(config, "architectures", None) or ())
         self.is_packed = getattr(config, "quantization_config", None) is not None
-        self._dense = (
+        self.dense = (
             None
             if self.is_packed
             else DenseTensors(original.folder, plain_routers=True, trust_remote_code=trust_remote_code)
@@ -135,10 +145,16 @@ class _Wanted:
     def parts(self) -> list[int]:
         return self._original.parts
 
+    def misnamed(self, model: Any) -> list[str]:
+        """What is wrong where config.json names another class than the one whose tensors these are."""
+        if not self.architectures or type(model).__name__ in self.architectures:
+            return []
+        return [f"config.json: names {', '.join(self.architectures)}, the tensors are {type(model).__name__}'s"]
+
     def tensors(self, part: int) -> dict[str, torch.Tensor]:
         """Module-tree name -> tensor, of one part."""
-        if self._dense is not None:
-            return self._dense.by_module(part)
+        if self.dense is not None:
+            return self.dense.by_module(part)
         learned = self.pruning[1] if self.pruning else {}
         found = {name: tensor for name, tensor in learned.items() if self._original.part_of(name) == part}
         return found | dict(self._original.files.read(self._original.names(part)))
@@ -158,16 +174,55 @@ class _Wanted:
         return len(wanted), problems
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        same = _SAME_WEIGHTS.get(dtype, _SAME_WEIGHTS_16_BIT)
-        return same if self._dense is None else max(same, _ROUNDED_WEIGHTS_EPS * torch.finfo(self._dense.dtype).eps)
+        same = _same_weights(dtype)
+        return same if self.dense is None else max(same, _ROUNDED_WEIGHTS_EPS * torch.finfo(self.dense.dtype).eps)
+
+
+def _same_weights(dtype: torch.dtype) -> float:
+    return _SAME_WEIGHTS.get(dtype, _SAME_WEIGHTS_16_BIT)
+
+
+class _RoundedTwin:
+    """The packed model with dense weights in the export's dtype, computed in `dtype`: a layer source of its own.
+
+    It differs from the packed model by the rounding alone, which a model may amplify beyond any bound.
+    """
+
+    def __init__(self, dense: DenseTensors, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.device = device
+        self._dense = dense
+        self.model: Any = build_skeleton(dense.config, dtype=dtype)
+        self.layers_path = find_decoder_layers(self.model)
+        self._dtypes = {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
+        rebuild_buffers(self.model, device)
+
+    def load(self, part: int) -> None:
+        for name, tensor in self._dense.by_module(part).items():
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            placed = tensor.to(device=self.device, dtype=self._dtypes[name])
+            if leaf in module._buffers:
+                module._buffers[leaf] = placed
+            else:
+                module._parameters[leaf] = torch.nn.Parameter(placed, requires_grad=False)
+        if part == REST:
+            self.model.tie_weights()
+
+    def free(self, layer: int) -> None:
+        module = self.model.get_submodule(f"{self.layers_path}.{layer}")
+        kept = [(inner, non_persistent_buffers(inner)) for inner in module.modules()]
+        module.to("meta")
+        for inner, buffers in kept:
+            inner._buffers.update(buffers)
 
 
 def _whole(
     exported: Path, wanted: _Wanted, token_ids: torch.Tensor, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, int, int]:
     """(logits, tensors compared, tokens generated) of the directory through from_pretrained."""
-    # Packed directories bring code that only imports mc_cli; the native class is asked for, as a user has it then.
-    options: dict[str, Any] = {"trust_remote_code": wanted.trust_remote_code and not wanted.is_packed}
+    # Packed directories of native models bring code that only imports mc_cli; the native class is asked for, as a user
+    # has it then.
+    options: dict[str, Any] = {"trust_remote_code": wanted.own_code}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all differences are listed below
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(exported, dtype=dtype, **options)
@@ -177,6 +232,7 @@ def _whole(
         raise ArtifactError(f"{exported} cannot be loaded: {type(error).__name__}: {error}") from error
     model, info = loaded
     problems = [f"{name}: {kind.replace('_', ' ')}" for kind, names in info.items() for name in _names(names)]
+    problems += wanted.misnamed(model)
     state = model.state_dict()
     count = 0
     for part in wanted.parts:
@@ -217,8 +273,8 @@ def _layered(
     else:
         config = read_config(exported, trust_remote_code=wanted.trust_remote_code)
         source = Checkpoint(exported, config, dtype=dtype, device=device)
-        if source.unused:
-            _raise_if_any(exported, [f"{name}: not part of the model" for name in source.unused])
+        _raise_if_any(exported, [f"{name}: not part of the model" for name in source.unused])
+    _raise_if_any(exported, wanted.misnamed(source.model))
     compared = _Compared(source, wanted)
     logits = _walked_logits(compared, token_ids, wanted.pruning)
     _raise_if_any(exported, compared.problems)

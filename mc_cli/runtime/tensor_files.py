@@ -7,7 +7,6 @@ a block is cut at the edge, such as the 576 rows of DeepSeek-V3's kv_a_proj_with
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,13 +16,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mc_cli.artifacts.places import file_inside
 from mc_cli.errors import CheckpointError, listed
 from mc_cli.numerics.block_formats import dequantize_fp8_blocks, dequantize_mxfp4, scale_shape
+from mc_cli.runtime.model_folder import read_model_json
 
-INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+INDEX = f"model{INDEX_SUFFIX}"
 _SCALES = "_scale_inv"  # FP8: NAME.weight, NAME.weight_scale_inv
 _BLOCKS, _EXPONENTS = "_blocks", "_scales"  # MXFP4: NAME_blocks, NAME_scales
 _DEFAULT_BLOCK = (128, 128)
+_LARGEST_BLOCK = 1 << 20
+_MXFP4_BYTES = 16  # of a block of 32 codes
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -79,15 +84,21 @@ class TensorFiles:
     """The tensors of a folder of safetensors files, by key.
 
     quantization  config.json's entry quantization_config as a dictionary, None for plain checkpoints
+    named         config.json's entry transformers_weights: the file that holds the weights
+    said          the files that are read, in words
+    not_read      weight files that lie beside those that are read
     Raises CheckpointError where files or tensors are missing or damaged, or the format is not one that can be read.
     """
 
-    def __init__(self, folder: Path, quantization: dict[str, Any] | None) -> None:
+    def __init__(self, folder: Path, quantization: dict[str, Any] | None, *, named: object = None) -> None:
         self.folder = folder
         self.on_open: Callable[[str], None] = lambda name: None  # told the name of each file that is opened for reading
-        self._block = _fp8_block(quantization or {})
+        self._block = _fp8_block(folder, quantization or {})
         method = check_format(folder, quantization)
-        plain = _plain_tensors(folder)
+        files = weight_files(folder, named)
+        self.not_read = files.beside
+        self.said = files.names[0] if files.placed is None else f"the {len(files.names)} files of the index"
+        plain = _plain_tensors(folder, files)
         if method == "fp8":
             plain = self._fold_fp8(plain)
         elif method == "mxfp4":
@@ -125,7 +136,7 @@ class TensorFiles:
             exponents = plain.get(name + _EXPONENTS)
             if name == key:
                 continue
-            if exponents is None or len(blocks.shape) != 4 or blocks.shape[:-1] != exponents.shape:
+            if exponents is None or len(blocks.shape) != 4 or blocks.shape != (*exponents.shape, _MXFP4_BYTES):
                 wrong.append(f"{key}: {blocks.shape}, exponents {exponents.shape if exponents else 'missing'}")
                 continue
             experts, rows, groups, pairs = blocks.shape
@@ -178,27 +189,106 @@ def check_format(folder: Path, quantization: dict[str, Any] | None) -> str | Non
     return method
 
 
-def _fp8_block(quantization: dict[str, Any]) -> tuple[int, int]:
-    rows, columns = quantization.get("weight_block_size") or _DEFAULT_BLOCK
-    return int(rows), int(columns)
+def _fp8_block(folder: Path, quantization: dict[str, Any]) -> tuple[int, int]:
+    block = quantization.get("weight_block_size")
+    if block is None:
+        return _DEFAULT_BLOCK
+    sizes = block if isinstance(block, (list, tuple)) else []
+    if len(sizes) != 2 or not all(type(size) is int and 0 < size <= _LARGEST_BLOCK for size in sizes):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: weight_block_size is {block!r:.80}, but it has to be two whole numbers from 1 "
+            f"to {_LARGEST_BLOCK:,}, such as [128, 128]: the rows and columns that share a scale. Download it again."
+        )
+    return sizes[0], sizes[1]
 
 
-def _plain_tensors(folder: Path) -> dict[str, StoredTensor]:
+@dataclass(frozen=True)
+class WeightFiles:
+    """The safetensors files of a folder that hold its model, as transformers chooses among them.
+
+    names   the files, relative to the folder
+    placed  tensor -> file of the index, where there is one
+    beside  weight files that are not read
+    """
+
+    names: tuple[str, ...]
+    placed: dict[str, str] | None
+    beside: tuple[str, ...]
+
+
+def weight_files(folder: Path, named: object = None) -> WeightFiles:
+    """The files that transformers reads: the named one, else model.safetensors, else those of its index.
+
+    named  config.json's entry transformers_weights
+    Raises CheckpointError where there is none of them, InputError for one that lies outside the folder.
+    """
+    if named is not None and not (isinstance(named, str) and named.endswith((".safetensors", INDEX_SUFFIX))):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: transformers_weights is {named!r:.80}, which names neither a *.safetensors "
+            "file nor a *.safetensors.index.json. Remove the entry, or name the file that holds the weights."
+        )
+    for name in (SINGLE, INDEX) if named is None else (named,):
+        if not file_inside(folder, name).is_file():
+            continue
+        if not name.endswith(INDEX_SUFFIX):
+            return WeightFiles((name,), None, _beside(folder, {name}))
+        placed = _read_index(folder, name)
+        names = set(placed.values())
+        return WeightFiles(tuple(sorted(names)), placed, _beside(folder, {*names, name}))
+    raise _no_weights(folder, named)
+
+
+def _beside(folder: Path, read: set[str]) -> tuple[str, ...]:
+    """Weight files and indexes of the folder that are not read, the publisher's own second copies left out."""
+    found = {path.name for pattern in ("*.safetensors", f"*{INDEX_SUFFIX}") for path in folder.glob(pattern)}
+    return tuple(sorted(name for name in found - read if not name.startswith(("consolidated", "adapter_"))))
+
+
+def _no_weights(folder: Path, named: object) -> CheckpointError:
+    if named is not None:
+        return CheckpointError(
+            f"{folder} has no {named}, which config.json names as its weights (transformers_weights). Download it, or "
+            "remove the entry."
+        )
+    kinds = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt")
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in kinds)
+    pickled = any(not name.endswith((".safetensors", ".gguf")) for name in others)
+    tensors = [name for name in others if name.endswith(".safetensors")]
+    held = ""
+    if tensors:
+        keys = _keys_of(folder, tensors[0])
+        held = f" {tensors[0]} holds {len(keys):,} tensors, {', '.join(keys[:3])} for example."
+    return CheckpointError(
+        f"{folder} has no {SINGLE} and no {INDEX}, the files that transformers reads weights from"
+        + (f", only {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}.{held} " if others else ". ")
+        + (
+            "Pickled weights are never read: convert them to safetensors first."
+            if pickled
+            else "Download the index too, or give the file that holds the model this name."
+            if tensors
+            else "Download the weights."
+        )
+    )
+
+
+def _keys_of(folder: Path, name: str) -> list[str]:
+    with _open(file_inside(folder, name)) as handle:
+        return sorted(handle.keys())
+
+
+def _plain_tensors(folder: Path, files: WeightFiles) -> dict[str, StoredTensor]:
     """Every tensor in the files, as their headers describe it."""
-    index = folder / INDEX
-    placed = _read_index(index) if index.is_file() else None
-    names = sorted(set(placed.values())) if placed is not None else _weight_files(folder)
     tensors: dict[str, StoredTensor] = {}
-    unknown = []
-    for name in names:
-        with _open(folder / name) as handle:
+    unknown, twice = [], []
+    for name in files.names:
+        with _open(file_inside(folder, name)) as handle:
             for key in handle.keys():  # noqa: SIM118 a handle is no mapping
-                if placed is not None and placed.get(key) != name:
-                    continue
                 stored = handle.get_slice(key)
                 if stored.get_dtype() not in _DTYPES:
                     unknown.append(f"{key}: {stored.get_dtype()}")
                     continue
+                if key in tensors:
+                    twice.append(f"{key}: in {tensors[key].places[0][1]} and {name}")
                 dtype = _DTYPES[stored.get_dtype()]
                 tensors[key] = StoredTensor(key, tuple(stored.get_shape()), dtype, ((key, name),))
     if unknown:
@@ -206,47 +296,41 @@ def _plain_tensors(folder: Path) -> dict[str, StoredTensor]:
             f"{folder}: {len(unknown)} tensors have a data type that is not read here:\n{listed(unknown)}\n"
             "Give a 16- or 32-bit, FP8 or MXFP4 checkpoint."
         )
-    lost = [f"{key} in {file}" for key, file in sorted((placed or {}).items()) if key not in tensors]
+    if twice:
+        raise CheckpointError(
+            f"{folder}: {len(twice)} tensors are in two of the files that its index names, and may differ:\n"
+            f"{listed(twice)}\nKeep the files of one checkpoint, with its index."
+        )
+    lost = [
+        f"{key} in {file}"
+        for key, file in sorted((files.placed or {}).items())
+        if key not in tensors or tensors[key].places[0][1] != file
+    ]
     if lost:
         raise CheckpointError(
             f"{folder}: {len(lost)} tensors are not in the files where the index places them:\n{listed(lost)}\n"
-            "Download these files again."
+            f"These files hold {len(tensors):,} tensors, {', '.join(sorted(tensors)[:3])} for example. Index and files "
+            "are of different checkpoints: download these files again, or the index."
         )
     return tensors
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    try:
-        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        complete = isinstance(placed, dict) and all(isinstance(name, str) for name in placed.values())
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is damaged ({error}). Download it again.") from error
-    if not complete or not placed:
+def _read_index(folder: Path, name: str) -> dict[str, str]:
+    index = folder / name
+    placed = read_model_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
         raise CheckpointError(
             f"{index} is damaged: its weight_map does not name a file for each tensor. Download it again."
         )
-    missing = sorted({name for name in placed.values() if not (index.parent / name).is_file()})
+    missing = sorted(file for file in set(placed.values()) if not file_inside(folder, file).is_file())
     if missing:
+        there = [name for name in _beside(folder, {name, *placed.values()}) if name.endswith(".safetensors")]
         raise CheckpointError(
-            f"{index.parent}: the index names {len(missing)} files that are not there:\n{listed(missing)}\n"
-            "The download is incomplete; fetch them."
+            f"{folder}: {name} names {len(missing)} files that are not there:\n{listed(missing)}\n"
+            + (f"There are {len(there)} others: {', '.join(there[:5])}. " if there else "")
+            + "The download is incomplete, or the index is left from another checkpoint; fetch the files, or the index."
         )
     return placed
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """The safetensors files of a checkpoint without an index; adapters and consolidated copies are not part of it."""
-    names = sorted(path.name for path in folder.glob("model*.safetensors"))
-    if names:
-        return names
-    kinds = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt")
-    others = sorted(path.name for path in folder.glob("*") if path.suffix in kinds)
-    pickled = any(not name.endswith((".safetensors", ".gguf")) for name in others)
-    raise CheckpointError(
-        f"{folder} has no model*.safetensors file"
-        + (f", only {', '.join(others[:5])}. " if others else ". ")
-        + ("Pickled weights are never read: convert them to safetensors first." if pickled else "Download the weights.")
-    )
 
 
 def _open(path: Path) -> Any:

@@ -27,10 +27,12 @@ from mc_cli.progress import Progress, StageResult
 from mc_cli.runtime import text
 from mc_cli.runtime.chat import ChatSettings
 from mc_cli.runtime.checkpoint import Checkpoint
-from mc_cli.runtime.experts import IMPLEMENTATION
+from mc_cli.runtime.finite import require_finite
 from mc_cli.runtime.inventory import take_inventory
 from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.memory import release_freed_memory
+from mc_cli.runtime.model_files import kinds_of
+from mc_cli.runtime.own_experts import require_packable, run_our_experts
 from mc_cli.runtime.resume import read_state, restore_progress, save_progress
 from mc_cli.runtime.routing import routing_statistics, watching
 from mc_cli.runtime.sensitivity import backward_layer, output_gradient
@@ -59,14 +61,13 @@ def run(
         session.check_weights()
         session.remember(settings.model, settings.revision)
         return _result(folder, ran=False)
-    checkpoint = session.open_checkpoint()
+    checkpoint, inventory = _opened(session)
     weights = session.digesting(checkpoint, folder)
     drawn = None if folder.path(artifact.TOKENS).exists() and not force else _windows(settings, session)
     folder.start(force=force)
     session.remember(settings.model, settings.revision)
     token_ids = _token_ids(settings, session, folder, drawn, progress)
-    checkpoint.model.set_experts_implementation(IMPLEMENTATION)
-    inventory = _write_inventory(checkpoint, folder, progress)
+    _write_inventory(checkpoint, inventory, folder, progress)
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
     sequences = min(-(-settings.gradient_tokens // token_ids.shape[1]), len(token_ids))
     with weights:
@@ -133,23 +134,44 @@ def _token_ids(
     return token_ids
 
 
-def _write_inventory(checkpoint: Checkpoint, folder: StageFolder, progress: Progress) -> ModelInventory:
+def _opened(session: Session) -> tuple[Checkpoint, ModelInventory]:
+    """The checkpoint and its inventory, from the headers alone.
+
+    Raises a McError where it could not be taken through all stages, so that none of them runs for nothing.
+    """
+    checkpoint = session.open_checkpoint()
     inventory = take_inventory(checkpoint.model, stored_dtypes=checkpoint.stored_dtypes)
+    run_our_experts(checkpoint.model)
+    if not inventory.contract_tested:
+        require_packable(checkpoint.model, inventory)
+    return checkpoint, inventory
+
+
+def _write_inventory(
+    checkpoint: Checkpoint, inventory: ModelInventory, folder: StageFolder, progress: Progress
+) -> None:
     if not inventory.contract_tested:
         folder.warn(
             f"model_type {inventory.model_type!r} is reached through transformers' experts interface but has no "
             "contract test here; compare the exported model with the original before relying on it.",
             progress,
         )
-    if checkpoint.unused:
-        shown = ", ".join(checkpoint.unused[:3])
+    if checkpoint.not_read:
+        shown = ", ".join(checkpoint.not_read[:5]) + (" ..." if len(checkpoint.not_read) > 5 else "")
         folder.warn(
-            f"{len(checkpoint.unused)} tensors of the checkpoint are not part of the causal language model and are "
-            f"left out of every result (for example {shown}).",
+            f"{checkpoint.folder} holds {len(checkpoint.not_read)} weight files or indexes that are not read, as "
+            f"transformers does not read them ({shown}); the weights are those of {checkpoint.files.said}.",
+            progress,
+        )
+    if checkpoint.unused:
+        kinds = list(kinds_of(checkpoint.unused))
+        folder.warn(
+            f"{artifact.LEFT_OUT} {len(checkpoint.unused)} tensors of the checkpoint that are not part of "
+            f"{type(checkpoint.model).__name__} ({', '.join(kinds[:8])}{' ...' if len(kinds) > 8 else ''}; for example "
+            f"{checkpoint.unused[0]}). The config.json of every result does not count them.",
             progress,
         )
     artifact.write_inventory(folder.path(artifact.INVENTORY), inventory)
-    return inventory
 
 
 def _forward(
@@ -218,6 +240,7 @@ def _backward(
                 seed=settings.seed * walk.num_layers + depth,
             )
             checkpoint.free(depth)
+            _require_finite_gradients(depth, gradients, sensitivity, covariance, checkpoint)
             release_freed_memory()
             state = {"gradients": gradients}
             if sensitivity is not None and covariance is not None:
@@ -231,6 +254,24 @@ def _backward(
         part = read_tensors(folder.path(f"{RESUME}/sensitivity_{depth}.safetensors"))
         merged |= {f"layers.{depth}.{name}": tensor for name, tensor in part.items()}
     write_tensors(folder.path(artifact.SENSITIVITY), merged)
+
+
+def _require_finite_gradients(
+    depth: int,
+    gradients: torch.Tensor,
+    sensitivity: LayerSensitivity | None,
+    covariance: torch.Tensor | None,
+    checkpoint: Checkpoint,
+) -> None:
+    """Raises where something that went backward through a layer is not finite: it would spoil all that follows."""
+    found = {"the loss's gradients at the input": gradients}
+    if sensitivity is not None:
+        found |= {f"the sensitivity `{name}`": tensor for name, tensor in sensitivity.tensors().items()}
+    if covariance is not None:
+        found["the gradients' covariance"] = covariance
+    for what, tensor in found.items():
+        if what != "the sensitivity `choice_cost`" and tensor.is_floating_point():
+            require_finite(tensor, f"{what} of layer {depth}", dtype=checkpoint.dtype, model=checkpoint.folder)
 
 
 def _gradient_start(
@@ -247,6 +288,12 @@ def _gradient_start(
         return read_state(folder, f"gradient_before_{depth}.safetensors", "gradients"), depth - 1
     final = read_state(folder, f"before_{walk.num_layers}.safetensors", "hidden")[:sequences]
     gradients = output_gradient(walk, final, samples=settings.gradient_samples, seed=settings.seed)
+    require_finite(
+        gradients,
+        "the loss's gradients after the last layer",
+        dtype=final.dtype,
+        model=getattr(walk.source, "folder", None),
+    )
     return gradients, walk.num_layers - 1
 
 

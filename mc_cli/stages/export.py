@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mc_cli import __version__
+from mc_cli.artifacts.calibration import LEFT_OUT
 from mc_cli.artifacts.damage import ALL_BYTES
 from mc_cli.artifacts.exported import (
     RECORD,
@@ -39,7 +40,8 @@ from mc_cli.exporters.model_card import CardFacts
 from mc_cli.parts import Role
 from mc_cli.progress import Progress, StageResult
 from mc_cli.runtime.dense_tensors import DenseTensors, weight_dtype
-from mc_cli.runtime.packed_files import PackedFiles, copy_model_files, open_packed
+from mc_cli.runtime.model_files import copy_model_files
+from mc_cli.runtime.packed_files import PackedFiles, open_packed
 from mc_cli.runtime.packed_model import model_bytes, part_numbers, read_packed_config
 from mc_cli.runtime.readback import ReadBack, read_back
 from mc_cli.runtime.session import POINTER, device_named, dtype_named
@@ -97,11 +99,14 @@ def _run(
         files = open_packed(packed)
         evaluation = _evaluation(work_dir, folder, progress)
         card = _card(work_dir, files, stages, evaluation, compute)
+        for sentence in card.left_out:
+            folder.warn(sentence, progress)
         pruning = _pruning(settings, work_dir, evaluation, folder, progress)
         with noting_files() as written:
             found = _write_and_read_back(settings, compute, files, folder, card, pruning, progress)
         verify_stages(work_dir, _SHIPPED, up_to_bytes=ALL_BYTES)  # what was read is still what was checked
-        folder.finish(written=written, stages=stages, read_back=asdict(found), tool_version=__version__)
+        record = {name: value for name, value in asdict(found).items() if value is not None}
+        folder.finish(written=written, stages=stages, read_back=record, tool_version=__version__)
     except BaseException:
         folder.discard()
         with suppress(ArtifactError, OSError):
@@ -153,6 +158,13 @@ def _write_and_read_back(
             folder.partial, files.folder, dtype=dtype, device=device, trust_remote_code=trusted, pruning=pruning
         )
         step.advance(note="read back")
+    if found.rounding_error is not None:
+        folder.warn(
+            f"rounding the weights to {str(stored).removeprefix('torch.')} alone moves the logits by "
+            f"{found.rounding_error:.2g} (relative, median token) from the packed model's: this model amplifies small "
+            "differences. The export was compared with weights rounded in the same way.",
+            progress,
+        )
     if found.generated_tokens == 0:
         folder.warn(
             "the exported model does not fit into the free memory, so it was read back layer by layer: all tensors and "
@@ -198,7 +210,14 @@ def _card(
         experts_dropped=sum(len(block.dropped) for block in files.layout.experts),
         experts=sum(block.num_experts for block in files.layout.experts),
         tool_version=__version__,
+        left_out=_left_out(work_dir),
     )
+
+
+def _left_out(work_dir: Path) -> tuple[str, ...]:
+    """What calibrate said of tensors of the checkpoint that no stage takes along."""
+    calibrated = Manifest.read(work_dir / STAGE_FOLDERS["calibrate"])
+    return tuple(text for text in (calibrated.warnings if calibrated else ()) if text.startswith(LEFT_OUT))
 
 
 def expert_code_bits(layout: PackedLayout) -> tuple[float, int]:

@@ -28,8 +28,8 @@ from mc_cli.runtime import text
 from mc_cli.runtime.chat import ChatSettings
 from mc_cli.runtime.checkpoint import Checkpoint
 from mc_cli.runtime.comparison import compare
-from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.lm_eval_tasks import Tasks, find_tasks, run_tasks
+from mc_cli.runtime.own_experts import run_our_experts
 from mc_cli.runtime.packed_model import PackedSource, model_bytes
 from mc_cli.runtime.pareto_figure import draw_front
 from mc_cli.runtime.policy_fitting import FittedPolicies, fit_or_read, fitting_inputs, fitting_source, policy_names
@@ -88,7 +88,7 @@ def _measured(
     progress: Progress,
 ) -> Evaluation:
     """All that is measured on the two models."""
-    original.model.set_experts_implementation(IMPLEMENTATION)
+    run_our_experts(original.model)
     packed_folder = session.work_dir / STAGE_FOLDERS["quantize"]
     packed = PackedSource(
         packed_folder, dtype=session.dtype, device=session.device, trust_remote_code=session.compute.trust_remote_code

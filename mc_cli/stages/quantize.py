@@ -29,11 +29,12 @@ from mc_cli.numerics.hessian import accumulate
 from mc_cli.parts import ModelInventory, Role, TensorPart, family_of_role
 from mc_cli.progress import Progress, StageResult
 from mc_cli.runtime.checkpoint import Checkpoint
-from mc_cli.runtime.experts import IMPLEMENTATION
 from mc_cli.runtime.layer_quantizer import LayerQuantizer, LayerResult
 from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.memory import large_blocks_mapped, release_freed_memory
-from mc_cli.runtime.packed_model import copy_model_files, model_bytes
+from mc_cli.runtime.model_files import copy_model_files
+from mc_cli.runtime.own_experts import run_our_experts
+from mc_cli.runtime.packed_model import model_bytes
 from mc_cli.runtime.quantization import quantizer_for
 from mc_cli.runtime.resume import restore_progress, save_progress
 from mc_cli.runtime.router_masks import drop_experts
@@ -68,8 +69,8 @@ def run(
     checkpoint = session.open_checkpoint()
     weights = session.digesting(checkpoint, folder)
     folder.start(force=force)
-    checkpoint.model.set_experts_implementation(IMPLEMENTATION)
     token_ids = calibration_artifact.read_token_ids(calibration, vocabulary=session.vocabulary)
+    run_our_experts(checkpoint.model)
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
     sensitivities = calibration_artifact.read_sensitivities(calibration, inventory)
     if settings.quantizer.quantizer == "trellis" and sensitivities and not _has_covariances(calibration, inventory):

@@ -39,6 +39,7 @@ from mc_cli.runtime.expert_inputs import (
 )
 from mc_cli.runtime.layerwise import LayerWalk
 from mc_cli.runtime.memory import release_freed_memory
+from mc_cli.runtime.own_experts import run_our_experts
 from mc_cli.runtime.quantization import quantizer_for
 from mc_cli.runtime.rerouting import Rerouting
 from mc_cli.runtime.resume import restore_progress, save_progress
@@ -70,8 +71,8 @@ def run(
     inventory = calibration_artifact.read_inventory(calibration / calibration_artifact.INVENTORY)
     checkpoint = session.open_checkpoint()
     weights = session.digesting(checkpoint, folder)
-    checkpoint.model.set_experts_implementation(experts.IMPLEMENTATION)
     token_ids = calibration_artifact.read_token_ids(calibration, vocabulary=session.vocabulary)
+    run_our_experts(checkpoint.model)
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
     scorer = _LayerScorer(settings, quantizer_for(settings.quantizer), calibration)
     blocks = {block.layer: block for block in inventory.expert_blocks}

@@ -324,14 +324,16 @@ def test_code_of_the_models_own_is_run_when_trusted(tiny_model: TinyModel, tmp_p
         out, work / "packed", dtype=torch.float32, device=CPU, free_bytes=0, trust_remote_code=True
     )
     assert layered.tensors == result.summary["read_back"]["tensors"]
-    with pytest.raises(InputError, match="brings its own Python code"):
-        export.run(
-            ExportSettings(out=str(tmp_path / "packed")),
-            RunSettings(trust_remote_code=True),
-            work,
-            force=False,
-            progress=silent,
-        )
+    packed = tmp_path / "packed"
+    export.run(ExportSettings(out=str(packed)), RunSettings(trust_remote_code=True), work, force=False, progress=silent)
+    assert json.loads((packed / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"].startswith(
+        "modeling_own"
+    )
+    assert not list(packed.glob("modeling_mc*")) and "trust_remote_code=True" in (packed / "README.md").read_text()
+    exact = load_packed(work / "packed", trust_remote_code=True)
+    loaded = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32, trust_remote_code=True)
+    assert type(loaded).__name__ == "OwnForCausalLM"
+    torch.testing.assert_close(logits_of(loaded), logits_of(exact))
 
 
 def test_a_packed_folder_that_is_not_whole_is_refused(work_dir: WorkDir, tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ from mc_cli.runtime import experts
 from mc_cli.runtime.checkpoint import REST
 from mc_cli.runtime.inventory import tied_tensors
 from mc_cli.runtime.layerwise import LayerWalk
+from mc_cli.runtime.model_files import copy_model_files
 from mc_cli.runtime.packed_files import open_packed
-from mc_cli.runtime.packed_model import PackedSource, copy_model_files, load_packed, model_bytes
+from mc_cli.runtime.packed_model import PackedSource, load_packed, model_bytes
 from tests.conftest import TinyModel
 from tests.dense_twin import PRODUCTS, cut_experts_out, decoded_products
 from tests.packed_folders import LINEAR_BITS, pack_folder

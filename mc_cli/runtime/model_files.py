@@ -1,0 +1,181 @@
+"""What belongs to a checkpoint beside its weights and travels with every result: tokenizer, templates, licence, config.
+
+A list of what is taken rather than of what is not: the folder of a fine-tuned model also holds its training data, logs
+and optimizer, which nobody asked to publish.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+from mc_cli.artifacts.files import read_json, write_json
+from mc_cli.artifacts.places import require_inside
+from mc_cli.errors import InputError, listed
+
+# Patterns of names in the model's folder, and of paths below it.
+MODEL_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "tokenization*.py",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges*",
+    "tekken*.json",
+    "*.model",
+    "*.model.v*",
+    "*.tiktoken",
+    "*.spm",
+    "*.bpe",
+    "normalizer.json",
+    "chat_template*",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",  # the only folder
+    "*processor*.json",
+    "processing*.py",
+    "*_processing*.py",
+    "*_parser*.py",
+    "SYSTEM_PROMPT*",
+    "LICENSE*",
+    "LICENCE*",
+    "COPYING*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+# What is downloaded of a model on the hub: all of that, what mc-cli itself reads, and the model's own code.
+DOWNLOADED = (*MODEL_FILES, "*.json", "*.safetensors", "*.txt", "*.py")
+_TEMPLATES = "additional_chat_templates"
+
+
+def _other_folders(name: str) -> Iterator[str]:
+    """fnmatch patterns of what lies in any folder but `name`; fnmatch has no "but", and its * runs over slashes."""
+    for place, letter in enumerate(name):
+        yield f"{name[:place]}[!{letter}]*/*"
+        yield f"{name[: place + 1]}/*" if place + 1 < len(name) else f"{name}?*/*"
+
+
+# Folders and `consolidated` files hold a second copy of the weights in the publisher's own layout.
+NOT_DOWNLOADED = ("consolidated*", *_other_folders(_TEMPLATES))
+# What config.json says of the original's weights and of the code that reads their files.
+_OF_THE_ORIGINAL = ("quantization_config", "transformers_weights", "auto_map")
+_NEVER = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.pkl", "*.partial")
+# Pickles of protocol 2 to 5, and the archives that torch.save makes of them.
+_PICKLED = (*(b"\x80" + bytes([protocol]) for protocol in range(2, 6)), b"PK\x03\x04")
+_PREDICTION = re.compile(r"(^|_)(nextn|mtp)(_|$)")  # layers of multi-token prediction, in the names of config entries
+_OF_ALL = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def copy_model_files(source_folder: Path, target_folder: Path) -> None:
+    """Copies tokenizer, template, processor and licence files, and config.json as `plain_config` mends it.
+
+    A model whose architecture is not part of transformers keeps its own code.
+    Raises InputError for pickled files, links out of the folder, and what is no ordinary file.
+    """
+    target_folder.mkdir(parents=True, exist_ok=True)
+    config = read_json(source_folder / "config.json", foreign=True)
+    for path in model_files(source_folder, own_code=has_own_code(config)):
+        target = target_folder / path.relative_to(source_folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(path, target)
+    write_json(target_folder / "config.json", plain_config(config))
+
+
+def model_files(folder: Path, *, own_code: bool) -> list[Path]:
+    """The files of a model's folder that belong to it beside config.json and its weights; all of its code if asked.
+
+    Raises InputError for pickled files, links out of the folder, and what is no ordinary file.
+    """
+    patterns = (*MODEL_FILES, "*.py") if own_code else MODEL_FILES
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern) if not path.is_dir()})
+    taken = [path for path in found if not any(fnmatch.fnmatch(path.name, pattern) for pattern in _NEVER)]
+    for path in taken:
+        require_inside(folder, path)
+    pickled = [str(path) for path in taken if _begins_like_a_pickle(path)]
+    if pickled:
+        raise InputError(
+            f"{folder}: {len(pickled)} files that belong to the tokenizer are pickled, and running code hides in such "
+            f"files:\n{listed(pickled)}\nSave the tokenizer again with `save_pretrained`, or remove them."
+        )
+    return taken
+
+
+def has_own_code(config: Mapping[str, Any]) -> bool:
+    """Whether a model with this config.json is an architecture that transformers does not have."""
+    return config.get("model_type") not in CONFIG_MAPPING
+
+
+def _begins_like_a_pickle(path: Path) -> bool:
+    with path.open("rb") as handle:
+        return handle.read(4).startswith(_PICKLED)
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a result, from the original's: it names the class that has its tensors, and counts no others.
+
+    Without what describes the original's weights; with the text part alone where the causal language model is one
+    part of a model for images or sound; without layers of multi-token prediction, which that class does not have.
+    """
+    if has_own_code(config):
+        return _without_prediction(_without(config, _OF_THE_ORIGINAL[:-1]))
+    plain = _of_the_class(_without(config, _OF_THE_ORIGINAL))
+    kind = CONFIG_MAPPING[plain["model_type"]]
+    by_default = {name: value for name, value in _from_json(kind, plain).to_dict().items() if _counts(name, value)}
+    return _without_prediction({**plain, **dict.fromkeys(by_default, 0)})
+
+
+def _of_the_class(config: dict[str, Any]) -> dict[str, Any]:
+    """With the architecture that AutoModelForCausalLM makes of it, and with that one's own kind of config."""
+    kind: Any = CONFIG_MAPPING[config["model_type"]]
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
+    if found is None:
+        return config
+    model_class = found[0] if isinstance(found, tuple) else found
+    if issubclass(kind, model_class.config_class):
+        named = config.get("architectures") or ()
+        return config if model_class.__name__ in named else {**config, "architectures": [model_class.__name__]}
+    text: Any = _from_json(kind, config).get_text_config()
+    plain = json.loads(text.to_json_string(use_diff=True))
+    beside = {name: config[name] for name in _OF_ALL if plain.get(name) is None and config.get(name) is not None}
+    return {**plain, **beside, "architectures": [model_class.__name__]}
+
+
+def _from_json(kind: Any, config: Mapping[str, Any]) -> Any:
+    return kind.from_dict(json.loads(json.dumps(config)))  # some config classes change what they are given
+
+
+def _without_prediction(config: dict[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = {name: 0 if _counts(name, value) else value for name, value in config.items()}
+    if isinstance(plain.get("text_config"), dict):
+        plain["text_config"] = _without_prediction(plain["text_config"])
+    return plain
+
+
+def _counts(name: str, value: object) -> bool:
+    """Whether a config entry is a number of layers of multi-token prediction."""
+    return type(value) is int and value > 0 and _PREDICTION.search(name) is not None
+
+
+def _without(config: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    kept = {name: value for name, value in config.items() if name not in names}
+    if isinstance(kept.get("text_config"), dict):
+        kept["text_config"] = _without(kept["text_config"], names)
+    return kept
+
+
+def kinds_of(names: list[str]) -> Iterator[str]:
+    """Tensor names by what they begin with, such as `model.layers.61` or `mtp`, each with its count."""
+    counts: dict[str, int] = {}
+    for name in names:
+        pieces = name.split(".")
+        depth = 3 if pieces[2:3] and pieces[2].isdigit() else 2 if pieces[0] == "model" else 1
+        kind = ".".join(pieces[:depth])
+        counts[kind] = counts.get(kind, 0) + 1
+    for kind, count in counts.items():
+        yield f"{kind}.* ({count})"
