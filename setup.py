@@ -5,11 +5,13 @@ import sys
 import tomllib
 from pathlib import Path
 
-from setuptools import Distribution, Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+STARTUP = "mixture_compressor.pth"
 
 
 class LibraryBuild(build_ext):
@@ -29,12 +31,38 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-class BesidePackages(Distribution().get_command_class("install_data")):
-    """Puts data files where packages go, also in an editable installation: Python reads .pth files nowhere else."""
+class BuildStartup(Command):
+    """Puts the line that Python runs when it starts beside the packages, where alone it is read."""
+
+    user_options = ()
+    editable_mode = False  # set by setuptools for `pip install -e`
+
+    def initialize_options(self):
+        self.build_lib = None
 
     def finalize_options(self):
-        self.set_undefined_options("install", ("install_lib", "install_dir"))
-        super().finalize_options()
+        self.set_undefined_options("build", ("build_lib", "build_lib"))
+
+    def run(self):
+        # the packages of an editable installation stay where they are: what else it has goes into its wheel directly
+        folder = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
+        self.mkpath(folder)
+        self.copy_file(STARTUP, folder)
+
+    def get_source_files(self):
+        return [STARTUP]
+
+    def get_outputs(self):
+        return [str(Path(self.build_lib, STARTUP))]
+
+    def get_output_mapping(self):
+        return dict(zip(self.get_outputs(), self.get_source_files(), strict=True))
+
+
+class WholeBuild(build):
+    """Python files, the library, and the line."""
+
+    sub_commands = (*build.sub_commands, ("build_startup", None))
 
 
 def description():
@@ -56,7 +84,6 @@ def description():
 setup(
     long_description=description(),
     long_description_content_type="text/markdown",
-    data_files=[("", ["mixture_compressor.pth"])],
     ext_modules=[
         Extension(
             "mc_cli.native._library",
@@ -81,5 +108,10 @@ setup(
             optional=True,  # without a C compiler torch does their work, slower, and the stages say so
         )
     ],
-    cmdclass={"build_ext": LibraryBuild, "bdist_wheel": PlatformWheel, "install_data": BesidePackages},
+    cmdclass={
+        "build": WholeBuild,
+        "build_ext": LibraryBuild,
+        "build_startup": BuildStartup,
+        "bdist_wheel": PlatformWheel,
+    },
 )
