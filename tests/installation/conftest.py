@@ -63,8 +63,11 @@ def installed(
 
 def install(environment: Environment, kind: str, sources: Path, request: pytest.FixtureRequest) -> None:
     """The package into an environment, as a wheel or editable; without its dependencies, which are seen there."""
-    what = [str(request.getfixturevalue("distributions")["wheel"])] if kind == "wheel" else ["-e", str(sources)]
-    environment.pip("install", "--quiet", "--ignore-installed", "--no-deps", "--no-build-isolation", *what)
+    options = ["install", "--quiet", "--ignore-installed", "--no-deps", "--no-build-isolation"]
+    if kind == "wheel":
+        environment.pip(*options, str(request.getfixturevalue("distributions")["wheel"]))
+    else:  # no compiler: the library of the checkout that is being tested was copied with it
+        environment.pip(*options, "-e", str(sources), CC="false")
 
 
 @pytest.fixture(scope="session")

@@ -56,10 +56,10 @@ class Environment:
         own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(self.folder / "hub")}
         return {**kept, **own, **more}
 
-    def pip(self, *arguments: str) -> None:
+    def pip(self, *arguments: str, **variables: str) -> None:
         """pip of the running environment, at work in this one; offline, and with the build tools that are there."""
         command = [sys.executable, "-m", "pip", "--python", self.python, *arguments]
-        variables = self.variables(PIP_NO_INDEX="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
+        variables = self.variables(PIP_NO_INDEX="1", PIP_DISABLE_PIP_VERSION_CHECK="1", **variables)
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables, cwd=self.folder)
         assert done.returncode == 0, done.stderr[-3000:]
 

@@ -84,7 +84,7 @@ def test_without_the_plugin_loading_stops_and_trusted_code_brings_it(place: Path
             try:
                 loader.from_pretrained(out)
             except ValueError as error:
-                assert "pip install mc-cli" in str(error) and "import mc_cli" in str(error), error
+                assert "pip install mixture-compressor" in str(error) and "import mc_cli" in str(error), error
                 assert "trust_remote_code=True" in str(error), error
                 print("stopped")
         assert "mc_cli" not in sys.modules
