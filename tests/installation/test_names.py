@@ -58,9 +58,6 @@ def test_nothing_sends_people_to_somebody_elses_package(exported: Path) -> None:
     pages += [path for folder in ("mc_cli", "docs", "recipes") for path in sorted((ROOT / folder).rglob("*.*"))]
     pages += sorted((exported / "out").iterdir())
     read = [path for path in pages if path.suffix in (".py", ".md", ".toml", ".json", ".yaml", "") and path.is_file()]
-    assert {"README.md", "modeling_mc_cli.py", "config.json"} <= {
-        path.name for path in read if exported in path.parents
-    }
     assert [found for path in read for found in _strangers(path)] == []
     for name in ("README.md", "modeling_mc_cli.py", "config.json"):
         assert f"pip install {DISTRIBUTION}" in (exported / "out" / name).read_text(encoding="utf-8"), name
