@@ -76,7 +76,7 @@ from importlib import metadata
 import mc_cli
 found = metadata.distribution(mc_cli.DISTRIBUTION)
 print(found.version == mc_cli.__version__, [entry.name for entry in found.entry_points])
-print([need for need in found.requires if "[" in need and "dev" in need])
+print([need for need in found.requires if need.startswith(mc_cli.DISTRIBUTION)])
 """
     for kind in ("wheel", "editable"):
         version, needs = installed(kind).run("-c", script).splitlines()
