@@ -12,7 +12,7 @@ endif
 # Torch's large arrays in huge pages, where the system has them. As mc-cli itself does.
 export THP_MEM_ALLOC_ENABLE ?= 1
 
-.PHONY: help install install-dev demo test check smoke docs
+.PHONY: help install install-dev demo test check smoke docs dist
 
 help:
 	@echo "make demo     compress the bundled model end to end, print the table, generate a few words"
@@ -20,6 +20,7 @@ help:
 	@echo "make check    ruff and mypy"
 	@echo "make smoke    every command in turn on the bundled model, with little text"
 	@echo "make docs     write docs/cli.md from the commands"
+	@echo "make dist     source distribution and wheel in dist/, and what the wheel must hold looked for in it"
 	@echo "make bench-memory, make bench-quality   peak memory by depth; quality at equal stored bytes"
 	@echo "make bench-effort, make bench-search    time of score, allocate and quantize beside uniform GPTQ; of the search"
 	@echo "make bench-pruning PACKED=runs/x        quality and time by share of expert calls skipped"
@@ -33,8 +34,10 @@ install-dev: $(VENV)/.installed-dev
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+# The package's name was mc-cli once: what is left of that would own the command a second time.
 # torch first, on its own: another build of the same version (CPU, CUDA) can be put there beforehand, and is kept.
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard mc_cli/native/*.[ch]) | $(BIN)/python
+$(VENV)/.installed: pyproject.toml setup.py mixture_compressor.pth $(wildcard mc_cli/native/*.[ch]) | $(BIN)/python
+	@$(BIN)/python -m pip uninstall --quiet --yes mc-cli 2>/dev/null
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -e .
 	@touch $@
@@ -70,6 +73,17 @@ smoke: install
 
 docs: install-dev
 	$(BIN)/python recipes/generate_cli_docs.py
+
+# The wheel is made from the source distribution, so that nothing lying about in the checkout gets into it. Each of the
+# two greps stops the target: without a C compiler the library is left out, which only an installation may accept.
+dist: install
+	rm -rf dist/mixture_compressor-*
+	$(BIN)/python setup.py --quiet sdist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist dist/mixture_compressor-*.tar.gz
+	$(BIN)/python -m zipfile --list dist/mixture_compressor-*.whl > dist/.files
+	grep --quiet '^mc_cli/native/_library\.' dist/.files || { echo "the wheel has no compiled library"; rm dist/*.whl; exit 1; }
+	grep --quiet '^mixture_compressor.pth' dist/.files || { echo "the wheel has no startup line"; rm dist/*.whl; exit 1; }
+	@rm dist/.files
 
 # Ratios against a baseline in the same run; see docs/results.md for figures and the options used there.
 .PHONY: bench-memory bench-quality bench-effort bench-search bench-pruning bench-kernels bench-decode

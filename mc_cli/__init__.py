@@ -8,6 +8,7 @@ from typing import Any as _Any
 from mc_cli._autoload import install as _install
 
 __version__ = "0.1.0"
+DISTRIBUTION = "mixture-compressor"  # what pip installs; a distribution called mc-cli is somebody else's
 
 _install()
 

@@ -2,6 +2,10 @@
 
 Importing torch and transformers takes seconds, so `import mc_cli` does neither: it leaves a finder in `sys.meta_path`
 that waits for transformers' table of quantizers to be imported, adds ours to it, and is gone.
+
+Transformers has no entry points for plug-ins, so an installation puts a line into site-packages
+(`mixture_compressor.pth`, which Python runs when it starts): a finder that waits for the same module, imports this one
+only then, and hands over to `find_spec`. A process that never comes to transformers imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -24,21 +28,31 @@ class _AfterImport:
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != TABLE:
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(name, path, target)
+        for finder in list(sys.meta_path):  # a copy: the finder of the startup line takes itself out
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec = find(name, path, target) if find is not None else None
             if spec is not None and spec.loader is not None:
-                _register_after(spec.loader, self)
+                _register_after(spec.loader)
                 return spec
         return None
 
 
-def _register_after(loader: Any, finder: _AfterImport) -> None:
+_FINDER = _AfterImport()
+
+
+def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    """The spec of transformers' table, whose loader registers after it; what the startup line's finder answers."""
+    return _FINDER.find_spec(name, path, target)
+
+
+def _register_after(loader: Any) -> None:
     execute = loader.exec_module
 
     def execute_then_register(module: ModuleType) -> None:
+        loader.exec_module = execute
         execute(module)
-        if finder in sys.meta_path:
-            sys.meta_path.remove(finder)
+        if _FINDER in sys.meta_path:
+            sys.meta_path.remove(_FINDER)
         _register()
 
     loader.exec_module = execute_then_register
@@ -50,7 +64,8 @@ def _register() -> None:
         importlib.import_module(PLUGIN)  # registers itself; not by a name of it, it may be half imported right now
     except Exception as error:
         warnings.warn(
-            f"mc_cli could not register with this version of transformers, so packed models will not load: {error!r}",
+            "mixture-compressor could not register with this version of transformers, so packed models will not load: "
+            f"{error!r}",
             stacklevel=2,
         )
 
@@ -60,5 +75,5 @@ def install() -> None:
     table = sys.modules.get(TABLE)
     if table is not None and hasattr(table, "register_quantizer"):
         _register()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    elif _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)

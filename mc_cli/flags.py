@@ -324,7 +324,7 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         ),
         Flag(
             "tasks",
-            "lm-eval tasks, separated by commas (needs the extra: pip install 'mc-cli[eval]').",
+            "lm-eval tasks, separated by commas (needs the extra: pip install 'mixture-compressor[eval]').",
             _EVALUATION,
             metavar="LIST",
             parse=parse_names,

@@ -19,7 +19,8 @@ from mc_cli.cli import app
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GROUP: Any = typer.main.get_command(app)
-OF_OTHERS = {"--check", "--help", "--version"}  # flags of other programs that our texts name, and the program's own
+# Flags of other programs that our texts name, and the program's own.
+OF_OTHERS = {"--check", "--help", "--target", "--version"}
 _FENCE = re.compile(r"^```(?:sh|bash|console)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z](?![\w-])")

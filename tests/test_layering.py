@@ -29,7 +29,8 @@ LAYERS = (
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-ENTRY_POINTS = {"__init__", "_autoload"}  # what `import mc_cli` runs: registers the plug-in, importing it only on use
+# What `import mc_cli` runs, which registers the plug-in and imports it only on use, and what `python -m mc_cli` runs.
+ENTRY_POINTS = {"__init__", "_autoload", "__main__"}
 NO_TORCH = {name for name, rank in RANK.items() if rank < RANK["numerics"] or rank > RANK["stages"]}
 NO_TORCH |= {"artifacts", "allocators", "encodings"}
 HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "accelerate", "lm_eval"}

@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mc_cli import DISTRIBUTION
 from mc_cli.artifacts.files import read_json
 from mc_cli.artifacts.pruning import Pruning
 from mc_cli.encodings import Encoding, encoding_from_key
 from mc_cli.errors import ArtifactError
 
 FORMAT_VERSION = 3
-QUANT_METHOD = "mc_cli"
+QUANT_METHOD = DISTRIBUTION  # what transformers names where the plug-in is missing, so what has to be installed
+QUANT_METHODS = (QUANT_METHOD, "mc_cli")  # written by earlier versions, and read as the first
 PRUNED = -1
 KEPT = "kept"  # an expert projection stored as in the checkpoint, [experts kept so, out_features, in_features]
 
@@ -128,7 +130,7 @@ class PackedLayout:
         if version != FORMAT_VERSION:
             raise ArtifactError(
                 f"The packed format has version {version!r}; this version of mc-cli reads {FORMAT_VERSION}. "
-                "Install a matching mc-cli, or pack the model again (quantize --force, then export)."
+                f"Install a matching {DISTRIBUTION}, or pack the model again (quantize --force, then export)."
             )
         try:
             keys: dict[int, str | None] = dict(enumerate(content["encodings"]))

@@ -24,6 +24,6 @@ def bundled_path(name: str) -> Path:
     if not path.exists():
         raise InputError(
             f"the bundled {name!r} is missing from this installation: no {path}\n"
-            "Install mc-cli again, or rebuild the data with recipes/train_demo_model.py."
+            "Install mixture-compressor again, or rebuild the data with recipes/train_demo_model.py."
         )
     return path

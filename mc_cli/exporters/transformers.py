@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from mc_cli import DISTRIBUTION
 from mc_cli.artifacts.files import read_json, read_tensors, write_json, write_text
 from mc_cli.artifacts.packed import read_layout
 from mc_cli.artifacts.pruning import Pruning
@@ -19,23 +20,33 @@ from mc_cli.exporters.shards import ShardWriter
 
 NAME = "transformers"
 CARRIES_POLICY = True
-DESCRIPTION = "packed weights for AutoModelForCausalLM.from_pretrained, with mc-cli installed"
+DESCRIPTION = f"packed weights for AutoModelForCausalLM.from_pretrained, with {DISTRIBUTION} installed"
 
+# Where config.json would name the file of the weights: without the plug-in, which clears it, every loader stops there
+# instead of filling experts that it does not find with random numbers.
 NOTICE = (
-    "packed by mc_cli: pip install mc-cli, then `import mc_cli` before from_pretrained, or pass trust_remote_code=True"
+    f"these weights are packed: pip install {DISTRIBUTION}. Where it is installed and this is still shown, "
+    "`import mc_cli` before from_pretrained, or pass trust_remote_code=True"
 )
 LOADER = "modeling_mc_cli"
-LOADER_SOURCE = '''\
-"""Loads this directory through mc_cli (pip install mc-cli). Written by `mc-cli export`."""
+# The import stands in a `try`: transformers tells people to pip install what stands outside by the name of its import,
+# and a distribution of that name, with another purpose, is somebody else's.
+LOADER_SOURCE = f'''\
+"""Loads this directory through mc_cli (pip install {DISTRIBUTION}). Written by `mc-cli export`."""
 
-import mc_cli  # adds the packed format to transformers
+try:
+    from mc_cli import __version__ as mc_cli_version
+    from mc_cli import set_pruning_rate  # noqa: F401  somebody else's mc_cli has none
+except ImportError as error:
+    raise ImportError("This model is packed, and read by mc_cli. Run `pip install {DISTRIBUTION}`.") from error
+
 from transformers import AutoModelForCausalLM
 
 
 class PackedModelForCausalLM:
     """Hands over to the native class of the model, which reads the packed format once mc_cli is imported."""
 
-    mc_cli_version = mc_cli.__version__
+    mc_cli_version = mc_cli_version
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModelForCausalLM"):
@@ -44,23 +55,28 @@ class PackedModelForCausalLM:
     @classmethod
     def from_pretrained(cls, name, *args, **kwargs):
         """The packed model, an instance of its native class."""
-        return AutoModelForCausalLM.from_pretrained(name, *args, **{**kwargs, "trust_remote_code": False})
+        return AutoModelForCausalLM.from_pretrained(name, *args, **{{**kwargs, "trust_remote_code": False}})
 '''
 _OPENING = (
-    "A Mixture-of-Experts language model whose weights are packed at mixed bit widths by mc-cli: each routed expert at "
-    "the width that its importance earned it."
+    "A Mixture-of-Experts language model whose weights are packed at mixed bit widths by mc-cli (the distribution "
+    f"`{DISTRIBUTION}`): each routed expert at the width that its importance earned it."
 )
-_LOADING = """\
+_LOADING = f"""\
+```sh
+pip install {DISTRIBUTION}
+```
 ```python
-import mc_cli  # pip install mc-cli
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
-`AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)` does the import by itself. Without either,
-loading stops with an error that says so: it never falls back to random weights. Layers stay packed in memory."""
+Nothing is imported by hand, so that `pipeline("text-generation", "PATH")`, `transformers serve PATH` and
+`lm_eval --model hf --model_args pretrained=PATH` load it too. Under `python -S`, and where the package lies in a folder
+on PYTHONPATH (`pip install --target`), put `import mc_cli` first, or pass `trust_remote_code=True`. Without
+{DISTRIBUTION} loading stops with an error that names it: it never falls back to random weights. Layers stay packed in
+memory."""
 
 _LOADING_OWN_CODE = """\
 ```python
@@ -79,6 +95,8 @@ Tokens skip experts that they hardly need: the policy `{policy}` drops about {ra
 expert is not computed. It was fitted for {rates}, and rates between them.
 
 ```python
+import mc_cli
+
 model = AutoModelForCausalLM.from_pretrained("PATH", mc_pruning_rate=0)  # off; or another rate, such as 0.15
 mc_cli.set_pruning_rate(model, None)  # while loaded: None is the exported rate, 0 is off
 ```"""

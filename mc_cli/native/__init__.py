@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.machinery
 import sys
 from pathlib import Path
 from typing import Any
 
 from mc_cli.errors import McError
 
-_NAME = "_library"
+_FILE = "_library.dll" if sys.platform == "win32" else "_library.so"  # of no Python in particular, see setup.py
 _VERSION = 12  # as in version.c
 _TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
@@ -29,14 +28,12 @@ def library() -> ctypes.CDLL | None:
     Raises McError where it was compiled from other sources, as in a checkout that was updated after its installation:
     the routines' arguments may have changed.
     """
-    folder = Path(__file__).parent
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = folder / f"{_NAME}{suffix}"
-        if path.is_file():
-            compiled = _checked(ctypes.CDLL(str(path)), path)
-            compiled.mc_use_team(team_start())
-            return compiled
-    return None
+    path = Path(__file__).parent / _FILE
+    if not path.is_file():
+        return None
+    compiled = _checked(ctypes.CDLL(str(path)), path)
+    compiled.mc_use_team(team_start())
+    return compiled
 
 
 def _checked(compiled: ctypes.CDLL, path: Path) -> ctypes.CDLL:

@@ -39,7 +39,7 @@ def find_tasks(settings: EvaluateSettings) -> Tasks | None:
         import lm_eval  # noqa: F401
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise MissingDependencyError("--tasks needs lm-eval: run `pip install 'mc-cli[eval]'`.") from error
+        raise MissingDependencyError("--tasks needs lm-eval: run `pip install 'mixture-compressor[eval]'`.") from error
     include: str | None = None
     managers = [lambda: TaskManager(include_path=include)]
     if settings.include_path is not None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mc_cli.artifacts.files import read_json, write_json
+from mc_cli.artifacts.files import copy_file, read_json, write_json
 from mc_cli.artifacts.places import require_inside
 from mc_cli.errors import InputError, listed
 

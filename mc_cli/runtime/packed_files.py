@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mc_cli.artifacts.files import read_json
-from mc_cli.artifacts.packed import CONFIG_FOLDER, LAYOUT, QUANT_METHOD, PackedLayout, read_layout
+from mc_cli.artifacts.packed import CONFIG_FOLDER, LAYOUT, QUANT_METHODS, PackedLayout, read_layout
 from mc_cli.errors import ArtifactError, InputError, listed
 
 INDEX = "model.safetensors.index.json"
@@ -84,7 +84,7 @@ def open_packed(folder: Path) -> PackedFiles:
             f"{folder} holds no packed model: it has neither {LAYOUT} nor config.json. Run quantize first."
         )
     quantization = read_json(folder / "config.json", foreign=True).get("quantization_config") or {}
-    if quantization.get("quant_method") != QUANT_METHOD:
+    if quantization.get("quant_method") not in QUANT_METHODS:
         raise InputError(
             f"{folder} holds a model, but not one packed by mc-cli. Give a packed folder or an exported directory."
         )

@@ -21,7 +21,7 @@ def draw_front(path: Path, points: Sequence[Mapping[str, Any]], *, title: str) -
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError(
-            "drawing the front needs matplotlib: run `pip install 'mc-cli[figures]'`."
+            "drawing the front needs matplotlib: run `pip install 'mixture-compressor[figures]'`."
         ) from error
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""The transformers plug-in: `quant_method: mc_cli` in a config.json is loaded by `from_pretrained` natively.
+"""The transformers plug-in: `from_pretrained` natively loads a config.json with `quant_method: mixture-compressor`.
 
 Imported while transformers itself is half imported, so that only its quantizer base classes are used at the top.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mc_cli.artifacts.packed import QUANT_METHOD, PackedLayout
+from mc_cli.artifacts.packed import QUANT_METHOD, QUANT_METHODS, PackedLayout
 from mc_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class PackedConfig(QuantizationConfigMixin):
     """The packed layout as transformers' quantization config: plain JSON values, written back as they were read."""
 
     def __init__(self, quant_method: str = QUANT_METHOD, **layout: Any) -> None:
-        self.quant_method = quant_method  # type: ignore[assignment]
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # that of earlier exports too
         self.layout = PackedLayout.from_json(layout)
 
     @classmethod
@@ -124,9 +124,10 @@ def register() -> None:
     """Adds the quantization method to transformers' tables; again is harmless."""
     from transformers.quantizers import auto
 
-    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantization_config(QUANT_METHOD)(PackedConfig)
-        auto.register_quantizer(QUANT_METHOD)(PackedQuantizer)
+    for method in QUANT_METHODS:
+        if method not in auto.AUTO_QUANTIZER_MAPPING:
+            auto.register_quantization_config(method)(PackedConfig)
+            auto.register_quantizer(method)(PackedQuantizer)
 
 
 register()  # here and not by the importer: importing transformers above may be what brings the importer here

@@ -145,7 +145,7 @@ def test_a_sweep_measures_the_baselines_too(quantized: Any, tmp_path: Path) -> N
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        assert any("mc-cli[figures]" in warning for warning in result.warnings)
+        assert any("mixture-compressor[figures]" in warning for warning in result.warnings)
     else:
         assert (work_dir / "evaluation" / "front.png").read_bytes().startswith(b"\x89PNG")
 

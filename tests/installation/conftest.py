@@ -1,0 +1,82 @@
+"""Built once per session: the distributions, an environment with each kind of installation, and an exported model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mc_cli.progress import SilentProgress
+from mc_cli.runtime.packed_model import load_packed
+from mc_cli.settings import ExportSettings, RunSettings
+from mc_cli.stages import export
+from tests.conftest import TinyModel
+from tests.installation.environments import Environment, copy_of_sources, new_environment
+from tests.packed_folders import packed_work_dir
+
+TOKENS = torch.randint(3, 300, (2, 10), generator=torch.Generator().manual_seed(1))
+Installed = Callable[[str], Environment]
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_of_sources(tmp_path_factory.mktemp("sources") / "checkout")
+
+
+@pytest.fixture(scope="session")
+def distributions(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`sdist`, made from the checkout, and `wheel`, made from that: what `make dist` does."""
+    dist = tmp_path_factory.mktemp("dist")
+    _run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(dist)], sources)
+    (sdist,) = dist.glob("*.tar.gz")
+    options = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", str(dist)]
+    _run([sys.executable, "-m", "pip", "wheel", *options, str(sdist)], dist)
+    (wheel,) = dist.glob("*.whl")
+    return {"sdist": sdist, "wheel": wheel}
+
+
+def _run(command: list[str], folder: Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="session")
+def installed(
+    sources: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[[str], Environment]:
+    """`installed("wheel")` or `installed("editable")`: an environment that has it, made once. Not to be changed."""
+    made: dict[str, Environment] = {}
+
+    def environment_of(kind: str) -> Environment:
+        if kind not in made:
+            environment = new_environment(tmp_path_factory.mktemp("environment") / kind)
+            install(environment, kind, sources, request)
+            made[kind] = environment
+        return made[kind]
+
+    return environment_of
+
+
+def install(environment: Environment, kind: str, sources: Path, request: pytest.FixtureRequest) -> None:
+    """The package into an environment, as a wheel or editable; without its dependencies, which are seen there."""
+    options = ["install", "--quiet", "--ignore-installed", "--no-deps", "--no-build-isolation"]
+    if kind == "wheel":
+        environment.pip(*options, str(request.getfixturevalue("distributions")["wheel"]))
+    else:  # no compiler: the library of the checkout that is being tested was copied with it
+        environment.pip(*options, "-e", str(sources), CC="false")
+
+
+@pytest.fixture(scope="session")
+def exported(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `out`, a packed Mixtral exported for transformers, and `logits.pt`, its logits of TOKENS."""
+    folder = tmp_path_factory.mktemp("exported")
+    packed_work_dir(tiny_model("mixtral"), folder / "work")
+    settings = ExportSettings(out=str(folder / "out"))
+    export.run(settings, RunSettings(), folder / "work", force=False, progress=SilentProgress())
+    with torch.no_grad():
+        torch.save(load_packed(folder / "work" / "packed")(TOKENS).logits, folder / "logits.pt")
+    return folder
