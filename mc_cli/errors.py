@@ -48,6 +48,10 @@ class StaleArtifactError(ArtifactError):
     """An artifact was made with other settings or inputs than the ones asked for now."""
 
 
+class PackedWeightError(McError):
+    """A packed weight was asked for something that only a dense one can do; the message says how it becomes dense."""
+
+
 class MissingDependencyError(McError):
     """An optional package is needed; the message names it and the extra that installs it."""
 
