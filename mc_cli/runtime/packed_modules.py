@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -135,7 +136,7 @@ class _PackedWeightModule(_Stored):
 
     @property
     def weight(self) -> torch.Tensor:
-        return DecodedWeight.of(_decoded(self), functools.partial(_keep_dense, self))
+        return _shared_weight(self)
 
     @weight.setter
     def weight(self, value: torch.Tensor) -> None:
@@ -258,6 +259,21 @@ def _check_part(name: str, part: torch.Tensor, given: torch.Tensor) -> None:
         )
 
 
+_alive: weakref.WeakKeyDictionary[nn.Module, tuple[Any, weakref.ref[DecodedWeight]]] = weakref.WeakKeyDictionary()
+
+
+def _shared_weight(module: Any) -> DecodedWeight:
+    """The decoded weight; while somebody holds one, the same again: a head and its embedding share memory."""
+    parts = _stored_parts(module).values()
+    state = module._mc_weight, [(part.data_ptr(), part.is_inference() or part._version) for part in parts]
+    state_before, reference = _alive.get(module, (None, None))
+    found = reference() if reference is not None and state_before == state else None
+    if found is None:
+        found = DecodedWeight.of(_decoded(module), functools.partial(_keep_dense, module))
+        _alive[module] = state, weakref.ref(found)
+    return found
+
+
 def _decoded(module: Any) -> torch.Tensor:
     """The weight [out_features, in_features] that a packed module stands for, in its dtype."""
     packed, parts = module._mc_weight, _stored_parts(module)
@@ -345,9 +361,14 @@ def unpack_all(model: Any) -> None:
     for module in list(model.modules()):
         if isinstance(module, _PackedExperts | _PackedWeightModule):
             unpack(module)
-    for each in model.modules():
-        if isinstance(each, _PackedEmbeddingInside):
-            each.__class__ = _base_of(type(each))
+    followers: list[Any] = [module for module in model.modules() if isinstance(module, _PackedEmbeddingInside)]
+    for each in followers:
+        each.__class__ = _base_of(type(each))
+        each.__dict__.pop("_tied_weights_keys", None)  # which had the packed tie taken out
+        ties = each.get_expanded_tied_weights_keys(all_submodels=True)
+        each.all_tied_weights_keys = {
+            name: twin for name, twin in ties.items() if each.get_parameter(name) is each.get_parameter(twin)
+        }
 
 
 def _keep_dense(module: Any, weight: torch.Tensor) -> nn.Parameter:

@@ -98,6 +98,8 @@ class PackedQuantizer(HfQuantizer):
             )
         unpack_all(model)
         model.config._is_quantized = False
+        for owner, name in ((model.config, "auto_map"), (model, "_weight_conversions")):  # of the packed files
+            vars(owner).pop(name, None)
         return model if dtype is None else model.to(dtype)
 
     def is_serializable(self, **kwargs: Any) -> bool:
