@@ -5,6 +5,7 @@ A packed module's class becomes a subclass made for it, so `isinstance` and the 
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 import weakref
@@ -199,6 +200,22 @@ class _TiedHead:
                 "neither (docs/training.md)."
             )
         return super().requires_grad_(requires_grad)  # type: ignore[misc]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Of a whole model, as ever; of a head alone, which a wrapper wants to train, a dense one of its own."""
+        if id(self._mc_embedding[0]) in memo:
+            return copy._reconstruct(self, memo, *self.__reduce_ex__(4))  # type: ignore[attr-defined]
+        weight = nn.Parameter(self.weight.clone(), requires_grad=False)
+        state = {name: value for name, value in self.__dict__.items() if name != "_mc_embedding"}
+        dense = _base_of(type(self)).__new__(_base_of(type(self)))
+        dense.__dict__.update(copy.deepcopy(state, memo))
+        dense.register_parameter("weight", weight)
+        warnings.warn(
+            f"A copy of a head that shares a packed embedding's weight {list(weight.shape)} is dense: "
+            f"{weight.nbytes:,} bytes more.",
+            stacklevel=2,
+        )
+        return dense
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         embedding = self._mc_embedding[0]
