@@ -113,6 +113,14 @@ class _PackedExperts(_Stored):
             )
         return super().__getattr__(name)  # type: ignore[misc]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if experts.PRUNER in self.__dict__:
+            raise PackedWeightError(
+                "A model whose tokens skip experts cannot be copied: its policy watches the modules of this one. Take "
+                "it off with mc_cli.set_pruning_rate(model, 0), copy the model, and set the rate of both."
+            )
+        return copy._reconstruct(self, memo, *self.__reduce_ex__(4))  # type: ignore[attr-defined]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         asked = self.config._experts_implementation
         if asked != experts.IMPLEMENTATION:
