@@ -27,12 +27,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="packed model, as mc-cli exports it")
-    parser.add_argument("--train", type=Path, required=True, help="text to train on")
-    parser.add_argument("--heldout", type=Path, required=True, help="text to measure on")
+    parser.add_argument("--train", type=Path, nargs="+", required=True, help="text to train on")
+    parser.add_argument("--heldout", type=Path, nargs="+", required=True, help="text to measure on, of the same kind")
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapter")
     parser.add_argument("--targets", default="q_proj,k_proj,v_proj,o_proj", help="modules that get an adapter")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
     parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
@@ -55,19 +55,19 @@ def texts(path: Path) -> list[str]:
     return found
 
 
-def sequences(path: Path, tokenizer, count: int, length: int, seed: int) -> torch.Tensor:
+def sequences(paths: list[Path], tokenizer, count: int, length: int, seed: int) -> torch.Tensor:
     """[count or fewer, length] int64: shuffled texts, joined and cut."""
-    found = texts(path)
+    found = [text for path in paths for text in texts(path)]
     random.Random(seed).shuffle(found)
     stream: list[int] = []
     for text in found:
-        stream += tokenizer(text, add_special_tokens=False)["input_ids"]
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         stream += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         if len(stream) >= count * length:
             break
     rows = min(count, len(stream) // length)
     if rows == 0:
-        raise SystemExit(f"{path} holds {len(stream)} tokens, less than one sequence of {length}.")
+        raise SystemExit(f"{[str(path) for path in paths]}: {len(stream)} tokens, less than a sequence of {length}.")
     return torch.tensor(stream[: rows * length]).view(rows, length)
 
 

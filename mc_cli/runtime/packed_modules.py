@@ -55,8 +55,19 @@ class _Stored:
 
         result = super()._apply(cast, recurse)  # type: ignore[misc]
         for name in self._mc_stored:
-            self._parameters[name] = _as_stored(self._parameters[name])
+            self._parameters[name] = self._mc_own(self._parameters[name])
         return result
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        for name in self._mc_stored:  # of a copy
+            self._parameters[name] = self._mc_own(self._parameters[name])
+
+    def _mc_own(self, parameter: Any) -> StoredPart:
+        """A parameter as a stored part that tells this module of casts, for which its dense weight is meant."""
+        stored = _as_stored(parameter)
+        stored.on_cast = functools.partial(_decode_to, weakref.ref(self))
+        return stored
 
     def register_parameter(self, name: str, param: Any) -> None:
         if isinstance(param, DecodedWeight):
@@ -67,7 +78,7 @@ class _Stored:
         before = self._parameters.get(name) if name in self._mc_stored else None
         if before is not None:
             _check_part(f"{type(self).__name__}.{name}", before, param)
-            param = _as_stored(param)
+            param = self._mc_own(param)
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -268,6 +279,13 @@ def _parts_on(module: Any, device: torch.device) -> dict[str, torch.Tensor]:
         return _stored_parts(module)
 
 
+def _decode_to(reference: weakref.ref[Any], dtype: torch.dtype) -> None:
+    """Someone casts all parameters one by one, as before training: weights are decoded to that dtype from here on."""
+    module = reference()
+    if module is not None and hasattr(module, "_mc_weight"):
+        module._mc_weight = replace(module._mc_weight, dtype=dtype)
+
+
 def _as_stored(parameter: Any) -> StoredPart:
     if isinstance(parameter, StoredPart):
         return parameter
@@ -331,10 +349,12 @@ def pack_weight(module: Any, encoding: Encoding, *, dtype: torch.dtype) -> dict[
     del module._parameters["weight"]
     for part, spec in specs.items():
         empty = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=weight.device)
-        module.register_parameter(part, StoredPart(empty))
+        module._parameters[part] = StoredPart(empty)
     module.__class__ = _subclass(module.__class__, behaviour)
     module._mc_weight = PackedWeight(encoding, tuple(specs), in_features, dtype)
     module._mc_stored = frozenset(specs)
+    for part in specs:
+        module._parameters[part] = module._mc_own(module._parameters[part])
     module._is_hf_initialized = True  # else transformers re-initialises a weight that is no parameter any more
     return {part: part for part in specs}
 
@@ -473,7 +493,7 @@ def pack_experts(module: Any, layout: ExpertLayout, *, dtype: torch.dtype) -> di
     module.__class__ = _subclass(module.__class__, _PackedExperts)
     module._mc_stored = frozenset(stored)
     for name in stored:
-        module._parameters[name] = _as_stored(module._parameters[name])
+        module._parameters[name] = module._mc_own(module._parameters[name])
     return stored
 
 

@@ -6,6 +6,7 @@ harmless, or raises a PackedWeightError.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -27,6 +28,8 @@ class StoredPart(nn.Parameter):
     dtype are taken, as in `load_state_dict`.
     """
 
+    on_cast: Callable[[torch.dtype], None] | None = None  # told of casts to floating dtypes, which leave the part alone
+
     def __new__(cls, data: Tensor | None = None, requires_grad: bool = False) -> StoredPart:
         """A parameter without gradients, whatever is asked for: loaders ask for them by dtype."""
         return super().__new__(cls, torch.empty(0) if data is None else data, False)
@@ -45,6 +48,8 @@ class StoredPart(nn.Parameter):
                 f"A stored part of a packed weight, {_described(self)}, was to become {_described(value)}. Its bytes "
                 f"are read as they are and cannot be replaced by numbers of another kind. {TO_DENSE}"
             )
+        if self.on_cast is not None and self.is_floating_point() and value.is_floating_point():
+            self.on_cast(value.dtype)
 
     @property
     def requires_grad(self) -> bool:

@@ -180,8 +180,12 @@ def test_casts_leave_stored_parts_as_they_are(dtype: torch.dtype) -> None:
         assert isinstance(part, StoredPart) and part.dtype == stored[name].dtype and torch.equal(part, stored[name])
     assert module.weight.dtype == dtype and torch.equal(module.weight, before.to(dtype))
     for part in module.parameters():
-        part.data = part.data.to(torch.float64)  # exact, so that keeping the stored bytes changes nothing
-    assert torch.equal(module.weight, before.to(dtype))
+        part.data = part.data.to(torch.float64)  # as if it were a dense weight that is cast
+        assert torch.equal(part, stored[next(name for name, other in module.named_parameters() if other is part)])
+    assert module.weight.dtype == torch.float64 and torch.equal(module.weight, before.double())
+    copied = copy.deepcopy(module)
+    copied.scales.data = copied.scales.data.float()
+    assert copied.weight.dtype == torch.float32 and module.weight.dtype == torch.float64
 
 
 def test_moving_a_module_moves_its_parts() -> None:
