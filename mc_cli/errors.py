@@ -105,6 +105,10 @@ class BusyError(McError):
     """Another process works in the same directory; the message says which."""
 
 
+class PackedWeightError(McError):
+    """A packed weight was asked for something that only a dense one can do; the message says how it becomes dense."""
+
+
 class MissingDependencyError(McError):
     """An optional package is needed; the message names it and the extra that installs it."""
 

@@ -22,6 +22,7 @@ from mc_cli import kernels
 from mc_cli.artifacts.packed import ExpertLayout, encoding_of, stacked_name
 from mc_cli.encodings import Encoding
 from mc_cli.parts import Projection
+from mc_cli.runtime.packed_product import product
 
 IMPLEMENTATION = "mc_cli"
 _HIDDEN_BYTES = 2**28  # of what up projections give at a time: of long prompts, some tokens after others
@@ -134,6 +135,7 @@ def attach_packed(module: Experts, layout: ExpertLayout, *, kept_dtype: torch.dt
                 rows[expert] = PackedExpert(encoding, names, slot, in_features)
         table[projection] = rows
     module._mc_packed = table
+    module._mc_dtype = kept_dtype
     module._is_hf_initialized = True
 
 
@@ -164,6 +166,21 @@ def dense_weight(module: Experts, projection: str, expert: int) -> torch.Tensor:
     return parts["weight"] if place.encoding is None else place.encoding.dequantize(parts, place.in_features)
 
 
+def dense_projection(module: Experts, projection: str) -> torch.Tensor:
+    """The fused weight that a packed projection stands for, laid out and typed as the family has it; zeros for pruned.
+
+    [experts, out_features, in_features], or [experts, in_features, out_features] where the family transposes
+    """
+    places = module._mc_packed[projection]
+    number = next(expert for expert, place in enumerate(places) if place is not None)
+    first = dense_weight(module, projection, number)
+    fused = torch.zeros((len(places), *first.shape), dtype=module._mc_dtype, device=first.device)
+    for expert, place in enumerate(places):
+        if place is not None:
+            fused[expert] = dense_weight(module, projection, expert)
+    return fused.transpose(-1, -2).contiguous() if module.is_transposed else fused
+
+
 def project(module: Experts, projection: str, expert: int, inputs: torch.Tensor) -> torch.Tensor:
     """`inputs` [tokens, in_features] through one projection of one expert, bias included."""
     if is_packed(module):
@@ -172,7 +189,7 @@ def project(module: Experts, projection: str, expert: int, inputs: torch.Tensor)
         if place.encoding is None:
             outputs = nn.functional.linear(inputs, parts["weight"].to(inputs.dtype))
         else:
-            outputs = kernels.packed_linear(inputs, parts, place.encoding, in_features=place.in_features)
+            outputs = product(inputs, parts, place.encoding, in_features=place.in_features)
     else:
         outputs = nn.functional.linear(inputs, expert_weight(module, projection, expert))
     bias = expert_bias(module, projection, expert)
@@ -208,7 +225,8 @@ def experts_forward(
     pruner = getattr(module, PRUNER, None)
     if pruner is not None:
         top_k_index, top_k_weights = pruner(module, flat, top_k_index, top_k_weights)
-    banks = _banks_of(module) if _observer(module) is None and _runs_packed(module, flat) else None
+    with_banks = _observer(module) is None and _runs_packed(module, flat) and not _learns(module, flat, top_k_weights)
+    banks = _banks_of(module) if with_banks else None
     if banks is None:
         total = _one_by_one(module, flat, top_k_index, top_k_weights)
     else:
@@ -299,6 +317,14 @@ def _observer(module: Experts) -> Observer | None:
 
 
 _banks: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Banks | None]] = weakref.WeakKeyDictionary()
+
+
+def _learns(module: Experts, flat: torch.Tensor, top_k_weights: torch.Tensor) -> bool:
+    """Whether gradients are wanted of anything that goes in: of routing weights and biases alone, for example."""
+    if not torch.is_grad_enabled():
+        return False
+    wanted = flat.requires_grad or top_k_weights.requires_grad
+    return wanted or any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _runs_packed(module: Experts, flat: torch.Tensor) -> bool:

@@ -30,9 +30,9 @@ from mc_cli.runtime.own_experts import run_our_experts
 from mc_cli.runtime.packed_files import PackedFiles, open_packed
 from mc_cli.runtime.packed_modules import (
     ask_for_huge_weights,
+    follow_embedding,
     pack_experts,
     pack_weight,
-    state_dtype_of_embedding,
     tie_head,
 )
 from mc_cli.runtime.pruning import add_learned_tensors, apply_pruning
@@ -68,7 +68,7 @@ def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict
         packed |= {f"{path}.{name}": part for name, part in parts.items()}
     embedding = model.get_input_embeddings()
     if path_of(model, embedding) in layout.linears:
-        state_dtype_of_embedding(model)
+        follow_embedding(model)
         for path, twin in _tied_modules(model).items():
             if twin in layout.linears:
                 tie_head(model.get_submodule(path), embedding)
@@ -273,7 +273,7 @@ class PackedSource:
         if leaf in module._buffers:
             module._buffers[leaf] = tensor
         else:
-            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def read_packed_config(files: PackedFiles, *, trust_remote_code: bool = False) -> Any:

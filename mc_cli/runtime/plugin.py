@@ -5,6 +5,7 @@ Imported while transformers itself is half imported, so that only its quantizer 
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,10 @@ class PackedQuantizer(HfQuantizer):
     def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._packed: dict[str, str] = {}
+        self._model: weakref.ref[Any] | None = None  # once it is loaded
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}  # a copy belongs to another model
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Clears the notice that stops every loader without this plug-in; runs before weight files are looked up."""
@@ -64,11 +69,10 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from mc_cli.runtime.packed_modules import ask_for_huge_weights
 
-        for name in self._packed:
-            model.get_parameter(name).requires_grad_(False)  # else a forward without no_grad keeps dequantized weights
         ask_for_huge_weights(model)
         if self.quantization_config.layout.pruning is not None:
             set_pruning_rate(model, getattr(model.config, PRUNING_RATE, None))
+        self._model = weakref.ref(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
@@ -81,16 +85,42 @@ class PackedQuantizer(HfQuantizer):
             return None
         return super().get_new_dtype(converter, param, dtype)
 
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Makes the model dense in place. Raises InputError where a dense checkpoint could not say what it computes."""
+        from mc_cli.runtime.packed_modules import unpack_all
+
+        layout = self.quantization_config.layout
+        if layout.pruning is not None or any(block.dropped for block in layout.experts):
+            raise InputError(
+                "This model drops experts or lets tokens skip some of them, which dense weights alone do not say. Make "
+                "a dense checkpoint with `mc-cli export --format dense`, or unpack modules one by one with "
+                "`unpack(module)` of mc_cli.runtime.packed_modules: its rules then stay as long as it is in memory."
+            )
+        unpack_all(model)
+        model.config._is_quantized = False
+        for owner, name in ((model.config, "auto_map"), (model, "_weight_conversions")):  # of the packed files
+            vars(owner).pop(name, None)
+        return model if dtype is None else model.to(dtype)
+
     def is_serializable(self, **kwargs: Any) -> bool:
-        """Raises instead of answering: `save_pretrained` would drop the notice that guards against random experts."""
+        """False for adapters, which transformers saves alone; raises for what would have to save packed weights.
+
+        `save_pretrained` would drop the notice that guards against random experts.
+        """
+        model = self._model() if self._model is not None else None
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return False
         raise InputError(
             "A packed model is not saved by save_pretrained: the result would load without mc_cli, but with random "
-            "experts. Copy the exported directory instead, or make another one with `mc-cli export`."
+            "experts. Copy the exported directory instead, or make another one with `mc-cli export`. An adapter is "
+            "saved by the PEFT model around this one; weights that were merged or written to are saved after "
+            "`model.dequantize()`, as a dense model."
         )
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """True: adapters train through packed weights, which themselves stay as they are."""
+        return True
 
 
 def set_pruning_rate(model: Any, rate: float | None) -> None:
@@ -114,6 +144,7 @@ def set_pruning_rate(model: Any, rate: float | None) -> None:
 def mark_quantized(model: Any, layout: PackedLayout) -> None:
     """Makes transformers treat a packed model that it did not load itself like one it did: no casting, no saving."""
     quantizer = PackedQuantizer(PackedConfig(**layout.to_json()), pre_quantized=True)
+    quantizer._model = weakref.ref(model)
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     model.hf_quantizer = quantizer
