@@ -1,0 +1,134 @@
+"""What a trial says: which disturbance, what came of it, and whether that is acceptable."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from tests.faults.command import Outcome
+
+STOPPED = "Stopped."  # how the paragraph after Ctrl-C begins
+
+
+class Verdict(StrEnum):
+    """What came of a trial; ACCEPTABLE says which are as they should be."""
+
+    IDENTICAL = "identical result"
+    REFUSED = "refused, the file named"
+    REPORTED = "damage reported by status --verify"
+    HARMLESS = "other result, on the justified list"
+    UNNAMED = "refused, but no file named"
+    OTHER = "OTHER RESULT ACCEPTED"
+    TORN = "RECORDED AS WHOLE, BUT IS NOT"
+    LOST = "FINISHED WORK LOST"
+    STUCK = "CANNOT BE RESUMED"
+    LEFTOVERS = "leftovers beside an identical result"
+    DEFECT = "defect paragraph"
+    TRACEBACK = "traceback"
+    CRASH = "crash by a signal"
+    HANG = "hang"
+    MEMORY = "runs out of memory"
+    SILENT = "fails without a word"
+    HARNESS = "the trial itself failed"
+
+
+ACCEPTABLE = frozenset({Verdict.IDENTICAL, Verdict.REFUSED, Verdict.REPORTED, Verdict.HARMLESS})
+# Of several verdicts on one trial, the one that says most about it is the first of these.
+_WORST_FIRST = (
+    Verdict.HARNESS,
+    Verdict.CRASH,
+    Verdict.HANG,
+    Verdict.TORN,
+    Verdict.LOST,
+    Verdict.OTHER,
+    Verdict.TRACEBACK,
+    Verdict.DEFECT,
+    Verdict.MEMORY,
+    Verdict.STUCK,
+    Verdict.SILENT,
+    Verdict.UNNAMED,
+    Verdict.LEFTOVERS,
+    Verdict.HARMLESS,
+    Verdict.REPORTED,
+    Verdict.REFUSED,
+    Verdict.IDENTICAL,
+)
+_FAULTS_OF_FORM = (Verdict.CRASH, Verdict.HANG, Verdict.TRACEBACK, Verdict.DEFECT, Verdict.MEMORY, Verdict.SILENT)
+_ERROR = re.compile(r"^Error: |^Usage: ", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One trial: `stage` and `what` say what was done, `detail` what was seen where that is not acceptable."""
+
+    part: str
+    number: int
+    stage: str
+    what: str
+    verdict: Verdict
+    detail: str = ""
+    cpu_s: float = 0.0
+
+    @property
+    def acceptable(self) -> bool:
+        return self.verdict in ACCEPTABLE
+
+
+def random_of(part: str, seed: int, number: int) -> random.Random:
+    """The trial's own source of chance, so that it can be repeated alone."""
+    return random.Random(f"{part} {seed} {number}")
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The verdict that matters most."""
+    return min(verdicts, key=_WORST_FIRST.index)
+
+
+def form(outcome: Outcome) -> Verdict | None:
+    """What is wrong with how a command ended; None for success, or a refusal in one paragraph."""
+    if outcome.hung:
+        return Verdict.HANG
+    if outcome.status < 0:
+        return Verdict.CRASH
+    if "Traceback (most recent call last)" in outcome.err:
+        return Verdict.TRACEBACK
+    if "has a defect" in outcome.err:
+        return Verdict.DEFECT
+    if "There is not enough memory" in outcome.err:
+        return Verdict.MEMORY
+    if outcome.status and not _ERROR.search(outcome.err):
+        return Verdict.SILENT
+    return None
+
+
+def refusal(outcome: Outcome, names: Iterable[str]) -> Verdict:
+    """The verdict on a command that ended with an error: whether its paragraph names one of `names`."""
+    wrong = form(outcome)
+    if wrong is not None:
+        return wrong
+    return Verdict.REFUSED if any(name in outcome.err for name in names) else Verdict.UNNAMED
+
+
+def interruption(outcome: Outcome, number: int) -> Verdict | None:
+    """What is wrong with how a command ended that was sent the signal `number`; None if nothing is."""
+    if outcome.hung:
+        return Verdict.HANG
+    if outcome.status == 0 or outcome.status == -number:
+        return Verdict.TRACEBACK if "Traceback" in outcome.err else None
+    told = number != signal.SIGKILL and outcome.status == 128 + number and STOPPED in outcome.err
+    if told and "Traceback" not in outcome.err:
+        return None
+    return form(outcome) or Verdict.SILENT
+
+
+def last_error(outcome: Outcome, length: int = 400) -> str:
+    """The end of what a command said."""
+    start = max(outcome.err.rfind("Error: "), 0)
+    text = " ".join(outcome.err[start:].split())
+    if "Traceback" in outcome.err:
+        text = " ".join(outcome.err.split())[-length:]
+    return f"exit {outcome.status}: {text[:length]}"
