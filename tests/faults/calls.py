@@ -67,12 +67,12 @@ def trial(base: Base, *, seed: int, number: int, folder: Path) -> TrialResult:
     where = base.copy(before, folder / "trial")
     fault, file_limit, what = _drawn(base.rebuild_calls[stage] if forced else base.calls[stage], chance)
     arguments = (*COMMANDS[stage], *(["--force"] if forced else []))
-    disturbed = run(arguments, where, folder / "logs", fault=fault, file_limit=file_limit)
+    disturbed = run(arguments, where, fault=fault, file_limit=file_limit)
     verdicts = [form(disturbed), _lost(base, stage, before, where)]
     if disturbed.status == 0:
         verdicts.append(_whole(base, stage, where))
     notes = [last_error(disturbed)] if any(verdicts) else []
-    again = run(COMMANDS[stage], where, folder / "logs")
+    again = run(COMMANDS[stage], where)
     if again.status:
         verdicts.append(form(again) or Verdict.STUCK)
         notes.append(last_error(again))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +73,8 @@ class Base:
     calls           stage -> file calls that change something; rebuild_calls: with --force over a finished one
     cpu_s           stage -> processor seconds of a rebuild
     modules         what the stages import
-    generated       what `generate` says with the export
+    generated       what `generate` says with the packed export
+    logits          digests of what the exports compute
     """
 
     folder: Path
@@ -81,6 +84,7 @@ class Base:
     cpu_s: dict[str, float] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
     generated: str = ""
+    logits: dict[str, str] = field(default_factory=dict)
 
     @property
     def live(self) -> Path:
@@ -108,23 +112,48 @@ def build(folder: Path) -> Base:
     base = Base(folder.resolve())
     inputs = folder / "inputs"
     preload(_PRELOADED)
-    outcome = run(lambda: _write_inputs(inputs), folder, folder / "logs")
+    outcome = run(lambda: _write_inputs(inputs), folder)
     assert outcome.status == 0, outcome.err
     shutil.copytree(inputs, base.live)
     for stage in STAGES:
         _keep(base, stage)
         base.calls[stage] = _measured(base, stage).calls
     _keep(base, FINISHED)
-    outcome = run(GENERATE, base.live, folder / "logs")
+    outcome = run(GENERATE, base.live)
     assert outcome.status == 0, outcome.err
     base.generated = outcome.out
+    for name in ("o", "d"):
+        outcome = run(logits_of(name), base.live)
+        assert outcome.status == 0, outcome.err
+        base.logits[name] = outcome.out
     preload(base.modules)
     for stage in STAGES:
-        again = run((*COMMANDS[stage], "--force"), base.copy(moment_after(stage), folder / "again"), folder / "logs")
+        again = run((*COMMANDS[stage], "--force"), base.copy(moment_after(stage), folder / "again"))
         assert again.status == 0, again.err
         base.rebuild_calls[stage], base.cpu_s[stage] = again.calls, again.cpu_s
         shutil.rmtree(folder / "again")
     return base
+
+
+def logits_of(name: str) -> Callable[[], None]:
+    """Loads the export `name` as anybody's script does, and prints a digest of its logits; what it refuses, too."""
+
+    def call() -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        import mc_cli  # noqa: F401 - registers the format
+
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+            with torch.inference_mode():
+                logits = model(torch.arange(3, 40)[None]).logits
+        except Exception as error:  # judged by what `generate` says of it; here only another result counts
+            print(f"refused: {type(error).__name__}")
+            return
+        print(hashlib.sha256(logits.numpy().tobytes()).hexdigest())
+
+    return call
 
 
 def _measured(base: Base, stage: str) -> Outcome:
@@ -134,7 +163,7 @@ def _measured(base: Base, stage: str) -> Outcome:
         finally:
             (base.folder / "modules").write_text("\n".join(sorted(sys.modules)), encoding="utf-8")
 
-    done = run(call, base.live, base.folder / "logs", fault=shim.Fault(kinds=shim.CHANGING))
+    done = run(call, base.live, fault=shim.Fault(kinds=shim.CHANGING))
     assert done.status == 0, f"{stage} fails undisturbed: {done.err}"
     base.modules = sorted({*base.modules, *(base.folder / "modules").read_text(encoding="utf-8").split("\n")})
     preload(base.modules)

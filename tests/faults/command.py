@@ -45,18 +45,21 @@ class Running:
         self,
         call: Callable[[], None],
         folder: Path,
-        logs: Path,
         *,
         fault: shim.Fault | None = None,
         file_limit: int | None = None,
     ) -> None:
-        self._logs = logs
-        logs.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
         sys.stderr.flush()
+        # Not files, because a limit on their length would be one on what can be told.
+        pipes = [os.pipe() for _ in range(3)]
         self._pid = os.fork()
         if self._pid == 0:
-            _child(call, folder, logs, fault or shim.Fault(), file_limit)
+            _child(call, folder, [write for _, write in pipes], fault or shim.Fault(), file_limit)
+        for _, write in pipes:
+            os.close(write)
+        self._said = {read: b"" for read, _ in pipes}
+        self._open = set(self._said)
         self._descriptor = os.pidfd_open(self._pid)
         self._begun = time.monotonic()
 
@@ -67,11 +70,14 @@ class Running:
             os.kill(self._pid, signal.SIGKILL)
         _, status, usage = os.wait4(self._pid, 0)
         os.close(self._descriptor)
+        while self._open and select.select(list(self._open), [], [], 0)[0]:
+            self._listen(0)
+        for read in self._said:
+            os.close(read)
         code = os.waitstatus_to_exitcode(status)
-        out, err = ((self._logs / name).read_text(encoding="utf-8", errors="replace") for name in ("out", "err"))
-        calls = self._logs / "calls"
-        count = int(calls.read_text() or 0) if calls.exists() else 0
-        return Outcome(code, out, err, usage.ru_utime + usage.ru_stime, count, hung or code == -signal.SIGXCPU)
+        out, err, calls = (said.decode(errors="replace") for said in self._said.values())
+        cpu_s = usage.ru_utime + usage.ru_stime
+        return Outcome(code, out, err, cpu_s, int(calls or 0), hung or code == -signal.SIGXCPU)
 
     def signal_at(self, number: int, cpu_s: float) -> None:
         """Sends a signal once the command has computed for `cpu_s` seconds; none if it ends before."""
@@ -81,7 +87,22 @@ class Running:
         return None
 
     def _ended(self, within_s: float) -> bool:
-        return bool(select.select([self._descriptor], [], [], within_s)[0])
+        """Whether it has ended, or does so in this time; what it says meanwhile is read."""
+        until = time.monotonic() + within_s
+        while True:
+            if self._listen(max(0.0, until - time.monotonic())):
+                return True
+            if time.monotonic() >= until:
+                return False
+
+    def _listen(self, within_s: float) -> bool:
+        ready = select.select([self._descriptor, *self._open], [], [], within_s)[0]
+        for read in self._open & set(ready):
+            piece = os.read(read, 1 << 16)
+            self._said[read] += piece
+            if not piece:
+                self._open.discard(read)
+        return self._descriptor in ready
 
     def _computed_s(self) -> float:
         try:
@@ -105,34 +126,33 @@ def command_line(arguments: Sequence[str]) -> Callable[[], None]:
 def run(
     call: Callable[[], None] | Sequence[str],
     folder: Path,
-    logs: Path,
     *,
     fault: shim.Fault | None = None,
     file_limit: int | None = None,
 ) -> Outcome:
     """A command, from its start to its end."""
     ready = call if callable(call) else command_line(call)
-    return Running(ready, folder, logs, fault=fault, file_limit=file_limit).finish()
+    return Running(ready, folder, fault=fault, file_limit=file_limit).finish()
 
 
-def _child(call: Callable[[], None], folder: Path, logs: Path, fault: shim.Fault, file_limit: int | None) -> NoReturn:
+def _child(
+    call: Callable[[], None], folder: Path, pipes: Sequence[int], fault: shim.Fault, file_limit: int | None
+) -> NoReturn:
     code = 70
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # nothing of ours is to be interrupted
-        _prepare(folder, logs, file_limit)
+        _prepare(folder, pipes, file_limit)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         shim.arm(folder, fault)
         code = _exit_code(call)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        calls = shim.counted()
-        shim.arm(folder, shim.Fault())
-        (logs / "calls").write_text(str(calls))
+        os.write(pipes[2], str(shim.counted()).encode())
+        sys.stdout.flush()
+        sys.stderr.flush()
     except BaseException:
         traceback.print_exc()
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(code)
+        os._exit(code)  # whatever happens: above it is the program that started this
 
 
 def _exit_code(call: Callable[[], None]) -> int:
@@ -147,14 +167,11 @@ def _exit_code(call: Callable[[], None]) -> int:
     return 0
 
 
-def _prepare(folder: Path, logs: Path, file_limit: int | None) -> None:
+def _prepare(folder: Path, pipes: Sequence[int], file_limit: int | None) -> None:
     os.setsid()
     os.chdir(folder)
-    (logs / "calls").unlink(missing_ok=True)
-    for name, descriptor in (("out", 1), ("err", 2)):
-        opened = os.open(logs / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(opened, descriptor)
-        os.close(opened)
+    for descriptor in (1, 2):
+        os.dup2(pipes[descriptor - 1], descriptor)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)

@@ -45,14 +45,14 @@ def trial(base: Base, *, seed: int, number: int, folder: Path) -> TrialResult:
     notes: list[str] = []
     cpu_s = 0.0
     for kill in kills:
-        outcome = _disturbed((*COMMANDS[stage], *(["--force"] if forced else [])), kill, where, folder / "logs")
+        outcome = _disturbed((*COMMANDS[stage], *(["--force"] if forced else [])), kill, where)
         cpu_s += outcome.cpu_s
         wrong = interruption(outcome, kill.number)
         if wrong is not None:
             verdicts.append(wrong)
             notes.append(last_error(outcome))
     resumed = (*COMMANDS[stage], *(["--force"] if resume_forced else []))
-    cpu_s += _resume(resumed, where, folder / "logs", verdicts, notes)
+    cpu_s += _resume(resumed, where, verdicts, notes)
     verdict, note = end_state(base, stage, where)
     how = f"{kind}: {', '.join(map(str, kills))}{', then --force' if resume_forced else ''}"
     verdict = worst([verdict, *verdicts])
@@ -79,20 +79,20 @@ def _drawn(base: Base, stage: str, kind: str, chance: random.Random) -> list[_Ki
     ]
 
 
-def _disturbed(arguments: tuple[str, ...], kill: _Kill, where: Path, logs: Path) -> Outcome:
+def _disturbed(arguments: tuple[str, ...], kill: _Kill, where: Path) -> Outcome:
     if kill.call:
         fault = shim.Fault(number=kill.call, action=shim.SIGNAL, value=kill.number)
-        return run(arguments, where, logs, fault=fault)
-    running = Running(command_line(arguments), where, logs)
+        return run(arguments, where, fault=fault)
+    running = Running(command_line(arguments), where)
     running.signal_at(kill.number, kill.cpu_s)
     return running.finish()
 
 
-def _resume(arguments: tuple[str, ...], where: Path, logs: Path, verdicts: list[Verdict], notes: list[str]) -> float:
+def _resume(arguments: tuple[str, ...], where: Path, verdicts: list[Verdict], notes: list[str]) -> float:
     """Runs the command until it succeeds; what goes wrong is added to the lists. Processor seconds."""
     cpu_s = 0.0
     for _ in range(_RUNS):
-        outcome = run(arguments, where, logs)
+        outcome = run(arguments, where)
         cpu_s += outcome.cpu_s
         if outcome.status == 0:
             return cpu_s

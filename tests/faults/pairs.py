@@ -1,4 +1,4 @@
-"""Two commands at once in one work directory or onto one target: neither may leave something torn that says it is whole."""
+"""Two commands at once in one work directory or onto one target: nothing torn may say that it is whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.faults.chain import COMMANDS, FINISHED, STAGES, Base, moment_after
 from tests.faults.command import Running, command_line, run
-from tests.faults.trees import Tree, compare, tree_of
+from tests.faults.trees import Difference, Tree, compare, tree_of
 from tests.faults.trial import TrialResult, Verdict, form, last_error, random_of, worst
 
 PART = "pairs"
@@ -26,9 +26,9 @@ def trial(base: Base, *, seed: int, number: int, folder: Path) -> TrialResult:
     name, moment, first, second = _drawn(number, chance)
     delay_s = chance.choice([0.0, 0.0, chance.uniform(0, base.cpu_s.get(first[0], 0.2))])
     where = base.copy(moment, folder / "trial")
-    runs = [Running(command_line(first), where, folder / "first")]
+    runs = [Running(command_line(first), where)]
     runs[0].signal_at(signal.SIGCONT, delay_s)  # only waits: a process that runs ignores it
-    runs.append(Running(command_line(second), where, folder / "second"))
+    runs.append(Running(command_line(second), where))
     outcomes = [running.finish() for running in runs]
     verdicts = [verdict for outcome in outcomes if (verdict := form(outcome)) is not None]
     notes = [last_error(outcome) for outcome in outcomes if outcome.status]
@@ -40,16 +40,16 @@ def trial(base: Base, *, seed: int, number: int, folder: Path) -> TrialResult:
         verdicts.append(Verdict.STUCK)
     cpu_s = sum(outcome.cpu_s for outcome in outcomes)
     for arguments in (first, second):
-        again = run([word for word in arguments if word != "--force"], where, folder / "logs")
+        again = run([word for word in arguments if word != "--force"], where)
         cpu_s += again.cpu_s
         if again.status and not _replaces(first, second, again.err):
             verdicts.append(form(again) or Verdict.STUCK)
             notes.append(last_error(again))
     left = _left(base, moment, first, second, where)
     if left:
-        verdicts.append(Verdict.LEFTOVERS if left.startswith("too much") else Verdict.OTHER)
+        verdicts.append(Verdict.LEFTOVERS if left.only_extra else Verdict.OTHER)
     verdict = worst([Verdict.IDENTICAL, *verdicts])
-    detail = "" if verdict is Verdict.IDENTICAL else "; ".join(filter(None, [*notes, left]))
+    detail = "" if verdict is Verdict.IDENTICAL else "; ".join(filter(None, [*notes, str(left)]))
     return TrialResult(PART, number, name, f"second {delay_s:.3f} s later", verdict, detail, cpu_s)
 
 
@@ -104,14 +104,12 @@ def _own_note(name: str) -> bool:
     return name in ("mc_cli.json", "manifest.json", "begun.json") or name.startswith("resume/")
 
 
-def _left(base: Base, moment: str, first: tuple[str, ...], second: tuple[str, ...], where: Path) -> str:
+def _left(base: Base, moment: str, first: tuple[str, ...], second: tuple[str, ...], where: Path) -> Difference:
     """How what lies there differs from what the commands leave one after the other, in either order."""
     expected = [_expected(base, moment, first, second), _expected(base, moment, second, first)]
     found = tree_of(where)
     differences = [compare(tree, found) for tree in expected]
-    if not all(differences):
-        return ""
-    return str(min(differences, key=lambda one: len(one.missing) + len(one.other) + len(one.extra)))
+    return min(differences, key=lambda one: len(one.missing) + len(one.other) + len(one.extra))
 
 
 _KNOWN: dict[tuple[str, tuple[str, ...], tuple[str, ...]], Tree] = {}
@@ -124,7 +122,7 @@ def _expected(base: Base, moment: str, first: tuple[str, ...], second: tuple[str
         place = base.folder / f"sequence-{os.getpid()}"
         where = base.copy(moment, place / "trial")
         for arguments in (first, second):
-            run(arguments, where, place / "logs")
+            run(arguments, where)
         _KNOWN[key] = tree_of(where)
         shutil.rmtree(place)
     return _KNOWN[key]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import shutil
 import subprocess
@@ -32,14 +31,6 @@ class Fault:
     action: int = COUNT
     value: int = 0
     lasting: bool = False
-
-    def __str__(self) -> str:
-        if self.action == SIGNAL:
-            return f"signal {self.value} at call {self.number}"
-        name = errno.errorcode.get(self.value, str(self.value))
-        return (
-            f"{'short write, then ' if self.action == SHORT else ''}{name} at call {self.number} of kinds {self.kinds}"
-        )
 
 
 def build(folder: Path) -> Path:

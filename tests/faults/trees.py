@@ -7,7 +7,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-# Notes of the work directory about this machine (where the model and exports lie, digests of inputs) and locks: no results.
+# Notes of the work directory about this machine: where the model and exports lie, digests of inputs. No results.
 _NOTES = {"w/model.json", "w/digests.json", "w/exports.json"}
 Tree = dict[str, str]
 

@@ -11,8 +11,6 @@ from enum import StrEnum
 
 from tests.faults.command import Outcome
 
-STOPPED = "Stopped."  # how the paragraph after Ctrl-C begins
-
 
 class Verdict(StrEnum):
     """What came of a trial; ACCEPTABLE says which are as they should be."""
@@ -25,6 +23,7 @@ class Verdict(StrEnum):
     OTHER = "OTHER RESULT ACCEPTED"
     TORN = "RECORDED AS WHOLE, BUT IS NOT"
     LOST = "FINISHED WORK LOST"
+    UNREPORTED = "damage not seen by status --verify"
     STUCK = "CANNOT BE RESUMED"
     LEFTOVERS = "leftovers beside an identical result"
     DEFECT = "defect paragraph"
@@ -49,6 +48,7 @@ _WORST_FIRST = (
     Verdict.DEFECT,
     Verdict.MEMORY,
     Verdict.STUCK,
+    Verdict.UNREPORTED,
     Verdict.SILENT,
     Verdict.UNNAMED,
     Verdict.LEFTOVERS,
@@ -105,12 +105,12 @@ def form(outcome: Outcome) -> Verdict | None:
     return None
 
 
-def refusal(outcome: Outcome, names: Iterable[str]) -> Verdict:
-    """The verdict on a command that ended with an error: whether its paragraph names one of `names`."""
+def refusal(outcome: Outcome, *, named: bool) -> Verdict:
+    """The verdict on a command that ended with an error; `named`: its paragraph says which file it is about."""
     wrong = form(outcome)
     if wrong is not None:
         return wrong
-    return Verdict.REFUSED if any(name in outcome.err for name in names) else Verdict.UNNAMED
+    return Verdict.REFUSED if named else Verdict.UNNAMED
 
 
 def interruption(outcome: Outcome, number: int) -> Verdict | None:
@@ -119,16 +119,18 @@ def interruption(outcome: Outcome, number: int) -> Verdict | None:
         return Verdict.HANG
     if outcome.status == 0 or outcome.status == -number:
         return Verdict.TRACEBACK if "Traceback" in outcome.err else None
-    told = number != signal.SIGKILL and outcome.status == 128 + number and STOPPED in outcome.err
-    if told and "Traceback" not in outcome.err:
+    if number != signal.SIGKILL and outcome.status == 128 + number and "Traceback" not in outcome.err:
         return None
     return form(outcome) or Verdict.SILENT
 
 
+def error_text(outcome: Outcome) -> str:
+    """The error paragraph of a command, which is the last thing it says; everything it said where there is none."""
+    starts = [match.start() for match in _ERROR.finditer(outcome.err)]
+    return " ".join(outcome.err[max(starts, default=0) :].split())
+
+
 def last_error(outcome: Outcome, length: int = 400) -> str:
-    """The end of what a command said."""
-    start = max(outcome.err.rfind("Error: "), 0)
-    text = " ".join(outcome.err[start:].split())
-    if "Traceback" in outcome.err:
-        text = " ".join(outcome.err.split())[-length:]
-    return f"exit {outcome.status}: {text[:length]}"
+    """The exit status and the error paragraph, or the end of a traceback; both cut."""
+    text = error_text(outcome)
+    return f"exit {outcome.status}: {text[-length:] if 'Traceback' in text else text[:length]}"
