@@ -19,7 +19,7 @@ from tests.faults.chain import Base, build
 from tests.faults.trial import TrialResult, Verdict
 
 PARTS: dict[str, ModuleType] = {"kills": kills, "pairs": pairs, "calls": calls, "mutations": mutations}
-_SHARE = {"kills": 4, "pairs": 1, "calls": 2, "mutations": 16}  # of `all`, in parts of 23
+_SHARE = {"kills": 10, "pairs": 3, "calls": 7, "mutations": 40}  # of `all`, in parts of 60
 _MEMORY_FOLDER = Path("/dev/shm")
 _MEMORY_NEEDED = 512 << 20
 _base: Base  # set before workers are forked

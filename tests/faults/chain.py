@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tests.faults import shim
 from tests.faults.command import Outcome, command_line, run
@@ -176,16 +175,17 @@ def _keep(base: Base, moment: str) -> None:
 
 
 def preload(modules: list[str]) -> None:
-    """Imports what a stage imports, so that children of this process need not; importing starts no threads."""
+    """Imports what a stage imports, so that children of this process need not; importing starts no threads.
+
+    Torch's number of threads comes from OMP_NUM_THREADS: one that is set here makes torch's own pool, which children
+    cannot use.
+    """
     for name in modules:
         if name not in sys.modules and not name.startswith(_NOT_PRELOADED):
             try:
                 importlib.import_module(name)
             except Exception:  # a module that only exists under another one
                 continue
-    torch: Any = sys.modules.get("torch")
-    if torch is not None:
-        torch.set_num_threads(1)
 
 
 def _write_inputs(folder: Path) -> None:

@@ -69,10 +69,9 @@ class Running:
         if hung:
             os.kill(self._pid, signal.SIGKILL)
         _, status, usage = os.wait4(self._pid, 0)
-        os.close(self._descriptor)
         while self._open and select.select(list(self._open), [], [], 0)[0]:
             self._listen(0)
-        for read in self._said:
+        for read in (self._descriptor, *self._said):
             os.close(read)
         code = os.waitstatus_to_exitcode(status)
         out, err, calls = (said.decode(errors="replace") for said in self._said.values())

@@ -14,7 +14,7 @@ from tests.faults.chain import COMMANDS, FINISHED, GENERATE, STAGES, Base, logit
 from tests.faults.command import Outcome, run
 from tests.faults.fields import changed_fields
 from tests.faults.justified import justification
-from tests.faults.mutators import Mutation, mutate
+from tests.faults.mutators import LINK_OUTSIDE, Mutation, mutate
 from tests.faults.trees import Tree, compare, tree_of
 from tests.faults.trial import TrialResult, Verdict, error_text, form, last_error, random_of, refusal, worst
 
@@ -43,6 +43,7 @@ _TEXTS = ("cal.jsonl", "cal.jsonl", "cal.txt", "cal.parquet")
 _FOLDERS = ("calibration", "importance", "plan", "packed", "evaluation", "pruning")
 _STATUS = ("status", "-w", "w", "--verify")
 _DENSE_GENERATE = ("generate", "d", *GENERATE[2:])
+_HANDED_OVER = ("input", "export")  # folders that may come from a stranger: no link out of them is followed
 _WHOLE_CHAIN = 0.3  # of accepted inputs, the share that is taken through all stages
 
 
@@ -90,6 +91,8 @@ class _Trial:
 
     def accepted(self, difference: str) -> None:
         """Judges a command that succeeded, with a result that differs in `difference`."""
+        if self.mutation.what == LINK_OUTSIDE and self.group in _HANDED_OVER:
+            return self.note(Verdict.OUTSIDE if _reads(self.mutation.names[0]) else Verdict.IDENTICAL)
         if not difference:
             return self.note(Verdict.IDENTICAL)
         fine = all(justification(self.group, name, fields) for name, fields in self.fields.items())
@@ -252,9 +255,16 @@ def _status(one: _Trial) -> bool:
     return outcome.status != 0
 
 
+def _reads(name: str) -> bool:
+    """Whether loading a model reads the file; others of its folder are only copied, or read by people."""
+    path = Path(name)
+    return len(path.parts) == 2 and path.suffix in (".json", ".safetensors") and path.name != "mc_cli.json"
+
+
 def _unseen(one: _Trial, reported: bool) -> None:
     """Notes where bytes that a record vouches for were changed, and `status --verify` did not see it."""
-    vouched = [name for name in one.mutation.names if name in one.recorded and one.fields[name]]
+    changed = [] if one.mutation.what == LINK_OUTSIDE else one.mutation.names  # behind the link are the same bytes
+    vouched = [name for name in changed if name in one.recorded]
     if vouched and not reported:
         one.note(Verdict.UNREPORTED, detail=f"status --verify says nothing of {', '.join(vouched)}")
 
@@ -282,11 +292,14 @@ def _is_named(one: _Trial, text: str) -> bool:
         return True
     if one.group == "recipe":
         return "--" in text
+    if one.mutation.names == ("w/digests.json",):  # a forged note cannot be told from a file that was changed
+        return any(name in text for name in ("model", ".jsonl", "input"))
     for name in one.mutation.names:
         folder = Path(name).parent
         if str(folder) == "." or not any(place in text for place in (str(one.where / folder), f"{folder}")):
             continue
         kinds = [word for word in ("tokenizer", "safetensors", "generation") if word in Path(name).name]
+        kinds += ["weights", "tensor"] if name.endswith(".safetensors") else []
         own_record = folder.name in _FOLDERS and Path(name).name in ("manifest.json", "begun.json")
         if one.mutation.replaced or own_record or one.group == "input changed later":
             return True

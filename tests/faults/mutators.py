@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 _HUGE = 10**12
+LINK_OUTSIDE = "a link to a file outside"  # which holds what was inside
 _DEPTH = 20_000
 _DIGITS = 5_000
 _BOMB = "\n".join(
@@ -69,7 +70,7 @@ def _replace(folder: Path, name: str, chance: random.Random) -> Mutation:
         "a folder": lambda place: place.mkdir(),
         "a link to itself": lambda place: place.symlink_to(place.name),
         "a link to nothing": lambda place: place.symlink_to("not there"),
-        "a link to a file outside": lambda place: place.symlink_to(_outside(folder, content)),
+        LINK_OUTSIDE: lambda place: place.symlink_to(_outside(folder, content)),
         "empty": lambda place: place.write_bytes(b""),
     }
     neighbours = sorted(other for other in path.parent.iterdir() if other.is_file() and other != path)

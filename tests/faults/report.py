@@ -74,6 +74,7 @@ def as_json(results: Sequence[TrialResult], *, seed: int, wall_s: float) -> dict
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes the counts as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

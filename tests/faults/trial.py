@@ -21,6 +21,7 @@ class Verdict(StrEnum):
     HARMLESS = "other result, on the justified list"
     UNNAMED = "refused, but no file named"
     OTHER = "OTHER RESULT ACCEPTED"
+    OUTSIDE = "FILE OUTSIDE THE FOLDER READ"
     TORN = "RECORDED AS WHOLE, BUT IS NOT"
     LOST = "FINISHED WORK LOST"
     UNREPORTED = "damage not seen by status --verify"
@@ -44,6 +45,7 @@ _WORST_FIRST = (
     Verdict.TORN,
     Verdict.LOST,
     Verdict.OTHER,
+    Verdict.OUTSIDE,
     Verdict.TRACEBACK,
     Verdict.DEFECT,
     Verdict.MEMORY,
