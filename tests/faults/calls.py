@@ -59,12 +59,15 @@ _WAYS = (
 
 
 def trial(base: Base, *, seed: int, number: int, folder: Path) -> TrialResult:
-    """Runs a stage with failing calls, anew or as a rebuild, then undisturbed."""
+    """Runs a stage with failing calls, anew or as a rebuild, then undisturbed; or asks for finished work, read-only."""
     chance = random_of(PART, seed, number)
     stage = STAGES[number % len(STAGES)]
-    forced = chance.random() < 0.25
-    before = moment_after(stage) if forced else stage
+    kind = chance.choices(("new", "rebuild", "finished"), (6, 3, 1))[0]
+    before = stage if kind == "new" else moment_after(stage)
     where = base.copy(before, folder / "trial")
+    if kind == "finished":
+        return _finished(base, stage, number, where)
+    forced = kind == "rebuild"
     fault, file_limit, what = _drawn(base.rebuild_calls[stage] if forced else base.calls[stage], chance)
     arguments = (*COMMANDS[stage], *(["--force"] if forced else []))
     disturbed = run(arguments, where, fault=fault, file_limit=file_limit)
@@ -83,6 +86,17 @@ def trial(base: Base, *, seed: int, number: int, folder: Path) -> TrialResult:
     what = f"{what}{' of a rebuild' if forced else ''}"
     cpu_s = disturbed.cpu_s + again.cpu_s
     return TrialResult(PART, number, stage, what, verdict, "; ".join(filter(None, [*notes, note])), cpu_s)
+
+
+def _finished(base: Base, stage: str, number: int, where: Path) -> TrialResult:
+    """A stage that is done is skipped on a disk that takes nothing, and not failed."""
+    fault = shim.Fault(shim.CHANGING, 1, shim.FAIL, errno.EROFS, lasting=True)
+    outcome = run(COMMANDS[stage], where, fault=fault)
+    if outcome.status:
+        verdict, note = form(outcome) or Verdict.STUCK, last_error(outcome)
+    else:
+        verdict, note = end_state(base, stage, where)
+    return TrialResult(PART, number, stage, "finished, on a read-only disk", verdict, note, outcome.cpu_s)
 
 
 def _drawn(calls: int, chance: random.Random) -> tuple[shim.Fault | None, int | None, str]:
