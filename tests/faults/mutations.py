@@ -296,11 +296,13 @@ def _is_named(one: _Trial, text: str) -> bool:
         return any(name in text for name in ("model", ".jsonl", "input"))
     for name in one.mutation.names:
         folder = Path(name).parent
+        own_record = folder.name in _FOLDERS and Path(name).name in ("manifest.json", "begun.json")
+        if own_record and "has been made anew" in text:  # what a record with another fingerprint looks like
+            return True
         if str(folder) == "." or not any(place in text for place in (str(one.where / folder), f"{folder}")):
             continue
         kinds = [word for word in ("tokenizer", "safetensors", "generation") if word in Path(name).name]
         kinds += ["weights", "tensor"] if name.endswith(".safetensors") else []
-        own_record = folder.name in _FOLDERS and Path(name).name in ("manifest.json", "begun.json")
         if one.mutation.replaced or own_record or one.group == "input changed later":
             return True
         if any(word in text for word in kinds):

@@ -19,6 +19,7 @@ class Verdict(StrEnum):
     REFUSED = "refused, the file named"
     REPORTED = "damage reported by status --verify"
     HARMLESS = "other result, on the justified list"
+    LONG = "refused in more than a paragraph"
     UNNAMED = "refused, but no file named"
     OTHER = "OTHER RESULT ACCEPTED"
     OUTSIDE = "FILE OUTSIDE THE FOLDER READ"
@@ -52,6 +53,7 @@ _WORST_FIRST = (
     Verdict.STUCK,
     Verdict.UNREPORTED,
     Verdict.SILENT,
+    Verdict.LONG,
     Verdict.UNNAMED,
     Verdict.LEFTOVERS,
     Verdict.HARMLESS,
@@ -59,7 +61,7 @@ _WORST_FIRST = (
     Verdict.REFUSED,
     Verdict.IDENTICAL,
 )
-_FAULTS_OF_FORM = (Verdict.CRASH, Verdict.HANG, Verdict.TRACEBACK, Verdict.DEFECT, Verdict.MEMORY, Verdict.SILENT)
+_LONGEST = 6_000  # characters: twenty offenders, each with a path
 _ERROR = re.compile(r"^Error: |^Usage: ", re.MULTILINE)
 
 
@@ -104,6 +106,8 @@ def form(outcome: Outcome) -> Verdict | None:
         return Verdict.MEMORY
     if outcome.status and not _ERROR.search(outcome.err):
         return Verdict.SILENT
+    if outcome.status and len(error_text(outcome)) > _LONGEST:
+        return Verdict.LONG
     return None
 
 
