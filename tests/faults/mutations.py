@@ -283,7 +283,8 @@ def _files(where: Path, folder: str) -> list[str]:
 
 
 def _is_named(one: _Trial, text: str) -> bool:
-    """Whether an error says which file it is about: by its name, or by its folder and what it is there for.
+    """Whether an error says which file it is about: by its name, or by its folder and the field or
+    what it is there for.
 
     The folder alone is enough for a file that is gone, for a stage's own record, and for a model that is no longer the
     one that was read before, whose files have one digest together. A recipe's settings may be called by their flags.
@@ -305,6 +306,7 @@ def _is_named(one: _Trial, text: str) -> bool:
         kinds += ["weights", "tensor"] if name.endswith(".safetensors") else []
         if one.mutation.replaced or own_record or one.group == "input changed later":
             return True
-        if any(word in text for word in kinds):
+        changed = [last for field in one.fields[name] if not (last := field.rpartition(".")[2]).isdigit()]
+        if any(word in text for word in kinds) or any(last and f"'{last}'" in text for last in changed):
             return True
     return False
