@@ -25,6 +25,7 @@ help:
 	@echo "make bench-effort, make bench-search    time of score, allocate and quantize beside uniform GPTQ; of the search"
 	@echo "make bench-pruning PACKED=runs/x        quality and time by share of expert calls skipped"
 	@echo "make bench-kernels                      products with packed matrices beside torch's, at real sizes"
+	@echo "make faults   kills, pairs of runs, failing file calls and damaged files over all stages; counts in runs/faults.json"
 	@echo "make gpu-check    on a machine with a CUDA device: tests and speed of the GPU kernels, as JSON"
 	@echo "make bench-decode                       a whole packed model beside the dense one: load, memory, prompt, decoding"
 
@@ -84,6 +85,13 @@ dist: install
 	grep --quiet '^mc_cli/native/_library\.' dist/.files || { echo "the wheel has no compiled library"; rm dist/*.whl; exit 1; }
 	grep --quiet '^mixture_compressor.pth' dist/.files || { echo "the wheel has no startup line"; rm dist/*.whl; exit 1; }
 	@rm dist/.files
+
+# Of 3000 trials 2000 damage files, 500 kill, 350 let file calls fail, 150 run two commands at once: docs/faults.md.
+.PHONY: faults
+FAULTS_SEED ?= 1
+FAULTS_TRIALS ?= 3000
+faults: install-dev
+	$(BIN)/python -m tests.faults all --trials $(FAULTS_TRIALS) --seed $(FAULTS_SEED) --json runs/faults.json
 
 # Ratios against a baseline in the same run; see docs/results.md for figures and the options used there.
 .PHONY: bench-memory bench-quality bench-effort bench-search bench-pruning bench-kernels bench-decode

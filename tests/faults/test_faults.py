@@ -1,0 +1,81 @@
+"""A small share of `make faults`: a few seeds of each part, in one process of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults import __main__ as faults
+from tests.faults.chain import STAGES
+from tests.faults.justified import justification
+from tests.faults.mutators import mutate
+from tests.faults.trees import compare, tree_of
+from tests.faults.trial import random_of
+
+ROOT = Path(__file__).parent.parent.parent
+SEED, TRIALS = 7, 60
+needs_compiler = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or shutil.which("cc") is None,
+    reason="stands between a process and Linux's C library",
+)
+
+
+@pytest.fixture(scope="module")
+def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a short run of all parts reports."""
+    path = tmp_path_factory.mktemp("faults") / "counts.json"
+    words = ["all", "--trials", str(TRIALS), "--seed", str(SEED), "--processes", "2", "--json", str(path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert path.exists(), done.stdout + done.stderr
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("part", faults.PARTS)
+def test_every_trial_ends_as_it_should(counts: dict[str, Any], part: str) -> None:
+    found = counts["parts"][part]
+    assert found["trials"] > 0
+    assert found["failing"] == []
+
+
+@needs_compiler
+def test_calls_do_fail(counts: dict[str, Any]) -> None:
+    verdicts = counts["parts"]["calls"]["verdicts"]
+    assert verdicts.get("refused, the file named", 0) > 0
+
+
+def test_a_damaged_file_differs_and_the_same_seed_damages_it_alike(tmp_path: Path) -> None:
+    content = json.dumps({"a": [1, 2.5, {"b": "text"}], "c": None}).encode()
+    for number in range(200):
+        left = []
+        for name in ("first", "second"):
+            folder = tmp_path / f"{number}" / name
+            folder.mkdir(parents=True)
+            (folder / "x.json").write_bytes(content)
+            (folder / "y.json").write_bytes(b"{}")
+            before = tree_of(folder)
+            mutate(folder, "x.json", random_of("test", 0, number))
+            left.append(tree_of(folder))
+            assert compare(before, left[-1]), f"number {number} changed nothing"
+        assert left[0] == left[1]
+
+
+def test_only_what_is_listed_is_justified() -> None:
+    assert justification("input", "model/config.json", ["rope_theta"])
+    assert justification("export", "o/model.safetensors", ["data.lm_head.codes"])
+    assert not justification("export", "o/model.safetensors", ["data.lm_head.codes", "header.lm_head.codes"])
+    assert not justification("artifact", "w/packed/rest.safetensors", ["data.lm_head.codes"])
+
+
+def test_stages_are_all_of_a_run() -> None:
+    from mc_cli.flags import STAGES as ALL
+
+    assert set(ALL) <= set(STAGES)
