@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from mc_cli.errors import McError
 
+SWITCH = "MC_CLI_LIBRARY"  # of the environment: the path of the compiled library to use
 _NAME = "_library"
 _VERSION = 12  # as in version.c
 _TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch_cpu.dylib")
@@ -26,17 +28,30 @@ _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
 def library() -> ctypes.CDLL | None:
     """The compiled library, None where the package was installed without a compiler.
 
+    The environment variable MC_CLI_LIBRARY names another one, such as one that was compiled with a sanitizer.
     Raises McError where it was compiled from other sources, as in a checkout that was updated after its installation:
-    the routines' arguments may have changed.
+    the routines' arguments may have changed; and where the one that was named is not there.
     """
+    named = os.environ.get(SWITCH)
+    if named:
+        return _loaded(Path(named))
     folder = Path(__file__).parent
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = folder / f"{_NAME}{suffix}"
         if path.is_file():
-            compiled = _checked(ctypes.CDLL(str(path)), path)
-            compiled.mc_use_team(team_start())
-            return compiled
+            return _loaded(path)
     return None
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    try:
+        compiled = _checked(ctypes.CDLL(str(path)), path)
+    except OSError as error:
+        raise McError(
+            f"The compiled library {path} cannot be loaded: {error}. Install the package again, or unset {SWITCH}."
+        ) from error
+    compiled.mc_use_team(team_start())
+    return compiled
 
 
 def _checked(compiled: ctypes.CDLL, path: Path) -> ctypes.CDLL:

@@ -21,6 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from mc_cli import kernels
 from mc_cli.artifacts.packed import ExpertLayout, encoding_of, stacked_name
 from mc_cli.encodings import Encoding
+from mc_cli.errors import ShapeError
 from mc_cli.parts import Projection
 
 IMPLEMENTATION = "mc_cli"
@@ -53,6 +54,11 @@ class Banks:
     down: kernels.Bank
     whole: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None
 
+    @property
+    def there(self) -> bool:
+        """Whether the memory that both have read from is still that of the stored parts."""
+        return self.up.memory.there and self.down.memory.there
+
 
 @dataclass(frozen=True)
 class PackedExpert:
@@ -64,8 +70,14 @@ class PackedExpert:
     in_features: int
 
     def parts(self, module: Experts) -> dict[str, torch.Tensor]:
-        """Views of this projection's stored parts, by name."""
-        return {part: getattr(module, name)[self.slot] for part, name in self.names.items()}
+        """Views of this projection's stored parts, by name. Raises ShapeError where somebody has cut the stack."""
+        try:
+            return {part: getattr(module, name)[self.slot] for part, name in self.names.items()}
+        except IndexError as error:
+            shapes = {name: list(getattr(module, name).shape) for name in self.names.values()}
+            raise ShapeError(
+                f"There is no matrix {self.slot} in {shapes}. Stored parts must not be changed; load the model again."
+            ) from error
 
 
 def is_standard_experts(module: nn.Module) -> bool:
@@ -310,10 +322,13 @@ def _runs_packed(module: Experts, flat: torch.Tensor) -> bool:
 
 
 def _banks_of(module: Experts) -> Banks | None:
-    """Both projections' packed matrices, ready for compiled products; None where there is no bank for all of them."""
+    """Both projections' packed matrices, ready for compiled products; None where there is no bank for all of them.
+
+    Where all addresses are the same and no memory was given back meanwhile, what was checked still holds.
+    """
     addresses = tuple(parameter.data_ptr() for parameter in module._parameters.values() if parameter is not None)
     found = _banks.get(module)
-    if found is None or found[0] != addresses:
+    if found is None or found[0] != addresses or not (found[1] is None or found[1].there):
         found = addresses, _made_banks(module)
         _banks[module] = found
     return found[1]
