@@ -106,6 +106,13 @@ def projections_of(module: Experts) -> tuple[Projection, ...]:
     return tuple(found)
 
 
+def hidden_size_of(module: Experts) -> int:
+    """Inputs of the experts' first projection, dense or packed; 0 where all of them are dropped."""
+    if not is_packed(module):
+        return projections_of(module)[0].in_features
+    return next((place.in_features for place in module._mc_packed[up_name(module)] if place is not None), 0)
+
+
 def expert_weight(module: Experts, projection: str, expert: int) -> torch.Tensor:
     """A view of one dense expert's weight, upright [out_features, in_features]."""
     weight = getattr(module, projection)[expert]

@@ -168,7 +168,11 @@ def _whole(
     """(logits, tensors compared, tokens generated) of the directory through from_pretrained."""
     # Packed directories bring code that only imports mc_cli; the native class is asked for, as a user has it then.
     options: dict[str, Any] = {"trust_remote_code": wanted.trust_remote_code and not wanted.is_packed}
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all differences are listed below
+    options |= {
+        "use_safetensors": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }  # all differences are listed below
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(exported, dtype=dtype, **options)
     except McError:
