@@ -201,8 +201,8 @@ def check_policy(model: Any, pruning: Pruning) -> None:
     known = policies()
     if pruning.policy not in known:
         raise ArtifactError(
-            f"The pruning policy {shown(pruning.policy)} is unknown; this version of mc-cli has {', '.join(known)}. The "
-            "model is of a newer version, or damaged."
+            f"The pruning policy {shown(pruning.policy)} is unknown; this version of mc-cli has {', '.join(known)}. "
+            "The model is of a newer version, or damaged."
         )
     modules = dict(model.named_modules())
     problems = []
@@ -225,8 +225,8 @@ def check_policy(model: Any, pruning: Pruning) -> None:
             problems.append(f"{layer.path}: drops {shown(list(layer.dropped))} of {module.num_experts} experts")
     if problems:
         raise ArtifactError(
-            f"The pruning policy does not fit {type(model).__name__}, {len(problems)} differences:\n{listed(problems)}\n"
-            "Policy and model do not belong together, or are damaged; run prune-eval on this model."
+            f"The pruning policy does not fit {type(model).__name__}, {len(problems)} differences:\n"
+            f"{listed(problems)}\nPolicy and model do not belong together, or are damaged; run prune-eval on this model."
         )
 
 
