@@ -173,7 +173,7 @@ class _Reader:
                 linears[path] = keys[number]
         if self.problems:
             raise ArtifactError(
-                f"The packed layout is damaged: {len(self.problems)} of its entries cannot be:\n{listed(self.problems)}\n"
+                f"The packed layout is damaged: {len(self.problems)} entries cannot be:\n{listed(self.problems)}\n"
                 f"{_AGAIN}"
             )
         policy = content.get("pruning")

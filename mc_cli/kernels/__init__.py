@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from mc_cli import native
-from mc_cli.encodings import Encoding
+from mc_cli.encodings import Encoding, check_parts
 from mc_cli.encodings.affine import AffineEncoding
 from mc_cli.encodings.trellis import TrellisEncoding
 from mc_cli.kernels import affine, trellis
@@ -85,7 +85,10 @@ def bank_for(
     kind = kinds.pop() if len(kinds) == 1 else None
     if kind not in _ROUTINES or in_features > _ROUTINES[kind].MOST_INPUTS:
         return None
-    return _ROUTINES[kind].bank_of(parts, len(there[0][1]["scales"]), in_features)
+    encoding, tensors = there[0]
+    assert encoding is not None  # else there were no routines
+    check_parts(encoding, tensors, in_features)
+    return _ROUTINES[kind].bank_of(parts, len(tensors["scales"]), in_features)
 
 
 def path_names(encodings: Iterable[Encoding], device: torch.device) -> str:

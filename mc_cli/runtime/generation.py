@@ -148,7 +148,7 @@ def load_model(folder: Path, compute: RunSettings) -> Any:
 
 
 def _check_weight_files(folder: Path, config: Any) -> None:
-    """Refuses, before anything is built, what no loader may read: files outside, pickles, more layers than there are."""
+    """Refuses, before anything is built, files outside, pickles, and more layers than there are."""
     if getattr(config, "quantization_config", None) is not None and is_packed_folder(folder):
         check_layer_count(config, open_packed(folder).tensors, folder)
         return

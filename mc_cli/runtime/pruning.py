@@ -226,7 +226,7 @@ def check_policy(model: Any, pruning: Pruning) -> None:
     if problems:
         raise ArtifactError(
             f"The pruning policy does not fit {type(model).__name__}, {len(problems)} differences:\n"
-            f"{listed(problems)}\nPolicy and model do not belong together, or are damaged; run prune-eval on this model."
+            f"{listed(problems)}\nPolicy and model do not belong together, or are damaged; run prune-eval on it."
         )
 
 

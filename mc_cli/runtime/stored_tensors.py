@@ -100,6 +100,6 @@ def check_layer_count(config: Any, names: Mapping[str, object], where: object) -
     there = max(found, default=-1) + 1
     if isinstance(count, int) and count > there + _FEW_LAYERS:
         raise ArtifactError(
-            f"{where}: config.json says that the model has {count} layers, tensors are there of {there}. It is damaged or "
-            "another model's; copy, download or make the directory again."
+            f"{where}: config.json says that the model has {count} layers, tensors are there of {there}. It is damaged "
+            "or another model's; copy, download or make the directory again."
         )

@@ -4,8 +4,8 @@
 
 Every case is made from (seed, number) alone, so `--first N --count 1` runs one again. It may end in a McError, or in
 outputs; anything else is a failure. `tests/faults/sanitized.py` runs it with a library that AddressSanitizer watches: then
-a byte read or written outside of a tensor ends the process, and FILE.case says which case it was. Tensors are copied to
-blocks of their own size, since sanitizers do not watch what is mapped from files.
+a byte read or written outside of a tensor ends the process, and FILE.case says which case it was. Tensors are copied
+to blocks of their own size, since sanitizers do not watch what is mapped from files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,11 @@ from tests.tiny_models import tiny_config
 CPU = torch.device("cpu")
 SECONDS = 60  # that a case may take
 TOKEN_IDS = torch.tensor([[3, 5, 7], [9, 1, 2]])
-TRELLIS = [f"trellis_b{width}_h{block}" for width in "1 1p5 2 2p5 3 3p5 4 4p5 5".split() for block in (1, 8, 16)]
+TRELLIS = [
+    f"trellis_b{width}_h{block}"
+    for width in ["1", "1p5", "2", "2p5", "3", "3p5", "4", "4p5", "5"]
+    for block in (1, 8, 16)
+]
 AFFINE = [f"affine_b{bits}_g{group}" for bits in range(1, 9) for group in (4, 8, 16)]
 MODELS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mixtral", {"num_hidden_layers": 1, "num_local_experts": 4}),
@@ -389,6 +392,7 @@ CASES: tuple[tuple[Callable[[random.Random, Model], None], int], ...] = (
 def run(seed: int, first: int, count: int, note: Path) -> Counter[str]:
     """Counts by outcome of so many cases; `note` names the one that runs."""
     outcomes: Counter[str] = Counter()
+    accepted: Counter[str] = Counter()
     functions, weights = zip(*CASES, strict=True)
     parts: Model | None = None
     for number in range(first, first + count):
@@ -401,6 +405,7 @@ def run(seed: int, first: int, count: int, note: Path) -> Counter[str]:
         try:
             case(draw, parts)
             outcomes["accepted"] += 1
+            accepted[case.__name__.removeprefix("case_")] += 1
         except McError:
             outcomes["refused"] += 1
         except Exception:
@@ -409,6 +414,7 @@ def run(seed: int, first: int, count: int, note: Path) -> Counter[str]:
         faulthandler.cancel_dump_traceback_later()
         if (number + 1 - first) % 1000 == 0:
             print(f"{number + 1 - first}: {dict(outcomes)}", flush=True)
+    print(f"accepted by kind: {dict(accepted)}", flush=True)
     return outcomes
 
 

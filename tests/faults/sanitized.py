@@ -44,9 +44,15 @@ def build(folder: Path) -> Path:
 
 
 def environment(library: Path) -> dict[str, str]:
-    """For a process that uses the watched library: the sanitizer comes first, and does not look for leaks of Python's."""
-    asked = [compiler(), "-print-file-name=libasan.so"]
-    runtime = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+    """For a process that uses the watched library: the sanitizer comes first, and looks for no leaks, which Python has.
+
+    With it comes the library whose exceptions it follows: torch throws some, and brings that library too late.
+    """
+    found = [
+        subprocess.run([compiler(), f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    runtime = " ".join(path.strip() for path in found)
     options = "detect_leaks=0:abort_on_error=0:exitcode=99:allocator_may_return_null=1"
     ours = {
         native.SWITCH: str(library),
