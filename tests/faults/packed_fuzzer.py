@@ -3,8 +3,8 @@
     python -m tests.faults.packed_fuzzer --count 20000 --seed 0
 
 Every case is made from (seed, number) alone, so `--first N --count 1` runs one again. It may end in a McError, or in
-outputs; anything else is a failure. `tests/faults/sanitized.py` runs it with a library that AddressSanitizer watches: then
-a byte read or written outside of a tensor ends the process, and FILE.case says which case it was. Tensors are copied
+outputs; anything else is a failure. `tests/faults/sanitized.py` runs it with a library that AddressSanitizer watches:
+then a byte read or written outside of a tensor ends the process, and FILE.case says which case. Tensors are copied
 to blocks of their own size, since sanitizers do not watch what is mapped from files.
 """
 
