@@ -138,7 +138,7 @@ def test_files_outside_of_the_directory_are_not_read(exported: Any, tmp_path: Pa
         refused(folder, "outside")
     folder = shutil.copytree(source, tmp_path / "linked")
     (folder / "model.safetensors").unlink()
-    os.symlink(secret, folder / "model.safetensors")
+    (folder / "model.safetensors").symlink_to(secret)
     refused(folder, "outside")
 
 
@@ -158,7 +158,7 @@ def test_shapes_that_config_json_does_not_describe_are_told(tiny_model: TinyMode
     folder = shutil.copytree(tiny_model("mixtral"), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
-    with pytest.raises(CheckpointError, match="other shapes than config.json describes"):
+    with pytest.raises(CheckpointError, match=r"other shapes than config\.json describes"):
         load_model(folder, COMPUTE)
 
 
@@ -239,7 +239,10 @@ def test_damaged_policies_are_named_entry_by_entry() -> None:
         ({**good, "chosen": 3.0}, "chosen: 3.0"),
         ({**good, "chosen": True}, "chosen: True"),
         ({**good, "chosen": 1}, "chosen: 1"),
-        ({**good, "layers": [layer, layer]}, "the path 'a' is there twice"),
+        (
+            {**good, "layers": [layer, layer], "points": [{**point, "thresholds": [0.1, 0.2]}]},
+            "the path 'a' is there twice",
+        ),
         ({**good, "layers": [{**layer, "top_k": 0}]}, "layers[0].top_k: 0"),
         ({**good, "layers": [{**layer, "dropped": [1, 1]}]}, "dropped: [1, 1]"),
         ({**good, "layers": [{**layer, "tensors": {"weight": ["1"]}}]}, "tensors"),
@@ -250,7 +253,7 @@ def test_damaged_policies_are_named_entry_by_entry() -> None:
     for content, words in wrong:
         with pytest.raises(ArtifactError) as raised:
             Pruning.from_json(content)
-        assert words in str(raised.value) or "points[0]" in words, raised.value
+        assert words in str(raised.value), raised.value
 
 
 def test_a_pipe_is_not_waited_for(exported: Any, tmp_path: Path) -> None:
