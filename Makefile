@@ -19,6 +19,7 @@ help:
 	@echo "make test     run the tests"
 	@echo "make check    ruff and mypy"
 	@echo "make smoke    every command in turn on the bundled model, with little text"
+	@echo "make sanitize 20,000 mutated packed models through loaders and C under AddressSanitizer"
 	@echo "make docs     write docs/cli.md from the commands"
 	@echo "make dist     source distribution and wheel in dist/, and what the wheel must hold looked for in it"
 	@echo "make bench-memory, make bench-quality   peak memory by depth; quality at equal stored bytes"
@@ -71,6 +72,14 @@ smoke: install
 	$(BIN)/mc-cli export -w $(SMOKE) --format transformers --out $(SMOKE)/model
 	$(BIN)/mc-cli status -w $(SMOKE)
 	$(BIN)/mc-cli generate $(SMOKE)/model --prompt "Once upon a time" --max-new-tokens 8
+
+# Mutated layouts, policies, tensors and files of packed models, through loaders and compiled code under
+# AddressSanitizer; `make sanitize COUNT=500 SEED=3` makes other cases.
+COUNT ?= 20000
+SEED ?= 0
+.PHONY: sanitize
+sanitize: install-dev
+	$(BIN)/python -m tests.faults.sanitized --count $(COUNT) --seed $(SEED)
 
 docs: install-dev
 	$(BIN)/python recipes/generate_cli_docs.py

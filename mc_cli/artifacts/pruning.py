@@ -9,13 +9,18 @@ The same JSON goes into `quantization_config` of an exported config.json under `
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import re
+import reprlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mc_cli.artifacts.files import read_json, read_tensors, write_json, write_tensors
-from mc_cli.errors import ArtifactError, InputError
+from mc_cli.encodings import MOST
+from mc_cli.errors import ArtifactError, InputError, listed
 
 if TYPE_CHECKING:
     import torch
@@ -113,23 +118,20 @@ class Pruning:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Pruning:
         """Reads `to_json` back. Raises ArtifactError where it is damaged or of another version."""
-        try:
-            fields = dict(content)
-            if fields.pop("schema") != SCHEMA:
-                raise ValueError(f"schema {content['schema']!r}")
-            fields["layers"] = tuple(PrunedLayer(**entry) for entry in fields["layers"])
-            fields["points"] = tuple(OperatingPoint(**entry) for entry in fields["points"])
-            fields["notes"] = tuple(fields["notes"])
-            found = cls(**fields)
-            if any(len(point.thresholds) != len(found.layers) for point in found.points):
-                raise ValueError("thresholds for another number of layers")
-            if not 0 <= found.chosen < len(found.points):
-                raise ValueError(f"chosen point {found.chosen} of {len(found.points)}")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        problems = _problems(content)
+        if problems:
             raise ArtifactError(
-                f"The pruning policy is damaged or of another version: {error!r}. Run prune-eval --force again."
-            ) from error
-        return found
+                f"The pruning policy is damaged or of another version: {len(problems)} of its entries cannot be:\n"
+                f"{listed(problems)}\nRun prune-eval --force again, then export; or copy or download the model again."
+            )
+        return cls(
+            policy=content["policy"],
+            seed=content["seed"],
+            layers=tuple(PrunedLayer(**entry) for entry in content["layers"]),
+            points=tuple(OperatingPoint(**entry) for entry in content["points"]),
+            chosen=content["chosen"],
+            notes=tuple(content["notes"]),
+        )
 
     def tensor_names(self) -> dict[str, tuple[int, ...]]:
         """Full module-tree name -> shape of every learned tensor."""
@@ -138,6 +140,113 @@ class Pruning:
             for layer in self.layers
             for name, shape in layer.tensors.items()
         }
+
+
+def _problems(content: Any) -> list[str]:
+    """What of a policy's JSON cannot be, a line each."""
+    names = {"schema", "policy", "seed", "layers", "points", "chosen", "notes"}
+    if not isinstance(content, Mapping) or content.keys() != names or content["schema"] != SCHEMA:
+        found = sorted(map(str, content)) if isinstance(content, Mapping) else content
+        schema = content.get("schema") if isinstance(content, Mapping) else None
+        return [f"policy: schema {shown(schema)} with the entries {shown(found)}, not {SCHEMA} with {sorted(names)}"]
+    layers, points = content["layers"], content["points"]
+    if not isinstance(layers, list) or not isinstance(points, list) or not points:
+        return [f"layers {shown(layers)} and points {shown(points)}: not lists, or no point"]
+    checks = [("policy", content["policy"], _is_name), ("seed", content["seed"], _is_whole)]
+    checks += [("chosen", content["chosen"], lambda value: _is_whole(value) and 0 <= value < len(points))]
+    checks += [("notes", content["notes"], lambda value: isinstance(value, list) and all(map(_is_text, value)))]
+    problems = [f"{name}: {shown(value)}" for name, value, fits in checks if not fits(value)]
+    for kind, entries, fields in (("layers", layers, _LAYER), ("points", points, _POINT)):
+        required = {
+            each.name
+            for each in dataclass_fields(PrunedLayer if kind == "layers" else OperatingPoint)
+            if each.default is MISSING and each.default_factory is MISSING
+        }
+        for number, entry in enumerate(entries):
+            if not isinstance(entry, Mapping) or not required <= entry.keys() <= fields.keys():
+                problems.append(f"{kind}[{number}]: {shown(entry)} has not the entries {', '.join(fields)}")
+                continue
+            problems += [
+                f"{kind}[{number}].{name}: {shown(value)}" for name, value in entry.items() if not fields[name](value)
+            ]
+            thresholds = entry.get("thresholds", ())
+            if kind == "points" and isinstance(thresholds, list) and len(thresholds) != len(layers):
+                problems.append(f"points[{number}]: {len(thresholds)} thresholds for {len(layers)} layers")
+    if not problems:
+        for name in ("path", "layer"):
+            twice = [value for value, count in Counter(layer[name] for layer in layers).items() if count > 1]
+            problems += [f"layers: the {name} {shown(value)} is there twice" for value in twice]
+    return problems
+
+
+def shown(value: object) -> str:
+    """A value in a message: short, whatever it is, and in bounded time."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, 80, 80
+    return short.repr(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MOST
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= _LARGEST
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def _are_experts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value)) and len(set(value)) == len(value)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(map(_is_text, value)) and all(map(_is_number, value.values()))
+
+
+def _are_shapes(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        re.fullmatch("[a-z_]{1,40}", name)
+        and isinstance(shape, list)
+        and len(shape) <= 4
+        and all(map(_is_count, shape))
+        for name, shape in value.items()
+    )
+
+
+_LARGEST = 3e38  # of float32, which decisions are made in
+_LAYER: dict[str, Callable[[Any], bool]] = {
+    "layer": _is_count,
+    "path": _is_name,
+    "top_k": lambda value: _is_count(value) and value > 0,
+    "renormalise": lambda value: isinstance(value, bool),
+    "prior": _is_number_or_none,
+    "numbers": _are_numbers,
+    "tensors": _are_shapes,
+    "router_path": _is_text,
+    "dropped": _are_experts,
+}
+_POINT: dict[str, Callable[[Any], bool]] = {
+    "rate": lambda value: _is_number(value) and 0 <= value <= 1,
+    "thresholds": lambda value: isinstance(value, list) and all(map(_is_number, value)),
+    "predicted_loss": _is_number_or_none,
+    "checked_increase": _is_number_or_none,
+    "checked_limit": _is_number_or_none,
+}
 
 
 def write_pruning(folder: Path, pruning: Pruning, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -149,7 +258,10 @@ def write_pruning(folder: Path, pruning: Pruning, tensors: Mapping[str, torch.Te
 
 def read_pruning(folder: Path) -> tuple[Pruning, dict[str, torch.Tensor]]:
     """Policy and learned tensors by full name. Raises ArtifactError where they are missing, damaged or do not fit."""
-    pruning = Pruning.from_json(read_json(folder / POLICY))
+    try:
+        pruning = Pruning.from_json(read_json(folder / POLICY))
+    except ArtifactError as error:
+        raise error if str(folder) in str(error) else ArtifactError(f"{folder / POLICY}: {error}") from error
     wanted = pruning.tensor_names()
     if not wanted:
         return pruning, {}

@@ -9,16 +9,18 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from mc_cli.errors import ArtifactError, ShapeError
+from mc_cli.errors import ArtifactError, ShapeError, listed
 
 if TYPE_CHECKING:
     import torch
 
 FASTEST = -1  # of the compiled paths, whichever the machine has
+MOST = 2**31 - 2**10  # of anything that compiled routines count: 32-bit integers, with room for rounding up
 _DTYPE_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "int16": 2, "int32": 4}
 
 
@@ -95,17 +97,55 @@ def encoding_for(
     return affine.affine_for(int(bits), in_features, group_size_limit=group_size_limit)
 
 
-def encoding_from_key(key: str) -> Encoding:
+def encoding_from_key(key: object) -> Encoding:
     """The encoding that `key` names. Raises ArtifactError for a key that no encoding of this version reads."""
     for module in _encoding_modules():
-        found: Encoding | None = module.from_key(key)
+        found: Encoding | None = module.from_key(key) if isinstance(key, str) else None
         if found is not None:
             return found
     names = ", ".join(module.PATTERN for module in _encoding_modules())
     raise ArtifactError(
-        f"Unknown weight encoding {key!r}. This version of mc-cli reads {names}; "
+        f"Unknown weight encoding {reprlib.repr(key)}. This version of mc-cli reads {names}; "
         "the file may come from a newer version, or be damaged."
     )
+
+
+def check_parts(
+    encoding: Encoding, tensors: Mapping[str, torch.Tensor], in_features: int, *, out_features: int | None = None
+) -> None:
+    """Raises ShapeError, naming all that differs, where tensors are not the stored parts of such a matrix.
+
+    Routines read memory as this says that it lies there, so that a part of another dtype or shape must not reach them:
+    every place where addresses are taken asks here first.
+
+    tensors       the stored parts [..., as `tensor_specs` has them], in which leading dimensions are batch
+    out_features  None for as many as `scales` has
+    """
+    import torch
+
+    scales = tensors.get("scales")
+    if out_features is None and scales is not None and scales.ndim:
+        out_features = scales.shape[-2 if encoding.rows_apart and scales.ndim > 1 else -1]
+    specs = encoding.tensor_specs(out_features or 0, in_features)
+    problems = [f"{name}: not a stored part of {encoding.key}" for name in tensors.keys() - specs.keys()]
+    batch = None
+    for name, spec in specs.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            problems.append(f"{name}: missing")
+            continue
+        leading, shape = tuple(tensor.shape[: -len(spec.shape)]), tuple(tensor.shape[-len(spec.shape) :])
+        batch = leading if batch is None else batch
+        if tensor.dtype != getattr(torch, spec.dtype):
+            problems.append(f"{name}: {tensor.dtype}, stored as torch.{spec.dtype}")
+        if shape != spec.shape or leading != batch:
+            problems.append(f"{name}: {list(tensor.shape)}, stored as {list(spec.shape)}")
+    if problems:
+        raise ShapeError(
+            f"These are not the stored parts of a matrix of {out_features} outputs and {in_features} inputs in "
+            f"{encoding.key}:\n{listed(sorted(problems))}\nStored parts must not be cast, cut or exchanged; load the "
+            "model again."
+        )
 
 
 def _encoding_modules():

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mc_cli import native
-from mc_cli.encodings import FASTEST, TensorSpec
+from mc_cli.encodings import FASTEST, MOST, TensorSpec, check_parts
 from mc_cli.errors import McError, ShapeError
 
 if TYPE_CHECKING:
     import torch
 
 PATTERN = "affine_b<bits>_g<group_size>"
-_KEY = re.compile(r"affine_b([1-8])_g([1-9][0-9]*)")
+_KEY = re.compile(r"affine_b([1-8])_g([1-9][0-9]{0,8})")  # so that groups are counted in 32 bits
 
 
 def from_key(key: str) -> AffineEncoding | None:
@@ -41,6 +41,14 @@ class AffineEncoding:
 
     bits: int
     group_size: int
+
+    def __post_init__(self) -> None:
+        """Raises ShapeError for widths and groups that the format does not have."""
+        if self.bits not in range(1, 9) or self.group_size not in range(1, MOST + 1):
+            raise ShapeError(
+                f"affine grids have 1 to 8 bits and groups of at least one input, not {self.bits} bits and groups of "
+                f"{self.group_size}"
+            )
 
     @property
     def key(self) -> str:
@@ -86,6 +94,7 @@ class AffineEncoding:
         """`dequantize` on any device, with temporary tensors several times the size of the result."""
         from mc_cli.numerics.packing import unpack_codes
 
+        check_parts(self, tensors, in_features)
         codes = unpack_codes(tensors["codes"], bits=self.bits, count=in_features)
         grouped = codes.unflatten(-1, (-1, self.group_size)).float()
         zero_points = tensors["zero_points"].float() / self.zero_point_denominator
@@ -97,15 +106,15 @@ class AffineEncoding:
     ) -> torch.Tensor:
         """`dequantize` on the CPU, rounded to `dtype`, by one of `kernels.compiled.PATHS`.
 
-        Raises ShapeError where the codes are not of `in_features` inputs, McError where no memory is left.
+        Raises ShapeError where these are no parts of matrices with `in_features` inputs, McError without memory.
         """
         import torch
 
+        check_parts(self, tensors, in_features)
         codes, scales, zero_points = (tensors[name].contiguous() for name in ("codes", "scales", "zero_points"))
         rows = codes.shape[:-1]
-        for name, spec in self.tensor_specs(rows[-1], in_features).items():
-            if tensors[name].shape[-2:] != spec.shape:
-                raise ShapeError(f"{self.key}: {name} {tuple(tensors[name].shape)} do not have {in_features} inputs")
+        if not all(part.is_cpu for part in (codes, scales, zero_points)) or max(rows.numel(), in_features) > MOST:
+            raise ShapeError(f"{self.key}: {tuple(rows)} x {in_features} weights are not decoded by compiled routines.")
         halves = dtype == torch.bfloat16
         matrix = torch.empty((*rows, in_features), dtype=torch.bfloat16 if halves else torch.float32)
         failed = native.routine("mc_affine_matrix", "pppiiiiiipp")(

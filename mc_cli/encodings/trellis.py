@@ -23,8 +23,8 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from mc_cli import native
-from mc_cli.encodings import FASTEST, TensorSpec
-from mc_cli.errors import McError, ShapeError
+from mc_cli.encodings import FASTEST, MOST, TensorSpec, check_parts
+from mc_cli.errors import ArtifactError, McError, ShapeError
 
 if TYPE_CHECKING:
     import torch
@@ -35,15 +35,21 @@ FEWEST_OUTPUTS = 16
 LONGEST_SEQUENCE = 256
 INPUTS_TOGETHER = 4
 BLOCK_LIMIT = 128  # inputs that are rotated together, at most; longer blocks gain nothing on trained experts
-_KEY = re.compile(r"trellis_b([1-5])(p5)?_h([1-9][0-9]*)")
+_KEY = re.compile(r"trellis_b([1-5])(p5)?_h([1-9][0-9]{0,8})")
 
 
 def from_key(key: str) -> TrellisEncoding | None:
-    """The encoding of a key of this file's pattern (1.5 bits are written 1p5), None for any other key."""
+    """The encoding of a key of this file's pattern (1.5 bits are written 1p5), None for any other key.
+
+    Raises ArtifactError for blocks that cannot be rotated.
+    """
     match = _KEY.fullmatch(key)
     if match is None or (match[1] == str(LARGEST_BITS) and match[2]):
         return None
-    return TrellisEncoding(Fraction(int(match[1])) + (Fraction(1, 2) if match[2] else 0), int(match[3]))
+    try:
+        return TrellisEncoding(Fraction(int(match[1])) + (Fraction(1, 2) if match[2] else 0), int(match[3]))
+    except ShapeError as error:
+        raise ArtifactError(f"The weight encoding {key!r} cannot be: {error}. The file is damaged.") from error
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,13 @@ class TrellisEncoding:
 
     rate: Fraction
     block: int
+
+    def __post_init__(self) -> None:
+        """Raises ShapeError for widths that the code does not have, and for blocks that cannot be rotated."""
+        if not 1 <= self.rate <= LARGEST_BITS or (2 * self.rate) % 1:
+            raise ShapeError(f"trellis codes have 1 to {LARGEST_BITS} bits in half steps, not {self.rate}")
+        if self.block < 1 or self.block & (self.block - 1):
+            raise ShapeError(f"rotation blocks are powers of two, not {self.block}")
 
     @property
     def key(self) -> str:
@@ -119,6 +132,7 @@ class TrellisEncoding:
         """`rotated` on any device, with temporary tensors several times the size of the result."""
         from mc_cli.numerics.trellis import decode
 
+        check_parts(self, tensors, in_features)
         scales = tensors["scales"]
         values = decode(self.rings(tensors["codes"], in_features), self.rate).transpose(-1, -2).flatten(-3, -2)
         return values[..., : scales.shape[-1], :] * scales.float().unsqueeze(-1)
@@ -126,13 +140,21 @@ class TrellisEncoding:
     def rotated_compiled(
         self, tensors: Mapping[str, torch.Tensor], in_features: int, path: int = FASTEST
     ) -> torch.Tensor:
-        """`rotated` on the CPU, by one of `kernels.compiled.PATHS`. Raises McError where no memory is left."""
+        """`rotated` on the CPU, by one of `kernels.compiled.PATHS`.
+
+        Raises ShapeError where these are no parts of matrices with `in_features` inputs, McError without memory.
+        """
         import torch
 
         from mc_cli.numerics.trellis_code import UNIT, lookup_tables
 
+        check_parts(self, tensors, in_features)
         codes, scales = tensors["codes"].contiguous(), tensors["scales"].contiguous()
         out_features = scales.shape[-1]
+        if not (codes.is_cpu and scales.is_cpu) or max(padded(out_features), in_features) > MOST:
+            raise ShapeError(
+                f"{self.key}: {out_features} x {in_features} weights are not decoded by compiled routines."
+            )
         matrices = torch.empty((*scales.shape, in_features))
         for matrix, ring, scale in zip(
             matrices.view(-1, out_features, in_features),

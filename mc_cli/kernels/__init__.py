@@ -12,12 +12,13 @@ from typing import Any, Protocol
 import torch
 
 from mc_cli import native
-from mc_cli.encodings import Encoding
+from mc_cli.encodings import Encoding, check_parts
 from mc_cli.encodings.affine import AffineEncoding
 from mc_cli.encodings.trellis import TrellisEncoding
 from mc_cli.kernels import affine, trellis
 from mc_cli.kernels.bank import GATES, CompiledBank, experts_output
 from mc_cli.kernels.compiled import activation_bytes
+from mc_cli.kernels.stored import StoredMemory
 
 __all__ = [
     "GATES",
@@ -39,6 +40,7 @@ class Bank(Protocol):
 
     out_features: int
     absent: torch.Tensor  # bool [matrices + 1]: those that are not there, and what is behind the last
+    memory: StoredMemory  # of the stored parts
 
     def product(
         self, rows: torch.Tensor, experts: torch.Tensor | None = None, share: int = 1
@@ -83,7 +85,10 @@ def bank_for(
     kind = kinds.pop() if len(kinds) == 1 else None
     if kind not in _ROUTINES or in_features > _ROUTINES[kind].MOST_INPUTS:
         return None
-    return _ROUTINES[kind].bank_of(parts, len(there[0][1]["scales"]), in_features)
+    encoding, tensors = there[0]
+    assert encoding is not None  # else there were no routines
+    check_parts(encoding, tensors, in_features)
+    return _ROUTINES[kind].bank_of(parts, len(tensors["scales"]), in_features)
 
 
 def path_names(encodings: Iterable[Encoding], device: torch.device) -> str:
@@ -99,7 +104,8 @@ def _narrow(device: torch.device) -> str:
     return ", inputs of 8 bits" if compiled and activation_bytes() == 1 else ""
 
 
-# Of single matrices, by the address of their codes: whose it is, where the other parts lie, and the bank.
+# Of single matrices, by the address of their codes: whose it is, where all parts lie, and the bank. An address that is
+# the same is the same memory as long as the bank's memory is still there.
 _banks: dict[int, tuple[weakref.ref[torch.Tensor], list[int], Bank | None]] = {}
 
 
@@ -107,7 +113,7 @@ def _cached_bank(tensors: Mapping[str, torch.Tensor], encoding: Encoding, in_fea
     codes = tensors["codes"]
     addresses = [tensor.data_ptr() for tensor in tensors.values()]
     found = _banks.get(addresses[0])
-    if found is not None and found[0]() is codes and found[1] == addresses:
+    if found is not None and found[0]() is codes and found[1] == addresses and (not found[2] or found[2].memory.there):
         return found[2]
     bank = bank_for([(encoding, tensors)], in_features)
     if isinstance(codes, torch.nn.Parameter):  # anything else is a passing view

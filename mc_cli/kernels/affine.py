@@ -13,8 +13,10 @@ from torch import Tensor
 
 from mc_cli import native
 from mc_cli.encodings.affine import AffineEncoding
+from mc_cli.errors import ShapeError
 from mc_cli.kernels.bank import CompiledBank
 from mc_cli.kernels.compiled import PATHS, activation_bytes, best_path, tokens_of
+from mc_cli.kernels.stored import check_bank
 
 Part = tuple[AffineEncoding, Mapping[str, Tensor]]  # a matrix: its encoding, `codes`, `scales` and `zero_points`
 
@@ -70,12 +72,17 @@ class Bank(CompiledBank):
     """
 
     def __init__(self, parts: Sequence[Part | None], out_features: int, in_features: int) -> None:
+        check_bank(parts, AffineEncoding, out_features=out_features, in_features=in_features, most_inputs=MOST_INPUTS)
+        groups = {part[0].group_size for part in parts if part is not None}
+        if len(groups) != 1:
+            raise ShapeError(f"Affine grids of one product have groups of one size, not of {sorted(groups)} inputs.")
         super().__init__(
             _KIND,
+            parts,
             torch.tensor([_entry(part) for part in parts], dtype=torch.int64),
             out_features=out_features,
             in_features=in_features,
-            block=next(part[0].group_size for part in parts if part is not None),
+            block=groups.pop(),
         )
 
 

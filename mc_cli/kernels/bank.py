@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mc_cli import native
-from mc_cli.encodings import FASTEST
+from mc_cli.encodings import FASTEST, MOST, Encoding
+from mc_cli.errors import ShapeError
 from mc_cli.kernels.compiled import activation_bytes, best_path, check
+from mc_cli.kernels.stored import StoredMemory, plain_numbers
 
 # Activations of gates, in the order in which native/experts.c numbers them.
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -41,16 +43,30 @@ class _Fields(ctypes.Structure):
 class CompiledBank:
     """Packed matrices of one shape on the CPU, for products in which every row has its own matrix.
 
-    It keeps addresses: the stored parts must stay where they are.
+    It keeps addresses: the stored parts must stay where they are. Once one has been freed, products raise McError.
 
+    parts     (encoding, stored parts) of every matrix as the kind's own bank has checked them, None for one that is not
+              there
     entries   int64 [matrices, fields], as `Entry` of the kind's routine in native; the last field of one that is not
               there, whose products are zeros, is 0
     more      further fields of mc_bank
     """
 
     def __init__(
-        self, kind: int, entries: Tensor, *, out_features: int, in_features: int, block: int, **more: Tensor | float
+        self,
+        kind: int,
+        parts: Sequence[tuple[Encoding, Mapping[str, Tensor]] | None],
+        entries: Tensor,
+        *,
+        out_features: int,
+        in_features: int,
+        block: int,
+        **more: Tensor | float,
     ) -> None:
+        tensors = [tensor for part in parts if part is not None for tensor in part[1].values()]
+        if not all(tensor.is_cpu for tensor in tensors):
+            raise ShapeError("Compiled products are computed from matrices in the processor's memory.")
+        self.memory = StoredMemory(tensors)
         self._kept = entries, more  # what the addresses below point to
         addresses = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in more.items()}
         self._fields = _Fields(
@@ -89,12 +105,20 @@ class CompiledBank:
         return outputs if inputs.dtype == dtype else outputs.to(inputs.dtype)
 
     def _multiply(self, rows: Tensor, experts: Tensor | None, share: int, path: int, outputs: Tensor) -> None:
+        tokens = rows.numel() // self.in_features
+        if not self.memory.there or rows.shape[-1] != self.in_features or not rows.is_cpu:
+            self.memory.check()
+            raise ShapeError(f"inputs {list(rows.shape)} on {rows.device} for matrices of {self.in_features} inputs")
+        if outputs.numel() != tokens * share * self.out_features or tokens * share > MOST:
+            raise ShapeError(f"inputs {list(rows.shape)} have {share} slots each, which a product does not take")
+        if experts is not None:
+            experts = plain_numbers(experts, tokens * share, rows.device)
         failed = self._product(
             self.address,
             rows.data_ptr(),
             None if experts is None else experts.data_ptr(),
             rows.dtype == torch.bfloat16,
-            rows.numel() // self.in_features,
+            tokens,
             share,
             activation_bytes(),
             best_path() if path == FASTEST else path,
@@ -122,8 +146,18 @@ def experts_output(
     gate      one of GATES
     """
     tokens, share = experts.shape
+    up.memory.check()
+    down.memory.check()
+    if rows.shape != (tokens, up.in_features) or weights.shape != experts.shape or not (rows.is_cpu and weights.is_cpu):
+        raise ShapeError(
+            f"rows {list(rows.shape)}, experts {list(experts.shape)}, weights {list(weights.shape)} on {rows.device} "
+            f"for matrices of {up.in_features} inputs"
+        )
+    if up.out_features != 2 * down.in_features or not 1 <= share <= MOST // max(1, tokens):
+        raise ShapeError(f"{up.out_features} outputs of gate and up for {down.in_features} inputs, {share} slots each")
     dtype = _computed_in(rows) if weights.dtype == rows.dtype else torch.float32
-    inputs, chosen, factors = _plain(rows, dtype), experts.contiguous(), _plain(weights, dtype)
+    inputs, factors = _plain(rows, dtype), _plain(weights, dtype)
+    chosen = plain_numbers(experts, tokens * share, inputs.device)
     outputs = torch.empty((tokens, down.out_features), dtype=dtype)
     failed = native.routine("mc_experts", "pppppiiiiiiip")(
         up.address,

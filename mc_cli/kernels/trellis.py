@@ -61,9 +61,11 @@ class Bank(CompiledBank):
     """
 
     def __init__(self, parts: Sequence[Part | None], out_features: int, in_features: int) -> None:
+        table = matrix_table(parts, out_features=out_features, in_features=in_features, most_inputs=MOST_INPUTS)
         super().__init__(
             _KIND,
-            matrix_table(parts),
+            parts,
+            table,
             out_features=out_features,
             in_features=in_features,
             block=next((part[0].block for part in parts if part is not None), 1),
@@ -74,7 +76,9 @@ class Bank(CompiledBank):
         )
 
 
-def bank_of(parts: Sequence[Part | None], out_features: int, in_features: int) -> Bank | GpuBank:
-    """The bank for the device that the parts are on; one of them at least is there."""
+def bank_of(parts: Sequence[Part | None], out_features: int, in_features: int) -> Bank | GpuBank | None:
+    """The bank for the device that the parts are on, one of which at least is there; None where their blocks differ."""
+    if len({part[0].block for part in parts if part is not None}) > 1:
+        return None
     device = next(part[1]["codes"].device.type for part in parts if part is not None)
     return (GpuBank if device == "cuda" else Bank)(parts, out_features, in_features)

@@ -16,8 +16,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mc_cli.encodings import MOST
 from mc_cli.encodings.trellis import INPUTS_TOGETHER, padded, sequence_length
+from mc_cli.errors import ShapeError
 from mc_cli.kernels.matrix_table import Part, matrix_table
+from mc_cli.kernels.stored import StoredMemory, plain_numbers
 from mc_cli.numerics.rotation import signs
 from mc_cli.numerics.trellis_code import RATES, UNIT, code_levels
 
@@ -30,6 +33,7 @@ TILE_GROUPS = 64  # of 4 inputs there, so that weights and inputs fit into share
 SLOTS_IN_TILE = {16: 73728, 32: 81920, 64: 98304, 128: 131072}  # slots: bytes of shared memory, as compiled
 LEAST_BYTES = 101376  # what GPUs from Ampere on have at least, and earlier ones have not
 ROTATED_AT_ONCE = 1024
+MOST_INPUTS = 2**16  # as on the CPU
 HALVED_AT_ONCE = 1024
 
 
@@ -59,7 +63,8 @@ class GpuBank:
     """
 
     def __init__(self, parts: Sequence[Part | None], out_features: int, in_features: int) -> None:
-        table = matrix_table(parts)
+        table = matrix_table(parts, out_features=out_features, in_features=in_features, most_inputs=MOST_INPUTS)
+        self.memory = StoredMemory(tensor for part in parts if part is not None for tensor in part[1].values())
         encoding, tensors = next(part for part in parts if part is not None)
         self._block, device = encoding.block, tensors["codes"].device
         self._alignment = math.gcd(*table[:, 0].tolist(), 16)
@@ -81,9 +86,11 @@ class GpuBank:
         experts   [tokens * share] int64; zeros come out where it is not the number of a matrix. None: all the first
         share     slots that have the same row, one after the other
         """
+        self.memory.check()
         slots = rows.shape[0] * share
-        if experts is None:
-            experts = self._only.expand(slots).contiguous()
+        if rows.shape[1:] != (self.in_features,) or slots > MOST:
+            raise ShapeError(f"rows {list(rows.shape)}, {share} slots each, for matrices of {self.in_features} inputs")
+        experts = plain_numbers(self._only.expand(slots) if experts is None else experts, slots, rows.device)
         outputs = torch.empty((slots, self.out_features), dtype=torch.float32, device=rows.device)
         if not slots:
             return outputs

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from mc_cli.errors import McError
 
 _FILE = "_library.dll" if sys.platform == "win32" else "_library.so"  # of no Python in particular, see setup.py
+SWITCH = "MC_CLI_LIBRARY"  # of the environment: the path of the compiled library to use
 _VERSION = 12  # as in version.c
 _TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
@@ -25,13 +27,24 @@ _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
 def library() -> ctypes.CDLL | None:
     """The compiled library, None where the package was installed without a compiler.
 
+    The environment variable MC_CLI_LIBRARY names another one, such as one that was compiled with a sanitizer.
     Raises McError where it was compiled from other sources, as in a checkout that was updated after its installation:
-    the routines' arguments may have changed.
+    the routines' arguments may have changed; and where the one that was named is not there.
     """
+    named = os.environ.get(SWITCH)
+    if named:
+        return _loaded(Path(named))
     path = Path(__file__).parent / _FILE
-    if not path.is_file():
-        return None
-    compiled = _checked(ctypes.CDLL(str(path)), path)
+    return _loaded(path) if path.is_file() else None
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    try:
+        compiled = _checked(ctypes.CDLL(str(path)), path)
+    except OSError as error:
+        raise McError(
+            f"The compiled library {path} cannot be loaded: {error}. Install the package again, or unset {SWITCH}."
+        ) from error
     compiled.mc_use_team(team_start())
     return compiled
 

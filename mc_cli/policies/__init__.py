@@ -11,6 +11,7 @@ A policy may also define `compiled_rule(layer, cut)`, the same decision in one c
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mc_cli import native
-from mc_cli.errors import InputError, listed
+from mc_cli.errors import InputError, ShapeError, listed
 
 # How thresholds are found: `spread` gives each layer its own where a dropped call is cheapest; `shared` one for all.
 SPREAD, SHARED = "spread", "shared"
@@ -61,6 +62,12 @@ class Cut:
     absent: int
     renormalise: bool
 
+    def __post_init__(self) -> None:
+        """Raises ShapeError for what compiled rules could not take: they read a float and an int of 32 bits."""
+        number = isinstance(self.threshold, int | float) and not math.isnan(self.threshold)
+        if not number or not 0 <= self.absent < 2**31:
+            raise ShapeError(f"a threshold {self.threshold!r:.40} with {self.absent!r:.40} for slots without an expert")
+
 
 class Policy(Protocol):
     """A file of this folder."""
@@ -69,7 +76,7 @@ class Policy(Protocol):
     DESCRIPTION: str
     THRESHOLDS: str  # SPREAD or SHARED
     WATCHES_ATTENTION: bool  # needs `Routed.received`
-    LEARNED: bool  # has tensors that are trained
+    LEARNED: bool  # has tensors that are trained; `learned_shapes(hidden_size, top_k)` says which
 
     def keep_scores(self, routed: Routed, layer: LayerValues) -> Tensor:
         """[tokens, k] float32, aligned with the slots: higher is kept longer.
@@ -97,6 +104,12 @@ def policy_from_name(name: str) -> Policy:
         lines = listed(f"{policy.NAME:<16} {policy.DESCRIPTION}" for policy in known.values())
         raise InputError(f"Unknown pruning policy {name!r}. Choose one of these:\n{lines}")
     return known[name]
+
+
+def learned_shapes(policy: Policy, hidden_size: int, top_k: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what the policy has learned about a layer; {} for one that learns nothing."""
+    shapes = getattr(policy, "learned_shapes", None)
+    return {} if shapes is None else shapes(hidden_size, top_k)
 
 
 def weight_ranks(weights: Tensor) -> Tensor:

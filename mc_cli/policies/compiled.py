@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from mc_cli import native
+from mc_cli.errors import ShapeError
 
 if TYPE_CHECKING:
     from mc_cli.policies import Cut, Routed
 
 _FEATURES, _SLOTS = "fi", "ppfiiiipp"  # arguments that both routines take
 _MOST_SLOTS = 256  # as in native/pruning.c
+_MOST_VALUES = 2**31 - 1  # of tokens together: routines count in 32 bits
 _Kept = tuple[Tensor, Tensor]
 
 
@@ -40,6 +42,8 @@ class KeptByShare:
         looks = received if isinstance(received, Tensor) else None
         if hidden is None or not (looks is None or _is_plain(looks)):
             return None
+        if looks is not None and looks.shape != hidden.shape[:1]:
+            raise ShapeError(f"attention received {list(looks.shape)} for {len(hidden)} tokens")
         inputs = (
             hidden.data_ptr() if self._spares else None,
             None if looks is None else looks.data_ptr(),
@@ -66,18 +70,31 @@ class KeptByRouter:
         hidden, router, bias = _readable(routed), self._router, self._bias
         if hidden is None or not (_is_plain(router) and _is_plain(bias)):
             return None
+        steps = routed.weights.shape[-1] - 1
+        if router.shape != (steps, hidden.shape[-1] + steps) or bias.shape != (steps,):
+            raise ShapeError(
+                f"The learned router is {list(router.shape)} with a bias {list(bias.shape)}; {steps + 1} experts per "
+                f"token and hidden states of {hidden.shape[-1]} need [{steps}, {hidden.shape[-1] + steps}] and "
+                f"[{steps}]. It belongs to another model, or was changed; load the model again."
+            )
         inputs = hidden.data_ptr(), router.data_ptr(), bias.data_ptr(), self._least_share, hidden.shape[-1]
         return _kept(self._routine, inputs, routed, self._cut)
 
 
 def _readable(routed: Routed) -> Tensor | None:
     """The hidden states as routines read them; None where there are no routines for these tokens."""
-    hidden, weights = routed.hidden, routed.weights
+    hidden, weights, index = routed.hidden, routed.weights, routed.index
+    if weights.ndim != 2 or hidden.shape[:-1] != weights.shape[:-1] or index.shape != weights.shape:
+        raise ShapeError(
+            f"hidden states {list(hidden.shape)}, experts {list(index.shape)} and weights {list(weights.shape)} are "
+            "not of the same tokens"
+        )
     if (
         weights.dtype is not torch.float32
-        or not weights.is_cpu
-        or routed.index.dtype is not torch.int64
-        or weights.shape[-1] > _MOST_SLOTS
+        or not (weights.is_cpu and hidden.is_cpu and index.is_cpu)
+        or index.dtype is not torch.int64
+        or not 1 <= weights.shape[-1] <= _MOST_SLOTS
+        or max(hidden.numel(), weights.numel()) > _MOST_VALUES
         or (torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad))
     ):
         return None

@@ -63,6 +63,11 @@ def count_logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(steps[:, :1]), steps.cumsum(-1)], dim=-1)
 
 
+def learned_shapes(hidden_size: int, top_k: int) -> dict[str, tuple[int, ...]]:
+    """What `count_logits` reads."""
+    return {WEIGHT: (top_k - 1, hidden_size + top_k - 1), BIAS: (top_k - 1,)}
+
+
 def starting_router(hidden_size: int, top_k: int, threshold: float) -> dict[str, Tensor]:
     """A router that decides as odp does with this threshold and no token spared (exactly so for two experts)."""
     weight = torch.zeros(top_k - 1, hidden_size + top_k - 1)

@@ -21,6 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from mc_cli import kernels
 from mc_cli.artifacts.packed import ExpertLayout, encoding_of, stacked_name
 from mc_cli.encodings import Encoding
+from mc_cli.errors import ShapeError
 from mc_cli.parts import Projection
 from mc_cli.runtime.packed_product import product
 
@@ -54,6 +55,11 @@ class Banks:
     down: kernels.Bank
     whole: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None
 
+    @property
+    def there(self) -> bool:
+        """Whether the memory that both have read from is still that of the stored parts."""
+        return self.up.memory.there and self.down.memory.there
+
 
 @dataclass(frozen=True)
 class PackedExpert:
@@ -65,8 +71,14 @@ class PackedExpert:
     in_features: int
 
     def parts(self, module: Experts) -> dict[str, torch.Tensor]:
-        """Views of this projection's stored parts, by name."""
-        return {part: getattr(module, name)[self.slot] for part, name in self.names.items()}
+        """Views of this projection's stored parts, by name. Raises ShapeError where somebody has cut the stack."""
+        try:
+            return {part: getattr(module, name)[self.slot] for part, name in self.names.items()}
+        except IndexError as error:
+            shapes = {name: list(getattr(module, name).shape) for name in self.names.values()}
+            raise ShapeError(
+                f"There is no matrix {self.slot} in {shapes}. Stored parts must not be changed; load the model again."
+            ) from error
 
 
 def is_standard_experts(module: nn.Module) -> bool:
@@ -93,6 +105,13 @@ def projections_of(module: Experts) -> tuple[Projection, ...]:
         rows, columns = getattr(module, name).shape[-2:]
         found.append(Projection(name, columns, rows) if module.is_transposed else Projection(name, rows, columns))
     return tuple(found)
+
+
+def hidden_size_of(module: Experts) -> int:
+    """Inputs of the experts' first projection, dense or packed; 0 where all of them are dropped."""
+    if not is_packed(module):
+        return projections_of(module)[0].in_features
+    return next((place.in_features for place in module._mc_packed[up_name(module)] if place is not None), 0)
 
 
 def expert_weight(module: Experts, projection: str, expert: int) -> torch.Tensor:
@@ -336,10 +355,13 @@ def _runs_packed(module: Experts, flat: torch.Tensor) -> bool:
 
 
 def _banks_of(module: Experts) -> Banks | None:
-    """Both projections' packed matrices, ready for compiled products; None where there is no bank for all of them."""
+    """Both projections' packed matrices, ready for compiled products; None where there is no bank for all of them.
+
+    Where all addresses are the same and no memory was given back meanwhile, what was checked still holds.
+    """
     addresses = tuple(parameter.data_ptr() for parameter in module._parameters.values() if parameter is not None)
     found = _banks.get(module)
-    if found is None or found[0] != addresses:
+    if found is None or found[0] != addresses or not (found[1] is None or found[1].there):
         found = addresses, _made_banks(module)
         _banks[module] = found
     return found[1]

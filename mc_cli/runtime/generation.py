@@ -17,8 +17,10 @@ from transformers.utils import logging as transformers_logging
 import mc_cli  # noqa: F401  teaches transformers to load packed directories
 from mc_cli.errors import CheckpointError, InputError, McError
 from mc_cli.runtime.memory import large_blocks_mapped
-from mc_cli.runtime.model_folder import read_config, resolve_model
+from mc_cli.runtime.model_folder import first_line, read_config, resolve_model
+from mc_cli.runtime.packed_files import is_packed_folder, open_packed, weight_files
 from mc_cli.runtime.session import device_named, dtype_named
+from mc_cli.runtime.stored_tensors import check_layer_count
 from mc_cli.runtime.text import load_tokenizer
 from mc_cli.settings import RunSettings
 
@@ -115,13 +117,14 @@ def load_model(folder: Path, compute: RunSettings) -> Any:
     """The model, in float32 on a CPU and in its own dtype on a GPU unless asked otherwise; in evaluation mode."""
     check_model_folder(folder)
     config: Any = read_config(folder, trust_remote_code=compute.trust_remote_code)
+    _check_weight_files(folder, config)
     device = device_named(compute.device)
     dtype = dtype_named(compute.dtype, device, stored=config.get_text_config().dtype)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     try:
         network: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=compute.trust_remote_code
+            folder, dtype=dtype, trust_remote_code=compute.trust_remote_code, use_safetensors=True
         )
     except McError:
         raise
@@ -130,8 +133,34 @@ def load_model(folder: Path, compute: RunSettings) -> Any:
             f"A safetensors file in {folder} is damaged or cut short ({error}). Compare the sizes of the files with "
             "those of their source, and copy, download or make it again."
         ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise CheckpointError(
+            f"The tensors in {folder} have other shapes than config.json describes: {_without_advice(error)} They are "
+            "damaged or of different models; copy, download or make the directory again."
+        ) from error
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(
             f"{folder} cannot be loaded as a causal language model ({type(error).__name__}: {error})."
         ) from error
     return network.to(device).eval()
+
+
+def _check_weight_files(folder: Path, config: Any) -> None:
+    """Refuses, before anything is built, files outside, pickles, and more layers than there are."""
+    if getattr(config, "quantization_config", None) is not None and is_packed_folder(folder):
+        check_layer_count(config, open_packed(folder).tensors, folder)
+        return
+    paths = weight_files(folder)
+    if not all(path.is_file() for path in paths):
+        missing = ", ".join(path.name for path in paths if not path.is_file())
+        raise CheckpointError(
+            f"{folder} lacks {missing}: weights are read from safetensors files alone. Convert other formats with "
+            "`save_pretrained`, or copy, download or make the directory again."
+        )
+
+
+def _without_advice(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line or "shape" in line.lower()]
+    return (" ".join(lines[:4]) or first_line(error)).rstrip(".") + "."

@@ -138,6 +138,14 @@ def _top_k_candidates(router: nn.Module, parent: nn.Module, config: Any) -> list
     return [getattr(router, "top_k", None), getattr(parent, "top_k", None), *in_config]
 
 
+def top_k_of(model: Any, experts_path: str) -> int | None:
+    """How many of the experts at `experts_path` a token is sent to; None where the family does not tell."""
+    parent = model.get_submodule(experts_path.rpartition(".")[0])
+    router = _router_name(parent)
+    candidates = [] if router is None else _top_k_candidates(getattr(parent, router), parent, model.config)
+    return next((found for found in candidates if isinstance(found, int)), None)
+
+
 def path_of(model: nn.Module, wanted: nn.Module) -> str:
     """Path of a module in the model."""
     return next(path for path, module in model.named_modules() if module is wanted)

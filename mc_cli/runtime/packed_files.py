@@ -16,10 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mc_cli.artifacts.files import read_json
-from mc_cli.artifacts.packed import CONFIG_FOLDER, LAYOUT, QUANT_METHODS, PackedLayout, read_layout
+from mc_cli.artifacts.packed import CONFIG_FOLDER, LAYOUT, QUANT_METHODS, PackedLayout, naming, read_layout
+from mc_cli.artifacts.places import file_inside, require_inside, require_ordinary
 from mc_cli.errors import ArtifactError, InputError, listed
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -31,6 +33,12 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
     "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
 }
 
 
@@ -78,39 +86,70 @@ def open_packed(folder: Path) -> PackedFiles:
     """
     if (folder / LAYOUT).is_file():
         paths = sorted(folder.glob("*.safetensors"))
-        return PackedFiles(folder, folder / CONFIG_FOLDER, read_layout(folder), _headers(paths))
+        for path in (folder / LAYOUT, folder / CONFIG_FOLDER / "config.json", *paths):
+            require_inside(folder, path)
+        return PackedFiles(folder, folder / CONFIG_FOLDER, read_layout(folder), stored_tensors(paths))
     if not (folder / "config.json").is_file():
         raise InputError(
             f"{folder} holds no packed model: it has neither {LAYOUT} nor config.json. Run quantize first."
         )
-    quantization = read_json(folder / "config.json", foreign=True).get("quantization_config") or {}
-    if quantization.get("quant_method") not in QUANT_METHODS:
+    require_inside(folder, folder / "config.json")
+    quantization = read_json(folder / "config.json", foreign=True).get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") not in QUANT_METHODS:
         raise InputError(
             f"{folder} holds a model, but not one packed by mc-cli. Give a packed folder or an exported directory."
         )
-    return PackedFiles(folder, folder, PackedLayout.from_json(quantization), _headers(_indexed_files(folder)))
+    try:
+        layout = PackedLayout.from_json(quantization)
+    except ArtifactError as error:
+        raise naming(folder / "config.json", error) from error
+    return PackedFiles(folder, folder, layout, stored_tensors(weight_files(folder)))
 
 
-def _indexed_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if not index.is_file():
-        return [folder / "model.safetensors"]
+def is_packed_folder(folder: Path) -> bool:
+    """Whether config.json of `folder` says that it is an export of ours."""
+    content = read_json(folder / "config.json", foreign=True).get("quantization_config")
+    return isinstance(content, dict) and content.get("quant_method") in QUANT_METHODS
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of an exported directory: the one that there is, or those of the index.
+
+    Raises ArtifactError for a damaged index, InputError where it or a link names a file outside of the directory.
+    """
+    index = file_inside(folder, INDEX)
+    if (folder / SINGLE).exists() or not index.is_file():
+        return [file_inside(folder, SINGLE)]  # as transformers does where there are both
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ArtifactError(f"{index} is damaged: it has no weight_map. Export again.")
-    return sorted({folder / str(name) for name in weight_map.values()})
+    names = set(map(str, weight_map.values()))
+    return [file_inside(folder, name) for name in sorted(names)]
 
 
-def _headers(paths: list[Path]) -> dict[str, StoredTensor]:
+def stored_tensors(paths: list[Path]) -> dict[str, StoredTensor]:
+    """Name -> tensor as the headers of these files have it.
+
+    Raises ArtifactError for a damaged file, a name in two of them, and a dtype that no packed model has.
+    """
     tensors: dict[str, StoredTensor] = {}
     twice = []
+    strange = []
     for path in paths:
         with _open(path) as handle:
             for name in handle.keys():  # noqa: SIM118 a handle is no mapping
                 if name in tensors:
                     twice.append(f"{name}: in {tensors[name].path.name} and {path.name}")
                 stored = handle.get_slice(name)
+                if stored.get_dtype() not in DTYPES:
+                    strange.append(f"{name}: {stored.get_dtype()} in {path.name}")
+                    continue
                 tensors[name] = StoredTensor(path, tuple(stored.get_shape()), DTYPES[stored.get_dtype()])
+    if strange:
+        raise ArtifactError(
+            f"{paths[0].parent}: {len(strange)} tensors are of dtypes that no packed model has:\n{listed(strange)}\n"
+            "Copy, download or make the packed model again."
+        )
     if twice:
         raise ArtifactError(
             f"{paths[0].parent}: {len(twice)} tensors are stored twice:\n{listed(twice)}\nMake the packed model again."
@@ -119,6 +158,7 @@ def _headers(paths: list[Path]) -> dict[str, StoredTensor]:
 
 
 def _open(path: Path) -> Any:
+    require_ordinary(path)
     try:
         return safe_open(path, "pt")
     except FileNotFoundError as error:

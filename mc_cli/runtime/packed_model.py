@@ -23,7 +23,7 @@ from mc_cli.errors import ArtifactError, McError, listed
 from mc_cli.parts import Role
 from mc_cli.runtime import experts
 from mc_cli.runtime.checkpoint import REST
-from mc_cli.runtime.inventory import find_decoder_layers, path_of, take_inventory, tied_tensors
+from mc_cli.runtime.inventory import find_decoder_layers, path_of, take_inventory, tied_tensors, top_k_of
 from mc_cli.runtime.memory import read_ahead
 from mc_cli.runtime.model_folder import read_config
 from mc_cli.runtime.own_experts import run_our_experts
@@ -35,9 +35,10 @@ from mc_cli.runtime.packed_modules import (
     pack_weight,
     tie_head,
 )
-from mc_cli.runtime.pruning import add_learned_tensors, apply_pruning
+from mc_cli.runtime.pruning import add_learned_tensors, apply_pruning, pruning_for
 from mc_cli.runtime.router_masks import drop_experts
 from mc_cli.runtime.skeleton import build_skeleton, rebuild_buffers
+from mc_cli.runtime.stored_tensors import check_layer_count, check_stored
 
 __all__ = ["PackedSource", "StoredBytes", "attach", "load_packed", "model_bytes"]
 
@@ -100,6 +101,7 @@ def layout_for(model: Any, layout: PackedLayout) -> PackedLayout:
         layout,
         experts=tuple(replace(block, path=block.path.removeprefix(prefix)) for block in layout.experts),
         linears={path.removeprefix(prefix): key for path, key in layout.linears.items() if path.startswith(prefix)},
+        pruning=None if layout.pruning is None else pruning_for(model, layout.pruning),
     )
 
 
@@ -120,6 +122,13 @@ def _check_experts(model: Any, layout: PackedLayout) -> None:
             problems.append(f"{path}: layout {block.num_experts} experts, model {module.num_experts}")
         if dict(block.projections) != shapes:
             problems.append(f"{path}: layout {dict(block.projections)}, model {shapes}")
+        if block.encodings.keys() != shapes.keys():
+            problems.append(f"{path}: encodings of {sorted(block.encodings)}, the model has {sorted(shapes)}")
+            continue
+        top_k = top_k_of(model, path)
+        left = block.num_experts - len(block.dropped)
+        if top_k is not None and not 1 <= top_k <= left:
+            problems.append(f"{path}: a token is sent to {top_k} experts, of which {left} are there")
         for projection, row in block.encodings.items():
             if len(row) != block.num_experts:
                 problems.append(f"{path}.{projection}: {len(row)} encodings for {block.num_experts} experts")
@@ -151,7 +160,7 @@ def _check_linears(model: Any, layout: PackedLayout) -> None:
             problems.append(f"{path}: the layout packs it, the model has no matrix there")
         elif (encoding := encoding_of(key)) is None:
             problems.append(f"{path}: a linear that is kept does not belong in the layout")
-        elif path == embedding and not encoding.rows_apart:
+        elif (path == embedding or isinstance(modules[path], nn.Embedding)) and not encoding.rows_apart:
             problems.append(f"{path}: {key} does not store the rows of an embedding apart")
         else:
             problems += _misfits(path, tuple(weight.shape), [key])
@@ -195,6 +204,7 @@ class PackedSource:
         self.files = open_packed(folder)
         self.layout = self.files.layout
         self.config = read_packed_config(self.files, trust_remote_code=trust_remote_code)
+        check_layer_count(self.config, self.files.tensors, self.folder)
         self.model: Any = build_skeleton(self.config, dtype=dtype)
         self.layers_path = find_decoder_layers(self.model)
         self.packed = attach(self.model, self.layout, kept_dtype=dtype)
@@ -237,22 +247,7 @@ class PackedSource:
 
     def _check_names(self, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
         """Stored name -> the dtype it is cast to, None for as it is."""
-        there = self.files.tensors
-        tied = tied_tensors(self.model)
-        wanted = {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
-        problems = [f"{name}: missing" for name in sorted(wanted.keys() - there.keys())]
-        problems += [f"{name}: not part of the model" for name in sorted(there.keys() - wanted.keys())]
-        for name in sorted(wanted.keys() & there.keys()):
-            stored, tensor = there[name], wanted[name]
-            if stored.shape != tuple(tensor.shape):
-                problems.append(f"{name}: stored {stored.shape}, model {tuple(tensor.shape)}")
-            elif name in self.packed and stored.dtype != tensor.dtype:
-                problems.append(f"{name}: stored as {stored.dtype}, its encoding has {tensor.dtype}")
-        if problems:
-            raise ArtifactError(
-                f"{self.folder}: {len(problems)} tensors do not fit the layout:\n{listed(problems)}\n"
-                "The files are damaged or of another model; run quantize or export again with --force."
-            )
+        wanted = check_stored(self.model, self.packed, self.files.tensors, self.folder)
         plan = self.model._get_dtype_plan(dtype)
         return {name: self._target_dtype(name, tensor, plan) for name, tensor in wanted.items()}
 

@@ -60,9 +60,11 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
         from mc_cli.runtime.memory import read_ahead
         from mc_cli.runtime.packed_model import attach, layout_for
+        from mc_cli.runtime.stored_tensors import check_loaded
 
         layout = layout_for(model, self.quantization_config.layout)
         self._packed = attach(model, layout, kept_dtype=dtype or model.dtype)
+        check_loaded(model, self._packed, kwargs.get("checkpoint_files"))
         read_ahead(Path(path) for path in kwargs.get("checkpoint_files") or ())
         return model
 

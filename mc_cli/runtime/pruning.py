@@ -8,16 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer, Pruning
-from mc_cli.errors import ArtifactError
-from mc_cli.policies import CompiledRule, Cut, LayerValues, Routed, compiled_rule, kept_slots, policy_from_name
-from mc_cli.runtime.experts import PRUNER, Experts
+from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer, Pruning, shown
+from mc_cli.errors import ArtifactError, listed
+from mc_cli.policies import (
+    CompiledRule,
+    Cut,
+    LayerValues,
+    Routed,
+    compiled_rule,
+    kept_slots,
+    learned_shapes,
+    policies,
+    policy_from_name,
+)
+from mc_cli.runtime.experts import PRUNER, Experts, hidden_size_of, is_standard_experts
+from mc_cli.runtime.inventory import router_path_of, top_k_of
 from mc_cli.runtime.received_attention import AttentionWatch, watch_attention
 from mc_cli.runtime.router_masks import mask_router
 
@@ -156,13 +167,8 @@ def apply_pruning(
     remove_pruning(model)
     if rate == 0:
         return
-    modules = dict(model.named_modules())
-    missing = [layer.path for layer in pruning.layers if layer.path not in modules]
-    if missing:
-        raise ArtifactError(
-            f"The pruning policy names experts that {type(model).__name__} does not have: {', '.join(missing[:4])}. "
-            "Policy and model do not belong together; run prune-eval on this model."
-        )
+    pruning = pruning_for(model, pruning)
+    check_policy(model, pruning)
     for path, pruner in pruners(pruning, pruning.at_rate(rate), tensors).items():
         setattr(model.get_submodule(path), _HANDLES, _put_on(model, path, pruner))
 
@@ -175,11 +181,62 @@ def remove_pruning(model: nn.Module) -> None:
             delattr(module, _HANDLES)
 
 
+def pruning_for(model: Any, pruning: Pruning) -> Pruning:
+    """The policy by the module paths of `model`, which may be a base model, without the head."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    if prefix == "." or hasattr(model, prefix[:-1]):
+        return pruning
+    layers = (
+        replace(layer, path=layer.path.removeprefix(prefix), router_path=layer.router_path.removeprefix(prefix))
+        for layer in pruning.layers
+    )
+    return replace(pruning, layers=tuple(layers))
+
+
+def check_policy(model: Any, pruning: Pruning) -> None:
+    """Raises ArtifactError, naming all, where a policy is unknown or says of a layer what the model has otherwise.
+
+    Compiled rules read learned tensors by the layer's top-k and the size of its hidden states.
+    """
+    known = policies()
+    if pruning.policy not in known:
+        raise ArtifactError(
+            f"The pruning policy {shown(pruning.policy)} is unknown; this version of mc-cli has {', '.join(known)}. "
+            "The model is of a newer version, or damaged."
+        )
+    modules = dict(model.named_modules())
+    problems = []
+    for layer in pruning.layers:
+        module: Any = modules.get(layer.path)
+        if module is None or not is_standard_experts(module):
+            problems.append(f"{layer.path}: there are no experts in {type(model).__name__}")
+            continue
+        top_k = top_k_of(model, layer.path)
+        shapes = learned_shapes(known[pruning.policy], hidden_size_of(module), layer.top_k)
+        stated = {name: tuple(shape) for name, shape in layer.tensors.items()}
+        if top_k not in (None, layer.top_k):
+            problems.append(f"{layer.path}: {layer.top_k} experts per token, the model has {top_k}")
+        if stated != shapes:
+            problems.append(f"{layer.path}: learned {shown(stated)}, the policy {pruning.policy} has {shapes}")
+        if layer.dropped and layer.router_path != router_path_of(model, layer.path):
+            problems.append(f"{layer.path}: its router is not {shown(layer.router_path)}")
+        wrong = [expert for expert in layer.dropped if not 0 <= expert < module.num_experts]
+        if wrong or module.num_experts - len(layer.dropped) < layer.top_k:
+            problems.append(f"{layer.path}: drops {shown(list(layer.dropped))} of {module.num_experts} experts")
+    if problems:
+        raise ArtifactError(
+            f"The pruning policy does not fit {type(model).__name__}, {len(problems)} differences:\n"
+            f"{listed(problems)}\nPolicy and model do not belong together, or are damaged; run prune-eval on it."
+        )
+
+
 def add_learned_tensors(model: nn.Module, pruning: Pruning) -> list[str]:
     """Registers empty float32 parameters for what a policy learned, so that loading a checkpoint fills them.
 
-    They stay in float32 whatever the model is cast to. Returns their full names.
+    They stay in float32 whatever the model is cast to. Returns their full names. Raises ArtifactError where policy and
+    model do not fit.
     """
+    check_policy(model, pruning)
     for name, shape in pruning.tensor_names().items():
         path, _, leaf = name.rpartition(".")
         module: Any = model.get_submodule(path)

@@ -223,7 +223,8 @@ def _whole(
     # Packed directories of native models bring code that only imports mc_cli; the native class is asked for, as a user
     # has it then.
     options: dict[str, Any] = {"trust_remote_code": wanted.own_code}
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all differences are listed below
+    # All differences are listed below.
+    options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(exported, dtype=dtype, **options)
     except McError:

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from mc_cli.errors import FamilyError
+from mc_cli.artifacts.pruning import shown
+from mc_cli.errors import ArtifactError, FamilyError
 from mc_cli.runtime.inventory import router_path_of
 
 CORRECTION_BIAS = "e_score_correction_bias"
@@ -42,6 +43,11 @@ def mask_router(router: nn.Module, num_experts: int, dropped: Sequence[int]) -> 
 
     Its forward raises FamilyError for a router that does not make its logits by a linear product.
     """
+    if not all(isinstance(expert, int) and 0 <= expert < num_experts for expert in dropped):
+        raise ArtifactError(
+            f"{type(router).__name__} is to choose none of the experts {shown(list(dropped))}, of {num_experts}. The "
+            "layout or the policy is damaged; copy, download or make it again."
+        )
     mask = torch.zeros(num_experts, dtype=torch.bool, device="cpu")  # also where a model is being built without data
     mask[list(dropped)] = True
     modes: list[_MaskedLogits] = []

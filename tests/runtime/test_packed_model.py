@@ -326,7 +326,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "layout with fewer experts": (
         lambda folder: change_layout(folder, lambda layout: layout["experts"][0].update(num_experts=7)),
-        "model.layers.0.mlp.experts: layout 7 experts, model 8",
+        "8 encodings, 7 experts",
     ),
     "layout with an unknown linear": (
         lambda folder: change_layout(folder, lambda layout: layout["linears"].update({"model.layers.9.q_proj": 0})),

@@ -15,6 +15,7 @@ from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer,
 from mc_cli.errors import ArtifactError, InputError
 from mc_cli.policies import otp
 from mc_cli.runtime import experts
+from mc_cli.runtime.inventory import top_k_of
 from mc_cli.runtime.packed_model import load_packed
 from mc_cli.runtime.pruning import apply_pruning, pruned, pruners, remove_pruning
 from tests.conftest import TinyModel
@@ -31,7 +32,10 @@ def dense(folder: Path) -> Any:
 
 
 def pruning_of(model: Any, *, renormalise: bool, policy: str = "top-k", thresholds: float = 0.9) -> Pruning:
-    layers = [PrunedLayer(number, path, 2, renormalise) for number, (path, _) in enumerate(experts.find_experts(model))]
+    layers = [
+        PrunedLayer(number, path, top_k_of(model, path) or 2, renormalise)
+        for number, (path, _) in enumerate(experts.find_experts(model))
+    ]
     off = OperatingPoint(0.0, (0.0,) * len(layers))
     return Pruning(policy, 0, tuple(layers), (off, OperatingPoint(0.5, (thresholds,) * len(layers))), 1)
 
@@ -173,7 +177,7 @@ def test_a_rate_outside_the_points_and_a_foreign_model_are_refused(tiny_model: T
     with pytest.raises(InputError, match=r"0\.7 is outside"):
         apply_pruning(model, pruning, rate=0.7)
     assert pruning.at_rate(0.25).thresholds == pytest.approx([0.45, 0.45])
-    with pytest.raises(ArtifactError, match="does not have"):
+    with pytest.raises(ArtifactError, match="there are no experts in Jamba"):
         apply_pruning(dense(tiny_model("jamba")), pruning)
 
 
