@@ -81,8 +81,8 @@ def rebuild_buffers(model: Any, device: torch.device) -> None:
     if large:
         raise CheckpointError(
             f"{config_file(model.config)} makes {len(large)} tables of more than {_LARGEST_BUFFER:,} bytes:\n"
-            f"{listed(large)}\nAn entry that sets a width, a share or a length is of another model or damaged: "
-            "download it again."
+            f"{listed(large)}\nAn entry for a width, a share or a length is of another model or damaged: download it "
+            "again."
         )
     for module in model.modules():
         buffers = non_persistent_buffers(module)
