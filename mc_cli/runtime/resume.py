@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mc_cli.artifacts.files import read_tensors, write_tensors
+from mc_cli.artifacts.files import read_tensors, tensor_named, write_tensors
 from mc_cli.artifacts.store import RESUME, StageFolder
 from mc_cli.runtime.layerwise import LayerWalk
 
@@ -29,8 +29,9 @@ def restore_progress(folder: StageFolder, walk: LayerWalk, original: LayerWalk |
     if not depths:
         return 0
     depth = max(depths)
-    saved = read_tensors(folder.path(f"{RESUME}/before_{depth}.safetensors"))
-    walk.restore(saved["hidden"], depth)
+    path = folder.path(f"{RESUME}/before_{depth}.safetensors")
+    saved = read_tensors(path)
+    walk.restore(tensor_named(path, saved, "hidden"), depth)
     if original is not None:
-        original.restore(saved["original"], depth)
+        original.restore(tensor_named(path, saved, "original"), depth)
     return depth

@@ -18,7 +18,7 @@ import torch
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as artifact
 from mc_cli.artifacts.calibration import LayerRouting, LayerSensitivity
-from mc_cli.artifacts.files import read_tensors, write_json, write_tensors
+from mc_cli.artifacts.files import read_tensor, read_tensors, write_json, write_tensors
 from mc_cli.artifacts.store import RESUME, StageFolder
 from mc_cli.parts import ExpertBlock, ModelInventory, Role
 from mc_cli.progress import Progress, StageResult
@@ -197,7 +197,7 @@ def _backward(
         for depth in range(layer, first - 1, -1):
             checkpoint.load(depth)
             walk.depth = depth
-            inputs = read_tensors(folder.path(_inputs_file(depth)))["hidden"]
+            inputs = read_tensor(folder.path(_inputs_file(depth)), "hidden")
             gradients, sensitivity, covariance = backward_layer(
                 walk,
                 inputs,
@@ -230,8 +230,8 @@ def _gradient_start(
         folder.path(RESUME).glob("gradient_before_*.safetensors"), key=lambda path: int(path.stem.split("_")[-1])
     )
     if saved:
-        return read_tensors(saved[0])["gradients"], int(saved[0].stem.split("_")[-1]) - 1
-    final = read_tensors(folder.path(f"{RESUME}/before_{walk.num_layers}.safetensors"))["hidden"][:sequences]
+        return read_tensor(saved[0], "gradients"), int(saved[0].stem.split("_")[-1]) - 1
+    final = read_tensor(folder.path(f"{RESUME}/before_{walk.num_layers}.safetensors"), "hidden")[:sequences]
     gradients = output_gradient(walk, final, samples=settings.gradient_samples, seed=settings.seed)
     return gradients, walk.num_layers - 1
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mc_cli import __version__
+from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.exported import STAGE, ExportFolder, ExportRecord, remember_export
 from mc_cli.artifacts.files import read_json
 from mc_cli.artifacts.packed import PackedLayout, encoding_of
@@ -207,7 +208,9 @@ def _evaluation(work_dir: Path, folder: ExportFolder, progress: Progress) -> dic
     if evaluated.inputs.get("quantize") != folder.inputs["quantize"]:
         folder.warn("the evaluation is of an earlier packed model, so the model card leaves it out.", progress)
         return {}
-    return read_json(work_dir / STAGE_FOLDERS["prune-eval"] / EVALUATION)
+    path = work_dir / STAGE_FOLDERS["prune-eval"] / EVALUATION
+    Evaluation.read(path)  # every field is as it should be
+    return read_json(path)
 
 
 def _pruning(
