@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
 
 from mc_cli.artifacts.fields import FieldError, Within, read_as, reading, take_schema
-from mc_cli.artifacts.files import read_json, read_tensors, write_json
+from mc_cli.artifacts.files import read_json, read_tensors, tensor_named, write_json
 from mc_cli.errors import ArtifactError, shown
 from mc_cli.parts import ModelInventory
 
@@ -182,9 +182,7 @@ def _tensor(
     path: Path, tensors: Mapping[str, torch.Tensor], name: str, dtype: str, dimensions: int, *, finite: bool = True
 ) -> torch.Tensor:
     """One tensor of a file. Raises ArtifactError naming the file unless it is there, as it should be and finite."""
-    found = tensors.get(name)
-    if found is None:
-        raise ArtifactError(f"{path} holds no tensor {name!r}, but {', '.join(sorted(tensors)[:8])}. {_REMEDY}")
+    found = tensor_named(path, tensors, name)
     kind = str(found.dtype).removeprefix("torch.")
     if kind != dtype or found.dim() != dimensions or (dimensions and not found.numel()):
         raise ArtifactError(

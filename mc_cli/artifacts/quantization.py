@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-from mc_cli.artifacts.fields import Within, read_as, reading, take_schema
+from mc_cli.artifacts.fields import FieldError, Within, read_as, reading, take_schema
 from mc_cli.artifacts.files import read_json, write_json
+from mc_cli.errors import shown
 
 SCHEMA = 1
+OUTCOMES = ("quantized", "kept", "pruned")
 
 
 @dataclass(frozen=True)
@@ -56,4 +58,8 @@ def read_report(path: Path) -> list[MatrixReport]:
     content = read_json(path)
     with reading(path, "a quantization report", "Run quantize --force."):
         take_schema(content, SCHEMA)
-        return list(read_as(_Report, content).matrices)
+        found: _Report = read_as(_Report, content)
+        for place, row in enumerate(found.matrices):
+            if row.outcome not in OUTCOMES:
+                raise FieldError(f"matrices[{place}].outcome is {shown(row.outcome)}, not one of {', '.join(OUTCOMES)}")
+        return list(found.matrices)

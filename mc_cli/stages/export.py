@@ -18,6 +18,7 @@ import torch
 from mc_cli import __version__
 from mc_cli.artifacts.calibration import LEFT_OUT
 from mc_cli.artifacts.damage import ALL_BYTES
+from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.exported import (
     RECORD,
     STAGE,
@@ -252,7 +253,9 @@ def _evaluation(work_dir: Path, folder: ExportFolder, progress: Progress) -> dic
     if evaluated.inputs.get("quantize") != folder.inputs["quantize"]:
         folder.warn("the evaluation is of an earlier packed model, so the model card leaves it out.", progress)
         return {}
-    return read_json(work_dir / STAGE_FOLDERS["prune-eval"] / EVALUATION)
+    path = work_dir / STAGE_FOLDERS["prune-eval"] / EVALUATION
+    Evaluation.read(path)  # every field is as it should be
+    return read_json(path)
 
 
 def _pruning(

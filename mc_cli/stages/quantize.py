@@ -17,6 +17,7 @@ from torch import nn
 
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
+from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.files import file_digest, read_json, write_json, write_tensors
 from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.packed import ExpertLayout, PackedLayout, stacked_name
@@ -339,6 +340,17 @@ def _is_quantized_down(row: MatrixReport) -> bool:
     return row.role == Role.EXPERT.value and row.outcome == "quantized" and row.name.endswith(".down_proj")
 
 
+def _read_coverage(path: Path) -> dict[str, Any]:
+    """The account of a finished run. Raises ArtifactError where the file is damaged."""
+    coverage = read_json(path)
+    with reading(path, "an account of coverage", "Run quantize --force."):
+        read_as(float, coverage.get("covered"), "covered")
+        for name in ("quantized", "kept", "pruned"):
+            read_as(int, coverage.get(name), name)
+        read_as(dict[str, list[Any]], coverage.get("experts_dropped", {}), "experts_dropped")
+    return coverage
+
+
 def _coverage(rows: list[MatrixReport], inventory: ModelInventory, layouts: list[ExpertLayout]) -> dict[str, Any]:
     """Expert weights by outcome, and the dropped experts by layer.
 
@@ -404,7 +416,7 @@ def _result(folder: StageFolder, compute: RunSettings, *, ran: bool) -> StageRes
         "code bits per weight",
         "stored bits per weight",
     ]
-    coverage = read_json(folder.path("coverage.json"))
+    coverage = _read_coverage(folder.path("coverage.json"))
     table = {
         "title": "Stored bytes of the packed model",
         "columns": [{"name": n, "align": "right" if i else "left"} for i, n in enumerate(columns)],
