@@ -13,7 +13,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -282,5 +282,6 @@ class DigestCache:
             entry = {"stamp": stamp, "sha256": file_digest(path)}
             self._known[name] = entry
             if _REMEMBERS.get():
-                write_json(self._path, self._known)
+                with suppress(ArtifactError):  # only a memory, which a disk that is only read does not take
+                    write_json(self._path, self._known)
         return entry["sha256"]

@@ -22,6 +22,7 @@ from mc_cli.artifacts.calibration import LayerRouting, LayerSensitivity
 from mc_cli.artifacts.files import read_tensors, write_tensors
 from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.store import RESUME, StageFolder
+from mc_cli.errors import ArtifactError
 from mc_cli.parts import ExpertBlock, ModelInventory, Role
 from mc_cli.progress import Progress, StageResult
 from mc_cli.runtime import text
@@ -55,7 +56,10 @@ def run(
     session = first_session(work_dir, settings.model, settings.revision, compute)
     folder = _folder(settings, session)
     if not folder.needed(force=force):
-        session.remember(settings.model, settings.revision)
+        try:
+            session.remember(settings.model, settings.revision)
+        except ArtifactError as error:  # a disk that is only read
+            progress.warn(f"{error} Later stages look for the model where it was.")
         return _result(folder, ran=False)
     checkpoint = session.open_checkpoint()
     windows = None if folder.path(artifact.TOKENS).exists() and not force else _windows(settings, session)
