@@ -64,7 +64,8 @@ def work_dir_status(work_dir: Path, *, contents: bool = False) -> list[StageStat
         raise InputError(f"{work_dir} is a file. Give the work directory that calibrate or run was given with -w.")
     if not work_dir.exists():
         raise InputError(f"{work_dir} does not exist. Give the work directory that calibrate or run was given with -w.")
-    if not any((work_dir / name / MANIFEST).exists() or _is_begun(work_dir / name) for name in STAGE_FOLDERS.values()):
+    folders = [work_dir / name for name in STAGE_FOLDERS.values()]
+    if not any((folder / MANIFEST).exists() or _is_begun(folder) for folder in folders) and not process_in(work_dir):
         raise InputError(
             f"{work_dir} is not a work directory of mc-cli: it holds no finished or begun "
             f"{', '.join(STAGE_FOLDERS.values())}. Give the directory that calibrate or run was given with -w."

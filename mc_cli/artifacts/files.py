@@ -257,11 +257,6 @@ def read_number(path: Path, name: str) -> int:
         raise ArtifactError(f"{path} is damaged: {error!r:.200}. Use --force to make it again.") from error
 
 
-def read_tensor(path: Path, name: str) -> torch.Tensor:
-    """One tensor of a safetensors file. Raises ArtifactError where the file is damaged or holds none of this name."""
-    return tensor_named(path, read_tensors(path), name)
-
-
 def tensor_named(path: Path, tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     """One of the tensors that were read from `path`. Raises ArtifactError naming the file where it is not there."""
     if name not in tensors:

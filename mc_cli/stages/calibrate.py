@@ -22,6 +22,7 @@ from mc_cli.artifacts.calibration import LayerRouting, LayerSensitivity
 from mc_cli.artifacts.files import read_tensors, write_json, write_tensors
 from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.store import RESUME, StageFolder
+from mc_cli.errors import ArtifactError
 from mc_cli.parts import ExpertBlock, ModelInventory, Role
 from mc_cli.progress import Progress, StageResult
 from mc_cli.runtime import text
@@ -59,7 +60,10 @@ def run(
     folder = _folder(settings, session)
     if not folder.needed(force=force):
         session.check_weights()
-        session.remember(settings.model, settings.revision)
+        try:
+            session.remember(settings.model, settings.revision)
+        except ArtifactError as error:  # a disk that is only read
+            progress.warn(f"{error} Later stages look for the model where it was.")
         return _result(folder, ran=False)
     checkpoint, inventory = _opened(session)
     weights = session.digesting(checkpoint, folder)
