@@ -180,3 +180,24 @@ def test_a_calibration_of_an_earlier_version_is_read(place: Path) -> None:
     exchange(weight_files(place)[1], keep_date=False)
     with pytest.raises(StaleArtifactError, match="are not those that calibrate read"):
         later_session(place / "work", COMPUTE).calibrated()
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "score"])
+def test_a_model_that_was_copied_elsewhere_is_resumed(place: Path, stage: str) -> None:
+    run_whole(run_calibrate, place / "undisturbed", place / "model", place / "text.jsonl")
+    if stage == "score":
+        run_whole(run_score, place / "undisturbed", **CHEAP)
+        shutil.copytree(place / "undisturbed", place / "work", ignore=shutil.ignore_patterns("importance"))
+        process = StageProcess(run_score, place / "work", pause_s=0.02, **CHEAP)
+        moment = place / "work" / "importance" / RESUME / "layer_000.json"
+        process.signal_after(moment, number=signal.SIGKILL, seed=1, within_s=0.01)
+    else:
+        killed(place, f"{RESUME}/gradient_before_2.safetensors")
+    for path in weight_files(place):
+        path.write_bytes(path.read_bytes())  # other dates
+    if stage == "calibrate":
+        run_whole(run_calibrate, place / "work", place / "model", place / "text.jsonl")
+    else:
+        run_whole(run_score, place / "work", **CHEAP)
+    folder = STAGE_FOLDERS[stage]
+    assert digests(place / "work" / folder) == digests(place / "undisturbed" / folder)
