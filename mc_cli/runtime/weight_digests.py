@@ -57,11 +57,9 @@ class Weights:
         write_json(folder / RECORD, {"files": dict(self.files)})
 
     @classmethod
-    def read(cls, folder: Path) -> Weights | None:
-        """The record in a stage's folder, None where there is none. Raises ArtifactError for a damaged one."""
+    def read(cls, folder: Path) -> Weights:
+        """The record in a stage's folder. Raises ArtifactError where it is missing or damaged."""
         path = folder / RECORD
-        if not path.exists():
-            return None
         files = read_json(path).get("files")
         if not isinstance(files, dict) or not all(
             isinstance(facts, dict) and isinstance(facts.get("sha256"), str) for facts in files.values()
