@@ -86,7 +86,8 @@ def check_stage(stage: str, settings: Any, compute: RunSettings, work_dir: Path,
     problems = Problems()
     state = ""
     with problems.catching():
-        state = stage_module(stage).plan_stage(settings, compute, work_dir).state()
+        folder = stage_module(stage).plan_stage(settings, compute, work_dir)
+        state = "" if force else folder.state()
     if force or state != _DONE:
         with problems.catching():
             look_ahead({stage: settings}, compute, work_dir, todo=(stage,))
@@ -171,10 +172,12 @@ def _check_chain(plan: RunPlan, force_from: str | None) -> None:
     done = set()
     for stage, force in _forced(force_from):
         try:
+            if force:
+                break
             state = stage_module(stage).plan_stage(plan.stages[stage], plan.compute, plan.work_dir).state()
         except McError:  # said by the stage itself, or because an earlier one is still to run
             break
-        if force or state != _DONE:
+        if state != _DONE:
             break
         done.add(stage)
     todo = [stage for stage in plan.stages if stage not in done]

@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from mc_cli.errors import InputError, Problems
+from mc_cli.errors import InputError, MissingFlagsError, Problems
 from mc_cli.parts import DROPPED, Role, read_width
 
 # Widths that score measures unless told otherwise, by the family of encodings that the quantizer makes.
@@ -303,9 +303,12 @@ class AllocateSettings(StageSettings):
         ]
         problems = Problems()
         if len(given) != 1:
-            problems.refuse(
-                f"allocate needs exactly one target, {len(given)} given: --target-stored-bits (scales included), "
-                "--target-bits (codes only) or --target-size (the whole checkpoint, for example 16GiB)."
+            kind = InputError if given else MissingFlagsError
+            problems.add(
+                kind(
+                    f"allocate needs exactly one target, {len(given)} given: --target-stored-bits (scales included), "
+                    "--target-bits (codes only) or --target-size (the whole checkpoint, for example 16GiB)."
+                )
             )
         for name in given:
             target = getattr(self, name)

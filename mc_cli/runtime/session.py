@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.files import DigestCache, content_digest, read_json, remembers, write_json
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, Manifest, StageFolder, require_done
-from mc_cli.errors import InputError, StaleArtifactError, listed
+from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.runtime.checkpoint import Checkpoint, read_config, resolve_model
 from mc_cli.runtime.weight_digests import RECORD, SUFFIX, WeightDigests, Weights, changed_files, header_digest
 from mc_cli.settings import RunSettings
@@ -93,16 +94,23 @@ class Session:
 
         For a calibration of an earlier version, which has no record of the weights, as that version told it.
         """
-        weights = Weights.read(self._calibration)
-        identity = require_done(self.work_dir, "calibrate").inputs["model"]
-        return {"model": identity} if weights is None else {"model": identity, "weights": weights.digest}
+        manifest = require_done(self.work_dir, "calibrate")
+        weights = self._recorded_weights(manifest)
+        identity = {"model": manifest.inputs["model"]}
+        return identity if weights is None else {**identity, "weights": weights.digest}
 
     def calibrate_inputs(self) -> dict[str, str]:
         """The same for calibrate itself."""
-        done = Manifest.read(self._calibration)
-        if done is not None and not (self._calibration / RECORD).exists():
+        done: Manifest | None = None
+        with suppress(ArtifactError):  # damaged: it is said, or made anew, where the stage looks at it
+            done = Manifest.read(self._calibration)
+        if done is not None and RECORD not in done.outputs:
             return {"model": self._whole_digest() or done.inputs["model"]}
         return {"model": self.model_digest()}
+
+    def _recorded_weights(self, manifest: Manifest) -> Weights | None:
+        """What calibrate read; None where an earlier version made it. Raises ArtifactError for a damaged record."""
+        return Weights.read(self._calibration) if RECORD in manifest.outputs else None
 
     @property
     def _calibration(self) -> Path:
@@ -110,7 +118,7 @@ class Session:
 
     def check_weights(self) -> None:
         """Raises StaleArtifactError where the weights are not those of a finished calibration, changed files read."""
-        weights = Weights.read(self._calibration)
+        weights = self._recorded_weights(require_done(self.work_dir, "calibrate"))
         wrong = changed_files(self.folder, weights.digests if weights else {}, self.digests(), read=True)
         if wrong:
             raise StaleArtifactError(
@@ -123,13 +131,15 @@ class Session:
 
         folder   of the stage, where what is read is noted for a resume; None for one that resumes nothing
         """
-        weights = Weights.read(self._calibration)
+        weights: Weights | None = None
+        if folder is None or folder.folder != self._calibration:
+            weights = self._recorded_weights(require_done(self.work_dir, "calibrate"))
         names = {file for tensor in checkpoint.files.tensors.values() for _, file in tensor.places}
         found = WeightDigests(
             self.folder,
             tuple(sorted(names)),
             self.digests(),
-            weights.digests if weights is not None and (folder is None or folder.folder != self._calibration) else {},
+            {} if weights is None else weights.digests,
             None if folder is None else folder.path(f"{RESUME}/{RECORD}"),
         )
         checkpoint.files.on_open = found.opened
@@ -147,7 +157,7 @@ class Session:
         Raises InputError where it has not run, StaleArtifactError where the model's files are not those it read.
         """
         manifest = require_done(self.work_dir, "calibrate")
-        weights = Weights.read(self._calibration)
+        weights = self._recorded_weights(manifest)
         now = self._whole_digest() if weights is None else self.model_digest()
         known = changed_files(self.folder, weights.digests if weights else {}, self.digests(), read=False)
         if now not in (None, manifest.inputs["model"]) or known:

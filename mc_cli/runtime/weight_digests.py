@@ -1,8 +1,9 @@
 """Which weights a stage reads: told at its start by headers, and by full digests that are made while it computes.
 
 A model of 93 GB takes minutes to read. So a stage begins on the names, sizes and safetensors headers of its weight
-files, and a thread hashes each file once the stage has opened it. calibrate records the digests; later stages compare
-theirs before they write a manifest; a resumed run compares with what its own beginning noted.
+files, and a thread hashes each file once the stage has opened it; in calibrate the others too, as soon as it has time.
+calibrate records the digests; later stages compare theirs before they write a manifest; a resumed run compares with
+what its own beginning noted.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mc_cli.errors import ArtifactError, StaleArtifactError, listed
 RECORD = "weights.json"
 SUFFIX = ".safetensors"
 _CHUNK_BYTES = 1 << 24
+_NOW, _LATER = 0, 1  # files that the stage reads are hashed first, while their pages are in memory
 _LARGEST_HEADER = 10**8  # safetensors' own limit
 
 
@@ -55,11 +57,9 @@ class Weights:
         write_json(folder / RECORD, {"files": dict(self.files)})
 
     @classmethod
-    def read(cls, folder: Path) -> Weights | None:
-        """The record in a stage's folder, None where there is none. Raises ArtifactError for a damaged one."""
+    def read(cls, folder: Path) -> Weights:
+        """The record in a stage's folder. Raises ArtifactError where it is missing or damaged."""
         path = folder / RECORD
-        if not path.exists():
-            return None
         files = read_json(path).get("files")
         if not isinstance(files, dict) or not all(
             isinstance(facts, dict) and isinstance(facts.get("sha256"), str) for facts in files.values()
@@ -87,7 +87,7 @@ def changed_files(folder: Path, recorded: Mapping[str, str], cache: DigestCache,
 
 @dataclass
 class WeightDigests:
-    """Hashes the weight files of one run of a stage, each after the stage has opened it.
+    """Hashes the weight files of one run of a stage, those first that the stage has opened.
 
     expected   name -> sha256 that calibrate recorded; empty in calibrate
     record     where this run notes which files it has read, for a resume; None: nothing is resumed
@@ -102,9 +102,9 @@ class WeightDigests:
     def __post_init__(self) -> None:
         self._stamps = {name: file_stamp(self.folder / name) for name in self.names}
         self._digests: dict[str, str] = {}
-        self._asked: set[str] = set()
+        self._opened: set[str] = set()
         self._noted: dict[str, Any] = {}
-        self._work: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._work: queue.PriorityQueue[tuple[int, str]] = queue.PriorityQueue()
         self._done: queue.SimpleQueue[tuple[str, str] | Exception] = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._hash_all, name="weight digests", daemon=True)
@@ -118,7 +118,7 @@ class WeightDigests:
             same = then.get("stamp") == stamp
             digest = then.get("sha256") if same else None
             if then and not same:
-                problems += self._compare_with_earlier(path, then.get("sha256"))
+                problems += self._compare_with_earlier(path, then.get("sha256") or self.expected.get(name))
             digest = digest or self.cache.known(path)
             if digest is not None:
                 self._digests[name] = digest
@@ -129,18 +129,22 @@ class WeightDigests:
             )
         self._compare()
         self._note()
+        if not self.expected:  # nobody knows them yet, and a resume would have nothing to compare with
+            self._ask(self.names, _LATER)
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         """Stops the thread, which may be in the middle of a file."""
         self._stopped.set()
-        self._work.put(None)
+        self._work.put((_NOW, ""))
         self._thread.join()
 
     def opened(self, name: str) -> None:
         """To be called when the stage begins to read a file. Raises StaleArtifactError once one is known to differ."""
-        self._ask([name])
+        if name not in self._opened:
+            self._opened.add(name)
+            self._ask([name], _NOW)
         self.check()
 
     def check(self) -> None:
@@ -155,7 +159,7 @@ class WeightDigests:
 
     def finish(self) -> Weights:
         """The digests of all files, hashed by now. Raises StaleArtifactError where one was changed or is another."""
-        self._ask(self.names)
+        self._ask(self.names, _NOW)
         while len(self._digests) < len(self.names):
             self._take(self._done.get())
         self._compare()
@@ -191,11 +195,10 @@ class WeightDigests:
         found = self.cache.digest(path)
         return [] if found == wanted else [_difference(path, found, wanted)]
 
-    def _ask(self, names: Iterable[str]) -> None:
+    def _ask(self, names: Iterable[str], when: int) -> None:
         for name in names:
-            if name in self._stamps and name not in self._asked and name not in self._digests:
-                self._asked.add(name)
-                self._work.put(name)
+            if name in self._stamps and name not in self._digests:
+                self._work.put((when, name))
 
     def _take(self, found: tuple[str, str] | Exception) -> None:
         if isinstance(found, Exception):
@@ -229,7 +232,12 @@ class WeightDigests:
             self._noted = now
 
     def _hash_all(self) -> None:
-        while (name := self._work.get()) is not None and not self._stopped.is_set():
+        hashed: set[str] = set()
+        while not self._stopped.is_set():
+            _, name = self._work.get()
+            if not name or name in hashed:
+                continue
+            hashed.add(name)
             try:
                 digest = self._hash(self.folder / name)
                 if digest is not None:

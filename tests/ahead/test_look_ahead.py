@@ -334,3 +334,15 @@ def test_a_dry_run_fetches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     result = whole_run(Path("nobody/nothing-7b"), tmp_path, "--dry-run")
     assert result.exit_code == 1 and "a dry run fetches nothing" in said(result)
     assert asked and all(each["local_files_only"] for each in asked)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+@pytest.mark.parametrize("dry", [("--dry-run",), ()])
+def test_a_work_directory_that_cannot_be_is_refused(
+    tiny_model: TinyModel, tmp_path: Path, place: str, dry: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    asked = ("--model", tiny_model("mixtral"), "--data", "bundled:calibration", "-w", tmp_path / place)
+    result = invoke("calibrate", *asked, *dry)
+    assert result.exit_code == 1 and "is a file" in said(result) and "defect" not in said(result)
+    assert (tmp_path / "file").read_text() == "mine"

@@ -10,10 +10,12 @@ import struct
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from mc_cli import cli
 from mc_cli.artifacts.files import content_digest, file_digest
 from mc_cli.artifacts.store import MANIFEST, RESUME, STAGE_FOLDERS, Manifest
-from mc_cli.errors import StaleArtifactError
+from mc_cli.errors import ArtifactError, InputError, StaleArtifactError
 from mc_cli.runtime.session import first_session, later_session
 from mc_cli.runtime.weight_digests import RECORD, Weights
 from mc_cli.settings import RunSettings
@@ -58,7 +60,6 @@ def manifest_of(place: Path, stage: str) -> Path:
 def test_calibrate_records_what_it_read(place: Path) -> None:
     run_calibrate(place / "work", place / "model", place / "text.jsonl")
     recorded = Weights.read(place / "work" / "calibration")
-    assert recorded is not None
     assert recorded.digests == {path.name: file_digest(path) for path in weight_files(place)}
     assert RECORD in Manifest.read(place / "work" / "calibration").outputs  # type: ignore[union-attr]
 
@@ -156,6 +157,25 @@ def test_identity_reads_headers_only(place: Path) -> None:
     assert session.model_digest() != plain
 
 
+@pytest.mark.parametrize(
+    ("damaged", "content"), [(MANIFEST, "{"), (MANIFEST, "{}"), (RECORD, "{"), (RECORD, "{}"), (RECORD, None)]
+)
+def test_damage_is_told_and_force_mends_it(place: Path, damaged: str, content: str | None) -> None:
+    run_calibrate(place / "work", place / "model", place / "text.jsonl")
+    path = place / "work" / "calibration" / damaged
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    with pytest.raises((ArtifactError, InputError), match="calibrat"):
+        run_score(place / "work", **CHEAP)
+    calibrate = ("calibrate", "--model", place / "model", "--data", place / "text.jsonl", "-w", place / "work")
+    more = ("--sequences", 4, "--length", 24, "--force")
+    result = CliRunner().invoke(cli.app, [str(each) for each in (*calibrate, *more)])
+    assert result.exit_code == 0, result.stderr
+    assert run_score(place / "work", **CHEAP).ran
+
+
 def as_of_an_earlier_version(place: Path) -> None:
     """The finished calibration as it was made before weights had a record: one digest over all bytes."""
     folder = place / "work" / "calibration"
@@ -180,3 +200,24 @@ def test_a_calibration_of_an_earlier_version_is_read(place: Path) -> None:
     exchange(weight_files(place)[1], keep_date=False)
     with pytest.raises(StaleArtifactError, match="are not those that calibrate read"):
         later_session(place / "work", COMPUTE).calibrated()
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "score"])
+def test_a_model_that_was_copied_elsewhere_is_resumed(place: Path, stage: str) -> None:
+    run_whole(run_calibrate, place / "undisturbed", place / "model", place / "text.jsonl")
+    if stage == "score":
+        run_whole(run_score, place / "undisturbed", **CHEAP)
+        shutil.copytree(place / "undisturbed", place / "work", ignore=shutil.ignore_patterns("importance"))
+        process = StageProcess(run_score, place / "work", pause_s=0.02, **CHEAP)
+        moment = place / "work" / "importance" / RESUME / "layer_000.json"
+        process.signal_after(moment, number=signal.SIGKILL, seed=1, within_s=0.01)
+    else:
+        killed(place, f"{RESUME}/gradient_before_2.safetensors")
+    for path in weight_files(place):
+        path.write_bytes(path.read_bytes())  # other dates
+    if stage == "calibrate":
+        run_whole(run_calibrate, place / "work", place / "model", place / "text.jsonl")
+    else:
+        run_whole(run_score, place / "work", **CHEAP)
+    folder = STAGE_FOLDERS[stage]
+    assert digests(place / "work" / folder) == digests(place / "undisturbed" / folder)
