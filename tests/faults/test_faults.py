@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults import __main__ as faults
 from tests.faults.chain import STAGES
-from tests.faults.justified import justification
+from tests.faults.justified import JUSTIFIED, justification
 from tests.faults.mutators import mutate
 from tests.faults.trees import compare, tree_of
 from tests.faults.trial import random_of
@@ -73,6 +73,11 @@ def test_only_what_is_listed_is_justified() -> None:
     assert justification("export", "o/model.safetensors", ["data.lm_head.codes"])
     assert not justification("export", "o/model.safetensors", ["data.lm_head.codes", "header.lm_head.codes"])
     assert not justification("artifact", "w/packed/rest.safetensors", ["data.lm_head.codes"])
+
+
+def test_the_list_is_in_the_docs() -> None:
+    page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    assert [entry.reason for entry in JUSTIFIED if f"| {entry.reason} |" not in page] == []
 
 
 def test_stages_are_all_of_a_run() -> None:
