@@ -19,7 +19,7 @@ from mc_cli.errors import McError
 
 SWITCH = "MC_CLI_LIBRARY"  # of the environment: the path of the compiled library to use
 _NAME = "_library"
-_VERSION = 12  # as in version.c
+_VERSION = 13  # as in version.c
 _TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
 
