@@ -18,7 +18,7 @@ from mc_cli.errors import McError
 
 _FILE = "_library.dll" if sys.platform == "win32" else "_library.so"  # of no Python in particular, see setup.py
 SWITCH = "MC_CLI_LIBRARY"  # of the environment: the path of the compiled library to use
-_VERSION = 12  # as in version.c
+_VERSION = 13  # as in version.c
 _TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
 

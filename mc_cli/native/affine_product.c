@@ -604,7 +604,8 @@ static void multiply_rows(void *context, int index) {
     if (p->path == AVX2 && p->group % STEP == 0) {
         for (int row = first; row < last; row++) {
             const uint8_t *at = row_of(&m, row);
-            if (row == p->outputs - 1) at = memcpy(w, at, (size_t)words_of(&m) * m.bits); /* steps read behind their end */
+            const size_t row_bytes = (size_t)words_of(&m) * m.bits, left = (size_t)(p->outputs - 1 - row) * row_bytes;
+            if (left + 2 * (size_t)m.bits < 16) at = memcpy(w, at, row_bytes); /* steps read 16 bytes, whatever is left */
             read_grids(&m, row, scales, offsets);
             for (int i = 0; i < task[2]; i += TOKENS_TOGETHER) {
                 const int count = task[2] - i < TOKENS_TOGETHER ? task[2] - i : TOKENS_TOGETHER;
