@@ -18,6 +18,6 @@ def set_pruning_rate(model: _Any, rate: float | None) -> None:
 
     Raises InputError for a model without a pruning policy, or a rate outside those it was fitted for.
     """
-    from mc_cli.runtime import plugin
+    from mc_cli.packed import plugin
 
     plugin.set_pruning_rate(model, rate)

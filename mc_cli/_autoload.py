@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 TABLE = "transformers.quantizers.auto"
-PLUGIN = "mc_cli.runtime.plugin"
+PLUGIN = "mc_cli.packed.plugin"
 
 
 class _AfterImport:

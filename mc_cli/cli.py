@@ -351,8 +351,8 @@ def _generate(given: Mapping[str, Any]) -> None:
         prepare_libraries(debug=given["debug"])
         from mc_cli import console
         from mc_cli.kernels.compiled import inputs_of
-        from mc_cli.runtime.generation import generate
-        from mc_cli.runtime.session import device_named
+        from mc_cli.measuring.generation import generate
+        from mc_cli.models.session import device_named
 
         show = console.stream if not given["json"] else lambda text: None
         with inputs_of(bits, device_named(compute.device)):
@@ -416,8 +416,8 @@ def _bench(given: Mapping[str, Any]) -> None:
 
         from mc_cli import console
         from mc_cli.kernels.compiled import inputs_of
-        from mc_cli.runtime.model_folder import resolve_model
-        from mc_cli.runtime.speed import measure, reading_rate
+        from mc_cli.measuring.speed import measure, reading_rate
+        from mc_cli.models.model_folder import resolve_model
 
         wanted = {name: given[name] for name in ("prompt_tokens", "new_tokens", "threads")}
         cases = [(resolve_model(given["model"], asked_as="DIR"), compute.dtype)]

@@ -22,12 +22,12 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from mc_cli.models.memory import peak_memory_bytes
 from mc_cli.progress import StageResult
-from mc_cli.runtime.memory import peak_memory_bytes
 from mc_cli.status import StageStatus
 
 if TYPE_CHECKING:
-    from mc_cli.runtime.speed import Speed
+    from mc_cli.measuring.speed import Speed
 
 PLAIN_INTERVAL_S = 10.0  # between two progress lines where there is no terminal
 _PLAIN_WIDTH = 160  # columns of a table in a pipe or file, where there is no terminal to ask

@@ -1,7 +1,7 @@
 """Looks for the code of one rate: the tables of `mc_cli/numerics/trellis_code.py`, by their error on normal weights.
 
 Half of the weights matter alike, as those of down projections do. Of the others every second one matters much and its
-neighbours little, as `runtime/channel_order.py` deals the rows of up projections: there a code is used as if it had
+neighbours little, as `coding/channel_order.py` deals the rows of up projections: there a code is used as if it had
 twice the rate. What is minimised is a mean of the errors on both.
 
 A code starts from a structure that is good in itself. Sort its levels; their places are bits, the highest one first.

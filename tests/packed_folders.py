@@ -15,12 +15,12 @@ from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.packed import CONFIG_FOLDER, KEPT, LAYOUT, ExpertLayout, PackedLayout, part_file, stacked_name
 from mc_cli.artifacts.store import StageFolder
 from mc_cli.encodings.affine import AffineEncoding, choose_group_size
+from mc_cli.models import experts
+from mc_cli.models.checkpoint import REST, Checkpoint, read_config
+from mc_cli.models.inventory import take_inventory, tied_tensors
+from mc_cli.models.model_files import copy_model_files
 from mc_cli.numerics.packing import pack_codes
 from mc_cli.parts import ModelInventory, Role
-from mc_cli.runtime import experts
-from mc_cli.runtime.checkpoint import REST, Checkpoint, read_config
-from mc_cli.runtime.inventory import take_inventory, tied_tensors
-from mc_cli.runtime.model_files import copy_model_files
 
 WIDTHS = (1, 2, 3, 4, 16)
 LINEAR_BITS = {Role.ATTENTION: 4, Role.SHARED: 4, Role.DENSE: 3, Role.EMBEDDING: 6}

@@ -12,8 +12,8 @@ from mc_cli.artifacts.exported import RECORD
 from mc_cli.artifacts.files import noting_files, write_json, write_text
 from mc_cli.artifacts.store import BEGUN, MANIFEST, STAGE_FOLDERS, StageFolder
 from mc_cli.errors import ArtifactError, InputError, McError
+from mc_cli.measuring import readback
 from mc_cli.progress import SilentProgress, StageResult
-from mc_cli.runtime import readback
 from mc_cli.settings import ExportSettings, RunSettings
 from mc_cli.stages import export
 from tests.conftest import TinyModel

@@ -20,15 +20,15 @@ from mc_cli.artifacts.exported import ExportFolder
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.pruning import FOLDER as POLICIES
 from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest
+from mc_cli.coding.quantization import quantizer_for
+from mc_cli.data import text
 from mc_cli.errors import InputError, Problems
 from mc_cli.exporters import exporter_from_name
 from mc_cli.kernels.compiled import check_inputs
+from mc_cli.measuring.policy_fitting import policy_names
+from mc_cli.models.inventory import take_inventory
+from mc_cli.models.session import Session, first_session, later_session
 from mc_cli.parts import ModelInventory
-from mc_cli.runtime import text
-from mc_cli.runtime.inventory import take_inventory
-from mc_cli.runtime.policy_fitting import policy_names
-from mc_cli.runtime.quantization import quantizer_for
-from mc_cli.runtime.session import Session, first_session, later_session
 from mc_cli.settings import QuantizerSettings, RunSettings, ScoreSettings
 from mc_cli.stages.quantize import check_plan, plan_path
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mc_cli.errors import InputError, MissingDependencyError
-from mc_cli.runtime.lm_eval_tasks import find_tasks
+from mc_cli.measuring.lm_eval_tasks import find_tasks
 from mc_cli.settings import EvaluateSettings
 
 _NAMES = re.compile(rb"^[\"']?(?:task|group|tag)[\"']?[ \t]*:[ \t]*(.*)((?:\n[ \t]*-[ \t]+.*)*)", re.MULTILINE)

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from mc_cli.data import documents
 from mc_cli.errors import InputError
-from mc_cli.runtime import documents
 
 _READ_WHOLE = 1 << 25  # texts up to this many bytes are read as the stage will read them
 _BEGINNING = 1 << 16

@@ -3,7 +3,7 @@
 A policy gives every (token, slot) a keep score; slots whose score is below the layer's threshold are dropped, the slot
 with the largest routing weight never is. So every policy has a threshold per layer, and with it any rate of dropped
 calls. A policy file defines `NAME`, `DESCRIPTION`, `THRESHOLDS` and `keep_scores(routed, layer)`; what it learns or
-calibrates comes back to it in `LayerValues`. Pure functions of tensors: what runs the model is in `runtime/pruning.py`.
+calibrates comes back to it in `LayerValues`. Pure functions of tensors: `skipping/pruning.py` runs them.
 
 A policy may also define `compiled_rule(layer, cut)`, the same decision in one compiled call: see `compiled.py`.
 """

@@ -22,23 +22,24 @@ from mc_cli.artifacts.calibration import LayerRouting, LayerSensitivity
 from mc_cli.artifacts.files import read_tensors, write_json, write_tensors
 from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.store import RESUME, StageFolder
+from mc_cli.coding.sensitivity import backward_layer, output_gradient
+from mc_cli.data import text
+from mc_cli.data.chat import ChatSettings
 from mc_cli.errors import ArtifactError
+from mc_cli.models.checkpoint import Checkpoint
+from mc_cli.models.finite import require_finite
+from mc_cli.models.inventory import take_inventory
+from mc_cli.models.memory import release_freed_memory
+from mc_cli.models.model_files import kinds_of
+from mc_cli.models.own_experts import run_our_experts
+from mc_cli.models.session import Session, first_session
+from mc_cli.packed.packable import require_packable
 from mc_cli.parts import ExpertBlock, ModelInventory, Role
 from mc_cli.progress import Progress, StageResult
-from mc_cli.runtime import text
-from mc_cli.runtime.chat import ChatSettings
-from mc_cli.runtime.checkpoint import Checkpoint
-from mc_cli.runtime.finite import require_finite
-from mc_cli.runtime.inventory import take_inventory
-from mc_cli.runtime.layerwise import LayerWalk
-from mc_cli.runtime.memory import release_freed_memory
-from mc_cli.runtime.model_files import kinds_of
-from mc_cli.runtime.own_experts import require_packable, run_our_experts
-from mc_cli.runtime.resume import read_state, restore_progress, save_progress
-from mc_cli.runtime.routing import routing_statistics, watching
-from mc_cli.runtime.sensitivity import backward_layer, output_gradient
-from mc_cli.runtime.session import Session, first_session
 from mc_cli.settings import CalibrateSettings, RunSettings
+from mc_cli.walking.layerwise import LayerWalk
+from mc_cli.walking.resume import read_state, restore_progress, save_progress
+from mc_cli.walking.routing import routing_statistics, watching
 
 STAGE = "calibrate"
 GRADIENT_BATCH_TOKENS = 4096  # per backward of one layer, whose activations are all kept

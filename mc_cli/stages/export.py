@@ -38,14 +38,14 @@ from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest, require_done, verify
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError
 from mc_cli.exporters import ExportJob, exporter_from_name
 from mc_cli.exporters.model_card import CardFacts
+from mc_cli.measuring.readback import ReadBack, read_back
+from mc_cli.models.model_files import copy_model_files
+from mc_cli.models.session import POINTER, device_named, dtype_named
+from mc_cli.packed.dense_tensors import DenseTensors, weight_dtype
+from mc_cli.packed.packed_files import PackedFiles, open_packed
+from mc_cli.packed.packed_model import model_bytes, part_numbers, read_packed_config
 from mc_cli.parts import Role
 from mc_cli.progress import Progress, StageResult
-from mc_cli.runtime.dense_tensors import DenseTensors, weight_dtype
-from mc_cli.runtime.model_files import copy_model_files
-from mc_cli.runtime.packed_files import PackedFiles, open_packed
-from mc_cli.runtime.packed_model import model_bytes, part_numbers, read_packed_config
-from mc_cli.runtime.readback import ReadBack, read_back
-from mc_cli.runtime.session import POINTER, device_named, dtype_named
 from mc_cli.settings import ExportSettings, RunSettings
 
 KEPT_BITS = 16

@@ -20,21 +20,21 @@ from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.packed import StoredBytes
 from mc_cli.artifacts.quantization import read_report
 from mc_cli.artifacts.store import STAGE_FOLDERS, StageFolder, require_done
+from mc_cli.data import text
+from mc_cli.data.chat import ChatSettings
 from mc_cli.errors import MissingDependencyError
 from mc_cli.kernels.compiled import check_inputs, inputs_of
+from mc_cli.measuring.comparison import compare
+from mc_cli.measuring.lm_eval_tasks import Tasks, find_tasks, run_tasks
+from mc_cli.measuring.pareto_figure import draw_front
+from mc_cli.measuring.policy_fitting import FittedPolicies, fit_or_read, fitting_inputs, fitting_source, policy_names
+from mc_cli.measuring.pruning_evaluation import evaluate_policies
+from mc_cli.models.checkpoint import Checkpoint
+from mc_cli.models.own_experts import run_our_experts
+from mc_cli.models.session import Session, later_session
+from mc_cli.packed.packed_model import PackedSource, model_bytes
 from mc_cli.parts import ModelInventory, Role
 from mc_cli.progress import Progress, SilentProgress, StageResult
-from mc_cli.runtime import text
-from mc_cli.runtime.chat import ChatSettings
-from mc_cli.runtime.checkpoint import Checkpoint
-from mc_cli.runtime.comparison import compare
-from mc_cli.runtime.lm_eval_tasks import Tasks, find_tasks, run_tasks
-from mc_cli.runtime.own_experts import run_our_experts
-from mc_cli.runtime.packed_model import PackedSource, model_bytes
-from mc_cli.runtime.pareto_figure import draw_front
-from mc_cli.runtime.policy_fitting import FittedPolicies, fit_or_read, fitting_inputs, fitting_source, policy_names
-from mc_cli.runtime.pruning_evaluation import evaluate_policies
-from mc_cli.runtime.session import Session, later_session
 from mc_cli.settings import EvaluateSettings, RunSettings
 
 STAGE = "prune-eval"

@@ -24,23 +24,23 @@ from mc_cli.artifacts.packed import ExpertLayout, PackedLayout, stacked_name
 from mc_cli.artifacts.plan import KEPT_BITS, Plan
 from mc_cli.artifacts.quantization import MatrixReport, read_report, write_report
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, require_done
+from mc_cli.coding.layer_quantizer import LayerQuantizer, LayerResult
+from mc_cli.coding.quantization import quantizer_for
 from mc_cli.errors import ArtifactError, PlanError, Problems, listed
 from mc_cli.kernels.trellis import path_name
+from mc_cli.models.checkpoint import Checkpoint
+from mc_cli.models.memory import large_blocks_mapped, release_freed_memory
+from mc_cli.models.model_files import copy_model_files
+from mc_cli.models.own_experts import run_our_experts
+from mc_cli.models.router_masks import drop_experts
+from mc_cli.models.session import Session, later_session
 from mc_cli.numerics.hessian import accumulate
+from mc_cli.packed.packed_model import model_bytes
 from mc_cli.parts import ModelInventory, Role, TensorPart, family_of_role
 from mc_cli.progress import Progress, StageResult
-from mc_cli.runtime.checkpoint import Checkpoint
-from mc_cli.runtime.layer_quantizer import LayerQuantizer, LayerResult
-from mc_cli.runtime.layerwise import LayerWalk
-from mc_cli.runtime.memory import large_blocks_mapped, release_freed_memory
-from mc_cli.runtime.model_files import copy_model_files
-from mc_cli.runtime.own_experts import run_our_experts
-from mc_cli.runtime.packed_model import model_bytes
-from mc_cli.runtime.quantization import quantizer_for
-from mc_cli.runtime.resume import restore_progress, save_progress
-from mc_cli.runtime.router_masks import drop_experts
-from mc_cli.runtime.session import Session, later_session
 from mc_cli.settings import QuantizeSettings, RunSettings
+from mc_cli.walking.layerwise import LayerWalk
+from mc_cli.walking.resume import restore_progress, save_progress
 
 STAGE = "quantize"
 LAYOUT = "layout.json"

@@ -20,15 +20,8 @@ from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
 from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder
-from mc_cli.encodings import Encoding, encoding_for, stored_bytes
-from mc_cli.measures.output_error import output_norm_mean, predicted_loss, squared_output_error
-from mc_cli.numerics.row_hessian import RowHessian
-from mc_cli.parts import DROPPED, ModelInventory, Projection
-from mc_cli.progress import Progress, StageResult
-from mc_cli.quantizers import Prepared, Quantizer
-from mc_cli.runtime import experts
-from mc_cli.runtime.channel_order import deal_channels
-from mc_cli.runtime.expert_inputs import (
+from mc_cli.coding.channel_order import deal_channels
+from mc_cli.coding.expert_inputs import (
     ExpertInputs,
     Sample,
     down_hessians,
@@ -37,17 +30,24 @@ from mc_cli.runtime.expert_inputs import (
     expert_down,
     up_hessians,
 )
-from mc_cli.runtime.layerwise import LayerWalk
-from mc_cli.runtime.memory import release_freed_memory
-from mc_cli.runtime.own_experts import run_our_experts
-from mc_cli.runtime.quantization import quantizer_for
-from mc_cli.runtime.rerouting import Rerouting
-from mc_cli.runtime.resume import restore_progress, save_progress
-from mc_cli.runtime.routing import watching
-from mc_cli.runtime.row_importance import down_importance, up_importance, up_row_hessian
-from mc_cli.runtime.session import Session, later_session
-from mc_cli.runtime.trial import share_left
+from mc_cli.coding.output_error import output_norm_mean, predicted_loss, squared_output_error
+from mc_cli.coding.quantization import quantizer_for
+from mc_cli.coding.rerouting import Rerouting
+from mc_cli.coding.row_importance import down_importance, up_importance, up_row_hessian
+from mc_cli.coding.trial import share_left
+from mc_cli.encodings import Encoding, encoding_for, stored_bytes
+from mc_cli.models import experts
+from mc_cli.models.memory import release_freed_memory
+from mc_cli.models.own_experts import run_our_experts
+from mc_cli.models.session import Session, later_session
+from mc_cli.numerics.row_hessian import RowHessian
+from mc_cli.parts import DROPPED, ModelInventory, Projection
+from mc_cli.progress import Progress, StageResult
+from mc_cli.quantizers import Prepared, Quantizer
 from mc_cli.settings import QuantizerSettings, RunSettings, ScoreSettings
+from mc_cli.walking.layerwise import LayerWalk
+from mc_cli.walking.resume import restore_progress, save_progress
+from mc_cli.walking.routing import watching
 
 STAGE = "score"
 IMPORTANCE = "importance.json"
@@ -174,7 +174,7 @@ class _LayerScorer:
         )
 
     def _share_left(self, module: nn.Module, inputs: ExpertInputs) -> float:
-        """See `runtime/trial.py`: of the expert with most tokens, at the middle one of the widths."""
+        """See `coding/trial.py`: of the expert with most tokens, at the middle one of the widths."""
         block = inputs.block
         expert = max(range(block.num_experts), key=inputs.count)
         width = self._widths[len(self._widths) // 2]

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from mc_cli.artifacts import calibration
 from mc_cli.artifacts.evaluation import TextResult
 from mc_cli.artifacts.store import STAGE_FOLDERS
-from mc_cli.runtime.comparison import advance, changed_share, losses
-from mc_cli.runtime.experts import IMPLEMENTATION
-from mc_cli.runtime.layerwise import LayerWalk
-from mc_cli.runtime.packed_model import PackedSource
-from mc_cli.runtime.session import later_session
+from mc_cli.measuring.comparison import advance, changed_share, losses
+from mc_cli.models.experts import IMPLEMENTATION
+from mc_cli.models.session import later_session
+from mc_cli.packed.packed_model import PackedSource
 from mc_cli.settings import EvaluateSettings, RunSettings
 from mc_cli.stages.prune_eval import heldout_windows
+from mc_cli.walking.layerwise import LayerWalk
 
 
 def main() -> None:

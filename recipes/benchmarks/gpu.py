@@ -35,8 +35,8 @@ from torch import Tensor
 from transformers import MixtralConfig
 
 from mc_cli.kernels.trellis_gpu import SWITCH, GpuBank, reason
+from mc_cli.models.experts import experts_forward
 from mc_cli.numerics.rotation import rotate
-from mc_cli.runtime.experts import experts_forward
 
 ROOT = Path(__file__).parent.parent.parent
 TESTS = "tests/kernels/test_trellis_triton.py"

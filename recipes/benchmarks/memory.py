@@ -129,7 +129,7 @@ def _child(what: str, folder: Path, shape: dict[str, int], layers: int) -> None:
 
     prepare_libraries(debug=False)  # as the command would
     call = _stage_call(what, folder, Shape(**shape))
-    from mc_cli.runtime.memory import peak_memory_bytes
+    from mc_cli.models.memory import peak_memory_bytes
 
     imported, begin = peak_memory_bytes(), time.monotonic()
     call()

@@ -47,18 +47,19 @@ from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.files import read_tensors
 from mc_cli.artifacts.pruning import PrunedLayer, read_pruning
 from mc_cli.artifacts.store import STAGE_FOLDERS
+from mc_cli.data import text
 from mc_cli.errors import MissingDependencyError
+from mc_cli.measuring.pareto_figure import draw_front
+from mc_cli.packed.dense_tensors import load_dense
+from mc_cli.packed.loading import load_packed
+from mc_cli.packed.packed_model import PackedSource
 from mc_cli.policies import kept_weights, weight_ranks
 from mc_cli.progress import SilentProgress
-from mc_cli.runtime import text
-from mc_cli.runtime.dense_tensors import load_dense
-from mc_cli.runtime.packed_model import PackedSource, load_packed
-from mc_cli.runtime.pareto_figure import draw_front
-from mc_cli.runtime.pruned_comparison import compare_points
-from mc_cli.runtime.pruning import apply_pruning, pruned
-from mc_cli.runtime.pruning_fit import squared_error_scales
-from mc_cli.runtime.pruning_samples import sample_layers
 from mc_cli.settings import EvaluateSettings, PruneSettings, RunSettings
+from mc_cli.skipping.pruned_comparison import compare_points
+from mc_cli.skipping.pruning import apply_pruning, pruned
+from mc_cli.skipping.pruning_fit import squared_error_scales
+from mc_cli.skipping.pruning_samples import sample_layers
 from mc_cli.stages import prune_eval
 
 ORACLE = "oracle"

@@ -31,10 +31,10 @@ from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.files import read_tensors
 from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer, Pruning, read_pruning
 from mc_cli.artifacts.store import STAGE_FOLDERS
+from mc_cli.models.experts import PRUNER
+from mc_cli.packed.loading import load_packed
 from mc_cli.policies import odp, otp
-from mc_cli.runtime.experts import PRUNER
-from mc_cli.runtime.packed_model import load_packed
-from mc_cli.runtime.pruning import LayerPruner, apply_pruning, of_layer
+from mc_cli.skipping.pruning import LayerPruner, apply_pruning, of_layer
 
 NONE = ("none", 0.0)
 Case = tuple[str, float]

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 from mc_cli import cli
 from mc_cli.ahead import disk, texts
 from mc_cli.artifacts.packed import read_layout
-from mc_cli.runtime import tensor_files
+from mc_cli.models import tensor_files
 from tests import sparse_models
 from tests.conftest import TinyModel
 from tests.tiny_chain import run_allocate, run_calibrate, run_quantize, run_score, write_documents

@@ -21,10 +21,10 @@ from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import MatrixReport, read_report
 from mc_cli.artifacts.store import STAGE_FOLDERS
 from mc_cli.families import CONTRACT_TESTED
+from mc_cli.packed.packed_model import PackedSource
 from mc_cli.parts import ModelInventory, Role
-from mc_cli.runtime.layerwise import LayerWalk
-from mc_cli.runtime.packed_model import PackedSource
 from mc_cli.stages import quantize
+from mc_cli.walking.layerwise import LayerWalk
 from tests.conftest import TinyModel
 from tests.dense_twin import PRODUCTS, PackedMatrices, decoded_products, dense_twin, read_packed
 from tests.tiny_chain import (

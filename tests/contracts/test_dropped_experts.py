@@ -22,12 +22,13 @@ from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.packed import read_layout
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.pruning import read_pruning
+from mc_cli.data import text
 from mc_cli.errors import InputError, PlanError
+from mc_cli.measuring.generation import generate
+from mc_cli.models import experts
+from mc_cli.packed.dense_tensors import load_dense
+from mc_cli.packed.loading import load_packed
 from mc_cli.progress import SilentProgress, StageResult
-from mc_cli.runtime import experts, text
-from mc_cli.runtime.dense_tensors import load_dense
-from mc_cli.runtime.generation import generate
-from mc_cli.runtime.packed_model import load_packed
 from mc_cli.settings import ExportSettings, PruneSettings, RunSettings
 from mc_cli.stages import export
 from mc_cli.status import DONE, work_dir_status

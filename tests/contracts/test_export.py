@@ -21,12 +21,12 @@ from mc_cli.artifacts.store import StageFolder
 from mc_cli.errors import ArtifactError, FamilyError, InputError, StaleArtifactError
 from mc_cli.exporters import exporter_from_name, exporters
 from mc_cli.families import CONTRACT_TESTED
+from mc_cli.measuring import readback
+from mc_cli.models.experts import find_experts
+from mc_cli.packed.dense_tensors import DenseTensors
+from mc_cli.packed.loading import load_packed
 from mc_cli.parts import Role
 from mc_cli.progress import SilentProgress, StageResult
-from mc_cli.runtime import readback
-from mc_cli.runtime.dense_tensors import DenseTensors
-from mc_cli.runtime.experts import find_experts
-from mc_cli.runtime.packed_model import load_packed
 from mc_cli.settings import ExportSettings, RunSettings
 from mc_cli.stages import export
 from tests.conftest import TinyModel

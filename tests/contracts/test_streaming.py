@@ -14,11 +14,11 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from mc_cli.families import CONTRACT_TESTED
+from mc_cli.models.checkpoint import REST, Checkpoint, read_config
+from mc_cli.models.experts import IMPLEMENTATION, ExpertCall
+from mc_cli.models.inventory import take_inventory
 from mc_cli.parts import ModelInventory, Projection, Role
-from mc_cli.runtime.checkpoint import REST, Checkpoint, read_config
-from mc_cli.runtime.experts import IMPLEMENTATION, ExpertCall
-from mc_cli.runtime.inventory import take_inventory
-from mc_cli.runtime.layerwise import LayerWalk
+from mc_cli.walking.layerwise import LayerWalk
 from tests.conftest import TinyModel
 from tests.contracts.family_facts import FAMILIES
 

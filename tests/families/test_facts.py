@@ -13,9 +13,9 @@ from transformers import CONFIG_MAPPING
 
 from mc_cli import families
 from mc_cli.families import CONTRACT_TESTED, FamilyFacts, facts_for
+from mc_cli.models.inventory import take_inventory
+from mc_cli.models.skeleton import build_skeleton
 from mc_cli.parts import ModelInventory, Role
-from mc_cli.runtime.inventory import take_inventory
-from mc_cli.runtime.skeleton import build_skeleton
 from tests.tiny_models import tiny_config
 
 FILES = [info.name for info in pkgutil.iter_modules(families.__path__)]

@@ -39,16 +39,17 @@ from mc_cli.encodings.trellis import TrellisEncoding
 from mc_cli.errors import McError, ShapeError
 from mc_cli.kernels import affine, bank_for, experts_output, packed_linear, trellis
 from mc_cli.kernels.compiled import PATHS, best_path, inputs_of
+from mc_cli.measuring.generation import load_model
+from mc_cli.models import experts
+from mc_cli.models.inventory import tied_tensors
+from mc_cli.models.skeleton import build_skeleton, rebuild_buffers
+from mc_cli.packed import plugin
+from mc_cli.packed.packed_files import StoredTensor
+from mc_cli.packed.packed_model import attach
+from mc_cli.packed.stored_tensors import check_stored
 from mc_cli.policies import Cut, LayerValues, Routed, compiled_rule, kept_slots, odp, otp, policies
-from mc_cli.runtime import experts, plugin
-from mc_cli.runtime.generation import load_model
-from mc_cli.runtime.inventory import tied_tensors
-from mc_cli.runtime.packed_files import StoredTensor
-from mc_cli.runtime.packed_model import attach
-from mc_cli.runtime.pruning import apply_pruning
-from mc_cli.runtime.skeleton import build_skeleton, rebuild_buffers
-from mc_cli.runtime.stored_tensors import check_stored
 from mc_cli.settings import RunSettings
+from mc_cli.skipping.pruning import apply_pruning
 from tests.tiny_models import tiny_config
 
 CPU = torch.device("cpu")

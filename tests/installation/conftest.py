@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mc_cli.packed.loading import load_packed
 from mc_cli.progress import SilentProgress
-from mc_cli.runtime.packed_model import load_packed
 from mc_cli.settings import ExportSettings, RunSettings
 from mc_cli.stages import export
 from tests.conftest import TinyModel

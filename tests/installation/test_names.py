@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import mc_cli
 from mc_cli import native
 from mc_cli.artifacts.packed import QUANT_METHOD
-from mc_cli.runtime.packed_files import open_packed
-from mc_cli.runtime.packed_model import load_packed
+from mc_cli.packed.loading import load_packed
+from mc_cli.packed.packed_files import open_packed
 from tests.installation.conftest import TOKENS, Installed
 from tests.installation.environments import DISTRIBUTION, ROOT, STARTUP
 

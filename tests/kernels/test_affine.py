@@ -29,8 +29,8 @@ from mc_cli.kernels.affine import (
     decoded_product,
     runs_packed,
 )
-from mc_cli.runtime import experts
-from mc_cli.runtime.packed_modules import pack_experts
+from mc_cli.models import experts
+from mc_cli.packed.packed_modules import pack_experts
 from tests.kernels.products import error_of_bank, paths, relative_error, rows
 
 Packed = tuple[AffineEncoding, dict[str, Tensor]]

@@ -13,7 +13,7 @@ from mc_cli import kernels, native
 from mc_cli.encodings.affine import affine_for
 from mc_cli.encodings.trellis import trellis_for
 from mc_cli.kernels import GATES, bank_for, experts_output
-from mc_cli.runtime import experts
+from mc_cli.models import experts
 from tests.kernels.products import paths, relative_error
 
 HIDDEN, INNER = 96, 80

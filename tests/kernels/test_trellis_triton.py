@@ -24,11 +24,11 @@ from mc_cli.encodings.trellis import TrellisEncoding, trellis_for
 from mc_cli.kernels import trellis, trellis_gpu
 from mc_cli.kernels.trellis import path_name
 from mc_cli.kernels.trellis_gpu import GpuBank
+from mc_cli.models import experts
 from mc_cli.numerics.rotation import rotate
 from mc_cli.numerics.trellis_code import RATES as WIDTHS
 from mc_cli.numerics.trellis_code import code_levels
-from mc_cli.runtime import experts
-from mc_cli.runtime.packed_modules import pack_experts
+from mc_cli.packed.packed_modules import pack_experts
 from tests.dense_twin import _decode
 from tests.kernels import products
 from tests.kernels.products import relative_error

@@ -16,12 +16,12 @@ from mc_cli.artifacts.packed import read_layout
 from mc_cli.artifacts.pruning import TENSOR_PREFIX, Pruning, read_pruning, write_pruning
 from mc_cli.artifacts.store import Manifest, StageFolder
 from mc_cli.errors import InputError, StaleArtifactError
+from mc_cli.models.experts import PRUNER, find_experts
+from mc_cli.packed.loading import load_packed
 from mc_cli.policies import otp
 from mc_cli.progress import SilentProgress, StageResult
-from mc_cli.runtime.experts import PRUNER, find_experts
-from mc_cli.runtime.packed_model import load_packed
-from mc_cli.runtime.pruning import apply_pruning
 from mc_cli.settings import ExportSettings, PruneSettings, RunSettings
+from mc_cli.skipping.pruning import apply_pruning
 from mc_cli.stages import export
 from tests.conftest import TinyModel
 from tests.tiny_chain import (

@@ -16,13 +16,14 @@ from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.pruning import read_pruning
 from mc_cli.artifacts.store import Manifest
+from mc_cli.data import text
 from mc_cli.errors import InputError, StaleArtifactError
+from mc_cli.models.experts import find_experts
+from mc_cli.packed.loading import load_packed
 from mc_cli.progress import SilentProgress
-from mc_cli.runtime import pruning_training, text
-from mc_cli.runtime.experts import find_experts
-from mc_cli.runtime.packed_model import load_packed
-from mc_cli.runtime.pruning import apply_pruning
 from mc_cli.settings import ExportSettings, PruneSettings, RunSettings
+from mc_cli.skipping import pruning_training
+from mc_cli.skipping.pruning import apply_pruning
 from mc_cli.stages import export
 from tests.conftest import TinyModel
 from tests.tiny_chain import (
@@ -282,7 +283,7 @@ def test_otp_without_room_for_the_whole_model_is_trained_layer_by_layer(
 ) -> None:
     folder = quantized("mixtral")
     work_dir = work_dir_of(folder, tmp_path)
-    monkeypatch.setattr("mc_cli.runtime.policy_fitting.free_memory", lambda device: 1000)
+    monkeypatch.setattr("mc_cli.measuring.policy_fitting.free_memory", lambda device: 1000)
     result = run_prune_eval(work_dir, folder / "other.jsonl", prune=OTP)
     assert any("trained layer by layer only" in warning for warning in result.warnings)
     assert evaluation_of(work_dir).pruning["points"][0]["rate"] > 0.05

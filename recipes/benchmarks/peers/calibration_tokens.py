@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mc_cli.runtime import text
-from mc_cli.runtime.model_folder import resolve_model
+from mc_cli.data import text
+from mc_cli.models.model_folder import resolve_model
 from mc_cli.settings import CalibrateSettings
 
 

@@ -20,17 +20,17 @@ from experts import STORED
 from rich.console import Console
 from rich.table import Table
 
+from mc_cli.data import text
 from mc_cli.errors import InputError
+from mc_cli.measuring.comparison import losses
+from mc_cli.measuring.lm_eval_tasks import Tasks, evaluate_folder, find_tasks
+from mc_cli.models.experts import IMPLEMENTATION
+from mc_cli.models.inventory import take_inventory
+from mc_cli.models.session import Session, first_session
 from mc_cli.parts import ModelInventory
-from mc_cli.runtime import text
-from mc_cli.runtime.comparison import losses
-from mc_cli.runtime.experts import IMPLEMENTATION
-from mc_cli.runtime.inventory import take_inventory
-from mc_cli.runtime.layerwise import LayerWalk
-from mc_cli.runtime.lm_eval_tasks import Tasks, evaluate_folder, find_tasks
-from mc_cli.runtime.session import Session, first_session
 from mc_cli.settings import EvaluateSettings, RunSettings
 from mc_cli.stages.prune_eval import heldout_windows
+from mc_cli.walking.layerwise import LayerWalk
 
 ORIGINAL = "original"
 

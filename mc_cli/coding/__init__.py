@@ -1,0 +1,1 @@
+"""What turns a layer into codes: expert inputs, Hessians, importance, corrections, the layer quantizer."""

@@ -1,0 +1,211 @@
+"""What it costs that errors make routers choose otherwise: where two experts are nearly level, any error may tip them.
+
+A router that takes the next expert for the last of its choice moves the layer's output by a jump, and no derivative
+of the loss knows of it. Let kappa be the divergence that the jump costs, and s the size of errors of the margin between
+the two. Tokens of margin m choose otherwise with probability Phi(-m / s), and over margins near zero, of density p,
+that is a cost of
+    kappa * p * s / sqrt(2 pi)
+which grows with the root of the squared error. Around the s of a quantized model it is as steep as the quadratic form
+    kappa * exp(-m^2 / (2 h^2)) / (2 pi * h * s) * error^2,
+summed over tokens, whose kernel of width h stands for the density. So the gradient of the root of twice this
+coefficient times the margin, with a random sign for every token, is added to a sampled label's gradient: the second
+moments of both together are those of the loss and of the choices. The formulation is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from mc_cli.models.experts import experts_forward
+from mc_cli.models.router_masks import CORRECTION_BIAS
+from mc_cli.parts import ExpertBlock
+from mc_cli.walking.layerwise import LayerWalk
+
+# Of the standard deviation of a token's scores. Errors of the margin at 2 and 3 bits are 0.045 and 0.023 on a trained
+# model of 21M parameters; more is put here, as the smaller of two terms should not shake the larger one: from half of
+# this to twice it, KL divergence is 3 to 6 % below what it is without the choices, less than single runs tell apart.
+ERROR = 0.06
+KERNEL = 0.075  # twice as wide gives the same
+_REACH = 3.0  # kernels: tokens of larger margins are left out
+_CONSISTENT = 0.99  # share of tokens whose choice the scores must explain
+
+Scores = Callable[[torch.Tensor], torch.Tensor]  # of logits [tokens, experts]
+
+
+class Margin(NamedTuple):
+    """Per token: its last chosen expert, the next in line, and by how much the one scores above the other."""
+
+    last: torch.Tensor  # [tokens] int64
+    following: torch.Tensor  # [tokens] int64
+    margin: torch.Tensor  # [tokens]; infinite where there is none, negative where the scores do not explain the choice
+    spread: torch.Tensor  # [tokens], standard deviation of its scores
+
+
+def margin_of(scores: torch.Tensor, index: torch.Tensor, *, groups: int = 1) -> Margin:
+    """The margins of scores [tokens, experts] under the choice `index` [tokens, k] int64.
+
+    groups  of neighbouring experts; the next in line is looked for in groups of which one is chosen
+    """
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, index, True)
+    used = chosen.unflatten(1, (groups, -1)).any(-1, keepdim=True)
+    open_ = used.expand(-1, -1, scores.shape[1] // groups).flatten(1) & ~chosen
+    least, last = scores.masked_fill(~chosen, float("inf")).min(-1)
+    most, following = scores.masked_fill(~open_, float("-inf")).max(-1)
+    return Margin(last, following, least - most, scores.detach().std(-1, correction=0))
+
+
+def coefficient(margin: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """[tokens]: of margin errors' squares, for a jump that costs one nat; 0 beyond the kernel's reach."""
+    size, width = ERROR * spread, KERNEL * spread
+    density = torch.exp(-0.5 * (margin / width).square()) / (2 * math.pi * width * size)
+    return torch.where((margin >= 0) & (margin < _REACH * width), density, 0.0)
+
+
+class ChoiceCosts:
+    """The router of the resident layer: what other choices cost, and how the layer's input bears on them."""
+
+    def __init__(self, model: nn.Module, block: ExpertBlock) -> None:
+        self._experts: Any = model.get_submodule(block.path)
+        self._router: nn.Module = model.get_submodule(block.router_path)
+        self._block = block
+        self._scores: Scores | None = None
+        self._explained = True
+        self._logits: list[torch.Tensor] = []
+        self._call: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._cost = self._weight = 0.0
+
+    @contextmanager
+    def watching(self, *, up_to_experts: bool = False) -> Iterator[None]:
+        """Context in which router and experts are watched; with `up_to_experts` forwards end where experts begin."""
+
+        def on_router(_: nn.Module, __: Any, output: Any) -> None:
+            self._logits.append(output[0] if isinstance(output, (tuple, list)) else output)
+
+        def on_experts(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            hidden, index, weights = args[:3]
+            flat = hidden.detach().reshape(-1, hidden.shape[-1])
+            self._call = flat, index.reshape(-1, index.shape[-1]), weights.detach().reshape(-1, weights.shape[-1])
+            if up_to_experts:
+                raise _ExpertsReached
+
+        handles = [
+            self._router.register_forward_hook(on_router),
+            self._experts.register_forward_pre_hook(on_experts),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def add(self, at_experts: torch.Tensor) -> None:
+        """Takes the cost of the near choices of the last forward into account.
+
+        at_experts  [samples, ..., hidden]: gradients of sampled labels' losses at the experts' output
+        """
+        found = self._margin()
+        if found is None:
+            return
+        weight = coefficient(found.margin, found.spread)
+        near = weight.nonzero()[:, 0]
+        if not len(near):
+            return
+        hidden, index, weights = self._taken()
+        last, following = found.last[near], found.following[near]
+        share = (weights[near] * (index[near] == last[:, None])).sum(-1)
+        jump = experts_forward(
+            self._experts, hidden[near], torch.stack([last, following], -1), torch.stack([share, -share], -1)
+        )
+        moved = (at_experts.reshape(len(at_experts), -1, hidden.shape[-1])[:, near].float() * jump.float()).sum(-1)
+        # Of a few labels a token's own cost is mostly chance, and few tokens would have all the weight: hence the mean.
+        self._cost += float((weight[near] * moved.square().mean(0)).double().sum()) / 2
+        self._weight += float(weight.double().sum())
+
+    @property
+    def cost(self) -> float:
+        """Nats that a changed choice costs in the mean; NaN where the choices cannot be told from the scores."""
+        if not self._explained:
+            return math.nan
+        return self._cost / self._weight if self._weight else 0.0
+
+    def add_gradients(self, before: torch.Tensor, walk: LayerWalk, layer_inputs: torch.Tensor, *, seed: int) -> None:
+        """Adds to the gradients [samples, sequences, length, hidden] at the layer's input, in place, what choices do.
+
+        layer_inputs  [sequences, length, hidden], what the layer was given;  seed: of the tokens' signs
+        """
+        if not self.cost > 0:
+            return
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(0, 2, before.shape[:3], generator=generator, dtype=torch.int8) * 2 - 1
+        with self.watching(up_to_experts=True):
+            for rows in walk.batches():
+                with torch.enable_grad():
+                    hidden = layer_inputs[rows].to(walk.source.device).requires_grad_(True)
+                    with suppress(_ExpertsReached):
+                        walk.call_layer(hidden, rows)
+                    found = self._margin()
+                    assert found is not None
+                    root = (2 * self.cost * coefficient(found.margin.detach(), found.spread)).sqrt()
+                    pull = torch.where(root > 0, root * found.margin, 0.0)
+                    totals = [(pull * sign[rows].reshape(-1).to(pull)).sum() for sign in signs]
+                for sample, total in enumerate(totals):
+                    (gradient,) = torch.autograd.grad(total, hidden, retain_graph=sample + 1 < len(totals))
+                    before[sample, rows] += gradient.to(before)
+
+    def _taken(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        assert self._call is not None
+        return self._call
+
+    def _margin(self) -> Margin | None:
+        """Of the last forward, whose logits are let go; None where it cannot be told, or all experts are chosen."""
+        (logits,) = self._logits
+        self._logits.clear()
+        index = self._taken()[1]
+        logits = logits.reshape(-1, logits.shape[-1]).float()
+        if index.shape[1] >= logits.shape[1] or not self._explained:
+            return None
+        if self._scores is None:
+            self._scores = self._find_scores(logits.detach(), index)
+            self._explained = self._scores is not None
+            if self._scores is None:
+                return None
+        return margin_of(self._scores(logits), index, groups=self._block.router_groups)
+
+    def _find_scores(self, logits: torch.Tensor, index: torch.Tensor) -> Scores | None:
+        """By what this router chooses, as its choices show: logits, or sigmoids or softmaxes with a bias added."""
+        biases = [
+            getattr(module, CORRECTION_BIAS).detach().float().reshape(-1)
+            for module in self._router.modules()
+            if hasattr(module, CORRECTION_BIAS)
+        ]
+        rules = (_sigmoids, _softmax)
+        candidates: list[Scores] = [_as_they_are, *(partial(rule, bias) for bias in biases for rule in rules)]
+        for scores in candidates:
+            margin = margin_of(scores(logits), index, groups=self._block.router_groups).margin
+            if float((margin >= 0).float().mean()) >= _CONSISTENT:
+                return scores
+        return None
+
+
+def _as_they_are(logits: torch.Tensor) -> torch.Tensor:
+    return logits
+
+
+def _sigmoids(bias: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return logits.sigmoid() + bias
+
+
+def _softmax(bias: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return logits.softmax(-1) + bias
+
+
+class _ExpertsReached(Exception):
+    """Ends a forward once the router has chosen."""

@@ -1,0 +1,302 @@
+"""Where text comes from: files, folders, `datasets` names and the bundled samples, row by row to documents."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mc_cli.artifacts.files import DigestCache, content_digest
+from mc_cli.artifacts.places import require_ordinary
+from mc_cli.artifacts.strict_json import JsonError, has_half_character, parse_json
+from mc_cli.data.chat import CHAT_FIELDS, Chat, chat_of_row
+from mc_cli.errors import InputError, shown
+
+ALL = "all"
+TEXT_FIELD = "text"  # where a row has it, it is taken; it is also what --text-field is unless given
+_SUFFIXES = (".txt", ".jsonl", ".parquet", ".json")
+_ALONE = ".json"  # read from a folder that holds no other kind: settings and records end so as well
+_TAGS = ("domain", "id", "_id", "uuid", "url")  # texts about a text
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and the domain it is from (`all` where the source names none).
+
+    chat    messages instead of a text; a chat template makes one of them
+    """
+
+    text: str
+    domain: str = ALL
+    chat: Chat | None = None
+
+
+@dataclass
+class Reading:
+    """How rows were read, for the report: rows by the field that was taken, and those without a text."""
+
+    rows: Counter[str] = field(default_factory=Counter)
+    empty: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether all rows gave a text as it stands, from files of plain text or the field that was asked for."""
+        return not any(name.startswith(("chat: ", "first text field: ")) for name in self.rows)
+
+
+def resolve_data(data: str, *, flag: str = "--data") -> Path | None:
+    """The file or folder that --data, or another `flag`, names; None if it is a `datasets` name."""
+    if not data:
+        raise InputError(
+            f"{flag} is missing: give a .txt, .jsonl, .json or .parquet file, a folder of them, or a datasets name."
+        )
+    if data.startswith("bundled:"):
+        from mc_cli.bundled import bundled_path
+
+        return bundled_path(data.removeprefix("bundled:"))
+    path = Path(data).expanduser()
+    try:
+        there = path.exists() or path.is_symlink()
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL byte
+        raise InputError(f"{flag} {shown(data, 80)}: {getattr(error, 'strerror', None) or error}.") from error
+    if there:
+        if not path.is_dir():
+            require_ordinary(path)
+        return path
+    if path.suffix in _SUFFIXES or data.startswith((".", "/", "~")):
+        raise InputError(f"{flag} {data}: no such file or folder.")
+    return None
+
+
+def data_digest(
+    data: str, split: str, text_field: str, cache: DigestCache, *, template: str | None = None, flag: str = "--data"
+) -> str:
+    """A digest of what --data holds: the files' contents, or the name and split of a datasets source.
+
+    template  how chats are rendered where that is not the tokenizer's own way; None = by it
+    """
+    extra = {} if template is None else {"chat_template": template}
+    path = resolve_data(data, flag=flag)
+    if path is None:
+        return content_digest({"datasets": data, "split": split, "text_field": text_field, **extra})
+    if _is_saved_dataset(path):
+        files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
+        named = [[str(file.relative_to(path)), cache.digest(file)] for file in files]
+        return content_digest({"saved": named, "split": split, "text_field": text_field, **extra})
+    named = [[file.name, cache.digest(file)] for file in _files(path, flag)]
+    return content_digest([*named, text_field, *([extra] if extra else [])])
+
+
+def read_documents(
+    data: str, *, split: str, text_field: str, reading: Reading | None = None, flag: str = "--data"
+) -> list[Document]:
+    """All documents of --data that are not empty, in order.
+
+    A row's text is its `text_field`; without one, its messages, conversations, or prompt and completion as a chat; and
+    where the first row of a file has none of these, the first of its fields that holds a text, which all rows need.
+
+    reading  is told how rows were read
+    flag     what named the data, for messages
+    Raises InputError naming file and line of what cannot be read.
+    """
+    reading = Reading() if reading is None else reading
+    path = resolve_data(data, flag=flag)
+    if path is None or _is_saved_dataset(path):
+        found = list(_from_datasets(data, path, split, _Rows(text_field, reading), flag))
+    else:
+        found = [document for file in _files(path, flag) for document in _from_file(file, text_field, reading, flag)]
+    documents = [document for document in found if document.chat is not None or document.text.strip()]
+    reading.empty += len(found) - len(documents)
+    if not documents:
+        raise InputError(f"{flag} {data}: no text in it (field {text_field!r}).")
+    return documents
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    """True for a folder that `datasets` wrote with save_to_disk: one split, or a dictionary of splits."""
+    return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
+
+
+def _files(path: Path, flag: str) -> list[Path]:
+    if not path.is_dir():
+        if path.suffix not in _SUFFIXES:
+            raise InputError(f"{flag} {path}: unknown kind of file; known are {', '.join(_SUFFIXES)}.")
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and not file.is_dir())
+    files = [file for file in files if file.suffix != _ALONE] or files
+    if not files:
+        raise InputError(f"{flag} {path}: the folder holds no {', '.join(_SUFFIXES)} file.")
+    for file in files:
+        require_ordinary(file)
+    return files
+
+
+class _Rows:
+    """Turns the rows of one source into documents; what the first row is like decides what later ones may be."""
+
+    def __init__(self, text_field: str, reading: Reading) -> None:
+        self._text_field = text_field
+        self._reading = reading
+        self._first = True
+        self._fallback: str | None = None  # the field taken where rows have no known one
+
+    def document(self, where: str, row: object) -> Document:
+        """One row's document. Raises InputError naming `where` and what the row holds instead of a text."""
+        if isinstance(row, str):
+            self._first = False
+            return self._text(where, "a row that is a text", row, None)
+        if not isinstance(row, Mapping):
+            raise self._error(where, f"not a JSON object, but {type(row).__name__} {shown(row)}")
+        first, self._first = self._first, False
+        name = self._field(row, first)
+        if name is None:
+            chat = chat_of_row(where, row)
+            if chat is not None:
+                self._reading.rows[f"chat: {chat.kind}"] += 1
+                return Document("", _domain(row.get("domain")), chat)
+            held = ", ".join(shown(key) for key in list(row)[:8]) or "nothing"
+            raise self._error(
+                where, f"no field {self._text_field!r}, nor one of {', '.join(CHAT_FIELDS)}; it has {held}"
+            )
+        if isinstance(row[name], list) and row[name] and all(isinstance(turn, Mapping) for turn in row[name]):
+            chat = chat_of_row(where, {**row, "messages": row[name]})
+            assert chat is not None
+            self._reading.rows[f"chat: {name}"] += 1
+            return Document("", _domain(row.get("domain")), chat)
+        kind = f"first text field: {name}" if name == self._fallback else f"field {name}"
+        return self._text(where, kind, row[name], row.get("domain"), name)
+
+    def _field(self, row: Mapping[str, Any], first: bool) -> str | None:
+        """The field that holds this row's text; None where it is a chat, or nothing that is known."""
+        if self._text_field in row:
+            return self._text_field
+        if self._text_field != TEXT_FIELD or any(all(part in row for part in kind) for kind in CHAT_FIELDS.values()):
+            return None
+        if first:
+            texts = (name for name, value in row.items() if isinstance(value, str) and name not in _TAGS)
+            self._fallback = next(texts, None)
+        return self._fallback if self._fallback in row else None
+
+    def _text(self, where: str, kind: str, text: object, domain: object, name: str = "") -> Document:
+        if text is not None and not isinstance(text, str):
+            held = shown(str(text)) if isinstance(text, int | float) else shown(text)
+            raise self._error(where, f"the field {name!r} holds {type(text).__name__} {held}, not a text")
+        if text and has_half_character(text):
+            raise self._error(where, f"{kind} holds half of a character (a lone surrogate), which no tokenizer reads")
+        self._reading.rows[kind] += 1
+        return Document(text or "", _domain(domain))
+
+    def _error(self, where: str, problem: str) -> InputError:
+        return InputError(f"{where}: {problem}. Name the field with --text-field.")
+
+
+def _domain(value: object) -> str:
+    return ALL if value is None else value if isinstance(value, str) else shown(value)
+
+
+def _from_file(path: Path, text_field: str, reading: Reading, flag: str) -> Iterator[Document]:
+    rows = _Rows(text_field, reading)
+    try:
+        if path.suffix == ".txt":
+            reading.rows["file of plain text"] += 1
+            yield Document(path.read_text(encoding="utf-8-sig"), path.stem)
+        elif path.suffix == ".jsonl":
+            yield from _from_jsonl(path, rows, flag)
+        elif path.suffix == ".json":
+            yield from _from_json(path, rows, flag)
+        else:
+            yield from _from_parquet(path, rows, text_field, flag)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{flag} {path} cannot be read: {error}.") from error
+
+
+def _from_jsonl(path: Path, rows: _Rows, flag: str) -> Iterator[Document]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{flag} {path}, line {number}"
+            try:
+                row = parse_json(line, finite=False)
+            except JsonError as error:
+                raise InputError(
+                    f"{where}: not a JSON object ({error}). Write one object in each line, as UTF-8, with its text in "
+                    "the field that --text-field names."
+                ) from error
+            yield rows.document(where, row)
+
+
+def _from_json(path: Path, rows: _Rows, flag: str) -> Iterator[Document]:
+    """The rows of a list, or of a list under `data`: objects, or texts."""
+    try:
+        content = parse_json(path.read_bytes(), finite=False)
+    except JsonError as error:
+        raise InputError(f"{flag} {path} is not valid JSON: {error}. One object per line is a .jsonl file.") from error
+    found = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(found, list):
+        raise InputError(
+            f"{flag} {path} holds a {type(content).__name__}, not a list of rows or texts, nor one under 'data'. "
+            "Write a list, or one object per line into a .jsonl file."
+        )
+    for number, row in enumerate(found, 1):
+        yield rows.document(f"{flag} {path}, row {number}", row)
+
+
+def _from_parquet(path: Path, rows: _Rows, text_field: str, flag: str) -> Iterator[Document]:
+    import pyarrow.parquet
+    from pyarrow import ArrowException
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_field(f"{flag} {path}", "column", text_field, file.schema_arrow.names)
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield rows.document(f"{flag} {path}, row {number}", row)
+    except (ArrowException, UnicodeDecodeError, OverflowError) as error:
+        raise InputError(f"{flag} {path} is not a whole parquet file: {error}.") from error
+
+
+def _check_field(data: str, kind: str, text_field: str, names: list[str]) -> None:
+    if text_field != TEXT_FIELD and text_field not in names:
+        raise InputError(f"{data} has no {kind} {text_field!r}; it has {', '.join(names)}. Name one with --text-field.")
+
+
+def _from_datasets(name: str, saved: Path | None, split: str, rows: _Rows, flag: str) -> Iterator[Document]:
+    found: Any = _saved_rows(saved, split, flag) if saved is not None else _dataset_rows(name, split, flag)
+    _check_field(f"{flag} {name}", "field", rows._text_field, found.column_names)
+    for number, row in enumerate(found, 1):
+        yield rows.document(f"{flag} {name}, split {split}, row {number}", row)
+
+
+def _dataset_rows(name: str, split: str, flag: str) -> Any:
+    import datasets
+
+    base, _, config = name.partition(":")
+    try:
+        return datasets.load_dataset(base, config or None, split=split)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(
+            f"{flag} {name}: neither a file here nor a dataset that `datasets` can load, split {split!r} "
+            f"({type(error).__name__}: {reason}). Check the name, --split and the network."
+        ) from error
+
+
+def _saved_rows(path: Path, split: str, flag: str) -> Any:
+    import datasets
+
+    try:
+        found: Any = datasets.load_from_disk(path)
+    except Exception as error:
+        raise InputError(
+            f"{flag} {path}: the saved dataset cannot be read ({type(error).__name__}: {error})."
+        ) from error
+    if not isinstance(found, datasets.DatasetDict):
+        return found
+    if split not in found:
+        raise InputError(f"{flag} {path} has no split {split!r}; it has {', '.join(found)}. Name one with --split.")
+    return found[split]

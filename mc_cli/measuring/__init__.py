@@ -1,0 +1,1 @@
+"""Measuring packed models: comparison, generation, speed, read-back, lm-eval."""

@@ -1,0 +1,110 @@
+"""Original and packed model side by side on held-out windows, both streamed with one decoder layer resident."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from mc_cli.artifacts.evaluation import TextResult
+from mc_cli.data.text import Windows
+from mc_cli.models.memory import release_freed_memory
+from mc_cli.parts import ExpertBlock
+from mc_cli.progress import Progress
+from mc_cli.walking.layerwise import LayerSource, LayerWalk
+from mc_cli.walking.routing import watching
+
+
+class _Sums:
+    """Running sums over predicted tokens of one domain."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.original = self.packed = self.divergence = self.same = 0.0
+
+    def add(self, original: torch.Tensor, packed: torch.Tensor, labels: torch.Tensor) -> None:
+        """original, packed  [tokens, vocabulary] logits of the counted predictions;  labels [tokens]"""
+        reference = original.float().log_softmax(-1)
+        other = packed.float().log_softmax(-1)
+        at = labels[:, None]
+        self.tokens += len(labels)
+        self.original -= float(reference.gather(1, at).double().sum())
+        self.packed -= float(other.gather(1, at).double().sum())
+        self.divergence += float((reference.exp() * (reference - other)).double().sum())
+        self.same += float((reference.argmax(-1) == other.argmax(-1)).sum())
+
+    def merge(self, other: _Sums) -> None:
+        self.tokens += other.tokens
+        self.original += other.original
+        self.packed += other.packed
+        self.divergence += other.divergence
+        self.same += other.same
+
+    def result(self) -> TextResult:
+        count = max(1, self.tokens)
+        return TextResult(
+            self.tokens, self.original / count, self.packed / count, self.divergence / count, self.same / count
+        )
+
+
+def compare(
+    original: LayerSource,
+    packed: LayerSource,
+    windows: Windows,
+    blocks: Mapping[int, ExpertBlock],
+    *,
+    batch_size: int,
+    progress: Progress,
+) -> tuple[TextResult, dict[str, TextResult], dict[int, float]]:
+    """(all text, per domain, router changes per MoE layer); both models see the same windows.
+
+    Of each window only the last `fresh` predictions count, so overlapping windows count every token once.
+    """
+    walks = [LayerWalk(source, windows.token_ids, batch_size=batch_size) for source in (original, packed)]
+    changes: dict[int, float] = {}
+    with progress.step("prune-eval: original and packed model", total=walks[0].num_layers + 1, unit="layer") as step:
+        for layer in range(walks[0].num_layers):
+            chosen = [advance(walk, blocks.get(layer), layer) for walk in walks]
+            if chosen[0] is not None and chosen[1] is not None:
+                changes[layer] = changed_share(chosen[0], chosen[1])
+            step.advance(note=f"layer {layer}")
+        total, domains = losses(walks[0], walks[1], windows)
+        step.advance(note="head")
+    return total, domains, changes
+
+
+def advance(walk: LayerWalk, block: ExpertBlock | None, layer: int) -> torch.Tensor | None:
+    """Runs one layer and returns the experts chosen [tokens, k], None for a dense layer."""
+    walk.source.load(layer)
+    if block is None:
+        walk.run_layer(advance=True)
+        index = None
+    else:
+        with watching(walk.source.model, block) as capture:
+            walk.run_layer(advance=True)
+        index = capture.index
+    walk.source.free(layer)
+    release_freed_memory()
+    return index
+
+
+def changed_share(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Share of chosen experts of `one` [tokens, k] that `other` did not choose for the same token, in any order."""
+    kept = (one[:, :, None] == other[:, None, :]).any(-1)
+    return 1.0 - float(kept.double().mean())
+
+
+@torch.no_grad()
+def losses(original: LayerWalk, packed: LayerWalk, windows: Windows) -> tuple[TextResult, dict[str, TextResult]]:
+    """(all text, per domain) of two walks over the same windows that have both passed the last layer."""
+    sums: dict[str, _Sums] = {}
+    for row in range(len(windows.token_ids)):
+        rows = slice(row, row + 1)
+        labels = windows.token_ids[row, 1:]
+        fresh = int(windows.fresh[row])
+        logits = [walk.head(rows, walk.hidden[rows])[0, :-1][-fresh:] for walk in (original, packed)]
+        sums.setdefault(windows.domains[row], _Sums()).add(logits[0], logits[1], labels[-fresh:].to(logits[0].device))
+    total = _Sums()
+    for domain in sums.values():
+        total.merge(domain)
+    return total.result(), {name: domain.result() for name, domain in sorted(sums.items())}

@@ -1,0 +1,166 @@
+"""Text from a model folder, as any user of transformers would get it: one load, one generate, words as they come."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, TextStreamer
+from transformers.utils import logging as transformers_logging
+
+import mc_cli  # noqa: F401  teaches transformers to load packed directories
+from mc_cli.data.text import load_tokenizer
+from mc_cli.errors import CheckpointError, InputError, McError
+from mc_cli.models.memory import large_blocks_mapped
+from mc_cli.models.model_folder import first_line, read_config, resolve_model
+from mc_cli.models.session import device_named, dtype_named
+from mc_cli.packed.packed_files import is_packed_folder, open_packed, weight_files
+from mc_cli.packed.stored_tensors import check_layer_count
+from mc_cli.settings import RunSettings
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What came out, without the prompt, and how fast; the speed counts the prompt's own pass too."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    load_s: float
+    generate_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.new_tokens / self.generate_s if self.generate_s else 0.0
+
+
+class _Pieces(TextStreamer):
+    """Hands finished words to a function instead of printing them."""
+
+    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._show = show
+        self.pieces: list[str] = []
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.pieces.append(text)
+        self._show(text)
+
+
+@large_blocks_mapped()
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    compute: RunSettings,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    show: Callable[[str], None],
+) -> Generated:
+    """The continuation of `prompt`, handed to `show` piece by piece as it comes.
+
+    temperature   0 takes the most likely token each time; above, tokens are drawn with `seed`
+    The prompt itself is shown first, once the model is loaded.
+    Raises InputError for an empty prompt or one too long for the model, CheckpointError where loading fails.
+    """
+    folder = resolve_model(model, asked_as="DIR")
+    check_model_folder(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code=compute.trust_remote_code)
+    encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    prompt_tokens = int(encoded["input_ids"].shape[1])
+    if not prompt_tokens:
+        raise InputError("--prompt holds no token. Give some text to continue.")
+    begun = time.monotonic()
+    network = load_model(folder, compute)
+    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    if limit and prompt_tokens + max_new_tokens > limit:
+        raise InputError(
+            f"--prompt has {prompt_tokens} tokens and --max-new-tokens is {max_new_tokens}: together more than the "
+            f"model's {limit} positions. Use --max-new-tokens {max(0, limit - prompt_tokens)} or less."
+        )
+    loaded = time.monotonic()
+    torch.manual_seed(seed)
+    show(prompt)
+    streamer = _Pieces(tokenizer, show)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    with torch.inference_mode():
+        output = network.generate(
+            **encoded.to(network.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            streamer=streamer,
+            **sampling,
+        )
+    return Generated(
+        text="".join(streamer.pieces),
+        prompt_tokens=prompt_tokens,
+        new_tokens=int(output.shape[1]) - prompt_tokens,
+        load_s=loaded - begun,
+        generate_s=time.monotonic() - loaded,
+    )
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises CheckpointError where there is no config.json."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is no model folder. Give the one that export made.")
+
+
+def load_model(folder: Path, compute: RunSettings) -> Any:
+    """The model, in float32 on a CPU and in its own dtype on a GPU unless asked otherwise; in evaluation mode."""
+    check_model_folder(folder)
+    config: Any = read_config(folder, trust_remote_code=compute.trust_remote_code)
+    _check_weight_files(folder, config)
+    device = device_named(compute.device)
+    dtype = dtype_named(compute.dtype, device, stored=config.get_text_config().dtype)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        network: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=compute.trust_remote_code, use_safetensors=True
+        )
+    except McError:
+        raise
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"A safetensors file in {folder} is damaged or cut short ({error}). Compare the sizes of the files with "
+            "those of their source, and copy, download or make it again."
+        ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise CheckpointError(
+            f"The tensors in {folder} have other shapes than config.json describes: {_without_advice(error)} They are "
+            "damaged or of different models; copy, download or make the directory again."
+        ) from error
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be loaded as a causal language model ({type(error).__name__}: {error})."
+        ) from error
+    return network.to(device).eval()
+
+
+def _check_weight_files(folder: Path, config: Any) -> None:
+    """Refuses, before anything is built, files outside, pickles, and more layers than there are."""
+    if getattr(config, "quantization_config", None) is not None and is_packed_folder(folder):
+        check_layer_count(config, open_packed(folder).tensors, folder)
+        return
+    paths = weight_files(folder)
+    if not all(path.is_file() for path in paths):
+        missing = ", ".join(path.name for path in paths if not path.is_file())
+        raise CheckpointError(
+            f"{folder} lacks {missing}: weights are read from safetensors files alone. Convert other formats with "
+            "`save_pretrained`, or copy, download or make the directory again."
+        )
+
+
+def _without_advice(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line or "shape" in line.lower()]
+    return (" ".join(lines[:4]) or first_line(error)).rstrip(".") + "."

@@ -1,0 +1,391 @@
+"""`pruning/`: policies fitted to the packed model, resumable like a stage, made by prune-eval beside its own folder.
+
+1. what a dropped call costs, layer by layer; thresholds    2. otp: routers trained    3. the point for --max-loss
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mc_cli import __version__
+from mc_cli.artifacts import calibration as calibration_artifact
+from mc_cli.artifacts.damage import ALL_BYTES
+from mc_cli.artifacts.files import read_tensors
+from mc_cli.artifacts.importance import Importance
+from mc_cli.artifacts.manifest import POLICY_STAGE
+from mc_cli.artifacts.packed import read_layout
+from mc_cli.artifacts.pruning import FOLDER, TENSOR_PREFIX, OperatingPoint, Pruning, read_pruning, write_pruning
+from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, require_done
+from mc_cli.data import text
+from mc_cli.data.documents import ALL, Reading
+from mc_cli.errors import InputError
+from mc_cli.measuring.readback import free_memory
+from mc_cli.models.session import Session
+from mc_cli.packed.dense_tensors import load_dense
+from mc_cli.parts import ExpertBlock, ModelInventory
+from mc_cli.policies import LayerValues, odp, otp, policy_from_name
+from mc_cli.policies.static_experts import FREQUENCY, REAP, ROUTER_WEIGHT, experts_to_drop
+from mc_cli.progress import Progress
+from mc_cli.settings import PruneSettings
+from mc_cli.skipping.pruned_comparison import compare_points
+from mc_cli.skipping.pruning import pruners
+from mc_cli.skipping.pruning_fit import (
+    FitSettings,
+    chosen_by_loss,
+    chosen_by_rate,
+    fit_policies,
+    squared_error_scales,
+)
+from mc_cli.skipping.pruning_samples import sample_layers
+from mc_cli.skipping.pruning_thresholds import layer_curve, shared_threshold
+from mc_cli.skipping.pruning_training import Routers, Target, TrainingSettings, distil_routers, train_layer
+from mc_cli.walking.layerwise import LayerSource
+
+BASELINES = ("top-k", "random", "router-threshold")
+DEFAULT_MAX_LOSS = 0.01
+_CHECK_SHARE = 4  # one of so many fitting windows is kept for --max-loss; no threshold is fitted on it
+_MEMORY_SHARE = 0.5  # of what is free, for the dense model of the whole-model training
+_TRAINING_RATES = (0.1, 0.2, 0.3, 0.4)  # of otp where no --target-rate is set
+_ROUTERS = "routers.safetensors"
+
+
+@dataclass(frozen=True)
+class FittedPolicies:
+    """Policies by name with what they learned; the first is the one that ships."""
+
+    fingerprint: str
+    policies: Mapping[str, tuple[Pruning, Mapping[str, Tensor]]]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every step of the fitting reads."""
+
+    settings: PruneSettings
+    session: Session
+    source: LayerSource
+    packed_folder: Path
+    blocks: Mapping[int, ExpertBlock]
+    scales: Mapping[int, Tensor]
+    nats: bool
+    weight_count: int
+    dropped: Mapping[int, Sequence[int]]
+    fit_ids: Tensor
+    check_ids: Tensor
+    progress: Progress
+
+    @property
+    def batch_size(self) -> int:
+        return self.session.batch_size(self.fit_ids.shape[1])
+
+
+def policy_names(settings: PruneSettings) -> list[str]:
+    """The policies to fit, the one that ships first. Raises InputError for an unknown one."""
+    names = list(dict.fromkeys([*settings.policy, *(BASELINES if settings.sweep else ())]))
+    for name in names:
+        policy_from_name(name)
+    return names
+
+
+def fitting_source(settings: PruneSettings, heldout: text.TextSource) -> text.TextSource | None:
+    """The text to fit on, read as the held-out text is; None for the calibration tokens."""
+    if settings.fit_data is None:
+        return None
+    return replace(heldout, data=settings.fit_data, flag="--fit-data", reading=Reading())
+
+
+def fitting_inputs(settings: PruneSettings, session: Session, source: text.TextSource | None) -> dict[str, str]:
+    """Digests of what policies are fitted on."""
+    if source is None:
+        return {"fit data": require_done(session.work_dir, "calibrate").inputs["data"]}
+    return {"fit data": source.digest(session.digests())}
+
+
+def fitting_folder(settings: PruneSettings, session: Session, inputs: Mapping[str, str]) -> StageFolder:
+    """The folder `pruning/` with the settings that change what is fitted."""
+    resolved = {**settings.resolved(), "policy": policy_names(settings), "dtype": session.dtype_name}
+    del resolved["sweep"]
+    made_from = {name: require_done(session.work_dir, name).fingerprint for name in ("calibrate", "quantize")}
+    reads = ("score",) if settings.drop_experts else ()
+    return StageFolder(
+        session.work_dir, POLICY_STAGE, resolved, {**made_from, **inputs}, folder_name=FOLDER, reads=reads
+    )
+
+
+def fit_or_read(
+    settings: PruneSettings,
+    session: Session,
+    inventory: ModelInventory,
+    source: LayerSource,
+    *,
+    text_source: text.TextSource | None,
+    force: bool,
+    progress: Progress,
+) -> FittedPolicies:
+    """The fitted policies, from `pruning/` where they are already there."""
+    names = policy_names(settings)
+    folder = fitting_folder(settings, session, fitting_inputs(settings, session, text_source))
+    if folder.needed(force=force):
+        job = _job(settings, session, inventory, source, text_source, folder, progress)
+        folder.start(force=force)
+        learned = {otp.NAME: _trained(job, folder)} if otp.NAME in names else {}
+        fitted = _fitted(job, names, learned)
+        ships = _chosen(job, fitted[names[0]], learned.get(names[0], {}))
+        for name, pruning in fitted.items():
+            ready = ships if name == names[0] else chosen_by_rate(pruning, ships.points[ships.chosen].rate)
+            for note in ready.notes:
+                folder.warn(note, progress)
+            write_pruning(folder.path(name), ready, learned.get(name, {}))
+        folder.finish(__version__)
+    folder.verify(up_to_bytes=ALL_BYTES)
+    found = {name: read_pruning(folder.path(name)) for name in names}
+    return FittedPolicies(folder.fingerprint, found, folder.recorded_warnings())
+
+
+def _job(
+    settings: PruneSettings,
+    session: Session,
+    inventory: ModelInventory,
+    source: LayerSource,
+    text_source: text.TextSource | None,
+    folder: StageFolder,
+    progress: Progress,
+) -> _Job:
+    calibration = session.work_dir / STAGE_FOLDERS["calibrate"]
+    blocks = {block.layer: block for block in inventory.expert_blocks}
+    scales, nats = _scales(calibration, blocks)
+    if not nats:
+        folder.warn(
+            "calibrate measured no gradients (--gradient-tokens 0), so dropped calls are weighed by the residual "
+            "stream's energy, which compares layers less well.",
+            progress,
+        )
+    token_ids = _token_ids(settings, session, calibration, text_source, folder, progress)
+    held = max(1, len(token_ids) // _CHECK_SHARE)
+    return _Job(
+        settings=settings,
+        session=session,
+        source=source,
+        packed_folder=session.work_dir / STAGE_FOLDERS["quantize"],
+        blocks=blocks,
+        scales=scales,
+        nats=nats,
+        weight_count=sum(math.prod(tensor.shape) for tensor in inventory.tensors),
+        dropped=_dropped(settings, session.work_dir, blocks),
+        fit_ids=token_ids[:-held],
+        check_ids=token_ids[-held:],
+        progress=progress,
+    )
+
+
+def _scales(calibration: Path, blocks: Mapping[int, ExpertBlock]) -> tuple[dict[int, Tensor], bool]:
+    path = calibration / calibration_artifact.SENSITIVITY
+    stored = read_tensors(path) if path.exists() else {}
+    squares = {layer: stored[name] for layer in blocks if (name := f"layers.{layer}.gradient_square") in stored}
+    energies = {
+        layer: calibration_artifact.LayerRouting.read(
+            calibration / calibration_artifact.routing_file(layer)
+        ).residual_energy
+        for layer in blocks
+    }
+    return squared_error_scales(blocks, squares, energies)
+
+
+def _dropped(settings: PruneSettings, work_dir: Path, blocks: Mapping[int, ExpertBlock]) -> dict[int, list[int]]:
+    """Layer -> experts that are dropped as a whole, by what calibrate and score measured."""
+    if not settings.drop_experts:
+        return {}
+    importance = Importance.read(work_dir / STAGE_FOLDERS["score"] / "importance.json")
+    field_of = {REAP: "output_norm_mean", FREQUENCY: "routing_count", ROUTER_WEIGHT: "routing_weight_sum"}
+    scores = {layer.layer: getattr(layer, field_of[settings.drop_by]) for layer in importance.layers}
+    top_k = {layer: block.top_k for layer, block in blocks.items()}
+    packed = {block.path: block.dropped for block in read_layout(work_dir / STAGE_FOLDERS["quantize"]).experts}
+    gone = {layer: packed[block.path] for layer, block in blocks.items()}
+    return experts_to_drop(scores, top_k, share=settings.drop_experts, scope=settings.drop_scope, gone=gone)
+
+
+def _token_ids(
+    settings: PruneSettings,
+    session: Session,
+    calibration: Path,
+    source: text.TextSource | None,
+    folder: StageFolder,
+    progress: Progress,
+) -> Tensor:
+    calibrated = calibration_artifact.read_token_ids(calibration, vocabulary=session.vocabulary)
+    if source is None:
+        found = calibrated[: settings.fit_sequences]
+    else:
+        tokenizer = text.load_tokenizer(session.folder, trust_remote_code=session.compute.trust_remote_code)
+        found = text.calibration_windows(
+            source.documents(tokenizer),
+            tokenizer,
+            sequences=settings.fit_sequences,
+            length=calibrated.shape[1],
+            seed=settings.policy_seed,
+            renderer=source.renderer,
+        )
+        text.check_vocabulary(found, session.vocabulary)
+        for message in text.report_warnings(source.report()):
+            folder.warn(f"--fit-data: {message}", progress)
+    if len(found) < 2:
+        raise InputError(
+            f"There are {len(found)} windows of {found.shape[1]} tokens to fit a policy on, and at least 2 are needed: "
+            "one is kept for checking. Give more text with --fit-data, or calibrate on more --sequences."
+        )
+    return found
+
+
+def _fit_settings(job: _Job) -> FitSettings:
+    asked = () if job.settings.target_rate is None else (job.settings.target_rate,)
+    rates = tuple(sorted({*job.settings.rates, *asked}))
+    return FitSettings(rates, job.settings.protect, job.settings.policy_seed, job.dropped)
+
+
+def _fitted(
+    job: _Job, names: Sequence[str], learned: Mapping[str, Mapping[str, Tensor]], guide: FitSettings | None = None
+) -> dict[str, Pruning]:
+    """guide: settings of a fit that only leads the training; its costs are given whatever their unit."""
+    return fit_policies(
+        job.source,
+        job.fit_ids,
+        job.blocks,
+        job.scales,
+        learned,
+        policies=names,
+        settings=guide or _fit_settings(job),
+        nats=job.nats or guide is not None,
+        batch_size=job.batch_size,
+        progress=job.progress,
+    )
+
+
+def _chosen(job: _Job, pruning: Pruning, learned: Mapping[str, Tensor]) -> Pruning:
+    """The policy with its operating point chosen: by rate, or by the measured rise of perplexity."""
+    if job.settings.target_rate is not None:
+        return chosen_by_rate(pruning, job.settings.target_rate)
+    checked = _checked(job, pruning, learned)
+    limit = DEFAULT_MAX_LOSS if job.settings.max_loss is None else job.settings.max_loss
+    return chosen_by_loss(checked, limit)
+
+
+def _checked(job: _Job, pruning: Pruning, learned: Mapping[str, Tensor]) -> Pruning:
+    """The policy with every point's rise of perplexity on windows that no threshold was fitted on."""
+    count, length = job.check_ids.shape
+    windows = text.Windows(job.check_ids, torch.full((count,), length - 1), (ALL,) * count)
+    found = compare_points(
+        job.source,
+        windows,
+        job.blocks,
+        {str(number): pruners(pruning, point, learned, count=True) for number, point in enumerate(pruning.points)},
+        batch_size=job.batch_size,
+        progress=job.progress,
+        title=f"prune-eval: check {pruning.policy}",
+    )
+    points = []
+    for number, point in enumerate(pruning.points):
+        result = found.points[str(number)]
+        rise = result.loss - found.packed_loss
+        limit = max(rise + result.loss_error, result.kl_packed)
+        points.append(replace(point, checked_increase=math.expm1(rise), checked_limit=math.expm1(limit)))
+    return replace(pruning, points=tuple(points))
+
+
+# otp
+
+
+def _trained(job: _Job, folder: StageFolder) -> Routers:
+    """The routers of otp: layer by layer, then distilled as a whole where that fits into memory."""
+    settings = job.settings
+    rates = _TRAINING_RATES if settings.target_rate is None else (settings.target_rate,)
+    start = folder.path(f"{RESUME}/{_ROUTERS}")
+    guide = _fitted(job, [odp.NAME], {}, replace(_fit_settings(job), rates=_guide_rates(rates), protect=0.0))[odp.NAME]
+    routers, offsets = _layer_routers(job, guide, rates)
+    needed = job.weight_count * job.session.dtype.itemsize
+    free = free_memory(job.session.device)
+    if free is not None and needed > _MEMORY_SHARE * free:
+        folder.warn(
+            f"otp: the dense model needs {needed:,} bytes beside its activations, {free:,} are free; its routers were "
+            "trained layer by layer only, not distilled from the whole model.",
+            job.progress,
+        )
+        return routers
+    model = load_dense(
+        job.packed_folder,
+        dtype=job.session.dtype,
+        device=job.session.device,
+        trust_remote_code=job.session.compute.trust_remote_code,
+    )
+    trained = distil_routers(
+        model,
+        job.fit_ids,
+        {name: tensor.to(job.session.device) for name, tensor in routers.items()},
+        [layer for layer in guide.layers if layer.top_k > 1],
+        targets=[Target(rate, _price(guide.points, rate), offset) for rate, offset in zip(rates, offsets, strict=True)],
+        settings=TrainingSettings(
+            settings.otp_steps, settings.otp_batch, settings.otp_learning_rate, settings.policy_seed
+        ),
+        checkpoint=start,
+        progress=job.progress,
+    )
+    return {name: tensor.cpu() for name, tensor in trained.items()}
+
+
+def _guide_rates(rates: Sequence[float]) -> tuple[float, ...]:
+    """Rates around those that are trained at, to read slopes and thresholds of odp from."""
+    return tuple(sorted({0.05, *(round(rate * factor, 6) for rate in rates for factor in (0.85, 1.0, 1.15))}))
+
+
+def _price(points: Sequence[OperatingPoint], rate: float) -> float:
+    """The slope of odp's predicted cost over the rate: what keeping all calls is worth, per token."""
+    ordered = sorted(points, key=lambda point: point.rate)
+    costs = [point.predicted_loss or 0.0 for point in ordered]
+    slopes = [
+        ((high - low) / (after.rate - before.rate), (after.rate + before.rate) / 2)
+        for (before, after), (low, high) in zip(pairwise(ordered), pairwise(costs), strict=True)
+    ]
+    return min(slopes, key=lambda slope: abs(slope[1] - rate))[0]
+
+
+def _layer_routers(job: _Job, guide: Pruning, rates: Sequence[float]) -> tuple[Routers, list[float]]:
+    """(Routers trained layer by layer, the offset of their log-odds that gives each rate)."""
+    middle = statistics.median_low(rates)
+    nearest = min(guide.points, key=lambda point: abs(point.rate - middle))
+    thresholds = {layer.layer: t for layer, t in zip(guide.layers, nearest.thresholds, strict=True)}
+    calls = sum(layer.top_k for layer in guide.layers)
+    price = _price(guide.points, middle) / calls
+    routers: Routers = {}
+    curves = []
+    samples = sample_layers(
+        job.source,
+        job.fit_ids,
+        job.blocks,
+        job.scales,
+        batch_size=job.batch_size,
+        watch=False,
+        dropped=job.dropped,
+    )
+    with job.progress.step("prune-eval: otp, layer by layer", total=len(job.blocks), unit="layer") as step:
+        for sample in samples:
+            if sample.top_k > 1:
+                router = train_layer(
+                    sample,
+                    thresholds[sample.block.layer],
+                    price,
+                    learning_rate=job.settings.otp_learning_rate,
+                    seed=job.settings.policy_seed,
+                )
+                routers |= {f"{sample.block.path}.{TENSOR_PREFIX}{name}": tensor for name, tensor in router.items()}
+                scores = otp.keep_scores(sample.routed, LayerValues(sample.block.layer, tensors=router))
+                curves.append(layer_curve(scores, sample.routed.weights, sample.costs))
+            step.advance(note=f"layer {sample.block.layer}")
+    return routers, [-shared_threshold(curves, rate).thresholds[0] for rate in rates]

@@ -1,0 +1,1 @@
+"""Reading a checkpoint: files, skeleton, inventory, one layer resident, the experts interface."""

@@ -1,0 +1,404 @@
+"""Reading a Hugging Face checkpoint part by part, through transformers' own renaming and conversion.
+
+One decoder layer at a time is converted onto the skeleton model, straight from lazily read safetensors slices. Names,
+shapes and completeness are checked against the files' headers before the first weight is read. A few internal functions
+of transformers are used; the version is pinned, and checked here.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from mc_cli.errors import CheckpointError, listed
+from mc_cli.families import facts_for
+from mc_cli.models.finite import damaged_weights, is_finite
+from mc_cli.models.inventory import find_decoder_layers
+from mc_cli.models.model_folder import config_file, read_config, resolve_model
+from mc_cli.models.skeleton import (
+    build_skeleton,
+    initialise,
+    non_persistent_buffers,
+    rebuild_buffers,
+    require_causal,
+)
+from mc_cli.models.tensor_files import StoredTensor, TensorFiles, check_format
+
+__all__ = ["REST", "Checkpoint", "build_skeleton", "read_config", "rebuild_buffers", "resolve_model"]
+
+_LAYERS_TO_LIST = 64  # a skeleton with this many layers too many is still built at once
+REST = -1  # everything outside the decoder layers
+
+
+@dataclass
+class _Target:
+    """The stored tensors that one tensor of the model is made of, by the source pattern of the conversion."""
+
+    name: str
+    converter: WeightConverter | None  # None: one stored tensor, renamed at most
+    pieces: dict[str | None, list[StoredTensor]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def all_pieces(self) -> list[StoredTensor]:
+        return [piece for pieces in self.pieces.values() for piece in pieces]
+
+    @property
+    def patterns(self) -> list[str]:
+        return list(self.converter.source_patterns) if self.converter else []
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors that the conversion yields: one, or several where it splits a stored one."""
+        ends = list(self.converter.target_patterns) if self.converter else []
+        return [self.name, *(self.name.replace(ends[0], other) for other in ends[1:])]
+
+    @property
+    def fuses_experts(self) -> bool:
+        """True where the conversion stacks one tensor per expert, and joins gate and up rows if there are both."""
+        steps = (
+            [(type(step), getattr(step, "dim", None)) for step in self.converter.operations] if self.converter else []
+        )
+        return steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+
+    @property
+    def is_twice(self) -> bool:
+        """True where two stored tensors claim the same place."""
+        if self.converter is None or None in self.pieces:
+            return len(self.all_pieces) > 1
+        return self.fuses_experts and any(
+            len(pieces) > len({_expert_of(piece.key) for piece in pieces}) for pieces in self.pieces.values()
+        )
+
+    def lost_experts(self, num_experts: int) -> list[str]:
+        """Keys of the experts' tensors that are missing among the pieces of a pattern."""
+        lost = []
+        for pieces in self.pieces.values():
+            there = {_expert_of(piece.key): piece.key for piece in pieces}
+            before, _, after = next(iter(there.values())).rpartition(f".{next(iter(there))}.")
+            lost += [f"{before}.{expert}.{after}" for expert in range(num_experts) if expert not in there]
+        return lost
+
+    def fits(self, wanted: tuple[int, ...]) -> bool:
+        """Whether the stored shapes give a tensor of shape `wanted`, as far as the headers tell."""
+        if self.fuses_experts:
+            part = (wanted[1] // len(self.patterns), *wanted[2:])
+            whole = dict.fromkeys(self.patterns, wanted[0])
+            counts = {pattern: len(pieces) for pattern, pieces in self.pieces.items()}
+            return {piece.shape for piece in self.all_pieces} == {part} and counts == whole
+        return self.converter is not None or self.all_pieces[0].shape == wanted
+
+
+def _expert_of(key: str) -> int:
+    """The expert that a tensor of one expert belongs to."""
+    return int(re.findall(r"\.(\d+)\.", key)[-1])
+
+
+class _FusedSlice:
+    """Per-expert tensors that become one fused tensor when indexed.
+
+    transformers' own conversion holds the parts and the whole at once, several times a layer's size for large models.
+    """
+
+    def __init__(self, rows: list[list[Any]], shape: torch.Size, dtype: torch.dtype) -> None:
+        self._rows, self._shape, self._dtype = rows, shape, dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        fused = torch.empty(self._shape, dtype=self._dtype)
+        for expert in range(self._shape[0]):
+            begin = 0
+            for parts in self._rows:
+                part = parts[expert][...]
+                fused[expert, begin : begin + len(part)] = part
+                begin += len(part)
+        return fused[index]
+
+
+class Checkpoint:
+    """A checkpoint's tensors, sorted by the decoder layer of the skeleton they belong to.
+
+    model          the skeleton; `load` and `free` fill and empty its parts
+    layers_path    module path of the decoder layers
+    stored_dtypes  module-tree name -> dtype of the tensor when it is kept as it is
+    not_read       weight files beside those that are read
+    unused         keys that the causal language model has no place for, such as the layers of multi-token prediction
+    """
+
+    def __init__(self, folder: Path, config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        transformers_logging.disable_progress_bar()
+        self.folder = folder
+        self.device = device
+        self.dtype = dtype
+        quantization = _quantization_entry(config)
+        check_format(folder, quantization)
+        require_causal(config)
+        self.files = TensorFiles(folder, quantization, named=getattr(config, "transformers_weights", None))
+        _check_counts(folder, config, self.files.tensors)
+        self.model = build_skeleton(_without_quantization(config), dtype=dtype)
+        self.layers_path = find_decoder_layers(self.model)
+        self.stored_dtypes: dict[str, torch.dtype] = {}
+        self.not_read = self.files.not_read
+        self.unused: list[str] = []
+        self._mapping: list[Any] = get_model_conversion_mapping(self.model)
+        self._targets: dict[int, list[_Target]] = defaultdict(list)
+        self._derived: dict[int, list[str]] = defaultdict(list)
+        self._sort_keys(getattr(config.get_text_config(), "dtype", None) or torch.bfloat16)
+        rebuild_buffers(self.model, device)
+
+    def _sort_keys(self, dequantized: torch.dtype) -> None:
+        """dequantized: the dtype that tensors of block formats take when they are kept."""
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        prefix = self.model.base_model_prefix
+        known = self.model.state_dict()
+        targets: dict[str, _Target] = {}
+        for key, tensor in sorted(self.files.tensors.items(), key=lambda entry: dot_natural_key(entry[0])):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, known)
+            if name not in known and key in known:
+                name, pattern = rename_source_key(key, [], [], prefix, known)
+            if name not in known:
+                self.unused.append(key)
+                continue
+            converter = by_pattern[pattern] if pattern is not None else None
+            targets.setdefault(name, _Target(name, converter)).pieces[pattern].append(tensor)
+            self.stored_dtypes[name] = tensor.dtype or dequantized
+        self._check_twice(targets)
+        self._check_tied(targets)
+        self._check_complete(targets, known)
+        self._check_shapes(targets, known)
+        for target in targets.values():
+            self._targets[self.layer_of(target.name)].append(target)
+
+    def _check_twice(self, targets: dict[str, _Target]) -> None:
+        """Raises CheckpointError for tensors that are there under two names, or fused and apart: they may differ."""
+        twice = [
+            f"{target.name}: {', '.join(piece.key for piece in target.all_pieces[:4])}"
+            for target in targets.values()
+            if target.is_twice
+        ]
+        if twice:
+            raise CheckpointError(
+                f"{self.folder}: the files hold {len(twice)} tensors twice, under different names:\n{listed(twice)}\n"
+                "Keep the tensors of one checkpoint."
+            )
+
+    def _check_tied(self, targets: dict[str, _Target]) -> None:
+        """Leaves out a tied tensor that is stored beside its twin; they must be equal."""
+        for name, twin in self.model.all_tied_weights_keys.items():
+            if name in targets and twin in targets:
+                keys = [targets[each].all_pieces[0].key for each in (name, twin)]
+                with self.files.reading(keys) as slices:
+                    equal = torch.equal(slices[keys[0]][...], slices[keys[1]][...])
+                if not equal:
+                    raise CheckpointError(
+                        f"{self.folder}: config.json says that {name} is {twin} (tie_word_embeddings), but the files "
+                        "hold different values for the two. If the model has a head of its own, set "
+                        "tie_word_embeddings to false in config.json."
+                    )
+                del targets[name]
+            elif name in targets:
+                self.stored_dtypes[twin] = self.stored_dtypes[name]
+
+    def _check_complete(self, targets: dict[str, _Target], known: dict[str, torch.Tensor]) -> None:
+        reached = {name for target in targets.values() for name in target.names}
+        facts = facts_for(self.model.config.model_type)
+        missing = []
+        for name in sorted(known.keys() - reached, key=dot_natural_key):
+            if facts.is_derived(name):
+                self._derived[self.layer_of(name)].append(name)
+            elif not self._is_tied_to(name, reached):
+                missing.append(name)
+        if missing:
+            found = f" {len(self.unused)} tensors of the files have no place in it, {', '.join(self.unused[:3])} for "
+            raise CheckpointError(
+                f"{self.folder} lacks {len(missing)} tensors that {type(self.model).__name__} needs:\n"
+                f"{listed(missing)}\nThe download may be incomplete, or config.json may be of another model."
+                + (f"{found}example." if self.unused else "")
+            )
+
+    def _is_tied_to(self, name: str, reached: set[str]) -> bool:
+        tied = self.model.all_tied_weights_keys
+        return tied.get(name) in reached or any(twin == name and other in reached for other, twin in tied.items())
+
+    def _check_shapes(self, targets: dict[str, _Target], known: dict[str, torch.Tensor]) -> None:
+        """Raises CheckpointError for tensors that do not fit the skeleton, as far as the headers tell."""
+        wrong, lost = [], []
+        for name, target in targets.items():
+            wanted = tuple(known[name].shape)
+            if target.fuses_experts:
+                lost += target.lost_experts(wanted[0])
+            if not target.fits(wanted):
+                pieces = target.all_pieces
+                shapes = ", ".join(sorted({str(piece.shape) for piece in pieces}))
+                parts = f" of {len(pieces)} parts" if len(pieces) > 1 else ""
+                wrong.append(f"{name}: checkpoint {shapes}{parts}, config {wanted}")
+        if lost:
+            raise CheckpointError(
+                f"{self.folder} lacks {len(lost)} tensors of experts that config.json counts:\n{listed(lost)}\n"
+                "The download may be incomplete, or config.json may be of another model."
+            )
+        if wrong:
+            raise CheckpointError(
+                f"{self.folder}: {len(wrong)} tensors do not fit config.json:\n{listed(wrong)}\n"
+                "config.json may be of another model, or the files of another revision."
+            )
+
+    def layer_of(self, name: str) -> int:
+        """The decoder layer of a module-tree name, REST outside the layers."""
+        prefix = self.layers_path + "."
+        return int(name[len(prefix) :].split(".")[0]) if name.startswith(prefix) else REST
+
+    def load(self, part: int) -> None:
+        """Materialises one decoder layer, or REST, on the device. Raises CheckpointError on non-finite weights."""
+        where = f"{self.folder}, {'outside the layers' if part == REST else f'layer {part}'}"
+        keys = [piece.key for target in self._targets[part] for piece in target.all_pieces]
+        with self.files.reading(keys) as slices:
+            readable: dict[str, Any] = {}
+            for target in self._targets[part]:
+                readable |= self._readable(target, slices)
+            self._convert(readable | self._derive(part), where)
+        root = self.model if part == REST else self.model.get_submodule(f"{self.layers_path}.{part}")
+        if part == REST:
+            missing = {name for name, tensor in self.model.named_parameters(remove_duplicate=False) if tensor.is_meta}
+            self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        root.requires_grad_(False)
+        _check_finite(root, where, self.dtype)
+
+    def _readable(self, target: _Target, slices: dict[str, Any]) -> dict[str, Any]:
+        """What transformers' conversion gets for one tensor; experts are fused here, under the fused name."""
+        if not target.fuses_experts or self._is_kept_in_float32(target.name):
+            return {piece.key: slices[piece.key] for piece in target.all_pieces}
+        rows = [[slices[piece.key] for piece in target.pieces[pattern]] for pattern in target.patterns]
+        wanted = self.model.get_parameter(target.name)
+        return {target.name: _FusedSlice(rows, wanted.shape, wanted.dtype)}
+
+    def _dtype_plan(self) -> dict[str, torch.dtype]:
+        return self.model._get_dtype_plan(self.dtype)
+
+    def _is_kept_in_float32(self, name: str) -> bool:
+        plan = self._dtype_plan()
+        return bool(plan) and build_glob_alternation(list(plan))[0].search(name) is not None
+
+    def _derive(self, part: int) -> dict[str, torch.Tensor]:
+        """Persistent buffers that the config determines, for checkpoints that do not hold them."""
+        derived: dict[str, torch.Tensor] = {}
+        for name in self._derived[part]:
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            initialise(self.model, module, [leaf])
+            buffer = module._buffers[leaf]
+            assert buffer is not None
+            derived[name] = buffer
+        return derived
+
+    def _convert(self, readable: dict[str, Any], where: str) -> None:
+        plan = LoadStateDictConfig(
+            device_map={"": str(self.device)},
+            dtype=self.dtype,
+            dtype_plan=self._dtype_plan(),
+            weight_mapping=copy.deepcopy(self._mapping),
+        )
+        try:
+            info, _ = convert_and_load_state_dict_in_model(self.model, readable, plan)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{where}: cannot be read: {error}. Download the files again.") from error
+        wrong = [
+            f"{name}: {reason.strip().splitlines()[-1]}" for name, reason in (info.conversion_errors or {}).items()
+        ]
+        wrong += [
+            f"{name}: checkpoint {tuple(have)}, config {tuple(want)}" for name, have, want in info.mismatched_keys or ()
+        ]
+        if wrong:
+            raise CheckpointError(f"{where}: {len(wrong)} tensors do not fit config.json:\n{listed(wrong)}")
+
+    def free(self, layer: int) -> None:
+        """Returns a decoder layer's memory; its non-persistent buffers stay, no file holds them."""
+        root = self.model.get_submodule(f"{self.layers_path}.{layer}")
+        kept = [(module, non_persistent_buffers(module)) for module in root.modules()]
+        root.to("meta")
+        for module, buffers in kept:
+            module._buffers.update(buffers)
+
+
+def _check_counts(folder: Path, config: PretrainedConfig, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raises CheckpointError where config.json counts far more than the files hold, before a model of that is built.
+
+    What it counts a little too high is listed tensor by tensor, once there is a skeleton to compare with.
+    """
+    text: Any = config.get_text_config()
+    numbers = {number for key in tensors for number in re.findall(r"\.(\d+)\.", f".{key}")[:1]}
+    width = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    largest = max(width, len(tensors))
+    wrong = []
+    layers = getattr(text, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(numbers) + _LAYERS_TO_LIST:
+        wrong.append(f"num_hidden_layers: {layers:,}, the files hold tensors of {len(numbers):,} layers")
+    for name, value in sorted(text.to_dict().items()):
+        if name.endswith(("experts", "expert")) and isinstance(value, int) and value > largest:
+            wrong.append(f"{name}: {value:,}, no tensor of the files has more than {width:,} rows or columns")
+    if wrong:
+        raise CheckpointError(
+            f"{folder / 'config.json'} counts what the files do not hold:\n{listed(wrong)}\n"
+            f"The {len(tensors):,} tensors there are {', '.join(sorted(tensors)[:3])} and others. The download may be "
+            "incomplete, or config.json may be of another model."
+        )
+
+
+def _quantization_entry(config: PretrainedConfig) -> dict[str, Any] | None:
+    entry = getattr(config, "quantization_config", None)
+    if entry is None:
+        entry = getattr(config.get_text_config(), "quantization_config", None)
+    if entry is None or isinstance(entry, dict):
+        return entry
+    if not hasattr(entry, "to_dict"):
+        raise CheckpointError(
+            f"{config_file(config)}: quantization_config is {entry!r:.80}, not an object that names a quant_method. "
+            "Remove the entry if the weights are plain, or download the file again."
+        )
+    return entry.to_dict()
+
+
+def _without_quantization(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the dequantized model."""
+    config = copy.deepcopy(config)
+    for owner in (config, config.get_text_config()):
+        if hasattr(owner, "quantization_config"):
+            del owner.quantization_config
+    return config
+
+
+def _check_finite(root: nn.Module, where: str, dtype: torch.dtype) -> None:
+    wrong = []
+    for name, tensor in root.state_dict().items():
+        if tensor.is_meta or not tensor.is_floating_point() or is_finite(tensor):
+            continue
+        rows = tensor if tensor.ndim == 3 else tensor[None]
+        counts = [row.numel() - int(row.isfinite().sum()) for row in rows]
+        which = [str(index) for index, count in enumerate(counts) if count]
+        of_experts = f", experts {', '.join(which[:10])}" if len(counts) > 1 else ""
+        wrong.append(f"{name}: {sum(counts):,} of {tensor.numel():,} values{of_experts}")
+    if wrong:
+        raise CheckpointError(f"{where}: weights that are NaN or infinite:\n{listed(wrong)}\n{damaged_weights(dtype)}")

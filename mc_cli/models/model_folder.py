@@ -1,0 +1,214 @@
+"""From the name of a model to its folder and configuration, with errors that say what is wrong with either."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from mc_cli.artifacts.places import require_inside, require_ordinary
+from mc_cli.errors import CheckpointError, FamilyError, InputError, listed
+from mc_cli.families import CONTRACT_TESTED
+
+TESTED_TRANSFORMERS = "5.23."
+# Files of a model that are read, here or by transformers.
+_READ = (".json", ".safetensors", ".model", ".tiktoken", ".txt", ".py", ".jinja", ".spm", ".bpe")
+_LARGEST_JSON, _LARGEST_INDEX = 64 << 20, 256 << 20
+_LIMITS = ((r"layers?$|^depth$", 1 << 14), (r"experts?$|^num_labels$|^experts_per_", 1 << 20))
+_LARGEST_NUMBER = 1 << 62
+SUPPORTED = f"Contract-tested families: {', '.join(CONTRACT_TESTED)}."
+
+
+def check_transformers_version() -> None:
+    """Raises InputError for a transformers release whose internals this version was not tested with."""
+    if not transformers.__version__.startswith(TESTED_TRANSFORMERS):
+        raise InputError(
+            f"transformers {transformers.__version__} is installed; mc-cli reads checkpoints through internals of "
+            f"transformers {TESTED_TRANSFORMERS}x and is tested with it alone. Run `pip install "
+            f"'transformers=={TESTED_TRANSFORMERS}0'`."
+        )
+
+
+def resolve_model(name: str, *, revision: str | None = None, asked_as: str = "--model", fetch: bool = True) -> Path:
+    """The folder of a model: a directory, `bundled:NAME`, or a hub id, whose files are downloaded to the hub's cache.
+
+    asked_as  the option that named it, for messages
+    fetch     whether files of a hub id may be downloaded; without it they have to be in the hub's cache
+    Raises InputError if it is none of these.
+    """
+    if name.startswith("bundled:"):
+        from mc_cli.bundled import bundled_path
+
+        return bundled_path(name.removeprefix("bundled:"))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{asked_as} {name} is a file. Give the folder that holds config.json and *.safetensors.")
+    if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise InputError(
+            f"{asked_as} {name}: no such directory. Give a folder with config.json and *.safetensors, or a hub id like "
+            "org/name."
+        )
+    return _download(name, revision, fetch=fetch)
+
+
+def _download(name: str, revision: str | None, *, fetch: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    from mc_cli.models.model_files import DOWNLOADED, NOT_DOWNLOADED
+
+    wanted, unwanted = list(DOWNLOADED), list(NOT_DOWNLOADED)
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=wanted,
+                ignore_patterns=unwanted,
+                local_files_only=not fetch,
+            )
+        )
+    except Exception as error:  # the hub client raises its own, requests' and file system errors
+        if not fetch:
+            raise InputError(
+                f"--model {name}: not on this machine. A run would fetch it from the hub first; a dry run fetches "
+                "nothing. Download it, or give a directory."
+            ) from error
+        raise InputError(
+            f"--model {name}: not a directory here, and not to be had from the hub: {first_line(error)} Check the "
+            "name, the revision and the network, or give a directory."
+        ) from error
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's configuration. Raises CheckpointError, InputError or FamilyError saying what is wrong with it.
+
+    Code that comes with a model is run only where it is trusted and transformers has none for this model_type.
+    """
+    check_transformers_version()
+    path = folder / "config.json"
+    raw = _read_config_json(folder, path)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{path} names no model_type: it is not the configuration of a transformers model.")
+    code = raw.get("auto_map") or {}
+    if not isinstance(code, dict):
+        raise CheckpointError(f"{path}: auto_map is {code!r:.80}, not an object of class names. Download it again.")
+    if model_type not in CONFIG_MAPPING and "AutoConfig" not in code:
+        near = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=1)
+        raise FamilyError(
+            f"{path}: transformers {transformers.__version__} knows no model_type {model_type!r:.80}"
+            + (f"; did you mean {near[0]!r}? " if near else ". ")
+            + SUPPORTED
+        )
+    if model_type not in CONFIG_MAPPING and not trust_remote_code:
+        raise FamilyError(
+            f"{path}: model_type {model_type!r:.80} comes with Python code of its own, which is run only with "
+            f"--trust-remote-code. {SUPPORTED}"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model_type not in CONFIG_MAPPING)
+        text = config.get_text_config()
+    except Exception as error:  # validation raises many types, custom code any
+        raise CheckpointError(f"{path} (model_type {model_type!r}) cannot be used: {first_line(error)}") from error
+    if not isinstance(text, PretrainedConfig):
+        raise CheckpointError(
+            f"{path}: text_config is {text!r:.80}, not the configuration of a model. Download it again."
+        )
+    return config
+
+
+def _read_config_json(folder: Path, path: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist. Give the folder of a Hugging Face checkpoint.")
+    if not path.exists():
+        raise CheckpointError(f"{folder} has no {path.name}: it is not a Hugging Face checkpoint.")
+    check_files(folder)
+    raw = read_model_json(path)
+    wrong = list(_unusable_numbers(raw))
+    if wrong:
+        raise CheckpointError(
+            f"{path}: {len(wrong)} entries are numbers that no model has:\n{listed(wrong)}\nDownload it again."
+        )
+    return raw
+
+
+def config_file(config: Any) -> str:
+    """The config.json that a config was read from, for messages."""
+    folder = getattr(config, "name_or_path", "")
+    return str(Path(folder) / "config.json") if isinstance(folder, str) and folder else "config.json"
+
+
+def check_files(folder: Path) -> None:
+    """Raises InputError for files of a model that are links out of its folder, pipes or devices.
+
+    Raises CheckpointError for those of its tokenizer that are no JSON objects, or hold what loading would fail on.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _READ and not path.is_dir():
+            require_inside(folder, path)
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "added_tokens.json"):
+        if (folder / name).exists():
+            read_model_json(folder / name)
+    path = folder / "tokenizer_config.json"
+    limit = read_model_json(path).get("model_max_length") if path.exists() else None
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0):
+        raise CheckpointError(f"{path}: model_max_length is {limit!r:.80}, not a number of tokens. Download it again.")
+
+
+def read_model_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model. Raises CheckpointError where it is none, InputError for a pipe."""
+    require_ordinary(path)
+    size = path.stat().st_size
+    limit = _LARGEST_INDEX if path.name.endswith(".index.json") else _LARGEST_JSON
+    if size > limit:
+        raise CheckpointError(
+            f"{path} has {size:,} bytes, more than the {limit:,} that such a file of a model has. Download it again."
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise CheckpointError(f"{path} nests its brackets too deeply to be read. Download it again.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}. Download it again.") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} holds a {type(raw).__name__}, not an object. Download it again.")
+    return raw
+
+
+def _unusable_numbers(config: dict[str, Any]) -> Iterator[str]:
+    """A line for each number in a config.json that is no number, or counts more than any model has.
+
+    Config classes make a list with one entry per layer or label of what they read, before anything could be compared
+    with the weights.
+    """
+    waiting: list[tuple[str, object]] = [("", config)]
+    while waiting:
+        where, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{where}.{name}" if where else str(name), inner) for name, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(f"{where}[{place}]", inner) for place, inner in enumerate(value)]
+        elif isinstance(value, float) and math.isnan(value):
+            yield f"{where}: NaN"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            leaf = where.rpartition(".")[2]
+            limit = next((limit for pattern, limit in _LIMITS if re.search(pattern, leaf)), _LARGEST_NUMBER)
+            if abs(value) > limit:
+                yield f"{where}: {f'{value:,}' if abs(value) < 1 << 80 else 'a longer number'}, at most {limit:,}"
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of an error's message as one sentence, without the names of exception types where it has words."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = re.sub(r"\b[A-Z]\w*(Error|Exception): ", "", " ".join(lines[:2])) or type(error).__name__
+    text = text if len(text) <= 1000 else text[:1000] + " ..."
+    return text if text.endswith((".", "!", "?")) else text + "."

@@ -1,0 +1,137 @@
+"""A packed model's tensors as a plain checkpoint has them: dequantized, fused or split as the family stores them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from mc_cli.artifacts.files import read_json
+from mc_cli.artifacts.packed import PackedLayout
+from mc_cli.models import experts
+from mc_cli.models.inventory import tied_tensors
+from mc_cli.models.own_experts import run_our_experts
+from mc_cli.models.router_masks import drop_experts
+from mc_cli.models.skeleton import build_skeleton, rebuild_buffers
+from mc_cli.packed.packed_files import PackedFiles, open_packed
+from mc_cli.packed.packed_model import PackedSource, read_packed_config
+from mc_cli.packed.plain_routers import PlainRouters
+
+_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class DenseTensors:
+    """The dense tensors of a packed model, one part (decoder layer or REST) at a time.
+
+    What was packed comes in the model's own dtype unless another is asked for, what was kept as it is stored.
+
+    plain_routers   tensors for readers that mask no router: see packed/plain_routers.py. Without, dropped experts are
+                    there and zero, for a model whose routers are masked
+    Raises InputError where plain routers cannot pass the dropped experts over.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        plain_routers: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.dtype = dtype or weight_dtype(open_packed(folder), trust_remote_code=trust_remote_code)
+        self._source = PackedSource(
+            folder, dtype=self.dtype, device=torch.device("cpu"), trust_remote_code=trust_remote_code
+        )
+        layout = self._source.layout if plain_routers else PackedLayout(())
+        self._routers = PlainRouters(self._source.config, layout)
+        self._model: Any = build_skeleton(self._routers.config, dtype=self.dtype)
+        self._stored = self._source.files.tensors
+        self.parts = self._source.parts
+
+    @property
+    def config(self) -> Any:
+        """The config of a model with these tensors."""
+        return self._routers.config
+
+    def config_json(self) -> dict[str, Any]:
+        """config.json of a plain checkpoint with these tensors."""
+        return self._routers.config_json(read_json(self._source.files.config_folder / "config.json", foreign=True))
+
+    def by_module(self, part: int) -> dict[str, torch.Tensor]:
+        """Module-tree name -> tensor of every parameter and persistent buffer that a plain checkpoint holds."""
+        self._source.load(part)
+        tied = tied_tensors(self._model)
+        names = [name for name in self._model.state_dict() if name not in tied and self._source.part_of(name) == part]
+        kept = dict(self._source.files.read(name for name in names if name in self._stored))
+        tensors = {name: kept[name] if name in kept else self._dequantized(name) for name in names}
+        self._silence_pruned(tensors, part)
+        if part >= 0:
+            self._source.free(part)
+        return {name: self._routers.plain(name, tensor) for name, tensor in tensors.items()}
+
+    def original(self, part: int) -> dict[str, torch.Tensor]:
+        """The same tensors named and shaped as `save_pretrained` writes them, such as one matrix per expert."""
+        return revert_weight_conversion(self._model, self.by_module(part))
+
+    def _dequantized(self, name: str) -> torch.Tensor:
+        path, _, leaf = name.rpartition(".")
+        module = self._source.model.get_submodule(path)
+        if not experts.is_packed(module):
+            return module.weight
+        fused = torch.empty_like(self._model.get_submodule(path)._parameters[leaf], device="cpu")
+        for slot, expert in enumerate(self._routers.kept(path, module.num_experts)):
+            row = fused[slot].T if module.is_transposed else fused[slot]
+            if experts.is_pruned(module, expert):
+                row.zero_()
+            else:
+                row.copy_(experts.dense_weight(module, leaf, expert))
+        return fused
+
+    def _silence_pruned(self, tensors: dict[str, torch.Tensor], part: int) -> None:
+        """A dropped expert adds nothing to a token, even if one came: its output bias is zero, as its weights are."""
+        for block in self._source.layout.experts:
+            name = f"{block.path}.down_proj_bias"
+            if self._source.part_of(name) == part and name in tensors:
+                module = self._source.model.get_submodule(block.path)
+                pruned = [expert for expert in range(block.num_experts) if experts.is_pruned(module, expert)]
+                tensors[name] = tensors[name].index_fill(0, torch.tensor(pruned, dtype=torch.int64), 0)
+
+
+def load_dense(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The whole packed model with dequantized weights, in memory: gradients flow through it, none to its weights.
+
+    It runs under our experts implementation, so that policies and observers work on it.
+    """
+    tensors = DenseTensors(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    config = read_packed_config(open_packed(folder), trust_remote_code=trust_remote_code)
+    model: Any = build_skeleton(config, dtype=dtype)
+    wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    for part in tensors.parts:
+        for name, tensor in tensors.by_module(part).items():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            placed = tensor.to(device=device, dtype=wanted[name])
+            if leaf in module._buffers:
+                module._buffers[leaf] = placed
+            else:
+                module._parameters[leaf] = nn.Parameter(placed, requires_grad=False)
+    model.tie_weights()
+    rebuild_buffers(model, device)
+    drop_experts(model, {block.path: block.dropped for block in open_packed(folder).layout.experts})
+    run_our_experts(model)
+    return model.eval()
+
+
+def weight_dtype(files: PackedFiles, *, trust_remote_code: bool = False) -> torch.dtype:
+    """The dtype of the model's weights before packing: config.json's, else that of its largest kept tensor."""
+    stated = read_packed_config(files, trust_remote_code=trust_remote_code).get_text_config().dtype
+    if isinstance(stated, torch.dtype):
+        return stated
+    kept = [tensor for tensor in files.tensors.values() if tensor.dtype in _WEIGHT_DTYPES and len(tensor.shape) == 2]
+    return max(kept, key=lambda tensor: tensor.size_bytes).dtype

@@ -1,0 +1,1 @@
+"""Online skipping of expert calls: running a policy, and fitting one."""

@@ -1,0 +1,175 @@
+"""What dropping expert calls would cost, layer by layer: one streamed forward of the unpruned packed model.
+
+For every token and every number m of experts kept, the change e of the layer's MoE output if the token kept its best m
+alone. With the diagonal F of the Fisher matrix there, which calibrate measured, that costs about 1/2 e^T F e nats: one
+unit for all layers. Without it, the unit is the share of the residual stream's energy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mc_cli.models.experts import ExpertCall, Experts
+from mc_cli.models.memory import release_freed_memory
+from mc_cli.parts import ExpertBlock
+from mc_cli.policies import Routed, kept_weights, weight_ranks
+from mc_cli.skipping.pruning import pruned
+from mc_cli.skipping.received_attention import AttentionWatch, Received
+from mc_cli.walking.layerwise import LayerSource, LayerWalk
+
+# Weights whose sum over a token's slots varies less than this between tokens come from a router that normalises.
+_SAME_SUM = 1e-2
+
+
+@dataclass(frozen=True)
+class LayerSample:
+    """One MoE layer on the fitting tokens.
+
+    routed       all tokens, on the CPU; `received` estimated with `prior`
+    prior        mean attention received relative to a uniform look; None where nothing could be watched
+    renormalise  the router's weights have the same sum for every token
+    costs        [tokens, k] float32: of keeping the best 1, ..., k slots alone; the last column is zero
+    """
+
+    block: ExpertBlock
+    routed: Routed
+    prior: float | None
+    renormalise: bool
+    costs: Tensor
+
+    @property
+    def top_k(self) -> int:
+        return self.routed.weights.shape[-1]
+
+
+class _Capture:
+    """Stands where a pruner does, drops nothing, and notes the routing and each slot's output."""
+
+    def __init__(self, watch: bool, dropped: tuple[str, Sequence[int]] | None) -> None:
+        self.dropped = dropped
+        self.watch = AttentionWatch() if watch else None
+        self.routed: list[Routed] = []
+        self.looks: list[tuple[Tensor, Tensor]] = []
+        self._index: Tensor | None = None
+        self._outputs: Tensor | None = None
+        self.outputs: list[Tensor] = []
+
+    def __call__(self, module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        flat_weights = weights.reshape(-1, weights.shape[-1])
+        self._index = index.reshape(flat_weights.shape)
+        self._outputs = hidden.new_zeros((*flat_weights.shape, hidden.shape[-1]))
+        self.routed.append(Routed(hidden.cpu(), self._index.cpu(), flat_weights.float().cpu()))
+        found = None if self.watch is None else self.watch.take()
+        if found is not None:
+            self.looks.append((found.looks.reshape(-1).cpu(), found.viewers.reshape(-1).cpu()))
+        return index, weights
+
+    def on_expert(self, _: Any, call: ExpertCall) -> None:
+        """Observer of the experts' forward: puts an expert's outputs at the slots that chose it."""
+        assert self._index is not None and self._outputs is not None
+        slots = (self._index[call.token_index] == call.expert).int().argmax(-1)
+        self._outputs[call.token_index, slots] = call.outputs.to(self._outputs.dtype)
+
+    def take_outputs(self) -> Tensor:
+        """[tokens, k, hidden] of the batch that has just run, handed out once."""
+        assert self._outputs is not None
+        outputs, self._outputs = self._outputs, None
+        return outputs
+
+
+def sample_layers(
+    source: LayerSource,
+    token_ids: Tensor,
+    blocks: Mapping[int, ExpertBlock],
+    scales: Mapping[int, Tensor],
+    *,
+    batch_size: int,
+    watch: bool = True,
+    dropped: Mapping[int, Sequence[int]] | None = None,
+) -> Iterator[LayerSample]:
+    """A sample per MoE layer, in order; hidden states go on without a policy.
+
+    dropped  layer -> experts that are not chosen at all
+    scales  layer -> [hidden] float: what a squared error of each output feature costs
+    """
+    walk = LayerWalk(source, token_ids, batch_size=batch_size)
+    for layer in range(walk.num_layers):
+        source.load(layer)
+        block = blocks.get(layer)
+        if block is None:
+            walk.run_layer(advance=True)
+        else:
+            gone = (dropped or {}).get(layer)
+            capture = _Capture(watch, (block.router_path, gone) if gone else None)
+            yield _sample(walk, block, scales[layer].to(source.device), capture)
+        source.free(layer)
+        release_freed_memory()
+
+
+def _sample(walk: LayerWalk, block: ExpertBlock, scale: Tensor, capture: _Capture) -> LayerSample:
+    costs: list[Tensor] = []
+    module: Any = walk.source.model.get_submodule(block.path)
+
+    def on_batch(*_: Any) -> None:
+        weights = capture.routed[-1].weights
+        outputs = capture.take_outputs()
+        both = [nested_costs(outputs, weights.to(outputs.device), scale, renormalise=way) for way in (False, True)]
+        costs.append(torch.stack(both).cpu())
+
+    module._mc_observer = capture.on_expert
+    try:
+        with pruned(walk.source.model, block.path, capture):
+            walk.run_layer(on_batch, advance=True)
+    finally:
+        del module._mc_observer
+    weights = torch.cat([batch.weights for batch in capture.routed])
+    renormalise = weights_are_normalised(weights)
+    prior, received = _received(capture)
+    routed = Routed(
+        torch.cat([batch.hidden for batch in capture.routed]),
+        torch.cat([batch.index for batch in capture.routed]),
+        weights,
+        received,
+    )
+    return LayerSample(block, routed, prior, renormalise, torch.cat(costs, dim=1)[int(renormalise)])
+
+
+def _received(capture: _Capture) -> tuple[float | None, Tensor | None]:
+    """(prior, estimate per token) of the attention received in a layer; both None where none was watched."""
+    if len(capture.looks) != len(capture.routed):
+        return None, None
+    looks, viewers = (torch.cat(parts) for parts in zip(*capture.looks, strict=True))
+    if not float(viewers.sum()):
+        return None, None
+    prior = float(looks.double().sum() / viewers.double().sum())
+    return prior, Received(looks, viewers).estimate(prior)
+
+
+def weights_are_normalised(weights: Tensor) -> bool:
+    """True where a token's routing weights, [tokens, k], sum to the same for every token: the router made them so."""
+    sums = weights.double().sum(-1)
+    return bool((sums - sums.mean()).abs().max() <= _SAME_SUM * sums.mean().abs())
+
+
+def nested_costs(outputs: Tensor, weights: Tensor, scale: Tensor, *, renormalise: bool) -> Tensor:
+    """[tokens, k] float32: sum over features of scale * e^2, e the change when the best 1, ..., k slots stay alone.
+
+    outputs  [tokens, k, hidden], each slot's expert output before its weight;  weights [tokens, k];  scale [hidden]
+    """
+    weights = weights.float()
+    ranks = weight_ranks(weights)
+    whole = _mixed(outputs, weights)
+    costs = []
+    for kept in range(1, weights.shape[-1]):
+        change = _mixed(outputs, kept_weights(weights, ranks < kept, renormalise=renormalise)) - whole
+        costs.append((change.square() * scale).sum(-1))
+    return torch.stack([*costs, torch.zeros_like(whole[:, 0])], dim=-1)
+
+
+def _mixed(outputs: Tensor, weights: Tensor) -> Tensor:
+    return torch.einsum("tkh,tk->th", outputs.float(), weights)

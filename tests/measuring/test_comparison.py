@@ -1,0 +1,119 @@
+"""Losses, divergence and router changes against loops over whole models."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mc_cli.artifacts.evaluation import TextResult
+from mc_cli.data.text import Windows
+from mc_cli.measuring.comparison import changed_share, compare
+from mc_cli.models.checkpoint import Checkpoint, read_config
+from mc_cli.models.experts import IMPLEMENTATION
+from mc_cli.models.inventory import take_inventory
+from mc_cli.packed.loading import load_packed
+from mc_cli.packed.packed_model import PackedSource
+from mc_cli.parts import ExpertBlock
+from mc_cli.progress import SilentProgress
+from tests.conftest import TinyModel
+from tests.packed_folders import pack_folder
+
+CPU = torch.device("cpu")
+WINDOWS = Windows(
+    torch.randint(3, 300, (5, 16), generator=torch.Generator().manual_seed(7)),
+    torch.tensor([15, 6, 15, 3, 10]),
+    ("tale", "tale", "list", "list", "list"),
+)
+
+
+def opened(folder: Path) -> tuple[Checkpoint, dict[int, ExpertBlock]]:
+    checkpoint = Checkpoint(folder, read_config(folder), dtype=torch.float32, device=CPU)
+    checkpoint.model.set_experts_implementation(IMPLEMENTATION)
+    inventory = take_inventory(checkpoint.model, stored_dtypes=checkpoint.stored_dtypes)
+    return checkpoint, {block.layer: block for block in inventory.expert_blocks}
+
+
+def choices_and_logits(model: Any, blocks: dict[int, ExpertBlock]) -> tuple[dict[int, Tensor], Tensor]:
+    """Chosen experts [tokens, k] per layer, and log probabilities, of the whole model."""
+    chosen: dict[int, Tensor] = {}
+
+    def note(layer: int) -> Any:
+        return lambda _, args: chosen.update({layer: args[1].reshape(-1, args[1].shape[-1])})
+
+    for layer, block in blocks.items():
+        model.get_submodule(block.path).register_forward_pre_hook(note(layer))
+    with torch.no_grad():
+        return chosen, model(WINDOWS.token_ids, use_cache=False).logits.double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "glm4_moe"])
+def test_measures_are_those_of_loops_over_whole_models(tiny_model: TinyModel, tmp_path: Path, model_type: str) -> None:
+    folder = tiny_model(model_type)
+    packed_folder = pack_folder(folder, tmp_path / "packed", widths=(2, 3))
+    checkpoint, blocks = opened(folder)
+    source = PackedSource(packed_folder, dtype=torch.float32, device=CPU)
+    total, domains, changes = compare(checkpoint, source, WINDOWS, blocks, batch_size=2, progress=SilentProgress())
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    before, original = choices_and_logits(dense, blocks)
+    after, packed = choices_and_logits(load_packed(packed_folder), blocks)
+    sums: dict[str, list[float]] = {}
+    for row, (fresh, domain) in enumerate(zip(WINDOWS.fresh.tolist(), WINDOWS.domains, strict=True)):
+        for place in range(16 - 1 - fresh, 16 - 1):
+            label = int(WINDOWS.token_ids[row, place + 1])
+            one, other = original[row, place], packed[row, place]
+            divergence = sum(math.exp(p) * (p - q) for p, q in zip(one.tolist(), other.tolist(), strict=True))
+            values = (1, -float(one[label]), -float(other[label]), divergence, int(one.argmax()) == int(other.argmax()))
+            for name in (domain, "total"):
+                sums[name] = [a + b for a, b in zip(sums.get(name, [0] * 5), values, strict=True)]
+    for name, found in {**domains, "total": total}.items():
+        count, *rest = sums[name]
+        assert found.tokens == count
+        measured = (found.original_loss, found.packed_loss, found.kl_divergence, found.same_top_token)
+        assert measured == pytest.approx([value / count for value in rest], rel=1e-4)
+    assert domains.keys() == {"list", "tale"} and total.kl_divergence > 1e-3
+    assert changes.keys() == blocks.keys()
+    for layer, share in changes.items():
+        assert share == pytest.approx(share_of_changes(before[layer], after[layer]))
+    assert max(changes.values()) > 0
+
+
+def share_of_changes(one: Tensor, other: Tensor) -> float:
+    pairs = [(set(a), set(b)) for a, b in zip(one.tolist(), other.tolist(), strict=True)]
+    return sum(len(a - b) for a, b in pairs) / sum(len(a) for a, _ in pairs)
+
+
+def test_model_does_not_differ_from_itself(tiny_model: TinyModel) -> None:
+    folder = tiny_model("qwen3_moe")
+    one, blocks = opened(folder)
+    other, _ = opened(folder)
+    total, domains, changes = compare(one, other, WINDOWS, blocks, batch_size=3, progress=SilentProgress())
+    for found in (total, *domains.values()):
+        assert found.kl_divergence == 0.0 and found.same_top_token == 1.0 and found.original_loss == found.packed_loss
+    assert set(changes.values()) == {0.0}
+    assert total == TextResult(49, total.original_loss, total.original_loss, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "share"),
+    [
+        ([[0, 1], [2, 3]], [[1, 0], [3, 2]], 0.0),  # the order of ranks does not matter
+        ([[0, 1], [2, 3]], [[0, 2], [2, 3]], 0.25),
+        ([[0, 1]], [[2, 3]], 1.0),
+        ([[5], [6], [7]], [[5], [7], [6]], 2 / 3),  # each token by itself
+    ],
+)
+def test_changed_share(one: list[list[int]], other: list[list[int]], share: float) -> None:
+    assert changed_share(torch.tensor(one), torch.tensor(other)) == pytest.approx(share)
+    assert share_of_changes(torch.tensor(one), torch.tensor(other)) == pytest.approx(share)
+
+
+def test_changed_share_of_random_choices_is_that_of_a_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.stack([torch.randperm(16, generator=generator)[:4] for _ in range(200)]) for _ in range(2))
+    assert changed_share(one, other) == pytest.approx(share_of_changes(one, other))
