@@ -41,14 +41,24 @@ def family_of_role(role: Role, family: str) -> str:
 
 
 @dataclass(frozen=True, order=True)
-class ExpertId:
-    """One routed expert: decoder layer index and index inside the layer."""
+class UnitId:
+    """The address of what gets a width of its own: one block of channels of one projection of one routed expert.
+
+    layer   index of the decoder layer;  expert: index within it
+    block   which run of the expert's channels; 0 where the projection is coded as a whole
+
+    >>> str(UnitId(3, 7, "down_proj"))
+    'layers.3.experts.7.down_proj'
+    """
 
     layer: int
     expert: int
+    projection: str
+    block: int = 0
 
     def __str__(self) -> str:
-        return f"layers.{self.layer}.experts.{self.expert}"
+        whole = f"layers.{self.layer}.experts.{self.expert}.{self.projection}"
+        return f"{whole}.{self.block}" if self.block else whole
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ LAYERS = (
     ("models",),
     ("walking", "data"),
     ("skipping",),
-    ("packed", "coding"),
+    ("packed", "coding", "executors"),
     ("measuring",),
     ("exporters",),
     ("stages",),

@@ -153,4 +153,5 @@ def affine_result(
 
 
 def _quantizer_modules() -> list[ModuleType]:
-    return [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+    return [module for module in modules if hasattr(module, "NAME")]

@@ -24,9 +24,11 @@ from mc_cli.artifacts.packed import ExpertLayout, PackedLayout, stacked_name
 from mc_cli.artifacts.plan import KEPT_BITS, Plan
 from mc_cli.artifacts.quantization import MatrixReport, read_report, write_report
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, require_done
-from mc_cli.coding.layer_quantizer import LayerQuantizer, LayerResult
+from mc_cli.coding.layer_quantizer import LayerQuantizer
+from mc_cli.coding.layer_result import LayerResult
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.errors import ArtifactError, PlanError, Problems, listed
+from mc_cli.executors.here import Here
 from mc_cli.kernels.trellis import path_name
 from mc_cli.models.checkpoint import Checkpoint
 from mc_cli.models.memory import large_blocks_mapped, release_freed_memory
@@ -84,6 +86,7 @@ def run(
         walk,
         plan,
         quantizer_for(settings.quantizer),
+        Here(),
         shrinkage=settings.quantizer.shrinkage,
         sensitivities=sensitivities,
         covariance_of=partial(calibration_artifact.read_covariance, calibration),
@@ -91,7 +94,7 @@ def run(
     writer = _Writer(folder, checkpoint, inventory, session)
     original = walk.twin() if settings.quantizer.corrects_errors else None
     with weights:
-        rest = worker.quantize_embedding(inventory.tensors)
+        rest = worker.linears.embedding(inventory.tensors)
         if rest.linears:
             walk.embed_again()
         _layers(walk, original, checkpoint, inventory, plan, worker, writer, folder, progress)
@@ -233,7 +236,7 @@ def _head_and_rest(
         for rows in walk.batches():
             walk.logits(rows)
         handle.remove()
-        worker.quantize_linears(heads, hessian, walk.token_ids.numel(), result)
+        worker.linears.sharing_input(heads, hessian, walk.token_ids.numel(), result)
     writer.write(REST, parts, result)
 
 

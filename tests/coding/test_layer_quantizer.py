@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import MatrixReport, read_report
-from mc_cli.coding import layer_quantizer
-from mc_cli.coding.layer_quantizer import LayerQuantizer, LayerResult
+from mc_cli.coding import linears
+from mc_cli.coding.layer_quantizer import LayerQuantizer
+from mc_cli.coding.layer_result import LayerResult
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.encodings import Encoding
 from mc_cli.errors import PlanError
+from mc_cli.executors.here import Here
 from mc_cli.models import inventory as inventory_module
 from mc_cli.models.checkpoint import Checkpoint, read_config
 from mc_cli.models.experts import IMPLEMENTATION
@@ -104,7 +106,7 @@ def quantized_layer(folder: Path, layer: int, **role_bits: int) -> QuantizedLaye
     module: Any = checkpoint.model.get_submodule(f"model.layers.{layer}")
     original = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     recorder = Recorder([], [])
-    worker = LayerQuantizer(walk, uniform_plan(inventory, **role_bits), recorder, shrinkage=0.0)
+    worker = LayerQuantizer(walk, uniform_plan(inventory, **role_bits), recorder, Here(), shrinkage=0.0)
     parts = [part for part in inventory.tensors if part.layer == layer]
     block = next((block for block in inventory.expert_blocks if block.layer == layer), None)
     result = worker.quantize(parts, block)
@@ -207,7 +209,7 @@ def test_no_forward_goes_as_far_as_through_the_experts(tiny_model: TinyModel) ->
     ended: list[nn.Module] = []
     module = checkpoint.model.get_submodule(block.path)
     module.register_forward_hook(lambda module, *_: ended.append(module))
-    worker = LayerQuantizer(walk, uniform_plan(inventory), Recorder([], []), shrinkage=0.0)
+    worker = LayerQuantizer(walk, uniform_plan(inventory), Recorder([], []), Here(), shrinkage=0.0)
     result = worker.quantize([part for part in inventory.tensors if part.layer == 0], block)
     assert len(result.linears) == 4 and len(result.experts) == 2 and not ended
     walk.run_layer(advance=False)
@@ -264,7 +266,7 @@ def test_matrix_that_is_never_called_is_kept_and_reported(tiny_model: TinyModel)
     layer.idle = nn.Linear(32, 8, bias=False)
     name = "model.layers.0.idle.weight"
     part = TensorPart(name, Role.ATTENTION, 0, (8, 32), "bfloat16", 512, packable=True)
-    worker = LayerQuantizer(walk, uniform_plan(inventory), Recorder([], []), shrinkage=0.0)
+    worker = LayerQuantizer(walk, uniform_plan(inventory), Recorder([], []), Here(), shrinkage=0.0)
     (row,) = worker.quantize([part], None).report
     assert (row.name, row.outcome, row.bits, row.weight_count) == ("model.layers.0.idle", "kept", 16, 256)
     assert "never called" in row.notes[0]
@@ -437,7 +439,7 @@ def test_large_matrices_are_packed_some_rows_at_a_time(
     plan = plan_of(whole)
     replace(plan, role_bits={**plan.role_bits, Role.HEAD: 6, Role.EMBEDDING: 6}).write(tmp_path / "mine.yaml")
     run_quantize(whole, plan=str(tmp_path / "mine.yaml"))
-    monkeypatch.setattr(layer_quantizer, "_PIECE_WEIGHTS", 1000)
+    monkeypatch.setattr(linears, "_PIECE_WEIGHTS", 1000)
     run_quantize(pieces, plan=str(tmp_path / "mine.yaml"))
     found, expected = (read_packed(each / "packed").linears for each in (pieces, whole))
     for path in ("lm_head", "model.embed_tokens"):  # sums of other numbers of rows may turn a code that is on the edge
@@ -467,3 +469,13 @@ def test_missing_plan_says_how_to_make_one(allocated: Path, tmp_path: Path) -> N
     work_dir = copy_of(allocated, tmp_path)
     with pytest.raises(PlanError, match="no such plan"):
         run_quantize(work_dir, plan=str(tmp_path / "none.yaml"))
+
+
+def test_relative_errors_of_linears_are_of_the_weights_as_they_were(tiny_model: TinyModel) -> None:
+    done = quantized_layer(tiny_model("mixtral"), 0)
+    module = done.layer.self_attn.o_proj
+    weight, hessian = done.original["self_attn.o_proj.weight"].double(), second_moments(done.inputs_of(module))
+    lost = weight - module.weight.detach().double()
+    row = next(row for row in done.result.report if row.name.endswith("o_proj"))
+    wanted = float(((lost @ hessian) * lost).sum() / ((weight @ hessian) * weight).sum())
+    assert row.relative_error == pytest.approx(wanted, rel=1e-4)

@@ -1,0 +1,185 @@
+"""Quantizing what is no expert: linears that share an input share one Hessian; the embedding is rounded by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from mc_cli.artifacts.plan import KEPT_BITS, Plan
+from mc_cli.artifacts.quantization import MatrixReport
+from mc_cli.coding.layer_result import LayerResult, PackedTensors, measured, planned_encoding
+from mc_cli.encodings import Encoding
+from mc_cli.numerics.hessian import accumulate
+from mc_cli.parts import Role, TensorPart
+from mc_cli.quantizers import Quantizer
+from mc_cli.quantizers.job import CodingJob, Executor, InputMoments
+from mc_cli.quantizers.rtn import RoundToNearest
+from mc_cli.walking.layerwise import LayerWalk
+
+_PIECE_WEIGHTS = 2**25  # of a head or embedding at a time, in float32: 128 MiB, and some times that while it is rounded
+
+
+class _InputSeen(Exception):
+    """Ends a forward once the wanted inputs have been captured."""
+
+
+class LinearCoder:
+    """Packs the linears of one resident layer after another, and what lies outside of the layers."""
+
+    def __init__(self, walk: LayerWalk, plan: Plan, quantizer: Quantizer, executor: Executor) -> None:
+        self._walk = walk
+        self._model = walk.source.model
+        self._device = walk.source.device
+        self._plan = plan
+        self._quantizer = quantizer
+        self._executor = executor
+
+    def layer(self, tensors: Sequence[TensorPart], result: LayerResult) -> None:
+        """Packs the planned linears of the resident layer in calling order, each on inputs that are quantized already.
+
+        A linear that is never called is kept, and reported so.
+        """
+        wanted = {path: part for part in tensors if (path := self._packable(part)) is not None}
+        for group in self._input_groups(list(wanted)):
+            hessian, tokens = self._input_hessian(group[0])
+            self.sharing_input([(path, wanted[path]) for path in group], hessian, tokens, result)
+        for path in sorted(wanted.keys() - result.linears.keys()):
+            result.report_kept(wanted[path], "its module is never called, so it has no calibration inputs")
+
+    def sharing_input(
+        self, linears: Sequence[tuple[str, TensorPart]], hessian: torch.Tensor, tokens: int, result: LayerResult
+    ) -> None:
+        """Packs modules that share an input, whose second moments are `hessian`; their weights are replaced."""
+        moments = InputMoments(hessian[None])
+        for path, part in linears:
+            encoding = planned_encoding(self._plan, self._plan.role_bits[part.role], *part.shape)
+            self._pack(path, part, self._quantizer, moments, encoding, tokens, result)
+
+    def embedding(self, tensors: Sequence[TensorPart]) -> LayerResult:
+        """Rounds the token embedding among `tensors` to its plan's width, if it has one; its weight is replaced.
+
+        Its inputs are single rows, all of whose weights count alike: there is no Hessian to feed errors back by, and a
+        tied head's would help neither at 6 bits nor at 8.
+        """
+        result = LayerResult()
+        bits = self._plan.role_bits.get(Role.EMBEDDING, KEPT_BITS)
+        for part in tensors:
+            path, _, leaf = part.name.rpartition(".")
+            if part.role is not Role.EMBEDDING or leaf != "weight" or bits == KEPT_BITS:
+                continue
+            if not part.packable:
+                result.report_kept(part, "its family's own code reads its weight")
+                continue
+            encoding = planned_encoding(self._plan, bits, *part.shape, role=part.role)
+            alike = InputMoments(torch.eye(part.shape[1], device=self._device)[None])
+            self._pack(path, part, RoundToNearest(clip_search=True), alike, encoding, None, result)
+        return result
+
+    def _pack(
+        self,
+        path: str,
+        part: TensorPart,
+        quantizer: Quantizer,
+        moments: InputMoments,
+        encoding: Encoding,
+        tokens: int | None,
+        result: LayerResult,
+    ) -> None:
+        """Packs one module's weight, where rows stand apart some at a time: a head may have 10^9 weights."""
+        module: Any = self._model.get_submodule(path)
+        weight: torch.Tensor = module.weight.data
+        row = MatrixReport(path, part.role.value, "quantized", weight.numel(), encoding.bits, encoding.key, tokens)
+        size = max(1, _PIECE_WEIGHTS // weight.shape[1]) if encoding.rows_apart else len(weight)
+        jobs = _pieces(path, weight.split(size), moments, encoding, quantizer)
+        pieces: list[PackedTensors] = []
+        loss = energy = 0.0
+        notes: dict[str, None] = {}
+        for rows, coded in zip(weight.split(size), self._executor.map(jobs), strict=True):
+            rows.copy_(coded.decoded[0])
+            pieces.append({name: tensor[0] for name, tensor in coded.tensors.items()})
+            loss += coded.proxy_loss[0]
+            energy += coded.weight_energy[0]
+            notes |= dict.fromkeys(coded.notes_of(0))
+            del coded  # before the next piece is coded
+        result.report.append(measured(row, loss, energy, tuple(notes)))
+        result.linears[path] = (
+            encoding.key,
+            {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]},
+        )
+
+    def _packable(self, part: TensorPart) -> str | None:
+        """The module path of a matrix that the plan packs, None for what is kept."""
+        bits = self._plan.role_bits.get(part.role, KEPT_BITS)
+        return part.name.rpartition(".")[0] if part.packable and bits != KEPT_BITS else None
+
+    def _input_groups(self, paths: list[str]) -> list[list[str]]:
+        """The modules in the order they are first called, those called with one and the same input together."""
+        if not paths:
+            return []
+        seen: list[tuple[torch.Tensor, str]] = []  # the tensors are kept, so that no address is used twice
+        awaited = set(paths)
+
+        def hook(path: str) -> Any:
+            def see(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                seen.append((args[0], path))
+                awaited.discard(path)
+                if not awaited:
+                    raise _InputSeen  # what follows, the experts in most families, tells nothing more
+
+            return see
+
+        with ExitStack() as stack:
+            for path in paths:
+                module = self._model.get_submodule(path)
+                stack.callback(module.register_forward_pre_hook(hook(path)).remove)
+            rows = next(self._walk.batches())
+            with torch.no_grad(), suppress(_InputSeen):
+                self._walk.call_layer(self._walk.hidden[rows].to(self._device), rows)
+        groups: dict[tuple[int, int], list[str]] = {}
+        for tensor, path in seen:
+            key = (tensor.data_ptr(), tensor.shape[-1])
+            if not any(path in group for group in groups.values()):
+                groups.setdefault(key, []).append(path)
+        return list(groups.values())
+
+    def _input_hessian(self, path: str) -> tuple[torch.Tensor, int]:
+        """(Hessian [in, in] float32, tokens) of one module's inputs; the forward stops where they are seen."""
+        module: Any = self._model.get_submodule(path)
+        width = int(module.weight.shape[-1])
+        hessian = torch.zeros((width, width), device=self._device)
+        count = 0
+
+        def add(inputs: torch.Tensor) -> None:
+            nonlocal count
+            rows = inputs.detach().reshape(-1, width)
+            accumulate(hessian, rows)
+            count += len(rows)
+
+        run_up_to(self._walk, module, add)
+        return hessian, count
+
+
+def run_up_to(walk: LayerWalk, module: nn.Module, on_input: Callable[[torch.Tensor], None] | None = None) -> None:
+    """Runs all batches through the resident layer, each up to the point where it calls `module`."""
+
+    def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if on_input is not None:
+            on_input(args[0])
+        raise _InputSeen
+
+    with ExitStack() as stack:
+        stack.callback(module.register_forward_pre_hook(stop).remove)
+        for rows in walk.batches():
+            with torch.no_grad(), suppress(_InputSeen):
+                walk.call_layer(walk.hidden[rows].to(walk.source.device), rows)
+
+
+def _pieces(
+    path: str, weights: Sequence[torch.Tensor], moments: InputMoments, encoding: Encoding, quantizer: Quantizer
+) -> Iterator[CodingJob]:
+    for rows in weights:
+        yield CodingJob((path,), rows.float()[None], moments, encoding, quantizer)
