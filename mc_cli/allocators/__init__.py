@@ -5,9 +5,7 @@ A strategy is a file of this package that holds a `STRATEGY` (see strategy.py); 
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import product
@@ -19,6 +17,7 @@ from mc_cli.artifacts.importance import Importance, LayerImportance
 from mc_cli.artifacts.plan import Plan
 from mc_cli.errors import InputError, listed
 from mc_cli.parts import DROPPED, Role, survivor_floors
+from mc_cli.registry import Registry
 
 __all__ = [
     "BUDGET_UNITS",
@@ -39,22 +38,17 @@ __all__ = [
 ]
 
 DEFAULT_METHOD = "global"
+_REGISTRY = Registry("allocation method", __name__, marker="STRATEGY", name_of=lambda module: module.STRATEGY.name)
 
 
 def strategies() -> dict[str, Strategy]:
     """Every strategy of this package by name, in alphabetical order."""
-    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
-    found = [module.STRATEGY for module in modules if hasattr(module, "STRATEGY")]
-    return {strategy.name: strategy for strategy in sorted(found, key=lambda strategy: strategy.name)}
+    return {name: module.STRATEGY for name, module in _REGISTRY.modules.items()}
 
 
 def strategy_named(name: str) -> Strategy:
     """The strategy of that name. Raises InputError listing the known ones with what they do."""
-    known = strategies()
-    if name not in known:
-        lines = listed(f"{strategy.name:<16} {strategy.description}" for strategy in known.values())
-        raise InputError(f"Unknown allocation method {name!r}. Choose one of these:\n{lines}")
-    return known[name]
+    return _REGISTRY.named(name, described=lambda module: module.STRATEGY.description).STRATEGY
 
 
 def allocate(

@@ -6,18 +6,19 @@ A quantizer decides the codes; an encoding knows their shapes, their bytes and t
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from mc_cli.errors import ArtifactError, ShapeError, listed
+from mc_cli.registry import Registry
 
 if TYPE_CHECKING:
     import torch
+
+_REGISTRY = Registry("weight encoding", __name__, marker="from_key", name_of=lambda module: module.PATTERN)
 
 FASTEST = -1  # of the compiled paths, whichever the machine has
 MOST = 2**31 - 2**10  # of anything that compiled routines count: 32-bit integers, with room for rounding up
@@ -99,11 +100,11 @@ def encoding_for(
 
 def encoding_from_key(key: object) -> Encoding:
     """The encoding that `key` names. Raises ArtifactError for a key that no encoding of this version reads."""
-    for module in _encoding_modules():
+    for module in _REGISTRY.modules.values():
         found: Encoding | None = module.from_key(key) if isinstance(key, str) else None
         if found is not None:
             return found
-    names = ", ".join(module.PATTERN for module in _encoding_modules())
+    names = ", ".join(_REGISTRY.names())
     raise ArtifactError(
         f"Unknown weight encoding {reprlib.repr(key)}. This version of mc-cli reads {names}; "
         "the file may come from a newer version, or be damaged."
@@ -146,7 +147,3 @@ def check_parts(
             f"{encoding.key}:\n{listed(sorted(problems))}\nStored parts must not be cast, cut or exchanged; load the "
             "model again."
         )
-
-
-def _encoding_modules():
-    return [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]

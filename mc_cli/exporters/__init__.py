@@ -6,8 +6,6 @@ further steps. It knows files only; what needs a live model comes with the job, 
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mc_cli.artifacts.packed import CONFIG_FOLDER
 from mc_cli.artifacts.pruning import Pruning
-from mc_cli.errors import InputError, listed
 from mc_cli.exporters.model_card import CardFacts
+from mc_cli.registry import Registry
 
 if TYPE_CHECKING:
     import torch
+
+_REGISTRY = Registry("export format", __name__, marker="export", name_of=lambda module: module.NAME)
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,9 @@ class Exporter(Protocol):
 
 def exporter_from_name(name: str) -> Exporter:
     """The exporter called `name`. Raises InputError listing the known ones with what they write."""
-    known = exporters()
-    if name not in known:
-        lines = listed(f"{exporter.NAME:<14} {exporter.DESCRIPTION}" for exporter in known.values())
-        raise InputError(f"Unknown export format {name!r}. Choose one of these:\n{lines}")
-    return known[name]
+    return _REGISTRY.named(name, described=lambda exporter: exporter.DESCRIPTION)
 
 
 def exporters() -> dict[str, Exporter]:
     """Every exporter of this version by name, sorted."""
-    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
-    return {module.NAME: module for module in sorted((m for m in modules if hasattr(m, "NAME")), key=lambda m: m.NAME)}
+    return dict(_REGISTRY.modules)  # type: ignore[arg-type]

@@ -5,12 +5,13 @@ A family file holds a `FAMILY = FamilyFacts(...)`; most families need none, the 
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import re
 from dataclasses import dataclass
 
 from mc_cli.parts import Role
+from mc_cli.registry import Registry
+
+_REGISTRY = Registry("model family", __name__, marker="FAMILY", name_of=lambda module: module.FAMILY.model_type)
 
 # Every type here has a contract test on a tiny checkpoint: stream, calibrate, quantize, export, load, equal logits.
 CONTRACT_TESTED = (
@@ -58,8 +59,5 @@ class FamilyFacts:
 
 def facts_for(model_type: str) -> FamilyFacts:
     """The facts of one model type; the default facts where the family has no file."""
-    for info in pkgutil.iter_modules(__path__):
-        family = importlib.import_module(f"{__name__}.{info.name}").FAMILY
-        if family.model_type == model_type:
-            return family
-    return FamilyFacts(model_type)
+    module = _REGISTRY.modules.get(model_type)
+    return FamilyFacts(model_type) if module is None else module.FAMILY

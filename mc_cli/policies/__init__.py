@@ -10,9 +10,7 @@ A policy may also define `compiled_rule(layer, cut)`, the same decision in one c
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -21,7 +19,10 @@ import torch
 from torch import Tensor
 
 from mc_cli import native
-from mc_cli.errors import InputError, ShapeError, listed
+from mc_cli.errors import ShapeError
+from mc_cli.registry import Registry
+
+_REGISTRY = Registry("pruning policy", __name__, marker="keep_scores", name_of=lambda module: module.NAME)
 
 # How thresholds are found: `spread` gives each layer its own where a dropped call is cheapest; `shared` one for all.
 SPREAD, SHARED = "spread", "shared"
@@ -92,18 +93,12 @@ CompiledRule = Callable[[Routed], tuple[Tensor, Tensor] | None]
 
 def policies() -> dict[str, Policy]:
     """Every policy of this version by name, sorted."""
-    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
-    found = [module for module in modules if hasattr(module, "keep_scores")]
-    return {module.NAME: module for module in sorted(found, key=lambda module: module.NAME)}
+    return dict(_REGISTRY.modules)  # type: ignore[arg-type]
 
 
 def policy_from_name(name: str) -> Policy:
     """The policy called `name`. Raises InputError listing the known ones with what they do."""
-    known = policies()
-    if name not in known:
-        lines = listed(f"{policy.NAME:<16} {policy.DESCRIPTION}" for policy in known.values())
-        raise InputError(f"Unknown pruning policy {name!r}. Choose one of these:\n{lines}")
-    return known[name]
+    return _REGISTRY.named(name, described=lambda policy: policy.DESCRIPTION)
 
 
 def learned_shapes(policy: Policy, hidden_size: int, top_k: int) -> dict[str, tuple[int, ...]]:

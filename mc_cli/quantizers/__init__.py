@@ -6,10 +6,7 @@ Every quantizer works on a batch of equally shaped matrices, because experts com
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +19,9 @@ from mc_cli.numerics.grids import Grid
 from mc_cli.numerics.hessian import trace_error
 from mc_cli.numerics.packing import pack_codes
 from mc_cli.numerics.row_hessian import RowHessian
+from mc_cli.registry import Registry
+
+_REGISTRY = Registry("quantizer", __name__, marker="build", name_of=lambda module: module.NAME)
 
 
 @dataclass(frozen=True)
@@ -102,18 +102,16 @@ class Quantizer(Protocol):
 
 def quantizer_from_name(name: str, **settings: Any) -> Quantizer:
     """The quantizer called `name` with `settings`. Raises InputError for unknown names, settings and values."""
-    modules = {module.NAME: module for module in _quantizer_modules()}
-    if name not in modules:
-        raise InputError(f"Unknown quantizer {name!r}. Known quantizers: {', '.join(sorted(modules))}.")
+    module = _REGISTRY.named(name)
     try:
-        return modules[name].build(**settings)
+        return module.build(**settings)
     except TypeError as error:
         raise InputError(f"Quantizer {name!r} does not take these settings: {error}.") from error
 
 
 def quantizer_names() -> list[str]:
     """Every quantizer of this version, sorted."""
-    return sorted(module.NAME for module in _quantizer_modules())
+    return _REGISTRY.names()
 
 
 def affine_encoding(encoding: Encoding, prepared: Prepared, weight: Tensor) -> AffineEncoding:
@@ -150,8 +148,3 @@ def affine_result(
     else:
         loss = trace_error(weight - encoding.dequantize(tensors, weight.shape[-1]), prepared.hessian)
     return QuantizedLinear(encoding, tensors, loss, prepared.notes)
-
-
-def _quantizer_modules() -> list[ModuleType]:
-    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
-    return [module for module in modules if hasattr(module, "NAME")]
