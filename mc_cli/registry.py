@@ -59,7 +59,7 @@ class Registry:
         if name in self.modules:
             return self.modules[name]
         if described is None:
-            raise InputError(f"Unknown {self._kind} {name!r}. Known are {', '.join(self.names())}.")
+            raise InputError(f"Unknown {self._kind} {name!r}. Known {self._kind}s: {', '.join(self.names())}.")
         lines = listed(f"{known:<16} {described(module)}" for known, module in self.modules.items())
         raise InputError(f"Unknown {self._kind} {name!r}. Choose one of these:\n{lines}")
 
