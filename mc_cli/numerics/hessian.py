@@ -57,23 +57,6 @@ def shrink(hessian: Tensor, pooled: Tensor, *, token_count: Tensor, strength: fl
     return hessian * (1 - share)[:, None, None] + pooled * (share * ratio)[:, None, None]
 
 
-def shrink_to_diagonal(hessian: Tensor, *, token_count: Tensor, strength: float) -> Tensor:
-    """Each Hessian with its off-diagonal entries scaled down, the more the fewer tokens it has seen; a new tensor.
-
-    hessian      [B, in_features, in_features] float32; not modified
-    token_count  [B] tokens behind each Hessian
-    strength     in tokens per input feature; 0 changes nothing
-
-    Correlations are scaled by n / (n + strength * in_features), but not below one half: with few tokens most of
-    them are chance, and error propagation would move weights to fit it. Diagonals are sure much earlier.
-    """
-    token_count = token_count.to(hessian.device, torch.float32)
-    share = token_count / (token_count + strength * hessian.shape[-1]).clamp_min(torch.finfo(torch.float32).tiny)
-    shrunk = hessian * share.clamp_min(0.5)[:, None, None]
-    shrunk.diagonal(dim1=-2, dim2=-1).copy_(hessian.diagonal(dim1=-2, dim2=-1))
-    return shrunk
-
-
 @dataclass(frozen=True)
 class InverseFactor:
     """The upper triangular U with (hessian + damping * mean diagonal * I)^-1 = U^T U, per batch item."""

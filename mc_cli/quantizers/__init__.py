@@ -56,17 +56,11 @@ class Quantizer(Protocol):
         """What `quantizer_from_name` and recipes call it."""
         ...
 
-    @property
-    def needs_hessian(self) -> bool:
-        """Whether `prepare` refuses None."""
-        ...
-
-    def prepare(self, hessian: Tensor | None, *, basis: str, token_count: Tensor | None = None) -> Prepared:
+    def prepare(self, hessian: Tensor | None, *, basis: str) -> Prepared:
         """What all widths share, computed once.
 
-        hessian      float32 [B, in_features, in_features], or [1, ...] for one that all items share; not modified
-        basis        of the encodings to come
-        token_count  [B or 1] tokens behind each Hessian, for quantizers that trust small samples less; None: plenty
+        hessian  float32 [B, in_features, in_features], or [1, ...] for one that all items share; not modified
+        basis    of the encodings to come
         """
         ...
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mc_cli.encodings import Encoding
 from mc_cli.errors import InputError
 from mc_cli.numerics.grids import search_grid
-from mc_cli.numerics.hessian import inverse_cholesky, shrink_to_diagonal
+from mc_cli.numerics.hessian import inverse_cholesky
 from mc_cli.numerics.rounding import descend, propagate_errors
 from mc_cli.numerics.row_hessian import RowHessian
 from mc_cli.quantizers import Prepared, QuantizedLinear, affine_encoding, affine_result
@@ -32,8 +32,6 @@ class Gptq:
     activation_order   round inputs of large second moment first; grids belong to the original groups either way, and
                        codes are stored in the original order
     sweeps             rounds of refitting scales and moving single codes after the column sweep; 0 for plain GPTQ
-    diagonal_strength  in tokens per input feature: how much correlations are distrusted where `prepare` is told token
-                       counts, see `shrink_to_diagonal`
 
     The defaults are measured on a trained mixture of experts (3 layers of 8 experts, widths 256 and 512, groups of
     128, Hessians of 8,000 tokens an expert): trace(D hessian D^T) / trace(W hessian W^T) on other tokens,
@@ -51,31 +49,23 @@ class Gptq:
     damping: float = 0.01
     activation_order: bool = True
     sweeps: int = 4
-    diagonal_strength: float = 0.25
 
     name = NAME
-    needs_hessian = True
 
     def __post_init__(self) -> None:
-        if not (self.damping >= 0 and self.sweeps >= 0 and self.diagonal_strength >= 0):
-            raise InputError(
-                f"gptq takes damping, sweeps and diagonal_strength of 0 or more, not {self.damping}, {self.sweeps} "
-                f"and {self.diagonal_strength}"
-            )
+        if not (self.damping >= 0 and self.sweeps >= 0):
+            raise InputError(f"gptq takes damping and sweeps of 0 or more, not {self.damping} and {self.sweeps}")
 
-    def prepare(self, hessian: Tensor | None, *, basis: str, token_count: Tensor | None = None) -> Prepared:
+    def prepare(self, hessian: Tensor | None, *, basis: str) -> Prepared:
         """The order of the inputs and the factor of the damped inverse. Raises InputError without a Hessian."""
         if hessian is None:
             raise InputError("gptq needs calibration data; use the quantizer rtn where there is none")
-        target = hessian
-        if token_count is not None:
-            target = shrink_to_diagonal(hessian, token_count=token_count, strength=self.diagonal_strength)
         order = self._order(hessian)
         size = hessian.shape[-1]
-        ordered = target.gather(1, order.unsqueeze(2).expand(-1, -1, size))
+        ordered = hessian.gather(1, order.unsqueeze(2).expand(-1, -1, size))
         ordered = ordered.gather(2, order.unsqueeze(1).expand(-1, size, -1))
         inverse = inverse_cholesky(ordered, damping=self.damping)
-        return Prepared(hessian, basis, target, inverse.factor, order, inverse.notes)
+        return Prepared(hessian, basis, hessian, inverse.factor, order, inverse.notes)
 
     def row_groups(self, encoding: Encoding, out_features: int) -> Tensor | None:
         """None: rows are rounded independently of each other."""

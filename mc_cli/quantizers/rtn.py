@@ -32,9 +32,8 @@ class RoundToNearest:
     clip_search: bool = False
 
     name = NAME
-    needs_hessian = False
 
-    def prepare(self, hessian: Tensor | None, *, basis: str, token_count: Tensor | None = None) -> Prepared:
+    def prepare(self, hessian: Tensor | None, *, basis: str) -> Prepared:
         """Nothing to compute; the Hessian, if there is one, is kept for the loss and the search's error weights."""
         return Prepared(hessian, basis)
 

@@ -53,12 +53,11 @@ class Trellis:
     sweeps: int = 0
 
     name = NAME
-    needs_hessian = True
 
-    def prepare(self, hessian: Tensor | None, *, basis: str, token_count: Tensor | None = None) -> Prepared:
+    def prepare(self, hessian: Tensor | None, *, basis: str) -> Prepared:
         """The rotated Hessian and the factor of its damped inverse. Raises InputError without a Hessian."""
         if not basis.startswith("h"):
-            return self._affine().prepare(hessian, basis=basis, token_count=token_count)
+            return self._affine().prepare(hessian, basis=basis)
         if hessian is None:
             raise InputError("trellis needs calibration data; use the quantizer rtn where there is none")
         rotated = rotate_hessian(hessian, int(basis[1:])).contiguous()

@@ -47,9 +47,8 @@ class Recorder:
     hessians: list[Tensor]
     weights: list[Tensor]
     name: str = "recorder"
-    needs_hessian: bool = True
 
-    def prepare(self, hessian: Tensor | None, *, basis: str, token_count: Tensor | None = None) -> Prepared:
+    def prepare(self, hessian: Tensor | None, *, basis: str) -> Prepared:
         assert hessian is not None
         self.hessians.append(hessian.clone())
         return Prepared(hessian, basis)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mc_cli.errors import McError, ShapeError
-from mc_cli.numerics.hessian import accumulate, inverse_cholesky, shrink, shrink_to_diagonal, trace_error
+from mc_cli.numerics.hessian import accumulate, inverse_cholesky, shrink, trace_error
 from tests.numerics.twins import correlated_hessian, loss, weights
 
 
@@ -54,16 +54,6 @@ def test_shrink_gives_the_pool_to_an_expert_without_tokens():
     pooled = correlated_hessian(1, 4, seed=2)[0]
     mixed = shrink(torch.zeros(1, 4, 4), pooled, token_count=torch.tensor([0]), strength=0.0)
     assert torch.equal(mixed[0], pooled)
-
-
-def test_shrink_to_diagonal_scales_correlations_only_and_at_most_by_half():
-    hessian = correlated_hessian(3, 8, seed=3)
-    shrunk = shrink_to_diagonal(hessian, token_count=torch.tensor([16, 2, 0]), strength=0.5)
-    apart = ~torch.eye(8, dtype=torch.bool)
-    for item, share in enumerate((16 / (16 + 4), 0.5, 0.5)):
-        torch.testing.assert_close(shrunk[item][apart], hessian[item][apart] * share)
-    assert torch.equal(shrunk.diagonal(dim1=1, dim2=2), hessian.diagonal(dim1=1, dim2=2))
-    assert torch.equal(shrink_to_diagonal(hessian, token_count=torch.tensor([1, 2, 3]), strength=0.0), hessian)
 
 
 def test_inverse_cholesky_is_the_upper_factor_of_the_damped_inverse():
