@@ -10,7 +10,7 @@ import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mc_cli.errors import ArtifactError, ShapeError, listed
 from mc_cli.registry import Registry
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _REGISTRY = Registry("weight encoding", __name__, marker="from_key", name_of=lambda module: module.PATTERN)
 
+GRIDS = "affine"  # the family that has every whole width and shape
 FASTEST = -1  # of the compiled paths, whichever the machine has
 MOST = 2**31 - 2**10  # of anything that compiled routines count: 32-bit integers, with room for rounding up
 _DTYPE_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "int16": 2, "int32": 4}
@@ -82,20 +83,30 @@ def stored_bytes(encoding: Encoding, out_features: int, in_features: int) -> int
 def encoding_for(
     family: str, bits: float, out_features: int, in_features: int, *, group_size_limit: int = 128
 ) -> Encoding:
-    """The encoding of a matrix at a width: in the family `trellis` such codes, up to 5 bits and from 16 outputs on.
-
-    Everything else gets affine grids.
+    """The encoding of a matrix at a width, in a family; affine grids where the family has none of that width or shape.
 
     group_size_limit   inputs per scale of an affine grid, at most
-    Raises ShapeError for half widths of affine grids, and where a matrix does not fit.
+    Raises ShapeError for an unknown family, half widths of affine grids, and where a matrix does not fit.
     """
-    from mc_cli.encodings import affine, trellis
+    for name in (family, GRIDS):
+        found: Encoding | None = _of_family(name).encoding_at(
+            bits, out_features, in_features, group_size_limit=group_size_limit
+        )
+        if found is not None:
+            return found
+    raise ShapeError(f"{bits} bits: affine grids have whole widths")
 
-    if family == "trellis" and bits <= trellis.LARGEST_BITS and out_features >= trellis.FEWEST_OUTPUTS:
-        return trellis.trellis_for(bits, in_features)
-    if not float(bits).is_integer():
-        raise ShapeError(f"{bits} bits: affine grids have whole widths")
-    return affine.affine_for(int(bits), in_features, group_size_limit=group_size_limit)
+
+def families() -> list[str]:
+    """Every family of encodings: what a plan's widths may mean."""
+    return sorted(module.FAMILY for module in _REGISTRY.modules.values())
+
+
+def _of_family(family: str) -> Any:
+    for module in _REGISTRY.modules.values():
+        if family == module.FAMILY:
+            return module
+    raise ShapeError(f"Unknown family of encodings {family!r}. Known families: {', '.join(families())}.")
 
 
 def encoding_from_key(key: object) -> Encoding:

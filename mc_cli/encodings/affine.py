@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 PATTERN = "affine_b<bits>_g<group_size>"
+FAMILY = "affine"
 _KEY = re.compile(r"affine_b([1-8])_g([1-9][0-9]{0,8})")  # so that groups are counted in 32 bits
 
 
@@ -151,3 +152,10 @@ def choose_group_size(in_features: int, limit: int = 128) -> int:
 def affine_for(bits: int, in_features: int, *, group_size_limit: int = 128) -> AffineEncoding:
     """The affine encoding of a matrix with `in_features` inputs: the largest fitting group up to the limit."""
     return AffineEncoding(bits, choose_group_size(in_features, group_size_limit))
+
+
+def encoding_at(bits: float, out_features: int, in_features: int, *, group_size_limit: int) -> AffineEncoding | None:
+    """The encoding of a matrix of this family; None for widths that are not whole."""
+    if not float(bits).is_integer():
+        return None
+    return affine_for(int(bits), in_features, group_size_limit=group_size_limit)

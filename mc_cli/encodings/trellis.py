@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 PATTERN = "trellis_b<bits>_h<block>"
+FAMILY = "trellis"
 LARGEST_BITS = 5
 FEWEST_OUTPUTS = 16
 LONGEST_SEQUENCE = 256
@@ -194,3 +195,10 @@ def sequence_length(out_features: int) -> int:
 def trellis_for(bits: float, in_features: int) -> TrellisEncoding:
     """The trellis encoding of that width: the largest rotation that fits."""
     return TrellisEncoding(Fraction(bits), math.gcd(in_features, BLOCK_LIMIT))
+
+
+def encoding_at(bits: float, out_features: int, in_features: int, *, group_size_limit: int) -> TrellisEncoding | None:
+    """The encoding of a matrix of this family; None above 5 bits and below 16 outputs, where it has none."""
+    if bits > LARGEST_BITS or out_features < FEWEST_OUTPUTS:
+        return None
+    return trellis_for(bits, in_features)
