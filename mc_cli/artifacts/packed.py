@@ -18,9 +18,9 @@ from typing import Any
 
 from mc_cli import DISTRIBUTION
 from mc_cli.artifacts.files import read_json
-from mc_cli.artifacts.pruning import Pruning, shown
+from mc_cli.artifacts.pruning import Pruning
 from mc_cli.encodings import MOST, Encoding, encoding_from_key
-from mc_cli.errors import ArtifactError, listed
+from mc_cli.errors import ArtifactError, listed, shown
 
 FORMAT_VERSION = 3
 QUANT_METHOD = DISTRIBUTION  # what transformers names where the plug-in is missing, so what has to be installed

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mc_cli.artifacts.files import read_json, read_tensors, write_json, write_tensors
 from mc_cli.encodings import MOST
-from mc_cli.errors import ArtifactError, InputError, listed
+from mc_cli.errors import ArtifactError, InputError, listed, shown
 
 if TYPE_CHECKING:
     import torch
@@ -177,13 +176,6 @@ def _problems(content: Any) -> list[str]:
             twice = [value for value, count in Counter(layer[name] for layer in layers).items() if count > 1]
             problems += [f"layers: the {name} {shown(value)} is there twice" for value in twice]
     return problems
-
-
-def shown(value: object) -> str:
-    """A value in a message: short, whatever it is, and in bounded time."""
-    short = reprlib.Repr()
-    short.maxlevel, short.maxstring, short.maxother = 3, 80, 80
-    return short.repr(value)
 
 
 def _is_text(value: Any) -> bool:

@@ -7,12 +7,11 @@ A quantizer decides the codes; an encoding knows their shapes, their bytes and t
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mc_cli.errors import ArtifactError, ShapeError, listed
+from mc_cli.errors import ArtifactError, ShapeError, listed, shown
 from mc_cli.registry import Registry
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ def encoding_from_key(key: object) -> Encoding:
             return found
     names = ", ".join(_REGISTRY.names())
     raise ArtifactError(
-        f"Unknown weight encoding {reprlib.repr(key)}. This version of mc-cli reads {names}; "
+        f"Unknown weight encoding {shown(key)}. This version of mc-cli reads {names}; "
         "the file may come from a newer version, or be damaged."
     )
 

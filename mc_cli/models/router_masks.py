@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from mc_cli.artifacts.pruning import shown
-from mc_cli.errors import ArtifactError, FamilyError
+from mc_cli.errors import ArtifactError, FamilyError, shown
 from mc_cli.models.inventory import router_path_of
 
 CORRECTION_BIAS = "e_score_correction_bias"

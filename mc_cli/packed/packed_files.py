@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from mc_cli.artifacts.files import read_json
 from mc_cli.artifacts.packed import CONFIG_FOLDER, LAYOUT, QUANT_METHODS, PackedLayout, naming, read_layout
 from mc_cli.artifacts.places import file_inside, require_inside, require_ordinary
-from mc_cli.errors import ArtifactError, InputError, listed
+from mc_cli.errors import ArtifactError, InputError, listed, shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -109,6 +109,11 @@ def open_packed(folder: Path) -> PackedFiles:
 def is_packed_folder(folder: Path) -> bool:
     """Whether config.json of `folder` says that it is an export of ours."""
     content = read_json(folder / "config.json", foreign=True).get("quantization_config")
+    if isinstance(content, dict) and not isinstance(content.get("quant_method", ""), str):
+        raise ArtifactError(
+            f"{folder / 'config.json'}: quant_method is {shown(content['quant_method'])}, not a name. It is damaged; "
+            "copy, download or make the directory again."
+        )
     return isinstance(content, dict) and content.get("quant_method") in QUANT_METHODS
 
 

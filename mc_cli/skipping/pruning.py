@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer, Pruning, shown
-from mc_cli.errors import ArtifactError, listed
+from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer, Pruning
+from mc_cli.errors import ArtifactError, listed, shown
 from mc_cli.models.experts import PRUNER, Experts, hidden_size_of, is_standard_experts
 from mc_cli.models.inventory import router_path_of, top_k_of
 from mc_cli.models.router_masks import mask_router
