@@ -78,17 +78,19 @@ on PYTHONPATH (`pip install --target`), put `import mc_cli` first, or pass `trus
 {DISTRIBUTION} loading stops with an error that names it: it never falls back to random weights. Layers stay packed in
 memory."""
 
-_LOADING_OWN_CODE = """\
+_LOADING_OWN_CODE = f"""\
+```sh
+pip install {DISTRIBUTION}
+```
 ```python
-import mc_cli  # pip install mc-cli
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)  # the model's own Python code, in PATH
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
-Without mc_cli, loading stops with an error that says so: it never falls back to random weights. Layers stay packed in
-memory."""
+Without {DISTRIBUTION} loading stops with an error that names it: it never falls back to random weights. Layers
+stay packed in memory."""
 
 _PRUNING = """\
 Tokens skip experts that they hardly need: the policy `{policy}` drops about {rate} of the expert calls, and a dropped

@@ -91,7 +91,7 @@ def test_a_dry_run_of_93_gb_takes_no_time_and_tells_what_it_takes(
 
 def test_everything_that_is_wrong_is_told_at_once(large: Path, tmp_path: Path, no_weights: None) -> None:
     (tmp_path / "file").write_text("")
-    (tmp_path / "eval.jsonl").write_text('{"content": "a text"}\n')
+    (tmp_path / "eval.jsonl").write_text('{"number": 1}\n')
     wrong = ("--format", "ggml", "--policy", "otter", "--tasks", "arc_easyy", "--eval-data", tmp_path / "eval.jsonl")
     wrong += ("--out", tmp_path / "file" / "out", "--method", "best", "--length", 10**6, "--quantizer", "awq")
     for dry in (("--dry-run",), ()):

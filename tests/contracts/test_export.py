@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from mc_cli.artifacts.evaluation import Evaluation, TextResult
 from mc_cli.artifacts.exported import RECORD, ExportFolder
 from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.store import StageFolder
@@ -190,7 +191,7 @@ def test_a_lost_shard_is_found(format: str, work_dir: WorkDir, tmp_path: Path) -
     lost = index["weight_map"]["model.norm.weight"]
     index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != lost}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ArtifactError, match=r"model\.norm\.weight: missing keys"):
+    with pytest.raises(ArtifactError, match=r"model\.norm\.weight: missing"):
         readback.read_back(out, work / "packed", dtype=torch.float32, device=CPU)
 
 
@@ -382,14 +383,18 @@ def evaluate(work: Path, quantize_fingerprint: str) -> None:
     """Leaves in `work` what prune-eval writes."""
     stage = StageFolder(work, "prune-eval", {"length": 8}, {"quantize": quantize_fingerprint})
     stage.begin(force=False)
-    text = {
-        "tokens": 1234,
-        "original_loss": math.log(5.0),
-        "packed_loss": math.log(5.5),
-        "kl_divergence": 0.0625,
-        "same_top_token": 0.75,
-    }
-    write_json(stage.path("eval.json"), {"schema": 1, "total": text, "domains": {"all": text}, "tasks": {}})
+    text = TextResult(1234, math.log(5.0), math.log(5.5), 0.0625, 0.75)
+    evaluation = Evaluation(
+        total=text,
+        domains={"all": text},
+        router_changes={0: 0.0},
+        context={"length": 8, "stride": 0},
+        stored_bytes={"expert": {"codes": 1, "side": 1, "kept": 0}},
+        original_bytes={"expert": 16},
+        expert_stored_bits=2.0,
+        expert_code_bits=2.0,
+    )
+    evaluation.write(stage.path("eval.json"))
     stage.finish("0")
 
 

@@ -18,6 +18,10 @@ _SOURCES += ("README.md", "LICENSE", ".gitignore", STARTUP)
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.partial")
 
 
+# What the process of the tests may have set: where it imports from, and how much transformers tells.
+_OURS = ("PYTHON", "MC_CLI", "TRANSFORMERS_VERBOSITY")
+
+
 @dataclass(frozen=True)
 class Environment:
     """A virtual environment, and a folder in which its processes run."""
@@ -52,7 +56,7 @@ class Environment:
 
     def variables(self, **more: str) -> dict[str, str]:
         """Nothing that would show a process the checkout, and no network."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MC_CLI"))}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
         own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(self.folder / "hub")}
         return {**kept, **own, **more}
 

@@ -123,7 +123,7 @@ def test_a_million_layers_are_not_built(exported: Any, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1_000_000}))
     for load in LOADERS[1:]:
-        with pytest.raises(ArtifactError, match="has 1000000 layers, tensors are there of 2"):
+        with pytest.raises(McError, match=r"1,?000,?000"):
             load(folder)
 
 
