@@ -29,7 +29,7 @@ from mc_cli.flags import (
     flags_of,
     parsed,
     plain_type,
-    run_name,
+    run_flags,
     run_option,
     type_of,
 )
@@ -53,7 +53,6 @@ SUMMARIES = {
 _RUN_HELP = "Do all stages in turn, from a recipe, from flags, or both; skips what is done."
 _NO_MODEL = ("allocate",)  # computes nothing on the model, so it takes no --device, --dtype, ...
 _RUN_DEFAULTS = {"eval_data": HELD_OUT}  # parameters whose default differs in `run`
-RUN_LEAVES_OUT = {("allocate", "bits")}  # `run --bits` is what is scored; allocate chooses among that
 _METAVARS: dict[Any, str] = {str: "NAME", int: "NUMBER", float: "NUMBER"}
 _STAGES, _REST = "Stages, in the order of a run", "Whole runs and results"
 _WORK, _GENERATION, _SPEED = "Work directory and output", "Text", "What is measured"
@@ -125,16 +124,6 @@ def _stage_parameters(stage: str) -> list[inspect.Parameter]:
         _parameter("work_dir", Path, _WORK_DIR),
         *(_parameter(name, bool, info, False) for name, info in _COMMON.items()),
     ]
-
-
-def run_flags() -> dict[str, list[tuple[str, Flag]]]:
-    """Each settings parameter of `run`, and the (section, flag) pairs that it sets."""
-    found: dict[str, list[tuple[str, Flag]]] = {}
-    for section in (*STAGES, COMPUTE):
-        for flag in flags_of(section):
-            if (section, flag.field) not in RUN_LEAVES_OUT:
-                found.setdefault(run_name(section, flag), []).append((section, flag))
-    return found
 
 
 def _run_parameters() -> list[inspect.Parameter]:

@@ -17,6 +17,8 @@ from typing import Any
 from mc_cli import settings as s
 from mc_cli.errors import InputError, Problems, shown
 
+RUN_LEAVES_OUT = {("allocate", "bits")}  # `run --bits` is what is scored; allocate chooses among that
+
 # The sections of a recipe, in the order of a run; all but `compute` are stages and commands.
 COMPUTE = "compute"
 _MOST = 2**63 - 1
@@ -531,3 +533,13 @@ def parsed(flag: Flag, value: Any) -> Any:
     except InputError as error:
         named = str(error).startswith(flag.name)
         raise error if named else InputError(f"{flag.name}: {error}") from error
+
+
+def run_flags() -> dict[str, list[tuple[str, Flag]]]:
+    """Each settings parameter of `run`, and the (section, flag) pairs that it sets."""
+    found: dict[str, list[tuple[str, Flag]]] = {}
+    for section in (*STAGES, COMPUTE):
+        for flag in flags_of(section):
+            if (section, flag.field) not in RUN_LEAVES_OUT:
+                found.setdefault(run_name(section, flag), []).append((section, flag))
+    return found

@@ -179,14 +179,14 @@ def _section(section: str, values: Any, problems: list[str]) -> dict[str, Any]:
         if name not in known:
             continue
         try:
-            checked[name] = _value(section, known[name], value)
+            checked[name] = field_value(section, known[name], value)
         except (InputError, OverflowError, TypeError, ValueError) as error:
             problems.append(f"{section}: {name}: {error}")
     return checked
 
 
-def _value(section: str, flag: Flag, value: Any) -> Any:
-    """A YAML value as the field's type. Raises TypeError, ValueError or InputError saying what would fit."""
+def field_value(section: str, flag: Flag, value: Any) -> Any:
+    """A value of YAML or Python as its field's type. Raises TypeError, ValueError or InputError saying what fits."""
     annotation = type_of(section, flag.field)
     if value is None:
         if type(None) in getattr(annotation, "__args__", ()):

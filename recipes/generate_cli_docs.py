@@ -12,8 +12,8 @@ from typing import Any
 
 import typer
 
-from mc_cli.cli import RUN_LEAVES_OUT, app
-from mc_cli.flags import SECTIONS, flags_of, run_option
+from mc_cli.cli import app
+from mc_cli.flags import RUN_LEAVES_OUT, SECTIONS, flags_of, run_option
 from mc_cli.help import by_panel
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "cli.md"

@@ -32,6 +32,7 @@ LAYERS = (
     ("flags",),
     ("recipe", "status", "help"),
     ("chain", "console"),
+    ("door",),
     ("failures",),
     ("cli",),
 )

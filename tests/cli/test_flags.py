@@ -9,9 +9,21 @@ import pytest
 import typer
 
 from mc_cli import settings as s
-from mc_cli.cli import RUN_LEAVES_OUT, app, run_flags
+from mc_cli.cli import app
 from mc_cli.errors import InputError
-from mc_cli.flags import COMPUTE, FLAGS, SECTIONS, STAGES, build, flags_of, parse_floors, parsed, run_option
+from mc_cli.flags import (
+    COMPUTE,
+    FLAGS,
+    RUN_LEAVES_OUT,
+    SECTIONS,
+    STAGES,
+    build,
+    flags_of,
+    parse_floors,
+    parsed,
+    run_flags,
+    run_option,
+)
 
 GROUP: Any = typer.main.get_command(app)
 WORDS = {"work_dir", "force", "dry_run", "json", "debug"}

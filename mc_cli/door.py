@@ -1,0 +1,170 @@
+"""The Python door: the stages of the command line as functions, reached as `mc_cli.compress` and so on.
+
+Settings have the names of the command line's flags, with underscores: `--target-stored-bits 2.5` of `mc-cli run` is
+`target_stored_bits=2.5` here, and means the same. One `mc_cli.errors.McError` says everything that is wrong.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mc_cli.artifacts.evaluation import Evaluation
+from mc_cli.artifacts.plan import Plan
+from mc_cli.artifacts.store import STAGE_FOLDERS
+from mc_cli.chain import check_stage, run_chain, stage_module
+from mc_cli.errors import InputError, Problems, shown
+from mc_cli.flags import COMPUTE, STAGES, Flag, build, flags_of, run_flags
+from mc_cli.progress import Progress, SilentProgress
+from mc_cli.recipe import Recipe, field_value, plan_run
+from mc_cli.settings import RunSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Compressed", "compress", "evaluate", "load"]
+
+_EVALUATION = Path(STAGE_FOLDERS["prune-eval"]) / "eval.json"
+_PLAN = Path(STAGE_FOLDERS["allocate"]) / "plan.yaml"
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress` made.
+
+    directory   loads with `mc_cli.load`, or with transformers where the package is installed
+    work_dir    the artifacts of the run; the same call goes on there after it was stopped
+    plan        bits of every expert projection, and of everything else
+    evaluation  the packed model beside the original, on text that it was not calibrated on
+    warnings    of all stages, in their order
+    """
+
+    directory: Path
+    work_dir: Path
+    plan: Plan
+    evaluation: Evaluation
+    warnings: tuple[str, ...]
+
+
+def compress(
+    model: str | PathLike[str],
+    *,
+    data: str | PathLike[str],
+    out: str | PathLike[str],
+    work_dir: str | PathLike[str] | None = None,
+    effort: str = "default",
+    force: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Compressed:
+    """Calibrates, scores, allocates, quantizes, evaluates and exports: what `mc-cli run` does.
+
+    model      a directory, a hub id, or `bundled:demo-moe`
+    data       calibration text: a file, a folder, a `datasets` name, or `bundled:calibration`
+    out        the directory to make
+    work_dir   where artifacts go; without it `OUT.work` beside `out`. Stages that are done are skipped
+    effort     `fast`, `default` or `best`; settings go over it
+    force      rebuilds every stage
+    progress   where stages report to; without it nowhere, warnings are in the result
+    settings   flags of `mc-cli run` by name; one of target_stored_bits, target_bits and target_size is needed
+    Raises a McError that names everything that stands against it, before any work where that can be known.
+
+    >>> made = mc_cli.compress(
+    ...     "bundled:demo-moe", data="bundled:calibration", target_stored_bits=2.5, out="demo-2.5"
+    ... )  # doctest: +SKIP
+    >>> made.evaluation.total.kl_divergence  # doctest: +SKIP
+    0.0081
+    """
+    given = {"model": fspath(model), "data": fspath(data), "out": fspath(out), **settings}
+    place = Path(fspath(work_dir)) if work_dir is not None else Path(f"{fspath(out)}.work")
+    problems = Problems()
+    asked: list[tuple[str, str, Any]] = []
+    unread: set[tuple[str, str]] = set()
+    known = run_flags()
+    for name, value in given.items():
+        if name not in known:
+            problems.refuse(_unknown(name, known))
+            continue
+        for section, flag in known[name]:
+            unread.add((section, flag.field))
+            with problems.catching():
+                asked.append((section, flag.field, _read(section, name, flag, value)))
+                unread.remove((section, flag.field))
+    plan = plan_run(Recipe().override(asked, str(place), effort), problems, unread)
+    results = run_chain(
+        plan, force_from=STAGES[0] if force else None, progress=progress or SilentProgress(), tell=lambda result: None
+    )
+    return Compressed(
+        directory=Path(fspath(out)),
+        work_dir=place,
+        plan=Plan.read(place / _PLAN),
+        evaluation=Evaluation.read(place / _EVALUATION),
+        warnings=tuple(message for result in results for message in result.warnings),
+    )
+
+
+def load(
+    directory: str | PathLike[str], *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of an exported directory, in evaluation mode and on its packed bytes.
+
+    device, dtype      as `--device` and `--dtype` of the command line
+    trust_remote_code  runs Python code of the model's own, which only such models need
+    Raises InputError for what is no model folder, CheckpointError or ArtifactError for a damaged one.
+
+    >>> model = mc_cli.load("demo-2.5")  # doctest: +SKIP
+    """
+    from mc_cli.measuring.generation import load_model
+
+    return load_model(
+        Path(fspath(directory)), RunSettings(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    )
+
+
+def evaluate(
+    work_dir: str | PathLike[str],
+    *,
+    data: str | PathLike[str],
+    force: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """The packed model of a work directory beside its original, on held-out text: what `mc-cli prune-eval` does.
+
+    settings   flags of `mc-cli prune-eval` by name
+    Raises a McError, among others for text that was calibrated on.
+
+    >>> mc_cli.evaluate("demo-2.5.work", data="heldout.jsonl", force=True).total.kl_divergence  # doctest: +SKIP
+    0.0079
+    """
+    problems, place = Problems(), Path(fspath(work_dir))
+    known = {flag.field: (section, flag) for section in (COMPUTE, "prune-eval") for flag in flags_of(section)}
+    values: dict[str, dict[str, Any]] = {"prune-eval": {}, COMPUTE: {}}
+    for name, value in {"data": fspath(data), **settings}.items():
+        if name not in known:
+            problems.refuse(_unknown(name, known))
+            continue
+        section, flag = known[name]
+        with problems.catching():
+            values[section][name] = _read(section, name, flag, value)
+    problems.tell()
+    asked, compute = build("prune-eval", values["prune-eval"]), build(COMPUTE, values[COMPUTE])
+    check_stage("prune-eval", asked, compute, place, force=force)
+    stage_module("prune-eval").run(asked, compute, place, force=force, progress=progress or SilentProgress())
+    return Evaluation.read(place / _EVALUATION)
+
+
+def _read(section: str, name: str, flag: Flag, value: Any) -> Any:
+    plain = fspath(value) if isinstance(value, PathLike) else list(value) if isinstance(value, tuple) else value
+    try:
+        return field_value(section, flag, plain)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} {error}.") from error
+
+
+def _unknown(name: str, known: dict[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"{shown(name)} is no setting{f' (did you mean {close[0]}?)' if close else ''}; see docs/cli.md."
