@@ -1,6 +1,6 @@
 """Writes the tables of the results pages from docs/results/data/*.json, so that no figure is typed twice.
 
-python recipes/generate_results.py                 writes the blocks of README.md, docs/results.md and docs/results/*.md
+python recipes/generate_results.py                 writes the blocks of README.md and of docs
 python recipes/generate_results.py --check         exits with status 1 where a block is not what would be written
 python recipes/generate_results.py --compare FILE  lists figures and table rows of another page that no page here has
 
@@ -43,7 +43,8 @@ def main() -> int:
 
 def pages() -> list[Path]:
     """Every page that has blocks."""
-    return [ROOT / "README.md", ROOT / "docs" / "results.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [page for page in found if _BLOCK.search(page.read_text(encoding="utf-8"))]
 
 
 def blocks(page: Path) -> list[tuple[str, str, str]]:
