@@ -80,7 +80,7 @@ memory."""
 
 _LOADING_OWN_CODE = """\
 ```python
-import mc_cli  # pip install mc-cli
+import mc_cli  # pip install mixture-compressor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)  # the model's own Python code, in PATH
