@@ -20,7 +20,7 @@ help:
 	@echo "make check    ruff and mypy"
 	@echo "make smoke    every command in turn on the bundled model, with little text"
 	@echo "make sanitize 20,000 mutated packed models through loaders and C under AddressSanitizer"
-	@echo "make docs     write docs/cli.md from the commands"
+	@echo "make docs     write docs/reference/cli.md from the commands, and the tables of the results"
 	@echo "make dist     source distribution and wheel in dist/, and what the wheel must hold looked for in it"
 	@echo "make bench-memory, make bench-quality   peak memory by depth; quality at equal stored bytes"
 	@echo "make bench-effort, make bench-search    time of score, allocate and quantize beside uniform GPTQ; of the search"
@@ -83,6 +83,7 @@ sanitize: install-dev
 
 docs: install-dev
 	$(BIN)/python recipes/generate_cli_docs.py
+	$(BIN)/python recipes/generate_results.py
 
 # The wheel is made from the source distribution, so that nothing lying about in the checkout gets into it. Each of the
 # two greps stops the target: without a C compiler the library is left out, which only an installation may accept.
@@ -102,7 +103,7 @@ FAULTS_TRIALS ?= 3000
 faults: install-dev
 	$(BIN)/python -m tests.faults all --trials $(FAULTS_TRIALS) --seed $(FAULTS_SEED) --json runs/faults.json
 
-# Ratios against a baseline in the same run; see docs/results.md for figures and the options used there.
+# Ratios against a baseline in the same run; see docs/results/ for figures and the options used there.
 .PHONY: bench-memory bench-quality bench-effort bench-search bench-pruning bench-kernels bench-decode
 bench-memory: install
 	$(BIN)/python recipes/benchmarks/memory.py

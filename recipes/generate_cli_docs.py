@@ -1,7 +1,7 @@
-"""Writes docs/cli.md from the commands themselves, so that it cannot disagree with `--help`.
+"""Writes docs/reference/cli.md from the commands themselves, so that it cannot disagree with `--help`.
 
-python recipes/generate_cli_docs.py            writes docs/cli.md
-python recipes/generate_cli_docs.py --check    exits with status 1 where docs/cli.md is not what would be written
+python recipes/generate_cli_docs.py            writes docs/reference/cli.md
+python recipes/generate_cli_docs.py --check    exits with status 1 where that is not what would be written
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mc_cli.cli import app
 from mc_cli.flags import RUN_LEAVES_OUT, SECTIONS, flags_of, run_option
 from mc_cli.help import by_panel
 
-TARGET = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "reference" / "cli.md"
 _HEAD = """# Command line
 
 Made by `python recipes/generate_cli_docs.py` from the commands themselves; do not edit.
@@ -39,13 +39,13 @@ def main() -> int:
         if not fresh:
             print(f"{TARGET} is not up to date: run python recipes/generate_cli_docs.py", file=sys.stderr)
         return 0 if fresh else 1
-    TARGET.parent.mkdir(exist_ok=True)
+    TARGET.parent.mkdir(parents=True, exist_ok=True)
     TARGET.write_text(text, encoding="utf-8")
     return 0
 
 
 def document() -> str:
-    """The whole of docs/cli.md."""
+    """The whole of docs/reference/cli.md."""
     group: Any = typer.main.get_command(app)
     sections = [_HEAD]
     for heading, commands in by_panel(group.commands.values(), "Commands").items():
