@@ -167,4 +167,4 @@ def _read(section: str, name: str, flag: Flag, value: Any) -> Any:
 
 def _unknown(name: str, known: dict[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    return f"{shown(name)} is no setting{f' (did you mean {close[0]}?)' if close else ''}; see docs/cli.md."
+    return f"{shown(name)} is no setting{f' (did you mean {close[0]}?)' if close else ''}; see docs/reference/cli.md."
