@@ -79,7 +79,7 @@ class CompiledBank:
             **addresses,
         )
         self.address = ctypes.addressof(self._fields)
-        self._product = native.routine("mc_product", "pppiiiiiip")
+        self._product = native.routine("mc_product")
         self.absent = torch.cat([entries[:, -1] == 0, torch.ones(1, dtype=torch.bool)])  # [matrices + 1], by number
         self.out_features, self.in_features = out_features, in_features
 
@@ -114,16 +114,16 @@ class CompiledBank:
         if experts is not None:
             experts = plain_numbers(experts, tokens * share, rows.device)
         failed = self._product(
-            self.address,
-            rows.data_ptr(),
-            None if experts is None else experts.data_ptr(),
-            rows.dtype == torch.bfloat16,
-            tokens,
-            share,
-            activation_bytes(),
-            best_path() if path == FASTEST else path,
-            torch.get_num_threads(),
-            outputs.data_ptr(),
+            bank=self.address,
+            x=rows.data_ptr(),
+            experts=None if experts is None else experts.data_ptr(),
+            halves=rows.dtype == torch.bfloat16,
+            tokens=tokens,
+            share=share,
+            parts=activation_bytes(),
+            path=best_path() if path == FASTEST else path,
+            threads=torch.get_num_threads(),
+            out=outputs.data_ptr(),
         )
         check(failed, self.out_features, self.in_features)
 
@@ -160,20 +160,20 @@ def experts_output(
     inputs, factors = _plain(rows, dtype), _plain(weights, dtype)
     chosen = plain_numbers(experts, tokens * share, inputs.device)
     outputs = torch.empty((tokens, down.out_features), dtype=dtype)
-    failed = native.routine("mc_experts", "pppppiiiiiiip")(
-        up.address,
-        down.address,
-        inputs.data_ptr(),
-        chosen.data_ptr(),
-        factors.data_ptr(),
-        dtype == torch.bfloat16,
-        tokens,
-        share,
-        list(GATES).index(gate),
-        activation_bytes(),
-        best_path() if path == FASTEST else path,
-        torch.get_num_threads(),
-        outputs.data_ptr(),
+    failed = native.routine("mc_experts")(
+        up=up.address,
+        down=down.address,
+        x=inputs.data_ptr(),
+        experts=chosen.data_ptr(),
+        weights=factors.data_ptr(),
+        halves=dtype == torch.bfloat16,
+        tokens=tokens,
+        share=share,
+        activation=list(GATES).index(gate),
+        parts=activation_bytes(),
+        path=best_path() if path == FASTEST else path,
+        threads=torch.get_num_threads(),
+        out=outputs.data_ptr(),
     )
     check(failed, up.out_features, up.in_features)
     return outputs.to(rows.dtype)

@@ -739,8 +739,6 @@ static void write_rows(void *context, int piece) {
     free(w);
 }
 
-/* One matrix [rows][inputs], float32 in `floats`, or where that is NULL bfloat16 in `halves`. path < 0: the fastest.
- * Returns 0, or 1 without memory. */
 int mc_affine_matrix(const uint8_t *codes, const uint16_t *scales, const uint8_t *zero_points, int bits, int rows,
                      int inputs, int group, int path, int threads, float *floats, uint16_t *halves) {
     Decoding d = {.matrix = {codes, scales, zero_points, bits, inputs, group, inputs / group}, .rows = rows,

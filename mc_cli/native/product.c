@@ -71,7 +71,7 @@ void mc_clear_missing(const mc_slots *sorted, int slots, int outputs, float *out
         if (sorted->places[slot] < 0) memset(out + (size_t)slot * outputs, 0, sizeof(float) * (size_t)outputs);
 }
 
-VERSIONS float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine, int32_t *totals) {
+VERSIONS static float split(const float *x, int count, int8_t *coarse, int8_t *fine, int32_t *totals) {
     int32_t most = 0; /* the bits of floats are ordered as their sizes are */
     for (int i = 0; i < count; i++) {
         int32_t bits;
@@ -106,6 +106,10 @@ VERSIONS float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine,
     totals[0] = all;
     totals[1] = rest;
     return largest / 127.0f;
+}
+
+float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine, int32_t *totals) {
+    return split(x, count, coarse, fine, totals);
 }
 
 #define HUGE_PAGE ((size_t)1 << 21)

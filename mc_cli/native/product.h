@@ -3,6 +3,7 @@
 #define MC_PRODUCT_H
 
 #include "compiler.h"
+#include "mc.h"
 
 #include <stdint.h>
 #include <string.h>
@@ -51,31 +52,9 @@ AVX512 INLINE __m512i add_products_with(__m512i sum, __m512i w, const int8_t *x)
 /* Paths, as kernels/compiled.py names them; a processor has either AVX2 or NEON. */
 enum { PORTABLE = 0, AVX2 = 1, NEON = 1, AVX512_VNNI = 2, AMX_TILES = 3 };
 
-/* The fastest path of this machine. */
-int mc_best_path(void);
-
-/* Matrices of one shape, as kernels/bank.py describes them: `entries` are an Entry of trellis_product.c or affine_product.c
- * each, by `kind`. */
-enum { TRELLIS = 0, AFFINE = 1 };
-typedef struct {
-    const void *entries;
-    const uint8_t *tables; /* of trellis codes, as code_of takes them */
-    const float *signs;    /* of the rotation of their inputs */
-    float unit;            /* of their levels */
-    int32_t kind, matrices, inputs, outputs;
-    int32_t block;  /* inputs that are rotated together, or share a grid */
-    int32_t length; /* outputs of a sequence of trellis codes */
-} mc_bank;
-
-/* out [slots][outputs] float32: slot s holds the product of token s / share with the matrix experts[s] of the bank;
- * zeros where experts[s] is none of its matrices or that matrix is not there. experts NULL: all the first.
- * x [tokens][inputs], multiplied as numbers of `parts` bytes, 1 or 2; tokens * share slots. threads: at most; for little
- * work one. Returns 0, or 1 without memory. */
+/* As mc_product, with x and out float32. */
 int mc_bank_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
                     int path, int threads, float *out);
-/* The same with x and out bfloat16 where `halves`, float32 otherwise. */
-int mc_product(const mc_bank *bank, const void *x, const int64_t *experts, int halves, int tokens, int share, int parts,
-               int path, int threads, void *out);
 /* mc_bank_product for banks of one kind each. */
 int mc_trellis_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
                        int path, int threads, float *out);

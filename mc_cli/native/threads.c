@@ -8,6 +8,8 @@
 
 #include "threads.h"
 
+#include "mc.h"
+
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -57,13 +59,12 @@ static void share_out(Shared *s, mc_task task, void *context, int count, int thr
 static void take_share(void *shared) {
     Shared *s = shared;
     const int own = atomic_fetch_add(&s->arrived, 1);
-    for (int turn = 0; turn < s->runs; turn++) {
-        const int run = (own + turn) % s->runs, end = (int)((int64_t)s->count * (run + 1) / s->runs);
+    for (int helped = 0; helped < s->runs; helped++) {
+        const int run = (own + helped) % s->runs, end = (int)((int64_t)s->count * (run + 1) / s->runs);
         for (int index; (index = atomic_fetch_add(&s->run[run].next, 1)) < end;) s->task(s->context, index);
     }
 }
 
-/* start   GOMP_parallel of that library; NULL: the pool below */
 int mc_use_team(void *start) {
     team_owner = getpid();
     atomic_store(&start_team, (team_start)start);

@@ -364,8 +364,6 @@ VERSIONS static void search_part(void *context, int part) {
     free_scratch(s);
 }
 
-/* Codes `count` inputs of a batch of matrices, each with its share of the errors of those before it; see Search for the
- * arguments. path < 0: the best that there is. Returns 0, or 1 without memory. */
 int mc_trellis_encode(const float *targets, const float *factor, const float *scales, const int64_t *members,
                       const float *weights, const float *feedback, const float *values, int factors, int batch,
                       int first, int count, int inputs, int outputs, int groups, int rings, int length, int numerator,

@@ -835,8 +835,6 @@ static void write_sequence(void *context, int chunk) {
     free(block.bytes);
 }
 
-/* out [outputs][inputs] float32: one matrix, in the basis of its rotated inputs. path < 0: the best that there is.
- * Returns 0, or 1 without memory. */
 int mc_trellis_matrix(const uint8_t *codes, const uint16_t *scales, const uint8_t *tables, float unit, int inputs,
                       int outputs, int length, int planes, int path, int threads, float *out) {
     Matrix m = {.first = {codes, (inputs + GROUP - 1) / GROUP, length / PER_LANE, planes}, .scales = scales,
