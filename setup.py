@@ -1,5 +1,6 @@
 """Compiles mc_cli/native, and puts a line into site-packages. All else about the package is in pyproject.toml."""
 
+import importlib.util
 import re
 import sys
 import tomllib
@@ -81,9 +82,21 @@ def description():
     return re.sub(r"\[([^\]]*)\]\((?!\w+:|#)([^)\s]+)\)", outside, (ROOT / "README.md").read_text("utf-8"))
 
 
-def sources(pattern):
-    """The files of native that match, as setuptools takes them: relative to this one."""
-    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "mc_cli" / "native").glob(pattern))
+def native_sources():
+    """mc_cli/native/sources.py, without the package around it, which needs what may not be installed yet."""
+    spec = importlib.util.spec_from_file_location("native_sources", ROOT / "mc_cli" / "native" / "sources.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+NATIVE = native_sources()
+SOURCES = NATIVE.sources(ROOT / "mc_cli" / "native")
+
+
+def relative(ending):
+    """The sources with that ending, as setuptools takes them: relative to this file."""
+    return [path.relative_to(ROOT).as_posix() for path in SOURCES if path.suffix == ending]
 
 
 setup(
@@ -92,9 +105,10 @@ setup(
     ext_modules=[
         Extension(
             "mc_cli.native._library",
-            sources=sources("*.c"),
+            sources=relative(".c"),
             libraries=["m"],
-            depends=sources("*.h"),
+            define_macros=[("MC_VERSION", NATIVE.definition(NATIVE.source_version(ROOT / "mc_cli" / "native")))],
+            depends=[*relative(".h"), "mc_cli/native/sources.py"],
             # Python asks for wrapping sums, which no routine here needs and which cost products a fifth of their speed
             extra_compile_args=[
                 "-O3",

@@ -24,8 +24,8 @@ typedef struct {
     int32_t length; /* outputs of a sequence of trellis codes */
 } mc_bank;
 
-/* Of the sources that the library was compiled from. */
-MC_EXPORT int mc_native_version(void);
+/* Of the sources that the library was compiled from: see sources.py. */
+MC_EXPORT uint64_t mc_native_version(void);
 
 /* start   GOMP_parallel of torch's OpenMP library; NULL: a pool of our own. Returns 0. */
 MC_EXPORT int mc_use_team(void *start);

@@ -129,7 +129,8 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     }
 )
 
-RETURNS = MappingProxyType(dict.fromkeys(SIGNATURES, "int"))  # routine -> the type in C
+# routine -> what it returns, in C
+RETURNS = MappingProxyType({**dict.fromkeys(SIGNATURES, "int"), "mc_native_version": "uint64_t"})
 
 
 def bound(compiled: ctypes.CDLL, name: str) -> Any:

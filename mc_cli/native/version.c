@@ -1,4 +1,7 @@
 #include "mc.h"
 
-/* Raised, here and in __init__.py, with every change of the routines: a library compiled from other sources is not used. */
-int mc_native_version(void) { return 14; }
+#ifndef MC_VERSION
+#error "Compile with MC_VERSION defined as what source_version in sources.py says of this folder, as setup.py does."
+#endif
+
+uint64_t mc_native_version(void) { return MC_VERSION; }

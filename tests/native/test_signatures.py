@@ -76,7 +76,7 @@ def test_calls_that_do_not_fit_are_errors() -> None:
 
 
 def test_routines_are_called_as_the_table_has_them() -> None:
-    """Each name that the package asks for is in the table: else only whoever runs that line would find a misspelt one."""
+    """Each name that the package asks for is in the table: else only those who run that line would find a wrong one."""
     asked = []
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
