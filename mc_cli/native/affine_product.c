@@ -21,10 +21,6 @@
 #define INPUTS_IN_CACHE 256 /* of ROWS_AT_ONCE outputs: 16 KB of codes stay in the first cache beside what they meet */
 
 typedef struct {
-    int64_t codes, scales, zero_points, bits; /* three addresses; 0 bits: this matrix is not here */
-} Entry;
-
-typedef struct {
     const uint8_t *codes;
     const uint16_t *scales;
     const uint8_t *zero_points;
@@ -321,7 +317,7 @@ static float multiply(const Matrix *m, const uint8_t *w, const float *scales, co
 
 typedef struct {
     const float *x;
-    const Entry *bank;
+    const mc_affine_entry *entries;
     float *out;
     int tokens, share, inputs, outputs, group, groups, parts, path, pieces;
     size_t pitch, stride, room; /* bytes of a group and of a row of activations; groups, in whole vectors of floats */
@@ -511,9 +507,9 @@ static void multiply_block(const Product *p, const Rows *r, int begin, int end, 
 
 /* As multiply_rows, for many places: in blocks of 32 rows and 16 places. A few groups at a time, so that all their codes
  * stay in the first cache while block after block of tokens passes. */
-static void multiply_blocks(Product *p, const Matrix *m, const int *task, int first_block, int first, int last) {
+static void multiply_blocks(Product *p, const Matrix *m, const mc_task *task, int first_block, int first, int last) {
     const size_t pitch = whole((size_t)p->inputs, VECTOR) + p->pitch; /* of a row of codes */
-    const int rows = (int)whole((size_t)(last - first), 2 * TILE), blocks = (task[2] + TILE - 1) / TILE;
+    const int rows = (int)whole((size_t)(last - first), 2 * TILE), blocks = (task->count + TILE - 1) / TILE;
     const size_t grids = (size_t)rows * p->room * sizeof(float), each = (size_t)rows * TILE * sizeof(float);
     uint8_t *memory = aligned_alloc(VECTOR, whole(2 * grids + (size_t)blocks * each + (size_t)rows * pitch, VECTOR));
     if (!memory) {
@@ -540,8 +536,8 @@ static void multiply_blocks(Product *p, const Matrix *m, const int *task, int fi
 #ifdef HAS_AMX
     if (p->path == AMX_TILES) mc_release_tiles();
 #endif
-    for (int place = 0; place < task[2]; place++) {
-        float *out = p->out + (size_t)p->sorted.slots[task[1] + place] * p->outputs + first;
+    for (int place = 0; place < task->count; place++) {
+        float *out = p->out + (size_t)p->sorted.slots[task->first + place] * p->outputs + first;
         for (int row = 0; row < last - first; row++) out[row] = sums[place / TILE * rows + row][place % TILE];
     }
     free(memory);
@@ -555,11 +551,11 @@ static int prepare_blocks(Product *p, int slots, int threads) {
     p->first_blocks = malloc(sizeof(int) * (size_t)(p->sorted.count + 1));
     if (!p->blocks || !p->first_blocks) return 1;
     for (int i = 0; i < p->sorted.count; i++) {
-        const int *task = p->sorted.tasks + 3 * i;
-        p->first_blocks[i] = task[2] < many ? -1 : count;
-        for (int done = 0; done < task[2] && task[2] >= many; done += TILE, count++) {
-            p->blocks[2 * count] = task[1] + done;
-            p->blocks[2 * count + 1] = task[2] - done < TILE ? task[2] - done : TILE;
+        const mc_task *task = p->sorted.tasks + i;
+        p->first_blocks[i] = task->count < many ? -1 : count;
+        for (int done = 0; done < task->count && task->count >= many; done += TILE, count++) {
+            p->blocks[2 * count] = task->first + done;
+            p->blocks[2 * count + 1] = task->count - done < TILE ? task->count - done : TILE;
         }
     }
     p->tiled = aligned_alloc(VECTOR, (size_t)count * block_bytes(p) + VECTOR);
@@ -574,10 +570,10 @@ static int prepare_blocks(Product *p, int slots, int threads) {
 /* Some outputs of one expert, for its places. */
 static void multiply_rows(void *context, int index) {
     Product *p = context;
-    const int *task = p->sorted.tasks + 3 * (index / p->pieces), *slots = p->sorted.slots + task[1];
-    const Entry *entry = p->bank + task[0];
-    const Matrix m = {(const uint8_t *)(intptr_t)entry->codes, (const uint16_t *)(intptr_t)entry->scales,
-                      (const uint8_t *)(intptr_t)entry->zero_points, (int)entry->bits, p->inputs, p->group, p->groups};
+    const mc_task *task = p->sorted.tasks + index / p->pieces;
+    const int *slots = p->sorted.slots + task->first;
+    const mc_affine_entry *entry = p->entries + task->matrix;
+    const Matrix m = {entry->codes, entry->scales, entry->zero_points, (int)entry->bits, p->inputs, p->group, p->groups};
     const int first = index % p->pieces * ROWS_AT_ONCE;
     const int last = first + ROWS_AT_ONCE < p->outputs ? first + ROWS_AT_ONCE : p->outputs;
 #ifdef HAS_VECTORS
@@ -595,7 +591,7 @@ static void multiply_rows(void *context, int index) {
     float *weights = offsets + p->room;
     uint8_t *w = (uint8_t *)(weights + p->room);
 #ifdef HAS_VECTORS
-    if (p->path >= AVX512_VNNI && task[2] == 1 && p->group % VECTOR == 0) {
+    if (p->path >= AVX512_VNNI && task->count == 1 && p->group % VECTOR == 0) {
         const Activations x = activations_of(p, (size_t)(slots[0] / p->share));
         multiply_packed(&m, first, last, x, scales, offsets, weights, p->out + (size_t)slots[0] * p->outputs);
         free(scales);
@@ -607,8 +603,8 @@ static void multiply_rows(void *context, int index) {
             const size_t row_bytes = (size_t)words_of(&m) * m.bits, left = (size_t)(p->outputs - 1 - row) * row_bytes;
             if (left + 2 * (size_t)m.bits < 16) at = memcpy(w, at, row_bytes); /* steps read 16 bytes, whatever is left */
             read_grids(&m, row, scales, offsets);
-            for (int i = 0; i < task[2]; i += TOKENS_TOGETHER) {
-                const int count = task[2] - i < TOKENS_TOGETHER ? task[2] - i : TOKENS_TOGETHER;
+            for (int i = 0; i < task->count; i += TOKENS_TOGETHER) {
+                const int count = task->count - i < TOKENS_TOGETHER ? task->count - i : TOKENS_TOGETHER;
                 Activations x[TOKENS_TOGETHER];
                 float found[TOKENS_TOGETHER];
                 for (int t = 0; t < count; t++) x[t] = activations_of(p, (size_t)(slots[i + t] / p->share));
@@ -623,7 +619,7 @@ static void multiply_rows(void *context, int index) {
     for (int row = first; row < last; row++) {
         read_grids(&m, row, scales, offsets);
         unpack(row_of(&m, row), m.bits, words_of(&m), p->path, w);
-        for (int i = 0; i < task[2]; i++)
+        for (int i = 0; i < task->count; i++)
             p->out[(size_t)slots[i] * p->outputs + row] =
                 multiply(&m, w, scales, offsets, activations_of(p, (size_t)(slots[i] / p->share)), p->path, weights);
     }
@@ -632,15 +628,13 @@ static void multiply_rows(void *context, int index) {
 
 int mc_affine_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
                       int path, int threads, float *out) {
-    const Entry *entries = bank->entries;
     const int slots = tokens * share, inputs = bank->inputs, outputs = bank->outputs, group = bank->block;
     const size_t pitch = whole((size_t)group, VECTOR), groups = (size_t)(inputs / group);
-    Product p = {.x = x, .bank = entries, .out = out, .tokens = tokens, .share = share, .inputs = inputs,
+    Product p = {.x = x, .entries = bank->affine, .out = out, .tokens = tokens, .share = share, .inputs = inputs,
                  .outputs = outputs, .group = group, .groups = (int)groups, .parts = parts, .path = path,
                  .pieces = (outputs + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, .pitch = pitch,
                  .stride = groups * pitch + VECTOR, .room = whole(groups, FLOATS)};
-    int failed = mc_sort_slots(&p.sorted, experts, slots, &entries->bits, sizeof(Entry) / sizeof(int64_t),
-                               bank->matrices);
+    int failed = mc_sort_slots(&p.sorted, bank, experts, slots);
     const size_t bytes = 2 * (size_t)tokens * p.stride;
     p.rows = aligned_alloc(VECTOR, whole(bytes + 1, VECTOR));
     const size_t wide_bytes = path < AVX512_VNNI ? (size_t)tokens * groups * pitch * sizeof(int16_t) : 0;

@@ -1,5 +1,6 @@
-/* What Python calls. signatures.py lists the same routines, and a test compares the two: one prototype each, in plain C,
- * with a name for every parameter. Nothing else leaves the library. */
+/* What Python calls, and the structures that it fills in. signatures.py and structures.py say the same, and tests compare
+ * them: one prototype each, in plain C, with a name for every parameter; one field a line. Nothing else leaves the
+ * library. */
 #ifndef MC_H
 #define MC_H
 
@@ -11,21 +12,43 @@
 #define MC_EXPORT
 #endif
 
-/* Matrices of one shape, as kernels/bank.py describes them: `entries` are an Entry of trellis_product.c or affine_product.c
- * each, by `kind`. */
+/* Where a trellis-coded matrix lies. The layouts of all stored parts are described in encodings. */
+typedef struct {
+    const uint8_t *codes;
+    const uint16_t *scales; /* float16 */
+    int64_t planes;         /* bits per 16 weights / 8; 0: this matrix is not here */
+} mc_trellis_entry;
+
+/* Where a matrix of affine grids lies. */
+typedef struct {
+    const uint8_t *codes;
+    const uint16_t *scales; /* float16 */
+    const uint8_t *zero_points;
+    int64_t bits; /* of a code; 0: this matrix is not here */
+} mc_affine_entry;
+
+/* Matrices of one shape and kind, as kernels/bank.py describes them; of the two tables, the other kind's is NULL. */
 enum { TRELLIS = 0, AFFINE = 1 };
 typedef struct {
-    const void *entries;
-    const uint8_t *tables; /* of trellis codes, as code_of takes them */
-    const float *signs;    /* of the rotation of their inputs */
-    float unit;            /* of their levels */
-    int32_t kind, matrices, inputs, outputs;
+    const mc_trellis_entry *trellis; /* [matrices] */
+    const mc_affine_entry *affine;   /* [matrices] */
+    const uint8_t *tables;           /* of trellis codes, as lookup_tables in numerics/trellis_code.py makes them */
+    const float *signs;              /* of the rotation of their inputs */
+    float unit;                      /* of their levels */
+    int32_t kind;
+    int32_t matrices;
+    int32_t inputs;
+    int32_t outputs;
     int32_t block;  /* inputs that are rotated together, or share a grid */
     int32_t length; /* outputs of a sequence of trellis codes */
 } mc_bank;
 
 /* Of the sources that the library was compiled from: see sources.py. */
 MC_EXPORT uint64_t mc_native_version(void);
+
+/* Offsets of all fields of mc_trellis_entry and its size, then those of mc_affine_entry and of mc_bank. Returns how many
+ * numbers there are; numbers NULL: writes none. */
+MC_EXPORT int mc_layout(int32_t *numbers);
 
 /* start   GOMP_parallel of torch's OpenMP library; NULL: a pool of our own. Returns 0. */
 MC_EXPORT int mc_use_team(void *start);

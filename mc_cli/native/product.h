@@ -68,17 +68,22 @@ float *mc_room_for(size_t floats);
 void mc_widen(const uint16_t *halves, size_t count, float *floats, int threads);
 void mc_narrow(const float *floats, size_t count, uint16_t *halves, int threads);
 
+/* The places of one matrix: `first` to first + count - 1. */
+typedef struct {
+    int matrix, first, count;
+} mc_task;
+
 /* Slots, each with its matrix, put side by side by matrix. A place is where a slot comes to lie. */
 typedef struct {
-    int *slots;  /* [places] */
-    int *places; /* [slots], -1: it has no matrix */
-    int *tasks;  /* [count][3]: matrix, its first place, how many it has */
+    int *slots;     /* [places] */
+    int *places;    /* [slots], -1: it has no matrix */
+    mc_task *tasks; /* [count], by matrix */
     int count;
 } mc_slots;
 
-/* Slot s has the matrix experts[s]; none where that is not one of the `matrices`, or widths[experts[s] * pitch] is 0.
- * experts NULL: all have the first. Returns 0, or 1 without memory; mc_free_slots in either case. */
-int mc_sort_slots(mc_slots *sorted, const int64_t *experts, int slots, const int64_t *widths, int pitch, int matrices);
+/* Slot s has the matrix experts[s] of the bank; none where that is none of its matrices, or is not there. experts NULL: all
+ * have the first. Returns 0, or 1 without memory; mc_free_slots in either case. */
+int mc_sort_slots(mc_slots *sorted, const mc_bank *bank, const int64_t *experts, int slots);
 void mc_free_slots(mc_slots *sorted);
 
 /* Zeros in out [slots][outputs] for every slot without a matrix. */

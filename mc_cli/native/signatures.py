@@ -30,6 +30,7 @@ _KEPT = {
 SIGNATURES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "mc_native_version": {},
+        "mc_layout": {"numbers": "int32_t *"},
         "mc_use_team": {"start": "void *"},
         "mc_best_path": {},
         "mc_product": {

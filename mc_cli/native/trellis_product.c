@@ -592,12 +592,8 @@ VERSIONS static void rotate(const float *x, const float *signs, int count, int b
 }
 
 typedef struct {
-    int64_t codes, scales, planes; /* addresses, and bits per 16 weights / 8; 0 planes: this matrix is not here */
-} Entry;
-
-typedef struct {
     const float *x, *signs;
-    const Entry *bank;
+    const mc_trellis_entry *entries;
     const uint8_t *tables;
     float unit;
     float *out;
@@ -706,14 +702,14 @@ AVX512 static void finish_avx512(const int32_t *sums, int parts, const int32_t *
 /* One sequence of outputs of one expert, for its places. */
 static void multiply_sequence(void *context, int index) {
     Product *p = context;
-    const int *task = p->sorted.tasks + 3 * (index / p->chunks);
+    const mc_task *task = p->sorted.tasks + index / p->chunks;
     const int chunk = index % p->chunks, lanes = p->length / PER_LANE, groups = (p->inputs + GROUP - 1) / GROUP;
-    const Entry *entry = p->bank + task[0];
-    const Sequence s = {(const uint8_t *)(intptr_t)entry->codes + (size_t)chunk * groups * entry->planes * lanes * GROUP,
+    const mc_trellis_entry *entry = p->entries + task->matrix;
+    const Sequence s = {entry->codes + (size_t)chunk * groups * entry->planes * lanes * GROUP,
                         groups, lanes, (int)entry->planes};
     const Code code = code_of(p->tables, s.planes);
-    const int path = p->path == AMX_TILES && task[2] < MORE_TOKENS ? AVX512_VNNI : p->path;
-    const int most = task[2] < TOKENS_AT_ONCE ? task[2] : TOKENS_AT_ONCE;
+    const int path = p->path == AMX_TILES && task->count < MORE_TOKENS ? AVX512_VNNI : p->path;
+    const int most = task->count < TOKENS_AT_ONCE ? task->count : TOKENS_AT_ONCE;
     const int rows_together = path == AMX_TILES ? TILE : 2;
     const size_t sum_rows = (size_t)(p->parts * most + rows_together - 1) / rows_together * rows_together;
     const size_t sum_bytes = sum_rows * SUMS * sizeof(int32_t);
@@ -734,14 +730,14 @@ static void multiply_sequence(void *context, int index) {
     const int32_t none[2] = {0, 0};
     const int first_output = chunk * p->length;
     const int outputs = p->outputs - first_output < p->length ? p->outputs - first_output : p->length;
-    const uint16_t *scales = (const uint16_t *)(intptr_t)entry->scales + first_output;
+    const uint16_t *scales = entry->scales + first_output;
     for (int i = 0; i < outputs; i += LANE_BYTES / 2) __builtin_prefetch(scales + i);
     if (lanes < LANES) memset(block.bytes, 0, (size_t)PER_LANE * block.pitch * LANE_BYTES); /* lanes that are not there are multiplied, too */
 #ifdef HAS_AMX
     if (path == AMX_TILES) mc_configure_tiles();
 #endif
-    for (int begin = 0; begin < task[2]; begin += most) {
-        const int count = task[2] - begin < most ? task[2] - begin : most, place = task[1] + begin;
+    for (int begin = 0; begin < task->count; begin += most) {
+        const int count = task->count - begin < most ? task->count - begin : most, place = task->first + begin;
         const int8_t *rows = p->rows + (size_t)p->parts * place * p->stride;
         memset(sums, 0, sum_bytes);
         for (int first = 0; first < groups; first += block.pitch) {
@@ -772,18 +768,16 @@ static void multiply_sequence(void *context, int index) {
 
 int mc_trellis_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
                        int path, int threads, float *out) {
-    const Entry *entries = bank->entries;
     const int slots = tokens * share, inputs = bank->inputs, outputs = bank->outputs;
     const int groups = (inputs + GROUP - 1) / GROUP;
-    Product p = {.x = x, .signs = bank->signs, .bank = entries, .tables = bank->tables, .unit = bank->unit, .out = out,
+    Product p = {.x = x, .signs = bank->signs, .entries = bank->trellis, .tables = bank->tables, .unit = bank->unit, .out = out,
                  .tokens = tokens, .share = share, .inputs = inputs, .outputs = outputs, .block = bank->block,
                  .length = bank->length, .parts = parts, .path = path,
                  .chunks = (outputs + bank->length - 1) / bank->length,
                  .together = inputs < QUANTIZED_TOGETHER ? QUANTIZED_TOGETHER / inputs : 1,
                  .stride = ((size_t)(groups + TILE - 1) / TILE * TILE + TILE) * GROUP};
     const size_t room = (size_t)slots + (slots < MORE_TOKENS ? 1 : TILE); /* pairs and tiles read rows beyond the last */
-    int failed = mc_sort_slots(&p.sorted, experts, slots, &entries->planes, sizeof(Entry) / sizeof(int64_t),
-                               bank->matrices);
+    int failed = mc_sort_slots(&p.sorted, bank, experts, slots);
     p.rows = malloc(parts * room * p.stride);
     p.steps = malloc(sizeof(float) * room);
     p.totals = malloc(sizeof(int32_t) * 2 * room);
