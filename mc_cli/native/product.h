@@ -52,6 +52,20 @@ AVX512 INLINE __m512i add_products_with(__m512i sum, __m512i w, const int8_t *x)
 /* Paths, as kernels/compiled.py names them; a processor has either AVX2 or NEON. */
 enum { PORTABLE = 0, AVX2 = 1, NEON = 1, AVX512_VNNI = 2, AMX_TILES = 3 };
 
+/* A table by path, of what the five have: those that this processor or compiler has not get the next best. Names that do not
+ * get into the table need not exist. */
+#if defined(HAS_AMX)
+#define BY_PATH(portable, avx2, neon, avx512, amx) {portable, avx2, avx512, amx}
+#elif defined(HAS_VECTORS)
+#define BY_PATH(portable, avx2, neon, avx512, amx) {portable, avx2, avx512, avx512}
+#elif defined(HAS_NEON)
+#define BY_PATH(portable, avx2, neon, avx512, amx) {portable, neon, neon, neon}
+#else
+#define BY_PATH(portable, avx2, neon, avx512, amx) {portable, portable, portable, portable}
+#endif
+
+INLINE int known_path(int path) { return path < PORTABLE || path > AMX_TILES ? PORTABLE : path; }
+
 /* As mc_product, with x and out float32. */
 int mc_bank_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
                     int path, int threads, float *out);
