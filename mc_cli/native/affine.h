@@ -20,8 +20,6 @@ typedef struct {
     int bits, inputs, group, groups;
 } AffineMatrix;
 
-INLINE size_t whole(size_t count, size_t unit) { return (count + unit - 1) / unit * unit; }
-
 INLINE int words_of(const AffineMatrix *m) { return (m->inputs + 7) / 8; } /* of eight codes, in a row */
 
 INLINE const uint8_t *row_of(const AffineMatrix *m, int row) { return m->codes + (size_t)row * words_of(m) * m->bits; }

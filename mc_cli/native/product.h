@@ -52,8 +52,8 @@ AVX512 INLINE __m512i add_products_with(__m512i sum, __m512i w, const int8_t *x)
 /* Paths, as kernels/compiled.py names them; a processor has either AVX2 or NEON. */
 enum { PORTABLE = 0, AVX2 = 1, NEON = 1, AVX512_VNNI = 2, AMX_TILES = 3 };
 
-/* A table by path, of what the five have: those that this processor or compiler has not get the next best. Names that do not
- * get into the table need not exist. */
+/* A table by path, of what the five have: those that this processor or compiler has not get the next best. Names that do
+ * not get into the table need not exist. */
 #if defined(HAS_AMX)
 #define BY_PATH(portable, avx2, neon, avx512, amx) {portable, avx2, avx512, amx}
 #elif defined(HAS_VECTORS)
@@ -106,6 +106,12 @@ void mc_clear_missing(const mc_slots *sorted, int slots, int outputs, float *out
 /* Activations as two bytes each: steps of the largest / 127, and their 254th parts; fine NULL: as the first alone.
  * Returns the step; NaN where one is not finite, so that it shows in the outputs. totals [2]: the sums of both. */
 float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine, int32_t *totals);
+
+/* The normalised Hadamard transform of every `block` entries of signs * x [count], as numerics/rotation.py defines it. */
+void mc_rotate(const float *x, const float *signs, int count, int block, float *out);
+
+/* `count` up to the next multiple of `unit`. */
+INLINE size_t whole(size_t count, size_t unit) { return (count + unit - 1) / unit * unit; }
 
 /* Without branches, so that many at once are vectors. */
 INLINE float from_half(uint16_t half) {
