@@ -1,5 +1,6 @@
 """Compiles mc_cli/native, and puts a line into site-packages. All else about the package is in pyproject.toml."""
 
+import importlib.util
 import re
 import sys
 import tomllib
@@ -81,29 +82,42 @@ def description():
     return re.sub(r"\[([^\]]*)\]\((?!\w+:|#)([^)\s]+)\)", outside, (ROOT / "README.md").read_text("utf-8"))
 
 
+def native_sources():
+    """mc_cli/native/sources.py, without the package around it, which needs what may not be installed yet."""
+    spec = importlib.util.spec_from_file_location("native_sources", ROOT / "mc_cli" / "native" / "sources.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+NATIVE = native_sources()
+SOURCES = NATIVE.sources(ROOT / "mc_cli" / "native")
+
+
+def relative(ending):
+    """The sources with that ending, as setuptools takes them: relative to this file."""
+    return [path.relative_to(ROOT).as_posix() for path in SOURCES if path.suffix == ending]
+
+
 setup(
     long_description=description(),
     long_description_content_type="text/markdown",
     ext_modules=[
         Extension(
             "mc_cli.native._library",
-            sources=[
-                f"mc_cli/native/{name}.c"
-                for name in (
-                    "trellis",
-                    "trellis_product",
-                    "affine_product",
-                    "product",
-                    "experts",
-                    "pruning",
-                    "threads",
-                    "version",
-                )
-            ],
+            sources=relative(".c"),
             libraries=["m"],
-            depends=[f"mc_cli/native/{name}.h" for name in ("compiler", "product", "threads")],
+            define_macros=[("MC_VERSION", NATIVE.definition(NATIVE.source_version(ROOT / "mc_cli" / "native")))],
+            depends=[*relative(".h"), "mc_cli/native/sources.py"],
             # Python asks for wrapping sums, which no routine here needs and which cost products a fifth of their speed
-            extra_compile_args=["-O3", "-fno-wrapv", "-Wno-psabi", "-fno-math-errno", "-pthread"],
+            extra_compile_args=[
+                "-O3",
+                "-fvisibility=hidden",
+                "-fno-wrapv",
+                "-Wno-psabi",
+                "-fno-math-errno",
+                "-pthread",
+            ],
             extra_link_args=["-pthread"],
             optional=True,  # without a C compiler torch does their work, slower, and the stages say so
         )

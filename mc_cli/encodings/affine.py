@@ -118,18 +118,18 @@ class AffineEncoding:
             raise ShapeError(f"{self.key}: {tuple(rows)} x {in_features} weights are not decoded by compiled routines.")
         halves = dtype == torch.bfloat16
         matrix = torch.empty((*rows, in_features), dtype=torch.bfloat16 if halves else torch.float32)
-        failed = native.routine("mc_affine_matrix", "pppiiiiiipp")(
-            codes.data_ptr(),
-            scales.data_ptr(),
-            zero_points.data_ptr(),
-            self.bits,
-            rows.numel(),
-            in_features,
-            self.group_size,
-            path,
-            torch.get_num_threads(),
-            None if halves else matrix.data_ptr(),
-            matrix.data_ptr() if halves else None,
+        failed = native.routine("mc_affine_matrix")(
+            codes=codes.data_ptr(),
+            scales=scales.data_ptr(),
+            zero_points=zero_points.data_ptr(),
+            bits=self.bits,
+            rows=rows.numel(),
+            inputs=in_features,
+            group=self.group_size,
+            path=path,
+            threads=torch.get_num_threads(),
+            floats=None if halves else matrix.data_ptr(),
+            halves=matrix.data_ptr() if halves else None,
         )
         if failed:
             raise McError(f"No memory left to decode a packed matrix of {tuple(rows)} x {in_features} weights.")

@@ -163,18 +163,18 @@ class TrellisEncoding:
             scales.view(-1, out_features),
             strict=True,
         ):
-            failed = native.routine("mc_trellis_matrix", "pppfiiiiiip")(
-                ring.data_ptr(),
-                scale.data_ptr(),
-                lookup_tables().data_ptr(),
-                UNIT,
-                in_features,
-                out_features,
-                sequence_length(out_features),
-                self.lane_bytes,
-                path,
-                torch.get_num_threads(),
-                matrix.data_ptr(),
+            failed = native.routine("mc_trellis_matrix")(
+                codes=ring.data_ptr(),
+                scales=scale.data_ptr(),
+                tables=lookup_tables().data_ptr(),
+                unit=UNIT,
+                inputs=in_features,
+                outputs=out_features,
+                length=sequence_length(out_features),
+                planes=self.lane_bytes,
+                path=path,
+                threads=torch.get_num_threads(),
+                out=matrix.data_ptr(),
             )
             if failed:
                 raise McError(f"No memory left to decode a packed matrix of {out_features} x {in_features} weights.")

@@ -17,10 +17,10 @@ from mc_cli.errors import ShapeError
 from mc_cli.kernels.bank import CompiledBank
 from mc_cli.kernels.compiled import PATHS, activation_bytes, best_path, tokens_of
 from mc_cli.kernels.stored import check_bank
+from mc_cli.native.structures import AffineEntry
 
 Part = tuple[AffineEncoding, Mapping[str, Tensor]]  # a matrix: its encoding, `codes`, `scales` and `zero_points`
 
-_KIND = 1  # in native/product.h
 _FOR_MANY_TOKENS = 2  # paths from here on multiply many tokens fast, too
 FEW_TOKENS = 16  # of more, the others need longer than decoding does
 HALF_TOKENS = 192  # of 16-bit tokens; of more, products of two bytes need longer than decoding and the library's own
@@ -77,9 +77,9 @@ class Bank(CompiledBank):
         if len(groups) != 1:
             raise ShapeError(f"Affine grids of one product have groups of one size, not of {sorted(groups)} inputs.")
         super().__init__(
-            _KIND,
+            "affine",
             parts,
-            torch.tensor([_entry(part) for part in parts], dtype=torch.int64),
+            torch.tensor([_entry(part).row() for part in parts], dtype=torch.int64),
             out_features=out_features,
             in_features=in_features,
             block=groups.pop(),
@@ -92,10 +92,9 @@ def bank_of(parts: Sequence[Part | None], out_features: int, in_features: int) -
     return Bank(parts, out_features, in_features) if len(groups) == 1 else None
 
 
-def _entry(part: Part | None) -> tuple[int, int, int, int]:
-    """As `Entry` in native/affine_product.c: three addresses and the width; zeros for one that is not there."""
+def _entry(part: Part | None) -> AffineEntry:
     if part is None:
-        return 0, 0, 0, 0
+        return AffineEntry()
     encoding, tensors = part
-    codes, scales, zero_points = (tensors[name].data_ptr() for name in ("codes", "scales", "zero_points"))
-    return codes, scales, zero_points, encoding.bits
+    addresses = {name: tensors[name].data_ptr() for name in ("codes", "scales", "zero_points")}
+    return AffineEntry(**addresses, bits=encoding.bits)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,29 +16,13 @@ from mc_cli.encodings import FASTEST, MOST, Encoding
 from mc_cli.errors import ShapeError
 from mc_cli.kernels.compiled import activation_bytes, best_path, check
 from mc_cli.kernels.stored import StoredMemory, plain_numbers
+from mc_cli.native.structures import AFFINE, TRELLIS, Bank
 
 # Activations of gates, in the order in which native/experts.c numbers them.
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
 }
-
-
-class _Fields(ctypes.Structure):
-    """mc_bank of native/product.h."""
-
-    _fields_ = (
-        ("entries", ctypes.c_void_p),
-        ("tables", ctypes.c_void_p),
-        ("signs", ctypes.c_void_p),
-        ("unit", ctypes.c_float),
-        ("kind", ctypes.c_int32),
-        ("matrices", ctypes.c_int32),
-        ("inputs", ctypes.c_int32),
-        ("outputs", ctypes.c_int32),
-        ("block", ctypes.c_int32),
-        ("length", ctypes.c_int32),
-    )
 
 
 class CompiledBank:
@@ -47,14 +32,14 @@ class CompiledBank:
 
     parts     (encoding, stored parts) of every matrix as the kind's own bank has checked them, None for one that is not
               there
-    entries   int64 [matrices, fields], as `Entry` of the kind's routine in native; the last field of one that is not
-              there, whose products are zeros, is 0
-    more      further fields of mc_bank
+    entries   int64 [matrices, fields], each a `row` of its kind's entry in native/structures.py; the last field of one
+              that is not there, whose products are zeros, is 0
+    more      further fields of the structure `Bank` there
     """
 
     def __init__(
         self,
-        kind: int,
+        kind: Literal["trellis", "affine"],
         parts: Sequence[tuple[Encoding, Mapping[str, Tensor]] | None],
         entries: Tensor,
         *,
@@ -69,17 +54,17 @@ class CompiledBank:
         self.memory = StoredMemory(tensors)
         self._kept = entries, more  # what the addresses below point to
         addresses = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in more.items()}
-        self._fields = _Fields(
-            entries=entries.data_ptr(),
-            kind=kind,
+        self._fields = Bank(
+            kind=TRELLIS if kind == "trellis" else AFFINE,
             matrices=len(entries),
             inputs=in_features,
             outputs=out_features,
             block=block,
             **addresses,
+            **{kind: entries.data_ptr()},
         )
         self.address = ctypes.addressof(self._fields)
-        self._product = native.routine("mc_product", "pppiiiiiip")
+        self._product = native.routine("mc_product")
         self.absent = torch.cat([entries[:, -1] == 0, torch.ones(1, dtype=torch.bool)])  # [matrices + 1], by number
         self.out_features, self.in_features = out_features, in_features
 
@@ -114,16 +99,16 @@ class CompiledBank:
         if experts is not None:
             experts = plain_numbers(experts, tokens * share, rows.device)
         failed = self._product(
-            self.address,
-            rows.data_ptr(),
-            None if experts is None else experts.data_ptr(),
-            rows.dtype == torch.bfloat16,
-            tokens,
-            share,
-            activation_bytes(),
-            best_path() if path == FASTEST else path,
-            torch.get_num_threads(),
-            outputs.data_ptr(),
+            bank=self.address,
+            x=rows.data_ptr(),
+            experts=None if experts is None else experts.data_ptr(),
+            halves=rows.dtype == torch.bfloat16,
+            tokens=tokens,
+            share=share,
+            parts=activation_bytes(),
+            path=best_path() if path == FASTEST else path,
+            threads=torch.get_num_threads(),
+            out=outputs.data_ptr(),
         )
         check(failed, self.out_features, self.in_features)
 
@@ -160,20 +145,20 @@ def experts_output(
     inputs, factors = _plain(rows, dtype), _plain(weights, dtype)
     chosen = plain_numbers(experts, tokens * share, inputs.device)
     outputs = torch.empty((tokens, down.out_features), dtype=dtype)
-    failed = native.routine("mc_experts", "pppppiiiiiiip")(
-        up.address,
-        down.address,
-        inputs.data_ptr(),
-        chosen.data_ptr(),
-        factors.data_ptr(),
-        dtype == torch.bfloat16,
-        tokens,
-        share,
-        list(GATES).index(gate),
-        activation_bytes(),
-        best_path() if path == FASTEST else path,
-        torch.get_num_threads(),
-        outputs.data_ptr(),
+    failed = native.routine("mc_experts")(
+        up=up.address,
+        down=down.address,
+        x=inputs.data_ptr(),
+        experts=chosen.data_ptr(),
+        weights=factors.data_ptr(),
+        halves=dtype == torch.bfloat16,
+        tokens=tokens,
+        share=share,
+        activation=list(GATES).index(gate),
+        parts=activation_bytes(),
+        path=best_path() if path == FASTEST else path,
+        threads=torch.get_num_threads(),
+        out=outputs.data_ptr(),
     )
     check(failed, up.out_features, up.in_features)
     return outputs.to(rows.dtype)

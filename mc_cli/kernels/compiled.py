@@ -22,7 +22,7 @@ SWITCH = "MC_CLI_ACTIVATION_BITS"  # of the environment: as what compiled produc
 @functools.cache
 def best_path() -> int:
     """The fastest of PATHS that this machine has."""
-    return native.routine("mc_best_path", "")()
+    return native.routine("mc_best_path")()
 
 
 @functools.cache

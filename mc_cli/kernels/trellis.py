@@ -26,7 +26,6 @@ from mc_cli.numerics.trellis_code import UNIT, lookup_tables
 _FOR_MANY_TOKENS = 2  # paths from here on multiply any number of tokens as fast as the library does, or faster
 FEW_TOKENS = 8  # up to here the others are faster than decoding first
 MOST_INPUTS = 2**16  # of more, sums of byte products might leave int32
-_KIND = 0  # in native/product.h
 
 
 def runs_packed(rows: Tensor) -> bool:
@@ -63,7 +62,7 @@ class Bank(CompiledBank):
     def __init__(self, parts: Sequence[Part | None], out_features: int, in_features: int) -> None:
         table = matrix_table(parts, out_features=out_features, in_features=in_features, most_inputs=MOST_INPUTS)
         super().__init__(
-            _KIND,
+            "trellis",
             parts,
             table,
             out_features=out_features,

@@ -1,8 +1,8 @@
 """The compiled routines, loaded with ctypes. Without a compiler at installation there are none, and torch serves.
 
-Every routine takes plain pointers to contiguous arrays, releases Python's lock, and returns 0, or 1 where there is no
-memory left. Those with much to do take the number of threads to use: torch's own, where its OpenMP library can be
-had, otherwise a pool's (threads.c).
+mc.h declares the routines, signatures.py lists them for ctypes. All take plain pointers to contiguous arrays, release
+Python's lock, and return 0, or 1 where there is no memory left. Those with much to do take the number of threads to
+use: torch's own, where its OpenMP library can be had, otherwise a pool's (threads.c).
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mc_cli.errors import McError
+from mc_cli.native.signatures import bound
+from mc_cli.native.sources import source_version
 
 _FILE = "_library.dll" if sys.platform == "win32" else "_library.so"  # of no Python in particular, see setup.py
 SWITCH = "MC_CLI_LIBRARY"  # of the environment: the path of the compiled library to use
-_VERSION = 13  # as in version.c
 _TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch_cpu.dylib")
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
 
 
 @functools.cache
@@ -28,8 +29,9 @@ def library() -> ctypes.CDLL | None:
     """The compiled library, None where the package was installed without a compiler.
 
     The environment variable MC_CLI_LIBRARY names another one, such as one that was compiled with a sanitizer.
-    Raises McError where it was compiled from other sources, as in a checkout that was updated after its installation:
-    the routines' arguments may have changed; and where the one that was named is not there.
+    Raises McError where it was compiled from other sources than those beside this file, as in a checkout that was
+    updated after its installation: the routines' arguments may have changed; and where the one that was named is not
+    there.
     """
     named = os.environ.get(SWITCH)
     if named:
@@ -45,17 +47,18 @@ def _loaded(path: Path) -> ctypes.CDLL:
         raise McError(
             f"The compiled library {path} cannot be loaded: {error}. Install the package again, or unset {SWITCH}."
         ) from error
-    compiled.mc_use_team(team_start())
+    bound(compiled, "mc_use_team")(start=team_start())
     return compiled
 
 
 def _checked(compiled: ctypes.CDLL, path: Path) -> ctypes.CDLL:
-    version = getattr(compiled, "mc_native_version", None)
-    found = 0 if version is None else version()
-    if found != _VERSION:
+    expected = source_version(Path(__file__).parent)
+    found = bound(compiled, "mc_native_version")() if hasattr(compiled, "mc_native_version") else 0
+    if expected is not None and found != expected:
         raise McError(
-            f"{path} was compiled from version {found} of its sources, this is version {_VERSION}. Install the package "
-            "again (make install, or pip install -e .), or delete that file: torch then does its work, slower."
+            f"{path} was compiled from version {found:016x} of its sources, these are version {expected:016x}. Install "
+            "the package again (make install, or pip install -e .), or delete that file: torch then does its work, "
+            "slower."
         )
     return compiled
 
@@ -75,15 +78,12 @@ def team_start() -> ctypes.c_void_p:
 
 
 @functools.cache
-def routine(name: str, arguments: str) -> Any:
-    """A compiled routine that returns an int; `arguments` has one letter each: p pointer, i int, f float.
+def routine(name: str) -> Callable[..., int]:
+    """A compiled routine; it takes all its arguments by the names that signatures.py lists.
 
     Raises RuntimeError where there is no compiled library; ask `library()` first.
     """
     compiled = library()
     if compiled is None:
         raise RuntimeError(f"{name} is not compiled")
-    function = getattr(compiled, name)
-    function.argtypes = [_TYPES[letter] for letter in arguments]
-    function.restype = ctypes.c_int
-    return function
+    return bound(compiled, name)

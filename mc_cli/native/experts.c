@@ -96,10 +96,6 @@ static int run_layer(Layer *l, const mc_bank *up, const mc_bank *down, const int
     return failed;
 }
 
-/* out [tokens][outputs of `down`]: for every token the sum over its `share` slots of weights[slot] * down(act(gate) * up),
- * where gate and up are the two halves of what matrix experts[slot] of `up` gives; a slot whose expert is none of the
- * matrices adds nothing. x [tokens][inputs of `up`], experts and weights [tokens * share]; share is 1 at least.
- * halves: x, weights and out are bfloat16, otherwise float32. Returns 0, or 1 without memory. */
 int mc_experts(const mc_bank *up, const mc_bank *down, const void *x, const int64_t *experts, const void *weights,
                int halves, int tokens, int share, int activation, int parts, int path, int threads, void *out) {
     Layer l = {.x = x, .weights = weights, .out = out, .inner = down->inputs, .outer = down->outputs, .share = share,

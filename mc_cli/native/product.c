@@ -27,9 +27,15 @@ AMX void mc_configure_tiles(void) { _tile_loadconfig(&tiles); }
 AMX void mc_release_tiles(void) { _tile_release(); }
 #endif
 
-int mc_sort_slots(mc_slots *sorted, const int64_t *experts, int slots, const int64_t *widths, int pitch, int matrices) {
+static int has_matrix(const mc_bank *bank, int64_t matrix) {
+    if (matrix < 0 || matrix >= bank->matrices) return 0;
+    return bank->kind == TRELLIS ? bank->trellis[matrix].planes != 0 : bank->affine[matrix].bits != 0;
+}
+
+int mc_sort_slots(mc_slots *sorted, const mc_bank *bank, const int64_t *experts, int slots) {
+    const int matrices = bank->matrices;
     *sorted = (mc_slots){malloc(sizeof(int) * (size_t)(slots + 1)), malloc(sizeof(int) * (size_t)(slots + 1)),
-                         malloc(sizeof(int) * 3 * (size_t)(matrices + 1)), 0};
+                         malloc(sizeof(mc_task) * (size_t)(matrices + 1)), 0};
     int *next = calloc((size_t)matrices + 1, sizeof(int)); /* by matrix: first how many, then the next one's place */
     if (!sorted->slots || !sorted->places || !sorted->tasks || !next) {
         free(next);
@@ -37,19 +43,17 @@ int mc_sort_slots(mc_slots *sorted, const int64_t *experts, int slots, const int
     }
     for (int slot = 0; slot < slots; slot++) {
         const int64_t matrix = experts ? experts[slot] : 0;
-        const int there = matrix >= 0 && matrix < matrices && widths[matrix * pitch];
+        const int there = has_matrix(bank, matrix);
         sorted->places[slot] = there ? (int)matrix : -1;
         if (there) next[matrix]++;
     }
     int begin = 0;
     for (int matrix = 0; matrix < matrices; matrix++) {
         if (!next[matrix]) continue;
-        int *task = sorted->tasks + 3 * sorted->count++;
-        task[0] = matrix;
-        task[1] = begin;
-        task[2] = next[matrix];
-        begin += next[matrix];
-        next[matrix] = task[1];
+        const mc_task task = {matrix, begin, next[matrix]};
+        sorted->tasks[sorted->count++] = task;
+        begin += task.count;
+        next[matrix] = task.first;
     }
     for (int slot = 0; slot < slots; slot++) {
         if (sorted->places[slot] < 0) continue;
@@ -71,7 +75,7 @@ void mc_clear_missing(const mc_slots *sorted, int slots, int outputs, float *out
         if (sorted->places[slot] < 0) memset(out + (size_t)slot * outputs, 0, sizeof(float) * (size_t)outputs);
 }
 
-VERSIONS float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine, int32_t *totals) {
+VERSIONS static float split(const float *x, int count, int8_t *coarse, int8_t *fine, int32_t *totals) {
     int32_t most = 0; /* the bits of floats are ordered as their sizes are */
     for (int i = 0; i < count; i++) {
         int32_t bits;
@@ -106,6 +110,10 @@ VERSIONS float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine,
     totals[0] = all;
     totals[1] = rest;
     return largest / 127.0f;
+}
+
+float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine, int32_t *totals) {
+    return split(x, count, coarse, fine, totals);
 }
 
 #define HUGE_PAGE ((size_t)1 << 21)
@@ -154,9 +162,9 @@ static void narrow_piece(void *context, int index) {
     narrow((const float *)c->from + index * FLOATS_AT_ONCE, piece_of(c, index), (uint16_t *)c->to + index * FLOATS_AT_ONCE);
 }
 
-static void convert(mc_task task, Conversion c, int threads) {
+static void convert(mc_work work, Conversion c, int threads) {
     const size_t pieces = (c.count + FLOATS_AT_ONCE - 1) / FLOATS_AT_ONCE;
-    mc_parallel(task, &c, (int)pieces, pieces < 4 ? 1 : threads);
+    mc_parallel(work, &c, (int)pieces, pieces < 4 ? 1 : threads);
 }
 
 void mc_widen(const uint16_t *halves, size_t count, float *floats, int threads) {

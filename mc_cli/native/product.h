@@ -3,6 +3,7 @@
 #define MC_PRODUCT_H
 
 #include "compiler.h"
+#include "mc.h"
 
 #include <stdint.h>
 #include <string.h>
@@ -51,31 +52,23 @@ AVX512 INLINE __m512i add_products_with(__m512i sum, __m512i w, const int8_t *x)
 /* Paths, as kernels/compiled.py names them; a processor has either AVX2 or NEON. */
 enum { PORTABLE = 0, AVX2 = 1, NEON = 1, AVX512_VNNI = 2, AMX_TILES = 3 };
 
-/* The fastest path of this machine. */
-int mc_best_path(void);
+/* A table by path, of what the five have: those that this processor or compiler has not get the next best. Names that do
+ * not get into the table need not exist. */
+#if defined(HAS_AMX)
+#define BY_PATH(portable, avx2, neon, avx512, amx) {portable, avx2, avx512, amx}
+#elif defined(HAS_VECTORS)
+#define BY_PATH(portable, avx2, neon, avx512, amx) {portable, avx2, avx512, avx512}
+#elif defined(HAS_NEON)
+#define BY_PATH(portable, avx2, neon, avx512, amx) {portable, neon, neon, neon}
+#else
+#define BY_PATH(portable, avx2, neon, avx512, amx) {portable, portable, portable, portable}
+#endif
 
-/* Matrices of one shape, as kernels/bank.py describes them: `entries` are an Entry of trellis_product.c or affine_product.c
- * each, by `kind`. */
-enum { TRELLIS = 0, AFFINE = 1 };
-typedef struct {
-    const void *entries;
-    const uint8_t *tables; /* of trellis codes, as code_of takes them */
-    const float *signs;    /* of the rotation of their inputs */
-    float unit;            /* of their levels */
-    int32_t kind, matrices, inputs, outputs;
-    int32_t block;  /* inputs that are rotated together, or share a grid */
-    int32_t length; /* outputs of a sequence of trellis codes */
-} mc_bank;
+INLINE int known_path(int path) { return path < PORTABLE || path > AMX_TILES ? PORTABLE : path; }
 
-/* out [slots][outputs] float32: slot s holds the product of token s / share with the matrix experts[s] of the bank;
- * zeros where experts[s] is none of its matrices or that matrix is not there. experts NULL: all the first.
- * x [tokens][inputs], multiplied as numbers of `parts` bytes, 1 or 2; tokens * share slots. threads: at most; for little
- * work one. Returns 0, or 1 without memory. */
+/* As mc_product, with x and out float32. */
 int mc_bank_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
                     int path, int threads, float *out);
-/* The same with x and out bfloat16 where `halves`, float32 otherwise. */
-int mc_product(const mc_bank *bank, const void *x, const int64_t *experts, int halves, int tokens, int share, int parts,
-               int path, int threads, void *out);
 /* mc_bank_product for banks of one kind each. */
 int mc_trellis_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
                        int path, int threads, float *out);
@@ -89,17 +82,22 @@ float *mc_room_for(size_t floats);
 void mc_widen(const uint16_t *halves, size_t count, float *floats, int threads);
 void mc_narrow(const float *floats, size_t count, uint16_t *halves, int threads);
 
+/* The places of one matrix: `first` to first + count - 1. */
+typedef struct {
+    int matrix, first, count;
+} mc_task;
+
 /* Slots, each with its matrix, put side by side by matrix. A place is where a slot comes to lie. */
 typedef struct {
-    int *slots;  /* [places] */
-    int *places; /* [slots], -1: it has no matrix */
-    int *tasks;  /* [count][3]: matrix, its first place, how many it has */
+    int *slots;     /* [places] */
+    int *places;    /* [slots], -1: it has no matrix */
+    mc_task *tasks; /* [count], by matrix */
     int count;
 } mc_slots;
 
-/* Slot s has the matrix experts[s]; none where that is not one of the `matrices`, or widths[experts[s] * pitch] is 0.
- * experts NULL: all have the first. Returns 0, or 1 without memory; mc_free_slots in either case. */
-int mc_sort_slots(mc_slots *sorted, const int64_t *experts, int slots, const int64_t *widths, int pitch, int matrices);
+/* Slot s has the matrix experts[s] of the bank; none where that is none of its matrices, or is not there. experts NULL: all
+ * have the first. Returns 0, or 1 without memory; mc_free_slots in either case. */
+int mc_sort_slots(mc_slots *sorted, const mc_bank *bank, const int64_t *experts, int slots);
 void mc_free_slots(mc_slots *sorted);
 
 /* Zeros in out [slots][outputs] for every slot without a matrix. */
@@ -108,6 +106,12 @@ void mc_clear_missing(const mc_slots *sorted, int slots, int outputs, float *out
 /* Activations as two bytes each: steps of the largest / 127, and their 254th parts; fine NULL: as the first alone.
  * Returns the step; NaN where one is not finite, so that it shows in the outputs. totals [2]: the sums of both. */
 float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine, int32_t *totals);
+
+/* The normalised Hadamard transform of every `block` entries of signs * x [count], as numerics/rotation.py defines it. */
+void mc_rotate(const float *x, const float *signs, int count, int block, float *out);
+
+/* `count` up to the next multiple of `unit`. */
+INLINE size_t whole(size_t count, size_t unit) { return (count + unit - 1) / unit * unit; }
 
 /* Without branches, so that many at once are vectors. */
 INLINE float from_half(uint16_t half) {

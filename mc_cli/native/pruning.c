@@ -1,9 +1,10 @@
 /* Which of a token's experts are computed, decided in one call: keep scores as policies/odp.py and policies/otp.py define
  * them, then the rule that all policies share. So little per token that one thread is done before a second one wakes. */
 
+#include "mc.h"
+
 #include <float.h>
 #include <math.h>
-#include <stdint.h>
 
 #define LANES 16       /* sums side by side, which a compiler may put into vectors */
 #define MOST_SLOTS 256 /* of a token; the callers see to it */
@@ -70,10 +71,6 @@ static void keep_slots(const Slots *s, int64_t token, const float *scores) {
     for (int slot = 0; s->renormalise && slot < s->k; slot++) kept[slot] *= scale;
 }
 
-/* Scores of odp: the largest share from a slot to the last; infinite for spared tokens.
- *
- * hidden      [tokens][width], NULL where no token is spared
- * received    [tokens] attention received, NULL: `uniform` for all */
 int mc_keep_by_share(const float *hidden, const float *received, float uniform, float protect_at, int width,
                      const int64_t *index, const float *weights, float threshold, int tokens, int k, int absent,
                      int renormalise, int64_t *kept_index, float *kept_weights) {
@@ -99,9 +96,6 @@ static double log_sum(const double *x, int n) {
     return most + log(sum);
 }
 
-/* Scores of otp: the log-odds of keeping more experts than a slot's rank; infinite for the best one.
- *
- * hidden  [tokens][width];  router [k - 1][width + k - 1], bias [k - 1];  smaller shares count as least_share */
 int mc_keep_by_router(const float *hidden, const float *router, const float *bias, float least_share, int width,
                       const int64_t *index, const float *weights, float threshold, int tokens, int k, int absent,
                       int renormalise, int64_t *kept_index, float *kept_weights) {

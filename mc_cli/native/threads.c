@@ -8,6 +8,8 @@
 
 #include "threads.h"
 
+#include "mc.h"
+
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -19,7 +21,7 @@
 static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER; /* held by the caller whose work the pool does */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of the two conditions */
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER, done = PTHREAD_COND_INITIALIZER;
-static _Atomic uint64_t work; /* call number, changes when there is something to do */
+static _Atomic uint64_t calls; /* call number, changes when there is something to do */
 static _Atomic int active;
 static int allowed, workers;
 static uint64_t hired_at[MOST];
@@ -33,7 +35,7 @@ static pid_t team_owner;
 
 /* Indices 0 to count - 1 in as many runs as there are threads. */
 typedef struct {
-    mc_task task;
+    mc_work work;
     void *context;
     int count, runs;
     _Atomic int arrived;
@@ -45,8 +47,8 @@ typedef struct {
 
 static Shared *current; /* of the pool */
 
-static void share_out(Shared *s, mc_task task, void *context, int count, int threads) {
-    s->task = task;
+static void share_out(Shared *s, mc_work work, void *context, int count, int threads) {
+    s->work = work;
     s->context = context;
     s->count = count;
     s->runs = threads < MOST ? threads : MOST;
@@ -57,13 +59,12 @@ static void share_out(Shared *s, mc_task task, void *context, int count, int thr
 static void take_share(void *shared) {
     Shared *s = shared;
     const int own = atomic_fetch_add(&s->arrived, 1);
-    for (int turn = 0; turn < s->runs; turn++) {
-        const int run = (own + turn) % s->runs, end = (int)((int64_t)s->count * (run + 1) / s->runs);
-        for (int index; (index = atomic_fetch_add(&s->run[run].next, 1)) < end;) s->task(s->context, index);
+    for (int helped = 0; helped < s->runs; helped++) {
+        const int run = (own + helped) % s->runs, end = (int)((int64_t)s->count * (run + 1) / s->runs);
+        for (int index; (index = atomic_fetch_add(&s->run[run].next, 1)) < end;) s->work(s->context, index);
     }
 }
 
-/* start   GOMP_parallel of that library; NULL: the pool below */
 int mc_use_team(void *start) {
     team_owner = getpid();
     atomic_store(&start_team, (team_start)start);
@@ -81,13 +82,13 @@ static void *serve(void *argument) {
     uint64_t seen = hired_at[number];
     for (;;) {
         int looks = 0;
-        while (atomic_load(&work) == seen && looks++ < LOOKS) pause_briefly();
-        if (atomic_load(&work) == seen) {
+        while (atomic_load(&calls) == seen && looks++ < LOOKS) pause_briefly();
+        if (atomic_load(&calls) == seen) {
             pthread_mutex_lock(&lock);
-            while (atomic_load(&work) == seen) pthread_cond_wait(&wake, &lock);
+            while (atomic_load(&calls) == seen) pthread_cond_wait(&wake, &lock);
             pthread_mutex_unlock(&lock);
         }
-        seen = atomic_load(&work);
+        seen = atomic_load(&calls);
         if (number < allowed) take_share(current);
         if (atomic_fetch_sub(&active, 1) == 1) {
             pthread_mutex_lock(&lock);
@@ -103,13 +104,13 @@ static void hire(int wanted) {
     if (owner != getpid()) { /* a fork copies no threads */
         owner = getpid();
         workers = 0;
-        atomic_store(&work, 0);
+        atomic_store(&calls, 0);
         pthread_mutex_init(&lock, NULL);
         pthread_cond_init(&wake, NULL);
         pthread_cond_init(&done, NULL);
     }
     while (workers < wanted && workers < MOST) {
-        hired_at[workers] = atomic_load(&work);
+        hired_at[workers] = atomic_load(&calls);
         pthread_t thread;
         pthread_attr_t attributes;
         pthread_attr_init(&attributes);
@@ -121,27 +122,27 @@ static void hire(int wanted) {
     }
 }
 
-void mc_parallel(mc_task task, void *context, int count, int threads) {
+void mc_parallel(mc_work work, void *context, int count, int threads) {
     if (threads <= 1 || count <= 1) {
-        for (int index = 0; index < count; index++) task(context, index);
+        for (int index = 0; index < count; index++) work(context, index);
         return;
     }
     Shared shared;
     const team_start start = atomic_load(&start_team);
     if (start && team_owner == getpid()) { /* a fork copies no threads, and the library would wait for them */
-        share_out(&shared, task, context, count, threads);
+        share_out(&shared, work, context, count, threads);
         start(take_share, &shared, (unsigned)threads, 0); /* all of them: a team that changes its size is made anew */
         return;
     }
     if (threads > count) threads = count;
-    share_out(&shared, task, context, count, threads);
+    share_out(&shared, work, context, count, threads);
     pthread_mutex_lock(&turn);
     hire(threads - 1);
     current = &shared;
     allowed = threads - 1;
     atomic_store(&active, workers);
     pthread_mutex_lock(&lock);
-    atomic_fetch_add(&work, 1);
+    atomic_fetch_add(&calls, 1);
     pthread_cond_broadcast(&wake);
     pthread_mutex_unlock(&lock);
     take_share(&shared);

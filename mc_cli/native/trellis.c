@@ -89,9 +89,9 @@ FOR_AVX2 INLINE void step_avx2(const Step *s, const int k) {
             const __m256i other = _mm256_and_si256(_mm256_load_si256((const __m256i *)(before + t * groups)), mask);
             least = _mm256_min_epi32(least, _mm256_or_si256(other, _mm256_set1_epi32(t)));
         }
-        const __m256i four = _mm256_shuffle_epi8(_mm256_andnot_si256(mask, least), low_bytes);
+        const __m256i bytes = _mm256_shuffle_epi8(_mm256_andnot_si256(mask, least), low_bytes);
         _mm_storel_epi64((__m128i *)(s->from + g),
-                         _mm_unpacklo_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1)));
+                         _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
         const __m256 reached = _mm256_add_ps(_mm256_castsi256_ps(least), base);
 #pragma GCC unroll 64
         for (int part = 0; part < fan; part++) { /* lane j: that of the group before it, (8 * part + j) >> k */
@@ -135,14 +135,8 @@ AVX512 INLINE void step_avx512(const Step *s, const int k) {
 EACH(step_avx512, AVX512)
 #endif
 
-static StepOf *const *steps_of(int path) {
-#ifdef HAS_VECTORS
-    if (path >= AVX512_VNNI) return step_avx512_of;
-    if (path == AVX2) return step_avx2_of;
-#endif
-    (void)path;
-    return step_portable_of;
-}
+static StepOf *const *const paths[] =
+    BY_PATH(step_portable_of, step_avx2_of, step_portable_of, step_avx512_of, step_avx512_of);
 
 typedef struct {
     float cost[2][STATES] __attribute__((aligned(64))); /* of every state at the weight reached, and room for the next */
@@ -229,7 +223,8 @@ INLINE int seam_bits(Scratch *s, const Search *search, const float *targets, con
     return s->state[before - 1] & ((STATES >> last_bits) - 1);
 }
 
-/* Brings the targets of the group from weight `later` on up to the errors of weights n to end - 1 of the ring at `start`. */
+/* Brings the targets of the group from weight `later` on up to the errors of weights n to end - 1 of the ring at
+ * `start`. */
 INLINE void feed_back(Scratch *s, const float *feedback, int rows, int start, int n, int end, int later) {
     for (; n < end; n++) {
         const float error = s->values[s->state[n]] - s->wanted[start + n];
@@ -364,8 +359,6 @@ VERSIONS static void search_part(void *context, int part) {
     free_scratch(s);
 }
 
-/* Codes `count` inputs of a batch of matrices, each with its share of the errors of those before it; see Search for the
- * arguments. path < 0: the best that there is. Returns 0, or 1 without memory. */
 int mc_trellis_encode(const float *targets, const float *factor, const float *scales, const int64_t *members,
                       const float *weights, const float *feedback, const float *values, int factors, int batch,
                       int first, int count, int inputs, int outputs, int groups, int rings, int length, int numerator,
@@ -374,7 +367,7 @@ int mc_trellis_encode(const float *targets, const float *factor, const float *sc
     Search search = {.targets = targets, .factor = factor, .scales = scales, .members = members, .weights = weights,
                      .feedback = feedback, .values = values, .factors = factors, .batch = batch, .first = first,
                      .count = count, .inputs = inputs, .outputs = outputs, .groups = groups, .rings = rings,
-                     .length = length, .steps = steps_of(path < 0 ? mc_best_path() : path), .codes = codes,
+                     .length = length, .steps = paths[known_path(path < 0 ? mc_best_path() : path)], .codes = codes,
                      .parts = all < threads ? all : threads, /* all groups take as long; scratch has its price */
                      .decoded = decoded, .errors = errors, .offsets = malloc(sizeof(int) * ((size_t)length + 1))};
     if (!search.offsets) return 1;

@@ -151,31 +151,34 @@ def encode_panel(
     groups, rows = members.shape
     length = rows // rings
     check_rate(length, rate)
-    given = [None if each is None else each.contiguous() for each in (targets, scales, members, weights, feedback)]
+    targets = targets.contiguous()
+    given = {"scales": scales, "members": members, "weights": weights, "feedback": feedback}
+    kept = {name: None if tensor is None else tensor.contiguous() for name, tensor in given.items()}
     assert codes.is_contiguous() and values.is_contiguous() and (errors is None or errors.is_contiguous())
     if factor is not None:
         factor = (factor[:1] if factor.stride(0) == 0 else factor).contiguous()
     table = (code_values(rate) if table is None else table).contiguous()
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (given[0], factor, *given[1:])]
-    failed = native.routine("mc_trellis_encode", "pppppppiiiiiiiiiiiiippp")(
-        *pointers,
-        table.data_ptr(),
-        1 if factor is None else len(factor),
-        batch,
-        first,
-        count,
-        values.shape[1],
-        outputs,
-        groups,
-        rings,
-        length,
-        rate.numerator,
-        rate.denominator,
-        path,
-        torch.get_num_threads(),
-        codes.data_ptr(),
-        values.data_ptr(),
-        None if errors is None else errors.data_ptr(),
+    failed = native.routine("mc_trellis_encode")(
+        targets=targets.data_ptr(),
+        factor=None if factor is None else factor.data_ptr(),
+        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in kept.items()},
+        values=table.data_ptr(),
+        factors=1 if factor is None else len(factor),
+        batch=batch,
+        first=first,
+        count=count,
+        inputs=values.shape[1],
+        outputs=outputs,
+        groups=groups,
+        rings=rings,
+        length=length,
+        numerator=rate.numerator,
+        denominator=rate.denominator,
+        path=path,
+        threads=torch.get_num_threads(),
+        codes=codes.data_ptr(),
+        decoded=values.data_ptr(),
+        errors=None if errors is None else errors.data_ptr(),
     )
     if failed:
         raise McError(f"No memory left for the trellis search of sequences of {length} weights.")

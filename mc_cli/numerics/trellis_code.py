@@ -23,7 +23,7 @@ STATE_BITS = 12
 WINDOWS = 1 << STATE_BITS
 UNIT = 3.0378 / 127  # of a level, where the weights have variance 1
 RATES = tuple(Fraction(half, 2) for half in range(2, 11))
-SIGNED_FROM = 2.5  # bits per weight: from here on hashes negate; as in native/trellis_product.c
+SIGNED_FROM = 2.5  # bits per weight: from here on hashes negate; as in native/trellis_product.h
 _NEGATIVE, _LEVEL = 0x80, 0x3F  # of a hash
 
 

@@ -19,7 +19,6 @@ from mc_cli.errors import ShapeError
 if TYPE_CHECKING:
     from mc_cli.policies import Cut, Routed
 
-_FEATURES, _SLOTS = "fi", "ppfiiiipp"  # arguments that both routines take
 _MOST_SLOTS = 256  # as in native/pruning.c
 _MOST_VALUES = 2**31 - 1  # of tokens together: routines count in 32 bits
 _Kept = tuple[Tensor, Tensor]
@@ -32,7 +31,7 @@ class KeptByShare:
     """
 
     def __init__(self, protect_at: float | None, cut: Cut) -> None:
-        self._routine = native.routine("mc_keep_by_share", "ppf" + _FEATURES + _SLOTS)
+        self._routine = native.routine("mc_keep_by_share")
         self._spares = protect_at is not None
         self._protect_at = protect_at or 0.0
         self._cut = cut
@@ -44,13 +43,13 @@ class KeptByShare:
             return None
         if looks is not None and looks.shape != hidden.shape[:1]:
             raise ShapeError(f"attention received {list(looks.shape)} for {len(hidden)} tokens")
-        inputs = (
-            hidden.data_ptr() if self._spares else None,
-            None if looks is None else looks.data_ptr(),
-            received if isinstance(received, float) else 1.0,
-            self._protect_at,
-            hidden.shape[-1],
-        )
+        inputs = {
+            "hidden": hidden.data_ptr() if self._spares else None,
+            "received": None if looks is None else looks.data_ptr(),
+            "uniform": received if isinstance(received, float) else 1.0,
+            "protect_at": self._protect_at,
+            "width": hidden.shape[-1],
+        }
         return _kept(self._routine, inputs, routed, self._cut)
 
 
@@ -61,7 +60,7 @@ class KeptByRouter:
     """
 
     def __init__(self, router: Tensor, bias: Tensor, cut: Cut, *, least_share: float) -> None:
-        self._routine = native.routine("mc_keep_by_router", "ppp" + _FEATURES + _SLOTS)
+        self._routine = native.routine("mc_keep_by_router")
         self._router, self._bias = router, bias
         self._least_share = least_share
         self._cut = cut
@@ -77,7 +76,13 @@ class KeptByRouter:
                 f"token and hidden states of {hidden.shape[-1]} need [{steps}, {hidden.shape[-1] + steps}] and "
                 f"[{steps}]. It belongs to another model, or was changed; load the model again."
             )
-        inputs = hidden.data_ptr(), router.data_ptr(), bias.data_ptr(), self._least_share, hidden.shape[-1]
+        inputs = {
+            "hidden": hidden.data_ptr(),
+            "router": router.data_ptr(),
+            "bias": bias.data_ptr(),
+            "least_share": self._least_share,
+            "width": hidden.shape[-1],
+        }
         return _kept(self._routine, inputs, routed, self._cut)
 
 
@@ -107,10 +112,20 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
 
 
-def _kept(routine: Any, inputs: tuple[Any, ...], routed: Routed, cut: Cut) -> _Kept:
+def _kept(routine: Any, inputs: dict[str, Any], routed: Routed, cut: Cut) -> _Kept:
     index, weights = routed.index.contiguous(), routed.weights.contiguous()
     kept_index, kept_weights = torch.empty_like(index), torch.empty_like(weights)
     tokens, k = weights.shape
-    slots = index.data_ptr(), weights.data_ptr(), cut.threshold, tokens, k, cut.absent, cut.renormalise
-    routine(*inputs, *slots, kept_index.data_ptr(), kept_weights.data_ptr())
+    routine(
+        **inputs,
+        index=index.data_ptr(),
+        weights=weights.data_ptr(),
+        threshold=cut.threshold,
+        tokens=tokens,
+        k=k,
+        absent=cut.absent,
+        renormalise=cut.renormalise,
+        kept_index=kept_index.data_ptr(),
+        kept_weights=kept_weights.data_ptr(),
+    )
     return kept_index, kept_weights

@@ -15,10 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mc_cli import native
+from mc_cli.native.sources import definition, source_version, sources
 
-SOURCES = sorted(Path(native.__file__).parent.glob("*.c"))
+FOLDER = Path(native.__file__).parent
+SOURCES = [path for path in sources(FOLDER) if path.suffix == ".c"]
 WATCHED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-COMPILED = ["-fPIC", "-O1", "-g", "-fno-wrapv", "-Wno-psabi", "-fno-math-errno", "-pthread"]
+VERSION = f"-DMC_VERSION={definition(source_version(FOLDER))}"
+COMPILED = [VERSION, "-fPIC", "-O1", "-g", "-fno-wrapv", "-Wno-psabi", "-fno-math-errno", "-pthread"]
 
 
 def compiler() -> str:

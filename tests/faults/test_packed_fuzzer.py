@@ -35,8 +35,9 @@ import torch
 from mc_cli import native
 codes, scales, zero_points = torch.zeros(4, 8, dtype=torch.uint8), torch.zeros(4, 1).half(), torch.zeros(4, 1)
 out = torch.empty(4000, 8)
-native.routine("mc_affine_matrix", "pppiiiiiipp")(
-    codes.data_ptr(), scales.data_ptr(), zero_points.data_ptr(), 8, 400, 8, 8, 0, 1, out.data_ptr(), None
+native.routine("mc_affine_matrix")(
+    codes=codes.data_ptr(), scales=scales.data_ptr(), zero_points=zero_points.data_ptr(), bits=8, rows=400, inputs=8,
+    group=8, path=0, threads=1, floats=out.data_ptr(), halves=None
 )
 """
     done = subprocess.run(

@@ -42,7 +42,7 @@ def test_the_lookup_tables_give_the_levels_of_all_windows(rate: Fraction) -> Non
 @pytest.mark.parametrize("begin", range(8))
 @pytest.mark.parametrize("rate", RATES, ids=float)
 def test_tables_for_windows_that_begin_within_a_byte(rate: Fraction, begin: int) -> None:
-    """Six bits as native/trellis_product.c takes them from two bytes, from everything that may lie around them."""
+    """Six bits as native/trellis_avx512.c takes them from two bytes, from everything that may lie around them."""
 
     def six_bits(stream: torch.Tensor, bit: int) -> torch.Tensor:
         own, other = stream >> (bit & ~7) & 255, stream >> ((bit & ~7) + 8) & 255
@@ -65,7 +65,7 @@ def test_tables_for_windows_that_begin_within_a_byte(rate: Fraction, begin: int)
 
 @pytest.mark.parametrize("rate", [rate for rate in RATES if rate < SIGNED_FROM], ids=float)
 def test_narrow_codes_need_two_lookups(rate: Fraction) -> None:
-    """As `SIGNED_FROM` in native/trellis_product.c takes it: the first table is none, and nothing negates."""
+    """As `SIGNED_FROM` in native/trellis_product.h takes it: the first table is none, and nothing negates."""
     low, high, _ = lookup_tables()[RATES.index(rate), 0]
     assert low.tolist() == list(range(64)) and int(high.max()) < 64
 
