@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mc_cli.artifacts.files import nothing_remembered
 from mc_cli.artifacts.locks import work_dir_lock
+from mc_cli.artifacts.manifest import MANIFEST
 from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest
 from mc_cli.errors import InputError, McError, Problems
 from mc_cli.flags import STAGES, shared_with_score
@@ -83,6 +84,9 @@ def look_ahead(stages: Mapping[str, Any], compute: RunSettings, work_dir: Path, 
 
 def check_stage(stage: str, settings: Any, compute: RunSettings, work_dir: Path, *, force: bool) -> None:
     """Raises a McError naming all that stands against a stage, before it computes anything; nothing if it is done."""
+    if stage == STAGES[0] and (force or not _has_ended(stage, work_dir)):  # before texts of any size are hashed
+        look_ahead({stage: settings}, compute, work_dir, todo=(stage,))
+        return
     problems = Problems()
     state = ""
     with problems.catching():
@@ -92,6 +96,11 @@ def check_stage(stage: str, settings: Any, compute: RunSettings, work_dir: Path,
         with problems.catching():
             look_ahead({stage: settings}, compute, work_dir, todo=(stage,))
     problems.tell()
+
+
+def _has_ended(stage: str, work_dir: Path) -> bool:
+    """Whether the stage may be done, by the presence of its manifest alone."""
+    return (work_dir / STAGE_FOLDERS[stage] / MANIFEST).exists()
 
 
 def forecast_stage(
@@ -172,7 +181,7 @@ def _check_chain(plan: RunPlan, force_from: str | None) -> None:
     done = set()
     for stage, force in _forced(force_from):
         try:
-            if force:
+            if force or not _has_ended(stage, plan.work_dir):
                 break
             state = stage_module(stage).plan_stage(plan.stages[stage], plan.compute, plan.work_dir).state()
         except McError:  # said by the stage itself, or because an earlier one is still to run

@@ -26,10 +26,10 @@ from mc_cli.errors import InputError, Problems
 from mc_cli.exporters import exporter_from_name
 from mc_cli.kernels.compiled import check_inputs
 from mc_cli.measuring.policy_fitting import policy_names
-from mc_cli.models.inventory import take_inventory
 from mc_cli.models.session import Session, first_session, later_session
 from mc_cli.parts import ModelInventory
 from mc_cli.settings import QuantizerSettings, RunSettings, ScoreSettings
+from mc_cli.stages.calibrate import opened
 from mc_cli.stages.quantize import check_plan, plan_path
 
 __all__ = ["Outlook", "look_ahead"]
@@ -96,8 +96,7 @@ class _Look:
                 text.load_tokenizer(session.folder, trust_remote_code=self._compute.trust_remote_code)
         with self._problems.catching():
             if session is not None and "calibrate" in self._todo:
-                checkpoint = session.open_checkpoint()
-                inventory = take_inventory(checkpoint.model, stored_dtypes=checkpoint.stored_dtypes)
+                _, inventory = opened(session)
             else:
                 inventory = self._noted_inventory()
         return session, inventory

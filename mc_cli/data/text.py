@@ -18,6 +18,7 @@ from mc_cli.data.chat import OWN_TEMPLATE, ChatSettings, Renderer
 from mc_cli.data.documents import Document, Reading, data_digest, read_documents
 from mc_cli.data.tokenizing import token_ids
 from mc_cli.errors import CheckpointError, InputError, McError, shown
+from mc_cli.models.model_folder import config_file
 
 DEFAULT_LENGTH = 2048
 WINDOWS_PER_SEQUENCE = 16
@@ -171,6 +172,11 @@ def fit_length(asked: int, config: Any) -> int:
     """
     known = getattr(config.get_text_config(), "max_position_embeddings", None)
     limit = known or DEFAULT_LENGTH
+    if limit < 1:
+        raise CheckpointError(
+            f"{config_file(config)}: max_position_embeddings is {limit}, and a model has room for one token at least. "
+            "Download it again."
+        )
     if known and asked > known:
         raise InputError(
             f"--length {asked}: the model has {limit} positions (max_position_embeddings). Use {limit} or less."

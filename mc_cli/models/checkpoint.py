@@ -356,6 +356,8 @@ def _check_counts(folder: Path, config: PretrainedConfig, tensors: Mapping[str, 
     layers = getattr(text, "num_hidden_layers", None)
     if isinstance(layers, int) and layers > len(numbers) + _LAYERS_TO_LIST:
         wrong.append(f"num_hidden_layers: {layers:,}, the files hold tensors of {len(numbers):,} layers")
+    elif isinstance(layers, int) and layers < 1:
+        wrong.append(f"num_hidden_layers: {layers:,}, and a model has one layer at least")
     for name, value in sorted(text.to_dict().items()):
         if name.endswith(("experts", "expert")) and isinstance(value, int) and value > largest:
             wrong.append(f"{name}: {value:,}, no tensor of the files has more than {width:,} rows or columns")

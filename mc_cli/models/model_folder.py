@@ -21,8 +21,11 @@ TESTED_TRANSFORMERS = "5.23."
 # Files of a model that are read, here or by transformers.
 _READ = (".json", ".safetensors", ".model", ".tiktoken", ".txt", ".py", ".jinja", ".spm", ".bpe")
 _LARGEST_JSON, _LARGEST_INDEX = 64 << 20, 256 << 20
-_LIMITS = ((r"layers?$|^depth$", 1 << 14), (r"experts?$|^num_labels$|^experts_per_", 1 << 20))
+_LARGEST_CONFIG = 8 << 20
+_LIMITS = ((r"layers?$|^depth$|^num_labels$", 1 << 14), (r"experts?$|^experts_per_", 1 << 20))
 _LARGEST_NUMBER = 1 << 62
+_MOST_ENTRIES = 1 << 15  # config classes copy all of them several times
+_ENDLESS = re.compile(r"limit|clamp|clip|max|range")  # entries that may be infinite, such as a limit of time steps
 SUPPORTED = f"Contract-tested families: {', '.join(CONTRACT_TESTED)}."
 
 
@@ -123,7 +126,17 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
         raise CheckpointError(
             f"{path}: text_config is {text!r:.80}, not the configuration of a model. Download it again."
         )
+    _check_dtype(path, text)
     return config
+
+
+def _check_dtype(path: Path, config: Any) -> None:
+    """Raises CheckpointError where the dtype that weights have by default is none that weights can have."""
+    dtype = getattr(config, "dtype", None)
+    if dtype is not None and not getattr(dtype, "is_floating_point", False):
+        raise CheckpointError(
+            f"{path}: dtype is {str(dtype)!r:.80}, which is no type of weights such as bfloat16. Download it again."
+        )
 
 
 def _read_config_json(folder: Path, path: Path) -> dict[str, Any]:
@@ -133,6 +146,12 @@ def _read_config_json(folder: Path, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has no {path.name}: it is not a Hugging Face checkpoint.")
     check_files(folder)
     raw = read_model_json(path)
+    count = sum(1 for _ in _entries(raw))
+    if count > _MOST_ENTRIES:
+        raise CheckpointError(
+            f"{path} holds {count:,} entries, more than the {_MOST_ENTRIES:,} that the configuration of a model has. "
+            "Download it again."
+        )
     wrong = list(_unusable_numbers(raw))
     if wrong:
         raise CheckpointError(
@@ -168,7 +187,13 @@ def read_model_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a model. Raises CheckpointError where it is none, InputError for a pipe."""
     require_ordinary(path)
     size = path.stat().st_size
-    limit = _LARGEST_INDEX if path.name.endswith(".index.json") else _LARGEST_JSON
+    limit = (
+        _LARGEST_INDEX
+        if path.name.endswith(".index.json")
+        else _LARGEST_CONFIG
+        if path.name == "config.json"
+        else _LARGEST_JSON
+    )
     if size > limit:
         raise CheckpointError(
             f"{path} has {size:,} bytes, more than the {limit:,} that such a file of a model has. Download it again."
@@ -190,20 +215,29 @@ def _unusable_numbers(config: dict[str, Any]) -> Iterator[str]:
     Config classes make a list with one entry per layer or label of what they read, before anything could be compared
     with the weights.
     """
-    waiting: list[tuple[str, object]] = [("", config)]
-    while waiting:
-        where, value = waiting.pop()
-        if isinstance(value, dict):
-            waiting += [(f"{where}.{name}" if where else str(name), inner) for name, inner in value.items()]
-        elif isinstance(value, list):
-            waiting += [(f"{where}[{place}]", inner) for place, inner in enumerate(value)]
-        elif isinstance(value, float) and math.isnan(value):
+    for where, value in _entries(config):
+        leaf = where.rpartition(".")[2]
+        if isinstance(value, float) and math.isnan(value):
             yield f"{where}: NaN"
+        elif isinstance(value, float) and math.isinf(value) and not _ENDLESS.search(leaf):
+            yield f"{where}: {value}"
         elif isinstance(value, int) and not isinstance(value, bool):
-            leaf = where.rpartition(".")[2]
             limit = next((limit for pattern, limit in _LIMITS if re.search(pattern, leaf)), _LARGEST_NUMBER)
             if abs(value) > limit:
                 yield f"{where}: {f'{value:,}' if abs(value) < 1 << 80 else 'a longer number'}, at most {limit:,}"
+
+
+def _entries(config: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    """(place, value) of everything in a config.json that is no object or list, and of empty ones."""
+    waiting: list[tuple[str, object]] = [("", config)]
+    while waiting:
+        where, value = waiting.pop()
+        if isinstance(value, dict) and value:
+            waiting += [(f"{where}.{name}" if where else str(name), inner) for name, inner in value.items()]
+        elif isinstance(value, list) and value:
+            waiting += [(f"{where}[{place}]", inner) for place, inner in enumerate(value)]
+        else:
+            yield where, value
 
 
 def first_line(error: Exception) -> str:

@@ -66,7 +66,7 @@ def run(
         except ArtifactError as error:  # a disk that is only read
             progress.warn(f"{error} Later stages look for the model where it was.")
         return _result(folder, ran=False)
-    checkpoint, inventory = _opened(session)
+    checkpoint, inventory = opened(session)
     weights = session.digesting(checkpoint, folder)
     drawn = None if folder.path(artifact.TOKENS).exists() and not force else _windows(settings, session)
     folder.start(force=force)
@@ -139,8 +139,8 @@ def _token_ids(
     return token_ids
 
 
-def _opened(session: Session) -> tuple[Checkpoint, ModelInventory]:
-    """The checkpoint and its inventory, from the headers alone.
+def opened(session: Session) -> tuple[Checkpoint, ModelInventory]:
+    """The checkpoint, ready to be watched, and its inventory: from the headers alone, no weight is read.
 
     Raises a McError where it could not be taken through all stages, so that none of them runs for nothing.
     """
