@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from mc_cli.kernels.with_gradients import product
 from mc_cli.models import experts
 from mc_cli.models.memory import ask_for_huge_pages
 from mc_cli.packed.decoded_weight import DecodedWeight
+from mc_cli.packed.expert_adapters import targets_for
 from mc_cli.packed.stored_parts import TO_DENSE, StoredPart
 
 
@@ -118,11 +121,26 @@ class _PackedExperts(_Stored):
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("_mc_packed", {}):
             raise _AbsentWeight(
-                f"{type(self).__name__} has no {name!r}: its experts are packed, each with its own codes. Adapters go "
-                "on attention, shared experts, embedding and head (docs/training.md). To change experts' weights, "
-                f"{TO_DENSE[0].lower()}{TO_DENSE[1:]}"
+                f"{type(self).__name__} has no {name!r}: its experts are packed, each with its own codes. To train an "
+                f"adapter on them, name them in LoraConfig(target_parameters=[...]) of PEFT (docs/training.md). To "
+                f"change experts' weights, {TO_DENSE[0].lower()}{TO_DENSE[1:]}"
             )
         return super().__getattr__(name)  # type: ignore[misc]
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        own = super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
+        return own if recurse else itertools.chain(own, targets_for(self, sys._getframe(1)))
+
+    def _mc_keep_dense(self) -> None:
+        """Makes the experts dense because something is merged into them; a warning says so."""
+        before = sum(parameter.nbytes for parameter in self._parameters.values() if parameter is not None)
+        unpack(self)
+        after = sum(parameter.nbytes for parameter in self._parameters.values() if parameter is not None)
+        warnings.warn(
+            f"The packed experts of a layer were merged into and are dense from here on: {after:,} bytes in place of "
+            f"{before:,}. Adapters that are not merged leave them packed.",
+            stacklevel=2,
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if experts.PRUNER in self.__dict__:
