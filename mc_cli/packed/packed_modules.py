@@ -498,7 +498,8 @@ def _unpack_experts(module: Any) -> None:
         del module._parameters[name]
     _forget_packing(module)
     for name, parameter in {**learned, **dense}.items():
-        module.register_parameter(name, nn.Parameter(parameter.data, requires_grad=False))
+        plain = parameter.plain if isinstance(parameter, StoredPart) else parameter
+        module.register_parameter(name, nn.Parameter(plain, requires_grad=False))
 
 
 def pack_experts(module: Any, layout: ExpertLayout, *, dtype: torch.dtype) -> dict[str, str]:
