@@ -30,7 +30,7 @@ def targets_for(module: Any, asking: FrameType) -> list[tuple[str, Tensor]]:
     PEFT's configuration learns here which adapter fits these experts, by the way that PEFT has for modules it does not
     know.
     """
-    config = asking.f_locals.get("peft_config")
+    config: Any = asking.f_locals.get("peft_config")
     if asking.f_code.co_name != _ASKING or not hasattr(config, "_register_custom_module"):
         return []
     config._register_custom_module({type(module): _adapter_class()})

@@ -22,9 +22,17 @@ TO_DENSE = (
 
 
 class StoredData(Tensor):
-    """What `.data` of a stored part gives: the same memory, to read and to copy into. Arithmetic in place is refused."""
+    """What `.data` of a stored part gives: its memory, to read and to copy into. Arithmetic in place is refused."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what is computed from it is a plain tensor
+
+    @property
+    def data(self) -> Tensor:
+        return _sharing(StoredData, self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]  # of this object alone
 
     def detach(self) -> Tensor:
         return _sharing(StoredData, self)  # for nn.Parameter, which asks for the same class

@@ -50,7 +50,9 @@ def adapted(model: Any, *args: Any, **options: Any) -> Any:
 
 
 def is_packed(model: Any) -> bool:
-    return any(type(module).__name__.startswith("Packed") and hasattr(module, "_mc_packed") for module in model.modules())
+    return any(
+        type(module).__name__.startswith("Packed") and hasattr(module, "_mc_packed") for module in model.modules()
+    )
 
 
 @pytest.mark.parametrize("targets", [EXPERTS, EXPERTS[:1], EXPERTS[1:]], ids=["both", "up", "down"])
