@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ IMPLEMENTATION = "mc_cli"
 _HIDDEN_BYTES = 2**28  # of what up projections give at a time: of long prompts, some tokens after others
 PRUNER = "_mc_pruner"  # attribute of an experts module: what decides, before a forward, which slots are computed
 
+LOW_RANK = "_mc_low_rank"  # attribute of an experts module: projection name -> what adapters add, during a forward
+
 Experts = Any  # an nn.Module with the flags and methods that transformers' experts decorator gives it
 
 
@@ -45,6 +47,20 @@ class ExpertCall:
 
 
 Observer = Callable[[nn.Module, ExpertCall], None]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to one projection of every expert: scaling * outer[expert] @ inner[expert]."""
+
+    inner: Sequence[torch.Tensor]  # per expert [rank, in_features]
+    outer: Sequence[torch.Tensor]  # per expert [out_features, rank]
+    scaling: float
+
+    def product(self, expert: int, inputs: torch.Tensor) -> torch.Tensor:
+        """[tokens, out_features] for inputs [tokens, in_features], in the dtype of the factors."""
+        linear, inner = nn.functional.linear, self.inner[expert]
+        return linear(linear(inputs.to(inner.dtype), inner), self.outer[expert]) * self.scaling
 
 
 @dataclass(frozen=True)
@@ -211,8 +227,23 @@ def project(module: Experts, projection: str, expert: int, inputs: torch.Tensor)
             outputs = product(inputs, parts, place.encoding, in_features=place.in_features)
     else:
         outputs = nn.functional.linear(inputs, expert_weight(module, projection, expert))
+    for adapter in getattr(module, LOW_RANK, {}).get(projection, ()):
+        outputs = outputs + adapter.product(expert, inputs).to(outputs.dtype)
     bias = expert_bias(module, projection, expert)
     return outputs if bias is None else outputs + bias.to(outputs.dtype)
+
+
+@contextlib.contextmanager
+def with_low_rank(module: Experts, projection: str, adapters: Sequence[LowRank]) -> Iterator[None]:
+    """Context in which each product of one projection has those of `adapters` added."""
+    before = getattr(module, LOW_RANK, {})
+    setattr(module, LOW_RANK, {**before, projection: adapters} if adapters else before)
+    try:
+        yield
+    finally:
+        setattr(module, LOW_RANK, before)
+        if not before:
+            delattr(module, LOW_RANK)
 
 
 def activate(module: Experts, hidden: torch.Tensor) -> torch.Tensor:
@@ -244,7 +275,8 @@ def experts_forward(
     pruner = getattr(module, PRUNER, None)
     if pruner is not None:
         top_k_index, top_k_weights = pruner(module, flat, top_k_index, top_k_weights)
-    with_banks = _observer(module) is None and _runs_packed(module, flat) and not _learns(module, flat, top_k_weights)
+    alone = _observer(module) is None and not getattr(module, LOW_RANK, None)
+    with_banks = alone and _runs_packed(module, flat) and not _learns(module, flat, top_k_weights)
     banks = _banks_of(module) if with_banks else None
     if banks is None:
         total = _one_by_one(module, flat, top_k_index, top_k_weights)

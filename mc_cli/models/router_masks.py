@@ -49,34 +49,15 @@ def mask_router(router: nn.Module, num_experts: int, dropped: Sequence[int]) -> 
         )
     mask = torch.zeros(num_experts, dtype=torch.bool, device="cpu")  # also where a model is being built without data
     mask[list(dropped)] = True
-    modes: list[_MaskedLogits] = []
-
-    def begin(*_: Any) -> None:
-        mode = _MaskedLogits(mask)
-        mode.__enter__()
-        modes.append(mode)
-
-    def end(module: nn.Module, args: Any, output: Any) -> None:
-        mode = modes.pop()
-        mode.__exit__(None, None, None)
-        if output is not None and not mode.masked:
-            raise FamilyError(
-                f"{type(module).__name__} makes its logits in a way that experts cannot be dropped from. Plan without "
-                "width 0, and run prune-eval without --drop-experts, for this family."
-            )
-
-    def mask_packed(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
-        modes[-1].masked = True
-        return output.masked_fill(mask.to(output.device), float("-inf"))
-
+    hooks = _Hooks(mask)
     # Of several masks on one router the last one put on is the first one off, so that each puts back what it found.
     # A packed linear's product need not go through torch: it is masked where it comes out.
     packed = [module for module in router.modules() if hasattr(module, "_mc_weight") and module is not router]
     return [
-        router.register_forward_pre_hook(begin),
-        router.register_forward_hook(end, always_call=True, prepend=True),
+        router.register_forward_pre_hook(hooks.begin),
+        router.register_forward_hook(hooks.end, always_call=True, prepend=True),
         *(_LoweredBias(module, mask) for module in router.modules() if hasattr(module, CORRECTION_BIAS)),
-        *(module.register_forward_hook(mask_packed) for module in packed),
+        *(module.register_forward_hook(hooks.mask_packed) for module in packed),
     ]
 
 
@@ -87,6 +68,32 @@ def drop_experts(model: nn.Module, dropped: Mapping[str, Sequence[int]]) -> None
             router: Any = model.get_submodule(router_path_of(model, path))
             module: Any = model.get_submodule(path)
             mask_router(router, int(module.num_experts), names)
+
+
+class _Hooks:
+    """What masks the logits of one router. Methods, not functions made on the way, so that a model can be pickled."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        self._mask = mask
+        self._modes: list[_MaskedLogits] = []
+
+    def begin(self, *_: Any) -> None:
+        mode = _MaskedLogits(self._mask)
+        mode.__enter__()
+        self._modes.append(mode)
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        mode = self._modes.pop()
+        mode.__exit__(None, None, None)
+        if output is not None and not mode.masked:
+            raise FamilyError(
+                f"{type(module).__name__} makes its logits in a way that experts cannot be dropped from. Plan without "
+                "width 0, and run prune-eval without --drop-experts, for this family."
+            )
+
+    def mask_packed(self, _: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        self._modes[-1].masked = True
+        return output.masked_fill(self._mask.to(output.device), float("-inf"))
 
 
 class _LoweredBias:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -18,12 +20,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mc_cli.artifacts.packed import ExpertLayout
-from mc_cli.encodings import Encoding
+from mc_cli.encodings import Encoding, check_parts
 from mc_cli.errors import InputError, PackedWeightError, listed
 from mc_cli.kernels.with_gradients import product
 from mc_cli.models import experts
 from mc_cli.models.memory import ask_for_huge_pages
 from mc_cli.packed.decoded_weight import DecodedWeight
+from mc_cli.packed.expert_adapters import targets_for
 from mc_cli.packed.stored_parts import TO_DENSE, StoredPart
 
 
@@ -37,7 +40,16 @@ class PackedWeight:
     dtype: torch.dtype  # of the weight that `module.weight` gives
 
 
-class _Stored:
+class _Remade:
+    """Can be pickled and copied though its class is made at run time: `_subclass` makes it again."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state: Any = super().__reduce_ex__(4)[2:]  # whatever the protocol: by class and state
+        kind = type(self)
+        return _made_again, (_base_of(kind), kind.__bases__[0], kind.__name__), *state
+
+
+class _Stored(_Remade):
     """Keeps `codes`, `scales` and the like as they are stored: when the model is cast, as in `model.to(dtype)`, when
     parameters are put in their place, and when a state dict is loaded."""
 
@@ -118,19 +130,34 @@ class _PackedExperts(_Stored):
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("_mc_packed", {}):
             raise _AbsentWeight(
-                f"{type(self).__name__} has no {name!r}: its experts are packed, each with its own codes. Adapters go "
-                "on attention, shared experts, embedding and head (docs/training.md). To change experts' weights, "
-                f"{TO_DENSE[0].lower()}{TO_DENSE[1:]}"
+                f"{type(self).__name__} has no {name!r}: its experts are packed, each with its own codes. To train an "
+                f"adapter on them, name them in LoraConfig(target_parameters=[...]) of PEFT (docs/training.md). To "
+                f"change experts' weights, {TO_DENSE[0].lower()}{TO_DENSE[1:]}"
             )
         return super().__getattr__(name)  # type: ignore[misc]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        own = super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
+        return own if recurse else itertools.chain(own, targets_for(self, sys._getframe(1)))
+
+    def _mc_keep_dense(self) -> None:
+        """Makes the experts dense because something is merged into them; a warning says so."""
+        before = sum(parameter.nbytes for parameter in self._parameters.values() if parameter is not None)
+        unpack(self)
+        after = sum(parameter.nbytes for parameter in self._parameters.values() if parameter is not None)
+        warnings.warn(
+            f"The packed experts of a layer were merged into and are dense from here on: {after:,} bytes in place of "
+            f"{before:,}. Adapters that are not merged leave them packed.",
+            stacklevel=2,
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
         if experts.PRUNER in self.__dict__:
             raise PackedWeightError(
-                "A model whose tokens skip experts cannot be copied: its policy watches the modules of this one. Take "
-                "it off with mc_cli.set_pruning_rate(model, 0), copy the model, and set the rate of both."
+                "A model whose tokens skip experts cannot be copied or pickled: its policy watches the modules of this "
+                "one. Take it off with mc_cli.set_pruning_rate(model, 0), copy the model, and set the rate of both."
             )
-        return copy._reconstruct(self, memo, *self.__reduce_ex__(4))  # type: ignore[attr-defined]
+        return super().__reduce_ex__(protocol)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         asked = self.config._experts_implementation
@@ -183,14 +210,20 @@ class _PackedLinear(_PackedWeightModule):
 class _PackedEmbedding(_PackedWeightModule):
     """A packed torch.nn.Embedding: the rows that are looked up are dequantized, no others."""
 
+    num_embeddings: int
+
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        packed = self._mc_weight
-        rows = {name: part.index_select(0, token_ids.reshape(-1)) for name, part in _stored_parts(self).items()}
+        packed, parts, numbers = self._mc_weight, _stored_parts(self), token_ids.reshape(-1)
+        try:
+            rows = {name: part.index_select(0, numbers) for name, part in parts.items()}
+        except (IndexError, RuntimeError):
+            check_parts(packed.encoding, parts, packed.in_features, out_features=self.num_embeddings)
+            raise  # a token that the vocabulary does not have
         looked_up = packed.encoding.dequantize(rows, packed.in_features).to(packed.dtype)
         return looked_up.view(*token_ids.shape, packed.in_features)
 
 
-class _TiedHead:
+class _TiedHead(_Remade):
     """A torch.nn.Linear whose weight is a packed embedding's; it stores nothing."""
 
     _mc_embedding: tuple[Any]  # in a tuple, so that it is no submodule
@@ -245,7 +278,7 @@ class _TiedHead:
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
 
-class _PackedEmbeddingInside:
+class _PackedEmbeddingInside(_Remade):
     """A model whose embedding is packed: the first floating tensor is its scales, of another dtype than it gives, and
     a head that shares its weight follows an embedding that is put in its place."""
 
@@ -320,15 +353,26 @@ def _shared_weight(module: Any) -> DecodedWeight:
 def _decoded(module: Any) -> torch.Tensor:
     """The weight [out_features, in_features] that a packed module stands for, in its dtype."""
     packed, parts = module._mc_weight, _stored_parts(module)
+    check_parts(packed.encoding, parts, packed.in_features)
     if parts["codes"].device.type == "meta":  # before loading, or where accelerate has put it away
         rows = parts["scales"].shape[0]
         return torch.empty((rows, packed.in_features), dtype=packed.dtype, device="meta")
     return packed.encoding.dequantize(parts, packed.in_features).to(packed.dtype)
 
 
-@functools.cache
 def _subclass(base: Any, behaviour: Any, name: str | None = None) -> Any:
-    return type(name or f"Packed{base.__name__}", (behaviour, base), {"__module__": base.__module__})
+    return _made_class(base, behaviour, name or f"Packed{base.__name__}")
+
+
+@functools.cache
+def _made_class(base: Any, behaviour: Any, name: str) -> Any:
+    return type(name, (behaviour, base), {"__module__": base.__module__})
+
+
+def _made_again(base: Any, behaviour: Any, name: str) -> Any:
+    """An object of a class that `_subclass` makes, without its state; pickles call this by its name."""
+    kind = _subclass(base, behaviour, name)
+    return kind.__new__(kind)
 
 
 def _base_of(kind: Any) -> Any:
@@ -480,7 +524,8 @@ def _unpack_experts(module: Any) -> None:
         del module._parameters[name]
     _forget_packing(module)
     for name, parameter in {**learned, **dense}.items():
-        module.register_parameter(name, nn.Parameter(parameter.data, requires_grad=False))
+        plain = parameter.plain if isinstance(parameter, StoredPart) else parameter
+        module.register_parameter(name, nn.Parameter(plain, requires_grad=False))
 
 
 def pack_experts(module: Any, layout: ExpertLayout, *, dtype: torch.dtype) -> dict[str, str]:

@@ -69,9 +69,11 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from mc_cli.packed.kept_gradients import warn_of_kept_gradients
         from mc_cli.packed.packed_modules import ask_for_huge_weights
 
         ask_for_huge_weights(model)
+        warn_of_kept_gradients(model)
         if self.quantization_config.layout.pruning is not None:
             set_pruning_rate(model, getattr(model.config, PRUNING_RATE, None))
         self._model = weakref.ref(model)

@@ -21,6 +21,29 @@ TO_DENSE = (
 )
 
 
+class StoredData(Tensor):
+    """What `.data` of a stored part gives: its memory, to read and to copy into. Arithmetic in place is refused."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what is computed from it is a plain tensor
+
+    @property
+    def data(self) -> Tensor:
+        return _sharing(StoredData, self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]  # of this object alone
+
+    def detach(self) -> Tensor:
+        return _sharing(StoredData, self)  # for nn.Parameter, which asks for the same class
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.clone(memory_format=torch.preserve_format)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _sharing(Tensor, self).__reduce_ex__(protocol)
+
+
 class StoredPart(nn.Parameter):
     """One stored part, for example the codes of a matrix. A cast leaves it as it is; moving it works as ever.
 
@@ -32,16 +55,21 @@ class StoredPart(nn.Parameter):
 
     def __new__(cls, data: Tensor | None = None, requires_grad: bool = False) -> StoredPart:
         """A parameter without gradients, whatever is asked for: loaders ask for them by dtype."""
-        return super().__new__(cls, torch.empty(0) if data is None else data, False)
+        return super().__new__(cls, torch.empty(0) if data is None else _sharing(Tensor, data), False)
+
+    @property
+    def plain(self) -> Tensor:
+        """The same memory as torch's own class."""
+        return Tensor.data.__get__(self)  # type: ignore[attr-defined]
 
     @property
     def data(self) -> Tensor:
-        return Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return _sharing(StoredData, self)
 
     @data.setter
     def data(self, value: Tensor) -> None:
         if value.shape == self.shape and value.dtype == self.dtype:
-            Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+            Tensor.data.__set__(self, _sharing(Tensor, value))  # type: ignore[attr-defined]
             return
         if value.shape != self.shape or not _same_values(value, self):
             raise PackedWeightError(
@@ -70,11 +98,19 @@ class StoredPart(nn.Parameter):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredPart:
         if id(self) not in memo:
-            memo[id(self)] = StoredPart(self.data.clone(memory_format=torch.preserve_format))
+            memo[id(self)] = StoredPart(self.plain.clone(memory_format=torch.preserve_format))
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return StoredPart, (self.data,)
+        return StoredPart, (self.plain,)
+
+
+def _sharing(kind: type[Tensor], tensor: Tensor) -> Any:
+    """The memory of a tensor as another class, without gradients."""
+    plain = Tensor.data.__get__(tensor)  # type: ignore[attr-defined]
+    if kind is Tensor:
+        return plain if type(plain) is Tensor else Tensor._make_subclass(Tensor, plain, False)
+    return Tensor._make_subclass(kind, plain, False)
 
 
 def _refusal(name: str) -> Any:
@@ -96,16 +132,17 @@ def _in_place(name: str) -> bool:
 
 for _name in dir(Tensor):
     if _in_place(_name) and callable(getattr(Tensor, _name)):
-        setattr(StoredPart, _name, _refusal(_name))
+        for _class in (StoredPart, StoredData):
+            setattr(_class, _name, _refusal(_name))
 
 
-def _same_values(value: Tensor, part: Tensor) -> bool:
+def _same_values(value: Tensor, part: StoredPart) -> bool:
     """Whether a tensor of another dtype holds exactly what the part does: a cast that nobody needs."""
     if part.device.type == "meta" or value.device.type == "meta":
         return True
     return torch.equal(value.to(part.dtype).to(value.dtype), value) and torch.equal(
         value.to(part.dtype),
-        Tensor.data.__get__(part).to(value.device),  # type: ignore[attr-defined]
+        part.plain.to(value.device),
     )
 
 
