@@ -32,14 +32,6 @@ def read_width(text: str | float) -> float:
     return int(width) if width.is_integer() else width
 
 
-def family_of_role(role: Role, family: str) -> str:
-    """The family of encodings that a matrix of this role gets in a model coded in `family`.
-
-    Rows of an embedding are looked up one by one, and only affine grids store rows apart.
-    """
-    return "affine" if role is Role.EMBEDDING else family
-
-
 @dataclass(frozen=True, order=True)
 class UnitId:
     """The address of what gets a width of its own: one block of channels of one projection of one routed expert.

@@ -1,7 +1,13 @@
 """Weight quantizers, one file each: how codes are chosen. The encoding says how they are stored.
 
-A quantizer file defines `NAME` and `build(**settings)`; it is found by its presence in this folder.
-Every quantizer works on a batch of equally shaped matrices, because experts come in stacks.
+A quantizer file defines `NAME`, `FAMILY` (of the encodings that it makes) and `build(**settings)`; it is found by its
+presence in this folder, or by an entry point. Every quantizer works on a batch of equally shaped matrices, because
+experts come in stacks. Where its family has no encoding of a width or shape, it is asked for affine grids instead.
+
+It may state facts that are not as for most:
+  SETTINGS         the fields of `QuantizerSettings` that `build` takes; those that are None are not handed over
+  CORRECTS_ERRORS  True where fitting down projections to errors before them pays, unless the settings say otherwise
+  JOINS_ROWS       True where `row_groups` gives groups: quantize then says so where calibrations are too old for them
 """
 
 from __future__ import annotations
@@ -19,9 +25,7 @@ from mc_cli.numerics.grids import Grid
 from mc_cli.numerics.hessian import trace_error
 from mc_cli.numerics.packing import pack_codes
 from mc_cli.numerics.row_hessian import RowHessian
-from mc_cli.registry import Registry
-
-_REGISTRY = Registry("quantizer", __name__, marker="build", name_of=lambda module: module.NAME)
+from mc_cli.registry import QUANTIZERS
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Quantizer(Protocol):
 
 def quantizer_from_name(name: str, **settings: Any) -> Quantizer:
     """The quantizer called `name` with `settings`. Raises InputError for unknown names, settings and values."""
-    module = _REGISTRY.named(name)
+    module = QUANTIZERS.named(name)
     try:
         return module.build(**settings)
     except TypeError as error:
@@ -105,7 +109,13 @@ def quantizer_from_name(name: str, **settings: Any) -> Quantizer:
 
 def quantizer_names() -> list[str]:
     """Every quantizer of this version, sorted."""
-    return _REGISTRY.names()
+    return QUANTIZERS.names()
+
+
+def settings_taken(name: str) -> tuple[str, ...]:
+    """The fields of `QuantizerSettings` that a quantizer is built with. Raises InputError for an unknown one."""
+    taken: tuple[str, ...] = QUANTIZERS.fact(QUANTIZERS.named(name), "SETTINGS")
+    return taken
 
 
 def affine_encoding(encoding: Encoding, prepared: Prepared, weight: Tensor) -> AffineEncoding:

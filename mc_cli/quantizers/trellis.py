@@ -21,6 +21,10 @@ from mc_cli.quantizers import Prepared, QuantizedLinear
 from mc_cli.quantizers.gptq import Gptq
 
 NAME = "trellis"
+FAMILY = "trellis"
+SETTINGS = ("damping", "activation_order", "sweeps")
+CORRECTS_ERRORS = True
+JOINS_ROWS = True
 _LARGEST_SCALE = 65504.0  # of float16
 _NOISE_SEED = 0
 _MOST_GAIN = 1.5  # of scales; a code of 1 bit takes 1.4 at most

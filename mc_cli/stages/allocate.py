@@ -16,9 +16,9 @@ from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.plan import KEPT_BITS, ExpertBits, Plan
 from mc_cli.artifacts.store import MANIFEST, STAGE_FOLDERS, StageFolder, require_done
-from mc_cli.encodings import encoding_for, stored_bytes
+from mc_cli.encodings import encoding_for, family_of_role, stored_bytes
 from mc_cli.errors import PlanError
-from mc_cli.parts import ModelInventory, Role, TensorPart, family_of_role
+from mc_cli.parts import ModelInventory, Role, TensorPart
 from mc_cli.progress import Progress, StageResult
 from mc_cli.settings import WIDTH_BORDERS, AllocateSettings, QuantizerSettings, RunSettings
 

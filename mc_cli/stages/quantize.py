@@ -27,6 +27,7 @@ from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, require_d
 from mc_cli.coding.layer_quantizer import LayerQuantizer
 from mc_cli.coding.layer_result import LayerResult
 from mc_cli.coding.quantization import quantizer_for
+from mc_cli.encodings import family_of_role
 from mc_cli.errors import ArtifactError, PlanError, Problems, listed
 from mc_cli.executors.here import Here
 from mc_cli.kernels.trellis import path_name
@@ -38,8 +39,9 @@ from mc_cli.models.router_masks import drop_experts
 from mc_cli.models.session import Session, later_session
 from mc_cli.numerics.hessian import accumulate
 from mc_cli.packed.packed_model import model_bytes
-from mc_cli.parts import ModelInventory, Role, TensorPart, family_of_role
+from mc_cli.parts import ModelInventory, Role, TensorPart
 from mc_cli.progress import Progress, StageResult
+from mc_cli.registry import widths_of
 from mc_cli.settings import QuantizeSettings, RunSettings
 from mc_cli.walking.layerwise import LayerWalk
 from mc_cli.walking.resume import restore_progress, save_progress
@@ -76,7 +78,7 @@ def run(
     run_our_experts(checkpoint.model)
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
     sensitivities = calibration_artifact.read_sensitivities(calibration, inventory)
-    if settings.quantizer.quantizer == "trellis" and sensitivities and not _has_covariances(calibration, inventory):
+    if settings.quantizer.joins_rows and sensitivities and not _has_covariances(calibration, inventory):
         folder.warn(
             "the calibration is of an earlier version, without the covariance of the gradient: errors are not fed into "
             "later rows; that raises the KL divergence by about a tenth. Run calibrate --force and all stages again.",
@@ -152,20 +154,21 @@ def _check_family(plan: Plan, settings: QuantizeSettings) -> None:
 def _check_widths(plan: Plan, inventory: ModelInventory) -> None:
     """Raises PlanError for widths that cannot be stored, naming all of them."""
     problems = []
+    known = widths_of(plan.family)
     for role, bits in sorted(plan.role_bits.items()):
         if role not in _PLANNED_ROLES and bits != KEPT_BITS:
             problems.append(f"role_bits: {role.value} has {bits} bits, but is always kept: its width is 16 or left out")
         elif bits == 0:
             problems.append(f"role_bits: {role.value} has 0 bits, but only experts can be pruned")
-        elif family_of_role(role, plan.family) == "affine" and not float(bits).is_integer():
-            problems.append(f"role_bits: {role.value} has {bits} bits, but affine grids have whole widths")
+        elif bits != KEPT_BITS and bits not in widths_of(family_of_role(role, plan.family)):
+            problems.append(f"role_bits: {role.value} has {bits} bits{_but(family_of_role(role, plan.family))}")
     if plan.role_bits.get(Role.HEAD, KEPT_BITS) != KEPT_BITS and inventory.tied_head:
         problems.append("role_bits: head is packed, but tied to the embedding, whose width it has: leave it out")
     for layer, row in sorted(plan.expert_bits.items()):
         for expert, entry in enumerate(row):
             widths = set(entry.values()) if isinstance(entry, dict) else {entry}
-            if plan.family == "affine" and any(not float(width).is_integer() for width in widths):
-                problems.append(f"layer {layer} expert {expert}: {entry} bits, but affine grids have whole widths")
+            if not widths - {0, KEPT_BITS} <= known:
+                problems.append(f"layer {layer} expert {expert}: {entry} bits{_but(plan.family)}")
             if 0 in widths and len(widths) > 1:
                 problems.append(f"layer {layer} expert {expert}: {entry}, but an expert is pruned whole or not at all")
     if problems:
@@ -173,6 +176,10 @@ def _check_widths(plan: Plan, inventory: ModelInventory) -> None:
             f"The plan has {len(problems)} widths that cannot be stored:\n{listed(problems)}\n"
             "Correct plan.yaml, or run allocate again."
         )
+
+
+def _but(family: str) -> str:
+    return f", but {family} encodings have {', '.join(map(str, sorted(widths_of(family))))}"
 
 
 def _layers(
