@@ -17,7 +17,6 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
@@ -89,6 +88,8 @@ class Registry:
                 yield self._package, module
 
     def _foreign(self) -> Iterator[tuple[str, ModuleType]]:
+        from importlib.metadata import entry_points  # here: it takes longer to import than `--help` takes
+
         for entry in entry_points(group=self._package):
             origin = f"entry point {entry.name} of {entry.dist.name if entry.dist else 'an installed package'}"
             try:
@@ -106,14 +107,15 @@ class Registry:
             yield origin, module
 
 
+GRIDS = "affine"  # the family of encodings that has every whole width and shape
 # The kinds that settings ask for facts: they lie below all rooms, so that `--help` imports none of them.
 QUANTIZERS = Registry(
     "quantizer",
     "mc_cli.quantizers",
     marker="build",
     name_of=lambda module: module.NAME,
-    required=("NAME", "FAMILY"),
-    facts={"SETTINGS": (), "CORRECTS_ERRORS": False, "JOINS_ROWS": False},
+    required=("NAME",),
+    facts={"FAMILY": GRIDS, "SETTINGS": (), "CORRECTS_ERRORS": False, "JOINS_ROWS": False},
 )
 ENCODINGS = Registry(
     "weight encoding",
@@ -123,7 +125,6 @@ ENCODINGS = Registry(
     required=("PATTERN", "FAMILY", "WIDTHS", "encoding_at"),
     facts={"CANDIDATES": None, "MORE_CANDIDATES": (math.inf, ()), "ROWS_APART": True, "DEALS_CHANNELS": False},
 )
-GRIDS = "affine"  # the family of encodings that has every whole width and shape
 
 
 def families() -> dict[str, Any]:

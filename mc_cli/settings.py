@@ -231,7 +231,7 @@ class QuantizerSettings(StageSettings):
     @property
     def family(self) -> str:
         """The family of encodings that the quantizer makes. Raises InputError for an unknown quantizer."""
-        return str(QUANTIZERS.named(self.quantizer).FAMILY)
+        return str(QUANTIZERS.fact(QUANTIZERS.named(self.quantizer), "FAMILY"))
 
     def candidate_widths(self, target_bits: float = 0.0) -> tuple[float, ...]:
         """The widths that are worth scoring for a target in bits per expert weight; without one, for small ones."""

@@ -2,8 +2,8 @@
 
 A policy gives every (token, slot) a keep score; slots whose score is below the layer's threshold are dropped, the slot
 with the largest routing weight never is. So every policy has a threshold per layer, and with it any rate of dropped
-calls. A policy file defines `NAME`, `DESCRIPTION`, `THRESHOLDS` and `keep_scores(routed, layer)`; what it learns or
-calibrates comes back to it in `LayerValues`. Pure functions of tensors: `skipping/pruning.py` runs them.
+calls. A policy file defines what `Policy` says, `keep_scores(routed, layer)` above all; what it learns or calibrates
+comes back to it in `LayerValues`. Pure functions of tensors: `skipping/pruning.py` runs them.
 
 A policy may also define `compiled_rule(layer, cut)`, the same decision in one compiled call: see `compiled.py`.
 """
@@ -22,7 +22,13 @@ from mc_cli import native
 from mc_cli.errors import ShapeError
 from mc_cli.registry import Registry
 
-_REGISTRY = Registry("pruning policy", __name__, marker="keep_scores", name_of=lambda module: module.NAME)
+_REGISTRY = Registry(
+    "pruning policy",
+    __name__,
+    marker="keep_scores",
+    name_of=lambda module: module.NAME,
+    required=("NAME", "DESCRIPTION", "THRESHOLDS", "WATCHES_ATTENTION", "LEARNED"),
+)
 
 # How thresholds are found: `spread` gives each layer its own where a dropped call is cheapest; `shared` one for all.
 SPREAD, SHARED = "spread", "shared"
