@@ -30,7 +30,8 @@ import json, sys
 import torch
 from transformers import AutoModelForCausalLM
 import mc_cli
-from mc_cli.measuring.speed import compute_path
+from mc_cli.artifacts.packed import encoding_of
+from mc_cli.kernels import path_names
 
 dense = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/one_file", dtype="float32")
 packed = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/packed", dtype="float32")
@@ -40,7 +41,9 @@ with torch.no_grad():
     expected, found = dense(tokens).logits, packed(tokens).logits
     written = packed.generate(tokens, max_new_tokens=3, do_sample=False)
 error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median()
-print(json.dumps({"error": float(error), "written": list(written.shape), "path": compute_path(packed)}))
+keys = set(packed.hf_quantizer.quantization_config.layout.linears.values())
+path = path_names(map(encoding_of, sorted(keys)), packed.device)
+print(json.dumps({"error": float(error), "written": list(written.shape), "path": path}))
 """
 
 
@@ -112,12 +115,13 @@ def test_every_stage_ran_with_the_foreign_extension(place: Path) -> None:
     widths = [bits for row in plan["expert_bits"].values() for bits in row]
     assert widths == sorted(widths, reverse=True) and set(widths) == {2, 4}
     layout = json.loads((work / "packed" / "layout.json").read_text())
-    assert set(layout["encodings"]) == {"ternary", "affine_b4_g32", "affine_b4_g64", "affine_b5_g64"} & set(
-        layout["encodings"]
-    ) | {"ternary"}
+    kinds = {key.partition("_g")[0] for key in layout["encodings"]}
+    assert kinds == {"ternary", "affine_b4", "affine_b5"}
+    ternary = layout["encodings"].index("ternary")
+    assert {"model.embed_tokens", "lm_head"} <= {path for path, key in layout["linears"].items() if key == ternary}
     policy = json.loads((work / "pruning" / "half-of-best" / "policy.json").read_text())
     assert policy["policy"] == "half-of-best" and max(point["rate"] for point in policy["points"]) > 0.1
-    evaluated = json.loads((work / "eval" / "eval.json").read_text())
+    evaluated = json.loads((work / "evaluation" / "eval.json").read_text())
     assert evaluated["pruning"]["policy"] == "half-of-best"
 
 
