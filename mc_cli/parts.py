@@ -6,6 +6,7 @@ import enum
 from collections.abc import Collection
 from dataclasses import dataclass
 
+KEPT_BITS = 16  # the width of what stays as in the checkpoint, whatever its dtype there
 DROPPED = 0  # the width of an expert that the router does not choose, and that is not stored
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from mc_cli.errors import InputError, MissingFlagsError, Problems
-from mc_cli.parts import DROPPED, Role, read_width
+from mc_cli.parts import DROPPED, KEPT_BITS, Role, read_width
 from mc_cli.registry import QUANTIZERS, candidate_widths, widths_of
 
 # (above this many bits per expert weight, width of what is computed for every token): measured, see docs/results.md.
@@ -34,6 +34,8 @@ EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
     # No sweeps: errors fed into later rows, which they would undo, are worth more.
     "best": {"calibrate": {"sequences": 256, "gradient_samples": 8}, "score": {"loss_tokens": 4096}},
 }
+REAP, FREQUENCY, ROUTER_WEIGHT = "reap", "frequency", "router-weight"  # by which experts are dropped as a whole
+PER_LAYER, GLOBAL = "layer", "global"  # the same share of experts in each layer, or the lowest of the whole model
 LARGEST_GROUP = 2**20  # inputs per scale; more than any matrix has
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -296,7 +298,7 @@ class AllocateSettings(StageSettings):
     dense_bits: int | None = None  # None = shared_bits
     head_bits: int | None = None
     embedding_bits: int | None = None  # of a head that is tied to it, too
-    router_bits: int = 16
+    router_bits: int = KEPT_BITS
     floors: tuple[tuple[int, int], ...] | None = None
     alpha: float | None = None  # exponents of pmq; None = as published (1, 1.5, 1)
     beta: float | None = None
@@ -326,7 +328,7 @@ class AllocateSettings(StageSettings):
                 flag = name.removesuffix("_bytes").replace("_", "-")
                 problems.refuse(f"--{flag} {target}: a target is above 0.")
         for role, bits in self.role_bits(0).items():
-            if not (1 <= bits <= 8 or bits == 16):
+            if not (1 <= bits <= 8 or bits == KEPT_BITS):
                 problems.refuse(f"--{role.value}-bits {bits}: a width is 1 to 8, or 16 to keep the checkpoint's own.")
         if self.gap is not None and not 0 <= self.gap < 1:
             problems.refuse(f"--gap {self.gap}: a relative distance, from 0 to below 1.")
@@ -397,8 +399,8 @@ class PruneSettings(StageSettings):
     otp_learning_rate: float = 0.01
     otp_batch: int = 8
     drop_experts: float = 0.0
-    drop_by: str = "reap"
-    drop_scope: str = "layer"
+    drop_by: str = REAP
+    drop_scope: str = PER_LAYER
     not_fingerprinted = frozenset({"fit_data"})
 
     def __post_init__(self) -> None:
@@ -418,8 +420,8 @@ class PruneSettings(StageSettings):
             problems.refuse(f"--drop-experts {self.drop_experts}: a share of the experts, from 0 to below 1.")
         if self.drop_experts and not self.policy:
             problems.refuse("--drop-experts needs --policy; --policy all drops whole experts and nothing per token.")
-        problems.refuse(_one_of("--drop-by", self.drop_by, ("reap", "frequency", "router-weight")))
-        problems.refuse(_one_of("--drop-scope", self.drop_scope, ("layer", "global")))
+        problems.refuse(_one_of("--drop-by", self.drop_by, (REAP, FREQUENCY, ROUTER_WEIGHT)))
+        problems.refuse(_one_of("--drop-scope", self.drop_scope, (PER_LAYER, GLOBAL)))
         if not self.otp_learning_rate > 0:
             problems.refuse(f"--otp-learning-rate {self.otp_learning_rate}: above 0.")
         for flag, value, least in (

@@ -20,11 +20,10 @@ from mc_cli.artifacts.files import read_text, write_text
 from mc_cli.artifacts.strict_yaml import read_yaml
 from mc_cli.encodings import GRIDS, all_widths, families
 from mc_cli.errors import PlanError, listed, shown
-from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role, too_few_survivors
+from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role, too_few_survivors
 from mc_cli.settings import LARGEST_GROUP
 
 SCHEMA = 1
-KEPT_BITS = 16
 MOST_LAYERS = 100_000  # more than any model has
 REMEDY = "Run allocate again, or correct the file."
 

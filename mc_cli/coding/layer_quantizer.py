@@ -15,7 +15,7 @@ import torch
 
 from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.artifacts.packed import KEPT, ExpertLayout
-from mc_cli.artifacts.plan import KEPT_BITS, Plan
+from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import MatrixReport
 from mc_cli.coding.channel_order import deal_channels
 from mc_cli.coding.correction import Shortfall, add_experts, reach_of, rest_of_layer
@@ -27,7 +27,7 @@ from mc_cli.encodings import deals_channels, family_of
 from mc_cli.models import experts
 from mc_cli.models.memory import release_freed_memory
 from mc_cli.numerics.hessian import trace_error
-from mc_cli.parts import ExpertBlock, Projection, Role, TensorPart
+from mc_cli.parts import KEPT_BITS, ExpertBlock, Projection, Role, TensorPart
 from mc_cli.quantizers import Quantizer
 from mc_cli.quantizers.job import Coded, CodingJob, Executor, InputMoments
 from mc_cli.walking.layerwise import LayerWalk

@@ -20,8 +20,9 @@ from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.files import file_digest, read_json, write_json, write_tensors
 from mc_cli.artifacts.locks import holding_work_dir
-from mc_cli.artifacts.packed import ExpertLayout, PackedLayout, stacked_name
-from mc_cli.artifacts.plan import KEPT_BITS, Plan
+from mc_cli.artifacts.names import COVERAGE, PLAN
+from mc_cli.artifacts.packed import LAYOUT, ExpertLayout, PackedLayout, part_file, part_name, stacked_name
+from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import MatrixReport, read_report, write_report
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, require_done
 from mc_cli.coding.layer_quantizer import LayerQuantizer
@@ -31,7 +32,7 @@ from mc_cli.encodings import family_of_role
 from mc_cli.errors import ArtifactError, PlanError, Problems, listed
 from mc_cli.executors.here import Here
 from mc_cli.kernels.trellis import path_name
-from mc_cli.models.checkpoint import Checkpoint
+from mc_cli.models.checkpoint import REST, Checkpoint
 from mc_cli.models.memory import large_blocks_mapped, release_freed_memory
 from mc_cli.models.model_files import copy_model_files
 from mc_cli.models.own_experts import run_our_experts
@@ -39,7 +40,7 @@ from mc_cli.models.router_masks import drop_experts
 from mc_cli.models.session import Session, later_session
 from mc_cli.numerics.hessian import accumulate
 from mc_cli.packed.packed_model import model_bytes
-from mc_cli.parts import ModelInventory, Role, TensorPart
+from mc_cli.parts import KEPT_BITS, ModelInventory, Role, TensorPart
 from mc_cli.progress import Progress, StageResult
 from mc_cli.registry import widths_of
 from mc_cli.settings import QuantizeSettings, RunSettings
@@ -47,8 +48,6 @@ from mc_cli.walking.layerwise import LayerWalk
 from mc_cli.walking.resume import restore_progress, save_progress
 
 STAGE = "quantize"
-LAYOUT = "layout.json"
-REST = "rest"
 _PLANNED_ROLES = (Role.ATTENTION, Role.SHARED, Role.DENSE, Role.ROUTER, Role.HEAD, Role.EMBEDDING)
 
 
@@ -125,7 +124,7 @@ def _folder(settings: QuantizeSettings, session: Session) -> StageFolder:
 
 def plan_path(settings: QuantizeSettings, work_dir: Path) -> Path:
     """Where the plan lies that quantize follows."""
-    return Path(settings.plan) if settings.plan is not None else work_dir / STAGE_FOLDERS["allocate"] / "plan.yaml"
+    return Path(settings.plan) if settings.plan is not None else work_dir / STAGE_FOLDERS["allocate"] / PLAN
 
 
 def check_plan(plan: Plan, settings: QuantizeSettings, inventory: ModelInventory) -> None:
@@ -210,7 +209,7 @@ def _layers(
                 walk.run_layer(advance=True)
             else:  # all but the experts was run while they were quantized
                 walk.advance_to(result.output)
-            writer.write(f"layer_{layer:03d}", parts, result)
+            writer.write(layer, parts, result)
             checkpoint.free(layer)
             release_freed_memory()
             save_progress(folder, walk, original)
@@ -257,24 +256,25 @@ class _Writer:
         self._model = checkpoint.model
         self._compute_dtype = session.dtype
 
-    def write(self, name: str, parts: list[TensorPart], result: LayerResult) -> None:
+    def write(self, part: int, parts: list[TensorPart], result: LayerResult) -> None:
+        """`part`: the decoder layer, or REST;  parts: its tensors in the checkpoint."""
         tensors: dict[str, torch.Tensor] = {}
         replaced = {f"{path}.weight" for path in result.linears}
         state = self._model.state_dict()
-        for part in parts:
-            if part.role is not Role.EXPERT and part.name not in replaced:
-                tensors[part.name] = self._kept(state[part.name], part.dtype)
+        for each in parts:
+            if each.role is not Role.EXPERT and each.name not in replaced:
+                tensors[each.name] = self._kept(state[each.name], each.dtype)
         for path, (_, packed) in result.linears.items():
             tensors |= {f"{path}.{stored}": tensor for stored, tensor in packed.items()}
         if result.layout is not None:
-            dtype = next(part.dtype for part in parts if part.role is Role.EXPERT)
+            dtype = next(each.dtype for each in parts if each.role is Role.EXPERT)
             tensors |= self._stacked(result, dtype)
         layout = PackedLayout(
             (result.layout,) if result.layout else (), {path: key for path, (key, _) in result.linears.items()}
         )
-        write_json(self._folder.path(f"{RESUME}/layout_{name}.json"), layout.to_json())
-        write_report(self._folder.path(f"report/{name}.json"), result.report)
-        write_tensors(self._folder.path(f"{name}.safetensors"), tensors)
+        write_json(self._folder.path(f"{RESUME}/layout_{part_name(part)}.json"), layout.to_json())
+        write_report(self._folder.path(f"report/{part_name(part)}.json"), result.report)
+        write_tensors(self._folder.path(part_file(part)), tensors)
 
     def _kept(self, tensor: torch.Tensor, stored: str) -> torch.Tensor:
         """The tensor in the checkpoint's dtype: exact, unless computing was narrower than storing, then as computed."""
@@ -332,7 +332,7 @@ def _finish(
             "could not be fitted to make good for errors made before them.",
             progress,
         )
-    write_json(folder.path("coverage.json"), coverage)
+    write_json(folder.path(COVERAGE), coverage)
     folder.finish(__version__)
 
 
@@ -426,7 +426,7 @@ def _result(folder: StageFolder, compute: RunSettings, *, ran: bool) -> StageRes
         "code bits per weight",
         "stored bits per weight",
     ]
-    coverage = _read_coverage(folder.path("coverage.json"))
+    coverage = _read_coverage(folder.path(COVERAGE))
     table = {
         "title": "Stored bytes of the packed model",
         "columns": [{"name": n, "align": "right" if i else "left"} for i, n in enumerate(columns)],
