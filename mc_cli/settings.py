@@ -223,17 +223,21 @@ class QuantizerSettings(StageSettings):
         """`error_correction`, or what its absence means for the quantizer."""
         if self.error_correction is not None:
             return self.error_correction
-        return bool(QUANTIZERS.fact(QUANTIZERS.named(self.quantizer), "CORRECTS_ERRORS"))
+        return bool(self._fact("CORRECTS_ERRORS"))
 
     @property
     def joins_rows(self) -> bool:
         """Whether the quantizer weighs the errors of rows together, where the calibration tells how."""
-        return bool(QUANTIZERS.fact(QUANTIZERS.named(self.quantizer), "JOINS_ROWS"))
+        return bool(self._fact("JOINS_ROWS"))
 
     @property
     def family(self) -> str:
-        """The family of encodings that the quantizer makes. Raises InputError for an unknown quantizer."""
-        return str(QUANTIZERS.fact(QUANTIZERS.named(self.quantizer), "FAMILY"))
+        """The family of encodings that the quantizer makes."""
+        return str(self._fact("FAMILY"))
+
+    def _fact(self, name: str) -> Any:
+        """What the quantizer says of itself; of an unknown one, which is refused where it is built, what most say."""
+        return QUANTIZERS.fact(QUANTIZERS.modules.get(self.quantizer), name)
 
     def candidate_widths(self, target_bits: float = 0.0) -> tuple[float, ...]:
         """The widths that are worth scoring for a target in bits per expert weight; without one, for small ones."""

@@ -90,10 +90,14 @@ class _Job:
 
 
 def policy_names(settings: PruneSettings) -> list[str]:
-    """The policies to fit, the one that ships first. Raises InputError for an unknown one."""
+    """The policies to fit, the one that ships first. Raises InputError for unknown and untrainable ones."""
     names = list(dict.fromkeys([*settings.policy, *(BASELINES if settings.sweep else ())]))
     for name in names:
-        policy_from_name(name)
+        if policy_from_name(name).LEARNED and name != otp.NAME:
+            raise InputError(
+                f"--policy {name}: it has to be trained, and prune-eval trains {otp.NAME} alone. Give a policy "
+                "of which thresholds are all that is fitted."
+            )
     return names
 
 
