@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mc_cli.coding.quantization import quantizer_for
-from mc_cli.encodings import deals_channels, encoding_for, families, family_of, family_of_role
+from mc_cli.encodings import TensorSpec, deals_channels, encoding_for, families, family_of, family_of_role
 from mc_cli.errors import InputError, ShapeError
 from mc_cli.flags import build
 from mc_cli.parts import Role
@@ -107,3 +107,9 @@ def test_settings_and_help_import_no_quantizer() -> None:
     )
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_stored_tensors_are_of_what_files_hold() -> None:
+    assert TensorSpec((3, 4), "int32").size_bytes == 48
+    with pytest.raises(ShapeError, match="a stored tensor of dtype 'int64'; packed files hold uint8"):
+        TensorSpec((3,), "int64")

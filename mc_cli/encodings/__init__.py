@@ -37,6 +37,11 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: str
 
+    def __post_init__(self) -> None:
+        """Raises ShapeError for a dtype that packed files do not hold."""
+        if self.dtype not in _DTYPE_BYTES:
+            raise ShapeError(f"a stored tensor of dtype {self.dtype!r}; packed files hold {', '.join(_DTYPE_BYTES)}")
+
     @property
     def size_bytes(self) -> int:
         return math.prod(self.shape) * _DTYPE_BYTES[self.dtype]
@@ -139,7 +144,7 @@ def _read(key: object) -> tuple[Any, Encoding]:
     names = ", ".join(ENCODINGS.names())
     raise ArtifactError(
         f"Unknown weight encoding {shown(key)}. This version of mc-cli reads {names}; "
-        "the file may come from a newer version, or be damaged."
+        "the file may come from a newer version, need a package that is not installed here, or be damaged."
     )
 
 

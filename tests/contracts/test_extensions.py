@@ -141,3 +141,4 @@ def test_without_the_package_the_encoding_is_named(place: Path) -> None:
     load = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
     done = process(None, "-c", "import mc_cli; " + load, place / "packed")
     assert done.returncode != 0 and "Unknown weight encoding 'ternary'" in done.stderr
+    assert "need a package that is not installed here" in done.stderr
