@@ -6,6 +6,7 @@ import enum
 from collections.abc import Collection
 from dataclasses import dataclass
 
+KEPT_BITS = 16  # the width of what stays as in the checkpoint, whatever its dtype there
 DROPPED = 0  # the width of an expert that the router does not choose, and that is not stored
 
 
@@ -30,14 +31,6 @@ def read_width(text: str | float) -> float:
     """
     width = float(text)
     return int(width) if width.is_integer() else width
-
-
-def family_of_role(role: Role, family: str) -> str:
-    """The family of encodings that a matrix of this role gets in a model coded in `family`.
-
-    Rows of an embedding are looked up one by one, and only affine grids store rows apart.
-    """
-    return "affine" if role is Role.EMBEDDING else family
 
 
 @dataclass(frozen=True, order=True)

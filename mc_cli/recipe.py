@@ -34,7 +34,7 @@ from mc_cli.flags import (
     shared_with_score,
     type_of,
 )
-from mc_cli.settings import EFFORTS, QuantizerSettings, RunSettings, trellis_widths
+from mc_cli.settings import EFFORTS, QuantizerSettings, RunSettings
 
 _MOST_ENTRIES = 1000  # of one list in a recipe
 TOP = ("description", "work_dir", "effort")  # what a recipe holds beside its sections
@@ -123,7 +123,8 @@ def plan_run(
     missing = _missing(recipe, sections, unread)
     if missing:
         problems.add(MissingFlagsError(f"run lacks {len(missing)} settings:\n{listed(missing)}"))
-    _widen(sections["score"], sections["allocate"])
+    with problems.catching():
+        _widen(sections["score"], sections["allocate"])
     followed = {name: value for name, value in sections["score"].items() if name in shared_with_score()}
     sections["quantize"] = {**followed, **sections["quantize"]}
     built: dict[str, Any] = {}
@@ -163,8 +164,9 @@ def _missing(
 def _widen(score: dict[str, Any], allocate: Mapping[str, Any]) -> None:
     """Has the widths scored that the target asks for, where none are given; a size in bytes does not tell."""
     target = max(allocate.get(name) or 0 for name in ("target_stored_bits", "target_bits"))
-    if not score.get("bits") and score.get("quantizer", QuantizerSettings.quantizer) == "trellis":
-        score["bits"] = trellis_widths(target)
+    if not score.get("bits"):
+        named = score.get("quantizer", QuantizerSettings.quantizer)
+        score["bits"] = QuantizerSettings(quantizer=named).candidate_widths(target)
 
 
 def _section(section: str, values: Any, problems: list[str]) -> dict[str, Any]:

@@ -6,20 +6,21 @@ A package of yours brings a quantizer by one line of its pyproject.toml, and a m
     [project.entry-points."mc_cli.quantizers"]
     ternary = "my_package.ternary"
 
-Modules are imported when their kind is first asked for, never before.
+Modules are imported when their kind is first asked for, never before. What the rest of the package has to know of an
+extension, it states itself in constants (`facts`), so that no name of one is tested anywhere.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
-from mc_cli.errors import InputError, listed
+from mc_cli.errors import InputError, ShapeError, listed
 
 
 class Registry:
@@ -29,17 +30,29 @@ class Registry:
     package  the folder whose modules are extensions, for example "mc_cli.quantizers"; also the entry points' group
     marker   the attribute that makes a module an extension; others of the folder are its tools
     name_of  module -> the name that users write
+    required what every extension defines beside the marker;  facts: what it may define -> what its absence means
     """
 
-    def __init__(self, kind: str, package: str, *, marker: str, name_of: Callable[[Any], str]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        package: str,
+        *,
+        marker: str,
+        name_of: Callable[[Any], str],
+        required: tuple[str, ...] = (),
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         self._kind = kind
         self._package = package
         self._marker = marker
         self._name_of = name_of
+        self._required = (*required, marker)
+        self._facts = facts or {}
 
     @cached_property
     def modules(self) -> dict[str, ModuleType]:
-        """Every extension by name, sorted. Raises InputError where two have one name, or one lacks the marker."""
+        """Every extension by name, sorted. Raises InputError where two have one name, or one lacks what is required."""
         found: dict[str, ModuleType] = {}
         for origin, module in (*self._own(), *self._foreign()):
             name = self._name_of(module)
@@ -53,6 +66,10 @@ class Registry:
 
     def names(self) -> list[str]:
         return list(self.modules)
+
+    def fact(self, module: Any, name: str) -> Any:
+        """One of the facts that an extension may state, or what its absence means."""
+        return getattr(module, name, self._facts[name])
 
     def named(self, name: str, *, described: Callable[[Any], str] | None = None) -> Any:
         """The extension called `name`. Raises InputError that lists the known ones, with what they do where known."""
@@ -71,6 +88,8 @@ class Registry:
                 yield self._package, module
 
     def _foreign(self) -> Iterator[tuple[str, ModuleType]]:
+        from importlib.metadata import entry_points  # here: it takes longer to import than `--help` takes
+
         for entry in entry_points(group=self._package):
             origin = f"entry point {entry.name} of {entry.dist.name if entry.dist else 'an installed package'}"
             try:
@@ -79,8 +98,64 @@ class Registry:
                 raise InputError(
                     f"The {self._kind} {entry.value!r} ({origin}) cannot be imported: {error!r}. Mend or uninstall it."
                 ) from error
-            if not hasattr(module, self._marker):
+            missing = [name for name in self._required if not hasattr(module, name)]
+            if missing:
                 raise InputError(
-                    f"{entry.value} ({origin}) is no {self._kind}: it defines no {self._marker}. See docs/extending.md."
+                    f"{entry.value} ({origin}) is no {self._kind}: it defines no {', '.join(missing)}. "
+                    "See docs/extending.md."
                 )
             yield origin, module
+
+
+GRIDS = "affine"  # the family of encodings that has every whole width and shape
+# The kinds that settings ask for facts: they lie below all rooms, so that `--help` imports none of them.
+QUANTIZERS = Registry(
+    "quantizer",
+    "mc_cli.quantizers",
+    marker="build",
+    name_of=lambda module: module.NAME,
+    required=("NAME",),
+    facts={"FAMILY": GRIDS, "SETTINGS": (), "CORRECTS_ERRORS": False, "JOINS_ROWS": False},
+)
+ENCODINGS = Registry(
+    "weight encoding",
+    "mc_cli.encodings",
+    marker="from_key",
+    name_of=lambda module: module.PATTERN,
+    required=("PATTERN", "FAMILY", "WIDTHS", "encoding_at"),
+    facts={"CANDIDATES": None, "MORE_CANDIDATES": (math.inf, ()), "ROWS_APART": True, "DEALS_CHANNELS": False},
+)
+
+
+def families() -> dict[str, Any]:
+    """Family of encodings -> the module that makes them. Raises InputError where two have one name."""
+    found: dict[str, Any] = {}
+    for module in ENCODINGS.modules.values():
+        if module.FAMILY in found:
+            raise InputError(
+                f"Two families of weight encodings are called {module.FAMILY!r}: {found[module.FAMILY].__name__} and "
+                f"{module.__name__}. Uninstall the package of one of them, or rename it."
+            )
+        found[module.FAMILY] = module
+    return dict(sorted(found.items()))
+
+
+def family_named(family: str) -> Any:
+    """The module that makes a family's encodings. Raises ShapeError for an unknown family."""
+    known = families()
+    if family not in known:
+        raise ShapeError(f"Unknown family of encodings {family!r}. Known families: {', '.join(known)}.")
+    return known[family]
+
+
+def candidate_widths(family: str, target_bits: float = 0.0) -> tuple[float, ...]:
+    """The widths that score measures unless told otherwise, for a target in bits per expert weight."""
+    module = family_named(family)
+    above, more = ENCODINGS.fact(module, "MORE_CANDIDATES")
+    widths: tuple[float, ...] = ENCODINGS.fact(module, "CANDIDATES") or module.WIDTHS
+    return (*widths, *more) if target_bits > above else widths
+
+
+def widths_of(family: str) -> frozenset[float]:
+    """Every width that matrices coded in a family may get, those of the affine grids included."""
+    return frozenset(family_named(family).WIDTHS) | frozenset(family_named(GRIDS).WIDTHS)

@@ -1,5 +1,7 @@
 """Settings of every stage: one frozen dataclass each, with defaults, units and validation. Imports no torch.
 
+What depends on the quantizer is looked up in the registry when it is asked for: that imports the quantizers.
+
 `result_fields` are what changes a stage's result, and go into its fingerprint; device and batch size do not.
 """
 
@@ -11,13 +13,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from mc_cli.errors import InputError, MissingFlagsError, Problems
-from mc_cli.parts import DROPPED, Role, read_width
+from mc_cli.parts import DROPPED, KEPT_BITS, Role, read_width
+from mc_cli.registry import QUANTIZERS, candidate_widths, widths_of
 
-# Widths that score measures unless told otherwise, by the family of encodings that the quantizer makes.
-CANDIDATES: dict[str, tuple[float, ...]] = {"trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4), "affine": (1, 2, 3, 4)}
-# Where `run` is asked for more stored bits than this, it has the trellis widths above scored too: the menu ends where a
-# target of 4.05 does, and a fifth more work in score would gain nothing at small sizes.
-MANY_BITS, WIDEST = 3.5, (4.5, 5)
 # (above this many bits per expert weight, width of what is computed for every token): measured, see docs/results.md.
 BESIDE = ((2.75, 8), (2.5, 6), (-1.0, 5))
 # The same of the embedding, whose errors go through all layers and their routers, and of a head of its own.
@@ -36,6 +34,8 @@ EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
     # No sweeps: errors fed into later rows, which they would undo, are worth more.
     "best": {"calibrate": {"sequences": 256, "gradient_samples": 8}, "score": {"loss_tokens": 4096}},
 }
+REAP, FREQUENCY, ROUTER_WEIGHT = "reap", "frequency", "router-weight"  # by which experts are dropped as a whole
+PER_LAYER, GLOBAL = "layer", "global"  # the same share of experts in each layer, or the lowest of the whole model
 LARGEST_GROUP = 2**20  # inputs per scale; more than any matrix has
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -52,11 +52,6 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-
-
-def trellis_widths(target_bits: float) -> tuple[float, ...]:
-    """The widths of trellis codes that are worth scoring for a target in bits per expert weight."""
-    return (*CANDIDATES["trellis"], *WIDEST) if target_bits > MANY_BITS else CANDIDATES["trellis"]
 
 
 def _plain(value: Any) -> Any:
@@ -220,17 +215,33 @@ class QuantizerSettings(StageSettings):
     sweeps: int | None = None  # rounds of polishing after the first pass; None = the quantizer's own
     group_size: int = 128  # inputs per scale at most: the largest divisor of each matrix's width up to this is taken
 
-    error_correction: bool | None = None  # down projections make good for errors before them; None = with the trellis
+    # Whether down projections make good for errors before them; None = as the quantizer's CORRECTS_ERRORS says.
+    error_correction: bool | None = None
 
     @property
     def corrects_errors(self) -> bool:
         """`error_correction`, or what its absence means for the quantizer."""
-        return self.quantizer == "trellis" if self.error_correction is None else self.error_correction
+        if self.error_correction is not None:
+            return self.error_correction
+        return bool(self._fact("CORRECTS_ERRORS"))
+
+    @property
+    def joins_rows(self) -> bool:
+        """Whether the quantizer weighs the errors of rows together, where the calibration tells how."""
+        return bool(self._fact("JOINS_ROWS"))
 
     @property
     def family(self) -> str:
         """The family of encodings that the quantizer makes."""
-        return "trellis" if self.quantizer == "trellis" else "affine"
+        return str(self._fact("FAMILY"))
+
+    def _fact(self, name: str) -> Any:
+        """What the quantizer says of itself; of an unknown one, which is refused where it is built, what most say."""
+        return QUANTIZERS.fact(QUANTIZERS.modules.get(self.quantizer), name)
+
+    def candidate_widths(self, target_bits: float = 0.0) -> tuple[float, ...]:
+        """The widths that are worth scoring for a target in bits per expert weight; without one, for small ones."""
+        return candidate_widths(self.family, target_bits)
 
     def __post_init__(self) -> None:
         too_wide = f"--group-size {self.group_size}: at most {LARGEST_GROUP} inputs share a scale."
@@ -251,19 +262,24 @@ class ScoreSettings(StageSettings):
     loss_tokens: tokens per expert at most on which output errors are measured.
     """
 
-    bits: tuple[float, ...] = ()  # none given: CANDIDATES of the quantizer's family
+    bits: tuple[float, ...] = ()  # none given: what the encodings of the quantizer's family say
     quantizer: QuantizerSettings = QuantizerSettings()
     loss_tokens: int = 1024
 
     def __post_init__(self) -> None:
         if not self.bits:
-            object.__setattr__(self, "bits", CANDIDATES[self.quantizer.family])
-        halves = [width for width in self.bits if not float(width).is_integer()]
-        wrong = bool(halves) and (self.quantizer.family == "affine" or halves[-1] > 5)
-        listed_bits = ",".join(map(str, self.bits))
-        _refuse(
-            _at_least("--loss-tokens", self.loss_tokens, 1),
-            f"--bits {listed_bits}: half steps are for --quantizer trellis, and up to 4.5." if wrong else "",
+            object.__setattr__(self, "bits", self.quantizer.candidate_widths())
+        _refuse(_at_least("--loss-tokens", self.loss_tokens, 1), self._unknown_widths())
+
+    def _unknown_widths(self) -> str:
+        """What is wrong with widths that the quantizer does not make; whole ones up to 8 it always does."""
+        known = widths_of(self.quantizer.family)
+        wrong = [width for width in self.bits if width != DROPPED and width not in known]
+        if not wrong:
+            return ""
+        return (
+            f"--bits {','.join(map(str, self.bits))}: --quantizer {self.quantizer.quantizer} does not make "
+            f"{', '.join(map(str, wrong))}, but {', '.join(map(str, sorted(known)))}."
         )
 
 
@@ -286,7 +302,7 @@ class AllocateSettings(StageSettings):
     dense_bits: int | None = None  # None = shared_bits
     head_bits: int | None = None
     embedding_bits: int | None = None  # of a head that is tied to it, too
-    router_bits: int = 16
+    router_bits: int = KEPT_BITS
     floors: tuple[tuple[int, int], ...] | None = None
     alpha: float | None = None  # exponents of pmq; None = as published (1, 1.5, 1)
     beta: float | None = None
@@ -316,7 +332,7 @@ class AllocateSettings(StageSettings):
                 flag = name.removesuffix("_bytes").replace("_", "-")
                 problems.refuse(f"--{flag} {target}: a target is above 0.")
         for role, bits in self.role_bits(0).items():
-            if not (1 <= bits <= 8 or bits == 16):
+            if not (1 <= bits <= 8 or bits == KEPT_BITS):
                 problems.refuse(f"--{role.value}-bits {bits}: a width is 1 to 8, or 16 to keep the checkpoint's own.")
         if self.gap is not None and not 0 <= self.gap < 1:
             problems.refuse(f"--gap {self.gap}: a relative distance, from 0 to below 1.")
@@ -387,8 +403,8 @@ class PruneSettings(StageSettings):
     otp_learning_rate: float = 0.01
     otp_batch: int = 8
     drop_experts: float = 0.0
-    drop_by: str = "reap"
-    drop_scope: str = "layer"
+    drop_by: str = REAP
+    drop_scope: str = PER_LAYER
     not_fingerprinted = frozenset({"fit_data"})
 
     def __post_init__(self) -> None:
@@ -408,8 +424,8 @@ class PruneSettings(StageSettings):
             problems.refuse(f"--drop-experts {self.drop_experts}: a share of the experts, from 0 to below 1.")
         if self.drop_experts and not self.policy:
             problems.refuse("--drop-experts needs --policy; --policy all drops whole experts and nothing per token.")
-        problems.refuse(_one_of("--drop-by", self.drop_by, ("reap", "frequency", "router-weight")))
-        problems.refuse(_one_of("--drop-scope", self.drop_scope, ("layer", "global")))
+        problems.refuse(_one_of("--drop-by", self.drop_by, (REAP, FREQUENCY, ROUTER_WEIGHT)))
+        problems.refuse(_one_of("--drop-scope", self.drop_scope, (PER_LAYER, GLOBAL)))
         if not self.otp_learning_rate > 0:
             problems.refuse(f"--otp-learning-rate {self.otp_learning_rate}: above 0.")
         for flag, value, least in (

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mc_cli.artifacts.calibration import INVENTORY
 from mc_cli.artifacts.damage import ALL_BYTES
 from mc_cli.artifacts.exported import STAGE as EXPORT
 from mc_cli.artifacts.exported import ExportFolder, ExportRecord, known_exports
@@ -209,7 +210,7 @@ def _evaluation_progress(work_dir: Path) -> str:
 
 def _layers(work_dir: Path) -> tuple[int, int]:
     """(Decoder layers, the first with experts) from the inventory that calibrate writes first; (0, 0) before."""
-    path = work_dir / STAGE_FOLDERS["calibrate"] / "inventory.json"
+    path = work_dir / STAGE_FOLDERS["calibrate"] / INVENTORY
     content = read_json(path) if path.exists() else {}
     count, blocks = content.get("num_layers"), content.get("expert_blocks")
     layers = [block.get("layer") for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []

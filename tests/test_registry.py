@@ -16,13 +16,13 @@ def build(**settings):
 """
 
 
-def installed(folder: Path, source: str, module: str = "toy_quantizer") -> None:
+def installed(folder: Path, source: str, module: str = "toy_quantizer", group: str = "mc_cli.quantizers") -> None:
     """A package as pip leaves it, with one entry point."""
     (folder / f"{module}.py").write_text(source)
     info = folder / f"{module}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[mc_cli.quantizers]\ntoy = {module}\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\ntoy = {module}\n")
 
 
 def asked(folder: Path, code: str) -> str:
@@ -62,3 +62,74 @@ def test_a_bad_one_is_refused_by_the_package_that_brought_it(tmp_path: Path, sou
     installed(tmp_path, source)
     found = asked(tmp_path, ERROR)
     assert said in found and "entry point toy of toy_quantizer" in found
+
+
+ENCODING = """
+from mc_cli.encodings.affine import AffineEncoding
+PATTERN, FAMILY, WIDTHS = "toy", "toy", (2,)
+def from_key(key):
+    return AffineEncoding(2, 8) if key == "toy" else None
+def encoding_at(bits, out_features, in_features, *, group_size_limit):
+    return AffineEncoding(2, 8)
+"""
+POLICY = """
+from mc_cli.policies.top_k import keep_scores
+NAME, DESCRIPTION, THRESHOLDS, WATCHES_ATTENTION, LEARNED = "toy", "a toy", "shared", False, True
+"""
+FAMILIES = "from mc_cli.encodings import families\nprint(*families())"
+KNOWN = "from mc_cli.policies import policy_from_name\npolicy_from_name('toy')"
+FITTED = """
+from mc_cli.measuring.policy_fitting import policy_names
+from mc_cli.settings import PruneSettings
+policy_names(PruneSettings(policy=("top-k", "toy")))
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "source", "code", "said"),
+    [
+        ("encodings", ENCODING.replace('"toy", (2,)', '"affine", (2,)'), FAMILIES, "Two families of weight encodings"),
+        ("encodings", ENCODING.replace("WIDTHS =", "BITS ="), FAMILIES, "no weight encoding: it defines no WIDTHS."),
+        ("policies", POLICY.replace("LEARNED =", "TRAINED ="), KNOWN, "no pruning policy: it defines no LEARNED."),
+        ("policies", POLICY, FITTED, "--policy toy: it has to be trained, and prune-eval trains otp alone"),
+    ],
+)
+def test_each_kind_says_what_is_missing(tmp_path: Path, group: str, source: str, code: str, said: str) -> None:
+    installed(tmp_path, source, "toy_package", f"mc_cli.{group}")
+    error = (
+        f"from mc_cli.errors import InputError\ntry:\n    exec({code!r})\nexcept InputError as error:\n    print(error)"
+    )
+    assert said in asked(tmp_path, error)
+
+
+def test_a_quantizer_of_a_family_that_nobody_makes_is_refused(tmp_path: Path) -> None:
+    installed(tmp_path, GOOD + 'FAMILY = "tory"\n')
+    code = """
+from mc_cli.errors import McError
+from mc_cli.settings import QuantizerSettings, ScoreSettings
+try:
+    ScoreSettings(quantizer=QuantizerSettings(quantizer="toy"))
+except McError as error:
+    print(error)
+"""
+    assert asked(tmp_path, code) == "Unknown family of encodings 'tory'. Known families: affine, trellis."
+
+
+def test_plans_and_families_know_a_foreign_one(tmp_path: Path) -> None:
+    installed(tmp_path, ENCODING.replace("(2,)", "(2, 6.5)"), "toy_package", "mc_cli.encodings")
+    assert asked(tmp_path, FAMILIES) == "affine toy trellis"
+    plan = "schema: 1\nmodel_type: m\nmethod: x\nfamily: {}\nrole_bits: {{head: 16}}\nexpert_bits: {{0: [{}, 2]}}\n"
+    code = f"""
+from pathlib import Path
+from mc_cli.artifacts.plan import Plan
+from mc_cli.errors import PlanError
+for name, family, bits in (("a", "toy", 6.5), ("b", "tory", 2), ("c", "toy", 7.5)):
+    path = Path({str(tmp_path)!r}) / name
+    path.write_text({plan!r}.format(family, bits))
+    try:
+        print(Plan.read(path).family)
+    except PlanError as error:
+        print(str(error).splitlines()[1])
+"""
+    known, unknown, width = asked(tmp_path, code).splitlines()
+    assert known == "toy" and "family is 'tory', not one of affine, toy, trellis" in unknown and "7.5" in width

@@ -9,9 +9,9 @@ from typing import Any
 from mc_cli.allocators import AllocationProblem, Budget, feasible_problem
 from mc_cli.allocators.feasibility import size_range
 from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
-from mc_cli.artifacts.plan import KEPT_BITS, Plan
+from mc_cli.artifacts.plan import Plan
 from mc_cli.encodings import encoding_for, stored_bytes
-from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory
+from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory
 from mc_cli.settings import AllocateSettings, QuantizerSettings, ScoreSettings
 from mc_cli.stages.allocate import beside_experts, budget_of, floors_of, other_bytes
 

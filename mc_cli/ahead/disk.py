@@ -13,6 +13,7 @@ from typing import Any
 
 from mc_cli.artifacts.store import STAGE_FOLDERS
 from mc_cli.errors import InputError
+from mc_cli.exporters import dequantizes
 from mc_cli.parts import ModelInventory
 
 _SPARE = 1.02  # headers, reports, manifests, and the file that is being replaced while the next one is written
@@ -66,8 +67,8 @@ def needs_of(
     outside: dict[str, int] = {}
     if "export" in todo:
         packed = packed_bytes or _size_of(work_dir / STAGE_FOLDERS["quantize"])
-        dense = todo["export"].format == "dense"
-        outside["export"] = sum(inventory.bytes_by_role().values()) if dense else packed
+        whole = dequantizes(todo["export"].format)
+        outside["export"] = sum(inventory.bytes_by_role().values()) if whole else packed
     places: list[tuple[Path, dict[str, int]]] = [(work_dir, inside)]
     if outside:
         target = Path(todo["export"].out).expanduser().absolute()

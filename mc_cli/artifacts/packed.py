@@ -34,9 +34,14 @@ LAYOUT = "layout.json"
 CONFIG_FOLDER = "config"
 
 
+def part_name(part: int) -> str:
+    """The name, in files' names, of a decoder layer; any negative number is everything outside the layers."""
+    return "rest" if part < 0 else f"layer_{part:03d}"
+
+
 def part_file(part: int) -> str:
-    """File name of a decoder layer's tensors; any negative number is everything outside the layers."""
-    return "rest.safetensors" if part < 0 else f"layer_{part:03d}.safetensors"
+    """File name of the part's tensors."""
+    return f"{part_name(part)}.safetensors"
 
 
 @dataclass(frozen=True)

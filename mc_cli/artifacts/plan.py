@@ -18,15 +18,13 @@ import yaml
 
 from mc_cli.artifacts.files import read_text, write_text
 from mc_cli.artifacts.strict_yaml import read_yaml
+from mc_cli.encodings import GRIDS, all_widths, families
 from mc_cli.errors import PlanError, listed, shown
-from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role, too_few_survivors
+from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role, too_few_survivors
 from mc_cli.settings import LARGEST_GROUP
 
 SCHEMA = 1
-FAMILIES = ("affine", "trellis")
-KEPT_BITS = 16
 MOST_LAYERS = 100_000  # more than any model has
-LARGEST_HALF = 5  # trellis codes have half steps, and end here
 REMEDY = "Run allocate again, or correct the file."
 
 ExpertBits = float | dict[str, float]  # whole widths are ints, others are halves
@@ -40,7 +38,7 @@ class Plan:
     method: str
     expert_bits: dict[int, tuple[ExpertBits, ...]]  # decoder layer -> one entry per expert
     role_bits: dict[Role, float]  # attention, shared, dense, router, head; 16 = kept
-    family: str = "affine"  # of the encodings that these widths mean: trellis or affine
+    family: str = GRIDS  # of the encodings that these widths mean: trellis, affine or one of another package
     group_size_limit: int = 128
     budget: Mapping[str, Any] = field(default_factory=dict)  # kind, asked, reached, unit; code and stored bits reached
     objective: Mapping[str, Any] = field(default_factory=dict)  # value, unit
@@ -116,7 +114,7 @@ class Plan:
             method=content["method"],
             expert_bits={layer: tuple(row) for layer, row in content["expert_bits"].items()},
             role_bits={Role(role): bits for role, bits in content["role_bits"].items()},
-            family=content.get("family", "affine"),
+            family=content.get("family", GRIDS),
             group_size_limit=content.get("group_size_limit", 128),
             budget=content.get("budget", {}),
             objective=content.get("objective", {}),
@@ -147,8 +145,8 @@ def _content_problems(content: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name} is {shown(content[name])}, not a {kind.__name__}")
     if problems:
         return problems
-    if content.get("family", "affine") not in FAMILIES:
-        problems.append(f"family is {shown(content['family'])}, not one of {', '.join(FAMILIES)}")
+    if content.get("family", GRIDS) not in families():
+        problems.append(f"family is {shown(content['family'])}, not one of {', '.join(families())}")
     limit = content.get("group_size_limit", 128)
     if not 1 <= limit <= LARGEST_GROUP:
         problems.append(f"group_size_limit is {shown(limit)}, not positive or not at most {LARGEST_GROUP}")
@@ -205,7 +203,7 @@ def _row_problems(layer: object, row: object) -> list[str]:
 
 def _width_problem(where: str, bits: object) -> list[str]:
     whole = isinstance(bits, int) and not isinstance(bits, bool) and (0 <= bits <= 8 or bits == KEPT_BITS)
-    fits = whole or (isinstance(bits, float) and 1 < bits < LARGEST_HALF and bits % 1 == 0.5)
+    fits = whole or (isinstance(bits, float) and bits % 1 == 0.5 and bits in all_widths())
     return [] if fits else [f"{where} has width {shown(bits)}"]
 
 

@@ -32,6 +32,7 @@ from mc_cli.artifacts.manifest import (
     command_of,
     fingerprint_of,
 )
+from mc_cli.artifacts.names import PLAN
 from mc_cli.artifacts.system_errors import refusal
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.progress import Progress
@@ -353,7 +354,7 @@ def verify_stages(work_dir: Path, stages: Iterable[str], *, up_to_bytes: float) 
             commands.append(f"`mc-cli {command_of(stage)} -w {work_dir} --force`")
     if not wrong:
         return
-    plan = work_dir / STAGE_FOLDERS["allocate"] / "plan.yaml"
+    plan = work_dir / STAGE_FOLDERS["allocate"] / PLAN
     edited = ""
     if any(line.startswith(f"{plan}:") for line in wrong):
         edited = f" If you edited the plan by hand, name it: `mc-cli quantize -w {work_dir} --plan {plan}`."

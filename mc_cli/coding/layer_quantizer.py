@@ -15,7 +15,7 @@ import torch
 
 from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.artifacts.packed import KEPT, ExpertLayout
-from mc_cli.artifacts.plan import KEPT_BITS, Plan
+from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import MatrixReport
 from mc_cli.coding.channel_order import deal_channels
 from mc_cli.coding.correction import Shortfall, add_experts, reach_of, rest_of_layer
@@ -23,11 +23,11 @@ from mc_cli.coding.expert_inputs import ExpertInputs, expert_chunks
 from mc_cli.coding.expert_view import ExpertView
 from mc_cli.coding.layer_result import LayerResult, measured, planned_encoding
 from mc_cli.coding.linears import LinearCoder, run_up_to
-from mc_cli.encodings.trellis import TrellisEncoding
+from mc_cli.encodings import deals_channels, family_of
 from mc_cli.models import experts
 from mc_cli.models.memory import release_freed_memory
 from mc_cli.numerics.hessian import trace_error
-from mc_cli.parts import ExpertBlock, Projection, Role, TensorPart
+from mc_cli.parts import KEPT_BITS, ExpertBlock, Projection, Role, TensorPart
 from mc_cli.quantizers import Quantizer
 from mc_cli.quantizers.job import Coded, CodingJob, Executor, InputMoments
 from mc_cli.walking.layerwise import LayerWalk
@@ -104,14 +104,14 @@ class LayerQuantizer:
         )
 
     def _deal_channels(self, view: ExpertView) -> tuple[str, ...]:
-        """Orders the channels of the experts that are coded on a trellis as a whole; a note where that cannot be."""
+        """Orders the channels of the experts whose encodings all ask for it; a note where that cannot be."""
         block = view.inputs.block
 
         def coded(expert: int, part: Projection) -> bool:
             bits = self._plan.bits_of(block.layer, expert, part.name)
             if bits in (0, KEPT_BITS):
                 return False
-            return isinstance(planned_encoding(self._plan, bits, part.out_features, part.in_features), TrellisEncoding)
+            return deals_channels(family_of(planned_encoding(self._plan, bits, part.out_features, part.in_features)))
 
         whole = [e for e in range(block.num_experts) if all(coded(e, part) for part in block.projections)]
         return () if not whole or deal_channels(view.module, view.inputs, whole) else (_ORDER_NOTE,)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from mc_cli.artifacts.packed import ExpertLayout
-from mc_cli.artifacts.plan import KEPT_BITS, Plan
+from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import MatrixReport
-from mc_cli.encodings import Encoding, encoding_for
-from mc_cli.parts import Role, TensorPart, family_of_role
+from mc_cli.encodings import Encoding, encoding_for, family_of_role
+from mc_cli.parts import KEPT_BITS, Role, TensorPart
 
 PackedTensors = dict[str, torch.Tensor]  # stored part -> tensor of one matrix
 

@@ -22,7 +22,7 @@ from mc_cli.coding.expert_view import ExpertView
 from mc_cli.coding.output_error import output_norm_mean, predicted_loss, squared_output_error
 from mc_cli.coding.rerouting import Rerouting
 from mc_cli.coding.trial import share_left
-from mc_cli.encodings import Encoding, encoding_for, stored_bytes
+from mc_cli.encodings import Encoding, deals_channels, encoding_for, stored_bytes
 from mc_cli.parts import DROPPED, Projection
 from mc_cli.quantizers import Quantizer
 from mc_cli.quantizers.job import CodingJob, Executor
@@ -52,7 +52,7 @@ class LayerScorer:
         block = inputs.block
         routing = LayerRouting.read(self._calibration / calibration_artifact.routing_file(block.layer))
         rows: list[dict[str, Any]] = []
-        if self._settings.quantizer.family == "trellis":
+        if deals_channels(self._settings.quantizer.family):
             deal_channels(module, inputs, list(range(block.num_experts)))
         view = ExpertView(module, inputs, self._quantizer, self._settings.quantizer.shrinkage)
         for members in expert_chunks(block):

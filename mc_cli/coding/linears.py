@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mc_cli.artifacts.plan import KEPT_BITS, Plan
+from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import MatrixReport
 from mc_cli.coding.layer_result import LayerResult, PackedTensors, measured, planned_encoding
-from mc_cli.encodings import Encoding
+from mc_cli.encodings import GRIDS, Encoding, family_of
 from mc_cli.numerics.hessian import accumulate
-from mc_cli.parts import Role, TensorPart
+from mc_cli.parts import KEPT_BITS, Role, TensorPart
 from mc_cli.quantizers import Quantizer
 from mc_cli.quantizers.job import CodingJob, Executor, InputMoments
 from mc_cli.quantizers.rtn import RoundToNearest
@@ -63,7 +63,7 @@ class LinearCoder:
         """Rounds the token embedding among `tensors` to its plan's width, if it has one; its weight is replaced.
 
         Its inputs are single rows, all of whose weights count alike: there is no Hessian to feed errors back by, and a
-        tied head's would help neither at 6 bits nor at 8.
+        tied head's would help neither at 6 bits nor at 8. Only encodings that are no affine grids go to the quantizer.
         """
         result = LayerResult()
         bits = self._plan.role_bits.get(Role.EMBEDDING, KEPT_BITS)
@@ -76,7 +76,8 @@ class LinearCoder:
                 continue
             encoding = planned_encoding(self._plan, bits, *part.shape, role=part.role)
             alike = InputMoments(torch.eye(part.shape[1], device=self._device)[None])
-            self._pack(path, part, RoundToNearest(clip_search=True), alike, encoding, None, result)
+            nearest = RoundToNearest(clip_search=True) if family_of(encoding) == GRIDS else self._quantizer
+            self._pack(path, part, nearest, alike, encoding, None, result)
         return result
 
     def _pack(

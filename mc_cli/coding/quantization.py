@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from mc_cli.quantizers import Quantizer, quantizer_from_name
+from mc_cli.quantizers import Quantizer, quantizer_from_name, settings_taken
 from mc_cli.settings import QuantizerSettings
 
 
 def quantizer_for(settings: QuantizerSettings) -> Quantizer:
-    """The quantizer named in the settings. Raises InputError for an unknown one."""
-    if settings.quantizer == "rtn":  # takes no calibration data, so none of the settings speaks of it
-        return quantizer_from_name("rtn")
-    knobs = {"damping": settings.damping, "activation_order": settings.activation_order}
-    if settings.sweeps is not None:
-        knobs["sweeps"] = settings.sweeps
-    return quantizer_from_name(settings.quantizer, **knobs)
+    """The quantizer named in the settings, with those that it takes. Raises InputError for an unknown one."""
+    given = {name: getattr(settings, name) for name in settings_taken(settings.quantizer)}
+    return quantizer_from_name(
+        settings.quantizer, **{name: value for name, value in given.items() if value is not None}
+    )

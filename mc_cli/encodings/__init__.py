@@ -2,6 +2,13 @@
 
 An encoding is written as a key, for example `affine_b2_g128`, in plans, tensor names and exported configs.
 A quantizer decides the codes; an encoding knows their shapes, their bytes and the way back to numbers.
+
+An encoding file defines `PATTERN` (of its keys), `FAMILY`, `WIDTHS`, `from_key(key)` and `encoding_at(bits, ...)`, and
+may state facts that are not as for most:
+  CANDIDATES       the widths that score measures unless told otherwise; without it, all WIDTHS
+  MORE_CANDIDATES  (bits, widths): further ones where `run` is asked for more than so many bits per expert weight
+  ROWS_APART       False where outputs share stored bits, so that rows cannot be looked up one by one; True without it
+  DEALS_CHANNELS   True where it matters which outputs lie together, so that experts' channels are put in an order
 """
 
 from __future__ import annotations
@@ -12,14 +19,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mc_cli.errors import ArtifactError, ShapeError, listed, shown
-from mc_cli.registry import Registry
+from mc_cli.parts import Role
+from mc_cli.registry import ENCODINGS, GRIDS, families, family_named
 
 if TYPE_CHECKING:
     import torch
 
-_REGISTRY = Registry("weight encoding", __name__, marker="from_key", name_of=lambda module: module.PATTERN)
-
-GRIDS = "affine"  # the family that has every whole width and shape
 FASTEST = -1  # of the compiled paths, whichever the machine has
 MOST = 2**31 - 2**10  # of anything that compiled routines count: 32-bit integers, with room for rounding up
 _DTYPE_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "int16": 2, "int32": 4}
@@ -31,6 +36,11 @@ class TensorSpec:
 
     shape: tuple[int, ...]
     dtype: str
+
+    def __post_init__(self) -> None:
+        """Raises ShapeError for a dtype that packed files do not hold."""
+        if self.dtype not in _DTYPE_BYTES:
+            raise ShapeError(f"a stored tensor of dtype {self.dtype!r}; packed files hold {', '.join(_DTYPE_BYTES)}")
 
     @property
     def size_bytes(self) -> int:
@@ -88,7 +98,7 @@ def encoding_for(
     Raises ShapeError for an unknown family, half widths of affine grids, and where a matrix does not fit.
     """
     for name in (family, GRIDS):
-        found: Encoding | None = _of_family(name).encoding_at(
+        found: Encoding | None = family_named(name).encoding_at(
             bits, out_features, in_features, group_size_limit=group_size_limit
         )
         if found is not None:
@@ -96,28 +106,45 @@ def encoding_for(
     raise ShapeError(f"{bits} bits: affine grids have whole widths")
 
 
-def families() -> list[str]:
-    """Every family of encodings: what a plan's widths may mean."""
-    return sorted(module.FAMILY for module in _REGISTRY.modules.values())
+def family_of_role(role: Role, family: str) -> str:
+    """The family of encodings that a matrix of this role gets in a model coded in `family`.
+
+    Rows of an embedding are looked up one by one: where the family does not store them apart, affine grids do.
+    """
+    alone = role is Role.EMBEDDING and not ENCODINGS.fact(family_named(family), "ROWS_APART")
+    return GRIDS if alone else family
 
 
-def _of_family(family: str) -> Any:
-    for module in _REGISTRY.modules.values():
-        if family == module.FAMILY:
-            return module
-    raise ShapeError(f"Unknown family of encodings {family!r}. Known families: {', '.join(families())}.")
+def deals_channels(family: str) -> bool:
+    """Whether it matters to a family's encodings which outputs lie together."""
+    return bool(ENCODINGS.fact(family_named(family), "DEALS_CHANNELS"))
+
+
+def family_of(encoding: Encoding) -> str:
+    """The family of an encoding. Raises ArtifactError for one that no file of this version makes."""
+    return str(_read(encoding.key)[0].FAMILY)
+
+
+def all_widths() -> frozenset[float]:
+    """Every width that an encoding of some family has."""
+    return frozenset(width for module in families().values() for width in module.WIDTHS)
 
 
 def encoding_from_key(key: object) -> Encoding:
     """The encoding that `key` names. Raises ArtifactError for a key that no encoding of this version reads."""
-    for module in _REGISTRY.modules.values():
+    return _read(key)[1]
+
+
+def _read(key: object) -> tuple[Any, Encoding]:
+    """The module that reads a key, and the encoding."""
+    for module in ENCODINGS.modules.values():
         found: Encoding | None = module.from_key(key) if isinstance(key, str) else None
         if found is not None:
-            return found
-    names = ", ".join(_REGISTRY.names())
+            return module, found
+    names = ", ".join(ENCODINGS.names())
     raise ArtifactError(
         f"Unknown weight encoding {shown(key)}. This version of mc-cli reads {names}; "
-        "the file may come from a newer version, or be damaged."
+        "the file may come from a newer version, need a package that is not installed here, or be damaged."
     )
 
 

@@ -1,7 +1,8 @@
 """Target formats of a finished model, one file each, found by its presence in this folder.
 
-An exporter file defines `NAME`, `DESCRIPTION` and `export(job)`, which writes a directory that its readers load without
-further steps. It knows files only; what needs a live model comes with the job, and the stage reads the result back.
+An exporter file defines `NAME`, `DESCRIPTION`, `CARRIES_POLICY` and `export(job)`, which writes a directory that its
+readers load without further steps. `DEQUANTIZES = True` says that it is as large as the original. It
+knows files only; what needs a live model comes with the job, and the stage reads the result back.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from mc_cli.registry import Registry
 if TYPE_CHECKING:
     import torch
 
-_REGISTRY = Registry("export format", __name__, marker="export", name_of=lambda module: module.NAME)
+_REGISTRY = Registry(
+    "export format",
+    __name__,
+    marker="export",
+    name_of=lambda module: module.NAME,
+    required=("NAME", "DESCRIPTION", "CARRIES_POLICY"),
+    facts={"DEQUANTIZES": False},
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,11 @@ class Exporter(Protocol):
 def exporter_from_name(name: str) -> Exporter:
     """The exporter called `name`. Raises InputError listing the known ones with what they write."""
     return _REGISTRY.named(name, described=lambda exporter: exporter.DESCRIPTION)
+
+
+def dequantizes(name: str) -> bool:
+    """Whether what the exporter writes is as large as the original; False for a name that nobody knows."""
+    return name in _REGISTRY.modules and bool(_REGISTRY.fact(_REGISTRY.modules[name], "DEQUANTIZES"))
 
 
 def exporters() -> dict[str, Exporter]:

@@ -9,6 +9,7 @@ from mc_cli.exporters.shards import ShardWriter
 
 NAME = "dense"
 CARRIES_POLICY = False
+DEQUANTIZES = True
 DESCRIPTION = "dequantized weights in the original checkpoint's layout, for any tool; as large as the original"
 
 _OPENING = (

@@ -1,6 +1,7 @@
 """Products with packed matrices: one dispatch, so that every caller gets the fastest path there is for its device.
 
-One file per encoding. Each says which rows it multiplies packed, has a bank for those, and decodes for all others.
+One file per encoding. Each says which rows it multiplies packed, has a bank for those, and decodes for all others. An
+encoding without a file here is decoded and multiplied by torch: see `decoded.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any, Protocol
 import torch
 
 from mc_cli import native
-from mc_cli.encodings import Encoding, check_parts
+from mc_cli.encodings import Encoding, check_parts, family_of
 from mc_cli.encodings.affine import AffineEncoding
 from mc_cli.encodings.trellis import TrellisEncoding
-from mc_cli.kernels import affine, trellis
+from mc_cli.kernels import affine, decoded, trellis
 from mc_cli.kernels.bank import GATES, CompiledBank, experts_output
 from mc_cli.kernels.compiled import activation_bytes
 from mc_cli.kernels.stored import StoredMemory
@@ -33,6 +34,10 @@ __all__ = [
 
 _ROUTINES: dict[type, Any] = {TrellisEncoding: trellis, AffineEncoding: affine}
 _FAMILIES = {TrellisEncoding: "trellis codes", AffineEncoding: "affine grids"}
+
+
+def _routines(encoding: Encoding) -> Any:
+    return _ROUTINES.get(type(encoding), decoded)
 
 
 class Bank(Protocol):
@@ -61,13 +66,13 @@ def packed_linear(
     if isinstance(bank, CompiledBank):
         return bank.linear(inputs)
     rows = inputs.reshape(-1, in_features)
-    outputs = _ROUTINES[type(encoding)].decoded_product(rows, tensors, encoding) if bank is None else bank.product(rows)
+    outputs = _routines(encoding).decoded_product(rows, tensors, encoding) if bank is None else bank.product(rows)
     return outputs.view(*inputs.shape[:-1], outputs.shape[-1]).to(inputs.dtype)
 
 
 def runs_packed(rows: torch.Tensor, encoding: Encoding | None) -> bool:
     """Whether rows [..., in_features] are multiplied with a packed matrix as it is; None stands for a kept one."""
-    return encoding is not None and _ROUTINES[type(encoding)].runs_packed(rows)
+    return encoding is not None and _routines(encoding).runs_packed(rows)
 
 
 def bank_for(
@@ -93,9 +98,12 @@ def bank_for(
 
 def path_names(encodings: Iterable[Encoding], device: torch.device) -> str:
     """How products with matrices of these encodings are computed on a device, in words."""
-    kinds = {type(encoding) for encoding in encodings}
-    names = {_FAMILIES[kind]: _ROUTINES[kind].path_name(device) for kind in _ROUTINES if kind in kinds}
-    names = {family: name + _narrow(device) for family, name in names.items()}
+    there = {type(encoding): encoding for encoding in encodings}
+    names = {
+        _FAMILIES[kind]: _ROUTINES[kind].path_name(device) + _narrow(device) for kind in _ROUTINES if kind in there
+    }
+    others = (encoding for kind, encoding in there.items() if kind not in _ROUTINES)
+    names |= {f"{family} encodings": decoded.path_name(device) for family in sorted(map(family_of, others))}
     return "; ".join(name if len(names) == 1 else f"{family}: {name}" for family, name in names.items())
 
 

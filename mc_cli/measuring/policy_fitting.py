@@ -21,6 +21,7 @@ from mc_cli.artifacts.damage import ALL_BYTES
 from mc_cli.artifacts.files import read_tensors
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.manifest import POLICY_STAGE
+from mc_cli.artifacts.names import IMPORTANCE
 from mc_cli.artifacts.packed import read_layout
 from mc_cli.artifacts.pruning import FOLDER, TENSOR_PREFIX, OperatingPoint, Pruning, read_pruning, write_pruning
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, require_done
@@ -32,9 +33,9 @@ from mc_cli.models.session import Session
 from mc_cli.packed.dense_tensors import load_dense
 from mc_cli.parts import ExpertBlock, ModelInventory
 from mc_cli.policies import LayerValues, odp, otp, policy_from_name
-from mc_cli.policies.static_experts import FREQUENCY, REAP, ROUTER_WEIGHT, experts_to_drop
+from mc_cli.policies.static_experts import experts_to_drop
 from mc_cli.progress import Progress
-from mc_cli.settings import PruneSettings
+from mc_cli.settings import FREQUENCY, REAP, ROUTER_WEIGHT, PruneSettings
 from mc_cli.skipping.pruned_comparison import compare_points
 from mc_cli.skipping.pruning import pruners
 from mc_cli.skipping.pruning_fit import (
@@ -89,10 +90,14 @@ class _Job:
 
 
 def policy_names(settings: PruneSettings) -> list[str]:
-    """The policies to fit, the one that ships first. Raises InputError for an unknown one."""
+    """The policies to fit, the one that ships first. Raises InputError for unknown and untrainable ones."""
     names = list(dict.fromkeys([*settings.policy, *(BASELINES if settings.sweep else ())]))
     for name in names:
-        policy_from_name(name)
+        if policy_from_name(name).LEARNED and name != otp.NAME:
+            raise InputError(
+                f"--policy {name}: it has to be trained, and prune-eval trains {otp.NAME} alone. Give a policy "
+                "of which thresholds are all that is fitted."
+            )
     return names
 
 
@@ -204,7 +209,7 @@ def _dropped(settings: PruneSettings, work_dir: Path, blocks: Mapping[int, Exper
     """Layer -> experts that are dropped as a whole, by what calibrate and score measured."""
     if not settings.drop_experts:
         return {}
-    importance = Importance.read(work_dir / STAGE_FOLDERS["score"] / "importance.json")
+    importance = Importance.read(work_dir / STAGE_FOLDERS["score"] / IMPORTANCE)
     field_of = {REAP: "output_norm_mean", FREQUENCY: "routing_count", ROUTER_WEIGHT: "routing_weight_sum"}
     scores = {layer.layer: getattr(layer, field_of[settings.drop_by]) for layer in importance.layers}
     top_k = {layer: block.top_k for layer, block in blocks.items()}

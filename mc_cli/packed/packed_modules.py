@@ -11,7 +11,7 @@ import itertools
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,7 @@ class PackedWeight:
 
     encoding: Encoding
     parts: tuple[str, ...]  # attribute names, which are the encoding's stored parts
+    out_features: int
     in_features: int
     dtype: torch.dtype  # of the weight that `module.weight` gives
 
@@ -272,7 +273,7 @@ class _TiedHead(_Remade):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         embedding = self._mc_embedding[0]
         packed, parts = embedding._mc_weight, _stored_parts(embedding)
-        if parts["codes"].device != inputs.device:  # of a model that is spread over devices
+        if _device_of(parts) != inputs.device:  # of a model that is spread over devices
             parts = _parts_on(embedding, inputs.device)
         outputs = product(inputs, parts, packed.encoding, in_features=packed.in_features)
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
@@ -301,10 +302,15 @@ def _stored_parts(module: Any) -> dict[str, torch.Tensor]:
     return {part: module._parameters[part] for part in module._mc_weight.parts}
 
 
+def _device_of(parts: Mapping[str, torch.Tensor]) -> torch.device:
+    """Where a packed weight lies: its parts are always together."""
+    return next(iter(parts.values())).device
+
+
 def _parts_on(module: Any, device: torch.device) -> dict[str, torch.Tensor]:
     """The stored parts on another device; those that accelerate holds elsewhere until the module runs are fetched."""
     parts = _stored_parts(module)
-    if parts["codes"].device.type != "meta":
+    if _device_of(parts).type != "meta":
         return {name: part.to(device) for name, part in parts.items()}
     from accelerate.utils import align_module_device  # it is there, it has put them away
 
@@ -354,9 +360,8 @@ def _decoded(module: Any) -> torch.Tensor:
     """The weight [out_features, in_features] that a packed module stands for, in its dtype."""
     packed, parts = module._mc_weight, _stored_parts(module)
     check_parts(packed.encoding, parts, packed.in_features)
-    if parts["codes"].device.type == "meta":  # before loading, or where accelerate has put it away
-        rows = parts["scales"].shape[0]
-        return torch.empty((rows, packed.in_features), dtype=packed.dtype, device="meta")
+    if _device_of(parts).type == "meta":  # before loading, or where accelerate has put it away
+        return torch.empty((packed.out_features, packed.in_features), dtype=packed.dtype, device="meta")
     return packed.encoding.dequantize(parts, packed.in_features).to(packed.dtype)
 
 
@@ -395,7 +400,7 @@ def pack_weight(module: Any, encoding: Encoding, *, dtype: torch.dtype) -> dict[
         empty = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=weight.device)
         module._parameters[part] = StoredPart(empty)
     module.__class__ = _subclass(module.__class__, behaviour)
-    module._mc_weight = PackedWeight(encoding, tuple(specs), in_features, dtype)
+    module._mc_weight = PackedWeight(encoding, tuple(specs), out_features, in_features, dtype)
     module._mc_stored = frozenset(specs)
     for part in specs:
         module._parameters[part] = module._mc_own(module._parameters[part])

@@ -2,10 +2,12 @@
 
 A policy gives every (token, slot) a keep score; slots whose score is below the layer's threshold are dropped, the slot
 with the largest routing weight never is. So every policy has a threshold per layer, and with it any rate of dropped
-calls. A policy file defines `NAME`, `DESCRIPTION`, `THRESHOLDS` and `keep_scores(routed, layer)`; what it learns or
-calibrates comes back to it in `LayerValues`. Pure functions of tensors: `skipping/pruning.py` runs them.
+calls. A policy file defines what `Policy` says, `keep_scores(routed, layer)` above all; what it learns or calibrates
+comes back to it in `LayerValues`. Pure functions of tensors: `skipping/pruning.py` runs them.
 
-A policy may also define `compiled_rule(layer, cut)`, the same decision in one compiled call: see `compiled.py`.
+A policy may also define `compiled_rule(layer, cut)`, the same decision in one compiled call (see `compiled.py`), and
+`calibrated_numbers(routed, protect=...)`, what it wants to know of the fitting tokens of a layer. `DROPS = False` says
+that no threshold of it drops a slot.
 """
 
 from __future__ import annotations
@@ -22,7 +24,14 @@ from mc_cli import native
 from mc_cli.errors import ShapeError
 from mc_cli.registry import Registry
 
-_REGISTRY = Registry("pruning policy", __name__, marker="keep_scores", name_of=lambda module: module.NAME)
+_REGISTRY = Registry(
+    "pruning policy",
+    __name__,
+    marker="keep_scores",
+    name_of=lambda module: module.NAME,
+    required=("NAME", "DESCRIPTION", "THRESHOLDS", "WATCHES_ATTENTION", "LEARNED"),
+    facts={"DROPS": True},
+)
 
 # How thresholds are found: `spread` gives each layer its own where a dropped call is cheapest; `shared` one for all.
 SPREAD, SHARED = "spread", "shared"
@@ -105,6 +114,20 @@ def learned_shapes(policy: Policy, hidden_size: int, top_k: int) -> dict[str, tu
     """Name -> shape of what the policy has learned about a layer; {} for one that learns nothing."""
     shapes = getattr(policy, "learned_shapes", None)
     return {} if shapes is None else shapes(hidden_size, top_k)
+
+
+def drops_calls(policy: Policy) -> bool:
+    """Whether some threshold of the policy drops slots."""
+    return bool(_REGISTRY.fact(policy, "DROPS"))
+
+
+def calibrated_numbers(policy: Policy, routed: Routed, *, protect: float) -> dict[str, float]:
+    """The policy's own numbers of a layer, from its fitting tokens; {} for one that calibrates none.
+
+    protect   share of the tokens that are to keep all their experts
+    """
+    find = getattr(policy, "calibrated_numbers", None)
+    return {} if find is None else dict(find(routed, protect=protect))
 
 
 def weight_ranks(weights: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from mc_cli.policies import SHARED, LayerValues, Routed
 NAME = "all"
 DESCRIPTION = "every expert that the router chooses; for --drop-experts alone"
 THRESHOLDS = SHARED
+DROPS = False
 WATCHES_ATTENTION = False
 LEARNED = False
 

@@ -44,6 +44,14 @@ def compiled_rule(layer: LayerValues, cut: Cut) -> CompiledRule:
     return compiled.KeptByShare(layer.numbers.get(PROTECT_AT), cut)
 
 
+def calibrated_numbers(routed: Routed, *, protect: float) -> dict[str, float]:
+    """The importance that a `protect` share of the tokens reach or exceed; nothing where none is protected."""
+    if protect <= 0:
+        return {}
+    ordered = importance(routed).sort(descending=True).values
+    return {PROTECT_AT: float(ordered[min(len(ordered) - 1, int(protect * len(ordered)))])}
+
+
 def importance(routed: Routed) -> Tensor:
     """[tokens] float32: attention received (1 = a uniform look, and where it is unknown) times the L1 norm."""
     norm = routed.hidden.float().abs().sum(-1)

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mc_cli.errors import InputError
+from mc_cli.settings import GLOBAL, PER_LAYER
 
-REAP, FREQUENCY, ROUTER_WEIGHT = "reap", "frequency", "router-weight"
-MEASURES = (REAP, FREQUENCY, ROUTER_WEIGHT)
-PER_LAYER, GLOBAL = "layer", "global"
-SCOPES = (PER_LAYER, GLOBAL)
+__all__ = ["GLOBAL", "PER_LAYER", "experts_to_drop"]
 
 
 def experts_to_drop(
@@ -27,7 +25,7 @@ def experts_to_drop(
 
     scores   layer -> one value per expert: REAP's mean of routing weight times output norm over the expert's tokens,
              its count of tokens, or its sum of routing weights
-    share    of all experts;  scope  `layer`: the same share in every layer, rounded down; `global`: the lowest of the
+    share    of all experts;  scope  PER_LAYER: the same share in every layer, rounded down; GLOBAL: the lowest of the
              whole model, each score over its layer's mean, since norms of different layers do not compare
     gone     layer -> experts that the plan has dropped already; the share is of the others
     Raises InputError where the floor leaves fewer experts to drop than were asked for.

@@ -1,7 +1,14 @@
 """Weight quantizers, one file each: how codes are chosen. The encoding says how they are stored.
 
-A quantizer file defines `NAME` and `build(**settings)`; it is found by its presence in this folder.
-Every quantizer works on a batch of equally shaped matrices, because experts come in stacks.
+A quantizer file defines `NAME` and `build(**settings)`; it is found by its presence in this folder, or by an entry
+point. Every quantizer works on a batch of equally shaped matrices, because experts come in stacks.
+Where its family has no encoding of a width or shape, it is asked for affine grids instead.
+
+It may state facts that are not as for most:
+  FAMILY           of the encodings that it makes; affine grids without it
+  SETTINGS         the fields of `QuantizerSettings` that `build` takes; those that are None are not handed over
+  CORRECTS_ERRORS  True where fitting down projections to errors before them pays, unless the settings say otherwise
+  JOINS_ROWS       True where `row_groups` gives groups: quantize then says so where calibrations are too old for them
 """
 
 from __future__ import annotations
@@ -19,9 +26,7 @@ from mc_cli.numerics.grids import Grid
 from mc_cli.numerics.hessian import trace_error
 from mc_cli.numerics.packing import pack_codes
 from mc_cli.numerics.row_hessian import RowHessian
-from mc_cli.registry import Registry
-
-_REGISTRY = Registry("quantizer", __name__, marker="build", name_of=lambda module: module.NAME)
+from mc_cli.registry import QUANTIZERS
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Quantizer(Protocol):
 
 def quantizer_from_name(name: str, **settings: Any) -> Quantizer:
     """The quantizer called `name` with `settings`. Raises InputError for unknown names, settings and values."""
-    module = _REGISTRY.named(name)
+    module = QUANTIZERS.named(name)
     try:
         return module.build(**settings)
     except TypeError as error:
@@ -105,7 +110,13 @@ def quantizer_from_name(name: str, **settings: Any) -> Quantizer:
 
 def quantizer_names() -> list[str]:
     """Every quantizer of this version, sorted."""
-    return _REGISTRY.names()
+    return QUANTIZERS.names()
+
+
+def settings_taken(name: str) -> tuple[str, ...]:
+    """The fields of `QuantizerSettings` that a quantizer is built with. Raises InputError for an unknown one."""
+    taken: tuple[str, ...] = QUANTIZERS.fact(QUANTIZERS.named(name), "SETTINGS")
+    return taken
 
 
 def affine_encoding(encoding: Encoding, prepared: Prepared, weight: Tensor) -> AffineEncoding:
@@ -137,8 +148,18 @@ def affine_result(
         "scales": grid.stored_scales().transpose(1, 2).reshape(*rows, -1).contiguous(),
         "zero_points": grid.stored_zero_points().transpose(1, 2).reshape(*rows, -1).contiguous(),
     }
+    return result_of(weight, prepared, encoding, tensors)
+
+
+def result_of(
+    weight: Tensor, prepared: Prepared, encoding: Encoding, tensors: dict[str, Tensor], notes: tuple[str, ...] = ()
+) -> QuantizedLinear:
+    """Stored tensors of `weight` [B, out_features, in_features] with the loss of what they really decode to.
+
+    notes   of the quantizer, behind those of its preparation
+    """
     if prepared.hessian is None:
-        loss = torch.full(rows[:1], float("nan"), dtype=torch.float64, device=weight.device)
+        loss = torch.full(weight.shape[:1], float("nan"), dtype=torch.float64, device=weight.device)
     else:
         loss = trace_error(weight - encoding.dequantize(tensors, weight.shape[-1]), prepared.hessian)
-    return QuantizedLinear(encoding, tensors, loss, prepared.notes)
+    return QuantizedLinear(encoding, tensors, loss, prepared.notes + notes)

@@ -17,6 +17,9 @@ from mc_cli.numerics.row_hessian import RowHessian
 from mc_cli.quantizers import Prepared, QuantizedLinear, affine_encoding, affine_result
 
 NAME = "gptq"
+FAMILY = "affine"
+SETTINGS = ("damping", "activation_order", "sweeps")
+CORRECTS_ERRORS = False
 
 
 def build(**settings: Any) -> Gptq:

@@ -14,6 +14,9 @@ from mc_cli.numerics.row_hessian import RowHessian
 from mc_cli.quantizers import Prepared, QuantizedLinear, affine_encoding, affine_result
 
 NAME = "rtn"
+FAMILY = "affine"
+SETTINGS = ()  # it takes no calibration data, so none of them speaks of it
+CORRECTS_ERRORS = False
 
 
 def build(**settings: Any) -> RoundToNearest:

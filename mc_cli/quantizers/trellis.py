@@ -13,14 +13,18 @@ from mc_cli.encodings import Encoding
 from mc_cli.encodings.trellis import TrellisEncoding, padded, sequence_length
 from mc_cli.errors import InputError, McError, ShapeError
 from mc_cli.numerics import trellis
-from mc_cli.numerics.hessian import inverse_cholesky, trace_error
+from mc_cli.numerics.hessian import inverse_cholesky
 from mc_cli.numerics.rotation import rotate, rotate_back, rotate_hessian
 from mc_cli.numerics.rounding import propagate, propagate_panels
 from mc_cli.numerics.row_hessian import RowHessian, best_scales, eliminated
-from mc_cli.quantizers import Prepared, QuantizedLinear
+from mc_cli.quantizers import Prepared, QuantizedLinear, result_of
 from mc_cli.quantizers.gptq import Gptq
 
 NAME = "trellis"
+FAMILY = "trellis"
+SETTINGS = ("damping", "activation_order", "sweeps")
+CORRECTS_ERRORS = True
+JOINS_ROWS = True
 _LARGEST_SCALE = 65504.0  # of float16
 _NOISE_SEED = 0
 _MOST_GAIN = 1.5  # of scales; a code of 1 bit takes 1.4 at most
@@ -97,11 +101,8 @@ class Trellis:
         coder.code()
         for _ in range(self.sweeps):
             coder.sweep()
-        notes = prepared.notes + _group_notes(row_importance, weight) + coder.lengthen()
-        tensors = coder.tensors()
-        assert prepared.hessian is not None
-        loss = trace_error(weight - encoding.dequantize(tensors, weight.shape[-1]), prepared.hessian)
-        return QuantizedLinear(encoding, tensors, loss, notes)
+        notes = _group_notes(row_importance, weight) + coder.lengthen()
+        return result_of(weight, prepared, encoding, coder.tensors(), notes)
 
     def forecast(
         self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None

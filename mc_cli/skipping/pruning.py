@@ -202,7 +202,7 @@ def check_policy(model: Any, pruning: Pruning) -> None:
     if pruning.policy not in known:
         raise ArtifactError(
             f"The pruning policy {shown(pruning.policy)} is unknown; this version of mc-cli has {', '.join(known)}. "
-            "The model is of a newer version, or damaged."
+            "The model is of a newer version, its policy is of a package that is not installed here, or it is damaged."
         )
     modules = dict(model.named_modules())
     problems = []

@@ -12,7 +12,7 @@ from torch import Tensor
 from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer, Pruning
 from mc_cli.errors import InputError
 from mc_cli.parts import ExpertBlock
-from mc_cli.policies import SPREAD, LayerValues, every_expert, odp, policy_from_name
+from mc_cli.policies import SPREAD, LayerValues, calibrated_numbers, drops_calls, policy_from_name
 from mc_cli.progress import Progress
 from mc_cli.skipping.pruning_samples import LayerSample, sample_layers
 from mc_cli.skipping.pruning_thresholds import (
@@ -86,9 +86,7 @@ def _add_layer(part: _Growing, sample: LayerSample, learned: Mapping[str, Tensor
     policy = policy_from_name(part.name)
     prefix = f"{sample.block.path}.{TENSOR_PREFIX}"
     tensors = {name.removeprefix(prefix): tensor for name, tensor in learned.items() if name.startswith(prefix)}
-    numbers: dict[str, float] = {}
-    if part.name == odp.NAME and settings.protect > 0:
-        numbers[odp.PROTECT_AT] = _upper_quantile(odp.importance(sample.routed), settings.protect)
+    numbers = calibrated_numbers(policy, sample.routed, protect=settings.protect)
     layer = PrunedLayer(
         layer=sample.block.layer,
         path=sample.block.path,
@@ -105,33 +103,27 @@ def _add_layer(part: _Growing, sample: LayerSample, learned: Mapping[str, Tensor
     part.curves.append(layer_curve(scores, sample.routed.weights, sample.costs))
 
 
-def _upper_quantile(values: Tensor, share: float) -> float:
-    """The value that a `share` of the values reach or exceed."""
-    ordered = values.sort(descending=True).values
-    return float(ordered[min(len(ordered) - 1, int(share * len(ordered)))])
-
-
 def _finished(part: _Growing, settings: FitSettings, tokens: int, *, nats: bool) -> Pruning:
-    spread = policy_from_name(part.name).THRESHOLDS == SPREAD
+    policy = policy_from_name(part.name)
     limit = largest_rate(part.curves)
     points: list[OperatingPoint] = []
     for rate in sorted(settings.rates):
         if rate > limit + 1e-3:
             continue
-        fitted = (spread_thresholds if spread else shared_threshold)(part.curves, rate)
+        fitted = (spread_thresholds if policy.THRESHOLDS == SPREAD else shared_threshold)(part.curves, rate)
         if points and fitted.rate <= points[-1].rate:
             continue  # whole steps of a coarse policy: the same point again
         points.append(OperatingPoint(fitted.rate, fitted.thresholds, fitted.cost / tokens if nats else None))
-    if part.name == every_expert.NAME:
+    if not drops_calls(policy):
         points = [OperatingPoint(0.0, (0.0,) * len(part.layers), 0.0 if nats else None)]
     notes = []
-    if part.name != every_expert.NAME and len(points) < len(settings.rates):
+    if drops_calls(policy) and len(points) < len(settings.rates):
         notes.append(
             f"policy {part.name}: {len(settings.rates)} rates were asked for, {len(points)} differ and can be reached; "
             f"at most {limit:.3f} of the expert calls can be dropped."
         )
     unwatched = [layer.layer for layer in part.layers if layer.prior is None]
-    if policy_from_name(part.name).WATCHES_ATTENTION and unwatched:
+    if policy.WATCHES_ATTENTION and unwatched:
         notes.append(
             f"policy {part.name}: {len(unwatched)} of {len(part.layers)} layers have no attention that can be watched "
             f"({', '.join(map(str, unwatched[:8]))}); there tokens are spared by their norm alone."

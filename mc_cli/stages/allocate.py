@@ -14,17 +14,16 @@ from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.locks import holding_work_dir
-from mc_cli.artifacts.plan import KEPT_BITS, ExpertBits, Plan
+from mc_cli.artifacts.names import IMPORTANCE, PLAN
+from mc_cli.artifacts.plan import ExpertBits, Plan
 from mc_cli.artifacts.store import MANIFEST, STAGE_FOLDERS, StageFolder, require_done
-from mc_cli.encodings import encoding_for, stored_bytes
+from mc_cli.encodings import encoding_for, family_of_role, stored_bytes
 from mc_cli.errors import PlanError
-from mc_cli.parts import ModelInventory, Role, TensorPart, family_of_role
+from mc_cli.parts import KEPT_BITS, ModelInventory, Role, TensorPart
 from mc_cli.progress import Progress, StageResult
 from mc_cli.settings import WIDTH_BORDERS, AllocateSettings, QuantizerSettings, RunSettings
 
 STAGE = "allocate"
-PLAN = "plan.yaml"
-IMPORTANCE = "importance.json"
 
 # A safetensors header spends about this much per tensor beside its name; counted so that --target-size holds for files.
 _HEADER_BYTES_PER_TENSOR = 96

@@ -31,6 +31,7 @@ from mc_cli.artifacts.exported import (
 from mc_cli.artifacts.files import noting_files, read_json
 from mc_cli.artifacts.locks import holding_work_dir, target_lock
 from mc_cli.artifacts.manifest import POLICY_STAGE
+from mc_cli.artifacts.names import EVALUATION
 from mc_cli.artifacts.packed import PackedLayout, encoding_of
 from mc_cli.artifacts.pruning import FOLDER as POLICY_FOLDER
 from mc_cli.artifacts.pruning import Pruning, read_pruning
@@ -44,12 +45,10 @@ from mc_cli.models.session import POINTER, device_named, dtype_named
 from mc_cli.packed.dense_tensors import DenseTensors, weight_dtype
 from mc_cli.packed.packed_files import PackedFiles, open_packed
 from mc_cli.packed.packed_model import model_bytes, part_numbers, read_packed_config
-from mc_cli.parts import Role
+from mc_cli.parts import KEPT_BITS, Role
 from mc_cli.progress import Progress, StageResult
 from mc_cli.settings import ExportSettings, RunSettings
 
-KEPT_BITS = 16
-EVALUATION = "eval.json"
 _SHIPPED = ("quantize", "prune-eval", POLICY_STAGE)  # whose files are in what is exported
 
 

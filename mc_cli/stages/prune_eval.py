@@ -17,6 +17,7 @@ from mc_cli.artifacts.calibration import TextReport
 from mc_cli.artifacts.evaluation import Evaluation, TextResult
 from mc_cli.artifacts.files import DigestCache, content_digest
 from mc_cli.artifacts.locks import holding_work_dir
+from mc_cli.artifacts.names import EVALUATION
 from mc_cli.artifacts.packed import StoredBytes
 from mc_cli.artifacts.quantization import read_report
 from mc_cli.artifacts.store import STAGE_FOLDERS, StageFolder, require_done
@@ -38,7 +39,6 @@ from mc_cli.progress import Progress, SilentProgress, StageResult
 from mc_cli.settings import EvaluateSettings, RunSettings
 
 STAGE = "prune-eval"
-EVALUATION = "eval.json"
 FRONT = "front.png"
 
 

@@ -20,17 +20,19 @@ from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.files import file_digest, read_json, write_json, write_tensors
 from mc_cli.artifacts.locks import holding_work_dir
-from mc_cli.artifacts.packed import ExpertLayout, PackedLayout, stacked_name
-from mc_cli.artifacts.plan import KEPT_BITS, Plan
+from mc_cli.artifacts.names import COVERAGE, PLAN
+from mc_cli.artifacts.packed import LAYOUT, ExpertLayout, PackedLayout, part_file, part_name, stacked_name
+from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import MatrixReport, read_report, write_report
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, require_done
 from mc_cli.coding.layer_quantizer import LayerQuantizer
 from mc_cli.coding.layer_result import LayerResult
 from mc_cli.coding.quantization import quantizer_for
+from mc_cli.encodings import family_of_role
 from mc_cli.errors import ArtifactError, PlanError, Problems, listed
 from mc_cli.executors.here import Here
 from mc_cli.kernels.trellis import path_name
-from mc_cli.models.checkpoint import Checkpoint
+from mc_cli.models.checkpoint import REST, Checkpoint
 from mc_cli.models.memory import large_blocks_mapped, release_freed_memory
 from mc_cli.models.model_files import copy_model_files
 from mc_cli.models.own_experts import run_our_experts
@@ -38,15 +40,14 @@ from mc_cli.models.router_masks import drop_experts
 from mc_cli.models.session import Session, later_session
 from mc_cli.numerics.hessian import accumulate
 from mc_cli.packed.packed_model import model_bytes
-from mc_cli.parts import ModelInventory, Role, TensorPart, family_of_role
+from mc_cli.parts import KEPT_BITS, ModelInventory, Role, TensorPart
 from mc_cli.progress import Progress, StageResult
+from mc_cli.registry import widths_of
 from mc_cli.settings import QuantizeSettings, RunSettings
 from mc_cli.walking.layerwise import LayerWalk
 from mc_cli.walking.resume import restore_progress, save_progress
 
 STAGE = "quantize"
-LAYOUT = "layout.json"
-REST = "rest"
 _PLANNED_ROLES = (Role.ATTENTION, Role.SHARED, Role.DENSE, Role.ROUTER, Role.HEAD, Role.EMBEDDING)
 
 
@@ -76,7 +77,7 @@ def run(
     run_our_experts(checkpoint.model)
     walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
     sensitivities = calibration_artifact.read_sensitivities(calibration, inventory)
-    if settings.quantizer.quantizer == "trellis" and sensitivities and not _has_covariances(calibration, inventory):
+    if settings.quantizer.joins_rows and sensitivities and not _has_covariances(calibration, inventory):
         folder.warn(
             "the calibration is of an earlier version, without the covariance of the gradient: errors are not fed into "
             "later rows; that raises the KL divergence by about a tenth. Run calibrate --force and all stages again.",
@@ -123,7 +124,7 @@ def _folder(settings: QuantizeSettings, session: Session) -> StageFolder:
 
 def plan_path(settings: QuantizeSettings, work_dir: Path) -> Path:
     """Where the plan lies that quantize follows."""
-    return Path(settings.plan) if settings.plan is not None else work_dir / STAGE_FOLDERS["allocate"] / "plan.yaml"
+    return Path(settings.plan) if settings.plan is not None else work_dir / STAGE_FOLDERS["allocate"] / PLAN
 
 
 def check_plan(plan: Plan, settings: QuantizeSettings, inventory: ModelInventory) -> None:
@@ -152,20 +153,21 @@ def _check_family(plan: Plan, settings: QuantizeSettings) -> None:
 def _check_widths(plan: Plan, inventory: ModelInventory) -> None:
     """Raises PlanError for widths that cannot be stored, naming all of them."""
     problems = []
+    known = widths_of(plan.family)
     for role, bits in sorted(plan.role_bits.items()):
         if role not in _PLANNED_ROLES and bits != KEPT_BITS:
             problems.append(f"role_bits: {role.value} has {bits} bits, but is always kept: its width is 16 or left out")
         elif bits == 0:
             problems.append(f"role_bits: {role.value} has 0 bits, but only experts can be pruned")
-        elif family_of_role(role, plan.family) == "affine" and not float(bits).is_integer():
-            problems.append(f"role_bits: {role.value} has {bits} bits, but affine grids have whole widths")
+        elif bits != KEPT_BITS and bits not in widths_of(family_of_role(role, plan.family)):
+            problems.append(f"role_bits: {role.value} has {bits} bits{_but(family_of_role(role, plan.family))}")
     if plan.role_bits.get(Role.HEAD, KEPT_BITS) != KEPT_BITS and inventory.tied_head:
         problems.append("role_bits: head is packed, but tied to the embedding, whose width it has: leave it out")
     for layer, row in sorted(plan.expert_bits.items()):
         for expert, entry in enumerate(row):
             widths = set(entry.values()) if isinstance(entry, dict) else {entry}
-            if plan.family == "affine" and any(not float(width).is_integer() for width in widths):
-                problems.append(f"layer {layer} expert {expert}: {entry} bits, but affine grids have whole widths")
+            if not widths - {0, KEPT_BITS} <= known:
+                problems.append(f"layer {layer} expert {expert}: {entry} bits{_but(plan.family)}")
             if 0 in widths and len(widths) > 1:
                 problems.append(f"layer {layer} expert {expert}: {entry}, but an expert is pruned whole or not at all")
     if problems:
@@ -173,6 +175,10 @@ def _check_widths(plan: Plan, inventory: ModelInventory) -> None:
             f"The plan has {len(problems)} widths that cannot be stored:\n{listed(problems)}\n"
             "Correct plan.yaml, or run allocate again."
         )
+
+
+def _but(family: str) -> str:
+    return f", but {family} encodings have {', '.join(map(str, sorted(widths_of(family))))}"
 
 
 def _layers(
@@ -203,7 +209,7 @@ def _layers(
                 walk.run_layer(advance=True)
             else:  # all but the experts was run while they were quantized
                 walk.advance_to(result.output)
-            writer.write(f"layer_{layer:03d}", parts, result)
+            writer.write(layer, parts, result)
             checkpoint.free(layer)
             release_freed_memory()
             save_progress(folder, walk, original)
@@ -250,24 +256,25 @@ class _Writer:
         self._model = checkpoint.model
         self._compute_dtype = session.dtype
 
-    def write(self, name: str, parts: list[TensorPart], result: LayerResult) -> None:
+    def write(self, part: int, parts: list[TensorPart], result: LayerResult) -> None:
+        """`part`: the decoder layer, or REST;  parts: its tensors in the checkpoint."""
         tensors: dict[str, torch.Tensor] = {}
         replaced = {f"{path}.weight" for path in result.linears}
         state = self._model.state_dict()
-        for part in parts:
-            if part.role is not Role.EXPERT and part.name not in replaced:
-                tensors[part.name] = self._kept(state[part.name], part.dtype)
+        for each in parts:
+            if each.role is not Role.EXPERT and each.name not in replaced:
+                tensors[each.name] = self._kept(state[each.name], each.dtype)
         for path, (_, packed) in result.linears.items():
             tensors |= {f"{path}.{stored}": tensor for stored, tensor in packed.items()}
         if result.layout is not None:
-            dtype = next(part.dtype for part in parts if part.role is Role.EXPERT)
+            dtype = next(each.dtype for each in parts if each.role is Role.EXPERT)
             tensors |= self._stacked(result, dtype)
         layout = PackedLayout(
             (result.layout,) if result.layout else (), {path: key for path, (key, _) in result.linears.items()}
         )
-        write_json(self._folder.path(f"{RESUME}/layout_{name}.json"), layout.to_json())
-        write_report(self._folder.path(f"report/{name}.json"), result.report)
-        write_tensors(self._folder.path(f"{name}.safetensors"), tensors)
+        write_json(self._folder.path(f"{RESUME}/layout_{part_name(part)}.json"), layout.to_json())
+        write_report(self._folder.path(f"report/{part_name(part)}.json"), result.report)
+        write_tensors(self._folder.path(part_file(part)), tensors)
 
     def _kept(self, tensor: torch.Tensor, stored: str) -> torch.Tensor:
         """The tensor in the checkpoint's dtype: exact, unless computing was narrower than storing, then as computed."""
@@ -325,7 +332,7 @@ def _finish(
             "could not be fitted to make good for errors made before them.",
             progress,
         )
-    write_json(folder.path("coverage.json"), coverage)
+    write_json(folder.path(COVERAGE), coverage)
     folder.finish(__version__)
 
 
@@ -419,7 +426,7 @@ def _result(folder: StageFolder, compute: RunSettings, *, ran: bool) -> StageRes
         "code bits per weight",
         "stored bits per weight",
     ]
-    coverage = _read_coverage(folder.path("coverage.json"))
+    coverage = _read_coverage(folder.path(COVERAGE))
     table = {
         "title": "Stored bytes of the packed model",
         "columns": [{"name": n, "align": "right" if i else "left"} for i, n in enumerate(columns)],

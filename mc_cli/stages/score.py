@@ -14,6 +14,7 @@ from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.importance import Importance, LayerImportance
 from mc_cli.artifacts.locks import holding_work_dir
+from mc_cli.artifacts.names import IMPORTANCE
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder
 from mc_cli.coding.expert_inputs import (
     ExpertInputs,
@@ -33,7 +34,6 @@ from mc_cli.walking.resume import restore_progress, save_progress
 from mc_cli.walking.routing import watching
 
 STAGE = "score"
-IMPORTANCE = "importance.json"
 
 
 def plan_stage(settings: ScoreSettings, compute: RunSettings, work_dir: Path) -> StageFolder:

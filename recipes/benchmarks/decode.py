@@ -26,8 +26,7 @@ from transformers import MixtralConfig
 from mc_cli import console
 from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.packed import ExpertLayout, PackedLayout
-from mc_cli.artifacts.plan import KEPT_BITS
-from mc_cli.encodings import encoding_for
+from mc_cli.encodings import encoding_for, family_of_role
 from mc_cli.encodings.trellis import trellis_for
 from mc_cli.exporters.shards import ShardWriter
 from mc_cli.measuring.speed import Speed, measure, reading_rate
@@ -35,7 +34,7 @@ from mc_cli.models.experts import find_experts, projections_of
 from mc_cli.models.inventory import take_inventory
 from mc_cli.models.skeleton import build_skeleton
 from mc_cli.packed.packed_model import attach
-from mc_cli.parts import family_of_role
+from mc_cli.parts import KEPT_BITS
 from mc_cli.settings import AllocateSettings
 
 WIDTHS = (1.5, 2.0, 2.5, 2.5, 2.5, 2.5, 3.0, 3.5)  # of a layer's experts in turn

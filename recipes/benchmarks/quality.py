@@ -39,7 +39,6 @@ from mc_cli.settings import (
     QuantizeSettings,
     RunSettings,
     ScoreSettings,
-    trellis_widths,
 )
 from mc_cli.stages import allocate, calibrate, prune_eval, quantize, score
 
@@ -158,7 +157,7 @@ def prepare(arguments: argparse.Namespace, work_dir: Path, seed: int, contender:
     quantizer = quantizer_of(contender, "trellis" if contender.family == "trellis" else "gptq")
     scores = ScoreSettings(quantizer=quantizer)
     if contender.family == "trellis":
-        scores = replace(scores, bits=trellis_widths(max(arguments.targets)))  # as `mc-cli run` does
+        scores = replace(scores, bits=quantizer.candidate_widths(max(arguments.targets)))  # as `mc-cli run` does
     if contender.plain:
         scores = replace(scores, loss_tokens=LITTLE)
     score.run(scores, RunSettings(), work_dir, force=False, progress=SilentProgress())

@@ -1,0 +1,144 @@
+"""Extensions of another package through the whole chain: the files that docs/extending.md shows, as they are there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors import safe_open
+
+from tests.tiny_chain import write_documents
+
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
+_FILE = re.compile(r"```(?:python|toml)\n# (\S+)\n(.*?)```", re.DOTALL)
+KINDS = {"encodings", "quantizers", "allocators", "policies", "exporters"}
+SIZES = ("--sequences", "4", "--length", "24", "--gradient-tokens", "48", "--eval-length", "24", "--fit-sequences", "4")
+# Linears, embedding and head in the foreign encoding as well; attention of 2 bits, shared ones of affine grids.
+WIDTHS = ("--attention-bits", "2", "--shared-bits", "5", "--head-bits", "2", "--embedding-bits", "2")
+ASKED = ("--quantizer", "ternary", "--method", "first-layers", "--policy", "half-of-best", "--target-rate", "0.2")
+
+LOADED = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+import mc_cli
+from mc_cli.artifacts.packed import encoding_of
+from mc_cli.kernels import path_names
+
+dense = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/one_file", dtype="float32")
+packed = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/packed", dtype="float32")
+mc_cli.set_pruning_rate(packed, 0)
+tokens = torch.arange(24).view(2, 12) + 3
+with torch.no_grad():
+    expected, found = dense(tokens).logits, packed(tokens).logits
+    written = packed.generate(tokens, max_new_tokens=3, do_sample=False)
+error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median()
+keys = set(packed.hf_quantizer.quantization_config.layout.linears.values())
+path = path_names(map(encoding_of, sorted(keys)), packed.device)
+print(json.dumps({"error": float(error), "written": list(written.shape), "path": path}))
+"""
+
+
+def files_of_the_page() -> dict[str, str]:
+    """Name -> contents of every file that the page shows."""
+    return dict(_FILE.findall(PAGE.read_text(encoding="utf-8")))
+
+
+def installed(folder: Path) -> Path:
+    """The page's package as pip leaves it: its modules, and the entry points of its pyproject.toml."""
+    files = files_of_the_page()
+    project = tomllib.loads(files.pop("pyproject.toml"))["project"]
+    for name, source in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(source, encoding="utf-8")
+    info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir()
+    head = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    (info / "METADATA").write_text(head, encoding="utf-8")
+    groups = project["entry-points"].items()
+    lines = [f"[{group}]\n" + "".join(f"{name} = {to}\n" for name, to in entries.items()) for group, entries in groups]
+    (info / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def process(packages: Path | None, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """What Python does with `arguments` where the folder is among its packages."""
+    paths = [str(packages)] if packages else []
+    paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return installed(tmp_path_factory.mktemp("packages"))
+
+
+@pytest.fixture(scope="module")
+def place(packages: Path, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished chain with all five extensions, and a second export in the packed format."""
+    place = tmp_path_factory.mktemp("chain")
+    write_documents(place / "text.jsonl", documents=40)
+    write_documents(place / "heldout.jsonl", documents=20, offset=60)
+    texts = ("--data", place / "text.jsonl", "--eval-data", place / "heldout.jsonl")
+    made = ("-w", place / "work", "--out", place / "one_file", "--format", "one-file", "--target-stored-bits", "3.6")
+    model = ("--model", tiny_model("qwen2_moe", tie_word_embeddings=False))
+    done = process(packages, "-m", "mc_cli", "run", *model, *texts, *made, *SIZES, *ASKED, *WIDTHS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = process(packages, "-m", "mc_cli", "export", "-w", place / "work", "--out", place / "packed")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return place
+
+
+def test_the_page_shows_one_of_each_kind() -> None:
+    groups = tomllib.loads(files_of_the_page()["pyproject.toml"])["project"]["entry-points"]
+    assert {group.removeprefix("mc_cli.") for group in groups} == KINDS
+    named = {f"{module.replace('.', '/')}.py" for entries in groups.values() for module in entries.values()}
+    assert named == set(files_of_the_page()) - {"pyproject.toml"}
+
+
+def test_every_stage_ran_with_the_foreign_extension(place: Path) -> None:
+    work = place / "work"
+    importance = json.loads((work / "importance" / "importance.json").read_text())
+    assert importance["quantizer"] == "ternary" and importance["candidate_bits"] == [2, 4]
+    plan = yaml.safe_load((work / "plan" / "plan.yaml").read_text())
+    assert (plan["method"], plan["family"]) == ("first-layers", "ternary")
+    widths = [bits for row in plan["expert_bits"].values() for bits in row]
+    assert widths == sorted(widths, reverse=True) and set(widths) == {2, 4}
+    layout = json.loads((work / "packed" / "layout.json").read_text())
+    kinds = {key.partition("_g")[0] for key in layout["encodings"]}
+    assert kinds == {"ternary", "affine_b4", "affine_b5"}
+    ternary = layout["encodings"].index("ternary")
+    assert {"model.embed_tokens", "lm_head"} <= {path for path, key in layout["linears"].items() if key == ternary}
+    policy = json.loads((work / "pruning" / "half-of-best" / "policy.json").read_text())
+    assert policy["policy"] == "half-of-best" and max(point["rate"] for point in policy["points"]) > 0.1
+    evaluated = json.loads((work / "evaluation" / "eval.json").read_text())
+    assert evaluated["pruning"]["policy"] == "half-of-best"
+
+
+def test_the_exports_load_and_agree(packages: Path, place: Path) -> None:
+    assert [path.name for path in (place / "one_file").glob("*.safetensors")] == ["model.safetensors"]
+    with safe_open(next((place / "packed").glob("*.safetensors")), "pt") as file:
+        stored = {name.rpartition(".")[2] for name in file.keys()}  # noqa: SIM118 - no mapping
+    assert any(name.endswith("steps") for name in stored)
+    done = process(packages, "-c", LOADED, place)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["error"] < 0.02 and found["written"] == [2, 15]
+    assert "ternary encodings: decoded, then torch" in found["path"]
+
+
+def test_without_the_package_the_encoding_is_named(place: Path) -> None:
+    load = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    done = process(None, "-c", "import mc_cli; " + load, place / "packed")
+    assert done.returncode != 0 and "Unknown weight encoding 'ternary'" in done.stderr
+    assert "need a package that is not installed here" in done.stderr

@@ -1,0 +1,115 @@
+"""What quantizers and encodings say of themselves, and settings that follow from it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from mc_cli.coding.quantization import quantizer_for
+from mc_cli.encodings import TensorSpec, deals_channels, encoding_for, families, family_of, family_of_role
+from mc_cli.errors import InputError, ShapeError
+from mc_cli.flags import build
+from mc_cli.parts import Role
+from mc_cli.quantizers import quantizer_names, settings_taken
+from mc_cli.recipe import Recipe, plan_run
+from mc_cli.registry import candidate_widths, widths_of
+from mc_cli.settings import QuantizerSettings, ScoreSettings
+
+HALVES = (1, 1.5, 2, 2.5, 3, 3.5, 4)
+GIVEN = {"model": "m", "data": "d"}
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "corrects", "widths"),
+    [
+        ("trellis", "trellis", True, HALVES),
+        ("gptq", "affine", False, (1, 2, 3, 4)),
+        ("rtn", "affine", False, (1, 2, 3, 4)),
+    ],
+)
+def test_defaults_follow_the_quantizer(name: str, family: str, corrects: bool, widths: tuple[float, ...]) -> None:
+    settings = QuantizerSettings(quantizer=name)
+    assert (settings.family, settings.corrects_errors, settings.joins_rows) == (family, corrects, name == "trellis")
+    assert ScoreSettings(quantizer=settings).bits == widths == settings.candidate_widths(3.5)
+    for given in (True, False):
+        assert QuantizerSettings(quantizer=name, error_correction=given).corrects_errors is given
+
+
+def test_wide_targets_have_more_scored() -> None:
+    assert candidate_widths("trellis", 3.6) == (*HALVES, 4.5, 5)
+    assert candidate_widths("affine", 7.9) == (1, 2, 3, 4)
+
+
+def planned(quantizer: str, target: float) -> tuple[float, ...]:
+    sections = {"calibrate": GIVEN, "score": {"quantizer": quantizer}, "export": {"out": "o"}}
+    return plan_run(Recipe({**sections, "allocate": {"target_stored_bits": target}}, "w")).stages["score"].bits
+
+
+def test_run_asks_the_family() -> None:
+    assert planned("trellis", 4.0)[-1] == 5 and planned("trellis", 3.0)[-1] == 4 and planned("gptq", 4.0)[-1] == 4
+
+
+def test_an_unknown_quantizer_is_left_to_those_who_build_it() -> None:
+    """Who look ahead tell it beside all else that is wrong."""
+    assert planned("awq", 4.0) == (1, 2, 3, 4)
+    with pytest.raises(InputError, match="Unknown quantizer 'awq'"):
+        quantizer_for(QuantizerSettings(quantizer="awq"))
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [("gptq", (1, 1.5)), ("rtn", (2.5, 4)), ("trellis", (5.5,)), ("trellis", (7.5, 8))]
+)
+def test_widths_that_are_not_made_are_refused(name: str, bits: tuple[float, ...]) -> None:
+    with pytest.raises(
+        InputError, match=rf"--quantizer {name} does not make {next(b for b in bits if b % 1)}, but 1, "
+    ):
+        build("score", {"quantizer": name, "bits": bits})
+
+
+@pytest.mark.parametrize(("name", "bits"), [("gptq", (0, 8)), ("trellis", (0, 1.5, 4.5, 6, 8))])
+def test_whole_widths_are_always_made(name: str, bits: tuple[float, ...]) -> None:
+    assert build("score", {"quantizer": name, "bits": bits}).bits == bits
+
+
+@pytest.mark.parametrize("family", families())
+def test_widths_are_those_that_have_an_encoding(family: str) -> None:
+    for half in range(2, 17):
+        bits = half / 2 if half % 2 else half // 2
+        if bits in widths_of(family):
+            assert encoding_for(family, bits, 32, 32).bits == bits
+        else:
+            with pytest.raises(ShapeError, match="affine grids have whole widths"):
+                encoding_for(family, bits, 32, 32)
+
+
+@pytest.mark.parametrize("family", families())
+def test_facts_of_a_family_are_those_of_its_encodings(family: str) -> None:
+    encoding = encoding_for(family, 2, 32, 32)
+    assert family_of(encoding) == family and deals_channels(family) == (family == "trellis")
+    assert (family_of_role(Role.EMBEDDING, family) == family) == encoding.rows_apart
+    assert family_of_role(Role.HEAD, family) == family
+
+
+def test_quantizers_are_built_with_the_settings_that_they_take() -> None:
+    assert {name: settings_taken(name) for name in quantizer_names()} == {
+        "gptq": ("damping", "activation_order", "sweeps"),
+        "rtn": (),
+        "trellis": ("damping", "activation_order", "sweeps"),
+    }
+
+
+def test_settings_and_help_import_no_quantizer() -> None:
+    asked = (
+        "import sys, mc_cli.settings as s; s.QuantizerSettings(); s.QuantizeSettings(); "
+        "print(*[name for name in ('torch', 'mc_cli.quantizers', 'mc_cli.encodings') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_stored_tensors_are_of_what_files_hold() -> None:
+    assert TensorSpec((3, 4), "int32").size_bytes == 48
+    with pytest.raises(ShapeError, match="a stored tensor of dtype 'int64'; packed files hold uint8"):
+        TensorSpec((3,), "int64")
