@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.damage import ALL_BYTES, SHOWN_BYTES, damaged_files, unexpected_files
-from mc_cli.artifacts.files import file_digest, read_json, write_json
+from mc_cli.artifacts.damage import ALL_BYTES, SHOWN_BYTES, damaged_files, known_digest, unexpected_files
+from mc_cli.artifacts.files import read_json, write_json
 from mc_cli.artifacts.leftovers import (
     PARTIAL_SUFFIX,
     foreign_error,
@@ -228,7 +228,7 @@ class StageFolder:
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder)
             if path.is_file() and path.name not in (BEGUN, MANIFEST) and name.parts[0] != RESUME:
-                outputs[str(name)] = {"sha256": file_digest(path), "size_bytes": path.stat().st_size}
+                outputs[str(name)] = {"sha256": known_digest(path), "size_bytes": path.stat().st_size}
         manifest = Manifest(
             stage=self.stage,
             fingerprint=self.fingerprint,
