@@ -76,7 +76,10 @@ def _digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
     found = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
     for name, tensor in sorted(tensors.items()):
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        found.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        flat = tensor.reshape(-1)
+        if flat.numel() == 1:  # which may have any stride, and is contiguous with each
+            flat = flat.new_empty(1).copy_(flat)
+        found.update(memoryview(flat.view(torch.uint8).numpy()))
     return found.hexdigest()
 
 
