@@ -79,7 +79,7 @@ def _digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
         flat = tensor.reshape(-1)
         if flat.numel() == 1:  # which may have any stride, and is contiguous with each
             flat = flat.new_empty(1).copy_(flat)
-        found.update(memoryview(flat.view(torch.uint8).numpy()))
+        found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -31,6 +31,7 @@ from mc_cli.artifacts.manifest import (
     Manifest,
     command_of,
     fingerprint_of,
+    with_digest,
 )
 from mc_cli.artifacts.system_errors import refusal
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
@@ -238,7 +239,7 @@ class StageFolder:
             tool_version=tool_version,
             warnings=tuple(self.warnings),
         )
-        write_json(self.path(MANIFEST), asdict(manifest))
+        write_json(self.path(MANIFEST), with_digest(asdict(manifest)))
         with suppress(ArtifactError, OSError):  # it is done; a later run tidies
             self._clean()
         return manifest
