@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mc_cli.artifacts.damage import ALL_BYTES, damaged_files
 from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.files import DigestCache, content_digest, read_json, remembers, write_json
 from mc_cli.artifacts.places import require_ordinary
@@ -110,7 +111,15 @@ class Session:
 
     def _recorded_weights(self, manifest: Manifest) -> Weights | None:
         """What calibrate read; None where an earlier version made it. Raises ArtifactError for a damaged record."""
-        return Weights.read(self._calibration) if RECORD in manifest.outputs else None
+        if RECORD not in manifest.outputs:
+            return None
+        wrong = damaged_files(self._calibration, {RECORD: manifest.outputs[RECORD]}, up_to_bytes=ALL_BYTES)
+        if wrong:
+            raise ArtifactError(
+                f"{self._calibration} is damaged:\n{listed(wrong)}\nUse --force to make it again: `mc-cli calibrate -w "
+                f"{self.work_dir} --force` with its flags, or put the file of that time back."
+            )
+        return Weights.read(self._calibration)
 
     @property
     def _calibration(self) -> Path:
