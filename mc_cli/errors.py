@@ -8,6 +8,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class McError(Exception):
@@ -111,6 +112,17 @@ class PackedWeightError(McError):
 
 class MissingDependencyError(McError):
     """An optional package is needed; the message names it and the extra that installs it."""
+
+
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """An error raised inside begins with `path`, unless it names that file or another one of its folder."""
+    try:
+        yield
+    except McError as error:
+        if path.name not in str(error) and f"{path.parent}/" not in str(error):
+            error.args = (f"{path}: {error}",)
+        raise
 
 
 SHOWN = 20  # offenders of one kind that a message names

@@ -27,7 +27,7 @@ from mc_cli.artifacts.leftovers import (
     remove_folder,
     remove_partial,
 )
-from mc_cli.artifacts.manifest import record_problems
+from mc_cli.artifacts.manifest import OTHER_RECORD, record_problems, take_digest, with_digest
 from mc_cli.artifacts.store import BEGUN
 from mc_cli.artifacts.system_errors import refusal
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
@@ -63,6 +63,7 @@ class ExportRecord:
         if not path.exists():
             return None
         content = read_json(path)
+        whole = take_digest(content)
         if content.get("schema") != SCHEMA:
             raise ArtifactError(
                 f"{path} has schema {content.get('schema')!r:.80}; this version reads {SCHEMA}. Use --force to export "
@@ -71,6 +72,8 @@ class ExportRecord:
         wrong = record_problems(content, {entry.name for entry in fields(cls)})
         if not wrong and content["fingerprint"] != _fingerprint(content["settings"], content["inputs"]):
             wrong = ["its fingerprint is not that of its settings and inputs"]
+        if not wrong and not whole:
+            wrong = [OTHER_RECORD]
         if wrong:
             raise ArtifactError(f"{path} is damaged:\n{listed(wrong)}\nUse --force to export again.")
         return cls(**{**content, "warnings": tuple(content["warnings"])})
@@ -320,7 +323,7 @@ class ExportFolder:
             tool_version=tool_version,
             warnings=tuple(self.warnings),
         )
-        write_json(self.partial / RECORD, asdict(record))
+        write_json(self.partial / RECORD, with_digest(asdict(record)))
         self._put_in_place()
         return record
 

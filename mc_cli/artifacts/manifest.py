@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -48,6 +49,7 @@ class Manifest:
         if not path.exists():
             return None
         content = read_json(path)
+        whole = take_digest(content)
         stage = _STAGE_OF.get(folder.name, "")
         command = f": `mc-cli {command_of(stage)} -w {folder.parent} --force`" if stage else ""
         if content.get("schema") != SCHEMA:
@@ -60,6 +62,8 @@ class Manifest:
             wrong = [f"it is of stage {content['stage']!r:.80}"]
         if not wrong and content["fingerprint"] != fingerprint_of(*(content[name] for name in _FINGERPRINTED)):
             wrong = ["its fingerprint is not that of its settings and inputs"]
+        if not wrong and not whole:
+            wrong = [OTHER_RECORD]
         if wrong:
             raise ArtifactError(
                 f"{path} is damaged, or not a manifest of this version:\n{listed(wrong)}\nUse --force to rebuild the "
@@ -74,6 +78,22 @@ _FINGERPRINTED = ("stage", "settings", "inputs")
 def fingerprint_of(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """What tells whether a folder was made by `stage` with these settings from these inputs."""
     return content_digest({"stage": stage, "schema": SCHEMA, "settings": settings, "inputs": inputs})
+
+
+OTHER_RECORD = "it is not the record that was written: its digest is another"
+_DIGEST = "record_sha256"
+
+
+def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest or an export's record as it is written: with a digest of all its fields."""
+    as_read = json.loads(json.dumps(content))  # names are texts then
+    return {**content, _DIGEST: content_digest(as_read)}
+
+
+def take_digest(content: dict[str, Any]) -> bool:
+    """Takes the digest out of a record, and says whether it is that of the rest; records of old have none."""
+    digest = content.pop(_DIGEST, None)
+    return digest is None or digest == content_digest(content)
 
 
 def record_problems(content: Mapping[str, Any], names: Iterable[str]) -> list[str]:

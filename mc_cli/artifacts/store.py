@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.damage import ALL_BYTES, SHOWN_BYTES, damaged_files, unexpected_files
-from mc_cli.artifacts.files import file_digest, read_json, write_json
+from mc_cli.artifacts.damage import ALL_BYTES, SHOWN_BYTES, damaged_files, known_digest, unexpected_files
+from mc_cli.artifacts.files import read_json, write_json
 from mc_cli.artifacts.leftovers import (
     PARTIAL_SUFFIX,
     foreign_error,
@@ -31,6 +31,7 @@ from mc_cli.artifacts.manifest import (
     Manifest,
     command_of,
     fingerprint_of,
+    with_digest,
 )
 from mc_cli.artifacts.names import PLAN
 from mc_cli.artifacts.system_errors import refusal
@@ -229,7 +230,7 @@ class StageFolder:
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder)
             if path.is_file() and path.name not in (BEGUN, MANIFEST) and name.parts[0] != RESUME:
-                outputs[str(name)] = {"sha256": file_digest(path), "size_bytes": path.stat().st_size}
+                outputs[str(name)] = {"sha256": known_digest(path), "size_bytes": path.stat().st_size}
         manifest = Manifest(
             stage=self.stage,
             fingerprint=self.fingerprint,
@@ -239,7 +240,7 @@ class StageFolder:
             tool_version=tool_version,
             warnings=tuple(self.warnings),
         )
-        write_json(self.path(MANIFEST), asdict(manifest))
+        write_json(self.path(MANIFEST), with_digest(asdict(manifest)))
         with suppress(ArtifactError, OSError):  # it is done; a later run tidies
             self._clean()
         return manifest

@@ -19,6 +19,7 @@ from torch import nn
 
 from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.coding.expert_choice import ChoiceCosts
+from mc_cli.models.finite import require_finite
 from mc_cli.numerics.hessian import accumulate
 from mc_cli.parts import ExpertBlock
 from mc_cli.walking.layerwise import LayerWalk
@@ -29,6 +30,7 @@ def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, samples: int
 
     final_hidden  [sequences, length, hidden]
     samples       labels per token; the result is [samples, sequences, length, hidden], one gradient for each
+    Raises InputError or CheckpointError where the model says NaN or infinity of a token.
     """
     gradients = torch.empty((samples, *final_hidden.shape), dtype=final_hidden.dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -38,6 +40,12 @@ def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, samples: int
             hidden = final_hidden[rows].to(walk.source.device).requires_grad_(True)
             log_probabilities = walk.head(rows, hidden).float().log_softmax(-1)[0]
             probabilities = log_probabilities.detach().exp().cpu()
+            require_finite(
+                probabilities,
+                "the probabilities of the next token",
+                dtype=final_hidden.dtype,
+                model=getattr(walk.source, "folder", None),
+            )
             labels = torch.multinomial(probabilities, samples, replacement=True, generator=generator)
             losses = (-log_probabilities.gather(1, labels.to(log_probabilities.device)).sum(0)).unbind()
         gradients[:, row] = _gradients(losses, hidden)[0][:, 0].to(gradients.device)

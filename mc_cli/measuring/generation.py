@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 import mc_cli  # noqa: F401  teaches transformers to load packed directories
 from mc_cli.data.text import load_tokenizer
-from mc_cli.errors import CheckpointError, InputError, McError
+from mc_cli.errors import CheckpointError, InputError, McError, about
 from mc_cli.models.memory import large_blocks_mapped
 from mc_cli.models.model_folder import first_line, read_config, resolve_model
 from mc_cli.models.session import device_named, dtype_named
@@ -123,9 +123,10 @@ def load_model(folder: Path, compute: RunSettings) -> Any:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     try:
-        network: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=compute.trust_remote_code, use_safetensors=True
-        )
+        with about(folder / "config.json"):  # where it says what is to be built of the files, and how
+            network: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=compute.trust_remote_code, use_safetensors=True
+            )
     except McError:
         raise
     except SafetensorError as error:
@@ -142,7 +143,8 @@ def load_model(folder: Path, compute: RunSettings) -> Any:
         ) from error
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(
-            f"{folder} cannot be loaded as a causal language model ({type(error).__name__}: {error})."
+            f"{folder} cannot be loaded as the causal language model that its config.json describes "
+            f"({type(error).__name__}: {error})."
         ) from error
     return network.to(device).eval()
 

@@ -42,7 +42,7 @@ def not_finite(what: str, count: int, of: int, dtype: torch.dtype, model: object
     wider = " Use --dtype float32; if that gives the same, an" if dtype != torch.float32 else " An"
     return CheckpointError(
         f"{found}The weights that were read are finite.{wider} entry of config.json, such as an epsilon, a scale or a "
-        "rope parameter, is of another model or damaged: download config.json again."
+        "rope parameter, or a weight far out of range, is of another model or damaged: download both again."
     )
 
 

@@ -116,7 +116,8 @@ class Session:
         wrong = damaged_files(self._calibration, {RECORD: manifest.outputs[RECORD]}, up_to_bytes=ALL_BYTES)
         if wrong:
             raise ArtifactError(
-                f"{wrong[0]}. It is not as calibrate wrote it: run `mc-cli calibrate --force -w {self.work_dir}`."
+                f"{self._calibration} is damaged:\n{listed(wrong)}\nUse --force to make it again: `mc-cli calibrate -w "
+                f"{self.work_dir} --force` with its flags, or put the file of that time back."
             )
         return Weights.read(self._calibration)
 

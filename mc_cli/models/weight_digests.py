@@ -18,6 +18,7 @@ from typing import Any
 
 from mc_cli.artifacts.files import DigestCache, content_digest, file_stamp, read_json, write_json
 from mc_cli.artifacts.places import require_ordinary
+from mc_cli.artifacts.states import read_sealed, write_sealed
 from mc_cli.errors import ArtifactError, StaleArtifactError, listed
 
 RECORD = "weights.json"
@@ -183,7 +184,7 @@ class WeightDigests:
     def _earlier(self) -> dict[str, Any]:
         if self.record is None or not self.record.exists():
             return {}
-        noted = read_json(self.record)
+        noted = read_sealed(self.record)
         if not all(isinstance(entry, dict) for entry in noted.values()):
             raise ArtifactError(f"{self.record} is damaged. Use --force to rebuild this stage.")
         return noted
@@ -228,7 +229,7 @@ class WeightDigests:
             for name, stamp in self._stamps.items()
         }
         if now != self._noted:
-            write_json(self.record, now)
+            write_sealed(self.record, now)
             self._noted = now
 
     def _hash_all(self) -> None:

@@ -359,7 +359,7 @@ def _shared_weight(module: Any) -> DecodedWeight:
 def _decoded(module: Any) -> torch.Tensor:
     """The weight [out_features, in_features] that a packed module stands for, in its dtype."""
     packed, parts = module._mc_weight, _stored_parts(module)
-    check_parts(packed.encoding, parts, packed.in_features)
+    check_parts(packed.encoding, parts, packed.in_features, out_features=packed.out_features)
     if _device_of(parts).type == "meta":  # before loading, or where accelerate has put it away
         return torch.empty((packed.out_features, packed.in_features), dtype=packed.dtype, device="meta")
     return packed.encoding.dequantize(parts, packed.in_features).to(packed.dtype)

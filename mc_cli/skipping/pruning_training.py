@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mc_cli.artifacts.files import read_tensors, write_tensors
 from mc_cli.artifacts.pruning import TENSOR_PREFIX, PrunedLayer
+from mc_cli.artifacts.states import read_state, write_state
 from mc_cli.policies import Routed, otp
 from mc_cli.progress import Progress
 from mc_cli.skipping.pruning import pruned
@@ -203,10 +203,10 @@ class _State:
         scalars = {"step": torch.tensor(self.step), "offsets": self.offsets}
         named = (("router", self.routers), ("mean", self.optimiser.mean), ("square", self.optimiser.square))
         tensors = {f"{kind} {name}": tensor for kind, group in named for name, tensor in group.items()}
-        write_tensors(path, {**tensors, **scalars})
+        write_state(path, {**tensors, **scalars})
 
     def restore(self, path: Path) -> None:
-        found = read_tensors(path)
+        found = read_state(path, path.parent)
         self.step, self.offsets = int(found["step"]), found["offsets"]
         self.optimiser.step_count = self.step
         device = next(iter(self.routers.values())).device

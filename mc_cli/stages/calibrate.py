@@ -21,6 +21,7 @@ from mc_cli.artifacts import calibration as artifact
 from mc_cli.artifacts.calibration import LayerRouting, LayerSensitivity
 from mc_cli.artifacts.files import read_tensors, write_json, write_tensors
 from mc_cli.artifacts.locks import holding_work_dir
+from mc_cli.artifacts.states import write_state
 from mc_cli.artifacts.store import RESUME, StageFolder
 from mc_cli.coding.sensitivity import backward_layer, output_gradient
 from mc_cli.data import text
@@ -38,7 +39,7 @@ from mc_cli.parts import ExpertBlock, ModelInventory, Role
 from mc_cli.progress import Progress, StageResult
 from mc_cli.settings import CalibrateSettings, RunSettings
 from mc_cli.walking.layerwise import LayerWalk
-from mc_cli.walking.resume import read_state, restore_progress, save_progress
+from mc_cli.walking.resume import read_state, restore_progress, save_progress, save_state
 from mc_cli.walking.routing import routing_statistics, watching
 
 STAGE = "calibrate"
@@ -193,7 +194,7 @@ def _forward(
     with progress.step("calibrate: forward", total=walk.num_layers, unit="layer", done=first) as step:
         for layer in range(first, walk.num_layers):
             if gradient_sequences:
-                write_tensors(
+                write_state(
                     folder.path(f"{RESUME}/{_inputs_file(layer)}"), {"hidden": walk.hidden[:gradient_sequences]}
                 )
             checkpoint.load(layer)
@@ -247,11 +248,10 @@ def _backward(
             checkpoint.free(depth)
             _require_finite_gradients(depth, gradients, sensitivity, covariance, checkpoint)
             release_freed_memory()
-            state = {"gradients": gradients}
             if sensitivity is not None and covariance is not None:
                 write_tensors(folder.path(artifact.covariance_file(depth)), {"covariance": covariance})
                 write_tensors(folder.path(f"{RESUME}/sensitivity_{depth}.safetensors"), sensitivity.tensors())
-            write_tensors(folder.path(f"{RESUME}/gradient_before_{depth}.safetensors"), state)
+            save_state(folder, f"gradient_before_{depth}.safetensors", {"gradients": gradients})
             folder.path(f"{RESUME}/gradient_before_{depth + 1}.safetensors").unlink(missing_ok=True)
             step.advance(note=f"layer {depth}")
     merged: dict[str, torch.Tensor] = {}

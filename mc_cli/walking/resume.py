@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 
-from mc_cli.artifacts.files import read_tensors, write_tensors
-from mc_cli.artifacts.store import RESUME, StageFolder
+from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX
+from mc_cli.artifacts.manifest import MANIFEST
+from mc_cli.artifacts.states import read_state as read_tensors_of
+from mc_cli.artifacts.states import recorded, write_state
+from mc_cli.artifacts.store import BEGUN, RESUME, StageFolder
 from mc_cli.errors import ArtifactError
+from mc_cli.models.weight_digests import RECORD
 from mc_cli.walking.layerwise import LayerWalk
 
 _NAME = re.compile(r"before_([0-9]+)\.safetensors")
+_STATE = re.compile(r"[a-z_]*before_[0-9]+\.safetensors")  # which vouch for themselves, and go when the next one comes
 
 
 def save_progress(folder: StageFolder, walk: LayerWalk, original: LayerWalk | None = None) -> None:
@@ -19,15 +26,19 @@ def save_progress(folder: StageFolder, walk: LayerWalk, original: LayerWalk | No
 
     original  a walk at the same depth that is to go on with it
     """
-    path = folder.path(f"{RESUME}/before_{walk.depth}.safetensors")
-    write_tensors(path, {"hidden": walk.hidden} | ({} if original is None else {"original": original.hidden}))
+    name = f"before_{walk.depth}.safetensors"
+    save_state(folder, name, {"hidden": walk.hidden} | ({} if original is None else {"original": original.hidden}))
+    path = folder.path(f"{RESUME}/{name}")
     for other in path.parent.glob("before_*.safetensors"):
         if other != path:
             other.unlink()
 
 
 def restore_progress(folder: StageFolder, walk: LayerWalk, original: LayerWalk | None = None) -> int:
-    """Moves the walks to the first layer that is not finished, and returns its index (0 on a fresh start)."""
+    """Moves the walks to the first layer that is not finished, and returns its index (0 on a fresh start).
+
+    Raises ArtifactError where the state, or anything that was finished before it, is not as it was written.
+    """
     depths = [int(match[1]) for path in folder.path(RESUME).glob("*") if (match := _NAME.fullmatch(path.name))]
     if not depths:
         return 0
@@ -37,17 +48,41 @@ def restore_progress(folder: StageFolder, walk: LayerWalk, original: LayerWalk |
             f"{folder.path(RESUME)} holds states behind layer {depth}, and the model has {walk.num_layers}. Use "
             "--force to begin this stage anew."
         )
-    name = f"before_{depth}.safetensors"
-    walk.restore(read_state(folder, name, "hidden"), depth)
+    names = ["hidden"] if original is None else ["hidden", "original"]
+    found = read_states(folder, f"before_{depth}.safetensors", names)
+    walk.restore(found["hidden"], depth)
     if original is not None:
-        original.restore(read_state(folder, name, "original"), depth)
+        original.restore(found["original"], depth)
     return depth
 
 
-def read_state(folder: StageFolder, file: str, name: str) -> torch.Tensor:
-    """The tensor `name` that an earlier run left for a resume. Raises ArtifactError where it is not in its file."""
+def save_state(folder: StageFolder, file: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Keeps tensors for a resume, with the digests of everything that is finished by now."""
+    write_state(folder.path(f"{RESUME}/{file}"), tensors, recorded(folder.folder, _finished(folder.folder)))
+
+
+def _finished(folder: Path) -> Iterator[Path]:
+    """The files that a resume will not write again; notes that change while a stage runs vouch for themselves."""
+    for path in folder.rglob("*"):
+        parts = path.relative_to(folder).parts
+        if parts[0] == RESUME and (path.name == RECORD or _STATE.fullmatch(path.name)):
+            continue
+        if path.name in (BEGUN, MANIFEST) or any(part.endswith(PARTIAL_SUFFIX) for part in parts):
+            continue
+        if path.is_file():
+            yield path
+
+
+def read_states(folder: StageFolder, file: str, names: list[str]) -> dict[str, torch.Tensor]:
+    """Tensors that an earlier run left for a resume. Raises ArtifactError where one is not in its file, or damaged."""
     path = folder.path(f"{RESUME}/{file}")
-    found = read_tensors(path)
-    if name not in found:
-        raise ArtifactError(f"{path} is damaged: it has no tensor {name!r}. Use --force to begin this stage anew.")
-    return found[name]
+    found = read_tensors_of(path, folder.folder)
+    for name in names:
+        if name not in found:
+            raise ArtifactError(f"{path} is damaged: it has no tensor {name!r}. Use --force to begin this stage anew.")
+    return found
+
+
+def read_state(folder: StageFolder, file: str, name: str) -> torch.Tensor:
+    """One of the tensors of `read_states`."""
+    return read_states(folder, file, [name])[name]

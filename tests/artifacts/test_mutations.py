@@ -16,7 +16,7 @@ from mc_cli.artifacts.calibration import LayerRouting, read_inventory, read_text
 from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.importance import Importance
-from mc_cli.artifacts.manifest import Manifest, fingerprint_of
+from mc_cli.artifacts.manifest import Manifest, fingerprint_of, with_digest
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import read_report, write_report
 from mc_cli.errors import BudgetError, InputError, McError
@@ -36,11 +36,12 @@ PRUNING = {
     **{"policy": "odp", "fit": "f", "units": {"rate": "share"}, "unpruned": POINT, "token_classes": {"words": 3}},
     "points": [{**POINT, "policy": "odp", "chosen": True, "fitted_rate": 0.25, "thresholds": [0.1], "on_front": True}],
 }
-MANIFEST = {
-    **{"stage": "score", "settings": {"bits": [1, 2]}, "inputs": {"model": "d"}, "schema": 1},
-    **{"outputs": {"importance.json": {"sha256": 32 * "0f", "size_bytes": 3}}, "tool_version": "1", "warnings": ["w"]},
-    **{"fingerprint": fingerprint_of("score", {"bits": [1, 2]}, {"model": "d"})},
-}
+_SETTINGS, _INPUTS = {"bits": [1, 2]}, {"model": "d"}
+MANIFEST = with_digest(
+    {"stage": "score", "fingerprint": fingerprint_of("score", _SETTINGS, _INPUTS), "settings": _SETTINGS}
+    | {"inputs": _INPUTS, "outputs": {"importance.json": {"sha256": "0" * 64, "size_bytes": 3}}, "tool_version": "1"}
+    | {"warnings": ["w"], "schema": 1}
+)
 TEXT_REPORT = {
     **{"rows": {"chat: messages": 3}, "empty_rows": 0, "chat_template": "own", "chats_rendered": 3},
     **{"chats_refused": 0, "example_of_refused": ""},

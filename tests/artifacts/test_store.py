@@ -189,4 +189,5 @@ def test_record_on_disk_is_plain_json(tmp_path: Path) -> None:
     content = json.loads(folder.path(MANIFEST).read_text(encoding="utf-8"))
     assert set(content) == {
         "stage", "fingerprint", "settings", "inputs", "outputs", "tool_version", "warnings", "schema",
+        "record_sha256",
     }  # fmt: skip

@@ -40,12 +40,6 @@ JUSTIFIED = (
     Justified(("plan",), ("plan.yaml",), _ANY, "a plan of the user's own, with --plan: made to be edited by hand"),
     Justified(("recipe",), ("recipe.yaml",), _ANY, "the user's own recipe: other settings are another run"),
     Justified(
-        ("artifact", "begun stage"),
-        ("w/*/manifest.json",),
-        ("tool_version", "warnings", "warnings.*"),
-        "remarks of a stage about itself, which exports repeat: nothing is computed from them",
-    ),
-    Justified(
         ("export",),
         ("o/model.safetensors", "d/model.safetensors"),
         ("data.*", "header.__metadata__", "(no field)"),

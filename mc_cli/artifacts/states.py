@@ -1,0 +1,97 @@
+"""What an unfinished stage leaves for its own resume: tensors with a digest of themselves and of the files beside them.
+
+No manifest vouches for a stage that has not finished, and a value that was changed meanwhile would give another result
+without a word. So a state carries sha256 of its tensors in its metadata, and there, too, the digests of all that was
+finished when it was written. Written in one step, it is there with them or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mc_cli.artifacts.damage import ALL_BYTES, damaged_files, known_digest
+from mc_cli.artifacts.files import content_digest, read_json, read_tensors, write_json, write_tensors
+from mc_cli.artifacts.strict_json import JsonError, parse_json
+from mc_cli.errors import ArtifactError, listed
+
+if TYPE_CHECKING:
+    import torch
+
+_DIGEST, _FILES = "sha256", "files"
+_ANEW = "Use --force to begin this stage anew."
+
+Recorded = dict[str, dict[str, Any]]  # file, relative to the stage's folder -> {"sha256", "size_bytes"}
+
+
+def recorded(folder: Path, paths: Iterator[Path]) -> Recorded:
+    """Digest and size of files below `folder`, by name; each is read once per process."""
+    return {
+        path.relative_to(folder).as_posix(): {_DIGEST: known_digest(path), "size_bytes": path.stat().st_size}
+        for path in sorted(paths)
+    }
+
+
+def write_state(path: Path, tensors: Mapping[str, torch.Tensor], files: Recorded | None = None) -> None:
+    """Writes tensors for a resume.
+
+    files   what was finished before, which a resume goes on with
+    """
+    text = json.dumps(files or {}, sort_keys=True)
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_tensors(path, ready, {"format": "pt", _FILES: text, _DIGEST: _digest(ready, text)})
+
+
+def read_state(path: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a state, once they and the files in `folder` that it vouches for are found as they were written.
+
+    Raises ArtifactError naming each file that is not.
+    """
+    from safetensors import safe_open
+
+    tensors = read_tensors(path)
+    with safe_open(path, "pt") as handle:
+        metadata = handle.metadata() or {}
+    text = metadata.get(_FILES, "")
+    if metadata.get(_DIGEST) != _digest(tensors, text):
+        raise ArtifactError(f"{path} is damaged: its values are not those that were written. {_ANEW}")
+    try:
+        files = parse_json(text.encode(), finite=True, unique=True)
+    except JsonError as error:
+        raise ArtifactError(f"{path} is damaged: its list of files is not JSON ({error}). {_ANEW}") from error
+    wrong = damaged_files(folder, files, up_to_bytes=ALL_BYTES)
+    if wrong:
+        raise ArtifactError(
+            f"What an earlier run of this stage had finished in {folder} is damaged:\n{listed(wrong)}\n{_ANEW}"
+        )
+    return tensors
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
+    import torch
+
+    found = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
+    for name, tensor in sorted(tensors.items()):
+        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        flat = tensor.reshape(-1)
+        if flat.numel() == 1:  # which may have any stride, and is contiguous with each
+            flat = flat.new_empty(1).copy_(flat)
+        found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object with a digest of itself."""
+    write_json(path, {"content": dict(content), _DIGEST: content_digest(content)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote. Raises ArtifactError where it is not as it was written."""
+    found = read_json(path)
+    content = found.get("content")
+    if not isinstance(content, dict) or found != {"content": content, _DIGEST: content_digest(content)}:
+        raise ArtifactError(f"{path} is damaged: it is not as it was written. {_ANEW}")
+    return content
