@@ -99,8 +99,8 @@ def check_stage(stage: str, settings: Any, compute: RunSettings, work_dir: Path,
 
 
 def _has_ended(stage: str, work_dir: Path) -> bool:
-    """Whether the stage may be done, by the presence of its manifest alone."""
-    return (work_dir / STAGE_FOLDERS[stage] / MANIFEST).exists()
+    """Whether the stage may be done, by the presence of its manifest alone; an export has its own record elsewhere."""
+    return stage not in STAGE_FOLDERS or (work_dir / STAGE_FOLDERS[stage] / MANIFEST).exists()
 
 
 def forecast_stage(
