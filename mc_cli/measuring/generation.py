@@ -135,7 +135,7 @@ def load_model(folder: Path, compute: RunSettings) -> Any:
             "those of their source, and copy, download or make it again."
         ) from error
     except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
+        if not any(words in str(error) for words in ("ignore_mismatched_sizes", "automatic conversion of the weights")):
             raise
         raise CheckpointError(
             f"The tensors in {folder} have other shapes than config.json describes: {_without_advice(error)} They are "

@@ -28,7 +28,7 @@ JUSTIFIED = (
     Justified(
         ("input",),
         ("model/model.safetensors",),
-        ("data.*", "header.__metadata__", "(no field)"),
+        ("data.*", "header.__metadata__", "header.more", "(no field)"),
         "other finite weights are another model; names, shapes and dtypes are checked against config.json",
     ),
     Justified(
