@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 _DIGEST, _FILES = "sha256", "files"
+_STATE = "state"  # the one entry of the metadata: safetensors writes several in any order, and bytes must not differ
 _ANEW = "Use --force to begin this stage anew."
 
 Recorded = dict[str, dict[str, Any]]  # file, relative to the stage's folder -> {"sha256", "size_bytes"}
@@ -42,7 +43,7 @@ def write_state(path: Path, tensors: Mapping[str, torch.Tensor], files: Recorded
     """
     text = json.dumps(files or {}, sort_keys=True)
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_tensors(path, ready, {"format": "pt", _FILES: text, _DIGEST: _digest(ready, text)})
+    write_tensors(path, ready, {_STATE: json.dumps({_DIGEST: _digest(ready, text), _FILES: text})})
 
 
 def read_state(path: Path, folder: Path) -> dict[str, torch.Tensor]:
@@ -55,13 +56,14 @@ def read_state(path: Path, folder: Path) -> dict[str, torch.Tensor]:
     tensors = read_tensors(path)
     with safe_open(path, "pt") as handle:
         metadata = handle.metadata() or {}
-    text = metadata.get(_FILES, "")
-    if metadata.get(_DIGEST) != _digest(tensors, text):
-        raise ArtifactError(f"{path} is damaged: its values are not those that were written. {_ANEW}")
     try:
-        files = parse_json(text.encode(), finite=True, unique=True)
+        state = parse_json(metadata.get(_STATE, "{}").encode("utf-8", "surrogatepass"), finite=True, unique=True)
+        text = state.get(_FILES, "") if isinstance(state, dict) else ""
+        if not isinstance(text, str) or not isinstance(state, dict) or state.get(_DIGEST) != _digest(tensors, text):
+            raise ArtifactError(f"{path} is damaged: its values are not those that were written. {_ANEW}")
+        files = parse_json(text.encode("utf-8", "surrogatepass"), finite=True, unique=True)
     except JsonError as error:
-        raise ArtifactError(f"{path} is damaged: its list of files is not JSON ({error}). {_ANEW}") from error
+        raise ArtifactError(f"{path} is damaged: its record of files is not JSON ({error}). {_ANEW}") from error
     wrong = damaged_files(folder, files, up_to_bytes=ALL_BYTES)
     if wrong:
         raise ArtifactError(

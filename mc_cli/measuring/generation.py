@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 import mc_cli  # noqa: F401  teaches transformers to load packed directories
 from mc_cli.data.text import load_tokenizer
-from mc_cli.errors import CheckpointError, InputError, McError, about
+from mc_cli.errors import CheckpointError, InputError, McError, about, shown
 from mc_cli.models.memory import large_blocks_mapped
 from mc_cli.models.model_folder import first_line, read_config, resolve_model
 from mc_cli.models.session import device_named, dtype_named
@@ -90,14 +90,21 @@ def generate(
     show(prompt)
     streamer = _Pieces(tokenizer, show)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-    with torch.inference_mode():
-        output = network.generate(
-            **encoded.to(network.device),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            streamer=streamer,
-            **sampling,
-        )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    try:
+        with torch.inference_mode():
+            output = network.generate(
+                **encoded.to(network.device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
+                streamer=streamer,
+                **sampling,
+            )
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder}: nothing can be generated as its generation_config.json and tokenizer say "
+            f"({type(error).__name__}: {shown(str(error), 300)}). Mend, copy or download these files again."
+        ) from error
     return Generated(
         text="".join(streamer.pieces),
         prompt_tokens=prompt_tokens,
@@ -135,16 +142,16 @@ def load_model(folder: Path, compute: RunSettings) -> Any:
             "those of their source, and copy, download or make it again."
         ) from error
     except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
+        if not any(words in str(error) for words in ("ignore_mismatched_sizes", "automatic conversion of the weights")):
             raise
         raise CheckpointError(
             f"The tensors in {folder} have other shapes than config.json describes: {_without_advice(error)} They are "
             "damaged or of different models; copy, download or make the directory again."
         ) from error
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(
             f"{folder} cannot be loaded as the causal language model that its config.json describes "
-            f"({type(error).__name__}: {error})."
+            f"({type(error).__name__}: {shown(str(error), 300)})."
         ) from error
     return network.to(device).eval()
 

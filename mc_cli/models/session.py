@@ -202,9 +202,9 @@ def later_session(work_dir: Path, compute: RunSettings) -> Session:
         )
     with reading(pointer, "a note of the model's place", "Run calibrate again with --model."):
         folder = Path(read_as(Pointer, read_json(pointer)).folder)
-    if not folder.is_dir():
+    if not (folder / "config.json").is_file():
         raise InputError(
-            f"The model was at {folder}, and is no longer there. Run `mc-cli calibrate --model NEW_PLACE "
+            f"{pointer}: the model was at {folder}, and is no longer there. Run `mc-cli calibrate --model NEW_PLACE "
             f"-w {work_dir}`: what is done is kept."
         )
     return _open(work_dir, folder, compute)

@@ -40,6 +40,7 @@ from mc_cli.skipping.pruning import add_learned_tensors, pruning_for
 __all__ = ["PackedSource", "StoredBytes", "attach", "model_bytes"]
 
 
+_LONGEST = 300  # characters of a line about a layout, whose names may have any length
 LEARNED = "learned"  # stands for the stored part of a pruning policy's tensors
 
 
@@ -180,7 +181,8 @@ def _raise_if_any(model: nn.Module, problems: list[str]) -> None:
     if problems:
         raise ArtifactError(
             f"The packed layout does not fit {type(model).__name__}, {len(problems)} differences:\n"
-            f"{listed(sorted(problems))}\nThe files are of different models, or damaged; make the packed model again."
+            f"{listed(sorted(problem[:_LONGEST] for problem in problems))}\nThe files are of different models, or "
+            "damaged; make the packed model again."
         )
 
 

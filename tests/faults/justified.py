@@ -28,12 +28,12 @@ JUSTIFIED = (
     Justified(
         ("input",),
         ("model/model.safetensors",),
-        ("data.*", "header.__metadata__", "(no field)"),
+        ("data.*", "header.__metadata__", "header.more", "(no field)"),
         "other finite weights are another model; names, shapes and dtypes are checked against config.json",
     ),
     Justified(
         ("input", "held-out text"),
-        ("cal.*", "held.jsonl"),
+        ("cal.*", "held.jsonl", "recipe.yaml"),
         _ANY,
         "other text, read for the first time; its digest goes into the manifest",
     ),

@@ -256,9 +256,9 @@ def test_few_tokens_of_a_block_take_one_call_or_two_and_agree_with_one_expert_af
     for parameter in pack_experts(block, layout, dtype=torch.float32):
         stored = block.get_parameter(parameter)
         if stored.dtype == torch.uint8:
-            stored.data.random_(0, 256)
+            stored.data = torch.randint(0, 256, stored.shape, dtype=torch.uint8)
         else:
-            stored.data.uniform_(0.01, 0.1)
+            stored.data = torch.empty(stored.shape).uniform_(0.01, 0.1).to(stored.dtype)
     hidden = torch.randn(5, 48)
     chosen = torch.tensor([[0, 5], [2, 1], [3, 4], [1, 6], [4, 2]])  # 3 is not there, 6 stands for none
     weights = torch.rand(5, 2)

@@ -182,6 +182,7 @@ def as_of_an_earlier_version(place: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / RECORD).unlink()
     del manifest["outputs"][RECORD]
+    del manifest["record_sha256"]  # as manifests were then
     kinds = (".json", ".safetensors", ".model", ".tiktoken", ".txt", ".py")
     files = sorted(path for path in (place / "model").iterdir() if path.suffix in kinds)
     manifest["inputs"]["model"] = content_digest([[path.name, file_digest(path)] for path in files])
