@@ -1,10 +1,11 @@
 """Fine-tune a LoRA adapter on a packed model, save it, load it again, and merge it; every claim is measured.
 
-    python recipes/lora.py --model DIR --train train.jsonl --heldout heldout.jsonl --out adapter --steps 200
+    python recipes/lora.py --model DIR --train train.jsonl --out adapter --steps 200
 
-DIR is what `mc-cli export --format transformers` wrote. Texts are JSON lines with a `text` field, or plain .txt files;
-a folder stands for the files in it. Needs the package `peft`. Packed weights stay as they are: the adapter alone is
-trained, and a forward keeps no decoded weights for the backward pass. See docs/training.md.
+One in fifty of the texts is held out of training; `--heldout` measures on further text, each file by itself. DIR is what
+`mc-cli export --format transformers` wrote. Texts are JSON lines with a `text` field, or plain .txt files; a folder
+stands for the files in it. Needs the package `peft`. Packed weights stay as they are: the adapter alone is trained, and
+a forward keeps no decoded weights for the backward pass. See docs/training.md.
 """
 
 import argparse
@@ -28,15 +29,16 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="packed model, as mc-cli exports it")
     parser.add_argument("--train", type=Path, nargs="+", required=True, help="text to train on")
-    parser.add_argument("--heldout", type=Path, nargs="+", required=True, help="text to measure on, of the same kind")
+    parser.add_argument("--heldout", type=Path, nargs="*", default=[], help="further text to measure on")
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapter")
-    parser.add_argument("--targets", default="q_proj,k_proj,v_proj,o_proj", help="modules that get an adapter")
+    parser.add_argument("--targets", default="q_proj,k_proj,v_proj,o_proj", help="linears that get an adapter")
+    parser.add_argument("--experts", action="store_true", help="the routed experts get an adapter each, too")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
     parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
-    parser.add_argument("--heldout-sequences", type=int, default=48)
+    parser.add_argument("--heldout-sequences", type=int, default=32, help="to measure on, of each text")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     parser.add_argument("--merge-to", type=Path, help="write the merged model here, dense, for any tool")
@@ -55,10 +57,8 @@ def texts(path: Path) -> list[str]:
     return found
 
 
-def sequences(paths: list[Path], tokenizer, count: int, length: int, seed: int) -> torch.Tensor:
-    """[count or fewer, length] int64: shuffled texts, joined and cut."""
-    found = [text for path in paths for text in texts(path)]
-    random.Random(seed).shuffle(found)
+def sequences(found: list[str], tokenizer, count: int, length: int, what: str) -> torch.Tensor:
+    """[count or fewer, length] int64: texts, joined and cut."""
     stream: list[int] = []
     for text in found:
         stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -67,8 +67,29 @@ def sequences(paths: list[Path], tokenizer, count: int, length: int, seed: int) 
             break
     rows = min(count, len(stream) // length)
     if rows == 0:
-        raise SystemExit(f"{[str(path) for path in paths]}: {len(stream)} tokens, less than a sequence of {length}.")
+        raise SystemExit(f"{what}: {len(stream)} tokens, less than a sequence of {length}.")
     return torch.tensor(stream[: rows * length]).view(rows, length)
+
+
+def shuffled(found: list[str], seed: int) -> list[str]:
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def all_rows(arguments: argparse.Namespace, tokenizer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Sequences to train on, and by name those that are measured: trained on, held out of the same text, further."""
+    found = shuffled([text for path in arguments.train for text in texts(path)], 0)
+    held = max(1, len(found) // 50)
+    count, length = arguments.heldout_sequences, arguments.length
+    needed = max(count, arguments.steps * arguments.batch)
+    rows = sequences(shuffled(found[held:], arguments.seed), tokenizer, needed, length, "--train")
+    measured = {
+        "trained on": rows[:count],
+        "held out": sequences(found[:held], tokenizer, count, length, "held out of --train"),
+    }
+    for path in arguments.heldout:
+        measured[path.stem] = sequences(shuffled(texts(path), 0), tokenizer, count, length, str(path))
+    return rows, measured
 
 
 @torch.no_grad()
@@ -111,23 +132,30 @@ def load(arguments: argparse.Namespace):
     return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=DTYPES[arguments.dtype])
 
 
+def lora_config(arguments: argparse.Namespace) -> LoraConfig:
+    config = LoraConfig(r=arguments.rank, lora_alpha=2 * arguments.rank, target_modules=arguments.targets.split(","))
+    config.task_type = "CAUSAL_LM"
+    if arguments.experts:
+        config.target_parameters = [f"experts.{name}" for name in ("gate_up_proj", "up_proj", "down_proj")]
+    return config
+
+
 def main() -> None:
     arguments = parse_arguments()
     torch.manual_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    rows = sequences(arguments.train, tokenizer, arguments.steps * arguments.batch, arguments.length, arguments.seed)
-    heldout = sequences(arguments.heldout, tokenizer, arguments.heldout_sequences, arguments.length, 0)
-    config = LoraConfig(r=arguments.rank, lora_alpha=2 * arguments.rank, target_modules=arguments.targets.split(","))
-    config.task_type = "CAUSAL_LM"
+    rows, measured = all_rows(arguments, tokenizer)
+    heldout = measured["held out"]
     base = load(arguments)
-    before = loss_on(base, heldout)
+    before = {name: loss_on(base, sample) for name, sample in measured.items()}
     if arguments.gradient_checkpointing:
         base.gradient_checkpointing_enable()
-    model = get_peft_model(base, config)
+    model = get_peft_model(base, lora_config(arguments))
     model.print_trainable_parameters()
     train(model, rows, arguments)
-    after = loss_on(model, heldout)
-    print(f"held-out loss {before:.4f} before, {after:.4f} after: {after - before:+.4f} nats per token", flush=True)
+    for name, sample in measured.items():
+        after = loss_on(model, sample)
+        print(f"loss, {name}: {before[name]:.4f} before, {after:.4f} after: {after - before[name]:+.4f} nats per token")
 
     trained = logits_on(model, heldout[:4])
     model.save_pretrained(arguments.out)
@@ -141,7 +169,7 @@ def main() -> None:
     difference = (logits_on(merged, heldout[:4]) - trained).abs()
     dense = sum("dense from here on" in str(warning.message) for warning in said)
     print(
-        f"merged, {dense} matrices dense by now: held-out loss {loss_on(merged, heldout):.4f}, logits differ by "
+        f"merged, {dense} modules dense by now: held-out loss {loss_on(merged, heldout):.4f}, logits differ by "
         f"{float(difference.mean()):.2g} in the mean, {float(difference.max()):.2g} at most"
     )
     if arguments.merge_to is not None:
