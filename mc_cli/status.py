@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.calibration import INVENTORY
+from mc_cli.artifacts.calibration import INVENTORY, TOKENS
 from mc_cli.artifacts.damage import ALL_BYTES
 from mc_cli.artifacts.exported import STAGE as EXPORT
 from mc_cli.artifacts.exported import ExportFolder, ExportRecord, known_exports
@@ -17,6 +17,7 @@ from mc_cli.artifacts.files import read_json, read_number
 from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX, is_our_partial
 from mc_cli.artifacts.locks import process_in
 from mc_cli.artifacts.manifest import POLICY_FOLDER
+from mc_cli.artifacts.names import ROUTERS
 from mc_cli.artifacts.store import (
     BEGUN,
     MANIFEST,
@@ -178,7 +179,7 @@ def _progress(work_dir: Path, stage: str, folder: Path) -> str:
     layers = f"{count} of {total} layers" if total else f"{count} layers"
     if stage != "calibrate":
         return layers if count or ready else f"nothing finished yet, {layers}"
-    if not (folder / "tokens.safetensors").exists():
+    if not (folder / TOKENS).exists():
         return "nothing finished yet"
     back = _numbers(_NEXT_GRADIENT, folder / RESUME)
     if total and (back or count >= total):
@@ -200,7 +201,7 @@ def _evaluation_progress(work_dir: Path) -> str:
     if not _is_begun(policies):
         return "original and packed model are compared"
     settings = read_begun(policies).get("settings", {})
-    routers = policies / RESUME / "routers.safetensors"
+    routers = policies / RESUME / ROUTERS
     if "otp" not in settings.get("policy", []):
         return "policies are fitted"
     if not routers.exists():

@@ -28,6 +28,7 @@ from mc_cli.artifacts.leftovers import (
     remove_partial,
 )
 from mc_cli.artifacts.manifest import OTHER_RECORD, record_problems, take_digest, with_digest
+from mc_cli.artifacts.names import EXPORTS
 from mc_cli.artifacts.store import BEGUN
 from mc_cli.artifacts.system_errors import refusal
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
@@ -36,7 +37,6 @@ from mc_cli.progress import Progress
 SCHEMA = 1
 RECORD = "mc_cli.json"
 STAGE = "export"
-EXPORTS = "exports.json"
 _REPLACED_SUFFIX = ".replaced"
 _PUT_ASIDE = "put_aside.json"  # in an earlier export from before it is renamed to `DIR.replaced`
 _LONGEST_NAME = 255 - len(_REPLACED_SUFFIX)

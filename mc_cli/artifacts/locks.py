@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX, remove_partial
+from mc_cli.artifacts.names import DIGESTS, EXPORTS, POINTER
 from mc_cli.artifacts.system_errors import refusal
 from mc_cli.errors import BusyError, InputError
 
@@ -35,7 +36,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 _TRIES = 100  # a lock file that its holder removes while we open it is opened anew
 _HELD: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
-_TIDIED = ("digests.json", "model.json", "exports.json")  # files of a work directory that may be half-written
+_TIDIED = (DIGESTS, POINTER, EXPORTS)  # files of a work directory that may be half-written
 
 
 @contextmanager

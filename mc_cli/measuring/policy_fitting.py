@@ -21,7 +21,7 @@ from mc_cli.artifacts.damage import ALL_BYTES
 from mc_cli.artifacts.files import read_tensors
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.manifest import POLICY_STAGE
-from mc_cli.artifacts.names import IMPORTANCE
+from mc_cli.artifacts.names import IMPORTANCE, ROUTERS
 from mc_cli.artifacts.packed import read_layout
 from mc_cli.artifacts.pruning import FOLDER, TENSOR_PREFIX, OperatingPoint, Pruning, read_pruning, write_pruning
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, require_done
@@ -55,7 +55,6 @@ DEFAULT_MAX_LOSS = 0.01
 _CHECK_SHARE = 4  # one of so many fitting windows is kept for --max-loss; no threshold is fitted on it
 _MEMORY_SHARE = 0.5  # of what is free, for the dense model of the whole-model training
 _TRAINING_RATES = (0.1, 0.2, 0.3, 0.4)  # of otp where no --target-rate is set
-_ROUTERS = "routers.safetensors"
 
 
 @dataclass(frozen=True)
@@ -312,7 +311,7 @@ def _trained(job: _Job, folder: StageFolder) -> Routers:
     """The routers of otp: layer by layer, then distilled as a whole where that fits into memory."""
     settings = job.settings
     rates = _TRAINING_RATES if settings.target_rate is None else (settings.target_rate,)
-    start = folder.path(f"{RESUME}/{_ROUTERS}")
+    start = folder.path(f"{RESUME}/{ROUTERS}")
     guide = _fitted(job, [odp.NAME], {}, replace(_fit_settings(job), rates=_guide_rates(rates), protect=0.0))[odp.NAME]
     routers, offsets = _layer_routers(job, guide, rates)
     needed = job.weight_count * job.session.dtype.itemsize

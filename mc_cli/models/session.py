@@ -12,6 +12,7 @@ import torch
 from mc_cli.artifacts.damage import ALL_BYTES, damaged_files
 from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.files import DigestCache, content_digest, read_json, remembers, write_json
+from mc_cli.artifacts.names import DIGESTS, POINTER
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, Manifest, StageFolder, require_done
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
@@ -19,7 +20,6 @@ from mc_cli.models.checkpoint import Checkpoint, read_config, resolve_model
 from mc_cli.models.weight_digests import RECORD, SUFFIX, WeightDigests, Weights, changed_files, header_digest
 from mc_cli.settings import RunSettings
 
-POINTER = "model.json"  # where the model lies on this machine; not an artifact: the digests say which model it is
 # What decides tokens and logits: configuration, tokenizer in any of its forms, weights, a model's own code.
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".tiktoken", ".txt", ".py")
 
@@ -180,7 +180,7 @@ class Session:
 
 def digest_cache(work_dir: Path) -> DigestCache:
     """The work directory's memory of file digests."""
-    return DigestCache(work_dir / "digests.json")
+    return DigestCache(work_dir / DIGESTS)
 
 
 def first_session(work_dir: Path, model: str, revision: str | None, compute: RunSettings) -> Session:

@@ -31,7 +31,7 @@ from mc_cli.artifacts.exported import (
 from mc_cli.artifacts.files import noting_files, read_json
 from mc_cli.artifacts.locks import holding_work_dir, target_lock
 from mc_cli.artifacts.manifest import POLICY_STAGE
-from mc_cli.artifacts.names import EVALUATION
+from mc_cli.artifacts.names import EVALUATION, POINTER
 from mc_cli.artifacts.packed import PackedLayout, encoding_of
 from mc_cli.artifacts.pruning import FOLDER as POLICY_FOLDER
 from mc_cli.artifacts.pruning import Pruning, read_pruning
@@ -41,7 +41,7 @@ from mc_cli.exporters import ExportJob, exporter_from_name
 from mc_cli.exporters.model_card import CardFacts
 from mc_cli.measuring.readback import ReadBack, read_back
 from mc_cli.models.model_files import copy_model_files
-from mc_cli.models.session import POINTER, device_named, dtype_named
+from mc_cli.models.session import device_named, dtype_named
 from mc_cli.packed.dense_tensors import DenseTensors, weight_dtype
 from mc_cli.packed.packed_files import PackedFiles, open_packed
 from mc_cli.packed.packed_model import model_bytes, part_numbers, read_packed_config
