@@ -12,7 +12,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from mc_cli.errors import InputError, MissingFlagsError, Problems
+from mc_cli.errors import InputError, MissingFlagsError, Problems, shown
 from mc_cli.parts import DROPPED, KEPT_BITS, Role, read_width
 from mc_cli.registry import QUANTIZERS, candidate_widths, widths_of
 
@@ -41,6 +41,7 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(B|[KMGT]i?B)?\s*", re.IGNORECASE)
 _LEAST_PLAIN_BYTES = 10**6
+_LARGEST_SIZE = 1 << 62  # bytes
 _UNITS = {
     "B": 1,
     "KB": 10**3,
@@ -107,7 +108,10 @@ def parse_size(text: str) -> int:
         raise InputError(
             f"{text!r} is not a size. Write bytes, or a number with B, kB, MB, GB, KiB, MiB or GiB, for example 16GiB."
         )
-    return round(float(match[1]) * _UNITS[(match[2] or "B").upper()])
+    size = float(match[1]) * _UNITS[(match[2] or "B").upper()]
+    if size > _LARGEST_SIZE:
+        raise InputError(f"{shown(text, 40)} is more than any disk holds. Write a size such as 16GiB.")
+    return round(size)
 
 
 def parse_file_size(text: str) -> int:

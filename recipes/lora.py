@@ -2,7 +2,7 @@
 
     python recipes/lora.py --model DIR --train train.jsonl --out adapter --steps 200
 
-One in fifty of the texts is held out of training; `--heldout` measures on further text, each file by itself. DIR is what
+One in fifty of the texts is held out of training; `--heldout` measures on further text, file by file. DIR is what
 `mc-cli export --format transformers` wrote. Texts are JSON lines with a `text` field, or plain .txt files; a folder
 stands for the files in it. Needs the package `peft`. Packed weights stay as they are: the adapter alone is trained, and
 a forward keeps no decoded weights for the backward pass. See docs/training.md.

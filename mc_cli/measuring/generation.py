@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 import mc_cli  # noqa: F401  teaches transformers to load packed directories
+from mc_cli.artifacts.strict_json import has_half_character
 from mc_cli.data.text import load_tokenizer
 from mc_cli.errors import CheckpointError, InputError, McError, about, shown
 from mc_cli.models.memory import large_blocks_mapped
@@ -70,6 +71,10 @@ def generate(
     The prompt itself is shown first, once the model is loaded.
     Raises InputError for an empty prompt or one too long for the model, CheckpointError where loading fails.
     """
+    if has_half_character(prompt):
+        raise InputError("--prompt holds bytes that are not UTF-8, or half of a character, which no tokenizer reads.")
+    if abs(seed) >= 1 << 63:
+        raise InputError(f"--seed {shown(seed)}: give a number of at most 63 bits.")
     folder = resolve_model(model, asked_as="DIR")
     check_model_folder(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=compute.trust_remote_code)
