@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ import typer
 from mc_cli.artifacts.system_errors import refusal
 from mc_cli.errors import McError
 
+# torch tells of a file that it cannot open or map in a RuntimeError, by these words.
+_NOT_MAPPED = re.compile(r"unable to (?:open|mmap|stat|seek)\b[^<]*<([^>]*)>.*\((\d+)\)", re.DOTALL)
 ERROR, INTERRUPTED = 1, 130
 _FULL = "No space left on device"  # safetensors reports a full disk in an error of its own, by these words
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -56,6 +60,9 @@ def error_message(error: Exception) -> str:
         )
     if isinstance(error, OSError) and error.errno is not None:
         return refusal(error)
+    mapped = _NOT_MAPPED.search(text)
+    if mapped is not None:
+        return refusal(OSError(int(mapped[2]), os.strerror(int(mapped[2]))), mapped[1], action="cannot be read")
     if isinstance(error, ValueError) and "embedded null" in text:
         return (
             f"A path or name that was given holds a NUL character ({text}), which no file can have. See to the flags "

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from mc_cli.artifacts.pruning import Pruning
-from mc_cli.errors import ArtifactError, McError, listed
+from mc_cli.errors import ArtifactError, McError, listed, shown
 from mc_cli.models.checkpoint import REST, Checkpoint
 from mc_cli.models.inventory import find_decoder_layers, tied_tensors
 from mc_cli.models.memory import available_bytes
@@ -245,7 +245,13 @@ def _whole(
         logits = torch.cat([model(row[None].to(device), use_cache=False).logits.float().cpu() for row in token_ids])
         prompt = token_ids[:1, :PROMPT].to(device)
         greedy = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-        text = model.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)
+        try:
+            text = model.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise ArtifactError(
+                f"{exported / 'generation_config.json'}: nothing can be generated as it says ({type(error).__name__}: "
+                f"{shown(str(error), 300)}). It came with the model: mend it there, and calibrate again."
+            ) from error
     if text.shape[1] <= prompt.shape[1]:
         raise ArtifactError(f"{exported} loads, but generate adds no token.")
     return logits, count, int(text.shape[1] - prompt.shape[1])
