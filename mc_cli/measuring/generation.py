@@ -25,12 +25,8 @@ from mc_cli.packed.packed_files import is_packed_folder, open_packed, weight_fil
 from mc_cli.packed.stored_tensors import check_layer_count
 from mc_cli.settings import RunSettings
 
-# How transformers and torch tell, in a RuntimeError, that tensors and config.json do not fit each other.
-_OTHER_SHAPES = (
-    "ignore_mismatched_sizes",
-    "automatic conversion of the weights",
-    "Storage size calculation overflowed",
-)
+# RuntimeErrors of loading that are not about tensors and config.json that do not fit each other.
+_NOT_OF_THE_FILES = ("out of memory", "allocate memory", "not enough memory", "CUDA", "unable to open file")
 
 
 @dataclass(frozen=True)
@@ -154,7 +150,7 @@ def load_model(folder: Path, compute: RunSettings) -> Any:
             "those of their source, and copy, download or make it again."
         ) from error
     except RuntimeError as error:
-        if not any(words in str(error) for words in _OTHER_SHAPES):
+        if any(words in str(error) for words in _NOT_OF_THE_FILES):
             raise
         raise CheckpointError(
             f"The tensors in {folder} have other shapes than config.json describes: {_without_advice(error)} They are "
