@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 KEPT_BITS = 16  # the width of what stays as in the checkpoint, whatever its dtype there
@@ -84,6 +84,30 @@ class ExpertBlock:
     @property
     def weights_per_expert(self) -> int:
         return sum(projection.weight_count for projection in self.projections)
+
+    @property
+    def channels(self) -> int:
+        """Intermediate channels of a whole expert: what its down projection takes in."""
+        return self.projections[-1].in_features
+
+    def shape_of(self, projection: str, channels: int) -> tuple[int, int]:
+        """(out_features, in_features) of one projection of a block of so many channels: the shape of a unit."""
+        return block_shape(
+            {part.name: (part.out_features, part.in_features) for part in self.projections}, projection, channels
+        )
+
+
+def block_shape(whole: Mapping[str, tuple[int, int]], projection: str, channels: int) -> tuple[int, int]:
+    """(out_features, in_features) of one projection of a block of channels.
+
+    whole  projection -> shape in a whole expert, the up projection first. Each channel takes as many rows of the up
+           projection as there are for it (two where there is a gate), and one column of the down projection
+    """
+    names = list(whole)
+    out_features, in_features = whole[projection]
+    if projection == names[-1]:
+        return out_features, channels
+    return out_features // whole[names[-1]][1] * channels, in_features
 
 
 def survivor_floors(num_experts: int, top_k: int, groups: int, groups_used: int) -> tuple[tuple[range, int], ...]:

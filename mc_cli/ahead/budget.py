@@ -134,11 +134,12 @@ def planned_size(plan: Plan, inventory: ModelInventory, quantizer: QuantizerSett
     experts = 0
     for block in inventory.expert_blocks:
         for expert in range(block.num_experts):
-            for part in block.projections:
-                shape = (plan.bits_of(block.layer, expert, part.name), part.out_features, part.in_features)
-                if shape not in known:
-                    known[shape] = _planned(quantizer, *shape)
-                experts += known[shape]
+            for channels in plan.blocks_of(block.layer, expert, block.channels):
+                for part in block.projections:
+                    unit = (channels.bits_of(part.name), *block.shape_of(part.name, channels.channels))
+                    if unit not in known:
+                        known[unit] = _planned(quantizer, *unit)
+                    experts += known[unit]
     facts = {"predicted stored bytes": experts + others, "predicted expert bytes": experts, "other bytes": others}
     return Size(experts + others, facts)
 

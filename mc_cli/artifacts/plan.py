@@ -1,8 +1,13 @@
 """`plan.yaml`: the width of every expert, and of every other role; made by allocate, open to hand edits.
 
-Short form: one number per expert, the width of all its projections. Long form: a mapping from projection to width.
-`0` means the expert is dropped: it is not stored, and the router chooses among the others. Widths of other roles are
-per role; 16 means kept as in the checkpoint.
+An expert's entry has one of three forms:
+  2.5                                     the width of all its projections; 0: the expert is dropped, it is not stored,
+                                          and the router chooses among the others
+  {gate_up_proj: 2, down_proj: 3}         a width for each projection
+  [{channels: 384, bits: 2.5},            blocks of its channels, in the checkpoint's order, each with a width of its
+   {channels: 128, bits: 0}]              own, as a number or by projection; 0: these channels are cut away
+`slots`, by layer, lists for every slot of a router the expert whose stored weights it runs: its own, or another's. An
+expert that no slot runs has width 0. Widths of other roles are per role; 16 means kept as in the checkpoint.
 """
 
 from __future__ import annotations
@@ -18,16 +23,36 @@ import yaml
 
 from mc_cli.artifacts.files import read_text, write_text
 from mc_cli.artifacts.strict_yaml import read_yaml
-from mc_cli.encodings import GRIDS, all_widths, families
+from mc_cli.encodings import GRIDS, MOST, all_widths, families
 from mc_cli.errors import PlanError, listed, shown
 from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role, too_few_survivors
 from mc_cli.settings import LARGEST_GROUP
 
-SCHEMA = 1
+SCHEMA = 2
+READ = (1, 2)  # schema 1 had neither blocks nor slots
+MOST_BLOCKS = 4096  # in one expert
 MOST_LAYERS = 100_000  # more than any model has
 REMEDY = "Run allocate again, or correct the file."
 
-ExpertBits = float | dict[str, float]  # whole widths are ints, others are halves
+Widths = float | dict[str, float]  # of all projections, or by name; whole widths are ints, others are halves
+
+
+@dataclass(frozen=True)
+class BlockBits:
+    """Some neighbouring channels of an expert, and the width they get; 0: they are cut away."""
+
+    channels: int
+    bits: Widths
+
+    def bits_of(self, projection: str) -> float:
+        return self.bits[projection] if isinstance(self.bits, dict) else self.bits
+
+    @property
+    def cut(self) -> bool:
+        return DROPPED in _widths(self.bits)
+
+
+ExpertBits = Widths | tuple[BlockBits, ...]
 
 
 @dataclass(frozen=True)
@@ -44,15 +69,24 @@ class Plan:
     objective: Mapping[str, Any] = field(default_factory=dict)  # value, unit
     solver: Mapping[str, Any] = field(default_factory=dict)  # name, status, gap
     warnings: tuple[str, ...] = ()
+    slots: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # layer -> expert that each router slot runs
 
-    def bits_of(self, layer: int, expert: int, projection: str) -> float:
-        """The width of one projection of one expert."""
+    def blocks_of(self, layer: int, expert: int, channels: int) -> tuple[BlockBits, ...]:
+        """The blocks of one expert of so many channels, those that are cut included; none where it is not stored."""
         entry = self.expert_bits[layer][expert]
-        return entry[projection] if isinstance(entry, dict) else entry
+        if isinstance(entry, tuple):
+            return entry
+        return () if _is_dropped(entry) else (BlockBits(channels, entry),)
+
+    def slots_of(self, layer: int) -> tuple[int | None, ...]:
+        """For every router slot of a layer the expert whose stored weights it runs; None: the router leaves it out."""
+        row = self.expert_bits[layer]
+        table = self.slots.get(layer, tuple(range(len(row))))
+        return tuple(None if _is_dropped(row[expert]) else expert for expert in table)
 
     def dropped(self, layer: int) -> tuple[int, ...]:
-        """The experts of a layer that its router does not choose: those of width 0."""
-        return tuple(expert for expert, entry in enumerate(self.expert_bits[layer]) if _is_dropped(entry))
+        """The experts of a layer that its router does not choose: those of width 0 whose slot runs no other."""
+        return tuple(slot for slot, expert in enumerate(self.slots_of(layer)) if expert is None)
 
     def check_against(self, inventory: ModelInventory) -> None:
         """Raises PlanError naming every place where the plan does not describe this model."""
@@ -66,12 +100,49 @@ class Plan:
             elif layer not in self.expert_bits:
                 problems.append(f"layer {layer}: the model has {blocks[layer].num_experts} experts, the plan none")
             else:
-                problems += _layer_problems(layer, self.expert_bits[layer], blocks[layer])
+                problems += self._layer_problems(layer, blocks[layer])
+                problems += self._structure_problems(layer, blocks[layer], inventory)
         if problems:
             raise PlanError(
                 f"The plan does not describe this model, {len(problems)} differences:\n{listed(problems)}\n"
                 "Run allocate for this model, or correct plan.yaml."
             )
+
+    def _layer_problems(self, layer: int, block: ExpertBlock) -> list[str]:
+        """Places where a layer's row is of another number of experts, drops too many, or names other projections."""
+        row, problems = self.expert_bits[layer], []
+        if len(row) != block.num_experts:
+            problems.append(f"layer {layer}: plan has {len(row)} experts, model {block.num_experts}")
+        else:
+            gone = set(self.dropped(layer))
+            short = too_few_survivors(gone, block.num_experts, block.top_k, block.router_groups, block.groups_used)
+            problems += [f"layer {layer}: {phrase}" for phrase in (short if gone else ())]
+        names = {projection.name for projection in block.projections}
+        for expert, entry in enumerate(row):
+            where = f"layer {layer} expert {expert}"
+            for each in [part.bits for part in entry] if isinstance(entry, tuple) else [entry]:
+                if isinstance(each, dict) and set(each) != names:
+                    problems.append(f"{where}: plan has projections {shown(sorted(each))}, model {sorted(names)}")
+            count = sum(part.channels for part in entry) if isinstance(entry, tuple) else block.channels
+            if count != block.channels:
+                problems.append(f"{where}: the blocks have {count} channels, the expert {block.channels}")
+        return problems
+
+    def _structure_problems(self, layer: int, block: ExpertBlock, inventory: ModelInventory) -> list[str]:
+        """Blocks and shared experts where the family has no room for them."""
+        divided = [expert for expert, entry in enumerate(self.expert_bits[layer]) if isinstance(entry, tuple)]
+        moved = [slot for slot, expert in enumerate(self.slots.get(layer, ())) if slot != expert]
+        problems = []
+        beside = any(part.role is Role.EXPERT_BIAS and part.layer == layer for part in inventory.tensors)
+        if beside and divided:
+            problems.append(
+                f"layer {layer}: experts {_some(divided)} are in blocks of channels, but have biases or norms of their "
+                "own, which belong to whole experts"
+            )
+        if moved and (beside or block.router_groups > 1):
+            why = "experts have biases or norms of their own" if beside else "its router chooses groups of experts"
+            problems.append(f"layer {layer}: slots {_some(moved)} run experts of other slots, but {why}")
+        return problems
 
     def write(self, path: Path) -> None:
         """Writes the YAML file in one atomic replace; equal plans give equal bytes."""
@@ -86,7 +157,8 @@ class Plan:
             "family": self.family,
             "group_size_limit": self.group_size_limit,
             "role_bits": {role.value: bits for role, bits in sorted(self.role_bits.items())},
-            "expert_bits": {layer: list(bits) for layer, bits in sorted(self.expert_bits.items())},
+            **({"slots": {layer: list(row) for layer, row in sorted(self.slots.items())}} if self.slots else {}),
+            "expert_bits": {layer: list(map(_plain, bits)) for layer, bits in sorted(self.expert_bits.items())},
         }
         write_text(path, yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120))
 
@@ -100,9 +172,10 @@ class Plan:
         if not isinstance(content, dict):
             raise PlanError(f"{path} should hold a mapping, but holds a {type(content).__name__}. {REMEDY}")
         schema = content.get("schema")
-        if schema != SCHEMA or isinstance(schema, bool):
+        if schema not in READ or isinstance(schema, bool):
             raise PlanError(
-                f"{path} has schema {shown(schema)}; this version reads schema {SCHEMA}. Run allocate again."
+                f"{path} has schema {shown(schema)}; this version reads schemas {' and '.join(map(str, READ))}. "
+                "Run allocate again."
             )
         if problems := _content_problems(content):
             raise PlanError(
@@ -112,7 +185,8 @@ class Plan:
         return cls(
             model_type=content["model_type"],
             method=content["method"],
-            expert_bits={layer: tuple(row) for layer, row in content["expert_bits"].items()},
+            expert_bits={layer: tuple(map(_entry, row)) for layer, row in content["expert_bits"].items()},
+            slots={layer: tuple(row) for layer, row in content.get("slots", {}).items()},
             role_bits={Role(role): bits for role, bits in content["role_bits"].items()},
             family=content.get("family", GRIDS),
             group_size_limit=content.get("group_size_limit", 128),
@@ -128,6 +202,7 @@ def _content_problems(content: Mapping[str, Any]) -> list[str]:
     kinds = {"model_type": str, "method": str, "expert_bits": dict, "role_bits": dict}
     optional = {
         "family": str,
+        "slots": dict,
         "group_size_limit": int,
         "budget": dict,
         "objective": dict,
@@ -159,8 +234,13 @@ def _content_problems(content: Mapping[str, Any]) -> list[str]:
         if role not in set(Role):
             problems.append(f"role_bits: {shown(role)} is not a role; the roles are {', '.join(Role)}")
         problems += _width_problem(f"role_bits: {_name(role)}", bits)
+    old = content["schema"] < SCHEMA
     for layer, row in content["expert_bits"].items():
-        problems += _row_problems(layer, row)
+        problems += _row_problems(layer, row, blocks=not old)
+    if old and content.get("slots"):
+        problems.append(f"slots are of schema {SCHEMA}; the file has schema {content['schema']}")
+    for layer, table in content.get("slots", {}).items():
+        problems += _slots_problems(layer, table, content["expert_bits"].get(layer))
     return problems
 
 
@@ -177,11 +257,15 @@ def _plain_problems(name: str, entries: Mapping[Any, Any]) -> list[str]:
     return problems
 
 
+def _some(numbers: list[int]) -> str:
+    return f"{', '.join(map(str, numbers[:8]))}{' ...' if len(numbers) > 8 else ''}"
+
+
 def _name(key: object) -> str:
     return key[:40] if isinstance(key, str) else shown(key)
 
 
-def _row_problems(layer: object, row: object) -> list[str]:
+def _row_problems(layer: object, row: object, *, blocks: bool) -> list[str]:
     if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= MOST_LAYERS:
         return [f"expert_bits: {shown(layer)} is not a layer number"]
     if not isinstance(row, list):
@@ -189,15 +273,63 @@ def _row_problems(layer: object, row: object) -> list[str]:
     problems = []
     for expert, entry in enumerate(row):
         where = f"layer {layer} expert {expert}"
-        if isinstance(entry, dict):
-            if not entry:
-                problems.append(f"{where} has no projections")
-            for projection, bits in entry.items():
-                if not isinstance(projection, str):
-                    problems.append(f"{where}: {shown(projection)} is not the name of a projection")
-                problems += _width_problem(f"{where} {_name(projection)}", bits)
+        if isinstance(entry, list):
+            problems += _blocks_problems(where, entry) if blocks else [f"{where}: blocks are of schema {SCHEMA}"]
         else:
-            problems += _width_problem(where, entry)
+            problems += _entry_problems(where, entry)
+    return problems
+
+
+def _blocks_problems(where: str, entries: list[Any]) -> list[str]:
+    if not 1 <= len(entries) <= MOST_BLOCKS:
+        return [f"{where} has {len(entries)} blocks, not 1 to {MOST_BLOCKS}"]
+    problems = []
+    for number, entry in enumerate(entries):
+        there = f"{where} block {number}"
+        if not isinstance(entry, dict) or entry.keys() != {"channels", "bits"}:
+            problems.append(f"{there} is {shown(entry)}, not a mapping of channels and bits")
+            continue
+        if type(entry["channels"]) is not int or not 1 <= entry["channels"] <= MOST:
+            problems.append(f"{there} has {shown(entry['channels'])} channels")
+        found = _entry_problems(there, entry["bits"])
+        if not found and DROPPED in (widths := _widths(entry["bits"])) and len(widths) > 1:
+            found.append(f"{there} has {shown(entry['bits'])} bits, but channels are cut from all projections or none")
+        problems += found
+    return problems
+
+
+def _entry_problems(where: str, entry: object) -> list[str]:
+    """What is wrong with one width, or with one for each projection."""
+    if not isinstance(entry, dict):
+        return _width_problem(where, entry)
+    problems = [] if entry else [f"{where} has no projections"]
+    for projection, bits in entry.items():
+        if not isinstance(projection, str):
+            problems.append(f"{where}: {shown(projection)} is not the name of a projection")
+        problems += _width_problem(f"{where} {_name(projection)}", bits)
+    return problems
+
+
+def _slots_problems(layer: object, table: object, row: object) -> list[str]:
+    """What is wrong with a layer's table from router slots to the experts they run."""
+    where = f"slots of layer {shown(layer)}"
+    if not isinstance(row, list):
+        return [f"{where}: expert_bits has no such layer"]
+    if not isinstance(table, list) or len(table) != len(row):
+        return [f"{where}: {shown(table)}, not one expert for each of {len(row)} slots"]
+    wrong = [each for each in table if type(each) is not int or not 0 <= each < len(row)]
+    if wrong:
+        return [f"{where}: {shown(wrong)}, not experts of 0 to {len(row) - 1}"]
+    problems = []
+    for slot, expert in enumerate(table):
+        if table[expert] != expert:
+            problems.append(f"{where}: slot {slot} runs expert {expert}, whose own slot runs {table[expert]}")
+        elif slot != expert and row[expert] == DROPPED:
+            problems.append(f"{where}: slot {slot} runs expert {expert}, which is dropped")
+        elif slot != expert and row[slot] != DROPPED:
+            problems.append(
+                f"layer {layer} expert {slot} has {shown(row[slot])} bits, but no slot runs it: its width is 0"
+            )
     return problems
 
 
@@ -207,22 +339,23 @@ def _width_problem(where: str, bits: object) -> list[str]:
     return [] if fits else [f"{where} has width {shown(bits)}"]
 
 
+def _widths(entry: Widths) -> set[float]:
+    return set(entry.values()) if isinstance(entry, dict) else {entry}
+
+
 def _is_dropped(entry: ExpertBits) -> bool:
-    return DROPPED in (entry.values() if isinstance(entry, dict) else (entry,))
+    return not isinstance(entry, tuple) and DROPPED in _widths(entry)
 
 
-def _layer_problems(layer: int, row: tuple[ExpertBits, ...], block: ExpertBlock) -> list[str]:
-    problems = []
-    if len(row) != block.num_experts:
-        problems.append(f"layer {layer}: plan has {len(row)} experts, model {block.num_experts}")
-    else:
-        gone = {expert for expert, entry in enumerate(row) if _is_dropped(entry)}
-        short = too_few_survivors(gone, block.num_experts, block.top_k, block.router_groups, block.groups_used)
-        problems += [f"layer {layer}: {phrase}" for phrase in (short if gone else ())]
-    names = {projection.name for projection in block.projections}
-    for expert, entry in enumerate(row):
-        if isinstance(entry, dict) and set(entry) != names:
-            problems.append(
-                f"layer {layer} expert {expert}: plan has projections {shown(sorted(entry))}, model {sorted(names)}"
-            )
-    return problems
+def _plain(entry: ExpertBits) -> Any:
+    """An entry as the file has it."""
+    if not isinstance(entry, tuple):
+        return entry
+    return [{"channels": block.channels, "bits": block.bits} for block in entry]
+
+
+def _entry(plain: Any) -> ExpertBits:
+    """An entry of the file, which has been checked."""
+    if not isinstance(plain, list):
+        return plain  # type: ignore[no-any-return]
+    return tuple(BlockBits(block["channels"], block["bits"]) for block in plain)

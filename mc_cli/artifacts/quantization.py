@@ -12,14 +12,15 @@ from mc_cli.artifacts.files import read_json, write_json
 from mc_cli.errors import shown
 
 SCHEMA = 1
-OUTCOMES = ("quantized", "kept", "pruned")
+OUTCOMES = ("quantized", "kept", "pruned", "shared")
 
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """One matrix. For a routed expert `name` is `<experts path>.<expert>.<projection>`.
+    """One matrix. For a routed expert `name` is `<experts path>.<expert>.<projection>`, and where the expert is divided
+    `.<block>` follows, or `.cut` for the channels that are cut away.
 
-    outcome        quantized, kept or pruned
+    outcome        quantized, kept, pruned, or shared: not stored, since the router slot runs another expert
     encoding       key of the encoding; None unless quantized
     tokens         calibration tokens behind its Hessian
     proxy_loss     trace(D H D^T), summed over tokens;  relative_error: divided by trace(W H W^T)

@@ -9,21 +9,24 @@ Source of the energy by channel: CAMERA, arXiv:2508.02322 (micro-experts); the o
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mc_cli.coding.expert_inputs import ExpertInputs, up_outputs
-from mc_cli.coding.row_importance import POWER, channels_of_rows, gradient_square_of, slopes_of
+from mc_cli.coding.row_importance import POWER, gradient_square_of
 from mc_cli.models import experts
+from mc_cli.models.expert_gates import rows_by_channel, slopes_of
 
 _DEALT = 8  # ranks of importance among as many neighbours; with 2 or 4 there is less to gain
 _TOKENS = 1024  # of an expert, at most, on which channels are compared
 
 
-def deal_channels(module: Any, inputs: ExpertInputs, members: list[int]) -> bool:
-    """Moves the channels of these experts, which are not packed, in place; an expert without tokens keeps its order.
+def deal_channels(module: Any, inputs: ExpertInputs, runs: Mapping[int, Sequence[range]]) -> bool:
+    """Moves channels of experts that are not packed, in place; an expert without tokens keeps its order.
 
+    runs  expert -> runs of its channels, each dealt by itself; other channels stay where they are
     False, and nothing is moved, where the activation does not take the same number of rows to each channel. Without a
     backward pass the search does not weigh rows by what they matter, and nothing is moved either.
     """
@@ -31,13 +34,18 @@ def deal_channels(module: Any, inputs: ExpertInputs, members: list[int]) -> bool
         return True
     up, down = inputs.block.projections
     with torch.no_grad():
-        rows = _rows_by_channel(module, up.out_features, down.in_features, inputs.device)
+        rows = rows_by_channel(module, up.out_features, down.in_features, inputs.device)
         if rows is None:
             return False
-        for expert in members:
+        for expert, ranges in runs.items():
             energy = _channel_energy(module, inputs, expert, rows)
-            if energy is not None:
-                _move(module, inputs, expert, rows, dealt(energy.argsort(descending=True, stable=True)))
+            if energy is None:
+                continue
+            order = torch.arange(len(energy), device=energy.device)
+            for run in ranges:
+                ranked = energy[run.start : run.stop].argsort(descending=True, stable=True)
+                order[run.start : run.stop] = run.start + dealt(ranked)
+            move_channels(module, inputs, expert, rows, order)
     return True
 
 
@@ -52,8 +60,8 @@ def dealt(ranked: torch.Tensor) -> torch.Tensor:
     return torch.cat([ranked[:size].view(_DEALT, -1)[apart].T.flatten(), ranked[size:]])
 
 
-def _move(module: Any, inputs: ExpertInputs, expert: int, rows: torch.Tensor, order: torch.Tensor) -> None:
-    """Puts channel order[n] into place n, with all of its `rows`."""
+def move_channels(module: Any, inputs: ExpertInputs, expert: int, rows: torch.Tensor, order: torch.Tensor) -> None:
+    """Puts channel order[n] of an expert that is not packed into place n, with all of its `rows_by_channel`."""
     up, down = (part.name for part in inputs.block.projections)
     source = torch.empty(rows.numel(), dtype=torch.int64, device=rows.device)
     source[rows.flatten()] = rows[order].flatten()
@@ -79,12 +87,3 @@ def _channel_energy(module: Any, inputs: ExpertInputs, expert: int, rows: torch.
     if not bool((carried > 0).any()):
         return None
     return (up_weight.square().mean(-1) * slopes.pow(POWER))[rows].sum(-1) * carried
-
-
-def _rows_by_channel(module: Any, rows: int, channels: int, device: torch.device) -> torch.Tensor | None:
-    """int64 [channels, rows / channels]: the rows of the up projection that act on each channel; None if they vary."""
-    found = channels_of_rows(module, rows, channels, device)
-    in_range = bool(((found >= 0) & (found < channels)).all())
-    if not in_range or bool((found.bincount(minlength=channels) * channels != rows).any()):
-        return None
-    return found.argsort(stable=True).view(channels, -1)

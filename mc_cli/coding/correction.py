@@ -76,11 +76,12 @@ class Shortfall:
         """[hidden, intermediate] float32: what to add to the expert's weights; its moments are dropped.
 
         hessian       [intermediate, intermediate] float32, of which `pooled_share` is the pool's; the pool's tokens
-                      count as missing nothing
+                      count as missing nothing. Of an expert that lacks channels, its first ones: the step is theirs
         """
         moments = self._moments.pop(expert, None)
         if moments is None:  # no token chose it
             return torch.zeros((self._missing.shape[1], len(hessian)), device=hessian.device)
+        moments = moments[:, : len(hessian)]
         return (1 - pooled_share) * correction(moments, hessian, tokens=self._inputs.count(expert))
 
 

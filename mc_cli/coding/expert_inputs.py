@@ -68,12 +68,18 @@ class ExpertInputs:
         device: torch.device,
         *,
         sensitivity: LayerSensitivity | None = None,
+        module: Any = None,
     ) -> None:
-        """`sensitivity`: how the loss reacts to errors of this layer, None where no backward pass was run."""
+        """The inputs that were captured.
+
+        sensitivity  how the loss reacts to errors of this layer, None where no backward pass was run
+        module       the layer's experts, where router slots may share one: tokens are grouped by the expert that is run
+        """
         self.block = block
         self.device = device
         self._inputs = capture.inputs
-        self._routing = (capture.index, capture.weights)
+        routing = capture.index, capture.weights
+        self._routing = routing if module is None else experts.stored_slots(module, *routing)
         self._chosen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {
             expert: (tokens, weights)
             for expert, tokens, weights in experts.routed_tokens(*self._routing, block.num_experts)

@@ -43,8 +43,8 @@ class ExpertView:
     def down(self) -> Projection:
         return self.inputs.block.projections[1]
 
-    def units(self, part: Projection, members: list[int]) -> tuple[UnitId, ...]:
-        return tuple(UnitId(self.inputs.block.layer, expert, part.name) for expert in members)
+    def units(self, part: Projection, members: list[int], block: int = 0) -> tuple[UnitId, ...]:
+        return tuple(UnitId(self.inputs.block.layer, expert, part.name, block) for expert in members)
 
     def weights(self, part: Projection, members: list[int]) -> torch.Tensor:
         """float32 [members, out_features, in_features], a copy."""
@@ -76,19 +76,23 @@ class ExpertView:
         return up_importance(self.module, self.inputs, members, *self._both_weights(members))
 
     def joint_importance(
-        self, part: Projection, members: list[int], encoding: Encoding
+        self, part: Projection, members: list[int], encoding: Encoding, rows: torch.Tensor | None = None
     ) -> torch.Tensor | RowHessian | None:
-        """What errors of rows matter together, or each by itself where the quantizer or the calibration has no more."""
+        """What errors of rows matter together, or each by itself where the quantizer or the calibration has no more.
+
+        rows  int64, of the up projection, where a block of channels is coded; None: all
+        """
         groups = None
         if self.inputs.sensitivity is not None and self.covariance is not None:
-            groups = self.quantizer.row_groups(encoding, part.out_features)
+            groups = self.quantizer.row_groups(encoding, part.out_features if rows is None else len(rows))
         if groups is None or self.covariance is None:
-            return self.importance(part, members)
+            alone = self.importance(part, members)
+            return alone if alone is None or rows is None else alone[:, rows]
         groups = groups.to(self.inputs.device)
         if part is self.down:
             return down_row_hessian(self.inputs, members, self.covariance, groups)
         both = self._both_weights(members)
-        return up_row_hessian(self.module, self.inputs, members, *both, self.covariance, groups)
+        return up_row_hessian(self.module, self.inputs, members, *both, self.covariance, groups, rows)
 
     def job(
         self,
@@ -98,14 +102,18 @@ class ExpertView:
         encoding: Encoding,
         *,
         weights: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+        block: int = 0,
     ) -> CodingJob:
-        """The job that codes one projection of some experts as it ships.
+        """The job that codes one projection of some experts, or of a block of their channels, as it ships.
 
         weights  float32 [members, out_features, in_features] in place of what the module holds
+        rows     int64, which rows of the up projection these are; None: all
+        block    number of the block
         """
         weights = self.weights(part, members) if weights is None else weights
-        importance = self.joint_importance(part, members, encoding)
-        return CodingJob(self.units(part, members), weights, moments, encoding, self.quantizer, importance)
+        importance = self.joint_importance(part, members, encoding, rows)
+        return CodingJob(self.units(part, members, block), weights, moments, encoding, self.quantizer, importance)
 
     def forecast(
         self,

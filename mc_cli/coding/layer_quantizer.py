@@ -14,9 +14,10 @@ from dataclasses import replace
 import torch
 
 from mc_cli.artifacts.calibration import LayerSensitivity
-from mc_cli.artifacts.packed import KEPT, ExpertLayout
+from mc_cli.artifacts.packed import KEPT, ExpertLayout, StoredBlock
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import MatrixReport
+from mc_cli.coding.channel_blocks import Division, Span
 from mc_cli.coding.channel_order import deal_channels
 from mc_cli.coding.correction import Shortfall, add_experts, reach_of, rest_of_layer
 from mc_cli.coding.expert_inputs import ExpertInputs, expert_chunks
@@ -27,7 +28,7 @@ from mc_cli.encodings import deals_channels, family_of
 from mc_cli.models import experts
 from mc_cli.models.memory import release_freed_memory
 from mc_cli.numerics.hessian import trace_error
-from mc_cli.parts import KEPT_BITS, ExpertBlock, Projection, Role, TensorPart
+from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, Projection, Role, TensorPart
 from mc_cli.quantizers import Quantizer
 from mc_cli.quantizers.job import Coded, CodingJob, Executor, InputMoments
 from mc_cli.walking.layerwise import LayerWalk
@@ -84,88 +85,149 @@ class LayerQuantizer:
             else:
                 rest = rest_of_layer(self._walk, module)
         sensitivity = self._sensitivities.get(block.layer)
-        inputs = ExpertInputs(capture, block, self._walk.source.device, sensitivity=sensitivity)
+        inputs = ExpertInputs(capture, block, self._walk.source.device, sensitivity=sensitivity, module=module)
         covariance = None if sensitivity is None else self._covariance_of(block.layer)
+        division = Division(self._plan, block)
+        division.cut(module, inputs)
         view = ExpertView(module, inputs, self._quantizer, self._shrinkage, covariance)
-        notes = self._deal_channels(view)
-        keys = {view.up.name: _Wave(view, view.up, self._plan, None, notes).run(self._executor, result)}
+        notes = self._deal_channels(view, division)
+        _Wave(view, view.up, self._plan, division, None, notes).run(self._executor, result)
         if original is None or reach is None:
             shortfall = None
         else:
             shortfall = Shortfall(module, inputs, original=original, rest=rest, reach=reach)
-        keys[view.down.name] = _Wave(view, view.down, self._plan, shortfall, notes).run(self._executor, result)
+        _Wave(view, view.down, self._plan, division, shortfall, notes).run(self._executor, result)
         if reach is not None:
             result.output = add_experts(rest, module, inputs, reach=reach)
         result.layout = ExpertLayout(
             path=block.path,
             num_experts=block.num_experts,
             projections={part.name: (part.out_features, part.in_features) for part in block.projections},
-            encodings=keys,
+            experts=tuple(
+                tuple(_stored(span, expert, result) for span in division.spans[expert])
+                for expert in range(block.num_experts)
+            ),
+            slots=self._plan.slots_of(block.layer),
         )
 
-    def _deal_channels(self, view: ExpertView) -> tuple[str, ...]:
-        """Orders the channels of the experts whose encodings all ask for it; a note where that cannot be."""
+    def _deal_channels(self, view: ExpertView, division: Division) -> tuple[str, ...]:
+        """Orders the channels of the blocks whose encodings all ask for it; a note where that cannot be."""
         block = view.inputs.block
 
-        def coded(expert: int, part: Projection) -> bool:
-            bits = self._plan.bits_of(block.layer, expert, part.name)
-            if bits in (0, KEPT_BITS):
+        def coded(span: Span, part: Projection) -> bool:
+            bits = span.bits.bits_of(part.name)
+            if bits == KEPT_BITS:
                 return False
-            return deals_channels(family_of(planned_encoding(self._plan, bits, part.out_features, part.in_features)))
+            shape = block.shape_of(part.name, span.bits.channels)
+            return deals_channels(family_of(planned_encoding(self._plan, bits, *shape)))
 
-        whole = [e for e in range(block.num_experts) if all(coded(e, part) for part in block.projections)]
-        return () if not whole or deal_channels(view.module, view.inputs, whole) else (_ORDER_NOTE,)
+        runs = {
+            expert: [range(span.begin, span.end) for span in spans if all(coded(span, p) for p in block.projections)]
+            for expert, spans in division.spans.items()
+        }
+        runs = {expert: found for expert, found in runs.items() if found}
+        return () if not runs or deal_channels(view.module, view.inputs, runs) else (_ORDER_NOTE,)
+
+
+def _stored(span: Span, expert: int, result: LayerResult) -> StoredBlock:
+    keys = {name: packed[expert, span.number][0] for name, packed in result.experts.items()}
+    return StoredBlock(span.bits.channels, keys)
 
 
 class _Wave:
-    """One projection of all experts of a layer: none of its jobs depends on what another one gives."""
+    """One projection of all experts of a layer: none of its jobs depends on what another one gives.
+
+    Experts that are whole are coded together, as many of one width as memory allows; one that is divided by itself,
+    block after block, so that its moments are summed up once.
+    """
 
     def __init__(
-        self, view: ExpertView, part: Projection, plan: Plan, shortfall: Shortfall | None, notes: tuple[str, ...]
+        self,
+        view: ExpertView,
+        part: Projection,
+        plan: Plan,
+        division: Division,
+        shortfall: Shortfall | None,
+        notes: tuple[str, ...],
     ) -> None:
         """`shortfall`: what down projections are corrected by;  notes: for the report row of every matrix."""
         self._view = view
         self._part = part
         self._plan = plan
+        self._division = division
         self._shortfall = shortfall
         self._notes = notes
         self._moved: dict[int, float] = {}  # expert -> size of its correction, relative to its weights
 
-    def run(self, executor: Executor, result: LayerResult) -> tuple[str | None, ...]:
-        """Packs the projection of every expert by its width; returns the encoding key per expert."""
-        block, name = self._view.inputs.block, self._part.name
+    def run(self, executor: Executor, result: LayerResult) -> None:
+        """Packs the projection of every block by its width."""
+        name = self._part.name
         result.experts[name] = {}
         by_bits: dict[float, list[int]] = {}
-        for expert in range(block.num_experts):
-            by_bits.setdefault(self._plan.bits_of(block.layer, expert, name), []).append(expert)
-        dropped, kept = by_bits.pop(0, []), by_bits.pop(KEPT_BITS, [])
+        for expert, spans in self._division.spans.items():
+            if expert not in self._division.divided:
+                by_bits.setdefault(spans[0].bits.bits_of(name) if spans else DROPPED, []).append(expert)
+        dropped, kept = by_bits.pop(DROPPED, []), by_bits.pop(KEPT_BITS, [])
         for expert in dropped:
-            self._leave(expert, 0, result)
+            self._leave_out(expert, result)
         for coded in executor.map(self._jobs(by_bits)):
             self._take(coded, result)
             del coded  # before the next job is drawn: it may be as large
+        for expert in self._division.divided:
+            for span in self._division.spans[expert]:
+                if span.bits.bits_of(name) == KEPT_BITS:
+                    self._keep(expert, span, result)
+            self._report_cut(expert, result)
         for expert in kept:
-            self._leave(expert, KEPT_BITS, result)
-        packed = result.experts[name]
-        return tuple(packed[expert][0] if expert in packed else None for expert in range(block.num_experts))
+            self._keep(expert, self._division.spans[expert][0], result)
 
     def _jobs(self, by_bits: Mapping[float, list[int]]) -> Iterator[CodingJob]:
         for bits, members in sorted(by_bits.items()):
             for chunk in _pieces(members, self._view.inputs.block):
                 release_freed_memory()
-                yield self._job(bits, chunk)
+                weights, moments = self._prepared(chunk)
+                encoding = planned_encoding(self._plan, bits, *weights.shape[1:])
+                yield self._view.job(self._part, chunk, moments, encoding, weights=weights)
+        for expert in self._division.divided:
+            release_freed_memory()
+            yield from self._jobs_of_blocks(expert)
 
-    def _job(self, bits: float, members: list[int]) -> CodingJob:
+    def _jobs_of_blocks(self, expert: int) -> Iterator[CodingJob]:
+        """A job for each block of one expert that is coded. Errors of one block are not fed into another."""
+        view, part = self._view, self._part
+        spans = [span for span in self._division.spans[expert] if span.bits.bits_of(part.name) != KEPT_BITS]
+        if not spans:
+            return
+        left = self._division.kept(expert)
+        weights, moments = self._prepared([expert], channels=left)
+        for span in spans:
+            shape = view.inputs.block.shape_of(part.name, span.bits.channels)
+            encoding = planned_encoding(self._plan, span.bits.bits_of(part.name), *shape)
+            if part is view.up:
+                rows = self._division.rows_of(span)
+                yield view.job(
+                    part, [expert], moments, encoding, weights=weights[:, rows], rows=rows, block=span.number
+                )
+            else:
+                columns = slice(span.begin, span.end)
+                hessian = None if moments.hessian is None else moments.hessian[:, columns, columns].contiguous()
+                block = weights[:, :, columns].contiguous()
+                yield view.job(part, [expert], InputMoments(hessian), encoding, weights=block, block=span.number)
+
+    def _prepared(self, members: list[int], channels: int | None = None) -> tuple[torch.Tensor, InputMoments]:
+        """(weights, moments of inputs) of this projection; of the first `channels` where experts lack others."""
         view, part = self._view, self._part
         weights = view.weights(part, members)
         if part is view.up:
-            moments = view.up_moments(members)
-        else:
-            watch = None if self._shortfall is None else self._shortfall.watch
-            moments = view.down_moments(members, watch=watch)
-            self._correct(weights, members, moments)
-        encoding = planned_encoding(self._plan, bits, *weights.shape[1:])
-        return view.job(part, members, moments, encoding, weights=weights)
+            return weights, view.up_moments(members)
+        watch = None if self._shortfall is None else self._shortfall.watch
+        moments = view.down_moments(members, watch=watch)
+        if channels is not None and channels < part.in_features:
+            weights = weights[:, :, :channels].contiguous()
+            if moments.hessian is not None:
+                moments = InputMoments(moments.hessian[:, :channels, :channels].contiguous())
+        self._correct(weights, members, moments)
+        return weights, moments
 
     def _correct(self, weights: torch.Tensor, members: list[int], moments: InputMoments) -> None:
         """Moves down projections, in place, towards what makes good for errors made before them."""
@@ -182,16 +244,16 @@ class _Wave:
         view, name = self._view, self._part.name
         for slot, unit in enumerate(coded.units):
             assert not isinstance(unit, str)
-            expert = unit.expert
-            experts.expert_weight(view.module, name, expert).copy_(coded.decoded[slot])
+            expert, span = unit.expert, self._division.spans[unit.expert][unit.block]
+            self._put(expert, span, coded.decoded[slot])
             tensors = {stored: tensor[slot].clone() for stored, tensor in coded.tensors.items()}
-            result.experts[name][expert] = (coded.encoding.key, tensors)
+            result.experts[name][expert, unit.block] = (coded.encoding.key, tensors)
             row = MatrixReport(
-                f"{view.inputs.block.path}.{expert}.{name}",
+                self._row_name(expert, span),
                 Role.EXPERT.value,
                 "quantized",
                 coded.decoded[slot].numel(),
-                self._plan.bits_of(unit.layer, expert, name),
+                span.bits.bits_of(name),
                 coded.encoding.key,
                 view.inputs.count(expert),
                 pooled_share=view.pooled_share(self._part, expert),
@@ -200,22 +262,54 @@ class _Wave:
             row = measured(row, coded.proxy_loss[slot], coded.weight_energy[slot], coded.notes_of(slot))
             result.report.append(replace(row, notes=row.notes + self._notes))
 
-    def _leave(self, expert: int, bits: float, result: LayerResult) -> None:
-        """Keeps (16) or drops (0) the projection of one expert; the routers that the walk runs do not choose those."""
+    def _put(self, expert: int, span: Span, decoded: torch.Tensor) -> None:
+        """Writes the decoded weights of a block where the module has them."""
+        weight = experts.expert_weight(self._view.module, self._part.name, expert)
+        if expert not in self._division.divided:
+            weight.copy_(decoded)
+        elif self._part is self._view.up:
+            weight[self._division.rows_of(span)] = decoded.to(weight.dtype)
+        else:
+            weight[:, span.begin : span.end] = decoded.to(weight.dtype)
+
+    def _row_name(self, expert: int, span: Span) -> str:
+        """Of a report row; blocks of a divided expert have their number behind the projection."""
+        name = f"{self._view.inputs.block.path}.{expert}.{self._part.name}"
+        return f"{name}.{span.number}" if expert in self._division.divided else name
+
+    def _keep(self, expert: int, span: Span, result: LayerResult) -> None:
+        """Keeps a block of one expert as it is in the checkpoint."""
+        weight = experts.expert_weight(self._view.module, self._part.name, expert)
+        if expert in self._division.divided:
+            up = self._part is self._view.up
+            weight = weight[self._division.rows_of(span)] if up else weight[:, span.begin : span.end]
+        name = self._row_name(expert, span)
+        result.report.append(MatrixReport(name, Role.EXPERT.value, "kept", weight.numel(), KEPT_BITS))
+        result.experts[self._part.name][expert, span.number] = (KEPT, {"weight": weight.clone()})
+
+    def _report_cut(self, expert: int, result: LayerResult) -> None:
+        """A row for the channels of one expert that are cut away."""
+        block = self._view.inputs.block
+        rows, columns = block.shape_of(self._part.name, block.channels - self._division.kept(expert))
+        if rows * columns:
+            name = f"{block.path}.{expert}.{self._part.name}.cut"
+            result.report.append(MatrixReport(name, Role.EXPERT.value, "pruned", rows * columns, DROPPED))
+
+    def _leave_out(self, expert: int, result: LayerResult) -> None:
+        """Drops one expert, which no router slot runs: the routers that the walk runs do not choose it, or run another.
+
+        Biases are stored for all experts; those of what is gone should say nothing.
+        """
         view, name = self._view, self._part.name
+        slot = self._plan.slots_of(view.inputs.block.layer)[expert]
         weight = experts.expert_weight(view.module, name, expert)
-        outcome = "kept" if bits == KEPT_BITS else "pruned"
-        row = MatrixReport(
-            f"{view.inputs.block.path}.{expert}.{name}", Role.EXPERT.value, outcome, weight.numel(), bits
-        )
-        result.report.append(row)
-        if bits == KEPT_BITS:
-            result.experts[name][expert] = (KEPT, {"weight": weight.clone()})
-            return
+        outcome, notes = ("pruned", ()) if slot is None else ("shared", (f"its slot runs expert {slot}",))
+        row_name = f"{view.inputs.block.path}.{expert}.{name}"
+        result.report.append(MatrixReport(row_name, Role.EXPERT.value, outcome, weight.numel(), DROPPED, notes=notes))
         weight.zero_()
         bias = experts.expert_bias(view.module, name, expert)
         if bias is not None:
-            bias.zero_()  # biases are stored for all experts; what no router chooses should say nothing
+            bias.zero_()
 
 
 def _pieces(members: list[int], block: ExpertBlock) -> Iterable[list[int]]:

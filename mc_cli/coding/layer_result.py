@@ -20,12 +20,12 @@ PackedTensors = dict[str, torch.Tensor]  # stored part -> tensor of one matrix
 class LayerResult:
     """What one layer became.
 
-    linears  module path -> encoding key and tensors;  experts: projection -> expert -> the same
+    linears  module path -> encoding key and tensors;  experts: projection -> (expert, block of it) -> the same
     output   [sequences, length, hidden] of the layer as it is now, where it is known
     """
 
     linears: dict[str, tuple[str, PackedTensors]] = field(default_factory=dict)
-    experts: dict[str, dict[int, tuple[str, PackedTensors]]] = field(default_factory=dict)
+    experts: dict[str, dict[tuple[int, int], tuple[str, PackedTensors]]] = field(default_factory=dict)
     layout: ExpertLayout | None = None
     output: torch.Tensor | None = None
     report: list[MatrixReport] = field(default_factory=list)

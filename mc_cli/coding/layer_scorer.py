@@ -53,7 +53,7 @@ class LayerScorer:
         routing = LayerRouting.read(self._calibration / calibration_artifact.routing_file(block.layer))
         rows: list[dict[str, Any]] = []
         if deals_channels(self._settings.quantizer.family):
-            deal_channels(module, inputs, list(range(block.num_experts)))
+            deal_channels(module, inputs, dict.fromkeys(range(block.num_experts), (range(block.channels),)))
         view = ExpertView(module, inputs, self._quantizer, self._settings.quantizer.shrinkage)
         for members in expert_chunks(block):
             rows += self._score_chunk(view, members, routing, rerouting)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mc_cli.coding.expert_inputs import ExpertInputs, up_outputs
-from mc_cli.models import experts
+from mc_cli.models.expert_gates import channels_of_rows, slopes_of
 from mc_cli.numerics.row_hessian import RowHessian
 
 # Means over tokens and features overstate how far rows differ at any one token; on a trained model powers from 0.5 to 1
@@ -77,9 +77,11 @@ def up_row_hessian(
     down_weights: torch.Tensor,
     covariance: torch.Tensor,
     groups: torch.Tensor,
+    rows: torch.Tensor | None = None,
 ) -> RowHessian:
     """The gradient covariance taken back through down projection and activation, by `groups` as above.
 
+    rows  int64, which rows of the up projection `groups` counts, of a block of channels; None: all
     Between two rows: what their channels share in the down projection under the covariance, times the mean over tokens
     of (routing weight)^2 * slope * slope; the two are taken as independent. A gate's row and its partner act on one
     channel, so they are related most of all. An expert without tokens gets unit matrices.
@@ -88,9 +90,9 @@ def up_row_hessian(
     blocks = torch.eye(size, device=inputs.device).repeat(len(members), len(groups), 1, 1)
     covariance = covariance.to(inputs.device)
     for slot, expert in enumerate(members):
-        slopes, count = _slope_moments(module, inputs, expert, up_weights[slot], groups)
+        slopes, count = _slope_moments(module, inputs, expert, up_weights[slot], groups, rows)
         if count and bool((slopes > 0).any()):
-            down = down_weights[slot][:, _channels(module, up_weights.shape[1], down_weights.shape[-1], groups)]
+            down = down_weights[slot][:, _channels(module, up_weights.shape[1], down_weights.shape[-1], groups, rows)]
             shared = torch.einsum("hgn,hk,kgm->gnm", down, covariance, down)
             related = (1 - UNRELATED) * count / (count + TRUSTED_TOKENS)
             blocks[slot] = _tempered(shared * slopes / count, related)
@@ -98,7 +100,12 @@ def up_row_hessian(
 
 
 def _slope_moments(
-    module: Any, inputs: ExpertInputs, expert: int, up_weight: torch.Tensor, groups: torch.Tensor
+    module: Any,
+    inputs: ExpertInputs,
+    expert: int,
+    up_weight: torch.Tensor,
+    groups: torch.Tensor,
+    rows: torch.Tensor | None,
 ) -> tuple[torch.Tensor, int]:
     """([groups, n, n] sum over the expert's tokens of weight^2 * slope * slope; tokens). Padding has slope 0."""
     moments = torch.zeros((*groups.shape, groups.shape[1]), device=inputs.device)
@@ -106,29 +113,20 @@ def _slope_moments(
     count = 0
     for chunk in inputs.chunks(expert, limit=SLOPE_TOKENS):
         slopes = slopes_of(module, up_outputs(module, expert, chunk.inputs, up_weight), reach) * chunk.weights[:, None]
+        slopes = slopes if rows is None else slopes[:, rows]
         slopes = torch.nn.functional.pad(slopes, (0, groups.numel() - slopes.shape[1]))
-        for moment, rows in zip(moments, groups, strict=True):
-            chosen = slopes[:, rows]
+        for moment, group in zip(moments, groups, strict=True):
+            chosen = slopes[:, group]
             moment.addmm_(chosen.T, chosen)
         count += len(slopes)
     return moments, count
 
 
-def channels_of_rows(module: Any, rows: int, channels: int, device: torch.device) -> torch.Tensor:
-    """int64 [rows]: the channel that each row of an up projection acts on, asked of the activation itself.
-
-    Families order them freely.
-    """
-    outputs = torch.ones((1, rows), device=device)
-    numbers = torch.arange(1.0, channels + 1, device=device)
-    ratio = slopes_of(module, outputs, numbers) / slopes_of(module, outputs, torch.ones_like(numbers))
-    return ratio[0].round().long() - 1
-
-
-def _channels(module: Any, rows: int, channels: int, groups: torch.Tensor) -> torch.Tensor:
-    """int64 like groups: `channels_of_rows`; padding gets channel 0."""
-    found = channels_of_rows(module, rows, channels, groups.device)
-    return torch.nn.functional.pad(found, (0, groups.numel() - rows))[groups]
+def _channels(module: Any, count: int, channels: int, groups: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """int64 like groups: `channels_of_rows` of an up projection of `count` rows; padding gets channel 0."""
+    found = channels_of_rows(module, count, channels, groups.device)
+    found = found if rows is None else found[rows]
+    return torch.nn.functional.pad(found, (0, groups.numel() - len(found)))[groups]
 
 
 def _tempered(blocks: torch.Tensor, related: float) -> torch.Tensor:
@@ -143,11 +141,3 @@ def _tempered(blocks: torch.Tensor, related: float) -> torch.Tensor:
 def gradient_square_of(inputs: ExpertInputs) -> torch.Tensor:
     assert inputs.sensitivity is not None
     return inputs.sensitivity.gradient_square.float().to(inputs.device)
-
-
-def slopes_of(module: Any, outputs: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
-    """[tokens, rows]: what a change of each row's output does to its channel's activation, times the reach."""
-    with torch.enable_grad():
-        leaf = outputs.detach().requires_grad_(True)
-        (gradient,) = torch.autograd.grad((experts.activate(module, leaf) * reach).sum(), leaf)
-    return gradient

@@ -76,14 +76,19 @@ def runs_packed(rows: torch.Tensor, encoding: Encoding | None) -> bool:
 
 
 def bank_for(
-    parts: Sequence[tuple[Encoding | None, Mapping[str, torch.Tensor]] | None], in_features: int
+    matrices: Sequence[tuple[Encoding | None, Mapping[str, torch.Tensor], int] | None],
 ) -> Bank | None:
     """The matrices of one projection, for rows that `runs_packed`.
 
     parts   (encoding, its stored parts) of every expert, None for one that is not there
     None where a matrix is kept, or they are of different kinds of encodings, or none is there.
     """
+    parts = [matrix and matrix[:2] for matrix in matrices]
     there = [part for part in parts if part is not None]
+    sizes = {matrix[2] for matrix in matrices if matrix is not None}
+    if len(sizes) != 1 or len({len(part[1].get("scales", [])) for part in there}) != 1:
+        return None
+    (in_features,) = sizes
     if any(not tensor.is_contiguous() for _, tensors in there for tensor in tensors.values()):
         return None
     kinds = {type(encoding) for encoding, _ in there}
@@ -123,7 +128,7 @@ def _cached_bank(tensors: Mapping[str, torch.Tensor], encoding: Encoding, in_fea
     found = _banks.get(addresses[0])
     if found is not None and found[0]() is codes and found[1] == addresses and (not found[2] or found[2].memory.there):
         return found[2]
-    bank = bank_for([(encoding, tensors)], in_features)
+    bank = bank_for([(encoding, tensors, in_features)])
     if isinstance(codes, torch.nn.Parameter):  # anything else is a passing view
         key = addresses[0]
         _banks[key] = weakref.ref(codes, lambda gone: _forget(key, gone)), addresses, bank

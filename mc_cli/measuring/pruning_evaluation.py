@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mc_cli.artifacts.packed import encoding_of, stacked_name
+from mc_cli.artifacts.packed import encoding_of
 from mc_cli.artifacts.pruning import OperatingPoint, Pruning
 from mc_cli.data.text import Windows
 from mc_cli.data.token_classes import token_classes
@@ -174,16 +174,15 @@ class _Bytes:
 
 
 def _expert_bytes(packed: PackedSource, block: ExpertBlock) -> list[float]:
-    """Stored bytes of each expert of a layer."""
+    """Stored bytes of the expert that each router slot of a layer runs."""
     layout = next(part for part in packed.layout.experts if part.path == block.path)
     sizes = [0.0] * layout.num_experts
     for projection in layout.projections:
-        for key, members in layout.groups(projection).items():
-            encoding = encoding_of(key)
-            shape = layout.projections[projection]
-            parts = ["weight"] if encoding is None else list(encoding.tensor_specs(*shape))
-            names = [f"{block.path}.{stacked_name(projection, key, part)}" for part in parts]
+        for stack in layout.stacks(projection):
+            encoding = encoding_of(stack.key)
+            parts = ["weight"] if encoding is None else list(encoding.tensor_specs(*stack.shape))
+            names = [f"{block.path}.{stack.name(part)}" for part in parts]
             total = sum(packed.files.tensors[name].size_bytes for name in names)
-            for expert in members:
-                sizes[expert] += total / len(members)
-    return sizes
+            for expert, _ in stack.members:
+                sizes[expert] += total / len(stack.members)
+    return [0.0 if expert is None else sizes[expert] for expert in layout.slots]

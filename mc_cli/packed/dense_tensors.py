@@ -68,7 +68,7 @@ class DenseTensors:
         names = [name for name in self._model.state_dict() if name not in tied and self._source.part_of(name) == part]
         kept = dict(self._source.files.read(name for name in names if name in self._stored))
         tensors = {name: kept[name] if name in kept else self._dequantized(name) for name in names}
-        self._silence_pruned(tensors, part)
+        self._silence_dropped(tensors, part)
         if part >= 0:
             self._source.free(part)
         return {name: self._routers.plain(name, tensor) for name, tensor in tensors.items()}
@@ -83,22 +83,22 @@ class DenseTensors:
         if not experts.is_packed(module):
             return module.weight
         fused = torch.empty_like(self._model.get_submodule(path)._parameters[leaf], device="cpu")
-        for slot, expert in enumerate(self._routers.kept(path, module.num_experts)):
-            row = fused[slot].T if module.is_transposed else fused[slot]
-            if experts.is_pruned(module, expert):
+        for place, slot in enumerate(self._routers.kept(path, module.num_experts)):
+            row = fused[place].T if module.is_transposed else fused[place]
+            expert = experts.expert_of_slot(module, slot)
+            if expert is None:
                 row.zero_()
             else:
                 row.copy_(experts.dense_weight(module, leaf, expert))
         return fused
 
-    def _silence_pruned(self, tensors: dict[str, torch.Tensor], part: int) -> None:
+    def _silence_dropped(self, tensors: dict[str, torch.Tensor], part: int) -> None:
         """A dropped expert adds nothing to a token, even if one came: its output bias is zero, as its weights are."""
         for block in self._source.layout.experts:
             name = f"{block.path}.down_proj_bias"
             if self._source.part_of(name) == part and name in tensors:
-                module = self._source.model.get_submodule(block.path)
-                pruned = [expert for expert in range(block.num_experts) if experts.is_pruned(module, expert)]
-                tensors[name] = tensors[name].index_fill(0, torch.tensor(pruned, dtype=torch.int64), 0)
+                dropped = torch.tensor(block.dropped, dtype=torch.int64)
+                tensors[name] = tensors[name].index_fill(0, dropped, 0)
 
 
 def load_dense(

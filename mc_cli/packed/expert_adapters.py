@@ -39,13 +39,17 @@ def targets_for(module: Any, asking: FrameType) -> list[tuple[str, Tensor]]:
 
 def stand_in(module: Any, projection: str) -> Tensor:
     """A tensor of one element's memory with shape, dtype and device of a fused weight that packing has replaced."""
-    places = module._mc_packed[projection]
-    place = next(place for place in places if place is not None)
-    parts = place.parts(module)
-    first = parts["scales" if "scales" in parts else "weight"]
-    shape = (len(first), place.in_features)
-    shape = (len(places), *(reversed(shape) if module.is_transposed else shape))
-    return torch.zeros((), dtype=module._mc_dtype, device=first.device).expand(shape)
+    layout = module._mc_layout
+    if layout.divided:
+        raise PackedWeightError(
+            f"{len(layout.divided)} of {layout.num_experts} experts at {layout.path} lack channels or are stored in "
+            f"blocks of channels, which an adapter on {projection} does not know. Train adapters on other modules, on "
+            "an export whose experts are whole, or on dense experts: `mc_cli.unpack(module)`."
+        )
+    shape = layout.projections[projection]
+    shape = (layout.num_experts, *(reversed(shape) if module.is_transposed else shape))
+    device = next(iter(module.parameters())).device
+    return torch.zeros((), dtype=module._mc_dtype, device=device).expand(shape)
 
 
 class _ExpertsAdapter:

@@ -15,11 +15,10 @@ def require_packable(model: Any, inventory: ModelInventory) -> None:
     """Raises FamilyError where a skeleton cannot take the packed form, which quantize and export end in."""
     layout = PackedLayout(
         tuple(
-            ExpertLayout(
-                path=block.path,
-                num_experts=block.num_experts,
-                projections={part.name: (part.out_features, part.in_features) for part in block.projections},
-                encodings={part.name: (KEPT,) * block.num_experts for part in block.projections},
+            ExpertLayout.of_whole(
+                block.path,
+                {part.name: (part.out_features, part.in_features) for part in block.projections},
+                {part.name: (KEPT,) * block.num_experts for part in block.projections},
             )
             for block in inventory.expert_blocks
         )

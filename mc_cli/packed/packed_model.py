@@ -21,6 +21,7 @@ from mc_cli.artifacts.packed import PackedLayout, StoredBytes, encoding_of
 from mc_cli.errors import ArtifactError, McError, listed
 from mc_cli.models import experts
 from mc_cli.models.checkpoint import REST
+from mc_cli.models.expert_gates import can_be_divided
 from mc_cli.models.inventory import find_decoder_layers, path_of, take_inventory, tied_tensors, top_k_of
 from mc_cli.models.model_folder import read_config
 from mc_cli.models.own_experts import run_our_experts
@@ -118,22 +119,21 @@ def _check_experts(model: Any, layout: PackedLayout) -> None:
         }
         if block.num_experts != module.num_experts:
             problems.append(f"{path}: layout {block.num_experts} experts, model {module.num_experts}")
-        if dict(block.projections) != shapes:
+        if list(block.projections.items()) != list(shapes.items()):
             problems.append(f"{path}: layout {dict(block.projections)}, model {shapes}")
-        if block.encodings.keys() != shapes.keys():
-            problems.append(f"{path}: encodings of {sorted(block.encodings)}, the model has {sorted(shapes)}")
             continue
         top_k = top_k_of(model, path)
         left = block.num_experts - len(block.dropped)
         if top_k is not None and not 1 <= top_k <= left:
             problems.append(f"{path}: a token is sent to {top_k} experts, of which {left} are there")
-        for projection, row in block.encodings.items():
-            if len(row) != block.num_experts:
-                problems.append(f"{path}.{projection}: {len(row)} encodings for {block.num_experts} experts")
-            elif any((key is None) != (expert in block.dropped) for expert, key in enumerate(row)):
-                problems.append(f"{path}.{projection}: experts are dropped that have other projections")
-        for name, shape in block.projections.items():
-            problems += _misfits(f"{path}.{name}", shape, block.groups(name))
+        beside = module.has_bias or module.has_post_expert_norm
+        if beside and (block.divided or block.shared):
+            problems.append(f"{path}: experts have biases or norms, which blocks and shared experts have not")
+        elif block.divided and not can_be_divided(module):
+            problems.append(f"{path}: experts are in blocks of channels, which their activation mixes")
+        for name in block.projections:
+            for stack in block.stacks(name):
+                problems += _misfits(f"{path}.{name}", stack.shape, [stack.key])
     _raise_if_any(model, problems)
 
 

@@ -25,6 +25,7 @@ from mc_cli.errors import InputError, PackedWeightError, listed
 from mc_cli.kernels.with_gradients import product
 from mc_cli.models import experts
 from mc_cli.models.memory import ask_for_huge_pages
+from mc_cli.models.packed_experts import PackedBlock, forget_packing, packed_blocks
 from mc_cli.packed.decoded_weight import DecodedWeight
 from mc_cli.packed.expert_adapters import targets_for
 from mc_cli.packed.stored_parts import TO_DENSE, StoredPart
@@ -118,7 +119,7 @@ class _PackedExperts(_Stored):
     """Packed experts: only our implementation of their forward can read them."""
 
     config: Any
-    _mc_packed: dict[str, Any]
+    _mc_packed: dict[str, list[tuple[PackedBlock, ...]]]
     _mc_dtype: torch.dtype  # of what is kept, and of dense weights
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -509,8 +510,9 @@ def _restore_linear(head: Any, weight: nn.Parameter) -> None:
 def _forget_packing(module: Any) -> None:
     for name in module._mc_stored:
         del module._parameters[name]
-    for name in ("_mc_weight", "_mc_heads", "_mc_packed", "_mc_dtype", "_mc_stored"):
+    for name in ("_mc_weight", "_mc_heads", "_mc_stored"):
         module.__dict__.pop(name, None)
+    forget_packing(module)
     _restore_class(module)
 
 
@@ -524,7 +526,8 @@ def _restore_class(module: Any) -> None:
 def _unpack_experts(module: Any) -> None:
     learned = {name: module._parameters[name] for name in module._mc_stored - set(experts.stored_parts(module))}
     dense = {name: experts.dense_projection(module, name) for name in module._mc_packed}
-    kept = {name for rows in module._mc_packed.values() for place in rows if place for name in place.names.values()}
+    blocks = [block for name in module._mc_packed for block in packed_blocks(module, name)]
+    kept = {name for block in blocks for name in block.names.values()}
     for name in kept - module._mc_stored:
         del module._parameters[name]
     _forget_packing(module)

@@ -15,7 +15,7 @@ from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.names import IMPORTANCE, PLAN
-from mc_cli.artifacts.plan import ExpertBits, Plan
+from mc_cli.artifacts.plan import BlockBits, ExpertBits, Plan
 from mc_cli.artifacts.store import MANIFEST, STAGE_FOLDERS, StageFolder, require_done
 from mc_cli.encodings import encoding_for, family_of_role, stored_bytes
 from mc_cli.errors import PlanError
@@ -188,5 +188,6 @@ def _result(folder: StageFolder, *, ran: bool) -> StageResult:
 
 
 def _matrix_widths(row: tuple[ExpertBits, ...]) -> list[float]:
-    """The widths of a layer's experts, those of every projection where they differ."""
-    return [bits for entry in row for bits in (entry.values() if isinstance(entry, dict) else (entry,))]
+    """The widths of a layer's experts, those of every projection and block where they differ."""
+    entries = [part.bits for entry in row for part in (entry if isinstance(entry, tuple) else (BlockBits(1, entry),))]
+    return [bits for entry in entries for bits in (entry.values() if isinstance(entry, dict) else (entry,))]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -224,12 +225,12 @@ def expert_code_bits(layout: PackedLayout) -> tuple[float, int]:
     """(bits of all routed experts' codes, number of their weights); kept weights count 16 bits, pruned ones none."""
     bits, weights = 0.0, 0
     for block in layout.experts:
-        for projection, (out_features, in_features) in block.projections.items():
-            count = out_features * in_features
-            weights += count * block.num_experts
-            for key, members in block.groups(projection).items():
-                encoding = encoding_of(key)
-                bits += count * len(members) * (KEPT_BITS if encoding is None else encoding.code_bits)
+        for projection, shape in block.projections.items():
+            weights += math.prod(shape) * block.num_experts
+            for stack in block.stacks(projection):
+                encoding = encoding_of(stack.key)
+                count = math.prod(stack.shape) * len(stack.members)
+                bits += count * (KEPT_BITS if encoding is None else encoding.code_bits)
     return bits, weights
 
 

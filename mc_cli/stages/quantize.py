@@ -21,7 +21,7 @@ from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.files import file_digest, read_json, write_json, write_tensors
 from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.names import COVERAGE, PLAN
-from mc_cli.artifacts.packed import LAYOUT, ExpertLayout, PackedLayout, part_file, part_name, stacked_name
+from mc_cli.artifacts.packed import LAYOUT, ExpertLayout, PackedLayout, part_file, part_name
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import MatrixReport, read_report, write_report
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, require_done
@@ -36,11 +36,12 @@ from mc_cli.models.checkpoint import REST, Checkpoint
 from mc_cli.models.memory import large_blocks_mapped, release_freed_memory
 from mc_cli.models.model_files import copy_model_files
 from mc_cli.models.own_experts import run_our_experts
+from mc_cli.models.packed_experts import share_slots
 from mc_cli.models.router_masks import drop_experts
 from mc_cli.models.session import Session, later_session
 from mc_cli.numerics.hessian import accumulate
 from mc_cli.packed.packed_model import model_bytes
-from mc_cli.parts import KEPT_BITS, ModelInventory, Role, TensorPart
+from mc_cli.parts import DROPPED, KEPT_BITS, ModelInventory, Role, TensorPart
 from mc_cli.progress import Progress, StageResult
 from mc_cli.registry import widths_of
 from mc_cli.settings import QuantizeSettings, RunSettings
@@ -165,11 +166,12 @@ def _check_widths(plan: Plan, inventory: ModelInventory) -> None:
         problems.append("role_bits: head is packed, but tied to the embedding, whose width it has: leave it out")
     for layer, row in sorted(plan.expert_bits.items()):
         for expert, entry in enumerate(row):
-            widths = set(entry.values()) if isinstance(entry, dict) else {entry}
-            if not widths - {0, KEPT_BITS} <= known:
-                problems.append(f"layer {layer} expert {expert}: {entry} bits{_but(plan.family)}")
-            if 0 in widths and len(widths) > 1:
-                problems.append(f"layer {layer} expert {expert}: {entry}, but an expert is pruned whole or not at all")
+            for each in [part.bits for part in entry] if isinstance(entry, tuple) else [entry]:
+                widths = set(each.values()) if isinstance(each, dict) else {each}
+                if not widths - {DROPPED, KEPT_BITS} <= known:
+                    problems.append(f"layer {layer} expert {expert}: {each} bits{_but(plan.family)}")
+                if DROPPED in widths and len(widths) > 1:
+                    problems.append(f"layer {layer} expert {expert}: {each}, but it is dropped whole or not at all")
     if problems:
         raise PlanError(
             f"The plan has {len(problems)} widths that cannot be stored:\n{listed(problems)}\n"
@@ -204,6 +206,7 @@ def _layers(
                 original.run_layer(advance=True)
             if block is not None:
                 drop_experts(checkpoint.model, {block.path: plan.dropped(layer)})
+                share_slots(checkpoint.model.get_submodule(block.path), plan.slots_of(layer))
             result = worker.quantize(parts, block, None if original is None else original.hidden)
             if result.output is None:
                 walk.run_layer(advance=True)
@@ -287,12 +290,12 @@ class _Writer:
         assert result.layout is not None
         tensors = {}
         for projection in result.layout.projections:
-            for key, members in result.layout.groups(projection).items():
-                packed = [result.experts[projection][expert][1] for expert in members]
+            for stack in result.layout.stacks(projection):
+                packed = [result.experts[projection][member][1] for member in stack.members]
                 for stored in packed[0]:
-                    stack = torch.stack([entry[stored] for entry in packed])
-                    name = f"{result.layout.path}.{stacked_name(projection, key, stored)}"
-                    tensors[name] = self._kept(stack, dtype) if stored == "weight" else stack
+                    together = torch.stack([entry[stored] for entry in packed])
+                    name = f"{result.layout.path}.{stack.name(stored)}"
+                    tensors[name] = self._kept(together, dtype) if stored == "weight" else together
         return tensors
 
 
@@ -368,21 +371,33 @@ def _coverage(rows: list[MatrixReport], inventory: ModelInventory, layouts: list
     the layout drops its expert.
     """
     rows = [row for row in rows if row.role == Role.EXPERT.value]
-    found = Counter(row.name for row in rows)
     wanted = {
         f"{block.path}.{expert}.{projection.name}": projection.weight_count
         for block in inventory.expert_blocks
         for expert in range(block.num_experts)
         for projection in block.projections
     }
-    wrong = [f"{name}: {found[name]} times" for name in wanted if found[name] != 1]
-    wrong += [f"{name}: not in the model" for name in found if name not in wanted]
-    dropped = {layout.path: layout.dropped for layout in layouts}
-    gone = {f"{path}.{expert}" for path, names in dropped.items() for expert in names}
+    names = {layout.path: layout for layout in layouts}
+    divided = {f"{path}.{expert}" for path, layout in names.items() for expert in layout.divided}
+    wrong = [f"{name}: {count} times" for name, count in Counter(row.name for row in rows).items() if count != 1]
+    found: Counter[str] = Counter()
+    for row in rows:
+        whole = row.name.rpartition(".")[0] if row.name not in wanted else row.name
+        if whole not in wanted or (row.name != whole) != (whole.rpartition(".")[0] in divided):
+            wrong.append(f"{row.name}: not in the model")
+        found[whole] += row.weight_count
+    wrong += [f"{name}: {found[name]} of {count} weights" for name, count in wanted.items() if found[name] != count]
+    gone = {
+        f"{path}.{expert}": "pruned" if slot is None else "shared"
+        for path, layout in names.items()
+        for expert, slot in enumerate(layout.slots)
+        if slot != expert
+    }
     wrong += [
-        f"{row.name}: {row.outcome}, and {'not ' if row.outcome == 'pruned' else ''}dropped in the layout"
+        f"{row.name}: {row.outcome}, in the layout {gone.get(row.name.rpartition('.')[0], 'stored')}"
         for row in rows
-        if (row.outcome == "pruned") != (row.name.rpartition(".")[0] in gone)
+        if row.name in wanted
+        and gone.get(row.name.rpartition(".")[0]) != (row.outcome if row.outcome in ("pruned", "shared") else None)
     ]
     if wrong:
         raise ArtifactError(
@@ -391,9 +406,13 @@ def _coverage(rows: list[MatrixReport], inventory: ModelInventory, layouts: list
         )
     counts = {"quantized": 0, "kept": 0, "pruned": 0}
     for row in rows:
-        counts[row.outcome] += wanted[row.name]
+        counts[row.outcome] = counts.get(row.outcome, 0) + row.weight_count
     total = inventory.expert_weight_count
-    by_layer = {str(block.layer): list(dropped[block.path]) for block in inventory.expert_blocks if dropped[block.path]}
+    by_layer = {
+        str(block.layer): list(names[block.path].dropped)
+        for block in inventory.expert_blocks
+        if names[block.path].dropped
+    }
     return {"expert_weights": total, **counts, "covered": sum(counts.values()) / total, "experts_dropped": by_layer}
 
 
@@ -436,7 +455,8 @@ def _result(folder: StageFolder, compute: RunSettings, *, ran: bool) -> StageRes
         "stored bytes": sum(sizes.total for sizes in stored.values()),
         "compiled routines": path_name(),
         "expert coverage": f"{100 * coverage['covered']:.1f} % ({coverage['quantized']:,} quantized, "
-        f"{coverage['kept']:,} kept, {coverage['pruned']:,} pruned)",
+        f"{coverage['kept']:,} kept, {coverage['pruned']:,} pruned"
+        + (f", {coverage['shared']:,} shared)" if coverage.get("shared") else ")"),
     }
     if dropped := coverage.get("experts_dropped"):
         facts["experts dropped"] = "; ".join(f"layer {layer}: {_listing(names)}" for layer, names in dropped.items())

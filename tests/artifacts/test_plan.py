@@ -65,11 +65,18 @@ def test_the_file_reads_as_one_line_per_layer(tmp_path: Path):
     assert "role_bits: {attention: 4, head: 16, shared: 4}\n" in text
 
 
-def test_bits_of_reads_the_short_and_the_long_form():
+def test_blocks_of_reads_the_short_and_the_long_form():
     plan = plan_of()
-    assert [plan.bits_of(1, 2, name) for name in ("gate_up_proj", "down_proj")] == [2, 3]
-    assert [plan.bits_of(1, 1, name) for name in ("gate_up_proj", "down_proj")] == [2, 2]
-    assert plan.bits_of(3, 0, "down_proj") == 16
+
+    def bits_of(layer: int, expert: int) -> list[float]:
+        (block,) = plan.blocks_of(layer, expert, 32)
+        assert block.channels == 32
+        return [block.bits_of(name) for name in ("gate_up_proj", "down_proj")]
+
+    assert bits_of(1, 2) == [2, 3]
+    assert bits_of(1, 1) == [2, 2]
+    assert bits_of(3, 0) == [16, 16]
+    assert plan.blocks_of(1, 3, 32) == ()
 
 
 def test_hand_edits_are_taken(tmp_path: Path):

@@ -1,0 +1,77 @@
+"""What lies between an expert's projections: the family's own activation, and which rows act on which channel.
+
+The module itself is asked, so that no family needs facts here: numbers that are put through its activation tell
+whether rows of gate and up follow each other or take turns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+Experts = Any  # an nn.Module with the flags and methods that transformers' experts decorator gives it
+
+
+def up_name(module: Experts) -> str:
+    """The first projection's parameter name: `gate_up_proj`, or `up_proj` where the family has no gate."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def activate(module: Experts, hidden: torch.Tensor) -> torch.Tensor:
+    """The family's own activation between the projections (clamps, interleaving and scales live there)."""
+    return module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+
+
+def slopes_of(module: Experts, outputs: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
+    """[tokens, rows]: what a change of each row's output does to its channel's activation, times the reach."""
+    with torch.enable_grad():
+        leaf = outputs.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad((activate(module, leaf) * reach).sum(), leaf)
+    return gradient
+
+
+def channels_of_rows(module: Experts, rows: int, channels: int, device: torch.device) -> torch.Tensor:
+    """int64 [rows]: the channel that each row of an up projection acts on, asked of the activation itself.
+
+    Families order them freely.
+    """
+    outputs = torch.ones((1, rows), device=device)
+    numbers = torch.arange(1.0, channels + 1, device=device)
+    ratio = slopes_of(module, outputs, numbers) / slopes_of(module, outputs, torch.ones_like(numbers))
+    return ratio[0].round().long() - 1
+
+
+def rows_by_channel(module: Experts, rows: int, channels: int, device: torch.device) -> torch.Tensor | None:
+    """int64 [channels, rows / channels]: the rows of the up projection that act on each channel; None if they vary."""
+    found = channels_of_rows(module, rows, channels, device)
+    in_range = bool(((found >= 0) & (found < channels)).all())
+    if not in_range or bool((found.bincount(minlength=channels) * channels != rows).any()):
+        return None
+    return found.argsort(stable=True).view(channels, -1)
+
+
+def rows_of_block(by_channel: torch.Tensor, begin: int, channels: int) -> torch.Tensor:
+    """int64, ascending: the rows of the up projection that act on channels `begin` to begin + channels - 1.
+
+    In this order a block's rows lie to each other as a whole expert's do: gates first, or in turns.
+
+    by_channel  as `rows_by_channel` gives them
+    """
+    return by_channel[begin : begin + channels].flatten().sort().values
+
+
+_PROBED = 8  # channels of an expert that is only asked how it activates
+
+
+def can_be_divided(module: Experts) -> bool:
+    """Whether some channels by themselves are activated as they are among all, so that an expert can be in blocks."""
+    rows = _PROBED * (2 if module.has_gate else 1)
+    by_channel = rows_by_channel(module, rows, _PROBED, torch.device("cpu"))
+    if by_channel is None:
+        return False
+    probe = torch.randn(4, rows, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = activate(module, probe)
+        parts = [activate(module, probe[:, rows_of_block(by_channel, begin, 4)]) for begin in (0, 4)]
+    return torch.allclose(torch.cat(parts, -1), whole, rtol=1e-5, atol=1e-6)
