@@ -402,8 +402,7 @@ def _banks_of(module: Experts) -> Banks | None:
 def _made_banks(module: Experts) -> Banks | None:
     made = []
     for rows in (module._mc_packed[up_name(module)], module._mc_packed["down_proj"]):
-        parts = [place and (place.encoding, place.parts(module)) for place in rows]
-        bank = kernels.bank_for(parts, next((place.in_features for place in rows if place is not None), 0))
+        bank = kernels.bank_for([place and (place.encoding, place.parts(module), place.in_features) for place in rows])
         if bank is None:
             return None
         made.append(bank)
