@@ -212,7 +212,7 @@ class PackedLayout:
     pruning: Pruning | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: encoding keys once in a table, entries of experts as numbers in it, -1 for what is not there."""
+        """Plain values: encoding keys once in a table, entries of experts as numbers in it, -1 for none."""
         plain = self._weights_json()
         return plain if self.pruning is None else {**plain, "pruning": self.pruning.to_json()}
 

@@ -19,7 +19,7 @@ from mc_cli.encodings.trellis import TrellisEncoding
 from mc_cli.kernels import affine, decoded, trellis
 from mc_cli.kernels.bank import GATES, CompiledBank, experts_output
 from mc_cli.kernels.compiled import activation_bytes
-from mc_cli.kernels.stored import StoredMemory
+from mc_cli.kernels.stored import Shape, StoredMemory
 
 __all__ = [
     "GATES",
@@ -41,16 +41,18 @@ def _routines(encoding: Encoding) -> Any:
 
 
 class Bank(Protocol):
-    """Matrices of one shape, for products in which every row has its own one."""
+    """Matrices of one kind, each of its own shape, for products in which every row has its own one."""
 
-    out_features: int
+    shapes: tuple[Shape | None, ...]  # of every matrix, None for one that is not there
+    in_features: int  # the most of any matrix, as rows of inputs have
+    out_features: int  # likewise of outputs
     absent: torch.Tensor  # bool [matrices + 1]: those that are not there, and what is behind the last
     memory: StoredMemory  # of the stored parts
 
     def product(
         self, rows: torch.Tensor, experts: torch.Tensor | None = None, share: int = 1
     ) -> torch.Tensor:  # pragma: no cover
-        """float32 [slots, out_features]: slot s is row s // share times the matrix experts[s]; see trellis.Bank."""
+        """float32 [slots, out_features]: slot s is row s // share times the matrix experts[s]; see CompiledBank."""
         ...
 
 
@@ -76,29 +78,26 @@ def runs_packed(rows: torch.Tensor, encoding: Encoding | None) -> bool:
 
 
 def bank_for(
-    matrices: Sequence[tuple[Encoding | None, Mapping[str, torch.Tensor], int] | None],
+    parts: Sequence[tuple[Encoding | None, Mapping[str, torch.Tensor], int] | None],
 ) -> Bank | None:
-    """The matrices of one projection, for rows that `runs_packed`.
+    """The matrices of one projection, each of its own shape, for rows that `runs_packed`.
 
-    parts   (encoding, its stored parts) of every expert, None for one that is not there
+    parts   (encoding, its stored parts, in_features) of every matrix, None for one that is not there; it has as many
+            outputs as `scales`
     None where a matrix is kept, or they are of different kinds of encodings, or none is there.
+    Raises ShapeError where parts are not those of such a matrix.
     """
-    parts = [matrix and matrix[:2] for matrix in matrices]
     there = [part for part in parts if part is not None]
-    sizes = {matrix[2] for matrix in matrices if matrix is not None}
-    if len(sizes) != 1 or len({len(part[1].get("scales", [])) for part in there}) != 1:
+    if any(not tensor.is_contiguous() for _, tensors, _ in there for tensor in tensors.values()):
         return None
-    (in_features,) = sizes
-    if any(not tensor.is_contiguous() for _, tensors in there for tensor in tensors.values()):
-        return None
-    kinds = {type(encoding) for encoding, _ in there}
+    kinds = {type(encoding) for encoding, _, _ in there}
     kind = kinds.pop() if len(kinds) == 1 else None
-    if kind not in _ROUTINES or in_features > _ROUTINES[kind].MOST_INPUTS:
+    if kind not in _ROUTINES or max(in_features for _, _, in_features in there) > _ROUTINES[kind].MOST_INPUTS:
         return None
-    encoding, tensors = there[0]
+    encoding, tensors, in_features = there[0]
     assert encoding is not None  # else there were no routines
     check_parts(encoding, tensors, in_features)
-    return _ROUTINES[kind].bank_of(parts, len(tensors["scales"]), in_features)
+    return _ROUTINES[kind].bank_of(parts)
 
 
 def path_names(encodings: Iterable[Encoding], device: torch.device) -> str:

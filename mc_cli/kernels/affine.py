@@ -16,10 +16,11 @@ from mc_cli.encodings.affine import AffineEncoding
 from mc_cli.errors import ShapeError
 from mc_cli.kernels.bank import CompiledBank
 from mc_cli.kernels.compiled import PATHS, activation_bytes, best_path, tokens_of
-from mc_cli.kernels.stored import check_bank
+from mc_cli.kernels.stored import Shape, check_bank
 from mc_cli.native.structures import AffineEntry
 
-Part = tuple[AffineEncoding, Mapping[str, Tensor]]  # a matrix: its encoding, `codes`, `scales` and `zero_points`
+# a matrix: its encoding; `codes`, `scales` and `zero_points`; in_features
+Part = tuple[AffineEncoding, Mapping[str, Tensor], int]
 
 _FOR_MANY_TOKENS = 2  # paths from here on multiply many tokens fast, too
 FEW_TOKENS = 16  # of more, the others need longer than decoding does
@@ -65,36 +66,30 @@ def decoded_product(rows: Tensor, tensors: Mapping[str, Tensor], encoding: Affin
 
 
 class Bank(CompiledBank):
-    """Matrices of affine grids, of one shape and group size, at any widths.
+    """Matrices of affine grids with groups of one size, each of its own shape and width.
 
-    Parts are (encoding, `codes`, `scales` and `zero_points`) of each matrix, on the CPU and contiguous; None for one
-    that is not there.
+    Parts are (encoding, `codes`, `scales` and `zero_points`, in_features) of each matrix, on the CPU and contiguous;
+    None for one that is not there.
     """
 
-    def __init__(self, parts: Sequence[Part | None], out_features: int, in_features: int) -> None:
-        check_bank(parts, AffineEncoding, out_features=out_features, in_features=in_features, most_inputs=MOST_INPUTS)
+    def __init__(self, parts: Sequence[Part | None]) -> None:
+        shapes = check_bank(parts, AffineEncoding, most_inputs=MOST_INPUTS)
         groups = {part[0].group_size for part in parts if part is not None}
         if len(groups) != 1:
             raise ShapeError(f"Affine grids of one product have groups of one size, not of {sorted(groups)} inputs.")
-        super().__init__(
-            "affine",
-            parts,
-            torch.tensor([_entry(part).row() for part in parts], dtype=torch.int64),
-            out_features=out_features,
-            in_features=in_features,
-            block=groups.pop(),
-        )
+        rows = [_entry(part, shape).row() for part, shape in zip(parts, shapes, strict=True)]
+        super().__init__("affine", parts, torch.tensor(rows, dtype=torch.int64), shapes, group=groups.pop())
 
 
-def bank_of(parts: Sequence[Part | None], out_features: int, in_features: int) -> Bank | None:
+def bank_of(parts: Sequence[Part | None]) -> Bank | None:
     """The bank of these matrices, one of which at least is there; None where their groups differ in size."""
     groups = {part[0].group_size for part in parts if part is not None}
-    return Bank(parts, out_features, in_features) if len(groups) == 1 else None
+    return Bank(parts) if len(groups) == 1 else None
 
 
-def _entry(part: Part | None) -> AffineEntry:
-    if part is None:
+def _entry(part: Part | None, shape: Shape | None) -> AffineEntry:
+    if part is None or shape is None:
         return AffineEntry()
-    encoding, tensors = part
+    encoding, tensors, _ = part
     addresses = {name: tensors[name].data_ptr() for name in ("codes", "scales", "zero_points")}
-    return AffineEntry(**addresses, bits=encoding.bits)
+    return AffineEntry(**addresses, inputs=shape.in_features, outputs=shape.out_features, bits=encoding.bits)

@@ -1,10 +1,11 @@
-"""Packed matrices of one shape as compiled routines take them: products in which every row has its own matrix, and the
-whole of a layer's routed experts in one call."""
+"""Packed matrices as compiled routines take them: products in which every row has its own matrix, and the whole of a
+layer's routed experts in one call."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -15,7 +16,7 @@ from mc_cli import native
 from mc_cli.encodings import FASTEST, MOST, Encoding
 from mc_cli.errors import ShapeError
 from mc_cli.kernels.compiled import activation_bytes, best_path, check
-from mc_cli.kernels.stored import StoredMemory, plain_numbers
+from mc_cli.kernels.stored import Shape, StoredMemory, plain_numbers
 from mc_cli.native.structures import AFFINE, TRELLIS, Bank
 
 # Activations of gates, in the order in which native/experts.c numbers them.
@@ -26,26 +27,24 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class CompiledBank:
-    """Packed matrices of one shape on the CPU, for products in which every row has its own matrix.
+    """Packed matrices on the CPU, each of its own shape, for products in which every row has its own matrix.
 
-    It keeps addresses: the stored parts must stay where they are. Once one has been freed, products raise McError.
+    `in_features` and `out_features` are the most of any matrix: rows of inputs and outputs have room for these. It keeps addresses: the stored parts must stay where they are. Once one has been freed, products raise McError.
 
-    parts     (encoding, stored parts) of every matrix as the kind's own bank has checked them, None for one that is not
-              there
+    parts     (encoding, stored parts, in_features) of every matrix as the kind's own bank has checked them, None for one
+              that is not there
     entries   int64 [matrices, fields], each a `row` of its kind's entry in native/structures.py; the last field of one
               that is not there, whose products are zeros, is 0
+    shapes    of every matrix, None for one that is not there
     more      further fields of the structure `Bank` there
     """
 
     def __init__(
         self,
         kind: Literal["trellis", "affine"],
-        parts: Sequence[tuple[Encoding, Mapping[str, Tensor]] | None],
+        parts: Sequence[tuple[Encoding, Mapping[str, Tensor], int] | None],
         entries: Tensor,
-        *,
-        out_features: int,
-        in_features: int,
-        block: int,
+        shapes: tuple[Shape | None, ...],
         **more: Tensor | float,
     ) -> None:
         tensors = [tensor for part in parts if part is not None for tensor in part[1].values()]
@@ -54,24 +53,44 @@ class CompiledBank:
         self.memory = StoredMemory(tensors)
         self._kept = entries, more  # what the addresses below point to
         addresses = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in more.items()}
+        self.shapes = shapes
+        self.out_features = max(shape.out_features for shape in shapes if shape is not None)
+        self.in_features = max(shape.in_features for shape in shapes if shape is not None)
         self._fields = Bank(
             kind=TRELLIS if kind == "trellis" else AFFINE,
             matrices=len(entries),
-            inputs=in_features,
-            outputs=out_features,
-            block=block,
+            inputs=self.in_features,
+            outputs=self.out_features,
             **addresses,
             **{kind: entries.data_ptr()},
         )
         self.address = ctypes.addressof(self._fields)
         self._product = native.routine("mc_product")
         self.absent = torch.cat([entries[:, -1] == 0, torch.ones(1, dtype=torch.bool)])  # [matrices + 1], by number
-        self.out_features, self.in_features = out_features, in_features
+        self._gated_into: Callable[[], CompiledBank | None] = lambda: None  # the bank that `check_gated` found to fit
+
+    def check_gated(self, down: CompiledBank) -> None:
+        """Raises ShapeError unless matrix m of `down` takes half of what matrix m here gives, whatever its width.
+
+        Those of a layer share its inputs and outputs. What has been found to fit is not looked at again.
+        """
+        if self._gated_into() is down:
+            return
+        for number, (first, second) in enumerate(zip(self.shapes, down.shapes, strict=False)):
+            if first is not None and second is not None and first.out_features != 2 * second.in_features:
+                raise ShapeError(
+                    f"matrix {number}: {first.out_features} outputs of gate and up for {second.in_features} inputs"
+                )
+        for bank, side in ((self, "in_features"), (down, "out_features")):
+            found = {getattr(shape, side) for shape in bank.shapes if shape is not None}
+            if len(found) > 1:
+                raise ShapeError(f"Experts of one layer have one number of {side}, not {sorted(found)}.")
+        self._gated_into = weakref.ref(down)
 
     def product(self, rows: Tensor, experts: Tensor | None = None, share: int = 1, path: int = FASTEST) -> Tensor:
-        """[slots, out_features] float32: slot s is row s // share times the matrix experts[s].
+        """[slots, out_features] float32: slot s is row s // share times the matrix experts[s]; zeros behind its outputs.
 
-        rows      [tokens, in_features] floating point; computed from in float32
+        rows      [tokens, in_features] floating point; computed from in float32. A matrix reads as many as it has inputs
         experts   [tokens * share] int64; zeros come out where it is not the number of a matrix. None: all the first
         share     slots that have the same row, one after the other
         """
@@ -124,7 +143,8 @@ def experts_output(
 ) -> Tensor:
     """[tokens, out_features] in the dtype of `rows`: the weighted sum of each token's experts, gated, without biases.
 
-    up        its outputs are gate and up, one after the other
+    up        outputs of a matrix are gate and up, one after the other
+    down      each matrix has as many inputs as that of `up` has outputs of either
     rows      [tokens, in_features] floating point; everything is computed in float32
     experts   [tokens, slots] int64; a slot adds nothing where it is not the number of a matrix
     weights   [tokens, slots], by which experts' outputs are multiplied
@@ -139,8 +159,9 @@ def experts_output(
             f"rows {list(rows.shape)}, experts {list(experts.shape)}, weights {list(weights.shape)} on {rows.device} "
             f"for matrices of {up.in_features} inputs"
         )
-    if up.out_features != 2 * down.in_features or not 1 <= share <= MOST // max(1, tokens):
-        raise ShapeError(f"{up.out_features} outputs of gate and up for {down.in_features} inputs, {share} slots each")
+    if not 1 <= share <= MOST // max(1, tokens):
+        raise ShapeError(f"{tokens} tokens with {share} slots each, which a product does not take")
+    up.check_gated(down)
     dtype = _computed_in(rows) if weights.dtype == rows.dtype else torch.float32
     inputs, factors = _plain(rows, dtype), _plain(weights, dtype)
     chosen = plain_numbers(experts, tokens * share, inputs.device)

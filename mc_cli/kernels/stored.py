@@ -1,6 +1,6 @@
 """What lies where a bank's addresses point: checked when they are taken, and watched from then on.
 
-Compiled routines and GPU kernels read what a table of addresses and a shape say, without looking at a tensor again. So
+Compiled routines and GPU kernels read what a table of addresses and shapes says, without looking at a tensor again. So
 everything about the stored parts is compared with their encoding before a table is made, and a bank whose memory has
 been given back is no longer used, whoever has exchanged a part: `part.data = ...` leaves the parameter the same object.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,37 +18,52 @@ from mc_cli.encodings import MOST, Encoding, check_parts
 from mc_cli.errors import McError, ShapeError
 
 
-def check_bank(
-    parts: Sequence[tuple[Encoding, Mapping[str, Tensor]] | None],
-    kind: type[Encoding],
-    *,
-    out_features: int,
-    in_features: int,
-    most_inputs: int,
-) -> None:
-    """Raises ShapeError unless these are matrices of one shape and kind that routines can read: contiguous, together.
+class Shape(NamedTuple):
+    """Of a matrix as products take it."""
 
-    parts   (encoding, its stored parts) of every matrix, None for one that is not there
+    out_features: int
+    in_features: int
+
+
+def check_bank(
+    parts: Sequence[tuple[Encoding, Mapping[str, Tensor], int] | None], kind: type[Encoding], *, most_inputs: int
+) -> tuple[Shape | None, ...]:
+    """The shape of every matrix, None for one that is not there; outputs are as many as it has `scales`.
+
+    Raises ShapeError unless these are matrices of one kind that routines can read: each contiguous and of the shape
+    that its parts have to be of, all on one device.
+
+    parts   (encoding, its stored parts, in_features) of every matrix, None for one that is not there
     """
-    if out_features < 1 or not 1 <= in_features <= most_inputs or max(1, len(parts)) * out_features > MOST:
+    shapes = tuple(part and _checked_shape(part, kind, most_inputs) for part in parts)
+    most = max((shape.out_features for shape in shapes if shape is not None), default=0)
+    if not most or len(parts) * most > MOST:
         raise ShapeError(
-            f"No product is computed from {len(parts)} packed matrices of {out_features} outputs and {in_features} "
-            f"inputs: they have at least one of each, at most {most_inputs} inputs, and {MOST} outputs together."
+            f"No product is computed from {len(parts)} packed matrices of up to {most} outputs: at least one is there, "
+            f"and numbers of matrices times outputs are at most {MOST}."
         )
-    devices = set()
-    for part in parts:
-        if part is None:
-            continue
-        encoding, tensors = part
-        if not isinstance(encoding, kind):
-            raise ShapeError(f"{encoding.key} is of another kind than {kind.__name__}, whose product this is.")
-        check_parts(encoding, tensors, in_features, out_features=out_features)
-        for name, tensor in tensors.items():
-            devices.add(tensor.device)
-            if not tensor.is_contiguous():
-                raise ShapeError(f"{encoding.key}: {name} {list(tensor.shape)} do not lie one after the other.")
+    devices = {tensor.device for part in parts if part is not None for tensor in part[1].values()}
     if len(devices) > 1 or any(device.type == "meta" for device in devices):
         raise ShapeError(f"Packed matrices of one product lie on {', '.join(sorted(map(str, devices)))}.")
+    return shapes
+
+
+def _checked_shape(part: tuple[Encoding, Mapping[str, Tensor], int], kind: type[Encoding], most_inputs: int) -> Shape:
+    encoding, tensors, in_features = part
+    if not isinstance(encoding, kind):
+        raise ShapeError(f"{encoding.key} is of another kind than {kind.__name__}, whose product this is.")
+    scales = tensors.get("scales")
+    out_features = len(scales) if scales is not None and scales.ndim else 0
+    if out_features < 1 or not 1 <= in_features <= most_inputs:
+        raise ShapeError(
+            f"No product is computed from a packed matrix of {out_features} outputs and {in_features} inputs: it has at "
+            f"least one of each, and at most {most_inputs} inputs."
+        )
+    check_parts(encoding, tensors, in_features, out_features=out_features)
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ShapeError(f"{encoding.key}: {name} {list(tensor.shape)} do not lie one after the other.")
+    return Shape(out_features, in_features)
 
 
 class StoredMemory:

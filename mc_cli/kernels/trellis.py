@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mc_cli import native
-from mc_cli.encodings.trellis import TrellisEncoding, sequence_length
+from mc_cli.encodings.trellis import TrellisEncoding
 from mc_cli.kernels import trellis_gpu
 from mc_cli.kernels.bank import CompiledBank
 from mc_cli.kernels.compiled import PATHS, best_path, tokens_of
@@ -53,31 +53,20 @@ def decoded_product(rows: Tensor, tensors: Mapping[str, Tensor], encoding: Trell
 
 
 class Bank(CompiledBank):
-    """Trellis-coded matrices of one shape, at any widths.
+    """Trellis-coded matrices, each of its own shape, width and blocks of rotation.
 
-    Parts are (encoding, `codes` and `scales`) of each matrix, on the CPU and contiguous; None for one that is not
-    there.
+    Parts are (encoding, `codes` and `scales`, in_features) of each matrix, on the CPU and contiguous; None for one that
+    is not there.
     """
 
-    def __init__(self, parts: Sequence[Part | None], out_features: int, in_features: int) -> None:
-        table = matrix_table(parts, out_features=out_features, in_features=in_features, most_inputs=MOST_INPUTS)
-        super().__init__(
-            "trellis",
-            parts,
-            table,
-            out_features=out_features,
-            in_features=in_features,
-            block=next((part[0].block for part in parts if part is not None), 1),
-            tables=lookup_tables(),
-            signs=signs(in_features),
-            unit=UNIT,
-            length=sequence_length(out_features),
-        )
+    def __init__(self, parts: Sequence[Part | None]) -> None:
+        table, shapes = matrix_table(parts, most_inputs=MOST_INPUTS)
+        most_inputs = max(shape.in_features for shape in shapes if shape is not None)
+        more = {"tables": lookup_tables(), "signs": signs(most_inputs), "unit": UNIT}
+        super().__init__("trellis", parts, table, shapes, **more)
 
 
-def bank_of(parts: Sequence[Part | None], out_features: int, in_features: int) -> Bank | GpuBank | None:
-    """The bank for the device that the parts are on, one of which at least is there; None where their blocks differ."""
-    if len({part[0].block for part in parts if part is not None}) > 1:
-        return None
+def bank_of(parts: Sequence[Part | None]) -> Bank | GpuBank:
+    """The bank for the device that the parts are on, one of which at least is there."""
     device = next(part[1]["codes"].device.type for part in parts if part is not None)
-    return (GpuBank if device == "cuda" else Bank)(parts, out_features, in_features)
+    return (GpuBank if device == "cuda" else Bank)(parts)

@@ -60,29 +60,37 @@ class GpuBank:
     It keeps addresses: the stored parts must stay where they are. Few slots are multiplied one by one, in float32. Many
     are sorted by matrix and share decoded weights; their rows are then rounded to float16 under one scale per row, and
     summed in float32: about 3e-4 of an output, where bfloat16 has 2e-3.
+
+    Programs are as many as the largest matrix needs, and find at once that a smaller one has nothing for them. Where all
+    have one shape, rows are rotated once for all slots that share them, and lanes are known when a kernel is compiled.
     """
 
-    def __init__(self, parts: Sequence[Part | None], out_features: int, in_features: int) -> None:
-        table = matrix_table(parts, out_features=out_features, in_features=in_features, most_inputs=MOST_INPUTS)
+    def __init__(self, parts: Sequence[Part | None]) -> None:
+        table, self.shapes = matrix_table(parts, most_inputs=MOST_INPUTS)
         self.memory = StoredMemory(tensor for part in parts if part is not None for tensor in part[1].values())
-        encoding, tensors = next(part for part in parts if part is not None)
-        self._block, device = encoding.block, tensors["codes"].device
+        there = [part for part in parts if part is not None]
+        shapes = [shape for shape in self.shapes if shape is not None]
+        device = there[0][1]["codes"].device
+        self._blocks = sorted({encoding.block for encoding, *_ in there})
         self._alignment = math.gcd(*table[:, 0].tolist(), 16)
         self._matrices = table.to(device)
         self.absent = torch.tensor([part is None for part in parts] + [True], device=device)  # [matrices + 1]
-        self.out_features, self.in_features = out_features, in_features
-        self._lanes = sequence_length(out_features) // 16
-        self._sequences = padded(out_features) // (16 * self._lanes)
-        self._groups = -(-in_features // INPUTS_TOGETHER)
-        self._signs, self._tables = _on_device(in_features, device)
+        self.out_features = max(shape.out_features for shape in shapes)
+        self.in_features = max(shape.in_features for shape in shapes)
+        self._one_rotation = len(self._blocks) == 1 and len({shape.in_features for shape in shapes}) == 1
+        self._one_output = len({shape.out_features for shape in shapes}) == 1
+        self._lanes = max(sequence_length(shape.out_features) // 16 for shape in shapes)
+        self._sequences = max(padded(shape.out_features) // sequence_length(shape.out_features) for shape in shapes)
+        self._groups = -(-self.in_features // INPUTS_TOGETHER)
+        self._signs, self._tables = _on_device(self.in_features, device)
         self._only = torch.zeros(1, dtype=torch.int64, device=device)
         self.programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
         self._stages = 2 if _shared_memory(device) >= AHEAD_BYTES else 1
 
     def product(self, rows: Tensor, experts: Tensor | None = None, share: int = 1) -> Tensor:
-        """[slots, out_features] float32: slot s is row s // share times the matrix experts[s].
+        """[slots, out_features] float32: slot s is row s // share times the matrix experts[s]; zeros behind its outputs.
 
-        rows      [tokens, in_features] floating point, on the device
+        rows      [tokens, in_features] floating point, on the device. A matrix reads as many as it has inputs
         experts   [tokens * share] int64; zeros come out where it is not the number of a matrix. None: all the first
         share     slots that have the same row, one after the other
         """
@@ -95,11 +103,18 @@ class GpuBank:
         if not slots:
             return outputs
         with torch.cuda.device_of(rows):
-            rotated = self.rotated(rows)
-            if slots <= self.few_slots:
-                self._few(rotated, experts.contiguous(), share, outputs)
+            experts = experts.contiguous()
+            if self._one_rotation:
+                rotated = self.rotated(rows)
             else:
-                self._many(rotated, experts, share, outputs.zero_())
+                rotated, share = self._rotated_by_slot(rows, experts, share), 1
+            few = slots <= self.few_slots
+            if not few or not self._one_output:
+                outputs.zero_()
+            if few:
+                self._few(rotated, experts, share, outputs)
+            else:
+                self._many(rotated, experts, share, outputs)
         return outputs
 
     @property
@@ -108,21 +123,45 @@ class GpuBank:
         return max(4, len(self._matrices) // 2)
 
     def rotated(self, rows: Tensor) -> Tensor:
-        """float32 [tokens, in_features] in the basis of the packed matrices."""
+        """float32 [tokens, in_features] in the basis of the packed matrices, which all have one."""
         from mc_cli.kernels import trellis_triton as kernels
 
-        rows = (rows if rows.dtype in (torch.float32, torch.float16, torch.bfloat16) else rows.float()).contiguous()
+        rows = _as_loaded(rows)
         rotated = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-        blocks = max(1, ROTATED_AT_ONCE // self._block)
-        kernels.rotate_rows[(len(rows), -(-self.in_features // (blocks * self._block)))](
+        block = self._blocks[0]
+        blocks = max(1, ROTATED_AT_ONCE // block)
+        kernels.rotate_rows[(len(rows), -(-self.in_features // (blocks * block)))](
             rows,
             self._signs,
             rotated,
             self.in_features,
-            1 / math.sqrt(self._block),
-            BLOCK=self._block,
-            LOG=self._block.bit_length() - 1,
+            1 / math.sqrt(block),
+            BLOCK=block,
+            LOG=block.bit_length() - 1,
             BLOCKS=blocks,
+            enable_fp_fusion=True,
+        )
+        return rotated
+
+    def _rotated_by_slot(self, rows: Tensor, experts: Tensor, share: int) -> Tensor:
+        """float32 [slots, in_features], each row in the basis of its slot's matrix; zeros behind the matrix's inputs."""
+        from mc_cli.kernels import trellis_triton as kernels
+
+        rows = _as_loaded(rows)
+        rotated = torch.empty((len(experts), self.in_features), dtype=torch.float32, device=rows.device)
+        run = max(ROTATED_AT_ONCE, self._blocks[-1])
+        kernels.rotate_slots[(len(experts), -(-self.in_features // run))](
+            rows,
+            experts,
+            self._matrices,
+            self._signs,
+            rotated,
+            len(self._matrices),
+            self.in_features,
+            share,
+            LEAST_LOG=self._blocks[0].bit_length() - 1,
+            MOST_LOG=self._blocks[-1].bit_length() - 1,
+            RUN=run,
             enable_fp_fusion=True,
         )
         return rotated
@@ -147,12 +186,11 @@ class GpuBank:
             len(self._matrices),
             units,
             self._sequences,
-            self._groups,
             self.in_features,
             steps,
             steps_each,
             share,
-            LANES=self._lanes,
+            LANES=self._lanes if self._one_output else 0,
             PADDED=lanes,
             GROUPS=groups,
             ALIGNMENT=self._alignment,
@@ -171,7 +209,7 @@ class GpuBank:
             steps_each,
             self.out_features,
             UNIT,
-            LANES=self._lanes,
+            LANES=self._lanes if self._one_output else 0,
             PADDED=lanes,
             enable_fp_fusion=True,
         )
@@ -200,12 +238,12 @@ class GpuBank:
             tile_begin,
             tile_end,
             outputs,
-            self._groups,
             self.in_features,
             self.out_features,
             share,
             UNIT,
-            LANES=self._lanes,
+            LANES=self._lanes if self._one_output else 0,
+            MOST_LANES=self._lanes,
             TILE_LANES=lanes,
             GROUPS=TILE_GROUPS,
             SLOTS=slots,
@@ -232,6 +270,11 @@ class GpuBank:
         matrix = torch.searchsorted(first_tile, tile, right=True) - 1
         place = begin[matrix] + (tile - first_tile[matrix]) * slots
         return order, matrix, place, torch.minimum(place + slots, begin[matrix + 1])
+
+
+def _as_loaded(rows: Tensor) -> Tensor:
+    """Rows as kernels load them: in one of three dtypes, one after the other."""
+    return (rows if rows.dtype in (torch.float32, torch.float16, torch.bfloat16) else rows.float()).contiguous()
 
 
 @functools.cache

@@ -5,8 +5,10 @@ count that bounds these kernels, not the bytes of the codes. So below 4 bits one
 of weights 2j and 2j + 1 of a ring overlap, together they are 12 + floor(bits) bits long, and an entry holds both levels
 as bytes. A table is written to shared memory once per tile of weights, which therefore is large.
 
-Every matrix has a row in a table on the device: addresses of `codes` and `scales`, and bytes per lane, twice its bits;
-0 for a matrix that is not there. A program's weights are all of one matrix, so it takes one branch for that width.
+Every matrix has a row in a table on the device, TrellisEntry in native/structures.py: addresses of `codes` and `scales`,
+its shape, and bytes per lane, twice its bits; 0 for a matrix that is not there. A program's weights are all of one
+matrix, so it takes one branch for that width. LANES is what the sequences of all matrices have, so that a compiler
+knows how far loads are apart; 0 where they differ, and each says for itself.
 The layout of codes is in encodings/trellis.py, the code in numerics/trellis.py and trellis_code.py.
 """
 
@@ -18,7 +20,12 @@ import triton.language as tl
 TABLE = tl.constexpr(1 << 12)  # a weight is decided by 12 bits
 FEWEST_BYTES = tl.constexpr(2)  # of a lane, 16 weights: 1 bit each
 MOST_BYTES = tl.constexpr(10)
-FIELDS = tl.constexpr(3)  # of a matrix in the table on the device
+FIELDS = tl.constexpr(7)  # of a matrix in the table on the device
+INPUTS = tl.constexpr(2)  # the places of some: of its inputs and outputs,
+OUTPUTS = tl.constexpr(3)
+BLOCK = tl.constexpr(4)  # of inputs that are rotated together,
+LENGTH = tl.constexpr(5)  # of outputs of a sequence,
+WIDTH = tl.constexpr(6)  # and of bytes per lane
 EIGHT_BITS = tl.constexpr(0xFF)
 TWO_TO_23 = tl.constexpr(0x4B000000)  # as a float32: its lowest bits count ones
 FLOAT_OF_ZERO = tl.constexpr(8388736.0)  # 2^23 + 128, which is level 0
@@ -29,13 +36,27 @@ FLOAT_OF_ZERO = tl.constexpr(8388736.0)  # 2^23 + 128, which is level 0
 
 
 @triton.jit
-def _lane_bytes(codes, own, following, there, BYTES: tl.constexpr, PITCH: tl.constexpr):
+def _lanes_of(entry, LANES: tl.constexpr):
+    """Lanes of a sequence of the matrix whose row of the table begins at `entry`."""
+    if LANES > 0:
+        return LANES
+    return tl.load(entry + LENGTH).to(tl.int32) // 16
+
+
+@triton.jit
+def _next(lane, lanes):
+    """The next lane of a ring; of those behind its end, any."""
+    return tl.where(lane + 1 == lanes, 0, lane + 1)
+
+
+@triton.jit
+def _lane_bytes(codes, own, following, there, BYTES: tl.constexpr, pitch):
     """Tuple of uint8 [groups, lanes, 4]: every byte of a lane, and the first two of the next lane in its ring."""
     found = ()
     for byte in tl.static_range(BYTES):
-        found = found + (tl.load(codes + own + byte * PITCH, mask=there, other=0),)
+        found = found + (tl.load(codes + own + byte * pitch, mask=there, other=0),)
     for byte in tl.static_range(2):
-        found = found + (tl.load(codes + following + byte * PITCH, mask=there, other=0),)
+        found = found + (tl.load(codes + following + byte * pitch, mask=there, other=0),)
     return found
 
 
@@ -136,22 +157,22 @@ def _added(sums, levels, x):
 
 @triton.jit
 def _sums(
-    row, codes, tables, begin, end, inputs,
-    BYTES: tl.constexpr, LANES: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
+    row, codes, tables, begin, end, inputs, lanes,
+    BYTES: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """float32 [PADDED * 16]: a sequence of outputs, summed over groups `begin` to `end` of 4 inputs each."""
     table = _table(tables, BYTES)
     group = tl.arange(0, GROUPS)[:, None, None]
     lane = tl.arange(0, PADDED)[None, :, None]
     place = tl.arange(0, 4)[None, None, :]
-    own = group * (BYTES * LANES * 4) + lane * 4 + place
-    following = group * (BYTES * LANES * 4) + (lane + 1) % LANES * 4 + place
+    own = group * (BYTES * lanes * 4) + lane * 4 + place
+    following = group * (BYTES * lanes * 4) + _next(lane, lanes) * 4 + place
     even = tl.zeros([GROUPS, PADDED, 8], tl.float32)
     odd = tl.zeros([GROUPS, PADDED, 8], tl.float32)
     for first in tl.range(begin, end, GROUPS, num_stages=STAGES):
-        there = (first + group < end) & (lane < LANES)
-        here = codes + tl.cast(first, tl.int64) * (BYTES * LANES * 4)
-        stored = _lane_bytes(here, own, following, there, BYTES, LANES * 4)
+        there = (first + group < end) & (lane < lanes)
+        here = codes + tl.cast(first, tl.int64) * (BYTES * lanes * 4)
+        stored = _lane_bytes(here, own, following, there, BYTES, lanes * 4)
         at = (first + group) * 4 + place + 0 * lane
         x = tl.load(row + at, mask=(at < inputs) & there, other=0.0)
         stream = _bit_stream(stored, BYTES)
@@ -163,17 +184,17 @@ def _sums(
 
 @triton.jit
 def _matrix(experts, matrices, slot, count):
-    """(address of codes, address of scales, bytes per lane) of a slot's matrix; (0, 0, 0) where it has none."""
+    """(row of the table, bytes per lane) of a slot's matrix; (the first one's, 0) where it has none."""
     expert = tl.load(experts + slot)
     there = (expert >= 0) & (expert < count)
     entry = matrices + tl.where(there, expert, 0) * FIELDS
-    return tl.load(entry), tl.load(entry + 1), tl.where(there, tl.load(entry + 2), 0)
+    return entry, tl.where(there, tl.load(entry + WIDTH), 0)
 
 
 @triton.jit(do_not_specialize=["count", "units", "sequences", "steps", "steps_each", "share"])
 def few_slots(
     rows, experts, matrices, tables, parts,
-    count, units, sequences, groups, inputs, steps, steps_each, share,
+    count, units, sequences, inputs, steps, steps_each, share,
     LANES: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr,
     ALIGNMENT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +202,7 @@ def few_slots(
 
     rows    float32 [slots / share, inputs], rotated
     parts   float32 [most programs of a unit, units, PADDED * 16]; a unit is a sequence of outputs of a slot
-    A unit is `steps` steps of GROUPS groups of 4 inputs. A program takes `steps_each` steps, wherever units begin and
+    A unit is `steps` steps of GROUPS groups of 4 inputs, some of which a smaller matrix has not. A program takes `steps_each` steps, wherever units begin and
     end, so that all are equally long; which program adds what depends on shapes alone, never on timing.
     """
     program = tl.program_id(0)
@@ -193,17 +214,20 @@ def few_slots(
         unit = step // steps
         stop = tl.minimum(last, (unit + 1) * steps)
         slot, sequence = unit // sequences, unit % sequences
+        entry, width = _matrix(experts, matrices, slot, count)
+        lanes = _lanes_of(entry, LANES)
+        groups = (tl.load(entry + INPUTS).to(tl.int32) + 3) // 4
+        width = tl.where(sequence * lanes * 16 < tl.load(entry + OUTPUTS), width, 0)
         begin = (step - unit * steps) * GROUPS
         end = tl.minimum((stop - unit * steps) * GROUPS, groups)
         # 2. its weights, by the loop that is made for their width
-        address, _, width = _matrix(experts, matrices, slot, count)
-        codes = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), ALIGNMENT)
-        codes += tl.cast(sequence, tl.int64) * groups * width * (LANES * 4)
+        codes = tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.uint8)), ALIGNMENT)
+        codes += tl.cast(sequence, tl.int64) * groups * width * (lanes * 4)
         row = rows + tl.cast(slot // share, tl.int64) * inputs
         sums = tl.zeros([PADDED * 16], tl.float32)
         for BYTES in tl.static_range(FEWEST_BYTES, MOST_BYTES + 1):
             if width == BYTES:
-                sums = _sums(row, codes, tables, begin, end, inputs, BYTES, LANES, PADDED, GROUPS, STAGES)
+                sums = _sums(row, codes, tables, begin, end, inputs, lanes, BYTES, PADDED, GROUPS, STAGES)
         # 3. where the unit's other parts lie too
         part = program - unit * steps // steps_each
         tl.store(parts + tl.cast(part * units + unit, tl.int64) * (PADDED * 16) + output, sums)
@@ -216,20 +240,25 @@ def add_parts(
     count, units, steps, steps_each, features, unit_of_levels,
     LANES: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """outputs float32 [slots, features] of what `few_slots` left, in the order of its programs; zeros if no matrix."""
+    """outputs float32 [slots, features] of what `few_slots` left, in the order of its programs; zeros if no matrix.
+
+    What is behind a smaller matrix's outputs is left as it is.
+    """
     sequence, slot = tl.program_id(0), tl.program_id(1)
     unit = slot * tl.num_programs(0) + sequence
-    _, address, width = _matrix(experts, matrices, slot, count)
+    entry, width = _matrix(experts, matrices, slot, count)
+    lanes = _lanes_of(entry, LANES)
     output = tl.arange(0, PADDED * 16)
     sums = tl.zeros([PADDED * 16], tl.float32)
-    feature = sequence * (LANES * 16) + output
-    there = (output < LANES * 16) & (feature < features)
+    feature = sequence * (lanes * 16) + output
+    own = features if LANES > 0 else tl.load(entry + OUTPUTS)
+    there = (output < lanes * 16) & (feature < own)
     if width > 0:
         first = unit * steps // steps_each
         last = ((unit + 1) * steps - 1) // steps_each
         for part in range(last - first + 1):
             sums += tl.load(parts + tl.cast(part * units + unit, tl.int64) * (PADDED * 16) + output)
-        scales = tl.load(address.to(tl.pointer_type(tl.float16)) + feature, mask=there, other=0.0)
+        scales = tl.load(tl.load(entry + 1).to(tl.pointer_type(tl.float16)) + feature, mask=there, other=0.0)
         sums *= scales.to(tl.float32) * unit_of_levels
     tl.store(outputs + tl.cast(slot, tl.int64) * features + feature, sums, mask=there)
 
@@ -239,21 +268,21 @@ def add_parts(
 
 @triton.jit
 def _tile(
-    halves, codes, tables, token, token_there, first_lane, groups, inputs,
-    BYTES: tl.constexpr, LANES: tl.constexpr, TILE_LANES: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
+    halves, codes, tables, token, token_there, first_lane, groups, inputs, lanes,
+    BYTES: tl.constexpr, TILE_LANES: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """float32 [TILE_LANES * 16, SLOTS]: products of float16 numbers, summed in float32; levels are exact in float16."""
     table = _table(tables, BYTES)
     group = tl.arange(0, GROUPS)[:, None, None]
     lane = first_lane + tl.arange(0, TILE_LANES)[None, :, None]
     place = tl.arange(0, 4)[None, None, :]
-    own = group * (BYTES * LANES * 4) + lane * 4 + place
-    following = group * (BYTES * LANES * 4) + (lane + 1) % LANES * 4 + place
+    own = group * (BYTES * lanes * 4) + lane * 4 + place
+    following = group * (BYTES * lanes * 4) + _next(lane, lanes) * 4 + place
     sums = tl.zeros([TILE_LANES * 16, SLOTS], tl.float32)
     for first in range(0, groups, GROUPS):
-        there = (first + group < groups) & (lane < LANES)
-        here = codes + tl.cast(first, tl.int64) * (BYTES * LANES * 4)
-        stored = _lane_bytes(here, own, following, there, BYTES, LANES * 4)
+        there = (first + group < groups) & (lane < lanes)
+        here = codes + tl.cast(first, tl.int64) * (BYTES * lanes * 4)
+        stored = _lane_bytes(here, own, following, there, BYTES, lanes * 4)
         at = first * 4 + tl.arange(0, GROUPS * 4)
         x = tl.load(
             halves + token[None, :] * inputs + at[:, None],
@@ -272,8 +301,9 @@ def _tile(
 @triton.jit(do_not_specialize=["share"])
 def many_slots(
     halves, sizes, matrices, tables, order, tile_matrix, tile_begin, tile_end, outputs,
-    groups, inputs, features, share, unit_of_levels,
-    LANES: tl.constexpr, TILE_LANES: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    inputs, features, share, unit_of_levels,
+    LANES: tl.constexpr, MOST_LANES: tl.constexpr, TILE_LANES: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """outputs float32 [slots, features] of those slots that have a matrix; others are left as they are.
 
@@ -286,12 +316,17 @@ def many_slots(
     if begin >= end:
         return
     # 1. whose weights, and which slots
-    TILES: tl.constexpr = (LANES + TILE_LANES - 1) // TILE_LANES
+    TILES: tl.constexpr = (MOST_LANES + TILE_LANES - 1) // TILE_LANES
     sequence, first_lane = run // TILES, run % TILES * TILE_LANES
     entry = matrices + tl.load(tile_matrix + tile) * FIELDS
-    width = tl.load(entry + 2)
+    lanes = _lanes_of(entry, LANES)
+    own = tl.load(entry + OUTPUTS)
+    if (first_lane >= lanes) | (sequence * lanes * 16 >= own):  # a smaller matrix
+        return
+    width = tl.load(entry + WIDTH)
+    groups = (tl.load(entry + INPUTS).to(tl.int32) + 3) // 4
     codes = tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.uint8)), ALIGNMENT)
-    codes += tl.cast(sequence, tl.int64) * groups * width * (LANES * 4)
+    codes += tl.cast(sequence, tl.int64) * groups * width * (lanes * 4)
     place = begin + tl.arange(0, SLOTS)
     slot_there = place < end
     slot = tl.load(order + place, mask=slot_there, other=0)
@@ -301,13 +336,13 @@ def many_slots(
     for BYTES in tl.static_range(FEWEST_BYTES, MOST_BYTES + 1):
         if width == BYTES:
             sums = _tile(
-                halves, codes, tables, token, slot_there, first_lane, groups, inputs,
-                BYTES, LANES, TILE_LANES, GROUPS, SLOTS,
+                halves, codes, tables, token, slot_there, first_lane, groups, inputs, lanes,
+                BYTES, TILE_LANES, GROUPS, SLOTS,
             )  # fmt: skip
     # 3. scales of outputs and of tokens
     output = first_lane * 16 + tl.arange(0, TILE_LANES * 16)
-    feature = sequence * (LANES * 16) + output
-    there = (output < LANES * 16) & (feature < features)
+    feature = sequence * (lanes * 16) + output
+    there = (output < lanes * 16) & (feature < own)
     scales = tl.load(tl.load(entry + 1).to(tl.pointer_type(tl.float16)) + feature, mask=there, other=0.0)
     size = tl.load(sizes + token, mask=slot_there, other=0.0)
     sums *= (scales.to(tl.float32) * unit_of_levels)[:, None] * size[None, :]
@@ -319,23 +354,59 @@ def many_slots(
 
 
 @triton.jit
+def _hadamard(values, LOG: tl.constexpr, COUNT: tl.constexpr):
+    """The Hadamard transform of every 2^LOG of values [COUNT], not normalised.
+
+    Step by step every bit of a place within its block is transformed and becomes the highest one; after LOG steps all
+    are where they were.
+    """
+    for _ in tl.static_range(LOG):
+        first, second = tl.split(tl.reshape(values, [COUNT >> LOG, (1 << LOG) // 2, 2]))
+        turned = tl.join(first + second, first - second)
+        values = tl.reshape(tl.permute(turned, [0, 2, 1]), [COUNT])
+    return values
+
+
+@triton.jit
 def rotate_rows(rows, signs, rotated, inputs, scale, BLOCK: tl.constexpr, LOG: tl.constexpr, BLOCKS: tl.constexpr):
     """rotated float32 [tokens, inputs] of rows [tokens, inputs]: as `rotate` in numerics/rotation.py.
 
     scale   1 / sqrt(BLOCK), BLOCK = 2^LOG
-    Step by step every bit of a place within its block is transformed and becomes the highest one; after LOG steps all
-    are where they were.
     """
     token = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * (BLOCKS * BLOCK) + tl.arange(0, BLOCKS * BLOCK)
     there = place < inputs
     values = tl.load(rows + token * inputs + place, mask=there, other=0.0).to(tl.float32)
     values *= tl.load(signs + place, mask=there, other=0.0)
-    for _ in tl.static_range(LOG):
-        first, second = tl.split(tl.reshape(values, [BLOCKS, BLOCK // 2, 2]))
-        turned = tl.join(first + second, first - second)
-        values = tl.reshape(tl.permute(turned, [0, 2, 1]), [BLOCKS * BLOCK])
+    values = _hadamard(values, LOG, BLOCKS * BLOCK)
     tl.store(rotated + token * inputs + place, values * scale, mask=there)
+
+
+@triton.jit(do_not_specialize=["count", "share"])
+def rotate_slots(
+    rows, experts, matrices, signs, rotated,
+    count, inputs, share,
+    LEAST_LOG: tl.constexpr, MOST_LOG: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """rotated float32 [slots, inputs] of rows [slots / share, inputs]: each as its slot's matrix takes them.
+
+    LEAST_LOG, MOST_LOG   blocks of all matrices are 2^LEAST_LOG to 2^MOST_LOG inputs; RUN is a multiple of them
+    Behind the inputs of a smaller matrix are zeros; a slot without a matrix has nothing else.
+    """
+    slot = tl.program_id(0)
+    place = tl.program_id(1) * RUN + tl.arange(0, RUN)
+    entry, width = _matrix(experts, matrices, slot, count)
+    own = tl.where(width > 0, tl.load(entry + INPUTS), 0)
+    block = tl.load(entry + BLOCK)
+    there = place < own
+    row = rows + tl.cast(slot // share, tl.int64) * inputs
+    values = tl.load(row + place, mask=there, other=0.0).to(tl.float32)
+    values *= tl.load(signs + place, mask=there, other=0.0)
+    turned = values
+    for LOG in tl.static_range(LEAST_LOG, MOST_LOG + 1):
+        if block == 1 << LOG:
+            turned = _hadamard(values, LOG, RUN) * (1 / (1 << LOG) ** 0.5)
+    tl.store(rotated + tl.cast(slot, tl.int64) * inputs + place, tl.where(there, turned, 0.0), mask=place < inputs)
 
 
 @triton.jit

@@ -17,8 +17,14 @@ typedef struct {
     const uint8_t *codes;
     const uint16_t *scales;
     const uint8_t *zero_points;
-    int bits, inputs, group, groups;
+    int bits, inputs, outputs, group, groups;
 } AffineMatrix;
+
+INLINE AffineMatrix affine_matrix(const mc_affine_entry *entry, int group) {
+    const int inputs = (int)entry->inputs;
+    return (AffineMatrix){entry->codes, entry->scales, entry->zero_points, (int)entry->bits, inputs,
+                          (int)entry->outputs, group, inputs / group};
+}
 
 INLINE int words_of(const AffineMatrix *m) { return (m->inputs + 7) / 8; } /* of eight codes, in a row */
 
@@ -42,10 +48,11 @@ typedef struct AffinePath AffinePath;
 /* A product with a bank, as it is divided into pieces of work. */
 typedef struct {
     const float *x;
+    const int64_t *experts; /* NULL: all have the first matrix */
     const mc_affine_entry *entries;
     const AffinePath *path;
     float *out;
-    int tokens, share, inputs, outputs, group, groups, parts, pieces;
+    int tokens, share, inputs, outputs, group, groups, parts; /* inputs, outputs and groups: the most */
     size_t pitch, stride, room; /* bytes of a group and of a row of activations; groups, in whole vectors of floats */
     int8_t *rows;               /* [tokens][2][stride], coarse and fine */
     int16_t *wide;              /* [tokens][groups * pitch], both in one; NULL where products are of bytes */

@@ -112,7 +112,7 @@ static int multiply(const AffineProduct *p, const AffineMatrix *m, int task, int
     if (!s.scales) return 1;
     for (int row = first; row < last; row++) {
         const uint8_t *at = row_of(m, row);
-        const size_t row_bytes = (size_t)words_of(m) * m->bits, left = (size_t)(p->outputs - 1 - row) * row_bytes;
+        const size_t row_bytes = (size_t)words_of(m) * m->bits, left = (size_t)(m->outputs - 1 - row) * row_bytes;
         if (left + 2 * (size_t)m->bits < 16) at = memcpy(s.codes, at, row_bytes); /* steps read 16 bytes */
         mc_affine_read_grids(m, row, s.scales, s.offsets);
         for (int i = 0; i < of->count; i += TOKENS_TOGETHER) {

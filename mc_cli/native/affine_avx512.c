@@ -69,11 +69,13 @@ AVX512 void mc_affine_read_grids_avx512(const AffineMatrix *m, int row, float *s
     }
 }
 
-/* What offsets take away. */
+/* What offsets take away. Totals behind the last group may be those of groups that longer matrices read, and NaN. */
 AVX512 INLINE float taken(const float *offsets, const float *totals, int groups) {
     __m512 sum = _mm512_setzero_ps();
-    for (int g = 0; g < groups; g += FLOATS)
-        sum = _mm512_fmadd_ps(_mm512_loadu_ps(offsets + g), _mm512_loadu_ps(totals + g), sum);
+    for (int g = 0; g < groups; g += FLOATS) {
+        const __mmask16 there = groups - g < FLOATS ? (__mmask16)((1u << (groups - g)) - 1) : 0xffff;
+        sum = _mm512_fmadd_ps(_mm512_loadu_ps(offsets + g), _mm512_maskz_loadu_ps(there, totals + g), sum);
+    }
     return _mm512_reduce_add_ps(sum);
 }
 

@@ -24,7 +24,7 @@
 #define INPUTS_IN_CACHE 256 /* of ROWS_AT_ONCE outputs: 16 KB of codes stay in the first cache beside what they meet */
 #define TILE_BYTES (TILE * VECTOR)
 
-/* Room for the activations of one block, both parts. */
+/* Room for the activations of one block, both parts, of as many groups as a matrix has at most. */
 INLINE size_t block_bytes(const AffineProduct *p) { return 2 * TILE * (size_t)p->groups * p->pitch; }
 
 /* One block of 16 tokens, as tiles: 64 inputs of all, fours of inputs by fours, first coarse and then fine parts. */
@@ -35,14 +35,16 @@ static void lay_block(void *context, int block) {
     float *grids = p->block_grids + (size_t)block * p->groups * 2 * TILE;
     memset(out, 0, block_bytes(p));
     memset(grids, 0, sizeof(float) * (size_t)p->groups * 2 * TILE);
+    const int64_t matrix = p->experts ? p->experts[slots[0]] : 0;
+    const int groups = (int)p->entries[matrix].inputs / p->group; /* those behind are not read */
     for (int column = 0; column < count; column++) {
         const size_t token = (size_t)(slots[column] / p->share);
         const int8_t *row = p->rows + 2 * token * p->stride;
         for (int part = 0; part < p->parts; part++)
-            for (size_t at = 0; at < p->groups * p->pitch; at += 4)
+            for (size_t at = 0; at < groups * p->pitch; at += 4)
                 memcpy(out + (2 * (at / VECTOR) + part) * TILE_BYTES + at % VECTOR / 4 * VECTOR + 4 * column,
                        row + part * p->stride + at, 4);
-        for (int g = 0; g < p->groups; g++) {
+        for (int g = 0; g < groups; g++) {
             grids[2 * TILE * g + column] = p->steps[token * p->room + g];
             grids[2 * TILE * g + TILE + column] = p->totals[token * p->room + g];
         }
@@ -156,7 +158,7 @@ static void multiply_block(const AffineProduct *p, const Rows *r, int begin, int
  * stay in the first cache while block after block of tokens passes. */
 int mc_affine_multiply_blocks(const AffineProduct *p, const AffineMatrix *m, int number, int first, int last) {
     const mc_task *task = p->sorted.tasks + number;
-    const size_t pitch = whole((size_t)p->inputs, VECTOR) + p->pitch; /* of a row of codes */
+    const size_t pitch = whole((size_t)m->inputs, VECTOR) + p->pitch; /* of a row of codes */
     const int rows = (int)whole((size_t)(last - first), 2 * TILE), blocks = (task->count + TILE - 1) / TILE;
     const size_t grids = (size_t)rows * p->room * sizeof(float), each = (size_t)rows * TILE * sizeof(float);
     uint8_t *memory = aligned_alloc(VECTOR, whole(2 * grids + (size_t)blocks * each + (size_t)rows * pitch, VECTOR));
@@ -172,9 +174,9 @@ int mc_affine_multiply_blocks(const AffineProduct *p, const AffineMatrix *m, int
     const Rows unpacked = {codes, scales, offsets, pitch, rows};
     const int range = p->pitch < INPUTS_IN_CACHE ? (int)(INPUTS_IN_CACHE / p->pitch) : 1;
     if (p->path->begin) p->path->begin();
-    for (int g = 0; g < p->groups; g += range)
+    for (int g = 0; g < m->groups; g += range)
         for (int i = 0; i < blocks; i++)
-            multiply_block(p, &unpacked, g, g + range < p->groups ? g + range : p->groups, p->first_blocks[number] + i,
+            multiply_block(p, &unpacked, g, g + range < m->groups ? g + range : m->groups, p->first_blocks[number] + i,
                            sums + (size_t)i * rows);
     if (p->path->end) p->path->end();
     for (int place = 0; place < task->count; place++) {

@@ -6,7 +6,6 @@
 typedef struct {
     AffineMatrix matrix;
     const AffinePath *path;
-    int rows;
     float *floats;    /* [rows][inputs], or NULL */
     uint16_t *halves; /* the same, rounded to bfloat16, or NULL */
     atomic_int failed;
@@ -21,7 +20,7 @@ static void write_rows(void *context, int piece) {
         return;
     }
     const float unit = 1.0f / (float)(1 << (8 - m->bits));
-    for (int row = piece * ROWS_AT_ONCE; row < d->rows && row < (piece + 1) * ROWS_AT_ONCE; row++) {
+    for (int row = piece * ROWS_AT_ONCE; row < m->outputs && row < (piece + 1) * ROWS_AT_ONCE; row++) {
         d->path->unpack(row_of(m, row), m->bits, words_of(m), w);
         for (int g = 0; g < m->groups; g++) {
             const size_t grid = (size_t)row * m->groups + g, at = (size_t)row * m->inputs + (size_t)g * m->group;
@@ -35,7 +34,7 @@ static void write_rows(void *context, int piece) {
 
 int mc_affine_matrix(const uint8_t *codes, const uint16_t *scales, const uint8_t *zero_points, int bits, int rows,
                      int inputs, int group, int path, int threads, float *floats, uint16_t *halves) {
-    Decoding d = {.matrix = {codes, scales, zero_points, bits, inputs, group, inputs / group}, .rows = rows,
+    Decoding d = {.matrix = {codes, scales, zero_points, bits, inputs, rows, group, inputs / group},
                   .path = mc_affine_path(path < 0 ? mc_best_path() : path), .floats = floats, .halves = halves};
     atomic_init(&d.failed, 0);
     mc_parallel(write_rows, &d, (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, threads);

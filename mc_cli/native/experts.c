@@ -1,5 +1,6 @@
 /* The routed experts of a layer in one call: up projections, gates, down projections, and every token's weighted sum. What
- * lies between the products stays in float32. */
+ * lies between the products stays in float32. Experts may differ in width: of a slot's row, with room for the widest,
+ * as much is written and read as its own matrices have. */
 
 #include "product.h"
 #include "threads.h"
@@ -52,6 +53,8 @@ VERSIONS static void weighted_sum(float *restrict rows, const float *weights, in
 }
 
 typedef struct {
+    const mc_bank *up, *down;
+    const int64_t *experts;
     const void *x;
     const float *hidden, *weights;
     void *out;
@@ -59,9 +62,14 @@ typedef struct {
     int inner, outer, share, activation, halves;
 } Layer;
 
+/* Where one of the two matrices is missing the other one may be wider than a row; it multiplies zeros. */
 static void gate_slot(void *context, int slot) {
     const Layer *l = context;
-    gate(l->hidden + (size_t)slot * 2 * l->inner, l->inner, l->activation, l->activated + (size_t)slot * l->inner);
+    const int width = mc_shape_of(l->down, l->experts[slot]).inputs;
+    float *activated = l->activated + (size_t)slot * l->inner;
+    if (mc_shape_of(l->up, l->experts[slot]).outputs)
+        gate(l->hidden + (size_t)slot * l->up->outputs, width, l->activation, activated);
+    else memset(activated, 0, (size_t)width * sizeof(float));
 }
 
 static void sum_token(void *context, int token) {
@@ -76,12 +84,11 @@ static void sum_token(void *context, int token) {
 static int threads_for(size_t floats, int threads) { return floats < 2 * FLOATS_PER_THREAD ? 1 : threads; }
 
 /* All but the conversion of inputs; l->x and l->weights are float32. */
-static int run_layer(Layer *l, const mc_bank *up, const mc_bank *down, const int64_t *experts, int tokens, int parts,
-                     int path, int threads) {
+static int run_layer(Layer *l, int tokens, int parts, int path, int threads) {
     const size_t slots = (size_t)tokens * l->share;
-    float *hidden = mc_room_for(slots * up->outputs);
+    float *hidden = mc_room_for(slots * l->up->outputs);
     if (!hidden) return 1;
-    int failed = mc_bank_product(up, l->x, experts, tokens, l->share, parts, path, threads, hidden);
+    int failed = mc_bank_product(l->up, l->x, l->experts, tokens, l->share, parts, path, threads, hidden);
     l->hidden = hidden;
     l->activated = failed ? NULL : mc_room_for(slots * l->inner);
     failed |= !l->activated;
@@ -89,7 +96,8 @@ static int run_layer(Layer *l, const mc_bank *up, const mc_bank *down, const int
     free(hidden);
     l->outputs = failed ? NULL : mc_room_for(slots * l->outer);
     failed |= !l->outputs;
-    if (!failed) failed = mc_bank_product(down, l->activated, experts, (int)slots, 1, parts, path, threads, l->outputs);
+    if (!failed)
+        failed = mc_bank_product(l->down, l->activated, l->experts, (int)slots, 1, parts, path, threads, l->outputs);
     free(l->activated);
     if (!failed) mc_parallel(sum_token, l, tokens, threads_for(slots * l->outer, threads));
     free(l->outputs);
@@ -98,9 +106,10 @@ static int run_layer(Layer *l, const mc_bank *up, const mc_bank *down, const int
 
 int mc_experts(const mc_bank *up, const mc_bank *down, const void *x, const int64_t *experts, const void *weights,
                int halves, int tokens, int share, int activation, int parts, int path, int threads, void *out) {
-    Layer l = {.x = x, .weights = weights, .out = out, .inner = down->inputs, .outer = down->outputs, .share = share,
-               .activation = activation, .halves = halves};
-    if (!halves) return run_layer(&l, up, down, experts, tokens, parts, path, threads);
+    Layer l = {.up = up, .down = down, .experts = experts, .x = x, .weights = weights, .out = out,
+               .inner = down->inputs, .outer = down->outputs, .share = share, .activation = activation,
+               .halves = halves};
+    if (!halves) return run_layer(&l, tokens, parts, path, threads);
     const size_t inputs = (size_t)tokens * up->inputs, slots = (size_t)tokens * share;
     float *floats = mc_room_for(inputs + slots);
     if (!floats) return 1;
@@ -108,7 +117,7 @@ int mc_experts(const mc_bank *up, const mc_bank *down, const void *x, const int6
     mc_widen(weights, slots, floats + inputs, threads);
     l.x = floats;
     l.weights = floats + inputs;
-    const int failed = run_layer(&l, up, down, experts, tokens, parts, path, threads);
+    const int failed = run_layer(&l, tokens, parts, path, threads);
     free(floats);
     return failed;
 }

@@ -12,35 +12,41 @@
 #define MC_EXPORT
 #endif
 
-/* Where a trellis-coded matrix lies. The layouts of all stored parts are described in encodings. */
+/* Where a trellis-coded matrix lies, and its shape. The layouts of all stored parts are described in encodings. */
 typedef struct {
     const uint8_t *codes;
     const uint16_t *scales; /* float16 */
-    int64_t planes;         /* bits per 16 weights / 8; 0: this matrix is not here */
+    int64_t inputs;
+    int64_t outputs;
+    int64_t block;  /* inputs that are rotated together */
+    int64_t length; /* outputs of a sequence */
+    int64_t planes; /* bits per 16 weights / 8; 0: this matrix is not here */
 } mc_trellis_entry;
 
-/* Where a matrix of affine grids lies. */
+/* Where a matrix of affine grids lies, and its shape. */
 typedef struct {
     const uint8_t *codes;
     const uint16_t *scales; /* float16 */
     const uint8_t *zero_points;
+    int64_t inputs;
+    int64_t outputs;
     int64_t bits; /* of a code; 0: this matrix is not here */
 } mc_affine_entry;
 
-/* Matrices of one shape and kind, as kernels/bank.py describes them; of the two tables, the other kind's is NULL. */
+/* Matrices of one kind, each of its own shape, as kernels/bank.py describes them; of the two tables, the other kind's is
+ * NULL. */
 enum { TRELLIS = 0, AFFINE = 1 };
 typedef struct {
     const mc_trellis_entry *trellis; /* [matrices] */
     const mc_affine_entry *affine;   /* [matrices] */
     const uint8_t *tables;           /* of trellis codes, as lookup_tables in numerics/trellis_code.py makes them */
-    const float *signs;              /* of the rotation of their inputs */
+    const float *signs;              /* of rotations: of fewer inputs they are the first ones */
     float unit;                      /* of their levels */
     int32_t kind;
     int32_t matrices;
-    int32_t inputs;
-    int32_t outputs;
-    int32_t block;  /* inputs that are rotated together, or share a grid */
-    int32_t length; /* outputs of a sequence of trellis codes */
+    int32_t inputs;  /* the most of any matrix: what lies between two rows of inputs */
+    int32_t outputs; /* likewise */
+    int32_t group;   /* inputs that share an affine grid, of all matrices */
 } mc_bank;
 
 /* Of the sources that the library was compiled from: see sources.py. */
@@ -56,16 +62,17 @@ MC_EXPORT int mc_use_team(void *start);
 /* The fastest path of this machine. */
 MC_EXPORT int mc_best_path(void);
 
-/* out [slots][outputs]: slot s holds the product of token s / share with the matrix experts[s] of the bank; zeros where
- * experts[s] is none of its matrices or that matrix is not there. experts NULL: all the first.
+/* out [slots][outputs]: slot s holds the product of token s / share with the matrix experts[s] of the bank, which reads as
+ * many inputs as it has; zeros behind its outputs, and where experts[s] is none of the matrices or that matrix is not
+ * there. experts NULL: all the first.
  * x [tokens][inputs], multiplied as numbers of `parts` bytes, 1 or 2; tokens * share slots. x and out are bfloat16 where
  * `halves`, float32 otherwise. threads: at most; for little work one. Returns 0, or 1 without memory. */
 MC_EXPORT int mc_product(const mc_bank *bank, const void *x, const int64_t *experts, int halves, int tokens, int share,
                          int parts, int path, int threads, void *out);
 
 /* out [tokens][outputs of `down`]: for every token the sum over its `share` slots of weights[slot] * down(act(gate) * up),
- * where gate and up are the two halves of what matrix experts[slot] of `up` gives; a slot whose expert is none of the
- * matrices adds nothing. x [tokens][inputs of `up`], experts and weights [tokens * share]; share is 1 at least.
+ * where gate and up are the two halves of what matrix experts[slot] of `up` gives, each as many numbers as that matrix of
+ * `down` takes; a slot whose expert is not there in both adds nothing. x [tokens][inputs of `up`], experts and weights [tokens * share]; share is 1 at least.
  * halves: x, weights and out are bfloat16, otherwise float32. Returns 0, or 1 without memory. */
 MC_EXPORT int mc_experts(const mc_bank *up, const mc_bank *down, const void *x, const int64_t *experts,
                          const void *weights, int halves, int tokens, int share, int activation, int parts, int path,

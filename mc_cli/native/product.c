@@ -32,10 +32,16 @@ static int has_matrix(const mc_bank *bank, int64_t matrix) {
     return bank->kind == TRELLIS ? bank->trellis[matrix].planes != 0 : bank->affine[matrix].bits != 0;
 }
 
-int mc_sort_slots(mc_slots *sorted, const mc_bank *bank, const int64_t *experts, int slots) {
+mc_shape mc_shape_of(const mc_bank *bank, int64_t matrix) {
+    if (!has_matrix(bank, matrix)) return (mc_shape){0, 0};
+    if (bank->kind == TRELLIS) return (mc_shape){(int)bank->trellis[matrix].inputs, (int)bank->trellis[matrix].outputs};
+    return (mc_shape){(int)bank->affine[matrix].inputs, (int)bank->affine[matrix].outputs};
+}
+
+int mc_sort_slots(mc_slots *sorted, const mc_bank *bank, const int64_t *experts, int slots, int rows) {
     const int matrices = bank->matrices;
     *sorted = (mc_slots){malloc(sizeof(int) * (size_t)(slots + 1)), malloc(sizeof(int) * (size_t)(slots + 1)),
-                         malloc(sizeof(mc_task) * (size_t)(matrices + 1)), 0};
+                         malloc(sizeof(mc_task) * (size_t)(matrices + 1)), 0, 0, 0};
     int *next = calloc((size_t)matrices + 1, sizeof(int)); /* by matrix: first how many, then the next one's place */
     if (!sorted->slots || !sorted->places || !sorted->tasks || !next) {
         free(next);
@@ -50,8 +56,12 @@ int mc_sort_slots(mc_slots *sorted, const mc_bank *bank, const int64_t *experts,
     int begin = 0;
     for (int matrix = 0; matrix < matrices; matrix++) {
         if (!next[matrix]) continue;
-        const mc_task task = {matrix, begin, next[matrix]};
+        const mc_shape shape = mc_shape_of(bank, matrix);
+        const int piece = rows ? rows : (int)bank->trellis[matrix].length;
+        const mc_task task = {matrix, begin, next[matrix], sorted->pieces};
         sorted->tasks[sorted->count++] = task;
+        sorted->pieces += (shape.outputs + piece - 1) / piece;
+        sorted->weights += (size_t)task.count * shape.inputs * shape.outputs;
         begin += task.count;
         next[matrix] = task.first;
     }
@@ -70,9 +80,31 @@ void mc_free_slots(mc_slots *sorted) {
     free(sorted->tasks);
 }
 
-void mc_clear_missing(const mc_slots *sorted, int slots, int outputs, float *out) {
+const mc_task *mc_task_of(const mc_slots *sorted, int piece) {
+    int first = 0, last = sorted->count; /* it is one of these, without the last */
+    while (last - first > 1) {
+        const int middle = first + (last - first) / 2;
+        if (sorted->tasks[middle].piece <= piece) first = middle;
+        else last = middle;
+    }
+    return sorted->tasks + first;
+}
+
+#define WEIGHTS_PER_THREAD ((size_t)1 << 18) /* fewer are done before a second thread has started */
+
+int mc_threads_for(const mc_slots *sorted, int threads) {
+    return sorted->weights < 2 * WEIGHTS_PER_THREAD ? 1 : threads;
+}
+
+void mc_clear_rest(const mc_slots *sorted, const mc_bank *bank, int slots, float *out) {
+    const size_t outputs = (size_t)bank->outputs;
     for (int slot = 0; slot < slots; slot++)
-        if (sorted->places[slot] < 0) memset(out + (size_t)slot * outputs, 0, sizeof(float) * (size_t)outputs);
+        if (sorted->places[slot] < 0) memset(out + slot * outputs, 0, sizeof(float) * outputs);
+    for (const mc_task *task = sorted->tasks; task < sorted->tasks + sorted->count; task++) {
+        const size_t own = (size_t)mc_shape_of(bank, task->matrix).outputs;
+        for (int place = task->first; place < task->first + task->count && own < outputs; place++)
+            memset(out + sorted->slots[place] * outputs + own, 0, sizeof(float) * (outputs - own));
+    }
 }
 
 VERSIONS static float split(const float *x, int count, int8_t *coarse, int8_t *fine, int32_t *totals) {
@@ -175,11 +207,8 @@ void mc_narrow(const float *floats, size_t count, uint16_t *halves, int threads)
     convert(narrow_piece, (Conversion){floats, halves, count}, threads);
 }
 
-#define WEIGHTS_PER_THREAD ((size_t)1 << 18) /* fewer are done before a second thread has started */
-
 int mc_bank_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
                     int path, int threads, float *out) {
-    if ((size_t)tokens * share * bank->outputs * bank->inputs < 2 * WEIGHTS_PER_THREAD) threads = 1;
     return (bank->kind == TRELLIS ? mc_trellis_product : mc_affine_product)(bank, x, experts, tokens, share, parts, path,
                                                                            threads, out);
 }

@@ -82,9 +82,17 @@ float *mc_room_for(size_t floats);
 void mc_widen(const uint16_t *halves, size_t count, float *floats, int threads);
 void mc_narrow(const float *floats, size_t count, uint16_t *halves, int threads);
 
-/* The places of one matrix: `first` to first + count - 1. */
+/* How many inputs and outputs a matrix has; none of either where it is not there. */
 typedef struct {
-    int matrix, first, count;
+    int inputs, outputs;
+} mc_shape;
+
+mc_shape mc_shape_of(const mc_bank *bank, int64_t matrix);
+
+/* The places of one matrix: `first` to first + count - 1. Its outputs are divided into pieces of work, of which the first
+ * is number `piece` of all. */
+typedef struct {
+    int matrix, first, count, piece;
 } mc_task;
 
 /* Slots, each with its matrix, put side by side by matrix. A place is where a slot comes to lie. */
@@ -93,15 +101,24 @@ typedef struct {
     int *places;    /* [slots], -1: it has no matrix */
     mc_task *tasks; /* [count], by matrix */
     int count;
+    int pieces;     /* of work, of all tasks */
+    size_t weights; /* that all slots are multiplied with */
 } mc_slots;
 
 /* Slot s has the matrix experts[s] of the bank; none where that is none of its matrices, or is not there. experts NULL: all
- * have the first. Returns 0, or 1 without memory; mc_free_slots in either case. */
-int mc_sort_slots(mc_slots *sorted, const mc_bank *bank, const int64_t *experts, int slots);
+ * have the first. A piece of work has `rows` outputs at most; 0: a sequence of its matrix.
+ * Returns 0, or 1 without memory; mc_free_slots in either case. */
+int mc_sort_slots(mc_slots *sorted, const mc_bank *bank, const int64_t *experts, int slots, int rows);
 void mc_free_slots(mc_slots *sorted);
 
-/* Zeros in out [slots][outputs] for every slot without a matrix. */
-void mc_clear_missing(const mc_slots *sorted, int slots, int outputs, float *out);
+/* The task that a piece of work belongs to. */
+const mc_task *mc_task_of(const mc_slots *sorted, int piece);
+
+/* `threads`, or 1 where there is so little work that a second thread would come too late. */
+int mc_threads_for(const mc_slots *sorted, int threads);
+
+/* Zeros in out [slots][outputs of the bank] for every slot without a matrix, and behind the outputs of those with one. */
+void mc_clear_rest(const mc_slots *sorted, const mc_bank *bank, int slots, float *out);
 
 /* Activations as two bytes each: steps of the largest / 127, and their 254th parts; fine NULL: as the first alone.
  * Returns the step; NaN where one is not finite, so that it shows in the outputs. totals [2]: the sums of both. */

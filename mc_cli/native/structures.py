@@ -11,7 +11,7 @@ TRELLIS, AFFINE = 0, 1  # kinds of a bank
 
 
 class Entry(ctypes.Structure):
-    """Where one matrix lies. Every field has 8 bytes, so that entries are rows of an int64 tensor."""
+    """Where one matrix lies, and its shape. Every field has 8 bytes, so that entries are rows of an int64 tensor."""
 
     def row(self) -> tuple[int, ...]:
         """The fields in order; zeros where none was given."""
@@ -21,7 +21,15 @@ class Entry(ctypes.Structure):
 class TrellisEntry(Entry):
     """mc_trellis_entry; without planes, it is of a matrix that is not there."""
 
-    _fields_ = (("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("planes", ctypes.c_int64))
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("planes", ctypes.c_int64),
+    )
 
 
 class AffineEntry(Entry):
@@ -31,12 +39,14 @@ class AffineEntry(Entry):
         ("codes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("zero_points", ctypes.c_void_p),
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
         ("bits", ctypes.c_int64),
     )
 
 
 class Bank(ctypes.Structure):
-    """mc_bank: matrices of one shape and kind."""
+    """mc_bank: matrices of one kind, each of its own shape."""
 
     _fields_ = (
         ("trellis", ctypes.c_void_p),
@@ -48,8 +58,7 @@ class Bank(ctypes.Structure):
         ("matrices", ctypes.c_int32),
         ("inputs", ctypes.c_int32),
         ("outputs", ctypes.c_int32),
-        ("block", ctypes.c_int32),
-        ("length", ctypes.c_int32),
+        ("group", ctypes.c_int32),
     )
 
 

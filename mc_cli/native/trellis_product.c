@@ -2,9 +2,10 @@
  * trellis_portable.c; a path's own way at the head of its file.
  *
  * First every token is rotated and becomes bytes, one row of coarse and one of fine parts with one step, at a place for
- * each of its slots: those of a matrix lie side by side, so that a task is one matrix and a run of rows. Then each
- * piece of work is one sequence of outputs of one task: block after block of weights is decoded and multiplied with all
- * rows, whose sums [rows][16][16] stay in int32 until the last block. */
+ * each of its slots: those of a matrix lie side by side, so that a task is one matrix and a run of rows. A matrix has
+ * its own number of inputs and its own blocks of rotation; slots of a token that agree in both share what was found.
+ * Then each piece of work is one sequence of outputs of one task: block after block of weights is decoded and
+ * multiplied with all rows, whose sums [rows][16][16] stay in int32 until the last block. */
 #include "trellis_product.h"
 #include "threads.h"
 
@@ -23,20 +24,50 @@ const TrellisPath *mc_trellis_path(int path) { return paths[known_path(path)]; }
 
 typedef struct {
     const float *x, *signs;
+    const int64_t *experts; /* NULL: all have the first matrix */
     const mc_trellis_entry *entries;
     const TrellisPath *path;
     const uint8_t *tables;
     float unit;
     float *out;
-    int tokens, share, inputs, outputs, block, length, parts, chunks;
+    int tokens, share, inputs, outputs, parts; /* inputs and outputs: the most */
     int together;    /* tokens that are quantized in a piece of work */
-    size_t stride;   /* bytes of a row of activations, zeros behind its end; no power of two, which caches dislike */
+    size_t stride;   /* bytes of the longest row of activations; no power of two, which caches dislike */
     int8_t *rows;    /* [places][parts][stride], coarse and fine; a place is a slot, those of an expert side by side */
     float *steps;    /* [places] */
     int32_t *totals; /* [places][2] */
     mc_slots sorted;
     atomic_int failed;
 } TrellisProduct;
+
+INLINE int groups_of(int inputs) { return (inputs + GROUP - 1) / GROUP; }
+
+/* Bytes of a row of so many activations with the zeros that are read behind them, and some more. */
+INLINE size_t row_bytes(int inputs) { return (whole((size_t)groups_of(inputs), TILE) + TILE) * GROUP; }
+
+INLINE const mc_trellis_entry *entry_of(const TrellisProduct *p, int slot) {
+    return p->entries + (p->experts ? p->experts[slot] : 0);
+}
+
+/* An earlier slot of the token, from `first` on, whose activations are the same; -1 where there is none. */
+static int slot_alike(const TrellisProduct *p, int first, int slot) {
+    const mc_trellis_entry *entry = entry_of(p, slot);
+    for (int earlier = slot - 1; earlier >= first; earlier--) {
+        if (p->sorted.places[earlier] < 0) continue;
+        const mc_trellis_entry *other = entry_of(p, earlier);
+        if (other->inputs == entry->inputs && other->block == entry->block) return earlier;
+    }
+    return -1;
+}
+
+/* The activations of one place: those of `token`, as its matrix takes them. rotated [inputs] is scratch. */
+static void quantize_token(TrellisProduct *p, const mc_trellis_entry *entry, int token, int place, float *rotated) {
+    const int inputs = (int)entry->inputs;
+    int8_t *row = p->rows + (size_t)p->parts * place * p->stride;
+    mc_rotate(p->x + (size_t)token * p->inputs, p->signs, inputs, (int)entry->block, rotated);
+    p->steps[place] = mc_split(rotated, inputs, row, p->parts > 1 ? row + p->stride : NULL, p->totals + 2 * place);
+    for (int i = 0; i < p->parts; i++) memset(row + i * p->stride + inputs, 0, row_bytes(inputs) - (size_t)inputs);
+}
 
 /* Some tokens: rotated, quantized, and put where their experts find them. */
 static void quantize_tokens(void *context, int part) {
@@ -46,25 +77,20 @@ static void quantize_tokens(void *context, int part) {
         atomic_store(&p->failed, 1);
         return;
     }
-    const int first = part * p->together;
-    for (int token = first; token < p->tokens && token < first + p->together; token++) {
-        int done = -1;
-        for (int slot = token * p->share; slot < (token + 1) * p->share; slot++) {
+    for (int token = part * p->together; token < p->tokens && token < (part + 1) * p->together; token++) {
+        const int first = token * p->share;
+        for (int slot = first; slot < first + p->share; slot++) {
             const int place = p->sorted.places[slot];
             if (place < 0) continue;
-            int8_t *row = p->rows + (size_t)p->parts * place * p->stride;
+            const int alike = slot_alike(p, first, slot), done = alike < 0 ? -1 : p->sorted.places[alike];
             if (done < 0) {
-                mc_rotate(p->x + (size_t)token * p->inputs, p->signs, p->inputs, p->block, rotated);
-                int8_t *fine = p->parts > 1 ? row + p->stride : NULL;
-                p->steps[place] = mc_split(rotated, p->inputs, row, fine, p->totals + 2 * place);
-                for (int i = 0; i < p->parts; i++)
-                    memset(row + i * p->stride + p->inputs, 0, p->stride - (size_t)p->inputs);
-                done = place;
-            } else {
-                memcpy(row, p->rows + (size_t)p->parts * done * p->stride, (size_t)p->parts * p->stride);
-                p->steps[place] = p->steps[done];
-                memcpy(p->totals + 2 * place, p->totals + 2 * done, 2 * sizeof(int32_t));
+                quantize_token(p, entry_of(p, slot), token, place, rotated);
+                continue;
             }
+            const size_t each = (size_t)p->parts * p->stride, bytes = row_bytes((int)entry_of(p, slot)->inputs);
+            memcpy(p->rows + place * each, p->rows + done * each, each - p->stride + bytes);
+            p->steps[place] = p->steps[done];
+            memcpy(p->totals + 2 * place, p->totals + 2 * done, 2 * sizeof(int32_t));
         }
     }
     free(rotated);
@@ -117,16 +143,17 @@ static void multiply_task(const TrellisProduct *p, const Work *w, const mc_task 
 /* One sequence of outputs of one expert, for its places. */
 static void multiply_sequence(void *context, int index) {
     TrellisProduct *p = context;
-    const mc_task *task = p->sorted.tasks + index / p->chunks;
+    const mc_task *task = mc_task_of(&p->sorted, index);
     const mc_trellis_entry *entry = p->entries + task->matrix;
-    const int chunk = index % p->chunks, lanes = p->length / PER_LANE, groups = (p->inputs + GROUP - 1) / GROUP;
-    const int few = task->count < MORE_TOKENS, first_output = chunk * p->length;
-    const uint8_t *codes = entry->codes + (size_t)chunk * groups * entry->planes * lanes * GROUP;
+    const int chunk = index - task->piece, length = (int)entry->length, lanes = length / PER_LANE;
+    const int groups = groups_of((int)entry->inputs), planes = (int)entry->planes;
+    const int few = task->count < MORE_TOKENS, first_output = chunk * length, left = (int)entry->outputs - first_output;
+    const uint8_t *codes = entry->codes + (size_t)chunk * groups * planes * lanes * GROUP;
     Work w = {.path = few && p->path->for_few ? p->path->for_few : p->path,
-              .s = {codes, groups, lanes, (int)entry->planes},
-              .code = code_of(p->tables, (int)entry->planes), .scales = entry->scales + first_output,
-              .first_output = first_output, .most = task->count < TOKENS_AT_ONCE ? task->count : TOKENS_AT_ONCE,
-              .outputs = p->outputs - first_output < p->length ? p->outputs - first_output : p->length};
+              .s = {codes, groups, lanes, planes}, .code = code_of(p->tables, planes),
+              .scales = entry->scales + first_output, .first_output = first_output,
+              .most = task->count < TOKENS_AT_ONCE ? task->count : TOKENS_AT_ONCE,
+              .outputs = left < length ? left : length};
     w.sum_bytes = whole((size_t)(p->parts * w.most), (size_t)w.path->rows_together) * SUMS * sizeof(int32_t);
     if (few) {
         uint8_t bytes[PER_LANE * FEW_GROUPS * LANE_BYTES] __attribute__((aligned(64)));
@@ -146,25 +173,23 @@ static void multiply_sequence(void *context, int index) {
 
 int mc_trellis_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
                        int path, int threads, float *out) {
-    const int slots = tokens * share, inputs = bank->inputs, outputs = bank->outputs;
-    const int groups = (inputs + GROUP - 1) / GROUP;
-    TrellisProduct p = {.x = x, .signs = bank->signs, .entries = bank->trellis, .tables = bank->tables,
-                 .unit = bank->unit, .out = out, .tokens = tokens, .share = share, .inputs = inputs, .outputs = outputs,
-                        .block = bank->block,
-                 .length = bank->length, .parts = parts, .path = mc_trellis_path(path),
-                 .chunks = (outputs + bank->length - 1) / bank->length,
-                 .together = inputs < QUANTIZED_TOGETHER ? QUANTIZED_TOGETHER / inputs : 1,
-                 .stride = ((size_t)(groups + TILE - 1) / TILE * TILE + TILE) * GROUP};
+    const int slots = tokens * share, inputs = bank->inputs;
+    TrellisProduct p = {.x = x, .signs = bank->signs, .experts = experts, .entries = bank->trellis,
+                        .tables = bank->tables, .unit = bank->unit, .out = out, .tokens = tokens, .share = share,
+                        .inputs = inputs, .outputs = bank->outputs, .parts = parts, .path = mc_trellis_path(path),
+                        .together = inputs < QUANTIZED_TOGETHER ? QUANTIZED_TOGETHER / inputs : 1,
+                        .stride = row_bytes(inputs)};
     const size_t room = (size_t)slots + (slots < MORE_TOKENS ? 1 : TILE); /* pairs and tiles read rows beyond the last */
-    int failed = mc_sort_slots(&p.sorted, bank, experts, slots);
+    const int failed = mc_sort_slots(&p.sorted, bank, experts, slots, 0);
+    threads = mc_threads_for(&p.sorted, threads);
     p.rows = malloc(parts * room * p.stride);
     p.steps = malloc(sizeof(float) * room);
     p.totals = malloc(sizeof(int32_t) * 2 * room);
     atomic_init(&p.failed, failed || !p.rows || !p.steps || !p.totals);
     if (!atomic_load(&p.failed)) {
-        mc_clear_missing(&p.sorted, slots, outputs, out);
+        mc_clear_rest(&p.sorted, bank, slots, out);
         mc_parallel(quantize_tokens, &p, (tokens + p.together - 1) / p.together, threads);
-        if (!atomic_load(&p.failed)) mc_parallel(multiply_sequence, &p, p.sorted.count * p.chunks, threads);
+        if (!atomic_load(&p.failed)) mc_parallel(multiply_sequence, &p, p.sorted.pieces, threads);
     }
     free(p.rows);
     free(p.steps);

@@ -13,12 +13,14 @@ uint64_t mc_native_version(void) { return MC_VERSION; }
 
 int mc_layout(int32_t *numbers) {
     const int32_t found[] = {
-        AT(mc_trellis_entry, codes), AT(mc_trellis_entry, scales), AT(mc_trellis_entry, planes), sizeof(mc_trellis_entry),
+        AT(mc_trellis_entry, codes), AT(mc_trellis_entry, scales), AT(mc_trellis_entry, inputs),
+        AT(mc_trellis_entry, outputs), AT(mc_trellis_entry, block), AT(mc_trellis_entry, length),
+        AT(mc_trellis_entry, planes), sizeof(mc_trellis_entry),
         AT(mc_affine_entry, codes), AT(mc_affine_entry, scales), AT(mc_affine_entry, zero_points),
-        AT(mc_affine_entry, bits), sizeof(mc_affine_entry),
+        AT(mc_affine_entry, inputs), AT(mc_affine_entry, outputs), AT(mc_affine_entry, bits), sizeof(mc_affine_entry),
         AT(mc_bank, trellis), AT(mc_bank, affine), AT(mc_bank, tables), AT(mc_bank, signs), AT(mc_bank, unit),
-        AT(mc_bank, kind), AT(mc_bank, matrices), AT(mc_bank, inputs), AT(mc_bank, outputs), AT(mc_bank, block),
-        AT(mc_bank, length), sizeof(mc_bank),
+        AT(mc_bank, kind), AT(mc_bank, matrices), AT(mc_bank, inputs), AT(mc_bank, outputs), AT(mc_bank, group),
+        sizeof(mc_bank),
     };
     if (numbers) memcpy(numbers, found, sizeof found);
     return sizeof found / sizeof *found;

@@ -273,14 +273,14 @@ def stored_bytes(block: Any) -> list[int]:
 def product_error(block: Any, shape: Shape, tokens: int) -> float:
     """The largest over slots of |found - exact| / |exact|, for the first projection; exact is float64."""
     places = block._mc_packed["gate_up_proj"]
-    parts = [(place.encoding, place.parts(block)) for place in places]
-    bank = GpuBank(parts, 2 * shape.intermediate, shape.hidden)
+    parts = [(place.encoding, place.parts(block), shape.hidden) for place in places]
+    bank = GpuBank(parts)
     rows = torch.randn(tokens, shape.hidden, device=parts[0][1]["codes"].device)
     chosen = torch.arange(tokens, device=rows.device) % min(4, shape.experts)
     found = bank.product(rows, chosen).double()
     worst = 0.0
     for expert in chosen.unique().tolist():
-        encoding, tensors = parts[expert]
+        encoding, tensors, _ = parts[expert]
         mine = chosen == expert
         exact = rotate(rows[mine].double(), encoding.block) @ encoding.rotated(tensors, shape.hidden).double().T
         worst = max(worst, float(((found[mine] - exact).norm(dim=1) / exact.norm(dim=1)).max()))

@@ -195,7 +195,7 @@ def packed(
             else torch.full(spec.shape, 0.02, dtype=torch.float16)
             for part, spec in specs.items()
         }
-        pool.append((bank_for([(encoding, tensors)], shape[1]), tensors))  # a bank keeps addresses alone
+        pool.append((bank_for([(encoding, tensors, shape[1])]), tensors))  # a bank keeps addresses alone
     return Contender(name, in_turn(pool, lambda entry: entry[0].product(rows, path=arguments.path)), size)
 
 

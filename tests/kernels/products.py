@@ -42,7 +42,7 @@ def error_of_bank(make: Callable[..., Any], made: list[Any], reference: Callable
     """
     count = of["tokens"]
     parts = [*made[:3], None, *made[3:]]
-    bank = make(parts, of["outputs"], of["inputs"])
+    bank = make([part and (*part, of["inputs"]) for part in parts])
     generator = torch.Generator().manual_seed(count)
     experts = torch.randint(-1, 5, (count * SLOTS_PER_TOKEN,), generator=generator)
     experts[experts == 1] = 6  # one more than there are

@@ -54,7 +54,7 @@ def test_trellis_products_are_of_rounded_inputs(path: int) -> None:
         pytest.skip(f"this machine has no {PATHS[path]}")
     for outputs, inputs in test_trellis.SHAPES:
         encoding, tensors = test_trellis.packed(outputs, inputs, 2.5)
-        bank = trellis.Bank([(encoding, tensors)], outputs, inputs)
+        bank = trellis.Bank([(encoding, tensors, inputs)])
         for count in (1, 2, 3, 5, 20, 47, 300):
             tokens = rows(count, inputs)
             with inputs_of(8, CPU):
@@ -74,7 +74,7 @@ def test_affine_products_are_of_rounded_inputs(bits: int, path: int) -> None:
         pytest.skip(f"this machine has no {PATHS[path]}")
     for outputs, inputs, group in test_affine.SHAPES:
         encoding, tensors = test_affine.packed(outputs, inputs, bits, group)
-        bank = affine.Bank([(encoding, tensors)], outputs, inputs)
+        bank = affine.Bank([(encoding, tensors, inputs)])
         for count in (1, 3, 20, 200):
             tokens = rows(count, inputs)
             with inputs_of(8, CPU):
@@ -102,7 +102,7 @@ def test_banks(count: int, path: int) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_inputs_that_are_not_finite_show_in_their_token_alone(value: float) -> None:
     encoding, tensors = test_trellis.packed(48, 64, 2)
-    bank = trellis.Bank([(encoding, tensors)], 48, 64)
+    bank = trellis.Bank([(encoding, tensors, 64)])
     tokens = rows(5, 64)
     with inputs_of(8, CPU):
         expected = bank.product(tokens)

@@ -29,7 +29,7 @@ from mc_cli.kernels.affine import (
     decoded_product,
     runs_packed,
 )
-from mc_cli.models import experts
+from mc_cli.models import expert_banks, experts
 from mc_cli.packed.packed_modules import pack_experts
 from tests.kernels.products import error_of_bank, paths, relative_error, rows
 
@@ -88,7 +88,7 @@ def test_every_path_that_the_machine_has_agrees(bits: int, path: int) -> None:
         pytest.skip(f"this machine has no {PATHS[path]}")
     for outputs, inputs, group in SHAPES:
         encoding, tensors = packed(outputs, inputs, bits, group)
-        bank = Bank([(encoding, tensors)], outputs, inputs)
+        bank = Bank([(encoding, tensors, inputs)])
         exact = encoding.dequantize_in_torch(tensors, inputs)
         assert torch.equal(encoding.dequantize_compiled(tensors, inputs, torch.float32, path), exact)
         assert torch.equal(encoding.dequantize_compiled(tensors, inputs, torch.bfloat16, path), exact.bfloat16())
@@ -159,10 +159,10 @@ def test_a_bank_gives_every_slot_its_own_matrix(group: int, count: int, path: in
 
 
 def test_groups_of_different_sizes_have_no_bank() -> None:
-    assert bank_of([packed(8, 48, 2, 8), None, packed(8, 48, 2, 24)], 8, 48) is None
-    assert kernels.bank_for([packed(8, 48, 2, 8), None, packed(8, 48, 2, 24)], 48) is None
-    assert kernels.bank_for([packed(8, 48, 2, 8), (None, {"weight": torch.zeros(8, 48)})], 48) is None
-    assert kernels.bank_for([None, None], 48) is None
+    assert bank_of([(*packed(8, 48, 2, 8), 48), None, (*packed(8, 48, 2, 24), 48)]) is None
+    assert kernels.bank_for([(*packed(8, 48, 2, 8), 48), None, (*packed(8, 48, 2, 24), 48)]) is None
+    assert kernels.bank_for([(*packed(8, 48, 2, 8), 48), (None, {"weight": torch.zeros(8, 48)}, 48)]) is None
+    assert kernels.bank_for([None, None]) is None
 
 
 @needs_library
@@ -264,8 +264,8 @@ def test_few_tokens_of_a_block_take_one_call_or_two_and_agree_with_one_expert_af
     weights = torch.rand(5, 2)
     with torch.inference_mode():
         found = experts.experts_forward(block, hidden, chosen, weights)
-        assert experts._banks_of(block) is not None
-        monkeypatch.setattr(experts, "_HIDDEN_BYTES", 4 * 2 * 2 * shapes["gate_up_proj"][0])  # two tokens at a time
+        assert expert_banks.banks_of(block) is not None
+        monkeypatch.setattr(expert_banks, "_HIDDEN_BYTES", 4 * 2 * 2 * shapes["gate_up_proj"][0])  # two tokens at a time
         assert torch.equal(experts.experts_forward(block, hidden, chosen, weights), found)
         monkeypatch.setattr(kernels, "runs_packed", lambda rows, encoding: False)
         expected = experts.experts_forward(block, hidden, chosen, weights)

@@ -44,7 +44,7 @@ def check(kernel, encoding, outputs, inputs):
         values = torch.randint(0, 256, spec.shape, generator=generator)
         stored = values.to(torch.uint8) if spec.dtype == "uint8" else (values / 256 + 0.5).half()
         tensors[name] = before_a_closed_page(stored.contiguous())
-    bank = kernel.Bank([(encoding, tensors)], outputs, inputs)
+    bank = kernel.Bank([(encoding, tensors, inputs)])
     exact = encoding.dequantize(tensors, inputs)
     for path in (path for path in PATHS if path <= best_path()):
         print(kernel.__name__, encoding.key, outputs, inputs, PATHS[path], flush=True)

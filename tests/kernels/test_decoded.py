@@ -56,7 +56,7 @@ def test_gradients_flow_through() -> None:
 
 def test_no_bank_is_made_of_it() -> None:
     assert not kernels.runs_packed(torch.zeros(1, IN), Halves())
-    assert kernels.bank_for([(Halves(), stored()), None], IN) is None
+    assert kernels.bank_for([(Halves(), stored(), IN), None]) is None
 
 
 def test_modules_run_with_it_and_become_dense_again() -> None:

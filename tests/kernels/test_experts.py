@@ -51,6 +51,15 @@ def layer(make: Callable[[float, int], Any]) -> tuple[list[Any], list[Any]]:
     return up, down
 
 
+def banks(parts: tuple[list[Any], list[Any]]) -> tuple[Any, Any]:
+    """Of both projections' (encoding, stored parts)."""
+    up, down = (
+        bank_for([part and (*part, inputs) for part in projection])
+        for projection, inputs in zip(parts, (HIDDEN, INNER), strict=True)
+    )
+    return up, down
+
+
 def call(count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens of different sizes; experts that are there, that are not, and none (6); nobody chooses the last."""
     torch.manual_seed(count)
@@ -82,7 +91,7 @@ def test_a_layer_is_that_of_float64(path: int, make: Callable[[float, int], Any]
     if path not in paths(kernels.trellis):
         pytest.skip(f"this machine has no {kernels.trellis.PATHS[path]}")
     parts = layer(make)
-    up, down = bank_for(parts[0], HIDDEN), bank_for(parts[1], INNER)
+    up, down = banks(parts)
     threads = torch.get_num_threads()
     for count in (1, 2, 7, 60):
         rows, chosen, weights = call(count)
@@ -107,7 +116,7 @@ def test_a_layer_is_that_of_float64(path: int, make: Callable[[float, int], Any]
 def test_nothing_but_rounding_lies_between_the_products(gate: str) -> None:
     """Gates from tiny to huge, where exponentials end: as by torch, from the same up projections."""
     parts = layer(trellis_codes)
-    up, down = bank_for(parts[0], HIDDEN), bank_for(parts[1], INNER)
+    up, down = banks(parts)
     rows, chosen, weights = call(30)
     rows *= torch.logspace(-4, 5, 30)[:, None]
     first, second = up.product(rows, chosen.reshape(-1), share=SLOTS).double().chunk(2, -1)
@@ -122,7 +131,7 @@ def test_nothing_but_rounding_lies_between_the_products(gate: str) -> None:
 @pytest.mark.parametrize("gate", GATES)
 def test_what_is_not_finite_shows_in_its_token_alone(gate: str, dtype: torch.dtype, value: float) -> None:
     parts = layer(trellis_codes)
-    up, down = bank_for(parts[0], HIDDEN), bank_for(parts[1], INNER)
+    up, down = banks(parts)
     rows, chosen, weights = call(3)
     chosen[1] = torch.tensor([0, 1, 3])
     expected = experts_output(up, down, rows.to(dtype), chosen, weights.to(dtype), gate)
@@ -133,7 +142,7 @@ def test_what_is_not_finite_shows_in_its_token_alone(gate: str, dtype: torch.dty
 
 def test_no_tokens() -> None:
     parts = layer(trellis_codes)
-    up, down = bank_for(parts[0], HIDDEN), bank_for(parts[1], INNER)
+    up, down = banks(parts)
     nothing = torch.empty(0, HIDDEN), torch.empty(0, SLOTS, dtype=torch.int64), torch.empty(0, SLOTS)
     assert experts_output(up, down, *nothing, "silu").shape == (0, HIDDEN)
 

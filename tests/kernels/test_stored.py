@@ -52,7 +52,7 @@ def test_parts_that_do_not_fit_never_become_addresses(key: str, change: str) -> 
     for name in tensors:
         wrong = {**tensors, name: CHANGES[change](tensors[name])}
         with pytest.raises(ShapeError):
-            bank_class(encoding)([(encoding, wrong)], OUTPUTS, INPUTS)
+            bank_class(encoding)([(encoding, wrong, INPUTS)])
         with pytest.raises(ShapeError):
             packed_linear(torch.ones(1, INPUTS), wrong, encoding, in_features=INPUTS)
         if change != "without memory":  # there torch multiplies, and looks itself
@@ -78,7 +78,7 @@ def test_a_part_that_is_cast_later_is_noticed_at_the_next_product(key: str) -> N
 @pytest.mark.parametrize("key", KEYS)
 def test_a_bank_whose_memory_is_gone_refuses(key: str) -> None:
     encoding, tensors = part(key)
-    bank = bank_class(encoding)([(encoding, tensors)], OUTPUTS, INPUTS)
+    bank = bank_class(encoding)([(encoding, tensors, INPUTS)])
     assert bank.product(torch.ones(2, INPUTS)).shape == (2, OUTPUTS)
     tensors.pop("codes")
     with pytest.raises(McError, match="freed or exchanged"):
@@ -87,7 +87,7 @@ def test_a_bank_whose_memory_is_gone_refuses(key: str) -> None:
 
 def test_rows_and_slots_that_do_not_fit_are_refused() -> None:
     encoding, tensors = part("affine_b3_g8")
-    bank: Any = bank_for([(encoding, tensors)] * 3, INPUTS)
+    bank: Any = bank_for([(encoding, tensors, INPUTS)] * 3)
     numbers = torch.zeros(4, dtype=torch.int64)
     wrong: list[tuple[Any, ...]] = [
         (torch.ones(2, INPUTS + 1), None, 1),
@@ -128,13 +128,14 @@ def test_widths_that_the_formats_have_not_are_no_encoding() -> None:
         assert len(str(raised.value)) < 400
 
 
-def test_matrices_of_different_blocks_share_no_bank() -> None:
-    parts = [part("trellis_b2_h8"), part("trellis_b2_h16")]
-    assert bank_for(parts, INPUTS) is None
-    with pytest.raises(ShapeError, match=r"blocks of one size, not of \[8, 16\]"):
-        trellis.Bank(parts, OUTPUTS, INPUTS)
+def test_matrices_of_different_kinds_and_groups_share_no_bank() -> None:
+    parts = [(*part("affine_b2_g8"), INPUTS), (*part("affine_b3_g16"), INPUTS)]
+    assert bank_for(parts) is None
+    with pytest.raises(ShapeError, match=r"groups of one size, not of \[8, 16\]"):
+        affine.Bank(parts)
+    assert bank_for([parts[0], (*part("trellis_b2_h8"), INPUTS)]) is None
     with pytest.raises(ShapeError, match="another kind"):
-        trellis.Bank([part("affine_b2_g8")], OUTPUTS, INPUTS)
+        trellis.Bank([(*part("trellis_b2_h8"), INPUTS), parts[0]])
 
 
 def test_a_learned_router_of_another_shape_is_refused() -> None:

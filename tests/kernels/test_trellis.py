@@ -69,7 +69,7 @@ def test_every_path_that_the_machine_has_agrees(bits: float, path: int) -> None:
         pytest.skip(f"this machine has no {PATHS[path]}")
     for outputs, inputs in SHAPES:
         encoding, tensors = packed(outputs, inputs, bits)
-        bank = Bank([(encoding, tensors)], outputs, inputs)
+        bank = Bank([(encoding, tensors, inputs)])
         for count in (1, 2, 5, 20, 47):
             tokens = rows(count, inputs)
             found = bank.product(tokens, path=path)
@@ -111,7 +111,7 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     try:
         torch.set_num_threads(2)
         tokens = rows(4, 512)
-        bank = Bank([(encoding, tensors)], 2048, 512)
+        bank = Bank([(encoding, tensors, 512)])
         expected = bank.product(tokens)
         child = os.fork()
         if child == 0:
@@ -130,7 +130,7 @@ def test_products_by_torch_threads_and_by_the_pool_are_equal(team: bool) -> None
     assert compiled is not None
     encoding, tensors = packed(2048, 512, 2)
     tokens = rows(4, 512)
-    bank = Bank([(encoding, tensors)], 2048, 512)
+    bank = Bank([(encoding, tensors, 512)])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -170,7 +170,7 @@ def test_shapes_dtypes_and_threads() -> None:
 @pytest.mark.parametrize("count", [1, 3, 200])
 def test_linear_is_the_product_in_the_dtype_of_its_inputs(count: int, dtype: torch.dtype) -> None:
     encoding, tensors = packed(272, 128, 2.5)
-    bank = Bank([(encoding, tensors)], 272, 128)
+    bank = Bank([(encoding, tensors, 128)])
     tokens = torch.randn(128, count, 2).permute(1, 2, 0).to(dtype)  # not contiguous
     assert count == 1 or not tokens.is_contiguous()
     expected = bank.product(tokens.reshape(-1, 128)).view(count, 2, 272).to(dtype)
@@ -198,7 +198,7 @@ def test_banks_are_kept_for_parameters_and_not_for_what_came_in_their_place() ->
     other["scales"] = torch.nn.Parameter(tensors["scales"], requires_grad=False)
     assert torch.equal(
         packed_linear(tokens, other, wider, in_features=64),
-        Bank([(wider, {name: tensor.data for name, tensor in other.items()})], 48, 64).product(tokens),
+        Bank([(wider, {name: tensor.data for name, tensor in other.items()}, 64)]).product(tokens),
     )
     del held, other
     gc.collect()

@@ -24,7 +24,7 @@ from mc_cli.encodings.trellis import TrellisEncoding, trellis_for
 from mc_cli.kernels import trellis, trellis_gpu
 from mc_cli.kernels.trellis import path_name
 from mc_cli.kernels.trellis_gpu import GpuBank
-from mc_cli.models import experts
+from mc_cli.models import expert_banks, experts
 from mc_cli.numerics.rotation import rotate
 from mc_cli.numerics.trellis_code import RATES as WIDTHS
 from mc_cli.numerics.trellis_code import code_levels
@@ -90,7 +90,7 @@ def test_products_are_those_of_float64(bits: float) -> None:
     for number in (0, 1):
         outputs, inputs = SHAPES[(RATES.index(bits) + number) % len(SHAPES)]
         matrix = packed(outputs, inputs, bits)
-        bank = GpuBank([matrix], outputs, inputs)
+        bank = GpuBank([(*matrix, inputs)])
         for count in (2,) if number else (1, bank.few_slots + 15):
             tokens = rows(count, inputs)
             found = bank.product(tokens)
@@ -105,7 +105,7 @@ def test_mixed_widths_in_one_launch(count: int, share: int) -> None:
     outputs, inputs = 176, 132  # eleven lanes, and a tile that no number of inputs here fills
     made = [packed(outputs, inputs, bits, seed) for seed, bits in enumerate((1, 2.5, 5, 3, 4, 3.5, 1.5))]
     parts = [*made[:3], None, *made[3:]]
-    bank = GpuBank(parts, outputs, inputs)
+    bank = GpuBank([part and (*part, inputs) for part in parts])
     assert bank.absent.tolist() == [False] * 3 + [True] + [False] * 4 + [True]
     generator = torch.Generator().manual_seed(count)
     chosen = torch.randint(-1, 7, (count * share,), generator=generator)  # the last one is never chosen
@@ -128,7 +128,7 @@ def test_mixed_widths_in_one_launch(count: int, share: int) -> None:
 def test_sums_do_not_depend_on_how_work_is_cut(programs: int) -> None:
     """Programs begin and end anywhere within a slot's outputs; what they add is the same each time, bit by bit."""
     matrices = [packed(512, 50, 2, seed) for seed in range(2)]
-    bank = GpuBank(matrices, 512, 50)
+    bank = GpuBank([(*matrix, 50) for matrix in matrices])
     bank.programs = programs
     tokens = rows(2, 50)
     chosen = torch.tensor([1, 0], device=DEVICE)
@@ -139,8 +139,8 @@ def test_sums_do_not_depend_on_how_work_is_cut(programs: int) -> None:
 
 
 def test_slots_are_sorted_into_tiles_of_one_matrix() -> None:
-    matrix = packed(16, 4, 1)
-    bank = GpuBank([matrix, None, matrix, matrix, matrix], 16, 4)
+    part = (*packed(16, 4, 1), 4)
+    bank = GpuBank([part, None, part, part, part])
     generator = torch.Generator().manual_seed(0)
     for count, size in ((1, 16), (50, 16), (77, 32), (200, 16)):
         chosen = torch.randint(-1, 7, (count,), generator=generator).to(DEVICE)
@@ -161,8 +161,8 @@ def test_codes_may_begin_anywhere(offset: int) -> None:
     room[offset:] = tensors["codes"].reshape(-1)
     moved = {**tensors, "codes": room[offset:].view(tensors["codes"].shape)}
     tokens = rows(1, 40)
-    found = GpuBank([(encoding, moved)], 64, 40).product(tokens)
-    assert torch.equal(found, GpuBank([(encoding, tensors)], 64, 40).product(tokens))
+    found = GpuBank([(encoding, moved, 40)]).product(tokens)
+    assert torch.equal(found, GpuBank([(encoding, tensors, 40)]).product(tokens))
 
 
 @pytest.mark.parametrize("inputs", [1, 6, 48, 128, 1280])
@@ -170,7 +170,7 @@ def test_codes_may_begin_anywhere(offset: int) -> None:
 def test_rotations_are_those_of_float64(inputs: int, dtype: torch.dtype) -> None:
     matrix = packed(16, inputs, 2)
     tokens = rows(3, inputs).to(dtype)
-    found = GpuBank([matrix], 16, inputs).rotated(tokens)
+    found = GpuBank([(*matrix, inputs)]).rotated(tokens)
     assert relative_error(found, rotate(tokens.cpu().double(), matrix[0].block).to(DEVICE)) < 5e-7
 
 
@@ -179,7 +179,7 @@ def test_rotations_are_those_of_float64(inputs: int, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("count", [3, 9])
 def test_activations_that_are_not_finite_show_in_their_token_alone(value: float, count: int) -> None:
     matrix = packed(48, 64, 2)  # a bank keeps addresses alone
-    bank = GpuBank([matrix], 48, 64)
+    bank = GpuBank([(*matrix, 64)])
     tokens = rows(count, 64)
     expected = bank.product(tokens)
     tokens[1, 5] = value
@@ -189,7 +189,7 @@ def test_activations_that_are_not_finite_show_in_their_token_alone(value: float,
 
 def test_zeros_give_zeros() -> None:
     matrix = packed(48, 64, 2.5)
-    bank = GpuBank([matrix], 48, 64)
+    bank = GpuBank([(*matrix, 64)])
     for count in (1, 9):
         assert not bank.product(torch.zeros(count, 64, device=DEVICE)).any()
 
@@ -284,7 +284,7 @@ def test_a_block_of_experts_is_that_of_float64(make: Callable[[], Any], dtype: t
         chosen, weights = routing(tokens)
         with torch.inference_mode():
             found = experts.experts_forward(block, hidden.to(dtype), chosen.to(DEVICE), weights.to(DEVICE, dtype))
-            banks = experts._banks_of(block)
+            banks = expert_banks.banks_of(block)
             assert banks is not None and all(isinstance(bank, GpuBank) for bank in (banks.up, banks.down))
             safe = chosen.clamp(max=5)  # not every family's own forward knows the sentinel
             whole.config._experts_implementation = "eager"

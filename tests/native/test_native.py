@@ -91,7 +91,7 @@ before = len(os.listdir("/proc/self/task"))
 encoding = trellis_for(2, 512)
 specs = encoding.tensor_specs(2048, 512)
 tensors = {name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for name, spec in specs.items()}
-Bank([(encoding, tensors)], 2048, 512).product(torch.ones(4, 512))
+Bank([(encoding, tensors, 512)]).product(torch.ones(4, 512))
 print(len(os.listdir("/proc/self/task")) - before)
 """
 

@@ -107,7 +107,7 @@ def our_times() -> dict[tuple[float, int], float]:
             "codes": torch.randint(0, 256, specs["codes"].shape, dtype=torch.uint8),
             "scales": torch.full(specs["scales"].shape, 0.02, dtype=torch.float16),
         }
-        bank = Bank([(encoding, tensors)], OUTPUTS, INPUTS)
+        bank = Bank([(encoding, tensors, INPUTS)])
         for count in ROWS:
             inputs = torch.randn(count, INPUTS)
             found[bits, count] = seconds_per_call(partial(bank.product, inputs))
