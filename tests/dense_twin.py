@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -61,31 +62,54 @@ def read_packed(folder: Path) -> PackedMatrices:
     experts: dict[str, dict[str, list[torch.Tensor | None]]] = {}
     expert_bytes = 0
     for block in layout["experts"]:
+        sizes = {int(expert): counts for expert, counts in block.get("channels", {}).items()}
         names = [name for name in tensors if name.startswith(block["path"] + ".") and not name.endswith("_bias")]
         mine = {name.removeprefix(block["path"] + "."): tensors.pop(name) for name in names}
         expert_bytes += sum(tensor.nbytes for tensor in mine.values())
         experts[block["path"]] = {
-            projection: _expert_rows(projection, row, layout["encodings"], mine)
+            projection: _expert_rows(projection, row, layout["encodings"], mine, sizes, block["projections"])
             for projection, row in block["encodings"].items()
         }
+        for slot, expert in enumerate(block.get("slots", [])):
+            for rows in experts[block["path"]].values():
+                rows[slot] = rows[expert] if expert >= 0 else None
     return PackedMatrices(linears, experts, tensors, expert_bytes)
 
 
 def _expert_rows(
-    projection: str, row: list[int], encodings: list[str], tensors: dict[str, torch.Tensor]
+    projection: str,
+    row: list[int | list[int]],
+    encodings: list[str],
+    tensors: dict[str, torch.Tensor],
+    sizes: dict[int, list[int]],
+    shapes: dict[str, list[int]],
 ) -> list[torch.Tensor | None]:
-    taken = dict.fromkeys(row, 0)
+    """Every expert's weight, blocks side by side with zeros behind the last; gates lie first, as in most families."""
+    channels = shapes["down_proj"][1]
+    taken: Counter[str] = Counter()
     found: list[torch.Tensor | None] = []
-    for number in row:
-        if number < 0:
+    for expert, entry in enumerate(row):
+        if isinstance(entry, int) and entry < 0:
             found.append(None)
             continue
-        slot = taken[number]
-        taken[number] += 1
-        key = encodings[number]
-        stored = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{projection}_{key}_")}
-        parts = {name.removeprefix(f"{projection}_{key}_"): tensor[slot] for name, tensor in stored.items()}
-        found.append(parts["weight"].float() if key == "kept" else _decode(key, parts.__getitem__))
+        whole, begin = torch.zeros(shapes[projection]), 0
+        halves = whole.view(2, channels, -1)
+        numbers, counts = ([entry], [channels]) if isinstance(entry, int) else (entry, sizes[expert])
+        for number, count in zip(numbers, counts, strict=True):
+            key = encodings[number]
+            prefix = f"{projection}_{key}_" if count == channels else f"{projection}_c{count}_{key}_"
+            stored = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            parts = {name.removeprefix(prefix): tensor[taken[prefix]] for name, tensor in stored.items()}
+            taken[prefix] += 1
+            weight = parts["weight"].float() if key == "kept" else _decode(key, parts.__getitem__)
+            if projection == "down_proj":
+                whole[:, begin : begin + count] = weight
+            elif count == channels:
+                whole = weight
+            else:
+                halves[:, begin : begin + count] = weight.view(2, count, -1)
+            begin += count
+        found.append(whole)
     return found
 
 

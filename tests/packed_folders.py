@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from mc_cli.artifacts.files import write_json
-from mc_cli.artifacts.packed import CONFIG_FOLDER, KEPT, LAYOUT, ExpertLayout, PackedLayout, part_file, stacked_name
+from mc_cli.artifacts.packed import CONFIG_FOLDER, KEPT, LAYOUT, ExpertLayout, PackedLayout, part_file
 from mc_cli.artifacts.store import StageFolder
 from mc_cli.encodings.affine import AffineEncoding, choose_group_size
 from mc_cli.models import experts
@@ -92,7 +92,7 @@ def _expert_layout(block, widths: tuple[int, ...], pruned: tuple[int, ...]) -> E
         for number, projection in enumerate(block.projections)
     }
     shapes = {projection.name: (projection.out_features, projection.in_features) for projection in block.projections}
-    return ExpertLayout(block.path, block.num_experts, shapes, encodings)
+    return ExpertLayout.of_whole(block.path, shapes, encodings)
 
 
 def _linear_keys(model: torch.nn.Module, inventory: ModelInventory, bits_of: dict[Role, int]) -> dict[str, str]:
@@ -115,11 +115,10 @@ def _tensors(model: torch.nn.Module, layout: PackedLayout) -> dict[str, torch.Te
         module = model.get_submodule(block.path)
         for projection in block.projections:
             del found[f"{block.path}.{projection}"]
-            for key, members in block.groups(projection).items():
-                encoding = encoding_of(key)
-                weights = [experts.expert_weight(module, projection, expert) for expert in members]
+            for stack in block.stacks(projection):
+                encoding = encoding_of(stack.key)
+                weights = [experts.expert_weight(module, projection, expert) for expert, _ in stack.members]
                 parts = [{"weight": weight} if encoding is None else encode(weight, encoding) for weight in weights]
                 for part in parts[0]:
-                    name = f"{block.path}.{stacked_name(projection, key, part)}"
-                    found[name] = torch.stack([entry[part] for entry in parts])
+                    found[f"{block.path}.{stack.name(part)}"] = torch.stack([entry[part] for entry in parts])
     return found

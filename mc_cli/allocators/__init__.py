@@ -125,13 +125,19 @@ def build_problem(
     """
     settings = settings or CostSettings(strategy.exponents)
     units: list[Unit] = []
+    if strategy.splits_experts and floors and any(layer.blocks for layer in importance.layers):
+        raise InputError(
+            f"Floors such as {floors[0]} count whole experts, but importance.json measures blocks of their channels. "
+            "Leave the floors out, or run score without blocks."
+        )
     for layer in importance.layers:
+        units += _block_units(layer, candidate_bits) if strategy.splits_experts else []
         if not (strategy.splits_experts and layer.projections):
             units += _units(layer, strategy.costs(layer, candidate_bits, settings), candidate_bits)
         elif DROPPED in candidate_bits:
-            units += _droppable_units(layer, candidate_bits, budget, floors)
+            units += _whole(layer, _droppable_units(layer, candidate_bits, budget, floors))
         else:
-            units += _projection_units(layer, candidate_bits)
+            units += _whole(layer, _projection_units(layer, candidate_bits))
     survivors = [kept for layer in importance.layers for kept in _survivors(layer)] if DROPPED in candidate_bits else []
     broken = [
         f"{unit}   cost {choice.cost} at {choice.bits} bits"
@@ -187,6 +193,32 @@ def _projection_units(layer: LayerImportance, candidate_bits: tuple[float, ...])
         for expert in range(layer.num_experts)
         for part in layer.projections
     ]
+
+
+def _whole(layer: LayerImportance, units: Iterable[Unit]) -> list[Unit]:
+    """The units of experts that are not measured in blocks."""
+    divided = {block.expert for block in layer.blocks}
+    return [unit for unit in units if unit.expert not in divided]
+
+
+def _block_units(layer: LayerImportance, candidate_bits: tuple[float, ...]) -> list[Unit]:
+    """One unit per block of channels: it is cut away where that was measured, or its projections get one width."""
+    units, numbers = [], dict.fromkeys((block.expert for block in layer.blocks), 0)
+    for block in layer.blocks:
+        widths = sorted({*candidate_bits, DROPPED} & set(block.predicted_loss_by_bits))
+        choices = tuple(
+            Choice(
+                bits,
+                round(bits * block.weight_count),
+                block.stored_bytes_by_bits.get(bits, 0),
+                float(block.predicted_loss_by_bits[bits]),
+            )
+            for bits in widths
+        )
+        place = numbers[block.expert]
+        numbers[block.expert] += 1
+        units.append(Unit(layer.layer, block.expert, block.weight_count, choices, block=place, channels=block.channels))
+    return units
 
 
 def _droppable_units(

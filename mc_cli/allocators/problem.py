@@ -39,17 +39,28 @@ class Choice:
 
 @dataclass(frozen=True)
 class Unit:
-    """What gets one width of its own: an expert, or one projection of it; `projection` None is the whole expert."""
+    """What gets one width of its own: an expert, one projection of it, or one block of its channels.
+
+    projection  None: all of them
+    block       which of the expert's blocks, in the order of channels, and how many `channels` it has; None: all
+    """
 
     layer: int
     expert: int
     weight_count: int
     choices: tuple[Choice, ...]
     projection: str | None = None
+    block: int | None = None
+    channels: int = 0
 
     def __str__(self) -> str:
         name = f"layers.{self.layer}.experts.{self.expert}"
-        return name if self.projection is None else f"{name}.{self.projection}"
+        name = name if self.projection is None else f"{name}.{self.projection}"
+        return name if self.block is None else f"{name}.block {self.block}"
+
+    def stays(self, choice: Choice) -> bool:
+        """Whether the router still finds the expert by this unit: one that loses channels stays, counted once."""
+        return choice.bits > 0 if self.block is None else self.block == 0
 
 
 @dataclass(frozen=True)
@@ -213,7 +224,9 @@ class AllocationProblem:
         for kept in self.survivors:
             if kept.layer == units[0].layer:
                 members = frozenset(kept.experts)
-                rows = (tuple(choice.bits > 0 and unit.expert in members for choice in unit.choices) for unit in units)
+                rows = (
+                    tuple(unit.expert in members and unit.stays(choice) for choice in unit.choices) for unit in units
+                )
                 found.append(Served(kept.count, tuple(rows)))
         return found
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mc_cli.allocators.costs import predicted_loss
 from mc_cli.allocators.problem import AllocationProblem, Choice
 from mc_cli.allocators.strategy import Assignment, CostSettings, Strategy
-from mc_cli.artifacts.importance import Importance
-from mc_cli.artifacts.plan import ExpertBits, Plan
+from mc_cli.artifacts.importance import Importance, LayerImportance
+from mc_cli.artifacts.plan import BlockBits, ExpertBits, Plan
+from mc_cli.parts import DROPPED
 
 
 def make_plan(
@@ -42,7 +44,9 @@ def expert_bits_of(problem: AllocationProblem, picks: Sequence[int]) -> dict[int
         choice = unit.choices[pick]
         bits = choice.bits
         row = rows.setdefault(unit.layer, {})
-        if unit.projection is None:
+        if unit.block is not None:
+            row[unit.expert] = (*row.get(unit.expert, ()), BlockBits(unit.channels, bits))
+        elif unit.projection is None:
             row[unit.expert] = dict(choice.widths) or bits
         else:
             row.setdefault(unit.expert, {})[unit.projection] = bits
@@ -50,7 +54,10 @@ def expert_bits_of(problem: AllocationProblem, picks: Sequence[int]) -> dict[int
 
 
 def _short(entry: Any) -> ExpertBits:
-    """One number where all projections of an expert have the same width."""
+    """One number where all projections of an expert, or all of its blocks, have the same width above 0."""
+    if isinstance(entry, tuple):
+        found = {block.bits for block in entry}
+        return found.pop() if len(found) == 1 and found != {DROPPED} else entry
     widths = set(entry.values()) if isinstance(entry, dict) else set()
     return widths.pop() if len(widths) == 1 else entry
 
@@ -106,8 +113,13 @@ def predicted_loss_of(importance: Importance, expert_bits: Mapping[int, tuple[Ex
     """Sum of predicted_loss_by_bits at these widths: compares plans of any method. None where it was not measured."""
     terms = []
     for layer in importance.layers:
+        measured = _block_losses(layer)
         for expert, bits in enumerate(expert_bits[layer.layer]):
-            if isinstance(bits, dict):
+            if expert in measured:
+                terms += [losses[width] for losses, width in zip(measured[expert], _widths_of(bits), strict=False)]
+            elif isinstance(bits, tuple):
+                return None
+            elif isinstance(bits, dict):
                 losses = {part.name: part.predicted_loss_by_bits for part in layer.projections}
                 terms += [losses[name][width][expert] for name, width in bits.items()]
             elif bits in layer.predicted_loss_by_bits:
@@ -116,6 +128,22 @@ def predicted_loss_of(importance: Importance, expert_bits: Mapping[int, tuple[Ex
                 return None
     total = math.fsum(terms)
     return total if math.isfinite(total) else None
+
+
+def _block_losses(layer: LayerImportance) -> dict[int, list[Mapping[float, float]]]:
+    """Expert -> the losses of its blocks by width, of the experts that were measured in blocks."""
+    found: dict[int, list[Mapping[float, float]]] = {}
+    for block in layer.blocks:
+        found.setdefault(block.expert, []).append(block.predicted_loss_by_bits)
+    return found
+
+
+def _widths_of(entry: ExpertBits) -> Iterable[float]:
+    """The widths of an expert's blocks, in order; of one that is whole, the same for each."""
+    if isinstance(entry, tuple):
+        return [block.bits_of("") for block in entry]
+    assert not isinstance(entry, dict)  # blocks have one width for all projections
+    return itertools.repeat(entry)
 
 
 def _solver(problem: AllocationProblem, assignment: Assignment) -> dict[str, Any]:

@@ -48,6 +48,27 @@ class ProjectionImportance:
 
 
 @dataclass(frozen=True)
+class BlockImportance:
+    """The cost of each width of one block of an expert's channels alone; at width 0 they are cut away."""
+
+    expert: Annotated[int, Within(0)]
+    channels: Annotated[int, Within(1)]
+    weight_count: Annotated[int, Within(1)]  # of all projections together
+    predicted_loss_by_bits: dict[float, float]
+    stored_bytes_by_bits: dict[float, Annotated[int, Within(0)]]
+
+    def problems(self, where: str, wanted: set[float]) -> list[str]:
+        """What is wrong with the measures, one line each."""
+        found = []
+        for name in ("predicted_loss_by_bits", "stored_bytes_by_bits"):
+            if lacking := sorted(wanted - {DROPPED} - set(getattr(self, name))):
+                found.append(f"{where}: {name} lacks width {', '.join(map(str, lacking))}")
+        if bad := [bits for bits, loss in self.predicted_loss_by_bits.items() if not _is_finite(loss)]:
+            found.append(f"{where}: predicted_loss_by_bits is no finite number at {', '.join(map(str, bad))} bits")
+        return found
+
+
+@dataclass(frozen=True)
 class LayerImportance:
     """Measures of the experts of one MoE layer; every sequence is indexed by expert and kept as a tuple."""
 
@@ -68,6 +89,7 @@ class LayerImportance:
     router_groups: Annotated[int, Within(1)] = 1
     groups_used: Annotated[int, Within(1)] = 1
     up_share_left: float = 1.0
+    blocks: tuple[BlockImportance, ...] = ()  # in the order of channels; of an expert, all of them or none
 
     def __post_init__(self) -> None:
         for name in _PER_EXPERT:
@@ -132,6 +154,22 @@ class LayerImportance:
         names = [part.name for part in self.projections]
         if len(set(names)) != len(names):
             found.append(f"{where}: projections {shown(names)} have one name twice")
+        return found + self._block_problems(wanted)
+
+    def _block_problems(self, wanted: set[float]) -> list[str]:
+        """What is wrong with the measures of blocks of channels."""
+        found, weights = [], dict.fromkeys((block.expert for block in self.blocks), 0)
+        for number, block in enumerate(self.blocks):
+            found += block.problems(f"layer {self.layer}: block {number}, of expert {block.expert}", wanted)
+            weights[block.expert] += block.weight_count
+        for expert, count in weights.items():
+            if expert >= self.num_experts:
+                found.append(f"layer {self.layer}: blocks of expert {expert}, of {self.num_experts}")
+            elif count != self.weights_per_expert:
+                found.append(
+                    f"layer {self.layer}: the blocks of expert {expert} have {count} weights, the expert "
+                    f"{self.weights_per_expert}"
+                )
         return found
 
     def _columns(self) -> list[tuple[str, Sequence[float]]]:
@@ -173,7 +211,11 @@ class Importance:
     def write(self, path: Path) -> None:
         """Writes the JSON file in one atomic replace. Raises ArtifactError, and writes nothing, if `check` does."""
         self.check()
-        write_json(path, {"schema": SCHEMA, **asdict(self)})
+        content = asdict(self)
+        for layer in content["layers"]:
+            if not layer["blocks"]:
+                del layer["blocks"]
+        write_json(path, {"schema": SCHEMA, **content})
 
     @classmethod
     def read(cls, path: Path) -> Importance:

@@ -70,7 +70,8 @@ def can_be_divided(module: Experts) -> bool:
     by_channel = rows_by_channel(module, rows, _PROBED, torch.device("cpu"))
     if by_channel is None:
         return False
-    probe = torch.randn(4, rows, generator=torch.Generator().manual_seed(0))
+    # On the CPU by name: transformers builds a model with another device as the default.
+    probe = torch.randn(4, rows, generator=torch.Generator().manual_seed(0), device="cpu")
     with torch.no_grad():
         whole = activate(module, probe)
         parts = [activate(module, probe[:, rows_of_block(by_channel, begin, 4)]) for begin in (0, 4)]

@@ -100,7 +100,7 @@ def write_packed(folder: Path, config: MixtralConfig) -> None:
             name: tuple(trellis_for(WIDTHS[expert % len(WIDTHS)], shape[1]).key for expert in range(module.num_experts))
             for name, shape in shapes.items()
         }
-        blocks.append(ExpertLayout(path, module.num_experts, shapes, keys))
+        blocks.append(ExpertLayout.of_whole(path, shapes, keys))
     widths = AllocateSettings(target_stored_bits=MEAN_BITS).role_bits(MEAN_BITS)
     linears = {
         part.name.removesuffix(".weight"): encoding_for(

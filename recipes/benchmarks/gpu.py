@@ -265,14 +265,14 @@ def configuration(shape: Shape) -> MixtralConfig:
 def stored_bytes(block: Any) -> list[int]:
     """Of every expert, codes and scales."""
     return [
-        sum(tensor.nbytes for places in block._mc_packed.values() for tensor in places[expert].parts(block).values())
+        sum(tensor.nbytes for places in block._mc_packed.values() for tensor in places[expert][0].parts(block).values())
         for expert in range(block.num_experts)
     ]
 
 
 def product_error(block: Any, shape: Shape, tokens: int) -> float:
     """The largest over slots of |found - exact| / |exact|, for the first projection; exact is float64."""
-    places = block._mc_packed["gate_up_proj"]
+    places = [blocks[0] for blocks in block._mc_packed["gate_up_proj"]]
     parts = [(place.encoding, place.parts(block), shape.hidden) for place in places]
     bank = GpuBank(parts)
     rows = torch.randn(tokens, shape.hidden, device=parts[0][1]["codes"].device)

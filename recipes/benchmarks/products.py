@@ -289,7 +289,7 @@ def packed_block(config: MixtralConfig, widths: tuple[float, ...], device: str =
         name: tuple(trellis_for(widths[expert % len(widths)], shape[1]).key for expert in range(experts))
         for name, shape in shapes.items()
     }
-    pack_experts(block, ExpertLayout("experts", experts, shapes, keys), dtype=torch.bfloat16)
+    pack_experts(block, ExpertLayout.of_whole("experts", shapes, keys), dtype=torch.bfloat16)
     for name, parameter in list(block.named_parameters()):
         filled = (
             torch.randint(0, 256, parameter.shape, dtype=torch.uint8, device=device)

@@ -197,7 +197,8 @@ def test_floors_of_a_width_hold_for_every_projection_beside_dropping() -> None:
     plan = allocate(importance, budget=Budget("stored_bits", 1.9), role_bits={}, floors=[Floor(3, 2)])
     for layer, row in plan.expert_bits.items():
         for name in SHARES:
-            assert sum(plan.bits_of(layer, expert, name) == 3 for expert in range(len(row)) if row[expert]) >= 2
+            blocks = [plan.blocks_of(layer, expert, 512) for expert in range(len(row))]
+            assert sum(block.bits_of(name) == 3 for found in blocks for block in found) >= 2
 
 
 def test_a_budget_under_what_the_routers_need_is_refused() -> None:

@@ -94,7 +94,7 @@ def test_what_allocate_adds_may_be_left_out(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"schema": 2}, ["has schema 2; this version reads schema 1. Run allocate again."]),
+        ({"schema": 3}, ["has schema 3; this version reads schemas 1 and 2. Run allocate again."]),
         ({"method": "REMOVED", "expert_bits": "REMOVED"}, ["method is missing", "expert_bits is missing"]),
         ({"expert_bit": {}}, ["expert_bit is unknown"]),
         ({"expert_bits": [[1, 2]]}, ["expert_bits is [[1, 2]], not a dict"]),

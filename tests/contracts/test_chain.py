@@ -102,7 +102,9 @@ def chain(
 def test_every_matrix_is_reported_once(chain: Chain) -> None:
     inventory, plan = chain.inventory, chain.plan
     wanted = {
-        f"{block.path}.{expert}.{projection.name}": plan.bits_of(block.layer, expert, projection.name)
+        f"{block.path}.{expert}.{projection.name}": plan.blocks_of(block.layer, expert, block.channels)[0].bits_of(
+            projection.name
+        )
         for block in inventory.expert_blocks
         for expert in range(block.num_experts)
         for projection in block.projections

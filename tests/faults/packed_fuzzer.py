@@ -117,7 +117,7 @@ class Model:
                 rows[projection] = tuple(
                     None if expert in gone else draw.choice(keys) for expert in range(module.num_experts)
                 )
-            blocks.append(ExpertLayout(path, module.num_experts, shapes, rows))
+            blocks.append(ExpertLayout.of_whole(path, shapes, rows))
         linears = {}
         for path, module in self.skeleton.named_modules():
             if isinstance(module, torch.nn.Linear) and path != "lm_head" and draw.random() < 0.7:

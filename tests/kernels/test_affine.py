@@ -252,7 +252,7 @@ def test_few_tokens_of_a_block_take_one_call_or_two_and_agree_with_one_expert_af
         name: tuple(bits and affine_for(bits, inputs, group_size_limit=48).key for bits in widths)
         for name, (_, inputs) in shapes.items()
     }
-    layout = ExpertLayout("experts", 6, shapes, keys)
+    layout = ExpertLayout.of_whole("experts", shapes, keys)
     for parameter in pack_experts(block, layout, dtype=torch.float32):
         stored = block.get_parameter(parameter)
         if stored.dtype == torch.uint8:
@@ -265,7 +265,9 @@ def test_few_tokens_of_a_block_take_one_call_or_two_and_agree_with_one_expert_af
     with torch.inference_mode():
         found = experts.experts_forward(block, hidden, chosen, weights)
         assert expert_banks.banks_of(block) is not None
-        monkeypatch.setattr(expert_banks, "_HIDDEN_BYTES", 4 * 2 * 2 * shapes["gate_up_proj"][0])  # two tokens at a time
+        monkeypatch.setattr(
+            expert_banks, "_HIDDEN_BYTES", 4 * 2 * 2 * shapes["gate_up_proj"][0]
+        )  # two tokens at a time
         assert torch.equal(experts.experts_forward(block, hidden, chosen, weights), found)
         monkeypatch.setattr(kernels, "runs_packed", lambda rows, encoding: False)
         expected = experts.experts_forward(block, hidden, chosen, weights)

@@ -234,19 +234,20 @@ def packed_pair(make: Callable[[], Any], dtype: torch.dtype) -> tuple[Any, Any]:
     keys = {name: tuple(bits and trellis_for(bits, shape[1]).key for bits in widths) for name, shape in shapes.items()}
     for parameter in (*whole.parameters(), *block.parameters()):
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-    pack_experts(block, ExpertLayout("experts", 6, shapes, keys), dtype=dtype)
+    pack_experts(block, ExpertLayout.of_whole("experts", shapes, keys), dtype=dtype)
     for name, parameter in block.named_parameters():
         if parameter.dtype == torch.uint8:
             parameter.data = torch.randint(0, 256, parameter.shape, dtype=torch.uint8, generator=generator)
         elif "scales" in name:
             parameter.data = (0.1 * torch.rand(parameter.shape, generator=generator)).half()
     for name, places in block._mc_packed.items():
-        for expert, place in enumerate(places):
+        for expert, blocks in enumerate(places):
+            place = blocks[0] if blocks else None
             weight = getattr(whole, name).data[expert].T if whole.is_transposed else getattr(whole, name).data[expert]
             if place is None:
                 weight.zero_()
             else:
-                parts = {part: getattr(block, attribute)[place.slot] for part, attribute in place.names.items()}
+                parts = {part: getattr(block, attribute)[place.place] for part, attribute in place.names.items()}
                 weight.copy_(dense((place.encoding, parts)))
             if whole.has_bias:
                 bias = getattr(block, f"{name}_bias").data

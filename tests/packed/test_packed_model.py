@@ -84,7 +84,7 @@ def dequantized(checkpoint: Path, model: Any) -> Any:
                 for projection in (experts.up_name(packed_module), "down_proj"):
                     for expert in range(module.num_experts):
                         target = experts.expert_weight(module, projection, expert)
-                        if not experts.is_pruned(packed_module, expert):
+                        if experts.expert_of_slot(packed_module, expert) is not None:
                             target.copy_(experts.dense_weight(packed_module, projection, expert))
             elif hasattr(packed_module, "_mc_weight"):
                 module.weight.copy_(packed_module.weight)
