@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mc_cli.artifacts.plan import Plan
+from mc_cli.artifacts.plan import BlockBits, Plan
 from mc_cli.errors import PlanError
-from mc_cli.parts import ExpertBlock, ModelInventory, Projection, Role
+from mc_cli.parts import ExpertBlock, ModelInventory, Projection, Role, TensorPart
 
 PROJECTIONS = (Projection("gate_up_proj", 64, 32), Projection("down_proj", 32, 32))
 
@@ -172,3 +173,68 @@ def test_many_differences_are_counted():
         plan.check_against(inventory_of(layers=range(40)))
     assert "40 differences" in str(caught.value)
     assert "... and 20 more" in str(caught.value)
+
+
+def test_blocks_and_slots_are_written_and_read_back(tmp_path: Path):
+    row = (2, (BlockBits(24, {"gate_up_proj": 1.5, "down_proj": 2}), BlockBits(8, 0)), 0, 0)
+    plan = plan_of(expert_bits={1: row, 3: (1, 1, 1, 1)}, slots={1: (0, 1, 0, 3)})
+    plan.write(tmp_path / "plan.yaml")
+    again = Plan.read(tmp_path / "plan.yaml")
+    assert again == plan
+    assert again.slots_of(1) == (0, 1, 0, None) and again.slots_of(3) == (0, 1, 2, 3)
+    assert again.dropped(1) == (3,)
+    assert [block.cut for block in again.blocks_of(1, 1, 32)] == [False, True]
+    again.check_against(inventory_of())
+    text = (tmp_path / "plan.yaml").read_text()
+    assert "slots:\n  1: [0, 1, 0, 3]\n" in text and "schema: 2\n" in text
+
+
+def test_a_plan_of_schema_1_is_read(tmp_path: Path):
+    assert edited(tmp_path, schema=1) == plan_of()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"expert_bits": {1: [[]]}}, "layer 1 expert 0 has 0 blocks"),
+        ({"expert_bits": {1: [[{"channels": 0, "bits": 2}]]}}, "layer 1 expert 0 block 0 has 0 channels"),
+        ({"expert_bits": {1: [[{"channels": True, "bits": 2}]]}}, "block 0 has True channels"),
+        ({"expert_bits": {1: [[{"channels": 8}]]}}, "block 0 is {'channels': 8}, not a mapping of channels and bits"),
+        ({"expert_bits": {1: [[{"channels": 8, "bits": 9}]]}}, "layer 1 expert 0 block 0 has width 9"),
+        (
+            {"expert_bits": {1: [[{"channels": 8, "bits": {"up_proj": 0, "down_proj": 2}}]]}},
+            "channels are cut from all projections or none",
+        ),
+        ({"expert_bits": {1: [[[2]]]}}, "block 0 is [2], not a mapping"),
+        ({"slots": {2: [0]}}, "slots of layer 2: expert_bits has no such layer"),
+        ({"slots": {1: [0, 1]}}, "slots of layer 1: [0, 1], not one expert for each of 4 slots"),
+        ({"slots": {1: [0, 1, 2, 9]}}, "[9], not experts of 0 to 3"),
+        ({"slots": {1: [0, 1, 2, True]}}, "[True], not experts"),
+        ({"slots": {1: [0, 1, 3, 3]}}, "slot 2 runs expert 3, which is dropped"),
+        ({"slots": {1: [1, 1, 2, 0]}}, "slot 3 runs expert 0, whose own slot runs 1"),
+        ({"slots": {1: [0, 0, 2, 3]}}, "layer 1 expert 1 has 2 bits, but no slot runs it: its width is 0"),
+        ({"slots": [1]}, "slots is [1], not a dict"),
+        ({"schema": 1, "slots": {1: [0, 1, 2, 3]}}, "slots are of schema 2"),
+        ({"schema": 1, "expert_bits": {1: [[{"channels": 8, "bits": 2}]]}}, "blocks are of schema 2"),
+    ],
+)
+def test_blocks_and_slots_that_cannot_be_are_named(tmp_path: Path, changes, expected):
+    with pytest.raises(PlanError) as caught:
+        edited(tmp_path, **changes)
+    assert expected in str(caught.value)
+
+
+def test_blocks_and_slots_that_do_not_fit_the_model_are_named():
+    divided = (BlockBits(16, 2), BlockBits(8, 0))
+    plan = plan_of(expert_bits={1: (2, divided, (BlockBits(32, {"up": 2}),), 0), 3: (1,) * 4}, slots={1: (0, 1, 2, 0)})
+    inventory = inventory_of()
+    with pytest.raises(PlanError) as caught:
+        plan.check_against(inventory)
+    assert "layer 1 expert 1: the blocks have 24 channels, the expert 32" in str(caught.value)
+    assert "layer 1 expert 2: plan has projections ['up'], model" in str(caught.value)
+    bias = TensorPart("model.layers.1.mlp.experts.down_proj_bias", Role.EXPERT_BIAS, 1, (4, 32), "bfloat16", 256)
+    with pytest.raises(PlanError, match=r"experts 1, 2 are in blocks of channels[\s\S]*slots 3 run experts of other"):
+        plan.check_against(dataclasses.replace(inventory, tensors=(bias,)))
+    grouped = tuple(dataclasses.replace(block, router_groups=2, groups_used=2) for block in inventory.expert_blocks)
+    with pytest.raises(PlanError, match="slots 3 run experts of other slots, but its router chooses groups"):
+        plan.check_against(dataclasses.replace(inventory, expert_blocks=grouped))
