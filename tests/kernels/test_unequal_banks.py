@@ -255,7 +255,9 @@ def test_a_shape_that_is_not_that_of_the_parts_never_becomes_a_table(
     assert part is not None
     encoding, tensors, inputs = part
     others = [other for other in parts if other is not None and other is not part]
-    wrong: list[Any] = [(encoding, tensors, other) for other in (inputs - 16, inputs + 16, inputs + 1, 0, -inputs, 2**17)]
+    wrong: list[Any] = [
+        (encoding, tensors, other) for other in (inputs - 16, inputs + 16, inputs + 1, 0, -inputs, 2**17)
+    ]
     wrong += [(encoding, {**tensors, "codes": other[1]["codes"]}, inputs) for other in others]
     wrong += [(other[0], tensors, inputs) for other in others if other[0].key != encoding.key and other[0].bits != 5]
     wrong += [(encoding, {name: each[:-16] for name, each in tensors.items()}, inputs + 16)]
