@@ -301,7 +301,8 @@ def case_kernels(draw: random.Random, parts: Model) -> None:
     for _ in range(draw.choice((1, 1, 3, 6))):
         if draw.random() < 0.4:  # else of one shape
             inner = draw.choice((16, 48, 80))
-        made.append(drawn_matrix(draw, family, draw.choice((2 * inner,) * 5 + (1, 5, 33, 272)), 48, group))
+        outputs = 2 * inner if draw.random() < 0.95 else draw.choice((1, 5, 33, 272))
+        made.append(drawn_matrix(draw, family, outputs, 48, group))
         down.append(drawn_matrix(draw, family, 48, inner, group))
     place = draw.randrange(len(made))
     encoding, tensors, inputs = made[place]
