@@ -29,10 +29,11 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
 class CompiledBank:
     """Packed matrices on the CPU, each of its own shape, for products in which every row has its own matrix.
 
-    `in_features` and `out_features` are the most of any matrix: rows of inputs and outputs have room for these. It keeps addresses: the stored parts must stay where they are. Once one has been freed, products raise McError.
+    `in_features` and `out_features` are the most of any matrix: rows of inputs and outputs have room for these.
+    It keeps addresses: the stored parts must stay where they are. Once one has been freed, products raise McError.
 
-    parts     (encoding, stored parts, in_features) of every matrix as the kind's own bank has checked them, None for one
-              that is not there
+    parts     (encoding, stored parts, in_features) of every matrix as the kind's own bank has checked them, None for
+              one that is not there
     entries   int64 [matrices, fields], each a `row` of its kind's entry in native/structures.py; the last field of one
               that is not there, whose products are zeros, is 0
     shapes    of every matrix, None for one that is not there
@@ -88,10 +89,11 @@ class CompiledBank:
         self._gated_into = weakref.ref(down)
 
     def product(self, rows: Tensor, experts: Tensor | None = None, share: int = 1, path: int = FASTEST) -> Tensor:
-        """[slots, out_features] float32: slot s is row s // share times the matrix experts[s]; zeros behind its outputs.
+        """[slots, out_features] float32: slot s is row s // share times the matrix experts[s].
 
-        rows      [tokens, in_features] floating point; computed from in float32. A matrix reads as many as it has inputs
-        experts   [tokens * share] int64; zeros come out where it is not the number of a matrix. None: all the first
+        rows      [tokens, in_features] floating point; computed from in float32. A matrix reads as many as it takes
+        experts   [tokens * share] int64; zeros come out where it is not the number of a matrix, and behind the outputs
+                  of one that has fewer. None: all the first
         share     slots that have the same row, one after the other
         """
         outputs = torch.empty((rows.shape[0] * share, self.out_features))

@@ -56,8 +56,8 @@ def _checked_shape(part: tuple[Encoding, Mapping[str, Tensor], int], kind: type[
     out_features = len(scales) if scales is not None and scales.ndim else 0
     if out_features < 1 or not 1 <= in_features <= most_inputs:
         raise ShapeError(
-            f"No product is computed from a packed matrix of {out_features} outputs and {in_features} inputs: it has at "
-            f"least one of each, and at most {most_inputs} inputs."
+            f"No product is computed from a packed matrix of {out_features} outputs and {in_features} inputs: it has "
+            f"at least one of each, and at most {most_inputs} inputs."
         )
     check_parts(encoding, tensors, in_features, out_features=out_features)
     for name, tensor in tensors.items():

@@ -62,8 +62,7 @@ class Bank(CompiledBank):
     def __init__(self, parts: Sequence[Part | None]) -> None:
         table, shapes = matrix_table(parts, most_inputs=MOST_INPUTS)
         most_inputs = max(shape.in_features for shape in shapes if shape is not None)
-        more = {"tables": lookup_tables(), "signs": signs(most_inputs), "unit": UNIT}
-        super().__init__("trellis", parts, table, shapes, **more)
+        super().__init__("trellis", parts, table, shapes, tables=lookup_tables(), signs=signs(most_inputs), unit=UNIT)
 
 
 def bank_of(parts: Sequence[Part | None]) -> Bank | GpuBank:

@@ -61,8 +61,8 @@ class GpuBank:
     are sorted by matrix and share decoded weights; their rows are then rounded to float16 under one scale per row, and
     summed in float32: about 3e-4 of an output, where bfloat16 has 2e-3.
 
-    Programs are as many as the largest matrix needs, and find at once that a smaller one has nothing for them. Where all
-    have one shape, rows are rotated once for all slots that share them, and lanes are known when a kernel is compiled.
+    Programs are as many as the largest matrix needs, and find at once that a smaller one has nothing for them. Where
+    all have one shape, rows are rotated once for all slots that share them, and kernels are compiled for their lanes.
     """
 
     def __init__(self, parts: Sequence[Part | None]) -> None:
@@ -88,10 +88,11 @@ class GpuBank:
         self._stages = 2 if _shared_memory(device) >= AHEAD_BYTES else 1
 
     def product(self, rows: Tensor, experts: Tensor | None = None, share: int = 1) -> Tensor:
-        """[slots, out_features] float32: slot s is row s // share times the matrix experts[s]; zeros behind its outputs.
+        """[slots, out_features] float32: slot s is row s // share times the matrix experts[s].
 
-        rows      [tokens, in_features] floating point, on the device. A matrix reads as many as it has inputs
-        experts   [tokens * share] int64; zeros come out where it is not the number of a matrix. None: all the first
+        rows      [tokens, in_features] floating point, on the device. A matrix reads as many as it takes
+        experts   [tokens * share] int64; zeros come out where it is not the number of a matrix, and behind the outputs
+                  of one that has fewer. None: all the first
         share     slots that have the same row, one after the other
         """
         self.memory.check()
@@ -144,7 +145,7 @@ class GpuBank:
         return rotated
 
     def _rotated_by_slot(self, rows: Tensor, experts: Tensor, share: int) -> Tensor:
-        """float32 [slots, in_features], each row in the basis of its slot's matrix; zeros behind the matrix's inputs."""
+        """float32 [slots, in_features], each in the basis of its slot's matrix, zeros behind that one's inputs."""
         from mc_cli.kernels import trellis_triton as kernels
 
         rows = _as_loaded(rows)

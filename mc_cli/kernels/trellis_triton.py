@@ -5,10 +5,10 @@ count that bounds these kernels, not the bytes of the codes. So below 4 bits one
 of weights 2j and 2j + 1 of a ring overlap, together they are 12 + floor(bits) bits long, and an entry holds both levels
 as bytes. A table is written to shared memory once per tile of weights, which therefore is large.
 
-Every matrix has a row in a table on the device, TrellisEntry in native/structures.py: addresses of `codes` and `scales`,
-its shape, and bytes per lane, twice its bits; 0 for a matrix that is not there. A program's weights are all of one
-matrix, so it takes one branch for that width. LANES is what the sequences of all matrices have, so that a compiler
-knows how far loads are apart; 0 where they differ, and each says for itself.
+Every matrix has a row in a table on the device, TrellisEntry in native/structures.py: addresses of `codes` and
+`scales`, its shape, and bytes per lane, twice its bits; 0 for a matrix that is not there. A program's weights are all
+of one matrix, so it takes one branch for that width. LANES is what the sequences of all matrices have, so that the
+compiler knows how far loads are apart; 0 where outputs differ, and each matrix says for itself.
 The layout of codes is in encodings/trellis.py, the code in numerics/trellis.py and trellis_code.py.
 """
 
@@ -38,9 +38,7 @@ FLOAT_OF_ZERO = tl.constexpr(8388736.0)  # 2^23 + 128, which is level 0
 @triton.jit
 def _lanes_of(entry, LANES: tl.constexpr):
     """Lanes of a sequence of the matrix whose row of the table begins at `entry`."""
-    if LANES > 0:
-        return LANES
-    return tl.load(entry + LENGTH).to(tl.int32) // 16
+    return LANES if LANES > 0 else tl.load(entry + LENGTH).to(tl.int32) // 16
 
 
 @triton.jit
@@ -202,8 +200,9 @@ def few_slots(
 
     rows    float32 [slots / share, inputs], rotated
     parts   float32 [most programs of a unit, units, PADDED * 16]; a unit is a sequence of outputs of a slot
-    A unit is `steps` steps of GROUPS groups of 4 inputs, some of which a smaller matrix has not. A program takes `steps_each` steps, wherever units begin and
-    end, so that all are equally long; which program adds what depends on shapes alone, never on timing.
+    A unit is `steps` steps of GROUPS groups of 4 inputs, some of which a smaller matrix has not. A program takes
+    `steps_each` steps, wherever units begin and end, so that all are equally long; which program adds what depends on
+    shapes alone, never on timing.
     """
     program = tl.program_id(0)
     step = program * steps_each

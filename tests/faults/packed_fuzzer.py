@@ -23,7 +23,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -283,46 +283,68 @@ def case_changed_later(draw: random.Random, parts: Model) -> None:
         raise ShapeError(str(error)) from error
 
 
+def drawn_matrix(
+    draw: random.Random, family: Sequence[str], outputs: int, inputs: int, group: int
+) -> tuple[Any, dict[str, torch.Tensor], int]:
+    """A matrix as banks take it: in an encoding of those keys that fits, on affine grids one of that group."""
+    keys = [key for key in family if inputs % size_of(key) == 0 and (family is TRELLIS or size_of(key) == group)]
+    encoding: Any = encoding_from_key(draw.choice(keys))
+    specs = encoding.tensor_specs(outputs, inputs)
+    return encoding, {name: drawn(draw, s.shape, getattr(torch, s.dtype)) for name, s in specs.items()}, inputs
+
+
 def case_kernels(draw: random.Random, parts: Model) -> None:
     """Banks, products and decoding, asked for directly with what may not fit."""
-    outputs, inputs = draw.choice((1, 5, 16, 33, 272)), draw.choice((8, 16, 40, 48, 64))
-    keys = [key for key in (TRELLIS if draw.random() < 0.5 else AFFINE) if inputs % size_of(key) == 0]
-    made = []
-    for key in draw.choices(keys, k=draw.choice((1, 1, 3))):
-        encoding: Any = encoding_from_key(key)
-        specs = encoding.tensor_specs(outputs, inputs)
-        made.append((encoding, {name: drawn(draw, s.shape, getattr(torch, s.dtype)) for name, s in specs.items()}))
+    family, inner = TRELLIS if draw.random() < 0.5 else AFFINE, draw.choice((16, 48, 80))
+    group = draw.choice((8, 16))
+    made, down = [], []
+    for _ in range(draw.choice((1, 1, 3, 6))):
+        if draw.random() < 0.4:  # else of one shape
+            inner = draw.choice((16, 48, 80))
+        outputs = 2 * inner if draw.random() < 0.95 else draw.choice((1, 5, 33, 272))
+        made.append(drawn_matrix(draw, family, outputs, 48, group))
+        down.append(drawn_matrix(draw, family, 48, inner, group))
     place = draw.randrange(len(made))
-    encoding, tensors = made[place]
-    kind = draw.randrange(5)
+    encoding, tensors, inputs = made[place]
+    kind = draw.choice((0, 1, 2, 3, 4, 5, 6, 6, 6, 6, 6, 6))
     if kind == 0:
         name = draw.choice(list(tensors))
-        made[place] = encoding, {**tensors, name: mutate_tensor(draw, tensors[name])}
+        made[place] = encoding, {**tensors, name: mutate_tensor(draw, tensors[name])}, inputs
     elif kind == 1:
-        inputs, outputs = inputs + draw.choice((-8, -1, 1, 8)), outputs + draw.choice((0, 0, -1, 1, 16))
+        made[place] = encoding, tensors, inputs + draw.choice((-8, -1, 1, 8, 16, -48, 2**20))
     elif kind == 2:
         other = TrellisEncoding(Fraction(draw.randrange(1, 13), 2), draw.choice((1, 3, 8, 15, 24, 128)))
-        made[place] = draw.choice((other, AffineEncoding(draw.randrange(0, 10), draw.choice((1, 4, 8, 24))))), tensors
-    rows = drawn(draw, (draw.choice((1, 3, 20)), inputs + (draw.choice((-1, 8)) if kind == 3 else 0)), torch.float32)
-    if draw.random() < 0.3:
-        made.append(None)  # type: ignore[arg-type]
+        others = other, AffineEncoding(draw.randrange(0, 10), draw.choice((1, 4, 8, 24)))
+        made[place] = draw.choice(others), tensors, inputs
+    elif kind == 3:  # of another shape than the others, in inputs too
+        made[place] = drawn_matrix(draw, family, draw.choice((1, 5, 33, 272)), draw.choice((16, 64, 176)), group)
+    inputs = max([1, *(inputs for _, _, inputs in made if inputs < 2**10)])
+    rows = drawn(draw, (draw.choice((1, 3, 20)), inputs + (draw.choice((-1, 8)) if kind == 4 else 0)), torch.float32)
+    if len(made) > 1 and draw.random() < 0.4:
+        place = draw.randrange(len(made))
+        for matrices in draw.choice(((made,), (down,), (made, down))):
+            matrices[place] = None  # type: ignore[call-overload]
     bits = draw.choice((16, 16, 8))
     path = draw.choice([path for path in PATHS if path <= best_path()])
     slots = draw.choice((1, 2, 3))
     count = len(rows) * (slots if draw.random() < 0.9 else slots + 1)
-    chosen = torch.tensor([draw.choice((-1, 0, 1, 2, 3, 2**40)) for _ in range(count)])
+    chosen = torch.tensor([draw.choice((-1, 0, 1, 2, 3, 4, 5, 6, 2**40)) for _ in range(count)])
     with inputs_of(bits, CPU):
-        bank = draw.choice((affine.Bank, trellis.Bank))(made, outputs, inputs) if kind == 4 else bank_for(made, inputs)
+        bank = draw.choice((affine.Bank, trellis.Bank))(made) if kind == 5 else bank_for(made)
         if bank is not None:
             bank.product(rows, chosen, share=slots, path=path)  # type: ignore[call-arg]
             if draw.random() < 0.3:
                 part = next(part for part in made if part is not None)[1]["scales"]
                 part.data = part.data.clone() if draw.random() < 0.5 else mutate_tensor(draw, part.data)
                 bank.product(rows)
-            experts_output(bank, bank, rows, chosen.view(len(rows), -1), torch.rand(len(rows), slots), "silu")  # type: ignore[arg-type]
-        first = next(part for part in made if part is not None)
-        packed_linear(rows, first[1], first[0], in_features=inputs)
-        first[0].dequantize(first[1], inputs)
+            other: Any = bank if draw.random() < 0.1 else bank_for(down)
+            if other is not None:
+                weights = torch.rand(len(rows), slots)
+                experts_output(bank, other, rows, chosen.view(len(rows), -1), weights, "silu", path=path)  # type: ignore[arg-type]
+        encoding, tensors, inputs = next(part for part in made if part is not None)
+        if 0 < inputs <= rows.shape[1]:
+            packed_linear(rows[:, :inputs], tensors, encoding, in_features=inputs)
+            encoding.dequantize(tensors, inputs)
 
 
 def case_rules(draw: random.Random, parts: Model) -> None:

@@ -124,6 +124,45 @@ def test_mixed_widths_in_one_launch(count: int, share: int) -> None:
     assert not found[~there].any()
 
 
+# (out_features, in_features): one and two sequences, of 96 to 208 outputs, and blocks of 4 to 64 inputs
+UNEQUAL = ((416, 36), (96, 64), (112, 16), (200, 12))
+
+
+@pytest.mark.parametrize(("count", "share"), [(1, 3), (9, 2)])
+@pytest.mark.parametrize("shapes", [UNEQUAL, ((96, 64), (16, 64)), ((200, 12), (200, 8))])
+def test_matrices_of_unequal_shapes_in_one_launch(shapes: Any, count: int, share: int) -> None:
+    """All that may differ, outputs alone, and inputs alone; one that is not there, and numbers of none."""
+    made = [packed(*shape, bits) for shape, bits in zip(shapes, (2, 3.5, 1, 5), strict=False)]
+    parts = [*((*matrix, inputs) for matrix, (_, inputs) in zip(made, shapes, strict=True)), None]
+    bank = GpuBank(parts)
+    most_outputs, most_inputs = (max(sizes) for sizes in zip(*shapes, strict=True))
+    assert bank.shapes == (*shapes, None) and (bank.out_features, bank.in_features) == (most_outputs, most_inputs)
+    chosen = torch.randint(-1, len(parts) + 1, (count * share,), generator=torch.Generator().manual_seed(count))
+    chosen[0] = 1
+    tokens = rows(count, most_inputs)
+    expected = torch.zeros(count * share, most_outputs, dtype=torch.float64, device=DEVICE)
+    for slot, number in enumerate(chosen.tolist()):
+        if 0 <= number < len(shapes):
+            outputs, inputs = shapes[number]
+            expected[slot, :outputs] = reference(tokens[slot // share, :inputs][None], made[number])[0]
+    found = bank.product(tokens, chosen.to(DEVICE), share=share)
+    there = expected.abs().sum(1) > 0
+    assert relative_error(found[there], expected[there]) < bound(bank, count * share)
+    assert not found[expected == 0].any()
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_what_lies_behind_a_matrixs_inputs_is_not_read(count: int) -> None:
+    """Though another slot of the same token reads it."""
+    made = [(*packed(48, inputs, 2), inputs) for inputs in (16, 64, 48)]
+    bank = GpuBank(made)
+    tokens, chosen = rows(count, 64), torch.tensor([0, 1, 2], device=DEVICE).repeat(count)
+    expected = bank.product(tokens, chosen, share=3).view(count, 3, -1)
+    tokens[:, 48:] = float("nan")
+    found = bank.product(tokens, chosen, share=3).view(count, 3, -1)
+    assert bool(found[:, 1].isnan().all()) and torch.equal(found[:, ::2], expected[:, ::2])
+
+
 @pytest.mark.parametrize("programs", [1, 2, 5, 12, 100])
 def test_sums_do_not_depend_on_how_work_is_cut(programs: int) -> None:
     """Programs begin and end anywhere within a slot's outputs; what they add is the same each time, bit by bit."""
