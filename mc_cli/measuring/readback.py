@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from mc_cli.artifacts.pruning import Pruning
+from mc_cli.data.batches import Batch
 from mc_cli.errors import ArtifactError, McError, listed, shown
 from mc_cli.models.checkpoint import REST, Checkpoint
 from mc_cli.models.inventory import find_decoder_layers, tied_tensors
@@ -312,7 +313,7 @@ def _walked_logits(
     token_ids: torch.Tensor,
     pruning: tuple[Pruning, Mapping[str, torch.Tensor]] | None = None,
 ) -> torch.Tensor:
-    walk = LayerWalk(source, token_ids, batch_size=1)
+    walk = LayerWalk(source, Batch.of_text(token_ids), batch_size=1)
     of_layer = {} if pruning is None else pruners(pruning[0], pruning[0].at_rate(None), pruning[1])
     for layer in range(walk.num_layers):
         source.load(layer)
