@@ -29,7 +29,7 @@ from mc_cli.data import text
 from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.data.documents import ALL, Reading
 from mc_cli.errors import InputError
-from mc_cli.measuring.readback import free_memory
+from mc_cli.models.memory import available_bytes
 from mc_cli.models.session import Session
 from mc_cli.packed.dense_tensors import load_dense
 from mc_cli.parts import ExpertBlock, ModelInventory
@@ -316,7 +316,7 @@ def _trained(job: _Job, folder: StageFolder) -> Routers:
     guide = _fitted(job, [odp.NAME], {}, replace(_fit_settings(job), rates=_guide_rates(rates), protect=0.0))[odp.NAME]
     routers, offsets = _layer_routers(job, guide, rates)
     needed = job.weight_count * job.session.dtype.itemsize
-    free = free_memory(job.session.device)
+    free = available_bytes(job.session.device)
     if free is not None and needed > _MEMORY_SHARE * free:
         folder.warn(
             f"otp: the dense model needs {needed:,} bytes beside its activations, {free:,} are free; its routers were "
