@@ -15,6 +15,9 @@ from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.packed import CONFIG_FOLDER, KEPT, LAYOUT, ExpertLayout, PackedLayout, part_file
 from mc_cli.artifacts.store import StageFolder
 from mc_cli.encodings.affine import AffineEncoding, choose_group_size
+from mc_cli.exporters import dequantizes, exporter_from_name
+from mc_cli.measuring.logit_source import Reading
+from mc_cli.measuring.readback import ReadBack, read_back
 from mc_cli.models import experts
 from mc_cli.models.checkpoint import REST, Checkpoint, read_config
 from mc_cli.models.inventory import take_inventory, tied_tensors
@@ -122,3 +125,10 @@ def _tensors(model: torch.nn.Module, layout: PackedLayout) -> dict[str, torch.Te
                 for part in parts[0]:
                     found[f"{block.path}.{stack.name(part)}"] = torch.stack([entry[part] for entry in parts])
     return found
+
+
+def read_again(out: Path, packed: Path, format: str, **how: Any) -> ReadBack:
+    """What stage export finds on reading `out`, of that format, back; `how` are further fields of Reading."""
+    exporter = exporter_from_name(format)
+    reading = Reading(torch.float32, torch.device("cpu"), **how)
+    return read_back(out, packed, exporter.open, reading, dequantized=dequantizes(format))

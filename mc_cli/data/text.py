@@ -14,6 +14,7 @@ import torch
 from mc_cli.artifacts.calibration import TextReport
 from mc_cli.artifacts.files import DigestCache, check_json_file
 from mc_cli.artifacts.places import require_ordinary
+from mc_cli.data.batches import Batch
 from mc_cli.data.chat import OWN_TEMPLATE, ChatSettings, Renderer
 from mc_cli.data.documents import Document, Reading, data_digest, read_documents
 from mc_cli.data.tokenizing import token_ids
@@ -42,16 +43,25 @@ TOKENIZER_FILES = (
 class Windows:
     """Token windows of equal length and which of their predictions count.
 
-    token_ids  [windows, length] int64
+    batch      what the model is fed: one row per window
     fresh      [windows] int64: the last `fresh` predictions of a window are counted, the others are context only
     domains    one name per window
     too_short  domains that do not fill one window, and their tokens: they are not measured
     """
 
-    token_ids: torch.Tensor
+    batch: Batch
     fresh: torch.Tensor
     domains: tuple[str, ...]
     too_short: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """[windows, length] int64."""
+        return self.batch.token_ids
+
+    def labels(self, window: int) -> torch.Tensor:
+        """[fresh] int64: the tokens that the window's counted predictions are of."""
+        return self.token_ids[window, 1:][-int(self.fresh[window]) :]
 
 
 @dataclass
@@ -202,8 +212,8 @@ def calibration_windows(
     length: int,
     seed: int,
     renderer: Renderer | None = None,
-) -> torch.Tensor:
-    """[n, length] int64, n <= sequences: windows drawn by `seed` from shuffled documents, joined and cut.
+) -> Batch:
+    """At most `sequences` rows of `length` tokens: windows drawn by `seed` from shuffled documents, joined and cut.
 
     Long documents fill many windows in a row. So up to WINDOWS_PER_SEQUENCE times the text is tokenized, and the
     windows are drawn from all of it: few sequences still see many documents.
@@ -230,7 +240,7 @@ def calibration_windows(
             "Give more text or a smaller --length."
         )
     windows = torch.tensor(stream[: available * length], dtype=torch.int64).view(available, length)
-    return windows[random.Random(seed).sample(range(available), min(sequences, available))]
+    return Batch.of_text(windows[random.Random(seed).sample(range(available), min(sequences, available))])
 
 
 def evaluation_windows(
@@ -273,7 +283,8 @@ def evaluation_windows(
         rows = [rows[index * len(rows) // max_sequences] for index in range(max_sequences)]
     token_rows = [streams[domain][begin : begin + length].tolist() for domain, begin, _ in rows]
     names, _, fresh = zip(*rows, strict=True)
-    return Windows(torch.tensor(token_rows, dtype=torch.int64), torch.tensor(fresh), names, too_short)
+    batch = Batch.of_text(torch.tensor(token_rows, dtype=torch.int64))
+    return Windows(batch, torch.tensor(fresh), names, too_short)
 
 
 def _check_rendered(renderer: Renderer) -> None:

@@ -1,8 +1,9 @@
 """Target formats of a finished model, one file each, found by its presence in this folder.
 
-An exporter file defines `NAME`, `DESCRIPTION`, `CARRIES_POLICY` and `export(job)`, which writes a directory that its
-readers load without further steps. `DEQUANTIZES = True` says that it is as large as the original. It
-knows files only; what needs a live model comes with the job, and the stage reads the result back.
+An exporter file defines `NAME`, `DESCRIPTION`, `CARRIES_POLICY`, `export(job)`, which writes a directory that its users
+load without further steps, and `open(directory, reading)`, which reads it as they do and gives logits. `DEQUANTIZES =
+True` says that it holds plain numbers in the model's own dtype, and is as large as the original. Writing knows files
+only; what needs a live model comes with the job. Reading may use any engine, and nothing else knows which.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mc_cli.artifacts.packed import CONFIG_FOLDER
 from mc_cli.artifacts.pruning import Pruning
 from mc_cli.exporters.model_card import CardFacts
+from mc_cli.measuring.logit_source import LogitSource, Reading
 from mc_cli.registry import Registry
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ _REGISTRY = Registry(
     __name__,
     marker="export",
     name_of=lambda module: module.NAME,
-    required=("NAME", "DESCRIPTION", "CARRIES_POLICY"),
+    required=("NAME", "DESCRIPTION", "CARRIES_POLICY", "open"),
     facts={"DEQUANTIZES": False},
 )
 
@@ -62,6 +64,13 @@ class Exporter(Protocol):
         """Fills `job.target`. Raises a McError where this format cannot hold the model."""
         ...
 
+    def open(self, directory: Path, reading: Reading) -> LogitSource:
+        """What `export` wrote, read as its users read it, under the policy that it carries.
+
+        Raises a McError where it cannot be loaded, MissingDependencyError where the engine is not installed.
+        """
+        ...
+
 
 def exporter_from_name(name: str) -> Exporter:
     """The exporter called `name`. Raises InputError listing the known ones with what they write."""
@@ -69,7 +78,7 @@ def exporter_from_name(name: str) -> Exporter:
 
 
 def dequantizes(name: str) -> bool:
-    """Whether what the exporter writes is as large as the original; False for a name that nobody knows."""
+    """Whether the exporter writes plain numbers, as large as the original; False for a name that nobody knows."""
     return name in _REGISTRY.modules and bool(_REGISTRY.fact(_REGISTRY.modules[name], "DEQUANTIZES"))
 
 

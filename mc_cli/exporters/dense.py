@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mc_cli.artifacts.files import write_json, write_text
 from mc_cli.exporters import ExportJob
 from mc_cli.exporters.model_card import model_card
+from mc_cli.exporters.reading import open_with_transformers
 from mc_cli.exporters.shards import ShardWriter
+from mc_cli.measuring.logit_source import LogitSource, Reading
 
 NAME = "dense"
 CARRIES_POLICY = False
@@ -39,3 +43,8 @@ def export(job: ExportJob) -> None:
     title = f"{job.card.base_model or job.card.model_type}, quantized by mc-cli and written out dense"
     card = model_card(job.card, title=title, opening=_OPENING, loading=_LOADING, size_note=_SIZE_NOTE)
     write_text(job.target / "README.md", card)
+
+
+def open(directory: Path, reading: Reading) -> LogitSource:
+    """The directory as `from_pretrained` loads it, or layer by layer where memory is short."""
+    return open_with_transformers(directory, reading)

@@ -8,6 +8,7 @@ every loader that does not know the method stops there, and the plug-in removes 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mc_cli import DISTRIBUTION
@@ -16,7 +17,9 @@ from mc_cli.artifacts.packed import read_layout
 from mc_cli.artifacts.pruning import Pruning
 from mc_cli.exporters import ExportJob
 from mc_cli.exporters.model_card import model_card
+from mc_cli.exporters.reading import open_with_transformers
 from mc_cli.exporters.shards import ShardWriter
+from mc_cli.measuring.logit_source import LogitSource, Reading
 
 NAME = "transformers"
 CARRIES_POLICY = True
@@ -122,6 +125,11 @@ def export(job: ExportJob) -> None:
     how = _LOADING_OWN_CODE if own_code else _LOADING
     loading = how if job.pruning is None else f"{how}\n\n{_PRUNING.format(**_policy_words(job.pruning[0]))}"
     write_text(job.target / "README.md", model_card(job.card, title=title, opening=_OPENING, loading=loading))
+
+
+def open(directory: Path, reading: Reading) -> LogitSource:
+    """The directory as `from_pretrained` loads it through the plug-in, or layer by layer where memory is short."""
+    return open_with_transformers(directory, reading)
 
 
 def _policy_words(pruning: Pruning) -> dict[str, str]:

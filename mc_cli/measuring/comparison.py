@@ -60,7 +60,7 @@ def compare(
 
     Of each window only the last `fresh` predictions count, so overlapping windows count every token once.
     """
-    walks = [LayerWalk(source, windows.token_ids, batch_size=batch_size) for source in (original, packed)]
+    walks = [LayerWalk(source, windows.batch, batch_size=batch_size) for source in (original, packed)]
     changes: dict[int, float] = {}
     with progress.step("prune-eval: original and packed model", total=walks[0].num_layers + 1, unit="layer") as step:
         for layer in range(walks[0].num_layers):
@@ -98,12 +98,11 @@ def changed_share(one: torch.Tensor, other: torch.Tensor) -> float:
 def losses(original: LayerWalk, packed: LayerWalk, windows: Windows) -> tuple[TextResult, dict[str, TextResult]]:
     """(all text, per domain) of two walks over the same windows that have both passed the last layer."""
     sums: dict[str, _Sums] = {}
-    for row in range(len(windows.token_ids)):
+    for row in range(windows.batch.rows):
         rows = slice(row, row + 1)
-        labels = windows.token_ids[row, 1:]
-        fresh = int(windows.fresh[row])
-        logits = [walk.head(rows, walk.hidden[rows])[0, :-1][-fresh:] for walk in (original, packed)]
-        sums.setdefault(windows.domains[row], _Sums()).add(logits[0], logits[1], labels[-fresh:].to(logits[0].device))
+        labels = windows.labels(row)
+        logits = [walk.head(rows, walk.hidden[rows])[0, :-1][-len(labels) :] for walk in (original, packed)]
+        sums.setdefault(windows.domains[row], _Sums()).add(logits[0], logits[1], labels.to(logits[0].device))
     total = _Sums()
     for domain in sums.values():
         total.merge(domain)

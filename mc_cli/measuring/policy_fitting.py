@@ -26,9 +26,10 @@ from mc_cli.artifacts.packed import read_layout
 from mc_cli.artifacts.pruning import FOLDER, TENSOR_PREFIX, OperatingPoint, Pruning, read_pruning, write_pruning
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, require_done
 from mc_cli.data import text
+from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.data.documents import ALL, Reading
 from mc_cli.errors import InputError
-from mc_cli.measuring.readback import free_memory
+from mc_cli.models.memory import available_bytes
 from mc_cli.models.session import Session
 from mc_cli.packed.dense_tensors import load_dense
 from mc_cli.parts import ExpertBlock, ModelInventory
@@ -79,13 +80,13 @@ class _Job:
     nats: bool
     weight_count: int
     dropped: Mapping[int, Sequence[int]]
-    fit_ids: Tensor
-    check_ids: Tensor
+    fit_inputs: Batch
+    check_inputs: Batch
     progress: Progress
 
     @property
     def batch_size(self) -> int:
-        return self.session.batch_size(self.fit_ids.shape[1])
+        return self.session.batch_size(self.fit_inputs.length)
 
 
 def policy_names(settings: PruneSettings) -> list[str]:
@@ -173,8 +174,8 @@ def _job(
             "stream's energy, which compares layers less well.",
             progress,
         )
-    token_ids = _token_ids(settings, session, calibration, text_source, folder, progress)
-    held = max(1, len(token_ids) // _CHECK_SHARE)
+    inputs = _inputs(settings, session, calibration, text_source, folder, progress)
+    held = max(1, inputs.rows // _CHECK_SHARE)
     return _Job(
         settings=settings,
         session=session,
@@ -185,8 +186,8 @@ def _job(
         nats=nats,
         weight_count=sum(math.prod(tensor.shape) for tensor in inventory.tensors),
         dropped=_dropped(settings, session.work_dir, blocks),
-        fit_ids=token_ids[:-held],
-        check_ids=token_ids[-held:],
+        fit_inputs=inputs.select(slice(0, -held)),
+        check_inputs=inputs.select(slice(-held, None)),
         progress=progress,
     )
 
@@ -217,33 +218,33 @@ def _dropped(settings: PruneSettings, work_dir: Path, blocks: Mapping[int, Exper
     return experts_to_drop(scores, top_k, share=settings.drop_experts, scope=settings.drop_scope, gone=gone)
 
 
-def _token_ids(
+def _inputs(
     settings: PruneSettings,
     session: Session,
     calibration: Path,
     source: text.TextSource | None,
     folder: StageFolder,
     progress: Progress,
-) -> Tensor:
-    calibrated = calibration_artifact.read_token_ids(calibration, vocabulary=session.vocabulary)
+) -> Batch:
+    calibrated = read_calibration(calibration, vocabulary=session.vocabulary)
     if source is None:
-        found = calibrated[: settings.fit_sequences]
+        found = calibrated.select(slice(settings.fit_sequences))
     else:
         tokenizer = text.load_tokenizer(session.folder, trust_remote_code=session.compute.trust_remote_code)
         found = text.calibration_windows(
             source.documents(tokenizer),
             tokenizer,
             sequences=settings.fit_sequences,
-            length=calibrated.shape[1],
+            length=calibrated.length,
             seed=settings.policy_seed,
             renderer=source.renderer,
         )
-        text.check_vocabulary(found, session.vocabulary)
+        text.check_vocabulary(found.token_ids, session.vocabulary)
         for message in text.report_warnings(source.report()):
             folder.warn(f"--fit-data: {message}", progress)
-    if len(found) < 2:
+    if found.rows < 2:
         raise InputError(
-            f"There are {len(found)} windows of {found.shape[1]} tokens to fit a policy on, and at least 2 are needed: "
+            f"There are {found.rows} windows of {found.length} tokens to fit a policy on, and at least 2 are needed: "
             "one is kept for checking. Give more text with --fit-data, or calibrate on more --sequences."
         )
     return found
@@ -261,7 +262,7 @@ def _fitted(
     """guide: settings of a fit that only leads the training; its costs are given whatever their unit."""
     return fit_policies(
         job.source,
-        job.fit_ids,
+        job.fit_inputs,
         job.blocks,
         job.scales,
         learned,
@@ -284,8 +285,8 @@ def _chosen(job: _Job, pruning: Pruning, learned: Mapping[str, Tensor]) -> Pruni
 
 def _checked(job: _Job, pruning: Pruning, learned: Mapping[str, Tensor]) -> Pruning:
     """The policy with every point's rise of perplexity on windows that no threshold was fitted on."""
-    count, length = job.check_ids.shape
-    windows = text.Windows(job.check_ids, torch.full((count,), length - 1), (ALL,) * count)
+    count, length = job.check_inputs.rows, job.check_inputs.length
+    windows = text.Windows(job.check_inputs, torch.full((count,), length - 1), (ALL,) * count)
     found = compare_points(
         job.source,
         windows,
@@ -315,7 +316,7 @@ def _trained(job: _Job, folder: StageFolder) -> Routers:
     guide = _fitted(job, [odp.NAME], {}, replace(_fit_settings(job), rates=_guide_rates(rates), protect=0.0))[odp.NAME]
     routers, offsets = _layer_routers(job, guide, rates)
     needed = job.weight_count * job.session.dtype.itemsize
-    free = free_memory(job.session.device)
+    free = available_bytes(job.session.device)
     if free is not None and needed > _MEMORY_SHARE * free:
         folder.warn(
             f"otp: the dense model needs {needed:,} bytes beside its activations, {free:,} are free; its routers were "
@@ -331,7 +332,7 @@ def _trained(job: _Job, folder: StageFolder) -> Routers:
     )
     trained = distil_routers(
         model,
-        job.fit_ids,
+        job.fit_inputs,
         {name: tensor.to(job.session.device) for name, tensor in routers.items()},
         [layer for layer in guide.layers if layer.top_k > 1],
         targets=[Target(rate, _price(guide.points, rate), offset) for rate, offset in zip(rates, offsets, strict=True)],
@@ -371,7 +372,7 @@ def _layer_routers(job: _Job, guide: Pruning, rates: Sequence[float]) -> tuple[R
     curves = []
     samples = sample_layers(
         job.source,
-        job.fit_ids,
+        job.fit_inputs,
         job.blocks,
         job.scales,
         batch_size=job.batch_size,

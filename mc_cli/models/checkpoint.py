@@ -36,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 from mc_cli.errors import CheckpointError, listed
 from mc_cli.families import facts_for
 from mc_cli.models.finite import damaged_weights, is_finite
-from mc_cli.models.inventory import find_decoder_layers
+from mc_cli.models.inventory import find_decoder_layers, tied_tensors
 from mc_cli.models.model_folder import config_file, read_config, resolve_model
 from mc_cli.models.skeleton import (
     build_skeleton,
@@ -51,6 +51,19 @@ __all__ = ["REST", "Checkpoint", "build_skeleton", "read_config", "rebuild_buffe
 
 _LAYERS_TO_LIST = 64  # a skeleton with this many layers too many is still built at once
 REST = -1  # everything outside the decoder layers
+
+
+def part_of(name: str, layers_path: str) -> int:
+    """The decoder layer of a module-tree name, REST outside the layers, which are at `layers_path`."""
+    prefix = f"{layers_path}."
+    return int(name[len(prefix) :].split(".")[0]) if name.startswith(prefix) else REST
+
+
+def part_tensors(model: nn.Module, layers_path: str, part: int) -> dict[str, torch.Tensor]:
+    """Module-tree name -> tensor of each parameter and persistent buffer of one part; tied ones are left out."""
+    tied = tied_tensors(model)
+    state = model.state_dict()
+    return {name: state[name] for name in state if name not in tied and part_of(name, layers_path) == part}
 
 
 @dataclass
@@ -268,8 +281,7 @@ class Checkpoint:
 
     def layer_of(self, name: str) -> int:
         """The decoder layer of a module-tree name, REST outside the layers."""
-        prefix = self.layers_path + "."
-        return int(name[len(prefix) :].split(".")[0]) if name.startswith(prefix) else REST
+        return part_of(name, self.layers_path)
 
     def load(self, part: int) -> None:
         """Materialises one decoder layer, or REST, on the device. Raises CheckpointError on non-finite weights."""

@@ -10,6 +10,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _STATUS = Path("/proc/self/status")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -104,8 +108,20 @@ def read_ahead(paths: Iterable[Path]) -> None:
                 pages.madvise(mmap.MADV_DONTNEED, *piece)  # they stay in the cache, but are not this process's any more
 
 
-def available_bytes() -> int | None:
-    """Memory that programs can have now without others being swapped out, None where the system does not tell."""
+def available_bytes(device: torch.device | None = None) -> int | None:
+    """Memory that programs can have now without others being swapped out, None where the system does not tell.
+
+    device  a GPU of which no more is free counts too
+    """
+    free = [_system_bytes()]
+    if device is not None and device.type == "cuda":
+        import torch
+
+        free.append(torch.cuda.mem_get_info(device)[0])
+    return min((count for count in free if count is not None), default=None)
+
+
+def _system_bytes() -> int | None:
     available = None
     with suppress(OSError, ValueError, StopIteration):
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -20,7 +20,7 @@ from transformers.core_model_loading import build_glob_alternation
 from mc_cli.artifacts.packed import PackedLayout, StoredBytes, encoding_of
 from mc_cli.errors import ArtifactError, McError, listed
 from mc_cli.models import experts
-from mc_cli.models.checkpoint import REST
+from mc_cli.models.checkpoint import REST, part_of
 from mc_cli.models.expert_gates import can_be_divided
 from mc_cli.models.inventory import find_decoder_layers, path_of, take_inventory, tied_tensors, top_k_of
 from mc_cli.models.model_folder import read_config
@@ -217,8 +217,7 @@ class PackedSource:
 
     def part_of(self, name: str) -> int:
         """The decoder layer of a module-tree name, REST outside the layers."""
-        prefix = self.layers_path + "."
-        return int(name[len(prefix) :].split(".")[0]) if name.startswith(prefix) else REST
+        return part_of(name, self.layers_path)
 
     def names(self, part: int) -> list[str]:
         """Names of the stored tensors of one decoder layer, or of REST."""

@@ -76,7 +76,7 @@ def compare_points(
     runs     name -> pruners; each is used once
     classes  name of a token class -> [windows, length] bool
     """
-    base = LayerWalk(packed, windows.token_ids, batch_size=batch_size)
+    base = LayerWalk(packed, windows.batch, batch_size=batch_size)
     room = max(1, _HIDDEN_BYTES // (base.hidden.numel() * base.hidden.element_size()))
     names = list(runs)
     groups = [names[begin : begin + room] for begin in range(0, len(names), room)]
@@ -85,10 +85,10 @@ def compare_points(
     found: dict[str, PointResult] = {}
     with progress.step(title, total=total, unit="layer") as step:
         if original is not None:
-            references.append(LayerWalk(original, windows.token_ids, batch_size=batch_size))
+            references.append(LayerWalk(original, windows.batch, batch_size=batch_size))
             _walk([(references[1], None)], {}, step)
         for number, group in enumerate(groups):
-            walks = [LayerWalk(packed, windows.token_ids, batch_size=batch_size) for _ in group]
+            walks = [LayerWalk(packed, windows.batch, batch_size=batch_size) for _ in group]
             pairs: list[tuple[LayerWalk, Run | None]] = [(base, None)] if number == 0 else []
             _walk([*pairs, *zip(walks, (runs[name] for name in group), strict=True)], blocks, step)
             sums = _losses(references, walks, windows)
@@ -133,9 +133,9 @@ class _Sums:
 def _losses(references: Sequence[LayerWalk], walks: Sequence[LayerWalk], windows: Windows) -> list[_Sums]:
     """Sums of the references themselves, then of every walk."""
     sums = [_Sums(len(references)) for _ in range(len(walks) + 1)]
-    for row in range(len(windows.token_ids)):
+    for row in range(windows.batch.rows):
         rows, fresh = slice(row, row + 1), int(windows.fresh[row])
-        at = windows.token_ids[row, 1:][-fresh:, None].to(references[0].source.device)
+        at = windows.labels(row)[:, None].to(references[0].source.device)
         known = [_log_probabilities(walk, rows, fresh) for walk in references]
         sums[0].tokens += fresh
         for number, reference in enumerate(known):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer, Pruning
+from mc_cli.data.batches import Batch
 from mc_cli.errors import InputError
 from mc_cli.parts import ExpertBlock
 from mc_cli.policies import SPREAD, LayerValues, calibrated_numbers, drops_calls, policy_from_name
@@ -46,7 +47,7 @@ class FitSettings:
 
 def fit_policies(
     source: LayerSource,
-    token_ids: Tensor,
+    inputs: Batch,
     blocks: Mapping[int, ExpertBlock],
     scales: Mapping[int, Tensor],
     learned: Mapping[str, Mapping[str, Tensor]],
@@ -57,7 +58,7 @@ def fit_policies(
     batch_size: int,
     progress: Progress,
 ) -> dict[str, Pruning]:
-    """Policy name -> the policy with an operating point per rate, all from one forward over `token_ids`.
+    """Policy name -> the policy with an operating point per rate, all from one forward over `inputs`.
 
     scales   layer -> [hidden] what a squared error of the MoE output costs;  nats: in nats per token
     learned  policy -> full tensor name -> what it learned
@@ -68,7 +69,7 @@ def fit_policies(
     watch = any(policy_from_name(name).WATCHES_ATTENTION for name in policies)
     with progress.step(f"prune-eval: fit {', '.join(policies)}", total=len(blocks), unit="layer") as step:
         samples = sample_layers(
-            source, token_ids, blocks, scales, batch_size=batch_size, watch=watch, dropped=settings.dropped
+            source, inputs, blocks, scales, batch_size=batch_size, watch=watch, dropped=settings.dropped
         )
         for sample in samples:
             for part in growing:
@@ -79,7 +80,7 @@ def fit_policies(
             "This model's routers choose one expert per token, and a token's best expert is never dropped: there is "
             "nothing to prune per token. Run prune-eval without --policy."
         )
-    return {part.name: _finished(part, settings, len(token_ids.flatten()), nats=nats) for part in growing}
+    return {part.name: _finished(part, settings, inputs.tokens, nats=nats) for part in growing}
 
 
 def _add_layer(part: _Growing, sample: LayerSample, learned: Mapping[str, Tensor], settings: FitSettings) -> None:

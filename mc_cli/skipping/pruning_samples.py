@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mc_cli.data.batches import Batch
 from mc_cli.models.experts import ExpertCall, Experts
 from mc_cli.models.memory import release_freed_memory
 from mc_cli.parts import ExpertBlock
@@ -84,7 +85,7 @@ class _Capture:
 
 def sample_layers(
     source: LayerSource,
-    token_ids: Tensor,
+    inputs: Batch,
     blocks: Mapping[int, ExpertBlock],
     scales: Mapping[int, Tensor],
     *,
@@ -97,7 +98,7 @@ def sample_layers(
     dropped  layer -> experts that are not chosen at all
     scales  layer -> [hidden] float: what a squared error of each output feature costs
     """
-    walk = LayerWalk(source, token_ids, batch_size=batch_size)
+    walk = LayerWalk(source, inputs, batch_size=batch_size)
     for layer in range(walk.num_layers):
         source.load(layer)
         block = blocks.get(layer)

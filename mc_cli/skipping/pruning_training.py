@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mc_cli.artifacts.pruning import TENSOR_PREFIX, PrunedLayer
 from mc_cli.artifacts.states import read_state, write_state
+from mc_cli.data.batches import Batch
 from mc_cli.policies import Routed, otp
 from mc_cli.progress import Progress
 from mc_cli.skipping.pruning import pruned
@@ -174,7 +175,7 @@ class _TrainingPruner:
 
 
 def distillation_loss(
-    model: Any, token_ids: Tensor, teacher: Tensor, pruners: Mapping[str, _TrainingPruner]
+    model: Any, batch: Batch, teacher: Tensor, pruners: Mapping[str, _TrainingPruner]
 ) -> tuple[Tensor, Tensor]:
     """(KL(teacher || pruned model) in nats per token, mean kept share over the layers), both with gradients.
 
@@ -183,7 +184,7 @@ def distillation_loss(
     with ExitStack() as stack:
         for path, pruner in pruners.items():
             stack.enter_context(pruned(model, path, pruner))
-        logits = model(token_ids, use_cache=False).logits
+        logits = model(**batch, use_cache=False).logits
     student = logits.to(teacher.dtype).log_softmax(-1)
     divergence = (teacher.exp() * (teacher - student)).sum(-1).mean()
     shares = [pruner.kept for pruner in pruners.values() if pruner.kept is not None]
@@ -216,7 +217,7 @@ class _State:
 
 def distil_routers(
     model: Any,
-    token_ids: Tensor,
+    inputs: Batch,
     routers: Routers,
     layers: Sequence[PrunedLayer],
     *,
@@ -238,7 +239,7 @@ def distil_routers(
     title = "prune-eval: train the routers of otp"
     with progress.step(title, total=settings.steps, unit="step", done=state.step) as step:
         while state.step < settings.steps:
-            divergence, kept = _train_step(model, token_ids, layers, state, targets, settings)
+            divergence, kept = _train_step(model, inputs, layers, state, targets, settings)
             state.step += 1
             if state.step % _SAVE_EVERY == 0 or state.step == settings.steps:
                 state.save(checkpoint)
@@ -248,7 +249,7 @@ def distil_routers(
 
 def _train_step(
     model: Any,
-    token_ids: Tensor,
+    inputs: Batch,
     layers: Sequence[PrunedLayer],
     state: _State,
     targets: Sequence[Target],
@@ -257,10 +258,10 @@ def _train_step(
     """One step on one target, in place. Returns (KL in nats per token, kept share)."""
     number = state.step % len(targets)
     target = targets[number]
-    rows = _batch_rows(len(token_ids), state.step, settings)
-    batch = token_ids[rows].to(model.device)
+    rows = _batch_rows(inputs.rows, state.step, settings)
+    batch = inputs.select(rows).to(model.device)
     with torch.no_grad():
-        teacher = model(batch, use_cache=False).logits.float().log_softmax(-1)
+        teacher = model(**batch, use_cache=False).logits.float().log_softmax(-1)
     names = list(state.routers)
     for name in names:
         state.routers[name].requires_grad_(True)

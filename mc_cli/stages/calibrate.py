@@ -25,6 +25,7 @@ from mc_cli.artifacts.states import write_state
 from mc_cli.artifacts.store import RESUME, StageFolder
 from mc_cli.coding.sensitivity import backward_layer, output_gradient
 from mc_cli.data import text
+from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.data.chat import ChatSettings
 from mc_cli.errors import ArtifactError
 from mc_cli.models.checkpoint import Checkpoint
@@ -72,10 +73,10 @@ def run(
     drawn = None if folder.path(artifact.TOKENS).exists() and not force else _windows(settings, session)
     folder.start(force=force)
     session.remember(settings.model, settings.revision)
-    token_ids = _token_ids(settings, session, folder, drawn, progress)
+    inputs = _inputs(settings, session, folder, drawn, progress)
     _write_inventory(checkpoint, inventory, folder, progress)
-    walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
-    sequences = min(-(-settings.gradient_tokens // token_ids.shape[1]), len(token_ids))
+    walk = LayerWalk(checkpoint, inputs, batch_size=session.batch_size(inputs.length))
+    sequences = min(-(-settings.gradient_tokens // inputs.length), inputs.rows)
     with weights:
         _forward(walk, checkpoint, inventory, folder, sequences, progress)
         if sequences:
@@ -100,8 +101,8 @@ def _source(settings: CalibrateSettings) -> text.TextSource:
     return text.TextSource(settings.data, settings.split, settings.text_field, chat)
 
 
-def _windows(settings: CalibrateSettings, session: Session) -> tuple[torch.Tensor, artifact.TextReport | None]:
-    """([sequences, length] int64, report): windows of calibration tokens, drawn from the text, and how it was read."""
+def _windows(settings: CalibrateSettings, session: Session) -> tuple[Batch, artifact.TextReport | None]:
+    """Windows of calibration tokens, drawn from the text, and how it was read."""
     tokenizer = text.load_tokenizer(session.folder, trust_remote_code=session.compute.trust_remote_code)
     source = _source(settings)
     windows = text.calibration_windows(
@@ -112,32 +113,32 @@ def _windows(settings: CalibrateSettings, session: Session) -> tuple[torch.Tenso
         seed=settings.seed,
         renderer=source.renderer,
     )
-    text.check_vocabulary(windows, session.vocabulary)
+    text.check_vocabulary(windows.token_ids, session.vocabulary)
     return windows, source.report()
 
 
-def _token_ids(
+def _inputs(
     settings: CalibrateSettings,
     session: Session,
     folder: StageFolder,
-    drawn: tuple[torch.Tensor, artifact.TextReport | None] | None,
+    drawn: tuple[Batch, artifact.TextReport | None] | None,
     progress: Progress,
-) -> torch.Tensor:
+) -> Batch:
     """The windows of calibration tokens, written once; None: those written before. A shortfall of text is a warning."""
     if drawn is not None:
         windows, report = drawn
         if report is not None:
             write_json(folder.path(artifact.TEXT), report)
-        write_tensors(folder.path(artifact.TOKENS), {"token_ids": windows})
+        write_tensors(folder.path(artifact.TOKENS), {"token_ids": windows.token_ids})
     for message in text.report_warnings(artifact.read_text_report(folder.folder)):
         folder.warn(message, progress)
-    token_ids = artifact.read_token_ids(folder.folder, vocabulary=session.vocabulary)
-    if len(token_ids) < settings.sequences:
+    inputs = read_calibration(folder.folder, vocabulary=session.vocabulary)
+    if inputs.rows < settings.sequences:
         folder.warn(
-            f"the text fills {len(token_ids)} of the {settings.sequences} sequences asked for; all of it is used.",
+            f"the text fills {inputs.rows} of the {settings.sequences} sequences asked for; all of it is used.",
             progress,
         )
-    return token_ids
+    return inputs
 
 
 def opened(session: Session) -> tuple[Checkpoint, ModelInventory]:
@@ -226,8 +227,8 @@ def _backward(
 ) -> None:
     """Gradient second moments of every MoE layer, from the last to the first that has experts."""
     blocks = {block.layer: block for block in inventory.expert_blocks}
-    batch_size = max(1, min(walk.batch_size, GRADIENT_BATCH_TOKENS // walk.token_ids.shape[1]))
-    walk = LayerWalk(checkpoint, walk.token_ids[:sequences], batch_size=batch_size)
+    batch_size = max(1, min(walk.batch_size, GRADIENT_BATCH_TOKENS // walk.inputs.length))
+    walk = LayerWalk(checkpoint, walk.inputs.select(slice(sequences)), batch_size=batch_size)
     gradients, layer = _gradient_start(walk, folder, sequences, settings)
     first = min(blocks)
     with progress.step(

@@ -1,6 +1,6 @@
 """export: the packed model as a directory that loads elsewhere, built beside its name, read back, then moved there.
 
-1. the exporter writes    2. the result is loaded and compared with the packed model    3. record, rename
+1. the exporter writes    2. its reader opens it, and it is compared with the packed model    3. record, rename
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from mc_cli.artifacts.pruning import FOLDER as POLICY_FOLDER
 from mc_cli.artifacts.pruning import Pruning, read_pruning
 from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest, require_done, verify_stages
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError
-from mc_cli.exporters import ExportJob, exporter_from_name
+from mc_cli.exporters import ExportJob, dequantizes, exporter_from_name
 from mc_cli.exporters.model_card import CardFacts
+from mc_cli.measuring.logit_source import Reading
 from mc_cli.measuring.readback import ReadBack, read_back
 from mc_cli.models.model_files import copy_model_files
 from mc_cli.models.session import device_named, dtype_named
@@ -154,9 +155,15 @@ def _write_and_read_back(
             advance=lambda note: step.advance(note=note),
             pruning=pruning,
         )
-        exporter_from_name(settings.format).export(job)
+        exporter = exporter_from_name(settings.format)
+        exporter.export(job)
         found = read_back(
-            folder.partial, files.folder, dtype=dtype, device=device, trust_remote_code=trusted, pruning=pruning
+            folder.partial,
+            files.folder,
+            exporter.open,
+            Reading(dtype, device, trust_remote_code=trusted),
+            dequantized=dequantizes(settings.format),
+            pruning=pruning,
         )
         step.advance(note="read back")
     if found.rounding_error is not None:
@@ -166,12 +173,8 @@ def _write_and_read_back(
             "differences. The export was compared with weights rounded in the same way.",
             progress,
         )
-    if found.generated_tokens == 0:
-        folder.warn(
-            "the exported model does not fit into the free memory, so it was read back layer by layer: all tensors and "
-            "the logits were compared, but nothing was generated with it.",
-            progress,
-        )
+    if found.not_done is not None:
+        folder.warn(found.not_done, progress)
     return found
 
 
@@ -302,7 +305,7 @@ def _result(folder: ExportFolder, settings: ExportSettings, *, ran: bool) -> Sta
         "directory": str(folder.folder),
         "bytes": sum(entry["size_bytes"] for entry in record.outputs.values()),
         "files": len(record.outputs) + 1,
-        "read back": f"{found.method}, {found.tensors:,} tensors equal",
+        "read back": found.compared,
         "logit error": f"{found.logit_error_median:.2g} for the median of {found.tokens} tokens (allowed "
         f"{found.tolerance:.2g}), {found.logit_error_max:.2g} at most",
         "same top token": f"{100 * found.same_top_token:.1f} %",

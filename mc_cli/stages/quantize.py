@@ -28,6 +28,7 @@ from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, require_d
 from mc_cli.coding.layer_quantizer import LayerQuantizer
 from mc_cli.coding.layer_result import LayerResult
 from mc_cli.coding.quantization import quantizer_for
+from mc_cli.data.batches import read_calibration
 from mc_cli.encodings import family_of_role
 from mc_cli.errors import ArtifactError, PlanError, Problems, listed
 from mc_cli.executors.here import Here
@@ -74,9 +75,9 @@ def run(
     checkpoint = session.open_checkpoint()
     weights = session.digesting(checkpoint, folder)
     folder.start(force=force)
-    token_ids = calibration_artifact.read_token_ids(calibration, vocabulary=session.vocabulary)
+    batch = read_calibration(calibration, vocabulary=session.vocabulary)
     run_our_experts(checkpoint.model)
-    walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
+    walk = LayerWalk(checkpoint, batch, batch_size=session.batch_size(batch.length))
     sensitivities = calibration_artifact.read_sensitivities(calibration, inventory)
     if settings.quantizer.joins_rows and sensitivities and not _has_covariances(calibration, inventory):
         folder.warn(
@@ -245,7 +246,7 @@ def _head_and_rest(
         for rows in walk.batches():
             walk.logits(rows)
         handle.remove()
-        worker.linears.sharing_input(heads, hessian, walk.token_ids.numel(), result)
+        worker.linears.sharing_input(heads, hessian, walk.inputs.tokens, result)
     writer.write(REST, parts, result)
 
 

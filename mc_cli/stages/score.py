@@ -22,6 +22,7 @@ from mc_cli.coding.expert_inputs import (
 from mc_cli.coding.layer_scorer import LayerScorer
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.coding.rerouting import Rerouting
+from mc_cli.data.batches import read_calibration
 from mc_cli.executors.here import Here
 from mc_cli.models.memory import release_freed_memory
 from mc_cli.models.own_experts import run_our_experts
@@ -54,9 +55,9 @@ def run(
     inventory = calibration_artifact.read_inventory(calibration / calibration_artifact.INVENTORY)
     checkpoint = session.open_checkpoint()
     weights = session.digesting(checkpoint, folder)
-    token_ids = calibration_artifact.read_token_ids(calibration, vocabulary=session.vocabulary)
+    batch = read_calibration(calibration, vocabulary=session.vocabulary)
     run_our_experts(checkpoint.model)
-    walk = LayerWalk(checkpoint, token_ids, batch_size=session.batch_size(token_ids.shape[1]))
+    walk = LayerWalk(checkpoint, batch, batch_size=session.batch_size(batch.length))
     scorer = LayerScorer(settings, quantizer_for(settings.quantizer), Here(), calibration)
     blocks = {block.layer: block for block in inventory.expert_blocks}
     sensitivities = calibration_artifact.read_sensitivities(calibration, inventory)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from mc_cli.data.batches import Batch
 from mc_cli.errors import CheckpointError, FamilyError, InputError
 from mc_cli.models.checkpoint import REST
 from mc_cli.models.finite import require_finite
@@ -84,14 +85,15 @@ LayerArguments = list[
 class LayerWalk:
     """All sequences' hidden states at one depth of the model, and the way to the next depth.
 
-    token_ids   [sequences, length] int64
+    inputs      what the model is fed, one row per sequence; all of it goes through the model's own forward once, with
+                the embeddings, whose images and the like are in `hidden` and the layers' arguments from there on
     batch_size  sequences per forward
     hidden      [sequences, length, hidden], on the CPU, in the model's dtype; the input of layer `depth`
     """
 
-    def __init__(self, source: LayerSource, token_ids: torch.Tensor, *, batch_size: int) -> None:
+    def __init__(self, source: LayerSource, inputs: Batch, *, batch_size: int) -> None:
         self.source = source
-        self.token_ids = token_ids
+        self.inputs = inputs
         self.batch_size = batch_size
         self.depth = 0
         self.layers = decoder_layers(source.model, source.layers_path)
@@ -105,8 +107,8 @@ class LayerWalk:
 
     def batches(self) -> Iterator[slice]:
         """Row ranges of the batches, in order."""
-        for begin in range(0, len(self.token_ids), self.batch_size):
-            yield slice(begin, min(begin + self.batch_size, len(self.token_ids)))
+        for begin in range(0, self.inputs.rows, self.batch_size):
+            yield slice(begin, min(begin + self.batch_size, self.inputs.rows))
 
     def twin(self) -> LayerWalk:
         """Another walk over the same sequences, from where this one is; each advances by itself."""
@@ -198,12 +200,13 @@ class LayerWalk:
         """Final norm and head applied to `hidden` [sequences, length, hidden]; gradients flow if enabled."""
         calls: Calls = [(hidden.to(self.source.device), (), {})]
         with _replaced(self.layers, lambda index, real: _Injector(real, calls, False)):
-            return self._forward(rows).logits
+            # Norm and head see nothing but `hidden`, so that images need not pass their tower again.
+            return self._forward(self.inputs.select(rows).text_alone()).logits
 
-    def _forward(self, rows: slice) -> Any:
+    def _forward(self, batch: Batch) -> Any:
         # Router logits are for a training loss; without routers in the pass there are none to make it from.
         with _without_router_logits(self.source.model):
-            return self.source.model(self.token_ids[rows].to(self.source.device), use_cache=False)
+            return self.source.model(**batch.to(self.source.device), use_cache=False)
 
     def _arguments_of(self, rows: slice) -> LayerArguments:
         same_length = -(rows.stop - rows.start)
@@ -221,7 +224,7 @@ class LayerWalk:
         for rows in self.batches():
             first, arguments = self._record(rows)
             if hidden is None:
-                hidden = torch.empty((len(self.token_ids), *first.shape[1:]), dtype=first.dtype)
+                hidden = torch.empty((self.inputs.rows, *first.shape[1:]), dtype=first.dtype)
             hidden[rows] = first.to(hidden.device)
             same_length = -(rows.stop - rows.start)
             if same_length not in kept:
@@ -238,7 +241,7 @@ class LayerWalk:
         with _replaced(self.layers, lambda index, real: _Recorder(real, calls, index == count - 1)):
             try:
                 with self._blaming_config("what comes before the layers"):
-                    self._forward(rows)
+                    self._forward(self.inputs.select(rows))
             except _AllLayersSeen:
                 pass
             except ValueError as error:  # the model unpacks what the recorders return

@@ -61,8 +61,8 @@ def measure(work_dir: Path, given: argparse.Namespace) -> tuple[TextResult, Text
     checkpoint = session.open_checkpoint()
     checkpoint.model.set_experts_implementation(IMPLEMENTATION)
     source = PackedSource(work_dir / STAGE_FOLDERS["quantize"], dtype=session.dtype, device=session.device)
-    batch_size = session.batch_size(windows.token_ids.shape[1])
-    original, own = (LayerWalk(each, windows.token_ids, batch_size=batch_size) for each in (checkpoint, source))
+    batch_size = session.batch_size(windows.batch.length)
+    original, own = (LayerWalk(each, windows.batch, batch_size=batch_size) for each in (checkpoint, source))
     forced = own.twin()
     changes = []
     for layer in range(original.num_layers):

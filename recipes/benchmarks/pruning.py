@@ -198,7 +198,7 @@ def oracle(
     source = PackedSource(folder, dtype=torch.float32, device=torch.device("cpu"))
     windows = windows or heldout_windows(arguments, folder, arguments.length, arguments.max_windows)
     layers, steps = [], []
-    for sample in sample_layers(source, windows.token_ids, blocks, scales, batch_size=16, watch=False):
+    for sample in sample_layers(source, windows.batch, blocks, scales, batch_size=16, watch=False):
         layers.append(PrunedLayer(sample.block.layer, sample.block.path, sample.top_k, sample.renormalise))
         worst_first = (sample.costs[:, :-1] - sample.costs[:, 1:]).flip(-1)  # of dropping the last slot, then the next
         steps.append(worst_first.cummax(-1).values)  # a slot goes only after those behind it

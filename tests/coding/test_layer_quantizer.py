@@ -20,6 +20,7 @@ from mc_cli.coding import linears
 from mc_cli.coding.layer_quantizer import LayerQuantizer
 from mc_cli.coding.layer_result import LayerResult
 from mc_cli.coding.quantization import quantizer_for
+from mc_cli.data.batches import Batch
 from mc_cli.encodings import Encoding
 from mc_cli.errors import PlanError
 from mc_cli.executors.here import Here
@@ -92,7 +93,7 @@ def open_walk(folder: Path) -> tuple[Checkpoint, ModelInventory, LayerWalk]:
     checkpoint = Checkpoint(folder, read_config(folder), dtype=torch.float32, device=torch.device("cpu"))
     checkpoint.model.set_experts_implementation(IMPLEMENTATION)
     inventory = take_inventory(checkpoint.model, stored_dtypes=checkpoint.stored_dtypes)
-    return checkpoint, inventory, LayerWalk(checkpoint, TOKEN_IDS, batch_size=4)
+    return checkpoint, inventory, LayerWalk(checkpoint, Batch.of_text(TOKEN_IDS), batch_size=4)
 
 
 def quantized_layer(folder: Path, layer: int, **role_bits: int) -> QuantizedLayer:

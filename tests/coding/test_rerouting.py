@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from mc_cli.coding.expert_inputs import ExpertInputs
 from mc_cli.coding.rerouting import Rerouting
+from mc_cli.data.batches import Batch
 from mc_cli.errors import FamilyError
 from mc_cli.families import CONTRACT_TESTED
 from mc_cli.models.checkpoint import Checkpoint, read_config
@@ -33,7 +34,7 @@ def first_layer(folder: Any) -> tuple[Any, Any, ExpertInputs]:
     source = Checkpoint(folder, read_config(folder), dtype=torch.float32, device=CPU)
     source.model.set_experts_implementation(IMPLEMENTATION)
     block = take_inventory(source.model, stored_dtypes=source.stored_dtypes).expert_blocks[0]
-    walk = LayerWalk(source, TOKEN_IDS, batch_size=3)
+    walk = LayerWalk(source, Batch.of_text(TOKEN_IDS), batch_size=3)
     for layer in range(block.layer):
         source.load(layer)
         walk.run_layer(advance=True)

@@ -20,6 +20,7 @@ from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import MatrixReport, read_report
 from mc_cli.artifacts.store import STAGE_FOLDERS
+from mc_cli.data.batches import Batch
 from mc_cli.families import CONTRACT_TESTED
 from mc_cli.packed.packed_model import PackedSource
 from mc_cli.parts import ModelInventory, Role
@@ -176,7 +177,7 @@ def test_packed_logits_are_those_of_the_dequantized_model(chain: Chain) -> None:
 
 def _streamed_logits(chain: Chain) -> torch.Tensor:
     source = chain.source()
-    walk = LayerWalk(source, TOKEN_IDS, batch_size=2)
+    walk = LayerWalk(source, Batch.of_text(TOKEN_IDS), batch_size=2)
     for layer in range(walk.num_layers):
         source.load(layer)
         walk.run_layer(advance=True)
@@ -188,7 +189,7 @@ def test_quantize_goes_on_with_what_it_stores(chain: Chain) -> None:
     """The hidden states behind the last layer: a matrix that is stored but not put back into the layer would show."""
     source = chain.source()
     token_ids = _load(chain.work_dir / "calibration" / "tokens.safetensors")["token_ids"]
-    walk = LayerWalk(source, token_ids, batch_size=4)
+    walk = LayerWalk(source, Batch.of_text(token_ids), batch_size=4)
     with decoded_products():  # quantize computes with decoded weights; other products may tip a near tie of experts
         for layer in range(walk.num_layers):
             source.load(layer)

@@ -20,9 +20,8 @@ from mc_cli.artifacts.exported import RECORD, ExportFolder
 from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.store import StageFolder
 from mc_cli.errors import ArtifactError, FamilyError, InputError, StaleArtifactError
-from mc_cli.exporters import exporter_from_name, exporters
+from mc_cli.exporters import exporter_from_name, exporters, reading
 from mc_cli.families import CONTRACT_TESTED
-from mc_cli.measuring import readback
 from mc_cli.models.experts import find_experts
 from mc_cli.packed.dense_tensors import DenseTensors
 from mc_cli.packed.loading import load_packed
@@ -31,10 +30,9 @@ from mc_cli.progress import SilentProgress, StageResult
 from mc_cli.settings import ExportSettings, RunSettings
 from mc_cli.stages import export
 from tests.conftest import TinyModel
-from tests.packed_folders import LINEAR_BITS, packed_work_dir
+from tests.packed_folders import LINEAR_BITS, packed_work_dir, read_again
 from tests.tiny_models import read_tensors, with_own_code
 
-CPU = torch.device("cpu")
 TOKEN_IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(1))
 SHARD_BYTES = 60_000  # two to four shards of a tiny model
 every_family = pytest.mark.parametrize("model_type", CONTRACT_TESTED)
@@ -84,7 +82,7 @@ def test_an_export_loads_and_is_the_packed_model(
     result = do_export(work, out, format)
     assert result.ran and result.folder == out
     found = result.summary["read_back"]
-    assert found["method"] == readback.WHOLE and found["generated_tokens"] > 0
+    assert found["method"] == "whole model" and found["generated_tokens"] > 0
     model, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
     assert found["tensors"] == len(model.state_dict()) - len(model.all_tied_weights_keys)
@@ -136,8 +134,8 @@ def test_a_model_larger_than_memory_is_read_back_layer_by_layer(
 ) -> None:
     work, out = work_dir(model_type), tmp_path / "out"
     whole = do_export(work, out, format).summary["read_back"]
-    layered = readback.read_back(out, work / "packed", dtype=torch.float32, device=CPU, free_bytes=0)
-    assert layered.method == readback.LAYERED and layered.generated_tokens == 0
+    layered = read_again(out, work / "packed", format, free_bytes=0)
+    assert layered.method == "layer by layer" and layered.generated_tokens == 0
     assert layered.tensors == whole["tensors"]
     assert math.isclose(layered.logit_error_median, whole["logit_error_median"], abs_tol=1e-4)
 
@@ -145,7 +143,7 @@ def test_a_model_larger_than_memory_is_read_back_layer_by_layer(
 def test_layered_read_back_is_reported_as_a_warning(
     work_dir: WorkDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readback, "free_memory", lambda device: 0)
+    monkeypatch.setattr(reading, "available_bytes", lambda device: 0)
     result = do_export(work_dir(), tmp_path / "out")
     assert result.summary["facts"]["read back"].startswith("layer by layer")
     assert ["layer by layer" in warning for warning in result.warnings] == [True]
@@ -179,7 +177,7 @@ def test_one_wrong_value_is_found(
     do_export(work, out, format)
     change_tensor(out, name)
     with pytest.raises(ArtifactError, match="1 differences") as error:
-        readback.read_back(out, work / "packed", dtype=torch.float32, device=CPU, free_bytes=free_bytes)
+        read_again(out, work / "packed", format, free_bytes=free_bytes)
     assert f"{WRONG[format, name] or name}: other values" in str(error.value)
 
 
@@ -192,7 +190,7 @@ def test_a_lost_shard_is_found(format: str, work_dir: WorkDir, tmp_path: Path) -
     index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != lost}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ArtifactError, match=r"model\.norm\.weight: missing"):
-        readback.read_back(out, work / "packed", dtype=torch.float32, device=CPU)
+        read_again(out, work / "packed", format)
 
 
 def test_other_logits_are_found(work_dir: WorkDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +200,7 @@ def test_other_logits_are_found(work_dir: WorkDir, tmp_path: Path, monkeypatch: 
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
     with pytest.raises(ArtifactError, match="logits differ from the packed model's"):
-        readback.read_back(out, work / "packed", dtype=torch.float32, device=CPU)
+        read_again(out, work / "packed", "dense")
 
 
 # What is left behind
@@ -320,10 +318,8 @@ def test_code_of_the_models_own_is_run_when_trusted(tiny_model: TinyModel, tmp_p
     with pytest.raises(FamilyError, match="--trust-remote-code"):
         export.run(settings, RunSettings(), work, force=False, progress=silent)
     result = export.run(settings, RunSettings(trust_remote_code=True), work, force=False, progress=silent)
-    assert result.summary["read_back"]["method"] == readback.WHOLE
-    layered = readback.read_back(
-        out, work / "packed", dtype=torch.float32, device=CPU, free_bytes=0, trust_remote_code=True
-    )
+    assert result.summary["read_back"]["method"] == "whole model"
+    layered = read_again(out, work / "packed", "dense", free_bytes=0, trust_remote_code=True)
     assert layered.tensors == result.summary["read_back"]["tensors"]
     packed = tmp_path / "packed"
     export.run(ExportSettings(out=str(packed)), RunSettings(trust_remote_code=True), work, force=False, progress=silent)
@@ -360,7 +356,7 @@ def test_the_record_names_origin_and_every_file(work_dir: WorkDir, tmp_path: Pat
     packed = json.loads((work_dir() / "packed" / "manifest.json").read_text())
     assert record["inputs"] == {"quantize": packed["fingerprint"]}
     assert record["stages"]["quantize"]["settings"] == packed["settings"]
-    assert record["read_back"]["method"] == readback.WHOLE
+    assert record["read_back"]["method"] == "whole model"
 
 
 @every_format

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 
+from mc_cli.artifacts.exported import RECORD
 from tests.tiny_chain import write_documents
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
@@ -27,23 +29,35 @@ ASKED = ("--quantizer", "ternary", "--method", "first-layers", "--policy", "half
 
 LOADED = """
 import json, sys
+from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 import mc_cli
 from mc_cli.artifacts.packed import encoding_of
 from mc_cli.kernels import path_names
 
-dense = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/one_file", dtype="float32")
+from mc_cli.data.batches import Batch
+from mc_cli.exporters import exporter_from_name
+from mc_cli.measuring.logit_source import Reading
+
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/one_file")
+    refused = ""
+except (OSError, ValueError) as error:
+    refused = type(error).__name__
+reading = Reading(torch.float32, torch.device("cpu"))
+dense = exporter_from_name("one-file").open(Path(sys.argv[1], "one_file"), reading)
 packed = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/packed", dtype="float32")
 mc_cli.set_pruning_rate(packed, 0)
 tokens = torch.arange(24).view(2, 12) + 3
 with torch.no_grad():
-    expected, found = dense(tokens).logits, packed(tokens).logits
+    expected, found = dense.logits(Batch.of_text(tokens)), packed(tokens).logits
     written = packed.generate(tokens, max_new_tokens=3, do_sample=False)
 error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median()
 keys = set(packed.hf_quantizer.quantization_config.layout.linears.values())
 path = path_names(map(encoding_of, sorted(keys)), packed.device)
-print(json.dumps({"error": float(error), "written": list(written.shape), "path": path}))
+dense.close()
+print(json.dumps({"refused": refused, "error": float(error), "written": list(written.shape), "path": path}))
 """
 
 
@@ -126,15 +140,41 @@ def test_every_stage_ran_with_the_foreign_extension(place: Path) -> None:
 
 
 def test_the_exports_load_and_agree(packages: Path, place: Path) -> None:
-    assert [path.name for path in (place / "one_file").glob("*.safetensors")] == ["model.safetensors"]
+    names = {path.name for path in (place / "one_file").iterdir()}
+    assert "model.one" in names and not any(name.endswith(".safetensors") for name in names)
     with safe_open(next((place / "packed").glob("*.safetensors")), "pt") as file:
         stored = {name.rpartition(".")[2] for name in file.keys()}  # noqa: SIM118 - no mapping
     assert any(name.endswith("steps") for name in stored)
     done = process(packages, "-c", LOADED, place)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
+    assert found["refused"], "transformers knows nothing of the format"
     assert found["error"] < 0.02 and found["written"] == [2, 15]
     assert "ternary encodings: decoded, then torch" in found["path"]
+
+
+def test_the_exporters_own_reader_read_its_format_back(place: Path) -> None:
+    record = json.loads((place / "one_file" / RECORD).read_text())
+    found = record["read_back"]
+    assert found["method"] == "one-file reader" and found["tokens"] == 64
+    assert found["logit_error_median"] <= found["tolerance"] and found["same_top_token"] > 0.9
+    assert (found["tensors"], found["generated_tokens"]) == (0, 0)
+    (said,) = [text for text in record["warnings"] if "own reader" in text]
+    assert "no tensors and no generation" in said
+
+
+def test_an_export_that_its_reader_reads_otherwise_is_not_shipped(packages: Path, place: Path, tmp_path: Path) -> None:
+    """A reader that gets one tensor wrong: what it says is compared, not taken on trust."""
+    shutil.copytree(packages, tmp_path / "packages")
+    source = tmp_path / "packages" / "my_moe" / "one_file.py"
+    wrong = "tensors['lm_head.weight'] = tensors['lm_head.weight'].roll(1, 0)"
+    line = "        native = type("
+    assert line in source.read_text()
+    source.write_text(source.read_text().replace(line, f"        {wrong}\n{line}"))
+    command = ("-m", "mc_cli", "export", "-w", place / "work", "--out", tmp_path / "out", "--format", "one-file")
+    done = process(tmp_path / "packages", *command)
+    assert done.returncode == 1 and "logits differ from the packed model's" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_package_the_encoding_is_named(place: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from mc_cli.data.batches import Batch
 from mc_cli.families import CONTRACT_TESTED
 from mc_cli.models.checkpoint import REST, Checkpoint, read_config
 from mc_cli.models.experts import IMPLEMENTATION, ExpertCall
@@ -45,7 +46,7 @@ def whole_logits(folder: Path) -> torch.Tensor:
 
 
 def streamed_logits(checkpoint: Checkpoint, batch_size: int) -> torch.Tensor:
-    walk = LayerWalk(checkpoint, TOKEN_IDS, batch_size=batch_size)
+    walk = LayerWalk(checkpoint, Batch.of_text(TOKEN_IDS), batch_size=batch_size)
     for layer in range(walk.num_layers):
         checkpoint.load(layer)
         walk.run_layer(advance=True)

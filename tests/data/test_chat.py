@@ -183,7 +183,7 @@ def test_rows_that_the_template_refuses_are_counted_and_told(tokenizer: Any, tmp
     windows = calibration_windows(
         source.documents(tokenizer), tokenizer, sequences=2, length=8, seed=0, renderer=source.renderer
     )
-    assert windows.shape == (2, 8)
+    assert (windows.rows, windows.length) == (2, 8)
     report = source.report()
     assert report is not None and report["rows"] == {"chat: messages": 2, "field text": 1}
     assert (report["chats_rendered"], report["chats_refused"]) == (1, 1)

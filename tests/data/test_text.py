@@ -243,26 +243,27 @@ def numbered(sizes: list[int], domain: str = "all") -> list[Document]:
 def test_calibration_windows_are_cut_from_whole_documents() -> None:
     documents = numbered([7, 20, 3, 11, 9])
     windows = calibration_windows(documents, Letters(eos_token_id=2), sequences=4, length=10, seed=0)
-    assert windows.shape == (4, 10) and windows.dtype == torch.int64
+    assert windows.token_ids.shape == (4, 10)
     bodies = {tuple(map(ord, document.text)) for document in documents}
     follows = {(one, other) for body in bodies for one, other in itertools.pairwise(body)}
     ends, begins = {body[-1] for body in bodies}, {body[0] for body in bodies}
-    for row in windows.tolist():
+    for row in windows.token_ids.tolist():
         for one, other in itertools.pairwise(row):
             assert (one, other) in follows or (one in ends and other == 2) or (one == 2 and other in begins)
-    counts = Counter(token for row in windows.tolist() for token in row if token != 2)
+    counts = Counter(token for row in windows.token_ids.tolist() for token in row if token != 2)
     assert max(counts.values()) == 1
 
 
 def test_calibration_windows_depend_on_the_seed_alone() -> None:
     documents = numbered([13] * 40)
-    same = [calibration_windows(documents, Letters(), sequences=5, length=16, seed=seed) for seed in (3, 3, 4)]
+    drawn = [calibration_windows(documents, Letters(), sequences=5, length=16, seed=seed) for seed in (3, 3, 4)]
+    same = [batch.token_ids for batch in drawn]
     assert torch.equal(same[0], same[1]) and not torch.equal(same[0], same[2])
 
 
 def test_shortfall_of_text_gives_fewer_windows_or_an_error() -> None:
     documents = numbered([25])
-    assert calibration_windows(documents, Letters(), sequences=9, length=10, seed=0).shape == (2, 10)
+    assert calibration_windows(documents, Letters(), sequences=9, length=10, seed=0).token_ids.shape == (2, 10)
     with pytest.raises(InputError, match="holds 25 tokens, less than one sequence of --length 26"):
         calibration_windows(documents, Letters(), sequences=1, length=26, seed=0)
 

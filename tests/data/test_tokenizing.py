@@ -100,7 +100,7 @@ def test_only_what_is_needed_of_a_huge_document_is_tokenized(
             return tokenizer(texts, **options)
 
     windows = calibration_windows([Document(words(0, 600_000))], Counting(), sequences=2, length=16, seed=0)
-    assert windows.shape == (2, 16)
+    assert windows.token_ids.shape == (2, 16)
     assert max(asked) <= tokenizing.PIECE and sum(asked) < 2**19 + 4 * tokenizing.PIECE
 
 

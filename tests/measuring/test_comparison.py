@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mc_cli.artifacts.evaluation import TextResult
+from mc_cli.data.batches import Batch
 from mc_cli.data.text import Windows
 from mc_cli.measuring.comparison import changed_share, compare
 from mc_cli.models.checkpoint import Checkpoint, read_config
@@ -26,7 +27,7 @@ from tests.packed_folders import pack_folder
 
 CPU = torch.device("cpu")
 WINDOWS = Windows(
-    torch.randint(3, 300, (5, 16), generator=torch.Generator().manual_seed(7)),
+    Batch.of_text(torch.randint(3, 300, (5, 16), generator=torch.Generator().manual_seed(7))),
     torch.tensor([15, 6, 15, 3, 10]),
     ("tale", "tale", "list", "list", "list"),
 )

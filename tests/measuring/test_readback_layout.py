@@ -12,7 +12,6 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from mc_cli.errors import ArtifactError
-from mc_cli.measuring import readback
 from mc_cli.packed.loading import load_packed
 from mc_cli.progress import SilentProgress
 from mc_cli.settings import CalibrateSettings, ExportSettings, RunSettings
@@ -20,9 +19,8 @@ from mc_cli.stages import calibrate, export
 from tests import tiny_models
 from tests.conftest import TinyModel
 from tests.models.test_model_files import qwen3_5_moe
-from tests.packed_folders import packed_work_dir
+from tests.packed_folders import packed_work_dir, read_again
 
-CPU = torch.device("cpu")
 IDS = torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(1))
 both = pytest.mark.parametrize("format", ["dense", "transformers"])
 
@@ -75,7 +73,7 @@ def test_a_config_that_names_another_class_is_found(tiny_model: TinyModel, tmp_p
     tiny_models.with_config(out, architectures=["MixtralForSequenceClassification"])
     for free in (None, 0):
         with pytest.raises(ArtifactError, match="names MixtralForSequenceClassification"):
-            readback.read_back(out, work / "packed", dtype=torch.float32, device=CPU, free_bytes=free)
+            read_again(out, work / "packed", "dense", free_bytes=free)
 
 
 @both
@@ -119,7 +117,7 @@ def test_a_model_that_amplifies_its_rounding_is_compared_with_its_rounded_twin(t
     found = exported(work, out, "dense")
     assert found["rounding_error"] > 0.125 and found["logit_error_median"] <= found["tolerance"] == 1e-4
     assert any("amplifies" in line for line in found["warnings"])
-    by_layer = readback.read_back(out, work / "packed", dtype=torch.float32, device=CPU, free_bytes=0)
+    by_layer = read_again(out, work / "packed", "dense", free_bytes=0)
     assert by_layer.rounding_error == pytest.approx(found["rounding_error"], rel=0.1)
 
 

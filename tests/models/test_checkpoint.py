@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.mixtral.modeling_mixtral import MixtralPreTrainedModel
 
+from mc_cli.data.batches import Batch
 from mc_cli.errors import FamilyError
 from mc_cli.models.checkpoint import REST, Checkpoint, read_config
 from mc_cli.models.experts import IMPLEMENTATION
@@ -47,7 +48,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 def logits(checkpoint: Checkpoint) -> torch.Tensor:
-    walk = LayerWalk(checkpoint, TOKEN_IDS, batch_size=2)
+    walk = LayerWalk(checkpoint, Batch.of_text(TOKEN_IDS), batch_size=2)
     for layer in range(walk.num_layers):
         checkpoint.load(layer)
         walk.run_layer(advance=True)
@@ -190,18 +191,18 @@ def test_router_logits_of_a_training_config_are_not_asked_for(tiny_model: TinyMo
 def test_layers_that_share_more_than_hidden_states_are_refused(tiny_model: TinyModel, sequences: int) -> None:
     checkpoint = open_checkpoint(tiny_model("glm_moe_dsa"))
     with pytest.raises(FamilyError, match="GlmMoeDsaForCausalLM cannot be run with one layer in memory"):
-        LayerWalk(checkpoint, TOKEN_IDS[:sequences], batch_size=sequences)
+        LayerWalk(checkpoint, Batch.of_text(TOKEN_IDS[:sequences]), batch_size=sequences)
 
 
 def test_restored_hidden_states_continue_the_walk(tiny_model: TinyModel) -> None:
     checkpoint = open_checkpoint(tiny_model("jamba", torch.float32), torch.float32)
     expected = logits(checkpoint)
-    walk = LayerWalk(checkpoint, TOKEN_IDS, batch_size=2)
+    walk = LayerWalk(checkpoint, Batch.of_text(TOKEN_IDS), batch_size=2)
     for layer in range(2):
         checkpoint.load(layer)
         walk.run_layer(advance=True)
         checkpoint.free(layer)
-    later = LayerWalk(checkpoint, TOKEN_IDS, batch_size=2)
+    later = LayerWalk(checkpoint, Batch.of_text(TOKEN_IDS), batch_size=2)
     later.restore(walk.hidden.clone(), 2)
     for layer in (2, 3):
         checkpoint.load(layer)

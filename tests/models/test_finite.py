@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mc_cli.data.batches import Batch
 from mc_cli.errors import CheckpointError, InputError
 from mc_cli.models.checkpoint import REST, Checkpoint, read_config
 from mc_cli.models.finite import is_finite, require_finite
@@ -22,7 +23,7 @@ IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(1))
 def walked(folder: Path, dtype: torch.dtype) -> torch.Tensor:
     """The logits of a whole walk through the layers."""
     source = Checkpoint(folder, read_config(folder), dtype=dtype, device=torch.device("cpu"))
-    walk = LayerWalk(source, IDS, batch_size=1)
+    walk = LayerWalk(source, Batch.of_text(IDS), batch_size=1)
     for layer in range(walk.num_layers):
         source.load(layer)
         walk.run_layer(advance=True)

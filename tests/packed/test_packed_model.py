@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mc_cli.artifacts.packed import CONFIG_FOLDER, LAYOUT, part_file, read_layout
+from mc_cli.data.batches import Batch
 from mc_cli.encodings.affine import AffineEncoding
 from mc_cli.encodings.trellis import trellis_for
 from mc_cli.errors import ArtifactError, InputError
@@ -60,7 +61,7 @@ def source_of(folder: Path, dtype: torch.dtype = torch.float32) -> PackedSource:
 
 
 def streamed_logits(source: PackedSource) -> torch.Tensor:
-    walk = LayerWalk(source, TOKEN_IDS, batch_size=1)
+    walk = LayerWalk(source, Batch.of_text(TOKEN_IDS), batch_size=1)
     for layer in range(walk.num_layers):
         source.load(layer)
         walk.run_layer(advance=True)

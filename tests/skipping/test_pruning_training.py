@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mc_cli.artifacts.pruning import TENSOR_PREFIX, PrunedLayer
+from mc_cli.data.batches import Batch
 from mc_cli.models import experts
 from mc_cli.packed.dense_tensors import load_dense
 from mc_cli.packed.loading import load_packed
@@ -70,7 +71,7 @@ def test_the_gradient_is_that_of_finite_differences(family: str, tiny_model: Tin
             router = {kind: parameters[f"{path}.{TENSOR_PREFIX}{kind}"] for kind in (otp.WEIGHT, otp.BIAS)}
             pruners[path] = _TrainingPruner(router, renormalise=True, temperature=0.7, offset=0.2)
             pruners[path].noise = draws
-        divergence, kept = distillation_loss(model, IDS[:2], teacher, pruners)
+        divergence, kept = distillation_loss(model, Batch.of_text(IDS[:2]), teacher, pruners)
         return divergence + 0.3 * kept
 
     leaves = {name: tensor.clone().requires_grad_(True) for name, tensor in flat.items()}
@@ -112,7 +113,7 @@ def train(model: Any, checkpoint: Path, progress: Any) -> dict[str, torch.Tensor
     layers = [PrunedLayer(number, path, 2, True) for number, (path, _) in enumerate(experts.find_experts(model))]
     return distil_routers(
         model,
-        IDS,
+        Batch.of_text(IDS),
         routers_of(model),
         layers,
         targets=TARGETS,

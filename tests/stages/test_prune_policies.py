@@ -283,7 +283,7 @@ def test_otp_without_room_for_the_whole_model_is_trained_layer_by_layer(
 ) -> None:
     folder = quantized("mixtral")
     work_dir = work_dir_of(folder, tmp_path)
-    monkeypatch.setattr("mc_cli.measuring.policy_fitting.free_memory", lambda device: 1000)
+    monkeypatch.setattr("mc_cli.measuring.policy_fitting.available_bytes", lambda device: 1000)
     result = run_prune_eval(work_dir, folder / "other.jsonl", prune=OTP)
     assert any("trained layer by layer only" in warning for warning in result.warnings)
     assert evaluation_of(work_dir).pruning["points"][0]["rate"] > 0.05

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mc_cli.artifacts.calibration import QUANTILES
+from mc_cli.data.batches import Batch
 from mc_cli.models.checkpoint import Checkpoint, read_config
 from mc_cli.models.experts import IMPLEMENTATION
 from mc_cli.models.inventory import take_inventory
@@ -125,7 +126,7 @@ def test_first_layer_routes_as_in_the_whole_model(tiny_model: TinyModel, model_t
     """Counts, weights and probabilities of a family's own router, taken from transformers' model as a whole."""
     folder = tiny_model(model_type)
     checkpoint, block = opened(folder)
-    walk = LayerWalk(checkpoint, TOKEN_IDS, batch_size=2)
+    walk = LayerWalk(checkpoint, Batch.of_text(TOKEN_IDS), batch_size=2)
     for layer in range(block.layer + 1):
         checkpoint.load(layer)
         if layer < block.layer:

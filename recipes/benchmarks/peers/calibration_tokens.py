@@ -34,7 +34,7 @@ def main() -> None:
         sequences=settings.sequences,
         length=settings.length,
         seed=settings.seed,
-    )
+    ).token_ids
     given.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({"token_ids": windows, "seed": torch.tensor(settings.seed)}, given.out)
     print(f"{given.out}: {tuple(windows.shape)} tokens")

@@ -91,7 +91,7 @@ def walked(session: Session, windows: text.Windows) -> LayerWalk:
     """A walk over the windows that has passed the last layer."""
     source = session.open_checkpoint()
     source.model.set_experts_implementation(IMPLEMENTATION)
-    walk = LayerWalk(source, windows.token_ids, batch_size=session.batch_size(windows.token_ids.shape[1]))
+    walk = LayerWalk(source, windows.batch, batch_size=session.batch_size(windows.batch.length))
     for layer in range(walk.num_layers):
         source.load(layer)
         walk.run_layer(advance=True)

@@ -1,0 +1,117 @@
+"""What a model is fed: its inputs by name, rows of one length side by side.
+
+Text has `input_ids` alone. What an image-text model takes beside them (`pixel_values`, `image_grid_thw`,
+`mm_token_type_ids`, ...) travels under the names that the model's own forward takes, so that nobody between the data
+and the model has to know of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import KeysView, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mc_cli.artifacts.calibration import read_token_ids
+from mc_cli.errors import ShapeError
+
+TOKENS = "input_ids"
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Model inputs by name; `model(**batch)` feeds them all.
+
+    inputs   name -> tensor; `input_ids` is [rows, length] int64, and there always
+    counts   name -> entries of each row, for inputs of which a row has none, one or many in the first dimension, such
+             as images or their patches; in the rows' order. Inputs that are not named here have one entry per row.
+
+    >>> batch = Batch.of_text(torch.zeros(4, 16, dtype=torch.int64))
+    >>> batch.rows, batch.length, batch.select(slice(0, 2)).tokens
+    (4, 16, 32)
+    """
+
+    inputs: Mapping[str, Tensor]
+    counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        tokens = self.inputs.get(TOKENS)
+        if tokens is None or tokens.ndim != 2 or tokens.dtype != torch.int64:
+            found = "none" if tokens is None else f"{list(tokens.shape)} {tokens.dtype}"
+            raise ShapeError(f"A batch has {TOKENS} of [rows, length] int64; here it has {found}.")
+        for name, counts in self.counts.items():
+            if len(counts) != self.rows or name not in self.inputs:
+                held = ", ".join(self.inputs)
+                raise ShapeError(f"A batch counts {name} for {len(counts)} rows; it has {self.rows}, and holds {held}.")
+        for name, tensor in self.inputs.items():
+            wanted = sum(self.counts[name]) if name in self.counts else self.rows
+            if tensor.ndim == 0 or len(tensor) != wanted:
+                raise ShapeError(
+                    f"A batch of {self.rows} rows holds {wanted} entries of {name}, here {list(tensor.shape)}."
+                )
+
+    @classmethod
+    def of_text(cls, token_ids: Tensor) -> Batch:
+        """token_ids  [rows, length] int64"""
+        return cls({TOKENS: token_ids})
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[rows, length] int64."""
+        return self.inputs[TOKENS]
+
+    @property
+    def rows(self) -> int:
+        return len(self.inputs[TOKENS])
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return self.inputs[TOKENS].shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return self.rows * self.length
+
+    def keys(self) -> KeysView[str]:
+        return self.inputs.keys()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.inputs[name]
+
+    def select(self, rows: slice | Tensor) -> Batch:
+        """The rows of a range, or those with the given numbers, [n] int64; text comes as a view of a range.
+
+        An input of which none of these rows has an entry is left out: models take no empty ones.
+        """
+        inputs, counts = {}, {}
+        for name, tensor in self.inputs.items():
+            if name not in self.counts:
+                inputs[name] = tensor[rows]
+                continue
+            numbers = torch.arange(self.rows)[rows].tolist()
+            entries = tensor.split(list(self.counts[name]))
+            chosen = [entries[number] for number in numbers if len(entries[number])]
+            if chosen:
+                inputs[name] = torch.cat(chosen)
+                counts[name] = tuple(self.counts[name][number] for number in numbers)
+        return Batch(inputs, counts)
+
+    def text_alone(self) -> Batch:
+        """The same rows with their token ids and nothing else."""
+        return Batch.of_text(self.token_ids)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with all tensors on `device`."""
+        return Batch({name: tensor.to(device) for name, tensor in self.inputs.items()}, self.counts)
+
+
+def read_calibration(calibration: Path, *, vocabulary: int) -> Batch:
+    """The calibration rows of a folder that stage calibrate wrote. Raises ArtifactError where a file is damaged.
+
+    vocabulary  how many ids the model knows
+    """
+    return Batch.of_text(read_token_ids(calibration, vocabulary=vocabulary))
