@@ -1,7 +1,7 @@
 """Plans by hand that cut channels, give blocks of channels widths of their own, and let router slots share an expert.
 
-The truth is a model that transformers loads alone, with the packed matrices' values in their places: zeros where channels
-are cut, and one expert's weights in every slot that runs it.
+The truth is a model that transformers loads alone, with the packed matrices' values in their places: zeros where
+channels are cut, and one expert's weights in every slot that runs it.
 """
 
 from __future__ import annotations
