@@ -2,8 +2,9 @@
  * affine_portable.c; a path's own way at the head of its file.
  *
  * First every token becomes bytes: for each of its groups, up to the last that one of its matrices has, a step, a coarse
- * and a fine part, with zeros behind a group's end up to a multiple of 64. Slots are sorted by matrix, so that a task is one matrix and its places. Paths with
- * blocks lay the tokens of large tasks out in 16s. Then each piece of work is 64 outputs of one task. */
+ * and a fine part, with zeros behind a group's end up to a multiple of 64. Slots are sorted by matrix, so that a task is
+ * one matrix and its places. Paths with blocks lay the tokens of large tasks out in 16s. Then each piece of work is 64
+ * outputs of one task. */
 #include "affine.h"
 #include "threads.h"
 
