@@ -2,7 +2,8 @@
 
 A dropped expert has no encoding: nothing of it is stored, and whoever loads the layout masks it in its router.
 
-The layout goes into `packed/layout.json` and, unchanged, into `quantization_config` of an exported config.json.
+The layout goes into `packed/layout.json` and, with a digest of itself, into `quantization_config` of an exported
+config.json: loading hashes no files, and a threshold or a name of an encoding may be another and fit as well.
 Experts of one projection and encoding are stacked in one 3-D tensor per stored part, in ascending expert order:
 `<experts path>.<projection>_<encoding key>_<part>` [experts with that encoding, ...]; a packed linear, or
 token embedding, keeps its path: `<path>.<part>`. Everything else keeps its module-tree name and dtype.
@@ -18,6 +19,7 @@ from typing import Any
 
 from mc_cli import DISTRIBUTION
 from mc_cli.artifacts.files import read_json
+from mc_cli.artifacts.manifest import OTHER_RECORD, take_digest, with_digest
 from mc_cli.artifacts.pruning import Pruning
 from mc_cli.encodings import MOST, Encoding, encoding_from_key
 from mc_cli.errors import ArtifactError, listed, shown
@@ -113,6 +115,10 @@ class PackedLayout:
         plain = self._weights_json()
         return plain if self.pruning is None else {**plain, "pruning": self.pruning.to_json()}
 
+    def exported_json(self) -> dict[str, Any]:
+        """`to_json` with its digest, which `from_json` compares where there is one."""
+        return with_digest(self.to_json())
+
     def _weights_json(self) -> dict[str, Any]:
         keys = sorted(
             {key for block in self.experts for row in block.encodings.values() for key in row if key}
@@ -165,6 +171,8 @@ class _Reader:
                 f"The packed format has version {shown(version)}; this version of mc-cli reads {FORMAT_VERSION}. "
                 f"Install a matching {DISTRIBUTION}, or pack the model again (quantize --force, then export)."
             )
+        content = dict(content)
+        self._unless(take_digest(content), f"{OTHER_RECORD} (leave record_sha256 out where it was changed on purpose)")
         self._only(content, self._KEYS, "layout")
         keys = self._encodings(content.get("encodings"))
         blocks = [
