@@ -49,7 +49,7 @@ JUSTIFIED = (
         ("export",),
         ("o/config.json",),
         ("[!q]*", "(no field)"),  # all but quantization_config
-        "what the model is: users change it, and only what does not fit the tensors is found; `status --verify` reports it",
+        "what the model is: users change it; what does not fit the tensors is found, `status --verify` reports it all",
     ),
     Justified(
         ("export",),
