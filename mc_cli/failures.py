@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import typer
 
@@ -18,6 +22,7 @@ from mc_cli.errors import McError
 # torch tells of a file that it cannot open or map in a RuntimeError, by these words.
 _NOT_MAPPED = re.compile(r"unable to (?:open|mmap|stat|seek)\b[^<]*<([^>]*)>.*\((\d+)\)", re.DOTALL)
 ERROR, INTERRUPTED = 1, 130
+_AGAIN_S = 0.05
 _FULL = "No space left on device"  # safetensors reports a full disk in an error of its own, by these words
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -25,20 +30,61 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 @contextmanager
 def telling_errors(*, debug: bool, work_dir: Path | None = None) -> Iterator[None]:
     """Turns what goes wrong inside into a paragraph and an exit status; `debug` puts the traceback before it."""
+    ctrl_c = _CtrlC()
     try:
-        yield
+        with ctrl_c.noted():
+            yield
     except typer.Exit:
         raise
-    except KeyboardInterrupt as error:
-        _say(interrupted_message(work_dir), plain=True)
-        raise typer.Exit(INTERRUPTED) from error
     except BrokenPipeError:  # `mc-cli status | head`: the reader has seen enough
         raise
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, KeyboardInterrupt) or ctrl_c.came:
+            _say(interrupted_message(work_dir), plain=True)
+            raise typer.Exit(INTERRUPTED) from error
         if debug:
             traceback.print_exception(error, file=sys.stderr)
         _say(error_message(error))
         raise typer.Exit(error.exit_status if isinstance(error, McError) else ERROR) from error
+
+
+class _CtrlC:
+    """Whether Ctrl-C came, which a library may turn into an error of its own, or swallow.
+
+    Compiled code that calls Python, torch's for one, takes KeyboardInterrupt for any failure of that call and goes on,
+    or raises another error. Where Python itself has nobody to hand it to, as in what runs when memory is given back, it
+    is asked for again a moment later.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Notes Ctrl-C while inside; in the main thread, and where nobody else handles it."""
+        if (
+            threading.current_thread() is not threading.main_thread()
+            or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        ):
+            yield
+            return
+        unraisable = sys.unraisablehook
+        signal.signal(signal.SIGINT, self._note)
+        sys.unraisablehook = lambda told: self._again() if told.exc_type is KeyboardInterrupt else unraisable(told)
+        try:
+            yield
+        finally:
+            sys.unraisablehook = unraisable
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        signal.default_int_handler(number, frame)
+
+    def _again(self) -> None:
+        later = threading.Timer(_AGAIN_S, _thread.interrupt_main)
+        later.daemon = True
+        later.start()
 
 
 def interrupted_message(work_dir: Path | None) -> str:

@@ -10,10 +10,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mc_cli.artifacts.files import content_digest, read_json
+from mc_cli.artifacts.leftovers import is_empty
 from mc_cli.errors import ArtifactError, listed
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+BEGUN = "begun.json"  # in the folder from before its first file to after its manifest
 
 # command -> folder in the work directory, in the order of a run
 STAGE_FOLDERS = {
@@ -44,14 +46,23 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
-        """The folder's manifest, or None where the stage has not finished."""
+        """The folder's manifest, or None where the stage has not finished.
+
+        Raises ArtifactError for a damaged one, and for a stage's folder that has files and no record of any run.
+        """
         path = folder / MANIFEST
+        stage = _STAGE_OF.get(folder.name, "")
+        command = f": `mc-cli {command_of(stage)} -w {folder.parent} --force`" if stage else ""
         if not path.exists():
+            if stage and _lost_its_record(folder):
+                raise ArtifactError(
+                    f"{folder} holds files, but neither {MANIFEST} nor {BEGUN}, which say what made them. If they were "
+                    f"removed, or not copied along, copy them from where the folder is whole; else move the folder "
+                    f"away, and run `mc-cli {command_of(stage)} -w {folder.parent}` again if its result is wanted."
+                )
             return None
         content = read_json(path)
         whole = take_digest(content)
-        stage = _STAGE_OF.get(folder.name, "")
-        command = f": `mc-cli {command_of(stage)} -w {folder.parent} --force`" if stage else ""
         if content.get("schema") != SCHEMA:
             raise ArtifactError(
                 f"{path} has schema {content.get('schema')!r:.80}; this version reads {SCHEMA}. Use --force to rebuild "
@@ -72,6 +83,13 @@ class Manifest:
         return cls(**{**content, "warnings": tuple(content["warnings"])})
 
 
+def _lost_its_record(folder: Path) -> bool:
+    """Whether a folder that a stage made or makes lacks both of its records."""
+    if not folder.is_dir() or is_empty(folder) or (folder / BEGUN).exists():
+        return False
+    return not (folder / MANIFEST).exists()  # that stage may just have ended
+
+
 _FINGERPRINTED = ("stage", "settings", "inputs")
 
 
@@ -85,7 +103,7 @@ _DIGEST = "record_sha256"
 
 
 def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest or an export's record as it is written: with a digest of all its fields."""
+    """A manifest, an export's record or the layout in it as it is written: with a digest of all its fields."""
     as_read = json.loads(json.dumps(content))  # names are texts then
     return {**content, _DIGEST: content_digest(as_read)}
 
@@ -93,7 +111,10 @@ def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
 def take_digest(content: dict[str, Any]) -> bool:
     """Takes the digest out of a record, and says whether it is that of the rest; records of old have none."""
     digest = content.pop(_DIGEST, None)
-    return digest is None or digest == content_digest(content)
+    try:
+        return digest is None or digest == content_digest(content)
+    except RecursionError:  # nested as nothing is that we write
+        return False
 
 
 def record_problems(content: Mapping[str, Any], names: Iterable[str]) -> list[str]:

@@ -5,7 +5,9 @@ expert's output is the sum of what its blocks give. Usually it is one block, of 
 no block are cut away. Every slot of a router runs one stored expert, its own or another's. A slot that runs none is
 dropped: whoever loads the layout masks it in the router.
 
-The layout goes into `packed/layout.json` and, unchanged, into `quantization_config` of an exported config.json.
+The layout goes into `packed/layout.json` and, with a digest of itself, into `quantization_config` of an exported
+config.json: loading hashes no files, and a threshold or a name of an encoding may be another and fit as well.
+
 Blocks of one projection, size and encoding are stacked in one tensor per stored part, in ascending order of experts and
 of blocks in them: `<experts path>.<projection>_<encoding key>_<part>` [blocks, ...], and where the blocks have fewer
 channels than a whole expert, `<experts path>.<projection>_c<channels>_<encoding key>_<part>`. A packed linear, or token
@@ -24,6 +26,7 @@ from typing import Any
 
 from mc_cli import DISTRIBUTION
 from mc_cli.artifacts.files import read_json
+from mc_cli.artifacts.manifest import OTHER_RECORD, take_digest, with_digest
 from mc_cli.artifacts.pruning import Pruning
 from mc_cli.encodings import MOST, Encoding, encoding_from_key
 from mc_cli.errors import ArtifactError, listed, shown
@@ -216,6 +219,10 @@ class PackedLayout:
         plain = self._weights_json()
         return plain if self.pruning is None else {**plain, "pruning": self.pruning.to_json()}
 
+    def exported_json(self) -> dict[str, Any]:
+        """`to_json` with its digest, which `from_json` compares where there is one."""
+        return with_digest(self.to_json())
+
     def _weights_json(self) -> dict[str, Any]:
         blocks = (block for layer in self.experts for expert in layer.experts for block in expert)
         keys = sorted({key for block in blocks for key in block.encodings.values()} | set(self.linears.values()))
@@ -257,6 +264,8 @@ class _Reader:
                 f"{' and '.join(map(str, READ_VERSIONS))}. "
                 f"Install a matching {DISTRIBUTION}, or pack the model again (quantize --force, then export)."
             )
+        content = dict(content)
+        self._unless(take_digest(content), f"{OTHER_RECORD} (leave record_sha256 out where it was changed on purpose)")
         self._only(content, self._KEYS, "layout")
         keys = self._encodings(content.get("encodings"))
         blocks = [

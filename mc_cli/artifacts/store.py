@@ -25,6 +25,7 @@ from mc_cli.artifacts.leftovers import (
     remove_partial,
 )
 from mc_cli.artifacts.manifest import (
+    BEGUN,
     FOLDERS,
     MANIFEST,
     STAGE_FOLDERS,
@@ -38,7 +39,6 @@ from mc_cli.artifacts.system_errors import refusal
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.progress import Progress
 
-BEGUN = "begun.json"
 REMOVED_SUFFIX = ".removed"
 RESUME = "resume"  # what only a resume needs: hidden states after the last finished layer
 _MARKERS = (MANIFEST, BEGUN)

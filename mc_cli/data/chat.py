@@ -11,6 +11,7 @@ from typing import Any
 
 from mc_cli.artifacts.files import content_digest, read_text
 from mc_cli.artifacts.strict_json import JsonError, has_half_character, parse_json
+from mc_cli.data.rendering import LimitError, Limits, RefusedError, TemplateProcess
 from mc_cli.errors import ArtifactError, InputError, shown
 
 # kind -> the fields that a row of it has; in the order in which they are looked for
@@ -209,33 +210,44 @@ class Renderer:
     rendered: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     example: str = ""  # where the first refused row is, and why
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        self._process = TemplateProcess(self.tokenizer, self.limits)
 
     def text(self, chat: Chat) -> str | None:
         """The chat's text with the special tokens that the template writes; None where the template refuses it.
 
-        Raises InputError where there is no such template.
+        Raises InputError where there is no such template, or it takes more time or memory than any for chats.
         """
         if self.settings.plain:
             self.rendered += 1
             return "".join(map(_plain_turn, chat.messages))
         template = self._template(chat)
         try:
-            found = self.tokenizer.apply_chat_template(
-                list(chat.messages), tools=chat.tools, chat_template=template, tokenize=False
-            )
-            if not isinstance(found, str) or has_half_character(found):
-                raise ValueError("the template makes no text")
-        except Exception as error:  # jinja's, the template's own raise_exception, or any of the values it meets
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            self.refused[reason] += 1
-            self.example = self.example or f"{chat.where}: {reason}"
+            found = self._process.text(chat.messages, chat.tools, template)
+        except RefusedError as error:
+            self.refused[str(error)] += 1
+            self.example = self.example or f"{chat.where}: {error}"
             return None
+        except LimitError as error:
+            raise InputError(
+                f"{chat.where}: {self._source()} {error}, which is more than one for chats does. Give another with "
+                "--chat-template FILE, or take the turns' texts as they are with --no-chat-template."
+            ) from error
         self.rendered += 1
         return found
 
     def name(self) -> str:
         """What the report calls the template."""
         return "none: the turns' texts" if self.settings.plain else self.settings.template or OWN_TEMPLATE
+
+    def _source(self) -> str:
+        """Where the template is, for messages."""
+        if self.settings.template is not None:
+            return f"--chat-template {self.settings.template}"
+        folder = getattr(self.tokenizer, "name_or_path", "")
+        return f"the chat template of {folder} (chat_template.jinja, or in tokenizer_config.json)"
 
     def _template(self, chat: Chat) -> str:
         """The template's text. Raises InputError saying which there are."""

@@ -146,7 +146,7 @@ def packed_config(job: ExportJob) -> dict[str, Any]:
         config = {**config, "mc_pruning_rate": job.pruning[0].at_rate(None).rate or None}
     return {
         **_with_dtype(config, job.dtype),
-        "quantization_config": layout.to_json(),
+        "quantization_config": layout.exported_json(),
         "transformers_weights": NOTICE,
         # Code of the model's own stays the way in to it.
         "auto_map": config.get("auto_map") or {"AutoModelForCausalLM": f"{LOADER}.PackedModelForCausalLM"},

@@ -202,6 +202,7 @@ class Checkpoint:
         self._check_tied(targets)
         self._check_complete(targets, known)
         self._check_shapes(targets, known)
+        self._check_dtypes(targets, known)
         for target in targets.values():
             self._targets[self.layer_of(target.name)].append(target)
 
@@ -277,6 +278,21 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder}: {len(wrong)} tensors do not fit config.json:\n{listed(wrong)}\n"
                 "config.json may be of another model, or the files of another revision."
+            )
+
+    def _check_dtypes(self, targets: dict[str, _Target], known: dict[str, torch.Tensor]) -> None:
+        """Raises CheckpointError for integers where the model computes with floats, and the other way round."""
+        wrong = [
+            f"{piece.key}: {str(piece.dtype).removeprefix('torch.')}"
+            for name, target in targets.items()
+            for piece in target.all_pieces
+            if piece.dtype is not None and piece.dtype.is_floating_point != known[name].is_floating_point()
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{self.folder}: {len(wrong)} tensors are stored as integers where {type(self.model).__name__} has "
+                f"floating-point numbers, or the other way round:\n{listed(wrong)}\nThe safetensors files are damaged, "
+                "or quantized in a way that config.json does not name. Download them again."
             )
 
     def layer_of(self, name: str) -> int:

@@ -26,7 +26,7 @@ class PackedConfig(QuantizationConfigMixin):
 
     def __init__(self, quant_method: str = QUANT_METHOD, **layout: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # that of earlier exports too
-        self.layout = PackedLayout.from_json(layout)
+        self.layout = PackedLayout.from_json({"quant_method": quant_method, **layout})
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -34,7 +34,7 @@ class PackedConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        return self.layout.to_json()
+        return self.layout.exported_json()
 
 
 class PackedQuantizer(HfQuantizer):

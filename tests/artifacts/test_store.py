@@ -191,3 +191,24 @@ def test_record_on_disk_is_plain_json(tmp_path: Path) -> None:
         "stage", "fingerprint", "settings", "inputs", "outputs", "tool_version", "warnings", "schema",
         "record_sha256",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("reader", [Manifest.read, lambda folder: require_done(folder.parent, "score")])
+def test_files_without_a_record_are_no_stage_that_has_not_run(reader: Any, tmp_path: Path) -> None:
+    folder = finished(tmp_path).folder
+    (folder / MANIFEST).unlink()
+    with pytest.raises(ArtifactError, match=r"importance holds files, but neither .*run `mc-cli score -w"):
+        reader(folder)
+    with pytest.raises(ArtifactError, match=r"importance has neither"):
+        stage(tmp_path).begin(force=True)
+    assert names(folder) == ["deep/result.txt"]
+
+
+def test_a_folder_on_its_way_is_no_folder_that_lost_its_record(tmp_path: Path) -> None:
+    folder = stage(tmp_path).folder
+    (folder / f"{BEGUN}.partial").mkdir(parents=True)
+    (folder / f"{BEGUN}.partial" / BEGUN).write_text("{")
+    assert Manifest.read(folder) is None
+    assert stage(tmp_path).begin(force=False)
+    write_text(folder / "half", "h")
+    assert Manifest.read(folder) is None

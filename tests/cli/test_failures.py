@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import sys
+import time
+import weakref
 
-from mc_cli.failures import error_message
+import pytest
+import typer
+
+from mc_cli.failures import error_message, telling_errors
 
 
 def test_a_file_that_torch_cannot_map_is_named_and_no_defect() -> None:
@@ -19,3 +26,48 @@ def test_a_file_that_torch_cannot_map_is_named_and_no_defect() -> None:
 
 def test_other_runtime_errors_stay_defects() -> None:
     assert "defect" in error_message(RuntimeError("shapes do not fit"))
+
+
+class Interrupted:
+    """Meets Ctrl-C when something looks at its length, as compiled code does that makes a tensor of a sequence."""
+
+    def __len__(self) -> int:
+        signal.raise_signal(signal.SIGINT)
+        return 1
+
+    def __getitem__(self, place: int) -> float:
+        return 1.0
+
+
+def test_ctrl_c_that_a_library_takes_for_another_error_is_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as raised, telling_errors(debug=False):
+        try:
+            len(Interrupted())
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+    assert raised.value.exit_code == 130
+    assert capsys.readouterr().err == "Stopped.\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_in_what_runs_when_memory_is_given_back_is_asked_for_again(capsys: pytest.CaptureFixture[str]) -> None:
+    class Held:
+        pass
+
+    hook = sys.unraisablehook
+    with pytest.raises(typer.Exit) as raised, telling_errors(debug=False):
+        held = Held()
+        watch = weakref.ref(held, lambda _: signal.raise_signal(signal.SIGINT))
+        del held
+        assert watch() is None
+        time.sleep(10)
+    assert raised.value.exit_code == 130
+    assert capsys.readouterr().err == "Stopped.\n"
+    assert sys.unraisablehook is hook
+
+
+def test_an_error_after_no_ctrl_c_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as raised, telling_errors(debug=False):
+        raise ValueError("could not determine the shape")
+    assert raised.value.exit_code == 1
+    assert "has a defect" in capsys.readouterr().err

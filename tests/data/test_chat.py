@@ -14,6 +14,7 @@ import pytest
 from mc_cli.artifacts.files import DigestCache
 from mc_cli.data.chat import ChatSettings, Renderer
 from mc_cli.data.documents import Document, Reading, read_documents
+from mc_cli.data.rendering import Limits
 from mc_cli.data.text import TextSource, calibration_windows, load_tokenizer, report_warnings
 from mc_cli.data.tokenizing import encode
 from mc_cli.errors import InputError
@@ -251,3 +252,47 @@ def test_renderer_says_which_template_it_took(tokenizer: Any) -> None:
     assert Renderer(tokenizer).name() == "the tokenizer's own"
     assert Renderer(tokenizer, ChatSettings(template="x")).name() == "x"
     assert Renderer(tokenizer, ChatSettings(plain=True)).name() == "none: the turns' texts"
+
+
+HOSTILE = {
+    "a long text": ("{{ 'x' * 10 ** 10 }}", "of memory"),
+    "a text that grows": (
+        "{% set n = namespace(x='x' * 1000) %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+        "of memory",
+    ),
+    "a width": ("{{ '%999999999d' | format(1) }}", "of memory"),
+    "loops in loops": (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}",
+        "than 1 seconds",
+    ),
+    "a power of powers": ("{{ (messages | length + 8) ** (10 ** 8) > 0 }}", "than 1 seconds"),
+    "a text longer than chats": ("{{ 'x' * (2 * 10 ** 6) }}", "a text of 2,000,000 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_that_takes_all_time_or_memory_is_refused(
+    name: str, folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    template, said = HOSTILE[name]
+    (tmp_path / "hostile.jinja").write_text(template, encoding="utf-8")
+    source = source_of(write(tmp_path / "rows.jsonl", [{"messages": TURNS}]), template=str(tmp_path / "hostile.jinja"))
+    chat = source.documents(tokenizer)[0].chat
+    assert chat is not None
+    limits = Limits(seconds=1.0, memory_bytes=100 << 20)
+    with pytest.raises(InputError, match=f"line 1: --chat-template .*hostile.jinja .*{said}.*--no-chat-template"):
+        Renderer(tokenizer, source.chat, limits=limits).text(chat)
+
+
+def test_a_template_that_adds_much_to_every_row_is_refused(folder: Path, tmp_path: Path) -> None:
+    own = load_tokenizer(folder)
+    own.chat_template = "{{ 'x' * (9 * 10 ** 5) }}"
+    source = source_of(write(tmp_path / "rows.jsonl", [{"messages": TURNS}] * 80))
+    with pytest.raises(InputError, match=r"line 7\d: the chat template of .*tokenizer_config.json\) makes texts of"):
+        texts_of(source, own)
+
+
+def test_a_long_row_is_rendered(tokenizer: Any, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hello cat " * 10**5}, TURNS[1]]
+    (found,) = texts_of(source_of(write(tmp_path / "rows.jsonl", [{"messages": turns}])), tokenizer)
+    assert found is not None and len(found) > 10**6

@@ -53,9 +53,12 @@ class Running:
         sys.stderr.flush()
         # Not files, because a limit on their length would be one on what can be told.
         pipes = [os.pipe() for _ in range(3)]
+        # Ctrl-C is for the command: not for what runs in the child before it, nor after it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         self._pid = os.fork()
         if self._pid == 0:
             _child(call, folder, [write for _, write in pipes], fault or shim.Fault(), file_limit)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for _, write in pipes:
             os.close(write)
         self._said = {read: b"" for read, _ in pipes}
@@ -139,12 +142,10 @@ def _child(
 ) -> NoReturn:
     code = 70
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # nothing of ours is to be interrupted
         _prepare(folder, pipes, file_limit)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         shim.arm(folder, fault)
         code = _exit_code(call)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         os.write(pipes[2], str(shim.counted()).encode())
         sys.stdout.flush()
         sys.stderr.flush()
@@ -155,15 +156,20 @@ def _child(
 
 
 def _exit_code(call: Callable[[], None]) -> int:
+    code = 70
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        call()
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        return 70
-    return 0
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            call()
+            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    except KeyboardInterrupt:  # it had ended
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    return code
 
 
 def _prepare(folder: Path, pipes: Sequence[int], file_limit: int | None) -> None:

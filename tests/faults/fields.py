@@ -15,6 +15,7 @@ _MOST = 20_000
 NO_FIELD = "(no field)"
 REPLACED = "(replaced)"
 UNREADABLE = "(unreadable)"
+_SIXTEEN_BITS = {"F16", "BF16"}
 
 
 def changed_fields(before: bytes, path: Path) -> list[str]:
@@ -34,7 +35,16 @@ def changed_fields(before: bytes, path: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
         return [UNREADABLE]
     names = [name for name in {**then, **now} if name not in then or name not in now or then[name] != now[name]]
-    return sorted(names) or [NO_FIELD]
+    return sorted(_kind(name, then, now) for name in names) or [NO_FIELD]
+
+
+def _kind(name: str, then: dict[str, Any], now: dict[str, Any]) -> str:
+    """The name; where the header reads the same 16 bits as another float, which comes to other values, `floats.`."""
+    before, after = then.get(name), now.get(name)
+    if not name.startswith("header.") or not isinstance(before, list) or not isinstance(after, list):
+        return name
+    other = before[1] == after[1] and {before[0], after[0]} == _SIXTEEN_BITS
+    return name.replace("header.", "floats.", 1) if other else name
 
 
 def _of_json(content: bytes) -> dict[str, Any]:

@@ -28,8 +28,8 @@ JUSTIFIED = (
     Justified(
         ("input",),
         ("model/model.safetensors",),
-        ("data.*", "header.__metadata__", "header.more", "(no field)"),
-        "other finite weights are another model; names, shapes and dtypes are checked against config.json",
+        ("data.*", "floats.*", "header.__metadata__", "header.more", "(no field)"),
+        "other finite weights are another model, the same 16 bits as another float, too; names and shapes are checked",
     ),
     Justified(
         ("input", "held-out text"),
@@ -42,8 +42,14 @@ JUSTIFIED = (
     Justified(
         ("export",),
         ("o/model.safetensors", "d/model.safetensors"),
-        ("data.*", "header.__metadata__", "(no field)"),
+        ("data.*", "floats.*weight", "header.__metadata__", "(no field)"),
         "loading hashes no weights, as with any checkpoint (`status --verify` does); names, shapes, dtypes are checked",
+    ),
+    Justified(
+        ("export",),
+        ("o/config.json",),
+        ("[!q]*", "(no field)"),  # all but quantization_config
+        "what the model is: users change it; what does not fit the tensors is found, `status --verify` reports it all",
     ),
     Justified(
         ("export",),

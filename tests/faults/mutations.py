@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX
 from tests.faults import shim
 from tests.faults.chain import COMMANDS, FINISHED, GENERATE, STAGES, Base, logits_of
 from tests.faults.command import Outcome, run
@@ -241,6 +242,8 @@ def _run_stage(one: _Trial, arguments: Sequence[str]) -> None:
 
 def _without(tree: Tree, mutation: Mutation) -> Tree:
     left_out = {*mutation.names, *(f"{name}/" for name in mutation.names), "plan.yaml"}
+    # What is being written holds one file; with something else in its place it is not ours, and left alone.
+    left_out |= {f"{Path(name).parent}/" for name in mutation.names if Path(name).parent.suffix == PARTIAL_SUFFIX}
     return {name: digest for name, digest in tree.items() if name not in left_out}
 
 

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from tests.faults import __main__ as faults
 from tests.faults.chain import STAGES
+from tests.faults.fields import changed_fields
 from tests.faults.justified import JUSTIFIED, justification
 from tests.faults.mutators import mutate
 from tests.faults.trees import compare, tree_of
@@ -73,6 +76,18 @@ def test_only_what_is_listed_is_justified() -> None:
     assert justification("export", "o/model.safetensors", ["data.lm_head.codes"])
     assert not justification("export", "o/model.safetensors", ["data.lm_head.codes", "header.lm_head.codes"])
     assert not justification("artifact", "w/packed/rest.safetensors", ["data.lm_head.codes"])
+    assert justification("export", "o/model.safetensors", ["floats.model.norm.weight"])
+    assert not justification("export", "o/model.safetensors", ["floats.lm_head.scales"])
+    assert justification("export", "o/config.json", ["rms_norm_eps"])
+    assert not justification("export", "o/config.json", ["rms_norm_eps", "quantization_config.encodings.0"])
+
+
+def test_the_same_bits_as_another_float_are_told_from_another_tensor(tmp_path: Path) -> None:
+    ones = torch.ones(4, 2)
+    (tmp_path / "x.safetensors").write_bytes(save({"a": ones.half(), "b": ones.half(), "c": ones.half()}))
+    before = save({"a": ones.bfloat16(), "b": ones[:2].half(), "c": ones.to(torch.int16)})
+    kinds = [name for name in changed_fields(before, tmp_path / "x.safetensors") if not name.startswith("data.")]
+    assert kinds == ["floats.a", "header.b", "header.c"]
 
 
 def test_the_list_is_in_the_docs() -> None:

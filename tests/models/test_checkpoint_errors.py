@@ -407,3 +407,13 @@ def test_mxfp4_without_scales(tiny_model: TinyModel, tmp_path: Path) -> None:
     del tensors[f"{name}_scales"]
     message = message_of(CheckpointError, lambda: open_all(tiny_models.with_tensors(folder, tmp_path / "bad", tensors)))
     assert f"{name}_blocks" in message and "not whole" in message
+
+
+def test_integers_in_the_place_of_weights(mixtral: Path) -> None:
+    tensors = tiny_models.read_tensors(mixtral)
+    name = next(name for name in tensors if name.endswith("experts.1.w1.weight"))
+    bits = {2: torch.int16, 4: torch.int32}[tensors[name].element_size()]
+    tensors[name] = tensors[name].view(bits)
+    folder = tiny_models.with_tensors(mixtral, mixtral.parent / "integers", tensors)
+    with pytest.raises(CheckpointError, match=f"1 tensors are stored as integers .*\n.*{re.escape(name)}: int"):
+        open_all(folder)

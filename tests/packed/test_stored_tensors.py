@@ -99,11 +99,35 @@ def test_the_config_of_another_export_is_found(exported: Any, tmp_path: Path) ->
     folder = shutil.copytree(exported("mixtral"), tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
     layout = config["quantization_config"]
+    del layout["record_sha256"]
     for block in layout["experts"]:
         block["encodings"] = {name: row[1:] + row[:1] for name, row in block["encodings"].items()}
         block["encodings"]["down_proj"][0] = block["encodings"]["down_proj"][1]
     (folder / "config.json").write_text(json.dumps(config))
     refused(folder, "tensors do not fit the layout")
+
+
+def test_a_layout_that_fits_and_was_not_written_is_found(exported: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported("mixtral"), tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    pruning = Pruning(
+        "odp", 0, (PrunedLayer(0, "model.layers.0.mlp.experts", 2, True),), (OperatingPoint(0.3, (0.3,)),), 0
+    )
+    config["quantization_config"] = PackedLayout.from_json(config["quantization_config"]).to_json()
+    config["quantization_config"]["pruning"] = pruning.to_json()
+    config["quantization_config"] = PackedLayout.from_json(config["quantization_config"]).exported_json()
+    (folder / "config.json").write_text(json.dumps(config))
+    for load in LOADERS:
+        assert load(folder) is not None
+    config["quantization_config"]["pruning"]["points"][0]["thresholds"][0] = 0.5
+    (folder / "config.json").write_text(json.dumps(config))
+    for load in LOADERS:
+        with pytest.raises(ArtifactError, match="record_sha256"):
+            load(folder)
+    del config["quantization_config"]["record_sha256"]  # as exports of earlier versions
+    (folder / "config.json").write_text(json.dumps(config))
+    for load in LOADERS:
+        assert load(folder) is not None
 
 
 def test_a_base_model_and_the_whole_one_load(exported: Any) -> None:
@@ -180,6 +204,7 @@ def test_a_policy_that_does_not_fit_the_model_is_refused(exported: Any, tmp_path
         config = json.loads((folder / "config.json").read_text())
         pruning = Pruning(policy, 0, (layer,), (OperatingPoint(0.3, (0.3,)),), 0)
         config["quantization_config"]["pruning"] = pruning.to_json()
+        del config["quantization_config"]["record_sha256"]
         (folder / "config.json").write_text(json.dumps(config))
         for load in LOADERS:
             with pytest.raises(ArtifactError) as raised:
