@@ -339,6 +339,9 @@ def _generate(given: Mapping[str, Any]) -> None:
         bits = check_activation_bits(given["activation_bits"])
         prepare_libraries(debug=given["debug"])
         from mc_cli import console
+        from mc_cli.measuring.requests import check_generation
+
+        folder = check_generation(given["model"], given["prompt"], given["seed"])
         from mc_cli.kernels.compiled import inputs_of
         from mc_cli.measuring.generation import generate
         from mc_cli.models.session import device_named
@@ -346,7 +349,7 @@ def _generate(given: Mapping[str, Any]) -> None:
         show = console.stream if not given["json"] else lambda text: None
         with inputs_of(bits, device_named(compute.device)):
             made = generate(
-                given["model"],
+                str(folder),
                 given["prompt"],
                 compute=compute,
                 max_new_tokens=given["max_new_tokens"],
@@ -401,18 +404,22 @@ def _bench(given: Mapping[str, Any]) -> None:
         (compute,) = _settings(COMPUTE, given=given)
         bits = check_activation_bits(given["activation_bits"])
         prepare_libraries(debug=given["debug"])
-        import torch
-
         from mc_cli import console
-        from mc_cli.kernels.compiled import inputs_of
+        from mc_cli.measuring.requests import check_speed
         from mc_cli.measuring.speed import measure, reading_rate
-        from mc_cli.models.model_folder import resolve_model
+        from mc_cli.models.model_name import resolve_model
 
         wanted = {name: given[name] for name in ("prompt_tokens", "new_tokens", "threads")}
         cases = [(resolve_model(given["model"], asked_as="DIR"), compute.dtype)]
         if given["beside"]:
             beside = resolve_model(given["beside"], asked_as="--beside")
             cases += [(beside, dtype) for dtype in _DENSE_DTYPES]
+        for folder in dict.fromkeys(folder for folder, _ in cases):
+            check_speed(folder, **wanted)
+        import torch
+
+        from mc_cli.kernels.compiled import inputs_of
+
         found = []
         for folder, dtype in cases:
             console.say(f"bench: {folder}, {dtype}")

@@ -15,9 +15,10 @@ import transformers
 from mc_cli.errors import CheckpointError, FamilyError, InputError, McError
 from mc_cli.families import CONTRACT_TESTED
 from mc_cli.models import model_folder
-from mc_cli.models.checkpoint import REST, Checkpoint, read_config, resolve_model
+from mc_cli.models.checkpoint import REST, Checkpoint, read_config
 from mc_cli.models.finite import is_finite
 from mc_cli.models.inventory import take_inventory
+from mc_cli.models.model_name import resolve_model
 from tests import tiny_models
 from tests.conftest import TinyModel
 

@@ -1,0 +1,66 @@
+"""From the name of a model to its folder. Imports nothing heavy, so that a wrong name is refused at once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mc_cli.errors import CheckpointError, InputError, first_line
+
+
+def resolve_model(name: str, *, revision: str | None = None, asked_as: str = "--model", fetch: bool = True) -> Path:
+    """The folder of a model: a directory, `bundled:NAME`, or a hub id, whose files are downloaded to the hub's cache.
+
+    asked_as  the option that named it, for messages
+    fetch     whether files of a hub id may be downloaded; without it they have to be in the hub's cache
+    Raises InputError if it is none of these.
+    """
+    if name.startswith("bundled:"):
+        from mc_cli.bundled import bundled_path
+
+        return bundled_path(name.removeprefix("bundled:"))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{asked_as} {name} is a file. Give the folder that holds config.json and *.safetensors.")
+    if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise InputError(
+            f"{asked_as} {name}: no such directory. Give a folder with config.json and *.safetensors, or a hub id like "
+            "org/name."
+        )
+    return _download(name, revision, asked_as, fetch=fetch)
+
+
+def _download(name: str, revision: str | None, asked_as: str, *, fetch: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    from mc_cli.models.model_files import DOWNLOADED, NOT_DOWNLOADED
+
+    wanted, unwanted = list(DOWNLOADED), list(NOT_DOWNLOADED)
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=wanted,
+                ignore_patterns=unwanted,
+                local_files_only=not fetch,
+            )
+        )
+    except Exception as error:  # the hub client raises its own, requests' and file system errors
+        if not fetch:
+            raise InputError(
+                f"{asked_as} {name}: not on this machine. A run would fetch it from the hub first; a dry run fetches "
+                "nothing. Download it, or give a directory."
+            ) from error
+        raise InputError(
+            f"{asked_as} {name}: not a directory here, and not to be had from the hub: {first_line(error)} Check the "
+            "name, the revision and the network, or give a directory."
+        ) from error
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises CheckpointError where there is no config.json."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is no model folder. Give the one that export made.")
