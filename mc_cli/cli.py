@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mc_cli import __version__
-from mc_cli.errors import Problems
+from mc_cli.errors import InputError, Problems
 from mc_cli.failures import INTERRUPTED, interrupted_message, telling_errors
 from mc_cli.flags import (
     ACTIVATION_BITS_HELP,
@@ -73,7 +73,14 @@ def _option(*names: str, help: str, panel: str = _WORK, **details: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **details)
 
 
-_WORK_DIR = _option("--work-dir", "-w", help="Where the artifacts of this run lie.", metavar="DIR")
+def _folder(text: str) -> Path:
+    """A directory's path; an empty text would be the current one."""
+    if not text:
+        raise typer.BadParameter("is empty. Name a directory.")
+    return Path(text)
+
+
+_WORK_DIR = _option("--work-dir", "-w", help="Where the artifacts of this run lie.", metavar="DIR", parser=_folder)
 _FORCE = _option("--force", help="Rebuild what is there, also if it was made with other settings.")
 _DRY_RUN = _option(
     "--dry-run",
@@ -161,6 +168,13 @@ def _add_command(
     app.command(name, cls=GroupedCommand, help=help, rich_help_panel=panel)(command)
 
 
+def _read(flag: Flag, option: str, value: Any) -> Any:
+    """The field's value of a flag. Raises InputError for an empty text, which often is a shell's unset variable."""
+    if value == "" or value == [""]:
+        raise InputError(f"{option} is empty. Give it a value, or leave it out.")
+    return parsed(flag, value)
+
+
 def _given(section: str, given: Mapping[str, Any], problems: Problems) -> tuple[dict[str, Any], set[str]]:
     """(the values of a section's flags that were given, the fields of those that cannot be read: in `problems`)."""
     values, unread = {}, set()
@@ -168,7 +182,7 @@ def _given(section: str, given: Mapping[str, Any], problems: Problems) -> tuple[
         if given.get(flag.field) is not None:
             unread.add(flag.field)
             with problems.catching():
-                values[flag.field] = parsed(flag, given[flag.field])
+                values[flag.field] = _read(flag, flag.name, given[flag.field])
                 unread.remove(flag.field)
     return values, unread
 
@@ -233,7 +247,7 @@ def _plan_of(given: Mapping[str, Any]) -> RunPlan:
         for section, flag in targets if given[name] is not None else ():
             unread.add((section, flag.field))
             with problems.catching():
-                asked.append((section, flag.field, parsed(flag, given[name])))
+                asked.append((section, flag.field, _read(flag, run_option(section, flag), given[name])))
                 unread.remove((section, flag.field))
     if recipe is None:  # what it lacks is not known
         problems.tell()

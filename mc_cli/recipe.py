@@ -192,6 +192,8 @@ def _section(section: str, values: Any, problems: list[str]) -> dict[str, Any]:
 def field_value(section: str, flag: Flag, value: Any) -> Any:
     """A value of YAML or Python as its field's type. Raises TypeError, ValueError or InputError saying what fits."""
     annotation = type_of(section, flag.field)
+    if value == "":
+        raise TypeError("is an empty text; leave the key out for the default")
     if value is None:
         if type(None) in getattr(annotation, "__args__", ()):
             return None

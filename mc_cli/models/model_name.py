@@ -15,6 +15,8 @@ def resolve_model(name: str, *, revision: str | None = None, asked_as: str = "--
     fetch     whether files of a hub id may be downloaded; without it they have to be in the hub's cache
     Raises InputError if it is none of these.
     """
+    if not name:
+        raise InputError(f"{asked_as} is empty. Give a folder with config.json and *.safetensors, or a hub id.")
     if name.startswith("bundled:"):
         from mc_cli.bundled import bundled_path
 

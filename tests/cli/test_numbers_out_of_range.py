@@ -99,3 +99,46 @@ def test_a_prompt_longer_than_the_model_is_told_as_such() -> None:
     for prompt_tokens in (64, 5000):
         with pytest.raises(InputError, match=r"the prompt alone is too long\. Shorten it to 63 tokens or less"):
             check_positions(64, prompt_tokens, 1)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("status", "-w", ""), "is empty. Name a directory"),
+        (("calibrate", "--model", "m", "--data", "d", "-w", ""), "is empty. Name a directory"),
+        (("run", "-w", "", "--model", "m"), "is empty. Name a directory"),
+        (("calibrate", "--model", "", "--data", "", "-w", "w"), "--data is empty. Give it a value"),
+        (("quantize", "-w", "w", "--plan", ""), "--plan is empty. Give it a value"),
+        (("export", "-w", "w", "--out", ""), "--out is empty. Give it a value"),
+        (("run", "-w", "w", "--model", "m", "--data", "d", "--eval-data", "", "--out", "o"), "--eval-data is empty"),
+        (("generate", "", "--prompt", "x"), "DIR is empty"),
+        (("bench", ""), "DIR is empty"),
+    ],
+)
+def test_an_empty_text_stands_for_nothing(
+    command: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli.app, list(command))
+    assert result.exit_code in (1, 2)
+    assert words in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "calibrate --model m --data d -w w --sequences 10000000000000",
+        "calibrate --model m --data d -w w --gradient-tokens 10000000000000",
+        "prune-eval --data d -w w --max-sequences 10000000000000",
+        "score -w w --loss-tokens 10000000000000",
+        "score -w w --batch-tokens 10000000000000",
+        "run --model m --data d -w w --target-stored-bits 2.5 --out o --sequences 10000000000000 --dry-run",
+    ],
+)
+def test_counts_beyond_any_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli.app, command.split())
+    assert result.exit_code == 1
+    assert " 10000000000000: at most 2,147,483,648." in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())
