@@ -50,16 +50,40 @@ def _download(name: str, revision: str | None, asked_as: str, *, fetch: bool) ->
                 local_files_only=not fetch,
             )
         )
-    except Exception as error:  # the hub client raises its own, requests' and file system errors
+    except Exception as error:  # the hub client raises its own, its transport's and file system errors
         if not fetch:
             raise InputError(
                 f"{asked_as} {name}: not on this machine. A run would fetch it from the hub first; a dry run fetches "
                 "nothing. Download it, or give a directory."
             ) from error
         raise InputError(
-            f"{asked_as} {name}: not a directory here, and not to be had from the hub: {first_line(error)} Check the "
-            "name, the revision and the network, or give a directory."
+            f"{asked_as} {name}: not a directory here, and not to be had from the hub: {first_line(error)} "
+            f"{_advice(error, revision)}"
         ) from error
+
+
+def _advice(error: Exception, revision: str | None) -> str:
+    """What to do where the hub's client fails."""
+    from huggingface_hub import constants, errors
+
+    if constants.is_offline_mode():
+        return "The environment (HF_HUB_OFFLINE) forbids downloads: unset it, or give a directory."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"Check --revision {revision or 'main'}, or give a directory."
+    if isinstance(error, errors.RepositoryNotFoundError):  # also of private models, and of gated ones
+        return (
+            "Either the hub has no model of this name, or it shows it to some users only: check the name and the "
+            "revision, accept the model's terms on its page, and log in with `hf auth login`; or give a directory."
+        )
+    if isinstance(error, ValueError) and not isinstance(error, errors.HFValidationError):
+        return (
+            f"What answered for {constants.ENDPOINT} is not the hub, but perhaps a proxy or the login page of a "
+            "network. See to the network and to HF_ENDPOINT, or give a directory."
+        )
+    return (
+        "Check the name, the revision and the network, or give a directory. Whole files are kept in the hub's cache, "
+        "and the same command goes on after them."
+    )
 
 
 def check_model_folder(folder: Path) -> None:
