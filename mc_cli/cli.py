@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -95,9 +95,17 @@ def main() -> None:
     """Runs the command line and exits with its status."""
     try:
         app()
-    except KeyboardInterrupt:  # before a command was reached, or after it ended
-        typer.echo(interrupted_message(None), err=True)
-        raise SystemExit(INTERRUPTED) from None
+    except KeyboardInterrupt:  # before typer was reached, or after it ended
+        _tell_interrupted()
+    except SystemExit as end:  # while flags were read: typer exits without a word
+        if not isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+            raise
+        _tell_interrupted()
+
+
+def _tell_interrupted() -> NoReturn:
+    typer.echo(interrupted_message(None), err=True)
+    raise SystemExit(INTERRUPTED) from None
 
 
 # Flags from the table

@@ -31,7 +31,7 @@ def telling_errors(*, debug: bool, work_dir: Path | None = None) -> Iterator[Non
         raise
     except KeyboardInterrupt as error:
         _say(interrupted_message(work_dir), plain=True)
-        raise typer.Exit(INTERRUPTED) from error
+        raise SystemExit(INTERRUPTED) from error  # no typer.Exit, which typer raises for one that nobody has told of
     except BrokenPipeError:  # `mc-cli status | head`: the reader has seen enough
         raise
     except Exception as error:
