@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from mc_cli.artifacts.places import require_ordinary
 from mc_cli.errors import CheckpointError, InputError, first_line
 
 
@@ -87,6 +88,7 @@ def _advice(error: Exception, revision: str | None) -> str:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raises CheckpointError where there is no config.json."""
+    """Raises CheckpointError where there is no config.json, InputError where it is a pipe or device."""
+    require_ordinary(folder / "config.json")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: it is no model folder. Give the one that export made.")

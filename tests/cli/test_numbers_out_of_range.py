@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,8 @@ assert not heavy, heavy
         ("bench wide --beside model --prompt-tokens 70", "the prompt alone is too long"),
         ("bench model --dtype flot", "--dtype 'flot'"),
         ("bench broken", "config.json is not valid JSON"),
+        ("bench pipe", "pipe/config.json is a pipe, not a file"),
+        ("generate pipe --prompt x", "pipe/config.json is a pipe, not a file"),
         ("generate nowhere --prompt x", "DIR nowhere: no such directory"),
         ("generate . --prompt x", "has no config.json"),
         ("generate model --prompt x --seed 99999999999999999999", "give a number of at most 63 bits"),
@@ -79,6 +82,8 @@ def test_what_is_wrong_with_flags_is_said_before_a_library_is_imported(
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(config)
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "config.json")
     done = subprocess.run(
         [sys.executable, "-c", NOTHING_HEAVY, *command.split()],
         capture_output=True,
