@@ -1,6 +1,18 @@
-"""`python -m mc_cli`: the command line, where the command mc-cli is not on the path."""
+"""`python -m mc_cli`, and what the command mc-cli runs."""
 
-from mc_cli.cli import main
+import sys
+
+
+def main() -> None:
+    """Runs the command line, and exits with its status; Ctrl-C while it is still being imported is one line too."""
+    try:
+        from mc_cli.cli import main as run
+
+        run()
+    except KeyboardInterrupt:
+        sys.stderr.write("Stopped.\n")
+        raise SystemExit(130) from None
+
 
 if __name__ == "__main__":
     main()

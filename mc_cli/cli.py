@@ -10,12 +10,12 @@ import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from mc_cli import __version__
-from mc_cli.errors import Problems
+from mc_cli.errors import InputError, Problems
 from mc_cli.failures import INTERRUPTED, interrupted_message, telling_errors
 from mc_cli.flags import (
     ACTIVATION_BITS_HELP,
@@ -73,7 +73,14 @@ def _option(*names: str, help: str, panel: str = _WORK, **details: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **details)
 
 
-_WORK_DIR = _option("--work-dir", "-w", help="Where the artifacts of this run lie.", metavar="DIR")
+def _folder(text: str) -> Path:
+    """A directory's path; an empty text would be the current one."""
+    if not text:
+        raise typer.BadParameter("is empty. Name a directory.")
+    return Path(text)
+
+
+_WORK_DIR = _option("--work-dir", "-w", help="Where the artifacts of this run lie.", metavar="DIR", parser=_folder)
 _FORCE = _option("--force", help="Rebuild what is there, also if it was made with other settings.")
 _DRY_RUN = _option(
     "--dry-run",
@@ -88,9 +95,17 @@ def main() -> None:
     """Runs the command line and exits with its status."""
     try:
         app()
-    except KeyboardInterrupt:  # before a command was reached, or after it ended
-        typer.echo(interrupted_message(None), err=True)
-        raise SystemExit(INTERRUPTED) from None
+    except KeyboardInterrupt:  # before typer was reached, or after it ended
+        _tell_interrupted()
+    except SystemExit as end:  # while flags were read: typer exits without a word
+        if not isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+            raise
+        _tell_interrupted()
+
+
+def _tell_interrupted() -> NoReturn:
+    typer.echo(interrupted_message(None), err=True)
+    raise SystemExit(INTERRUPTED) from None
 
 
 # Flags from the table
@@ -161,6 +176,13 @@ def _add_command(
     app.command(name, cls=GroupedCommand, help=help, rich_help_panel=panel)(command)
 
 
+def _read(flag: Flag, option: str, value: Any) -> Any:
+    """The field's value of a flag. Raises InputError for an empty text, which often is a shell's unset variable."""
+    if value == "" or value == [""]:
+        raise InputError(f"{option} is empty. Give it a value, or leave it out.")
+    return parsed(flag, value)
+
+
 def _given(section: str, given: Mapping[str, Any], problems: Problems) -> tuple[dict[str, Any], set[str]]:
     """(the values of a section's flags that were given, the fields of those that cannot be read: in `problems`)."""
     values, unread = {}, set()
@@ -168,7 +190,7 @@ def _given(section: str, given: Mapping[str, Any], problems: Problems) -> tuple[
         if given.get(flag.field) is not None:
             unread.add(flag.field)
             with problems.catching():
-                values[flag.field] = parsed(flag, given[flag.field])
+                values[flag.field] = _read(flag, flag.name, given[flag.field])
                 unread.remove(flag.field)
     return values, unread
 
@@ -233,7 +255,7 @@ def _plan_of(given: Mapping[str, Any]) -> RunPlan:
         for section, flag in targets if given[name] is not None else ():
             unread.add((section, flag.field))
             with problems.catching():
-                asked.append((section, flag.field, parsed(flag, given[name])))
+                asked.append((section, flag.field, _read(flag, run_option(section, flag), given[name])))
                 unread.remove((section, flag.field))
     if recipe is None:  # what it lacks is not known
         problems.tell()
@@ -339,6 +361,9 @@ def _generate(given: Mapping[str, Any]) -> None:
         bits = check_activation_bits(given["activation_bits"])
         prepare_libraries(debug=given["debug"])
         from mc_cli import console
+        from mc_cli.measuring.requests import check_generation
+
+        folder = check_generation(given["model"], given["prompt"], given["seed"])
         from mc_cli.kernels.compiled import inputs_of
         from mc_cli.measuring.generation import generate
         from mc_cli.models.session import device_named
@@ -346,7 +371,7 @@ def _generate(given: Mapping[str, Any]) -> None:
         show = console.stream if not given["json"] else lambda text: None
         with inputs_of(bits, device_named(compute.device)):
             made = generate(
-                given["model"],
+                str(folder),
                 given["prompt"],
                 compute=compute,
                 max_new_tokens=given["max_new_tokens"],
@@ -401,18 +426,22 @@ def _bench(given: Mapping[str, Any]) -> None:
         (compute,) = _settings(COMPUTE, given=given)
         bits = check_activation_bits(given["activation_bits"])
         prepare_libraries(debug=given["debug"])
-        import torch
-
         from mc_cli import console
-        from mc_cli.kernels.compiled import inputs_of
+        from mc_cli.measuring.requests import check_speed
         from mc_cli.measuring.speed import measure, reading_rate
-        from mc_cli.models.model_folder import resolve_model
+        from mc_cli.models.model_name import resolve_model
 
         wanted = {name: given[name] for name in ("prompt_tokens", "new_tokens", "threads")}
         cases = [(resolve_model(given["model"], asked_as="DIR"), compute.dtype)]
         if given["beside"]:
             beside = resolve_model(given["beside"], asked_as="--beside")
             cases += [(beside, dtype) for dtype in _DENSE_DTYPES]
+        for folder in dict.fromkeys(folder for folder, _ in cases):
+            check_speed(folder, **wanted)
+        import torch
+
+        from mc_cli.kernels.compiled import inputs_of
+
         found = []
         for folder, dtype in cases:
             console.say(f"bench: {folder}, {dtype}")

@@ -5,6 +5,7 @@ The command line prints `str(error)` and exits with status 1; anything that is n
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -123,6 +124,14 @@ def about(path: Path) -> Iterator[None]:
         if path.name not in str(error) and f"{path.parent}/" not in str(error):
             error.args = (f"{path}: {error}",)
         raise
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of an error's message as one sentence, without the names of exception types where it has words."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = re.sub(r"\b[A-Z]\w*(Error|Exception): ", "", " ".join(lines[:2])) or type(error).__name__
+    text = text if len(text) <= 1000 else text[:1000] + " ..."
+    return text if text.endswith((".", "!", "?")) else text + "."
 
 
 SHOWN = 20  # offenders of one kind that a message names

@@ -41,7 +41,8 @@ def telling_errors(*, debug: bool, work_dir: Path | None = None) -> Iterator[Non
     except (KeyboardInterrupt, Exception) as error:
         if isinstance(error, KeyboardInterrupt) or ctrl_c.came:
             _say(interrupted_message(work_dir), plain=True)
-            raise typer.Exit(INTERRUPTED) from error
+            # No typer.Exit, which typer raises itself for an interrupt that nobody has told of.
+            raise SystemExit(INTERRUPTED) from error
         if debug:
             traceback.print_exception(error, file=sys.stderr)
         _say(error_message(error))

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from mc_cli.artifacts.places import require_ordinary
-from mc_cli.artifacts.strict_yaml import CHARACTERS, read_yaml
+from mc_cli.artifacts.strict_yaml import read_yaml
 from mc_cli.errors import SHOWN, InputError, MissingFlagsError, Problems, listed, shown
 from mc_cli.flags import (
     COMPUTE,
@@ -37,6 +37,8 @@ from mc_cli.flags import (
 from mc_cli.settings import EFFORTS, QuantizerSettings, RunSettings
 
 _MOST_ENTRIES = 1000  # of one list in a recipe
+# Of a whole one: a recipe with every setting there is has some 150 entries. Plans are read by the same reader.
+_CHARACTERS, _ENTRIES = 1 << 20, 10_000
 TOP = ("description", "work_dir", "effort")  # what a recipe holds beside its sections
 
 
@@ -77,7 +79,7 @@ def read_recipe(path: Path) -> Recipe:
     try:
         require_ordinary(path)
         with path.open(encoding="utf-8") as file:
-            content = read_yaml(file.read(CHARACTERS + 1))
+            content = read_yaml(file.read(_CHARACTERS + 1), characters=_CHARACTERS, entries=_ENTRIES)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist. Give a recipe, for example recipes/demo.yaml.") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -190,6 +192,8 @@ def _section(section: str, values: Any, problems: list[str]) -> dict[str, Any]:
 def field_value(section: str, flag: Flag, value: Any) -> Any:
     """A value of YAML or Python as its field's type. Raises TypeError, ValueError or InputError saying what fits."""
     annotation = type_of(section, flag.field)
+    if value == "":
+        raise TypeError("is an empty text; leave the key out for the default")
     if value is None:
         if type(None) in getattr(annotation, "__args__", ()):
             return None
@@ -240,4 +244,4 @@ def _unknown(what: str, name: Any, known: tuple[str, ...]) -> str:
 
 
 def _one_line(error: yaml.YAMLError) -> str:
-    return " ".join(str(error)[:1000].split())
+    return " ".join(str(error)[:1000].replace(' in "<unicode string>",', " at").split())

@@ -42,6 +42,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(B|[KMGT]i?B)?\s*", re.IGNORECASE)
 _LEAST_PLAIN_BYTES = 10**6
 _LARGEST_SIZE = 1 << 62  # bytes
+_LARGEST_COUNT = 1 << 31  # of what flags count: more tokens than any run reads, in as many sequences as tokens
 _UNITS = {
     "B": 1,
     "KB": 10**3,
@@ -97,8 +98,10 @@ def _activation_bits(bits: int) -> str:
     return "" if bits in (16, 8) else f"--activation-bits {bits}: 16 or 8."
 
 
-def _at_least(flag: str, value: int, minimum: int) -> str:
-    return "" if value >= minimum else f"{flag} {value}: at least {minimum}."
+def _at_least(flag: str, value: int, minimum: int, most: int = _LARGEST_COUNT) -> str:
+    if value < minimum:
+        return f"{flag} {shown(value)}: at least {minimum}."
+    return "" if value <= most else f"{flag} {shown(value)}: at most {most:,}."
 
 
 def parse_size(text: str) -> int:
@@ -490,5 +493,5 @@ class ExportSettings(StageSettings):
     def __post_init__(self) -> None:
         _refuse(
             "" if self.out else "export needs --out, the directory to write.",
-            _at_least("--shard-size", self.shard_bytes, 1),
+            _at_least("--shard-size", self.shard_bytes, 1, _LARGEST_SIZE),
         )

@@ -15,6 +15,11 @@ from mc_cli.stages import export
 from tests.packed_folders import packed_work_dir
 
 ROLE_BITS = {Role.ATTENTION: 4, Role.SHARED: 4, Role.DENSE: 3, Role.EMBEDDING: 6, Role.HEAD: 8}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    "qwen2_moe": {"tie_word_embeddings": True},  # shared experts; the head is the embedding
+    "gpt_oss": {},  # biases, transposed experts, its own gate
+}
 TOKEN_IDS = torch.randint(3, 300, (2, 10), generator=torch.Generator().manual_seed(1))
 
 

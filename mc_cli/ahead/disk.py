@@ -39,6 +39,12 @@ def check_disk(need: Need) -> None:
     """Raises InputError where there is too little room."""
     if need.needed_bytes <= need.free_bytes:
         return
+    there = _there(need.place)
+    if not shutil.disk_usage(there).total:
+        raise InputError(
+            f"{need.place} cannot be made: the file system of {there} holds no bytes at all, as those of /proc and "
+            "/sys, where nobody can make files. Name a place on a disk."
+        )
     pieces = ", ".join(f"{name} {size:,}" for name, size in need.pieces.items() if size)
     raise InputError(
         f"{need.place} has {need.free_bytes:,} bytes free, and about {need.needed_bytes:,} are needed ({pieces}). Free "

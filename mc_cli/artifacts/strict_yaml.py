@@ -24,14 +24,20 @@ _MERGE = "tag:yaml.org,2002:merge"
 _MISFITS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 
 
-def read_yaml(text: str) -> Any:
-    """What a YAML text holds. Raises yaml.YAMLError where it is none, has other tags, a key twice or too much in it."""
-    if len(text) > CHARACTERS:
-        raise yaml.YAMLError(f"it has {len(text):,} characters, at most {CHARACTERS:,} are read")
+def read_yaml(text: str, *, characters: int = CHARACTERS, entries: int = ENTRIES) -> Any:
+    """What a YAML text holds, of at most so many characters, and keys, values and entries of lists.
+
+    Raises yaml.YAMLError where it is none, has other tags, a key twice or too much in it.
+    """
+    if len(text) > characters:
+        raise yaml.YAMLError(f"it has more than the {characters:,} characters that are read")
+    loader = _StrictLoader(text, entries)
     try:
-        return yaml.load(text, Loader=_StrictLoader)
+        return loader.get_single_data()
     except _MISFITS as error:
         raise yaml.YAMLError(f"a value is not of its type ({type(error).__name__}: {str(error)[:200]})") from error
+    finally:
+        loader.dispose()
 
 
 def _fastest_loader() -> Any:
@@ -56,8 +62,9 @@ def _fastest_loader() -> Any:
 class _StrictLoader(_fastest_loader()):  # type: ignore[misc]
     """The safe loader, with a check of every mapping's keys, of depth, and of how much all names stand for."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, most: int) -> None:
         super().__init__(text)
+        self._most = most
         self._depth = 0
         self._entries: dict[int, int] = {}  # of a node and all below it, repetitions counted; by the node's id
 
@@ -68,15 +75,17 @@ class _StrictLoader(_fastest_loader()):  # type: ignore[misc]
             raise yaml.composer.ComposerError(None, None, f"more than {DEPTH} levels", mark)
         node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
         self._depth -= 1
+        if len(self._entries) > self._most:  # of a long mapping before it ends
+            raise yaml.composer.ComposerError(None, None, f"more than {self._most:,} entries", mark)
         if id(node) not in self._entries:
             children = node.value if isinstance(node, yaml.CollectionNode) else []
             parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
             if any(id(part) not in self._entries for part in parts):
                 raise yaml.composer.ComposerError(None, None, "a part that holds itself", mark)
             self._entries[id(node)] = 1 + sum(self._entries[id(part)] for part in parts)
-        if self._entries[id(node)] > ENTRIES:
+        if self._entries[id(node)] > self._most:
             raise yaml.composer.ComposerError(
-                None, None, f"more than {ENTRIES:,} entries, parts repeated by name (*name) written out", mark
+                None, None, f"more than {self._most:,} entries, parts repeated by name (*name) written out", mark
             )
         return node
 

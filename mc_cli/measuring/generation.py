@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 import mc_cli  # noqa: F401  teaches transformers to load packed directories
-from mc_cli.artifacts.strict_json import has_half_character
 from mc_cli.data.text import load_tokenizer
-from mc_cli.errors import CheckpointError, InputError, McError, about, shown
+from mc_cli.errors import CheckpointError, InputError, McError, about, first_line, shown
+from mc_cli.measuring.requests import check_generation, check_positions
 from mc_cli.models.memory import large_blocks_mapped
-from mc_cli.models.model_folder import first_line, read_config, resolve_model
+from mc_cli.models.model_folder import read_config
+from mc_cli.models.model_name import check_model_folder
 from mc_cli.models.session import device_named, dtype_named
 from mc_cli.packed.packed_files import is_packed_folder, open_packed, weight_files
 from mc_cli.packed.stored_tensors import check_layer_count
@@ -74,25 +75,17 @@ def generate(
     The prompt itself is shown first, once the model is loaded.
     Raises InputError for an empty prompt or one too long for the model, CheckpointError where loading fails.
     """
-    if has_half_character(prompt):
-        raise InputError("--prompt holds bytes that are not UTF-8, or half of a character, which no tokenizer reads.")
-    if abs(seed) >= 1 << 63:
-        raise InputError(f"--seed {shown(seed)}: give a number of at most 63 bits.")
-    folder = resolve_model(model, asked_as="DIR")
-    check_model_folder(folder)
+    folder = check_generation(model, prompt, seed)
     tokenizer = load_tokenizer(folder, trust_remote_code=compute.trust_remote_code)
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     prompt_tokens = int(encoded["input_ids"].shape[1])
     if not prompt_tokens:
         raise InputError("--prompt holds no token. Give some text to continue.")
+    config: Any = read_config(folder, trust_remote_code=compute.trust_remote_code)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    check_positions(limit, prompt_tokens, max_new_tokens)
     begun = time.monotonic()
     network = load_model(folder, compute)
-    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    if limit and prompt_tokens + max_new_tokens > limit:
-        raise InputError(
-            f"--prompt has {prompt_tokens} tokens and --max-new-tokens is {max_new_tokens}: together more than the "
-            f"model's {limit} positions. Use --max-new-tokens {max(0, limit - prompt_tokens)} or less."
-        )
     loaded = time.monotonic()
     torch.manual_seed(seed)
     show(prompt)
@@ -120,12 +113,6 @@ def generate(
         load_s=loaded - begun,
         generate_s=time.monotonic() - loaded,
     )
-
-
-def check_model_folder(folder: Path) -> None:
-    """Raises CheckpointError where there is no config.json."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is no model folder. Give the one that export made.")
 
 
 def load_model(folder: Path, compute: RunSettings) -> Any:

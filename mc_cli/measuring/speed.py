@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from mc_cli.artifacts.packed import QUANT_METHOD
-from mc_cli.errors import CheckpointError, InputError, McError
+from mc_cli.errors import CheckpointError, McError
+from mc_cli.measuring.requests import UNTIMED, check_tokens
 from mc_cli.models.memory import large_blocks_mapped, peak_memory_bytes, resident_bytes
 
 _READ_BYTES = 512 * 2**20  # larger than most last-level caches
 _PROMPT_TOKENS = 256  # where nothing is asked for and the model has as many positions
 _FAILED = "mc-cli could not measure: "  # begins the last words of a process that knows why
-_UNTIMED = 2  # first tokens: they find caches cold and buffers unmade
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,10 @@ def _measured_here(wanted: dict[str, Any]) -> Speed:
     network = load_model(Path(wanted["folder"]), RunSettings(device="cpu", dtype=wanted["dtype"]))
     load_s = time.perf_counter() - begun
     config, weights = network.config.get_text_config(), list(_weights(network))
-    limit = getattr(config, "max_position_embeddings", None) or math.inf
-    decoded = wanted["new_tokens"] + _UNTIMED
-    prompt_tokens = wanted["prompt_tokens"] or max(1, min(_PROMPT_TOKENS, limit - decoded))
-    if prompt_tokens + decoded > limit:
-        raise InputError(
-            f"The model has {limit} positions, and {prompt_tokens + decoded} tokens are asked for, {_UNTIMED} of them "
-            "decoded before time is taken. Lower --prompt-tokens or --new-tokens."
-        )
+    limit = getattr(config, "max_position_embeddings", None)
+    decoded = wanted["new_tokens"] + UNTIMED
+    prompt_tokens = wanted["prompt_tokens"] or max(1, min(_PROMPT_TOKENS, (limit or math.inf) - decoded))
+    check_tokens(limit, prompt_tokens, wanted["new_tokens"])
     prompt = torch.randint(0, config.vocab_size, (1, prompt_tokens))
     with torch.inference_mode():
         prompt_times = []
@@ -144,7 +140,7 @@ def _measured_here(wanted: dict[str, Any]) -> Speed:
         load_s=load_s,
         prompt_tokens=prompt_tokens,
         prompt_s=min(prompt_times),
-        tokens_s=tuple(times[_UNTIMED:]),
+        tokens_s=tuple(times[UNTIMED:]),
         weight_bytes=sum(size for size, _ in weights),
         token_bytes=round(sum(size * share for size, share in weights)),
         base_bytes=base_bytes,

@@ -37,7 +37,7 @@ from mc_cli.errors import CheckpointError, listed
 from mc_cli.families import facts_for
 from mc_cli.models.finite import damaged_weights, is_finite
 from mc_cli.models.inventory import find_decoder_layers, tied_tensors
-from mc_cli.models.model_folder import config_file, read_config, resolve_model
+from mc_cli.models.model_folder import config_file, read_config
 from mc_cli.models.skeleton import (
     build_skeleton,
     initialise,
@@ -47,7 +47,7 @@ from mc_cli.models.skeleton import (
 )
 from mc_cli.models.tensor_files import StoredTensor, TensorFiles, check_format
 
-__all__ = ["REST", "Checkpoint", "build_skeleton", "read_config", "rebuild_buffers", "resolve_model"]
+__all__ = ["REST", "Checkpoint", "build_skeleton", "read_config", "rebuild_buffers"]
 
 _LAYERS_TO_LIST = 64  # a skeleton with this many layers too many is still built at once
 REST = -1  # everything outside the decoder layers

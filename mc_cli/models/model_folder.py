@@ -1,4 +1,4 @@
-"""From the name of a model to its folder and configuration, with errors that say what is wrong with either."""
+"""The configuration of a model folder and the files that are read with it, with errors that say what is wrong."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from mc_cli.artifacts.places import require_inside, require_ordinary
-from mc_cli.errors import CheckpointError, FamilyError, InputError, listed
+from mc_cli.errors import CheckpointError, FamilyError, InputError, first_line, listed
 from mc_cli.families import CONTRACT_TESTED
 
 TESTED_TRANSFORMERS = "5.23."
@@ -37,58 +37,6 @@ def check_transformers_version() -> None:
             f"transformers {TESTED_TRANSFORMERS}x and is tested with it alone. Run `pip install "
             f"'transformers=={TESTED_TRANSFORMERS}0'`."
         )
-
-
-def resolve_model(name: str, *, revision: str | None = None, asked_as: str = "--model", fetch: bool = True) -> Path:
-    """The folder of a model: a directory, `bundled:NAME`, or a hub id, whose files are downloaded to the hub's cache.
-
-    asked_as  the option that named it, for messages
-    fetch     whether files of a hub id may be downloaded; without it they have to be in the hub's cache
-    Raises InputError if it is none of these.
-    """
-    if name.startswith("bundled:"):
-        from mc_cli.bundled import bundled_path
-
-        return bundled_path(name.removeprefix("bundled:"))
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise InputError(f"{asked_as} {name} is a file. Give the folder that holds config.json and *.safetensors.")
-    if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise InputError(
-            f"{asked_as} {name}: no such directory. Give a folder with config.json and *.safetensors, or a hub id like "
-            "org/name."
-        )
-    return _download(name, revision, fetch=fetch)
-
-
-def _download(name: str, revision: str | None, *, fetch: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    from mc_cli.models.model_files import DOWNLOADED, NOT_DOWNLOADED
-
-    wanted, unwanted = list(DOWNLOADED), list(NOT_DOWNLOADED)
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=wanted,
-                ignore_patterns=unwanted,
-                local_files_only=not fetch,
-            )
-        )
-    except Exception as error:  # the hub client raises its own, requests' and file system errors
-        if not fetch:
-            raise InputError(
-                f"--model {name}: not on this machine. A run would fetch it from the hub first; a dry run fetches "
-                "nothing. Download it, or give a directory."
-            ) from error
-        raise InputError(
-            f"--model {name}: not a directory here, and not to be had from the hub: {first_line(error)} Check the "
-            "name, the revision and the network, or give a directory."
-        ) from error
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -238,11 +186,3 @@ def _entries(config: dict[str, Any]) -> Iterator[tuple[str, object]]:
             waiting += [(f"{where}[{place}]", inner) for place, inner in enumerate(value)]
         else:
             yield where, value
-
-
-def first_line(error: Exception) -> str:
-    """The beginning of an error's message as one sentence, without the names of exception types where it has words."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = re.sub(r"\b[A-Z]\w*(Error|Exception): ", "", " ".join(lines[:2])) or type(error).__name__
-    text = text if len(text) <= 1000 else text[:1000] + " ..."
-    return text if text.endswith((".", "!", "?")) else text + "."

@@ -16,7 +16,8 @@ from mc_cli.artifacts.names import DIGESTS, POINTER
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, Manifest, StageFolder, require_done
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
-from mc_cli.models.checkpoint import Checkpoint, read_config, resolve_model
+from mc_cli.models.checkpoint import Checkpoint, read_config
+from mc_cli.models.model_name import resolve_model
 from mc_cli.models.weight_digests import RECORD, SUFFIX, WeightDigests, Weights, changed_files, header_digest
 from mc_cli.settings import RunSettings
 

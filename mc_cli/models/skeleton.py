@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mc_cli.errors import CheckpointError, FamilyError, listed
-from mc_cli.models.model_folder import SUPPORTED, config_file, first_line
+from mc_cli.errors import CheckpointError, FamilyError, first_line, listed
+from mc_cli.models.model_folder import SUPPORTED, config_file
 
 _LARGEST_BUFFER = 1 << 32  # bytes
 

@@ -18,10 +18,9 @@ import torch
 from torch import nn
 
 from mc_cli.data.batches import Batch
-from mc_cli.errors import CheckpointError, FamilyError, InputError
+from mc_cli.errors import CheckpointError, FamilyError, InputError, first_line
 from mc_cli.models.checkpoint import REST
 from mc_cli.models.finite import require_finite
-from mc_cli.models.model_folder import first_line
 
 _PACKAGE = Path(__file__).parents[1]
 # What a model's code raises for entries of config.json that do not fit each other.

@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from mc_cli import cli
 from mc_cli.ahead import disk, texts
 from mc_cli.artifacts.packed import read_layout
+from mc_cli.errors import InputError
 from mc_cli.models import tensor_files
 from tests import sparse_models
 from tests.conftest import TinyModel
@@ -145,12 +146,18 @@ def test_a_budget_beyond_the_widest_is_a_warning(large: Path, tmp_path: Path, mu
 def test_too_little_disk_is_refused(
     large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None, free: int
 ) -> None:
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=free, total=2 * free))
     for dry in (("--dry-run",), ()):
         result = whole_run(large, tmp_path, *dry)
         assert result.exit_code == 1
         assert f"{tmp_path / 'work'} has {free:,} bytes free, and about " in said(result), result.stderr
     assert not (tmp_path / "work" / "calibration").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a file system of Linux")
+def test_no_disk_is_not_a_full_disk() -> None:
+    with pytest.raises(InputError, match="/proc/out cannot be made: the file system of /proc holds no bytes at all"):
+        disk.check_disk(disk.Need(Path("/proc/out"), needed_bytes=1000, free_bytes=0, pieces={"export": 1000}))
 
 
 @pytest.mark.parametrize("value", ["16", "2.5", "999999"])

@@ -90,9 +90,9 @@ def test_bombs_in_plans_and_recipes_are_named(tmp_path: Path) -> None:
         Plan.read(path)
     with pytest.raises(InputError, match=r"bomb\.yaml is not valid YAML: more than"):
         read_recipe(path)
-    path.write_text("".join(f"k{n}: 1\n" for n in range(20_000)), encoding="utf-8")
+    path.write_text("".join(f"k{n}: 1\n" for n in range(4_000)), encoding="utf-8")
     began = time.process_time()
-    with pytest.raises(InputError, match="has 20000 entries that cannot be used") as raised:
+    with pytest.raises(InputError, match="has 4000 entries that cannot be used") as raised:
         read_recipe(path)
     assert len(str(raised.value)) < 5000 and time.process_time() - began < 5
 

@@ -316,3 +316,24 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
         said.strip()
         == f"Stopped. Finished layers are kept in {tmp_path}; the same command continues after the last of them."
     )
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["typer.Typer", "typer.core.TyperCommand.make_context", "mc_cli.cli.prepare_libraries", "mc_cli.chain.check_stage"],
+)
+def test_ctrl_c_at_any_moment_is_one_line(where: str, tmp_path: Path) -> None:
+    """While the command line is imported, while flags are read, before a library is imported, and later."""
+    script = (
+        "import sys, pkgutil\n"
+        "module, _, name = sys.argv.pop(1).rpartition('.')\n"
+        "def stopped(*_, **__):\n    raise KeyboardInterrupt\n"
+        "setattr(pkgutil.resolve_name(module), name, stopped)\n"
+        "from mc_cli.__main__ import main\nmain()\n"
+    )
+    arguments = ["calibrate", "--model", "m", "--data", "d", "-w", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", script, where, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130
+    assert re.fullmatch(r"Stopped\.( Finished layers are kept in [^\n]*)?\n", done.stderr), done.stderr

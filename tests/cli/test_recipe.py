@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,23 @@ def test_what_is_missing_is_named_at_once() -> None:
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
         recipe(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("calibrate:\n" + "".join(f"  k{n}: {n}\n" for n in range(60_000)), "more than 10,000 entries at line 5002"),
+        ("".join(f"k{n}: {n}\n" for n in range(60_000)), "more than 10,000 entries at line 5001"),
+        ("score: {bits: [" + "2, " * 60_000 + "2]}", "more than 10,000 entries"),
+        ("description: " + "x" * 3_000_000, "more than the 1,048,576 characters"),
+    ],
+    ids=("keys", "sections", "list", "text"),
+)
+def test_too_long_for_a_recipe(tmp_path: Path, text: str, words: str) -> None:
+    begun = time.process_time()
+    with pytest.raises(InputError, match=words):
+        recipe(tmp_path, text)
+    assert time.process_time() - begun < 1
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_generate_from_the_export(finished: Path) -> None:
     ("arguments", "words"),
     [
         (("--prompt", ""), "--prompt holds no token"),
-        (("--prompt", "the cat", "--max-new-tokens", "500"), "more than the model's 128 positions"),
+        (("--prompt", "the cat", "--max-new-tokens", "500"), "the model has 128 positions: together too many"),
         (("--prompt", "the cat", "--activation-bits", "4"), "--activation-bits 4: 16 or 8"),
     ],
 )
@@ -175,7 +175,7 @@ def test_bench_says_which_model_failed_and_why(finished: Path, tmp_path: Path) -
     result = invoke("bench", tmp_path)
     assert result.exit_code == 1 and "no config.json" in result.stderr
     result = invoke("bench", finished / "model", "--prompt-tokens", 10**6)
-    assert result.exit_code == 1 and "positions, and 1000066 tokens are asked for" in result.stderr
+    assert result.exit_code == 1 and "the prompt alone is too long" in result.stderr
     result = invoke("bench", finished / "model", "--beside", tmp_path / "nowhere")
     assert result.exit_code == 1 and f"--beside {tmp_path / 'nowhere'}: no such directory" in result.stderr
     assert "bench:" not in result.stderr  # nothing was measured

@@ -16,25 +16,11 @@ from mc_cli.errors import McError
 from mc_cli.packed.packed_modules import unpack
 from tests.conftest import TinyModel
 from tests.dense_twin import PRODUCTS, decoded_products, dense_twin
-from tests.exported_models import TOKEN_IDS, exported, load, logits_of
+from tests.exported_models import FAMILIES, TOKEN_IDS, load, logits_of
 
 peft = pytest.importorskip("peft")
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-FAMILIES = ("mixtral", "qwen2_moe", "gpt_oss")  # gpt_oss transposes its weights, and has biases and its own gate
-
-
-@pytest.fixture(scope="module")
-def exports(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`exports(model_type)`: an export of the family's tiny model, made once; `work/packed` lies beside it."""
-    made: dict[str, Path] = {}
-
-    def folder_of(model_type: str) -> Path:
-        if model_type not in made:
-            made[model_type] = exported(tiny_model(model_type), tmp_path_factory.mktemp(model_type))
-        return made[model_type]
-
-    return folder_of
 
 
 def config_for(targets: Any = EXPERTS, modules: Any = (), **options: Any) -> Any:
@@ -62,7 +48,11 @@ def test_logits_and_gradients_are_the_dense_twins(
 ) -> None:
     """Against PEFT's own adapter on transformers' own experts, with the values that the codes stand for."""
     folder = exports(model_type)
-    dense = dense_twin(tiny_model(model_type), folder.parent / "work" / "packed", transposed=model_type == "gpt_oss")
+    dense = dense_twin(
+        tiny_model(model_type, **FAMILIES[model_type]),
+        folder.parent / "work" / "packed",
+        transposed=model_type == "gpt_oss",
+    )
     plain = logits_of(dense)
     logits, gradients = {}, {}
     for name, model in (("packed", load(folder)), ("dense", dense)):

@@ -18,25 +18,7 @@ from mc_cli.errors import McError, PackedWeightError
 from mc_cli.packed.packed_modules import unpack
 from mc_cli.packed.stored_parts import StoredPart
 from tests.conftest import TinyModel
-from tests.exported_models import TOKEN_IDS, exported, load, logits_of
-
-FAMILIES = {"mixtral": {}, "qwen2_moe": {"tie_word_embeddings": True}, "gpt_oss": {}}
-
-
-@pytest.fixture(scope="module")
-def exports(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`exports(model_type)`: an export of the family's tiny model, made once. qwen2_moe's head is its embedding."""
-    made: dict[str, Path] = {}
-
-    def folder_of(model_type: str) -> Path:
-        if model_type not in made:
-            config = FAMILIES[model_type]
-            folder = tmp_path_factory.mktemp(model_type)
-            made[model_type] = exported(tiny_model(model_type, **config), folder, tied=bool(config))
-        return made[model_type]
-
-    return folder_of
-
+from tests.exported_models import FAMILIES, TOKEN_IDS, exported, load, logits_of
 
 IN_PLACE: dict[str, Callable[[Any], Any]] = {
     "method": lambda part: part.data.mul_(2),

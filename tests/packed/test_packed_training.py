@@ -21,30 +21,9 @@ from mc_cli.packed.loading import load_packed
 from mc_cli.packed.packed_modules import unpack
 from tests.conftest import TinyModel
 from tests.dense_twin import PRODUCTS, decoded_products, dense_twin
-from tests.exported_models import TOKEN_IDS, exported, load, logits_of
+from tests.exported_models import FAMILIES, TOKEN_IDS, load, logits_of
 
 peft = pytest.importorskip("peft")
-
-FAMILIES = {
-    "mixtral": {},
-    "qwen2_moe": {"tie_word_embeddings": True},  # shared experts; the head is the embedding
-    "gpt_oss": {},  # biases, transposed experts, its own gate
-}
-
-
-@pytest.fixture(scope="module")
-def exports(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`exports(model_type)`: an export of the family's tiny model, made once; `work/packed` lies beside it."""
-    made: dict[str, Path] = {}
-
-    def folder_of(model_type: str) -> Path:
-        if model_type not in made:
-            config = FAMILIES[model_type]
-            folder = tmp_path_factory.mktemp(model_type)
-            made[model_type] = exported(tiny_model(model_type, **config), folder, tied=bool(config))
-        return made[model_type]
-
-    return folder_of
 
 
 def adapted(model: Any, targets: Any = ("q_proj", "v_proj"), **options: Any) -> Any:

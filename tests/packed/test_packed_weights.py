@@ -20,26 +20,10 @@ from mc_cli.packed.packed_modules import pack_weight, unpack
 from mc_cli.packed.stored_parts import StoredPart
 from tests.conftest import TinyModel
 from tests.dense_twin import PRODUCTS, decoded_products
-from tests.exported_models import TOKEN_IDS, exported, load, logits_of
+from tests.exported_models import FAMILIES, TOKEN_IDS, exported, load, logits_of
 
 DENSE = "dense from here on"
 ROUNDING = 5e-5  # of float32 sums in another order
-FAMILIES = {"mixtral": {}, "qwen2_moe": {"tie_word_embeddings": True}, "gpt_oss": {}}
-
-
-@pytest.fixture(scope="module")
-def exports(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`exports(model_type)`: an export of the family's tiny model, made once. qwen2_moe's head is its embedding."""
-    made: dict[str, Path] = {}
-
-    def folder_of(model_type: str) -> Path:
-        if model_type not in made:
-            config = FAMILIES[model_type]
-            folder = tmp_path_factory.mktemp(model_type)
-            made[model_type] = exported(tiny_model(model_type, **config), folder, tied=bool(config))
-        return made[model_type]
-
-    return folder_of
 
 
 def linear(seed: int = 0, out_features: int = 32, in_features: int = 64) -> nn.Linear:
