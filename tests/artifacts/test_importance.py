@@ -15,7 +15,7 @@ from mc_cli.artifacts.importance import UNITS, Importance, LayerImportance, Proj
 from mc_cli.errors import ArtifactError
 
 # Fields of a layer that are no measures.
-FACTS = {
+FACTS = {"blocks", 
     "layer",
     "weights_per_expert",
     "token_count",

@@ -13,7 +13,7 @@ from mc_cli import kernels, native
 from mc_cli.encodings.affine import affine_for
 from mc_cli.encodings.trellis import trellis_for
 from mc_cli.kernels import GATES, bank_for, experts_output
-from mc_cli.models import experts
+from mc_cli.models import expert_banks
 from tests.kernels.products import paths, relative_error
 
 HIDDEN, INNER = 96, 80
@@ -178,4 +178,4 @@ def _gate(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     ids=["silu", "gelu_tanh", "gelu", "limited", "interleaved", "alone"],
 )
 def test_gates_are_known_by_what_they_do(apply_gate: Callable[[Tensor], Tensor], expected: str | None) -> None:
-    assert experts._gate_of(_Gated(apply_gate), 2 * INNER) == expected
+    assert expert_banks._gate_of(_Gated(apply_gate), 2 * INNER) == expected
