@@ -195,15 +195,15 @@ def _run_stage(stage: str, given: Mapping[str, Any]) -> None:
     with telling_errors(debug=given["debug"], work_dir=work_dir):
         prepare_libraries(debug=given["debug"])
         from mc_cli import chain, console
+        from mc_cli.artifacts.work_dir import WorkDir
 
-        settings, compute = _settings(stage, COMPUTE, given=given, beneath=chain.followed_settings(stage, work_dir))
+        work = WorkDir(work_dir)
+        settings, compute = _settings(stage, COMPUTE, given=given, beneath=chain.followed_settings(stage, work))
         if given["dry_run"]:
-            return _print_planned(
-                *chain.forecast_stage(stage, settings, compute, work_dir, force=given["force"]), given
-            )
-        chain.check_stage(stage, settings, compute, work_dir, force=given["force"])
-        run = chain.stage_module(stage).run
-        result = run(settings, compute, work_dir, force=given["force"], progress=console.ConsoleProgress())
+            return _print_planned(*chain.forecast_stage(stage, settings, compute, work, force=given["force"]), given)
+        chain.check_stage(stage, settings, compute, work, force=given["force"])
+        progress = console.ConsoleProgress()
+        result = chain.run_stage(stage, settings, compute, work, force=given["force"], progress=progress)
         _tell_end(result)
         if given["json"]:
             return console.print_json(console.result_json(result))
@@ -214,7 +214,7 @@ def _run_all(given: Mapping[str, Any]) -> None:
     """All stages, from a recipe, from flags, or both."""
     with telling_errors(debug=given["debug"]):
         plan = _plan_of(given)
-    with telling_errors(debug=given["debug"], work_dir=plan.work_dir):
+    with telling_errors(debug=given["debug"], work_dir=plan.work.path):
         _run_plan(plan, given["force_from"] or (STAGES[0] if given["force"] else None), given)
 
 
@@ -251,7 +251,7 @@ def _run_plan(plan: RunPlan, force_from: str | None, given: Mapping[str, Any]) -
     results = chain.run_chain(plan, force_from=force_from, progress=console.ConsoleProgress(), tell=_tell_end)
     if given["json"]:
         stages = [console.result_json(result) for result in results]
-        return console.print_json({"work_dir": str(plan.work_dir), "stages": stages})
+        return console.print_json({"work_dir": str(plan.work.path), "stages": stages})
     return console.print_chain(results)
 
 

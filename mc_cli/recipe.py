@@ -19,6 +19,7 @@ import yaml
 
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.artifacts.strict_yaml import CHARACTERS, read_yaml
+from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import SHOWN, InputError, MissingFlagsError, Problems, listed, shown
 from mc_cli.flags import (
     COMPUTE,
@@ -67,7 +68,7 @@ class Recipe:
 class RunPlan:
     """All that `run` needs: settings per stage, in order, and where to work."""
 
-    work_dir: Path
+    work: WorkDir
     stages: Mapping[str, Any]
     compute: RunSettings
 
@@ -136,7 +137,7 @@ def plan_run(
         with problems.catching():
             built[name] = build(name, sections[name] if complete else {**sections[name], **_STANDS_IN.get(name, {})})
     problems.tell()
-    return RunPlan(Path(str(recipe.work_dir)), {stage: built[stage] for stage in STAGES}, built[COMPUTE])
+    return RunPlan(WorkDir(Path(str(recipe.work_dir))), {stage: built[stage] for stage in STAGES}, built[COMPUTE])
 
 
 # In place of what is missing, so that the section's other settings are looked at too; no plan is made of it.

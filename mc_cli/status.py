@@ -16,18 +16,9 @@ from mc_cli.artifacts.exported import ExportFolder, ExportRecord, known_exports
 from mc_cli.artifacts.files import read_json, read_number
 from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX, is_our_partial
 from mc_cli.artifacts.locks import process_in
-from mc_cli.artifacts.manifest import POLICY_FOLDER
 from mc_cli.artifacts.names import ROUTERS
-from mc_cli.artifacts.store import (
-    BEGUN,
-    MANIFEST,
-    RESUME,
-    STAGE_FOLDERS,
-    Manifest,
-    StageFolder,
-    read_begun,
-    verify_stages,
-)
+from mc_cli.artifacts.store import BEGUN, MANIFEST, RESUME, Manifest, StageFolder, read_begun, verify_stages
+from mc_cli.artifacts.work_dir import POLICY_FOLDER, STAGE_FOLDERS, WorkDir
 from mc_cli.errors import ArtifactError, InputError
 
 DONE, BEGUN_STATE, STALE, DAMAGED, MISSING, TO_DO = "done", "begun", "stale", "damaged", "missing", "to do"
@@ -90,7 +81,7 @@ def _stage_status(
     try:
         if stage == "prune-eval":  # whose policies lie beside it
             size += _size_bytes(work_dir / POLICY_FOLDER)
-            verify_stages(work_dir, ["policy"], up_to_bytes=ALL_BYTES if contents else 0)
+            verify_stages(WorkDir(work_dir), ["policy"], up_to_bytes=ALL_BYTES if contents else 0)
         manifest = Manifest.read(folder)
         if manifest is None and _is_begun(folder):
             why = _outdated(read_begun(folder).get("inputs", {}), earlier)
@@ -98,7 +89,7 @@ def _stage_status(
             return StageStatus(stage, STALE if why else BEGUN_STATE, folder, detail, size)
         if manifest is None:
             return StageStatus(stage, TO_DO, folder, size_bytes=size)
-        whole = StageFolder(work_dir, stage, manifest.settings, manifest.inputs)
+        whole = StageFolder(WorkDir(work_dir), stage, manifest.settings, manifest.inputs)
         whole.verify(up_to_bytes=ALL_BYTES if contents else 0)
     except ArtifactError as error:
         return StageStatus(stage, DAMAGED, folder, " ".join(str(error).split()), size)

@@ -20,6 +20,7 @@ LAYERS = (
     ("numerics",),
     ("encodings",),
     ("artifacts",),
+    ("stage",),
     ("families", "quantizers", "allocators", "policies", "kernels"),
     ("models",),
     ("walking", "data"),
@@ -27,6 +28,7 @@ LAYERS = (
     ("packed", "coding", "executors"),
     ("measuring",),
     ("exporters",),
+    ("reports",),
     ("stages",),
     ("ahead",),
     ("flags",),
@@ -41,7 +43,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # What `import mc_cli` runs, which registers the plug-in and imports it only on use, and what `python -m mc_cli` runs.
 ENTRY_POINTS = {"__init__", "_autoload", "__main__"}
 NO_TORCH = {name for name, rank in RANK.items() if rank < RANK["numerics"] or rank > RANK["stages"]}
-NO_TORCH |= {"artifacts", "allocators", "encodings"}
+NO_TORCH |= {"artifacts", "allocators", "encodings", "stage", "reports"}
 HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "accelerate", "lm_eval"}
 HEAVIER_THAN_HELP = HEAVY | {"numpy", "pulp", "highspy", "yaml", "rich"}
 READS_HELP = ("errors", "parts", "settings", "flags", "failures", "help", "cli")  # what `--help` imports

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from mc_cli.artifacts.leftovers import (
     remove_folder,
     remove_partial,
 )
+from mc_cli.artifacts.locks import target_lock
 from mc_cli.artifacts.manifest import OTHER_RECORD, record_problems, take_digest, with_digest
 from mc_cli.artifacts.names import EXPORTS
 from mc_cli.artifacts.store import BEGUN
@@ -145,17 +146,32 @@ def _partial_of(folder: Path) -> Path:
     return folder.with_name(folder.name + PARTIAL_SUFFIX)
 
 
+@dataclass(frozen=True)
+class Account:
+    """What an exporter did.
+
+    written   the files that it wrote: these are recorded, and no others may be there
+    stages    what each stage of the work directory was made with;  read_back   how the result was checked
+    """
+
+    written: Written
+    stages: Mapping[str, Any]
+    read_back: Mapping[str, Any]
+
+
 @dataclass
 class ExportFolder:
     """The directory to make, and whether it is new, done or stale.
 
     settings   everything that changes the result;  inputs   name -> fingerprint of the stages it is made from
+    account    what was done, from when the work has ended
     """
 
     folder: Path
     settings: Mapping[str, Any]
     inputs: Mapping[str, str]
     warnings: list[str] = field(default_factory=list)
+    account: Account | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -220,8 +236,15 @@ class ExportFolder:
                     lines.append(f"{kind} {name}: made with {before}, asked for {after}")
         return lines
 
-    def begin(self, *, force: bool) -> bool:
-        """True if it has to be made: `partial` is there then, with nothing but its marker. False if it is done.
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds its place. Raises BusyError where another process exports there, InputError where it cannot be made."""
+        self.check_place()
+        with target_lock(self.folder):
+            yield
+
+    def needed(self, *, force: bool) -> bool:
+        """True if it has to be made, False if it is done. Nothing that is whole is changed.
 
         Raises StaleArtifactError for an export of something else unless `force`, ArtifactError for a damaged one or
         for what somebody else has put where it is made.
@@ -241,6 +264,11 @@ class ExportFolder:
             )
         self.check_place()
         self._refuse_foreign()
+        return True
+
+    def start(self, *, force: bool) -> None:
+        """Makes `partial`, with nothing but its marker; what an earlier run left there is removed."""
+        self._refuse_foreign()
         self.discard()
         if self.folder.exists() and self._replaced.exists():  # a removal that did not come to its end
             remove_folder(self._replaced, (RECORD, _PUT_ASIDE))
@@ -249,7 +277,6 @@ class ExportFolder:
         except OSError as error:
             raise ArtifactError(refusal(error, self.partial, action="could not be made")) from error
         write_text(self.partial / BEGUN, json.dumps({"fingerprint": self.fingerprint}))
-        return True
 
     def _refuse_foreign(self) -> None:
         """Raises ArtifactError for what lies at the names that are used beside the directory, and is not ours."""
@@ -298,14 +325,13 @@ class ExportFolder:
         if _is_our_partial(self.partial):
             remove_folder(self.partial, (BEGUN,))
 
-    def finish(
-        self, *, written: Written, stages: Mapping[str, Any], read_back: Mapping[str, Any], tool_version: str
-    ) -> ExportRecord:
+    def finish(self, tool_version: str) -> ExportRecord:
         """Writes the record and moves the directory to its name, in the place of an earlier export.
 
-        written   the files that the exporter wrote: these are recorded, and no others may be there
-        Raises ArtifactError, naming them, where one is gone, was changed, or came from elsewhere.
+        Raises ArtifactError where a file of `account` is gone or was changed, or one came from elsewhere.
         """
+        assert self.account is not None, "nothing was exported"
+        written = self.account.written
         for leftover in partials_below(self.partial)[0]:
             remove_partial(leftover)
         self._refuse_what_was_not_written(written)
@@ -317,8 +343,8 @@ class ExportFolder:
             fingerprint=self.fingerprint,
             settings=self.settings,
             inputs=self.inputs,
-            stages=stages,
-            read_back=read_back,
+            stages=self.account.stages,
+            read_back=self.account.read_back,
             outputs=outputs,
             tool_version=tool_version,
             warnings=tuple(self.warnings),

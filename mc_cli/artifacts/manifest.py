@@ -10,21 +10,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mc_cli.artifacts.files import content_digest, read_json
+from mc_cli.artifacts.work_dir import FOLDERS, WorkDir
 from mc_cli.errors import ArtifactError, listed
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 
-# command -> folder in the work directory, in the order of a run
-STAGE_FOLDERS = {
-    "calibrate": "calibration",
-    "score": "importance",
-    "allocate": "plan",
-    "quantize": "packed",
-    "prune-eval": "evaluation",
-}
-POLICY_STAGE, POLICY_FOLDER = "policy", "pruning"  # what prune-eval makes beside its own folder
-FOLDERS = STAGE_FOLDERS | {POLICY_STAGE: POLICY_FOLDER}
 _STAGE_OF = {folder: stage for stage, folder in FOLDERS.items()}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -51,7 +42,7 @@ class Manifest:
         content = read_json(path)
         whole = take_digest(content)
         stage = _STAGE_OF.get(folder.name, "")
-        command = f": `mc-cli {command_of(stage)} -w {folder.parent} --force`" if stage else ""
+        command = f": `{WorkDir.around(folder).command(stage)} --force`" if stage else ""
         if content.get("schema") != SCHEMA:
             raise ArtifactError(
                 f"{path} has schema {content.get('schema')!r:.80}; this version reads {SCHEMA}. Use --force to rebuild "
@@ -122,8 +113,3 @@ def _is_output(outputs: Mapping[str, Any], name: str) -> bool:
         return False
     digest, size = facts.get("sha256"), facts.get("size_bytes")
     return isinstance(digest, str) and bool(_SHA256.fullmatch(digest)) and type(size) is int and size >= 0
-
-
-def command_of(stage: str) -> str:
-    """The command that makes a stage's folder."""
-    return "prune-eval" if stage == POLICY_STAGE else stage

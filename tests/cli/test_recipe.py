@@ -37,7 +37,7 @@ def test_every_recipe_of_this_repository_is_whole() -> None:
 
 def test_values_reach_the_settings(tmp_path: Path) -> None:
     plan = plan_run(recipe(tmp_path, WHOLE))
-    assert plan.work_dir == Path("runs/x")
+    assert plan.work.path == Path("runs/x")
     assert plan.compute == s.RunSettings(device="cpu")
     assert plan.stages["calibrate"] == s.CalibrateSettings(model="m", data="d.txt", sequences=4)
     assert plan.stages["score"].bits == (2, 3)
@@ -62,7 +62,7 @@ def test_flags_go_over_the_recipe(tmp_path: Path) -> None:
     assert plan.stages["calibrate"].sequences == 8
     assert plan.stages["allocate"].target_stored_bits == 2.25
     assert plan.stages["allocate"].target_size_bytes is None
-    assert plan.work_dir == Path("elsewhere")
+    assert plan.work.path == Path("elsewhere")
 
 
 def test_all_offenders_are_named_at_once(tmp_path: Path) -> None:
