@@ -30,7 +30,7 @@ from mc_cli.measuring.pruning_evaluation import evaluate_policies
 from mc_cli.models.checkpoint import Checkpoint
 from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.session import Session, later_session
-from mc_cli.packed.packed_model import PackedSource, model_bytes
+from mc_cli.packed.packed_model import PackedSource, stored_sizes
 from mc_cli.parts import ModelInventory, Role
 from mc_cli.progress import Progress, SilentProgress, StageResult
 from mc_cli.reports.evaluation import evaluation_summary
@@ -125,7 +125,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
             ships = next(iter(fitted.policies.values())) if fitted else None
             tasks = ready.tasks
             results = run_tasks(tasks, settings, session, packed_folder, run.progress, pruning=ships) if tasks else {}
-        stored = model_bytes(packed_folder, trust_remote_code=trusted)
+        stored = stored_sizes(packed_folder, trust_remote_code=trusted)
         evaluation = _evaluation(
             settings, packed_folder, stored, ready.inventory, windows, total, domains, changes, results
         )

@@ -23,6 +23,7 @@ from mc_cli.artifacts.names import COVERAGE, PLAN
 from mc_cli.artifacts.packed import LAYOUT, ExpertLayout, PackedLayout, part_file, part_name, stacked_name
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import Coverage, MatrixReport, read_report, write_report
+from mc_cli.artifacts.sizes import SIZES, write_sizes
 from mc_cli.artifacts.store import RESUME, StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.coding.layer_quantizer import LayerQuantizer
@@ -40,7 +41,7 @@ from mc_cli.models.router_masks import drop_experts
 from mc_cli.models.session import Session, later_session
 from mc_cli.models.weight_digests import WeightDigests
 from mc_cli.numerics.hessian import accumulate
-from mc_cli.packed.packed_model import model_bytes
+from mc_cli.packed.packed_model import model_bytes, stored_sizes
 from mc_cli.parts import KEPT_BITS, ModelInventory, Role, TensorPart
 from mc_cli.progress import Progress, StageResult
 from mc_cli.registry import widths_of
@@ -133,7 +134,7 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
 
     def result(self, folder: StageFolder, *, ran: bool) -> StageResult:
         """Stored bytes by role, and that every expert weight is accounted for."""
-        stored = model_bytes(folder.folder, trust_remote_code=self.session.compute.trust_remote_code)
+        stored = stored_sizes(folder.folder, trust_remote_code=self.session.compute.trust_remote_code)
         coverage = Coverage.read(folder.path(COVERAGE))
         summary = packed_summary(stored, _report_rows(folder), coverage, routines=path_name())
         return StageResult(STAGE, folder.folder, ran, summary, folder.recorded_warnings())
@@ -324,7 +325,7 @@ class _Writer:
 def _account(
     folder: StageFolder, inventory: ModelInventory, settings: QuantizeSettings, session: Session, progress: Progress
 ) -> None:
-    """Coverage, layout, model files, warnings."""
+    """Coverage, layout, model files, sizes, warnings."""
     rows = _report_rows(folder)
     experts: list[ExpertLayout] = []
     linears: dict[str, str] = {}
@@ -358,6 +359,8 @@ def _account(
             progress,
         )
     coverage.write(folder.path(COVERAGE))
+    trusted = session.compute.trust_remote_code
+    write_sizes(folder.path(SIZES), model_bytes(folder.folder, trust_remote_code=trusted))
 
 
 def _report_rows(folder: StageFolder) -> list[MatrixReport]:
