@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.names import EVALUATION, PLAN
 from mc_cli.artifacts.plan import Plan
-from mc_cli.artifacts.work_dir import WorkDir
+from mc_cli.artifacts.work_dir import MAIN, WorkDir
 from mc_cli.chain import check_stage, run_chain, run_stage
 from mc_cli.errors import InputError, Problems, shown
 from mc_cli.flags import COMPUTE, STAGES, Flag, build, flags_of, run_flags
@@ -53,6 +53,7 @@ def compress(
     data: str | PathLike[str],
     out: str | PathLike[str],
     work_dir: str | PathLike[str] | None = None,
+    variant: str = MAIN,
     effort: str = "default",
     force: bool = False,
     progress: Progress | None = None,
@@ -64,6 +65,7 @@ def compress(
     data       calibration text: a file, a folder, a `datasets` name, or `bundled:calibration`
     out        the directory to make
     work_dir   where artifacts go; without it `OUT.work` beside `out`. Stages that are done are skipped
+    variant    which of several results over the work directory's one calibration and one set of scores
     effort     `fast`, `default` or `best`; settings go over it
     force      rebuilds every stage
     progress   where stages report to; without it nowhere, warnings are in the result
@@ -91,7 +93,7 @@ def compress(
             with problems.catching():
                 asked.append((section, flag.field, _read(section, name, flag, value)))
                 unread.remove((section, flag.field))
-    plan = plan_run(Recipe().override(asked, str(place), effort), problems, unread)
+    plan = plan_run(Recipe().override(asked, str(place), effort, variant), problems, unread)
     results = run_chain(
         plan, force_from=STAGES[0] if force else None, progress=progress or SilentProgress(), tell=lambda result: None
     )
@@ -126,19 +128,21 @@ def evaluate(
     work_dir: str | PathLike[str],
     *,
     data: str | PathLike[str],
+    variant: str = MAIN,
     force: bool = False,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Evaluation:
     """The packed model of a work directory beside its original, on held-out text: what `mc-cli prune-eval` does.
 
+    variant    which of the work directory's results
     settings   flags of `mc-cli prune-eval` by name
     Raises a McError, among others for text that was calibrated on.
 
     >>> mc_cli.evaluate("demo-2.5.work", data="heldout.jsonl", force=True).total.kl_divergence  # doctest: +SKIP
     0.0079
     """
-    problems, work = Problems(), WorkDir(Path(fspath(work_dir)))
+    problems, work = Problems(), WorkDir(Path(fspath(work_dir)), variant)
     known = {flag.field: (section, flag) for section in (COMPUTE, "prune-eval") for flag in flags_of(section)}
     values: dict[str, dict[str, Any]] = {"prune-eval": {}, COMPUTE: {}}
     for name, value in {"data": fspath(data), **settings}.items():

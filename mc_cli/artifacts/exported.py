@@ -32,6 +32,7 @@ from mc_cli.artifacts.manifest import OTHER_RECORD, record_problems, take_digest
 from mc_cli.artifacts.names import EXPORTS
 from mc_cli.artifacts.store import BEGUN
 from mc_cli.artifacts.system_errors import refusal
+from mc_cli.artifacts.work_dir import MAIN, is_variant
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.progress import Progress
 
@@ -56,6 +57,7 @@ class ExportRecord:
     tool_version: str
     warnings: tuple[str, ...] = ()
     schema: int = SCHEMA
+    variant: str = MAIN  # of the work directory; written where it is another
 
     @classmethod
     def read(cls, folder: Path) -> ExportRecord | None:
@@ -70,6 +72,7 @@ class ExportRecord:
                 f"{path} has schema {content.get('schema')!r:.80}; this version reads {SCHEMA}. Use --force to export "
                 "again."
             )
+        content.setdefault("variant", MAIN)
         wrong = record_problems(content, {entry.name for entry in fields(cls)})
         if not wrong and content["fingerprint"] != _fingerprint(content["settings"], content["inputs"]):
             wrong = ["its fingerprint is not that of its settings and inputs"]
@@ -84,7 +87,15 @@ def _fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     return content_digest({"stage": STAGE, "schema": SCHEMA, "settings": settings, "inputs": inputs})
 
 
-def remember_export(work_dir: Path, folder: Path, fingerprint: str | None) -> None:
+@dataclass(frozen=True)
+class NotedExport:
+    """What a work directory remembers of an export: what it was made from, and of which variant."""
+
+    fingerprint: str
+    variant: str = MAIN
+
+
+def remember_export(work_dir: Path, folder: Path, noted: NotedExport | None) -> None:
     """Notes in the work directory what is exported from it to `folder`, None: nothing. What is gone is forgotten.
 
     A directory inside the work directory is noted by its path there, so that both can be moved together.
@@ -92,37 +103,49 @@ def remember_export(work_dir: Path, folder: Path, fingerprint: str | None) -> No
     known = _known_or_none(work_dir)
     kept = {path: made for path, made in known.items() if path.is_dir() or _partial_of(path).is_dir()}
     kept.pop(folder.resolve(), None)
-    if fingerprint is not None:
-        kept[folder.resolve()] = fingerprint
+    if noted is not None:
+        kept[folder.resolve()] = noted
     inside = work_dir.resolve()
     names = {
         str(path.relative_to(inside) if path.is_relative_to(inside) else path): made for path, made in kept.items()
     }
     if kept and kept != known:
-        write_json(work_dir / EXPORTS, {"exports": dict(sorted(names.items()))})
+        content = {"exports": {name: made.fingerprint for name, made in sorted(names.items())}}
+        others = {name: made.variant for name, made in sorted(names.items()) if made.variant != MAIN}
+        write_json(work_dir / EXPORTS, {**content, "variants": others} if others else content)
     elif not kept:
         (work_dir / EXPORTS).unlink(missing_ok=True)
 
 
-def noted_export(work_dir: Path, folder: Path) -> str | None:
-    """The fingerprint that is noted of an export to `folder`, None where there is none."""
+def noted_export(work_dir: Path, folder: Path) -> NotedExport | None:
+    """What is noted of an export to `folder`, None where there is none."""
     return _known_or_none(work_dir).get(folder.resolve())
 
 
-def _known_or_none(work_dir: Path) -> dict[Path, str]:
+def _known_or_none(work_dir: Path) -> dict[Path, NotedExport]:
     try:
         return known_exports(work_dir)
     except ArtifactError:  # only a memory: a damaged one is made anew
         return {}
 
 
-def known_exports(work_dir: Path) -> dict[Path, str]:
-    """Directory -> fingerprint of what export wrote there, as far as noted. Raises ArtifactError for a damaged note."""
+def known_exports(work_dir: Path) -> dict[Path, NotedExport]:
+    """Directory -> what export wrote there, as far as noted. Raises ArtifactError for a damaged note."""
     path = work_dir / EXPORTS
-    noted = read_json(path).get("exports") if path.exists() else {}
-    if not isinstance(noted, dict) or any("\0" in name for name in noted):
+    content = read_json(path) if path.exists() else {"exports": {}}
+    noted: Any = content.get("exports")
+    variants: Any = content.get("variants", {})
+    if not _are_notes(noted) or not _are_notes(variants) or not all(map(is_variant, variants.values())):
         raise ArtifactError(f"{path} is damaged: it has no list of exports. Delete it and export again.")
-    return {(work_dir.resolve() / name): str(fingerprint) for name, fingerprint in noted.items()}
+    return {
+        (work_dir.resolve() / name): NotedExport(str(fingerprint), variants.get(name, MAIN))
+        for name, fingerprint in noted.items()
+    }
+
+
+def _are_notes(content: Any) -> bool:
+    """Whether it maps names of directories to texts."""
+    return isinstance(content, dict) and not any("\0" in name or not isinstance(content[name], str) for name in content)
 
 
 def export_target(out: str) -> Path:
@@ -164,6 +187,7 @@ class ExportFolder:
     """The directory to make, and whether it is new, done or stale.
 
     settings   everything that changes the result;  inputs   name -> fingerprint of the stages it is made from
+    variant    of the work directory; it is in the record, and in no fingerprint
     account    what was done, from when the work has ended
     """
 
@@ -171,11 +195,17 @@ class ExportFolder:
     settings: Mapping[str, Any]
     inputs: Mapping[str, str]
     warnings: list[str] = field(default_factory=list)
+    variant: str = MAIN
     account: Account | None = None
 
     @property
     def fingerprint(self) -> str:
         return _fingerprint(self.settings, self.inputs)
+
+    @property
+    def noted(self) -> NotedExport:
+        """What the work directory remembers of it."""
+        return NotedExport(self.fingerprint, self.variant)
 
     @property
     def partial(self) -> Path:
@@ -348,8 +378,12 @@ class ExportFolder:
             outputs=outputs,
             tool_version=tool_version,
             warnings=tuple(self.warnings),
+            variant=self.variant,
         )
-        write_json(self.partial / RECORD, with_digest(asdict(record)))
+        content = asdict(record)
+        if self.variant == MAIN:
+            del content["variant"]
+        write_json(self.partial / RECORD, with_digest(content))
         self._put_in_place()
         return record
 

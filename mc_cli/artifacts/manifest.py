@@ -91,8 +91,8 @@ def record_problems(content: Mapping[str, Any], names: Iterable[str]) -> list[st
     """A line for each field of a manifest or of an export's record that is missing, unknown or of another type."""
     wrong = [f"{name} is missing" for name in names if name not in content]
     wrong += [f"{name!r:.80} is unknown" for name in content if name not in names]
-    texts = [name for name in ("stage", "fingerprint", "tool_version") if not isinstance(content.get(name, ""), str)]
-    wrong += [f"{name} is not a text" for name in texts]
+    texts = ("stage", "fingerprint", "tool_version", "variant")
+    wrong += [f"{name} is not a text" for name in texts if not isinstance(content.get(name, ""), str)]
     for name in ("settings", "inputs", "outputs", "stages", "read_back"):
         if not isinstance(content.get(name, {}), dict):
             wrong.append(f"{name} is not a mapping")

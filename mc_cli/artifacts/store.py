@@ -27,7 +27,7 @@ from mc_cli.artifacts.leftovers import (
 from mc_cli.artifacts.manifest import MANIFEST, Manifest, fingerprint_of, with_digest
 from mc_cli.artifacts.names import PLAN
 from mc_cli.artifacts.system_errors import refusal
-from mc_cli.artifacts.work_dir import FOLDERS, STAGE_FOLDERS, WorkDir
+from mc_cli.artifacts.work_dir import FOLDERS, MAIN, SHARED, STAGE_FOLDERS, WorkDir
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.progress import Progress
 
@@ -318,7 +318,7 @@ def require_done(work: WorkDir, stage: str) -> Manifest:
         begun = (folder / BEGUN).exists()
         raise InputError(
             f"{folder} {'is not finished' if begun else 'does not exist'}: this stage reads it. "
-            f"Run `{work.command(stage)}` first."
+            f"Run `{work.command(stage)}` first{_other_variants(work, stage)}."
         )
     for name in STAGE_FOLDERS:
         read = Manifest.read(work.folder(name)) if name in manifest.inputs else None
@@ -329,6 +329,18 @@ def require_done(work: WorkDir, stage: str) -> Manifest:
             )
     verify_stages(work, [stage], up_to_bytes=0)
     return manifest
+
+
+def _other_variants(work: WorkDir, stage: str) -> str:
+    """What a message says where the variant that was named lacks a stage: those that are there."""
+    if stage in SHARED:
+        return ""
+    there = work.variants()
+    if work.variant in there or work.variant == MAIN:
+        others = [name for name in there if name != work.variant]
+        return f", or name another variant with --variant: {', '.join(others)}" if others else ""
+    known = f"has {', '.join(there)}" if there else "has none"
+    return f": {work.path} has no variant {work.variant!r} yet, it {known}"
 
 
 def verify_stages(work: WorkDir, stages: Iterable[str], *, up_to_bytes: float) -> None:

@@ -59,37 +59,36 @@ class WorkDir:
         named = self.variant != MAIN and stage not in SHARED
         return f"-w {self.path}{f' --variant {self.variant}' if named else ''}"
 
-    @property
-    def also(self) -> str:
-        """How messages call the variant beside the work directory; empty for main."""
-        return "" if self.variant == MAIN else f" (variant {self.variant})"
-
     @classmethod
     def around(cls, folder: Path) -> WorkDir:
         """The work directory and variant that a stage's folder lies in."""
         place = folder.parent
         whole = place.parent.parent / STAGE_FOLDERS["calibrate"]
-        if place.parent.name == VARIANTS and _is_name(place.name) and whole.is_dir():
+        if place.parent.name == VARIANTS and is_variant(place.name) and whole.is_dir():
             return cls(place.parent.parent, place.name)
         return cls(place)
 
     def variants(self) -> list[str]:
-        """The variants that have a folder, `main` first; whether anything is finished there is not said."""
+        """The variants that have a folder of theirs, finished or not; `main` first, the others by name."""
         above = self.path / VARIANTS
-        names = sorted(entry.name for entry in above.iterdir() if entry.is_dir()) if above.is_dir() else []
-        return [MAIN, *(name for name in names if name != MAIN and _is_name(name))]
+        names = sorted(entry.name for entry in above.iterdir() if is_variant(entry.name)) if above.is_dir() else []
+        return [name for name in (MAIN, *names) if WorkDir(self.path, name)._has_folder()]
+
+    def _has_folder(self) -> bool:
+        return any(self.folder(stage).is_dir() for stage in FOLDERS if stage not in SHARED)
 
 
 def check_variant(name: str) -> None:
     """Raises InputError for a name that no variant can have."""
-    if not _is_name(name):
+    if not is_variant(name):
         raise InputError(
             f"--variant {name!r:.100}: a variant's name has up to 64 letters, digits, dots and dashes, with a letter "
             f"or digit at both ends, and is none of {', '.join(_RESERVED)}, which are folders of a work directory."
         )
 
 
-def _is_name(name: str) -> bool:
+def is_variant(name: str) -> bool:
+    """Whether a variant can have this name."""
     fits = name == MAIN or (_NAME.fullmatch(name) is not None and ".." not in name and name.lower() != MAIN)
     return fits and name.lower() not in _RESERVED and not name.lower().endswith(_OURS)
 

@@ -43,7 +43,7 @@ from mc_cli.models.model_files import copy_model_files
 from mc_cli.models.session import device_named, dtype_named
 from mc_cli.packed.dense_tensors import DenseTensors, weight_dtype
 from mc_cli.packed.packed_files import PackedFiles, open_packed
-from mc_cli.packed.packed_model import model_bytes, part_numbers, read_packed_config
+from mc_cli.packed.packed_model import part_numbers, read_packed_config, stored_sizes
 from mc_cli.parts import KEPT_BITS, Role
 from mc_cli.progress import Progress, StageResult
 from mc_cli.reports.exported import export_summary
@@ -83,7 +83,7 @@ class Export(Stage[ExportFolder, _Ready, StageResult]):
             raise InputError(
                 f"--out {self.settings.out} holds or lies in {packed}, which is read. Name a directory elsewhere."
             )
-        return ExportFolder(target, resolved, inputs)
+        return ExportFolder(target, resolved, inputs, variant=self.work.variant)
 
     def kept(self, folder: ExportFolder, run: Run) -> None:
         """`status` shall know of it, wherever the work directory lies now."""
@@ -142,7 +142,7 @@ plan_stage, run = Plans(Export), Runs(Export)
 def _remember(work: WorkDir, folder: ExportFolder, progress: Progress) -> None:
     """Lets `status` know of the directory, which is finished whether or not that can be noted."""
     try:
-        remember_export(work.path, folder.folder, folder.fingerprint)
+        remember_export(work.path, folder.folder, folder.noted)
     except ArtifactError as error:
         progress.warn(f"{error} `mc-cli status` will not show this export.")
 
@@ -216,7 +216,7 @@ def _card(
     evaluation: dict[str, Any],
     compute: RunSettings,
 ) -> CardFacts:
-    sizes = model_bytes(files.folder, trust_remote_code=compute.trust_remote_code)
+    sizes = stored_sizes(files.folder, trust_remote_code=compute.trust_remote_code)
     code_bits, weights = expert_code_bits(files.layout)
     return CardFacts(
         model_type=read_packed_config(files, trust_remote_code=compute.trust_remote_code).model_type,

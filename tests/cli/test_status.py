@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import Result
 
-from mc_cli.artifacts.exported import remember_export
+from mc_cli.artifacts.exported import NotedExport, remember_export
 from mc_cli.artifacts.files import write_json, write_tensors, write_text
 from mc_cli.artifacts.store import StageFolder
 from mc_cli.artifacts.work_dir import WorkDir
@@ -114,7 +114,7 @@ def test_the_phases_of_prune_eval_are_counted(work_dir: Path) -> None:
 
 def test_an_export_under_way(tiny_model: TinyModel, tmp_path: Path) -> None:
     work, out = packed_work_dir(tiny_model("mixtral"), tmp_path / "work"), tmp_path / "out"
-    remember_export(work, out, "f")
+    remember_export(work, out, NotedExport("f"))
     write_json(tmp_path / "out.partial" / "begun.json", {"fingerprint": "f"})
     write_text(tmp_path / "out.partial" / "model.safetensors", "x" * 976)
     [(state, detail)] = exports(work)
