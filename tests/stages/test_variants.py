@@ -80,7 +80,6 @@ def test_two_results_lie_side_by_side(made: Place) -> None:
     for work in (main, small):
         found = Evaluation.read(work.folder("prune-eval") / "eval.json")
         sizes[work.variant] = found.expert_stored_bits
-        packed = json.loads((work.folder("quantize") / MANIFEST).read_text())
         assert (
             packed["inputs"]["allocate"] == json.loads((work.folder("allocate") / MANIFEST).read_text())["fingerprint"]
         )
@@ -145,15 +144,10 @@ def test_an_unknown_variant_is_told_with_those_that_there_are(copied: Path, made
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "a/b", "../x", "/x", "a..b", "-a", "a.", "a b", "a\0", "ä", "a_b", "x" * 65, "packed", "Plan"],
+    ["", ".", "..", "a/b", "../x", "/x", "a..b", "-a", "a.", "a b", "a\0", "ä", "a_b", "x" * 65]
+    + ["packed", "Plan", "variants", "pruning", "MAIN", "x.partial", "x.removed", "x.replaced"],
 )
 def test_names_that_no_variant_can_have(name: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--variant"):
-        WorkDir(tmp_path, name)
-
-
-@pytest.mark.parametrize("name", ["variants", "pruning", "MAIN", "x.partial", "x.removed", "x.replaced"])
-def test_names_that_are_taken(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--variant"):
         WorkDir(tmp_path, name)
 
@@ -192,7 +186,7 @@ def test_leftovers_of_a_variant_are_tidied_and_foreign_ones_refused(copied: Path
     foreign = copied / "variants" / "mine" / "plan"
     foreign.mkdir(parents=True)
     (foreign / "notes.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(ArtifactError, match="neither manifest.json nor begun.json of ours"):
+    with pytest.raises(ArtifactError, match=r"neither manifest\.json nor begun\.json of ours"):
         run_allocate(copied, variant="mine", target_stored_bits=3.0, force=True)
     assert (foreign / "notes.txt").read_text(encoding="utf-8") == "mine"
 
@@ -218,24 +212,3 @@ def test_exports_record_their_variant_and_status_lists_all(copied: Path, tmp_pat
     shutil.rmtree(copied / "variants" / SMALL)
     gone = {entry.stage: entry.state for entry in work_dir_status(copied, variant=SMALL)}
     assert gone["quantize"] == "to do" and gone["export"] == "stale"
-
-
-def test_a_finished_variant_on_a_disk_that_is_only_read(copied: Path, made: Place, tmp_path: Path) -> None:
-    do_export(copied, tmp_path / "out", SMALL)
-    folders = [path for path in (copied, *copied.rglob("*"), tmp_path / "out") if path.is_dir()]
-    before = digests(copied)
-    try:
-        for folder in folders:
-            folder.chmod(0o555)
-        assert not run_allocate(copied, variant=SMALL, target_stored_bits=2.8).ran
-        assert not run_quantize(copied, variant=SMALL, quantizer=CHEAP).ran
-        assert not run_prune_eval(copied, made[1], variant=SMALL).ran
-        assert not do_export(copied, tmp_path / "out", SMALL).ran
-        assert len(work_dir_status(copied, variant=SMALL)) == 6
-    finally:
-        for folder in folders:
-            folder.chmod(0o755)
-    notes = ("exports.json", "digests.json", "model.json")  # root writes all the same
-    assert {k: v for k, v in digests(copied).items() if k not in notes} == {
-        k: v for k, v in before.items() if k not in notes
-    }
