@@ -116,11 +116,16 @@ class StageFolder:
             if state == "stale":
                 raise StaleArtifactError(
                     f"{self.folder} was made with other settings or inputs:\n{listed(self.differences())}\n"
-                    "Use --force to rebuild it, another work directory to keep both, or the old settings to continue."
+                    f"Use --force to rebuild it, another {self._elsewhere} to keep both, or the old settings to "
+                    "continue."
                 )
         self._refuse_foreign_leftovers()
         self._verify_earlier()
         return True
+
+    @property
+    def _elsewhere(self) -> str:
+        return "work directory" if self.stage in SHARED else "--variant or work directory"
 
     def start(self, *, force: bool) -> None:
         """Makes the folder ready to be written; what lies there is removed, unless it is this run's own beginning.

@@ -65,6 +65,17 @@ def test_flags_go_over_the_recipe(tmp_path: Path) -> None:
     assert plan.work.path == Path("elsewhere")
 
 
+def test_a_recipe_may_name_its_variant(tmp_path: Path) -> None:
+    assert plan_run(recipe(tmp_path, WHOLE)).work.variant == "main"
+    named = recipe(tmp_path, WHOLE + "\nvariant: small\n")
+    assert plan_run(named).work.folder("quantize") == Path("runs/x/variants/small/packed")
+    assert plan_run(named.override([], None, None, "other")).work.variant == "other"
+    with pytest.raises(InputError, match="--variant"):
+        plan_run(named.override([], None, None, "a/b"))
+    with pytest.raises(InputError, match="variant: a whole number"):
+        recipe(tmp_path, WHOLE + "\nvariant: 2\n")
+
+
 def test_all_offenders_are_named_at_once(tmp_path: Path) -> None:
     text = """
     calibrate: {sequenses: 4, length: long, seed: true, model: [a]}
