@@ -36,4 +36,6 @@ def read_sizes(path: Path) -> dict[Role, StoredBytes]:
         for name, part in found.stored_bytes.items():
             if name not in known or min(part.codes, part.side, part.kept) < 0:
                 raise FieldError(f"stored_bytes.{shown(name)} is {shown(asdict(part))}")
+        if Role.EXPERT.value not in found.stored_bytes:
+            raise FieldError("stored_bytes has no experts")
         return {known[name]: part for name, part in found.stored_bytes.items()}

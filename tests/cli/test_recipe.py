@@ -97,7 +97,7 @@ def test_all_offenders_are_named_at_once(tmp_path: Path) -> None:
         "score: loss_tokens: is a number (1.5), should be a whole number",
         "score: activation_order: is a text ('yes'), should be true or false",
         "export: a text, should be settings",
-        "unknown section 'scores' (did you mean score?); known: description, work_dir, effort, ",
+        "unknown section 'scores' (did you mean score?); known: description, work_dir, variant, effort, ",
     ):
         assert words in said
 

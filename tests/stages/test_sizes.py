@@ -65,10 +65,8 @@ def test_a_damaged_note_is_told(tmp_path: Path) -> None:
     write_sizes(path, sizes)
     assert read_sizes(path) == sizes
     whole = json.loads(path.read_text())
-    for name, value in (
-        ("nonesuch", {"codes": 1, "side": 0, "kept": 0}),
-        ("head", {"codes": -1, "side": 0, "kept": 0}),
-    ):
-        path.write_text(json.dumps({**whole, "stored_bytes": {name: value}}))
-        with pytest.raises(ArtifactError, match=rf"{SIZES}.*{name}"):
+    damaged = (("nonesuch", 1, "nonesuch"), ("head", -1, "head"), ("head", 1, "no experts"))
+    for name, codes, said in damaged:
+        path.write_text(json.dumps({**whole, "stored_bytes": {name: {"codes": codes, "side": 0, "kept": 0}}}))
+        with pytest.raises(ArtifactError, match=rf"(?s){SIZES}.*{said}"):
             read_sizes(path)
