@@ -143,6 +143,13 @@ def test_no_stage_imports_another() -> None:
         assert not [name for name in imports(parse(path)) if name.startswith("mc_cli.stages")], path
 
 
+def test_only_a_work_directory_knows_where_stages_lie() -> None:
+    """Whoever joined paths by himself would forget the variant, and read another one's plan."""
+    for path in modules():
+        if path.name != "work_dir.py":
+            assert "FOLDERS[" not in path.read_text(encoding="utf-8"), path
+
+
 @pytest.mark.parametrize(
     "path", [path for path in modules() if top_of(path) in NO_TORCH], ids=lambda path: str(path.relative_to(ROOT))
 )
