@@ -55,7 +55,7 @@ def test_the_three_functions_make_load_and_measure_a_model(tiny_model: TinyModel
         out=texts / "small",
         work_dir=made.work_dir,
         variant="small",
-        **{**FAST, "target_stored_bits": 2.2},
+        **{**FAST, "target_stored_bits": 2.8},
     )
     assert small.evaluation.expert_stored_bits < made.evaluation.expert_stored_bits
     assert small.plan == mc_cli.Plan.read(made.work_dir / "variants" / "small" / "plan" / "plan.yaml")
