@@ -34,7 +34,7 @@ from mc_cli.artifacts.names import EVALUATION, POINTER
 from mc_cli.artifacts.packed import PackedLayout, encoding_of
 from mc_cli.artifacts.pruning import Pruning, read_pruning
 from mc_cli.artifacts.store import Manifest, require_done, verify_stages
-from mc_cli.artifacts.work_dir import POLICY_STAGE, STAGE_FOLDERS, WorkDir
+from mc_cli.artifacts.work_dir import POLICY_STAGE, STAGE_FOLDERS, VARIANTS, WorkDir
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError
 from mc_cli.exporters import ExportJob, exporter_from_name
 from mc_cli.exporters.model_card import CardFacts
@@ -78,11 +78,11 @@ class Export(Stage[ExportFolder, _Ready, StageResult]):
             inputs["prune-eval"] = evaluated.fingerprint
         resolved = {name: value for name, value in self.settings.resolved().items() if name != "out"}
         target = export_target(self.settings.out)
-        packed = self.work.folder("quantize").resolve()
-        if target == packed or packed in target.parents or target in packed.parents:
-            raise InputError(
-                f"--out {self.settings.out} holds or lies in {packed}, which is read. Name a directory elsewhere."
-            )
+        for taken in (self.work.folder("quantize").resolve(), (self.work.path / VARIANTS).resolve()):
+            if target == taken or taken in target.parents or target in taken.parents:
+                raise InputError(
+                    f"--out {self.settings.out} holds or lies in {taken}, which is read. Name a directory elsewhere."
+                )
         return ExportFolder(target, resolved, inputs, variant=self.work.variant)
 
     def kept(self, folder: ExportFolder, run: Run) -> None:

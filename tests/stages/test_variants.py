@@ -205,6 +205,8 @@ def test_exports_record_their_variant_and_status_lists_all(copied: Path, tmp_pat
     assert {entry.variant for entry in work_dir_status(copied, variant=SMALL)} == {None, SMALL}
     details = {entry.variant: entry.detail for entry in work_dir_status(copied) if entry.stage == "export"}
     assert details == {MAIN: str(tmp_path / "large"), SMALL: str(tmp_path / "small")}
+    with pytest.raises(InputError, match="which is read"):
+        do_export(copied, copied / "variants" / "mine", MAIN)
     with pytest.raises(StaleArtifactError, match="input quantize"):
         do_export(copied, tmp_path / "large", SMALL)
     do_export(copied, tmp_path / "large", SMALL, force=True)
