@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mc_cli.artifacts.files import nothing_remembered
 from mc_cli.artifacts.locks import work_dir_lock
 from mc_cli.artifacts.manifest import MANIFEST
-from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest
+from mc_cli.artifacts.store import Manifest
+from mc_cli.artifacts.work_dir import STAGE_FOLDERS, WorkDir
 from mc_cli.errors import InputError, McError, Problems
 from mc_cli.flags import STAGES, shared_with_score
 from mc_cli.progress import Progress, StageResult
@@ -56,55 +56,68 @@ def stage_module(stage: str) -> Any:
     return importlib.import_module(f"mc_cli.stages.{stage.replace('-', '_')}")
 
 
-def followed_settings(stage: str, work_dir: Path) -> dict[str, Any]:
+def stage_folder(stage: str, settings: Any, compute: RunSettings, work: WorkDir) -> Any:
+    """The folder of a stage with its settings and input digests; nothing is run."""
+    return stage_module(stage).plan_stage(settings, compute, work.path, variant=work.variant)
+
+
+def run_stage(
+    stage: str, settings: Any, compute: RunSettings, work: WorkDir, *, force: bool, progress: Progress
+) -> StageResult:
+    """Runs one stage, unless it is done."""
+    run = stage_module(stage).run
+    return run(settings, compute, work.path, variant=work.variant, force=force, progress=progress)
+
+
+def followed_settings(stage: str, work: WorkDir) -> dict[str, Any]:
     """Field values that `stage` takes from an earlier one unless told otherwise: quantize rounds as score did."""
     if stage != "quantize":
         return {}
-    scored = Manifest.read(work_dir / STAGE_FOLDERS["score"])
+    scored = Manifest.read(work.folder("score"))
     recorded = scored.settings.get("quantizer", {}) if scored else {}
     return {name: value for name, value in recorded.items() if name in shared_with_score()}
 
 
-def planned_stage(stage: str, settings: Any, compute: RunSettings, work_dir: Path, *, force: bool) -> PlannedStage:
+def planned_stage(stage: str, settings: Any, compute: RunSettings, work: WorkDir, *, force: bool) -> PlannedStage:
     """What running this stage now would do. Nothing is written, not even the memory of digests."""
     with nothing_remembered():
-        folder = stage_module(stage).plan_stage(settings, compute, work_dir)
+        folder = stage_folder(stage, settings, compute, work)
         state = folder.state()
     actions = _FORCED if force else _ACTIONS
     differences = tuple(folder.differences()) if state == "stale" else ()
     return PlannedStage(stage, state, actions[state], str(folder.folder), differences)
 
 
-def look_ahead(stages: Mapping[str, Any], compute: RunSettings, work_dir: Path, *, todo: Collection[str]) -> Outlook:
+def look_ahead(stages: Mapping[str, Any], compute: RunSettings, work: WorkDir, *, todo: Collection[str]) -> Outlook:
     """See `mc_cli.ahead`, which imports torch."""
     from mc_cli import ahead
 
-    return ahead.look_ahead(stages, compute, work_dir, todo=todo)
+    return ahead.look_ahead(stages, compute, work, todo=todo)
 
 
-def check_stage(stage: str, settings: Any, compute: RunSettings, work_dir: Path, *, force: bool) -> None:
+def check_stage(stage: str, settings: Any, compute: RunSettings, work: WorkDir, *, force: bool) -> None:
     """Raises a McError naming all that stands against a stage, before it computes anything; nothing if it is done."""
-    if stage == STAGES[0] and (force or not _has_ended(stage, work_dir)):  # before texts of any size are hashed
-        look_ahead({stage: settings}, compute, work_dir, todo=(stage,))
+    if stage == STAGES[0] and (force or not _has_ended(stage, work)):  # before texts of any size are hashed
+        look_ahead({stage: settings}, compute, work, todo=(stage,))
         return
     problems = Problems()
     state = ""
     with problems.catching():
-        folder = stage_module(stage).plan_stage(settings, compute, work_dir)
+        folder = stage_folder(stage, settings, compute, work)
         state = "" if force else folder.state()
     if force or state != _DONE:
         with problems.catching():
-            look_ahead({stage: settings}, compute, work_dir, todo=(stage,))
+            look_ahead({stage: settings}, compute, work, todo=(stage,))
     problems.tell()
 
 
-def _has_ended(stage: str, work_dir: Path) -> bool:
+def _has_ended(stage: str, work: WorkDir) -> bool:
     """Whether the stage may be done, by the presence of its manifest alone; an export has its own record elsewhere."""
-    return stage not in STAGE_FOLDERS or (work_dir / STAGE_FOLDERS[stage] / MANIFEST).exists()
+    return stage not in STAGE_FOLDERS or (work.folder(stage) / MANIFEST).exists()
 
 
 def forecast_stage(
-    stage: str, settings: Any, compute: RunSettings, work_dir: Path, *, force: bool
+    stage: str, settings: Any, compute: RunSettings, work: WorkDir, *, force: bool
 ) -> tuple[list[PlannedStage], Outlook | None]:
     """What running this stage now would do, and what it would take; nothing is written, and no weight is read.
 
@@ -113,8 +126,8 @@ def forecast_stage(
     problems = Problems()
     planned: list[PlannedStage] = []
     with problems.catching():
-        planned = [planned_stage(stage, settings, compute, work_dir, force=force)]
-    return planned, _forecast(problems, planned, {stage: settings}, compute, work_dir, force=force)
+        planned = [planned_stage(stage, settings, compute, work, force=force)]
+    return planned, _forecast(problems, planned, {stage: settings}, compute, work, force=force)
 
 
 def forecast_chain(plan: RunPlan, *, force_from: str | None) -> tuple[list[PlannedStage], Outlook | None]:
@@ -125,7 +138,7 @@ def forecast_chain(plan: RunPlan, *, force_from: str | None) -> tuple[list[Plann
     with problems.catching():
         planned = planned_chain(plan, force_from=force_from)
     forced = force_from is not None
-    return planned, _forecast(problems, planned, plan.stages, plan.compute, plan.work_dir, force=forced)
+    return planned, _forecast(problems, planned, plan.stages, plan.compute, plan.work, force=forced)
 
 
 def _forecast(
@@ -133,7 +146,7 @@ def _forecast(
     planned: list[PlannedStage],
     stages: Mapping[str, Any],
     compute: RunSettings,
-    work_dir: Path,
+    work: WorkDir,
     *,
     force: bool,
 ) -> Outlook | None:
@@ -143,7 +156,7 @@ def _forecast(
     found: Outlook | None = None
     if todo:
         with problems.catching(), nothing_remembered():
-            found = look_ahead(stages, compute, work_dir, todo=todo)
+            found = look_ahead(stages, compute, work, todo=todo)
     problems.tell()
     return found
 
@@ -156,7 +169,7 @@ def planned_chain(plan: RunPlan, *, force_from: str | None) -> list[PlannedStage
         if waits_for:
             found.append(PlannedStage(stage, _WAITING, f"after {waits_for}"))
             continue
-        found.append(planned_stage(stage, plan.stages[stage], plan.compute, plan.work_dir, force=force))
+        found.append(planned_stage(stage, plan.stages[stage], plan.compute, plan.work, force=force))
         if found[-1].state != _DONE or force:
             waits_for = stage
     return found
@@ -168,10 +181,11 @@ def run_chain(
     """All stages in turn, those that are done skipped; `tell` is called after each."""
     _check_chain(plan, force_from)
     results = []
-    with work_dir_lock(plan.work_dir):  # between two stages, too, nothing else works in it
+    with work_dir_lock(plan.work.path):  # between two stages, too, nothing else works in it
         for stage, force in _forced(force_from):
-            module = stage_module(stage)
-            results.append(module.run(plan.stages[stage], plan.compute, plan.work_dir, force=force, progress=progress))
+            results.append(
+                run_stage(stage, plan.stages[stage], plan.compute, plan.work, force=force, progress=progress)
+            )
             tell(results[-1])
     return results
 
@@ -181,9 +195,9 @@ def _check_chain(plan: RunPlan, force_from: str | None) -> None:
     done = set()
     for stage, force in _forced(force_from):
         try:
-            if force or not _has_ended(stage, plan.work_dir):
+            if force or not _has_ended(stage, plan.work):
                 break
-            state = stage_module(stage).plan_stage(plan.stages[stage], plan.compute, plan.work_dir).state()
+            state = stage_folder(stage, plan.stages[stage], plan.compute, plan.work).state()
         except McError:  # said by the stage itself, or because an earlier one is still to run
             break
         if state != _DONE:
@@ -191,7 +205,7 @@ def _check_chain(plan: RunPlan, force_from: str | None) -> None:
         done.add(stage)
     todo = [stage for stage in plan.stages if stage not in done]
     if todo:
-        look_ahead(plan.stages, plan.compute, plan.work_dir, todo=todo)
+        look_ahead(plan.stages, plan.compute, plan.work, todo=todo)
 
 
 def _forced(force_from: str | None) -> Iterator[tuple[str, bool]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from mc_cli import __version__
+from mc_cli.artifacts.work_dir import MAIN, SHARED, WorkDir
 from mc_cli.errors import InputError, Problems
 from mc_cli.failures import INTERRUPTED, interrupted_message, telling_errors
 from mc_cli.flags import (
@@ -81,6 +82,11 @@ def _folder(text: str) -> Path:
 
 
 _WORK_DIR = _option("--work-dir", "-w", help="Where the artifacts of this run lie.", metavar="DIR", parser=_folder)
+_VARIANT = _option(
+    "--variant",
+    help="Which of several results over one calibration and one set of scores. [default: main]",
+    metavar="NAME",
+)
 _FORCE = _option("--force", help="Rebuild what is there, also if it was made with other settings.")
 _DRY_RUN = _option(
     "--dry-run",
@@ -137,6 +143,7 @@ def _stage_parameters(stage: str) -> list[inspect.Parameter]:
             for flag in flags_of(section)
         ),
         _parameter("work_dir", Path, _WORK_DIR),
+        *([] if stage in SHARED else [_parameter("variant", str, _VARIANT, MAIN)]),
         *(_parameter(name, bool, info, False) for name, info in _COMMON.items()),
     ]
 
@@ -156,6 +163,7 @@ def _run_parameters() -> list[inspect.Parameter]:
             for name, ((section, flag), *_) in run_flags().items()
         ),
         _parameter("work_dir", Path | None, _WORK_DIR, None),
+        _parameter("variant", str | None, _VARIANT, None),
         *(_parameter(name, bool, info, False) for name, info in _COMMON.items()),
         _parameter("force_from", str | None, force_from, None),
         _parameter("effort", str | None, effort, None),
@@ -218,14 +226,13 @@ def _run_stage(stage: str, given: Mapping[str, Any]) -> None:
         prepare_libraries(debug=given["debug"])
         from mc_cli import chain, console
 
-        settings, compute = _settings(stage, COMPUTE, given=given, beneath=chain.followed_settings(stage, work_dir))
+        work = WorkDir(work_dir, given.get("variant", MAIN))
+        settings, compute = _settings(stage, COMPUTE, given=given, beneath=chain.followed_settings(stage, work))
         if given["dry_run"]:
-            return _print_planned(
-                *chain.forecast_stage(stage, settings, compute, work_dir, force=given["force"]), given
-            )
-        chain.check_stage(stage, settings, compute, work_dir, force=given["force"])
-        run = chain.stage_module(stage).run
-        result = run(settings, compute, work_dir, force=given["force"], progress=console.ConsoleProgress())
+            return _print_planned(*chain.forecast_stage(stage, settings, compute, work, force=given["force"]), given)
+        chain.check_stage(stage, settings, compute, work, force=given["force"])
+        progress = console.ConsoleProgress()
+        result = chain.run_stage(stage, settings, compute, work, force=given["force"], progress=progress)
         _tell_end(result)
         if given["json"]:
             return console.print_json(console.result_json(result))
@@ -236,7 +243,7 @@ def _run_all(given: Mapping[str, Any]) -> None:
     """All stages, from a recipe, from flags, or both."""
     with telling_errors(debug=given["debug"]):
         plan = _plan_of(given)
-    with telling_errors(debug=given["debug"], work_dir=plan.work_dir):
+    with telling_errors(debug=given["debug"], work_dir=plan.work.path):
         _run_plan(plan, given["force_from"] or (STAGES[0] if given["force"] else None), given)
 
 
@@ -261,7 +268,7 @@ def _plan_of(given: Mapping[str, Any]) -> RunPlan:
         problems.tell()
     assert recipe is not None
     work_dir = given["work_dir"] and str(given["work_dir"])
-    return plan_run(recipe.override(asked, work_dir, given["effort"]), problems, unread)
+    return plan_run(recipe.override(asked, work_dir, given["effort"], given["variant"]), problems, unread)
 
 
 def _run_plan(plan: RunPlan, force_from: str | None, given: Mapping[str, Any]) -> None:
@@ -273,7 +280,7 @@ def _run_plan(plan: RunPlan, force_from: str | None, given: Mapping[str, Any]) -
     results = chain.run_chain(plan, force_from=force_from, progress=console.ConsoleProgress(), tell=_tell_end)
     if given["json"]:
         stages = [console.result_json(result) for result in results]
-        return console.print_json({"work_dir": str(plan.work_dir), "stages": stages})
+        return console.print_json({"work_dir": str(plan.work.path), "stages": stages})
     return console.print_chain(results)
 
 
@@ -329,6 +336,7 @@ for _stage in STAGES:
 _add_command("run", _run_all, _run_parameters(), _RUN_HELP)
 
 
+_STATUS_VARIANT = _option("--variant", help="Only this one of several results. [default: all]", metavar="NAME")
 _VERIFY_HELP = "Read every file, and say which are not as they were written, with exit status 1 if any."
 
 
@@ -336,6 +344,7 @@ _VERIFY_HELP = "Read every file, and say which are not as they were written, wit
 def status(
     *,
     work_dir: Annotated[Path, _WORK_DIR],
+    variant: Annotated[str | None, _STATUS_VARIANT] = None,
     verify: Annotated[bool, _option("--verify", help=_VERIFY_HELP)] = False,
     json: Annotated[bool, _JSON] = False,
     debug: Annotated[bool, _DEBUG] = False,
@@ -345,7 +354,7 @@ def status(
         from mc_cli import console
         from mc_cli.status import DAMAGED, work_dir_status
 
-        found = work_dir_status(work_dir, contents=verify)
+        found = work_dir_status(work_dir, variant=variant, contents=verify)
         if json:
             console.print_json({"work_dir": str(work_dir), "stages": [entry.plain() for entry in found]})
         else:

@@ -22,6 +22,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from mc_cli.artifacts.work_dir import MAIN
 from mc_cli.models.memory import peak_memory_bytes
 from mc_cli.progress import StageResult
 from mc_cli.status import StageStatus
@@ -311,16 +312,20 @@ def print_speeds(models: Sequence[Speed], reading_rate: float) -> None:
 
 
 def print_status(stages: Sequence[StageStatus]) -> None:
-    """One row per stage of a work directory."""
+    """One row per stage of a work directory; variants are named where there are any beside main."""
     styles = {"done": "green", "begun": "yellow", "stale": "yellow", "damaged": "red", "missing": "red", "to do": "dim"}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    named = any(entry.variant not in (None, MAIN) for entry in stages)
+    if named:
+        table.add_column("variant")
     for name, right in (("stage", False), ("state", False), ("size", True), ("warnings", True), ("", False)):
         table.add_column(name, justify="right" if right else "left")
     for entry in stages:
         size = size_text(entry.size_bytes) if entry.size_bytes else "-"
         count = str(len(entry.warnings)) if entry.state in ("done", "stale") else "-"
         state = Text(entry.state, style=styles.get(entry.state, ""))
-        table.add_row(entry.stage, state, size, count, Text(entry.detail))
+        variant = [entry.variant or "(all)"] if named else []
+        table.add_row(*variant, entry.stage, state, size, count, Text(entry.detail))
     stdout_console().print(table)
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mc_cli.artifacts.evaluation import Evaluation
+from mc_cli.artifacts.names import EVALUATION, PLAN
 from mc_cli.artifacts.plan import Plan
-from mc_cli.artifacts.store import STAGE_FOLDERS
-from mc_cli.chain import check_stage, run_chain, stage_module
+from mc_cli.artifacts.work_dir import MAIN, WorkDir
+from mc_cli.chain import check_stage, run_chain, run_stage
 from mc_cli.errors import InputError, Problems, shown
 from mc_cli.flags import COMPUTE, STAGES, Flag, build, flags_of, run_flags
 from mc_cli.progress import Progress, SilentProgress
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["Compressed", "compress", "evaluate", "load"]
-
-_EVALUATION = Path(STAGE_FOLDERS["prune-eval"]) / "eval.json"
-_PLAN = Path(STAGE_FOLDERS["allocate"]) / "plan.yaml"
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,7 @@ def compress(
     data: str | PathLike[str],
     out: str | PathLike[str],
     work_dir: str | PathLike[str] | None = None,
+    variant: str = MAIN,
     effort: str = "default",
     force: bool = False,
     progress: Progress | None = None,
@@ -66,6 +65,7 @@ def compress(
     data       calibration text: a file, a folder, a `datasets` name, or `bundled:calibration`
     out        the directory to make
     work_dir   where artifacts go; without it `OUT.work` beside `out`. Stages that are done are skipped
+    variant    which of several results over the work directory's one calibration and one set of scores
     effort     `fast`, `default` or `best`; settings go over it
     force      rebuilds every stage
     progress   where stages report to; without it nowhere, warnings are in the result
@@ -93,15 +93,15 @@ def compress(
             with problems.catching():
                 asked.append((section, flag.field, _read(section, name, flag, value)))
                 unread.remove((section, flag.field))
-    plan = plan_run(Recipe().override(asked, str(place), effort), problems, unread)
+    plan = plan_run(Recipe().override(asked, str(place), effort, variant), problems, unread)
     results = run_chain(
         plan, force_from=STAGES[0] if force else None, progress=progress or SilentProgress(), tell=lambda result: None
     )
     return Compressed(
         directory=Path(fspath(out)),
         work_dir=place,
-        plan=Plan.read(place / _PLAN),
-        evaluation=Evaluation.read(place / _EVALUATION),
+        plan=Plan.read(plan.work.folder("allocate") / PLAN),
+        evaluation=Evaluation.read(plan.work.folder("prune-eval") / EVALUATION),
         warnings=tuple(message for result in results for message in result.warnings),
     )
 
@@ -128,19 +128,21 @@ def evaluate(
     work_dir: str | PathLike[str],
     *,
     data: str | PathLike[str],
+    variant: str = MAIN,
     force: bool = False,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Evaluation:
     """The packed model of a work directory beside its original, on held-out text: what `mc-cli prune-eval` does.
 
+    variant    which of the work directory's results
     settings   flags of `mc-cli prune-eval` by name
     Raises a McError, among others for text that was calibrated on.
 
     >>> mc_cli.evaluate("demo-2.5.work", data="heldout.jsonl", force=True).total.kl_divergence  # doctest: +SKIP
     0.0079
     """
-    problems, place = Problems(), Path(fspath(work_dir))
+    problems, work = Problems(), WorkDir(Path(fspath(work_dir)), variant)
     known = {flag.field: (section, flag) for section in (COMPUTE, "prune-eval") for flag in flags_of(section)}
     values: dict[str, dict[str, Any]] = {"prune-eval": {}, COMPUTE: {}}
     for name, value in {"data": fspath(data), **settings}.items():
@@ -152,9 +154,9 @@ def evaluate(
             values[section][name] = _read(section, name, flag, value)
     problems.tell()
     asked, compute = build("prune-eval", values["prune-eval"]), build(COMPUTE, values[COMPUTE])
-    check_stage("prune-eval", asked, compute, place, force=force)
-    stage_module("prune-eval").run(asked, compute, place, force=force, progress=progress or SilentProgress())
-    return Evaluation.read(place / _EVALUATION)
+    check_stage("prune-eval", asked, compute, work, force=force)
+    run_stage("prune-eval", asked, compute, work, force=force, progress=progress or SilentProgress())
+    return Evaluation.read(work.folder("prune-eval") / EVALUATION)
 
 
 def _read(section: str, name: str, flag: Flag, value: Any) -> Any:

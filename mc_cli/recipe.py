@@ -19,6 +19,7 @@ import yaml
 
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.artifacts.strict_yaml import read_yaml
+from mc_cli.artifacts.work_dir import MAIN, WorkDir, check_variant
 from mc_cli.errors import SHOWN, InputError, MissingFlagsError, Problems, listed, shown
 from mc_cli.flags import (
     COMPUTE,
@@ -39,7 +40,7 @@ from mc_cli.settings import EFFORTS, QuantizerSettings, RunSettings
 _MOST_ENTRIES = 1000  # of one list in a recipe
 # Of a whole one: a recipe with every setting there is has some 150 entries. Plans are read by the same reader.
 _CHARACTERS, _ENTRIES = 1 << 20, 10_000
-TOP = ("description", "work_dir", "effort")  # what a recipe holds beside its sections
+TOP = ("description", "work_dir", "variant", "effort")  # what a recipe holds beside its sections
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,14 @@ class Recipe:
     work_dir: str | None = None
     description: str = ""
     effort: str = "default"
+    variant: str = MAIN
 
     def override(
-        self, flags: Iterable[tuple[str, str, Any]], work_dir: str | None, effort: str | None = None
+        self,
+        flags: Iterable[tuple[str, str, Any]],
+        work_dir: str | None,
+        effort: str | None = None,
+        variant: str | None = None,
     ) -> Recipe:
         """This recipe with (section, field, value) from flags put over it; a target replaces the recipe's target."""
         sections = {name: dict(values) for name, values in self.sections.items()}
@@ -62,14 +68,15 @@ class Recipe:
                 sections.get("allocate", {}).pop(name, None)
         for section, name, value in flags:
             sections.setdefault(section, {})[name] = value
-        return Recipe(sections, work_dir or self.work_dir, self.description, effort or self.effort)
+        place = work_dir or self.work_dir
+        return Recipe(sections, place, self.description, effort or self.effort, variant or self.variant)
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All that `run` needs: settings per stage, in order, and where to work."""
+    """All that `run` needs: settings per stage, in order, and where to work, in which variant."""
 
-    work_dir: Path
+    work: WorkDir
     stages: Mapping[str, Any]
     compute: RunSettings
 
@@ -103,7 +110,8 @@ def read_recipe(path: Path) -> Recipe:
     if problems:
         raise InputError(f"{path} has {len(problems)} entries that cannot be used:\n{listed(problems)}")
     effort = content.get("effort", "default")
-    return Recipe(sections, content.get("work_dir"), content.get("description", ""), effort)
+    variant = content.get("variant", MAIN)
+    return Recipe(sections, content.get("work_dir"), content.get("description", ""), effort, variant)
 
 
 def plan_run(
@@ -137,8 +145,12 @@ def plan_run(
             complete = any(sections[name].get(target) is not None for target in TARGETS)
         with problems.catching():
             built[name] = build(name, sections[name] if complete else {**sections[name], **_STANDS_IN.get(name, {})})
+    with problems.catching():
+        check_variant(recipe.variant)
     problems.tell()
-    return RunPlan(Path(str(recipe.work_dir)), {stage: built[stage] for stage in STAGES}, built[COMPUTE])
+    return RunPlan(
+        WorkDir(Path(str(recipe.work_dir)), recipe.variant), {stage: built[stage] for stage in STAGES}, built[COMPUTE]
+    )
 
 
 # In place of what is missing, so that the section's other settings are looked at too; no plan is made of it.

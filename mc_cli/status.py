@@ -5,29 +5,21 @@ Where contents are to be verified, every file is read, too."""
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mc_cli.artifacts.calibration import INVENTORY, TOKENS
 from mc_cli.artifacts.damage import ALL_BYTES
 from mc_cli.artifacts.exported import STAGE as EXPORT
-from mc_cli.artifacts.exported import ExportFolder, ExportRecord, known_exports
+from mc_cli.artifacts.exported import ExportFolder, ExportRecord, NotedExport, known_exports
 from mc_cli.artifacts.files import read_json, read_number
 from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX, is_our_partial
 from mc_cli.artifacts.locks import process_in
-from mc_cli.artifacts.manifest import POLICY_FOLDER
 from mc_cli.artifacts.names import ROUTERS
-from mc_cli.artifacts.store import (
-    BEGUN,
-    MANIFEST,
-    RESUME,
-    STAGE_FOLDERS,
-    Manifest,
-    StageFolder,
-    read_begun,
-    verify_stages,
-)
+from mc_cli.artifacts.store import BEGUN, MANIFEST, RESUME, Manifest, StageFolder, read_begun, verify_stages
+from mc_cli.artifacts.work_dir import MAIN, POLICY_STAGE, SHARED, STAGE_FOLDERS, WorkDir
 from mc_cli.errors import ArtifactError, InputError
 
 DONE, BEGUN_STATE, STALE, DAMAGED, MISSING, TO_DO = "done", "begun", "stale", "damaged", "missing", "to do"
@@ -40,7 +32,8 @@ _LAYER_FILE = re.compile(r"layer_([0-9]+)\.[a-z]+")
 class StageStatus:
     """One stage of a work directory; `detail` says how far it is, or why it is stale or damaged.
 
-    folder   None for an export that was not made: only its command says where it goes
+    folder    None for an export that was not made: only its command says where it goes
+    variant   None for what all variants share
     """
 
     stage: str
@@ -49,6 +42,7 @@ class StageStatus:
     detail: str = ""
     size_bytes: int = 0
     warnings: tuple[str, ...] = ()
+    variant: str | None = None
 
     def plain(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -56,26 +50,59 @@ class StageStatus:
         return {**self.__dict__, "folder": folder, "warnings": list(self.warnings)}
 
 
-def work_dir_status(work_dir: Path, *, contents: bool = False) -> list[StageStatus]:
-    """Every stage in the order of a run, export once for each directory that it made.
+def work_dir_status(work_dir: Path, *, variant: str | None = None, contents: bool = False) -> list[StageStatus]:
+    """Every stage in the order of a run, export once for each directory that it made; variant after variant.
 
+    variant    this one alone, with what all share; None: all
     contents   compare all bytes of all files with what was written, not their sizes alone
-    Raises InputError where `work_dir` is no work directory.
+    Raises InputError where `work_dir` is no work directory, or has no such variant.
     """
+    work = WorkDir(work_dir, variant or MAIN)
     if work_dir.exists() and not work_dir.is_dir():
         raise InputError(f"{work_dir} is a file. Give the work directory that calibrate or run was given with -w.")
     if not work_dir.exists():
         raise InputError(f"{work_dir} does not exist. Give the work directory that calibrate or run was given with -w.")
-    folders = [work_dir / name for name in STAGE_FOLDERS.values()]
+    there = work.variants()
+    folders = [WorkDir(work_dir, name).folder(stage) for name in {MAIN, *there} for stage in STAGE_FOLDERS]
     if not any((folder / MANIFEST).exists() or _is_begun(folder) for folder in folders) and not process_in(work_dir):
         raise InputError(
             f"{work_dir} is not a work directory of mc-cli: it holds no finished or begun "
             f"{', '.join(STAGE_FOLDERS.values())}. Give the directory that calibrate or run was given with -w."
         )
-    found: dict[str, StageStatus] = {}
-    for stage, name in STAGE_FOLDERS.items():
-        found[stage] = _stage_status(work_dir, stage, work_dir / name, found, contents)
-    return [*found.values(), *_exports(work_dir, found, contents)]
+    exports, damaged = _exports(work_dir)
+    names = list(dict.fromkeys([MAIN, *there, *sorted(noted.variant for noted in exports.values())]))
+    if variant is not None and variant not in names:
+        raise InputError(
+            f"{work_dir} has no variant {variant!r}; it has {', '.join(there) or 'none yet'}. Name one with --variant."
+        )
+    shared: dict[str, StageStatus] = {}
+    for stage in SHARED:
+        shared[stage] = _stage_status(work, stage, shared, contents)
+    found = list(shared.values())
+    for name in names if variant is None else [variant]:
+        found += _variant_status(WorkDir(work_dir, name), shared, exports, contents)
+    if damaged:  # nothing is known of any export
+        return [*(entry for entry in found if entry.stage != EXPORT), *damaged]
+    return found
+
+
+def _variant_status(
+    work: WorkDir, shared: Mapping[str, StageStatus], exports: Mapping[Path, NotedExport], contents: bool
+) -> list[StageStatus]:
+    """The stages and exports of one variant."""
+    earlier = dict(shared)
+    for stage in STAGE_FOLDERS:
+        if stage not in SHARED:
+            earlier[stage] = _stage_status(work, stage, earlier, contents)
+    made = [
+        _export_status(folder, noted.fingerprint, earlier, contents)
+        for folder, noted in sorted(exports.items())
+        if noted.variant == work.variant
+    ]
+    own = [*(entry for stage, entry in earlier.items() if stage not in SHARED), *made]
+    if not made:
+        own.append(StageStatus(EXPORT, TO_DO, None))
+    return [replace(entry, variant=work.variant) for entry in own]
 
 
 def _is_begun(folder: Path) -> bool:
@@ -83,22 +110,21 @@ def _is_begun(folder: Path) -> bool:
     return (folder / BEGUN).exists() or is_our_partial(folder / (BEGUN + PARTIAL_SUFFIX))
 
 
-def _stage_status(
-    work_dir: Path, stage: str, folder: Path, earlier: dict[str, StageStatus], contents: bool
-) -> StageStatus:
+def _stage_status(work: WorkDir, stage: str, earlier: Mapping[str, StageStatus], contents: bool) -> StageStatus:
+    folder = work.folder(stage)
     size = _size_bytes(folder)
     try:
         if stage == "prune-eval":  # whose policies lie beside it
-            size += _size_bytes(work_dir / POLICY_FOLDER)
-            verify_stages(work_dir, ["policy"], up_to_bytes=ALL_BYTES if contents else 0)
+            size += _size_bytes(work.folder(POLICY_STAGE))
+            verify_stages(work, [POLICY_STAGE], up_to_bytes=ALL_BYTES if contents else 0)
         manifest = Manifest.read(folder)
         if manifest is None and _is_begun(folder):
             why = _outdated(read_begun(folder).get("inputs", {}), earlier)
-            detail = ", ".join(filter(None, [why or _progress(work_dir, stage, folder), process_in(work_dir)]))
+            detail = ", ".join(filter(None, [why or _progress(work, stage), process_in(work.path)]))
             return StageStatus(stage, STALE if why else BEGUN_STATE, folder, detail, size)
         if manifest is None:
             return StageStatus(stage, TO_DO, folder, size_bytes=size)
-        whole = StageFolder(work_dir, stage, manifest.settings, manifest.inputs)
+        whole = StageFolder(work, stage, manifest.settings, manifest.inputs)
         whole.verify(up_to_bytes=ALL_BYTES if contents else 0)
     except ArtifactError as error:
         return StageStatus(stage, DAMAGED, folder, " ".join(str(error).split()), size)
@@ -117,17 +143,15 @@ def _size_bytes(folder: Path) -> int:
     return total
 
 
-def _exports(work_dir: Path, earlier: dict[str, StageStatus], contents: bool) -> list[StageStatus]:
-    """The directories that this work directory was exported to, as far as it knows of them."""
+def _exports(work_dir: Path) -> tuple[dict[Path, NotedExport], list[StageStatus]]:
+    """(the directories that were exported to, as far as is known; a damaged note of them)."""
     try:
-        known = known_exports(work_dir)
+        return known_exports(work_dir), []
     except ArtifactError as error:
-        return [StageStatus(EXPORT, DAMAGED, None, " ".join(str(error).split()))]
-    found = [_export_status(folder, fingerprint, earlier, contents) for folder, fingerprint in sorted(known.items())]
-    return found or [StageStatus(EXPORT, TO_DO, None)]
+        return {}, [StageStatus(EXPORT, DAMAGED, None, " ".join(str(error).split()))]
 
 
-def _export_status(folder: Path, fingerprint: str, earlier: dict[str, StageStatus], contents: bool) -> StageStatus:
+def _export_status(folder: Path, fingerprint: str, earlier: Mapping[str, StageStatus], contents: bool) -> StageStatus:
     """One exported directory; `fingerprint` is that of the last export to it from this work directory."""
     size = _size_bytes(folder)
     try:
@@ -151,7 +175,7 @@ def _export_status(folder: Path, fingerprint: str, earlier: dict[str, StageStatu
     return StageStatus(EXPORT, state, folder, detail, size, tuple(record.warnings))
 
 
-def _outdated(inputs: Any, earlier: dict[str, StageStatus]) -> str:
+def _outdated(inputs: Any, earlier: Mapping[str, StageStatus]) -> str:
     """Which earlier stages are no longer what this one read; empty if all are."""
     reasons = []
     for name, fingerprint in inputs.items():
@@ -168,14 +192,15 @@ def _outdated(inputs: Any, earlier: dict[str, StageStatus]) -> str:
     return ", ".join(reasons)
 
 
-def _progress(work_dir: Path, stage: str, folder: Path) -> str:
+def _progress(work: WorkDir, stage: str) -> str:
     """How far an unfinished stage is, from what it has on disk."""
     if stage == "prune-eval":
-        return _evaluation_progress(work_dir)
+        return _evaluation_progress(work.folder(POLICY_STAGE))
+    folder = work.folder(stage)
     ready = _numbers(_NEXT_LAYER, folder / RESUME)
     files = set(_numbers(_LAYER_FILE, folder, folder / RESUME, folder / "report", folder / "routing"))
     count = max(ready, default=len(files))
-    total, first = _layers(work_dir)
+    total, first = _layers(work.folder("calibrate"))
     layers = f"{count} of {total} layers" if total else f"{count} layers"
     if stage != "calibrate":
         return layers if count or ready else f"nothing finished yet, {layers}"
@@ -193,9 +218,8 @@ def _numbers(pattern: re.Pattern[str], *folders: Path) -> list[int]:
     return [int(match[1]) for name in names if (match := pattern.fullmatch(name))]
 
 
-def _evaluation_progress(work_dir: Path) -> str:
+def _evaluation_progress(policies: Path) -> str:
     """Text is measured in one go; policies are fitted into a folder of their own, those that learn step by step."""
-    policies = work_dir / POLICY_FOLDER
     if (policies / MANIFEST).exists():
         return "policies fitted, their points are measured"
     if not _is_begun(policies):
@@ -209,9 +233,9 @@ def _evaluation_progress(work_dir: Path) -> str:
     return f"otp's routers are trained, {read_number(routers, 'step')} of {settings.get('otp_steps')} steps"
 
 
-def _layers(work_dir: Path) -> tuple[int, int]:
+def _layers(calibration: Path) -> tuple[int, int]:
     """(Decoder layers, the first with experts) from the inventory that calibrate writes first; (0, 0) before."""
-    path = work_dir / STAGE_FOLDERS["calibrate"] / INVENTORY
+    path = calibration / INVENTORY
     content = read_json(path) if path.exists() else {}
     count, blocks = content.get("num_layers"), content.get("expert_blocks")
     layers = [block.get("layer") for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []

@@ -25,9 +25,10 @@ Results go to stdout, progress and warnings to stderr. Exit status: 0 done, 1 er
 traceback), 2 wrong or missing flags, 130 stopped with Ctrl-C (finished layers are kept; the same command continues).
 A flag goes over a recipe's value, and a recipe's value over the default.
 """
-_RECIPES = """`mc-cli run RECIPE.yaml` reads YAML with `work_dir`, an optional `description`, and the sections below.
-Keys are fields of the stage's settings; unknown ones are refused. `quantize` follows `score` where they share a key,
-and `prune-eval` reads `bundled:heldout` unless told. Paths are relative to the directory the command is run in.
+_RECIPES = """`mc-cli run RECIPE.yaml` reads YAML with `work_dir`, optional `description`, `effort` and `variant`, and
+the sections below. Keys are fields of the stage's settings; unknown ones are refused. `quantize` follows `score` where
+they share a key, and `prune-eval` reads `bundled:heldout` unless told. Paths are relative to the directory
+of the command.
 """
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.store import StageFolder, require_done
+from mc_cli.artifacts.work_dir import MAIN, WorkDir
 from mc_cli.progress import Progress, StageResult
 from mc_cli.settings import RunSettings
 
@@ -27,14 +28,16 @@ class FakeStages:
     def module(self, stage: str) -> Any:
         """Stands in for the module of one stage."""
 
-        def plan_stage(settings: Any, compute: RunSettings, work_dir: Path) -> StageFolder:
-            return self.folder(stage, settings, work_dir)
+        def plan_stage(settings: Any, compute: RunSettings, work_dir: Path, *, variant: str) -> StageFolder:
+            return self.folder(stage, settings, work_dir, variant)
 
-        def run(settings: Any, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress) -> StageResult:
+        def run(
+            settings: Any, compute: RunSettings, work_dir: Path, *, variant: str, force: bool, progress: Progress
+        ) -> StageResult:
             self.calls.append((stage, settings, compute, force))
             if stage in self.failures:
                 raise self.failures[stage]
-            folder = self.folder(stage, settings, work_dir)
+            folder = self.folder(stage, settings, work_dir, variant)
             ran = folder.begin(force=force)
             if ran:
                 with progress.step(stage, total=2, unit="layer") as step:
@@ -50,7 +53,8 @@ class FakeStages:
         return SimpleNamespace(plan_stage=plan_stage, run=run)
 
     @staticmethod
-    def folder(stage: str, settings: Any, work_dir: Path) -> StageFolder:
+    def folder(stage: str, settings: Any, work_dir: Path, variant: str = MAIN) -> StageFolder:
         """The real stage folder; export has one here too."""
-        inputs = {name: require_done(work_dir, name).fingerprint for name in EARLIER.get(stage, ())}
-        return StageFolder(work_dir, stage, settings.resolved(), inputs)
+        work = WorkDir(work_dir, variant)
+        inputs = {name: require_done(work, name).fingerprint for name in EARLIER.get(stage, ())}
+        return StageFolder(work, stage, settings.resolved(), inputs)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.packed import CONFIG_FOLDER, KEPT, LAYOUT, ExpertLayout, PackedLayout, part_file
 from mc_cli.artifacts.store import StageFolder
+from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.encodings.affine import AffineEncoding, choose_group_size
 from mc_cli.exporters import dequantizes, exporter_from_name
 from mc_cli.measuring.logit_source import Reading
@@ -62,7 +63,7 @@ def pack_folder(
 
 def packed_work_dir(checkpoint_folder: Path, work_dir: Path, **options: Any) -> Path:
     """A work directory whose stage quantize is done, without the stages before it. Options as for `pack_folder`."""
-    stage = StageFolder(work_dir, "quantize", {"quantizer": "rounding for tests"}, {"model": "0" * 64})
+    stage = StageFolder(WorkDir(work_dir), "quantize", {"quantizer": "rounding for tests"}, {"model": "0" * 64})
     stage.begin(force=False)
     pack_folder(checkpoint_folder, stage.folder, **options)
     stage.finish("0")

@@ -48,6 +48,19 @@ def test_the_three_functions_make_load_and_measure_a_model(tiny_model: TinyModel
     assert again == made.evaluation
     other = mc_cli.evaluate(made.work_dir, data=texts / "held.jsonl", length=32, max_sequences=4, force=True)
     assert other.context["length"] == 32
+    small = mc_cli.compress(
+        tiny_model("mixtral"),
+        data=texts / "text.jsonl",
+        eval_data=texts / "held.jsonl",
+        out=texts / "small",
+        work_dir=made.work_dir,
+        variant="small",
+        **{**FAST, "target_stored_bits": 2.8},
+    )
+    assert small.evaluation.expert_stored_bits < made.evaluation.expert_stored_bits
+    assert small.plan == mc_cli.Plan.read(made.work_dir / "variants" / "small" / "plan" / "plan.yaml")
+    same = mc_cli.evaluate(made.work_dir, data=texts / "held.jsonl", length=64, max_sequences=4, variant="small")
+    assert same == small.evaluation
 
 
 def test_the_command_line_finds_what_the_function_did_already_done(tiny_model: TinyModel, texts: Path) -> None:

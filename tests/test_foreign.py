@@ -11,6 +11,7 @@ import pytest
 from mc_cli.artifacts.exported import RECORD
 from mc_cli.artifacts.files import noting_files, write_json, write_text
 from mc_cli.artifacts.store import BEGUN, MANIFEST, STAGE_FOLDERS, StageFolder
+from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import ArtifactError, InputError, McError
 from mc_cli.measuring import readback
 from mc_cli.progress import SilentProgress, StageResult
@@ -163,7 +164,7 @@ def test_places_where_no_directory_can_be(packed: Path, tmp_path: Path, out: str
 
 
 def finished(work_dir: Path) -> StageFolder:
-    folder = StageFolder(work_dir, "prune-eval", {"length": 8}, {})
+    folder = StageFolder(WorkDir(work_dir), "prune-eval", {"length": 8}, {})
     assert folder.begin(force=False)
     write_text(folder.path("eval.json"), "{}")
     folder.finish("0")
@@ -191,7 +192,7 @@ def test_a_file_where_a_stage_has_its_folder(tmp_path: Path, name: str, *, force
     (tmp_path / name).write_text("mine")
     stage = next(stage for stage, folder in STAGE_FOLDERS.items() if folder == name)
     with pytest.raises(McError, match=f"{name}: a file"):
-        StageFolder(tmp_path, stage, {}, {}).begin(force=force)
+        StageFolder(WorkDir(tmp_path), stage, {}, {}).begin(force=force)
     assert (tmp_path / name).read_text() == "mine"
 
 
@@ -200,7 +201,7 @@ def test_a_manifest_of_somebody_else(tmp_path: Path, record: dict[str, object]) 
     """Web pages have a manifest.json, too."""
     write_json(tmp_path / "evaluation" / MANIFEST, record)
     with pytest.raises(ArtifactError, match="did not make it"):
-        StageFolder(tmp_path, "prune-eval", {}, {}).begin(force=True)
+        StageFolder(WorkDir(tmp_path), "prune-eval", {}, {}).begin(force=True)
     assert (tmp_path / "evaluation" / MANIFEST).exists()
 
 

@@ -20,6 +20,7 @@ LAYERS = (
     ("numerics",),
     ("encodings",),
     ("artifacts",),
+    ("stage",),
     ("families", "quantizers", "allocators", "policies", "kernels"),
     ("models",),
     ("data",),
@@ -28,6 +29,7 @@ LAYERS = (
     ("packed", "coding", "executors"),
     ("measuring",),
     ("exporters",),
+    ("reports",),
     ("stages",),
     ("ahead",),
     ("flags",),
@@ -42,7 +44,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # What `import mc_cli` runs, which registers the plug-in and imports it only on use, and what `python -m mc_cli` runs.
 ENTRY_POINTS = {"__init__", "_autoload", "__main__"}
 NO_TORCH = {name for name, rank in RANK.items() if rank < RANK["numerics"] or rank > RANK["stages"]}
-NO_TORCH |= {"artifacts", "allocators", "encodings"}
+NO_TORCH |= {"artifacts", "allocators", "encodings", "stage", "reports"}
 HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "accelerate", "lm_eval"}
 HEAVIER_THAN_HELP = HEAVY | {"numpy", "pulp", "highspy", "yaml", "rich"}
 READS_HELP = ("errors", "parts", "settings", "flags", "failures", "help", "cli")  # what `--help` imports
@@ -140,6 +142,13 @@ def test_no_circle_within_a_room() -> None:
 def test_no_stage_imports_another() -> None:
     for path in sorted((ROOT / "stages").glob("*.py")):
         assert not [name for name in imports(parse(path)) if name.startswith("mc_cli.stages")], path
+
+
+def test_only_a_work_directory_knows_where_stages_lie() -> None:
+    """Whoever joined paths by himself would forget the variant, and read another one's plan."""
+    for path in modules():
+        if path.name != "work_dir.py":
+            assert "FOLDERS[" not in path.read_text(encoding="utf-8"), path
 
 
 @pytest.mark.parametrize(

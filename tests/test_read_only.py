@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mc_cli import chain
+from mc_cli.artifacts.work_dir import MAIN, WorkDir
 from mc_cli.flags import STAGES
 from mc_cli.progress import SilentProgress
 from mc_cli.recipe import RunPlan
@@ -22,6 +23,7 @@ from tests.stage_process import Outcome, StageProcess
 from tests.tiny_chain import ALLOCATE, CALIBRATE, COMPUTE, EVALUATE, QUANTIZE, SCORE, write_documents
 
 NOBODY = 65534
+SMALL = "small"  # a second variant
 CHEAP = QuantizerSettings(quantizer="rtn")
 
 
@@ -37,25 +39,26 @@ def public() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def plan_of(folder: Path) -> RunPlan:
+def plan_of(folder: Path, variant: str = MAIN) -> RunPlan:
     stages = {
         "calibrate": replace(CALIBRATE, model=str(folder / "model"), data=str(folder / "text.jsonl")),
         "score": replace(SCORE, bits=(2, 3), quantizer=CHEAP),
-        "allocate": replace(ALLOCATE, target_stored_bits=3.4),
+        "allocate": replace(ALLOCATE, target_stored_bits=3.4 if variant == MAIN else 3.0),
         "quantize": replace(QUANTIZE, quantizer=CHEAP),
         "prune-eval": replace(
             EVALUATE,
             data=str(folder / "held.jsonl"),
             prune=PruneSettings(policy=("odp",), fit_sequences=4, target_rate=0.2),
         ),
-        "export": ExportSettings(out=str(folder / "out" / "model")),
+        "export": ExportSettings(out=str(folder / "out" / variant)),
     }
-    return RunPlan(folder / "work", stages, COMPUTE)
+    return RunPlan(WorkDir(folder / "work", variant), stages, COMPUTE)
 
 
-def run_all(folder: Path) -> list[bool]:
+def run_all(folder: Path, variant: str = MAIN) -> list[bool]:
     """Which stages of the whole run did anything."""
-    results = chain.run_chain(plan_of(folder), force_from=None, progress=SilentProgress(), tell=lambda result: None)
+    plan = plan_of(folder, variant)
+    results = chain.run_chain(plan, force_from=None, progress=SilentProgress(), tell=lambda result: None)
     assert all(result.summary["facts"] for result in results)
     return [result.ran for result in results]
 
@@ -75,16 +78,17 @@ def run_where_nothing_can_be_written(folder: Path) -> None:
 
 def skip_all(folder: Path) -> None:
     """Runs, plans and shows a finished run, none of which has anything to do."""
-    assert run_all(folder) == [False] * 6
-    plan = plan_of(folder)
-    for stage in STAGES:
-        module = chain.stage_module(stage)
-        result = module.run(plan.stages[stage], plan.compute, plan.work_dir, force=False, progress=SilentProgress())
-        assert not result.ran and result.summary["facts"]
-    planned = chain.planned_chain(plan, force_from=None)
-    assert [entry.state for entry in planned] == ["done"] * 6
+    for variant in (MAIN, SMALL):
+        assert run_all(folder, variant) == [False] * 6
+        plan = plan_of(folder, variant)
+        for stage in STAGES:
+            settings = plan.stages[stage]
+            result = chain.run_stage(stage, settings, plan.compute, plan.work, force=False, progress=SilentProgress())
+            assert not result.ran and result.summary["facts"]
+        planned = chain.planned_chain(plan, force_from=None)
+        assert [entry.state for entry in planned] == ["done"] * 6
     for contents in (False, True):
-        assert [entry.state for entry in work_dir_status(plan.work_dir, contents=contents)] == [DONE] * 6
+        assert [entry.state for entry in work_dir_status(folder / "work", contents=contents)] == [DONE] * 10
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
@@ -96,10 +100,13 @@ def test_every_stage_is_skipped(public: Path, tiny_model: TinyModel) -> None:
     write_documents(public / "text.jsonl", documents=24)
     write_documents(public / "held.jsonl", documents=24, offset=500)
     assert run_all(public) == [True] * 6
+    assert run_all(public, SMALL) == [False, False, True, True, True, True], "one calibration, one set of scores"
     # What a kill may have left of stages that are done: it stays where it cannot be removed.
     (public / "work" / "packed" / "begun.json").write_text("{}")
     (public / "work" / "packed" / "resume").mkdir()
     (public / "work" / "evaluation.removed").mkdir()
+    (public / "work" / "variants" / SMALL / "packed" / "begun.json").write_text("{}")
+    (public / "work" / "variants" / SMALL / "plan.removed").mkdir()
     for path in [public, *public.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = stamps(public)

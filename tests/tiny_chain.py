@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mc_cli.artifacts.work_dir import MAIN
 from mc_cli.progress import SilentProgress, StageResult
 from mc_cli.settings import (
     AllocateSettings,
@@ -52,17 +53,21 @@ def run_score(work_dir: Path, *, force: bool = False, **changes: Any) -> StageRe
     return score.run(replace(SCORE, **changes), COMPUTE, work_dir, force=force, progress=SilentProgress())
 
 
-def run_allocate(work_dir: Path, *, force: bool = False, **changes: Any) -> StageResult:
+def run_allocate(work_dir: Path, *, variant: str = MAIN, force: bool = False, **changes: Any) -> StageResult:
     """allocate, after score."""
-    return allocate.run(replace(ALLOCATE, **changes), COMPUTE, work_dir, force=force, progress=SilentProgress())
+    settings = replace(ALLOCATE, **changes)
+    return allocate.run(settings, COMPUTE, work_dir, variant=variant, force=force, progress=SilentProgress())
 
 
-def run_quantize(work_dir: Path, *, force: bool = False, **changes: Any) -> StageResult:
+def run_quantize(work_dir: Path, *, variant: str = MAIN, force: bool = False, **changes: Any) -> StageResult:
     """quantize, after allocate."""
-    return quantize.run(replace(QUANTIZE, **changes), COMPUTE, work_dir, force=force, progress=SilentProgress())
+    settings = replace(QUANTIZE, **changes)
+    return quantize.run(settings, COMPUTE, work_dir, variant=variant, force=force, progress=SilentProgress())
 
 
-def run_prune_eval(work_dir: Path, data: Path, *, force: bool = False, **changes: Any) -> StageResult:
+def run_prune_eval(
+    work_dir: Path, data: Path, *, variant: str = MAIN, force: bool = False, **changes: Any
+) -> StageResult:
     """prune-eval on `data`, after quantize."""
     settings = replace(EVALUATE, data=str(data), **changes)
-    return prune_eval.run(settings, COMPUTE, work_dir, force=force, progress=SilentProgress())
+    return prune_eval.run(settings, COMPUTE, work_dir, variant=variant, force=force, progress=SilentProgress())

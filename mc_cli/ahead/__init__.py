@@ -18,8 +18,8 @@ from mc_cli.ahead.texts import check_text, text_bytes
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.exported import ExportFolder
 from mc_cli.artifacts.plan import Plan
-from mc_cli.artifacts.pruning import FOLDER as POLICIES
-from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest
+from mc_cli.artifacts.store import Manifest
+from mc_cli.artifacts.work_dir import FOLDERS, VARIANTS, WorkDir
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.data import text
 from mc_cli.errors import InputError, Problems
@@ -35,23 +35,23 @@ from mc_cli.stages.quantize import check_plan, plan_path
 __all__ = ["Outlook", "look_ahead"]
 
 
-def look_ahead(stages: Mapping[str, Any], compute: RunSettings, work_dir: Path, *, todo: Collection[str]) -> Outlook:
+def look_ahead(stages: Mapping[str, Any], compute: RunSettings, work: WorkDir, *, todo: Collection[str]) -> Outlook:
     """What running the stages `todo` would take.
 
     stages   settings by stage: all of a run, or a single stage's
     Raises one McError, or SeveralErrors naming everything that stands against it.
     """
-    return _Look(stages, compute, work_dir, todo).outlook()
+    return _Look(stages, compute, work, todo).outlook()
 
 
 class _Look:
     """One look: what is wrong is collected on the way, and what depends on it left out."""
 
-    def __init__(self, stages: Mapping[str, Any], compute: RunSettings, work_dir: Path, todo: Collection[str]) -> None:
+    def __init__(self, stages: Mapping[str, Any], compute: RunSettings, work: WorkDir, todo: Collection[str]) -> None:
         self._all = stages
         self._todo = {stage: settings for stage, settings in stages.items() if stage in todo}
         self._compute = compute
-        self._work_dir = work_dir
+        self._work = work
         self._problems = Problems()
 
     def outlook(self) -> Outlook:
@@ -89,9 +89,9 @@ class _Look:
         with self._problems.catching():
             if "calibrate" in self._all:
                 asked = self._all["calibrate"]
-                session = first_session(self._work_dir, asked.model, asked.revision, self._compute)
+                session = first_session(self._work.path, asked.model, asked.revision, self._compute)
             else:
-                session = later_session(self._work_dir, self._compute)
+                session = later_session(self._work.path, self._compute)
             if "calibrate" in self._todo:
                 text.load_tokenizer(session.folder, trust_remote_code=self._compute.trust_remote_code)
         with self._problems.catching():
@@ -102,7 +102,7 @@ class _Look:
         return session, inventory
 
     def _noted_inventory(self) -> ModelInventory | None:
-        path = self._work_dir / STAGE_FOLDERS["calibrate"] / calibration_artifact.INVENTORY
+        path = self._work.folder("calibrate") / calibration_artifact.INVENTORY
         return calibration_artifact.read_inventory(path) if path.exists() else None
 
     def _texts(self, session: Session | None) -> None:
@@ -149,10 +149,10 @@ class _Look:
     def _places(self) -> None:
         """Places that can be written to."""
         with self._problems.catching():
-            check_work_dir(self._work_dir)
+            check_work_dir(self._work.path)
         if "export" in self._todo:
             with self._problems.catching():
-                check_target(self._todo["export"].out, self._work_dir)
+                check_target(self._todo["export"].out, self._work.path)
 
     def _size(self, inventory: ModelInventory) -> Size | None:
         """What the packed model will take: as the budget asks, or as a plan says."""
@@ -160,7 +160,7 @@ class _Look:
         quantize = self._todo.get("quantize")
         with self._problems.catching():
             if quantize is not None and (quantize.plan is not None or "allocate" not in self._all):
-                path = plan_path(quantize, self._work_dir)
+                path = plan_path(quantize, self._work)
                 if path.is_file() or quantize.plan is not None:
                     plan = Plan.read(path)
                     check_plan(plan, quantize, inventory)
@@ -179,7 +179,7 @@ class _Look:
         """What was scored, or will be."""
         if "score" in self._all:
             return self._all["score"]
-        done = Manifest.read(self._work_dir / STAGE_FOLDERS["score"])
+        done = Manifest.read(self._work.folder("score"))
         if done is None:
             return None
         quantizer = QuantizerSettings(**done.settings["quantizer"])
@@ -192,7 +192,7 @@ class _Look:
         hidden = None if session is None else session.config.get_text_config().hidden_size
         return needs_of(
             self._todo,
-            self._work_dir,
+            self._work,
             inventory,
             hidden_size=hidden or 0,
             hidden_bytes=0 if session is None else (hidden or 0) * session.dtype.itemsize,
@@ -205,7 +205,7 @@ class _Look:
         """(tokens of calibration at most, tokens of one sequence); None where that is not known."""
         calibrate = self._all.get("calibrate")
         if calibrate is None or session is None:
-            done = Manifest.read(self._work_dir / STAGE_FOLDERS["calibrate"])
+            done = Manifest.read(self._work.folder("calibrate"))
             length = 1 if done is None else int(done.settings.get("length") or 1)
             return (None if done is None else int(done.settings.get("sequences") or 0) * length), length
         length = text.fit_length(calibrate.length, session.config)
@@ -229,7 +229,7 @@ def check_target(out: str, work_dir: Path) -> None:
     """Raises InputError for a directory that export would refuse."""
     target = Path(out).expanduser().resolve()
     whole = work_dir.resolve()
-    for name in (*STAGE_FOLDERS.values(), POLICIES):
+    for name in (*FOLDERS.values(), VARIANTS):
         taken = whole / name
         if target == taken or taken in target.parents or target in taken.parents:
             raise InputError(f"--out {out} holds or lies in {taken}, which is read. Name a directory elsewhere.")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.store import STAGE_FOLDERS
+from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import InputError
 from mc_cli.exporters import dequantizes
 from mc_cli.parts import ModelInventory
@@ -54,7 +54,7 @@ def check_disk(need: Need) -> None:
 
 def needs_of(
     todo: Mapping[str, Any],
-    work_dir: Path,
+    work: WorkDir,
     inventory: ModelInventory,
     *,
     hidden_size: int,
@@ -69,16 +69,16 @@ def needs_of(
     tokens         of calibration, at most; None: not known;  length   of one sequence
     packed_bytes   of the packed model; None: not known
     """
-    inside = _in_work_dir(todo, work_dir, inventory, hidden_size, hidden_bytes, tokens or 0, length, packed_bytes or 0)
+    inside = _in_work_dir(todo, work, inventory, hidden_size, hidden_bytes, tokens or 0, length, packed_bytes or 0)
     outside: dict[str, int] = {}
     if "export" in todo:
-        packed = packed_bytes or _size_of(work_dir / STAGE_FOLDERS["quantize"])
+        packed = packed_bytes or _size_of(work.folder("quantize"))
         whole = dequantizes(todo["export"].format)
         outside["export"] = sum(inventory.bytes_by_role().values()) if whole else packed
-    places: list[tuple[Path, dict[str, int]]] = [(work_dir, inside)]
+    places: list[tuple[Path, dict[str, int]]] = [(work.path, inside)]
     if outside:
         target = Path(todo["export"].out).expanduser().absolute()
-        if _device(target) == _device(work_dir):
+        if _device(target) == _device(work.path):
             inside |= outside
         else:
             places.append((target, outside))
@@ -87,7 +87,7 @@ def needs_of(
 
 def _in_work_dir(
     todo: Mapping[str, Any],
-    work_dir: Path,
+    work: WorkDir,
     inventory: ModelInventory,
     hidden_size: int,
     hidden_bytes: int,
@@ -113,7 +113,7 @@ def _in_work_dir(
         stays["quantize"] = packed_bytes
         states = 2 if todo["quantize"].quantizer.corrects_errors else 1
         running["quantize"] = 2 * states * tokens * hidden_bytes
-    there = {stage: _size_of(work_dir / STAGE_FOLDERS[stage]) for stage in {*stays, *running}}
+    there = {stage: _size_of(work.folder(stage)) for stage in {*stays, *running}}
     pieces = {stage: max(0, size - there[stage]) for stage, size in stays.items()}
     scratch = {stage: max(0, size - max(0, there[stage] - stays.get(stage, 0))) for stage, size in running.items()}
     if scratch:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,12 @@ from mc_cli.artifacts.leftovers import (
     remove_folder,
     remove_partial,
 )
+from mc_cli.artifacts.locks import target_lock
 from mc_cli.artifacts.manifest import OTHER_RECORD, record_problems, take_digest, with_digest
 from mc_cli.artifacts.names import EXPORTS
 from mc_cli.artifacts.store import BEGUN
 from mc_cli.artifacts.system_errors import refusal
+from mc_cli.artifacts.work_dir import MAIN, is_variant
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.progress import Progress
 
@@ -55,6 +57,7 @@ class ExportRecord:
     tool_version: str
     warnings: tuple[str, ...] = ()
     schema: int = SCHEMA
+    variant: str = MAIN  # of the work directory; written where it is another
 
     @classmethod
     def read(cls, folder: Path) -> ExportRecord | None:
@@ -69,6 +72,7 @@ class ExportRecord:
                 f"{path} has schema {content.get('schema')!r:.80}; this version reads {SCHEMA}. Use --force to export "
                 "again."
             )
+        content.setdefault("variant", MAIN)
         wrong = record_problems(content, {entry.name for entry in fields(cls)})
         if not wrong and content["fingerprint"] != _fingerprint(content["settings"], content["inputs"]):
             wrong = ["its fingerprint is not that of its settings and inputs"]
@@ -83,7 +87,15 @@ def _fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     return content_digest({"stage": STAGE, "schema": SCHEMA, "settings": settings, "inputs": inputs})
 
 
-def remember_export(work_dir: Path, folder: Path, fingerprint: str | None) -> None:
+@dataclass(frozen=True)
+class NotedExport:
+    """What a work directory remembers of an export: what it was made from, and of which variant."""
+
+    fingerprint: str
+    variant: str = MAIN
+
+
+def remember_export(work_dir: Path, folder: Path, noted: NotedExport | None) -> None:
     """Notes in the work directory what is exported from it to `folder`, None: nothing. What is gone is forgotten.
 
     A directory inside the work directory is noted by its path there, so that both can be moved together.
@@ -91,37 +103,49 @@ def remember_export(work_dir: Path, folder: Path, fingerprint: str | None) -> No
     known = _known_or_none(work_dir)
     kept = {path: made for path, made in known.items() if path.is_dir() or _partial_of(path).is_dir()}
     kept.pop(folder.resolve(), None)
-    if fingerprint is not None:
-        kept[folder.resolve()] = fingerprint
+    if noted is not None:
+        kept[folder.resolve()] = noted
     inside = work_dir.resolve()
     names = {
         str(path.relative_to(inside) if path.is_relative_to(inside) else path): made for path, made in kept.items()
     }
     if kept and kept != known:
-        write_json(work_dir / EXPORTS, {"exports": dict(sorted(names.items()))})
+        content = {"exports": {name: made.fingerprint for name, made in sorted(names.items())}}
+        others = {name: made.variant for name, made in sorted(names.items()) if made.variant != MAIN}
+        write_json(work_dir / EXPORTS, {**content, "variants": others} if others else content)
     elif not kept:
         (work_dir / EXPORTS).unlink(missing_ok=True)
 
 
-def noted_export(work_dir: Path, folder: Path) -> str | None:
-    """The fingerprint that is noted of an export to `folder`, None where there is none."""
+def noted_export(work_dir: Path, folder: Path) -> NotedExport | None:
+    """What is noted of an export to `folder`, None where there is none."""
     return _known_or_none(work_dir).get(folder.resolve())
 
 
-def _known_or_none(work_dir: Path) -> dict[Path, str]:
+def _known_or_none(work_dir: Path) -> dict[Path, NotedExport]:
     try:
         return known_exports(work_dir)
     except ArtifactError:  # only a memory: a damaged one is made anew
         return {}
 
 
-def known_exports(work_dir: Path) -> dict[Path, str]:
-    """Directory -> fingerprint of what export wrote there, as far as noted. Raises ArtifactError for a damaged note."""
+def known_exports(work_dir: Path) -> dict[Path, NotedExport]:
+    """Directory -> what export wrote there, as far as noted. Raises ArtifactError for a damaged note."""
     path = work_dir / EXPORTS
-    noted = read_json(path).get("exports") if path.exists() else {}
-    if not isinstance(noted, dict) or any("\0" in name for name in noted):
+    content = read_json(path) if path.exists() else {"exports": {}}
+    noted: Any = content.get("exports")
+    variants: Any = content.get("variants", {})
+    if not _are_notes(noted) or not _are_notes(variants) or not all(map(is_variant, variants.values())):
         raise ArtifactError(f"{path} is damaged: it has no list of exports. Delete it and export again.")
-    return {(work_dir.resolve() / name): str(fingerprint) for name, fingerprint in noted.items()}
+    return {
+        (work_dir.resolve() / name): NotedExport(str(fingerprint), variants.get(name, MAIN))
+        for name, fingerprint in noted.items()
+    }
+
+
+def _are_notes(content: Any) -> bool:
+    """Whether it maps names of directories to texts."""
+    return isinstance(content, dict) and not any("\0" in name or not isinstance(content[name], str) for name in content)
 
 
 def export_target(out: str) -> Path:
@@ -145,21 +169,43 @@ def _partial_of(folder: Path) -> Path:
     return folder.with_name(folder.name + PARTIAL_SUFFIX)
 
 
+@dataclass(frozen=True)
+class Account:
+    """What an exporter did.
+
+    written   the files that it wrote: these are recorded, and no others may be there
+    stages    what each stage of the work directory was made with;  read_back   how the result was checked
+    """
+
+    written: Written
+    stages: Mapping[str, Any]
+    read_back: Mapping[str, Any]
+
+
 @dataclass
 class ExportFolder:
     """The directory to make, and whether it is new, done or stale.
 
     settings   everything that changes the result;  inputs   name -> fingerprint of the stages it is made from
+    variant    of the work directory; it is in the record, and in no fingerprint
+    account    what was done, from when the work has ended
     """
 
     folder: Path
     settings: Mapping[str, Any]
     inputs: Mapping[str, str]
     warnings: list[str] = field(default_factory=list)
+    variant: str = MAIN
+    account: Account | None = None
 
     @property
     def fingerprint(self) -> str:
         return _fingerprint(self.settings, self.inputs)
+
+    @property
+    def noted(self) -> NotedExport:
+        """What the work directory remembers of it."""
+        return NotedExport(self.fingerprint, self.variant)
 
     @property
     def partial(self) -> Path:
@@ -220,8 +266,15 @@ class ExportFolder:
                     lines.append(f"{kind} {name}: made with {before}, asked for {after}")
         return lines
 
-    def begin(self, *, force: bool) -> bool:
-        """True if it has to be made: `partial` is there then, with nothing but its marker. False if it is done.
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds its place. Raises BusyError where another process exports there, InputError where it cannot be made."""
+        self.check_place()
+        with target_lock(self.folder):
+            yield
+
+    def needed(self, *, force: bool) -> bool:
+        """True if it has to be made, False if it is done. Nothing that is whole is changed.
 
         Raises StaleArtifactError for an export of something else unless `force`, ArtifactError for a damaged one or
         for what somebody else has put where it is made.
@@ -241,6 +294,11 @@ class ExportFolder:
             )
         self.check_place()
         self._refuse_foreign()
+        return True
+
+    def start(self, *, force: bool) -> None:
+        """Makes `partial`, with nothing but its marker; what an earlier run left there is removed."""
+        self._refuse_foreign()
         self.discard()
         if self.folder.exists() and self._replaced.exists():  # a removal that did not come to its end
             remove_folder(self._replaced, (RECORD, _PUT_ASIDE))
@@ -249,7 +307,6 @@ class ExportFolder:
         except OSError as error:
             raise ArtifactError(refusal(error, self.partial, action="could not be made")) from error
         write_text(self.partial / BEGUN, json.dumps({"fingerprint": self.fingerprint}))
-        return True
 
     def _refuse_foreign(self) -> None:
         """Raises ArtifactError for what lies at the names that are used beside the directory, and is not ours."""
@@ -298,14 +355,13 @@ class ExportFolder:
         if _is_our_partial(self.partial):
             remove_folder(self.partial, (BEGUN,))
 
-    def finish(
-        self, *, written: Written, stages: Mapping[str, Any], read_back: Mapping[str, Any], tool_version: str
-    ) -> ExportRecord:
+    def finish(self, tool_version: str) -> ExportRecord:
         """Writes the record and moves the directory to its name, in the place of an earlier export.
 
-        written   the files that the exporter wrote: these are recorded, and no others may be there
-        Raises ArtifactError, naming them, where one is gone, was changed, or came from elsewhere.
+        Raises ArtifactError where a file of `account` is gone or was changed, or one came from elsewhere.
         """
+        assert self.account is not None, "nothing was exported"
+        written = self.account.written
         for leftover in partials_below(self.partial)[0]:
             remove_partial(leftover)
         self._refuse_what_was_not_written(written)
@@ -317,13 +373,17 @@ class ExportFolder:
             fingerprint=self.fingerprint,
             settings=self.settings,
             inputs=self.inputs,
-            stages=stages,
-            read_back=read_back,
+            stages=self.account.stages,
+            read_back=self.account.read_back,
             outputs=outputs,
             tool_version=tool_version,
             warnings=tuple(self.warnings),
+            variant=self.variant,
         )
-        write_json(self.partial / RECORD, with_digest(asdict(record)))
+        content = asdict(record)
+        if self.variant == MAIN:
+            del content["variant"]
+        write_json(self.partial / RECORD, with_digest(content))
         self._put_in_place()
         return record
 

@@ -13,12 +13,11 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX, remove_partial
 from mc_cli.artifacts.names import DIGESTS, EXPORTS, POINTER
@@ -30,7 +29,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_Result = TypeVar("_Result")
 LOCK = ".mc-cli-lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -54,17 +52,6 @@ def work_dir_lock(work_dir: Path) -> Iterator[None]:
         for name in _TIDIED:
             remove_partial(work_dir / (name + PARTIAL_SUFFIX))
         yield
-
-
-def holding_work_dir(run: Callable[..., _Result]) -> Callable[..., _Result]:
-    """A stage's `run(settings, compute, work_dir, ...)` that holds the work directory while it runs."""
-
-    @wraps(run)
-    def held(settings: Any, compute: Any, work_dir: Path, **options: Any) -> _Result:
-        with work_dir_lock(work_dir):
-            return run(settings, compute, work_dir, **options)
-
-    return held
 
 
 def process_in(work_dir: Path) -> str:

@@ -11,22 +11,13 @@ from typing import Any
 
 from mc_cli.artifacts.files import content_digest, read_json
 from mc_cli.artifacts.leftovers import is_empty
+from mc_cli.artifacts.work_dir import FOLDERS, WorkDir
 from mc_cli.errors import ArtifactError, listed
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"  # in the folder from before its first file to after its manifest
 
-# command -> folder in the work directory, in the order of a run
-STAGE_FOLDERS = {
-    "calibrate": "calibration",
-    "score": "importance",
-    "allocate": "plan",
-    "quantize": "packed",
-    "prune-eval": "evaluation",
-}
-POLICY_STAGE, POLICY_FOLDER = "policy", "pruning"  # what prune-eval makes beside its own folder
-FOLDERS = STAGE_FOLDERS | {POLICY_STAGE: POLICY_FOLDER}
 _STAGE_OF = {folder: stage for stage, folder in FOLDERS.items()}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -52,13 +43,14 @@ class Manifest:
         """
         path = folder / MANIFEST
         stage = _STAGE_OF.get(folder.name, "")
-        command = f": `mc-cli {command_of(stage)} -w {folder.parent} --force`" if stage else ""
+        again = WorkDir.around(folder).command(stage) if stage else ""
+        command = f": `{again} --force`" if stage else ""
         if not path.exists():
             if stage and _lost_its_record(folder):
                 raise ArtifactError(
                     f"{folder} holds files, but neither {MANIFEST} nor {BEGUN}, which say what made them. If they were "
                     f"removed, or not copied along, copy them from where the folder is whole; else move the folder "
-                    f"away, and run `mc-cli {command_of(stage)} -w {folder.parent}` again if its result is wanted."
+                    f"away, and run `{again}` again if its result is wanted."
                 )
             return None
         content = read_json(path)
@@ -121,8 +113,8 @@ def record_problems(content: Mapping[str, Any], names: Iterable[str]) -> list[st
     """A line for each field of a manifest or of an export's record that is missing, unknown or of another type."""
     wrong = [f"{name} is missing" for name in names if name not in content]
     wrong += [f"{name!r:.80} is unknown" for name in content if name not in names]
-    texts = [name for name in ("stage", "fingerprint", "tool_version") if not isinstance(content.get(name, ""), str)]
-    wrong += [f"{name} is not a text" for name in texts]
+    texts = ("stage", "fingerprint", "tool_version", "variant")
+    wrong += [f"{name} is not a text" for name in texts if not isinstance(content.get(name, ""), str)]
     for name in ("settings", "inputs", "outputs", "stages", "read_back"):
         if not isinstance(content.get(name, {}), dict):
             wrong.append(f"{name} is not a mapping")
@@ -143,8 +135,3 @@ def _is_output(outputs: Mapping[str, Any], name: str) -> bool:
         return False
     digest, size = facts.get("sha256"), facts.get("size_bytes")
     return isinstance(digest, str) and bool(_SHA256.fullmatch(digest)) and type(size) is int and size >= 0
-
-
-def command_of(stage: str) -> str:
-    """The command that makes a stage's folder."""
-    return "prune-eval" if stage == POLICY_STAGE else stage

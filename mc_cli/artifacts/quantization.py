@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -64,3 +64,36 @@ def read_report(path: Path) -> list[MatrixReport]:
             if row.outcome not in OUTCOMES:
                 raise FieldError(f"matrices[{place}].outcome is {shown(row.outcome)}, not one of {', '.join(OUTCOMES)}")
         return list(found.matrices)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """`coverage.json`: routed expert weights by what became of them.
+
+    covered          the share of the model's that is accounted for
+    shared           not stored, since another expert stands in for theirs
+    experts_dropped  layer -> experts that are in no tensor, and that its router does not choose
+    """
+
+    expert_weights: int
+    quantized: int
+    kept: int
+    pruned: int
+    covered: float
+    experts_dropped: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    shared: int = 0
+
+    def write(self, path: Path) -> None:
+        """Writes the JSON file in one atomic replace."""
+        content = asdict(self)
+        if not self.shared:
+            del content["shared"]
+        write_json(path, content)
+
+    @classmethod
+    def read(cls, path: Path) -> Coverage:
+        """The account of a finished run. Raises ArtifactError where the file is damaged."""
+        content = read_json(path)
+        with reading(path, "an account of coverage", "Run quantize --force."):
+            found: Coverage = read_as(cls, content)
+            return found

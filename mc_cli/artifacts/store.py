@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,10 @@ from mc_cli.artifacts.leftovers import (
     remove_folder,
     remove_partial,
 )
-from mc_cli.artifacts.manifest import (
-    BEGUN,
-    FOLDERS,
-    MANIFEST,
-    STAGE_FOLDERS,
-    Manifest,
-    command_of,
-    fingerprint_of,
-    with_digest,
-)
+from mc_cli.artifacts.manifest import BEGUN, MANIFEST, Manifest, fingerprint_of, with_digest
 from mc_cli.artifacts.names import PLAN
 from mc_cli.artifacts.system_errors import refusal
+from mc_cli.artifacts.work_dir import FOLDERS, MAIN, SHARED, STAGE_FOLDERS, WorkDir
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.progress import Progress
 
@@ -46,24 +38,23 @@ _MARKERS = (MANIFEST, BEGUN)
 
 @dataclass
 class StageFolder:
-    """The folder of one stage in a work directory, and whether it is done, begun, new or stale.
+    """The folder of one stage in a variant of a work directory, and whether it is done, begun, new or stale.
 
     settings   everything that changes the result; what does not (progress, batch of a GPU) stays out
     inputs     name -> digest of what the stage reads: model files, data, fingerprints of earlier stages
     reads      earlier stages whose files it reads beside those that `inputs` names
     """
 
-    work_dir: Path
+    work: WorkDir
     stage: str
     settings: Mapping[str, Any]
     inputs: Mapping[str, str]
     warnings: list[str] = field(default_factory=list)
-    folder_name: str = ""  # "" = the stage's own; another for what a stage makes beside it
     reads: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
-        return self.work_dir / (self.folder_name or STAGE_FOLDERS[self.stage])
+        return self.work.folder(self.stage)
 
     @property
     def fingerprint(self) -> str:
@@ -97,6 +88,10 @@ class StageFolder:
             for line in _differences(kind[:-1], then.get(kind, {}), json.loads(json.dumps(now)))
         ]
 
+    def held(self) -> AbstractContextManager[None]:
+        """What a run holds beside the work directory: nothing."""
+        return nullcontext()
+
     def begin(self, *, force: bool) -> bool:
         """`needed`, and where it is, `start` at once: for stages that can refuse nothing in between."""
         if not self.needed(force=force):
@@ -120,11 +115,16 @@ class StageFolder:
             if state == "stale":
                 raise StaleArtifactError(
                     f"{self.folder} was made with other settings or inputs:\n{listed(self.differences())}\n"
-                    "Use --force to rebuild it, another work directory to keep both, or the old settings to continue."
+                    f"Use --force to rebuild it, another {self._elsewhere} to keep both, or the old settings to "
+                    "continue."
                 )
         self._refuse_foreign_leftovers()
         self._verify_earlier()
         return True
+
+    @property
+    def _elsewhere(self) -> str:
+        return "work directory" if self.stage in SHARED else "--variant or work directory"
 
     def start(self, *, force: bool) -> None:
         """Makes the folder ready to be written; what lies there is removed, unless it is this run's own beginning.
@@ -195,13 +195,13 @@ class StageFolder:
         if wrong:
             raise ArtifactError(
                 f"{self.folder} is damaged:\n{listed(wrong)}\nUse --force to rebuild this stage: "
-                f"`mc-cli {command_of(self.stage)} -w {self.work_dir} --force`."
+                f"`{self.work.command(self.stage)} --force`."
             )
 
     def _verify_earlier(self) -> None:
         """Raises ArtifactError where a file that this stage reads is not as it was written."""
         names = [name for name in FOLDERS if name in self.inputs or name in self.reads]
-        verify_stages(self.work_dir, names, up_to_bytes=ALL_BYTES)
+        verify_stages(self.work, names, up_to_bytes=ALL_BYTES)
 
     def warn(self, message: str, progress: Progress) -> None:
         """Shows a warning now, and keeps it for the manifest."""
@@ -310,32 +310,44 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def require_done(work_dir: Path, stage: str) -> Manifest:
+def require_done(work: WorkDir, stage: str) -> Manifest:
     """The manifest of a finished earlier stage, made from what the stages before it are now, with all its files.
 
     Raises InputError naming the command to run where it is not finished, StaleArtifactError where a stage that it read
     has been made anew since, ArtifactError where a file is gone or of another size.
     """
-    folder = work_dir / STAGE_FOLDERS[stage]
+    folder = work.folder(stage)
     manifest = Manifest.read(folder)
     if manifest is None:
         begun = (folder / BEGUN).exists()
         raise InputError(
             f"{folder} {'is not finished' if begun else 'does not exist'}: this stage reads it. "
-            f"Run `mc-cli {stage} -w {work_dir}` first."
+            f"Run `{work.command(stage)}` first{_other_variants(work, stage)}."
         )
     for name in STAGE_FOLDERS:
-        read = Manifest.read(work_dir / STAGE_FOLDERS[name]) if name in manifest.inputs else None
+        read = Manifest.read(work.folder(name)) if name in manifest.inputs else None
         if read is not None and read.fingerprint != manifest.inputs[name]:
             raise StaleArtifactError(
                 f"{folder} was made from an earlier run of {name}, which has been made anew since. "
-                f"Run `mc-cli {stage} -w {work_dir} --force` first."
+                f"Run `{work.command(stage)} --force` first."
             )
-    verify_stages(work_dir, [stage], up_to_bytes=0)
+    verify_stages(work, [stage], up_to_bytes=0)
     return manifest
 
 
-def verify_stages(work_dir: Path, stages: Iterable[str], *, up_to_bytes: float) -> None:
+def _other_variants(work: WorkDir, stage: str) -> str:
+    """What a message says where the variant that was named lacks a stage: those that are there."""
+    if stage in SHARED:
+        return ""
+    there = work.variants()
+    if work.variant in there or work.variant == MAIN:
+        others = [name for name in there if name != work.variant]
+        return f", or name another variant with --variant: {', '.join(others)}" if others else ""
+    known = f"has {', '.join(there)}" if there else "has none"
+    return f": {work.path} has no variant {work.variant!r} yet, it {known}"
+
+
+def verify_stages(work: WorkDir, stages: Iterable[str], *, up_to_bytes: float) -> None:
     """Raises ArtifactError, naming all files that are not as the finished stages wrote them, and what to do.
 
     up_to_bytes   contents of files up to this size are compared, of larger ones only the size
@@ -343,7 +355,7 @@ def verify_stages(work_dir: Path, stages: Iterable[str], *, up_to_bytes: float) 
     wrong: list[str] = []
     commands: list[str] = []
     for stage in stages:
-        folder = work_dir / FOLDERS[stage]
+        folder = work.folder(stage)
         manifest = Manifest.read(folder)
         if manifest is None:
             continue
@@ -352,13 +364,13 @@ def verify_stages(work_dir: Path, stages: Iterable[str], *, up_to_bytes: float) 
             found += unexpected_files(folder, manifest.outputs, ignored=(MANIFEST, BEGUN, RESUME))
         if found:
             wrong += found
-            commands.append(f"`mc-cli {command_of(stage)} -w {work_dir} --force`")
+            commands.append(f"`{work.command(stage)} --force`")
     if not wrong:
         return
-    plan = work_dir / STAGE_FOLDERS["allocate"] / PLAN
+    plan = work.folder("allocate") / PLAN
     edited = ""
     if any(line.startswith(f"{plan}:") for line in wrong):
-        edited = f" If you edited the plan by hand, name it: `mc-cli quantize -w {work_dir} --plan {plan}`."
+        edited = f" If you edited the plan by hand, name it: `{work.command('quantize')} --plan {plan}`."
     raise ArtifactError(
         f"What earlier stages wrote is damaged:\n{listed(wrong)}\nUse --force to make it again, "
         f"{' and '.join(commands)}, or copy the files again from where they are whole.{edited}"

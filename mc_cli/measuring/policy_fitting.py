@@ -1,4 +1,4 @@
-"""`pruning/`: policies fitted to the packed model, resumable like a stage, made by prune-eval beside its own folder.
+"""`pruning/`: policies fitted to the packed model, a stage inside prune-eval with a folder of its own.
 
 1. what a dropped call costs, layer by layer; thresholds    2. otp: routers trained    3. the point for --max-loss
 """
@@ -15,16 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.damage import ALL_BYTES
 from mc_cli.artifacts.files import read_tensors
 from mc_cli.artifacts.importance import Importance
-from mc_cli.artifacts.manifest import POLICY_STAGE
 from mc_cli.artifacts.names import IMPORTANCE, ROUTERS
 from mc_cli.artifacts.packed import read_layout
-from mc_cli.artifacts.pruning import FOLDER, TENSOR_PREFIX, OperatingPoint, Pruning, read_pruning, write_pruning
-from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, require_done
+from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, Pruning, read_pruning, write_pruning
+from mc_cli.artifacts.store import RESUME, StageFolder, require_done
+from mc_cli.artifacts.work_dir import POLICY_STAGE, WorkDir
 from mc_cli.data import text
 from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.data.documents import ALL, Reading
@@ -49,6 +48,7 @@ from mc_cli.skipping.pruning_fit import (
 from mc_cli.skipping.pruning_samples import sample_layers
 from mc_cli.skipping.pruning_thresholds import layer_curve, shared_threshold
 from mc_cli.skipping.pruning_training import Routers, Target, TrainingSettings, distil_routers, train_layer
+from mc_cli.stage import Run, Stage
 from mc_cli.walking.layerwise import LayerSource
 
 BASELINES = ("top-k", "random", "router-threshold")
@@ -108,65 +108,69 @@ def fitting_source(settings: PruneSettings, heldout: text.TextSource) -> text.Te
     return replace(heldout, data=settings.fit_data, flag="--fit-data", reading=Reading())
 
 
-def fitting_inputs(settings: PruneSettings, session: Session, source: text.TextSource | None) -> dict[str, str]:
+def fitting_inputs(
+    settings: PruneSettings, session: Session, work: WorkDir, source: text.TextSource | None
+) -> dict[str, str]:
     """Digests of what policies are fitted on."""
     if source is None:
-        return {"fit data": require_done(session.work_dir, "calibrate").inputs["data"]}
+        return {"fit data": require_done(work, "calibrate").inputs["data"]}
     return {"fit data": source.digest(session.digests())}
 
 
-def fitting_folder(settings: PruneSettings, session: Session, inputs: Mapping[str, str]) -> StageFolder:
-    """The folder `pruning/` with the settings that change what is fitted."""
-    resolved = {**settings.resolved(), "policy": policy_names(settings), "dtype": session.dtype_name}
-    del resolved["sweep"]
-    made_from = {name: require_done(session.work_dir, name).fingerprint for name in ("calibrate", "quantize")}
-    reads = ("score",) if settings.drop_experts else ()
-    return StageFolder(
-        session.work_dir, POLICY_STAGE, resolved, {**made_from, **inputs}, folder_name=FOLDER, reads=reads
-    )
+class FitPolicies(Stage[StageFolder, _Job, FittedPolicies]):
+    """Writes `pruning/`, one folder per policy. Raises InputError for too little text and unknown policies.
 
+    source   the packed model;  text_source   the text to fit on, None for the calibration tokens
+    """
 
-def fit_or_read(
-    settings: PruneSettings,
-    session: Session,
-    inventory: ModelInventory,
-    source: LayerSource,
-    *,
-    text_source: text.TextSource | None,
-    force: bool,
-    progress: Progress,
-) -> FittedPolicies:
-    """The fitted policies, from `pruning/` where they are already there."""
-    names = policy_names(settings)
-    folder = fitting_folder(settings, session, fitting_inputs(settings, session, text_source))
-    if folder.needed(force=force):
-        job = _job(settings, session, inventory, source, text_source, folder, progress)
-        folder.start(force=force)
-        learned = {otp.NAME: _trained(job, folder)} if otp.NAME in names else {}
-        fitted = _fitted(job, names, learned)
-        ships = _chosen(job, fitted[names[0]], learned.get(names[0], {}))
+    def __init__(
+        self,
+        settings: PruneSettings,
+        session: Session,
+        work: WorkDir,
+        inventory: ModelInventory,
+        source: LayerSource,
+        text_source: text.TextSource | None,
+    ) -> None:
+        self.settings, self.session, self.work = settings, session, work
+        self.inventory, self.source, self.text_source = inventory, source, text_source
+        self.names = policy_names(settings)
+
+    def folder(self) -> StageFolder:
+        """Made from the packed model, the calibration and the text, with the settings that change what is fitted."""
+        resolved = {**self.settings.resolved(), "policy": self.names, "dtype": self.session.dtype_name}
+        del resolved["sweep"]
+        inputs = {name: require_done(self.work, name).fingerprint for name in ("calibrate", "quantize")}
+        inputs |= fitting_inputs(self.settings, self.session, self.work, self.text_source)
+        reads = ("score",) if self.settings.drop_experts else ()
+        return StageFolder(self.work, POLICY_STAGE, resolved, inputs, reads=reads)
+
+    def ready(self, folder: StageFolder, run: Run) -> _Job:
+        """Tokens, what errors cost in each layer, and which experts are dropped whole."""
+        return _job(self, folder, run.progress)
+
+    def do(self, folder: StageFolder, ready: _Job, run: Run) -> None:
+        """Trains what learns, fits thresholds, and chooses the point that ships."""
+        learned = {otp.NAME: _trained(ready, folder)} if otp.NAME in self.names else {}
+        fitted = _fitted(ready, self.names, learned)
+        ships = _chosen(ready, fitted[self.names[0]], learned.get(self.names[0], {}))
         for name, pruning in fitted.items():
-            ready = ships if name == names[0] else chosen_by_rate(pruning, ships.points[ships.chosen].rate)
-            for note in ready.notes:
-                folder.warn(note, progress)
-            write_pruning(folder.path(name), ready, learned.get(name, {}))
-        folder.finish(__version__)
-    folder.verify(up_to_bytes=ALL_BYTES)
-    found = {name: read_pruning(folder.path(name)) for name in names}
-    return FittedPolicies(folder.fingerprint, found, folder.recorded_warnings())
+            same = name == self.names[0]
+            chosen = ships if same else chosen_by_rate(pruning, ships.points[ships.chosen].rate)
+            for note in chosen.notes:
+                folder.warn(note, run.progress)
+            write_pruning(folder.path(name), chosen, learned.get(name, {}))
+
+    def result(self, folder: StageFolder, *, ran: bool) -> FittedPolicies:
+        """The policies as they lie there."""
+        folder.verify(up_to_bytes=ALL_BYTES)
+        found = {name: read_pruning(folder.path(name)) for name in self.names}
+        return FittedPolicies(folder.fingerprint, found, folder.recorded_warnings())
 
 
-def _job(
-    settings: PruneSettings,
-    session: Session,
-    inventory: ModelInventory,
-    source: LayerSource,
-    text_source: text.TextSource | None,
-    folder: StageFolder,
-    progress: Progress,
-) -> _Job:
-    calibration = session.work_dir / STAGE_FOLDERS["calibrate"]
-    blocks = {block.layer: block for block in inventory.expert_blocks}
+def _job(stage: FitPolicies, folder: StageFolder, progress: Progress) -> _Job:
+    calibration = stage.work.folder("calibrate")
+    blocks = {block.layer: block for block in stage.inventory.expert_blocks}
     scales, nats = _scales(calibration, blocks)
     if not nats:
         folder.warn(
@@ -174,18 +178,18 @@ def _job(
             "stream's energy, which compares layers less well.",
             progress,
         )
-    inputs = _inputs(settings, session, calibration, text_source, folder, progress)
+    inputs = _inputs(stage.settings, stage.session, calibration, stage.text_source, folder, progress)
     held = max(1, inputs.rows // _CHECK_SHARE)
     return _Job(
-        settings=settings,
-        session=session,
-        source=source,
-        packed_folder=session.work_dir / STAGE_FOLDERS["quantize"],
+        settings=stage.settings,
+        session=stage.session,
+        source=stage.source,
+        packed_folder=stage.work.folder("quantize"),
         blocks=blocks,
         scales=scales,
         nats=nats,
-        weight_count=sum(math.prod(tensor.shape) for tensor in inventory.tensors),
-        dropped=_dropped(settings, session.work_dir, blocks),
+        weight_count=sum(math.prod(tensor.shape) for tensor in stage.inventory.tensors),
+        dropped=_dropped(stage.settings, stage.work, blocks),
         fit_inputs=inputs.select(slice(0, -held)),
         check_inputs=inputs.select(slice(-held, None)),
         progress=progress,
@@ -205,15 +209,15 @@ def _scales(calibration: Path, blocks: Mapping[int, ExpertBlock]) -> tuple[dict[
     return squared_error_scales(blocks, squares, energies)
 
 
-def _dropped(settings: PruneSettings, work_dir: Path, blocks: Mapping[int, ExpertBlock]) -> dict[int, list[int]]:
+def _dropped(settings: PruneSettings, work: WorkDir, blocks: Mapping[int, ExpertBlock]) -> dict[int, list[int]]:
     """Layer -> experts that are dropped as a whole, by what calibrate and score measured."""
     if not settings.drop_experts:
         return {}
-    importance = Importance.read(work_dir / STAGE_FOLDERS["score"] / IMPORTANCE)
+    importance = Importance.read(work.folder("score") / IMPORTANCE)
     field_of = {REAP: "output_norm_mean", FREQUENCY: "routing_count", ROUTER_WEIGHT: "routing_weight_sum"}
     scores = {layer.layer: getattr(layer, field_of[settings.drop_by]) for layer in importance.layers}
     top_k = {layer: block.top_k for layer, block in blocks.items()}
-    packed = {block.path: block.dropped for block in read_layout(work_dir / STAGE_FOLDERS["quantize"]).experts}
+    packed = {block.path: block.dropped for block in read_layout(work.folder("quantize")).experts}
     gone = {layer: packed[block.path] for layer, block in blocks.items()}
     return experts_to_drop(scores, top_k, share=settings.drop_experts, scope=settings.drop_scope, gone=gone)
 

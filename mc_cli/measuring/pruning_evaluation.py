@@ -12,7 +12,7 @@ from mc_cli.artifacts.pruning import OperatingPoint, Pruning
 from mc_cli.data.text import Windows
 from mc_cli.data.token_classes import token_classes
 from mc_cli.measuring.policy_fitting import FittedPolicies
-from mc_cli.packed.packed_model import PackedSource, model_bytes
+from mc_cli.packed.packed_model import PackedSource, stored_sizes
 from mc_cli.parts import ExpertBlock, ModelInventory, Role
 from mc_cli.progress import Progress
 from mc_cli.skipping.pruned_comparison import PointResult, PrunedComparison, compare_points
@@ -157,7 +157,7 @@ class _Bytes:
     def __init__(self, packed: PackedSource, inventory: ModelInventory) -> None:
         self._blocks: dict[int, ExpertBlock] = {block.layer: block for block in inventory.expert_blocks}
         self._expert_bytes = {block.layer: _expert_bytes(packed, block) for block in inventory.expert_blocks}
-        stored = model_bytes(packed.folder)
+        stored = stored_sizes(packed.folder)
         apart = (Role.EXPERT,) if inventory.tied_head else (Role.EXPERT, Role.EMBEDDING)
         self._always_bytes = sum(part.total for role, part in stored.items() if role not in apart)
         self._always_weights = sum(

@@ -14,7 +14,8 @@ from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.files import DigestCache, content_digest, read_json, remembers, write_json
 from mc_cli.artifacts.names import DIGESTS, POINTER
 from mc_cli.artifacts.places import require_ordinary
-from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, Manifest, StageFolder, require_done
+from mc_cli.artifacts.store import RESUME, Manifest, StageFolder, require_done
+from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.models.checkpoint import Checkpoint, read_config
 from mc_cli.models.model_name import resolve_model
@@ -96,7 +97,7 @@ class Session:
 
         For a calibration of an earlier version, which has no record of the weights, as that version told it.
         """
-        manifest = require_done(self.work_dir, "calibrate")
+        manifest = require_done(WorkDir(self.work_dir), "calibrate")
         weights = self._recorded_weights(manifest)
         identity = {"model": manifest.inputs["model"]}
         return identity if weights is None else {**identity, "weights": weights.digest}
@@ -124,11 +125,11 @@ class Session:
 
     @property
     def _calibration(self) -> Path:
-        return self.work_dir / STAGE_FOLDERS["calibrate"]
+        return WorkDir(self.work_dir).folder("calibrate")
 
     def check_weights(self) -> None:
         """Raises StaleArtifactError where the weights are not those of a finished calibration, changed files read."""
-        weights = self._recorded_weights(require_done(self.work_dir, "calibrate"))
+        weights = self._recorded_weights(require_done(WorkDir(self.work_dir), "calibrate"))
         wrong = changed_files(self.folder, weights.digests if weights else {}, self.digests(), read=True)
         if wrong:
             raise StaleArtifactError(
@@ -143,7 +144,7 @@ class Session:
         """
         weights: Weights | None = None
         if folder is None or folder.folder != self._calibration:
-            weights = self._recorded_weights(require_done(self.work_dir, "calibrate"))
+            weights = self._recorded_weights(require_done(WorkDir(self.work_dir), "calibrate"))
         names = {file for tensor in checkpoint.files.tensors.values() for _, file in tensor.places}
         found = WeightDigests(
             self.folder,
@@ -166,7 +167,7 @@ class Session:
 
         Raises InputError where it has not run, StaleArtifactError where the model's files are not those it read.
         """
-        manifest = require_done(self.work_dir, "calibrate")
+        manifest = require_done(WorkDir(self.work_dir), "calibrate")
         weights = self._recorded_weights(manifest)
         now = self._whole_digest() if weights is None else self.model_digest()
         known = changed_files(self.folder, weights.digests if weights else {}, self.digests(), read=False)

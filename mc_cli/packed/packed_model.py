@@ -18,6 +18,7 @@ from torch import nn
 from transformers.core_model_loading import build_glob_alternation
 
 from mc_cli.artifacts.packed import PackedLayout, StoredBytes, encoding_of
+from mc_cli.artifacts.sizes import SIZES, read_sizes
 from mc_cli.errors import ArtifactError, McError, listed
 from mc_cli.models import experts
 from mc_cli.models.checkpoint import REST, part_of
@@ -38,7 +39,7 @@ from mc_cli.packed.stored_tensors import check_layer_count, check_stored
 from mc_cli.parts import Role
 from mc_cli.skipping.pruning import add_learned_tensors, pruning_for
 
-__all__ = ["PackedSource", "StoredBytes", "attach", "model_bytes"]
+__all__ = ["PackedSource", "StoredBytes", "attach", "model_bytes", "stored_sizes"]
 
 
 _LONGEST = 300  # characters of a line about a layout, whose names may have any length
@@ -282,6 +283,15 @@ def part_numbers(config: Any) -> list[int]:
     """REST and every decoder layer of a model with this config."""
     model: Any = build_skeleton(config, dtype=torch.float32)
     return [REST, *range(len(model.get_submodule(find_decoder_layers(model))))]
+
+
+def stored_sizes(folder: Path, *, trust_remote_code: bool = False) -> dict[Role, StoredBytes]:
+    """What `model_bytes` gives, as quantize noted it; counted where an earlier version, or another stage, wrote it.
+
+    Raises ArtifactError for a damaged note, and as `model_bytes`.
+    """
+    note = folder / SIZES
+    return read_sizes(note) if note.exists() else model_bytes(folder, trust_remote_code=trust_remote_code)
 
 
 def model_bytes(folder: Path, *, trust_remote_code: bool = False) -> dict[Role, StoredBytes]:

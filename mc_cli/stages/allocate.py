@@ -5,23 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from mc_cli import __version__
 from mc_cli.allocators import Budget, Floor, allocate
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.importance import Importance
-from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.names import IMPORTANCE, PLAN
-from mc_cli.artifacts.plan import BlockBits, ExpertBits, Plan
-from mc_cli.artifacts.store import MANIFEST, STAGE_FOLDERS, StageFolder, require_done
+from mc_cli.artifacts.plan import Plan
+from mc_cli.artifacts.store import MANIFEST, StageFolder, require_done
+from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.encodings import encoding_for, family_of_role, stored_bytes
 from mc_cli.errors import PlanError
 from mc_cli.parts import KEPT_BITS, ModelInventory, Role, TensorPart
-from mc_cli.progress import Progress, StageResult
+from mc_cli.progress import StageResult
+from mc_cli.reports.plan import plan_summary
 from mc_cli.settings import WIDTH_BORDERS, AllocateSettings, QuantizerSettings, RunSettings
+from mc_cli.stage import Plans, Run, Runs, Stage
 
 STAGE = "allocate"
 
@@ -30,59 +30,66 @@ _HEADER_BYTES_PER_TENSOR = 96
 _HEADER_BYTES_PER_FILE = 64
 
 
-def plan_stage(settings: AllocateSettings, compute: RunSettings, work_dir: Path) -> StageFolder:
-    """The stage's folder with its settings and input digests; nothing is run."""
-    scored = require_done(work_dir, "score")
-    calibrated = require_done(work_dir, "calibrate")
-    return StageFolder(
-        work_dir, STAGE, settings.resolved(), {"score": scored.fingerprint, "calibrate": calibrated.fingerprint}
-    )
-
-
-@holding_work_dir
-def run(
-    settings: AllocateSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress
-) -> StageResult:
+class Allocate(Stage[StageFolder, Plan, StageResult]):
     """Writes `plan/plan.yaml`. Raises BudgetError for a target out of reach, saying what is feasible."""
-    folder = plan_stage(settings, compute, work_dir)
-    if not folder.needed(force=force):
-        return _result(folder, ran=False)
-    importance = Importance.read(work_dir / STAGE_FOLDERS["score"] / IMPORTANCE)
-    inventory = calibration_artifact.read_inventory(
-        work_dir / STAGE_FOLDERS["calibrate"] / calibration_artifact.INVENTORY
-    )
-    manifest = work_dir / STAGE_FOLDERS["score"] / MANIFEST
-    with reading(manifest, "a manifest of score", "Run score --force."):
-        scored = require_done(work_dir, "score").settings
-        quantizer: QuantizerSettings = read_as(QuantizerSettings, scored.get("quantizer"), "settings.quantizer")
-    role_bits, others = beside_experts(settings, inventory, quantizer)
-    with progress.step(f"allocate: {settings.method}", total=1, unit="programme") as step:
-        plan = allocate(
-            importance,
-            method=settings.method,
-            budget=budget_of(settings, others),
-            role_bits=role_bits,
-            candidate_bits=settings.bits,
-            floors=floors_of(settings),
-            alpha=settings.alpha,
-            beta=settings.beta,
-            gamma=settings.gamma,
-            seed=settings.seed,
-            time_limit_s=settings.time_limit_s,
-            gap=settings.gap,
-        )
-        step.advance()
-    budget: dict[str, Any] = {**plan.budget, "other_bytes": others}
-    if settings.target_size_bytes is not None:
-        budget["asked_file_bytes"] = settings.target_size_bytes
-    plan = replace(plan, budget=budget, family=quantizer.family, group_size_limit=quantizer.group_size)
-    plan.check_against(inventory)
-    folder.start(force=force)  # not before there is a plan: a target out of reach leaves the old one
-    for message in plan.warnings:
-        folder.warn(message, progress)
-    plan.write(folder.path(PLAN))
-    folder.finish(__version__)
-    return _result(folder, ran=True)
+
+    def __init__(self, settings: AllocateSettings, compute: RunSettings, work: WorkDir) -> None:
+        self.settings, self.work = settings, work
+
+    def folder(self) -> StageFolder:
+        """Made from importance and inventory."""
+        inputs = {stage: require_done(self.work, stage).fingerprint for stage in ("score", "calibrate")}
+        return StageFolder(self.work, STAGE, self.settings.resolved(), inputs)
+
+    def ready(self, folder: StageFolder, run: Run) -> Plan:
+        """The plan itself: a target out of reach leaves the one that is there."""
+        settings, inventory, quantizer = self.settings, self._inventory(), self._quantizer()
+        role_bits, others = beside_experts(settings, inventory, quantizer)
+        with run.progress.step(f"allocate: {settings.method}", total=1, unit="programme") as step:
+            plan = allocate(
+                Importance.read(self.work.folder("score") / IMPORTANCE),
+                method=settings.method,
+                budget=budget_of(settings, others),
+                role_bits=role_bits,
+                candidate_bits=settings.bits,
+                floors=floors_of(settings),
+                alpha=settings.alpha,
+                beta=settings.beta,
+                gamma=settings.gamma,
+                seed=settings.seed,
+                time_limit_s=settings.time_limit_s,
+                gap=settings.gap,
+            )
+            step.advance()
+        budget: dict[str, Any] = {**plan.budget, "other_bytes": others}
+        if settings.target_size_bytes is not None:
+            budget["asked_file_bytes"] = settings.target_size_bytes
+        plan = replace(plan, budget=budget, family=quantizer.family, group_size_limit=quantizer.group_size)
+        plan.check_against(inventory)
+        return plan
+
+    def do(self, folder: StageFolder, ready: Plan, run: Run) -> None:
+        """Writes it."""
+        for message in ready.warnings:
+            folder.warn(message, run.progress)
+        ready.write(folder.path(PLAN))
+
+    def result(self, folder: StageFolder, *, ran: bool) -> StageResult:
+        """Experts per width, budget and solver."""
+        summary = plan_summary(Plan.read(folder.path(PLAN)))
+        return StageResult(STAGE, folder.folder, ran, summary, folder.recorded_warnings())
+
+    def _inventory(self) -> ModelInventory:
+        return calibration_artifact.read_inventory(self.work.folder("calibrate") / calibration_artifact.INVENTORY)
+
+    def _quantizer(self) -> QuantizerSettings:
+        """What was scored with."""
+        with reading(self.work.folder("score") / MANIFEST, "a manifest of score", "Run score --force."):
+            scored = require_done(self.work, "score").settings
+            return read_as(QuantizerSettings, scored.get("quantizer"), "settings.quantizer")
+
+
+plan_stage, run = Plans(Allocate), Runs(Allocate)
 
 
 def beside_experts(
@@ -161,33 +168,3 @@ def _part_bytes(part: TensorPart, bits: float, quantizer: QuantizerSettings) -> 
         return part.size_bytes
     family, limit = family_of_role(part.role, quantizer.family), quantizer.group_size
     return stored_bytes(encoding_for(family, bits, *part.shape, group_size_limit=limit), *part.shape)
-
-
-def _result(folder: StageFolder, *, ran: bool) -> StageResult:
-    plan = Plan.read(folder.path(PLAN))
-    matrices = {layer: _matrix_widths(row) for layer, row in sorted(plan.expert_bits.items())}
-    widths = sorted({bits for row in matrices.values() for bits in row})
-    rows = [[layer, *(row.count(bits) for bits in widths)] for layer, row in matrices.items()]
-    columns = [
-        {"name": "layer", "align": "right"},
-        *({"name": f"at {bits} bits" if bits else "dropped", "align": "right"} for bits in widths),
-    ]
-    facts = {
-        "method": plan.method,
-        **{f"budget {name}": value for name, value in plan.budget.items()},
-        **{f"solver {name}": value for name, value in plan.solver.items()},
-        **{f"objective {name}": value for name, value in plan.objective.items()},
-        "other widths": ", ".join(f"{role.value} {bits}" for role, bits in sorted(plan.role_bits.items())),
-    }
-    table = {
-        "title": "Experts per width (an expert whose projections differ counts once for each)",
-        "columns": columns,
-        "rows": rows,
-    }
-    return StageResult(STAGE, folder.folder, ran, {"facts": facts, "tables": [table]}, folder.recorded_warnings())
-
-
-def _matrix_widths(row: tuple[ExpertBits, ...]) -> list[float]:
-    """The widths of a layer's experts, those of every projection and block where they differ."""
-    entries = [part.bits for entry in row for part in (entry if isinstance(entry, tuple) else (BlockBits(1, entry),))]
-    return [bits for entry in entries for bits in (entry.values() if isinstance(entry, dict) else (entry,))]

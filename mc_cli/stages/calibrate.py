@@ -10,19 +10,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from mc_cli import __version__
 from mc_cli.artifacts import calibration as artifact
 from mc_cli.artifacts.calibration import LayerRouting, LayerSensitivity
 from mc_cli.artifacts.files import read_tensors, write_json, write_tensors
-from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.states import write_state
 from mc_cli.artifacts.store import RESUME, StageFolder
+from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.coding.sensitivity import backward_layer, output_gradient
 from mc_cli.data import text
 from mc_cli.data.batches import Batch, read_calibration
@@ -35,10 +33,13 @@ from mc_cli.models.memory import release_freed_memory
 from mc_cli.models.model_files import kinds_of
 from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.session import Session, first_session
+from mc_cli.models.weight_digests import WeightDigests
 from mc_cli.packed.packable import require_packable
-from mc_cli.parts import ExpertBlock, ModelInventory, Role
+from mc_cli.parts import ExpertBlock, ModelInventory
 from mc_cli.progress import Progress, StageResult
+from mc_cli.reports.calibration import calibration_summary
 from mc_cli.settings import CalibrateSettings, RunSettings
+from mc_cli.stage import Plans, Run, Runs, Stage
 from mc_cli.walking.layerwise import LayerWalk
 from mc_cli.walking.resume import read_state, restore_progress, save_progress, save_state
 from mc_cli.walking.routing import routing_statistics, watching
@@ -49,51 +50,72 @@ GRADIENT_BATCH_TOKENS = 4096  # per backward of one layer, whose activations are
 _GRADIENTS = re.compile(r"gradient_before_([0-9]+)\.safetensors")
 
 
-def plan_stage(settings: CalibrateSettings, compute: RunSettings, work_dir: Path) -> StageFolder:
-    """The stage's folder with its settings and input digests; nothing is run."""
-    return _folder(settings, first_session(work_dir, settings.model, settings.revision, compute))
+@dataclass(frozen=True)
+class _Ready:
+    """What is read before the first forward; `drawn`: windows of tokens, None where an earlier run wrote them."""
+
+    checkpoint: Checkpoint
+    inventory: ModelInventory
+    weights: WeightDigests
+    drawn: tuple[Batch, artifact.TextReport | None] | None
 
 
-@holding_work_dir
-def run(
-    settings: CalibrateSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress
-) -> StageResult:
+class Calibrate(Stage[StageFolder, _Ready, StageResult]):
     """Writes `calibration/`. Raises InputError, CheckpointError or FamilyError; can be killed at any moment."""
-    session = first_session(work_dir, settings.model, settings.revision, compute)
-    folder = _folder(settings, session)
-    if not folder.needed(force=force):
-        session.check_weights()
+
+    def __init__(self, settings: CalibrateSettings, compute: RunSettings, work: WorkDir) -> None:
+        self.settings, self.work = settings, work
+        self.session = first_session(work.path, settings.model, settings.revision, compute)
+
+    def folder(self) -> StageFolder:
+        """Made from the model and the text."""
+        settings = replace(self.settings, length=text.fit_length(self.settings.length, self.session.config))
+        data = _source(settings).digest(self.session.digests())
+        resolved = {**settings.resolved(), "dtype": self.session.dtype_name}
+        return StageFolder(self.work, STAGE, resolved, {**self.session.calibrate_inputs(), "data": data})
+
+    def kept(self, folder: StageFolder, run: Run) -> None:
+        """The weights are still those, wherever the model lies now."""
+        self.session.check_weights()
         try:
-            session.remember(settings.model, settings.revision)
+            self.session.remember(self.settings.model, self.settings.revision)
         except ArtifactError as error:  # a disk that is only read
-            progress.warn(f"{error} Later stages look for the model where it was.")
-        return _result(folder, ran=False)
-    checkpoint, inventory = opened(session)
-    weights = session.digesting(checkpoint, folder)
-    drawn = None if folder.path(artifact.TOKENS).exists() and not force else _windows(settings, session)
-    folder.start(force=force)
-    session.remember(settings.model, settings.revision)
-    inputs = _inputs(settings, session, folder, drawn, progress)
-    _write_inventory(checkpoint, inventory, folder, progress)
-    walk = LayerWalk(checkpoint, inputs, batch_size=session.batch_size(inputs.length))
-    sequences = min(-(-settings.gradient_tokens // inputs.length), inputs.rows)
-    with weights:
-        _forward(walk, checkpoint, inventory, folder, sequences, progress)
-        if sequences:
-            _backward(walk, checkpoint, inventory, folder, sequences, settings, progress)
-        weights.finish().write(folder.folder)
-    unexplained = unexplained_choices(artifact.read_sensitivities(folder.folder, inventory))
-    for message in unexplained + starved_experts(read_routing(folder.folder, inventory), inventory):
-        folder.warn(message, progress)
-    folder.finish(__version__)
-    return _result(folder, ran=True)
+            run.progress.warn(f"{error} Later stages look for the model where it was.")
+
+    def ready(self, folder: StageFolder, run: Run) -> _Ready:
+        """The checkpoint's headers, and the text."""
+        checkpoint, inventory = opened(self.session)
+        weights = self.session.digesting(checkpoint, folder)
+        written = folder.path(artifact.TOKENS).exists() and not run.force
+        return _Ready(checkpoint, inventory, weights, None if written else _windows(self.settings, self.session))
+
+    def do(self, folder: StageFolder, ready: _Ready, run: Run) -> None:
+        """Tokens, inventory, the way forward, the way back, and what experts lack."""
+        settings, inventory, checkpoint, progress = self.settings, ready.inventory, ready.checkpoint, run.progress
+        self.session.remember(settings.model, settings.revision)
+        inputs = _inputs(settings, self.session, folder, ready.drawn, progress)
+        _write_inventory(checkpoint, inventory, folder, progress)
+        walk = LayerWalk(checkpoint, inputs, batch_size=self.session.batch_size(inputs.length))
+        sequences = min(-(-settings.gradient_tokens // inputs.length), inputs.rows)
+        with ready.weights as weights:
+            _forward(walk, checkpoint, inventory, folder, sequences, progress)
+            if sequences:
+                _backward(walk, checkpoint, inventory, folder, sequences, settings, progress)
+            weights.finish().write(folder.folder)
+        unexplained = unexplained_choices(artifact.read_sensitivities(folder.folder, inventory))
+        for message in unexplained + starved_experts(read_routing(folder.folder, inventory), inventory):
+            folder.warn(message, progress)
+
+    def result(self, folder: StageFolder, *, ran: bool) -> StageResult:
+        """How the router spread the tokens."""
+        inventory = artifact.read_inventory(folder.path(artifact.INVENTORY))
+        report = artifact.read_text_report(folder.folder)
+        read = text.report_line(report) if report else None
+        summary = calibration_summary(inventory, read_routing(folder.folder, inventory), read)
+        return StageResult(STAGE, folder.folder, ran, summary, folder.recorded_warnings())
 
 
-def _folder(settings: CalibrateSettings, session: Session) -> StageFolder:
-    settings = replace(settings, length=text.fit_length(settings.length, session.config))
-    data = _source(settings).digest(session.digests())
-    resolved = {**settings.resolved(), "dtype": session.dtype_name}
-    return StageFolder(session.work_dir, STAGE, resolved, {**session.calibrate_inputs(), "data": data})
+plan_stage, run = Plans(Calibrate), Runs(Calibrate)
 
 
 def _source(settings: CalibrateSettings) -> text.TextSource:
@@ -353,40 +375,3 @@ def starved_experts(routing: list[LayerRouting], inventory: ModelInventory) -> l
 
 def _shown(experts: list[str]) -> str:
     return ", ".join(experts[:8]) + (" ..." if len(experts) > 8 else "")
-
-
-def _result(folder: StageFolder, *, ran: bool) -> StageResult:
-    inventory = artifact.read_inventory(folder.path(artifact.INVENTORY))
-    routing = read_routing(folder.folder, inventory)
-    rows: list[list[Any]] = []
-    for layer in routing:
-        counts = sorted(layer.routing_count)
-        share = 100 / max(1, sum(counts))
-        rows.append(
-            [
-                layer.layer,
-                len(counts),
-                counts[0],
-                counts[len(counts) // 2],
-                counts[-1],
-                round(counts[0] * share, 2),
-                round(counts[-1] * share, 2),
-            ]
-        )
-    columns = ["layer", "experts", "fewest tokens", "median", "most tokens", "fewest %", "most %"]
-    manifest_warnings = folder.recorded_warnings()
-    facts = {
-        "model type": inventory.model_type,
-        "calibration tokens": routing[0].token_count,
-        "expert weights": inventory.expert_weight_count,
-        "model bytes": sum(inventory.bytes_by_role().values()),
-        "expert bytes": inventory.bytes_by_role()[Role.EXPERT],
-    }
-    table = {
-        "title": "Routing of the calibration tokens",
-        "columns": [{"name": name, "align": "right"} for name in columns],
-        "rows": rows,
-    }
-    if report := artifact.read_text_report(folder.folder):
-        facts["text"] = text.report_line(report)
-    return StageResult(STAGE, folder.folder, ran, {"facts": facts, "tables": [table]}, manifest_warnings)

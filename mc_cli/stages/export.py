@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.exported import (
     RECORD,
     STAGE,
+    Account,
     ExportFolder,
     ExportRecord,
     export_target,
@@ -30,13 +31,11 @@ from mc_cli.artifacts.exported import (
     remember_export,
 )
 from mc_cli.artifacts.files import noting_files, read_json
-from mc_cli.artifacts.locks import holding_work_dir, target_lock
-from mc_cli.artifacts.manifest import POLICY_STAGE
 from mc_cli.artifacts.names import EVALUATION, POINTER
 from mc_cli.artifacts.packed import PackedLayout, encoding_of
-from mc_cli.artifacts.pruning import FOLDER as POLICY_FOLDER
 from mc_cli.artifacts.pruning import Pruning, read_pruning
-from mc_cli.artifacts.store import STAGE_FOLDERS, Manifest, require_done, verify_stages
+from mc_cli.artifacts.store import Manifest, require_done, verify_stages
+from mc_cli.artifacts.work_dir import POLICY_STAGE, STAGE_FOLDERS, VARIANTS, WorkDir
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError
 from mc_cli.exporters import ExportJob, dequantizes, exporter_from_name
 from mc_cli.exporters.model_card import CardFacts
@@ -46,94 +45,114 @@ from mc_cli.models.model_files import copy_model_files
 from mc_cli.models.session import device_named, dtype_named
 from mc_cli.packed.dense_tensors import DenseTensors, weight_dtype
 from mc_cli.packed.packed_files import PackedFiles, open_packed
-from mc_cli.packed.packed_model import model_bytes, part_numbers, read_packed_config
+from mc_cli.packed.packed_model import part_numbers, read_packed_config, stored_sizes
 from mc_cli.parts import KEPT_BITS, Role
 from mc_cli.progress import Progress, StageResult
+from mc_cli.reports.exported import export_summary
 from mc_cli.settings import ExportSettings, RunSettings
+from mc_cli.stage import Plans, Run, Runs, Stage
 
 _SHIPPED = ("quantize", "prune-eval", POLICY_STAGE)  # whose files are in what is exported
 
 
-def plan_stage(settings: ExportSettings, compute: RunSettings, work_dir: Path) -> ExportFolder:
-    """The directory with its settings and inputs; nothing is run. Raises InputError for one that is not ours."""
-    exporter_from_name(settings.format)
-    inputs = {"quantize": require_done(work_dir, "quantize").fingerprint}
-    evaluated = Manifest.read(work_dir / STAGE_FOLDERS["prune-eval"])
-    if evaluated is not None:
-        inputs["prune-eval"] = evaluated.fingerprint
-    resolved = {name: value for name, value in settings.resolved().items() if name != "out"}
-    target = export_target(settings.out)
-    packed = (work_dir / STAGE_FOLDERS["quantize"]).resolve()
-    if target == packed or packed in target.parents or target in packed.parents:
-        raise InputError(f"--out {settings.out} holds or lies in {packed}, which is read. Name a directory elsewhere.")
-    return ExportFolder(target, resolved, inputs)
+@dataclass(frozen=True)
+class _Ready:
+    """What is read before the directory is begun."""
+
+    files: PackedFiles
+    stages: Mapping[str, Mapping[str, Any]]
+    card: CardFacts
+    pruning: tuple[Pruning, Mapping[str, torch.Tensor]] | None
 
 
-@holding_work_dir
-def run(
-    settings: ExportSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress
-) -> StageResult:
+class Export(Stage[ExportFolder, _Ready, StageResult]):
     """Writes the directory `settings.out`. A failure, also of reading it back, leaves none and raises."""
-    folder = plan_stage(settings, compute, work_dir)
-    folder.check_place()
-    with target_lock(folder.folder):
-        return _run(folder, settings, compute, work_dir, force=force, progress=progress)
 
+    def __init__(self, settings: ExportSettings, compute: RunSettings, work: WorkDir) -> None:
+        self.settings, self.compute, self.work = settings, compute, work
 
-def _run(
-    folder: ExportFolder,
-    settings: ExportSettings,
-    compute: RunSettings,
-    work_dir: Path,
-    *,
-    force: bool,
-    progress: Progress,
-) -> StageResult:
-    if not folder.begin(force=force):
-        _remember(work_dir, folder, progress)
-        return _result(folder, settings, ran=False)
-    before = noted_export(work_dir, folder.folder)
-    _remember(work_dir, folder, progress)
-    packed = work_dir / STAGE_FOLDERS["quantize"]
-    try:
-        verify_stages(work_dir, _SHIPPED, up_to_bytes=ALL_BYTES)
-        stages = _stage_records(work_dir)
-        files = open_packed(packed)
-        evaluation = _evaluation(work_dir, folder, progress)
-        card = _card(work_dir, files, stages, evaluation, compute)
+    def folder(self) -> ExportFolder:
+        """Made from the packed model and its evaluation. Raises InputError for a directory that is not ours."""
+        exporter_from_name(self.settings.format)
+        inputs = {"quantize": require_done(self.work, "quantize").fingerprint}
+        evaluated = Manifest.read(self.work.folder("prune-eval"))
+        if evaluated is not None:
+            inputs["prune-eval"] = evaluated.fingerprint
+        resolved = {name: value for name, value in self.settings.resolved().items() if name != "out"}
+        target = export_target(self.settings.out)
+        for taken in (self.work.folder("quantize").resolve(), (self.work.path / VARIANTS).resolve()):
+            if target == taken or taken in target.parents or target in taken.parents:
+                raise InputError(
+                    f"--out {self.settings.out} holds or lies in {taken}, which is read. Name a directory elsewhere."
+                )
+        return ExportFolder(target, resolved, inputs, variant=self.work.variant)
+
+    def kept(self, folder: ExportFolder, run: Run) -> None:
+        """`status` shall know of it, wherever the work directory lies now."""
+        _remember(self.work, folder, run.progress)
+
+    def ready(self, folder: ExportFolder, run: Run) -> _Ready:
+        """The packed model, the figures of its evaluation, and its policy."""
+        verify_stages(self.work, _SHIPPED, up_to_bytes=ALL_BYTES)
+        stages = _stage_records(self.work)
+        files = open_packed(self.work.folder("quantize"))
+        evaluation = _evaluation(self.work, folder, run.progress)
+        card = _card(self.work, files, stages, evaluation, self.compute)
         for sentence in card.left_out:
-            folder.warn(sentence, progress)
-        pruning = _pruning(settings, work_dir, evaluation, folder, progress)
+            folder.warn(sentence, run.progress)
+        pruning = _pruning(self.settings, self.work, evaluation, folder, run.progress)
+        return _Ready(files, stages, card, pruning)
+
+    @contextmanager
+    def guarding(self, folder: ExportFolder) -> Iterator[None]:
+        """A failure leaves no directory and no note of one."""
+        before = noted_export(self.work.path, folder.folder)
+        try:
+            yield
+        except BaseException:
+            folder.discard()
+            with suppress(ArtifactError, OSError):
+                remember_export(self.work.path, folder.folder, before)
+            raise
+
+    def do(self, folder: ExportFolder, ready: _Ready, run: Run) -> None:
+        """The exporter writes, the result is read back, and what was read is still what was checked."""
+        _remember(self.work, folder, run.progress)
         with noting_files() as written:
-            found = _write_and_read_back(settings, compute, files, folder, card, pruning, progress)
-        verify_stages(work_dir, _SHIPPED, up_to_bytes=ALL_BYTES)  # what was read is still what was checked
+            found = _write_and_read_back(self.settings, self.compute, folder, ready, run.progress)
+        verify_stages(self.work, _SHIPPED, up_to_bytes=ALL_BYTES)
         record = {name: value for name, value in asdict(found).items() if value is not None}
-        folder.finish(written=written, stages=stages, read_back=record, tool_version=__version__)
-    except BaseException:
-        folder.discard()
-        with suppress(ArtifactError, OSError):
-            remember_export(work_dir, folder.folder, before)
-        raise
-    return _result(folder, settings, ran=True)
+        folder.account = Account(written, ready.stages, record)
+
+    def result(self, folder: ExportFolder, *, ran: bool) -> StageResult:
+        """How large it is, and how exactly it was read back."""
+        record = ExportRecord.read(folder.folder)
+        assert record is not None
+        try:
+            found = ReadBack(**record.read_back)
+        except TypeError as error:
+            raise ArtifactError(
+                f"{folder.folder / RECORD} is damaged: read_back: {error}. Use --force to export again."
+            ) from error
+        summary = export_summary(record, found, format=self.settings.format, folder=folder.folder)
+        return StageResult(STAGE, folder.folder, ran, summary, record.warnings)
 
 
-def _remember(work_dir: Path, folder: ExportFolder, progress: Progress) -> None:
+plan_stage, run = Plans(Export), Runs(Export)
+
+
+def _remember(work: WorkDir, folder: ExportFolder, progress: Progress) -> None:
     """Lets `status` know of the directory, which is finished whether or not that can be noted."""
     try:
-        remember_export(work_dir, folder.folder, folder.fingerprint)
+        remember_export(work.path, folder.folder, folder.noted)
     except ArtifactError as error:
         progress.warn(f"{error} `mc-cli status` will not show this export.")
 
 
 def _write_and_read_back(
-    settings: ExportSettings,
-    compute: RunSettings,
-    files: PackedFiles,
-    folder: ExportFolder,
-    card: CardFacts,
-    pruning: tuple[Pruning, Mapping[str, torch.Tensor]] | None,
-    progress: Progress,
+    settings: ExportSettings, compute: RunSettings, folder: ExportFolder, ready: _Ready, progress: Progress
 ) -> ReadBack:
+    files, pruning = ready.files, ready.pruning
     trusted = compute.trust_remote_code
     parts = part_numbers(read_packed_config(files, trust_remote_code=trusted))
     stored = weight_dtype(files, trust_remote_code=trusted)
@@ -149,7 +168,7 @@ def _write_and_read_back(
             parts=tuple(parts),
             dtype=str(stored).removeprefix("torch."),
             shard_bytes=settings.shard_bytes,
-            card=card,
+            card=ready.card,
             original_tensors=lambda part: dense().original(part),
             original_config=lambda: dense().config_json(),
             advance=lambda note: step.advance(note=note),
@@ -178,11 +197,11 @@ def _write_and_read_back(
     return found
 
 
-def _stage_records(work_dir: Path) -> dict[str, dict[str, Any]]:
+def _stage_records(work: WorkDir) -> dict[str, dict[str, Any]]:
     """What each stage of the work directory was made with; settings that are paths keep only their last piece."""
     records = {}
-    for stage, name in STAGE_FOLDERS.items():
-        manifest = Manifest.read(work_dir / name)
+    for stage in STAGE_FOLDERS:
+        manifest = Manifest.read(work.folder(stage))
         if manifest is not None:
             settings = {key: _without_folder(value) for key, value in manifest.settings.items()}
             facts = {"fingerprint": manifest.fingerprint, "tool_version": manifest.tool_version}
@@ -195,32 +214,32 @@ def _without_folder(value: Any) -> Any:
 
 
 def _card(
-    work_dir: Path,
+    work: WorkDir,
     files: PackedFiles,
-    stages: dict[str, dict[str, Any]],
+    stages: Mapping[str, Mapping[str, Any]],
     evaluation: dict[str, Any],
     compute: RunSettings,
 ) -> CardFacts:
-    sizes = model_bytes(files.folder, trust_remote_code=compute.trust_remote_code)
+    sizes = stored_sizes(files.folder, trust_remote_code=compute.trust_remote_code)
     code_bits, weights = expert_code_bits(files.layout)
     return CardFacts(
         model_type=read_packed_config(files, trust_remote_code=compute.trust_remote_code).model_type,
         code_bits_per_weight=code_bits / weights,
         stored_bits_per_weight=8 * sizes[Role.EXPERT].total / weights,
         role_bytes={role.value: stored for role, stored in sizes.items()},
-        base_model=_hub_name(work_dir),
+        base_model=_hub_name(work.path),
         evaluation=evaluation,
         stages=stages,
         experts_dropped=sum(len(block.dropped) for block in files.layout.experts),
         experts=sum(block.num_experts for block in files.layout.experts),
         tool_version=__version__,
-        left_out=_left_out(work_dir),
+        left_out=_left_out(work),
     )
 
 
-def _left_out(work_dir: Path) -> tuple[str, ...]:
+def _left_out(work: WorkDir) -> tuple[str, ...]:
     """What calibrate said of tensors of the checkpoint that no stage takes along."""
-    calibrated = Manifest.read(work_dir / STAGE_FOLDERS["calibrate"])
+    calibrated = Manifest.read(work.folder("calibrate"))
     return tuple(text for text in (calibrated.warnings if calibrated else ()) if text.startswith(LEFT_OUT))
 
 
@@ -248,22 +267,22 @@ def _hub_name(work_dir: Path) -> str | None:
     return name if cached and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
 
 
-def _evaluation(work_dir: Path, folder: ExportFolder, progress: Progress) -> dict[str, Any]:
+def _evaluation(work: WorkDir, folder: ExportFolder, progress: Progress) -> dict[str, Any]:
     """prune-eval's figures where they are of this packed model; figures of another one are left out with a warning."""
-    evaluated = Manifest.read(work_dir / STAGE_FOLDERS["prune-eval"])
+    evaluated = Manifest.read(work.folder("prune-eval"))
     if evaluated is None:
         return {}
     if evaluated.inputs.get("quantize") != folder.inputs["quantize"]:
         folder.warn("the evaluation is of an earlier packed model, so the model card leaves it out.", progress)
         return {}
-    path = work_dir / STAGE_FOLDERS["prune-eval"] / EVALUATION
+    path = work.folder("prune-eval") / EVALUATION
     Evaluation.read(path)  # every field is as it should be
     return read_json(path)
 
 
 def _pruning(
     settings: ExportSettings,
-    work_dir: Path,
+    work: WorkDir,
     evaluation: dict[str, Any],
     folder: ExportFolder,
     progress: Progress,
@@ -282,33 +301,11 @@ def _pruning(
             progress,
         )
         return None
-    fitted = Manifest.read(work_dir / POLICY_FOLDER)
+    policies = work.folder(POLICY_STAGE)
+    fitted = Manifest.read(policies)
     if fitted is None or fitted.fingerprint != measured["fit"]:
         raise StaleArtifactError(
-            f"{work_dir / POLICY_FOLDER} is not the policy that was measured: it has been fitted anew, or removed. Run "
-            f"`mc-cli prune-eval -w {work_dir} --force` with --policy again."
+            f"{policies} is not the policy that was measured: it has been fitted anew, or removed. Run "
+            f"`{work.command('prune-eval')} --force` with --policy again."
         )
-    return read_pruning(work_dir / POLICY_FOLDER / measured["policy"])
-
-
-def _result(folder: ExportFolder, settings: ExportSettings, *, ran: bool) -> StageResult:
-    record = ExportRecord.read(folder.folder)
-    assert record is not None
-    try:
-        found = ReadBack(**record.read_back)
-    except TypeError as error:
-        raise ArtifactError(
-            f"{folder.folder / RECORD} is damaged: read_back: {error}. Use --force to export again."
-        ) from error
-    facts = {
-        "format": settings.format,
-        "directory": str(folder.folder),
-        "bytes": sum(entry["size_bytes"] for entry in record.outputs.values()),
-        "files": len(record.outputs) + 1,
-        "read back": found.compared,
-        "logit error": f"{found.logit_error_median:.2g} for the median of {found.tokens} tokens (allowed "
-        f"{found.tolerance:.2g}), {found.logit_error_max:.2g} at most",
-        "same top token": f"{100 * found.same_top_token:.1f} %",
-    }
-    summary = {"facts": facts, "tables": [], "read_back": dict(record.read_back)}
-    return StageResult(STAGE, folder.folder, ran, summary, record.warnings)
+    return read_pruning(policies / measured["policy"])

@@ -8,27 +8,28 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
-from mc_cli.artifacts.fields import read_as, reading
+from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.artifacts.files import file_digest, read_json, write_json, write_tensors
-from mc_cli.artifacts.locks import holding_work_dir
 from mc_cli.artifacts.names import COVERAGE, PLAN
 from mc_cli.artifacts.packed import LAYOUT, ExpertLayout, PackedLayout, part_file, part_name
 from mc_cli.artifacts.plan import Plan
-from mc_cli.artifacts.quantization import MatrixReport, read_report, write_report
-from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS, StageFolder, require_done
+from mc_cli.artifacts.quantization import Coverage, MatrixReport, read_report, write_report
+from mc_cli.artifacts.sizes import SIZES, write_sizes
+from mc_cli.artifacts.store import RESUME, StageFolder, require_done
+from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.coding.layer_quantizer import LayerQuantizer
 from mc_cli.coding.layer_result import LayerResult
 from mc_cli.coding.quantization import quantizer_for
-from mc_cli.data.batches import read_calibration
+from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.encodings import family_of_role
 from mc_cli.errors import ArtifactError, PlanError, Problems, listed
 from mc_cli.executors.here import Here
@@ -40,12 +41,15 @@ from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.packed_experts import share_slots
 from mc_cli.models.router_masks import drop_experts
 from mc_cli.models.session import Session, later_session
+from mc_cli.models.weight_digests import WeightDigests
 from mc_cli.numerics.hessian import accumulate
-from mc_cli.packed.packed_model import model_bytes
+from mc_cli.packed.packed_model import model_bytes, stored_sizes
 from mc_cli.parts import DROPPED, KEPT_BITS, ModelInventory, Role, TensorPart
 from mc_cli.progress import Progress, StageResult
 from mc_cli.registry import widths_of
+from mc_cli.reports.packed import packed_summary
 from mc_cli.settings import QuantizeSettings, RunSettings
+from mc_cli.stage import Plans, Run, Runs, Stage
 from mc_cli.walking.layerwise import LayerWalk
 from mc_cli.walking.resume import restore_progress, save_progress
 
@@ -53,58 +57,92 @@ STAGE = "quantize"
 _PLANNED_ROLES = (Role.ATTENTION, Role.SHARED, Role.DENSE, Role.ROUTER, Role.HEAD, Role.EMBEDDING)
 
 
-def plan_stage(settings: QuantizeSettings, compute: RunSettings, work_dir: Path) -> StageFolder:
-    """The stage's folder with its settings and input digests; nothing is run."""
-    return _folder(settings, later_session(work_dir, compute))
+@dataclass(frozen=True)
+class _Ready:
+    """What is read before the first layer."""
+
+    plan: Plan
+    inventory: ModelInventory
+    checkpoint: Checkpoint
+    weights: WeightDigests
+    inputs: Batch
+    sensitivities: Mapping[int, LayerSensitivity]
 
 
-@holding_work_dir
-@large_blocks_mapped()
-def run(
-    settings: QuantizeSettings, compute: RunSettings, work_dir: Path, *, force: bool, progress: Progress
-) -> StageResult:
+class Quantize(Stage[StageFolder, _Ready, StageResult]):
     """Writes `packed/`; can be killed at any moment and goes on at the layer it was in."""
-    session = later_session(work_dir, compute)
-    folder = _folder(settings, session)
-    if not folder.needed(force=force):
-        return _result(folder, compute, ran=False)
-    calibration = work_dir / STAGE_FOLDERS["calibrate"]
-    inventory = calibration_artifact.read_inventory(calibration / calibration_artifact.INVENTORY)
-    plan = Plan.read(plan_path(settings, work_dir))
-    check_plan(plan, settings, inventory)
-    checkpoint = session.open_checkpoint()
-    weights = session.digesting(checkpoint, folder)
-    folder.start(force=force)
-    batch = read_calibration(calibration, vocabulary=session.vocabulary)
-    run_our_experts(checkpoint.model)
-    walk = LayerWalk(checkpoint, batch, batch_size=session.batch_size(batch.length))
-    sensitivities = calibration_artifact.read_sensitivities(calibration, inventory)
-    if settings.quantizer.joins_rows and sensitivities and not _has_covariances(calibration, inventory):
-        folder.warn(
-            "the calibration is of an earlier version, without the covariance of the gradient: errors are not fed into "
-            "later rows; that raises the KL divergence by about a tenth. Run calibrate --force and all stages again.",
-            progress,
+
+    def __init__(self, settings: QuantizeSettings, compute: RunSettings, work: WorkDir) -> None:
+        self.settings, self.work = settings, work
+        self.session = later_session(work.path, compute)
+
+    def folder(self) -> StageFolder:
+        """Made from the model, its calibration and the plan."""
+        calibrated = self.session.calibrated()
+        inputs = {**self.session.model_inputs(), "calibrate": calibrated.fingerprint}
+        if self.settings.plan is None:
+            inputs["allocate"] = require_done(self.work, "allocate").fingerprint
+        path = plan_path(self.settings, self.work)
+        if not path.is_file():
+            raise PlanError(f"{path}: no such plan. Run `{self.work.command('allocate')}`, or name one with --plan.")
+        inputs["plan"] = file_digest(path)
+        resolved = {**self.settings.resolved(), "dtype": self.session.dtype_name}
+        return StageFolder(self.work, STAGE, resolved, inputs)
+
+    def ready(self, folder: StageFolder, run: Run) -> _Ready:
+        """Plan and model agree; the calibration, and the checkpoint's headers."""
+        calibration = self.work.folder("calibrate")
+        inventory = calibration_artifact.read_inventory(calibration / calibration_artifact.INVENTORY)
+        plan = Plan.read(plan_path(self.settings, self.work))
+        check_plan(plan, self.settings, inventory)
+        checkpoint = self.session.open_checkpoint()
+        weights = self.session.digesting(checkpoint, folder)
+        inputs = read_calibration(calibration, vocabulary=self.session.vocabulary)
+        sensitivities = calibration_artifact.read_sensitivities(calibration, inventory)
+        if self.settings.quantizer.joins_rows and sensitivities and not _has_covariances(calibration, inventory):
+            folder.warn(
+                "the calibration is of an earlier version, without the covariance of the gradient: errors are not fed "
+                "into later rows; that raises the KL divergence by about a tenth. Run calibrate --force and all stages "
+                "again.",
+                run.progress,
+            )
+        return _Ready(plan, inventory, checkpoint, weights, inputs, sensitivities)
+
+    @large_blocks_mapped()
+    def do(self, folder: StageFolder, ready: _Ready, run: Run) -> None:
+        """The embedding, every layer, the head and the rest; then the account of it all."""
+        checkpoint, inventory, plan, quantizer = ready.checkpoint, ready.inventory, ready.plan, self.settings.quantizer
+        run_our_experts(checkpoint.model)
+        walk = LayerWalk(checkpoint, ready.inputs, batch_size=self.session.batch_size(ready.inputs.length))
+        worker = LayerQuantizer(
+            walk,
+            plan,
+            quantizer_for(quantizer),
+            Here(),
+            shrinkage=quantizer.shrinkage,
+            sensitivities=ready.sensitivities,
+            covariance_of=partial(calibration_artifact.read_covariance, self.work.folder("calibrate")),
         )
-    worker = LayerQuantizer(
-        walk,
-        plan,
-        quantizer_for(settings.quantizer),
-        Here(),
-        shrinkage=settings.quantizer.shrinkage,
-        sensitivities=sensitivities,
-        covariance_of=partial(calibration_artifact.read_covariance, calibration),
-    )
-    writer = _Writer(folder, checkpoint, inventory, session)
-    original = walk.twin() if settings.quantizer.corrects_errors else None
-    with weights:
-        rest = worker.linears.embedding(inventory.tensors)
-        if rest.linears:
-            walk.embed_again()
-        _layers(walk, original, checkpoint, inventory, plan, worker, writer, folder, progress)
-        _head_and_rest(walk, checkpoint, inventory, plan, worker, writer, rest)
-        weights.finish()
-    _finish(folder, inventory, settings, session, progress)
-    return _result(folder, compute, ran=True)
+        writer = _Writer(folder, checkpoint, inventory, self.session)
+        original = walk.twin() if quantizer.corrects_errors else None
+        with ready.weights as weights:
+            rest = worker.linears.embedding(inventory.tensors)
+            if rest.linears:
+                walk.embed_again()
+            _layers(walk, original, checkpoint, inventory, plan, worker, writer, folder, run.progress)
+            _head_and_rest(walk, checkpoint, inventory, plan, worker, writer, rest)
+            weights.finish()
+        _account(folder, inventory, self.settings, self.session, run.progress)
+
+    def result(self, folder: StageFolder, *, ran: bool) -> StageResult:
+        """Stored bytes by role, and that every expert weight is accounted for."""
+        stored = stored_sizes(folder.folder, trust_remote_code=self.session.compute.trust_remote_code)
+        coverage = Coverage.read(folder.path(COVERAGE))
+        summary = packed_summary(stored, _report_rows(folder), coverage, routines=path_name())
+        return StageResult(STAGE, folder.folder, ran, summary, folder.recorded_warnings())
+
+
+plan_stage, run = Plans(Quantize), Runs(Quantize)
 
 
 def _has_covariances(calibration: Path, inventory: ModelInventory) -> bool:
@@ -112,21 +150,9 @@ def _has_covariances(calibration: Path, inventory: ModelInventory) -> bool:
     return all(path.exists() for path in files)
 
 
-def _folder(settings: QuantizeSettings, session: Session) -> StageFolder:
-    calibrated = session.calibrated()
-    inputs = {**session.model_inputs(), "calibrate": calibrated.fingerprint}
-    if settings.plan is None:
-        inputs["allocate"] = require_done(session.work_dir, "allocate").fingerprint
-    path = plan_path(settings, session.work_dir)
-    if not path.is_file():
-        raise PlanError(f"{path}: no such plan. Run `mc-cli allocate -w {session.work_dir}`, or name one with --plan.")
-    inputs["plan"] = file_digest(path)
-    return StageFolder(session.work_dir, STAGE, {**settings.resolved(), "dtype": session.dtype_name}, inputs)
-
-
-def plan_path(settings: QuantizeSettings, work_dir: Path) -> Path:
+def plan_path(settings: QuantizeSettings, work: WorkDir) -> Path:
     """Where the plan lies that quantize follows."""
-    return Path(settings.plan) if settings.plan is not None else work_dir / STAGE_FOLDERS["allocate"] / PLAN
+    return Path(settings.plan) if settings.plan is not None else work.folder("allocate") / PLAN
 
 
 def check_plan(plan: Plan, settings: QuantizeSettings, inventory: ModelInventory) -> None:
@@ -300,10 +326,10 @@ class _Writer:
         return tensors
 
 
-def _finish(
+def _account(
     folder: StageFolder, inventory: ModelInventory, settings: QuantizeSettings, session: Session, progress: Progress
 ) -> None:
-    """Coverage, layout, model files, warnings, manifest."""
+    """Coverage, layout, model files, sizes, warnings."""
     rows = _report_rows(folder)
     experts: list[ExpertLayout] = []
     linears: dict[str, str] = {}
@@ -336,8 +362,9 @@ def _finish(
             "could not be fitted to make good for errors made before them.",
             progress,
         )
-    write_json(folder.path(COVERAGE), coverage)
-    folder.finish(__version__)
+    coverage.write(folder.path(COVERAGE))
+    trusted = session.compute.trust_remote_code
+    write_sizes(folder.path(SIZES), model_bytes(folder.folder, trust_remote_code=trusted))
 
 
 def _report_rows(folder: StageFolder) -> list[MatrixReport]:
@@ -354,18 +381,7 @@ def _is_quantized_down(row: MatrixReport) -> bool:
     return row.role == Role.EXPERT.value and row.outcome == "quantized" and row.name.endswith(".down_proj")
 
 
-def _read_coverage(path: Path) -> dict[str, Any]:
-    """The account of a finished run. Raises ArtifactError where the file is damaged."""
-    coverage = read_json(path)
-    with reading(path, "an account of coverage", "Run quantize --force."):
-        read_as(float, coverage.get("covered"), "covered")
-        for name in ("quantized", "kept", "pruned"):
-            read_as(int, coverage.get(name), name)
-        read_as(dict[str, list[Any]], coverage.get("experts_dropped", {}), "experts_dropped")
-    return coverage
-
-
-def _coverage(rows: list[MatrixReport], inventory: ModelInventory, layouts: list[ExpertLayout]) -> dict[str, Any]:
+def _coverage(rows: list[MatrixReport], inventory: ModelInventory, layouts: list[ExpertLayout]) -> Coverage:
     """Expert weights by outcome, and the dropped experts by layer.
 
     Raises ArtifactError unless every projection of every expert has exactly one row, and a row as pruned exactly if
@@ -414,53 +430,4 @@ def _coverage(rows: list[MatrixReport], inventory: ModelInventory, layouts: list
         for block in inventory.expert_blocks
         if names[block.path].dropped
     }
-    return {"expert_weights": total, **counts, "covered": sum(counts.values()) / total, "experts_dropped": by_layer}
-
-
-def _listing(names: list[int]) -> str:
-    shown = ", ".join(map(str, names[:12]))
-    return shown if len(names) <= 12 else f"{shown} ... ({len(names)})"
-
-
-def _result(folder: StageFolder, compute: RunSettings, *, ran: bool) -> StageResult:
-    rows = _report_rows(folder)
-    stored = model_bytes(folder.folder, trust_remote_code=compute.trust_remote_code)
-    weights: dict[str, int] = {}
-    code_bits: dict[str, float] = {}
-    for row in rows:
-        if row.outcome == "quantized":
-            weights[row.role] = weights.get(row.role, 0) + row.weight_count
-            code_bits[row.role] = code_bits.get(row.role, 0.0) + row.weight_count * row.bits
-    table_rows: list[list[Any]] = []
-    for role, sizes in sorted(stored.items(), key=lambda item: -item[1].total):
-        count = weights.get(role.value)
-        mean_code = round(code_bits[role.value] / count, 3) if count else None
-        mean_stored = round(8 * (sizes.codes + sizes.side) / count, 3) if count else None
-        table_rows.append([role.value, sizes.total, sizes.codes, sizes.side, sizes.kept, mean_code, mean_stored])
-    columns = [
-        "role",
-        "bytes",
-        "codes",
-        "scales and zero points",
-        "kept",
-        "code bits per weight",
-        "stored bits per weight",
-    ]
-    coverage = _read_coverage(folder.path(COVERAGE))
-    table = {
-        "title": "Stored bytes of the packed model",
-        "columns": [{"name": n, "align": "right" if i else "left"} for i, n in enumerate(columns)],
-        "rows": table_rows,
-    }
-    facts = {
-        "stored bytes": sum(sizes.total for sizes in stored.values()),
-        "compiled routines": path_name(),
-        "expert coverage": f"{100 * coverage['covered']:.1f} % ({coverage['quantized']:,} quantized, "
-        f"{coverage['kept']:,} kept, {coverage['pruned']:,} pruned"
-        + (f", {coverage['shared']:,} shared)" if coverage.get("shared") else ")"),
-    }
-    if dropped := coverage.get("experts_dropped"):
-        facts["experts dropped"] = "; ".join(f"layer {layer}: {_listing(names)}" for layer, names in dropped.items())
-    return StageResult(
-        STAGE, folder.folder, ran, {"facts": facts, "tables": [table], "coverage": coverage}, folder.recorded_warnings()
-    )
+    return Coverage(total, **counts, covered=sum(counts.values()) / total, experts_dropped=by_layer)

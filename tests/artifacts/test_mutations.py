@@ -17,9 +17,12 @@ from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.manifest import Manifest, fingerprint_of, with_digest
+from mc_cli.artifacts.packed import StoredBytes
 from mc_cli.artifacts.plan import Plan
-from mc_cli.artifacts.quantization import read_report, write_report
+from mc_cli.artifacts.quantization import Coverage, read_report, write_report
+from mc_cli.artifacts.sizes import read_sizes, write_sizes
 from mc_cli.errors import BudgetError, InputError, McError
+from mc_cli.parts import Role
 from mc_cli.recipe import plan_run, read_recipe
 from tests.artifacts.test_calibration import INVENTORY, ROUTING
 from tests.artifacts.test_evaluation import EVALUATION, ROWS
@@ -42,6 +45,8 @@ MANIFEST = with_digest(
     | {"inputs": _INPUTS, "outputs": {"importance.json": {"sha256": "0" * 64, "size_bytes": 3}}, "tool_version": "1"}
     | {"warnings": ["w"], "schema": 1}
 )
+COVERAGE = Coverage(100, 80, 10, 10, 1.0, {"1": [0, 3]})
+SIZES = {Role.EXPERT: StoredBytes(60, 12, 0), Role.HEAD: StoredBytes(0, 0, 32)}
 TEXT_REPORT = {
     **{"rows": {"chat: messages": 3}, "empty_rows": 0, "chat_template": "own", "chats_rendered": 3},
     **{"chats_refused": 0, "example_of_refused": ""},
@@ -72,6 +77,8 @@ KINDS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], object]]] = {
     "eval.json": (EVALUATION.write, Evaluation.read),
     "text.json": (lambda path: write_json(path, TEXT_REPORT), lambda path: read_text_report(path.parent)),
     "report.json": (lambda path: write_report(path, ROWS), read_report),
+    "coverage.json": (COVERAGE.write, Coverage.read),
+    "sizes.json": (lambda path: write_sizes(path, SIZES), read_sizes),
     "manifest.json": (lambda path: write_json(path, MANIFEST), lambda path: Manifest.read(path.parent)),
 }
 
@@ -115,6 +122,7 @@ def test_mutated_plans_are_refused_by_name_or_read(tmp_path: Path) -> None:
 RECIPE = """\
 work_dir: w
 effort: fast
+variant: small
 calibrate: {model: bundled:demo-moe, data: bundled:calibration, sequences: 8, length: 32}
 score: {bits: [1, 2, 3.5], quantizer: trellis, damping: 0.01, shrinkage: 0.5}
 allocate: {target_stored_bits: 2.5, floors: {3: 1, 2: 1}, seed: 3, gap: 1e-4}

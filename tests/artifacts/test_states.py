@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from mc_cli.artifacts.manifest import Manifest, take_digest, with_digest
 from mc_cli.artifacts.states import read_sealed, read_state, recorded, write_sealed, write_state
 from mc_cli.artifacts.store import StageFolder
+from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import ArtifactError, InputError, about
 
 TENSORS = {
@@ -101,7 +102,9 @@ def test_a_sealed_object_is_read_only_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_remarks_in_a_manifest_are_as_they_were_written(tmp_path: Path) -> None:
-    stage = StageFolder(tmp_path, "score", {"bits": [2, 3]}, {"calibrate": "x"}, warnings=["2 experts saw no token"])
+    stage = StageFolder(
+        WorkDir(tmp_path), "score", {"bits": [2, 3]}, {"calibrate": "x"}, warnings=["2 experts saw no token"]
+    )
     assert stage.begin(force=False)
     stage.path("importance.json").write_text("{}", encoding="utf-8")
     written = stage.finish("1.0")

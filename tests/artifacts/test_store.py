@@ -14,12 +14,13 @@ from mc_cli.artifacts.files import (
     write_text,
 )
 from mc_cli.artifacts.store import BEGUN, MANIFEST, RESUME, Manifest, StageFolder, require_done
+from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError
 from mc_cli.progress import SilentProgress
 
 
 def stage(work_dir: Path, settings: dict[str, Any] | None = None, inputs: dict[str, str] | None = None) -> StageFolder:
-    return StageFolder(work_dir, "score", settings or {"bits": [1, 2]}, inputs or {"model": "m"})
+    return StageFolder(WorkDir(work_dir), "score", settings or {"bits": [1, 2]}, inputs or {"model": "m"})
 
 
 def finished(work_dir: Path) -> StageFolder:
@@ -161,27 +162,27 @@ def test_folder_of_somebody_else_is_not_touched(tmp_path: Path, force: bool) -> 
 
 def test_earlier_stage_has_to_be_done(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"importance does not exist.*Run `mc-cli score -w "):
-        require_done(tmp_path, "score")
+        require_done(WorkDir(tmp_path), "score")
     folder = stage(tmp_path)
     folder.begin(force=False)
     with pytest.raises(InputError, match="importance is not finished"):
-        require_done(tmp_path, "score")
+        require_done(WorkDir(tmp_path), "score")
     folder.finish("1")
-    assert require_done(tmp_path, "score").fingerprint == folder.fingerprint
+    assert require_done(WorkDir(tmp_path), "score").fingerprint == folder.fingerprint
 
 
 def test_earlier_stage_has_to_be_of_the_ones_before_it(tmp_path: Path) -> None:
     def made(name: str, settings: dict[str, Any], inputs: dict[str, str]) -> str:
-        folder = StageFolder(tmp_path, name, settings, inputs)
+        folder = StageFolder(WorkDir(tmp_path), name, settings, inputs)
         folder.begin(force=True)
         return folder.finish("1").fingerprint
 
     calibrated = made("calibrate", {"seed": 0}, {})
     made("score", {}, {"calibrate": calibrated})
-    require_done(tmp_path, "score")
+    require_done(WorkDir(tmp_path), "score")
     made("calibrate", {"seed": 1}, {})
     with pytest.raises(StaleArtifactError, match=r"earlier run of calibrate.*Run `mc-cli score -w .* --force` first"):
-        require_done(tmp_path, "score")
+        require_done(WorkDir(tmp_path), "score")
 
 
 def test_record_on_disk_is_plain_json(tmp_path: Path) -> None:

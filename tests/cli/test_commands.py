@@ -201,6 +201,27 @@ def test_run_does_all_stages_then_none(mc_cli: Invoke, stages: FakeStages, tmp_p
     assert [stage["ran"] for stage in second["stages"]] == [False] * len(STAGES)
 
 
+def test_a_second_target_is_a_variant_over_the_same_scores(mc_cli: Invoke, stages: FakeStages, tmp_path: Path) -> None:
+    assert mc_cli(*WHOLE_RUN, "-w", tmp_path).exit_code == 0
+    smaller = (*WHOLE_RUN, "-w", tmp_path, "--target-stored-bits", "2", "--variant", "small")
+    planned = json.loads(mc_cli(*smaller, "--dry-run", "--json").stdout)["stages"]
+    assert [entry["state"] for entry in planned] == ["done", "done", "new", "waiting", "waiting", "waiting"]
+    second = json.loads(mc_cli(*smaller, "--json").stdout)
+    assert [stage["ran"] for stage in second["stages"]] == [False, False, True, True, True, True]
+    assert second["stages"][2]["folder"] == str(tmp_path / "variants" / "small" / "plan")
+    again = ("allocate", "-w", tmp_path, "--target-stored-bits", 2, "--variant")
+    alone = json.loads(mc_cli(*again, "small", "--json").stdout)
+    assert not alone["ran"] and alone["folder"] == second["stages"][2]["folder"]
+    shown = mc_cli("status", "-w", tmp_path).stdout
+    assert shown.count("quantize") == 2 and "small" in shown and "(all)" in shown
+    only = json.loads(mc_cli("status", "-w", tmp_path, "--variant", "small", "--json").stdout)["stages"]
+    assert {entry["variant"] for entry in only} == {None, "small"}
+    for name in ("../small", "packed"):
+        refused = mc_cli(*again, name)
+        assert refused.exit_code == 1 and "a variant's name has" in refused.stderr
+    assert mc_cli("score", "-w", tmp_path, "--variant", "small").exit_code == 2, "scores are of all variants"
+
+
 def test_run_stops_at_what_is_stale_and_force_from_rebuilds_from_there(
     mc_cli: Invoke, stages: FakeStages, tmp_path: Path
 ) -> None:

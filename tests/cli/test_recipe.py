@@ -38,7 +38,7 @@ def test_every_recipe_of_this_repository_is_whole() -> None:
 
 def test_values_reach_the_settings(tmp_path: Path) -> None:
     plan = plan_run(recipe(tmp_path, WHOLE))
-    assert plan.work_dir == Path("runs/x")
+    assert plan.work.path == Path("runs/x")
     assert plan.compute == s.RunSettings(device="cpu")
     assert plan.stages["calibrate"] == s.CalibrateSettings(model="m", data="d.txt", sequences=4)
     assert plan.stages["score"].bits == (2, 3)
@@ -63,7 +63,18 @@ def test_flags_go_over_the_recipe(tmp_path: Path) -> None:
     assert plan.stages["calibrate"].sequences == 8
     assert plan.stages["allocate"].target_stored_bits == 2.25
     assert plan.stages["allocate"].target_size_bytes is None
-    assert plan.work_dir == Path("elsewhere")
+    assert plan.work.path == Path("elsewhere")
+
+
+def test_a_recipe_may_name_its_variant(tmp_path: Path) -> None:
+    assert plan_run(recipe(tmp_path, WHOLE)).work.variant == "main"
+    named = recipe(tmp_path, WHOLE + "\nvariant: small\n")
+    assert plan_run(named).work.folder("quantize") == Path("runs/x/variants/small/packed")
+    assert plan_run(named.override([], None, None, "other")).work.variant == "other"
+    with pytest.raises(InputError, match="--variant"):
+        plan_run(named.override([], None, None, "a/b"))
+    with pytest.raises(InputError, match="variant: a whole number"):
+        recipe(tmp_path, WHOLE + "\nvariant: 2\n")
 
 
 def test_all_offenders_are_named_at_once(tmp_path: Path) -> None:
@@ -87,7 +98,7 @@ def test_all_offenders_are_named_at_once(tmp_path: Path) -> None:
         "score: loss_tokens: is a number (1.5), should be a whole number",
         "score: activation_order: is a text ('yes'), should be true or false",
         "export: a text, should be settings",
-        "unknown section 'scores' (did you mean score?); known: description, work_dir, effort, ",
+        "unknown section 'scores' (did you mean score?); known: description, work_dir, variant, effort, ",
     ):
         assert words in said
 

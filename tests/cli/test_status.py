@@ -11,9 +11,10 @@ import pytest
 import torch
 from typer.testing import Result
 
-from mc_cli.artifacts.exported import remember_export
+from mc_cli.artifacts.exported import NotedExport, remember_export
 from mc_cli.artifacts.files import write_json, write_tensors, write_text
 from mc_cli.artifacts.store import StageFolder
+from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import ArtifactError
 from mc_cli.progress import SilentProgress
 from mc_cli.settings import AllocateSettings, ExportSettings, RunSettings
@@ -71,7 +72,7 @@ def test_the_phases_of_calibrate_are_counted(tmp_path: Path) -> None:
         assert entry.state == "begun"
         return entry.detail
 
-    folder = StageFolder(work, "calibrate", {"seed": 0}, {})
+    folder = StageFolder(WorkDir(work), "calibrate", {"seed": 0}, {})
     folder.path("begun.json.partial").mkdir(parents=True)  # killed in its very first file
     assert detail() == "nothing finished yet"
     folder.start(force=False)
@@ -95,10 +96,10 @@ def test_the_phases_of_prune_eval_are_counted(work_dir: Path) -> None:
         assert entry.state == "begun"
         return entry.detail
 
-    StageFolder(work_dir, "prune-eval", {"length": 8}, {}).start(force=False)
+    StageFolder(WorkDir(work_dir), "prune-eval", {"length": 8}, {}).start(force=False)
     assert detail() == "original and packed model are compared"
     settings = {"policy": ["otp"], "otp_steps": 200}
-    policies = StageFolder(work_dir, "policy", settings, {}, folder_name="pruning")
+    policies = StageFolder(WorkDir(work_dir), "policy", settings, {})
     policies.start(force=False)
     assert detail() == "otp's routers are trained, layer by layer"
     write_tensors(policies.path("resume/routers.safetensors"), {"a": torch.ones(3), "step": torch.tensor(40)})
@@ -113,7 +114,7 @@ def test_the_phases_of_prune_eval_are_counted(work_dir: Path) -> None:
 
 def test_an_export_under_way(tiny_model: TinyModel, tmp_path: Path) -> None:
     work, out = packed_work_dir(tiny_model("mixtral"), tmp_path / "work"), tmp_path / "out"
-    remember_export(work, out, "f")
+    remember_export(work, out, NotedExport("f"))
     write_json(tmp_path / "out.partial" / "begun.json", {"fingerprint": "f"})
     write_text(tmp_path / "out.partial" / "model.safetensors", "x" * 976)
     [(state, detail)] = exports(work)
@@ -134,7 +135,7 @@ def test_rebuilt_with_the_same_settings_is_not_stale(mc_cli: Invoke, work_dir: P
 
 
 def test_stale_when_an_earlier_stage_is_begun_again(work_dir: Path) -> None:
-    calibrate = StageFolder(work_dir, "calibrate", {"other": 1}, {})
+    calibrate = StageFolder(WorkDir(work_dir), "calibrate", {"other": 1}, {})
     calibrate.begin(force=True)
     [entry, *_] = work_dir_status(work_dir)
     assert (entry.state, entry.detail) == ("begun", "nothing finished yet")
@@ -203,11 +204,11 @@ def test_exports_are_to_do_done_stale_damaged_and_missing(
     assert exports(work)[0][0] == "damaged"
     weights.rename(out / "model.safetensors")
 
-    evaluated = StageFolder(work, "prune-eval", {}, {})
+    evaluated = StageFolder(WorkDir(work), "prune-eval", {}, {})
     evaluated.begin(force=False)
     evaluated.finish("0")
     assert exports(work) == [("stale", f"{out}: prune-eval was run since")]
-    quantized = StageFolder(work, "quantize", {"other": 1}, {})
+    quantized = StageFolder(WorkDir(work), "quantize", {"other": 1}, {})
     shutil.copytree(quantized.folder, tmp_path / "packed")
     quantized.begin(force=True)
     quantized.finish("0")
@@ -227,8 +228,8 @@ def test_every_export_is_known_until_it_is_gone(tiny_model: TinyModel, tmp_path:
     export_to(moved, moved / "model")
     assert exports(moved) == [("done", str(moved / "model"))]
     other = packed_work_dir(tiny_model("olmoe"), tmp_path / "other", widths=(3,))
-    StageFolder(other, "prune-eval", {}, {}).begin(force=False)
-    StageFolder(other, "prune-eval", {}, {}).finish("0")
+    StageFolder(WorkDir(other), "prune-eval", {}, {}).begin(force=False)
+    StageFolder(WorkDir(other), "prune-eval", {}, {}).finish("0")
     export_to(other, moved / "model", force=True)
     assert exports(moved) == [("stale", f"{moved / 'model'}: replaced by an export from elsewhere")]
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from mc_cli.artifacts import work_dir as work_dirs
 from mc_cli.artifacts.evaluation import Evaluation, TextResult
 from mc_cli.artifacts.exported import RECORD, ExportFolder
 from mc_cli.artifacts.files import write_json
@@ -377,7 +378,7 @@ def test_the_tokenizer_comes_along(format: str, work_dir: WorkDir, tiny_model: T
 
 def evaluate(work: Path, quantize_fingerprint: str) -> None:
     """Leaves in `work` what prune-eval writes."""
-    stage = StageFolder(work, "prune-eval", {"length": 8}, {"quantize": quantize_fingerprint})
+    stage = StageFolder(work_dirs.WorkDir(work), "prune-eval", {"length": 8}, {"quantize": quantize_fingerprint})
     stage.begin(force=False)
     text = TextResult(1234, math.log(5.0), math.log(5.5), 0.0625, 0.75)
     evaluation = Evaluation(

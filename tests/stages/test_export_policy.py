@@ -15,6 +15,7 @@ import mc_cli
 from mc_cli.artifacts.packed import read_layout
 from mc_cli.artifacts.pruning import TENSOR_PREFIX, Pruning, read_pruning, write_pruning
 from mc_cli.artifacts.store import Manifest, StageFolder
+from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import InputError, StaleArtifactError
 from mc_cli.models.experts import PRUNER, find_experts
 from mc_cli.packed.loading import load_packed
@@ -164,5 +165,5 @@ def pretend_otp(work_dir: Path) -> dict[str, torch.Tensor]:
     manifest = Manifest.read(work_dir / "pruning")
     assert manifest is not None
     write_pruning(work_dir / "pruning" / "odp", Pruning.from_json({**plain, "policy": "otp"}), learned)
-    StageFolder(work_dir, "policy", manifest.settings, manifest.inputs, folder_name="pruning").finish("0")
+    StageFolder(WorkDir(work_dir), "policy", manifest.settings, manifest.inputs).finish("0")
     return learned

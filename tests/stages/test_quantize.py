@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from mc_cli.artifacts.store import Manifest, StageFolder
+from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.settings import QuantizerSettings
 from tests.conftest import TinyModel
 from tests.tiny_chain import run_allocate, run_calibrate, run_quantize, run_score, write_documents
@@ -22,5 +23,5 @@ def test_without_covariances_quantize_says_what_is_lost(tiny_model: TinyModel, t
     shutil.rmtree(work_dir / "calibration" / "gradients")  # as an earlier version left it, and its manifest
     manifest = Manifest.read(work_dir / "calibration")
     assert manifest is not None
-    StageFolder(work_dir, "calibrate", manifest.settings, manifest.inputs).finish("0")
+    StageFolder(WorkDir(work_dir), "calibrate", manifest.settings, manifest.inputs).finish("0")
     assert any(said in warning for warning in run_quantize(work_dir, quantizer=trellis, force=True).warnings)

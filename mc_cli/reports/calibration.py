@@ -1,0 +1,35 @@
+"""How the router spread the calibration tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mc_cli.artifacts.calibration import LayerRouting
+from mc_cli.parts import ModelInventory, Role
+from mc_cli.reports.tables import summary, table
+
+
+def calibration_summary(inventory: ModelInventory, routing: Sequence[LayerRouting], text: str | None) -> dict[str, Any]:
+    """Model, tokens and the spread of tokens by layer.
+
+    routing   of every MoE layer, in layer order;  text   how rows became text, None where they were plain
+    """
+    facts: dict[str, Any] = {
+        "model type": inventory.model_type,
+        "calibration tokens": routing[0].token_count,
+        "expert weights": inventory.expert_weight_count,
+        "model bytes": sum(inventory.bytes_by_role().values()),
+        "expert bytes": inventory.bytes_by_role()[Role.EXPERT],
+    }
+    if text is not None:
+        facts["text"] = text
+    columns = ["layer", "experts", "fewest tokens", "median", "most tokens", "fewest %", "most %"]
+    return summary(facts, table("Routing of the calibration tokens", columns, [_row(layer) for layer in routing]))
+
+
+def _row(layer: LayerRouting) -> list[Any]:
+    counts = sorted(layer.routing_count)
+    share = 100 / max(1, sum(counts))
+    spread = [counts[0], counts[len(counts) // 2], counts[-1]]
+    return [layer.layer, len(counts), *spread, round(counts[0] * share, 2), round(counts[-1] * share, 2)]

@@ -1,0 +1,150 @@
+"""The packed model beside the original: loss, perplexity, bytes, skipping of experts, tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mc_cli.artifacts.evaluation import Evaluation, TextResult
+from mc_cli.reports.tables import summary, table
+
+
+def evaluation_summary(evaluation: Evaluation, text: str | None) -> dict[str, Any]:
+    """Everything that an evaluation measured; `text`: how rows became text, None where they were plain."""
+    facts = _facts(evaluation)
+    if text is not None:
+        facts["text"] = text
+    tables = [
+        _texts_table(evaluation),
+        _bytes_table(evaluation),
+        *_pruning_tables(evaluation),
+        *_task_tables(evaluation),
+    ]
+    if not evaluation.pruning:
+        return summary(facts, *tables, tasks=dict(evaluation.tasks))
+    facts |= _pruning_facts(evaluation.pruning)
+    return summary(facts, *tables, tasks=dict(evaluation.tasks), pruning=dict(evaluation.pruning))
+
+
+def _facts(evaluation: Evaluation) -> dict[str, Any]:
+    before = sum(evaluation.original_bytes.values())
+    after = sum(sum(parts.values()) for parts in evaluation.stored_bytes.values())
+    changes = evaluation.router_changes
+    return {
+        "stored bytes before": before,
+        "stored bytes after": after,
+        "times smaller": round(before / after, 3),
+        "stored bits per expert weight": round(evaluation.expert_stored_bits, 4),
+        "code bits per expert weight": round(evaluation.expert_code_bits, 4),
+        "perplexity before": round(math.exp(evaluation.total.original_loss), 4),
+        "perplexity after": round(math.exp(evaluation.total.packed_loss), 4),
+        "router choices changed": f"{100 * sum(changes.values()) / len(changes):.2f} % "
+        f"(worst layer {100 * max(changes.values()):.2f} %)",
+    }
+
+
+def _texts_table(evaluation: Evaluation) -> dict[str, Any]:
+    """One row per domain and one of all; where there is one domain, that of all."""
+    context, domains = evaluation.context, evaluation.domains
+    rows = [_row(name, entry) for name, entry in domains.items()] if len(domains) > 1 else []
+    rows.append(_row("all", evaluation.total))
+    columns = ["text", "tokens", "perplexity before", "after", "loss gap (nats)", "KL (nats)", "same top token %"]
+    title = f"Original and packed model, context {context['length']}, stride {context['stride']}"
+    if context.get("activation_bits") == 8:
+        title += ", inputs of 8 bits"
+    return table(title, columns, rows, left=1)
+
+
+def _pruning_facts(pruning: Mapping[str, Any]) -> dict[str, Any]:
+    """The point that ships, in a few figures."""
+    chosen = next(row for row in pruning["points"] if row["policy"] == pruning["policy"] and row["chosen"])
+    whole = pruning["unpruned"]
+    return {
+        "policy": pruning["policy"],
+        "expert calls dropped": f"{100 * chosen['rate']:.2f} %",
+        "perplexity with the policy": f"{chosen['perplexity']:.4f} ({100 * chosen['perplexity_rise']:+.2f} % over "
+        "the packed model)",
+        "experts per token and layer": f"{chosen['experts_per_token']:.3f} of {whole['experts_per_token']:.3f}",
+        "activated bytes per token": f"{chosen['activated_bytes']:,.0f} of {whole['activated_bytes']:,.0f}",
+    }
+
+
+def _pruning_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Operating points by policy and rate; for the one that ships also its layers and token classes."""
+    pruning = evaluation.pruning
+    if not pruning:
+        return []
+    points = sorted(pruning["points"], key=lambda row: (row["policy"] != pruning["policy"], row["policy"], row["rate"]))
+    rows = [
+        [
+            row["policy"] + (" *" if row["chosen"] and row["policy"] == pruning["policy"] else ""),
+            round(100 * row["rate"], 2),
+            round(row["perplexity"], 3),
+            round(100 * row["perplexity_rise"], 3),
+            round(row["kl_packed"], 5),
+            round(row["experts_per_token"], 3),
+            round(row["activated_bytes"]),
+            "yes" if row["on_front"] else "",
+        ]
+        for row in points
+    ]
+    names = ("policy", "calls dropped %", "perplexity", "rise %", "KL (nats)", "experts per token")
+    columns = [*names, "activated bytes", "on the front"]
+    whole_table = table("Expert calls dropped while running (* ships)", columns, rows, left=1)
+    chosen = next(row for row in points if row["chosen"])
+    whole = pruning["unpruned"]
+    parts = [
+        [f"{kind} {name}", round(mean, 3), round(whole[key][name], 3)]
+        for kind, key in (("layer", "experts_by_layer"), ("tokens:", "experts_by_class"))
+        for name, mean in chosen[key].items()
+    ]
+    title = "Experts per token with the policy that ships"
+    return [whole_table, table(title, ["where", "with it", "without"], parts, left=1)]
+
+
+def _row(name: str, entry: TextResult) -> list[Any]:
+    return [
+        name,
+        entry.tokens,
+        round(math.exp(entry.original_loss), 6),  # digits to spare: what is shown is rounded once, from these
+        round(math.exp(entry.packed_loss), 6),
+        round(entry.packed_loss - entry.original_loss, 8),
+        round(entry.kl_divergence, 8),
+        round(100 * entry.same_top_token, 4),
+    ]
+
+
+def _bytes_table(evaluation: Evaluation) -> dict[str, Any]:
+    rows: list[list[Any]] = []
+    for role, before in sorted(evaluation.original_bytes.items(), key=lambda item: -item[1]):
+        parts = evaluation.stored_bytes.get(role, {})
+        rows.append(
+            [role, before, sum(parts.values()), parts.get("codes", 0), parts.get("side", 0), parts.get("kept", 0)]
+        )
+    columns = ["role", "bytes before", "bytes after", "codes", "scales and zero points", "kept"]
+    return table("Stored bytes by role", columns, rows, left=1)
+
+
+def _task_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
+    if not evaluation.tasks:
+        return []
+    rows: list[list[Any]] = []
+    models = list(evaluation.tasks)  # original, packed, and with a policy pruned
+    results = [evaluation.tasks[name]["results"] for name in models]
+    original = results[0]
+    for task in sorted(original):
+        for metric, value in sorted(original[task].items()):
+            is_metric = "," in metric and "_stderr" not in metric  # with its filter, as in `acc,none`
+            if is_metric and isinstance(value, (int, float)):
+                error = original[task].get(metric.replace(",", "_stderr,", 1))
+                rows.append(
+                    [
+                        task,
+                        metric.split(",")[0],
+                        *(round(found[task][metric], 4) for found in results),
+                        error if isinstance(error, str) else error and round(error, 4),
+                    ]
+                )
+    columns = ["task", "metric", *models, "standard error"]
+    return [table("lm-eval tasks", columns, rows, left=2)]

@@ -1,0 +1,24 @@
+"""What each width would cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mc_cli.artifacts.importance import Importance
+from mc_cli.reports.tables import summary, table
+
+
+def importance_summary(importance: Importance) -> dict[str, Any]:
+    """Predicted losses by layer and width."""
+    rows = [
+        [
+            layer.layer,
+            layer.num_experts,
+            *(round(sum(layer.predicted_loss_by_bits[width]), 5) for width in importance.candidate_bits),
+        ]
+        for layer in importance.layers
+    ]
+    widths = [f"all at {width} bits" if width else "each dropped alone" for width in importance.candidate_bits]
+    title = "Predicted rise of the loss, summed over a layer's experts"
+    facts = {"quantizer": importance.quantizer, "unit": importance.sensitivity_method}
+    return summary(facts, table(title, ["layer", "experts", *widths], rows))

@@ -1,0 +1,31 @@
+"""Which widths a plan gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mc_cli.artifacts.plan import BlockBits, ExpertBits, Plan
+from mc_cli.reports.tables import summary, table
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """Budget, solver and objective, and experts per width by layer."""
+    matrices = {layer: _matrix_widths(row) for layer, row in sorted(plan.expert_bits.items())}
+    widths = sorted({bits for row in matrices.values() for bits in row})
+    rows = [[layer, *(row.count(bits) for bits in widths)] for layer, row in matrices.items()]
+    facts = {
+        "method": plan.method,
+        **{f"budget {name}": value for name, value in plan.budget.items()},
+        **{f"solver {name}": value for name, value in plan.solver.items()},
+        **{f"objective {name}": value for name, value in plan.objective.items()},
+        "other widths": ", ".join(f"{role.value} {bits}" for role, bits in sorted(plan.role_bits.items())),
+    }
+    title = "Experts per width (an expert whose projections differ counts once for each)"
+    columns = ["layer", *(f"at {bits} bits" if bits else "dropped" for bits in widths)]
+    return summary(facts, table(title, columns, rows))
+
+
+def _matrix_widths(row: tuple[ExpertBits, ...]) -> list[float]:
+    """The widths of a layer's experts, those of every projection and block where they differ."""
+    entries = [part.bits for entry in row for part in (entry if isinstance(entry, tuple) else (BlockBits(1, entry),))]
+    return [bits for entry in entries for bits in (entry.values() if isinstance(entry, dict) else (entry,))]
