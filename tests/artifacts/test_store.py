@@ -194,7 +194,7 @@ def test_record_on_disk_is_plain_json(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("reader", [Manifest.read, lambda folder: require_done(folder.parent, "score")])
+@pytest.mark.parametrize("reader", [Manifest.read, lambda folder: require_done(WorkDir(folder.parent), "score")])
 def test_files_without_a_record_are_no_stage_that_has_not_run(reader: Any, tmp_path: Path) -> None:
     folder = finished(tmp_path).folder
     (folder / MANIFEST).unlink()
