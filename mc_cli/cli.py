@@ -1,6 +1,6 @@
 """The command line: flags to settings, one stage or all, and what they say printed. Imports no torch at module level.
 
-Commands are built from the table in flags.py, so that a flag has one name, one help text and one meaning everywhere.
+Commands are built from what settings declare, so that a flag has one name, one help text and one meaning everywhere.
 """
 
 from __future__ import annotations
@@ -19,12 +19,9 @@ from mc_cli.artifacts.work_dir import MAIN, SHARED, WorkDir
 from mc_cli.errors import InputError, Problems
 from mc_cli.failures import INTERRUPTED, interrupted_message, telling_errors
 from mc_cli.flags import (
-    ACTIVATION_BITS_HELP,
     COMPUTE,
     HELD_OUT,
     STAGES,
-    TARGETS,
-    Flag,
     build,
     default_text,
     flags_of,
@@ -35,7 +32,7 @@ from mc_cli.flags import (
     type_of,
 )
 from mc_cli.help import GroupedCommand, GroupedCommands
-from mc_cli.settings import check_activation_bits
+from mc_cli.settings import ACTIVATION_BITS, TARGETS, Flag
 
 if TYPE_CHECKING:
     from mc_cli.ahead import Outlook
@@ -367,7 +364,7 @@ def _generate(given: Mapping[str, Any]) -> None:
     """Text to stdout as it comes; speed and memory to stderr."""
     with telling_errors(debug=given["debug"]):
         (compute,) = _settings(COMPUTE, given=given)
-        bits = check_activation_bits(given["activation_bits"])
+        bits = ACTIVATION_BITS.checked(given["activation_bits"])
         prepare_libraries(debug=given["debug"])
         from mc_cli import console
         from mc_cli.measuring.requests import check_generation
@@ -425,7 +422,7 @@ def _generate_parameters() -> list[inspect.Parameter]:
 
 
 def _activation_bits(panel: str) -> inspect.Parameter:
-    info = _option("--activation-bits", help=f"{ACTIVATION_BITS_HELP} [default: 16]", metavar="16|8", panel=panel)
+    info = _option("--activation-bits", help=f"{ACTIVATION_BITS.help} [default: 16]", metavar="16|8", panel=panel)
     return _parameter("activation_bits", int, info, 16)
 
 
@@ -433,7 +430,7 @@ def _bench(given: Mapping[str, Any]) -> None:
     """Every model in a process of its own; the table to stdout."""
     with telling_errors(debug=given["debug"]):
         (compute,) = _settings(COMPUTE, given=given)
-        bits = check_activation_bits(given["activation_bits"])
+        bits = ACTIVATION_BITS.checked(given["activation_bits"])
         prepare_libraries(debug=given["debug"])
         from mc_cli import console
         from mc_cli.measuring.requests import check_speed

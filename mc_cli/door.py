@@ -18,10 +18,10 @@ from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.work_dir import MAIN, WorkDir
 from mc_cli.chain import check_stage, run_chain, run_stage
 from mc_cli.errors import InputError, Problems, shown
-from mc_cli.flags import COMPUTE, STAGES, Flag, build, flags_of, run_flags
+from mc_cli.flags import COMPUTE, STAGES, build, flags_of, run_flags
 from mc_cli.progress import Progress, SilentProgress
 from mc_cli.recipe import Recipe, field_value, plan_run
-from mc_cli.settings import RunSettings
+from mc_cli.settings import Flag, RunSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

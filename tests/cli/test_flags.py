@@ -9,21 +9,21 @@ import pytest
 import typer
 
 from mc_cli import settings as s
+from mc_cli.artifacts.work_dir import SHARED
 from mc_cli.cli import app
 from mc_cli.errors import InputError
 from mc_cli.flags import (
     COMPUTE,
-    FLAGS,
     RUN_LEAVES_OUT,
     SECTIONS,
     STAGES,
     build,
     flags_of,
-    parse_floors,
     parsed,
     run_flags,
     run_option,
 )
+from mc_cli.settings.written import parse_floors
 
 GROUP: Any = typer.main.get_command(app)
 WORDS = {"work_dir", "force", "dry_run", "json", "debug"}
@@ -38,11 +38,55 @@ def leaf_fields(cls: type) -> set[str]:
     return names
 
 
-def test_every_settings_class_has_flags() -> None:
-    classes = {
-        cls for cls in vars(s).values() if isinstance(cls, type) and is_dataclass(cls) and cls.__module__ == s.__name__
-    }
-    assert classes == set(FLAGS)
+def test_every_settings_class_is_in_a_section() -> None:
+    classes = {cls for cls in vars(s).values() if isinstance(cls, type) and issubclass(cls, s.Settings)}
+    nested = {s.QuantizerSettings, s.PruneSettings}
+    assert classes - {s.Settings, s.StageSettings} == set(SECTIONS.values()) | nested
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_fields_take_their_own_defaults(section: str) -> None:
+    """A default outside the declared limits would refuse settings that nobody has changed."""
+    for flag in flags_of(section):
+        value = next(entry.default for cls in _classes(section) for entry in fields(cls) if entry.name == flag.field)
+        assert flag.refusal(value) == ""
+
+
+def _classes(section: str) -> list[Any]:
+    cls: Any = SECTIONS[section]
+    return [cls, *(type(entry.default) for entry in fields(cls) if is_dataclass(entry.default))]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        (s.Flag("", "", field="few", least=8), 7, "--few 7: at least 8."),
+        (s.Flag("", "", field="few", least=8), 2**31 + 1, "--few 2147483649: at most 2,147,483,648."),
+        (s.Flag("", "", field="one", known=("a", "b")), "c", "--one 'c': known are a, b."),
+        (s.Flag("", "", option="--gap", fits=lambda value: value < 1, says="below 1."), 1.5, "--gap 1.5: below 1."),
+        (s.Flag("", "", field="a_b"), float("nan"), "--a-b nan: give a finite number of at most 63 bits."),
+        (s.Flag("", "", field="a_b"), 2**63, f"--a-b {2**63}: give a finite number of at most 63 bits."),
+        (s.Flag("", "", field="few", least=8), None, ""),
+        (s.Flag("", "", field="few", least=8), 8, ""),
+    ],
+)
+def test_what_a_flag_refuses(flag: s.Flag, value: Any, said: str) -> None:
+    assert flag.refusal(value) == said
+    if said:
+        with pytest.raises(InputError, match=r"^--"):
+            flag.checked(value)
+    else:
+        assert flag.checked(value) is value
+
+
+def test_all_that_settings_refuse_is_told_at_once() -> None:
+    with pytest.raises(
+        InputError, match=r"--protect 1\.0: a share[\s\S]*--otp-batch 0: at least 1[\s\S]*need --policy"
+    ):
+        s.PruneSettings(protect=1.0, otp_batch=0, sweep=True)
+    with pytest.raises(InputError) as refused:  # the width of dense MLPs follows, but nobody gave it
+        s.AllocateSettings(target_bits=2.0, shared_bits=9)
+    assert "--shared-bits 9" in str(refused.value) and "--dense-bits" not in str(refused.value)
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -54,12 +98,13 @@ def test_flags_are_the_fields(section: str) -> None:
 def test_a_stage_offers_its_fields_and_nothing_unused(stage: str) -> None:
     asked = {parameter.name for parameter in GROUP.commands[stage].params}
     compute = {flag.field for flag in flags_of(COMPUTE)} if stage != "allocate" else set()
-    assert asked == leaf_fields(SECTIONS[stage]) | compute | WORDS
+    variant = set() if stage in SHARED else {"variant"}
+    assert asked == leaf_fields(SECTIONS[stage]) | compute | variant | WORDS
 
 
 def test_run_sets_every_field_of_every_stage() -> None:
     asked = {parameter.name for parameter in GROUP.commands["run"].params}
-    assert asked == set(run_flags()) | WORDS | {"recipe", "force_from", "effort"}
+    assert asked == set(run_flags()) | WORDS | {"recipe", "force_from", "effort", "variant"}
     reached = {(section, flag.field) for targets in run_flags().values() for section, flag in targets}
     everything = {(section, flag.field) for section in SECTIONS for flag in flags_of(section)}
     assert everything - reached == RUN_LEAVES_OUT
@@ -80,6 +125,7 @@ def test_one_flag_has_one_meaning_in_every_command() -> None:
     texts.pop("--data")  # text to calibrate on, and text to evaluate on: their help says which
     texts.pop("--length")  # the same, tokens per sequence or window
     texts.pop("--seed")
+    texts.pop("--variant")  # one that is made, or one that is shown
     assert {name: found for name, found in texts.items() if len(found) > 1} == {}
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from mc_cli import cli
 from mc_cli.errors import InputError
 from mc_cli.measuring.requests import check_positions
-from mc_cli.settings import parse_size
+from mc_cli.settings.written import parse_size
 
 
 @pytest.mark.parametrize("text", ["9" * 400 + "GB", "9" * 400, "5000000000GiB"])

@@ -1,0 +1,42 @@
+"""Settings of every stage, one file each: a field is declared with its default, unit, limits and flag in one place.
+
+Imports no torch. What depends on the quantizer is looked up in the registry when it is asked for, not before.
+"""
+
+from mc_cli.settings.allocate import TARGETS, WIDTH_BORDERS, AllocateSettings
+from mc_cli.settings.calibrate import CalibrateSettings
+from mc_cli.settings.compute import RunSettings
+from mc_cli.settings.declared import Flag, Settings, StageSettings, flags_of_class
+from mc_cli.settings.effort import EFFORTS
+from mc_cli.settings.evaluate import ACTIVATION_BITS, EvaluateSettings
+from mc_cli.settings.export import ExportSettings
+from mc_cli.settings.prune import FREQUENCY, GLOBAL, PER_LAYER, REAP, ROUTER_WEIGHT, PruneSettings
+from mc_cli.settings.quantize import QuantizeSettings
+from mc_cli.settings.quantizer import LARGEST_GROUP, QuantizerSettings
+from mc_cli.settings.score import ScoreSettings
+
+__all__ = [
+    "ACTIVATION_BITS",
+    "EFFORTS",
+    "FREQUENCY",
+    "GLOBAL",
+    "LARGEST_GROUP",
+    "PER_LAYER",
+    "REAP",
+    "ROUTER_WEIGHT",
+    "TARGETS",
+    "WIDTH_BORDERS",
+    "AllocateSettings",
+    "CalibrateSettings",
+    "EvaluateSettings",
+    "ExportSettings",
+    "Flag",
+    "PruneSettings",
+    "QuantizeSettings",
+    "QuantizerSettings",
+    "RunSettings",
+    "ScoreSettings",
+    "Settings",
+    "StageSettings",
+    "flags_of_class",
+]

@@ -1,0 +1,132 @@
+"""Settings of skipping experts, a part of those of prune-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mc_cli.errors import InputError, McError
+from mc_cli.settings.declared import Flag, StageSettings, setting
+from mc_cli.settings.written import parse_names, parse_rates
+
+REAP, FREQUENCY, ROUTER_WEIGHT = "reap", "frequency", "router-weight"  # by which experts are dropped as a whole
+PER_LAYER, GLOBAL = "layer", "global"  # the same share of experts in each layer, or the lowest of the whole model
+_PRUNING = "Skipping experts while running"
+
+
+@dataclass(frozen=True)
+class PruneSettings(StageSettings):
+    """Which experts a token skips while running. Without `policy` nothing is pruned, and nothing else here counts."""
+
+    policy: tuple[str, ...] = setting(
+        (),
+        Flag(
+            "Policy that lets tokens skip experts: otp, odp, top-k, random or router-threshold. It is fitted, measured "
+            "and exported. More names, separated by commas, are fitted and measured beside it.",
+            _PRUNING,
+            metavar="LIST",
+            parse=parse_names,
+            default="none",
+        ),
+    )
+    target_rate: float | None = setting(
+        None,
+        Flag(
+            "Share of expert calls to drop.",
+            _PRUNING,
+            metavar="SHARE",
+            default="not set",
+            fits=lambda value: 0 < value < 1,
+            says="a share of expert calls, above 0 and below 1.",
+        ),
+    )
+    max_loss: float | None = setting(  # None = 0.01, unless there is a target_rate
+        None,
+        Flag(
+            "Drop as many calls as raise the perplexity of fitting text by at most this share.",
+            _PRUNING,
+            metavar="SHARE",
+            default="0.01 unless --target-rate is set",
+            fits=lambda value: value > 0,
+            says="a relative rise of perplexity above 0, for example 0.01.",
+        ),
+    )
+    sweep: bool = setting(
+        False, Flag("Measure the policies and the baselines at all --rates, and draw the front.", _PRUNING)
+    )
+    rates: tuple[float, ...] = setting(
+        (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45),
+        Flag("Shares of expert calls to find thresholds for.", _PRUNING, metavar="LIST", parse=parse_rates),
+    )
+    protect: float = setting(
+        0.02,
+        Flag(
+            "odp: share of tokens that keep all their experts.",
+            _PRUNING,
+            metavar="SHARE",
+            fits=lambda value: 0 <= value < 1,
+            says="a share of tokens, from 0 to below 1.",
+        ),
+    )
+    fit_data: str | None = setting(
+        None,
+        Flag(
+            "Text to fit the policy on, as --data. Never the text it is evaluated on.",
+            _PRUNING,
+            metavar="PATH|NAME",
+            default="the calibration tokens",
+        ),
+    )
+    fit_sequences: int = setting(128, Flag("Windows to fit the policy on.", _PRUNING, metavar="COUNT", least=4))
+    policy_seed: int = setting(0, Flag("Seed of everything random in a policy.", _PRUNING, metavar="NUMBER"))
+    otp_steps: int = setting(200, Flag("otp: steps of training.", _PRUNING, metavar="COUNT", least=1))
+    otp_learning_rate: float = setting(
+        0.01,
+        Flag(
+            "otp: learning rate at the start.",
+            _PRUNING,
+            metavar="RATE",
+            fits=lambda value: value > 0,
+            says="above 0.",
+        ),
+    )
+    otp_batch: int = setting(8, Flag("otp: windows per step.", _PRUNING, metavar="COUNT", least=1))
+    drop_experts: float = setting(
+        0.0,
+        Flag(
+            "Share of experts that no token is sent to any more; with --policy all, nothing else is dropped.",
+            _PRUNING,
+            metavar="SHARE",
+            fits=lambda value: 0 <= value < 1,
+            says="a share of the experts, from 0 to below 1.",
+        ),
+    )
+    drop_by: str = setting(
+        REAP,
+        Flag(
+            "Which experts: lowest by reap, frequency or router-weight.",
+            _PRUNING,
+            metavar="NAME",
+            known=(REAP, FREQUENCY, ROUTER_WEIGHT),
+        ),
+    )
+    drop_scope: str = setting(
+        PER_LAYER,
+        Flag(
+            "layer: the same share in each; global: the lowest of all.",
+            _PRUNING,
+            metavar="NAME",
+            known=(PER_LAYER, GLOBAL),
+        ),
+    )
+    not_fingerprinted = frozenset({"fit_data"})
+
+    def _conflicts(self) -> Iterator[McError]:
+        if self.target_rate is not None and self.max_loss is not None:
+            yield InputError("--target-rate and --max-loss exclude each other: one follows from the other. Give one.")
+        if self.policy:
+            return
+        if self.target_rate is not None or self.max_loss is not None or self.sweep:
+            yield InputError("--target-rate, --max-loss and --sweep need --policy, for example --policy odp.")
+        if self.drop_experts:
+            yield InputError("--drop-experts needs --policy; --policy all drops whole experts and nothing per token.")

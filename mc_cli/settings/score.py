@@ -1,0 +1,50 @@
+"""Settings of score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from mc_cli.errors import InputError, McError
+from mc_cli.parts import DROPPED
+from mc_cli.registry import widths_of
+from mc_cli.settings.declared import Flag, StageSettings, setting
+from mc_cli.settings.quantizer import QuantizerSettings
+from mc_cli.settings.written import parse_bits_list
+
+_SCORE = "Measures"
+
+
+@dataclass(frozen=True)
+class ScoreSettings(StageSettings):
+    """Which widths are measured, with which quantizer, on how many tokens."""
+
+    bits: tuple[float, ...] = setting(  # none given: what the encodings of the quantizer's family say
+        (),
+        Flag(
+            "Candidate widths, bits per weight; 0 lets experts be dropped.",
+            _SCORE,
+            metavar="LIST",
+            parse=parse_bits_list,
+        ),
+    )
+    quantizer: QuantizerSettings = field(default=QuantizerSettings())
+    loss_tokens: int = setting(
+        1024,
+        Flag("Tokens per expert, at most, on which output errors are measured.", _SCORE, metavar="TOKENS", least=1),
+    )
+
+    def __post_init__(self) -> None:
+        if not self.bits:
+            object.__setattr__(self, "bits", self.quantizer.candidate_widths())
+        super().__post_init__()
+
+    def _conflicts(self) -> Iterator[McError]:
+        """Widths that the quantizer does not make; whole ones up to 8 it always does."""
+        known = widths_of(self.quantizer.family)
+        wrong = [width for width in self.bits if width != DROPPED and width not in known]
+        if wrong:
+            yield InputError(
+                f"--bits {','.join(map(str, self.bits))}: --quantizer {self.quantizer.quantizer} does not make "
+                f"{', '.join(map(str, wrong))}, but {', '.join(map(str, sorted(known)))}."
+            )
