@@ -9,6 +9,7 @@ import pytest
 import typer
 
 from mc_cli import settings as s
+from mc_cli.artifacts.work_dir import SHARED
 from mc_cli.cli import app
 from mc_cli.errors import InputError
 from mc_cli.flags import (
@@ -54,12 +55,13 @@ def test_flags_are_the_fields(section: str) -> None:
 def test_a_stage_offers_its_fields_and_nothing_unused(stage: str) -> None:
     asked = {parameter.name for parameter in GROUP.commands[stage].params}
     compute = {flag.field for flag in flags_of(COMPUTE)} if stage != "allocate" else set()
-    assert asked == leaf_fields(SECTIONS[stage]) | compute | WORDS
+    place = WORDS if stage in SHARED else WORDS | {"variant"}
+    assert asked == leaf_fields(SECTIONS[stage]) | compute | place
 
 
 def test_run_sets_every_field_of_every_stage() -> None:
     asked = {parameter.name for parameter in GROUP.commands["run"].params}
-    assert asked == set(run_flags()) | WORDS | {"recipe", "force_from", "effort"}
+    assert asked == set(run_flags()) | WORDS | {"recipe", "force_from", "effort", "variant"}
     reached = {(section, flag.field) for targets in run_flags().values() for section, flag in targets}
     everything = {(section, flag.field) for section in SECTIONS for flag in flags_of(section)}
     assert everything - reached == RUN_LEAVES_OUT
