@@ -50,9 +50,9 @@ class Bank(Protocol):
     memory: StoredMemory  # of the stored parts
 
     def product(
-        self, rows: torch.Tensor, experts: torch.Tensor | None = None, share: int = 1
+        self, rows: torch.Tensor, experts: torch.Tensor | None = None, top_k: int = 1
     ) -> torch.Tensor:  # pragma: no cover
-        """float32 [slots, out_features]: slot s is row s // share times the matrix experts[s]; see CompiledBank."""
+        """float32 [slots, out_features]: slot s is row s // top_k times the matrix experts[s]; see CompiledBank."""
         ...
 
 

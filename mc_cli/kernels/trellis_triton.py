@@ -189,16 +189,16 @@ def _matrix(experts, matrices, slot, count):
     return entry, tl.where(there, tl.load(entry + WIDTH), 0)
 
 
-@triton.jit(do_not_specialize=["count", "units", "sequences", "steps", "steps_each", "share"])
+@triton.jit(do_not_specialize=["count", "units", "sequences", "steps", "steps_each", "top_k"])
 def few_slots(
     rows, experts, matrices, tables, parts,
-    count, units, sequences, inputs, steps, steps_each, share,
+    count, units, sequences, inputs, steps, steps_each, top_k,
     LANES: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr,
     ALIGNMENT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of every slot's product, without unit and scales.
 
-    rows    float32 [slots / share, inputs], rotated
+    rows    float32 [slots / top_k, inputs], rotated
     parts   float32 [most programs of a unit, units, PADDED * 16]; a unit is a sequence of outputs of a slot
     A unit is `steps` steps of GROUPS groups of 4 inputs, some of which a smaller matrix has not. A program takes
     `steps_each` steps, wherever units begin and end, so that all are equally long; which program adds what depends on
@@ -222,7 +222,7 @@ def few_slots(
         # 2. its weights, by the loop that is made for their width
         codes = tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.uint8)), ALIGNMENT)
         codes += tl.cast(sequence, tl.int64) * groups * width * (lanes * 4)
-        row = rows + tl.cast(slot // share, tl.int64) * inputs
+        row = rows + tl.cast(slot // top_k, tl.int64) * inputs
         sums = tl.zeros([PADDED * 16], tl.float32)
         for BYTES in tl.static_range(FEWEST_BYTES, MOST_BYTES + 1):
             if width == BYTES:
@@ -267,7 +267,7 @@ def add_parts(
 
 @triton.jit
 def _tile(
-    halves, codes, tables, token, token_there, first_lane, groups, inputs, lanes,
+    float16s, codes, tables, token, token_there, first_lane, groups, inputs, lanes,
     BYTES: tl.constexpr, TILE_LANES: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """float32 [TILE_LANES * 16, SLOTS]: products of float16 numbers, summed in float32; levels are exact in float16."""
@@ -284,7 +284,7 @@ def _tile(
         stored = _lane_bytes(here, own, following, there, BYTES, lanes * 4)
         at = first * 4 + tl.arange(0, GROUPS * 4)
         x = tl.load(
-            halves + token[None, :] * inputs + at[:, None],
+            float16s + token[None, :] * inputs + at[:, None],
             mask=(at < inputs)[:, None] & token_there[None, :],
             other=0.0,
         )
@@ -297,16 +297,16 @@ def _tile(
     return sums
 
 
-@triton.jit(do_not_specialize=["share"])
+@triton.jit(do_not_specialize=["top_k"])
 def many_slots(
-    halves, sizes, matrices, tables, order, tile_matrix, tile_begin, tile_end, outputs,
-    inputs, features, share, unit_of_levels,
+    float16s, sizes, matrices, tables, order, tile_matrix, tile_begin, tile_end, outputs,
+    inputs, features, top_k, unit_of_levels,
     LANES: tl.constexpr, MOST_LANES: tl.constexpr, TILE_LANES: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """outputs float32 [slots, features] of those slots that have a matrix; others are left as they are.
 
-    halves      float16 [slots / share, inputs], rotated; `sizes` float32 [slots / share] multiply them
+    float16s      float16 [slots / top_k, inputs], rotated; `sizes` float32 [slots / top_k] multiply them
     order       int64 [slots], slots by matrix
     tile_matrix, tile_begin, tile_end   int64 [tiles]: a tile's matrix and its first and last + 1 place in `order`
     """
@@ -329,13 +329,13 @@ def many_slots(
     place = begin + tl.arange(0, SLOTS)
     slot_there = place < end
     slot = tl.load(order + place, mask=slot_there, other=0)
-    token = slot // share
+    token = slot // top_k
     # 2. sums over all inputs
     sums = tl.zeros([TILE_LANES * 16, SLOTS], tl.float32)
     for BYTES in tl.static_range(FEWEST_BYTES, MOST_BYTES + 1):
         if width == BYTES:
             sums = _tile(
-                halves, codes, tables, token, slot_there, first_lane, groups, inputs, lanes,
+                float16s, codes, tables, token, slot_there, first_lane, groups, inputs, lanes,
                 BYTES, TILE_LANES, GROUPS, SLOTS,
             )  # fmt: skip
     # 3. scales of outputs and of tokens
@@ -381,13 +381,13 @@ def rotate_rows(rows, signs, rotated, inputs, scale, BLOCK: tl.constexpr, LOG: t
     tl.store(rotated + token * inputs + place, values * scale, mask=there)
 
 
-@triton.jit(do_not_specialize=["count", "share"])
+@triton.jit(do_not_specialize=["count", "top_k"])
 def rotate_slots(
     rows, experts, matrices, signs, rotated,
-    count, inputs, share,
+    count, inputs, top_k,
     LEAST_LOG: tl.constexpr, MOST_LOG: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """rotated float32 [slots, inputs] of rows [slots / share, inputs]: each as its slot's matrix takes them.
+    """rotated float32 [slots, inputs] of rows [slots / top_k, inputs]: each as its slot's matrix takes them.
 
     LEAST_LOG, MOST_LOG   blocks of all matrices are 2^LEAST_LOG to 2^MOST_LOG inputs; RUN is a multiple of them
     Behind the inputs of a smaller matrix are zeros; a slot without a matrix has nothing else.
@@ -398,7 +398,7 @@ def rotate_slots(
     own = tl.where(width > 0, tl.load(entry + INPUTS), 0)
     block = tl.load(entry + BLOCK)
     there = place < own
-    row = rows + tl.cast(slot // share, tl.int64) * inputs
+    row = rows + tl.cast(slot // top_k, tl.int64) * inputs
     values = tl.load(row + place, mask=there, other=0.0).to(tl.float32)
     values *= tl.load(signs + place, mask=there, other=0.0)
     turned = values
@@ -409,8 +409,8 @@ def rotate_slots(
 
 
 @triton.jit
-def halve_rows(rotated, halves, sizes, inputs, RUN: tl.constexpr):
-    """halves float16 [tokens, inputs], from -1 to 1, and sizes float32 [tokens]: their product is `rotated`."""
+def rows_to_float16(rotated, float16s, sizes, inputs, RUN: tl.constexpr):
+    """float16s float16 [tokens, inputs], from -1 to 1, and sizes float32 [tokens]: their product is `rotated`."""
     token = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, RUN)
     largest = tl.zeros([RUN], tl.float32)
@@ -422,5 +422,5 @@ def halve_rows(rotated, halves, sizes, inputs, RUN: tl.constexpr):
     for first in range(0, inputs, RUN):
         there = first + place < inputs
         values = tl.load(rotated + token * inputs + first + place, mask=there, other=0.0)
-        tl.store(halves + token * inputs + first + place, (values / size).to(tl.float16), mask=there)
+        tl.store(float16s + token * inputs + first + place, (values / size).to(tl.float16), mask=there)
     tl.store(sizes + token, size)

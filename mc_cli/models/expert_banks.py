@@ -98,7 +98,7 @@ def _all_at_once(
     # One expression, so that nothing stays that is not needed any more: of a long prompt these are the largest tensors.
     activated = activate(
         module,
-        _spread(banks, chosen, _with_bias(module, up_name(module), chosen, up.product(flat, chosen, share=slots))),
+        _spread(banks, chosen, _with_bias(module, up_name(module), chosen, up.product(flat, chosen, top_k=slots))),
     ).to(flat.dtype)
     outputs = _with_bias(module, "down_proj", chosen, down.product(activated, chosen)).to(flat.dtype)
     if module.has_post_expert_norm:

@@ -52,7 +52,7 @@ typedef struct {
     const mc_affine_entry *entries;
     const AffinePath *path;
     float *out;
-    int tokens, share, inputs, outputs, group, groups, parts; /* inputs, outputs and groups: the most */
+    int tokens, top_k, inputs, outputs, group, groups, activation_bytes; /* inputs, outputs and groups: the most */
     size_t pitch, stride, room; /* bytes of a group and of a row of activations; groups, in whole vectors of floats */
     int8_t *rows;               /* [tokens][2][stride], coarse and fine */
     int16_t *wide;              /* [tokens][groups * pitch], both in one; NULL where products are of bytes */
@@ -71,13 +71,13 @@ struct AffinePath {
     int (*multiply)(const AffineProduct *p, const AffineMatrix *m, int task, int first, int last);
     /* `words` times 8 codes to 8 bytes. */
     void (*unpack)(const uint8_t *codes, int bits, int words, uint8_t *bytes);
-    /* What the codes of a group stand for, in `floats`, or where that is NULL in `halves`. */
-    void (*write)(const uint8_t *codes, int count, float scale, float zero_point, float *floats, uint16_t *halves);
+    /* What the codes of a group stand for, in `floats`, or where that is NULL in `bfloat16s`. */
+    void (*write)(const uint8_t *codes, int count, float scale, float zero_point, float *floats, uint16_t *bfloat16s);
     int wide; /* whether it multiplies activations as numbers of 16 bits, both parts in one */
     /* For blocks of 16 tokens; all zero where a path has none. */
     int block_tokens; /* of one matrix, from which on blocks are faster */
     int (*prepare_blocks)(AffineProduct *p, int slots, int threads);
-    void (*multiply_group)(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, int parts,
+    void (*multiply_group)(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, int activation_bytes,
                            AffineGroupSums *found);
     void (*begin)(void), (*end)(void); /* around calls of multiply_group; NULL: nothing to do */
 };
@@ -88,7 +88,8 @@ const AffinePath *mc_affine_path(int path);
 
 /* `unpack` and `write` in plain C. */
 void mc_affine_unpack(const uint8_t *codes, int bits, int words, uint8_t *bytes);
-void mc_affine_write(const uint8_t *codes, int count, float scale, float zero_point, float *floats, uint16_t *halves);
+void mc_affine_write(const uint8_t *codes, int count, float scale, float zero_point, float *floats,
+                     uint16_t *bfloat16s);
 
 /* scales, offsets [groups]: of one row of the matrix; an offset is scale times zero point. */
 void mc_affine_read_grids(const AffineMatrix *m, int row, float *scales, float *offsets);
@@ -97,9 +98,9 @@ void mc_affine_read_grids(const AffineMatrix *m, int row, float *scales, float *
 int mc_affine_prepare_blocks(AffineProduct *p, int slots, int threads);
 
 /* `multiply_group` of two paths. */
-void mc_affine_group_avx512(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, int parts,
+void mc_affine_group_avx512(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, int activation_bytes,
                             AffineGroupSums *found);
-void mc_affine_group_amx(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, int parts,
+void mc_affine_group_amx(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, int activation_bytes,
                          AffineGroupSums *found);
 
 /* As `multiply` of a path, for a task in blocks. */

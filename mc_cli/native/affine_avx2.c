@@ -119,7 +119,7 @@ static int multiply(const AffineProduct *p, const AffineMatrix *m, int task, int
             const int count = of->count - i < TOKENS_TOGETHER ? of->count - i : TOKENS_TOGETHER;
             AffineInputs x[TOKENS_TOGETHER];
             float found[TOKENS_TOGETHER];
-            for (int t = 0; t < count; t++) x[t] = activations_of(p, (size_t)(slots[i + t] / p->share));
+            for (int t = 0; t < count; t++) x[t] = activations_of(p, (size_t)(slots[i + t] / p->top_k));
             multiply_tokens(m, at, s.scales, s.offsets, x, count, found);
             for (int t = 0; t < count; t++) p->out[(size_t)slots[i + t] * p->outputs + row] = found[t];
         }

@@ -38,9 +38,9 @@ static void lay_block(void *context, int block) {
     const int64_t matrix = p->experts ? p->experts[slots[0]] : 0;
     const int groups = (int)p->entries[matrix].inputs / p->group; /* those behind are not read */
     for (int column = 0; column < count; column++) {
-        const size_t token = (size_t)(slots[column] / p->share);
+        const size_t token = (size_t)(slots[column] / p->top_k);
         const int8_t *row = p->rows + 2 * token * p->stride;
-        for (int part = 0; part < p->parts; part++)
+        for (int part = 0; part < p->activation_bytes; part++)
             for (size_t at = 0; at < groups * p->pitch; at += 4)
                 memcpy(out + (2 * (at / VECTOR) + part) * TILE_BYTES + at % VECTOR / 4 * VECTOR + 4 * column,
                        row + part * p->stride + at, 4);
@@ -53,8 +53,8 @@ static void lay_block(void *context, int block) {
 
 #define ROWS_TOGETHER 8 /* whose sums are in registers */
 
-AVX512 INLINE void multiply_lanes(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, const int parts,
-                                  AffineGroupSums *found) {
+AVX512 INLINE void multiply_lanes(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors,
+                                  const int activation_bytes, AffineGroupSums *found) {
     for (int first = 0; first < 2 * TILE; first += ROWS_TOGETHER) {
         const uint8_t *row = w + first * pitch;
         __m512i coarse[ROWS_TOGETHER], fine[ROWS_TOGETHER];
@@ -69,7 +69,7 @@ AVX512 INLINE void multiply_lanes(const uint8_t *w, size_t pitch, const int8_t *
                 memcpy(&codes, row + r * pitch + 4 * i, 4);
                 const __m512i all = _mm512_set1_epi32(codes);
                 coarse[r] = add_products(coarse[r], all, most);
-                if (parts > 1) fine[r] = add_products(fine[r], all, rest);
+                if (activation_bytes > 1) fine[r] = add_products(fine[r], all, rest);
             }
         }
 #pragma GCC unroll 8
@@ -80,14 +80,14 @@ AVX512 INLINE void multiply_lanes(const uint8_t *w, size_t pitch, const int8_t *
     }
 }
 
-AVX512 void mc_affine_group_avx512(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, int parts,
-                                   AffineGroupSums *found) {
-    if (parts > 1) multiply_lanes(w, pitch, x, vectors, 2, found);
+AVX512 void mc_affine_group_avx512(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors,
+                                   int activation_bytes, AffineGroupSums *found) {
+    if (activation_bytes > 1) multiply_lanes(w, pitch, x, vectors, 2, found);
     else multiply_lanes(w, pitch, x, vectors, 1, found);
 }
 
 #ifdef HAS_AMX
-AMX void mc_affine_group_amx(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, int parts,
+AMX void mc_affine_group_amx(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, int activation_bytes,
                              AffineGroupSums *found) {
     _tile_zero(0);
     _tile_zero(1);
@@ -99,7 +99,7 @@ AMX void mc_affine_group_amx(const uint8_t *w, size_t pitch, const int8_t *x, si
         _tile_loadd(6, x, VECTOR);
         _tile_dpbusd(0, 4, 6);
         _tile_dpbusd(1, 5, 6);
-        if (parts < 2) continue;
+        if (activation_bytes < 2) continue;
         _tile_loadd(7, x + TILE_BYTES, VECTOR);
         _tile_dpbusd(2, 4, 7);
         _tile_dpbusd(3, 5, 7);
@@ -144,7 +144,7 @@ static void multiply_block(const AffineProduct *p, const Rows *r, int begin, int
         if (step < steps) {
             const size_t row = (size_t)(step / range) * 2 * TILE, g = (size_t)(begin + step % range);
             p->path->multiply_group(r->codes + row * r->pitch + g * p->group, r->pitch, x + 2 * TILE * g * p->pitch,
-                           p->pitch / VECTOR, p->parts, found + step % 2);
+                           p->pitch / VECTOR, p->activation_bytes, found + step % 2);
         }
         if (step) {
             const size_t row = (size_t)((step - 1) / range) * 2 * TILE, g = (size_t)(begin + (step - 1) % range);

@@ -62,26 +62,29 @@ MC_EXPORT int mc_use_team(void *start);
 /* The fastest path of this machine. */
 MC_EXPORT int mc_best_path(void);
 
-/* out [slots][outputs]: slot s holds the product of token s / share with the matrix experts[s] of the bank, which reads as
- * many inputs as it has; zeros behind its outputs, and where experts[s] is none of the matrices or that matrix is not
- * there. experts NULL: all the first.
- * x [tokens][inputs], multiplied as numbers of `parts` bytes, 1 or 2; tokens * share slots. x and out are bfloat16 where
- * `halves`, float32 otherwise. threads: at most; for little work one. Returns 0, or 1 without memory. */
-MC_EXPORT int mc_product(const mc_bank *bank, const void *x, const int64_t *experts, int halves, int tokens, int share,
-                         int parts, int path, int threads, void *out);
+/* out [slots][outputs]: slot s holds the product of token s / top_k with the matrix experts[s] of the bank, which reads
+ * as many inputs as it has. Zeros lie behind its outputs, and where experts[s] is none of the matrices or that matrix is
+ * not there. With experts NULL all slots take the first matrix.
+ * x [tokens][inputs], multiplied as numbers of `activation_bytes` bytes, 1 or 2; tokens * top_k slots. x and out are
+ * bfloat16 where `bfloat16` is set, float32 otherwise. threads: at most; for little work one. Returns 0, or 1 without
+ * memory. */
+MC_EXPORT int mc_product(const mc_bank *bank, const void *x, const int64_t *experts, int bfloat16, int tokens,
+                         int top_k, int activation_bytes, int path, int threads, void *out);
 
-/* out [tokens][outputs of `down`]: for every token the sum over its `share` slots of weights[slot] * down(act(gate) * up),
+/* out [tokens][outputs of `down`]: for every token the sum over its `top_k` slots of weights[slot] * down(act(gate) * up),
  * where gate and up are the two halves of what matrix experts[slot] of `up` gives, each as many numbers as that matrix of
- * `down` takes; a slot whose expert is not there in both adds nothing. x [tokens][inputs of `up`], experts and weights [tokens * share]; share is 1 at least.
- * halves: x, weights and out are bfloat16, otherwise float32. Returns 0, or 1 without memory. */
+ * `down` takes; a slot whose expert is not there in both adds nothing. x [tokens][inputs of `up`], experts and weights
+ * [tokens * top_k]; top_k is 1 at least. x, weights and out are bfloat16 where `bfloat16` is set, float32 otherwise.
+ * Returns 0, or 1 without memory. */
 MC_EXPORT int mc_experts(const mc_bank *up, const mc_bank *down, const void *x, const int64_t *experts,
-                         const void *weights, int halves, int tokens, int share, int activation, int parts, int path,
-                         int threads, void *out);
+                         const void *weights, int bfloat16, int tokens, int top_k, int activation,
+                         int activation_bytes, int path, int threads, void *out);
 
-/* One matrix of affine grids [rows][inputs], float32 in `floats`, or where that is NULL bfloat16 in `halves`. path < 0: the
- * fastest. Returns 0, or 1 without memory. */
+/* One matrix of affine grids [rows][inputs], float32 in `floats`, or where that is NULL bfloat16 in `bfloat16s`.
+ * path < 0: the fastest. Returns 0, or 1 without memory. */
 MC_EXPORT int mc_affine_matrix(const uint8_t *codes, const uint16_t *scales, const uint8_t *zero_points, int bits,
-                               int rows, int inputs, int group, int path, int threads, float *floats, uint16_t *halves);
+                               int rows, int inputs, int group, int path, int threads, float *floats,
+                               uint16_t *bfloat16s);
 
 /* out [outputs][inputs] float32: one matrix of trellis codes, in the basis of its rotated inputs. path < 0: the best that
  * there is. Returns 0, or 1 without memory. */

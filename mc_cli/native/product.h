@@ -67,20 +67,20 @@ enum { PORTABLE = 0, AVX2 = 1, NEON = 1, AVX512_VNNI = 2, AMX_TILES = 3 };
 INLINE int known_path(int path) { return path < PORTABLE || path > AMX_TILES ? PORTABLE : path; }
 
 /* As mc_product, with x and out float32. */
-int mc_bank_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
-                    int path, int threads, float *out);
+int mc_bank_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int top_k,
+                    int activation_bytes, int path, int threads, float *out);
 /* mc_bank_product for banks of one kind each. */
-int mc_trellis_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
-                       int path, int threads, float *out);
-int mc_affine_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
-                      int path, int threads, float *out);
+int mc_trellis_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int top_k,
+                       int activation_bytes, int path, int threads, float *out);
+int mc_affine_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int top_k,
+                      int activation_bytes, int path, int threads, float *out);
 
 /* Room for floats, to be freed, or NULL; of large blocks, in huge pages where the system has them. */
 float *mc_room_for(size_t floats);
 
 /* To float32 from bfloat16, and back. */
-void mc_widen(const uint16_t *halves, size_t count, float *floats, int threads);
-void mc_narrow(const float *floats, size_t count, uint16_t *halves, int threads);
+void mc_widen(const uint16_t *bfloat16s, size_t count, float *floats, int threads);
+void mc_narrow(const float *floats, size_t count, uint16_t *bfloat16s, int threads);
 
 /* How many inputs and outputs a matrix has; none of either where it is not there. */
 typedef struct {

@@ -153,7 +153,7 @@ AVX512 INLINE void transpose(__m512 *rows) {
 }
 
 /* With scales as they are stored. */
-AVX512 static void finish(const int32_t *sums, int parts, const int32_t *totals, float step,
+AVX512 static void finish(const int32_t *sums, int activation_bytes, const int32_t *totals, float step,
                           const uint16_t *scales, int count, float *out) {
     const __m512 steps = _mm512_set1_ps(step), fine = _mm512_set1_ps(FINE);
     __m512 values[LANES];
@@ -161,7 +161,7 @@ AVX512 static void finish(const int32_t *sums, int parts, const int32_t *totals,
     for (int k = 0; k < PER_LANE; k++) {
         const __m512i coarse = _mm512_sub_epi32(_mm512_load_si512(sums + k * LANES), _mm512_set1_epi32(128 * totals[0]));
         values[k] = _mm512_cvtepi32_ps(coarse);
-        if (parts > 1) {
+        if (activation_bytes > 1) {
             const __m512i rest =
                 _mm512_sub_epi32(_mm512_load_si512(sums + SUMS + k * LANES), _mm512_set1_epi32(128 * totals[1]));
             values[k] = _mm512_add_ps(values[k], _mm512_div_ps(_mm512_cvtepi32_ps(rest), fine));

@@ -76,8 +76,8 @@ typedef struct TrellisPath {
     /* sums [rows][16][16] += rows of activations x [rows][stride], from `x` on, times a block of `count` groups. */
     void (*multiply)(TrellisBlock block, int count, const int8_t *x, size_t stride, int rows, int32_t *sums);
     /* Outputs of one place, from the sums of its one or two rows; totals: of its activations' parts. */
-    void (*finish)(const int32_t *sums, int parts, const int32_t *totals, float step, const uint16_t *scales, int count,
-                   float *out);
+    void (*finish)(const int32_t *sums, int activation_bytes, const int32_t *totals, float step,
+                   const uint16_t *scales, int count, float *out);
     int rows_together; /* that `multiply` reads, perhaps beyond the last, and whose sums it writes */
     int large_blocks;  /* whether larger blocks serve tasks of more tokens */
     const struct TrellisPath *for_few; /* what serves tasks of few tokens; NULL: this one */
@@ -89,9 +89,9 @@ extern const TrellisPath mc_trellis_portable, mc_trellis_avx2, mc_trellis_neon, 
 const TrellisPath *mc_trellis_path(int path);
 
 /* `finish` in plain C, where sums are of bytes, 128 + level, and where they are of levels. */
-void mc_trellis_finish(const int32_t *sums, int parts, const int32_t *totals, float step, const uint16_t *scales,
-                       int count, float *out);
-void mc_trellis_finish_levels(const int32_t *sums, int parts, const int32_t *totals, float step, const uint16_t *scales,
-                              int count, float *out);
+void mc_trellis_finish(const int32_t *sums, int activation_bytes, const int32_t *totals, float step,
+                       const uint16_t *scales, int count, float *out);
+void mc_trellis_finish_levels(const int32_t *sums, int activation_bytes, const int32_t *totals, float step,
+                              const uint16_t *scales, int count, float *out);
 
 #endif
