@@ -316,7 +316,7 @@ class Checkpoint:
         _check_finite(root, where, self.dtype)
 
     def _readable(self, target: _Target, slices: dict[str, Any]) -> dict[str, Any]:
-        """What transformers' conversion gets for one tensor; experts are fused here, under the fused name."""
+        """The input of transformers' conversion for one tensor; experts are fused here, under the fused name."""
         if not target.fuses_experts or self._is_kept_in_float32(target.name):
             return {piece.key: slices[piece.key] for piece in target.all_pieces}
         rows = [[slices[piece.key] for piece in target.pieces[pattern]] for pattern in target.patterns]

@@ -1,4 +1,4 @@
-"""What lies between an expert's projections: the family's own activation, and which rows act on which channel.
+"""The step between an expert's projections: the family's own activation, and which rows act on which channel.
 
 The module itself is asked, so that no family needs facts here: numbers that are put through its activation tell
 whether rows of gate and up follow each other or take turns.

@@ -1,4 +1,4 @@
-"""What memory this process has, and giving freed memory back, so that a long model takes no more than a short one."""
+"""The memory that this process has, and giving freed memory back: a long model takes no more than a short one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STATUS = Path("/proc/self/status")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MAPPED_FROM = 2**22  # on affine grids 1 MiB takes 4 % less memory and a fifth more time, 12 MiB prevents no holes
 _MADV_POPULATE_READ = 22  # mman.h, Linux 5.14
-_PIECE = 64 * 2**20  # of a file, mapped at a time
+_PIECE = 64 * 2**20  # bytes of a file that are mapped at a time
 _GAP = 2**16  # bytes between two tensors of a file, at most: headers and padding
 _ADAPTED_TO = 32 * 2**20  # DEFAULT_MMAP_THRESHOLD_MAX on 64 bits: as far as glibc raises it by itself
 

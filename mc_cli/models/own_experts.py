@@ -54,7 +54,7 @@ def _reaches_ours(module: nn.Module) -> bool:
         module(hidden, torch.zeros(1, 1, dtype=torch.int64, device=device), hidden)
     except _Reached:
         return True
-    except Exception:  # whatever code of the model's own does with such a call
+    except Exception:  # the model's own code may raise anything at such a call
         return False
     finally:
         delattr(module, PRUNER)

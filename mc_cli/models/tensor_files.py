@@ -28,7 +28,7 @@ _SCALES = "_scale_inv"  # FP8: NAME.weight, NAME.weight_scale_inv
 _BLOCKS, _EXPONENTS = "_blocks", "_scales"  # MXFP4: NAME_blocks, NAME_scales
 _DEFAULT_BLOCK = (128, 128)
 _LARGEST_BLOCK = 1 << 20
-_MXFP4_BYTES = 16  # of a block of 32 codes
+_MXFP4_BYTES = 16  # a block holds 32 codes
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

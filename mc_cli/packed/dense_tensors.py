@@ -74,7 +74,7 @@ class DenseTensors:
         return {name: self._routers.plain(name, tensor) for name, tensor in tensors.items()}
 
     def original(self, part: int) -> dict[str, torch.Tensor]:
-        """The same tensors named and shaped as `save_pretrained` writes them, such as one matrix per expert."""
+        """The tensors named and shaped as `save_pretrained` writes them, such as one matrix per expert."""
         return revert_weight_conversion(self._model, self.by_module(part))
 
     def _dequantized(self, name: str) -> torch.Tensor:

@@ -25,7 +25,7 @@ _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 
 
 class PlainRouters:
-    """What becomes of the tensors of a model whose layout drops experts; nothing where it drops none.
+    """The change of a model's tensors where its layout drops experts; none where it drops none.
 
     config   the model's, with fewer experts where some are left out
     Raises InputError where a plain checkpoint cannot say which experts are dropped.
