@@ -19,8 +19,8 @@ from mc_cli.errors import McError
 from mc_cli.native.signatures import bound
 from mc_cli.native.sources import source_version
 
-_FILE = "_library.dll" if sys.platform == "win32" else "_library.so"  # of no Python in particular, see setup.py
-SWITCH = "MC_CLI_LIBRARY"  # of the environment: the path of the compiled library to use
+_FILE = "_library.dll" if sys.platform == "win32" else "_library.so"  # any Python can load it, see setup.py
+SWITCH = "MC_CLI_LIBRARY"  # environment variable: the path of the compiled library to use
 _TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 
 

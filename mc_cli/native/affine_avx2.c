@@ -22,7 +22,7 @@
 
 #define FOR_AVX2 __attribute__((target("avx2,fma")))
 #define STEP 16           /* codes at a time, two words: in lanes of 16 bits */
-#define TOKENS_TOGETHER 4 /* that a code, once unpacked, meets */
+#define TOKENS_TOGETHER 4 /* each unpacked code meets this many tokens */
 
 /* How 16 codes come into lanes of 16 bits: the two bytes that a code lies in, to the left up to the end of the lane, and
  * then to the right. */

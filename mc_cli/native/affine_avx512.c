@@ -69,7 +69,7 @@ AVX512 void mc_affine_read_grids_avx512(const AffineMatrix *m, int row, float *s
     }
 }
 
-/* What offsets take away. Totals behind the last group may be those of groups that longer matrices read, and NaN. */
+/* The sum that offsets take away. Totals behind the last group may belong to groups of longer matrices, and be NaN. */
 AVX512 INLINE float taken(const float *offsets, const float *totals, int groups) {
     __m512 sum = _mm512_setzero_ps();
     for (int g = 0; g < groups; g += FLOATS) {
@@ -171,8 +171,8 @@ AVX512 static void write_group(const uint8_t *codes, int count, float scale, flo
     }
 }
 
-#define TOKENS_FOR_LANES 7 /* from here on blocks are faster */
-#define TOKENS_FOR_TILES 4 /* in tiles */
+#define TOKENS_FOR_LANES 7 /* tokens from which on blocks are faster */
+#define TOKENS_FOR_TILES 4 /* the same number with tiles */
 
 const AffinePath mc_affine_avx512 = {.multiply = multiply, .unpack = mc_affine_unpack_avx512, .write = write_group,
                                      .block_tokens = TOKENS_FOR_LANES, .prepare_blocks = mc_affine_prepare_blocks,

@@ -8,9 +8,8 @@
  *
  * Layout: 16 tokens lie in tiles of 1 KB, one for 64 inputs of all and each part: [groups * pitch / 64][2][16][16][4],
  * the indices being 64 inputs, part, fours of inputs, token, input. So 64 bytes hold the same four inputs of 16 tokens:
- * what vpdpbusd multiplies with four codes in all lanes, and what a row of a tile of B is to tdpbusd. Of a block with
- * fewer tokens the others are zeros. Codes become bytes once per 64 rows; 32 of those rows, 64 codes wide, are two
- * tiles of A.
+ * vpdpbusd multiplies them with four codes in all lanes, and tdpbusd takes them as a row of a tile of B. Tokens that a
+ * block lacks are zeros. Codes become bytes once per 64 rows; 32 of those rows, 64 codes wide, are two tiles of A.
  *
  * With AMX, tiles 0 to 3 are sums ([upper, lower 16 rows] of coarse, then of fine parts), 4 and 5 codes, 6 and 7
  * activations. While tiles multiply one group, AVX-512 adds what they gave for the group before: their results take
@@ -21,7 +20,7 @@
 
 #ifdef HAS_VECTORS
 
-#define INPUTS_IN_CACHE 256 /* of ROWS_AT_ONCE outputs: 16 KB of codes stay in the first cache beside what they meet */
+#define INPUTS_IN_CACHE 256 /* with ROWS_AT_ONCE outputs, 16 KB of codes stay in the first cache beside activations */
 #define TILE_BYTES (TILE * VECTOR)
 
 /* Room for the activations of one block, both parts, of as many groups as a matrix has at most. */
@@ -51,7 +50,7 @@ static void lay_block(void *context, int block) {
     }
 }
 
-#define ROWS_TOGETHER 8 /* whose sums are in registers */
+#define ROWS_TOGETHER 8 /* their sums are in registers */
 
 AVX512 INLINE void multiply_lanes(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors,
                                   const int activation_bytes, AffineGroupSums *found) {
@@ -154,11 +153,11 @@ static void multiply_block(const AffineProduct *p, const Rows *r, int begin, int
     }
 }
 
-/* In blocks of 32 rows and 16 places. A few groups at a time, so that all their codes
- * stay in the first cache while block after block of tokens passes. */
+/* Work goes in blocks of 32 rows and 16 places, a few groups at a time, so that all their codes stay in the first cache
+ * while block after block of tokens passes. */
 int mc_affine_multiply_blocks(const AffineProduct *p, const AffineMatrix *m, int number, int first, int last) {
     const mc_task *task = p->sorted.tasks + number;
-    const size_t pitch = whole((size_t)m->inputs, VECTOR) + p->pitch; /* of a row of codes */
+    const size_t pitch = whole((size_t)m->inputs, VECTOR) + p->pitch; /* between two rows of codes */
     const int rows = (int)whole((size_t)(last - first), 2 * TILE), blocks = (task->count + TILE - 1) / TILE;
     const size_t grids = (size_t)rows * p->room * sizeof(float), each = (size_t)rows * TILE * sizeof(float);
     uint8_t *memory = aligned_alloc(VECTOR, whole(2 * grids + (size_t)blocks * each + (size_t)rows * pitch, VECTOR));

@@ -35,7 +35,7 @@ INLINE void unpack_words(const uint8_t *codes, const int bits, int words, uint8_
 }
 
 VERSIONS static void unpack(const uint8_t *codes, int bits, int words, uint8_t *bytes) {
-    switch (bits) { /* with shifts that are constants */
+    switch (bits) { /* each case has constant shifts */
     case 1: unpack_words(codes, 1, words, bytes); break;
     case 2: unpack_words(codes, 2, words, bytes); break;
     case 3: unpack_words(codes, 3, words, bytes); break;

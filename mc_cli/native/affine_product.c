@@ -1,5 +1,5 @@
-/* Products with affine grids: how the work is divided. What is computed, and why it is exact, is said at the head of
- * affine_portable.c; a path's own way at the head of its file.
+/* Products with affine grids: how the work is divided. The head of affine_portable.c says what is computed, and why it
+ * is exact; the head of a path's file says how that path does it.
  *
  * First every token becomes bytes: for each of its groups, up to the last that one of its matrices has, a step, a coarse
  * and a fine part, with zeros behind a group's end up to a multiple of 64. Slots are sorted by matrix, so that a task is

@@ -1,6 +1,6 @@
-/* The routed experts of a layer in one call: up projections, gates, down projections, and every token's weighted sum. What
- * lies between the products stays in float32. Experts may differ in width: of a slot's row, with room for the widest,
- * as much is written and read as its own matrices have. */
+/* The routed experts of a layer in one call: up projections, gates, down projections, and every token's weighted sum.
+ * Values between the products stay in float32. Experts may differ in channels: a slot's row has room for the most, and
+ * as much of it is written and read as the slot's own matrices have. */
 
 #include "product.h"
 #include "threads.h"
@@ -43,7 +43,7 @@ VERSIONS static void gate(const float *restrict both, int count, int activation,
         }
 }
 
-/* Of rows [top_k][count] the first becomes the sum of all, each times its weight. */
+/* The first of rows [top_k][count] becomes the sum of all, each times its weight. */
 VERSIONS static void weighted_sum(float *restrict rows, const float *weights, int top_k, int count) {
     for (int i = 0; i < count; i++) rows[i] *= weights[0];
     for (int slot = 1; slot < top_k; slot++) {
@@ -62,14 +62,14 @@ typedef struct {
     int inner, outer, top_k, activation, bfloat16;
 } Layer;
 
-/* Where one of the two matrices is missing the other one may be wider than a row; it multiplies zeros. */
+/* If one of the two matrices is missing, the other one may be longer than a row; it multiplies zeros. */
 static void gate_slot(void *context, int slot) {
     const Layer *l = context;
-    const int width = mc_shape_of(l->down, l->experts[slot]).inputs;
+    const int channels = mc_shape_of(l->down, l->experts[slot]).inputs;
     float *activated = l->activated + (size_t)slot * l->inner;
     if (mc_shape_of(l->up, l->experts[slot]).outputs)
-        gate(l->hidden + (size_t)slot * l->up->outputs, width, l->activation, activated);
-    else memset(activated, 0, (size_t)width * sizeof(float));
+        gate(l->hidden + (size_t)slot * l->up->outputs, channels, l->activation, activated);
+    else memset(activated, 0, (size_t)channels * sizeof(float));
 }
 
 static void sum_token(void *context, int token) {

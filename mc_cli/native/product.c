@@ -42,7 +42,7 @@ int mc_sort_slots(mc_slots *sorted, const mc_bank *bank, const int64_t *experts,
     const int matrices = bank->matrices;
     *sorted = (mc_slots){malloc(sizeof(int) * (size_t)(slots + 1)), malloc(sizeof(int) * (size_t)(slots + 1)),
                          malloc(sizeof(mc_task) * (size_t)(matrices + 1)), 0, 0, 0};
-    int *next = calloc((size_t)matrices + 1, sizeof(int)); /* by matrix: first how many, then the next one's place */
+    int *next = calloc((size_t)matrices + 1, sizeof(int)); /* per matrix: first how many slots, then the next one's place */
     if (!sorted->slots || !sorted->places || !sorted->tasks || !next) {
         free(next);
         return 1;

@@ -23,7 +23,7 @@
  * activations. */
 #include "trellis_product.h"
 
-/* What one lane's `planes` bytes, and the first two of the next lane, say of its 16 weights. */
+/* Decodes a lane's 16 weights from its `planes` bytes and the first two of the next lane. */
 static void decode(const TrellisSequence *s, const TrellisCode *code, int first, int count, TrellisBlock block) {
     const int stride = s->lanes * GROUP;
     for (int g = 0; g < count; g++) {

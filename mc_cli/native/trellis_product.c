@@ -1,5 +1,5 @@
-/* Products with trellis codes: how the work is divided. What is computed, and why it is exact, is said at the head of
- * trellis_portable.c; a path's own way at the head of its file.
+/* Products with trellis codes: how the work is divided. The head of trellis_portable.c says what is computed, and why it
+ * is exact; the head of a path's file says how that path does it.
  *
  * First every token is rotated and becomes bytes, one row of coarse and one of fine parts with one step, at a place for
  * each of its slots: those of a matrix lie side by side, so that a task is one matrix and a run of rows. A matrix has
@@ -11,11 +11,11 @@
 
 #include <stdatomic.h>
 
-#define MORE_GROUPS 32  /* for more tokens: every block costs a reading and writing of all sums */
-#define MANY_GROUPS 256 /* for many, whose sums do not stay in the first cache: 256 KB stay in the second */
+#define MORE_GROUPS 32  /* in a block for more tokens: every block costs a reading and writing of all sums */
+#define MANY_GROUPS 256 /* in a block for many, whose sums do not stay in the first cache: 256 KB stay in the second */
 #define TOKENS_AT_ONCE 256
 #define QUANTIZED_TOGETHER 8192 /* activations in a piece of work */
-#define MORE_TOKENS 3 /* from here on larger blocks are faster, and tiles */
+#define MORE_TOKENS 3 /* tokens from which on larger blocks are faster, and tiles */
 
 static const TrellisPath *const paths[] =
     BY_PATH(&mc_trellis_portable, &mc_trellis_avx2, &mc_trellis_neon, &mc_trellis_avx512, &mc_trellis_amx);
@@ -112,7 +112,7 @@ typedef struct {
     TrellisCode code;
     TrellisBlock block;
     int32_t *sums;    /* [rows, whole rows_together][16][16] */
-    size_t sum_bytes; /* of it all */
+    size_t sum_bytes; /* size of `sums` */
     const uint16_t *scales;
     int first_output, outputs, most; /* outputs that are there; places at a time */
 } Work;

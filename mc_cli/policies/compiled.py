@@ -48,7 +48,7 @@ class KeptByShare:
             "received": None if looks is None else looks.data_ptr(),
             "uniform": received if isinstance(received, float) else 1.0,
             "protect_at": self._protect_at,
-            "width": hidden.shape[-1],
+            "features": hidden.shape[-1],
         }
         return _kept(self._routine, inputs, routed, self._cut)
 
@@ -81,7 +81,7 @@ class KeptByRouter:
             "router": router.data_ptr(),
             "bias": bias.data_ptr(),
             "least_share": self._least_share,
-            "width": hidden.shape[-1],
+            "features": hidden.shape[-1],
         }
         return _kept(self._routine, inputs, routed, self._cut)
 
