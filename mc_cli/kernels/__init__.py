@@ -43,11 +43,11 @@ def _routines(encoding: Encoding) -> Any:
 class Bank(Protocol):
     """Matrices of one kind, each of its own shape, for products in which every row has its own one."""
 
-    shapes: tuple[Shape | None, ...]  # of every matrix, None for one that is not there
+    shapes: tuple[Shape | None, ...]  # one per matrix, None for one that is not there
     in_features: int  # the most of any matrix, as rows of inputs have
-    out_features: int  # likewise of outputs
+    out_features: int  # the most of any matrix
     absent: torch.Tensor  # bool [matrices + 1]: those that are not there, and what is behind the last
-    memory: StoredMemory  # of the stored parts
+    memory: StoredMemory  # the memory of all stored parts
 
     def product(
         self, rows: torch.Tensor, experts: torch.Tensor | None = None, top_k: int = 1
@@ -95,7 +95,7 @@ def bank_for(
     if kind not in _ROUTINES or max(in_features for _, _, in_features in there) > _ROUTINES[kind].MOST_INPUTS:
         return None
     encoding, tensors, in_features = there[0]
-    assert encoding is not None  # else there were no routines
+    assert encoding is not None  # kept matrices have no routines
     check_parts(encoding, tensors, in_features)
     return _ROUTINES[kind].bank_of(parts)
 
@@ -116,8 +116,8 @@ def _narrow(device: torch.device) -> str:
     return ", inputs of 8 bits" if compiled and activation_bytes() == 1 else ""
 
 
-# Of single matrices, by the address of their codes: whose it is, where all parts lie, and the bank. An address that is
-# the same is the same memory as long as the bank's memory is still there.
+# Banks of single matrices by the address of their codes: the codes' owner, the addresses of all parts, the bank. The
+# same address is the same memory as long as the bank's memory is still there.
 _banks: dict[int, tuple[weakref.ref[torch.Tensor], list[int], Bank | None]] = {}
 
 

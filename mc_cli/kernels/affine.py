@@ -23,9 +23,9 @@ from mc_cli.native.structures import AffineEntry
 Part = tuple[AffineEncoding, Mapping[str, Tensor], int]
 
 _FOR_MANY_TOKENS = 2  # paths from here on multiply many tokens fast, too
-FEW_TOKENS = 16  # of more, the others need longer than decoding does
-HALF_TOKENS = 192  # of 16-bit tokens; of more, products of two bytes need longer than decoding and the library's own
-MOST_INPUTS = 2**16  # of a larger group sums of byte products might leave int32
+FEW_TOKENS = 16  # on other paths, packed products of more tokens need longer than decoding first
+HALF_TOKENS = 192  # tokens of 16 bits; products of more in two bytes need longer than decoding and the library's own
+MOST_INPUTS = 2**16  # with a larger group sums of byte products might leave int32
 _TILE_WEIGHTS = 2**22  # decoded at a time: a transient copy of 8 to 16 MB, whatever the matrix
 
 
@@ -47,7 +47,7 @@ def path_name(device: torch.device | None = None) -> str:
     if native.library() is None:
         return "none, torch serves"
     name = PATHS[best_path()]
-    return PATHS[0] if name == "NEON" else name  # for which the compiler vectorises the portable one
+    return PATHS[0] if name == "NEON" else name  # compilers vectorise the portable one for NEON
 
 
 def decoded_product(rows: Tensor, tensors: Mapping[str, Tensor], encoding: AffineEncoding) -> Tensor:

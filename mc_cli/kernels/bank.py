@@ -52,7 +52,7 @@ class CompiledBank:
         if not all(tensor.is_cpu for tensor in tensors):
             raise ShapeError("Compiled products are computed from matrices in the processor's memory.")
         self.memory = StoredMemory(tensors)
-        self._kept = entries, more  # what the addresses below point to
+        self._kept = entries, more  # the addresses below point to these
         addresses = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in more.items()}
         self.shapes = shapes
         self.out_features = max(shape.out_features for shape in shapes if shape is not None)
@@ -188,7 +188,7 @@ def experts_output(
 
 
 def _computed_in(inputs: Tensor) -> torch.dtype:
-    """As what routines take these inputs and give outputs."""
+    """The dtype in which routines take these inputs and give outputs."""
     return inputs.dtype if inputs.dtype == torch.bfloat16 else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""What lies where a bank's addresses point: checked when they are taken, and watched from then on.
+"""The memory that a bank's addresses point to: checked when they are taken, and watched from then on.
 
 Compiled routines and GPU kernels read what a table of addresses and shapes says, without looking at a tensor again. So
 everything about the stored parts is compared with their encoding before a table is made, and a bank whose memory has
@@ -19,7 +19,7 @@ from mc_cli.errors import McError, ShapeError
 
 
 class Shape(NamedTuple):
-    """Of a matrix as products take it."""
+    """The shape of a matrix as products take it."""
 
     out_features: int
     in_features: int

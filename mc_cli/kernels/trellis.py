@@ -24,8 +24,8 @@ from mc_cli.numerics.rotation import rotate, signs
 from mc_cli.numerics.trellis_code import UNIT, lookup_tables
 
 _FOR_MANY_TOKENS = 2  # paths from here on multiply any number of tokens as fast as the library does, or faster
-FEW_TOKENS = 8  # up to here the others are faster than decoding first
-MOST_INPUTS = 2**16  # of more, sums of byte products might leave int32
+FEW_TOKENS = 8  # on other paths, up to here packed products are faster than decoding first
+MOST_INPUTS = 2**16  # with more, sums of byte products might leave int32
 
 
 def runs_packed(rows: Tensor) -> bool:

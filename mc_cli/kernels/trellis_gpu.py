@@ -24,16 +24,16 @@ from mc_cli.kernels.stored import StoredMemory, plain_numbers
 from mc_cli.numerics.rotation import signs
 from mc_cli.numerics.trellis_code import RATES, UNIT, code_levels
 
-SWITCH = "MC_CLI_TRITON"  # of the environment
+SWITCH = "MC_CLI_TRITON"  # environment variable
 TILE_WARPS = 16  # one program per multiprocessor: the largest table and a tile of weights take its shared memory
 GROUPS_LANES = 1024  # groups of 4 inputs x lanes in a tile of weights: four times the look-ups that fill its table
-AHEAD_BYTES = 118784  # of shared memory, so that a tile's codes may come while the one before is multiplied
-TILE_LANES = 8  # of a sequence, in a tile for many slots: 128 outputs
-TILE_GROUPS = 64  # of 4 inputs there, so that weights and inputs fit into shared memory beside the table
+AHEAD_BYTES = 118784  # shared memory with which a tile's codes may come while the one before is multiplied
+TILE_LANES = 8  # lanes of a sequence in a tile for many slots: 128 outputs
+TILE_GROUPS = 64  # groups of 4 inputs in it: weights and inputs fit into shared memory beside the table
 SLOTS_IN_TILE = {16: 73728, 32: 81920, 64: 98304, 128: 131072}  # slots: bytes of shared memory, as compiled
-LEAST_BYTES = 101376  # what GPUs from Ampere on have at least, and earlier ones have not
+LEAST_BYTES = 101376  # shared memory that GPUs from Ampere on have at least, and earlier ones have not
 ROTATED_AT_ONCE = 1024
-MOST_INPUTS = 2**16  # as on the CPU
+MOST_INPUTS = 2**16  # the CPU's limit, so that both serve the same matrices
 ROUNDED_AT_ONCE = 1024
 
 
@@ -55,7 +55,7 @@ def reason(device: torch.device) -> str:
 
 
 class GpuBank:
-    """As `kernels.trellis.Bank`, for matrices on a GPU; `product` only launches kernels.
+    """The bank `kernels.trellis.Bank` for matrices on a GPU; `product` only launches kernels.
 
     It keeps addresses: the stored parts must stay where they are. Few slots are multiplied one by one, in float32. Many
     are sorted by matrix and share decoded weights; their rows are then rounded to float16 under one scale per row, and
@@ -264,7 +264,7 @@ class GpuBank:
         known = known.masked_fill(self.absent[known], matrices)
         by_matrix, order = torch.sort(known, stable=True)
         numbers = torch.arange(matrices + 1, device=experts.device)
-        begin = torch.searchsorted(by_matrix, numbers)  # of every matrix, then of the slots without one
+        begin = torch.searchsorted(by_matrix, numbers)  # one per matrix, then that of slots without one
         tiles = (begin[1:] - begin[:-1] + slots - 1) // slots
         first_tile = torch.cumsum(tiles, 0) - tiles
         tile = torch.arange(-(-len(experts) // slots) + matrices, device=experts.device)
