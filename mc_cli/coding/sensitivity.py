@@ -53,7 +53,7 @@ def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, samples: int
 
 
 class LayerBackward(NamedTuple):
-    """What the backward pass says of one layer; all but `before` of its experts, None without any."""
+    """The backward pass of one layer; all but `before` is about its experts, and None without any."""
 
     before: torch.Tensor  # [samples, sequences, length, hidden], gradients at the layer's input
     sensitivity: LayerSensitivity | None = None
@@ -126,7 +126,7 @@ class _Collector:
         self._square: torch.Tensor | None = None
         self._covariance: torch.Tensor | None = None
         self._per_token: list[torch.Tensor] = []
-        self._output: torch.Tensor | None = None  # of the experts, in the graph of the current forward
+        self._output: torch.Tensor | None = None  # the experts' output in the graph of the current forward
 
     def keep(self, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         """Forward hook of the experts module; the model goes on with a copy, which it may change in place."""

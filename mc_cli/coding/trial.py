@@ -1,4 +1,4 @@
-"""What is left of an up projection's forecast error once it ships: one expert of a layer is really quantized.
+"""The part of an up projection's forecast error that is left once it ships: one expert of a layer is quantized.
 
 A forecast draws errors row by row. What ships is better by two things that no forecast of single matrices sees: errors
 are fed into later rows, and the down projection makes good for part of what is left. By how much depends on the
@@ -15,7 +15,7 @@ from mc_cli.coding.correction import correction
 from mc_cli.coding.expert_inputs import ExpertInputs, expert_activations
 from mc_cli.numerics.hessian import accumulate
 
-TRIAL_TOKENS = 6144  # of the expert, at most
+TRIAL_TOKENS = 6144  # the most tokens of the expert that are used
 
 
 def share_left(
@@ -60,9 +60,9 @@ class _Half:
     """Sums over one half of the tokens."""
 
     def __init__(self, down: torch.Tensor) -> None:
-        hidden, width = down.shape
+        hidden, channels = down.shape
         self._down = down
-        self._hessian = torch.zeros((width, width), device=down.device)
+        self._hessian = torch.zeros((channels, channels), device=down.device)
         self._moments = torch.zeros_like(down)
         self._shipped = torch.zeros(hidden, dtype=torch.float64, device=down.device)
         self.forecast = torch.zeros_like(self._shipped)  # [hidden] squared errors

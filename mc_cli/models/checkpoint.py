@@ -378,8 +378,8 @@ def _check_counts(folder: Path, config: PretrainedConfig, tensors: Mapping[str, 
     """
     text: Any = config.get_text_config()
     numbers = {number for key in tensors for number in re.findall(r"\.(\d+)\.", f".{key}")[:1]}
-    width = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
-    largest = max(width, len(tensors))
+    longest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    largest = max(longest, len(tensors))
     wrong = []
     layers = getattr(text, "num_hidden_layers", None)
     if isinstance(layers, int) and layers > len(numbers) + _LAYERS_TO_LIST:
@@ -388,7 +388,7 @@ def _check_counts(folder: Path, config: PretrainedConfig, tensors: Mapping[str, 
         wrong.append(f"num_hidden_layers: {layers:,}, and a model has one layer at least")
     for name, value in sorted(text.to_dict().items()):
         if name.endswith(("experts", "expert")) and isinstance(value, int) and value > largest:
-            wrong.append(f"{name}: {value:,}, no tensor of the files has more than {width:,} rows or columns")
+            wrong.append(f"{name}: {value:,}, no tensor of the files has more than {longest:,} rows or columns")
     if wrong:
         raise CheckpointError(
             f"{folder / 'config.json'} counts what the files do not hold:\n{listed(wrong)}\n"

@@ -183,9 +183,9 @@ def _spread_table(module: Experts, sizes: list[int], outputs: int, device: torch
     return table
 
 
-def _gate_of(module: Experts, width: int) -> str | None:
+def _gate_of(module: Experts, rows: int) -> str | None:
     """The name in kernels.GATES that computes what the module's own gate does; None where none of them does."""
-    probe = torch.randn(8, width, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 4, 8)[:, None]
+    probe = torch.randn(8, rows, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 4, 8)[:, None]
     with torch.no_grad():
         found = activate(module, probe)
         first, second = probe.chunk(2, -1)

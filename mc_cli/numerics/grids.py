@@ -228,9 +228,9 @@ def _check_scales(scales: Tensor) -> None:
 def _parts(weight: Tensor) -> Iterator[tuple[slice, slice]]:
     """Index ranges over the first two dims of [A, rows, n], each of about `_ELEMENTS_AT_ONCE` elements."""
     limit = _ELEMENTS_AT_ONCE.get(weight.device.type, 1 << 22)
-    batch, rows, width = weight.shape
-    row_step = max(1, min(rows, limit // width))
-    batch_step = max(1, limit // (row_step * width))
+    batch, rows, features = weight.shape
+    row_step = max(1, min(rows, limit // features))
+    batch_step = max(1, limit // (row_step * features))
     for start in range(0, batch, batch_step):
         for row in range(0, rows, row_step):
             yield slice(start, start + batch_step), slice(row, row + row_step)

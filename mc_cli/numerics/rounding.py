@@ -93,14 +93,16 @@ def descend(columns: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, *, swee
     Source: coordinate descent as in QuantEase, Behdin et al. 2023, arXiv:2309.01885; the refit is ours.
     """
     groups = grid.scales.shape[1]
-    width = columns.shape[1] // groups
+    group_size = columns.shape[1] // groups
     codes = codes.clone()
     grid = Grid(grid.scales.clone(), grid.zero_points.clone(), grid.bits)
-    values = grid.values(codes.unflatten(1, (groups, width)).transpose(2, 3)).transpose(2, 3).flatten(1, 2).contiguous()
+    values = (
+        grid.values(codes.unflatten(1, (groups, group_size)).transpose(2, 3)).transpose(2, 3).flatten(1, 2).contiguous()
+    )
     difference = columns - values
     for _ in range(sweeps):
         for group in range(groups):
-            part = slice(group * width, (group + 1) * width)
+            part = slice(group * group_size, (group + 1) * group_size)
             within = hessian[:, part, part]
             pull = torch.bmm(hessian[:, part], difference)  # minus half the error's gradient
             here = Grid(grid.scales[:, group], grid.zero_points[:, group], grid.bits)

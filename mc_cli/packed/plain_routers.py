@@ -126,8 +126,8 @@ def _bias_is_mask(router: nn.Module, bias: str, dropped: Sequence[int]) -> bool:
     generator = torch.Generator().manual_seed(0)
     for tensor in [*drawn.parameters(), *drawn.buffers()]:
         tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor.shape[-1] ** 0.5)
-    width = next(tensor.shape[-1] for tensor in drawn.parameters() if tensor.dim() > 1)
-    hidden = torch.randn(_DRAWN_TOKENS, width, generator=generator)
+    features = next(tensor.shape[-1] for tensor in drawn.parameters() if tensor.dim() > 1)
+    hidden = torch.randn(_DRAWN_TOKENS, features, generator=generator)
     handles = mask_router(drawn, drawn.state_dict()[bias].numel(), dropped)
     masked = drawn(hidden)
     for handle in handles:

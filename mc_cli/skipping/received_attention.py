@@ -65,10 +65,10 @@ def received_attention(
     sinks  [heads] logits of a place that no token has, which takes its share of each row
     Rows of padding tokens are left out: they see tokens behind themselves, or not themselves.
     """
-    batch, heads, tokens, width = query.shape
+    batch, heads, tokens, features = query.shape
     past = key.shape[-2] - tokens
     key = key.repeat_interleave(heads // key.shape[1], dim=1)
-    scale = width**-0.5 if scaling is None else scaling
+    scale = features**-0.5 if scaling is None else scaling
     looks = torch.zeros(batch, tokens, device=query.device)
     viewers = torch.zeros(batch, tokens, device=query.device)
     for begin in range(0, tokens, block_rows):
