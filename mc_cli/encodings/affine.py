@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 PATTERN = "affine_b<bits>_g<group_size>"
 FAMILY = "affine"
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
-CANDIDATES = (1, 2, 3, 4)  # that score measures unless told otherwise
+CANDIDATES = (1, 2, 3, 4)  # score measures these unless told otherwise
 ROWS_APART = True
-_KEY = re.compile(r"affine_b([1-8])_g([1-9][0-9]{0,8})")  # so that groups are counted in 32 bits
+_KEY = re.compile(r"affine_b([1-8])_g([1-9][0-9]{0,8})")  # groups are counted in 32 bits
 
 
 def from_key(key: str) -> AffineEncoding | None:
