@@ -54,7 +54,7 @@ def propagate(columns: Tensor, factor: Tensor, round_column: Callable[[int, Tens
     def round_panel(first: int, panel: Tensor, errors: Tensor) -> None:
         for position in range(first, first + panel.shape[1]):
             column = panel[:, position - first]
-            if position > first:  # what earlier columns of the panel owe
+            if position > first:  # takes in the errors of earlier columns of the panel
                 owed = torch.bmm(factor[:, first:position, position].unsqueeze(1), errors[:, first:position])
                 column = column - owed.squeeze(1)
             value = round_column(position, column)
@@ -74,7 +74,7 @@ def propagate_panels(columns: Tensor, factor: Tensor, round_panel: Callable[[int
     for first in range(0, columns.shape[1], _PANEL):
         last = min(first + _PANEL, columns.shape[1])
         panel = columns[:, first:last]
-        if first:  # what all earlier panels owe
+        if first:  # takes in the errors of all earlier panels
             panel = torch.baddbmm(panel, factor[:, :first, first:last].transpose(1, 2), errors[:, :first], alpha=-1)
         round_panel(first, panel, errors)
 

@@ -28,7 +28,7 @@ LARGEST_RATE = 5
 _WARM_UP = 48  # weights on either side of the seam from which the bits that cross it are chosen
 PIECE = 32  # weights between two looks at the errors so far, where errors are fed back; as in native/trellis.c
 _UNSETTLED = 12  # weights before such a look whose codes are still likely to change; as in native/trellis.c
-_SEQUENCES_AT_ONCE = {"cpu": 256, "cuda": 2048}  # in the torch search: on a GPU up to 1 GB of choices, for few launches
+_SEQUENCES_AT_ONCE = {"cpu": 256, "cuda": 2048}  # torch search; on a GPU up to 1 GB of choices, for few launches
 
 
 def offsets(length: int, rate: Fraction) -> Tensor:
