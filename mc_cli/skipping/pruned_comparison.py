@@ -21,7 +21,7 @@ from mc_cli.progress import Progress
 from mc_cli.skipping.pruning import LayerPruner, pruned
 from mc_cli.walking.layerwise import LayerSource, LayerWalk
 
-_HIDDEN_BYTES = 2 * 1024**3  # of all points of a group
+_HIDDEN_BYTES = 2 * 1024**3  # hidden states of all points of a group take no more
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ _HANDLES = "_mc_pruning_handles"
 
 @dataclass(frozen=True)
 class _Bound:
-    """What a pruner needs in every forward. held: learned tensors that the experts module has, by attribute."""
+    """State that a pruner needs in every forward. held: learned tensors that the experts module has, by attribute."""
 
     device: torch.device
     held: Sequence[tuple[str, Tensor]]
@@ -99,7 +99,7 @@ class LayerPruner:
         return kept_index, kept_weights
 
     def _received(self, tokens: int) -> Tensor | float | None:
-        """What the tokens of this forward received; None where the layer has no attention that could be watched."""
+        """The attention that this forward's tokens received; None where the layer has none that could be watched."""
         if self.watch is None or self.layer.prior is None:
             return None
         return self.watch.estimate(tokens, self.layer.prior)

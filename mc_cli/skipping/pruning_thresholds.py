@@ -21,7 +21,7 @@ _CANDIDATES = 1024  # thresholds looked at per layer, evenly over its calls
 
 @dataclass(frozen=True)
 class LayerCurve:
-    """What thresholds of one layer do on the fitting tokens.
+    """The effect of thresholds of one layer on the fitting tokens.
 
     thresholds  [n] ascending float64; the first, the lowest score, drops nothing
     dropped     [n] calls that each drops;  cost [n] float64, summed over tokens
@@ -42,7 +42,7 @@ def layer_curve(scores: Tensor, weights: Tensor, costs: Tensor) -> LayerCurve:
     ranks = weight_ranks(weights)
     tokens, top_k = scores.shape
     by_rank = torch.empty_like(scores).scatter_(-1, ranks, scores)[:, 1:]
-    steps = (costs[:, :-1] - costs[:, 1:]).double()  # of dropping rank 1, 2, ... after all behind it
+    steps = (costs[:, :-1] - costs[:, 1:]).double()  # cost of skipping rank 1, 2, ... after all behind it
     flat, steps = by_rank.flip(-1).reshape(-1).double(), steps.flip(-1).reshape(-1)  # the last rank first, for ties
     ordered, order = flat.sort(stable=True)
     total = torch.cat([torch.zeros(1, dtype=torch.float64), steps[order].cumsum(0)])

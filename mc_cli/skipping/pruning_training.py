@@ -120,7 +120,7 @@ def train_layer(
     inputs = otp.features(sample.routed)
     router = otp.starting_router(sample.routed.hidden.shape[-1], sample.top_k, threshold)
     optimiser = Adam(router)
-    # In units of the price, so that the learning rate means the same in every layer.
+    # The unit is the price, so that the learning rate means the same in every layer.
     costs = sample.costs / max(price, torch.finfo(torch.float32).tiny)
     for step in range(_LAYER_STEPS):
         generator = generator_for(seed, sample.block.layer, step)
