@@ -1,4 +1,4 @@
-"""Which width every expert gets: a problem, one strategy per file, and the way from importance.json to a plan.
+"""The choice of every expert's width: a problem, one strategy per file, and the way from importance.json to a plan.
 
 A strategy is a file of this package that holds a `STRATEGY` (see strategy.py); it is found by itself. No torch here.
 """
