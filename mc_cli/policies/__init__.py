@@ -39,7 +39,7 @@ SPREAD, SHARED = "spread", "shared"
 
 @dataclass(frozen=True)
 class Routed:
-    """What a policy may look at: the tokens that the router of one layer has just placed.
+    """The tokens that the router of one layer has just placed, which a policy may look at.
 
     hidden    [tokens, hidden], the experts' inputs
     index     [tokens, k] int64, the chosen experts
@@ -56,7 +56,7 @@ class Routed:
 
 @dataclass(frozen=True)
 class LayerValues:
-    """What a policy knows about a layer beside its tokens: numbers that were calibrated, tensors that were learned."""
+    """A policy's values for a layer beside its tokens: numbers that were calibrated, tensors that were learned."""
 
     layer: int
     seed: int = 0
@@ -66,7 +66,7 @@ class LayerValues:
 
 @dataclass(frozen=True)
 class Cut:
-    """What becomes of keep scores: see `keep_mask` and `kept_weights`. Dropped slots get the index `absent`."""
+    """The rule from keep scores to kept slots: see `keep_mask` and `kept_weights`. Skipped slots get index `absent`."""
 
     threshold: float
     absent: int

@@ -19,8 +19,8 @@ from mc_cli.errors import ShapeError
 if TYPE_CHECKING:
     from mc_cli.policies import Cut, Routed
 
-_MOST_SLOTS = 256  # as in native/pruning.c
-_MOST_VALUES = 2**31 - 1  # of tokens together: routines count in 32 bits
+_MOST_SLOTS = 256  # the limit of native/pruning.c
+_MOST_VALUES = 2**31 - 1  # the most values of all tokens together: routines count in 32 bits
 _Kept = tuple[Tensor, Tensor]
 
 

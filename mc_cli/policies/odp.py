@@ -29,7 +29,7 @@ def keep_scores(routed: Routed, layer: LayerValues) -> Tensor:
     """
     ordered, order = routed.weights.float().sort(dim=-1, descending=True, stable=True)
     kept = ordered.cumsum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-    shares = ordered / kept  # of rank r among ranks 0..r
+    shares = ordered / kept  # share of rank r among ranks 0..r
     from_the_end = shares.flip(-1).cummax(-1).values.flip(-1)
     scores = torch.empty_like(from_the_end).scatter_(-1, order, from_the_end)
     protect_at = layer.numbers.get(PROTECT_AT)

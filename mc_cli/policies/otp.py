@@ -64,7 +64,7 @@ def count_logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def learned_shapes(hidden_size: int, top_k: int) -> dict[str, tuple[int, ...]]:
-    """What `count_logits` reads."""
+    """The features that `count_logits` reads."""
     return {WEIGHT: (top_k - 1, hidden_size + top_k - 1), BIAS: (top_k - 1,)}
 
 
