@@ -1,6 +1,6 @@
 """`pruning/`: policies fitted to the packed model, resumable like a stage, made by prune-eval beside its own folder.
 
-1. what a dropped call costs, layer by layer; thresholds    2. otp: routers trained    3. the point for --max-loss
+1. what a skipped call costs, layer by layer; thresholds    2. otp: routers trained    3. the point for --max-loss
 """
 
 from __future__ import annotations

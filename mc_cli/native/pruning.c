@@ -47,7 +47,7 @@ static void rank_slots(const float *weights, int k, int *order, float *shares) {
 typedef struct {
     const int64_t *index;  /* [tokens][k] */
     const float *weights;  /* [tokens][k] */
-    int64_t *kept_index;   /* [tokens][k], `absent` where a slot is dropped */
+    int64_t *kept_index;   /* [tokens][k], `absent` where a slot is skipped */
     float *kept_weights;   /* [tokens][k], 0 there */
     float threshold;
     int k, absent, renormalise; /* kept weights are scaled to the sum of all */

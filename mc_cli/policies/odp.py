@@ -23,7 +23,7 @@ PROTECT_AT = "protect_at"  # importance from which a token keeps all its experts
 
 
 def keep_scores(routed: Routed, layer: LayerValues) -> Tensor:
-    """[tokens, k] float32: dropped at threshold t are the slots that the loop "drop the last while under t" drops.
+    """[tokens, k] float32: at threshold t those slots are skipped that the loop "skip the last while under t" skips.
 
     That loop stops at the first share that is not under t, so a slot's score is the largest share from it to the last.
     """

@@ -33,7 +33,7 @@ class PointResult:
     experts_per_token    layer -> mean number of routed experts computed
     experts_by_class     name of a token class -> mean over its tokens and the layers
     expert_calls         layer -> [experts] calls per token
-    rate                 share of all expert calls that were dropped
+    rate                 share of all expert calls that were skipped
     """
 
     tokens: int

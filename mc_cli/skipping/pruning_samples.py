@@ -49,7 +49,7 @@ class LayerSample:
 
 
 class _Capture:
-    """Stands where a pruner does, drops nothing, and notes the routing and each slot's output."""
+    """Stands where a pruner does, skips nothing, and notes the routing and each slot's output."""
 
     def __init__(self, watch: bool, dropped: tuple[str, Sequence[int]] | None) -> None:
         self.dropped = dropped
