@@ -374,7 +374,7 @@ class Checkpoint:
 def _check_counts(folder: Path, config: PretrainedConfig, tensors: Mapping[str, StoredTensor]) -> None:
     """Raises CheckpointError where config.json counts far more than the files hold, before a model of that is built.
 
-    What it counts a little too high is listed tensor by tensor, once there is a skeleton to compare with.
+    Counts that are a little too high are listed tensor by tensor, once there is a skeleton to compare with.
     """
     text: Any = config.get_text_config()
     numbers = {number for key in tensors for number in re.findall(r"\.(\d+)\.", f".{key}")[:1]}

@@ -119,8 +119,8 @@ def _begins_like_a_pickle(path: Path) -> bool:
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a result, from the original's: it names the class that has its tensors, and counts no others.
 
-    Without what describes the original's weights; with the text part alone where the causal language model is one
-    part of a model for images or sound; without layers of multi-token prediction, which that class does not have.
+    Left out are entries that describe the original's weights, parts for images or sound where the causal language
+    model is one part of such a model, and layers of multi-token prediction, which that class does not have.
     """
     if has_own_code(config):
         return _without_prediction(_without(config, _OF_THE_ORIGINAL[:-1]))

@@ -1,8 +1,8 @@
 """Routers that do not choose some experts: as if their rows were not there, in every family's own code.
 
-While a masked router runs, the linear product that gives a logit per expert gives minus infinity for dropped ones. What
-follows, softmax or sigmoid, groups and top-k, normalisation, is the family's own. Stored rows stay as they are, so that
-the mask can be taken off.
+While a masked router runs, the linear product that gives a logit per expert gives minus infinity for dropped ones. The
+steps behind it, softmax or sigmoid, groups and top-k, normalisation, are the family's own. Stored rows stay as they
+are, so that the mask can be taken off.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ Keep = Callable[[Tensor], nn.Parameter]  # makes the module dense with that weig
 
 
 class DecodedWeight(torch.Tensor):
-    """A decoded weight [out_features, in_features], or a view of one. What is computed from it is a plain tensor."""
+    """A decoded weight [out_features, in_features], or a view of one. Results of operators on it are plain tensors."""
 
     _mc_plain: Tensor  # the same memory, as torch's own class
     _mc_origin: _Origin

@@ -27,7 +27,7 @@ _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class DenseTensors:
     """The dense tensors of a packed model, one part (decoder layer or REST) at a time.
 
-    What was packed comes in the model's own dtype unless another is asked for, what was kept as it is stored.
+    Packed tensors come in the model's own dtype unless another is asked for, kept ones as they are stored.
 
     plain_routers   tensors for readers that mask no router: see packed/plain_routers.py. Without, dropped experts are
                     there and zero, for a model whose routers are masked

@@ -45,7 +45,7 @@ class StoredData(Tensor):
 
 
 class StoredPart(nn.Parameter):
-    """One stored part, for example the codes of a matrix. A cast leaves it as it is; moving it works as ever.
+    """One stored part, for example the codes of a matrix. A cast leaves it as it is; moving it works as usual.
 
     Arithmetic in place and gradients are refused: codes are no numbers to train. New contents of the same shape and
     dtype are taken, as in `load_state_dict`.
