@@ -77,7 +77,7 @@ class Shortfall:
         """[hidden, intermediate] float32: what to add to the expert's weights; its moments are dropped.
 
         hessian       [intermediate, intermediate] float32, of which `pooled_share` is the pool's; the pool's tokens
-                      count as missing nothing. Of an expert that lacks channels, its first ones: the step is theirs
+                      count as missing nothing. An expert that lacks channels has its first ones: the step is theirs
         """
         moments = self._moments.pop(expert, None)
         if moments is None:  # no token chose it

@@ -249,7 +249,7 @@ def down_hessians(
     strength: float,
     watch: Callable[[int, Chunk, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """[members, intermediate, intermediate] float32: the same of the activations that `up_weights` give.
+    """[members, intermediate, intermediate] float32: Hessians of the activations that `up_weights` give.
 
     up_weights  [members, out_features, in_features], original or already quantized
     watch       called with expert, chunk and activations [n, intermediate] of all that the experts' own tokens give

@@ -3,8 +3,8 @@
 Labels are sampled from the model itself, so the expected outer product of gradients is the Fisher matrix, the second
 derivative of the KL divergence from the original model. Its diagonal turns a squared output error into nats:
     KL per token  ~  1/2 * mean over tokens of sum over features of gradient^2 * error^2
-All of it, the gradients' covariance, tells how one feature's error can make good for another's. What it costs that
-later routers choose otherwise is added to the gradients: see coding/expert_choice.py.
+The whole matrix, the gradients' covariance, tells how one feature's error can make good for another's. The cost of
+later routers choosing otherwise is added to the gradients: see coding/expert_choice.py.
 Source: GEMQ (arXiv:2605.23078) for gradient-weighted errors; the sampled-label Fisher is standard.
 """
 

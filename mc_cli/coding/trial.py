@@ -1,8 +1,8 @@
 """The part of an up projection's forecast error that is left once it ships: one expert of a layer is quantized.
 
-A forecast draws errors row by row. What ships is better by two things that no forecast of single matrices sees: errors
-are fed into later rows, and the down projection makes good for part of what is left. By how much depends on the
-activation and on how many channels there are for a hidden feature, so it is measured.
+A forecast draws errors row by row. The shipped matrix is better by two things that no forecast of single matrices
+sees: errors are fed into later rows, and the down projection makes good for part of what is left. The gain depends on
+the activation and on how many channels there are for a hidden feature, so it is measured.
 """
 
 from __future__ import annotations
