@@ -71,9 +71,9 @@ class CompiledBank:
         self._gated_into: Callable[[], CompiledBank | None] = lambda: None  # the bank that `check_gated` found to fit
 
     def check_gated(self, down: CompiledBank) -> None:
-        """Raises ShapeError unless matrix m of `down` takes half of what matrix m here gives, whatever its width.
+        """Raises ShapeError unless matrix m of `down` takes half of what matrix m here gives, in any number of bits.
 
-        Those of a layer share its inputs and outputs. What has been found to fit is not looked at again.
+        Matrices of a layer share its inputs and outputs. A pair that fits is not looked at again.
         """
         if self._gated_into() is down:
             return

@@ -241,7 +241,7 @@ def add_parts(
 ):  # fmt: skip
     """outputs float32 [slots, features] of what `few_slots` left, in the order of its programs; zeros if no matrix.
 
-    What is behind a smaller matrix's outputs is left as it is.
+    Places behind a smaller matrix's outputs are left as they are.
     """
     sequence, slot = tl.program_id(0), tl.program_id(1)
     unit = slot * tl.num_programs(0) + sequence
