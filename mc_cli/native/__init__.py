@@ -68,7 +68,7 @@ def team_start() -> ctypes.c_void_p:
 
     Two sets of threads would wait for their work side by side, and take each other's processors while they do.
     """
-    torch: Any = sys.modules.get("torch")  # whose tensors come here; a stage without any has no use for it
+    torch: Any = sys.modules.get("torch")  # all tensors come from it; a stage without any has no use for it
     for name in _TORCH_LIBRARIES if torch is not None else ():
         path = Path(torch.__file__).parent / "lib" / name
         if path.is_file():
