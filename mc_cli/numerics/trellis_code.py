@@ -5,8 +5,8 @@ level, and the highest one negates it. So a processor needs tables of 16 bytes, 
 one table of levels. Up to 2 bits, where the look-ups are what takes the time, no hash negates, and the first six bits
 of a window enter it as they are: two look-ups in tables of 64.
 
-The tables are from `recipes/trellis_code.py`, with its defaults, for one rate after the other. What makes them better
-than tables at random: paths that part, and paths that meet, have levels far from each other.
+The tables are from `recipes/trellis_code.py`, with its defaults, for one rate after the other. They are better
+than tables at random because paths that part, and paths that meet, have levels far from each other.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def lookup_tables() -> Tensor:
 def _turn(begin: int) -> int:
     """Places by which six bits are rotated that begin at this bit of a byte.
 
-    What is of the first byte comes down by two places, and what is of the second stays at the lowest ones.
+    Bits of the first byte come down by two places, and those of the second stay at the lowest ones.
     """
     return max(begin - 2, 0)
 
