@@ -253,7 +253,7 @@ class _Coder:
         weights = self._weights().repeat(len(sample), 1)
         _, values = trellis.encode(self._as_sequences(wanted), self._encoding.rate, weights)
         values = values.view_as(wanted)
-        # Rows of similar weight are pooled: a few inputs say little of one row. What is left after the best scale.
+        # Rows of similar weight are pooled: a few inputs say little of one row. The error is that after the best scale.
         order = self._row_weights().argsort(-1)
         both, own, coded = (
             product.sum(0).gather(1, order).unflatten(1, (-1, _POOLED_ROWS)).sum(-1)
