@@ -6,8 +6,8 @@ functions that transformers dispatches to also add up columns from the queries a
 hand; there a hook adds up its columns.
 
 Every row is scaled by the number of tokens that it sees, so that 1 is what a uniform look gives and long and short
-contexts compare. What a token can know: during a forward over a prompt, the looks of the tokens behind it in the same
-forward; while decoding, nothing yet, since nobody has looked at the newest token. So the mean over viewers is drawn
+contexts compare. During a forward over a prompt a token can know the looks of the tokens behind it in the same forward;
+while decoding it knows nothing yet, since nobody has looked at the newest token. So the mean over viewers is drawn
 towards a prior by `PRIOR_VIEWERS` imagined viewers, and a token without viewers has the prior alone.
 """
 
