@@ -1,8 +1,8 @@
 """Batches, which a model is fed: its inputs by name, rows of one length side by side.
 
-Text has `input_ids` alone. What an image-text model takes beside them (`pixel_values`, `image_grid_thw`,
-`mm_token_type_ids`, ...) travels under the names that the model's own forward takes, so that nobody between the data
-and the model has to know of it.
+Text has `input_ids` alone. The other inputs of an image-text model (`pixel_values`, `image_grid_thw`,
+`mm_token_type_ids`, ...) travel under the names that the model's own forward takes, so that nobody between the data
+and the model has to know of them.
 """
 
 from __future__ import annotations

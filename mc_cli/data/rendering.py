@@ -123,7 +123,7 @@ def _end(owner: int, child: int, connection: Connection) -> None:
 
 def _serve(connection: Connection, tokenizer: Any, limits: Limits) -> None:
     """Answers rows until the other end is closed. Locks and all else that the parent has open is not kept open."""
-    import resource  # not on Windows
+    import resource  # Windows has none
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and that ends this
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
