@@ -61,7 +61,7 @@ class StoredBytes:
 
     codes: int
     side: int  # scales, zero points and whatever else an encoding stores beside its codes
-    kept: int  # as in the checkpoint
+    kept: int  # tensors that are as in the checkpoint
 
     @property
     def total(self) -> int:
@@ -244,7 +244,7 @@ class PackedLayout:
 class _Reader:
     """Reads a layout, and collects all that is wrong with it: it may be damaged, or made by somebody who means harm.
 
-    What it takes stays within what the JSON holds: a number of experts is believed when there are as many entries.
+    Its memory stays within what the JSON holds: a number of experts is believed when there are as many entries.
     """
 
     _KEYS = frozenset({"quant_method", "format_version", "encodings", "experts", "linears", "pruning"})
