@@ -139,7 +139,7 @@ def _block_losses(layer: LayerImportance) -> dict[int, list[Mapping[float, float
 
 
 def _widths_of(entry: ExpertBits) -> Iterable[float]:
-    """The widths of an expert's blocks, in order; of one that is whole, the same for each."""
+    """The widths of an expert's blocks, in order; a whole expert's one width without end."""
     if isinstance(entry, tuple):
         return [block.bits_of("") for block in entry]
     assert not isinstance(entry, dict)  # blocks have one width for all projections

@@ -1,7 +1,7 @@
 """Solves the width problem, a multiple-choice knapsack with floors, as an integer programme of its undecided part.
 
 The Lagrangian bound decides most units beforehand: a choice whose reduced cost exceeds the distance between a known
-assignment and the bound is in no better assignment, so it can be left out without changing the optimum. What remains
+assignment and the bound is in no better assignment, so it can be left out without changing the optimum. The rest
 goes through PuLP to HiGHS (or CBC). 61 layers x 256 experts x 4 widths keep some hundred of 62,464 variables.
 Source for the relaxation and for fixing by reduced costs: Kellerer, Pferschy, Pisinger 2004, Knapsack Problems, ch. 11.
 """
