@@ -44,7 +44,7 @@ def compiled_rule(layer: LayerValues, cut: Cut) -> CompiledRule:
 def features(routed: Routed) -> Tensor:
     """[tokens, hidden + k - 1]: hidden state over its L2 norm, log shares of ranks 1, ..., k - 1 among those up to it.
 
-    In float32, or float64 where the hidden states are.
+    They are float32, or float64 where the hidden states are.
     """
     dtype = torch.promote_types(routed.hidden.dtype, torch.float32)
     hidden, weights = routed.hidden.to(dtype), routed.weights.to(dtype)
