@@ -34,10 +34,10 @@ _SEED = 0
 
 
 def correction(moments: torch.Tensor, hessian: torch.Tensor, *, tokens: int) -> torch.Tensor:
-    """[hidden, intermediate] float32: as much of the least squares' solution as so many tokens are to be trusted with.
+    """[hidden, channels] float32: as much of the least squares' solution as so many tokens are to be trusted with.
 
-    moments  [hidden, intermediate] float32, of what is missing and the activations
-    hessian  [intermediate, intermediate] float32, of the activations
+    moments  [hidden, channels] float32, of what is missing and the activations
+    hessian  [channels, channels] float32, of the activations
     """
     trust = tokens / (tokens + _TRUSTED_TOKENS * len(hessian))
     return trust * least_squares(moments, hessian, damping=_DAMPING)
@@ -74,9 +74,9 @@ class Shortfall:
         self._moments[expert].addmm_(pulled.T, activated * chunk.weights[:, None])
 
     def step(self, expert: int, hessian: torch.Tensor, pooled_share: float) -> torch.Tensor:
-        """[hidden, intermediate] float32: what to add to the expert's weights; its moments are dropped.
+        """[hidden, channels] float32: what to add to the expert's weights; its moments are dropped.
 
-        hessian       [intermediate, intermediate] float32, of which `pooled_share` is the pool's; the pool's tokens
+        hessian       [channels, channels] float32, of which `pooled_share` is the pool's; the pool's tokens
                       count as missing nothing. An expert that lacks channels has its first ones: the step is theirs
         """
         moments = self._moments.pop(expert, None)

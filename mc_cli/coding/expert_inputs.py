@@ -198,7 +198,7 @@ def expert_chunks(block: ExpertBlock) -> Iterator[list[int]]:
 
 
 def expert_activations(module: Any, expert: int, inputs: torch.Tensor, up_weight: torch.Tensor) -> torch.Tensor:
-    """[n, intermediate], the inputs of the down projection of one expert with the given upright up projection.
+    """[n, channels], the inputs of the down projection of one expert with the given upright up projection.
 
     Biases and gate are the family's own, taken from `module`.
     """
@@ -211,7 +211,7 @@ def up_outputs(module: Any, expert: int, inputs: torch.Tensor, up_weight: torch.
 
 
 def expert_down(module: Any, expert: int, activated: torch.Tensor, down_weight: torch.Tensor) -> torch.Tensor:
-    """[n, hidden] from activations [n, intermediate], before the routing weight."""
+    """[n, hidden] from activations [n, channels], before the routing weight."""
     outputs = _linear(module, "down_proj", expert, activated, down_weight)
     return module.post_expert_norm(outputs) if module.has_post_expert_norm else outputs
 
@@ -249,10 +249,10 @@ def down_hessians(
     strength: float,
     watch: Callable[[int, Chunk, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """[members, intermediate, intermediate] float32: Hessians of the activations that `up_weights` give.
+    """[members, channels, channels] float32: Hessians of the activations that `up_weights` give.
 
     up_weights  [members, out_features, in_features], original or already quantized
-    watch       called with expert, chunk and activations [n, intermediate] of all that the experts' own tokens give
+    watch       called with expert, chunk and activations [n, channels] of all that the experts' own tokens give
     The pool of a starved expert is the layer's tokens sent through that expert: experts share no intermediate basis.
     """
     features = inputs.block.projections[-1].in_features

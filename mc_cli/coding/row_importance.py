@@ -40,7 +40,7 @@ def up_importance(
     """[members, rows of the up projection]: mean over tokens of (routing weight * slope * reach)^2, to POWER.
 
     up_weights, down_weights  [members, out_features, in_features], upright
-    The slope is that of the activation by the row's output; the reach of an intermediate channel is the length of its
+    The slope is that of the activation by the row's output; the reach of a channel is the length of its
     column in the down projection, every output weighed by the loss's sensitivity. An expert without tokens gets ones.
     """
     rows = torch.ones(up_weights.shape[:2], device=up_weights.device)

@@ -30,7 +30,7 @@ def share_left(
 ) -> float:
     """The loss left with `shipped`, the down projection fitted to it, over that with `forecast` and none fitted.
 
-    original, forecast, shipped  [rows, hidden] float32, up projections of one expert;  down [hidden, intermediate]
+    original, forecast, shipped  [rows, hidden] float32, up projections of one expert;  down [hidden, channels]
     The fit is made on half of the expert's tokens and judged on the other half, both ways.
     1 where the expert has no tokens, or the forecast no error.
     """
@@ -68,7 +68,7 @@ class _Half:
         self.forecast = torch.zeros_like(self._shipped)  # [hidden] squared errors
 
     def add(self, original: torch.Tensor, forecast: torch.Tensor, shipped: torch.Tensor) -> None:
-        """Activations [n, intermediate] of the same tokens, weighted."""
+        """Activations [n, channels] of the same tokens, weighted."""
         missing = (original - shipped) @ self._down.T
         self.forecast += ((original - forecast) @ self._down.T).square().sum(0, dtype=torch.float64)
         self._shipped += missing.square().sum(0, dtype=torch.float64)
@@ -76,7 +76,7 @@ class _Half:
         accumulate(self._hessian, shipped)
 
     def step(self, *, trusted: int) -> torch.Tensor:
-        """[hidden, intermediate]: the correction that these tokens ask for, trusted as so many are."""
+        """[hidden, channels]: the correction that these tokens ask for, trusted as so many are."""
         return correction(self._moments, self._hessian, tokens=trusted)
 
     def left(self, step: torch.Tensor) -> torch.Tensor:
