@@ -84,7 +84,7 @@ def _fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
 
 
 def remember_export(work_dir: Path, folder: Path, fingerprint: str | None) -> None:
-    """Notes in the work directory the export from it to `folder`, None: nothing. Others that are gone are forgotten.
+    """Notes in the work directory what is exported from it to `folder`, None: nothing. What is gone is forgotten.
 
     A directory inside the work directory is noted by its path there, so that both can be moved together.
     """

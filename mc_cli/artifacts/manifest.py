@@ -25,7 +25,7 @@ STAGE_FOLDERS = {
     "quantize": "packed",
     "prune-eval": "evaluation",
 }
-POLICY_STAGE, POLICY_FOLDER = "policy", "pruning"  # prune-eval makes it beside its own folder
+POLICY_STAGE, POLICY_FOLDER = "policy", "pruning"  # what prune-eval makes beside its own folder
 FOLDERS = STAGE_FOLDERS | {POLICY_STAGE: POLICY_FOLDER}
 _STAGE_OF = {folder: stage for stage, folder in FOLDERS.items()}
 _SHA256 = re.compile(r"[0-9a-f]{64}")

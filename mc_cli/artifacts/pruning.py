@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA = 1
-FOLDER = "pruning"  # lies in the work directory and has one folder per policy
+FOLDER = "pruning"  # in the work directory; one folder per policy in it
 POLICY = "policy.json"
 TENSORS = "policy.safetensors"
 TENSOR_PREFIX = "mc_pruning_"  # attribute names of learned tensors on an experts module
