@@ -78,16 +78,16 @@ def runs_packed(rows: torch.Tensor, encoding: Encoding | None) -> bool:
 
 
 def bank_for(
-    parts: Sequence[tuple[Encoding | None, Mapping[str, torch.Tensor], int] | None],
+    matrices: Sequence[tuple[Encoding | None, Mapping[str, torch.Tensor], int] | None],
 ) -> Bank | None:
     """The matrices of one projection, each of its own shape, for rows that `runs_packed`.
 
-    parts   (encoding, its stored parts, in_features) of every matrix, None for one that is not there; it has as many
-            outputs as `scales`
+    matrices  (encoding, its stored parts, in_features) of each, None for one that is not there; a matrix has as many
+              outputs as `scales`
     None where a matrix is kept, or they are of different kinds of encodings, or none is there.
-    Raises ShapeError where parts are not those of such a matrix.
+    Raises ShapeError where stored parts are not those of such a matrix.
     """
-    there = [part for part in parts if part is not None]
+    there = [matrix for matrix in matrices if matrix is not None]
     if any(not tensor.is_contiguous() for _, tensors, _ in there for tensor in tensors.values()):
         return None
     kinds = {type(encoding) for encoding, _, _ in there}
@@ -97,7 +97,7 @@ def bank_for(
     encoding, tensors, in_features = there[0]
     assert encoding is not None  # kept matrices have no routines
     check_parts(encoding, tensors, in_features)
-    return _ROUTINES[kind].bank_of(parts)
+    return _ROUTINES[kind].bank_of(matrices)
 
 
 def path_names(encodings: Iterable[Encoding], device: torch.device) -> str:

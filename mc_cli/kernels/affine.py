@@ -20,7 +20,7 @@ from mc_cli.kernels.stored import Shape, check_bank
 from mc_cli.native.structures import AffineEntry
 
 # a matrix: its encoding; `codes`, `scales` and `zero_points`; in_features
-Part = tuple[AffineEncoding, Mapping[str, Tensor], int]
+Matrix = tuple[AffineEncoding, Mapping[str, Tensor], int]
 
 _FOR_MANY_TOKENS = 2  # paths from here on multiply many tokens fast, too
 FEW_TOKENS = 16  # on other paths, packed products of more tokens need longer than decoding first
@@ -72,24 +72,24 @@ class Bank(CompiledBank):
     None for one that is not there.
     """
 
-    def __init__(self, parts: Sequence[Part | None]) -> None:
-        shapes = check_bank(parts, AffineEncoding, most_inputs=MOST_INPUTS)
-        groups = {part[0].group_size for part in parts if part is not None}
+    def __init__(self, matrices: Sequence[Matrix | None]) -> None:
+        shapes = check_bank(matrices, AffineEncoding, most_inputs=MOST_INPUTS)
+        groups = {matrix[0].group_size for matrix in matrices if matrix is not None}
         if len(groups) != 1:
             raise ShapeError(f"Affine grids of one product have groups of one size, not of {sorted(groups)} inputs.")
-        rows = [_entry(part, shape).row() for part, shape in zip(parts, shapes, strict=True)]
-        super().__init__("affine", parts, torch.tensor(rows, dtype=torch.int64), shapes, group=groups.pop())
+        rows = [_entry(matrix, shape).row() for matrix, shape in zip(matrices, shapes, strict=True)]
+        super().__init__("affine", matrices, torch.tensor(rows, dtype=torch.int64), shapes, group=groups.pop())
 
 
-def bank_of(parts: Sequence[Part | None]) -> Bank | None:
+def bank_of(matrices: Sequence[Matrix | None]) -> Bank | None:
     """The bank of these matrices, one of which at least is there; None where their groups differ in size."""
-    groups = {part[0].group_size for part in parts if part is not None}
-    return Bank(parts) if len(groups) == 1 else None
+    groups = {matrix[0].group_size for matrix in matrices if matrix is not None}
+    return Bank(matrices) if len(groups) == 1 else None
 
 
-def _entry(part: Part | None, shape: Shape | None) -> AffineEntry:
-    if part is None or shape is None:
+def _entry(matrix: Matrix | None, shape: Shape | None) -> AffineEntry:
+    if matrix is None or shape is None:
         return AffineEntry()
-    encoding, tensors, _ = part
+    encoding, tensors, _ = matrix
     addresses = {name: tensors[name].data_ptr() for name in ("codes", "scales", "zero_points")}
     return AffineEntry(**addresses, inputs=shape.in_features, outputs=shape.out_features, bits=encoding.bits)

@@ -32,8 +32,8 @@ class CompiledBank:
     `in_features` and `out_features` are the most of any matrix: rows of inputs and outputs have room for these.
     It keeps addresses: the stored parts must stay where they are. Once one has been freed, products raise McError.
 
-    parts     (encoding, stored parts, in_features) of every matrix as the kind's own bank has checked them, None for
-              one that is not there
+    matrices  (encoding, stored parts, in_features) of each, as the kind's own bank has checked them, None for one
+              that is not there
     entries   int64 [matrices, fields], each a `row` of its kind's entry in native/structures.py; the last field of one
               that is not there, whose products are zeros, is 0
     shapes    of every matrix, None for one that is not there
@@ -43,12 +43,12 @@ class CompiledBank:
     def __init__(
         self,
         kind: Literal["trellis", "affine"],
-        parts: Sequence[tuple[Encoding, Mapping[str, Tensor], int] | None],
+        matrices: Sequence[tuple[Encoding, Mapping[str, Tensor], int] | None],
         entries: Tensor,
         shapes: tuple[Shape | None, ...],
         **more: Tensor | float,
     ) -> None:
-        tensors = [tensor for part in parts if part is not None for tensor in part[1].values()]
+        tensors = [tensor for matrix in matrices if matrix is not None for tensor in matrix[1].values()]
         if not all(tensor.is_cpu for tensor in tensors):
             raise ShapeError("Compiled products are computed from matrices in the processor's memory.")
         self.memory = StoredMemory(tensors)

@@ -18,7 +18,7 @@ from mc_cli.encodings.trellis import TrellisEncoding
 from mc_cli.kernels import trellis_gpu
 from mc_cli.kernels.bank import CompiledBank
 from mc_cli.kernels.compiled import PATHS, best_path, tokens_of
-from mc_cli.kernels.matrix_table import Part, matrix_table
+from mc_cli.kernels.matrix_table import Matrix, matrix_table
 from mc_cli.kernels.trellis_gpu import GpuBank
 from mc_cli.numerics.rotation import rotate, signs
 from mc_cli.numerics.trellis_code import UNIT, lookup_tables
@@ -59,13 +59,15 @@ class Bank(CompiledBank):
     is not there.
     """
 
-    def __init__(self, parts: Sequence[Part | None]) -> None:
-        table, shapes = matrix_table(parts, most_inputs=MOST_INPUTS)
+    def __init__(self, matrices: Sequence[Matrix | None]) -> None:
+        table, shapes = matrix_table(matrices, most_inputs=MOST_INPUTS)
         most_inputs = max(shape.in_features for shape in shapes if shape is not None)
-        super().__init__("trellis", parts, table, shapes, tables=lookup_tables(), signs=signs(most_inputs), unit=UNIT)
+        super().__init__(
+            "trellis", matrices, table, shapes, tables=lookup_tables(), signs=signs(most_inputs), unit=UNIT
+        )
 
 
-def bank_of(parts: Sequence[Part | None]) -> Bank | GpuBank:
-    """The bank for the device that the parts are on, one of which at least is there."""
-    device = next(part[1]["codes"].device.type for part in parts if part is not None)
-    return (GpuBank if device == "cuda" else Bank)(parts)
+def bank_of(matrices: Sequence[Matrix | None]) -> Bank | GpuBank:
+    """The bank for the device that the matrices are on, one of which at least is there."""
+    device = next(matrix[1]["codes"].device.type for matrix in matrices if matrix is not None)
+    return (GpuBank if device == "cuda" else Bank)(matrices)

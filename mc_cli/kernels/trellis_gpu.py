@@ -19,7 +19,7 @@ from torch import Tensor
 from mc_cli.encodings import MOST
 from mc_cli.encodings.trellis import INPUTS_TOGETHER, padded, sequence_length
 from mc_cli.errors import ShapeError
-from mc_cli.kernels.matrix_table import Part, matrix_table
+from mc_cli.kernels.matrix_table import Matrix, matrix_table
 from mc_cli.kernels.stored import StoredMemory, plain_numbers
 from mc_cli.numerics.rotation import signs
 from mc_cli.numerics.trellis_code import RATES, UNIT, code_levels
@@ -65,16 +65,16 @@ class GpuBank:
     all have one shape, rows are rotated once for all slots that share them, and kernels are compiled for their lanes.
     """
 
-    def __init__(self, parts: Sequence[Part | None]) -> None:
-        table, self.shapes = matrix_table(parts, most_inputs=MOST_INPUTS)
-        self.memory = StoredMemory(tensor for part in parts if part is not None for tensor in part[1].values())
-        there = [part for part in parts if part is not None]
+    def __init__(self, matrices: Sequence[Matrix | None]) -> None:
+        table, self.shapes = matrix_table(matrices, most_inputs=MOST_INPUTS)
+        self.memory = StoredMemory(tensor for matrix in matrices if matrix is not None for tensor in matrix[1].values())
+        there = [matrix for matrix in matrices if matrix is not None]
         shapes = [shape for shape in self.shapes if shape is not None]
         device = there[0][1]["codes"].device
         self._blocks = sorted({encoding.block for encoding, *_ in there})
         self._alignment = math.gcd(*table[:, 0].tolist(), 16)
         self._matrices = table.to(device)
-        self.absent = torch.tensor([part is None for part in parts] + [True], device=device)  # [matrices + 1]
+        self.absent = torch.tensor([matrix is None for matrix in matrices] + [True], device=device)  # [matrices + 1]
         self.out_features = max(shape.out_features for shape in shapes)
         self.in_features = max(shape.in_features for shape in shapes)
         self._one_rotation = len(self._blocks) == 1 and len({shape.in_features for shape in shapes}) == 1

@@ -26,9 +26,9 @@ static int groups_read(const AffineProduct *p, int token) {
     return (int)most / p->group;
 }
 
-static void quantize_tokens(void *context, int part) {
+static void quantize_tokens(void *context, int piece) {
     AffineProduct *p = context;
-    for (int token = part * TOKENS_AT_ONCE; token < p->tokens && token < (part + 1) * TOKENS_AT_ONCE; token++) {
+    for (int token = piece * TOKENS_AT_ONCE; token < p->tokens && token < (piece + 1) * TOKENS_AT_ONCE; token++) {
         int8_t *coarse = p->rows + 2 * (size_t)token * p->stride, *fine = coarse + p->stride;
         float *steps = p->steps + (size_t)token * p->room, *totals = p->totals + (size_t)token * p->room;
         const int groups = groups_read(p, token);

@@ -157,7 +157,7 @@ typedef struct {
     const float *feedback;  /* [batch][groups][rows][rows]; NULL: nothing */
     const float *values;    /* [STATES] by window with the first bit LOWEST */
     int factors; /* one for all matrices, or as many as those */
-    int batch, first, count, inputs, outputs, groups, rings, length, parts;
+    int batch, first, count, inputs, outputs, groups, rings, length, pieces;
     StepOf *const *steps;
     uint8_t *codes; /* [batch][outputs / length][inputs][bytes] */
     float *decoded; /* [batch][inputs][outputs], in units of the scales */
@@ -349,12 +349,12 @@ INLINE void search_group(const Search *search, Scratch *s, int item, int group) 
     }
 }
 
-VERSIONS static void search_part(void *context, int part) {
+VERSIONS static void search_piece(void *context, int piece) {
     Search *search = context;
     Scratch *s = new_scratch(search);
     if (!s) { atomic_store(&search->failed, 1); return; }
     const int64_t all = (int64_t)search->batch * search->groups;
-    const int first = (int)(all * part / search->parts), last = (int)(all * (part + 1) / search->parts);
+    const int first = (int)(all * piece / search->pieces), last = (int)(all * (piece + 1) / search->pieces);
     for (int i = first; i < last; i++) search_group(search, s, i / search->groups, i % search->groups);
     free_scratch(s);
 }
@@ -368,12 +368,12 @@ int mc_trellis_encode(const float *targets, const float *factor, const float *sc
                      .feedback = feedback, .values = values, .factors = factors, .batch = batch, .first = first,
                      .count = count, .inputs = inputs, .outputs = outputs, .groups = groups, .rings = rings,
                      .length = length, .steps = paths[known_path(path < 0 ? mc_best_path() : path)], .codes = codes,
-                     .parts = all < threads ? all : threads, /* all groups take as long; scratch has its price */
+                     .pieces = all < threads ? all : threads, /* all groups take as long; scratch has its price */
                      .decoded = decoded, .errors = errors, .offsets = malloc(sizeof(int) * ((size_t)length + 1))};
     if (!search.offsets) return 1;
     for (int i = 0; i <= length; i++) search.offsets[i] = (int)((int64_t)i * numerator / denominator);
     atomic_init(&search.failed, 0);
-    mc_parallel(search_part, &search, search.parts, threads);
+    mc_parallel(search_piece, &search, search.pieces, threads);
     free(search.offsets);
     return atomic_load(&search.failed);
 }

@@ -72,14 +72,14 @@ static void quantize_token(TrellisProduct *p, const mc_trellis_entry *entry, int
 }
 
 /* Some tokens: rotated, quantized, and put where their experts find them. */
-static void quantize_tokens(void *context, int part) {
+static void quantize_tokens(void *context, int piece) {
     TrellisProduct *p = context;
     float *rotated = malloc(sizeof(float) * (size_t)p->inputs);
     if (!rotated) {
         atomic_store(&p->failed, 1);
         return;
     }
-    for (int token = part * p->together; token < p->tokens && token < (part + 1) * p->together; token++) {
+    for (int token = piece * p->together; token < p->tokens && token < (piece + 1) * p->together; token++) {
         const int first = token * p->top_k;
         for (int slot = first; slot < first + p->top_k; slot++) {
             const int place = p->sorted.places[slot];
