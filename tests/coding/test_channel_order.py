@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from mc_cli.artifacts.calibration import LayerSensitivity
-from mc_cli.coding import channel_order
 from mc_cli.coding.channel_order import deal_channels, dealt
 from mc_cli.coding.expert_inputs import ExpertInputs, expert_activations, expert_down
-from mc_cli.models import experts
+from mc_cli.models import expert_gates, experts
 from mc_cli.parts import ExpertBlock
 from tests.coding.test_expert_inputs import inputs_of, opened
 from tests.conftest import TinyModel
@@ -81,7 +80,7 @@ def test_rows_that_cannot_be_told_by_channel_are_left_alone(
     module, block = opened(tiny_model("mixtral"))
     before = copies(module, block)
     for wrong in (torch.zeros, lambda rows: torch.full((rows,), -5.0), lambda rows: torch.full((rows,), 1e9)):
-        monkeypatch.setattr(channel_order, "channels_of_rows", lambda _, rows, __, ___, wrong=wrong: wrong(rows).long())
+        monkeypatch.setattr(expert_gates, "channels_of_rows", lambda _, rows, __, ___, wrong=wrong: wrong(rows).long())
         assert not deal_channels(module, sensitive(block), whole(block, [0, 1]))
     assert all(map(torch.equal, before, copies(module, block)))
 
