@@ -1,4 +1,4 @@
-"""Which width every expert gets: a problem, one strategy per file, and the way from importance.json to a plan.
+"""The choice of every expert's width: a problem, one strategy per file, and the way from importance.json to a plan.
 
 A strategy is a file of this package that holds a `STRATEGY` (see strategy.py); it is found by itself. No torch here.
 """
@@ -226,7 +226,7 @@ def _droppable_units(
 ) -> list[Unit]:
     """One unit per expert: it is dropped as a whole, or each of its projections gets a width.
 
-    Of the combinations of widths only those are listed that cost less than every smaller one; with floors all are.
+    Only those combinations of widths are listed that cost less than every smaller one; with floors all are.
     """
     widths = [bits for bits in candidate_bits if bits != DROPPED]
     sizes = [_combined(layer, combination) for combination in product(widths, repeat=len(layer.projections))]

@@ -25,8 +25,8 @@ from mc_cli.registry import ENCODINGS, GRIDS, families, family_named
 if TYPE_CHECKING:
     import torch
 
-FASTEST = -1  # of the compiled paths, whichever the machine has
-MOST = 2**31 - 2**10  # of anything that compiled routines count: 32-bit integers, with room for rounding up
+FASTEST = -1  # the number for the fastest compiled path that the machine has
+MOST = 2**31 - 2**10  # the most that compiled routines count: 32-bit integers, with room for rounding up
 _DTYPE_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "int16": 2, "int32": 4}
 
 
@@ -62,7 +62,7 @@ class Encoding(Protocol):
 
     @property
     def basis(self) -> str:
-        """What a quantizer's preparation depends on: encodings that agree in it share one."""
+        """The basis of inputs that a quantizer prepares for: encodings with the same one share a preparation."""
         ...
 
     @property

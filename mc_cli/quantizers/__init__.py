@@ -43,10 +43,10 @@ class QuantizedLinear:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a quantizer computes once from the Hessians, for all widths and all projections with the same inputs."""
+    """A quantizer's factors of the Hessians, computed once for all widths and all projections with the same inputs."""
 
     hessian: Tensor | None  # float32 [B or 1, in_features, in_features], as handed in
-    basis: str  # of the encodings it serves
+    basis: str  # the basis of the encodings it serves
     target: Tensor | None = None  # float32, like hessian: what rounding minimises under, regularised
     inverse_cholesky: Tensor | None = None  # float32, like hessian: of the damped target, inputs in processing order
     order: Tensor | None = None  # int64 [B or 1, in_features]: place in the processing order -> input
@@ -58,14 +58,14 @@ class Quantizer(Protocol):
 
     @property
     def name(self) -> str:
-        """What `quantizer_from_name` and recipes call it."""
+        """The name by which `quantizer_from_name` and recipes know it."""
         ...
 
     def prepare(self, hessian: Tensor | None, *, basis: str) -> Prepared:
-        """What all widths share, computed once.
+        """Computes once what all widths share.
 
         hessian  float32 [B, in_features, in_features], or [1, ...] for one that all items share; not modified
-        basis    of the encodings to come
+        basis    the basis of the encodings to come
         """
         ...
 

@@ -31,7 +31,7 @@ class InputMoments:
         self._prepared: dict[str, tuple[Quantizer, Prepared]] = {}
 
     def prepared(self, quantizer: Quantizer, basis: str) -> Prepared:
-        """What `quantizer` computes of the moments for encodings of `basis`; remembered for the last quantizer."""
+        """The moments as `quantizer` prepares them for encodings of `basis`; remembered for the last quantizer."""
         maker, known = self._prepared.get(basis, (None, None))
         if known is None or maker is not quantizer:
             known = quantizer.prepare(self.hessian, basis=basis)
@@ -71,7 +71,7 @@ class CodingJob:
 
 @dataclass(frozen=True)
 class Coded:
-    """What a job became.
+    """The result of a job.
 
     decoded        float32 [units, out_features, in_features]: the weights that the codes stand for, or the forecast
     tensors        stored part -> [units, ...]; empty for a forecast
@@ -98,7 +98,7 @@ class Executor(Protocol):
     """Where jobs run."""
 
     def map(self, jobs: Iterable[CodingJob]) -> Iterator[Coded]:
-        """What each job becomes, in the order of the jobs. Jobs are drawn lazily: each holds its tensors."""
+        """Yields the result of each job, in the order of the jobs. Jobs are drawn lazily: each holds its tensors."""
         ...
 
 

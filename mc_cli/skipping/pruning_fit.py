@@ -77,7 +77,7 @@ def fit_policies(
             step.advance(note=f"layer {sample.block.layer}")
     if not growing[0].layers or all(layer.top_k < 2 for layer in growing[0].layers):
         raise InputError(
-            "This model's routers choose one expert per token, and a token's best expert is never dropped: there is "
+            "This model's routers choose one expert per token, and a token's best expert is never skipped: there is "
             "nothing to prune per token. Run prune-eval without --policy."
         )
     return {part.name: _finished(part, settings, inputs.tokens, nats=nats) for part in growing}
@@ -121,7 +121,7 @@ def _finished(part: _Growing, settings: FitSettings, tokens: int, *, nats: bool)
     if drops_calls(policy) and len(points) < len(settings.rates):
         notes.append(
             f"policy {part.name}: {len(settings.rates)} rates were asked for, {len(points)} differ and can be reached; "
-            f"at most {limit:.3f} of the expert calls can be dropped."
+            f"at most {limit:.3f} of the expert calls can be skipped."
         )
     unwatched = [layer.layer for layer in part.layers if layer.prior is None]
     if policy.WATCHES_ATTENTION and unwatched:
@@ -132,7 +132,7 @@ def _finished(part: _Growing, settings: FitSettings, tokens: int, *, nats: bool)
     if not points:
         raise InputError(
             f"policy {part.name}: no rate of {', '.join(f'{rate:g}' for rate in settings.rates)} can be reached; at "
-            f"most {limit:.3f} of the expert calls can be dropped here. Ask for a smaller --target-rate."
+            f"most {limit:.3f} of the expert calls can be skipped here. Ask for a smaller --target-rate."
         )
     return Pruning(part.name, settings.seed, tuple(part.layers), tuple(points), 0, tuple(notes))
 
