@@ -402,7 +402,9 @@ class ExportFolder:
         if wrong:
             raise ArtifactError(
                 f"{self.partial} is not as this export wrote it:\n{listed(wrong)}\nSomething else works in that "
-                "directory. See to it, and export again, or name another directory with --out."
+                "directory: see to it, move away what is left there, and export again, or name another directory with "
+                "--out. An exporter that wrote these itself has to write them by mc_cli.artifacts.files, as "
+                "docs/extending.md says."
             )
 
     def _put_in_place(self) -> None:

@@ -159,12 +159,25 @@ def check_parts(
     tensors       the stored parts [..., as `tensor_specs` has them], in which leading dimensions are batch
     out_features  None for as many as `scales` has
     """
-    import torch
-
     scales = tensors.get("scales")
     if out_features is None and scales is not None and scales.ndim:
         out_features = scales.shape[-2 if encoding.rows_apart and scales.ndim > 1 else -1]
-    specs = encoding.tensor_specs(out_features or 0, in_features)
+    problems = wrong_parts(encoding, tensors, out_features or 0, in_features)
+    if problems:
+        raise ShapeError(
+            f"These are not the stored parts of a matrix of {out_features} outputs and {in_features} inputs in "
+            f"{encoding.key}:\n{listed(problems)}\nStored parts must not be cast, cut or exchanged; load the "
+            "model again."
+        )
+
+
+def wrong_parts(
+    encoding: Encoding, tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int
+) -> list[str]:
+    """In what tensors [..., as `tensor_specs` has them] are not the stored parts of such matrices, a line each."""
+    import torch
+
+    specs = encoding.tensor_specs(out_features, in_features)
     problems = [f"{name}: not a stored part of {encoding.key}" for name in tensors.keys() - specs.keys()]
     batch = None
     for name, spec in specs.items():
@@ -178,9 +191,4 @@ def check_parts(
             problems.append(f"{name}: {tensor.dtype}, stored as torch.{spec.dtype}")
         if shape != spec.shape or leading != batch:
             problems.append(f"{name}: {list(tensor.shape)}, stored as {list(spec.shape)}")
-    if problems:
-        raise ShapeError(
-            f"These are not the stored parts of a matrix of {out_features} outputs and {in_features} inputs in "
-            f"{encoding.key}:\n{listed(sorted(problems))}\nStored parts must not be cast, cut or exchanged; load the "
-            "model again."
-        )
+    return sorted(problems)

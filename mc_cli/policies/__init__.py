@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mc_cli import native
-from mc_cli.errors import ShapeError
+from mc_cli.errors import ExtensionError, ShapeError
 from mc_cli.registry import Registry
 
 _REGISTRY = Registry(
@@ -130,6 +130,17 @@ def calibrated_numbers(policy: Policy, routed: Routed, *, protect: float) -> dic
     return {} if find is None else dict(find(routed, protect=protect))
 
 
+def checked_scores(policy: Policy, routed: Routed, layer: LayerValues) -> Tensor:
+    """The policy's `keep_scores`. Raises ExtensionError where there is not one for each of the routing weights."""
+    scores = policy.keep_scores(routed, layer)
+    if scores.shape != routed.weights.shape:
+        raise ExtensionError(
+            f"Policy {policy.NAME!r} gives keep scores {list(scores.shape)} for routing weights "
+            f"{list(routed.weights.shape)} of layer {layer.layer}. This is a defect of the policy."
+        )
+    return scores
+
+
 def weight_ranks(weights: Tensor) -> Tensor:
     """[tokens, k] int64: 0 for the slot with the largest routing weight, ties in slot order."""
     order = weights.argsort(dim=-1, descending=True, stable=True)
@@ -145,7 +156,7 @@ def keep_mask(scores: Tensor, weights: Tensor, threshold: float) -> Tensor:
 
 def kept_slots(policy: Policy, routed: Routed, layer: LayerValues, cut: Cut) -> tuple[Tensor, Tensor]:
     """New (index, weights) [tokens, k]: of the slots that stay; the others have the index `absent` and weight 0."""
-    mask = keep_mask(policy.keep_scores(routed, layer), routed.weights, cut.threshold)
+    mask = keep_mask(checked_scores(policy, routed, layer), routed.weights, cut.threshold)
     kept = kept_weights(routed.weights, mask, renormalise=cut.renormalise)
     return routed.index.masked_fill(~mask, cut.absent), kept
 

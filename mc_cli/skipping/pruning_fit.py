@@ -13,7 +13,7 @@ from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer,
 from mc_cli.data.batches import Batch
 from mc_cli.errors import InputError
 from mc_cli.parts import ExpertBlock
-from mc_cli.policies import SPREAD, LayerValues, calibrated_numbers, drops_calls, policy_from_name
+from mc_cli.policies import SPREAD, LayerValues, calibrated_numbers, checked_scores, drops_calls, policy_from_name
 from mc_cli.progress import Progress
 from mc_cli.skipping.pruning_samples import LayerSample, sample_layers
 from mc_cli.skipping.pruning_thresholds import (
@@ -99,7 +99,7 @@ def _add_layer(part: _Growing, sample: LayerSample, learned: Mapping[str, Tensor
         router_path=sample.block.router_path,
         dropped=list(settings.dropped.get(sample.block.layer, ())),
     )
-    scores = policy.keep_scores(sample.routed, LayerValues(layer.layer, settings.seed, numbers, tensors))
+    scores = checked_scores(policy, sample.routed, LayerValues(layer.layer, settings.seed, numbers, tensors))
     part.layers.append(layer)
     part.curves.append(layer_curve(scores, sample.routed.weights, sample.costs))
 
