@@ -111,6 +111,10 @@ class PackedWeightError(McError):
     """A packed weight was asked for something that only a dense one can do; the message says how it becomes dense."""
 
 
+class ExtensionError(McError):
+    """An extension gave something that cannot be used: a defect of the file that defines it."""
+
+
 class MissingDependencyError(McError):
     """An optional package is needed; the message names it and the extra that installs it."""
 

@@ -12,12 +12,13 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 
 import typer
 
 from mc_cli.artifacts.system_errors import refusal
 from mc_cli.errors import McError
+from mc_cli.registry import BROUGHT
 
 # torch tells of a file that it cannot open or map in a RuntimeError, by these words.
 _NOT_MAPPED = re.compile(r"unable to (?:open|mmap|stat|seek)\b[^<]*<([^>]*)>.*\((\d+)\)", re.DOTALL)
@@ -130,10 +131,29 @@ def error_message(error: Exception) -> str:
             f"There is not enough memory ({_first_line(text) or type(error).__name__}). Finished layers are kept: run "
             "the same command again with a smaller --batch-tokens, or on a machine with more memory."
         )
+    found = f"{type(error).__name__}: {text or '(no message)'}"
+    if (place := _place_in_extension(error)) is not None:
+        return (
+            f"{place} has a defect: {found}. Finished layers are kept. Run the same command with --debug for the "
+            "traceback, and report it to those who made that package; docs/extending.md says what each kind defines."
+        )
     return (
-        f"mc-cli has a defect: {type(error).__name__}: {text or '(no message)'}. This is not your mistake; finished "
+        f"mc-cli has a defect: {found}. This is not your mistake; finished "
         "layers are kept. Run the same command with --debug for the traceback, and report it with the command line."
     )
+
+
+def _place_in_extension(error: Exception) -> str | None:
+    """The last line that ran in an extension of another package, or what lacks an attribute there; else None."""
+    places = [(frame.f_globals.get("__name__", ""), line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, AttributeError) and error.obj is not None:
+        lacking = error.obj if isinstance(error.obj, ModuleType) else type(error.obj)
+        places.append((getattr(lacking, "__module__", None) or lacking.__name__, 0))
+    for module, line in reversed(places):
+        package = BROUGHT.get(module.partition(".")[0])
+        if package is not None:
+            return f"{module}{f', line {line},' if line else ''} of the package {package}"
+    return None
 
 
 def _first_line(text: str) -> str:

@@ -22,6 +22,8 @@ from typing import Any
 
 from mc_cli.errors import InputError, ShapeError, listed
 
+BROUGHT: dict[str, str] = {}  # top-level module of every extension of another package -> the distribution it came with
+
 
 class Registry:
     """One kind of extension.
@@ -91,7 +93,9 @@ class Registry:
         from importlib.metadata import entry_points  # here: it takes longer to import than `--help` takes
 
         for entry in entry_points(group=self._package):
-            origin = f"entry point {entry.name} of {entry.dist.name if entry.dist else 'an installed package'}"
+            distribution = entry.dist.name if entry.dist else "an installed package"
+            BROUGHT[entry.module.partition(".")[0]] = distribution
+            origin = f"entry point {entry.name} of {distribution}"
             try:
                 module = entry.load()
             except Exception as error:

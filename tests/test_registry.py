@@ -133,3 +133,37 @@ for name, family, bits in (("a", "toy", 6.5), ("b", "tory", 2), ("c", "toy", 7.5
 """
     known, unknown, width = asked(tmp_path, code).splitlines()
     assert known == "toy" and "family is 'tory', not one of affine, toy, trellis" in unknown and "7.5" in width
+
+
+BROKEN = (
+    GOOD
+    + """
+SETTINGS = ("rounds",)
+def prepare():
+    return {}["nothing"]
+class Half:
+    pass
+"""
+)
+
+
+def test_a_defect_is_of_the_package_that_has_it(tmp_path: Path) -> None:
+    installed(tmp_path, BROKEN)
+    code = """
+from mc_cli.errors import McError
+from mc_cli.failures import error_message
+from mc_cli.quantizers import quantizer_names, settings_taken
+quantizer_names()
+import toy_quantizer
+half = toy_quantizer.Half()
+for call in (toy_quantizer.prepare, lambda: half.whole, lambda: {}["ours"], lambda: settings_taken("toy")):
+    try:
+        call()
+    except Exception as error:
+        print(error_message(error))
+"""
+    line, lacking, ours, settings = asked(tmp_path, code).splitlines()
+    assert line.startswith("toy_quantizer, line 9, of the package toy_quantizer has a defect: KeyError")
+    assert lacking.startswith("toy_quantizer of the package toy_quantizer has a defect: AttributeError")
+    assert ours.startswith("mc-cli has a defect: KeyError")
+    assert "'toy' names settings that nobody can give: rounds" in settings

@@ -1,4 +1,4 @@
-"""Which width every expert gets: a problem, one strategy per file, and the way from importance.json to a plan.
+"""The choice of every expert's width: a problem, one strategy per file, and the way from importance.json to a plan.
 
 A strategy is a file of this package that holds a `STRATEGY` (see strategy.py); it is found by itself. No torch here.
 """
@@ -15,7 +15,7 @@ from mc_cli.allocators.report import make_plan
 from mc_cli.allocators.strategy import Assignment, CostSettings, SolverSettings, Strategy
 from mc_cli.artifacts.importance import Importance, LayerImportance
 from mc_cli.artifacts.plan import Plan
-from mc_cli.errors import InputError, listed
+from mc_cli.errors import ExtensionError, InputError, listed
 from mc_cli.parts import DROPPED, Role, survivor_floors
 from mc_cli.registry import Registry
 
@@ -79,15 +79,39 @@ def allocate(
     group_size_limit   at which importance was measured; handed on to the plan
     Equal arguments give an equal plan, unless the time limit stops the solver.
     Raises InputError for unknown methods, widths and exponents and for non-finite costs; BudgetError where the budget
-    cannot be met.
+    cannot be met; ExtensionError for a strategy whose choices do not solve the problem.
     """
     strategy = strategy_named(method)
     settings = CostSettings(_exponents(strategy, alpha=alpha, beta=beta, gamma=gamma), seed)
     widths = _candidates(importance, strategy, candidate_bits)
     problem = build_problem(importance, strategy, budget, widths, _floors(strategy, floors), settings)
     assignment = strategy.assign(problem, SolverSettings(gap, time_limit_s, solver))
+    _check_assignment(strategy, problem, assignment)
     plan = make_plan(importance, strategy, problem, assignment, settings=settings)
     return replace(plan, role_bits=dict(role_bits), group_size_limit=group_size_limit)
+
+
+def _check_assignment(strategy: Strategy, problem: AllocationProblem, assignment: Assignment) -> None:
+    """Raises ExtensionError where picks are not one choice per unit, within the budget and above the floors."""
+    picks, units = assignment.picks, problem.units
+    wrong = []
+    if len(picks) != len(units):
+        wrong = [f"{len(picks)} picks for {len(units)} units"]
+    elif bad := [position for position, pick in enumerate(picks) if not 0 <= pick < len(units[position].choices)]:
+        wrong = [f"{units[at]}: pick {picks[at]}, of {len(units[at].choices)} choices" for at in bad]
+    else:
+        if (size := problem.size(picks)) > problem.limit:
+            wrong = [f"{size:,} where the budget is {problem.limit:,}, as `problem.budget.size` counts"]
+        for group in problem.floor_groups():
+            kept = all(
+                sum(served.by[at][picks[position]] for at, position in enumerate(group)) >= served.count
+                for served in problem.served(group)
+            )
+            wrong += [] if kept else [f"layer {units[group[0]].layer}: below its floors ({'; '.join(problem.rules)})"]
+    if wrong:
+        raise ExtensionError(
+            f"What method {strategy.name} assigns is no plan:\n{listed(wrong)}\nThis is a defect of the method."
+        )
 
 
 def feasible_problem(
@@ -226,7 +250,7 @@ def _droppable_units(
 ) -> list[Unit]:
     """One unit per expert: it is dropped as a whole, or each of its projections gets a width.
 
-    Of the combinations of widths only those are listed that cost less than every smaller one; with floors all are.
+    Only those combinations of widths are listed that cost less than every smaller one; with floors all are.
     """
     widths = [bits for bits in candidate_bits if bits != DROPPED]
     sizes = [_combined(layer, combination) for combination in product(widths, repeat=len(layer.projections))]

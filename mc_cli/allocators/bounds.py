@@ -137,7 +137,7 @@ def best_multipliers(table: Table) -> Multipliers:
 
 
 def _excess(table: Table, multipliers: Multipliers) -> int:
-    """By how much the assignment of least penalised cost is over the limit: the slope of the bound in the price."""
+    """The size by which the assignment of least penalised cost is over the limit: the bound's slope in the price."""
     return table.total(_first(table.penalised(multipliers), table.size))[1] - table.limit
 
 
@@ -171,7 +171,7 @@ def _with_floor_prices(table: Table, price: float) -> Multipliers:
 
 
 def _serving_price(penalised: Floats, members: Bools, count: int) -> float:
-    """By how much serving has to be rewarded more (or less, negative) so that `count` units serve."""
+    """The reward to be added to serving (or taken away, negative) so that `count` units serve."""
     serving = np.where(members, penalised, np.inf).min(axis=1)
     other = np.where(members, np.inf, penalised).min(axis=1)
     extra = np.full(len(serving), np.inf)  # infinite: cannot serve

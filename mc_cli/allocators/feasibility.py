@@ -1,4 +1,4 @@
-"""Which budgets can be met at all, and the one paragraph for a budget that cannot."""
+"""Finds whether a budget can be met at all, and words the one paragraph for a budget that cannot."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def check_budget(problem: AllocationProblem) -> None:
 
 
 def check_layer_budgets(problem: AllocationProblem, shares: dict[int, int]) -> None:
-    """The same where every layer has its own share (layer -> size): the tightest layer decides the range."""
+    """Checks budgets like `check_budget`, each layer's by its own share (layer -> size): the tightest decides."""
     budget, total = problem.budget, problem.weight_count
     ranges, short = [], []
     for layer, positions in problem.layers().items():

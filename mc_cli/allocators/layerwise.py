@@ -9,7 +9,7 @@ from mc_cli.allocators.problem import ALL_EXPERTS, AllocationProblem, Choice, Un
 from mc_cli.allocators.solver import solve
 from mc_cli.allocators.strategy import Assignment, SolverSettings, Strategy
 
-EXACT = 0.0  # as many units as layers: solved to the optimum
+EXACT = 0.0  # there are as many units as layers: solved to the optimum
 
 
 def assign(problem: AllocationProblem, settings: SolverSettings) -> Assignment:

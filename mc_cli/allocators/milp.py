@@ -64,7 +64,7 @@ def _standard_output_left_alone() -> Iterator[None]:
     """While it lasts, what is written to descriptor 1 goes nowhere.
 
     HiGHS 1.16 introduces itself there when it is made, before it can be told to be silent: two lines that say nothing
-    of the run, and would be part of --json. What goes wrong reaches us as a status or an exception.
+    of the run, and would be part of --json. Failures reach us as a status or an exception.
     """
     sys.stdout.flush()
     try:

@@ -24,7 +24,7 @@ def costs(
     """
     alpha, beta, gamma = (settings.exponents[name] for name in ("alpha", "beta", "gamma"))
     losses = output_error(layer, candidate_bits, settings)
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is reported with the experts' names
+    with np.errstate(over="ignore", invalid="ignore"):  # overflows are reported with the experts' names
         factors = np.power(normalised(layer.routing_count), alpha)
         factors = factors * np.power(normalised(layer.router_probability_sum), beta)
         return {bits: (factors * np.power(losses[bits], gamma)).tolist() for bits in candidate_bits}

@@ -1,4 +1,4 @@
-"""What an allocation strategy is given: units with their candidate widths, one budget, and floors per layer."""
+"""The problem that an allocation strategy solves: units with candidate widths, one budget, and floors per layer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Unit:
-    """What gets one width of its own: an expert, one projection of it, or one block of its channels.
+    """A unit gets one width of its own: it is an expert, one projection of it, or one block of its channels.
 
     projection  None: all of them
     block       which of the expert's blocks, in the order of channels, and how many `channels` it has; None: all
@@ -87,7 +87,7 @@ class Budget:
         return BUDGET_UNITS[self.kind]
 
     def size(self, choice: Choice) -> int:
-        """What the budget counts of a choice: code bits for `code_bits`, stored bytes for the other kinds."""
+        """The size of a choice as the budget counts it: code bits for `code_bits`, else stored bytes."""
         return choice.code_bits if self.kind == "code_bits" else choice.stored_bytes
 
     def limit(self, weight_count: int) -> Fraction:
@@ -244,7 +244,7 @@ class AllocationProblem:
         return replace(self, units=tuple(self.units[position] for position in positions), limit=limit)
 
     def size(self, picks: Iterable[int]) -> int:
-        """What the choices with those indices, one per unit, take together."""
+        """The size of the choices with those indices, one per unit, together."""
         return sum(self.budget.size(unit.choices[pick]) for unit, pick in zip(self.units, picks, strict=True))
 
     def value(self, picks: Iterable[int]) -> float:

@@ -1,4 +1,4 @@
-"""From an assignment to a plan: the widths, what they take, and what is known about how good they are."""
+"""Writes a plan from an assignment: the widths, their size, and what is known about how good they are."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _objective(
 
 
 def _loss_unit(importance: Importance) -> str:
-    """What predicted_loss_by_bits is measured in: without a backward pass it is not in nats, and score says so."""
+    """The unit of predicted_loss_by_bits: without a backward pass it is not nats, and score says so."""
     return importance.sensitivity_method or "nats per token"
 
 
@@ -139,7 +139,7 @@ def _block_losses(layer: LayerImportance) -> dict[int, list[Mapping[float, float
 
 
 def _widths_of(entry: ExpertBits) -> Iterable[float]:
-    """The widths of an expert's blocks, in order; of one that is whole, the same for each."""
+    """The widths of an expert's blocks, in order; a whole expert's one width without end."""
     if isinstance(entry, tuple):
         return [block.bits_of("") for block in entry]
     assert not isinstance(entry, dict)  # blocks have one width for all projections

@@ -1,7 +1,7 @@
 """Solves the width problem, a multiple-choice knapsack with floors, as an integer programme of its undecided part.
 
 The Lagrangian bound decides most units beforehand: a choice whose reduced cost exceeds the distance between a known
-assignment and the bound is in no better assignment, so it can be left out without changing the optimum. What remains
+assignment and the bound is in no better assignment, so it can be left out without changing the optimum. The rest
 goes through PuLP to HiGHS (or CBC). 61 layers x 256 experts x 4 widths keep some hundred of 62,464 variables.
 Source for the relaxation and for fixing by reduced costs: Kellerer, Pferschy, Pisinger 2004, Knapsack Problems, ch. 11.
 """
@@ -21,7 +21,7 @@ from mc_cli.allocators.strategy import Assignment, SolverSettings
 from mc_cli.errors import SolverError
 
 DEFAULT_GAP = 1e-4
-CORE_CHOICES = 100  # so many choices beside each unit's best are undecided at first
+CORE_CHOICES = 100  # choices beside each unit's best that are undecided at first
 CORE_GROWTH = 4
 ZOOM = 1e-3  # shrink the radius where the assignment is so much closer to the bound
 
@@ -51,7 +51,7 @@ def solve(problem: AllocationProblem, settings: SolverSettings, *, default_gap: 
 
 @dataclass(frozen=True)
 class _Ground:
-    """What the Lagrangian relaxation says of a problem.
+    """The Lagrangian relaxation of a problem.
 
     bound        no assignment costs less
     reduced      [units, choices] by how much more any assignment with that choice costs; infinite where there is none
@@ -81,7 +81,7 @@ class _Ground:
 
 @dataclass(frozen=True)
 class _Core:
-    """Which choices a programme decides among: those of a reduced cost within `radius`.
+    """The choices that a programme decides among: those of a reduced cost within `radius`.
 
     unit      the cost that the solver gets to see as 1
     choices   how many choices the radius was made for, before an assignment was known

@@ -1,4 +1,4 @@
-"""What one allocation strategy is made of, and what it hands back."""
+"""The pieces of an allocation strategy, and the assignment that it hands back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mc_cli.errors import InputError
 
 @dataclass(frozen=True)
 class CostSettings:
-    """What a strategy's costs may depend on beside the measures: its exponents by name, and the seed."""
+    """Parameters of a strategy's costs beside the measures: its exponents by name, and the seed."""
 
     exponents: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0

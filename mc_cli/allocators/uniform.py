@@ -40,9 +40,9 @@ def assign(problem: AllocationProblem, settings: SolverSettings) -> Assignment:
 
 
 def _evenly_spaced(steps: list[int], left: int) -> list[bool]:
-    """Which steps to take so that their sum is at most `left`, less by under one step, spread over the sequence."""
+    """True for steps to take: their sum is at most `left`, less by under one step, spread over the sequence."""
     total = sum(steps)
-    saved = 0  # in units of one over `total` of a size
+    saved = 0  # the unit is a size divided by `total`
     raised = []
     for step in steps:
         saved += left * step

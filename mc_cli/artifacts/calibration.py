@@ -54,7 +54,7 @@ class LayerSensitivity:
     choice_cost: float | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """As they are stored."""
+        """The tensors as they are stored, by name."""
         import torch
 
         stored = {"gradient_square": self.gradient_square, "token_scale": self.token_scale}
@@ -64,7 +64,7 @@ class LayerSensitivity:
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor], prefix: str) -> LayerSensitivity:
-        """From stored tensors whose names begin with `prefix`."""
+        """The sensitivity from stored tensors whose names begin with `prefix`."""
         cost = tensors.get(f"{prefix}choice_cost")
         square, scale = tensors[f"{prefix}gradient_square"], tensors[f"{prefix}token_scale"]
         return cls(square, scale, None if cost is None else float(cost))

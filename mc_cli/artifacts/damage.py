@@ -15,7 +15,7 @@ from typing import Any
 from mc_cli.artifacts.files import file_digest
 from mc_cli.artifacts.system_errors import refusal
 
-SHOWN_BYTES = 1 << 20  # what a stage that is skipped reads to show its result
+SHOWN_BYTES = 1 << 20  # a stage that is already done reads so much to show its result
 ALL_BYTES = math.inf
 
 _READERS = 4  # files hashed at a time; hashing leaves the interpreter to others

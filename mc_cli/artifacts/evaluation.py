@@ -62,7 +62,7 @@ class PruningPoint:
 
 @dataclass(frozen=True)
 class PruningFigures:
-    """What prune-eval found of the policies."""
+    """Findings of prune-eval about the policies."""
 
     policy: str
     fit: str

@@ -40,13 +40,13 @@ SCHEMA = 1
 RECORD = "mc_cli.json"
 STAGE = "export"
 _REPLACED_SUFFIX = ".replaced"
-_PUT_ASIDE = "put_aside.json"  # in an earlier export from before it is renamed to `DIR.replaced`
+_PUT_ASIDE = "put_aside.json"  # an earlier export has it from before it is renamed to `DIR.replaced`
 _LONGEST_NAME = 255 - len(_REPLACED_SUFFIX)
 
 
 @dataclass(frozen=True)
 class ExportRecord:
-    """What made an exported directory, from what, how it was checked, and the files it holds."""
+    """The record of an exported directory: what made it, from what, how it was checked, and the files it holds."""
 
     fingerprint: str
     settings: Mapping[str, Any]
@@ -402,7 +402,9 @@ class ExportFolder:
         if wrong:
             raise ArtifactError(
                 f"{self.partial} is not as this export wrote it:\n{listed(wrong)}\nSomething else works in that "
-                "directory. See to it, and export again, or name another directory with --out."
+                "directory: see to it, move away what is left there, and export again, or name another directory with "
+                "--out. An exporter that wrote these itself has to write them by mc_cli.artifacts.files, as "
+                "docs/extending.md says."
             )
 
     def _put_in_place(self) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 _COPIED_BYTES = 1 << 20
-_LONGEST_HEADER = 100 << 20  # of a safetensors file, by its format
+_LONGEST_HEADER = 100 << 20  # a safetensors file has no longer one, by its format
 LARGEST_TEXT = 256 * 2**20  # bytes; a tokenizer.json has up to 40 MB
 
 

@@ -38,7 +38,7 @@ class ProjectionImportance:
     """The cost of each width of one projection alone, the expert's others as in the checkpoint; indexed by expert."""
 
     name: str
-    weight_count: Annotated[int, Within(1)]  # of one expert
+    weight_count: Annotated[int, Within(1)]  # weights of one expert
     predicted_loss_by_bits: dict[float, Sequence[float]]
     stored_bytes_by_bits: dict[float, Annotated[int, Within(0)]]
 
@@ -53,12 +53,12 @@ class BlockImportance:
 
     expert: Annotated[int, Within(0)]
     channels: Annotated[int, Within(1)]
-    weight_count: Annotated[int, Within(1)]  # of all projections together
+    weight_count: Annotated[int, Within(1)]  # weights of all projections together
     predicted_loss_by_bits: dict[float, float]
     stored_bytes_by_bits: dict[float, Annotated[int, Within(0)]]
 
     def problems(self, where: str, wanted: set[float]) -> list[str]:
-        """What is wrong with the measures, one line each."""
+        """Problems of the measures, one line each."""
         found = []
         for name in ("predicted_loss_by_bits", "stored_bytes_by_bits"):
             if lacking := sorted(wanted - {DROPPED} - set(getattr(self, name))):
@@ -89,7 +89,7 @@ class LayerImportance:
     router_groups: Annotated[int, Within(1)] = 1
     groups_used: Annotated[int, Within(1)] = 1
     up_share_left: float = 1.0
-    blocks: tuple[BlockImportance, ...] = ()  # in the order of channels; of an expert, all of them or none
+    blocks: tuple[BlockImportance, ...] = ()  # in channel order; all of an expert's or none
 
     def __post_init__(self) -> None:
         for name in _PER_EXPERT:
@@ -108,7 +108,7 @@ class LayerImportance:
             return cast(LayerImportance, read_as(cls, read_json(path)))
 
     def problems(self, candidate_bits: Iterable[float]) -> list[str]:
-        """What is wrong with the measures, one line each: lengths, missing widths, numbers that are not finite."""
+        """Problems of the measures, one line each: lengths, missing widths, numbers that are not finite."""
         found = []
         for name, values in self._columns():
             where = f"layer {self.layer}: {name}"
@@ -134,7 +134,7 @@ class LayerImportance:
         return found + self._structure_problems(wanted)
 
     def _structure_problems(self, wanted: set[float]) -> list[str]:
-        """What is wrong with counts and with the projections' own widths, one line each."""
+        """Problems of counts and of the projections' own widths, one line each."""
         where = f"layer {self.layer}"
         found = []
         if not self.num_experts:
@@ -157,7 +157,7 @@ class LayerImportance:
         return found + self._block_problems(wanted)
 
     def _block_problems(self, wanted: set[float]) -> list[str]:
-        """What is wrong with the measures of blocks of channels."""
+        """Problems of the measures of blocks of channels."""
         found, weights = [], dict.fromkeys((block.expert for block in self.blocks), 0)
         for number, block in enumerate(self.blocks):
             found += block.problems(f"layer {self.layer}: block {number}, of expert {block.expert}", wanted)

@@ -1,6 +1,6 @@
-"""What killed processes leave behind, and how it is told from what is somebody else's.
+"""Leftovers of killed processes, and how they are told from what is somebody else's.
 
-A name alone says nothing: `DIR.partial` may be a folder that the user made. Ours is what has one of our markers in it,
+A name alone says nothing: `DIR.partial` may be a folder that the user made. A folder of ours has our marker in it,
 or holds nothing but what we write at such a place. Markers go last when a folder is removed, so that a removal that was
 killed half-way can be taken up again.
 """

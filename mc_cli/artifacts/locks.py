@@ -55,7 +55,7 @@ def work_dir_lock(work_dir: Path) -> Iterator[None]:
 
 
 def process_in(work_dir: Path) -> str:
-    """Which process works in the directory now, in words; empty where none does, or none that can be told."""
+    """The process that works in the directory now, in words; empty where none does, or none that can be told."""
     for path in (work_dir / LOCK, work_dir / f"{LOCK}.pid"):
         if path.is_file() and (holder := _holder(path)) and not _is_dead(holder):
             return f"process {holder.get('pid')} on {holder.get('host')} is at it since {holder.get('since')}"
@@ -142,7 +142,7 @@ def _opened(path: Path) -> int | None:
         if error.errno not in _NOT_WRITABLE:
             raise InputError(refusal(error, path, action="could not be made")) from error
     try:
-        return os.open(path, os.O_RDONLY)  # that of another user, who may hold it
+        return os.open(path, os.O_RDONLY)  # another user's, who may hold it
     except OSError:
         return None
 

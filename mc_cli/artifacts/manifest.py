@@ -16,7 +16,7 @@ from mc_cli.errors import ArtifactError, listed
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-BEGUN = "begun.json"  # in the folder from before its first file to after its manifest
+BEGUN = "begun.json"  # the folder has it from before its first file to after its manifest
 
 _STAGE_OF = {folder: stage for stage, folder in FOLDERS.items()}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -24,7 +24,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What made a stage folder, from what, with which settings, and the files it holds."""
+    """The record of a stage folder: what made it, from what, with which settings, and the files it holds."""
 
     stage: str
     fingerprint: str
@@ -79,14 +79,14 @@ def _lost_its_record(folder: Path) -> bool:
     """Whether a folder that a stage made or makes lacks both of its records."""
     if not folder.is_dir() or is_empty(folder) or (folder / BEGUN).exists():
         return False
-    return not (folder / MANIFEST).exists()  # that stage may just have ended
+    return not (folder / MANIFEST).exists()  # the stage may just have ended
 
 
 _FINGERPRINTED = ("stage", "settings", "inputs")
 
 
 def fingerprint_of(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """What tells whether a folder was made by `stage` with these settings from these inputs."""
+    """The fingerprint that tells whether a folder was made by `stage` with these settings from these inputs."""
     return content_digest({"stage": stage, "schema": SCHEMA, "settings": settings, "inputs": inputs})
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-IMPORTANCE = "importance.json"  # of score
-PLAN = "plan.yaml"  # of allocate
-COVERAGE = "coverage.json"  # of quantize
-EVALUATION = "eval.json"  # of prune-eval
-ROUTERS = "routers.safetensors"  # of prune-eval, while it trains those of otp
-# In the work directory itself; none of them is an artifact of a stage.
+IMPORTANCE = "importance.json"  # score writes it
+PLAN = "plan.yaml"  # allocate writes it
+COVERAGE = "coverage.json"  # quantize writes it
+EVALUATION = "eval.json"  # prune-eval writes it
+ROUTERS = "routers.safetensors"  # prune-eval writes it while it trains the routers of otp
+# These lie in the work directory itself; none of them is an artifact of a stage.
 POINTER = "model.json"  # where the model lies on this machine: the digests say which model it is
-DIGESTS = "digests.json"  # of files that were read before, so that they are not read again
+DIGESTS = "digests.json"  # digests of files that were read before, so that they are not read again
 EXPORTS = "exports.json"  # where exports of this directory lie

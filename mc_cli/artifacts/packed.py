@@ -34,9 +34,9 @@ from mc_cli.parts import block_shape
 
 FORMAT_VERSION = 4
 READ_VERSIONS = (3, 4)
-QUANT_METHOD = DISTRIBUTION  # what transformers names where the plug-in is missing, so what has to be installed
+QUANT_METHOD = DISTRIBUTION  # transformers names it where the plug-in is missing: it has to be installed
 QUANT_METHODS = (QUANT_METHOD, "mc_cli")  # written by earlier versions, and read as the first
-NONE = -1  # in place of an encoding's or an expert's number: nothing is stored, the slot is dropped
+NONE = -1  # stands for an encoding or an expert: nothing is stored, the slot is dropped
 KEPT = "kept"  # an expert projection stored as in the checkpoint, [experts kept so, out_features, in_features]
 
 # The packed folder is a whole model: the layout, a file per decoder layer, one for everything else, and a folder with
@@ -61,7 +61,7 @@ class StoredBytes:
 
     codes: int
     side: int  # scales, zero points and whatever else an encoding stores beside its codes
-    kept: int  # as in the checkpoint
+    kept: int  # tensors that are as in the checkpoint
 
     @property
     def total(self) -> int:
@@ -77,7 +77,7 @@ def read_layout(folder: Path) -> PackedLayout:
 
 
 def naming(path: Path, error: ArtifactError) -> ArtifactError:
-    """The same error, with the file that it is about in front."""
+    """The error with the file that it is about in front."""
     return error if str(path) in str(error) else ArtifactError(f"{path}: {error}")
 
 
@@ -141,7 +141,7 @@ class ExpertLayout:
 
     @property
     def channels(self) -> int:
-        """Of a whole expert."""
+        """Intermediate channels of a whole expert."""
         return list(self.projections.values())[-1][1]
 
     @property
@@ -168,7 +168,7 @@ class ExpertLayout:
         return tuple(tuple(block.encodings[projection] for block in blocks) for blocks in self.experts)
 
     def stacks(self, projection: str) -> tuple[Stack, ...]:
-        """What is stored of one projection, by encoding key, larger blocks first."""
+        """The stacks that are stored for one projection, by encoding key, larger blocks first."""
         found: dict[tuple[str, int], list[tuple[int, int]]] = {}
         for expert, blocks in enumerate(self.experts):
             for number, block in enumerate(blocks):
@@ -244,7 +244,7 @@ class PackedLayout:
 class _Reader:
     """Reads a layout, and collects all that is wrong with it: it may be damaged, or made by somebody who means harm.
 
-    What it takes stays within what the JSON holds: a number of experts is believed when there are as many entries.
+    Its memory stays within what the JSON holds: a number of experts is believed when there are as many entries.
     """
 
     _KEYS = frozenset({"quant_method", "format_version", "encodings", "experts", "linears", "pruning"})

@@ -1,4 +1,4 @@
-"""Which files may be read: ordinary ones, that lie in the folder they are said to lie in.
+"""Checks which files may be read: ordinary ones, that lie in the folder they are said to lie in.
 
 A model or an export can be downloaded from a stranger, and an index or a link in it may name any file of this machine.
 """

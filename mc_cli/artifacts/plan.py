@@ -30,11 +30,11 @@ from mc_cli.settings import LARGEST_GROUP
 
 SCHEMA = 2
 READ = (1, 2)  # schema 1 had neither blocks nor slots
-MOST_BLOCKS = 4096  # in one expert
+MOST_BLOCKS = 4096  # one expert has no more
 MOST_LAYERS = 100_000  # more than any model has
 REMEDY = "Run allocate again, or correct the file."
 
-Widths = float | dict[str, float]  # of all projections, or by name; whole widths are ints, others are halves
+Widths = float | dict[str, float]  # one for all projections, or by name; ints where whole, else multiples of 0.5
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ ExpertBits = Widths | tuple[BlockBits, ...]
 
 @dataclass(frozen=True)
 class Plan:
-    """Which width every part of the model gets, and how that was decided."""
+    """The width of every part of the model, and how it was decided."""
 
     model_type: str
     method: str
     expert_bits: dict[int, tuple[ExpertBits, ...]]  # decoder layer -> one entry per expert
     role_bits: dict[Role, float]  # attention, shared, dense, router, head; 16 = kept
-    family: str = GRIDS  # of the encodings that these widths mean: trellis, affine or one of another package
+    family: str = GRIDS  # family of encodings that the widths mean: trellis, affine, another package's
     group_size_limit: int = 128
     budget: Mapping[str, Any] = field(default_factory=dict)  # kind, asked, reached, unit; code and stored bits reached
     objective: Mapping[str, Any] = field(default_factory=dict)  # value, unit
@@ -245,7 +245,7 @@ def _content_problems(content: Mapping[str, Any]) -> list[str]:
 
 
 def _plain_problems(name: str, entries: Mapping[Any, Any]) -> list[str]:
-    """What is wrong with figures that are only shown: names that are no texts, numbers that are not finite."""
+    """Problems of figures that are only shown: names that are no texts, numbers that are not finite."""
     problems = []
     for key, value in entries.items():
         if not isinstance(key, str):
@@ -299,7 +299,7 @@ def _blocks_problems(where: str, entries: list[Any]) -> list[str]:
 
 
 def _entry_problems(where: str, entry: object) -> list[str]:
-    """What is wrong with one width, or with one for each projection."""
+    """Problems of one width, or of one for each projection."""
     if not isinstance(entry, dict):
         return _width_problem(where, entry)
     problems = [] if entry else [f"{where} has no projections"]
@@ -311,7 +311,7 @@ def _entry_problems(where: str, entry: object) -> list[str]:
 
 
 def _slots_problems(layer: object, table: object, row: object) -> list[str]:
-    """What is wrong with a layer's table from router slots to the experts they run."""
+    """Problems of a layer's table from router slots to the experts they run."""
     where = f"slots of layer {shown(layer)}"
     if not isinstance(row, list):
         return [f"{where}: expert_bits has no such layer"]

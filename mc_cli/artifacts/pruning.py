@@ -141,7 +141,7 @@ class Pruning:
 
 
 def _problems(content: Any) -> list[str]:
-    """What of a policy's JSON cannot be, a line each."""
+    """Problems of a policy's JSON, a line each."""
     names = {"schema", "policy", "seed", "layers", "points", "chosen", "notes"}
     if not isinstance(content, Mapping) or content.keys() != names or content["schema"] != SCHEMA:
         found = sorted(map(str, content)) if isinstance(content, Mapping) else content
@@ -219,7 +219,7 @@ def _are_shapes(value: Any) -> bool:
     )
 
 
-_LARGEST = 3e38  # of float32, which decisions are made in
+_LARGEST = 3e38  # about the largest float32: decisions are made in it
 _LAYER: dict[str, Callable[[Any], bool]] = {
     "layer": _is_count,
     "path": _is_name,

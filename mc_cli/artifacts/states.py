@@ -1,4 +1,4 @@
-"""What an unfinished stage leaves for its own resume: tensors with a digest of themselves and of the files beside them.
+"""States, which an unfinished stage leaves for its resume: tensors with a digest of themselves and of files beside.
 
 No manifest vouches for a stage that has not finished, and a value that was changed meanwhile would give another result
 without a word. So a state carries sha256 of its tensors in its metadata, and there, too, the digests of all that was
@@ -79,7 +79,7 @@ def _digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
     for name, tensor in sorted(tensors.items()):
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         flat = tensor.reshape(-1)
-        if flat.numel() == 1:  # which may have any stride, and is contiguous with each
+        if flat.numel() == 1:  # it may have any stride, and is contiguous with each
             flat = flat.new_empty(1).copy_(flat)
         found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()
@@ -91,7 +91,7 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote. Raises ArtifactError where it is not as it was written."""
+    """Reads what `write_sealed` wrote. Raises ArtifactError where it is not as it was written."""
     found = read_json(path)
     content = found.get("content")
     if not isinstance(content, dict) or found != {"content": content, _DIGEST: content_digest(content)}:

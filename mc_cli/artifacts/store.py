@@ -32,7 +32,7 @@ from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.progress import Progress
 
 REMOVED_SUFFIX = ".removed"
-RESUME = "resume"  # what only a resume needs: hidden states after the last finished layer
+RESUME = "resume"  # only a resume needs it: hidden states after the last finished layer
 _MARKERS = (MANIFEST, BEGUN)
 
 
@@ -252,7 +252,7 @@ def holds_work(folder: Path) -> bool:
 
 
 def read_begun(folder: Path) -> dict[str, Any]:
-    """What the run that began the folder was asked for; empty where there is no such record.
+    """The request of the run that began the folder; empty where there is no such record.
 
     Raises ArtifactError for a damaged one.
     """
@@ -360,7 +360,7 @@ def verify_stages(work: WorkDir, stages: Iterable[str], *, up_to_bytes: float) -
         if manifest is None:
             continue
         found = damaged_files(folder, manifest.outputs, up_to_bytes=up_to_bytes)
-        if stage == "quantize" and up_to_bytes:  # whose folder is read by listing it
+        if stage == "quantize" and up_to_bytes:  # readers list its folder
             found += unexpected_files(folder, manifest.outputs, ignored=(MANIFEST, BEGUN, RESUME))
         if found:
             wrong += found

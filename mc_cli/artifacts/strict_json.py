@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from mc_cli.errors import shown
 
 DEPTH = 100  # nested lists and objects; what we write has 8, a tokenizer.json about 10
-DIGITS = 40  # of one whole number; 64 bits have 20
+DIGITS = 40  # the most digits of one whole number; 64 bits have 20
 
 # Possessive, so that a text of any length takes no memory for ways back.
 _TEXTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
@@ -27,7 +27,7 @@ class JsonError(ValueError):
 
 
 def parse_json(data: bytes, *, finite: bool = True, unique: bool = True) -> Any:
-    """What a JSON text holds. Raises JsonError where it is none, or is not within the bounds.
+    """Parses a JSON text. Raises JsonError where it is none, or is not within the bounds.
 
     finite  refuse NaN and Infinity, which are no JSON though Python writes them
     unique  refuse an object that names something twice; else the last counts, as in every other reader

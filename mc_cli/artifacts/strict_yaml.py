@@ -20,12 +20,12 @@ ENTRIES = 400_000  # keys, values and entries of lists; a plan of 60 layers with
 CHARACTERS = 32 * 2**20
 DIGITS = 40
 _MERGE = "tag:yaml.org,2002:merge"
-# What the safe loader's constructors raise for texts that are not of the type of their tag, such as a 32nd of January.
+# The safe loader's constructors raise these for texts that do not fit their tag's type, such as a 32nd of January.
 _MISFITS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 
 
 def read_yaml(text: str, *, characters: int = CHARACTERS, entries: int = ENTRIES) -> Any:
-    """What a YAML text holds, of at most so many characters, and keys, values and entries of lists.
+    """Parses a YAML text of at most so many characters, and keys, values and entries of lists.
 
     Raises yaml.YAMLError where it is none, has other tags, a key twice or too much in it.
     """
@@ -66,7 +66,7 @@ class _StrictLoader(_fastest_loader()):  # type: ignore[misc]
         super().__init__(text)
         self._most = most
         self._depth = 0
-        self._entries: dict[int, int] = {}  # of a node and all below it, repetitions counted; by the node's id
+        self._entries: dict[int, int] = {}  # node's id -> entries of it and all below, with repetitions
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         mark = self.peek_event().start_mark
@@ -75,7 +75,7 @@ class _StrictLoader(_fastest_loader()):  # type: ignore[misc]
             raise yaml.composer.ComposerError(None, None, f"more than {DEPTH} levels", mark)
         node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
         self._depth -= 1
-        if len(self._entries) > self._most:  # of a long mapping before it ends
+        if len(self._entries) > self._most:  # stops a long mapping before it ends
             raise yaml.composer.ComposerError(None, None, f"more than {self._most:,} entries", mark)
         if id(node) not in self._entries:
             children = node.value if isinstance(node, yaml.CollectionNode) else []

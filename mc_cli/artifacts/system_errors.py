@@ -1,4 +1,4 @@
-"""What the system says when it refuses a file: one paragraph each, that names the file and what to do."""
+"""Errors of the system when it refuses a file: one paragraph each, which names the file and what to do."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What turns a layer into codes: expert inputs, Hessians, importance, corrections, the layer quantizer."""
+"""The way from a layer to its codes: expert inputs, Hessians, importance, corrections, the layer quantizer."""

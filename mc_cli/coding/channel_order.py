@@ -20,7 +20,7 @@ from mc_cli.models import experts
 from mc_cli.models.expert_gates import rows_by_channel, slopes_of
 
 _DEALT = 8  # ranks of importance among as many neighbours; with 2 or 4 there is less to gain
-_TOKENS = 1024  # of an expert, at most, on which channels are compared
+_TOKENS = 1024  # the most tokens of an expert on which channels are compared
 
 
 def deal_channels(module: Any, inputs: ExpertInputs, runs: Mapping[int, Sequence[range]]) -> bool:

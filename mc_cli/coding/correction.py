@@ -23,32 +23,33 @@ from mc_cli.models import experts
 from mc_cli.numerics.hessian import least_squares
 from mc_cli.walking.layerwise import LayerWalk
 
-# Of the mean diagonal, added to the Hessian; 0.01 to 0.1 give the same KL divergence within 1 %, and 1 some 3 % more.
+# This part of the mean diagonal is added to the Hessian; 0.01 to 0.1 give the same KL divergence within 1 %, and 1
+# some 3 % more.
 _DAMPING = 0.03
 # An expert with this many tokens per activation takes half of the correction that they show: the fewer they are, the
 # more of it is chance. With 1000 tokens for 512 activations 3 gives 4 % less KL divergence than 0, with 8000 2 %.
 _TRUSTED_TOKENS = 4.0
-_LINEAR_WITHIN = 0.01  # of the largest entry; derivatives in bfloat16 are no more exact
+_LINEAR_WITHIN = 0.01  # relative to the largest entry; derivatives in bfloat16 are no more exact
 _SEED = 0
 
 
 def correction(moments: torch.Tensor, hessian: torch.Tensor, *, tokens: int) -> torch.Tensor:
-    """[hidden, intermediate] float32: as much of the least squares' solution as so many tokens are to be trusted with.
+    """[hidden, channels] float32: as much of the least squares' solution as so many tokens are to be trusted with.
 
-    moments  [hidden, intermediate] float32, of what is missing and the activations
-    hessian  [intermediate, intermediate] float32, of the activations
+    moments  [hidden, channels] float32, of what is missing and the activations
+    hessian  [channels, channels] float32, of the activations
     """
     trust = tokens / (tokens + _TRUSTED_TOKENS * len(hessian))
     return trust * least_squares(moments, hessian, damping=_DAMPING)
 
 
 class Shortfall:
-    """What a layer's output still misses of the original's, and the steps of its down projections towards it."""
+    """The shortfall of a layer's output from the original's, and the steps of its down projections towards it."""
 
     def __init__(
         self, module: nn.Module, inputs: ExpertInputs, *, original: torch.Tensor, rest: torch.Tensor, reach: float
     ) -> None:
-        """What is missing with the experts `module` as they are now.
+        """Computes the shortfall with the experts `module` as they are now.
 
         original  [sequences, length, hidden], the layer's output in the model that is not quantized
         rest      like it, `rest_of_layer`;  reach: `reach_of`, by which what is missing is divided
@@ -73,10 +74,10 @@ class Shortfall:
         self._moments[expert].addmm_(pulled.T, activated * chunk.weights[:, None])
 
     def step(self, expert: int, hessian: torch.Tensor, pooled_share: float) -> torch.Tensor:
-        """[hidden, intermediate] float32: what to add to the expert's weights; its moments are dropped.
+        """[hidden, channels] float32: what to add to the expert's weights; its moments are dropped.
 
-        hessian       [intermediate, intermediate] float32, of which `pooled_share` is the pool's; the pool's tokens
-                      count as missing nothing. Of an expert that lacks channels, its first ones: the step is theirs
+        hessian       [channels, channels] float32, of which `pooled_share` is the pool's; the pool's tokens
+                      count as missing nothing. An expert that lacks channels has its first ones: the step is theirs
         """
         moments = self._moments.pop(expert, None)
         if moments is None:  # no token chose it
@@ -110,10 +111,10 @@ def add_experts(rest: torch.Tensor, module: nn.Module, inputs: ExpertInputs, *, 
 
 
 def reach_of(walk: LayerWalk, module: Any) -> float | None:
-    """By how much the resident layer's output moves with its experts' weighted sum; None where that is not one number.
+    """The factor by which the resident layer's output moves with its experts' weighted sum; None where it is not one.
 
-    Asked of the layer itself: families put multipliers, gates or norms behind their experts, and errors cannot be taken
-    back to the down projections through a norm.
+    The layer itself is asked: families put multipliers, gates or norms behind their experts, and errors cannot be
+    taken back to the down projections through a norm.
     """
     if module.has_post_expert_norm:
         return None

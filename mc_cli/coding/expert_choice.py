@@ -1,4 +1,4 @@
-"""What it costs that errors make routers choose otherwise: where two experts are nearly level, any error may tip them.
+"""The cost of errors that make routers choose otherwise: where two experts are nearly level, any error may tip them.
 
 A router that takes the next expert for the last of its choice moves the layer's output by a jump, and no derivative
 of the loss knows of it. Let kappa be the divergence that the jump costs, and s the size of errors of the margin between
@@ -28,15 +28,16 @@ from mc_cli.models.router_masks import CORRECTION_BIAS
 from mc_cli.parts import ExpertBlock
 from mc_cli.walking.layerwise import LayerWalk
 
-# Of the standard deviation of a token's scores. Errors of the margin at 2 and 3 bits are 0.045 and 0.023 on a trained
-# model of 21M parameters; more is put here, as the smaller of two terms should not shake the larger one: from half of
-# this to twice it, KL divergence is 3 to 6 % below what it is without the choices, less than single runs tell apart.
+# The error of a margin that is assumed, in standard deviations of a token's scores. Errors at 2 and 3 bits are 0.045
+# and 0.023 on a trained model of 21M parameters; this is more, as the smaller of two terms should not shake the larger
+# one: from half of it to twice it, KL divergence is 3 to 6 % below that without the choices, less than single runs
+# tell apart.
 ERROR = 0.06
 KERNEL = 0.075  # twice as wide gives the same
 _REACH = 3.0  # kernels: tokens of larger margins are left out
 _CONSISTENT = 0.99  # share of tokens whose choice the scores must explain
 
-Scores = Callable[[torch.Tensor], torch.Tensor]  # of logits [tokens, experts]
+Scores = Callable[[torch.Tensor], torch.Tensor]  # takes logits [tokens, experts]
 
 
 class Margin(NamedTuple):
@@ -125,7 +126,7 @@ class ChoiceCosts:
             self._experts, hidden[near], torch.stack([last, following], -1), torch.stack([share, -share], -1)
         )
         moved = (at_experts.reshape(len(at_experts), -1, hidden.shape[-1])[:, near].float() * jump.float()).sum(-1)
-        # Of a few labels a token's own cost is mostly chance, and few tokens would have all the weight: hence the mean.
+        # A mean over tokens: with few labels a token's own cost is mostly chance, and few would have all the weight.
         self._cost += float((weight[near] * moved.square().mean(0)).double().sum()) / 2
         self._weight += float(weight.double().sum())
 
@@ -165,7 +166,7 @@ class ChoiceCosts:
         return self._call
 
     def _margin(self) -> Margin | None:
-        """Of the last forward, whose logits are let go; None where it cannot be told, or all experts are chosen."""
+        """The margins of the last forward, whose logits are freed; None if unknown, or if all experts are chosen."""
         (logits,) = self._logits
         self._logits.clear()
         index = self._taken()[1]
@@ -180,7 +181,7 @@ class ChoiceCosts:
         return margin_of(self._scores(logits), index, groups=self._block.router_groups)
 
     def _find_scores(self, logits: torch.Tensor, index: torch.Tensor) -> Scores | None:
-        """By what this router chooses, as its choices show: logits, or sigmoids or softmaxes with a bias added."""
+        """The scores that explain this router's choices: logits, or sigmoids or softmaxes with a bias added."""
         biases = [
             getattr(module, CORRECTION_BIAS).detach().float().reshape(-1)
             for module in self._router.modules()

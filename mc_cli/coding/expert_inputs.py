@@ -16,13 +16,13 @@ from mc_cli.parts import ExpertBlock
 from mc_cli.walking.routing import RoutingCapture
 
 TOKENS_AT_ONCE = 512  # rows of an expert's input on the device at a time; more do not fit a processor's cache
-CALL_TOKENS = 4096  # of a layer whose experts are all called together
+CALL_TOKENS = 4096  # tokens per call where all experts of a layer are called together
 POOL_TOKENS = 4096  # tokens of the whole layer that stand in where an expert has few of its own
 WELL_SAMPLED = 16  # an expert with this many tokens per input feature keeps its own Hessian as it is
 # Errors at sensitive tokens matter more in Hessians too, but less than the gradients of one sampled label say.
 TOKEN_SCALE_POWER = 0.5
 SENSITIVE_TOKENS = 64  # an expert with fewer tokens in the backward pass is taken as average as far as tokens go
-CHUNK_BYTES = 2**30  # of Hessians and weights that are worked on together
+CHUNK_BYTES = 2**30  # Hessians and weights that are worked on together take about this much
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class ExpertInputs:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the inputs as the layer saw them."""
+        """The dtype of the inputs as the layer saw them."""
         return self._inputs.dtype
 
     def routing(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,7 +198,7 @@ def expert_chunks(block: ExpertBlock) -> Iterator[list[int]]:
 
 
 def expert_activations(module: Any, expert: int, inputs: torch.Tensor, up_weight: torch.Tensor) -> torch.Tensor:
-    """[n, intermediate], the inputs of the down projection of one expert with the given upright up projection.
+    """[n, channels], the inputs of the down projection of one expert with the given upright up projection.
 
     Biases and gate are the family's own, taken from `module`.
     """
@@ -211,7 +211,7 @@ def up_outputs(module: Any, expert: int, inputs: torch.Tensor, up_weight: torch.
 
 
 def expert_down(module: Any, expert: int, activated: torch.Tensor, down_weight: torch.Tensor) -> torch.Tensor:
-    """[n, hidden] from activations [n, intermediate], before the routing weight."""
+    """[n, hidden] from activations [n, channels], before the routing weight."""
     outputs = _linear(module, "down_proj", expert, activated, down_weight)
     return module.post_expert_norm(outputs) if module.has_post_expert_norm else outputs
 
@@ -226,17 +226,17 @@ def up_hessians(inputs: ExpertInputs, members: list[int], *, strength: float) ->
 
     strength   tokens per input feature at which an expert's own estimate and the layer's pool weigh the same
     """
-    width = inputs.block.projections[0].in_features
-    hessians = torch.zeros((len(members), width, width), device=inputs.device)
+    features = inputs.block.projections[0].in_features
+    hessians = torch.zeros((len(members), features, features), device=inputs.device)
     for slot, expert in enumerate(members):
         for chunk in inputs.chunks(expert):
             accumulate(hessians[slot], chunk.inputs, chunk.weights)
-    starved = _starved(inputs, members, width)
+    starved = _starved(inputs, members, features)
     if starved and strength > 0:
-        pooled = torch.zeros((width, width), device=inputs.device)
+        pooled = torch.zeros((features, features), device=inputs.device)
         accumulate(pooled, inputs.pool())
         for slot in starved:
-            hessians[slot] = _shrunk(hessians[slot], pooled, inputs.count(members[slot]), strength * width)
+            hessians[slot] = _shrunk(hessians[slot], pooled, inputs.count(members[slot]), strength * features)
     return hessians
 
 
@@ -249,14 +249,14 @@ def down_hessians(
     strength: float,
     watch: Callable[[int, Chunk, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """[members, intermediate, intermediate] float32: the same of the activations that `up_weights` give.
+    """[members, channels, channels] float32: Hessians of the activations that `up_weights` give.
 
     up_weights  [members, out_features, in_features], original or already quantized
-    watch       called with expert, chunk and activations [n, intermediate] of all that the experts' own tokens give
+    watch       called with expert, chunk and activations [n, channels] of all that the experts' own tokens give
     The pool of a starved expert is the layer's tokens sent through that expert: experts share no intermediate basis.
     """
-    width = inputs.block.projections[-1].in_features
-    hessians = torch.zeros((len(members), width, width), device=inputs.device)
+    features = inputs.block.projections[-1].in_features
+    hessians = torch.zeros((len(members), features, features), device=inputs.device)
     for slot, expert in enumerate(members):
         for chunk in inputs.chunks(expert):
             activated = expert_activations(module, expert, chunk.inputs, up_weights[slot])
@@ -264,10 +264,10 @@ def down_hessians(
             if watch is not None:
                 watch(expert, chunk, activated)
     if strength > 0:
-        for slot in _starved(inputs, members, width):
-            pooled = torch.zeros((width, width), device=inputs.device)
+        for slot in _starved(inputs, members, features):
+            pooled = torch.zeros((features, features), device=inputs.device)
             accumulate(pooled, expert_activations(module, members[slot], inputs.pool(), up_weights[slot]))
-            hessians[slot] = _shrunk(hessians[slot], pooled, inputs.count(members[slot]), strength * width)
+            hessians[slot] = _shrunk(hessians[slot], pooled, inputs.count(members[slot]), strength * features)
     return hessians
 
 
@@ -278,8 +278,8 @@ def pooled_share(token_count: int, in_features: int, *, strength: float) -> floa
     return strength * in_features / (strength * in_features + token_count)
 
 
-def _starved(inputs: ExpertInputs, members: list[int], width: int) -> list[int]:
-    return [slot for slot, expert in enumerate(members) if inputs.count(expert) < WELL_SAMPLED * width]
+def _starved(inputs: ExpertInputs, members: list[int], features: int) -> list[int]:
+    return [slot for slot, expert in enumerate(members) if inputs.count(expert) < WELL_SAMPLED * features]
 
 
 def _shrunk(hessian: torch.Tensor, pooled: torch.Tensor, token_count: int, strength: float) -> torch.Tensor:

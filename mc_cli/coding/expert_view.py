@@ -78,7 +78,7 @@ class ExpertView:
     def joint_importance(
         self, part: Projection, members: list[int], encoding: Encoding, rows: torch.Tensor | None = None
     ) -> torch.Tensor | RowHessian | None:
-        """What errors of rows matter together, or each by itself where the quantizer or the calibration has no more.
+        """The weight of errors of rows, jointly, or each by itself where quantizer or calibration have no more.
 
         rows  int64, of the up projection, where a block of channels is coded; None: all
         """

@@ -273,7 +273,7 @@ class _Wave:
             weight[:, span.begin : span.end] = decoded.to(weight.dtype)
 
     def _row_name(self, expert: int, span: Span) -> str:
-        """Of a report row; blocks of a divided expert have their number behind the projection."""
+        """The name of a report row; blocks of a divided expert have their number behind the projection."""
         name = f"{self._view.inputs.block.path}.{expert}.{self._part.name}"
         return f"{name}.{span.number}" if expert in self._division.divided else name
 

@@ -1,4 +1,4 @@
-"""What quantizing one layer, or the rest of the model, leaves: stored tensors, their layout, and a report row each."""
+"""The result of quantizing one layer, or the rest of the model: stored tensors, their layout, a report row each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PackedTensors = dict[str, torch.Tensor]  # stored part -> tensor of one matrix
 
 @dataclass
 class LayerResult:
-    """What one layer became.
+    """One quantized layer.
 
     linears  module path -> encoding key and tensors;  experts: projection -> (expert, block of it) -> the same
     output   [sequences, length, hidden] of the layer as it is now, where it is known

@@ -1,4 +1,4 @@
-"""What each expert of a resident layer matters, and what each candidate width costs, with the quantizer that ships.
+"""Scores a resident layer: how much each expert matters, and what each candidate width costs with the quantizer.
 
 Every expert is coded, or forecast, at every candidate width, and the change of the layer's output is measured on the
 expert's own tokens.

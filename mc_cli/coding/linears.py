@@ -20,7 +20,8 @@ from mc_cli.quantizers.job import CodingJob, Executor, InputMoments
 from mc_cli.quantizers.rtn import RoundToNearest
 from mc_cli.walking.layerwise import LayerWalk
 
-_PIECE_WEIGHTS = 2**25  # of a head or embedding at a time, in float32: 128 MiB, and some times that while it is rounded
+# Weights of a head or embedding that are rounded at a time: 128 MiB in float32, and some times that meanwhile.
+_PIECE_WEIGHTS = 2**25
 
 
 class _InputSeen(Exception):
@@ -129,7 +130,7 @@ class LinearCoder:
                 seen.append((args[0], path))
                 awaited.discard(path)
                 if not awaited:
-                    raise _InputSeen  # what follows, the experts in most families, tells nothing more
+                    raise _InputSeen  # modules behind it, the experts in most families, tell nothing more
 
             return see
 
@@ -150,13 +151,13 @@ class LinearCoder:
     def _input_hessian(self, path: str) -> tuple[torch.Tensor, int]:
         """(Hessian [in, in] float32, tokens) of one module's inputs; the forward stops where they are seen."""
         module: Any = self._model.get_submodule(path)
-        width = int(module.weight.shape[-1])
-        hessian = torch.zeros((width, width), device=self._device)
+        in_features = int(module.weight.shape[-1])
+        hessian = torch.zeros((in_features, in_features), device=self._device)
         count = 0
 
         def add(inputs: torch.Tensor) -> None:
             nonlocal count
-            rows = inputs.detach().reshape(-1, width)
+            rows = inputs.detach().reshape(-1, in_features)
             accumulate(hessian, rows)
             count += len(rows)
 

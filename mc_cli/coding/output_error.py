@@ -1,4 +1,4 @@
-"""What a quantized expert changes in its layer's output, plain and weighed by the loss's sensitivity."""
+"""The change that a quantized expert makes in its layer's output, plain and weighed by the loss's sensitivity."""
 
 from __future__ import annotations
 

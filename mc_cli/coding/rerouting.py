@@ -1,4 +1,4 @@
-"""What a layer's tokens do when an expert may no longer be chosen: the router masked, the family's own code run again.
+"""Routes a layer's tokens without some expert: the router is masked, and the family's own code runs again.
 
 Tokens that did not choose the expert may be touched too: where weights are a softmax over all experts that is not
 normalised again, they share what the expert had.

@@ -17,8 +17,8 @@ from mc_cli.numerics.row_hessian import RowHessian
 # Means over tokens and features overstate how far rows differ at any one token; on a trained model powers from 0.5 to 1
 # give the same loss within 2 %, and none (0) costs 15 %.
 POWER = 0.75
-# Of every correlation between rows this much is left out: estimates overstate them, and near singular Hessians of
-# few rows would cost more than they gain. On six matrices of a trained model 0.1 to 0.3 are alike, within 0.4 %.
+# Every correlation between rows is reduced by this part: estimates overstate them, and near singular Hessians of few
+# rows would cost more than they gain. On six matrices of a trained model 0.1 to 0.3 are alike, within 0.4 %.
 UNRELATED = 0.3
 # Tokens of an expert, at most, on which slopes are measured; twice as many give the same KL divergence within 0.3 %.
 SLOPE_TOKENS = 2048
@@ -40,7 +40,7 @@ def up_importance(
     """[members, rows of the up projection]: mean over tokens of (routing weight * slope * reach)^2, to POWER.
 
     up_weights, down_weights  [members, out_features, in_features], upright
-    The slope is that of the activation by the row's output; the reach of an intermediate channel is the length of its
+    The slope is that of the activation by the row's output; the reach of a channel is the length of its
     column in the down projection, every output weighed by the loss's sensitivity. An expert without tokens gets ones.
     """
     rows = torch.ones(up_weights.shape[:2], device=up_weights.device)

@@ -3,8 +3,8 @@
 Labels are sampled from the model itself, so the expected outer product of gradients is the Fisher matrix, the second
 derivative of the KL divergence from the original model. Its diagonal turns a squared output error into nats:
     KL per token  ~  1/2 * mean over tokens of sum over features of gradient^2 * error^2
-All of it, the gradients' covariance, tells how one feature's error can make good for another's. What it costs that
-later routers choose otherwise is added to the gradients: see coding/expert_choice.py.
+The whole matrix, the gradients' covariance, tells how one feature's error can make good for another's. The cost of
+later routers choosing otherwise is added to the gradients: see coding/expert_choice.py.
 Source: GEMQ (arXiv:2605.23078) for gradient-weighted errors; the sampled-label Fisher is standard.
 """
 
@@ -53,7 +53,7 @@ def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, samples: int
 
 
 class LayerBackward(NamedTuple):
-    """What the backward pass says of one layer; all but `before` of its experts, None without any."""
+    """The backward pass of one layer; all but `before` is about its experts, and None without any."""
 
     before: torch.Tensor  # [samples, sequences, length, hidden], gradients at the layer's input
     sensitivity: LayerSensitivity | None = None
@@ -126,7 +126,7 @@ class _Collector:
         self._square: torch.Tensor | None = None
         self._covariance: torch.Tensor | None = None
         self._per_token: list[torch.Tensor] = []
-        self._output: torch.Tensor | None = None  # of the experts, in the graph of the current forward
+        self._output: torch.Tensor | None = None  # the experts' output in the graph of the current forward
 
     def keep(self, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         """Forward hook of the experts module; the model goes on with a copy, which it may change in place."""

@@ -1,8 +1,8 @@
-"""What is left of an up projection's forecast error once it ships: one expert of a layer is really quantized.
+"""The part of an up projection's forecast error that is left once it ships: one expert of a layer is quantized.
 
-A forecast draws errors row by row. What ships is better by two things that no forecast of single matrices sees: errors
-are fed into later rows, and the down projection makes good for part of what is left. By how much depends on the
-activation and on how many channels there are for a hidden feature, so it is measured.
+A forecast draws errors row by row. The shipped matrix is better by two things that no forecast of single matrices
+sees: errors are fed into later rows, and the down projection makes good for part of what is left. The gain depends on
+the activation and on how many channels there are for a hidden feature, so it is measured.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mc_cli.coding.correction import correction
 from mc_cli.coding.expert_inputs import ExpertInputs, expert_activations
 from mc_cli.numerics.hessian import accumulate
 
-TRIAL_TOKENS = 6144  # of the expert, at most
+TRIAL_TOKENS = 6144  # the most tokens of the expert that are used
 
 
 def share_left(
@@ -30,7 +30,7 @@ def share_left(
 ) -> float:
     """The loss left with `shipped`, the down projection fitted to it, over that with `forecast` and none fitted.
 
-    original, forecast, shipped  [rows, hidden] float32, up projections of one expert;  down [hidden, intermediate]
+    original, forecast, shipped  [rows, hidden] float32, up projections of one expert;  down [hidden, channels]
     The fit is made on half of the expert's tokens and judged on the other half, both ways.
     1 where the expert has no tokens, or the forecast no error.
     """
@@ -60,15 +60,15 @@ class _Half:
     """Sums over one half of the tokens."""
 
     def __init__(self, down: torch.Tensor) -> None:
-        hidden, width = down.shape
+        hidden, channels = down.shape
         self._down = down
-        self._hessian = torch.zeros((width, width), device=down.device)
+        self._hessian = torch.zeros((channels, channels), device=down.device)
         self._moments = torch.zeros_like(down)
         self._shipped = torch.zeros(hidden, dtype=torch.float64, device=down.device)
         self.forecast = torch.zeros_like(self._shipped)  # [hidden] squared errors
 
     def add(self, original: torch.Tensor, forecast: torch.Tensor, shipped: torch.Tensor) -> None:
-        """Activations [n, intermediate] of the same tokens, weighted."""
+        """Activations [n, channels] of the same tokens, weighted."""
         missing = (original - shipped) @ self._down.T
         self.forecast += ((original - forecast) @ self._down.T).square().sum(0, dtype=torch.float64)
         self._shipped += missing.square().sum(0, dtype=torch.float64)
@@ -76,7 +76,7 @@ class _Half:
         accumulate(self._hessian, shipped)
 
     def step(self, *, trusted: int) -> torch.Tensor:
-        """[hidden, intermediate]: the correction that these tokens ask for, trusted as so many are."""
+        """[hidden, channels]: the correction that these tokens ask for, trusted as so many are."""
         return correction(self._moments, self._hessian, tokens=trusted)
 
     def left(self, step: torch.Tensor) -> torch.Tensor:

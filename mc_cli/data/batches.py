@@ -1,8 +1,8 @@
-"""What a model is fed: its inputs by name, rows of one length side by side.
+"""Batches, which a model is fed: its inputs by name, rows of one length side by side.
 
-Text has `input_ids` alone. What an image-text model takes beside them (`pixel_values`, `image_grid_thw`,
-`mm_token_type_ids`, ...) travels under the names that the model's own forward takes, so that nobody between the data
-and the model has to know of it.
+Text has `input_ids` alone. The other inputs of an image-text model (`pixel_values`, `image_grid_thw`,
+`mm_token_type_ids`, ...) travel under the names that the model's own forward takes, so that nobody between the data
+and the model has to know of them.
 """
 
 from __future__ import annotations
@@ -101,11 +101,11 @@ class Batch:
         return Batch(inputs, counts)
 
     def text_alone(self) -> Batch:
-        """The same rows with their token ids and nothing else."""
+        """The batch's rows with their token ids and nothing else."""
         return Batch.of_text(self.token_ids)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with all tensors on `device`."""
+        """The batch with all tensors on `device`."""
         return Batch({name: tensor.to(device) for name, tensor in self.inputs.items()}, self.counts)
 
 

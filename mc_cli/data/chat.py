@@ -40,7 +40,7 @@ _ROLES = {
     "function": "tool",
     "ipython": "ipython",
 }
-OWN_TEMPLATE = "the tokenizer's own"  # what the report calls it
+OWN_TEMPLATE = "the tokenizer's own"  # its name in the report
 _REMEDY = "Correct the row, name a field of text with --text-field, or leave the row out."
 
 
@@ -178,7 +178,7 @@ class ChatSettings:
     plain: bool = False
 
     def digest(self) -> str | None:
-        """What stands for it in a fingerprint; None for the default."""
+        """The digest of the settings for a fingerprint; None for the default."""
         if self.plain:
             return "none"
         if self.template is None:
@@ -239,7 +239,7 @@ class Renderer:
         return found
 
     def name(self) -> str:
-        """What the report calls the template."""
+        """The template's name in the report."""
         return "none: the turns' texts" if self.settings.plain else self.settings.template or OWN_TEMPLATE
 
     def _source(self) -> str:

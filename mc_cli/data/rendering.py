@@ -28,7 +28,7 @@ _TEXT, _REFUSED, _NO_MEMORY = b"t", b"r", b"m"
 
 
 class RefusedError(Exception):
-    """What a template says of a row that it does not take, or what went wrong in it."""
+    """The template's own message about a row that it does not take, or the error in it."""
 
 
 class LimitError(Exception):
@@ -37,7 +37,7 @@ class LimitError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What rendering one row may take; each grows with the row, which counts as JSON.
+    """Limits on rendering one row; each grows with the row, which counts as JSON.
 
     seconds          of time, and one more for each MB of the row
     memory_bytes     beside what the process had before, and 64 for each byte of the row
@@ -123,7 +123,7 @@ def _end(owner: int, child: int, connection: Connection) -> None:
 
 def _serve(connection: Connection, tokenizer: Any, limits: Limits) -> None:
     """Answers rows until the other end is closed. Locks and all else that the parent has open is not kept open."""
-    import resource  # not on Windows
+    import resource  # Windows has none
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and that ends this
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -23,7 +23,7 @@ from mc_cli.models.model_folder import config_file
 
 DEFAULT_LENGTH = 2048
 WINDOWS_PER_SEQUENCE = 16
-# What the tokenizer is made from, in any of its forms.
+# A tokenizer is made from these files, in any of its forms.
 TOKENIZER_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",
@@ -66,7 +66,7 @@ class Windows:
 
 @dataclass
 class TextSource:
-    """What --data or a flag like it names, how it is read, and after reading how that went."""
+    """The text that --data or a flag like it names, how it is read, and, after reading, how that went."""
 
     data: str
     split: str
@@ -115,7 +115,7 @@ def report_line(report: TextReport) -> str:
 
 
 def report_warnings(report: TextReport | None) -> list[str]:
-    """What the user should know of how rows became text."""
+    """Warnings for the user about how rows became text."""
     if report is None:
         return []
     found = []

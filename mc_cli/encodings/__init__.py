@@ -25,8 +25,8 @@ from mc_cli.registry import ENCODINGS, GRIDS, families, family_named
 if TYPE_CHECKING:
     import torch
 
-FASTEST = -1  # of the compiled paths, whichever the machine has
-MOST = 2**31 - 2**10  # of anything that compiled routines count: 32-bit integers, with room for rounding up
+FASTEST = -1  # the number for the fastest compiled path that the machine has
+MOST = 2**31 - 2**10  # the most that compiled routines count: 32-bit integers, with room for rounding up
 _DTYPE_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "int16": 2, "int32": 4}
 
 
@@ -62,7 +62,7 @@ class Encoding(Protocol):
 
     @property
     def basis(self) -> str:
-        """What a quantizer's preparation depends on: encodings that agree in it share one."""
+        """The basis of inputs that a quantizer prepares for: encodings with the same one share a preparation."""
         ...
 
     @property
@@ -159,12 +159,25 @@ def check_parts(
     tensors       the stored parts [..., as `tensor_specs` has them], in which leading dimensions are batch
     out_features  None for as many as `scales` has
     """
-    import torch
-
     scales = tensors.get("scales")
     if out_features is None and scales is not None and scales.ndim:
         out_features = scales.shape[-2 if encoding.rows_apart and scales.ndim > 1 else -1]
-    specs = encoding.tensor_specs(out_features or 0, in_features)
+    problems = wrong_parts(encoding, tensors, out_features or 0, in_features)
+    if problems:
+        raise ShapeError(
+            f"These are not the stored parts of a matrix of {out_features} outputs and {in_features} inputs in "
+            f"{encoding.key}:\n{listed(problems)}\nStored parts must not be cast, cut or exchanged; load the "
+            "model again."
+        )
+
+
+def wrong_parts(
+    encoding: Encoding, tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int
+) -> list[str]:
+    """In what tensors [..., as `tensor_specs` has them] are not the stored parts of such matrices, a line each."""
+    import torch
+
+    specs = encoding.tensor_specs(out_features, in_features)
     problems = [f"{name}: not a stored part of {encoding.key}" for name in tensors.keys() - specs.keys()]
     batch = None
     for name, spec in specs.items():
@@ -178,9 +191,4 @@ def check_parts(
             problems.append(f"{name}: {tensor.dtype}, stored as torch.{spec.dtype}")
         if shape != spec.shape or leading != batch:
             problems.append(f"{name}: {list(tensor.shape)}, stored as {list(spec.shape)}")
-    if problems:
-        raise ShapeError(
-            f"These are not the stored parts of a matrix of {out_features} outputs and {in_features} inputs in "
-            f"{encoding.key}:\n{listed(sorted(problems))}\nStored parts must not be cast, cut or exchanged; load the "
-            "model again."
-        )
+    return sorted(problems)

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 PATTERN = "affine_b<bits>_g<group_size>"
 FAMILY = "affine"
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
-CANDIDATES = (1, 2, 3, 4)  # that score measures unless told otherwise
+CANDIDATES = (1, 2, 3, 4)  # score measures these unless told otherwise
 ROWS_APART = True
-_KEY = re.compile(r"affine_b([1-8])_g([1-9][0-9]{0,8})")  # so that groups are counted in 32 bits
+_KEY = re.compile(r"affine_b([1-8])_g([1-9][0-9]{0,8})")  # groups are counted in 32 bits
 
 
 def from_key(key: str) -> AffineEncoding | None:
@@ -119,8 +119,8 @@ class AffineEncoding:
         rows = codes.shape[:-1]
         if not all(part.is_cpu for part in (codes, scales, zero_points)) or max(rows.numel(), in_features) > MOST:
             raise ShapeError(f"{self.key}: {tuple(rows)} x {in_features} weights are not decoded by compiled routines.")
-        halves = dtype == torch.bfloat16
-        matrix = torch.empty((*rows, in_features), dtype=torch.bfloat16 if halves else torch.float32)
+        bfloat16 = dtype == torch.bfloat16
+        matrix = torch.empty((*rows, in_features), dtype=torch.bfloat16 if bfloat16 else torch.float32)
         failed = native.routine("mc_affine_matrix")(
             codes=codes.data_ptr(),
             scales=scales.data_ptr(),
@@ -131,8 +131,8 @@ class AffineEncoding:
             group=self.group_size,
             path=path,
             threads=torch.get_num_threads(),
-            floats=None if halves else matrix.data_ptr(),
-            halves=matrix.data_ptr() if halves else None,
+            floats=None if bfloat16 else matrix.data_ptr(),
+            bfloat16s=matrix.data_ptr() if bfloat16 else None,
         )
         if failed:
             raise McError(f"No memory left to decode a packed matrix of {tuple(rows)} x {in_features} weights.")

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 PATTERN = "trellis_b<bits>_h<block>"
 FAMILY = "trellis"
 WIDTHS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5)
-CANDIDATES = (1, 1.5, 2, 2.5, 3, 3.5, 4)  # that score measures unless told otherwise
+CANDIDATES = (1, 1.5, 2, 2.5, 3, 3.5, 4)  # score measures these unless told otherwise
 # Where `run` is asked for more stored bits than this, it has these scored too: the menu ends where a target of 4.05
 # does, and a fifth more work in score would gain nothing at small sizes.
 MORE_CANDIDATES = (3.5, (4.5, 5))
 ROWS_APART = False  # a ring's bits are shared by up to 256 outputs
-DEALS_CHANNELS = True  # so that experts' channels are ordered: which ones share a ring matters
+DEALS_CHANNELS = True  # experts' channels are ordered, since it matters which ones share a ring
 LARGEST_BITS = 5
 FEWEST_OUTPUTS = 16
 LONGEST_SEQUENCE = 256

@@ -11,5 +11,5 @@ class Here:
     """Runs each job when its result is asked for, so that one job's tensors are in memory at a time."""
 
     def map(self, jobs: Iterable[CodingJob]) -> Iterator[Coded]:
-        """What each job becomes, in order."""
+        """Yields the result of each job, in order."""
         return map(code, jobs)

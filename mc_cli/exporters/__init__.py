@@ -34,12 +34,12 @@ _REGISTRY = Registry(
 
 @dataclass(frozen=True)
 class ExportJob:
-    """What an exporter works from, and where it writes."""
+    """The inputs of an exporter, and the place where it writes."""
 
-    packed_folder: Path  # what stage quantize wrote
+    packed_folder: Path  # the folder that stage quantize wrote
     target: Path  # an existing folder with nothing in it
     parts: tuple[int, ...]  # decoder layers and, negative, what is outside of them
-    dtype: str  # of the weights before packing, for example bfloat16
+    dtype: str  # the weights' dtype before packing, for example bfloat16
     shard_bytes: int
     card: CardFacts
     original_tensors: Callable[[int], Mapping[str, torch.Tensor]]  # part -> dequantized, under the checkpoint's names
@@ -65,7 +65,7 @@ class Exporter(Protocol):
         ...
 
     def open(self, directory: Path, reading: Reading) -> LogitSource:
-        """What `export` wrote, read as its users read it, under the policy that it carries.
+        """Opens what `export` wrote as its users open it, under the policy that it carries.
 
         Raises a McError where it cannot be loaded, MissingDependencyError where the engine is not installed.
         """

@@ -15,11 +15,11 @@ MAX_ROWS = 60
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card tells, gathered from the artifacts of the work directory."""
+    """The facts of a model card, gathered from the artifacts of the work directory."""
 
     model_type: str
-    code_bits_per_weight: float  # of routed experts, codes alone
-    stored_bits_per_weight: float  # of routed experts, scales and zero points included
+    code_bits_per_weight: float  # routed experts, codes alone
+    stored_bits_per_weight: float  # routed experts, scales and zero points included
     role_bytes: Mapping[str, StoredBytes]
     base_model: str | None = None
     evaluation: Mapping[str, Any] = field(default_factory=dict)

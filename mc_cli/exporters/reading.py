@@ -19,7 +19,7 @@ from mc_cli.models.memory import available_bytes
 from mc_cli.models.model_folder import read_config
 from mc_cli.packed.packed_model import LEARNED, PackedSource
 
-# Of the memory that is free; the rest is for activations and the tensors under comparison.
+# The part of the free memory that a model may take; the rest is for activations and the tensors under comparison.
 _MEMORY_SHARE = 0.7
 
 
@@ -55,7 +55,7 @@ class _Whole:
             loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=reading.dtype, **options)
         except McError:
             raise
-        except Exception as error:  # whatever transformers makes of a directory that it cannot load
+        except Exception as error:  # transformers may raise anything at a directory that it cannot load
             raise ArtifactError(f"{directory} cannot be loaded: {type(error).__name__}: {error}") from error
         model, info = loaded
         problems = [f"{name}: {kind.replace('_', ' ')}" for kind, names in info.items() for name in _names(names)]
@@ -107,7 +107,7 @@ def _layered(directory: Path, reading: Reading) -> LogitSource:
 
 
 def _misnamed(config: Any, model: Any) -> list[str]:
-    """What is wrong where config.json names another class than the one whose tensors these are."""
+    """A problem in words for each class that config.json names wrongly: the tensors are another one's."""
     named = tuple(getattr(config, "architectures", None) or ())
     if not named or type(model).__name__ in named:
         return []

@@ -35,7 +35,7 @@ CONTRACT_TESTED = (
 
 @dataclass(frozen=True)
 class FamilyFacts:
-    """What differs in one family. Patterns are searched in module-tree names, first match wins.
+    """Facts in which one family differs. Patterns are searched in module-tree names, first match wins.
 
     roles    pattern -> role, where the general rules say something else
     derived  patterns of persistent buffers that the config determines, so that a checkpoint may lack them

@@ -43,16 +43,16 @@ def _routines(encoding: Encoding) -> Any:
 class Bank(Protocol):
     """Matrices of one kind, each of its own shape, for products in which every row has its own one."""
 
-    shapes: tuple[Shape | None, ...]  # of every matrix, None for one that is not there
+    shapes: tuple[Shape | None, ...]  # one per matrix, None for one that is not there
     in_features: int  # the most of any matrix, as rows of inputs have
-    out_features: int  # likewise of outputs
+    out_features: int  # the most of any matrix
     absent: torch.Tensor  # bool [matrices + 1]: those that are not there, and what is behind the last
-    memory: StoredMemory  # of the stored parts
+    memory: StoredMemory  # the memory of all stored parts
 
     def product(
-        self, rows: torch.Tensor, experts: torch.Tensor | None = None, share: int = 1
+        self, rows: torch.Tensor, experts: torch.Tensor | None = None, top_k: int = 1
     ) -> torch.Tensor:  # pragma: no cover
-        """float32 [slots, out_features]: slot s is row s // share times the matrix experts[s]; see CompiledBank."""
+        """float32 [slots, out_features]: slot s is row s // top_k times the matrix experts[s]; see CompiledBank."""
         ...
 
 
@@ -78,16 +78,16 @@ def runs_packed(rows: torch.Tensor, encoding: Encoding | None) -> bool:
 
 
 def bank_for(
-    parts: Sequence[tuple[Encoding | None, Mapping[str, torch.Tensor], int] | None],
+    matrices: Sequence[tuple[Encoding | None, Mapping[str, torch.Tensor], int] | None],
 ) -> Bank | None:
     """The matrices of one projection, each of its own shape, for rows that `runs_packed`.
 
-    parts   (encoding, its stored parts, in_features) of every matrix, None for one that is not there; it has as many
-            outputs as `scales`
+    matrices  (encoding, its stored parts, in_features) of each, None for one that is not there; a matrix has as many
+              outputs as `scales`
     None where a matrix is kept, or they are of different kinds of encodings, or none is there.
-    Raises ShapeError where parts are not those of such a matrix.
+    Raises ShapeError where stored parts are not those of such a matrix.
     """
-    there = [part for part in parts if part is not None]
+    there = [matrix for matrix in matrices if matrix is not None]
     if any(not tensor.is_contiguous() for _, tensors, _ in there for tensor in tensors.values()):
         return None
     kinds = {type(encoding) for encoding, _, _ in there}
@@ -95,9 +95,9 @@ def bank_for(
     if kind not in _ROUTINES or max(in_features for _, _, in_features in there) > _ROUTINES[kind].MOST_INPUTS:
         return None
     encoding, tensors, in_features = there[0]
-    assert encoding is not None  # else there were no routines
+    assert encoding is not None  # kept matrices have no routines
     check_parts(encoding, tensors, in_features)
-    return _ROUTINES[kind].bank_of(parts)
+    return _ROUTINES[kind].bank_of(matrices)
 
 
 def path_names(encodings: Iterable[Encoding], device: torch.device) -> str:
@@ -116,8 +116,8 @@ def _narrow(device: torch.device) -> str:
     return ", inputs of 8 bits" if compiled and activation_bytes() == 1 else ""
 
 
-# Of single matrices, by the address of their codes: whose it is, where all parts lie, and the bank. An address that is
-# the same is the same memory as long as the bank's memory is still there.
+# Banks of single matrices by the address of their codes: the codes' owner, the addresses of all parts, the bank. The
+# same address is the same memory as long as the bank's memory is still there.
 _banks: dict[int, tuple[weakref.ref[torch.Tensor], list[int], Bank | None]] = {}
 
 

@@ -20,12 +20,12 @@ from mc_cli.kernels.stored import Shape, check_bank
 from mc_cli.native.structures import AffineEntry
 
 # a matrix: its encoding; `codes`, `scales` and `zero_points`; in_features
-Part = tuple[AffineEncoding, Mapping[str, Tensor], int]
+Matrix = tuple[AffineEncoding, Mapping[str, Tensor], int]
 
 _FOR_MANY_TOKENS = 2  # paths from here on multiply many tokens fast, too
-FEW_TOKENS = 16  # of more, the others need longer than decoding does
-HALF_TOKENS = 192  # of 16-bit tokens; of more, products of two bytes need longer than decoding and the library's own
-MOST_INPUTS = 2**16  # of a larger group sums of byte products might leave int32
+FEW_TOKENS = 16  # on other paths, packed products of more tokens need longer than decoding first
+HALF_TOKENS = 192  # tokens of 16 bits; products of more in two bytes need longer than decoding and the library's own
+MOST_INPUTS = 2**16  # with a larger group sums of byte products might leave int32
 _TILE_WEIGHTS = 2**22  # decoded at a time: a transient copy of 8 to 16 MB, whatever the matrix
 
 
@@ -47,7 +47,7 @@ def path_name(device: torch.device | None = None) -> str:
     if native.library() is None:
         return "none, torch serves"
     name = PATHS[best_path()]
-    return PATHS[0] if name == "NEON" else name  # for which the compiler vectorises the portable one
+    return PATHS[0] if name == "NEON" else name  # compilers vectorise the portable one for NEON
 
 
 def decoded_product(rows: Tensor, tensors: Mapping[str, Tensor], encoding: AffineEncoding) -> Tensor:
@@ -72,24 +72,24 @@ class Bank(CompiledBank):
     None for one that is not there.
     """
 
-    def __init__(self, parts: Sequence[Part | None]) -> None:
-        shapes = check_bank(parts, AffineEncoding, most_inputs=MOST_INPUTS)
-        groups = {part[0].group_size for part in parts if part is not None}
+    def __init__(self, matrices: Sequence[Matrix | None]) -> None:
+        shapes = check_bank(matrices, AffineEncoding, most_inputs=MOST_INPUTS)
+        groups = {matrix[0].group_size for matrix in matrices if matrix is not None}
         if len(groups) != 1:
             raise ShapeError(f"Affine grids of one product have groups of one size, not of {sorted(groups)} inputs.")
-        rows = [_entry(part, shape).row() for part, shape in zip(parts, shapes, strict=True)]
-        super().__init__("affine", parts, torch.tensor(rows, dtype=torch.int64), shapes, group=groups.pop())
+        rows = [_entry(matrix, shape).row() for matrix, shape in zip(matrices, shapes, strict=True)]
+        super().__init__("affine", matrices, torch.tensor(rows, dtype=torch.int64), shapes, group=groups.pop())
 
 
-def bank_of(parts: Sequence[Part | None]) -> Bank | None:
+def bank_of(matrices: Sequence[Matrix | None]) -> Bank | None:
     """The bank of these matrices, one of which at least is there; None where their groups differ in size."""
-    groups = {part[0].group_size for part in parts if part is not None}
-    return Bank(parts) if len(groups) == 1 else None
+    groups = {matrix[0].group_size for matrix in matrices if matrix is not None}
+    return Bank(matrices) if len(groups) == 1 else None
 
 
-def _entry(part: Part | None, shape: Shape | None) -> AffineEntry:
-    if part is None or shape is None:
+def _entry(matrix: Matrix | None, shape: Shape | None) -> AffineEntry:
+    if matrix is None or shape is None:
         return AffineEntry()
-    encoding, tensors, _ = part
+    encoding, tensors, _ = matrix
     addresses = {name: tensors[name].data_ptr() for name in ("codes", "scales", "zero_points")}
     return AffineEntry(**addresses, inputs=shape.in_features, outputs=shape.out_features, bits=encoding.bits)

@@ -32,8 +32,8 @@ class CompiledBank:
     `in_features` and `out_features` are the most of any matrix: rows of inputs and outputs have room for these.
     It keeps addresses: the stored parts must stay where they are. Once one has been freed, products raise McError.
 
-    parts     (encoding, stored parts, in_features) of every matrix as the kind's own bank has checked them, None for
-              one that is not there
+    matrices  (encoding, stored parts, in_features) of each, as the kind's own bank has checked them, None for one
+              that is not there
     entries   int64 [matrices, fields], each a `row` of its kind's entry in native/structures.py; the last field of one
               that is not there, whose products are zeros, is 0
     shapes    of every matrix, None for one that is not there
@@ -43,16 +43,16 @@ class CompiledBank:
     def __init__(
         self,
         kind: Literal["trellis", "affine"],
-        parts: Sequence[tuple[Encoding, Mapping[str, Tensor], int] | None],
+        matrices: Sequence[tuple[Encoding, Mapping[str, Tensor], int] | None],
         entries: Tensor,
         shapes: tuple[Shape | None, ...],
         **more: Tensor | float,
     ) -> None:
-        tensors = [tensor for part in parts if part is not None for tensor in part[1].values()]
+        tensors = [tensor for matrix in matrices if matrix is not None for tensor in matrix[1].values()]
         if not all(tensor.is_cpu for tensor in tensors):
             raise ShapeError("Compiled products are computed from matrices in the processor's memory.")
         self.memory = StoredMemory(tensors)
-        self._kept = entries, more  # what the addresses below point to
+        self._kept = entries, more  # the addresses below point to these
         addresses = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in more.items()}
         self.shapes = shapes
         self.out_features = max(shape.out_features for shape in shapes if shape is not None)
@@ -71,9 +71,9 @@ class CompiledBank:
         self._gated_into: Callable[[], CompiledBank | None] = lambda: None  # the bank that `check_gated` found to fit
 
     def check_gated(self, down: CompiledBank) -> None:
-        """Raises ShapeError unless matrix m of `down` takes half of what matrix m here gives, whatever its width.
+        """Raises ShapeError unless matrix m of `down` takes half of what matrix m here gives, in any number of bits.
 
-        Those of a layer share its inputs and outputs. What has been found to fit is not looked at again.
+        Matrices of a layer share its inputs and outputs. A pair that fits is not looked at again.
         """
         if self._gated_into() is down:
             return
@@ -88,16 +88,16 @@ class CompiledBank:
                 raise ShapeError(f"Experts of one layer have one number of {side}, not {sorted(found)}.")
         self._gated_into = weakref.ref(down)
 
-    def product(self, rows: Tensor, experts: Tensor | None = None, share: int = 1, path: int = FASTEST) -> Tensor:
-        """[slots, out_features] float32: slot s is row s // share times the matrix experts[s].
+    def product(self, rows: Tensor, experts: Tensor | None = None, top_k: int = 1, path: int = FASTEST) -> Tensor:
+        """[slots, out_features] float32: slot s is row s // top_k times the matrix experts[s].
 
         rows      [tokens, in_features] floating point; computed from in float32. A matrix reads as many as it takes
-        experts   [tokens * share] int64; zeros come out where it is not the number of a matrix, and behind the outputs
+        experts   [tokens * top_k] int64; zeros come out where it is not the number of a matrix, and behind the outputs
                   of one that has fewer. None: all the first
-        share     slots that have the same row, one after the other
+        top_k     slots that have the same row, one after the other
         """
-        outputs = torch.empty((rows.shape[0] * share, self.out_features))
-        self._multiply(_plain(rows, torch.float32), experts, share, path, outputs)
+        outputs = torch.empty((rows.shape[0] * top_k, self.out_features))
+        self._multiply(_plain(rows, torch.float32), experts, top_k, path, outputs)
         return outputs
 
     def linear(self, inputs: Tensor) -> Tensor:
@@ -110,23 +110,23 @@ class CompiledBank:
         self._multiply(_plain(inputs, dtype), None, 1, FASTEST, outputs)
         return outputs if inputs.dtype == dtype else outputs.to(inputs.dtype)
 
-    def _multiply(self, rows: Tensor, experts: Tensor | None, share: int, path: int, outputs: Tensor) -> None:
+    def _multiply(self, rows: Tensor, experts: Tensor | None, top_k: int, path: int, outputs: Tensor) -> None:
         tokens = rows.numel() // self.in_features
         if not self.memory.there or rows.shape[-1] != self.in_features or not rows.is_cpu:
             self.memory.check()
             raise ShapeError(f"inputs {list(rows.shape)} on {rows.device} for matrices of {self.in_features} inputs")
-        if outputs.numel() != tokens * share * self.out_features or tokens * share > MOST:
-            raise ShapeError(f"inputs {list(rows.shape)} have {share} slots each, which a product does not take")
+        if outputs.numel() != tokens * top_k * self.out_features or tokens * top_k > MOST:
+            raise ShapeError(f"inputs {list(rows.shape)} have {top_k} slots each, which a product does not take")
         if experts is not None:
-            experts = plain_numbers(experts, tokens * share, rows.device)
+            experts = plain_numbers(experts, tokens * top_k, rows.device)
         failed = self._product(
             bank=self.address,
             x=rows.data_ptr(),
             experts=None if experts is None else experts.data_ptr(),
-            halves=rows.dtype == torch.bfloat16,
+            bfloat16=rows.dtype == torch.bfloat16,
             tokens=tokens,
-            share=share,
-            parts=activation_bytes(),
+            top_k=top_k,
+            activation_bytes=activation_bytes(),
             path=best_path() if path == FASTEST else path,
             threads=torch.get_num_threads(),
             out=outputs.data_ptr(),
@@ -152,7 +152,7 @@ def experts_output(
     weights   [tokens, slots], by which experts' outputs are multiplied
     gate      one of GATES
     """
-    tokens, share = experts.shape
+    tokens, top_k = experts.shape
     if not (up.memory.there and down.memory.there):
         up.memory.check()
         down.memory.check()
@@ -161,12 +161,12 @@ def experts_output(
             f"rows {list(rows.shape)}, experts {list(experts.shape)}, weights {list(weights.shape)} on {rows.device} "
             f"for matrices of {up.in_features} inputs"
         )
-    if not 1 <= share <= MOST // max(1, tokens):
-        raise ShapeError(f"{tokens} tokens with {share} slots each, which a product does not take")
+    if not 1 <= top_k <= MOST // max(1, tokens):
+        raise ShapeError(f"{tokens} tokens with {top_k} slots each, which a product does not take")
     up.check_gated(down)
     dtype = _computed_in(rows) if weights.dtype == rows.dtype else torch.float32
     inputs, factors = _plain(rows, dtype), _plain(weights, dtype)
-    chosen = plain_numbers(experts, tokens * share, inputs.device)
+    chosen = plain_numbers(experts, tokens * top_k, inputs.device)
     outputs = torch.empty((tokens, down.out_features), dtype=dtype)
     failed = native.routine("mc_experts")(
         up=up.address,
@@ -174,11 +174,11 @@ def experts_output(
         x=inputs.data_ptr(),
         experts=chosen.data_ptr(),
         weights=factors.data_ptr(),
-        halves=dtype == torch.bfloat16,
+        bfloat16=dtype == torch.bfloat16,
         tokens=tokens,
-        share=share,
+        top_k=top_k,
         activation=list(GATES).index(gate),
-        parts=activation_bytes(),
+        activation_bytes=activation_bytes(),
         path=best_path() if path == FASTEST else path,
         threads=torch.get_num_threads(),
         out=outputs.data_ptr(),
@@ -188,7 +188,7 @@ def experts_output(
 
 
 def _computed_in(inputs: Tensor) -> torch.dtype:
-    """As what routines take these inputs and give outputs."""
+    """The dtype in which routines take these inputs and give outputs."""
     return inputs.dtype if inputs.dtype == torch.bfloat16 else torch.float32
 
 

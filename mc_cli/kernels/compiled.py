@@ -1,4 +1,4 @@
-"""What calls of compiled routines share."""
+"""Common to all calls of compiled routines: the processor's paths, and the bytes of activations."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mc_cli import native
 from mc_cli.errors import InputError, McError
 
 _ARM = platform.machine().lower() in ("aarch64", "arm64")
-# of the processor, slowest first
+# paths of the processor, slowest first
 PATHS = {0: "portable C", 1: "NEON" if _ARM else "AVX2", 2: "AVX-512 (VBMI, VNNI)", 3: "AMX"}
-SWITCH = "MC_CLI_ACTIVATION_BITS"  # of the environment: as what compiled products take inputs, 16 or 8
+SWITCH = "MC_CLI_ACTIVATION_BITS"  # environment variable: bits of an input in compiled products, 16 or 8
 
 
 @functools.cache
@@ -27,7 +27,7 @@ def best_path() -> int:
 
 @functools.cache
 def activation_bytes() -> int:
-    """Of an input, as compiled products take it: 2, or 1 where the environment asks for it, at the first call.
+    """Bytes per input value in compiled products: 2, or 1 where the environment asks for it at the first call.
 
     Every product asks, and reading the environment is slow where caches are full of weights.
     Raises InputError for any other value of `SWITCH`.

@@ -11,24 +11,24 @@ from mc_cli.encodings.trellis import TrellisEncoding, sequence_length
 from mc_cli.kernels.stored import Shape, check_bank
 from mc_cli.native.structures import TrellisEntry
 
-Part = tuple[TrellisEncoding, Mapping[str, Tensor], int]  # a matrix: its encoding, `codes` and `scales`, in_features
+Matrix = tuple[TrellisEncoding, Mapping[str, Tensor], int]  # a matrix: its encoding, `codes` and `scales`, in_features
 
 
-def matrix_table(parts: Sequence[Part | None], *, most_inputs: int) -> tuple[Tensor, tuple[Shape | None, ...]]:
+def matrix_table(matrices: Sequence[Matrix | None], *, most_inputs: int) -> tuple[Tensor, tuple[Shape | None, ...]]:
     """(int64 [matrices, 7], rows of TrellisEntry; the shape of every matrix): zeros and None where it is not there.
 
     It keeps addresses alone: the stored parts must stay where they are.
-    Raises ShapeError where they are no parts of matrices with so many inputs.
+    Raises ShapeError where they are not the stored parts of matrices with so many inputs.
     """
-    shapes = check_bank(parts, TrellisEncoding, most_inputs=most_inputs)
-    rows = [_entry(part, shape).row() for part, shape in zip(parts, shapes, strict=True)]
+    shapes = check_bank(matrices, TrellisEncoding, most_inputs=most_inputs)
+    rows = [_entry(matrix, shape).row() for matrix, shape in zip(matrices, shapes, strict=True)]
     return torch.tensor(rows, dtype=torch.int64), shapes
 
 
-def _entry(part: Part | None, shape: Shape | None) -> TrellisEntry:
-    if part is None or shape is None:
+def _entry(matrix: Matrix | None, shape: Shape | None) -> TrellisEntry:
+    if matrix is None or shape is None:
         return TrellisEntry()
-    encoding, tensors, _ = part
+    encoding, tensors, _ = matrix
     return TrellisEntry(
         codes=tensors["codes"].data_ptr(),
         scales=tensors["scales"].data_ptr(),

@@ -1,4 +1,4 @@
-"""What lies where a bank's addresses point: checked when they are taken, and watched from then on.
+"""The memory that a bank's addresses point to: checked when they are taken, and watched from then on.
 
 Compiled routines and GPU kernels read what a table of addresses and shapes says, without looking at a tensor again. So
 everything about the stored parts is compared with their encoding before a table is made, and a bank whose memory has
@@ -19,37 +19,37 @@ from mc_cli.errors import McError, ShapeError
 
 
 class Shape(NamedTuple):
-    """Of a matrix as products take it."""
+    """The shape of a matrix as products take it."""
 
     out_features: int
     in_features: int
 
 
 def check_bank(
-    parts: Sequence[tuple[Encoding, Mapping[str, Tensor], int] | None], kind: type[Encoding], *, most_inputs: int
+    matrices: Sequence[tuple[Encoding, Mapping[str, Tensor], int] | None], kind: type[Encoding], *, most_inputs: int
 ) -> tuple[Shape | None, ...]:
     """The shape of every matrix, None for one that is not there; outputs are as many as it has `scales`.
 
     Raises ShapeError unless these are matrices of one kind that routines can read: each contiguous and of the shape
-    that its parts have to be of, all on one device.
+    that its stored parts have to be of, all on one device.
 
-    parts   (encoding, its stored parts, in_features) of every matrix, None for one that is not there
+    matrices  (encoding, its stored parts, in_features) of every matrix, None for one that is not there
     """
-    shapes = tuple(part and _checked_shape(part, kind, most_inputs) for part in parts)
+    shapes = tuple(matrix and _checked_shape(matrix, kind, most_inputs) for matrix in matrices)
     most = max((shape.out_features for shape in shapes if shape is not None), default=0)
-    if not most or len(parts) * most > MOST:
+    if not most or len(matrices) * most > MOST:
         raise ShapeError(
-            f"No product is computed from {len(parts)} packed matrices of up to {most} outputs: at least one is there, "
-            f"and numbers of matrices times outputs are at most {MOST}."
+            f"No product is computed from {len(matrices)} packed matrices of up to {most} outputs: at least one is "
+            f"there, and numbers of matrices times outputs are at most {MOST}."
         )
-    devices = {tensor.device for part in parts if part is not None for tensor in part[1].values()}
+    devices = {tensor.device for matrix in matrices if matrix is not None for tensor in matrix[1].values()}
     if len(devices) > 1 or any(device.type == "meta" for device in devices):
         raise ShapeError(f"Packed matrices of one product lie on {', '.join(sorted(map(str, devices)))}.")
     return shapes
 
 
-def _checked_shape(part: tuple[Encoding, Mapping[str, Tensor], int], kind: type[Encoding], most_inputs: int) -> Shape:
-    encoding, tensors, in_features = part
+def _checked_shape(matrix: tuple[Encoding, Mapping[str, Tensor], int], kind: type[Encoding], most_inputs: int) -> Shape:
+    encoding, tensors, in_features = matrix
     if not isinstance(encoding, kind):
         raise ShapeError(f"{encoding.key} is of another kind than {kind.__name__}, whose product this is.")
     scales = tensors.get("scales")

@@ -18,14 +18,14 @@ from mc_cli.encodings.trellis import TrellisEncoding
 from mc_cli.kernels import trellis_gpu
 from mc_cli.kernels.bank import CompiledBank
 from mc_cli.kernels.compiled import PATHS, best_path, tokens_of
-from mc_cli.kernels.matrix_table import Part, matrix_table
+from mc_cli.kernels.matrix_table import Matrix, matrix_table
 from mc_cli.kernels.trellis_gpu import GpuBank
 from mc_cli.numerics.rotation import rotate, signs
 from mc_cli.numerics.trellis_code import UNIT, lookup_tables
 
 _FOR_MANY_TOKENS = 2  # paths from here on multiply any number of tokens as fast as the library does, or faster
-FEW_TOKENS = 8  # up to here the others are faster than decoding first
-MOST_INPUTS = 2**16  # of more, sums of byte products might leave int32
+FEW_TOKENS = 8  # on other paths, up to here packed products are faster than decoding first
+MOST_INPUTS = 2**16  # with more, sums of byte products might leave int32
 
 
 def runs_packed(rows: Tensor) -> bool:
@@ -59,13 +59,15 @@ class Bank(CompiledBank):
     is not there.
     """
 
-    def __init__(self, parts: Sequence[Part | None]) -> None:
-        table, shapes = matrix_table(parts, most_inputs=MOST_INPUTS)
+    def __init__(self, matrices: Sequence[Matrix | None]) -> None:
+        table, shapes = matrix_table(matrices, most_inputs=MOST_INPUTS)
         most_inputs = max(shape.in_features for shape in shapes if shape is not None)
-        super().__init__("trellis", parts, table, shapes, tables=lookup_tables(), signs=signs(most_inputs), unit=UNIT)
+        super().__init__(
+            "trellis", matrices, table, shapes, tables=lookup_tables(), signs=signs(most_inputs), unit=UNIT
+        )
 
 
-def bank_of(parts: Sequence[Part | None]) -> Bank | GpuBank:
-    """The bank for the device that the parts are on, one of which at least is there."""
-    device = next(part[1]["codes"].device.type for part in parts if part is not None)
-    return (GpuBank if device == "cuda" else Bank)(parts)
+def bank_of(matrices: Sequence[Matrix | None]) -> Bank | GpuBank:
+    """The bank for the device that the matrices are on, one of which at least is there."""
+    device = next(matrix[1]["codes"].device.type for matrix in matrices if matrix is not None)
+    return (GpuBank if device == "cuda" else Bank)(matrices)

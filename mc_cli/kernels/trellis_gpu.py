@@ -19,22 +19,22 @@ from torch import Tensor
 from mc_cli.encodings import MOST
 from mc_cli.encodings.trellis import INPUTS_TOGETHER, padded, sequence_length
 from mc_cli.errors import ShapeError
-from mc_cli.kernels.matrix_table import Part, matrix_table
+from mc_cli.kernels.matrix_table import Matrix, matrix_table
 from mc_cli.kernels.stored import StoredMemory, plain_numbers
 from mc_cli.numerics.rotation import signs
 from mc_cli.numerics.trellis_code import RATES, UNIT, code_levels
 
-SWITCH = "MC_CLI_TRITON"  # of the environment
+SWITCH = "MC_CLI_TRITON"  # environment variable
 TILE_WARPS = 16  # one program per multiprocessor: the largest table and a tile of weights take its shared memory
 GROUPS_LANES = 1024  # groups of 4 inputs x lanes in a tile of weights: four times the look-ups that fill its table
-AHEAD_BYTES = 118784  # of shared memory, so that a tile's codes may come while the one before is multiplied
-TILE_LANES = 8  # of a sequence, in a tile for many slots: 128 outputs
-TILE_GROUPS = 64  # of 4 inputs there, so that weights and inputs fit into shared memory beside the table
+AHEAD_BYTES = 118784  # shared memory with which a tile's codes may come while the one before is multiplied
+TILE_LANES = 8  # lanes of a sequence in a tile for many slots: 128 outputs
+TILE_GROUPS = 64  # groups of 4 inputs in it: weights and inputs fit into shared memory beside the table
 SLOTS_IN_TILE = {16: 73728, 32: 81920, 64: 98304, 128: 131072}  # slots: bytes of shared memory, as compiled
-LEAST_BYTES = 101376  # what GPUs from Ampere on have at least, and earlier ones have not
+LEAST_BYTES = 101376  # shared memory that GPUs from Ampere on have at least, and earlier ones have not
 ROTATED_AT_ONCE = 1024
-MOST_INPUTS = 2**16  # as on the CPU
-HALVED_AT_ONCE = 1024
+MOST_INPUTS = 2**16  # the CPU's limit, so that both serve the same matrices
+ROUNDED_AT_ONCE = 1024
 
 
 @functools.cache
@@ -55,7 +55,7 @@ def reason(device: torch.device) -> str:
 
 
 class GpuBank:
-    """As `kernels.trellis.Bank`, for matrices on a GPU; `product` only launches kernels.
+    """The bank `kernels.trellis.Bank` for matrices on a GPU; `product` only launches kernels.
 
     It keeps addresses: the stored parts must stay where they are. Few slots are multiplied one by one, in float32. Many
     are sorted by matrix and share decoded weights; their rows are then rounded to float16 under one scale per row, and
@@ -65,16 +65,16 @@ class GpuBank:
     all have one shape, rows are rotated once for all slots that share them, and kernels are compiled for their lanes.
     """
 
-    def __init__(self, parts: Sequence[Part | None]) -> None:
-        table, self.shapes = matrix_table(parts, most_inputs=MOST_INPUTS)
-        self.memory = StoredMemory(tensor for part in parts if part is not None for tensor in part[1].values())
-        there = [part for part in parts if part is not None]
+    def __init__(self, matrices: Sequence[Matrix | None]) -> None:
+        table, self.shapes = matrix_table(matrices, most_inputs=MOST_INPUTS)
+        self.memory = StoredMemory(tensor for matrix in matrices if matrix is not None for tensor in matrix[1].values())
+        there = [matrix for matrix in matrices if matrix is not None]
         shapes = [shape for shape in self.shapes if shape is not None]
         device = there[0][1]["codes"].device
         self._blocks = sorted({encoding.block for encoding, *_ in there})
         self._alignment = math.gcd(*table[:, 0].tolist(), 16)
         self._matrices = table.to(device)
-        self.absent = torch.tensor([part is None for part in parts] + [True], device=device)  # [matrices + 1]
+        self.absent = torch.tensor([matrix is None for matrix in matrices] + [True], device=device)  # [matrices + 1]
         self.out_features = max(shape.out_features for shape in shapes)
         self.in_features = max(shape.in_features for shape in shapes)
         self._one_rotation = len(self._blocks) == 1 and len({shape.in_features for shape in shapes}) == 1
@@ -87,18 +87,18 @@ class GpuBank:
         self.programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
         self._stages = 2 if _shared_memory(device) >= AHEAD_BYTES else 1
 
-    def product(self, rows: Tensor, experts: Tensor | None = None, share: int = 1) -> Tensor:
-        """[slots, out_features] float32: slot s is row s // share times the matrix experts[s].
+    def product(self, rows: Tensor, experts: Tensor | None = None, top_k: int = 1) -> Tensor:
+        """[slots, out_features] float32: slot s is row s // top_k times the matrix experts[s].
 
         rows      [tokens, in_features] floating point, on the device. A matrix reads as many as it takes
-        experts   [tokens * share] int64; zeros come out where it is not the number of a matrix, and behind the outputs
+        experts   [tokens * top_k] int64; zeros come out where it is not the number of a matrix, and behind the outputs
                   of one that has fewer. None: all the first
-        share     slots that have the same row, one after the other
+        top_k     slots that have the same row, one after the other
         """
         self.memory.check()
-        slots = rows.shape[0] * share
+        slots = rows.shape[0] * top_k
         if rows.shape[1:] != (self.in_features,) or slots > MOST:
-            raise ShapeError(f"rows {list(rows.shape)}, {share} slots each, for matrices of {self.in_features} inputs")
+            raise ShapeError(f"rows {list(rows.shape)}, {top_k} slots each, for matrices of {self.in_features} inputs")
         experts = plain_numbers(self._only.expand(slots) if experts is None else experts, slots, rows.device)
         outputs = torch.empty((slots, self.out_features), dtype=torch.float32, device=rows.device)
         if not slots:
@@ -108,14 +108,14 @@ class GpuBank:
             if self._one_rotation:
                 rotated = self.rotated(rows)
             else:
-                rotated, share = self._rotated_by_slot(rows, experts, share), 1
+                rotated, top_k = self._rotated_by_slot(rows, experts, top_k), 1
             few = slots <= self.few_slots
             if not few or not self._one_output:
                 outputs.zero_()
             if few:
-                self._few(rotated, experts, share, outputs)
+                self._few(rotated, experts, top_k, outputs)
             else:
-                self._many(rotated, experts, share, outputs)
+                self._many(rotated, experts, top_k, outputs)
         return outputs
 
     @property
@@ -144,7 +144,7 @@ class GpuBank:
         )
         return rotated
 
-    def _rotated_by_slot(self, rows: Tensor, experts: Tensor, share: int) -> Tensor:
+    def _rotated_by_slot(self, rows: Tensor, experts: Tensor, top_k: int) -> Tensor:
         """float32 [slots, in_features], each in the basis of its slot's matrix, zeros behind that one's inputs."""
         from mc_cli.kernels import trellis_triton as kernels
 
@@ -159,7 +159,7 @@ class GpuBank:
             rotated,
             len(self._matrices),
             self.in_features,
-            share,
+            top_k,
             LEAST_LOG=self._blocks[0].bit_length() - 1,
             MOST_LOG=self._blocks[-1].bit_length() - 1,
             RUN=run,
@@ -167,7 +167,7 @@ class GpuBank:
         )
         return rotated
 
-    def _few(self, rotated: Tensor, experts: Tensor, share: int, outputs: Tensor) -> None:
+    def _few(self, rotated: Tensor, experts: Tensor, top_k: int, outputs: Tensor) -> None:
         """All slots' steps in equal runs over as many programs as run at once, then the sum of what they found."""
         from mc_cli.kernels import trellis_triton as kernels
 
@@ -190,7 +190,7 @@ class GpuBank:
             self.in_features,
             steps,
             steps_each,
-            share,
+            top_k,
             LANES=self._lanes if self._one_output else 0,
             PADDED=lanes,
             GROUPS=groups,
@@ -215,14 +215,14 @@ class GpuBank:
             enable_fp_fusion=True,
         )
 
-    def _many(self, rotated: Tensor, experts: Tensor, share: int, outputs: Tensor) -> None:
+    def _many(self, rotated: Tensor, experts: Tensor, top_k: int, outputs: Tensor) -> None:
         """Slots by matrix, in tiles; as many programs as there can be tiles, those without one end at once."""
         from mc_cli.kernels import trellis_triton as kernels
 
-        halves = torch.empty(rotated.shape, dtype=torch.float16, device=rotated.device)
+        float16s = torch.empty(rotated.shape, dtype=torch.float16, device=rotated.device)
         sizes = torch.empty(len(rotated), dtype=torch.float32, device=rotated.device)
-        kernels.halve_rows[(len(rotated),)](
-            rotated, halves, sizes, self.in_features, RUN=HALVED_AT_ONCE, enable_fp_fusion=True
+        kernels.rows_to_float16[(len(rotated),)](
+            rotated, float16s, sizes, self.in_features, RUN=ROUNDED_AT_ONCE, enable_fp_fusion=True
         )
         mean = -(-len(experts) // len(self._matrices))
         fitting = [size for size, room in SLOTS_IN_TILE.items() if room <= _shared_memory(rotated.device)]
@@ -230,7 +230,7 @@ class GpuBank:
         order, tile_matrix, tile_begin, tile_end = self._tiles(experts, slots)
         lanes = min(TILE_LANES, _power_of_two(self._lanes))
         kernels.many_slots[(self._sequences * -(-self._lanes // lanes), len(tile_matrix))](
-            halves,
+            float16s,
             sizes,
             self._matrices,
             self._tables,
@@ -241,7 +241,7 @@ class GpuBank:
             outputs,
             self.in_features,
             self.out_features,
-            share,
+            top_k,
             UNIT,
             LANES=self._lanes if self._one_output else 0,
             MOST_LANES=self._lanes,
@@ -264,7 +264,7 @@ class GpuBank:
         known = known.masked_fill(self.absent[known], matrices)
         by_matrix, order = torch.sort(known, stable=True)
         numbers = torch.arange(matrices + 1, device=experts.device)
-        begin = torch.searchsorted(by_matrix, numbers)  # of every matrix, then of the slots without one
+        begin = torch.searchsorted(by_matrix, numbers)  # one per matrix, then that of slots without one
         tiles = (begin[1:] - begin[:-1] + slots - 1) // slots
         first_tile = torch.cumsum(tiles, 0) - tiles
         tile = torch.arange(-(-len(experts) // slots) + matrices, device=experts.device)

@@ -18,21 +18,21 @@ import triton
 import triton.language as tl
 
 TABLE = tl.constexpr(1 << 12)  # a weight is decided by 12 bits
-FEWEST_BYTES = tl.constexpr(2)  # of a lane, 16 weights: 1 bit each
+FEWEST_BYTES = tl.constexpr(2)  # a lane has 16 weights, of 1 bit at least
 MOST_BYTES = tl.constexpr(10)
-FIELDS = tl.constexpr(7)  # of a matrix in the table on the device
-INPUTS = tl.constexpr(2)  # the places of some: of its inputs and outputs,
-OUTPUTS = tl.constexpr(3)
-BLOCK = tl.constexpr(4)  # of inputs that are rotated together,
-LENGTH = tl.constexpr(5)  # of outputs of a sequence,
-WIDTH = tl.constexpr(6)  # and of bytes per lane
+FIELDS = tl.constexpr(7)  # fields per matrix in the table on the device; some of their places follow
+INPUTS = tl.constexpr(2)  # number of inputs
+OUTPUTS = tl.constexpr(3)  # number of outputs
+BLOCK = tl.constexpr(4)  # inputs that are rotated together
+LENGTH = tl.constexpr(5)  # outputs of a sequence
+LANE_BYTES = tl.constexpr(6)  # bytes per lane
 EIGHT_BITS = tl.constexpr(0xFF)
-TWO_TO_23 = tl.constexpr(0x4B000000)  # as a float32: its lowest bits count ones
+TWO_TO_23 = tl.constexpr(0x4B000000)  # the bits of 2^23 in float32, whose lowest bits count ones
 FLOAT_OF_ZERO = tl.constexpr(8388736.0)  # 2^23 + 128, which is level 0
 
 
-# What codes stand for. Weights of a tile are [groups of 4 inputs, lanes, 8 pairs, 4 inputs]. Triton's language knows no
-# starred tuples, hence the sums of tuples.
+# Decoding: from codes to levels. Weights of a tile are [groups of 4 inputs, lanes, 8 pairs, 4 inputs]. Triton's
+# language knows no starred tuples, hence the sums of tuples.
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def _even(stream, table, BYTES: tl.constexpr):
 
 @triton.jit
 def _odd(stream, table, even, BYTES: tl.constexpr):
-    """The same of weights 1, 3, ... 15; already found, but from 4 bits on, where a table for two would not fit."""
+    """int32, as `_even`, of weights 1, 3, ... 15: already found below 4 bits, looked up above (tables hold one)."""
     return even >> 8 if BYTES < 8 else _looked_up(stream, table, BYTES // 2, BYTES, 12)
 
 
@@ -125,7 +125,7 @@ def _level(found):
 def _table(tables, BYTES: tl.constexpr):
     """The look-up table for a width; `tables` holds them one after the other, the two of 1 and 1.5 bits first."""
     STEP: tl.constexpr = BYTES // 2 if BYTES < 8 else 0
-    BEFORE: tl.constexpr = (2 << STEP) - 4 + BYTES % 2 * (1 << STEP) if BYTES < 8 else 28 + BYTES - 8  # in TABLEs
+    BEFORE: tl.constexpr = (2 << STEP) - 4 + BYTES % 2 * (1 << STEP) if BYTES < 8 else 28 + BYTES - 8  # TABLEs
     return tl.load(tables + TABLE * BEFORE + tl.arange(0, TABLE << STEP))
 
 
@@ -186,19 +186,19 @@ def _matrix(experts, matrices, slot, count):
     expert = tl.load(experts + slot)
     there = (expert >= 0) & (expert < count)
     entry = matrices + tl.where(there, expert, 0) * FIELDS
-    return entry, tl.where(there, tl.load(entry + WIDTH), 0)
+    return entry, tl.where(there, tl.load(entry + LANE_BYTES), 0)
 
 
-@triton.jit(do_not_specialize=["count", "units", "sequences", "steps", "steps_each", "share"])
+@triton.jit(do_not_specialize=["count", "units", "sequences", "steps", "steps_each", "top_k"])
 def few_slots(
     rows, experts, matrices, tables, parts,
-    count, units, sequences, inputs, steps, steps_each, share,
+    count, units, sequences, inputs, steps, steps_each, top_k,
     LANES: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr,
     ALIGNMENT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of every slot's product, without unit and scales.
 
-    rows    float32 [slots / share, inputs], rotated
+    rows    float32 [slots / top_k, inputs], rotated
     parts   float32 [most programs of a unit, units, PADDED * 16]; a unit is a sequence of outputs of a slot
     A unit is `steps` steps of GROUPS groups of 4 inputs, some of which a smaller matrix has not. A program takes
     `steps_each` steps, wherever units begin and end, so that all are equally long; which program adds what depends on
@@ -213,19 +213,19 @@ def few_slots(
         unit = step // steps
         stop = tl.minimum(last, (unit + 1) * steps)
         slot, sequence = unit // sequences, unit % sequences
-        entry, width = _matrix(experts, matrices, slot, count)
+        entry, lane_bytes = _matrix(experts, matrices, slot, count)
         lanes = _lanes_of(entry, LANES)
         groups = (tl.load(entry + INPUTS).to(tl.int32) + 3) // 4
-        width = tl.where(sequence * lanes * 16 < tl.load(entry + OUTPUTS), width, 0)
+        lane_bytes = tl.where(sequence * lanes * 16 < tl.load(entry + OUTPUTS), lane_bytes, 0)
         begin = (step - unit * steps) * GROUPS
         end = tl.minimum((stop - unit * steps) * GROUPS, groups)
         # 2. its weights, by the loop that is made for their width
         codes = tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.uint8)), ALIGNMENT)
-        codes += tl.cast(sequence, tl.int64) * groups * width * (lanes * 4)
-        row = rows + tl.cast(slot // share, tl.int64) * inputs
+        codes += tl.cast(sequence, tl.int64) * groups * lane_bytes * (lanes * 4)
+        row = rows + tl.cast(slot // top_k, tl.int64) * inputs
         sums = tl.zeros([PADDED * 16], tl.float32)
         for BYTES in tl.static_range(FEWEST_BYTES, MOST_BYTES + 1):
-            if width == BYTES:
+            if lane_bytes == BYTES:
                 sums = _sums(row, codes, tables, begin, end, inputs, lanes, BYTES, PADDED, GROUPS, STAGES)
         # 3. where the unit's other parts lie too
         part = program - unit * steps // steps_each
@@ -241,18 +241,18 @@ def add_parts(
 ):  # fmt: skip
     """outputs float32 [slots, features] of what `few_slots` left, in the order of its programs; zeros if no matrix.
 
-    What is behind a smaller matrix's outputs is left as it is.
+    Places behind a smaller matrix's outputs are left as they are.
     """
     sequence, slot = tl.program_id(0), tl.program_id(1)
     unit = slot * tl.num_programs(0) + sequence
-    entry, width = _matrix(experts, matrices, slot, count)
+    entry, lane_bytes = _matrix(experts, matrices, slot, count)
     lanes = _lanes_of(entry, LANES)
     output = tl.arange(0, PADDED * 16)
     sums = tl.zeros([PADDED * 16], tl.float32)
     feature = sequence * (lanes * 16) + output
     own = features if LANES > 0 else tl.load(entry + OUTPUTS)
     there = (output < lanes * 16) & (feature < own)
-    if width > 0:
+    if lane_bytes > 0:
         first = unit * steps // steps_each
         last = ((unit + 1) * steps - 1) // steps_each
         for part in range(last - first + 1):
@@ -267,7 +267,7 @@ def add_parts(
 
 @triton.jit
 def _tile(
-    halves, codes, tables, token, token_there, first_lane, groups, inputs, lanes,
+    float16s, codes, tables, token, token_there, first_lane, groups, inputs, lanes,
     BYTES: tl.constexpr, TILE_LANES: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """float32 [TILE_LANES * 16, SLOTS]: products of float16 numbers, summed in float32; levels are exact in float16."""
@@ -284,7 +284,7 @@ def _tile(
         stored = _lane_bytes(here, own, following, there, BYTES, lanes * 4)
         at = first * 4 + tl.arange(0, GROUPS * 4)
         x = tl.load(
-            halves + token[None, :] * inputs + at[:, None],
+            float16s + token[None, :] * inputs + at[:, None],
             mask=(at < inputs)[:, None] & token_there[None, :],
             other=0.0,
         )
@@ -297,16 +297,16 @@ def _tile(
     return sums
 
 
-@triton.jit(do_not_specialize=["share"])
+@triton.jit(do_not_specialize=["top_k"])
 def many_slots(
-    halves, sizes, matrices, tables, order, tile_matrix, tile_begin, tile_end, outputs,
-    inputs, features, share, unit_of_levels,
+    float16s, sizes, matrices, tables, order, tile_matrix, tile_begin, tile_end, outputs,
+    inputs, features, top_k, unit_of_levels,
     LANES: tl.constexpr, MOST_LANES: tl.constexpr, TILE_LANES: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """outputs float32 [slots, features] of those slots that have a matrix; others are left as they are.
 
-    halves      float16 [slots / share, inputs], rotated; `sizes` float32 [slots / share] multiply them
+    float16s      float16 [slots / top_k, inputs], rotated; `sizes` float32 [slots / top_k] multiply them
     order       int64 [slots], slots by matrix
     tile_matrix, tile_begin, tile_end   int64 [tiles]: a tile's matrix and its first and last + 1 place in `order`
     """
@@ -322,20 +322,20 @@ def many_slots(
     own = tl.load(entry + OUTPUTS)
     if (first_lane >= lanes) | (sequence * lanes * 16 >= own):  # a smaller matrix
         return
-    width = tl.load(entry + WIDTH)
+    lane_bytes = tl.load(entry + LANE_BYTES)
     groups = (tl.load(entry + INPUTS).to(tl.int32) + 3) // 4
     codes = tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.uint8)), ALIGNMENT)
-    codes += tl.cast(sequence, tl.int64) * groups * width * (lanes * 4)
+    codes += tl.cast(sequence, tl.int64) * groups * lane_bytes * (lanes * 4)
     place = begin + tl.arange(0, SLOTS)
     slot_there = place < end
     slot = tl.load(order + place, mask=slot_there, other=0)
-    token = slot // share
+    token = slot // top_k
     # 2. sums over all inputs
     sums = tl.zeros([TILE_LANES * 16, SLOTS], tl.float32)
     for BYTES in tl.static_range(FEWEST_BYTES, MOST_BYTES + 1):
-        if width == BYTES:
+        if lane_bytes == BYTES:
             sums = _tile(
-                halves, codes, tables, token, slot_there, first_lane, groups, inputs, lanes,
+                float16s, codes, tables, token, slot_there, first_lane, groups, inputs, lanes,
                 BYTES, TILE_LANES, GROUPS, SLOTS,
             )  # fmt: skip
     # 3. scales of outputs and of tokens
@@ -381,24 +381,24 @@ def rotate_rows(rows, signs, rotated, inputs, scale, BLOCK: tl.constexpr, LOG: t
     tl.store(rotated + token * inputs + place, values * scale, mask=there)
 
 
-@triton.jit(do_not_specialize=["count", "share"])
+@triton.jit(do_not_specialize=["count", "top_k"])
 def rotate_slots(
     rows, experts, matrices, signs, rotated,
-    count, inputs, share,
+    count, inputs, top_k,
     LEAST_LOG: tl.constexpr, MOST_LOG: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """rotated float32 [slots, inputs] of rows [slots / share, inputs]: each as its slot's matrix takes them.
+    """rotated float32 [slots, inputs] of rows [slots / top_k, inputs]: each as its slot's matrix takes them.
 
     LEAST_LOG, MOST_LOG   blocks of all matrices are 2^LEAST_LOG to 2^MOST_LOG inputs; RUN is a multiple of them
     Behind the inputs of a smaller matrix are zeros; a slot without a matrix has nothing else.
     """
     slot = tl.program_id(0)
     place = tl.program_id(1) * RUN + tl.arange(0, RUN)
-    entry, width = _matrix(experts, matrices, slot, count)
-    own = tl.where(width > 0, tl.load(entry + INPUTS), 0)
+    entry, lane_bytes = _matrix(experts, matrices, slot, count)
+    own = tl.where(lane_bytes > 0, tl.load(entry + INPUTS), 0)
     block = tl.load(entry + BLOCK)
     there = place < own
-    row = rows + tl.cast(slot // share, tl.int64) * inputs
+    row = rows + tl.cast(slot // top_k, tl.int64) * inputs
     values = tl.load(row + place, mask=there, other=0.0).to(tl.float32)
     values *= tl.load(signs + place, mask=there, other=0.0)
     turned = values
@@ -409,8 +409,8 @@ def rotate_slots(
 
 
 @triton.jit
-def halve_rows(rotated, halves, sizes, inputs, RUN: tl.constexpr):
-    """halves float16 [tokens, inputs], from -1 to 1, and sizes float32 [tokens]: their product is `rotated`."""
+def rows_to_float16(rotated, float16s, sizes, inputs, RUN: tl.constexpr):
+    """float16s float16 [tokens, inputs], from -1 to 1, and sizes float32 [tokens]: their product is `rotated`."""
     token = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, RUN)
     largest = tl.zeros([RUN], tl.float32)
@@ -422,5 +422,5 @@ def halve_rows(rotated, halves, sizes, inputs, RUN: tl.constexpr):
     for first in range(0, inputs, RUN):
         there = first + place < inputs
         values = tl.load(rotated + token * inputs + first + place, mask=there, other=0.0)
-        tl.store(halves + token * inputs + first + place, (values / size).to(tl.float16), mask=there)
+        tl.store(float16s + token * inputs + first + place, (values / size).to(tl.float16), mask=there)
     tl.store(sizes + token, size)

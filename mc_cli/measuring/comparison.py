@@ -58,7 +58,7 @@ def compare(
 ) -> tuple[TextResult, dict[str, TextResult], dict[int, float]]:
     """(all text, per domain, router changes per MoE layer); both models see the same windows.
 
-    Of each window only the last `fresh` predictions count, so overlapping windows count every token once.
+    Only the last `fresh` predictions of each window count, so overlapping windows count every token once.
     """
     walks = [LayerWalk(source, windows.batch, batch_size=batch_size) for source in (original, packed)]
     changes: dict[int, float] = {}

@@ -32,7 +32,7 @@ _NOT_OF_THE_FILES = ("out of memory", "allocate memory", "not enough memory", "C
 
 @dataclass(frozen=True)
 class Generated:
-    """What came out, without the prompt, and how fast; the speed counts the prompt's own pass too."""
+    """The generated text, without the prompt, and its speed, which counts the prompt's own pass too."""
 
     text: str
     prompt_tokens: int

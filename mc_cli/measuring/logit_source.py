@@ -114,7 +114,7 @@ class _Shown:
     def __init__(self, source: LayerSource, look: Look) -> None:
         self.model, self.layers_path, self.device = source.model, source.layers_path, source.device
         if hasattr(source, "folder"):
-            self.folder = source.folder  # which errors name
+            self.folder = source.folder  # errors name it
         self._source, self._look = source, look
         self._seen: set[int] = set()
 

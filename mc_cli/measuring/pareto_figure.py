@@ -1,4 +1,4 @@
-"""The front of loss over dropped expert calls, drawn where matplotlib is installed."""
+"""The front of loss over skipped expert calls, drawn where matplotlib is installed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`pruning/`: policies fitted to the packed model, a stage inside prune-eval with a folder of its own.
 
-1. what a dropped call costs, layer by layer; thresholds    2. otp: routers trained    3. the point for --max-loss
+1. what a skipped call costs, layer by layer; thresholds    2. otp: routers trained    3. the point for --max-loss
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ from mc_cli.walking.layerwise import LayerSource
 BASELINES = ("top-k", "random", "router-threshold")
 DEFAULT_MAX_LOSS = 0.01
 _CHECK_SHARE = 4  # one of so many fitting windows is kept for --max-loss; no threshold is fitted on it
-_MEMORY_SHARE = 0.5  # of what is free, for the dense model of the whole-model training
-_TRAINING_RATES = (0.1, 0.2, 0.3, 0.4)  # of otp where no --target-rate is set
+_MEMORY_SHARE = 0.5  # part of the free memory that the dense model of the whole-model training may take
+_TRAINING_RATES = (0.1, 0.2, 0.3, 0.4)  # otp trains for these where no --target-rate is set
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class FittedPolicies:
 
 @dataclass(frozen=True)
 class _Job:
-    """What every step of the fitting reads."""
+    """The inputs that every step of the fitting reads."""
 
     settings: PruneSettings
     session: Session

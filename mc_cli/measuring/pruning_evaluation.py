@@ -107,7 +107,7 @@ def _at(fitted: FittedPolicies, entry: _Named) -> tuple[Pruning, OperatingPoint]
 
 
 def _nothing_dropped(pruning: Pruning) -> tuple[Pruning, OperatingPoint]:
-    """The same layers with every slot kept and every expert chosen from."""
+    """The policy's layers with every slot kept and no expert dropped."""
     pruning = replace(pruning, layers=tuple(replace(layer, dropped=()) for layer in pruning.layers))
     return pruning, OperatingPoint(0.0, (-math.inf,) * len(pruning.layers))
 

@@ -36,14 +36,14 @@ _ROUNDED_WEIGHTS_EPS = 16
 
 @dataclass(frozen=True)
 class ReadBack:
-    """What reading back found; errors are norms of logit differences over norms of logits, per token."""
+    """Findings of reading back; errors are norms of logit differences over norms of logits, per token."""
 
     method: str  # the reader's own words, such as "whole model"
-    tensors: int  # that were compared; 0 where the reader shows none
+    tensors: int  # number that were compared; 0 where the reader shows none
     tokens: int
     logit_error_median: float
     logit_error_max: float
-    tolerance: float  # for the median
+    tolerance: float  # the largest median that passes
     same_top_token: float
     generated_tokens: int  # 0 where the reader does not generate
     # Median error against the packed model, where that is more than rounding to the export's dtype should make: the
@@ -57,7 +57,7 @@ class ReadBack:
 
     @property
     def not_done(self) -> str | None:
-        """What could not be done, in a sentence for a warning; None where everything was."""
+        """The checks that could not be done, in a sentence for a warning; None where all were."""
         if self.method == Walked.method:
             return (
                 "the exported model does not fit into the free memory, so it was read back layer by layer: all tensors "
@@ -149,7 +149,7 @@ def sample_batch(config: Any) -> Batch:
 
 
 class _Wanted:
-    """What the exported model has to hold, and what was found to differ from it."""
+    """The tensors that the exported model has to hold, and the differences that were found."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What is asked of a model folder, looked at before a library is imported: what is wrong with it is said at once."""
+"""Checks of what is asked of a model folder, made before a library is imported, so that errors come at once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_speed(folder: Path, *, prompt_tokens: int | None, new_tokens: int, thr
 
 
 def check_tokens(limit: int | None, prompt_tokens: int, new_tokens: int) -> None:
-    """The same as `check_positions` for a measurement, whose first tokens need positions too."""
+    """Checks positions like `check_positions`, for a measurement, whose first tokens need positions too."""
     check_positions(limit, prompt_tokens, new_tokens, option="--new-tokens", untimed=UNTIMED)
 
 

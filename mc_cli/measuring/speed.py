@@ -151,7 +151,7 @@ def _measured_here(wanted: dict[str, Any]) -> Speed:
 
 
 def _products(network: Any) -> str:
-    """What multiplies by the model's weights, in words."""
+    """The routines that multiply by the model's weights, in words."""
     from mc_cli.artifacts.packed import encoding_of
     from mc_cli.kernels import path_names
 

@@ -316,7 +316,7 @@ class Checkpoint:
         _check_finite(root, where, self.dtype)
 
     def _readable(self, target: _Target, slices: dict[str, Any]) -> dict[str, Any]:
-        """What transformers' conversion gets for one tensor; experts are fused here, under the fused name."""
+        """The input of transformers' conversion for one tensor; experts are fused here, under the fused name."""
         if not target.fuses_experts or self._is_kept_in_float32(target.name):
             return {piece.key: slices[piece.key] for piece in target.all_pieces}
         rows = [[slices[piece.key] for piece in target.pieces[pattern]] for pattern in target.patterns]
@@ -374,12 +374,12 @@ class Checkpoint:
 def _check_counts(folder: Path, config: PretrainedConfig, tensors: Mapping[str, StoredTensor]) -> None:
     """Raises CheckpointError where config.json counts far more than the files hold, before a model of that is built.
 
-    What it counts a little too high is listed tensor by tensor, once there is a skeleton to compare with.
+    Counts that are a little too high are listed tensor by tensor, once there is a skeleton to compare with.
     """
     text: Any = config.get_text_config()
     numbers = {number for key in tensors for number in re.findall(r"\.(\d+)\.", f".{key}")[:1]}
-    width = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
-    largest = max(width, len(tensors))
+    longest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    largest = max(longest, len(tensors))
     wrong = []
     layers = getattr(text, "num_hidden_layers", None)
     if isinstance(layers, int) and layers > len(numbers) + _LAYERS_TO_LIST:
@@ -388,7 +388,7 @@ def _check_counts(folder: Path, config: PretrainedConfig, tensors: Mapping[str, 
         wrong.append(f"num_hidden_layers: {layers:,}, and a model has one layer at least")
     for name, value in sorted(text.to_dict().items()):
         if name.endswith(("experts", "expert")) and isinstance(value, int) and value > largest:
-            wrong.append(f"{name}: {value:,}, no tensor of the files has more than {width:,} rows or columns")
+            wrong.append(f"{name}: {value:,}, no tensor of the files has more than {longest:,} rows or columns")
     if wrong:
         raise CheckpointError(
             f"{folder / 'config.json'} counts what the files do not hold:\n{listed(wrong)}\n"

@@ -14,7 +14,7 @@ from mc_cli import kernels
 from mc_cli.models.expert_gates import Experts, activate, rows_by_channel, rows_of_block, up_name
 from mc_cli.models.packed_experts import is_packed, packed_blocks
 
-_HIDDEN_BYTES = 2**28  # of what up projections give at a time: of long prompts, some tokens after others
+_HIDDEN_BYTES = 2**28  # the most that up projections give at a time: long prompts are computed some tokens at a time
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,15 @@ def _all_at_once(
     tokens, slots = matrices.shape
     chosen = matrices.reshape(-1).contiguous()
     up, down = banks.up, banks.down
-    # One expression, so that nothing stays that is not needed any more: of a long prompt these are the largest tensors.
+    # One expression frees each tensor as soon as it is used: for a long prompt these are the largest ones.
     activated = activate(
         module,
-        _spread(banks, chosen, _with_bias(module, up_name(module), chosen, up.product(flat, chosen, share=slots))),
+        _spread(banks, chosen, _with_bias(module, up_name(module), chosen, up.product(flat, chosen, top_k=slots))),
     ).to(flat.dtype)
     outputs = _with_bias(module, "down_proj", chosen, down.product(activated, chosen)).to(flat.dtype)
     if module.has_post_expert_norm:
         outputs = module.post_expert_norm(outputs)
-    if module.has_bias or module.has_post_expert_norm:  # else what has no expert is zero by now
+    if module.has_bias or module.has_post_expert_norm:  # otherwise slots without an expert are zero by now
         absent = down.absent[chosen.clamp(0, module.num_experts)]
         outputs = outputs.masked_fill(absent[:, None], 0.0)
     precise = torch.promote_types(flat.dtype, torch.float32)
@@ -120,7 +120,7 @@ def _with_bias(module: Experts, projection: str, chosen: torch.Tensor, outputs: 
 
 
 def _spread(banks: Banks, chosen: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """What blocks' up projections give [slots, rows], laid out as a whole expert's, zeros for channels they lack."""
+    """Outputs [slots, rows] of blocks' up projections in a whole expert's layout, zeros for channels they lack."""
     if banks.spread is None:
         return hidden
     places = banks.spread[chosen.clamp(max=len(banks.spread) - 1)]
@@ -183,9 +183,9 @@ def _spread_table(module: Experts, sizes: list[int], outputs: int, device: torch
     return table
 
 
-def _gate_of(module: Experts, width: int) -> str | None:
-    """Which of kernels.GATES the module's own gate [.., width] is, by what it does; None where it is another one."""
-    probe = torch.randn(8, width, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 4, 8)[:, None]
+def _gate_of(module: Experts, rows: int) -> str | None:
+    """The name in kernels.GATES that computes what the module's own gate does; None where none of them does."""
+    probe = torch.randn(8, rows, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 4, 8)[:, None]
     with torch.no_grad():
         found = activate(module, probe)
         first, second = probe.chunk(2, -1)

@@ -1,4 +1,4 @@
-"""What lies between an expert's projections: the family's own activation, and which rows act on which channel.
+"""The step between an expert's projections: the family's own activation, and which rows act on which channel.
 
 The module itself is asked, so that no family needs facts here: numbers that are put through its activation tell
 whether rows of gate and up follow each other or take turns.
@@ -54,7 +54,7 @@ def rows_by_channel(module: Experts, rows: int, channels: int, device: torch.dev
 def rows_of_block(by_channel: torch.Tensor, begin: int, channels: int) -> torch.Tensor:
     """int64, ascending: the rows of the up projection that act on channels `begin` to begin + channels - 1.
 
-    In this order a block's rows lie to each other as a whole expert's do: gates first, or in turns.
+    This order keeps a block's rows as a whole expert's: gates first, or in turns.
 
     by_channel  as `rows_by_channel` gives them
     """

@@ -54,7 +54,7 @@ LOW_RANK = "_mc_low_rank"  # attribute of an experts module: projection name -> 
 
 @dataclass(frozen=True)
 class ExpertCall:
-    """One expert's share of one forward: the tokens routed to it and what became of them."""
+    """One expert's part of one forward: the tokens routed to it, and their values on the way through it."""
 
     expert: int
     token_index: torch.Tensor  # [tokens] int64, rows of the layer's flattened hidden states
@@ -69,7 +69,7 @@ Observer = Callable[[nn.Module, ExpertCall], None]
 
 @dataclass(frozen=True)
 class LowRank:
-    """What an adapter adds to one projection of every expert: scaling * outer[expert] @ inner[expert]."""
+    """The term that an adapter adds to one projection of every expert: scaling * outer[expert] @ inner[expert]."""
 
     inner: Sequence[torch.Tensor]  # per expert [rank, in_features]
     outer: Sequence[torch.Tensor]  # per expert [out_features, rank]
@@ -192,7 +192,7 @@ def experts_forward(
 
 @contextlib.contextmanager
 def nothing_computed(module: Experts) -> Iterator[None]:
-    """Context in which the experts are called as ever, and give zeros. The module has no pruner of its own."""
+    """Context in which the experts are called as always, and give zeros. The module has no pruner of its own."""
 
     def drop_all(
         module: Experts, _: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -235,7 +235,7 @@ def _observer(module: Experts) -> Observer | None:
 
 
 def _learns(module: Experts, flat: torch.Tensor, top_k_weights: torch.Tensor) -> bool:
-    """Whether gradients are wanted of anything that goes in: of routing weights and biases alone, for example."""
+    """Whether any input wants gradients; routing weights or biases alone may want them."""
     if not torch.is_grad_enabled():
         return False
     wanted = flat.requires_grad or top_k_weights.requires_grad

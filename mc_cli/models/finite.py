@@ -47,7 +47,7 @@ def not_finite(what: str, count: int, of: int, dtype: torch.dtype, model: object
 
 
 def damaged_weights(dtype: torch.dtype) -> str:
-    """What to say where weights are not finite after they were cast to `dtype`, and what to do."""
+    """The message for weights that are not finite after they were cast to `dtype`: what is wrong, what to do."""
     if dtype != torch.float16:
         return "The checkpoint is damaged; fetch it again."
     return (

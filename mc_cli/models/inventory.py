@@ -1,4 +1,4 @@
-"""Which tensor of a model does what: the inventory, read from the model's skeleton without a weight."""
+"""The inventory: the role of every tensor of a model, read from the model's skeleton without a weight."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _router_groups(router: nn.Module) -> tuple[int, int]:
 
 
 def _top_k_candidates(router: nn.Module, parent: nn.Module, config: Any) -> list[Any]:
-    """Where families note the experts per token, nearest to the layer first: it may differ between layers."""
+    """The entries where families note top_k, nearest to the layer first: it may differ between layers."""
     text = config.get_text_config()  # its `top_k`, if any, is about sampling
     in_config = [getattr(text, name, None) for name in ("num_experts_per_tok", "top_k_experts")]
     return [getattr(router, "top_k", None), getattr(parent, "top_k", None), *in_config]

@@ -1,4 +1,4 @@
-"""What memory this process has, and giving freed memory back, so that a long model takes no more than a short one."""
+"""The memory that this process has, and giving freed memory back: a long model takes no more than a short one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STATUS = Path("/proc/self/status")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MAPPED_FROM = 2**22  # on affine grids 1 MiB takes 4 % less memory and a fifth more time, 12 MiB prevents no holes
 _MADV_POPULATE_READ = 22  # mman.h, Linux 5.14
-_PIECE = 64 * 2**20  # of a file, mapped at a time
+_PIECE = 64 * 2**20  # bytes of a file that are mapped at a time
 _GAP = 2**16  # bytes between two tensors of a file, at most: headers and padding
 _ADAPTED_TO = 32 * 2**20  # DEFAULT_MMAP_THRESHOLD_MAX on 64 bits: as far as glibc raises it by itself
 
@@ -48,7 +48,7 @@ def _status_bytes(entry: str) -> int:
 def large_blocks_mapped() -> Iterator[None]:
     """While it lasts, each block of 4 MiB or more goes back to the system as soon as it is freed (glibc; CPU tensors).
 
-    By itself glibc raises the size from which a block is a mapping of its own to that of the largest mapping freed, up
+    By default glibc raises the size from which a block is a mapping of its own to that of the largest mapping freed, up
     to 32 MiB. Tensors below it then share the heap with what outlives them, the holes that they leave do not always fit
     the next ones, and every layer adds to the holes. Page faults of fresh mappings are the price: per 13M weights about
     a third of a second of 19 on a trellis, and one of 11 on affine grids. Stages that compute less per byte would pay
@@ -66,8 +66,8 @@ def large_blocks_mapped() -> Iterator[None]:
 def _set_malloc(*, mapped_from: int) -> None:
     """Blocks from this size (bytes) on are mappings of their own; the heap's free end is kept up to twice 32 MiB.
 
-    So would glibc, had it adapted. At its default of 128 KiB the heap gives its end back with every large tensor freed
-    and fetches it again for the next, which makes filling a tensor of 16 MiB take four times as long.
+    glibc would come to these values by adapting. At its default of 128 KiB the heap gives its end back with every large
+    tensor freed and fetches it again for the next, which makes filling a tensor of 16 MiB take four times as long.
     """
     mallopt = _c_function("mallopt")
     if mallopt is not None:
@@ -90,7 +90,7 @@ def read_ahead(paths: Iterable[Path]) -> None:
     """Reads files into the system's cache, from one end to the other and in huge pages where Linux has them.
 
     Mapped files are otherwise read as their pages are first touched, here and there, at less than the disk's speed.
-    What does not fit into the memory that is available is left to that, as are other systems; hence no answer.
+    Files beyond the memory that is available, and other systems, are left to that; hence no answer.
     """
     sizes = {path: path.stat().st_size for path in paths}
     if not hasattr(mmap, "MADV_HUGEPAGE") or sum(sizes.values()) > (available_bytes() or 0):
@@ -137,8 +137,8 @@ def ask_for_huge_pages(blocks: Iterable[tuple[int, int]]) -> None:
 
     Every token reads weights from one end to the other, and with pages of 4 KiB a good part of that time is spent on
     finding the next page. Mapped files take no more memory for it: new kernels read them from disk in huge pages (Linux
-    6.16 for ext4, before for XFS; see `read_ahead`). What the system has in small pages stays so, and where it has no
-    huge pages nothing changes; hence no answer.
+    6.16 for ext4, before for XFS; see `read_ahead`). Memory in small pages stays so, and where the system has no huge
+    pages nothing changes; hence no answer.
     """
     advise = _c_function("madvise") if hasattr(mmap, "MADV_HUGEPAGE") else None
     if advise is None:

@@ -1,6 +1,6 @@
-"""What belongs to a checkpoint beside its weights and travels with every result: tokenizer, templates, licence, config.
+"""Files that belong to a checkpoint beside its weights, and travel with every result: tokenizer, licence, config, ...
 
-A list of what is taken rather than of what is not: the folder of a fine-tuned model also holds its training data, logs
+The list names what is taken, not what is left: the folder of a fine-tuned model also holds its training data, logs
 and optimizer, which nobody asked to publish.
 """
 
@@ -49,7 +49,7 @@ MODEL_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-# What is downloaded of a model on the hub: all of that, what mc-cli itself reads, and the model's own code.
+# A download from the hub takes all of that, the files that mc-cli itself reads, and the model's own code.
 DOWNLOADED = (*MODEL_FILES, "*.json", "*.safetensors", "*.txt", "*.py")
 _TEMPLATES = "additional_chat_templates"
 
@@ -63,7 +63,7 @@ def _other_folders(name: str) -> Iterator[str]:
 
 # Folders and `consolidated` files hold a second copy of the weights in the publisher's own layout.
 NOT_DOWNLOADED = ("consolidated*", *_other_folders(_TEMPLATES))
-# What config.json says of the original's weights and of the code that reads their files.
+# These entries of config.json describe the original's weights and the code that reads their files.
 _OF_THE_ORIGINAL = ("quantization_config", "transformers_weights", "auto_map")
 _NEVER = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.pkl", "*.partial")
 # Pickles of protocol 2 to 5, and the archives that torch.save makes of them.
@@ -119,8 +119,8 @@ def _begins_like_a_pickle(path: Path) -> bool:
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a result, from the original's: it names the class that has its tensors, and counts no others.
 
-    Without what describes the original's weights; with the text part alone where the causal language model is one
-    part of a model for images or sound; without layers of multi-token prediction, which that class does not have.
+    Left out are entries that describe the original's weights, parts for images or sound where the causal language
+    model is one part of such a model, and layers of multi-token prediction, which that class does not have.
     """
     if has_own_code(config):
         return _without_prediction(_without(config, _OF_THE_ORIGINAL[:-1]))
@@ -131,7 +131,7 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_the_class(config: dict[str, Any]) -> dict[str, Any]:
-    """With the architecture that AutoModelForCausalLM makes of it, and with that one's own kind of config."""
+    """The config with the architecture that AutoModelForCausalLM makes of it, in that class's own kind of config."""
     kind: Any = CONFIG_MAPPING[config["model_type"]]
     found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
     if found is None:

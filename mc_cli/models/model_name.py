@@ -64,7 +64,7 @@ def _download(name: str, revision: str | None, asked_as: str, *, fetch: bool) ->
 
 
 def _advice(error: Exception, revision: str | None) -> str:
-    """What to do where the hub's client fails."""
+    """The advice for a failure of the hub's client."""
     from huggingface_hub import constants, errors
 
     if constants.is_offline_mode():

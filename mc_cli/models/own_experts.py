@@ -1,8 +1,8 @@
 """Letting a model compute its experts by our implementation, also where transformers would not switch it.
 
 transformers looks for its decorator in the source of the file that the model's class is in, and does nothing where it
-is not: for a class of a model's own that inherits its experts from a native one. What it finds is kept on the class,
-and inherited, so that what happens depends on the models that were made before in the same process.
+is not: for a class of a model's own that inherits its experts from a native one. It keeps its finding
+on the class, where others inherit it, so that a model's way depends on those made before in the same process.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _reaches_ours(module: nn.Module) -> bool:
         module(hidden, torch.zeros(1, 1, dtype=torch.int64, device=device), hidden)
     except _Reached:
         return True
-    except Exception:  # whatever code of the model's own does with such a call
+    except Exception:  # the model's own code may raise anything at such a call
         return False
     finally:
         delattr(module, PRUNER)

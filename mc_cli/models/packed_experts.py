@@ -14,7 +14,7 @@ from mc_cli.errors import ShapeError
 from mc_cli.models.expert_gates import Experts, rows_by_channel, rows_of_block, up_name
 
 SLOTS = "_mc_slots"  # attribute of an experts module: per router slot the expert that it runs; where some share one
-_TABLES = "_mc_slot_tables"  # the same as tensors, by device
+_TABLES = "_mc_slot_tables"  # attribute: that table as tensors, by device
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class PackedBlock:
 
     encoding: Encoding | None  # None: kept as in the checkpoint
     names: dict[str, str]  # stored part -> attribute name
-    place: int  # in the stack
+    place: int  # index in the stack
     channels: int
     in_features: int
 

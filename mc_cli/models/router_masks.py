@@ -1,8 +1,8 @@
 """Routers that do not choose some experts: as if their rows were not there, in every family's own code.
 
-While a masked router runs, the linear product that gives a logit per expert gives minus infinity for dropped ones. What
-follows, softmax or sigmoid, groups and top-k, normalisation, is the family's own. Stored rows stay as they are, so that
-the mask can be taken off.
+While a masked router runs, the linear product that gives a logit per expert gives minus infinity for dropped ones. The
+steps behind it, softmax or sigmoid, groups and top-k, normalisation, are the family's own. Stored rows stay as they
+are, so that the mask can be taken off.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def mask_router(router: nn.Module, num_experts: int, dropped: Sequence[int]) -> 
     mask = torch.zeros(num_experts, dtype=torch.bool, device="cpu")  # also where a model is being built without data
     mask[list(dropped)] = True
     hooks = _Hooks(mask)
-    # Of several masks on one router the last one put on is the first one off, so that each puts back what it found.
+    # The last mask put on a router is the first one off, so that each puts back what it found.
     # A packed linear's product need not go through torch: it is masked where it comes out.
     packed = [module for module in router.modules() if hasattr(module, "_mc_weight") and module is not router]
     return [
@@ -71,7 +71,7 @@ def drop_experts(model: nn.Module, dropped: Mapping[str, Sequence[int]]) -> None
 
 
 class _Hooks:
-    """What masks the logits of one router. Methods, not functions made on the way, so that a model can be pickled."""
+    """The mask on the logits of one router. It has methods, not closures, so that a model can be pickled."""
 
     def __init__(self, mask: torch.Tensor) -> None:
         self._mask = mask

@@ -1,4 +1,4 @@
-"""What every stage on a live model needs first: device and dtype, the checkpoint's place and digest."""
+"""The session that every stage on a live model opens first: device and dtype, the checkpoint's place and digest."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mc_cli.models.model_name import resolve_model
 from mc_cli.models.weight_digests import RECORD, SUFFIX, WeightDigests, Weights, changed_files, header_digest
 from mc_cli.settings import RunSettings
 
-# What decides tokens and logits: configuration, tokenizer in any of its forms, weights, a model's own code.
+# These files decide tokens and logits: configuration, tokenizer in any of its forms, weights, a model's own code.
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".tiktoken", ".txt", ".py")
 
 
 @dataclass(frozen=True)
 class Pointer:
-    """What `model.json` holds: the model's folder, and what the user named it by."""
+    """The contents of `model.json`: the model's folder, and the name that the user gave."""
 
     folder: str
     model: str = ""
@@ -93,9 +93,9 @@ class Session:
         return content_digest([[path.name, cache.digest(path)] for path in files])
 
     def model_inputs(self) -> dict[str, str]:
-        """What tells in a stage's inputs which model it reads, `calibrated` being true of it.
+        """The entry of a stage's inputs that identifies the model, `calibrated` being true of it.
 
-        For a calibration of an earlier version, which has no record of the weights, as that version told it.
+        A calibration of an earlier version has no record of the weights; it is identified as that version did.
         """
         manifest = require_done(WorkDir(self.work_dir), "calibrate")
         weights = self._recorded_weights(manifest)
@@ -103,7 +103,7 @@ class Session:
         return identity if weights is None else {**identity, "weights": weights.digest}
 
     def calibrate_inputs(self) -> dict[str, str]:
-        """The same for calibrate itself."""
+        """The entry of calibrate's own inputs that identifies the model."""
         done: Manifest | None = None
         with suppress(ArtifactError):  # damaged: it is said, or made anew, where the stage looks at it
             done = Manifest.read(self._calibration)
@@ -112,7 +112,7 @@ class Session:
         return {"model": self.model_digest()}
 
     def _recorded_weights(self, manifest: Manifest) -> Weights | None:
-        """What calibrate read; None where an earlier version made it. Raises ArtifactError for a damaged record."""
+        """The weights that calibrate read; None from an earlier version. Raises ArtifactError for a damaged record."""
         if RECORD not in manifest.outputs:
             return None
         wrong = damaged_files(self._calibration, {RECORD: manifest.outputs[RECORD]}, up_to_bytes=ALL_BYTES)
@@ -220,7 +220,7 @@ def _open(work_dir: Path, folder: Path, compute: RunSettings) -> Session:
 
 
 def device_named(name: str) -> torch.device:
-    """What `--device` asks for. Raises InputError for cuda where there is none."""
+    """The device that `--device` asks for. Raises InputError for cuda where there is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
@@ -231,7 +231,7 @@ def device_named(name: str) -> torch.device:
 
 
 def dtype_named(name: str, device: torch.device, *, stored: torch.dtype | None) -> torch.dtype:
-    """What `--dtype` asks for; `stored` is the checkpoint's own, where it names one.
+    """The dtype that `--dtype` asks for; `stored` is the checkpoint's own, where it names one.
 
     auto is float32 on a CPU, where bfloat16 is slow and rounds what is measured, and the checkpoint's on a GPU.
     """

@@ -46,7 +46,7 @@ def build_skeleton(config: PretrainedConfig, *, dtype: torch.dtype) -> PreTraine
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=custom)
-        except Exception as error:  # whatever a model's constructor makes of entries that do not fit each other
+        except Exception as error:  # a model's constructor may raise anything at entries that do not fit each other
             raise CheckpointError(
                 f"{config_file(config)} (model_type {config.model_type!r}) describes a model that cannot be built: "
                 f"{first_line(error)}"

@@ -1,8 +1,8 @@
 """A checkpoint's tensors as they lie in safetensors files: listed from the headers, read one by one.
 
 Block formats appear as the tensor that they stand for and become values when read. transformers' own FP8 dequantizer is
-not used: it divides the width by the number of scales instead of using the format's block size, which is wrong wherever
-a block is cut at the edge, such as the 576 rows of DeepSeek-V3's kv_a_proj_with_mqa in blocks of 128.
+not used: it divides the columns by the number of scales instead of using the format's block size, which is wrong
+wherever a block is cut at the edge, such as the 576 rows of DeepSeek-V3's kv_a_proj_with_mqa in blocks of 128.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SCALES = "_scale_inv"  # FP8: NAME.weight, NAME.weight_scale_inv
 _BLOCKS, _EXPONENTS = "_blocks", "_scales"  # MXFP4: NAME_blocks, NAME_scales
 _DEFAULT_BLOCK = (128, 128)
 _LARGEST_BLOCK = 1 << 20
-_MXFP4_BYTES = 16  # of a block of 32 codes
+_MXFP4_BYTES = 16  # a block holds 32 codes
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -1,4 +1,4 @@
-"""Which weights a stage reads: told at its start by headers, and by full digests that are made while it computes.
+"""Digests of the weights that a stage reads: of headers at its start, in full while it computes.
 
 A model of 93 GB takes minutes to read. So a stage begins on the names, sizes and safetensors headers of its weight
 files, and a thread hashes each file once the stage has opened it; in calibrate the others too, as soon as it has time.
@@ -142,7 +142,7 @@ class WeightDigests:
         self._thread.join()
 
     def opened(self, name: str) -> None:
-        """To be called when the stage begins to read a file. Raises StaleArtifactError once one is known to differ."""
+        """Notes that the stage begins to read a file. Raises StaleArtifactError once one is known to differ."""
         if name not in self._opened:
             self._opened.add(name)
             self._ask([name], _NOW)

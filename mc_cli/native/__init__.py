@@ -19,8 +19,8 @@ from mc_cli.errors import McError
 from mc_cli.native.signatures import bound
 from mc_cli.native.sources import source_version
 
-_FILE = "_library.dll" if sys.platform == "win32" else "_library.so"  # of no Python in particular, see setup.py
-SWITCH = "MC_CLI_LIBRARY"  # of the environment: the path of the compiled library to use
+_FILE = "_library.dll" if sys.platform == "win32" else "_library.so"  # any Python can load it, see setup.py
+SWITCH = "MC_CLI_LIBRARY"  # environment variable: the path of the compiled library to use
 _TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 
 
@@ -68,7 +68,7 @@ def team_start() -> ctypes.c_void_p:
 
     Two sets of threads would wait for their work side by side, and take each other's processors while they do.
     """
-    torch: Any = sys.modules.get("torch")  # whose tensors come here; a stage without any has no use for it
+    torch: Any = sys.modules.get("torch")  # all tensors come from it; a stage without any has no use for it
     for name in _TORCH_LIBRARIES if torch is not None else ():
         path = Path(torch.__file__).parent / "lib" / name
         if path.is_file():

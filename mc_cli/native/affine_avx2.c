@@ -22,7 +22,7 @@
 
 #define FOR_AVX2 __attribute__((target("avx2,fma")))
 #define STEP 16           /* codes at a time, two words: in lanes of 16 bits */
-#define TOKENS_TOGETHER 4 /* that a code, once unpacked, meets */
+#define TOKENS_TOGETHER 4 /* each unpacked code meets this many tokens */
 
 /* How 16 codes come into lanes of 16 bits: the two bytes that a code lies in, to the left up to the end of the lane, and
  * then to the right. */
@@ -119,7 +119,7 @@ static int multiply(const AffineProduct *p, const AffineMatrix *m, int task, int
             const int count = of->count - i < TOKENS_TOGETHER ? of->count - i : TOKENS_TOGETHER;
             AffineInputs x[TOKENS_TOGETHER];
             float found[TOKENS_TOGETHER];
-            for (int t = 0; t < count; t++) x[t] = activations_of(p, (size_t)(slots[i + t] / p->share));
+            for (int t = 0; t < count; t++) x[t] = activations_of(p, (size_t)(slots[i + t] / p->top_k));
             multiply_tokens(m, at, s.scales, s.offsets, x, count, found);
             for (int t = 0; t < count; t++) p->out[(size_t)slots[i + t] * p->outputs + row] = found[t];
         }

@@ -69,7 +69,7 @@ AVX512 void mc_affine_read_grids_avx512(const AffineMatrix *m, int row, float *s
     }
 }
 
-/* What offsets take away. Totals behind the last group may be those of groups that longer matrices read, and NaN. */
+/* The sum that offsets take away. Totals behind the last group may belong to groups of longer matrices, and be NaN. */
 AVX512 INLINE float taken(const float *offsets, const float *totals, int groups) {
     __m512 sum = _mm512_setzero_ps();
     for (int g = 0; g < groups; g += FLOATS) {
@@ -136,7 +136,7 @@ static int multiply(const AffineProduct *p, const AffineMatrix *m, int task, int
     const AffineScratch s = new_scratch(p);
     if (!s.scales) return 1;
     if (of->count == 1 && p->group % VECTOR == 0) {
-        const AffineInputs x = activations_of(p, (size_t)(slots[0] / p->share));
+        const AffineInputs x = activations_of(p, (size_t)(slots[0] / p->top_k));
         multiply_packed(m, first, last, x, s.scales, s.offsets, s.weights, p->out + (size_t)slots[0] * p->outputs);
         free(s.scales);
         return 0;
@@ -145,7 +145,7 @@ static int multiply(const AffineProduct *p, const AffineMatrix *m, int task, int
         mc_affine_read_grids(m, row, s.scales, s.offsets);
         mc_affine_unpack_avx512(row_of(m, row), m->bits, words_of(m), s.codes);
         for (int i = 0; i < of->count; i++) {
-            const AffineInputs x = activations_of(p, (size_t)(slots[i] / p->share));
+            const AffineInputs x = activations_of(p, (size_t)(slots[i] / p->top_k));
             p->out[(size_t)slots[i] * p->outputs + row] = row_product(m, s.codes, s.scales, s.offsets, x, s.weights);
         }
     }
@@ -154,7 +154,7 @@ static int multiply(const AffineProduct *p, const AffineMatrix *m, int task, int
 }
 
 AVX512 static void write_group(const uint8_t *codes, int count, float scale, float zero_point, float *floats,
-                               uint16_t *halves) {
+                               uint16_t *bfloat16s) {
     const __m512 scales = _mm512_set1_ps(scale), zero_points = _mm512_set1_ps(zero_point);
     const __m512i half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
     for (int i = 0; i < count; i += FLOATS) {
@@ -167,12 +167,12 @@ AVX512 static void write_group(const uint8_t *codes, int count, float scale, flo
         }
         const __m512i bits = _mm512_castps_si512(values), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
         const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, half), odd);
-        _mm256_mask_storeu_epi16(halves + i, there, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+        _mm256_mask_storeu_epi16(bfloat16s + i, there, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
     }
 }
 
-#define TOKENS_FOR_LANES 7 /* from here on blocks are faster */
-#define TOKENS_FOR_TILES 4 /* in tiles */
+#define TOKENS_FOR_LANES 7 /* tokens from which on blocks are faster */
+#define TOKENS_FOR_TILES 4 /* the same number with tiles */
 
 const AffinePath mc_affine_avx512 = {.multiply = multiply, .unpack = mc_affine_unpack_avx512, .write = write_group,
                                      .block_tokens = TOKENS_FOR_LANES, .prepare_blocks = mc_affine_prepare_blocks,

@@ -8,9 +8,8 @@
  *
  * Layout: 16 tokens lie in tiles of 1 KB, one for 64 inputs of all and each part: [groups * pitch / 64][2][16][16][4],
  * the indices being 64 inputs, part, fours of inputs, token, input. So 64 bytes hold the same four inputs of 16 tokens:
- * what vpdpbusd multiplies with four codes in all lanes, and what a row of a tile of B is to tdpbusd. Of a block with
- * fewer tokens the others are zeros. Codes become bytes once per 64 rows; 32 of those rows, 64 codes wide, are two
- * tiles of A.
+ * vpdpbusd multiplies them with four codes in all lanes, and tdpbusd takes them as a row of a tile of B. Tokens that a
+ * block lacks are zeros. Codes become bytes once per 64 rows; 32 of those rows, 64 codes wide, are two tiles of A.
  *
  * With AMX, tiles 0 to 3 are sums ([upper, lower 16 rows] of coarse, then of fine parts), 4 and 5 codes, 6 and 7
  * activations. While tiles multiply one group, AVX-512 adds what they gave for the group before: their results take
@@ -21,7 +20,7 @@
 
 #ifdef HAS_VECTORS
 
-#define INPUTS_IN_CACHE 256 /* of ROWS_AT_ONCE outputs: 16 KB of codes stay in the first cache beside what they meet */
+#define INPUTS_IN_CACHE 256 /* with ROWS_AT_ONCE outputs, 16 KB of codes stay in the first cache beside activations */
 #define TILE_BYTES (TILE * VECTOR)
 
 /* Room for the activations of one block, both parts, of as many groups as a matrix has at most. */
@@ -38,9 +37,9 @@ static void lay_block(void *context, int block) {
     const int64_t matrix = p->experts ? p->experts[slots[0]] : 0;
     const int groups = (int)p->entries[matrix].inputs / p->group; /* those behind are not read */
     for (int column = 0; column < count; column++) {
-        const size_t token = (size_t)(slots[column] / p->share);
+        const size_t token = (size_t)(slots[column] / p->top_k);
         const int8_t *row = p->rows + 2 * token * p->stride;
-        for (int part = 0; part < p->parts; part++)
+        for (int part = 0; part < p->activation_bytes; part++)
             for (size_t at = 0; at < groups * p->pitch; at += 4)
                 memcpy(out + (2 * (at / VECTOR) + part) * TILE_BYTES + at % VECTOR / 4 * VECTOR + 4 * column,
                        row + part * p->stride + at, 4);
@@ -51,10 +50,10 @@ static void lay_block(void *context, int block) {
     }
 }
 
-#define ROWS_TOGETHER 8 /* whose sums are in registers */
+#define ROWS_TOGETHER 8 /* their sums are in registers */
 
-AVX512 INLINE void multiply_lanes(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, const int parts,
-                                  AffineGroupSums *found) {
+AVX512 INLINE void multiply_lanes(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors,
+                                  const int activation_bytes, AffineGroupSums *found) {
     for (int first = 0; first < 2 * TILE; first += ROWS_TOGETHER) {
         const uint8_t *row = w + first * pitch;
         __m512i coarse[ROWS_TOGETHER], fine[ROWS_TOGETHER];
@@ -69,7 +68,7 @@ AVX512 INLINE void multiply_lanes(const uint8_t *w, size_t pitch, const int8_t *
                 memcpy(&codes, row + r * pitch + 4 * i, 4);
                 const __m512i all = _mm512_set1_epi32(codes);
                 coarse[r] = add_products(coarse[r], all, most);
-                if (parts > 1) fine[r] = add_products(fine[r], all, rest);
+                if (activation_bytes > 1) fine[r] = add_products(fine[r], all, rest);
             }
         }
 #pragma GCC unroll 8
@@ -80,14 +79,14 @@ AVX512 INLINE void multiply_lanes(const uint8_t *w, size_t pitch, const int8_t *
     }
 }
 
-AVX512 void mc_affine_group_avx512(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, int parts,
-                                   AffineGroupSums *found) {
-    if (parts > 1) multiply_lanes(w, pitch, x, vectors, 2, found);
+AVX512 void mc_affine_group_avx512(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors,
+                                   int activation_bytes, AffineGroupSums *found) {
+    if (activation_bytes > 1) multiply_lanes(w, pitch, x, vectors, 2, found);
     else multiply_lanes(w, pitch, x, vectors, 1, found);
 }
 
 #ifdef HAS_AMX
-AMX void mc_affine_group_amx(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, int parts,
+AMX void mc_affine_group_amx(const uint8_t *w, size_t pitch, const int8_t *x, size_t vectors, int activation_bytes,
                              AffineGroupSums *found) {
     _tile_zero(0);
     _tile_zero(1);
@@ -99,7 +98,7 @@ AMX void mc_affine_group_amx(const uint8_t *w, size_t pitch, const int8_t *x, si
         _tile_loadd(6, x, VECTOR);
         _tile_dpbusd(0, 4, 6);
         _tile_dpbusd(1, 5, 6);
-        if (parts < 2) continue;
+        if (activation_bytes < 2) continue;
         _tile_loadd(7, x + TILE_BYTES, VECTOR);
         _tile_dpbusd(2, 4, 7);
         _tile_dpbusd(3, 5, 7);
@@ -144,7 +143,7 @@ static void multiply_block(const AffineProduct *p, const Rows *r, int begin, int
         if (step < steps) {
             const size_t row = (size_t)(step / range) * 2 * TILE, g = (size_t)(begin + step % range);
             p->path->multiply_group(r->codes + row * r->pitch + g * p->group, r->pitch, x + 2 * TILE * g * p->pitch,
-                           p->pitch / VECTOR, p->parts, found + step % 2);
+                           p->pitch / VECTOR, p->activation_bytes, found + step % 2);
         }
         if (step) {
             const size_t row = (size_t)((step - 1) / range) * 2 * TILE, g = (size_t)(begin + (step - 1) % range);
@@ -154,11 +153,11 @@ static void multiply_block(const AffineProduct *p, const Rows *r, int begin, int
     }
 }
 
-/* In blocks of 32 rows and 16 places. A few groups at a time, so that all their codes
- * stay in the first cache while block after block of tokens passes. */
+/* Work goes in blocks of 32 rows and 16 places, a few groups at a time, so that all their codes stay in the first cache
+ * while block after block of tokens passes. */
 int mc_affine_multiply_blocks(const AffineProduct *p, const AffineMatrix *m, int number, int first, int last) {
     const mc_task *task = p->sorted.tasks + number;
-    const size_t pitch = whole((size_t)m->inputs, VECTOR) + p->pitch; /* of a row of codes */
+    const size_t pitch = whole((size_t)m->inputs, VECTOR) + p->pitch; /* between two rows of codes */
     const int rows = (int)whole((size_t)(last - first), 2 * TILE), blocks = (task->count + TILE - 1) / TILE;
     const size_t grids = (size_t)rows * p->room * sizeof(float), each = (size_t)rows * TILE * sizeof(float);
     uint8_t *memory = aligned_alloc(VECTOR, whole(2 * grids + (size_t)blocks * each + (size_t)rows * pitch, VECTOR));

@@ -7,7 +7,7 @@ typedef struct {
     AffineMatrix matrix;
     const AffinePath *path;
     float *floats;    /* [rows][inputs], or NULL */
-    uint16_t *halves; /* the same, rounded to bfloat16, or NULL */
+    uint16_t *bfloat16s; /* the same, rounded to bfloat16, or NULL */
     atomic_int failed;
 } Decoding;
 
@@ -26,16 +26,16 @@ static void write_rows(void *context, int piece) {
             const size_t grid = (size_t)row * m->groups + g, at = (size_t)row * m->inputs + (size_t)g * m->group;
             const float scale = from_half(m->scales[grid]), zero_point = unit * (float)m->zero_points[grid];
             d->path->write(w + (size_t)g * m->group, m->group, scale, zero_point, d->floats ? d->floats + at : NULL,
-                           d->halves ? d->halves + at : NULL);
+                           d->bfloat16s ? d->bfloat16s + at : NULL);
         }
     }
     free(w);
 }
 
 int mc_affine_matrix(const uint8_t *codes, const uint16_t *scales, const uint8_t *zero_points, int bits, int rows,
-                     int inputs, int group, int path, int threads, float *floats, uint16_t *halves) {
+                     int inputs, int group, int path, int threads, float *floats, uint16_t *bfloat16s) {
     Decoding d = {.matrix = {codes, scales, zero_points, bits, inputs, rows, group, inputs / group},
-                  .path = mc_affine_path(path < 0 ? mc_best_path() : path), .floats = floats, .halves = halves};
+                  .path = mc_affine_path(path < 0 ? mc_best_path() : path), .floats = floats, .bfloat16s = bfloat16s};
     atomic_init(&d.failed, 0);
     mc_parallel(write_rows, &d, (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, threads);
     return atomic_load(&d.failed);

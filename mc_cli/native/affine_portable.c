@@ -35,7 +35,7 @@ INLINE void unpack_words(const uint8_t *codes, const int bits, int words, uint8_
 }
 
 VERSIONS static void unpack(const uint8_t *codes, int bits, int words, uint8_t *bytes) {
-    switch (bits) { /* with shifts that are constants */
+    switch (bits) { /* each case has constant shifts */
     case 1: unpack_words(codes, 1, words, bytes); break;
     case 2: unpack_words(codes, 2, words, bytes); break;
     case 3: unpack_words(codes, 3, words, bytes); break;
@@ -89,26 +89,27 @@ static int multiply(const AffineProduct *p, const AffineMatrix *m, int task, int
         unpack(row_of(m, row), m->bits, words_of(m), s.codes);
         for (int i = 0; i < of->count; i++)
             p->out[(size_t)slots[i] * p->outputs + row] =
-                row_product(m, s.codes, s.scales, s.offsets, activations_of(p, (size_t)(slots[i] / p->share)));
+                row_product(m, s.codes, s.scales, s.offsets, activations_of(p, (size_t)(slots[i] / p->top_k)));
     }
     free(s.scales);
     return 0;
 }
 
 VERSIONS static void write_values(const uint8_t *codes, int count, float scale, float zero_point, float *floats,
-                                  uint16_t *halves) {
+                                  uint16_t *bfloat16s) {
     if (floats)
         for (int i = 0; i < count; i++) floats[i] = ((float)codes[i] - zero_point) * scale;
     else
-        for (int i = 0; i < count; i++) halves[i] = to_bfloat16(((float)codes[i] - zero_point) * scale);
+        for (int i = 0; i < count; i++) bfloat16s[i] = to_bfloat16(((float)codes[i] - zero_point) * scale);
 }
 
 void mc_affine_unpack(const uint8_t *codes, int bits, int words, uint8_t *bytes) {
     unpack(codes, bits, words, bytes);
 }
 
-void mc_affine_write(const uint8_t *codes, int count, float scale, float zero_point, float *floats, uint16_t *halves) {
-    write_values(codes, count, scale, zero_point, floats, halves);
+void mc_affine_write(const uint8_t *codes, int count, float scale, float zero_point, float *floats,
+                     uint16_t *bfloat16s) {
+    write_values(codes, count, scale, zero_point, floats, bfloat16s);
 }
 
 const AffinePath mc_affine_portable = {.multiply = multiply, .unpack = mc_affine_unpack, .write = mc_affine_write,

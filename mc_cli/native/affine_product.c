@@ -1,5 +1,5 @@
-/* Products with affine grids: how the work is divided. What is computed, and why it is exact, is said at the head of
- * affine_portable.c; a path's own way at the head of its file.
+/* Products with affine grids: how the work is divided. The head of affine_portable.c says what is computed, and why it
+ * is exact; the head of a path's file says how that path does it.
  *
  * First every token becomes bytes: for each of its groups, up to the last that one of its matrices has, a step, a coarse
  * and a fine part, with zeros behind a group's end up to a multiple of 64. Slots are sorted by matrix, so that a task is
@@ -18,7 +18,7 @@ const AffinePath *mc_affine_path(int path) { return paths[known_path(path)]; }
 /* Groups of a token's inputs that its matrices read. */
 static int groups_read(const AffineProduct *p, int token) {
     int64_t most = 0;
-    for (int slot = token * p->share; slot < (token + 1) * p->share; slot++) {
+    for (int slot = token * p->top_k; slot < (token + 1) * p->top_k; slot++) {
         if (p->sorted.places[slot] < 0) continue;
         const int64_t inputs = p->entries[p->experts ? p->experts[slot] : 0].inputs;
         most = inputs > most ? inputs : most;
@@ -26,16 +26,16 @@ static int groups_read(const AffineProduct *p, int token) {
     return (int)most / p->group;
 }
 
-static void quantize_tokens(void *context, int part) {
+static void quantize_tokens(void *context, int piece) {
     AffineProduct *p = context;
-    for (int token = part * TOKENS_AT_ONCE; token < p->tokens && token < (part + 1) * TOKENS_AT_ONCE; token++) {
+    for (int token = piece * TOKENS_AT_ONCE; token < p->tokens && token < (piece + 1) * TOKENS_AT_ONCE; token++) {
         int8_t *coarse = p->rows + 2 * (size_t)token * p->stride, *fine = coarse + p->stride;
         float *steps = p->steps + (size_t)token * p->room, *totals = p->totals + (size_t)token * p->room;
         const int groups = groups_read(p, token);
         for (int g = 0; g < groups; g++) {
             int32_t sums[2];
             steps[g] = mc_split(p->x + (size_t)token * p->inputs + (size_t)g * p->group, p->group,
-                                coarse + g * p->pitch, p->parts > 1 ? fine + g * p->pitch : NULL, sums);
+                                coarse + g * p->pitch, p->activation_bytes > 1 ? fine + g * p->pitch : NULL, sums);
             totals[g] = steps[g] * ((float)sums[0] + (float)sums[1] / FINE);
         }
         int16_t *wide = p->wide ? p->wide + (size_t)token * p->groups * p->pitch : NULL;
@@ -53,14 +53,14 @@ static void multiply_rows(void *context, int index) {
     if (p->path->multiply(p, &m, (int)(task - p->sorted.tasks), first, last)) atomic_store(&p->failed, 1);
 }
 
-int mc_affine_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
-                      int path, int threads, float *out) {
-    const int slots = tokens * share, inputs = bank->inputs, group = bank->group;
+int mc_affine_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int top_k,
+                      int activation_bytes, int path, int threads, float *out) {
+    const int slots = tokens * top_k, inputs = bank->inputs, group = bank->group;
     const size_t pitch = whole((size_t)group, VECTOR), groups = (size_t)(inputs / group);
     AffineProduct p = {.x = x, .experts = experts, .entries = bank->affine, .out = out, .tokens = tokens,
-                       .share = share, .inputs = inputs, .outputs = bank->outputs, .group = group,
-                       .groups = (int)groups, .parts = parts, .path = mc_affine_path(path), .pitch = pitch,
-                       .stride = groups * pitch + VECTOR, .room = whole(groups, FLOATS)};
+                       .top_k = top_k, .inputs = inputs, .outputs = bank->outputs, .group = group,
+                       .groups = (int)groups, .activation_bytes = activation_bytes, .path = mc_affine_path(path),
+                       .pitch = pitch, .stride = groups * pitch + VECTOR, .room = whole(groups, FLOATS)};
     const int failed = mc_sort_slots(&p.sorted, bank, experts, slots, ROWS_AT_ONCE);
     threads = mc_threads_for(&p.sorted, threads);
     const size_t bytes = 2 * (size_t)tokens * p.stride;

@@ -1,10 +1,10 @@
-/* What compilers are asked for. VERSIONS: one copy of a function for each level of the processor, chosen at run time. */
+/* Requests to compilers. VERSIONS: one copy of a function for each level of the processor, chosen at run time. */
 #ifndef MC_COMPILER_H
 #define MC_COMPILER_H
 
 #if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12
 #define VERSIONS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#elif defined(__x86_64__) && !defined(__clang__) && defined(__GNUC__) /* which knows no levels yet */
+#elif defined(__x86_64__) && !defined(__clang__) && defined(__GNUC__) /* earlier GCC knows no levels */
 #define VERSIONS __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define VERSIONS

@@ -1,6 +1,6 @@
-/* The routed experts of a layer in one call: up projections, gates, down projections, and every token's weighted sum. What
- * lies between the products stays in float32. Experts may differ in width: of a slot's row, with room for the widest,
- * as much is written and read as its own matrices have. */
+/* The routed experts of a layer in one call: up projections, gates, down projections, and every token's weighted sum.
+ * Values between the products stay in float32. Experts may differ in channels: a slot's row has room for the most, and
+ * as much of it is written and read as the slot's own matrices have. */
 
 #include "product.h"
 #include "threads.h"
@@ -43,10 +43,10 @@ VERSIONS static void gate(const float *restrict both, int count, int activation,
         }
 }
 
-/* Of rows [share][count] the first becomes the sum of all, each times its weight. */
-VERSIONS static void weighted_sum(float *restrict rows, const float *weights, int share, int count) {
+/* The first of rows [top_k][count] becomes the sum of all, each times its weight. */
+VERSIONS static void weighted_sum(float *restrict rows, const float *weights, int top_k, int count) {
     for (int i = 0; i < count; i++) rows[i] *= weights[0];
-    for (int slot = 1; slot < share; slot++) {
+    for (int slot = 1; slot < top_k; slot++) {
         const float *restrict row = rows + (size_t)slot * count;
         for (int i = 0; i < count; i++) rows[i] += weights[slot] * row[i];
     }
@@ -59,36 +59,36 @@ typedef struct {
     const float *hidden, *weights;
     void *out;
     float *activated, *outputs;
-    int inner, outer, share, activation, halves;
+    int inner, outer, top_k, activation, bfloat16;
 } Layer;
 
-/* Where one of the two matrices is missing the other one may be wider than a row; it multiplies zeros. */
+/* If one of the two matrices is missing, the other one may be longer than a row; it multiplies zeros. */
 static void gate_slot(void *context, int slot) {
     const Layer *l = context;
-    const int width = mc_shape_of(l->down, l->experts[slot]).inputs;
+    const int channels = mc_shape_of(l->down, l->experts[slot]).inputs;
     float *activated = l->activated + (size_t)slot * l->inner;
     if (mc_shape_of(l->up, l->experts[slot]).outputs)
-        gate(l->hidden + (size_t)slot * l->up->outputs, width, l->activation, activated);
-    else memset(activated, 0, (size_t)width * sizeof(float));
+        gate(l->hidden + (size_t)slot * l->up->outputs, channels, l->activation, activated);
+    else memset(activated, 0, (size_t)channels * sizeof(float));
 }
 
 static void sum_token(void *context, int token) {
     const Layer *l = context;
-    const size_t first = (size_t)token * l->share, outer = (size_t)l->outer;
+    const size_t first = (size_t)token * l->top_k, outer = (size_t)l->outer;
     float *sum = l->outputs + first * outer;
-    weighted_sum(sum, l->weights + first, l->share, l->outer);
-    if (l->halves) mc_narrow(sum, outer, (uint16_t *)l->out + (size_t)token * outer, 1);
+    weighted_sum(sum, l->weights + first, l->top_k, l->outer);
+    if (l->bfloat16) mc_narrow(sum, outer, (uint16_t *)l->out + (size_t)token * outer, 1);
     else memcpy((float *)l->out + (size_t)token * outer, sum, outer * sizeof(float));
 }
 
 static int threads_for(size_t floats, int threads) { return floats < 2 * FLOATS_PER_THREAD ? 1 : threads; }
 
 /* All but the conversion of inputs; l->x and l->weights are float32. */
-static int run_layer(Layer *l, int tokens, int parts, int path, int threads) {
-    const size_t slots = (size_t)tokens * l->share;
+static int run_layer(Layer *l, int tokens, int activation_bytes, int path, int threads) {
+    const size_t slots = (size_t)tokens * l->top_k;
     float *hidden = mc_room_for(slots * l->up->outputs);
     if (!hidden) return 1;
-    int failed = mc_bank_product(l->up, l->x, l->experts, tokens, l->share, parts, path, threads, hidden);
+    int failed = mc_bank_product(l->up, l->x, l->experts, tokens, l->top_k, activation_bytes, path, threads, hidden);
     l->hidden = hidden;
     l->activated = failed ? NULL : mc_room_for(slots * l->inner);
     failed |= !l->activated;
@@ -97,7 +97,8 @@ static int run_layer(Layer *l, int tokens, int parts, int path, int threads) {
     l->outputs = failed ? NULL : mc_room_for(slots * l->outer);
     failed |= !l->outputs;
     if (!failed)
-        failed = mc_bank_product(l->down, l->activated, l->experts, (int)slots, 1, parts, path, threads, l->outputs);
+        failed = mc_bank_product(l->down, l->activated, l->experts, (int)slots, 1, activation_bytes, path, threads,
+                                 l->outputs);
     free(l->activated);
     if (!failed) mc_parallel(sum_token, l, tokens, threads_for(slots * l->outer, threads));
     free(l->outputs);
@@ -105,19 +106,20 @@ static int run_layer(Layer *l, int tokens, int parts, int path, int threads) {
 }
 
 int mc_experts(const mc_bank *up, const mc_bank *down, const void *x, const int64_t *experts, const void *weights,
-               int halves, int tokens, int share, int activation, int parts, int path, int threads, void *out) {
+               int bfloat16, int tokens, int top_k, int activation, int activation_bytes, int path, int threads,
+               void *out) {
     Layer l = {.up = up, .down = down, .experts = experts, .x = x, .weights = weights, .out = out,
-               .inner = down->inputs, .outer = down->outputs, .share = share, .activation = activation,
-               .halves = halves};
-    if (!halves) return run_layer(&l, tokens, parts, path, threads);
-    const size_t inputs = (size_t)tokens * up->inputs, slots = (size_t)tokens * share;
+               .inner = down->inputs, .outer = down->outputs, .top_k = top_k, .activation = activation,
+               .bfloat16 = bfloat16};
+    if (!bfloat16) return run_layer(&l, tokens, activation_bytes, path, threads);
+    const size_t inputs = (size_t)tokens * up->inputs, slots = (size_t)tokens * top_k;
     float *floats = mc_room_for(inputs + slots);
     if (!floats) return 1;
     mc_widen(x, inputs, floats, threads);
     mc_widen(weights, slots, floats + inputs, threads);
     l.x = floats;
     l.weights = floats + inputs;
-    const int failed = run_layer(&l, tokens, parts, path, threads);
+    const int failed = run_layer(&l, tokens, activation_bytes, path, threads);
     free(floats);
     return failed;
 }

@@ -42,7 +42,7 @@ int mc_sort_slots(mc_slots *sorted, const mc_bank *bank, const int64_t *experts,
     const int matrices = bank->matrices;
     *sorted = (mc_slots){malloc(sizeof(int) * (size_t)(slots + 1)), malloc(sizeof(int) * (size_t)(slots + 1)),
                          malloc(sizeof(mc_task) * (size_t)(matrices + 1)), 0, 0, 0};
-    int *next = calloc((size_t)matrices + 1, sizeof(int)); /* by matrix: first how many, then the next one's place */
+    int *next = calloc((size_t)matrices + 1, sizeof(int)); /* per matrix: first how many slots, then the next one's place */
     if (!sorted->slots || !sorted->places || !sorted->tasks || !next) {
         free(next);
         return 1;
@@ -160,15 +160,15 @@ float *mc_room_for(size_t floats) {
     return room;
 }
 
-VERSIONS static void widen(const uint16_t *restrict halves, size_t count, float *restrict floats) {
+VERSIONS static void widen(const uint16_t *restrict bfloat16s, size_t count, float *restrict floats) {
     for (size_t i = 0; i < count; i++) {
-        const uint32_t bits = (uint32_t)halves[i] << 16;
+        const uint32_t bits = (uint32_t)bfloat16s[i] << 16;
         memcpy(floats + i, &bits, 4);
     }
 }
 
-VERSIONS static void narrow(const float *restrict floats, size_t count, uint16_t *restrict halves) {
-    for (size_t i = 0; i < count; i++) halves[i] = to_bfloat16(floats[i]);
+VERSIONS static void narrow(const float *restrict floats, size_t count, uint16_t *restrict bfloat16s) {
+    for (size_t i = 0; i < count; i++) bfloat16s[i] = to_bfloat16(floats[i]);
 }
 
 #define FLOATS_AT_ONCE ((size_t)1 << 14)
@@ -199,28 +199,29 @@ static void convert(mc_work work, Conversion c, int threads) {
     mc_parallel(work, &c, (int)pieces, pieces < 4 ? 1 : threads);
 }
 
-void mc_widen(const uint16_t *halves, size_t count, float *floats, int threads) {
-    convert(widen_piece, (Conversion){halves, floats, count}, threads);
+void mc_widen(const uint16_t *bfloat16s, size_t count, float *floats, int threads) {
+    convert(widen_piece, (Conversion){bfloat16s, floats, count}, threads);
 }
 
-void mc_narrow(const float *floats, size_t count, uint16_t *halves, int threads) {
-    convert(narrow_piece, (Conversion){floats, halves, count}, threads);
+void mc_narrow(const float *floats, size_t count, uint16_t *bfloat16s, int threads) {
+    convert(narrow_piece, (Conversion){floats, bfloat16s, count}, threads);
 }
 
-int mc_bank_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
-                    int path, int threads, float *out) {
-    return (bank->kind == TRELLIS ? mc_trellis_product : mc_affine_product)(bank, x, experts, tokens, share, parts, path,
-                                                                           threads, out);
+int mc_bank_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int top_k,
+                    int activation_bytes, int path, int threads, float *out) {
+    return (bank->kind == TRELLIS ? mc_trellis_product : mc_affine_product)(bank, x, experts, tokens, top_k,
+                                                                            activation_bytes, path, threads, out);
 }
 
-int mc_product(const mc_bank *bank, const void *x, const int64_t *experts, int halves, int tokens, int share, int parts,
-               int path, int threads, void *out) {
-    if (!halves) return mc_bank_product(bank, x, experts, tokens, share, parts, path, threads, out);
-    const size_t inputs = (size_t)tokens * bank->inputs, outputs = (size_t)tokens * share * bank->outputs;
+int mc_product(const mc_bank *bank, const void *x, const int64_t *experts, int bfloat16, int tokens, int top_k,
+               int activation_bytes, int path, int threads, void *out) {
+    if (!bfloat16) return mc_bank_product(bank, x, experts, tokens, top_k, activation_bytes, path, threads, out);
+    const size_t inputs = (size_t)tokens * bank->inputs, outputs = (size_t)tokens * top_k * bank->outputs;
     float *floats = mc_room_for(inputs + outputs);
     if (!floats) return 1;
     mc_widen(x, inputs, floats, threads);
-    const int failed = mc_bank_product(bank, floats, experts, tokens, share, parts, path, threads, floats + inputs);
+    const int failed = mc_bank_product(bank, floats, experts, tokens, top_k, activation_bytes, path, threads,
+                                       floats + inputs);
     if (!failed) mc_narrow(floats + inputs, outputs, out, threads);
     free(floats);
     return failed;

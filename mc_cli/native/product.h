@@ -1,4 +1,4 @@
-/* What products with packed matrices of every encoding share. */
+/* Common to products with packed matrices of every encoding. */
 #ifndef MC_PRODUCT_H
 #define MC_PRODUCT_H
 
@@ -28,13 +28,13 @@ void mc_release_tiles(void);
 #endif
 
 #ifdef HAS_VECTORS
-/* sum + w * x, bytes by fours. As an intrinsic, compilers copy the sums of an unrolled loop back and forth. */
+/* sum + w * x, bytes by fours. With an intrinsic, compilers copy the sums of an unrolled loop back and forth. */
 AVX512 INLINE __m512i add_products(__m512i sum, __m512i w, __m512i x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
     return sum;
 }
 
-/* The same with four bytes of x for all. */
+/* sum + w * x, bytes by fours, with the same four bytes of x in all lanes. */
 AVX512 INLINE __m512i add_products_with(__m512i sum, __m512i w, const int8_t *x) {
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*(const int8_t (*)[4])x));
     return sum;
@@ -66,21 +66,21 @@ enum { PORTABLE = 0, AVX2 = 1, NEON = 1, AVX512_VNNI = 2, AMX_TILES = 3 };
 
 INLINE int known_path(int path) { return path < PORTABLE || path > AMX_TILES ? PORTABLE : path; }
 
-/* As mc_product, with x and out float32. */
-int mc_bank_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
-                    int path, int threads, float *out);
+/* mc_product with x and out float32. */
+int mc_bank_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int top_k,
+                    int activation_bytes, int path, int threads, float *out);
 /* mc_bank_product for banks of one kind each. */
-int mc_trellis_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
-                       int path, int threads, float *out);
-int mc_affine_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
-                      int path, int threads, float *out);
+int mc_trellis_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int top_k,
+                       int activation_bytes, int path, int threads, float *out);
+int mc_affine_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int top_k,
+                      int activation_bytes, int path, int threads, float *out);
 
-/* Room for floats, to be freed, or NULL; of large blocks, in huge pages where the system has them. */
+/* Room for floats, to be freed, or NULL; large blocks are in huge pages where the system has them. */
 float *mc_room_for(size_t floats);
 
-/* To float32 from bfloat16, and back. */
-void mc_widen(const uint16_t *halves, size_t count, float *floats, int threads);
-void mc_narrow(const float *floats, size_t count, uint16_t *halves, int threads);
+/* Conversion to float32 from bfloat16, and back. */
+void mc_widen(const uint16_t *bfloat16s, size_t count, float *floats, int threads);
+void mc_narrow(const float *floats, size_t count, uint16_t *bfloat16s, int threads);
 
 /* How many inputs and outputs a matrix has; none of either where it is not there. */
 typedef struct {
@@ -101,12 +101,12 @@ typedef struct {
     int *places;    /* [slots], -1: it has no matrix */
     mc_task *tasks; /* [count], by matrix */
     int count;
-    int pieces;     /* of work, of all tasks */
-    size_t weights; /* that all slots are multiplied with */
+    int pieces;     /* pieces of work of all tasks */
+    size_t weights; /* number of weights that all slots are multiplied with */
 } mc_slots;
 
-/* Slot s has the matrix experts[s] of the bank; none where that is none of its matrices, or is not there. experts NULL: all
- * have the first. A piece of work has `rows` outputs at most; 0: a sequence of its matrix.
+/* Slot s has the matrix experts[s] of the bank; none where that is none of its matrices, or is not there. experts NULL:
+ * all have the first. A piece of work has `rows` outputs at most; 0: a sequence of its matrix.
  * Returns 0, or 1 without memory; mc_free_slots in either case. */
 int mc_sort_slots(mc_slots *sorted, const mc_bank *bank, const int64_t *experts, int slots, int rows);
 void mc_free_slots(mc_slots *sorted);
@@ -120,7 +120,7 @@ int mc_threads_for(const mc_slots *sorted, int threads);
 /* Zeros in out [slots][outputs of the bank] for every slot without a matrix, and behind the outputs of those with one. */
 void mc_clear_rest(const mc_slots *sorted, const mc_bank *bank, int slots, float *out);
 
-/* Activations as two bytes each: steps of the largest / 127, and their 254th parts; fine NULL: as the first alone.
+/* Splits activations into two bytes each: steps of the largest / 127, and their 254th parts; fine NULL: the first alone.
  * Returns the step; NaN where one is not finite, so that it shows in the outputs. totals [2]: the sums of both. */
 float mc_split(const float *x, int count, int8_t *coarse, int8_t *fine, int32_t *totals);
 

@@ -1,5 +1,5 @@
-/* Which of a token's experts are computed, decided in one call: keep scores as policies/odp.py and policies/otp.py define
- * them, then the rule that all policies share. So little per token that one thread is done before a second one wakes. */
+/* The choice of a token's experts that are computed, in one call: keep scores as policies/odp.py and policies/otp.py
+ * define them, then the rule that all policies share. One thread does it: it is done before a second one would wake. */
 
 #include "mc.h"
 
@@ -7,7 +7,7 @@
 #include <math.h>
 
 #define LANES 16       /* sums side by side, which a compiler may put into vectors */
-#define MOST_SLOTS 256 /* of a token; the callers see to it */
+#define MOST_SLOTS 256 /* a token has no more; the callers see to it */
 
 static float sum_of_magnitudes(const float *x, int n) {
     float sums[LANES] = {0}, total = 0;
@@ -43,11 +43,11 @@ static void rank_slots(const float *weights, int k, int *order, float *shares) {
     }
 }
 
-/* What is decided about, tokens after tokens. */
+/* The slots that are decided about, token after token. */
 typedef struct {
     const int64_t *index;  /* [tokens][k] */
     const float *weights;  /* [tokens][k] */
-    int64_t *kept_index;   /* [tokens][k], `absent` where a slot is dropped */
+    int64_t *kept_index;   /* [tokens][k], `absent` where a slot is skipped */
     float *kept_weights;   /* [tokens][k], 0 there */
     float threshold;
     int k, absent, renormalise; /* kept weights are scaled to the sum of all */
@@ -71,14 +71,14 @@ static void keep_slots(const Slots *s, int64_t token, const float *scores) {
     for (int slot = 0; s->renormalise && slot < s->k; slot++) kept[slot] *= scale;
 }
 
-int mc_keep_by_share(const float *hidden, const float *received, float uniform, float protect_at, int width,
+int mc_keep_by_share(const float *hidden, const float *received, float uniform, float protect_at, int features,
                      const int64_t *index, const float *weights, float threshold, int tokens, int k, int absent,
                      int renormalise, int64_t *kept_index, float *kept_weights) {
     const Slots s = {index, weights, kept_index, kept_weights, threshold, k, absent, renormalise};
     int order[MOST_SLOTS];
     float shares[MOST_SLOTS], scores[MOST_SLOTS];
     for (int64_t token = 0; token < tokens; token++) {
-        const float norm = hidden ? sum_of_magnitudes(hidden + token * width, width) : 0;
+        const float norm = hidden ? sum_of_magnitudes(hidden + token * features, features) : 0;
         const int spared = hidden && norm * (received ? received[token] : uniform) >= protect_at;
         float most = spared ? INFINITY : -INFINITY;
         rank_slots(weights + token * k, k, order, shares);
@@ -96,21 +96,21 @@ static double log_sum(const double *x, int n) {
     return most + log(sum);
 }
 
-int mc_keep_by_router(const float *hidden, const float *router, const float *bias, float least_share, int width,
+int mc_keep_by_router(const float *hidden, const float *router, const float *bias, float least_share, int features,
                       const int64_t *index, const float *weights, float threshold, int tokens, int k, int absent,
                       int renormalise, int64_t *kept_index, float *kept_weights) {
     const Slots s = {index, weights, kept_index, kept_weights, threshold, k, absent, renormalise};
     int order[MOST_SLOTS];
     float shares[MOST_SLOTS], scores[MOST_SLOTS];
     double logits[MOST_SLOTS];
-    for (int64_t token = 0; token < tokens; token++, hidden += width) {
+    for (int64_t token = 0; token < tokens; token++, hidden += features) {
         rank_slots(weights + token * k, k, order, shares);
         for (int rank = 1; rank < k; rank++) shares[rank] = logf(fmaxf(shares[rank], least_share));
-        const float norm = fmaxf(sqrtf(product(hidden, hidden, width)), FLT_MIN);
+        const float norm = fmaxf(sqrtf(product(hidden, hidden, features)), FLT_MIN);
         logits[0] = 0;
         for (int rank = 1; rank < k; rank++) {
-            const float *row = router + (int64_t)(rank - 1) * (width + k - 1);
-            const float step = product(hidden, row, width) / norm + product(shares + 1, row + width, k - 1);
+            const float *row = router + (int64_t)(rank - 1) * (features + k - 1);
+            const float step = product(hidden, row, features) / norm + product(shares + 1, row + features, k - 1);
             logits[rank] = logits[rank - 1] + step + bias[rank - 1];
         }
         scores[order[0]] = INFINITY;

@@ -1,4 +1,4 @@
-"""What the compiled routines take and return, as native/mc.h declares them; a test compares the two.
+"""The parameters of the compiled routines, as native/mc.h declares them; a test compares the two.
 
 Every argument is given by its name: two numbers that change places in a call would be a silent mistake, a name that a
 routine does not have is a TypeError.
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-# of C -> of ctypes; pointers are addresses, whatever lies there
+# type in C -> type of ctypes; pointers are addresses, whatever lies there
 _TYPES = {"int": ctypes.c_int, "float": ctypes.c_float, "uint64_t": ctypes.c_uint64}
 
 _KEPT = {
@@ -37,10 +37,10 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "bank": "const mc_bank *",
             "x": "const void *",
             "experts": "const int64_t *",
-            "halves": "int",
+            "bfloat16": "int",
             "tokens": "int",
-            "share": "int",
-            "parts": "int",
+            "top_k": "int",
+            "activation_bytes": "int",
             "path": "int",
             "threads": "int",
             "out": "void *",
@@ -51,11 +51,11 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "x": "const void *",
             "experts": "const int64_t *",
             "weights": "const void *",
-            "halves": "int",
+            "bfloat16": "int",
             "tokens": "int",
-            "share": "int",
+            "top_k": "int",
             "activation": "int",
-            "parts": "int",
+            "activation_bytes": "int",
             "path": "int",
             "threads": "int",
             "out": "void *",
@@ -71,7 +71,7 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "path": "int",
             "threads": "int",
             "floats": "float *",
-            "halves": "uint16_t *",
+            "bfloat16s": "uint16_t *",
         },
         "mc_trellis_matrix": {
             "codes": "const uint8_t *",
@@ -116,7 +116,7 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "received": "const float *",
             "uniform": "float",
             "protect_at": "float",
-            "width": "int",
+            "features": "int",
             **_KEPT,
         },
         "mc_keep_by_router": {
@@ -124,7 +124,7 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "router": "const float *",
             "bias": "const float *",
             "least_share": "float",
-            "width": "int",
+            "features": "int",
             **_KEPT,
         },
     }

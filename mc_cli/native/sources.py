@@ -1,4 +1,4 @@
-"""Which sources a compiled library was made from, as a number. setup.py loads this file without the package."""
+"""A number for the sources that a compiled library was made from. setup.py loads this file without the package."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 /* Work is divided among the threads of the OpenMP library that torch uses, where one is named (mc_use_team): they wait
- * for work already, and a second pool beside them would compete with them for the processor. Otherwise among a pool of
- * its own. Workers of that look for work for some microseconds before they sleep: within a token, calls follow each
- * other closely. Workers are never ended; after a fork the child starts its own.
+ * for work already, and a second pool beside them would compete with them for the processor. Without one, it is divided
+ * among a pool of our own. The pool's workers look for work for some microseconds before they sleep: within a token,
+ * calls follow each other closely. Workers are never ended; after a fork the child starts its own.
  *
- * Each thread has a run of neighbours to do, so that what it fetches ahead of its work is its own, and then helps with what
- * others have left. */
+ * Each thread has a run of neighbours to do, so that it fetches ahead what is its own, and then helps the others. */
 
 #include "threads.h"
 
@@ -19,7 +18,7 @@
 #define LOOKS 2000 /* at the state before sleeping: about 50 microseconds */
 
 static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER; /* held by the caller whose work the pool does */
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of the two conditions */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards the two conditions */
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER, done = PTHREAD_COND_INITIALIZER;
 static _Atomic uint64_t calls; /* call number, changes when there is something to do */
 static _Atomic int active;
@@ -27,7 +26,7 @@ static int allowed, workers;
 static uint64_t hired_at[MOST];
 static pid_t owner;
 
-/* As the OpenMP libraries of GNU, LLVM and Intel export it: run(context) on a team of that many threads. */
+/* GOMP_parallel, which the OpenMP libraries of GNU, LLVM and Intel export: run(context) on a team of `threads`. */
 typedef void (*team_start)(void (*run)(void *), void *context, unsigned threads, unsigned flags);
 
 static _Atomic(team_start) start_team;
@@ -45,7 +44,7 @@ typedef struct {
     } run[MOST];
 } Shared;
 
-static Shared *current; /* of the pool */
+static Shared *current; /* the pool's work */
 
 static void share_out(Shared *s, mc_work work, void *context, int count, int threads) {
     s->work = work;

@@ -139,7 +139,7 @@ static StepOf *const *const paths[] =
     BY_PATH(step_portable_of, step_avx2_of, step_portable_of, step_avx512_of, step_avx512_of);
 
 typedef struct {
-    float cost[2][STATES] __attribute__((aligned(64))); /* of every state at the weight reached, and room for the next */
+    float cost[2][STATES] __attribute__((aligned(64))); /* one per state at the weight reached, and room for the next */
     float values[STATES] __attribute__((aligned(64)));
     uint8_t *from;   /* [length][STATES / 2] */
     uint16_t *state; /* [length] */
@@ -157,11 +157,11 @@ typedef struct {
     const float *feedback;  /* [batch][groups][rows][rows]; NULL: nothing */
     const float *values;    /* [STATES] by window with the first bit LOWEST */
     int factors; /* one for all matrices, or as many as those */
-    int batch, first, count, inputs, outputs, groups, rings, length, parts;
+    int batch, first, count, inputs, outputs, groups, rings, length, pieces;
     StepOf *const *steps;
     uint8_t *codes; /* [batch][outputs / length][inputs][bytes] */
     float *decoded; /* [batch][inputs][outputs], in units of the scales */
-    float *errors;  /* like decoded: targets less values, over the factor's diagonal; NULL where there is no factor */
+    float *errors;  /* [rows]: targets less values, over the factor's diagonal; NULL where there is no factor */
     int *offsets;   /* [length + 1]: the first bit of every weight's window */
     atomic_int failed;
 } Search;
@@ -188,7 +188,7 @@ INLINE void advance(Scratch *s, const Search *search, int n, int bits, float tar
  * one that ends with the bits `overlap`. The first `known` are of an earlier look at the same path: where both meet they
  * stay one. Returns the first weight whose state may have changed. */
 INLINE int trace_back(Scratch *s, const Search *search, int first, int count, int last_bits, int overlap, int known) {
-    const int32_t *cost = (const int32_t *)s->cost[(count - 1) & 1]; /* as floats >= 0 are ordered */
+    const int32_t *cost = (const int32_t *)s->cost[(count - 1) & 1]; /* floats >= 0 are ordered as their bits are */
     const int mask = overlap < 0 ? 0 : (STATES >> last_bits) - 1, ends = overlap < 0 ? 0 : overlap;
     int32_t least = INT32_MAX;
     for (int other = 0; other < STATES; other++) {
@@ -281,8 +281,8 @@ INLINE void store_ring(const Scratch *s, const Search *search, uint8_t *out, flo
  *
  * Errors are fed back without a second search: every PIECE weights the best path so far is traced back, and what its
  * errors, but for the UNSETTLED last ones, owe to the weights ahead is taken from their targets. The path is not held
- * to; where a later look finds another one, the difference is made good. To hold to it, in pieces of 64
- * weights with 32 more looked at ahead, costs 1.5 % of the error at 2 bits. */
+ * to; where a later look finds another one, the difference is made good. Holding to it, in pieces of 64 weights with 32
+ * more looked at ahead, costs 1.5 % of the error at 2 bits. */
 INLINE void search_rings(const Search *search, Scratch *s, const float *weights, const float *feedback,
                          const int64_t *members, uint8_t *codes, size_t pitch) {
     const int length = search->length, rows = search->rings * length, last_bits = step_bits(search, length - 1);
@@ -330,7 +330,7 @@ INLINE void search_group(const Search *search, Scratch *s, int item, int group) 
         const float *target = search->targets + ((size_t)item * search->count + n) * outputs;
         float *restrict error = s->errors + (size_t)n * rows, *restrict wanted = s->wanted;
         for (int i = 0; i < rows; i++) error[i] = target[members[i]];
-        for (int m = 0; factor && m < n; m++) { /* what earlier inputs of the panel owe */
+        for (int m = 0; factor && m < n; m++) { /* debts of earlier inputs of the panel */
             const float share = factor[(size_t)(search->first + m) * inputs + input];
             const float *restrict owed = s->errors + (size_t)m * rows;
             for (int i = 0; i < rows; i++) error[i] -= share * owed[i];
@@ -349,12 +349,12 @@ INLINE void search_group(const Search *search, Scratch *s, int item, int group) 
     }
 }
 
-VERSIONS static void search_part(void *context, int part) {
+VERSIONS static void search_piece(void *context, int piece) {
     Search *search = context;
     Scratch *s = new_scratch(search);
     if (!s) { atomic_store(&search->failed, 1); return; }
     const int64_t all = (int64_t)search->batch * search->groups;
-    const int first = (int)(all * part / search->parts), last = (int)(all * (part + 1) / search->parts);
+    const int first = (int)(all * piece / search->pieces), last = (int)(all * (piece + 1) / search->pieces);
     for (int i = first; i < last; i++) search_group(search, s, i / search->groups, i % search->groups);
     free_scratch(s);
 }
@@ -368,12 +368,12 @@ int mc_trellis_encode(const float *targets, const float *factor, const float *sc
                      .feedback = feedback, .values = values, .factors = factors, .batch = batch, .first = first,
                      .count = count, .inputs = inputs, .outputs = outputs, .groups = groups, .rings = rings,
                      .length = length, .steps = paths[known_path(path < 0 ? mc_best_path() : path)], .codes = codes,
-                     .parts = all < threads ? all : threads, /* all groups take as long; scratch has its price */
+                     .pieces = all < threads ? all : threads, /* all groups take as long; scratch has its price */
                      .decoded = decoded, .errors = errors, .offsets = malloc(sizeof(int) * ((size_t)length + 1))};
     if (!search.offsets) return 1;
     for (int i = 0; i <= length; i++) search.offsets[i] = (int)((int64_t)i * numerator / denominator);
     atomic_init(&search.failed, 0);
-    mc_parallel(search_part, &search, search.parts, threads);
+    mc_parallel(search_piece, &search, search.pieces, threads);
     free(search.offsets);
     return atomic_load(&search.failed);
 }

@@ -20,7 +20,7 @@
 #define FOR_AVX2 __attribute__((target("avx2")))
 #define HALF (LANE_BYTES / 2) /* bytes of a vector: 8 lanes */
 
-/* The same hash from three tables of 16, and the levels in four parts; each twice, for both halves of a vector. */
+/* The hash from three tables of 16, and the levels in four parts; each twice, for both halves of a vector. */
 typedef struct {
     __m256i first, second, third, levels[4];
 } SmallTables;
@@ -94,7 +94,7 @@ FOR_AVX2 static void multiply(TrellisBlock block, int count, const int8_t *x, si
     for (int row = 0; row < rows; row += 2)
         for (int k = 0; k < PER_LANE; k += 2) {
             int32_t *sum = sums + ((size_t)row * PER_LANE + k) * LANES;
-            __m256i found[2][4]; /* by row of activations, then by row of the block and half of its lanes */
+            __m256i found[2][4]; /* [row of activations][row of the block, half of its lanes] */
             for (int i = 0; i < 4; i++) {
                 found[0][i] = _mm256_load_si256((const __m256i *)sum + i);
                 found[1][i] = _mm256_load_si256((const __m256i *)(sum + SUMS) + i);

@@ -30,7 +30,7 @@
 
 /* The low six bits of every byte: bits `bit` to bit + 5 of its column of planes, the other two are anything.
  *
- * In which order they lie does not matter to look-ups in tables made for it. So where the six bits are of two planes, those
+ * Their order does not matter to look-ups in tables made for it. So where the six bits are of two planes, those
  * of the second stay where they are, and those of the first, moved by two whatever the bit, go above them: one shift
  * serves all windows that begin in a plane. `lookup_tables` says which order that is. */
 AVX512 INLINE __m512i six_bits(const __m512i *planes, int bit) {
@@ -43,7 +43,7 @@ AVX512 INLINE __m512i six_bits(const __m512i *planes, int bit) {
 AVX512 INLINE void decode_planes(const TrellisSequence *s, const TrellisCode *code, int first, int count,
                                  TrellisBlock block, const int planes) {
     const __m512i zero = _mm512_setzero_si512();
-    __m512i one[8], two[8], levels[8]; /* by the bit of a byte where a window begins */
+    __m512i one[8], two[8], levels[8]; /* one per bit of a byte where a window begins */
 #pragma GCC unroll 8
     for (int bit = 0; bit < 8; bit++) {
         one[bit] = _mm512_loadu_si512(code->turned[bit][0]);
@@ -52,7 +52,7 @@ AVX512 INLINE void decode_planes(const TrellisSequence *s, const TrellisCode *co
     }
     const __mmask16 mask = (__mmask16)((1u << s->lanes) - 1);
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i next = _mm512_maskz_add_epi32(mask >> 1, lane, _mm512_set1_epi32(1)); /* of the last, the first */
+    const __m512i next = _mm512_maskz_add_epi32(mask >> 1, lane, _mm512_set1_epi32(1)); /* the last meets the first */
     const int stride = s->lanes * GROUP;
     const uint8_t *codes = s->codes + (size_t)first * planes * stride;
     for (int g = 0; g < count; g++) {
@@ -82,7 +82,7 @@ AVX512 INLINE void decode_planes(const TrellisSequence *s, const TrellisCode *co
 }
 
 AVX512 static void decode(const TrellisSequence *s, const TrellisCode *code, int first, int count, TrellisBlock block) {
-    const TrellisBlock small = {block.bytes, FEW_GROUPS}; /* so that places in it are constants */
+    const TrellisBlock small = {block.bytes, FEW_GROUPS}; /* a constant pitch makes places in it constants */
     if (block.pitch == FEW_GROUPS) {
         BY_RATE(decode_planes, small)
     } else {
@@ -152,8 +152,8 @@ AVX512 INLINE void transpose(__m512 *rows) {
     }
 }
 
-/* With scales as they are stored. */
-AVX512 static void finish(const int32_t *sums, int parts, const int32_t *totals, float step,
+/* Multiplies by scales as they are stored, in float16. */
+AVX512 static void finish(const int32_t *sums, int activation_bytes, const int32_t *totals, float step,
                           const uint16_t *scales, int count, float *out) {
     const __m512 steps = _mm512_set1_ps(step), fine = _mm512_set1_ps(FINE);
     __m512 values[LANES];
@@ -161,7 +161,7 @@ AVX512 static void finish(const int32_t *sums, int parts, const int32_t *totals,
     for (int k = 0; k < PER_LANE; k++) {
         const __m512i coarse = _mm512_sub_epi32(_mm512_load_si512(sums + k * LANES), _mm512_set1_epi32(128 * totals[0]));
         values[k] = _mm512_cvtepi32_ps(coarse);
-        if (parts > 1) {
+        if (activation_bytes > 1) {
             const __m512i rest =
                 _mm512_sub_epi32(_mm512_load_si512(sums + SUMS + k * LANES), _mm512_set1_epi32(128 * totals[1]));
             values[k] = _mm512_add_ps(values[k], _mm512_div_ps(_mm512_cvtepi32_ps(rest), fine));
@@ -185,8 +185,8 @@ const TrellisPath mc_trellis_avx512 = {.decode = decode, .multiply = multiply,
 #ifdef HAS_AMX
 
 /* Tiles 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights, or 5 to 7.
- * In whole tiles, configured before: rows and groups beyond the last are read, too. Activations
- * beyond the last group are zeros, sums of rows beyond the last are of no use. */
+ * Tiles are whole and configured before: rows and groups beyond the last are read, too. Activations beyond the last
+ * group are zeros, sums of rows beyond the last are of no use. */
 AMX static void multiply_tiles(TrellisBlock block, int count, const int8_t *x, size_t stride, int rows, int32_t *sums) {
     const long line = SUMS * sizeof(int32_t);
     const int pairs = (rows + TILE - 1) / (2 * TILE) * 2 * TILE;

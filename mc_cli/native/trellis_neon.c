@@ -64,12 +64,12 @@ INLINE int8x16_t levels_at(const uint8_t *bytes) {
     return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(bytes), vdupq_n_u8(128)));
 }
 
-/* With levels; two rows of activations at a time, so perhaps one beyond the last. */
+/* Multiplies levels; rows of activations go two at a time, so perhaps one beyond the last. */
 static void multiply(TrellisBlock block, int count, const int8_t *x, size_t stride, int rows, int32_t *sums) {
     for (int row = 0; row < rows; row += 2)
         for (int k = 0; k < PER_LANE; k++) {
             int32_t *sum = sums + ((size_t)row * PER_LANE + k) * LANES;
-            int32x4_t found[2][4]; /* by row of activations, and quarter of the lanes */
+            int32x4_t found[2][4]; /* [row of activations][quarter of the lanes] */
             for (int i = 0; i < 4; i++) {
                 found[0][i] = vld1q_s32(sum + 4 * i);
                 found[1][i] = vld1q_s32(sum + SUMS + 4 * i);

@@ -23,7 +23,7 @@
  * activations. */
 #include "trellis_product.h"
 
-/* What one lane's `planes` bytes, and the first two of the next lane, say of its 16 weights. */
+/* Decodes a lane's 16 weights from its `planes` bytes and the first two of the next lane. */
 static void decode(const TrellisSequence *s, const TrellisCode *code, int first, int count, TrellisBlock block) {
     const int stride = s->lanes * GROUP;
     for (int g = 0; g < count; g++) {
@@ -69,10 +69,10 @@ static void multiply(TrellisBlock block, int count, const int8_t *x, size_t stri
 
 /* Outputs of one place, from the sums of its one or two rows; totals: of the activations that were multiplied by 128
  * more. */
-VERSIONS static void finish(const int32_t *sums, int parts, const int32_t *totals, float step, const uint16_t *scales,
-                            int count, float *out) {
+VERSIONS static void finish(const int32_t *sums, int activation_bytes, const int32_t *totals, float step,
+                            const uint16_t *scales, int count, float *out) {
     float values[SUMS];
-    if (parts == 1)
+    if (activation_bytes == 1)
         for (int i = 0; i < SUMS; i++) values[i] = step * (float)(sums[i] - 128 * totals[0]);
     else
         for (int i = 0; i < SUMS; i++)
@@ -80,16 +80,16 @@ VERSIONS static void finish(const int32_t *sums, int parts, const int32_t *total
     for (int i = 0; i < count; i++) out[i] = from_half(scales[i]) * values[i % PER_LANE * LANES + i / PER_LANE];
 }
 
-void mc_trellis_finish(const int32_t *sums, int parts, const int32_t *totals, float step, const uint16_t *scales,
-                       int count, float *out) {
-    finish(sums, parts, totals, step, scales, count, out);
+void mc_trellis_finish(const int32_t *sums, int activation_bytes, const int32_t *totals, float step,
+                       const uint16_t *scales, int count, float *out) {
+    finish(sums, activation_bytes, totals, step, scales, count, out);
 }
 
-void mc_trellis_finish_levels(const int32_t *sums, int parts, const int32_t *totals, float step, const uint16_t *scales,
-                              int count, float *out) {
+void mc_trellis_finish_levels(const int32_t *sums, int activation_bytes, const int32_t *totals, float step,
+                              const uint16_t *scales, int count, float *out) {
     const int32_t none[2] = {0, 0};
     (void)totals; /* nothing was multiplied by 128 more */
-    finish(sums, parts, none, step, scales, count, out);
+    finish(sums, activation_bytes, none, step, scales, count, out);
 }
 
 const TrellisPath mc_trellis_portable = {.decode = decode, .multiply = multiply, .finish = mc_trellis_finish,

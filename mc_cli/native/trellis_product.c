@@ -1,5 +1,5 @@
-/* Products with trellis codes: how the work is divided. What is computed, and why it is exact, is said at the head of
- * trellis_portable.c; a path's own way at the head of its file.
+/* Products with trellis codes: how the work is divided. The head of trellis_portable.c says what is computed, and why it
+ * is exact; the head of a path's file says how that path does it.
  *
  * First every token is rotated and becomes bytes, one row of coarse and one of fine parts with one step, at a place for
  * each of its slots: those of a matrix lie side by side, so that a task is one matrix and a run of rows. A matrix has
@@ -11,11 +11,11 @@
 
 #include <stdatomic.h>
 
-#define MORE_GROUPS 32  /* for more tokens: every block costs a reading and writing of all sums */
-#define MANY_GROUPS 256 /* for many, whose sums do not stay in the first cache: 256 KB stay in the second */
+#define MORE_GROUPS 32  /* in a block for more tokens: every block costs a reading and writing of all sums */
+#define MANY_GROUPS 256 /* in a block for many, whose sums do not stay in the first cache: 256 KB stay in the second */
 #define TOKENS_AT_ONCE 256
 #define QUANTIZED_TOGETHER 8192 /* activations in a piece of work */
-#define MORE_TOKENS 3 /* from here on larger blocks are faster, and tiles */
+#define MORE_TOKENS 3 /* tokens from which on larger blocks are faster, and tiles */
 
 static const TrellisPath *const paths[] =
     BY_PATH(&mc_trellis_portable, &mc_trellis_avx2, &mc_trellis_neon, &mc_trellis_avx512, &mc_trellis_amx);
@@ -30,10 +30,10 @@ typedef struct {
     const uint8_t *tables;
     float unit;
     float *out;
-    int tokens, share, inputs, outputs, parts; /* inputs and outputs: the most */
+    int tokens, top_k, inputs, outputs, activation_bytes; /* inputs and outputs: the most */
     int together;    /* tokens that are quantized in a piece of work */
     size_t stride;   /* bytes of the longest row of activations; no power of two, which caches dislike */
-    int8_t *rows;    /* [places][parts][stride], coarse and fine; a place is a slot, those of an expert side by side */
+    int8_t *rows;    /* [places][activation_bytes][stride], coarse and fine; a place is a slot, sorted by expert */
     float *steps;    /* [places] */
     int32_t *totals; /* [places][2] */
     mc_slots sorted;
@@ -63,23 +63,25 @@ static int slot_alike(const TrellisProduct *p, int first, int slot) {
 /* The activations of one place: those of `token`, as its matrix takes them. rotated [inputs] is scratch. */
 static void quantize_token(TrellisProduct *p, const mc_trellis_entry *entry, int token, int place, float *rotated) {
     const int inputs = (int)entry->inputs;
-    int8_t *row = p->rows + (size_t)p->parts * place * p->stride;
+    int8_t *row = p->rows + (size_t)p->activation_bytes * place * p->stride;
     mc_rotate(p->x + (size_t)token * p->inputs, p->signs, inputs, (int)entry->block, rotated);
-    p->steps[place] = mc_split(rotated, inputs, row, p->parts > 1 ? row + p->stride : NULL, p->totals + 2 * place);
-    for (int i = 0; i < p->parts; i++) memset(row + i * p->stride + inputs, 0, row_bytes(inputs) - (size_t)inputs);
+    p->steps[place] = mc_split(rotated, inputs, row, p->activation_bytes > 1 ? row + p->stride : NULL,
+                               p->totals + 2 * place);
+    for (int i = 0; i < p->activation_bytes; i++)
+        memset(row + i * p->stride + inputs, 0, row_bytes(inputs) - (size_t)inputs);
 }
 
 /* Some tokens: rotated, quantized, and put where their experts find them. */
-static void quantize_tokens(void *context, int part) {
+static void quantize_tokens(void *context, int piece) {
     TrellisProduct *p = context;
     float *rotated = malloc(sizeof(float) * (size_t)p->inputs);
     if (!rotated) {
         atomic_store(&p->failed, 1);
         return;
     }
-    for (int token = part * p->together; token < p->tokens && token < (part + 1) * p->together; token++) {
-        const int first = token * p->share;
-        for (int slot = first; slot < first + p->share; slot++) {
+    for (int token = piece * p->together; token < p->tokens && token < (piece + 1) * p->together; token++) {
+        const int first = token * p->top_k;
+        for (int slot = first; slot < first + p->top_k; slot++) {
             const int place = p->sorted.places[slot];
             if (place < 0) continue;
             const int alike = slot_alike(p, first, slot), done = alike < 0 ? -1 : p->sorted.places[alike];
@@ -87,7 +89,8 @@ static void quantize_tokens(void *context, int part) {
                 quantize_token(p, entry_of(p, slot), token, place, rotated);
                 continue;
             }
-            const size_t each = (size_t)p->parts * p->stride, bytes = row_bytes((int)entry_of(p, slot)->inputs);
+            const size_t each = (size_t)p->activation_bytes * p->stride;
+            const size_t bytes = row_bytes((int)entry_of(p, slot)->inputs);
             memcpy(p->rows + place * each, p->rows + done * each, each - p->stride + bytes);
             p->steps[place] = p->steps[done];
             memcpy(p->totals + 2 * place, p->totals + 2 * done, 2 * sizeof(int32_t));
@@ -109,24 +112,25 @@ typedef struct {
     TrellisCode code;
     TrellisBlock block;
     int32_t *sums;    /* [rows, whole rows_together][16][16] */
-    size_t sum_bytes; /* of it all */
+    size_t sum_bytes; /* size of `sums` */
     const uint16_t *scales;
     int first_output, outputs, most; /* outputs that are there; places at a time */
 } Work;
 
 /* `count` places, from `place` on, of one task. */
 static void multiply_places(const TrellisProduct *p, const Work *w, int place, int count) {
-    const int8_t *rows = p->rows + (size_t)p->parts * place * p->stride;
+    const int8_t *rows = p->rows + (size_t)p->activation_bytes * place * p->stride;
     memset(w->sums, 0, w->sum_bytes);
     for (int first = 0; first < w->s.groups; first += w->block.pitch) {
         const int some = w->s.groups - first < w->block.pitch ? w->s.groups - first : w->block.pitch;
         w->path->decode(&w->s, &w->code, first, some, w->block);
-        w->path->multiply(w->block, some, rows + (size_t)first * GROUP, p->stride, p->parts * count, w->sums);
+        w->path->multiply(w->block, some, rows + (size_t)first * GROUP, p->stride, p->activation_bytes * count,
+                          w->sums);
     }
     for (int i = 0; i < count; i++) {
         float *out = p->out + (size_t)p->sorted.slots[place + i] * p->outputs + w->first_output;
-        w->path->finish(w->sums + (size_t)p->parts * i * SUMS, p->parts, p->totals + 2 * (place + i),
-                        p->steps[place + i] * p->unit, w->scales, w->outputs, out);
+        w->path->finish(w->sums + (size_t)p->activation_bytes * i * SUMS, p->activation_bytes,
+                        p->totals + 2 * (place + i), p->steps[place + i] * p->unit, w->scales, w->outputs, out);
     }
 }
 
@@ -154,7 +158,7 @@ static void multiply_sequence(void *context, int index) {
               .scales = entry->scales + first_output, .first_output = first_output,
               .most = task->count < TOKENS_AT_ONCE ? task->count : TOKENS_AT_ONCE,
               .outputs = left < length ? left : length};
-    w.sum_bytes = whole((size_t)(p->parts * w.most), (size_t)w.path->rows_together) * SUMS * sizeof(int32_t);
+    w.sum_bytes = whole((size_t)(p->activation_bytes * w.most), (size_t)w.path->rows_together) * SUMS * sizeof(int32_t);
     if (few) {
         uint8_t bytes[PER_LANE * FEW_GROUPS * LANE_BYTES] __attribute__((aligned(64)));
         int32_t sums[2 * (MORE_TOKENS - 1) * SUMS] __attribute__((aligned(64)));
@@ -171,18 +175,19 @@ static void multiply_sequence(void *context, int index) {
     free(w.sums);
 }
 
-int mc_trellis_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int share, int parts,
-                       int path, int threads, float *out) {
-    const int slots = tokens * share, inputs = bank->inputs;
+int mc_trellis_product(const mc_bank *bank, const float *x, const int64_t *experts, int tokens, int top_k,
+                       int activation_bytes, int path, int threads, float *out) {
+    const int slots = tokens * top_k, inputs = bank->inputs;
     TrellisProduct p = {.x = x, .signs = bank->signs, .experts = experts, .entries = bank->trellis,
-                        .tables = bank->tables, .unit = bank->unit, .out = out, .tokens = tokens, .share = share,
-                        .inputs = inputs, .outputs = bank->outputs, .parts = parts, .path = mc_trellis_path(path),
+                        .tables = bank->tables, .unit = bank->unit, .out = out, .tokens = tokens, .top_k = top_k,
+                        .inputs = inputs, .outputs = bank->outputs, .activation_bytes = activation_bytes,
+                        .path = mc_trellis_path(path),
                         .together = inputs < QUANTIZED_TOGETHER ? QUANTIZED_TOGETHER / inputs : 1,
                         .stride = row_bytes(inputs)};
     const size_t room = (size_t)slots + (slots < MORE_TOKENS ? 1 : TILE); /* pairs and tiles read rows beyond the last */
     const int failed = mc_sort_slots(&p.sorted, bank, experts, slots, 0);
     threads = mc_threads_for(&p.sorted, threads);
-    p.rows = malloc(parts * room * p.stride);
+    p.rows = malloc(activation_bytes * room * p.stride);
     p.steps = malloc(sizeof(float) * room);
     p.totals = malloc(sizeof(int32_t) * 2 * room);
     atomic_init(&p.failed, failed || !p.rows || !p.steps || !p.totals);

@@ -1,4 +1,4 @@
-/* What the sources of products with trellis codes share. The format is described in encodings/trellis.py. */
+/* Common to the sources of products with trellis codes. The format is described in encodings/trellis.py. */
 #ifndef MC_TRELLIS_PRODUCT_H
 #define MC_TRELLIS_PRODUCT_H
 
@@ -7,12 +7,12 @@
 #include <stdlib.h>
 
 #define PER_LANE 16 /* consecutive weights of a sequence in one lane */
-#define LANES 16    /* of a sequence, at most */
+#define LANES 16    /* the most that a sequence has */
 #define GROUP 4     /* inputs whose bytes lie side by side */
 #define MOST_PLANES 10
 #define LANE_BYTES (LANES * GROUP)
-#define SUMS (PER_LANE * LANES) /* of one row of activations, with one sequence of outputs */
-#define FEW_GROUPS 8            /* in a block: its 8 KB leave room in the first cache for codes on their way */
+#define SUMS (PER_LANE * LANES) /* one row of activations with one sequence of outputs */
+#define FEW_GROUPS 8            /* a block of them, 8 KB, leaves room in the first cache for codes on their way */
 #define SIGNED_FROM 5           /* planes */
 
 /* A hash's low six bits choose the level, its highest one negates it. Codes of up to 2 bits never negate, and their first
@@ -23,7 +23,7 @@ typedef struct {
     const uint8_t (*turned)[3][64]; /* [8]: these, by the bit where windows begin, for bits as six_bits has them */
 } TrellisCode;
 
-/* As `lookup_tables` in numerics/trellis_code.py: for every rate three tables, and eight times those again. */
+/* `lookup_tables` in numerics/trellis_code.py makes these: for every rate three tables, and eight times those again. */
 INLINE TrellisCode code_of(const uint8_t *tables, int planes) {
     const uint8_t (*own)[3][64] = (const uint8_t (*)[3][64])tables + (planes - 2) * 9;
     return (TrellisCode){own[0][0], own[0][1], own[0][2], own + 1};
@@ -69,18 +69,18 @@ INLINE void read_planes(const uint8_t *codes, int planes, size_t stride, uint8_t
     }
 }
 
-/* What a processor's path does in its own way. */
+/* The functions that a processor's path has of its own. */
 typedef struct TrellisPath {
     /* Groups `first` to first + count - 1 of a sequence, as the bytes of a block. */
     void (*decode)(const TrellisSequence *s, const TrellisCode *code, int first, int count, TrellisBlock block);
     /* sums [rows][16][16] += rows of activations x [rows][stride], from `x` on, times a block of `count` groups. */
     void (*multiply)(TrellisBlock block, int count, const int8_t *x, size_t stride, int rows, int32_t *sums);
-    /* Outputs of one place, from the sums of its one or two rows; totals: of its activations' parts. */
-    void (*finish)(const int32_t *sums, int parts, const int32_t *totals, float step, const uint16_t *scales, int count,
-                   float *out);
-    int rows_together; /* that `multiply` reads, perhaps beyond the last, and whose sums it writes */
+    /* Outputs of one place, from the sums of its one or two rows; totals: the sums of its activations' bytes. */
+    void (*finish)(const int32_t *sums, int activation_bytes, const int32_t *totals, float step,
+                   const uint16_t *scales, int count, float *out);
+    int rows_together; /* rows that `multiply` reads, perhaps beyond the last, and writes the sums of */
     int large_blocks;  /* whether larger blocks serve tasks of more tokens */
-    const struct TrellisPath *for_few; /* what serves tasks of few tokens; NULL: this one */
+    const struct TrellisPath *for_few; /* the path for tasks of few tokens; NULL: this one */
     void (*begin)(void), (*end)(void); /* around calls of multiply; NULL: nothing to do */
 } TrellisPath;
 
@@ -89,9 +89,9 @@ extern const TrellisPath mc_trellis_portable, mc_trellis_avx2, mc_trellis_neon, 
 const TrellisPath *mc_trellis_path(int path);
 
 /* `finish` in plain C, where sums are of bytes, 128 + level, and where they are of levels. */
-void mc_trellis_finish(const int32_t *sums, int parts, const int32_t *totals, float step, const uint16_t *scales,
-                       int count, float *out);
-void mc_trellis_finish_levels(const int32_t *sums, int parts, const int32_t *totals, float step, const uint16_t *scales,
-                              int count, float *out);
+void mc_trellis_finish(const int32_t *sums, int activation_bytes, const int32_t *totals, float step,
+                       const uint16_t *scales, int count, float *out);
+void mc_trellis_finish_levels(const int32_t *sums, int activation_bytes, const int32_t *totals, float step,
+                              const uint16_t *scales, int count, float *out);
 
 #endif

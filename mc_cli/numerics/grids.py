@@ -21,7 +21,7 @@ LARGEST_SCALE = 65504.0  # the largest finite float16
 # groups of 128, put 98 % of the optima between 0.46 and 0.82 of min-max at 2 bits, 0.64 and 0.98 at 3, 0.81 and 1.05 at
 # 4: the usual 0.9 to 1.1 misses them all at 2 bits. The least-squares steps that follow may leave the range either way.
 _SMALLEST_RATIO = {2: 0.4, 3: 0.5, 4: 0.65}
-_SMALLEST_RATIO_ABOVE = 0.8  # from 5 bits on
+_SMALLEST_RATIO_ABOVE = 0.8  # holds from 5 bits on
 _RATIOS = 8  # with the refinements below, 20 ratios change the result by less than 0.1 %
 # Then the zero point moves by these shares of a step. On searched GPTQ grids it is worth 2 % of the loss at 2 bits and
 # 4 % at 3; an exhaustive search of 1,020 pairs of scale and zero point is worth 1 % more.
@@ -31,7 +31,7 @@ _REFINEMENTS = 3
 # candidate is this grid for the weighted mean and deviation: clipping alone never reaches it past an outlier that the
 # error weights ignore.
 _NORMAL_STEPS = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
-_ELEMENTS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 24}  # of a search: half a MB stays in a core's cache
+_ELEMENTS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 24}  # in a search: half a MB stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -228,9 +228,9 @@ def _check_scales(scales: Tensor) -> None:
 def _parts(weight: Tensor) -> Iterator[tuple[slice, slice]]:
     """Index ranges over the first two dims of [A, rows, n], each of about `_ELEMENTS_AT_ONCE` elements."""
     limit = _ELEMENTS_AT_ONCE.get(weight.device.type, 1 << 22)
-    batch, rows, width = weight.shape
-    row_step = max(1, min(rows, limit // width))
-    batch_step = max(1, limit // (row_step * width))
+    batch, rows, features = weight.shape
+    row_step = max(1, min(rows, limit // features))
+    batch_step = max(1, limit // (row_step * features))
     for start in range(0, batch, batch_step):
         for row in range(0, rows, row_step):
             yield slice(start, start + batch_step), slice(row, row + row_step)

@@ -133,8 +133,8 @@ def least_squares(moments: Tensor, hessian: Tensor, *, damping: float) -> Tensor
     hessian  [in_features, in_features] float32, symmetric positive semi-definite; not modified
     damping  fraction of mean(diag(hessian)) added to its diagonal: H is the sum
 
-    In float64 inside up to FLOAT64_LIMIT inputs. A Hessian of zeros gives zeros. Raises McError where the system cannot
-    be solved: values that are not finite.
+    Up to FLOAT64_LIMIT inputs it computes in float64. A Hessian of zeros gives zeros. Raises McError where the system
+    cannot be solved: values that are not finite.
     """
     mean = float(hessian.diagonal().mean(dtype=torch.float64))
     if mean == 0:

@@ -54,7 +54,7 @@ def propagate(columns: Tensor, factor: Tensor, round_column: Callable[[int, Tens
     def round_panel(first: int, panel: Tensor, errors: Tensor) -> None:
         for position in range(first, first + panel.shape[1]):
             column = panel[:, position - first]
-            if position > first:  # what earlier columns of the panel owe
+            if position > first:  # takes in the errors of earlier columns of the panel
                 owed = torch.bmm(factor[:, first:position, position].unsqueeze(1), errors[:, first:position])
                 column = column - owed.squeeze(1)
             value = round_column(position, column)
@@ -74,7 +74,7 @@ def propagate_panels(columns: Tensor, factor: Tensor, round_panel: Callable[[int
     for first in range(0, columns.shape[1], _PANEL):
         last = min(first + _PANEL, columns.shape[1])
         panel = columns[:, first:last]
-        if first:  # what all earlier panels owe
+        if first:  # takes in the errors of all earlier panels
             panel = torch.baddbmm(panel, factor[:, :first, first:last].transpose(1, 2), errors[:, :first], alpha=-1)
         round_panel(first, panel, errors)
 
@@ -93,14 +93,16 @@ def descend(columns: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, *, swee
     Source: coordinate descent as in QuantEase, Behdin et al. 2023, arXiv:2309.01885; the refit is ours.
     """
     groups = grid.scales.shape[1]
-    width = columns.shape[1] // groups
+    group_size = columns.shape[1] // groups
     codes = codes.clone()
     grid = Grid(grid.scales.clone(), grid.zero_points.clone(), grid.bits)
-    values = grid.values(codes.unflatten(1, (groups, width)).transpose(2, 3)).transpose(2, 3).flatten(1, 2).contiguous()
+    values = (
+        grid.values(codes.unflatten(1, (groups, group_size)).transpose(2, 3)).transpose(2, 3).flatten(1, 2).contiguous()
+    )
     difference = columns - values
     for _ in range(sweeps):
         for group in range(groups):
-            part = slice(group * width, (group + 1) * width)
+            part = slice(group * group_size, (group + 1) * group_size)
             within = hessian[:, part, part]
             pull = torch.bmm(hessian[:, part], difference)  # minus half the error's gradient
             here = Grid(grid.scales[:, group], grid.zero_points[:, group], grid.bits)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_DAMPING = 0.01  # of a block's mean diagonal, added to it; as for inputs
+_DAMPING = 0.01  # this part of a block's mean diagonal is added to it, as for inputs
 
 
 @dataclass(frozen=True)
 class RowHessian:
-    """What errors of a matrix's rows matter, alone and together; rows of different groups are taken as unrelated.
+    """The weight of errors of a matrix's rows, alone and together; rows of different groups count as unrelated.
 
     blocks  float32 [B, groups, n, n], symmetric, positive semidefinite: of the n rows of each group
     rows    int64 [groups, n], which rows those are, in the order they are coded; every row, padding included, once

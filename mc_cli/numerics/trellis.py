@@ -7,7 +7,7 @@ search over the whole sequence (Viterbi) finds values far closer to normally dis
     mean squared error, variance 1  .2713  .1387  .0702  .0358  .0182  .0093  .0050  .0028  .0017
     best grid of 2^R levels         .3634    -    .1175    -    .0345    -    .0095    -    .0025
     no code can be below            .2500  .1250  .0625  .0313  .0156  .0078  .0039  .0020  .0010
-What value a window stands for is in `trellis_code.py`.
+`trellis_code.py` says which value a window stands for.
 Source of the idea: QTIP, Tseng et al. 2024, arXiv:2406.11235 (bit-shift trellis, tail-biting).
 """
 
@@ -28,7 +28,7 @@ LARGEST_RATE = 5
 _WARM_UP = 48  # weights on either side of the seam from which the bits that cross it are chosen
 PIECE = 32  # weights between two looks at the errors so far, where errors are fed back; as in native/trellis.c
 _UNSETTLED = 12  # weights before such a look whose codes are still likely to change; as in native/trellis.c
-_SEQUENCES_AT_ONCE = {"cpu": 256, "cuda": 2048}  # in the torch search: on a GPU up to 1 GB of choices, for few launches
+_SEQUENCES_AT_ONCE = {"cpu": 256, "cuda": 2048}  # torch search; on a GPU up to 1 GB of choices, for few launches
 
 
 def offsets(length: int, rate: Fraction) -> Tensor:

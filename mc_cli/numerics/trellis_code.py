@@ -1,12 +1,12 @@
-"""What a window of a trellis code stands for: a level, found by look-ups in small tables.
+"""The level that a window of a trellis code stands for, found by look-ups in small tables.
 
 A window's 12 bits are looked up four by four; the xor of what is found is its hash. The low six bits of that choose a
 level, and the highest one negates it. So a processor needs tables of 16 bytes, or of 64 where those are in reach, and
 one table of levels. Up to 2 bits, where the look-ups are what takes the time, no hash negates, and the first six bits
 of a window enter it as they are: two look-ups in tables of 64.
 
-The tables are from `recipes/trellis_code.py`, with its defaults, for one rate after the other. What makes them better
-than tables at random: paths that part, and paths that meet, have levels far from each other.
+The tables are from `recipes/trellis_code.py`, with its defaults, for one rate after the other. They are better
+than tables at random because paths that part, and paths that meet, have levels far from each other.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor
 
 STATE_BITS = 12
 WINDOWS = 1 << STATE_BITS
-UNIT = 3.0378 / 127  # of a level, where the weights have variance 1
+UNIT = 3.0378 / 127  # step of a level for weights of variance 1
 RATES = tuple(Fraction(half, 2) for half in range(2, 11))
 SIGNED_FROM = 2.5  # bits per weight: from here on hashes negate; as in native/trellis_product.h
-_NEGATIVE, _LEVEL = 0x80, 0x3F  # of a hash
+_NEGATIVE, _LEVEL = 0x80, 0x3F  # bits of a hash
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Tables:
 
     @classmethod
     def by_places(cls, parts: Sequence[Iterable[int]], positive: Iterable[int]) -> Tables:
-        """From places of levels in ascending order, instead of hashes; `positive`: the upper half of those levels.
+        """Tables from places of levels in ascending order, not hashes; `positive`: the upper half of those levels.
 
         With 128 levels a hash is a sign and the place among the positive ones; with 64 it is the place, its bits in
         reverse order, so that the low bits of a window stand for themselves.
@@ -56,7 +56,7 @@ class Tables:
 
     @classmethod
     def read(cls, parts: str, levels: str) -> Tables:
-        """From what `written` gives."""
+        """Tables from the two texts that `written` gives."""
         entries = bytes.fromhex(parts)
         signed = (level - 256 if level > 127 else level for level in bytes.fromhex(levels))
         return cls(tuple(tuple(entries[16 * part : 16 * part + 16]) for part in range(3)), tuple(signed))
@@ -83,8 +83,8 @@ def _turned(place: int) -> int:
     return int(f"{place:06b}"[::-1], 2)
 
 
-# By rate: parts and levels of its tables; behind, the error on normal weights of variance 1 where all matter alike, and
-# where every second one matters much, weighted, as the recipe draws them.
+# Per rate: parts and levels of its tables. The comment on a line gives the error on normal weights of variance 1 where
+# all matter alike, and where every second one matters much, weighted, as the recipe draws them.
 CODES = {
     Fraction(1, 1): (  # 0.27134, 0.08881
         "000102030405060708090a0b0c0d0e0f372717072d3d0d1d2333031324340414282f1f3621182515331e0e273e113404",
@@ -170,7 +170,7 @@ def lookup_tables() -> Tensor:
         found.append(torch.stack([low, high, levels]))
         for begin in range(8):
             own, later = _turn(begin), _turn((begin + 6) % 8)
-            order = 0 if rate >= SIGNED_FROM else own  # of a hash
+            order = 0 if rate >= SIGNED_FROM else own  # its place in a hash
             turned = torch.empty((3, 64), dtype=torch.int64)
             turned[0, _rotated(six, own)] = _rotated(low, order)
             turned[1, _rotated(six, later)] = _rotated(high, order)
@@ -182,7 +182,7 @@ def lookup_tables() -> Tensor:
 def _turn(begin: int) -> int:
     """Places by which six bits are rotated that begin at this bit of a byte.
 
-    What is of the first byte comes down by two places, and what is of the second stays at the lowest ones.
+    Bits of the first byte come down by two places, and those of the second stay at the lowest ones.
     """
     return max(begin - 2, 0)
 

@@ -1,4 +1,4 @@
-"""What `weight` of a packed module gives: a tensor to read, which knows where it comes from.
+"""The decoded weight: the tensor that `weight` of a packed module gives, to be read; it knows where it comes from.
 
 It is decoded at each access, so a write to it would be lost. Whoever writes to it, by whatever way torch has (in place,
 through a view, by `.data`), first makes the module dense, and then writes to the weight that the module has from then
@@ -22,7 +22,7 @@ Keep = Callable[[Tensor], nn.Parameter]  # makes the module dense with that weig
 
 
 class DecodedWeight(torch.Tensor):
-    """A decoded weight [out_features, in_features], or a view of one. What is computed from it is a plain tensor."""
+    """A decoded weight [out_features, in_features], or a view of one. Results of operators on it are plain tensors."""
 
     _mc_plain: Tensor  # the same memory, as torch's own class
     _mc_origin: _Origin
@@ -40,7 +40,7 @@ class DecodedWeight(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What does not go through torch's dispatcher; all else does."""
+        """Handles the calls that do not go through torch's dispatcher; all others do."""
         kwargs = kwargs or {}
         instead = _INSTEAD.get(func)
         if instead is not None and isinstance(args[0], DecodedWeight):

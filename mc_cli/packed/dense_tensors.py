@@ -27,7 +27,7 @@ _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class DenseTensors:
     """The dense tensors of a packed model, one part (decoder layer or REST) at a time.
 
-    What was packed comes in the model's own dtype unless another is asked for, what was kept as it is stored.
+    Packed tensors come in the model's own dtype unless another is asked for, kept ones as they are stored.
 
     plain_routers   tensors for readers that mask no router: see packed/plain_routers.py. Without, dropped experts are
                     there and zero, for a model whose routers are masked
@@ -74,7 +74,7 @@ class DenseTensors:
         return {name: self._routers.plain(name, tensor) for name, tensor in tensors.items()}
 
     def original(self, part: int) -> dict[str, torch.Tensor]:
-        """The same tensors named and shaped as `save_pretrained` writes them, such as one matrix per expert."""
+        """The tensors named and shaped as `save_pretrained` writes them, such as one matrix per expert."""
         return revert_weight_conversion(self._model, self.by_module(part))
 
     def _dequantized(self, name: str) -> torch.Tensor:

@@ -108,6 +108,6 @@ class _ExpertsAdapter:
 @functools.cache
 def _adapter_class() -> Any:
     """PEFT's wrapper with our behaviour; PEFT knows its own wrappers by the name of their class."""
-    from peft.tuners.lora.layer import ParamWrapper  # whoever asks has imported it
+    from peft.tuners.lora.layer import ParamWrapper  # the caller has imported peft
 
     return type(ParamWrapper.__name__, (_ExpertsAdapter, ParamWrapper), {"__module__": __name__})

@@ -1,4 +1,4 @@
-"""Whether a model can take the packed form at all: asked before any stage of it is begun."""
+"""Finds whether a model can take the packed form at all, before any stage of it is begun."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class PackedFiles:
-    """Where a packed model's tensors, layout and config lie."""
+    """The paths of a packed model's tensors, layout and config."""
 
     folder: Path
     config_folder: Path
@@ -124,7 +124,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = file_inside(folder, INDEX)
     if (folder / SINGLE).exists() or not index.is_file():
-        return [file_inside(folder, SINGLE)]  # as transformers does where there are both
+        return [file_inside(folder, SINGLE)]  # transformers prefers it, too, where there are both
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ArtifactError(f"{index} is damaged: it has no weight_map. Export again.")

@@ -33,20 +33,20 @@ from mc_cli.packed.stored_parts import TO_DENSE, StoredPart
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """What stands for the `weight` [out_features, in_features] of a packed module."""
+    """The stored form of the `weight` [out_features, in_features] of a packed module."""
 
     encoding: Encoding
     parts: tuple[str, ...]  # attribute names, which are the encoding's stored parts
     out_features: int
     in_features: int
-    dtype: torch.dtype  # of the weight that `module.weight` gives
+    dtype: torch.dtype  # the one that `module.weight` has
 
 
 class _Remade:
     """Can be pickled and copied though its class is made at run time: `_subclass` makes it again."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state: Any = super().__reduce_ex__(4)[2:]  # whatever the protocol: by class and state
+        state: Any = super().__reduce_ex__(4)[2:]  # class and state, whatever the protocol
         kind = type(self)
         return _made_again, (_base_of(kind), kind.__bases__[0], kind.__name__), *state
 
@@ -74,7 +74,7 @@ class _Stored(_Remade):
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        for name in self._mc_stored:  # of a copy
+        for name in self._mc_stored:  # a copy gets parts of its own
             self._parameters[name] = self._mc_own(self._parameters[name])
 
     def _mc_own(self, parameter: Any) -> StoredPart:
@@ -120,7 +120,7 @@ class _PackedExperts(_Stored):
 
     config: Any
     _mc_packed: dict[str, list[tuple[PackedBlock, ...]]]
-    _mc_dtype: torch.dtype  # of what is kept, and of dense weights
+    _mc_dtype: torch.dtype  # kept weights have it, and dense ones
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self._mc_dtype = fn(torch.empty(0, dtype=self._mc_dtype, device=next(iter(self.parameters())).device)).dtype
@@ -256,7 +256,7 @@ class _TiedHead(_Remade):
         return super().requires_grad_(requires_grad)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Of a whole model, as ever; of a head alone, which a wrapper wants to train, a dense one of its own."""
+        """A copy with a whole model stays packed; a copy of the head alone, for training, is a dense head."""
         if id(self._mc_embedding[0]) in memo:
             return copy._reconstruct(self, memo, *self.__reduce_ex__(4))  # type: ignore[attr-defined]
         weight = nn.Parameter(self.weight.clone(), requires_grad=False)
@@ -274,15 +274,15 @@ class _TiedHead(_Remade):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         embedding = self._mc_embedding[0]
         packed, parts = embedding._mc_weight, _stored_parts(embedding)
-        if _device_of(parts) != inputs.device:  # of a model that is spread over devices
+        if _device_of(parts) != inputs.device:  # the model is spread over devices
             parts = _parts_on(embedding, inputs.device)
         outputs = product(inputs, parts, packed.encoding, in_features=packed.in_features)
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
 
 class _PackedEmbeddingInside(_Remade):
-    """A model whose embedding is packed: the first floating tensor is its scales, of another dtype than it gives, and
-    a head that shares its weight follows an embedding that is put in its place."""
+    """A model whose embedding is packed. Its dtype is the embedding's, not that of scales, its first floating tensor;
+    a head that shares the embedding's weight follows an embedding that is put in its place."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -304,7 +304,7 @@ def _stored_parts(module: Any) -> dict[str, torch.Tensor]:
 
 
 def _device_of(parts: Mapping[str, torch.Tensor]) -> torch.device:
-    """Where a packed weight lies: its parts are always together."""
+    """The device of a packed weight, whose parts are always together."""
     return next(iter(parts.values())).device
 
 
@@ -330,7 +330,7 @@ def _as_stored(parameter: Any) -> StoredPart:
     if isinstance(parameter, StoredPart):
         return parameter
     stored = StoredPart(parameter.data)
-    stored.__dict__.update(parameter.__dict__)  # what loaders note there
+    stored.__dict__.update(parameter.__dict__)  # loaders leave notes there
     return stored
 
 
@@ -346,7 +346,7 @@ _alive: weakref.WeakKeyDictionary[nn.Module, tuple[Any, weakref.ref[DecodedWeigh
 
 
 def _shared_weight(module: Any) -> DecodedWeight:
-    """The decoded weight; while somebody holds one, the same again: a head and its embedding share memory."""
+    """The decoded weight. While somebody holds one, it is that one again: a head and its embedding share memory."""
     parts = _stored_parts(module).values()
     state = module._mc_weight, [(part.data_ptr(), part.is_inference() or part._version) for part in parts]
     state_before, reference = _alive.get(module, (None, None))
@@ -405,7 +405,7 @@ def pack_weight(module: Any, encoding: Encoding, *, dtype: torch.dtype) -> dict[
     module._mc_stored = frozenset(specs)
     for part in specs:
         module._parameters[part] = module._mc_own(module._parameters[part])
-    module._is_hf_initialized = True  # else transformers re-initialises a weight that is no parameter any more
+    module._is_hf_initialized = True  # transformers would re-initialise a weight that is no parameter any more
     return {part: part for part in specs}
 
 
@@ -459,7 +459,7 @@ def unpack_all(model: Any) -> None:
     followers: list[Any] = [module for module in model.modules() if isinstance(module, _PackedEmbeddingInside)]
     for each in followers:
         each.__class__ = _base_of(type(each))
-        each.__dict__.pop("_tied_weights_keys", None)  # which had the packed tie taken out
+        each.__dict__.pop("_tied_weights_keys", None)  # the instance's own table, without the packed tie
         ties = each.get_expanded_tied_weights_keys(all_submodels=True)
         each.all_tied_weights_keys = {
             name: twin for name, twin in ties.items() if each.get_parameter(name) is each.get_parameter(twin)
@@ -467,7 +467,7 @@ def unpack_all(model: Any) -> None:
 
 
 def _keep_dense(module: Any, weight: torch.Tensor) -> nn.Parameter:
-    """What a write to a decoded weight calls: from here on the module has `weight`; a warning says so."""
+    """Makes the module dense at a write to its decoded weight: it has `weight` from here on; a warning says so."""
     if not isinstance(module, _PackedWeightModule):
         raise PackedWeightError(
             f"A weight of {type(module).__name__} was decoded before the module became dense, and is written to now. "

@@ -25,7 +25,7 @@ _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 
 
 class PlainRouters:
-    """What becomes of the tensors of a model whose layout drops experts; nothing where it drops none.
+    """The change of a model's tensors where its layout drops experts; none where it drops none.
 
     config   the model's, with fewer experts where some are left out
     Raises InputError where a plain checkpoint cannot say which experts are dropped.
@@ -126,8 +126,8 @@ def _bias_is_mask(router: nn.Module, bias: str, dropped: Sequence[int]) -> bool:
     generator = torch.Generator().manual_seed(0)
     for tensor in [*drawn.parameters(), *drawn.buffers()]:
         tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor.shape[-1] ** 0.5)
-    width = next(tensor.shape[-1] for tensor in drawn.parameters() if tensor.dim() > 1)
-    hidden = torch.randn(_DRAWN_TOKENS, width, generator=generator)
+    features = next(tensor.shape[-1] for tensor in drawn.parameters() if tensor.dim() > 1)
+    hidden = torch.randn(_DRAWN_TOKENS, features, generator=generator)
     handles = mask_router(drawn, drawn.state_dict()[bias].numel(), dropped)
     masked = drawn(hidden)
     for handle in handles:

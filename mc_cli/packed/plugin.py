@@ -25,7 +25,7 @@ class PackedConfig(QuantizationConfigMixin):
     """The packed layout as transformers' quantization config: plain JSON values, written back as they were read."""
 
     def __init__(self, quant_method: str = QUANT_METHOD, **layout: Any) -> None:
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # that of earlier exports too
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # earlier exports have it too
         self.layout = PackedLayout.from_json({"quant_method": quant_method, **layout})
 
     @classmethod
@@ -80,11 +80,11 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """None: packed files hold module-tree names and converted tensors, and a conversion must not run twice."""
+        """Returns None: packed files hold converted tensors by module-tree name, and no conversion may run twice."""
         return []
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """None, which is as stored, for codes and scales, even where a family keeps a whole module in float32."""
+        """Returns None (dtype as stored) for codes and scales, even where a family keeps a whole module in float32."""
         if any(name in self._packed for name in converter.target_patterns):
             return None
         return super().get_new_dtype(converter, param, dtype)
@@ -102,7 +102,7 @@ class PackedQuantizer(HfQuantizer):
             )
         unpack_all(model)
         model.config._is_quantized = False
-        for owner, name in ((model.config, "auto_map"), (model, "_weight_conversions")):  # of the packed files
+        for owner, name in ((model.config, "auto_map"), (model, "_weight_conversions")):  # of packed files
             vars(owner).pop(name, None)
         return model if dtype is None else model.to(dtype)
 

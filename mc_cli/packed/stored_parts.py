@@ -22,9 +22,9 @@ TO_DENSE = (
 
 
 class StoredData(Tensor):
-    """What `.data` of a stored part gives: its memory, to read and to copy into. Arithmetic in place is refused."""
+    """The `.data` of a stored part: its memory, to read and to copy into. Arithmetic in place is refused."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what is computed from it is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain tensors
 
     @property
     def data(self) -> Tensor:
@@ -32,10 +32,10 @@ class StoredData(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]  # of this object alone
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]  # exchanges this object's alone
 
     def detach(self) -> Tensor:
-        return _sharing(StoredData, self)  # for nn.Parameter, which asks for the same class
+        return _sharing(StoredData, self)  # nn.Parameter asks for the same class
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.clone(memory_format=torch.preserve_format)
@@ -45,7 +45,7 @@ class StoredData(Tensor):
 
 
 class StoredPart(nn.Parameter):
-    """One stored part, for example the codes of a matrix. A cast leaves it as it is; moving it works as ever.
+    """One stored part, for example the codes of a matrix. A cast leaves it as it is; moving it works as usual.
 
     Arithmetic in place and gradients are refused: codes are no numbers to train. New contents of the same shape and
     dtype are taken, as in `load_state_dict`.
@@ -59,7 +59,7 @@ class StoredPart(nn.Parameter):
 
     @property
     def plain(self) -> Tensor:
-        """The same memory as torch's own class."""
+        """The part's memory as a plain torch.Tensor."""
         return Tensor.data.__get__(self)  # type: ignore[attr-defined]
 
     @property

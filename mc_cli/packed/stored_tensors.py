@@ -1,7 +1,7 @@
-"""Whether what is stored is what a packed model wants: one comparison for every loader, before a weight is used.
+"""Compares what is stored with what a packed model wants, for every loader, before a weight is used.
 
 A loader that finds no tensor of a name leaves memory as it was, so anything that is missing, or more, or of another
-shape or dtype is an error: of a damaged header as of a directory whose config.json is another export's.
+shape or dtype is an error, be it a damaged header or a directory whose config.json is another export's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mc_cli.models.inventory import tied_tensors
 from mc_cli.packed.packed_files import StoredTensor, stored_tensors
 
 _FEW_LAYERS = 64
-_KEPT_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # in which checkpoints hold weights
+_KEPT_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes of checkpoints' weights
 
 
 def check_stored(
@@ -79,7 +79,7 @@ def check_loaded(model: Any, packed: Container[str], files: list[str] | None) ->
 
 
 def _inside(folder: Path | None, file: str) -> Path:
-    if folder is None:  # of the hub's cache, where links lead to the files
+    if folder is None:  # files of the hub's cache, where links lead to them
         path = Path(file)
         file_inside(path.parent, path.name)
         require_inside(path.parent, path)

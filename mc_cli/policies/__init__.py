@@ -1,13 +1,13 @@
 """Online pruning policies, one file each, found by presence: which of a token's top-k experts are worth computing.
 
-A policy gives every (token, slot) a keep score; slots whose score is below the layer's threshold are dropped, the slot
-with the largest routing weight never is. So every policy has a threshold per layer, and with it any rate of dropped
+A policy gives every (token, slot) a keep score; slots whose score is below the layer's threshold are skipped, the slot
+with the largest routing weight never is. So every policy has a threshold per layer, and with it any rate of skipped
 calls. A policy file defines what `Policy` says, `keep_scores(routed, layer)` above all; what it learns or calibrates
 comes back to it in `LayerValues`. Pure functions of tensors: `skipping/pruning.py` runs them.
 
 A policy may also define `compiled_rule(layer, cut)`, the same decision in one compiled call (see `compiled.py`), and
 `calibrated_numbers(routed, protect=...)`, what it wants to know of the fitting tokens of a layer. `DROPS = False` says
-that no threshold of it drops a slot.
+that no threshold of it skips a slot.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mc_cli import native
-from mc_cli.errors import ShapeError
+from mc_cli.errors import ExtensionError, ShapeError
 from mc_cli.registry import Registry
 
 _REGISTRY = Registry(
@@ -33,13 +33,13 @@ _REGISTRY = Registry(
     facts={"DROPS": True},
 )
 
-# How thresholds are found: `spread` gives each layer its own where a dropped call is cheapest; `shared` one for all.
+# How thresholds are found: `spread` gives each layer its own where a skipped call is cheapest; `shared` one for all.
 SPREAD, SHARED = "spread", "shared"
 
 
 @dataclass(frozen=True)
 class Routed:
-    """What a policy may look at: the tokens that the router of one layer has just placed.
+    """The tokens that the router of one layer has just placed, which a policy may look at.
 
     hidden    [tokens, hidden], the experts' inputs
     index     [tokens, k] int64, the chosen experts
@@ -56,7 +56,7 @@ class Routed:
 
 @dataclass(frozen=True)
 class LayerValues:
-    """What a policy knows about a layer beside its tokens: numbers that were calibrated, tensors that were learned."""
+    """A policy's values for a layer beside its tokens: numbers that were calibrated, tensors that were learned."""
 
     layer: int
     seed: int = 0
@@ -66,7 +66,7 @@ class LayerValues:
 
 @dataclass(frozen=True)
 class Cut:
-    """What becomes of keep scores: see `keep_mask` and `kept_weights`. Dropped slots get the index `absent`."""
+    """The rule from keep scores to kept slots: see `keep_mask` and `kept_weights`. Skipped slots get index `absent`."""
 
     threshold: float
     absent: int
@@ -117,7 +117,7 @@ def learned_shapes(policy: Policy, hidden_size: int, top_k: int) -> dict[str, tu
 
 
 def drops_calls(policy: Policy) -> bool:
-    """Whether some threshold of the policy drops slots."""
+    """Whether some threshold of the policy skips slots."""
     return bool(_REGISTRY.fact(policy, "DROPS"))
 
 
@@ -128,6 +128,17 @@ def calibrated_numbers(policy: Policy, routed: Routed, *, protect: float) -> dic
     """
     find = getattr(policy, "calibrated_numbers", None)
     return {} if find is None else dict(find(routed, protect=protect))
+
+
+def checked_scores(policy: Policy, routed: Routed, layer: LayerValues) -> Tensor:
+    """The policy's `keep_scores`. Raises ExtensionError where there is not one for each of the routing weights."""
+    scores = policy.keep_scores(routed, layer)
+    if scores.shape != routed.weights.shape:
+        raise ExtensionError(
+            f"Policy {policy.NAME!r} gives keep scores {list(scores.shape)} for routing weights "
+            f"{list(routed.weights.shape)} of layer {layer.layer}. This is a defect of the policy."
+        )
+    return scores
 
 
 def weight_ranks(weights: Tensor) -> Tensor:
@@ -145,7 +156,7 @@ def keep_mask(scores: Tensor, weights: Tensor, threshold: float) -> Tensor:
 
 def kept_slots(policy: Policy, routed: Routed, layer: LayerValues, cut: Cut) -> tuple[Tensor, Tensor]:
     """New (index, weights) [tokens, k]: of the slots that stay; the others have the index `absent` and weight 0."""
-    mask = keep_mask(policy.keep_scores(routed, layer), routed.weights, cut.threshold)
+    mask = keep_mask(checked_scores(policy, routed, layer), routed.weights, cut.threshold)
     kept = kept_weights(routed.weights, mask, renormalise=cut.renormalise)
     return routed.index.masked_fill(~mask, cut.absent), kept
 
@@ -157,9 +168,9 @@ def compiled_rule(policy: Policy, layer: LayerValues, cut: Cut) -> CompiledRule 
 
 
 def kept_weights(weights: Tensor, mask: Tensor, *, renormalise: bool) -> Tensor:
-    """Routing weights with dropped slots at zero.
+    """Routing weights with skipped slots at zero.
 
-    renormalise   kept weights are scaled to the sum they had together with the dropped ones: what a router that
+    renormalise   kept weights are scaled to the sum they had together with the skipped ones: what a router that
                   normalises its top-k would have given for a smaller k. Families that leave their weights as they come
                   from the softmax keep them so.
     """

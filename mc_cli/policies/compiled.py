@@ -19,8 +19,8 @@ from mc_cli.errors import ShapeError
 if TYPE_CHECKING:
     from mc_cli.policies import Cut, Routed
 
-_MOST_SLOTS = 256  # as in native/pruning.c
-_MOST_VALUES = 2**31 - 1  # of tokens together: routines count in 32 bits
+_MOST_SLOTS = 256  # the limit of native/pruning.c
+_MOST_VALUES = 2**31 - 1  # the most values of all tokens together: routines count in 32 bits
 _Kept = tuple[Tensor, Tensor]
 
 
@@ -48,7 +48,7 @@ class KeptByShare:
             "received": None if looks is None else looks.data_ptr(),
             "uniform": received if isinstance(received, float) else 1.0,
             "protect_at": self._protect_at,
-            "width": hidden.shape[-1],
+            "features": hidden.shape[-1],
         }
         return _kept(self._routine, inputs, routed, self._cut)
 
@@ -81,7 +81,7 @@ class KeptByRouter:
             "router": router.data_ptr(),
             "bias": bias.data_ptr(),
             "least_share": self._least_share,
-            "width": hidden.shape[-1],
+            "features": hidden.shape[-1],
         }
         return _kept(self._routine, inputs, routed, self._cut)
 

@@ -16,5 +16,5 @@ LEARNED = False
 
 
 def keep_scores(routed: Routed, layer: LayerValues) -> Tensor:
-    """[tokens, k] float32: infinite, so that no threshold drops a slot."""
+    """[tokens, k] float32: infinite, so that no threshold skips a slot."""
     return torch.full(routed.weights.shape, float("inf"), device=routed.weights.device)

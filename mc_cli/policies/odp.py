@@ -23,13 +23,13 @@ PROTECT_AT = "protect_at"  # importance from which a token keeps all its experts
 
 
 def keep_scores(routed: Routed, layer: LayerValues) -> Tensor:
-    """[tokens, k] float32: dropped at threshold t are the slots that the loop "drop the last while under t" drops.
+    """[tokens, k] float32: at threshold t those slots are skipped that the loop "skip the last while under t" skips.
 
     That loop stops at the first share that is not under t, so a slot's score is the largest share from it to the last.
     """
     ordered, order = routed.weights.float().sort(dim=-1, descending=True, stable=True)
     kept = ordered.cumsum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-    shares = ordered / kept  # of rank r among ranks 0..r
+    shares = ordered / kept  # share of rank r among ranks 0..r
     from_the_end = shares.flip(-1).cummax(-1).values.flip(-1)
     scores = torch.empty_like(from_the_end).scatter_(-1, order, from_the_end)
     protect_at = layer.numbers.get(PROTECT_AT)

@@ -44,7 +44,7 @@ def compiled_rule(layer: LayerValues, cut: Cut) -> CompiledRule:
 def features(routed: Routed) -> Tensor:
     """[tokens, hidden + k - 1]: hidden state over its L2 norm, log shares of ranks 1, ..., k - 1 among those up to it.
 
-    In float32, or float64 where the hidden states are.
+    They are float32, or float64 where the hidden states are.
     """
     dtype = torch.promote_types(routed.hidden.dtype, torch.float32)
     hidden, weights = routed.hidden.to(dtype), routed.weights.to(dtype)
@@ -64,7 +64,7 @@ def count_logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def learned_shapes(hidden_size: int, top_k: int) -> dict[str, tuple[int, ...]]:
-    """What `count_logits` reads."""
+    """The features that `count_logits` reads."""
     return {WEIGHT: (top_k - 1, hidden_size + top_k - 1), BIAS: (top_k - 1,)}
 
 

@@ -1,4 +1,4 @@
-"""Random slots are dropped, with one probability in all layers; the best slot of a token stays. A baseline.
+"""Random slots are skipped, with one probability in all layers; the best slot of a token stays. A baseline.
 
 The draw is a hash of the token's routing weights, the layer and the seed: the same token gets the same draw in every
 batch, and nothing has to be remembered between calls.

@@ -1,4 +1,4 @@
-"""Slots with a small share of the token's routing weight are dropped, one threshold for all layers. A baseline."""
+"""Slots with a small share of the token's routing weight are skipped, one threshold for all layers. A baseline."""
 
 from __future__ import annotations
 

@@ -13,20 +13,21 @@ It may state facts that are not as for most:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from mc_cli.encodings import Encoding
+from mc_cli.encodings import Encoding, wrong_parts
 from mc_cli.encodings.affine import AffineEncoding
-from mc_cli.errors import InputError, ShapeError
+from mc_cli.errors import ExtensionError, InputError, ShapeError, listed
 from mc_cli.numerics.grids import Grid
 from mc_cli.numerics.hessian import trace_error
 from mc_cli.numerics.packing import pack_codes
 from mc_cli.numerics.row_hessian import RowHessian
 from mc_cli.registry import QUANTIZERS
+from mc_cli.settings import QuantizerSettings
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class QuantizedLinear:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a quantizer computes once from the Hessians, for all widths and all projections with the same inputs."""
+    """A quantizer's factors of the Hessians, computed once for all widths and all projections with the same inputs."""
 
     hessian: Tensor | None  # float32 [B or 1, in_features, in_features], as handed in
-    basis: str  # of the encodings it serves
+    basis: str  # the basis of the encodings it serves
     target: Tensor | None = None  # float32, like hessian: what rounding minimises under, regularised
     inverse_cholesky: Tensor | None = None  # float32, like hessian: of the damped target, inputs in processing order
     order: Tensor | None = None  # int64 [B or 1, in_features]: place in the processing order -> input
@@ -58,14 +59,14 @@ class Quantizer(Protocol):
 
     @property
     def name(self) -> str:
-        """What `quantizer_from_name` and recipes call it."""
+        """The name by which `quantizer_from_name` and recipes know it."""
         ...
 
     def prepare(self, hessian: Tensor | None, *, basis: str) -> Prepared:
-        """What all widths share, computed once.
+        """Computes once what all widths share.
 
         hessian  float32 [B, in_features, in_features], or [1, ...] for one that all items share; not modified
-        basis    of the encodings to come
+        basis    the basis of the encodings to come
         """
         ...
 
@@ -114,9 +115,33 @@ def quantizer_names() -> list[str]:
 
 
 def settings_taken(name: str) -> tuple[str, ...]:
-    """The fields of `QuantizerSettings` that a quantizer is built with. Raises InputError for an unknown one."""
+    """The fields of `QuantizerSettings` that a quantizer is built with.
+
+    Raises InputError for an unknown quantizer, ExtensionError for one that names other fields.
+    """
     taken: tuple[str, ...] = QUANTIZERS.fact(QUANTIZERS.named(name), "SETTINGS")
+    known = [field.name for field in fields(QuantizerSettings)]
+    if unknown := [setting for setting in taken if setting not in known]:
+        raise ExtensionError(
+            f"Quantizer {name!r} names settings that nobody can give: {', '.join(unknown)}. SETTINGS may hold "
+            f"{', '.join(known)}; give other parameters of `build` a default."
+        )
     return taken
+
+
+def check_made(encoding: Encoding, tensors: dict[str, Tensor], weight: Tensor) -> None:
+    """Raises ExtensionError, naming all that differs, where a quantizer made other tensors than the encoding stores."""
+    wrong = wrong_parts(encoding, tensors, *weight.shape[-2:])
+    wrong += [
+        f"{name}: {len(tensor)} matrices, not {len(weight)}"
+        for name, tensor in tensors.items()
+        if not wrong and tensor.shape[0] != len(weight)
+    ]
+    if wrong:
+        raise ExtensionError(
+            f"The quantizer's tensors for weights {list(weight.shape)} are not what {encoding.key} stores:\n"
+            f"{listed(wrong)}\nThis is a defect of the quantizer, or of `tensor_specs` of the encoding."
+        )
 
 
 def affine_encoding(encoding: Encoding, prepared: Prepared, weight: Tensor) -> AffineEncoding:
@@ -157,7 +182,9 @@ def result_of(
     """Stored tensors of `weight` [B, out_features, in_features] with the loss of what they really decode to.
 
     notes   of the quantizer, behind those of its preparation
+    Raises ExtensionError where the tensors are not what the encoding stores.
     """
+    check_made(encoding, tensors, weight)
     if prepared.hessian is None:
         loss = torch.full(weight.shape[:1], float("nan"), dtype=torch.float64, device=weight.device)
     else:

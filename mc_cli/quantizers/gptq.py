@@ -71,7 +71,7 @@ class Gptq:
         return Prepared(hessian, basis, hessian, inverse.factor, order, inverse.notes)
 
     def row_groups(self, encoding: Encoding, out_features: int) -> Tensor | None:
-        """None: rows are rounded independently of each other."""
+        """Returns None: rows are rounded independently of each other."""
         return None
 
     def quantize(
@@ -111,7 +111,7 @@ class Gptq:
     def forecast(
         self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None
     ) -> Tensor:
-        """What `quantize` makes of it."""
+        """The weights as `quantize` codes them: the search is fast enough to be its own forecast."""
         quantized = self.quantize(weight, prepared, encoding)
         return encoding.dequantize(quantized.tensors, weight.shape[-1])
 

@@ -10,13 +10,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from mc_cli.encodings import Encoding
+from mc_cli.errors import ExtensionError
 from mc_cli.numerics.hessian import trace_error
 from mc_cli.numerics.row_hessian import RowHessian
 from mc_cli.parts import UnitId
-from mc_cli.quantizers import Prepared, Quantizer
+from mc_cli.quantizers import Prepared, Quantizer, check_made
 
 
 class InputMoments:
@@ -31,7 +33,7 @@ class InputMoments:
         self._prepared: dict[str, tuple[Quantizer, Prepared]] = {}
 
     def prepared(self, quantizer: Quantizer, basis: str) -> Prepared:
-        """What `quantizer` computes of the moments for encodings of `basis`; remembered for the last quantizer."""
+        """The moments as `quantizer` prepares them for encodings of `basis`; remembered for the last quantizer."""
         maker, known = self._prepared.get(basis, (None, None))
         if known is None or maker is not quantizer:
             known = quantizer.prepare(self.hessian, basis=basis)
@@ -71,7 +73,7 @@ class CodingJob:
 
 @dataclass(frozen=True)
 class Coded:
-    """What a job became.
+    """The result of a job.
 
     decoded        float32 [units, out_features, in_features]: the weights that the codes stand for, or the forecast
     tensors        stored part -> [units, ...]; empty for a forecast
@@ -98,7 +100,7 @@ class Executor(Protocol):
     """Where jobs run."""
 
     def map(self, jobs: Iterable[CodingJob]) -> Iterator[Coded]:
-        """What each job becomes, in the order of the jobs. Jobs are drawn lazily: each holds its tensors."""
+        """Yields the result of each job, in the order of the jobs. Jobs are drawn lazily: each holds its tensors."""
         ...
 
 
@@ -106,23 +108,38 @@ def code(job: CodingJob) -> Coded:
     """Codes the matrices of a job, or forecasts what coding would make of them.
 
     Raises InputError for a quantizer that needs a Hessian where there is none, ShapeError where the encoding does not
-    fit, McError for weights that are not finite.
+    fit, McError for weights that are not finite, ExtensionError for what a quantizer must not give.
     """
     prepared = job.inputs.prepared(job.quantizer, job.encoding.basis)
     if job.forecast:
         assert not isinstance(job.row_importance, RowHessian)
         decoded = job.quantizer.forecast(job.weights, prepared, job.encoding, row_importance=job.row_importance)
+        _check_decoded(job, decoded, f"`forecast` of quantizer {job.quantizer.name}")
         return Coded(job.units, job.encoding, decoded, {})
     quantized = job.quantizer.quantize(job.weights, prepared, job.encoding, row_importance=job.row_importance)
+    check_made(job.encoding, quantized.tensors, job.weights)
+    decoded = job.encoding.dequantize(quantized.tensors, job.weights.shape[-1])
+    _check_decoded(job, decoded, f"`dequantize` of {job.encoding.key}, with what quantizer {job.quantizer.name} made")
     return Coded(
         job.units,
         job.encoding,
-        job.encoding.dequantize(quantized.tensors, job.weights.shape[-1]),
+        decoded,
         quantized.tensors,
         tuple(quantized.proxy_loss.tolist()),
         _energies(job),
         quantized.notes,
     )
+
+
+def _check_decoded(job: CodingJob, decoded: Tensor, what: str) -> None:
+    """Raises ExtensionError where that is no matrix like the weights, or has numbers that are not finite."""
+    if decoded.shape != job.weights.shape or decoded.dtype != torch.float32:
+        wrong = f"{decoded.dtype} {list(decoded.shape)}, not torch.float32 {list(job.weights.shape)}"
+    elif not bool(torch.isfinite(decoded).all()):
+        wrong = f"{int((~torch.isfinite(decoded)).sum()):,} of {decoded.numel():,} numbers that are NaN or infinite"
+    else:
+        return
+    raise ExtensionError(f"{job.units[0]}, {job.encoding.key}: {what}, gives {wrong}.")
 
 
 def _energies(job: CodingJob) -> tuple[float, ...]:

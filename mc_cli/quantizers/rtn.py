@@ -41,7 +41,7 @@ class RoundToNearest:
         return Prepared(hessian, basis)
 
     def row_groups(self, encoding: Encoding, out_features: int) -> Tensor | None:
-        """None: rows are rounded independently of each other."""
+        """Returns None: rows are rounded independently of each other."""
         return None
 
     def quantize(
@@ -68,7 +68,7 @@ class RoundToNearest:
     def forecast(
         self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None
     ) -> Tensor:
-        """What `quantize` makes of it."""
+        """The weights as `quantize` codes them: the search is fast enough to be its own forecast."""
         quantized = self.quantize(weight, prepared, encoding)
         return encoding.dequantize(quantized.tensors, weight.shape[-1])
 

@@ -25,12 +25,12 @@ FAMILY = "trellis"
 SETTINGS = ("damping", "activation_order", "sweeps")
 CORRECTS_ERRORS = True
 JOINS_ROWS = True
-_LARGEST_SCALE = 65504.0  # of float16
+_LARGEST_SCALE = 65504.0  # float16 holds no more
 _NOISE_SEED = 0
-_MOST_GAIN = 1.5  # of scales; a code of 1 bit takes 1.4 at most
+_MOST_GAIN = 1.5  # the largest factor on scales; a code of 1 bit takes 1.4 at most
 LARGEST_GROUP = 3  # rings of 256 rows: what feeding back costs grows with their number
 _POOLED_ROWS = 16  # divides every padded number of outputs
-_SAMPLED_INPUTS = 8  # of a matrix, on which the search is tried when only its errors' size is wanted
+_SAMPLED_INPUTS = 8  # inputs of a matrix on which the search is tried when only its errors' size is wanted
 
 
 def build(**settings: Any) -> Trellis:
@@ -53,7 +53,7 @@ class Trellis:
     """
 
     damping: float = 0.01
-    activation_order: bool = True  # of the affine grids; rotated inputs are all about equally active
+    activation_order: bool = True  # for affine grids alone; rotated inputs are all about equally active
     sweeps: int = 0
 
     name = NAME
@@ -171,7 +171,7 @@ class _Coder:
         self._refit()
 
     def draw(self) -> None:
-        """As `code`, with errors drawn at random."""
+        """Forecasts like `code`, with errors drawn at random in place of a search."""
         propagate(self._columns, self._factor, self.noisy_values())
         self._refit()
 
@@ -253,7 +253,7 @@ class _Coder:
         weights = self._weights().repeat(len(sample), 1)
         _, values = trellis.encode(self._as_sequences(wanted), self._encoding.rate, weights)
         values = values.view_as(wanted)
-        # Rows of similar weight are pooled: a few inputs say little of one row. What is left after the best scale.
+        # Rows of similar weight are pooled: a few inputs say little of one row. The error is that after the best scale.
         order = self._row_weights().argsort(-1)
         both, own, coded = (
             product.sum(0).gather(1, order).unflatten(1, (-1, _POOLED_ROWS)).sum(-1)

@@ -21,7 +21,7 @@ from mc_cli.progress import Progress
 from mc_cli.skipping.pruning import LayerPruner, pruned
 from mc_cli.walking.layerwise import LayerSource, LayerWalk
 
-_HIDDEN_BYTES = 2 * 1024**3  # of all points of a group
+_HIDDEN_BYTES = 2 * 1024**3  # hidden states of all points of a group take no more
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class PointResult:
     experts_per_token    layer -> mean number of routed experts computed
     experts_by_class     name of a token class -> mean over its tokens and the layers
     expert_calls         layer -> [experts] calls per token
-    rate                 share of all expert calls that were dropped
+    rate                 share of all expert calls that were skipped
     """
 
     tokens: int

@@ -1,6 +1,6 @@
 """Running a pruning policy: what the experts of a layer ask before each forward, and how it is put on and off a model.
 
-A dropped slot gets the index that the experts interface skips, so its expert is neither computed nor its weights read.
+A skipped slot gets the index that the experts interface skips, so its expert is neither computed nor its weights read.
 It works on the experts interface alone: for every family, dense or packed.
 """
 
@@ -37,7 +37,7 @@ _HANDLES = "_mc_pruning_handles"
 
 @dataclass(frozen=True)
 class _Bound:
-    """What a pruner needs in every forward. held: learned tensors that the experts module has, by attribute."""
+    """State that a pruner needs in every forward. held: learned tensors that the experts module has, by attribute."""
 
     device: torch.device
     held: Sequence[tuple[str, Tensor]]
@@ -80,7 +80,7 @@ class LayerPruner:
     def __call__(
         self, module: Experts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(index, weights) with dropped slots at the index that is skipped and weight 0; shapes as given."""
+        """(index, weights) with skipped slots at the index that is skipped and weight 0; shapes as given."""
         weights, index = top_k_weights, top_k_index
         if weights.ndim != 2:
             weights = weights.reshape(-1, weights.shape[-1])
@@ -99,7 +99,7 @@ class LayerPruner:
         return kept_index, kept_weights
 
     def _received(self, tokens: int) -> Tensor | float | None:
-        """What the tokens of this forward received; None where the layer has no attention that could be watched."""
+        """The attention that this forward's tokens received; None where the layer has none that could be watched."""
         if self.watch is None or self.layer.prior is None:
             return None
         return self.watch.estimate(tokens, self.layer.prior)
@@ -160,7 +160,7 @@ def apply_pruning(
 ) -> None:
     """Puts the policy on a whole model, in the place of one that is on it.
 
-    rate      share of expert calls to drop; None for the chosen point, 0 for none: the policy is taken off
+    rate      share of expert calls to skip; None for the chosen point, 0 for none: the policy is taken off
     tensors   learned ones by full name, where the experts modules do not hold them
     Raises InputError for a rate that the policy was not fitted for, ArtifactError where policy and model do not fit.
     """

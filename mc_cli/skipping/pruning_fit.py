@@ -13,7 +13,7 @@ from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer,
 from mc_cli.data.batches import Batch
 from mc_cli.errors import InputError
 from mc_cli.parts import ExpertBlock
-from mc_cli.policies import SPREAD, LayerValues, calibrated_numbers, drops_calls, policy_from_name
+from mc_cli.policies import SPREAD, LayerValues, calibrated_numbers, checked_scores, drops_calls, policy_from_name
 from mc_cli.progress import Progress
 from mc_cli.skipping.pruning_samples import LayerSample, sample_layers
 from mc_cli.skipping.pruning_thresholds import (
@@ -77,7 +77,7 @@ def fit_policies(
             step.advance(note=f"layer {sample.block.layer}")
     if not growing[0].layers or all(layer.top_k < 2 for layer in growing[0].layers):
         raise InputError(
-            "This model's routers choose one expert per token, and a token's best expert is never dropped: there is "
+            "This model's routers choose one expert per token, and a token's best expert is never skipped: there is "
             "nothing to prune per token. Run prune-eval without --policy."
         )
     return {part.name: _finished(part, settings, inputs.tokens, nats=nats) for part in growing}
@@ -99,7 +99,7 @@ def _add_layer(part: _Growing, sample: LayerSample, learned: Mapping[str, Tensor
         router_path=sample.block.router_path,
         dropped=list(settings.dropped.get(sample.block.layer, ())),
     )
-    scores = policy.keep_scores(sample.routed, LayerValues(layer.layer, settings.seed, numbers, tensors))
+    scores = checked_scores(policy, sample.routed, LayerValues(layer.layer, settings.seed, numbers, tensors))
     part.layers.append(layer)
     part.curves.append(layer_curve(scores, sample.routed.weights, sample.costs))
 
@@ -121,7 +121,7 @@ def _finished(part: _Growing, settings: FitSettings, tokens: int, *, nats: bool)
     if drops_calls(policy) and len(points) < len(settings.rates):
         notes.append(
             f"policy {part.name}: {len(settings.rates)} rates were asked for, {len(points)} differ and can be reached; "
-            f"at most {limit:.3f} of the expert calls can be dropped."
+            f"at most {limit:.3f} of the expert calls can be skipped."
         )
     unwatched = [layer.layer for layer in part.layers if layer.prior is None]
     if policy.WATCHES_ATTENTION and unwatched:
@@ -132,7 +132,7 @@ def _finished(part: _Growing, settings: FitSettings, tokens: int, *, nats: bool)
     if not points:
         raise InputError(
             f"policy {part.name}: no rate of {', '.join(f'{rate:g}' for rate in settings.rates)} can be reached; at "
-            f"most {limit:.3f} of the expert calls can be dropped here. Ask for a smaller --target-rate."
+            f"most {limit:.3f} of the expert calls can be skipped here. Ask for a smaller --target-rate."
         )
     return Pruning(part.name, settings.seed, tuple(part.layers), tuple(points), 0, tuple(notes))
 

@@ -1,4 +1,4 @@
-"""What dropping expert calls would cost, layer by layer: one streamed forward of the unpruned packed model.
+"""The cost of skipping expert calls, layer by layer: one streamed forward of the packed model that skips none.
 
 For every token and every number m of experts kept, the change e of the layer's MoE output if the token kept its best m
 alone. With the diagonal F of the Fisher matrix there, which calibrate measured, that costs about 1/2 e^T F e nats: one
@@ -49,7 +49,7 @@ class LayerSample:
 
 
 class _Capture:
-    """Stands where a pruner does, drops nothing, and notes the routing and each slot's output."""
+    """Stands where a pruner does, skips nothing, and notes the routing and each slot's output."""
 
     def __init__(self, watch: bool, dropped: tuple[str, Sequence[int]] | None) -> None:
         self.dropped = dropped

@@ -1,7 +1,7 @@
-"""Thresholds for a rate of dropped expert calls: one for all layers, or spread over layers where it hurts least.
+"""Thresholds for a rate of skipped expert calls: one for all layers, or spread over layers where it hurts least.
 
-Spreading: in each layer, slots sorted by keep score give a curve of summed cost over dropped calls. The lower convex
-hulls of all layers' curves are taken together, cheapest slope first, until enough calls are dropped: the best that
+Spreading: in each layer, slots sorted by keep score give a curve of summed cost over skipped calls. The lower convex
+hulls of all layers' curves are taken together, cheapest slope first, until enough calls are skipped: the best that
 per-layer thresholds can do, up to the corners of the hulls, if layers' costs add up.
 """
 
@@ -21,15 +21,15 @@ _CANDIDATES = 1024  # thresholds looked at per layer, evenly over its calls
 
 @dataclass(frozen=True)
 class LayerCurve:
-    """What thresholds of one layer do on the fitting tokens.
+    """The effect of thresholds of one layer on the fitting tokens.
 
-    thresholds  [n] ascending float64; the first, the lowest score, drops nothing
-    dropped     [n] calls that each drops;  cost [n] float64, summed over tokens
+    thresholds  [n] ascending float64; the first, the lowest score, skips nothing
+    skipped     [n] calls that each skips;  cost [n] float64, summed over tokens
     calls       calls of the layer without a policy
     """
 
     thresholds: Tensor
-    dropped: Tensor
+    skipped: Tensor
     cost: Tensor
     calls: int
 
@@ -42,7 +42,7 @@ def layer_curve(scores: Tensor, weights: Tensor, costs: Tensor) -> LayerCurve:
     ranks = weight_ranks(weights)
     tokens, top_k = scores.shape
     by_rank = torch.empty_like(scores).scatter_(-1, ranks, scores)[:, 1:]
-    steps = (costs[:, :-1] - costs[:, 1:]).double()  # of dropping rank 1, 2, ... after all behind it
+    steps = (costs[:, :-1] - costs[:, 1:]).double()  # cost of skipping rank 1, 2, ... after all behind it
     flat, steps = by_rank.flip(-1).reshape(-1).double(), steps.flip(-1).reshape(-1)  # the last rank first, for ties
     ordered, order = flat.sort(stable=True)
     total = torch.cat([torch.zeros(1, dtype=torch.float64), steps[order].cumsum(0)])
@@ -57,7 +57,7 @@ def layer_curve(scores: Tensor, weights: Tensor, costs: Tensor) -> LayerCurve:
     middles = (ordered[ends - 1] + after) / 2
     return LayerCurve(
         thresholds=torch.cat([ordered[:1], middles]),
-        dropped=torch.cat([torch.zeros(1, dtype=torch.int64), ends]),
+        skipped=torch.cat([torch.zeros(1, dtype=torch.int64), ends]),
         cost=total[torch.cat([torch.zeros(1, dtype=torch.int64), ends])],
         calls=tokens * top_k,
     )
@@ -73,31 +73,31 @@ class Fitted:
 
 
 def spread_thresholds(curves: Sequence[LayerCurve], rate: float) -> Fitted:
-    """Per-layer thresholds that drop about `rate` of all calls at the least summed cost."""
+    """Per-layer thresholds that skip about `rate` of all calls at the least summed cost."""
     wanted = rate * sum(curve.calls for curve in curves)
     hulls = [_lower_hull(curve) for curve in curves]
     segments = sorted(
-        ((cost_of(curve, end) - cost_of(curve, begin)) / int(curve.dropped[end] - curve.dropped[begin]), number, begin)
+        ((cost_of(curve, end) - cost_of(curve, begin)) / int(curve.skipped[end] - curve.skipped[begin]), number, begin)
         for number, (curve, hull) in enumerate(zip(curves, hulls, strict=True))
         for begin, end in pairwise(hull)
     )
     places = [0] * len(curves)
-    dropped = 0
+    skipped = 0
     for _, number, begin in segments:
         hull, curve = hulls[number], curves[number]
         end = hull[hull.index(begin) + 1]
-        gained = int(curve.dropped[end] - curve.dropped[begin])
-        if dropped + gained <= wanted:
-            places[number], dropped = end, dropped + gained
+        gained = int(curve.skipped[end] - curve.skipped[begin])
+        if skipped + gained <= wanted:
+            places[number], skipped = end, skipped + gained
             continue
-        inside = (curve.dropped[begin : end + 1] - curve.dropped[begin] + dropped - wanted).abs().argmin()
+        inside = (curve.skipped[begin : end + 1] - curve.skipped[begin] + skipped - wanted).abs().argmin()
         places[number] = begin + int(inside)
         break
     return _fitted(curves, places)
 
 
 def shared_threshold(curves: Sequence[LayerCurve], rate: float) -> Fitted:
-    """One threshold for all layers that drops about `rate` of all calls."""
+    """One threshold for all layers that skips about `rate` of all calls."""
     wanted = rate * sum(curve.calls for curve in curves)
     candidates = torch.cat([curve.thresholds for curve in curves]).unique()
     low, high = 0, len(candidates) - 1
@@ -115,8 +115,8 @@ def shared_threshold(curves: Sequence[LayerCurve], rate: float) -> Fitted:
 
 
 def largest_rate(curves: Sequence[LayerCurve]) -> float:
-    """The share of calls that the highest thresholds drop."""
-    return sum(int(curve.dropped[-1]) for curve in curves) / sum(curve.calls for curve in curves)
+    """The share of calls that the highest thresholds skip."""
+    return sum(int(curve.skipped[-1]) for curve in curves) / sum(curve.calls for curve in curves)
 
 
 def cost_of(curve: LayerCurve, place: int) -> float:
@@ -129,22 +129,22 @@ def _place(curve: LayerCurve, threshold: Tensor) -> int:
 
 
 def _dropped_at(curves: Sequence[LayerCurve], threshold: Tensor) -> int:
-    return sum(int(curve.dropped[max(0, _place(curve, threshold))]) for curve in curves)
+    return sum(int(curve.skipped[max(0, _place(curve, threshold))]) for curve in curves)
 
 
 def _fitted(curves: Sequence[LayerCurve], places: Sequence[int]) -> Fitted:
     pairs = list(zip(curves, (max(0, place) for place in places), strict=True))
     return Fitted(
         thresholds=tuple(float(curve.thresholds[place]) for curve, place in pairs),
-        rate=sum(int(curve.dropped[place]) for curve, place in pairs) / sum(curve.calls for curve in curves),
+        rate=sum(int(curve.skipped[place]) for curve, place in pairs) / sum(curve.calls for curve in curves),
         cost=sum(cost_of(curve, place) for curve, place in pairs),
     )
 
 
 def _lower_hull(curve: LayerCurve) -> list[int]:
-    """Places of the corners of the lower convex hull of cost over dropped calls, from the first to the last."""
+    """Places of the corners of the lower convex hull of cost over skipped calls, from the first to the last."""
     hull: list[int] = []
-    points = list(zip(curve.dropped.tolist(), curve.cost.tolist(), strict=True))
+    points = list(zip(curve.skipped.tolist(), curve.cost.tolist(), strict=True))
     for place, (across, up) in enumerate(points):
         while len(hull) > 1:
             (x0, y0), (x1, y1) = points[hull[-2]], points[hull[-1]]

@@ -1,6 +1,6 @@
-"""Training the routers of otp: first each layer against what a dropped call costs there, then all against the model.
+"""Training the routers of otp: first each layer against what a skipped call costs there, then all against the model.
 
-1. Layer by layer, with one layer in memory: a router minimises the summed cost of what it drops (nats, see
+1. Layer by layer, with one layer in memory: a router minimises the summed cost of what it skips (nats, see
    `pruning_samples`) plus a price per kept call. The price is the same in all layers: the slope of cost over calls at
    the target rate.
 2. Whole model, where it fits into memory: the pruned model's next-token distribution is distilled from the unpruned
@@ -55,7 +55,7 @@ class TrainingSettings:
 class Target:
     """One rate to train at.
 
-    rate    share of calls to drop;  price  nats per token for keeping all calls
+    rate    share of calls to skip;  price  nats per token for keeping all calls
     offset  what is added to the log-odds of one more expert, to start with
     """
 
@@ -113,14 +113,14 @@ def generator_for(seed: int, *place: int) -> torch.Generator:
 def train_layer(
     sample: LayerSample, threshold: float, price: float, *, learning_rate: float, seed: int
 ) -> dict[str, Tensor]:
-    """The router of one layer: least cost of dropped calls plus `price` for each kept one.
+    """The router of one layer: least cost of skipped calls plus `price` for each kept one.
 
     threshold   of odp at the target rate, where the router starts;  price  in the unit of the sample's costs
     """
     inputs = otp.features(sample.routed)
     router = otp.starting_router(sample.routed.hidden.shape[-1], sample.top_k, threshold)
     optimiser = Adam(router)
-    # In units of the price, so that the learning rate means the same in every layer.
+    # The unit is the price, so that the learning rate means the same in every layer.
     costs = sample.costs / max(price, torch.finfo(torch.float32).tiny)
     for step in range(_LAYER_STEPS):
         generator = generator_for(seed, sample.block.layer, step)

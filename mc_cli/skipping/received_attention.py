@@ -6,8 +6,8 @@ functions that transformers dispatches to also add up columns from the queries a
 hand; there a hook adds up its columns.
 
 Every row is scaled by the number of tokens that it sees, so that 1 is what a uniform look gives and long and short
-contexts compare. What a token can know: during a forward over a prompt, the looks of the tokens behind it in the same
-forward; while decoding, nothing yet, since nobody has looked at the newest token. So the mean over viewers is drawn
+contexts compare. During a forward over a prompt a token can know the looks of the tokens behind it in the same forward;
+while decoding it knows nothing yet, since nobody has looked at the newest token. So the mean over viewers is drawn
 towards a prior by `PRIOR_VIEWERS` imagined viewers, and a token without viewers has the prior alone.
 """
 
@@ -27,7 +27,7 @@ from mc_cli.models.experts import is_standard_experts
 PRIOR_VIEWERS = 4.0
 _BLOCK_ROWS = 128
 _WATCHED_MARK = "_mc_watched"
-_WATCH = "_mc_watch"  # in a module's __dict__: the watch of its decoder layer
+_WATCH = "_mc_watch"  # key in a module's __dict__: the watch of its decoder layer
 
 
 @dataclass
@@ -58,17 +58,17 @@ def received_attention(
     sinks: Tensor | None = None,
     block_rows: int = _BLOCK_ROWS,
 ) -> Received:
-    """What the last tokens of `key`, those of this forward, receive from the queries behind them.
+    """The attention that the last tokens of `key`, those of this forward, receive from the queries behind them.
 
     query  [batch, heads, tokens, head_dim];  key [batch, key heads, past + tokens, head_dim]
     mask   None for causal; [batch or 1, heads or 1, tokens, past + tokens], bool (True = seen) or added to the logits
     sinks  [heads] logits of a place that no token has, which takes its share of each row
     Rows of padding tokens are left out: they see tokens behind themselves, or not themselves.
     """
-    batch, heads, tokens, width = query.shape
+    batch, heads, tokens, features = query.shape
     past = key.shape[-2] - tokens
     key = key.repeat_interleave(heads // key.shape[1], dim=1)
-    scale = width**-0.5 if scaling is None else scaling
+    scale = features**-0.5 if scaling is None else scaling
     looks = torch.zeros(batch, tokens, device=query.device)
     viewers = torch.zeros(batch, tokens, device=query.device)
     for begin in range(0, tokens, block_rows):
@@ -90,7 +90,7 @@ def received_attention(
 
 @torch.no_grad()
 def received_of_map(attention: Tensor, mask: Tensor | None = None) -> Received:
-    """The same from a whole attention map [batch, heads, tokens, past + tokens] that a family has made itself.
+    """The received attention from a map [batch, heads, tokens, past + tokens] that a family has made itself.
 
     mask   as the family was given it; without one every place in a causal row counts as seen
     """
@@ -122,7 +122,7 @@ def _seen(mask: Tensor | None, rows: slice, past: int, total: int, device: torch
 
 
 class AttentionWatch:
-    """What the attention of a decoder layer leaves for its experts, which run behind it; whoever reads takes it away.
+    """Carries the received attention from a decoder layer's attention to its experts; a reader takes it away.
 
     received  of this forward; None before its attention has run, and where nobody could look:
     alone     how many sequences there are, each with a single token, as while decoding; 0 = others, or not run yet
@@ -135,7 +135,7 @@ class AttentionWatch:
         self.maps: _MapHooks | None = None
 
     def take(self) -> Received | None:
-        """What was received in this forward, once."""
+        """The attention received in this forward; a second call gives None."""
         received, self.received, self.alone = self.received, None, 0
         return received
 
@@ -200,7 +200,7 @@ def watching_attention(decoder_layer: nn.Module, watch: AttentionWatch) -> Itera
 
 
 def watch_attention(decoder_layer: nn.Module, watch: AttentionWatch) -> list[Any]:
-    """The same until the returned handles are removed."""
+    """Makes a layer's attention report to `watch` until the returned handles are removed."""
     _watch_functions()
     # Norms have no attention inside, and what holds the experts runs after it: hooks there would only take time.
     holding = [child for child in decoder_layer.children() if _may_attend(child)]

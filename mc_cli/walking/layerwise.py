@@ -23,7 +23,7 @@ from mc_cli.models.checkpoint import REST
 from mc_cli.models.finite import require_finite
 
 _PACKAGE = Path(__file__).parents[1]
-# What a model's code raises for entries of config.json that do not fit each other.
+# A model's code raises these for entries of config.json that do not fit each other.
 _MODEL_ERRORS = (RuntimeError, TypeError, IndexError, KeyError, AttributeError, ArithmeticError, AssertionError)
 
 Calls = list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]]  # hidden states and arguments, per layer

@@ -18,7 +18,7 @@ from mc_cli.models.weight_digests import RECORD
 from mc_cli.walking.layerwise import LayerWalk
 
 _NAME = re.compile(r"before_([0-9]+)\.safetensors")
-_STATE = re.compile(r"[a-z_]*before_[0-9]+\.safetensors")  # which vouch for themselves, and go when the next one comes
+_STATE = re.compile(r"[a-z_]*before_[0-9]+\.safetensors")  # they hold their own digests, and go when the next comes
 
 
 def save_progress(folder: StageFolder, walk: LayerWalk, original: LayerWalk | None = None) -> None:

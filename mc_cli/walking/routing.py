@@ -14,7 +14,7 @@ from mc_cli.parts import ExpertBlock
 
 
 class RoutingCapture:
-    """What the experts of one layer were called with, in token order: kept on the CPU, a chunk per batch.
+    """The inputs and the routing that a layer's experts were called with, in token order, on the CPU by batch.
 
     inputs     [tokens, hidden] in the model's dtype, only if `keep_inputs`
     index      [tokens, k] int64;  weights [tokens, k] float32;  probabilities: sums per expert, see LayerRouting

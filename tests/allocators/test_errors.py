@@ -8,9 +8,10 @@ import re
 
 import pytest
 
+from mc_cli import allocators
 from mc_cli.allocators import Budget, Floor, allocate
 from mc_cli.allocators.feasibility import size_range
-from mc_cli.errors import BudgetError, InputError
+from mc_cli.errors import BudgetError, ExtensionError, InputError
 from tests.allocators.cases import made_up_importance, problem_of
 
 # 12,800 weights of one expert take 1,600 bytes per bit and 300 bytes of scales and zero points (0.1875 bits).
@@ -208,3 +209,21 @@ def test_floors_mean_nothing_to_some_methods(method):
         "Leave them out, or choose another method."
     )
     assert allocate(made_up_importance(), method=method, budget=Budget("code_bits", 2), floors=(), role_bits={})
+
+
+@pytest.mark.parametrize(
+    ("pick", "said"), [(-1, "-1, of 3 choices"), (2, "where the budget is"), (None, "picks for")], ids=str
+)
+def test_an_assignment_that_is_no_plan_is_refused(monkeypatch, pick, said):
+    """What a method of another package assigns is checked, not taken on trust."""
+    honest = allocators.strategy_named("uniform")
+
+    def assign(problem, settings):
+        picks = () if pick is None else (pick,) * len(problem.units)
+        return allocators.Assignment(picks, "none", "constructed")
+
+    monkeypatch.setattr(allocators, "strategy_named", lambda name: dataclasses.replace(honest, assign=assign))
+    with pytest.raises(ExtensionError, match=said):
+        allocate(
+            made_up_importance(), method="mine", budget=Budget("code_bits", 1.5), role_bits={}, candidate_bits=(1, 2, 3)
+        )

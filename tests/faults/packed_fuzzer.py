@@ -332,7 +332,7 @@ def case_kernels(draw: random.Random, parts: Model) -> None:
     with inputs_of(bits, CPU):
         bank = draw.choice((affine.Bank, trellis.Bank))(made) if kind == 5 else bank_for(made)
         if bank is not None:
-            bank.product(rows, chosen, share=slots, path=path)  # type: ignore[call-arg]
+            bank.product(rows, chosen, top_k=slots, path=path)  # type: ignore[call-arg]
             if draw.random() < 0.3:
                 part = next(part for part in made if part is not None)[1]["scales"]
                 part.data = part.data.clone() if draw.random() < 0.5 else mutate_tensor(draw, part.data)

@@ -37,7 +37,7 @@ codes, scales, zero_points = torch.zeros(4, 8, dtype=torch.uint8), torch.zeros(4
 out = torch.empty(4000, 8)
 native.routine("mc_affine_matrix")(
     codes=codes.data_ptr(), scales=scales.data_ptr(), zero_points=zero_points.data_ptr(), bits=8, rows=400, inputs=8,
-    group=8, path=0, threads=1, floats=out.data_ptr(), halves=None
+    group=8, path=0, threads=1, floats=out.data_ptr(), bfloat16s=None
 )
 """
     done = subprocess.run(

@@ -57,7 +57,7 @@ def error_of_bank(make: Callable[..., Any], made: list[Any], reference: Callable
     try:
         for torch_threads in (1, 4):
             torch.set_num_threads(torch_threads)
-            found = bank.product(tokens, experts, share=SLOTS_PER_TOKEN, path=of["path"])
+            found = bank.product(tokens, experts, top_k=SLOTS_PER_TOKEN, path=of["path"])
             worst = max(worst, relative_error(found[there], expected[there]))
             assert not found[~there].any()
     finally:

@@ -119,7 +119,7 @@ def test_nothing_but_rounding_lies_between_the_products(gate: str) -> None:
     up, down = banks(parts)
     rows, chosen, weights = call(30)
     rows *= torch.logspace(-4, 5, 30)[:, None]
-    first, second = up.product(rows, chosen.reshape(-1), share=SLOTS).double().chunk(2, -1)
+    first, second = up.product(rows, chosen.reshape(-1), top_k=SLOTS).double().chunk(2, -1)
     assert float(first.min()) < -100 and float(first.max()) > 100
     outputs = down.product((GATES[gate](first) * second).float(), chosen.reshape(-1))
     expected = (outputs.view(30, SLOTS, HIDDEN).double() * weights.double()[..., None]).sum(1)

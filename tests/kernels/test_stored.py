@@ -98,9 +98,9 @@ def test_rows_and_slots_that_do_not_fit_are_refused() -> None:
         (torch.ones(2, INPUTS, device="meta"), None, 1),
         (torch.ones(2**16, INPUTS), None, 2**16),
     ]
-    for rows, experts, share in wrong[:-1]:
+    for rows, experts, top_k in wrong[:-1]:
         with pytest.raises(ShapeError):
-            bank.product(rows, experts, share=share)
+            bank.product(rows, experts, top_k=top_k)
     weights = torch.rand(2, 2)
     with pytest.raises(ShapeError, match="outputs of gate and up"):
         experts_output(bank, bank, torch.ones(2, INPUTS), numbers.view(2, 2), weights, "silu")

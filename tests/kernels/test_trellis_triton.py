@@ -99,8 +99,8 @@ def test_products_are_those_of_float64(bits: float) -> None:
         assert bank.product(torch.empty(0, inputs, device=DEVICE)).shape == (0, outputs)
 
 
-@pytest.mark.parametrize(("count", "share"), [(1, 2), (3, 1), (5, 3), (40, 2)])
-def test_mixed_widths_in_one_launch(count: int, share: int) -> None:
+@pytest.mark.parametrize(("count", "top_k"), [(1, 2), (3, 1), (5, 3), (40, 2)])
+def test_mixed_widths_in_one_launch(count: int, top_k: int) -> None:
     """An expert that is not there, slots without an expert on either side, an expert that nobody chose."""
     outputs, inputs = 176, 132  # eleven lanes, and a tile that no number of inputs here fills
     made = [packed(outputs, inputs, bits, seed) for seed, bits in enumerate((1, 2.5, 5, 3, 4, 3.5, 1.5))]
@@ -108,19 +108,19 @@ def test_mixed_widths_in_one_launch(count: int, share: int) -> None:
     bank = GpuBank([part and (*part, inputs) for part in parts])
     assert bank.absent.tolist() == [False] * 3 + [True] + [False] * 4 + [True]
     generator = torch.Generator().manual_seed(count)
-    chosen = torch.randint(-1, 7, (count * share,), generator=generator)  # the last one is never chosen
+    chosen = torch.randint(-1, 7, (count * top_k,), generator=generator)  # the last one is never chosen
     chosen[::5] = 3  # the one that is not there
     chosen[chosen == 1] = 8  # one more than there are
     chosen[-1] = 2
     tokens = rows(count, inputs)
-    expected = torch.zeros(count * share, outputs, dtype=torch.float64, device=DEVICE)
+    expected = torch.zeros(count * top_k, outputs, dtype=torch.float64, device=DEVICE)
     for slot, expert in enumerate(chosen.tolist()):
         part = parts[expert] if 0 <= expert < 8 else None
         if part is not None:
-            expected[slot] = reference(tokens[slot // share][None], part)[0]
-    found = bank.product(tokens, chosen.to(DEVICE), share=share)
+            expected[slot] = reference(tokens[slot // top_k][None], part)[0]
+    found = bank.product(tokens, chosen.to(DEVICE), top_k=top_k)
     there = expected.abs().sum(1) > 0
-    assert there.any() and relative_error(found[there], expected[there]) < bound(bank, count * share)
+    assert there.any() and relative_error(found[there], expected[there]) < bound(bank, count * top_k)
     assert not found[~there].any()
 
 
@@ -128,26 +128,26 @@ def test_mixed_widths_in_one_launch(count: int, share: int) -> None:
 UNEQUAL = ((416, 36), (96, 64), (112, 16), (200, 12))
 
 
-@pytest.mark.parametrize(("count", "share"), [(1, 3), (9, 2)])
+@pytest.mark.parametrize(("count", "top_k"), [(1, 3), (9, 2)])
 @pytest.mark.parametrize("shapes", [UNEQUAL, ((96, 64), (16, 64)), ((200, 12), (200, 8))])
-def test_matrices_of_unequal_shapes_in_one_launch(shapes: Any, count: int, share: int) -> None:
+def test_matrices_of_unequal_shapes_in_one_launch(shapes: Any, count: int, top_k: int) -> None:
     """All that may differ, outputs alone, and inputs alone; one that is not there, and numbers of none."""
     made = [packed(*shape, bits) for shape, bits in zip(shapes, (2, 3.5, 1, 5), strict=False)]
     parts = [*((*matrix, inputs) for matrix, (_, inputs) in zip(made, shapes, strict=True)), None]
     bank = GpuBank(parts)
     most_outputs, most_inputs = (max(sizes) for sizes in zip(*shapes, strict=True))
     assert bank.shapes == (*shapes, None) and (bank.out_features, bank.in_features) == (most_outputs, most_inputs)
-    chosen = torch.randint(-1, len(parts) + 1, (count * share,), generator=torch.Generator().manual_seed(count))
+    chosen = torch.randint(-1, len(parts) + 1, (count * top_k,), generator=torch.Generator().manual_seed(count))
     chosen[0] = 1
     tokens = rows(count, most_inputs)
-    expected = torch.zeros(count * share, most_outputs, dtype=torch.float64, device=DEVICE)
+    expected = torch.zeros(count * top_k, most_outputs, dtype=torch.float64, device=DEVICE)
     for slot, number in enumerate(chosen.tolist()):
         if 0 <= number < len(shapes):
             outputs, inputs = shapes[number]
-            expected[slot, :outputs] = reference(tokens[slot // share, :inputs][None], made[number])[0]
-    found = bank.product(tokens, chosen.to(DEVICE), share=share)
+            expected[slot, :outputs] = reference(tokens[slot // top_k, :inputs][None], made[number])[0]
+    found = bank.product(tokens, chosen.to(DEVICE), top_k=top_k)
     there = expected.abs().sum(1) > 0
-    assert relative_error(found[there], expected[there]) < bound(bank, count * share)
+    assert relative_error(found[there], expected[there]) < bound(bank, count * top_k)
     assert not found[expected == 0].any()
 
 
@@ -157,9 +157,9 @@ def test_what_lies_behind_a_matrixs_inputs_is_not_read(count: int) -> None:
     made = [(*packed(48, inputs, 2), inputs) for inputs in (16, 64, 48)]
     bank = GpuBank(made)
     tokens, chosen = rows(count, 64), torch.tensor([0, 1, 2], device=DEVICE).repeat(count)
-    expected = bank.product(tokens, chosen, share=3).view(count, 3, -1)
+    expected = bank.product(tokens, chosen, top_k=3).view(count, 3, -1)
     tokens[:, 48:] = float("nan")
-    found = bank.product(tokens, chosen, share=3).view(count, 3, -1)
+    found = bank.product(tokens, chosen, top_k=3).view(count, 3, -1)
     assert bool(found[:, 1].isnan().all()) and torch.equal(found[:, ::2], expected[:, ::2])
 
 

@@ -77,7 +77,7 @@ def skip_without(path: int) -> None:
         pytest.skip(f"this machine has no {PATHS[path]}")
 
 
-def expected_products(parts: Sequence[Part | None], rows: Tensor, chosen: Tensor, share: int, width: int) -> Tensor:
+def expected_products(parts: Sequence[Part | None], rows: Tensor, chosen: Tensor, top_k: int, width: int) -> Tensor:
     """float64 [slots, width], zeros behind a matrix's outputs."""
     weights = [part and dense(part) for part in parts]
     expected = torch.zeros(len(chosen), width, dtype=torch.float64)
@@ -85,15 +85,15 @@ def expected_products(parts: Sequence[Part | None], rows: Tensor, chosen: Tensor
         weight = weights[number] if 0 <= number < len(parts) else None
         if weight is not None:
             outputs, inputs = weight.shape
-            expected[slot, :outputs] = weight @ rows[slot // share, :inputs].double()
+            expected[slot, :outputs] = weight @ rows[slot // top_k, :inputs].double()
     return expected
 
 
-def tokens_and_slots(count: int, share: int) -> tuple[Tensor, Tensor]:
+def tokens_and_slots(count: int, top_k: int) -> tuple[Tensor, Tensor]:
     """Tokens of different sizes; every matrix, the one that is not there, and numbers of none."""
     generator = torch.Generator().manual_seed(count)
     rows = torch.randn(count, 384, generator=generator) * torch.logspace(-2, 2, count)[:, None]
-    chosen = torch.randint(-1, NOBODYS + 2, (count * share,), generator=generator)
+    chosen = torch.randint(-1, NOBODYS + 2, (count * top_k,), generator=generator)
     chosen[-1] = 1
     return rows, chosen
 
@@ -106,21 +106,21 @@ def test_every_slot_gets_the_product_with_its_own_matrix(make: Callable[[int, in
     bank: Any = bank_for(parts)
     assert bank.shapes == (*SHAPES, None) and (bank.out_features, bank.in_features) == (528, 384)
     threads = torch.get_num_threads()
-    for count, share in ((1, 1), (1, 3), (4, 2), (150, 3)):
-        rows, chosen = tokens_and_slots(count, share)
-        expected = expected_products(parts, rows, chosen, share, 528)
+    for count, top_k in ((1, 1), (1, 3), (4, 2), (150, 3)):
+        rows, chosen = tokens_and_slots(count, top_k)
+        expected = expected_products(parts, rows, chosen, top_k, 528)
         there = expected.abs().sum(1) > 0
         behind = expected == 0
         try:
             for torch_threads in (1, 3):
                 torch.set_num_threads(torch_threads)
-                found = bank.product(rows, chosen, share=share, path=path)
+                found = bank.product(rows, chosen, top_k=top_k, path=path)
                 assert relative_error(found[there], expected[there]) < LARGEST_ERROR
                 assert not found[behind].any()
         finally:
             torch.set_num_threads(threads)
         with inputs_of(8, torch.device("cpu")):
-            assert relative_error(bank.product(rows, chosen, share, path)[there], expected[there]) < BYTE_ERROR
+            assert relative_error(bank.product(rows, chosen, top_k, path)[there], expected[there]) < BYTE_ERROR
 
 
 @pytest.mark.parametrize("path", sorted(PATHS))
@@ -151,9 +151,9 @@ def test_what_lies_behind_a_matrixs_inputs_is_not_read(count: int, make: Callabl
     bank: Any = bank_for(parts)
     rows = torch.randn(count, 384, generator=torch.Generator().manual_seed(0))
     numbers = torch.tensor([1, 0, 3, NOBODYS, 5]).repeat(count)  # of 16, 384, 48, no and 64 inputs
-    expected = bank.product(rows, numbers, share=5, path=path).view(count, 5, -1)
+    expected = bank.product(rows, numbers, top_k=5, path=path).view(count, 5, -1)
     rows[:, 64:] = float("nan")
-    found = bank.product(rows, numbers, share=5, path=path).view(count, 5, -1)
+    found = bank.product(rows, numbers, top_k=5, path=path).view(count, 5, -1)
     assert bool(found[:, 1].isnan().all())
     for slot in (0, 2, 3, 4):
         assert torch.equal(found[:, slot], expected[:, slot])

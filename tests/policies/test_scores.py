@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mc_cli.errors import InputError
+from mc_cli.errors import ExtensionError, InputError
 from mc_cli.policies import (
     SHARED,
     SPREAD,
     LayerValues,
     Routed,
+    checked_scores,
     keep_mask,
     kept_weights,
     odp,
@@ -137,3 +139,10 @@ def test_kept_weights_keep_the_routers_sum_only_where_the_family_normalises() ->
     expected = torch.tensor([[1.875, 0.0, 0.625], [2.5, 0.0, 0.0]])
     torch.testing.assert_close(kept_weights(weights, mask, renormalise=True), expected)
     torch.testing.assert_close(kept_weights(weights, mask, renormalise=False), weights * mask)
+
+
+def test_scores_of_another_shape_are_refused() -> None:
+    policy = SimpleNamespace(NAME="mine", keep_scores=lambda routed, layer: routed.weights.sum(-1))
+    chosen = Routed(torch.zeros(3, 4), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))
+    with pytest.raises(ExtensionError, match=r"keep scores \[3\] for routing weights \[3, 2\] of layer 5"):
+        checked_scores(policy, chosen, LayerValues(5))  # type: ignore[arg-type]

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from mc_cli.encodings import encoding_for
+from mc_cli.errors import ExtensionError
 from mc_cli.executors.here import Here
 from mc_cli.numerics.hessian import trace_error
 from mc_cli.parts import UnitId
-from mc_cli.quantizers import quantizer_from_name
+from mc_cli.quantizers import QuantizedLinear, quantizer_from_name
 from mc_cli.quantizers.job import Coded, CodingJob, InputMoments, code
 
 OUT, IN = 64, 32
@@ -121,3 +122,36 @@ def test_units_order_by_layer_expert_projection_and_block() -> None:
         "layers.0.experts.3.down_proj.1",
         "layers.1.experts.0.up_proj",
     ]
+
+
+class Meddling:
+    """Round to nearest, with something done to what comes out."""
+
+    name = "meddling"
+
+    def __init__(self, change: str) -> None:
+        self.change, self.inner = change, quantizer_from_name("rtn")
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+    def quantize(self, *arguments: object, **options: object) -> QuantizedLinear:
+        made = self.inner.quantize(*arguments, **options)  # type: ignore[arg-type]
+        scales = made.tensors["scales"]
+        changed = {"dtype": scales.float(), "shape": scales[..., :-1, :], "nan": scales * float("nan")}[self.change]
+        return replace(made, tensors={**made.tensors, "scales": changed})
+
+    def forecast(self, weight: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        return weight.mT
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [("dtype", "scales: torch.float32, stored as torch.float16"), ("shape", "stored as"), ("nan", "NaN or infinite")],
+)
+def test_what_a_quantizer_must_not_give_is_refused(change: str, said: str) -> None:
+    job = replace(job_of("rtn"), quantizer=Meddling(change))
+    with pytest.raises(ExtensionError, match=said):
+        code(job)
+    with pytest.raises(ExtensionError, match="`forecast` of quantizer meddling"):
+        code(replace(job, forecast=True))

@@ -36,16 +36,16 @@ def test_a_curve_counts_what_its_thresholds_drop() -> None:
     for seed in range(4):
         parts = layer(seed, tokens=40)
         curve = layer_curve(*parts)
-        for threshold, dropped, cost in zip(curve.thresholds, curve.dropped, curve.cost, strict=True):
-            assert direct(parts, float(threshold)) == (int(dropped), pytest.approx(float(cost), rel=1e-5))
-        assert (int(curve.dropped[0]), int(curve.dropped[-1])) == (0, 80)
+        for threshold, skipped, cost in zip(curve.thresholds, curve.skipped, curve.cost, strict=True):
+            assert direct(parts, float(threshold)) == (int(skipped), pytest.approx(float(cost), rel=1e-5))
+        assert (int(curve.skipped[0]), int(curve.skipped[-1])) == (0, 80)
 
 
-def test_slots_that_are_spared_are_never_dropped() -> None:
+def test_slots_that_are_spared_are_never_skipped() -> None:
     scores, weights, costs = layer(0, tokens=40)
     scores[::4] = float("inf")
     curve = layer_curve(scores, weights, costs)
-    assert int(curve.dropped[-1]) == 60
+    assert int(curve.skipped[-1]) == 60
     assert direct((scores, weights, costs), float(curve.thresholds[-1]))[0] == 60
 
 
@@ -55,11 +55,11 @@ def test_spreading_is_the_best_choice_of_thresholds_at_the_hulls_corners() -> No
     for rate in (0.1, 0.25, 0.4, 0.6):
         found = spread_thresholds(curves, rate)
         measured = [direct(parts, t) for parts, t in zip(layers, found.thresholds, strict=True)]
-        dropped, cost = sum(d for d, _ in measured), sum(c for _, c in measured)
-        assert found.rate == dropped / 54 and found.cost == pytest.approx(cost, rel=1e-5)
+        skipped, cost = sum(d for d, _ in measured), sum(c for _, c in measured)
+        assert found.rate == skipped / 54 and found.cost == pytest.approx(cost, rel=1e-5)
         assert abs(found.rate - rate) < 0.12
-        choices = itertools.product(*(zip(c.dropped.tolist(), c.cost.tolist(), strict=True) for c in curves))
-        best = min(sum(c for _, c in choice) for choice in choices if sum(d for d, _ in choice) >= dropped)
+        choices = itertools.product(*(zip(c.skipped.tolist(), c.cost.tolist(), strict=True) for c in curves))
+        best = min(sum(c for _, c in choice) for choice in choices if sum(d for d, _ in choice) >= skipped)
         assert cost <= best + max(float(c.cost.diff().max()) for c in curves)
 
 
@@ -77,8 +77,8 @@ def test_a_shared_threshold_reaches_the_rate() -> None:
     for rate in (0.1, 0.3, 0.5):
         found = shared_threshold(curves, rate)
         assert len(set(found.thresholds)) == 1 and found.rate == pytest.approx(rate, abs=0.005)
-        dropped = sum(direct(parts, found.thresholds[0])[0] for parts in layers)
-        assert dropped / 4500 == pytest.approx(found.rate, abs=0.005)
+        skipped = sum(direct(parts, found.thresholds[0])[0] for parts in layers)
+        assert skipped / 4500 == pytest.approx(found.rate, abs=0.005)
     assert largest_rate(curves) == pytest.approx(2 / 3)
 
 
