@@ -30,7 +30,7 @@ class _AfterImport:
             return None
         for finder in list(sys.meta_path):  # a copy: the finder of the startup line takes itself out
             find = None if finder is self else getattr(finder, "find_spec", None)
-            spec = find(name, path, target) if find is not None else None
+            spec: ModuleSpec | None = find(name, path, target) if find is not None else None
             if spec is not None and spec.loader is not None:
                 _register_after(spec.loader)
                 return spec

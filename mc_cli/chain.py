@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mc_cli.artifacts.files import nothing_remembered
 from mc_cli.artifacts.locks import work_dir_lock
-from mc_cli.artifacts.manifest import MANIFEST
-from mc_cli.artifacts.store import Manifest
+from mc_cli.artifacts.manifest import MANIFEST, Manifest
 from mc_cli.artifacts.work_dir import STAGE_FOLDERS, WorkDir
 from mc_cli.errors import InputError, McError, Problems
 from mc_cli.flags import STAGES, shared_with_score
@@ -65,7 +64,7 @@ def run_stage(
     stage: str, settings: Any, compute: RunSettings, work: WorkDir, *, force: bool, progress: Progress
 ) -> StageResult:
     """Runs one stage, unless it is done."""
-    run = stage_module(stage).run
+    run: Callable[..., StageResult] = stage_module(stage).run
     return run(settings, compute, work.path, variant=work.variant, force=force, progress=progress)
 
 

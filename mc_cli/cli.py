@@ -372,6 +372,7 @@ def _generate(given: Mapping[str, Any]) -> None:
         folder = check_generation(given["model"], given["prompt"], given["seed"])
         from mc_cli.kernels.compiled import inputs_of
         from mc_cli.measuring.generation import generate
+        from mc_cli.models.memory import peak_memory_bytes
         from mc_cli.models.session import device_named
 
         show = console.stream if not given["json"] else lambda text: None
@@ -385,7 +386,7 @@ def _generate(given: Mapping[str, Any]) -> None:
                 seed=given["seed"],
                 show=show,
             )
-        peak = console.peak_memory_bytes()
+        peak = peak_memory_bytes()
         if given["json"]:
             figures = {"tokens_per_s": made.tokens_per_s, "peak_memory_bytes": peak}
             return console.print_json({"prompt": given["prompt"], **made.__dict__, **figures})

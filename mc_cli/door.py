@@ -119,9 +119,9 @@ def load(
     """
     from mc_cli.measuring.generation import load_model
 
-    return load_model(
-        Path(fspath(directory)), RunSettings(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    )
+    compute = RunSettings(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    model: PreTrainedModel = load_model(Path(fspath(directory)), compute)
+    return model
 
 
 def evaluate(

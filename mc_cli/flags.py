@@ -115,7 +115,7 @@ def _build(cls: type, values: Mapping[str, Any]) -> Settings:
         with problems.catching():
             given[name] = _build(kind, values)
     with problems.catching():  # what is nested and wrong is left at its defaults here
-        built = cls(**given)
+        built: Settings = cls(**given)
     problems.tell()
     return built
 

@@ -32,7 +32,8 @@ class GroupedCommand(TyperCommand):
             if type(error).__name__ != "MissingParameter":
                 raise
             found, _, _ = self.make_parser(ctx).parse_args(args=given)
-            return ctx.fail(f"Missing: {', '.join(_missing(self.get_params(ctx), found))}.")
+            ctx.fail(f"Missing: {', '.join(_missing(self.get_params(ctx), found))}.")
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Writes the headings and what is under them."""

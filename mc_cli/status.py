@@ -17,8 +17,9 @@ from mc_cli.artifacts.exported import ExportFolder, ExportRecord, NotedExport, k
 from mc_cli.artifacts.files import read_json, read_number
 from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX, is_our_partial
 from mc_cli.artifacts.locks import process_in
+from mc_cli.artifacts.manifest import BEGUN, MANIFEST, Manifest
 from mc_cli.artifacts.names import ROUTERS
-from mc_cli.artifacts.store import BEGUN, MANIFEST, RESUME, Manifest, StageFolder, read_begun, verify_stages
+from mc_cli.artifacts.store import RESUME, StageFolder, read_begun, verify_stages
 from mc_cli.artifacts.work_dir import MAIN, POLICY_STAGE, SHARED, STAGE_FOLDERS, WorkDir
 from mc_cli.errors import ArtifactError, InputError
 

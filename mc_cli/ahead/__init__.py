@@ -17,8 +17,8 @@ from mc_cli.ahead.tasks import check_tasks
 from mc_cli.ahead.texts import check_text, text_bytes
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.exported import ExportFolder
+from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.plan import Plan
-from mc_cli.artifacts.store import Manifest
 from mc_cli.artifacts.work_dir import FOLDERS, VARIANTS, WorkDir
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.data import text
@@ -178,7 +178,8 @@ class _Look:
     def _score(self) -> ScoreSettings | None:
         """What was scored, or will be."""
         if "score" in self._all:
-            return self._all["score"]
+            asked: ScoreSettings = self._all["score"]
+            return asked
         done = Manifest.read(self._work.folder("score"))
         if done is None:
             return None

@@ -48,7 +48,9 @@ def strategies() -> dict[str, Strategy]:
 
 def strategy_named(name: str) -> Strategy:
     """The strategy of that name. Raises InputError listing the known ones with what they do."""
-    return _REGISTRY.named(name, described=lambda module: module.STRATEGY.description).STRATEGY
+    module = _REGISTRY.named(name, described=lambda module: module.STRATEGY.description)
+    strategy: Strategy = module.STRATEGY
+    return strategy
 
 
 def allocate(

@@ -208,7 +208,8 @@ def _budget_price(table: Table) -> float:
     return max(price, 0.0)
 
 
-def _first(values: Floats, ties: npt.NDArray) -> Ints:
+def _first(values: Floats, ties: npt.NDArray[np.generic]) -> Ints:
     """Per row the entry of the least value, of the least `ties` where several have it."""
     least = values.min(axis=1, keepdims=True)
-    return np.where(values == least, ties, np.inf).argmin(axis=1)
+    first: Ints = np.where(values == least, ties, np.inf).argmin(axis=1)
+    return first

@@ -94,5 +94,5 @@ def _own_bound(model: pulp.LpProblem, name: str, absolute_gap: float) -> float |
     if name == HIGHS:
         return float(model.solverModel.getInfo().mip_dual_bound)
     if model.sol_status == pulp.LpSolutionOptimal:
-        return pulp.value(model.objective) - absolute_gap
+        return float(pulp.value(model.objective)) - absolute_gap
     return None

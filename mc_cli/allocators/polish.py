@@ -85,7 +85,7 @@ def _use_what_is_left(state: _State) -> None:
 
 def _order_equals(state: _State) -> None:
     table = state.table
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[object, ...], list[int]] = {}
     for unit in range(len(state.picks)):
         served = tuple(
             (number, table.floors[number].members[at].tobytes()) for number, at in state.floors_of.get(unit, ())

@@ -58,8 +58,9 @@ def _short(entry: Any) -> ExpertBits:
     if isinstance(entry, tuple):
         found = {block.bits for block in entry}
         return found.pop() if len(found) == 1 and found != {DROPPED} else entry
-    widths = set(entry.values()) if isinstance(entry, dict) else set()
-    return widths.pop() if len(widths) == 1 else entry
+    widths: set[float] = set(entry.values()) if isinstance(entry, dict) else set()
+    same: ExpertBits = widths.pop() if len(widths) == 1 else entry
+    return same
 
 
 def _budget(problem: AllocationProblem, assignment: Assignment) -> dict[str, Any]:

@@ -28,9 +28,8 @@ from mc_cli.artifacts.leftovers import (
     remove_partial,
 )
 from mc_cli.artifacts.locks import target_lock
-from mc_cli.artifacts.manifest import OTHER_RECORD, record_problems, take_digest, with_digest
+from mc_cli.artifacts.manifest import BEGUN, OTHER_RECORD, record_problems, take_digest, with_digest
 from mc_cli.artifacts.names import EXPORTS
-from mc_cli.artifacts.store import BEGUN
 from mc_cli.artifacts.system_errors import refusal
 from mc_cli.artifacts.work_dir import MAIN, is_variant
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed

@@ -11,7 +11,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
@@ -89,11 +89,11 @@ def read_as(kind: Any, value: object, where: str = "") -> Any:
 
 
 def _plain(kind: Any, value: object, where: str) -> Any:
-    fits = {
+    fits: dict[Any, Callable[[], bool]] = {
         int: lambda: isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MOST,
         float: lambda: isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value),
-    }.get(kind, lambda: isinstance(value, kind))
-    if not fits():
+    }
+    if not fits.get(kind, lambda: isinstance(value, kind))():
         raise _misfit(where, value, _NAMES.get(kind, f"a {kind.__name__}"))
     return value
 
@@ -165,7 +165,7 @@ def _fields(kind: type) -> tuple[dict[str, Any], frozenset[str]]:
     hints = typing.get_type_hints(kind, include_extras=True)
     if typing.is_typeddict(kind):
         return hints, kind.__required_keys__  # type: ignore[attr-defined]
-    members = fields(kind)  # type: ignore[arg-type]
+    members = fields(kind)
     needed = (f.name for f in members if f.default is MISSING and f.default_factory is MISSING)
     return {f.name: hints[f.name] for f in members if f.init}, frozenset(needed)
 

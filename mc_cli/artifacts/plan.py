@@ -23,9 +23,10 @@ import yaml
 
 from mc_cli.artifacts.files import read_text, write_text
 from mc_cli.artifacts.strict_yaml import read_yaml
-from mc_cli.encodings import GRIDS, MOST, all_widths, families
+from mc_cli.encodings import MOST, all_widths
 from mc_cli.errors import PlanError, listed, shown
 from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role, too_few_survivors
+from mc_cli.registry import GRIDS, families
 from mc_cli.settings import LARGEST_GROUP
 
 SCHEMA = 2

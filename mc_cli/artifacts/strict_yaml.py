@@ -49,7 +49,7 @@ def _fastest_loader() -> Any:
         return yaml.SafeLoader
     from yaml.cyaml import CParser  # type: ignore[attr-defined]
 
-    class Compiled(Composer, CParser, SafeConstructor, Resolver):  # type: ignore[misc]
+    class Compiled(Composer, CParser, SafeConstructor, Resolver):
         def __init__(self, text: str) -> None:
             CParser.__init__(self, text)
             Composer.__init__(self)
@@ -73,7 +73,7 @@ class _StrictLoader(_fastest_loader()):  # type: ignore[misc]
         self._depth += 1
         if self._depth > DEPTH:
             raise yaml.composer.ComposerError(None, None, f"more than {DEPTH} levels", mark)
-        node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
         self._depth -= 1
         if len(self._entries) > self._most:  # stops a long mapping before it ends
             raise yaml.composer.ComposerError(None, None, f"more than {self._most:,} entries", mark)
@@ -98,7 +98,7 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
             raise yaml.constructor.ConstructorError(
                 None, None, "a merge key (<<); write its entries out", key_node.start_mark
             )
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         try:
             if key in seen:
                 twice.add(shown(key) if not isinstance(key, str) else key[:40])
@@ -116,7 +116,7 @@ def _whole_number(loader: _StrictLoader, node: yaml.ScalarNode) -> int:
     if len(node.value) > DIGITS:
         message = f"a whole number of {len(node.value):,} digits"
         raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
-    return int(yaml.SafeLoader.construct_yaml_int(loader, node))  # type: ignore[no-untyped-call]
+    return int(yaml.SafeLoader.construct_yaml_int(loader, node))
 
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

@@ -12,12 +12,13 @@ from torch import nn
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import MatrixReport
 from mc_cli.coding.layer_result import LayerResult, PackedTensors, measured, planned_encoding
-from mc_cli.encodings import GRIDS, Encoding, family_of
+from mc_cli.encodings import Encoding, family_of
 from mc_cli.numerics.hessian import accumulate
 from mc_cli.parts import KEPT_BITS, Role, TensorPart
 from mc_cli.quantizers import Quantizer
 from mc_cli.quantizers.job import CodingJob, Executor, InputMoments
 from mc_cli.quantizers.rtn import RoundToNearest
+from mc_cli.registry import GRIDS
 from mc_cli.walking.layerwise import LayerWalk
 
 # Weights of a head or embedding that are rounded at a time: 128 MiB in float32, and some times that meanwhile.

@@ -100,7 +100,7 @@ class AffineEncoding:
 
         check_parts(self, tensors, in_features)
         codes = unpack_codes(tensors["codes"], bits=self.bits, count=in_features)
-        grouped = codes.unflatten(-1, (-1, self.group_size)).float()
+        grouped: torch.Tensor = codes.unflatten(-1, (-1, self.group_size)).float()
         zero_points = tensors["zero_points"].float() / self.zero_point_denominator
         grouped.sub_(zero_points.unsqueeze(-1)).mul_(tensors["scales"].float().unsqueeze(-1))
         return grouped.flatten(-2)

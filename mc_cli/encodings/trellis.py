@@ -118,12 +118,14 @@ class TrellisEncoding:
 
         spare = -rings.shape[-2] % INPUTS_TOGETHER
         parts = torch.nn.functional.pad(rings, (0, 0, 0, spare)).unflatten(-1, (-1, self.lane_bytes))
-        return parts.unflatten(-3, (-1, INPUTS_TOGETHER)).transpose(-1, -3).flatten(-3).contiguous()
+        codes: torch.Tensor = parts.unflatten(-3, (-1, INPUTS_TOGETHER)).transpose(-1, -3).flatten(-3).contiguous()
+        return codes
 
     def rings(self, codes: torch.Tensor, in_features: int) -> torch.Tensor:
         """The inverse of `interleaved`."""
         parts = codes.unflatten(-1, (self.lane_bytes, -1, INPUTS_TOGETHER)).transpose(-1, -3)
-        return parts.flatten(-2).flatten(-3, -2)[..., :in_features, :]
+        rings: torch.Tensor = parts.flatten(-2).flatten(-3, -2)[..., :in_features, :]
+        return rings
 
     def dequantize(self, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
         """float32 [..., out_features, in_features] from packed `codes` and `scales`."""

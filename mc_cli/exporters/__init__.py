@@ -84,4 +84,4 @@ def dequantizes(name: str) -> bool:
 
 def exporters() -> dict[str, Exporter]:
     """Every exporter of this version by name, sorted."""
-    return dict(_REGISTRY.modules)  # type: ignore[arg-type]
+    return dict(_REGISTRY.modules)

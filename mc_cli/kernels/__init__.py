@@ -97,7 +97,8 @@ def bank_for(
     encoding, tensors, in_features = there[0]
     assert encoding is not None  # kept matrices have no routines
     check_parts(encoding, tensors, in_features)
-    return _ROUTINES[kind].bank_of(matrices)
+    bank: Bank | None = _ROUTINES[kind].bank_of(matrices)
+    return bank
 
 
 def path_names(encodings: Iterable[Encoding], device: torch.device) -> str:

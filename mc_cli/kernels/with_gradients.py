@@ -25,7 +25,8 @@ def product(inputs: Tensor, parts: Mapping[str, Tensor], encoding: Encoding, *, 
     With gradients wanted of the inputs these are exact, those of the decoded weight. They cannot be derived again.
     """
     if inputs.requires_grad and torch.is_grad_enabled():
-        return _Product.apply(inputs, parts, encoding, in_features)
+        outputs: Tensor = _Product.apply(inputs, parts, encoding, in_features)  # type: ignore[no-untyped-call]
+        return outputs
     return kernels.packed_linear(inputs, parts, encoding, in_features=in_features)
 
 

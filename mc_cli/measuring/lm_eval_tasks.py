@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def find_tasks(settings: EvaluateSettings) -> Tasks | None:
     except ImportError as error:
         raise MissingDependencyError("--tasks needs lm-eval: run `pip install 'mixture-compressor[eval]'`.") from error
     include: str | None = None
-    managers = [lambda: TaskManager(include_path=include)]
+    managers: list[Callable[[], Any]] = [lambda: TaskManager(include_path=include)]
     if settings.include_path is not None:
         include = str(Path(settings.include_path).expanduser().resolve())
         if not Path(include).is_dir():

@@ -91,7 +91,7 @@ def _expert_block(layers_path: str, index: int, layer: nn.Module, config: Any) -
         raise FamilyError(
             f"{prefix}{parent_path}: neither its router nor the config says how many experts a token uses."
         )
-    num_experts = int(module.num_experts)  # type: ignore[arg-type]
+    num_experts = int(module.num_experts)
     if not 0 < top_k <= num_experts:
         raise CheckpointError(
             f"{config_file(config)}: each token goes to {top_k} experts of {prefix}{path}, which has {num_experts}. "

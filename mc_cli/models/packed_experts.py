@@ -108,8 +108,8 @@ def share_slots(module: Experts, slots: tuple[int | None, ...]) -> None:
 def expert_of_slot(module: Experts, slot: int) -> int | None:
     """The expert whose weights a router slot runs; None for one that is dropped."""
     if SLOTS in module.__dict__:
-        return module.__dict__[SLOTS][slot]  # type: ignore[no-any-return]
-    return module._mc_layout.slots[slot] if is_packed(module) else slot  # type: ignore[no-any-return]
+        return module.__dict__[SLOTS][slot]
+    return module._mc_layout.slots[slot] if is_packed(module) else slot
 
 
 def stored_slots(
@@ -144,7 +144,7 @@ def whole_weight(module: Experts, projection: str, expert: int) -> torch.Tensor:
         raise KeyError(f"nothing is stored of expert {expert}")
     blocks = module._mc_packed[projection][expert]
     if len(blocks) == 1 and blocks[0].channels == layout.channels:
-        return blocks[0].weight(module)  # type: ignore[no-any-return]
+        return blocks[0].weight(module)
     shape = layout.projections[projection]
     device = next(iter(module.parameters())).device
     whole = torch.zeros(shape, dtype=torch.float32, device=device)

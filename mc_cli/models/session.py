@@ -12,9 +12,10 @@ import torch
 from mc_cli.artifacts.damage import ALL_BYTES, damaged_files
 from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.files import DigestCache, content_digest, read_json, remembers, write_json
+from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.names import DIGESTS, POINTER
 from mc_cli.artifacts.places import require_ordinary
-from mc_cli.artifacts.store import RESUME, Manifest, StageFolder, require_done
+from mc_cli.artifacts.store import RESUME, StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.models.checkpoint import Checkpoint, read_config

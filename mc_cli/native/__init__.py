@@ -86,4 +86,5 @@ def routine(name: str) -> Callable[..., int]:
     compiled = library()
     if compiled is None:
         raise RuntimeError(f"{name} is not compiled")
-    return bound(compiled, name)
+    routine: Callable[..., int] = bound(compiled, name)
+    return routine

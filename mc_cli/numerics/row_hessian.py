@@ -77,4 +77,5 @@ def best_scales(blocks: Tensor, coded: Tensor, wanted: Tensor) -> Tensor:
     mean = system.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     size = system.shape[-1]
     system = system + (1e-6 * mean + torch.finfo(torch.float32).tiny) * torch.eye(size, device=system.device).double()
-    return torch.linalg.solve(system, (blocks.double() * wanted.double()).sum(-1))
+    solved: torch.Tensor = torch.linalg.solve(system, (blocks.double() * wanted.double()).sum(-1))
+    return solved

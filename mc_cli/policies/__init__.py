@@ -102,12 +102,13 @@ CompiledRule = Callable[[Routed], tuple[Tensor, Tensor] | None]
 
 def policies() -> dict[str, Policy]:
     """Every policy of this version by name, sorted."""
-    return dict(_REGISTRY.modules)  # type: ignore[arg-type]
+    return dict(_REGISTRY.modules)
 
 
 def policy_from_name(name: str) -> Policy:
     """The policy called `name`. Raises InputError listing the known ones with what they do."""
-    return _REGISTRY.named(name, described=lambda policy: policy.DESCRIPTION)
+    policy: Policy = _REGISTRY.named(name, described=lambda policy: policy.DESCRIPTION)
+    return policy
 
 
 def learned_shapes(policy: Policy, hidden_size: int, top_k: int) -> dict[str, tuple[int, ...]]:

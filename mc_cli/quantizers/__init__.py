@@ -104,9 +104,10 @@ def quantizer_from_name(name: str, **settings: Any) -> Quantizer:
     """The quantizer called `name` with `settings`. Raises InputError for unknown names, settings and values."""
     module = QUANTIZERS.named(name)
     try:
-        return module.build(**settings)
+        built: Quantizer = module.build(**settings)
     except TypeError as error:
         raise InputError(f"Quantizer {name!r} does not take these settings: {error}.") from error
+    return built
 
 
 def quantizer_names() -> list[str]:

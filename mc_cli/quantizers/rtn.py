@@ -77,4 +77,5 @@ def _diagonal(prepared: Prepared, group_size: int) -> Tensor | None:
     """float32 [B, groups, 1, group_size] of the Hessian's diagonal; None without a Hessian."""
     if prepared.hessian is None:
         return None
-    return prepared.hessian.diagonal(dim1=-2, dim2=-1).unflatten(-1, (-1, group_size)).unsqueeze(-2)
+    diagonal: Tensor = prepared.hessian.diagonal(dim1=-2, dim2=-1).unflatten(-1, (-1, group_size)).unsqueeze(-2)
+    return diagonal

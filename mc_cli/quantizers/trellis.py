@@ -80,7 +80,8 @@ class Trellis:
         rings = torch.arange(padded(out_features)).view(-1, sequence_length(out_features))
         count = len(rings)
         together = 2 if count % 2 == 0 else count if count <= LARGEST_GROUP else 1
-        return rings.unflatten(0, (together, -1)).transpose(0, 1).flatten(1)
+        rows: Tensor = rings.unflatten(0, (together, -1)).transpose(0, 1).flatten(1)
+        return rows
 
     def quantize(
         self,

@@ -11,9 +11,10 @@ from mc_cli.allocators import Budget, Floor, allocate
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.importance import Importance
+from mc_cli.artifacts.manifest import MANIFEST
 from mc_cli.artifacts.names import IMPORTANCE, PLAN
 from mc_cli.artifacts.plan import Plan
-from mc_cli.artifacts.store import MANIFEST, StageFolder, require_done
+from mc_cli.artifacts.store import StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.encodings import encoding_for, family_of_role, stored_bytes
 from mc_cli.errors import PlanError

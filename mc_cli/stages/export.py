@@ -31,10 +31,11 @@ from mc_cli.artifacts.exported import (
     remember_export,
 )
 from mc_cli.artifacts.files import noting_files, read_json
+from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.names import EVALUATION, POINTER
 from mc_cli.artifacts.packed import PackedLayout, encoding_of
 from mc_cli.artifacts.pruning import Pruning, read_pruning
-from mc_cli.artifacts.store import Manifest, require_done, verify_stages
+from mc_cli.artifacts.store import require_done, verify_stages
 from mc_cli.artifacts.work_dir import POLICY_STAGE, STAGE_FOLDERS, VARIANTS, WorkDir
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError
 from mc_cli.exporters import ExportJob, dequantizes, exporter_from_name

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -158,11 +158,12 @@ def plan_path(settings: QuantizeSettings, work: WorkDir) -> Path:
 def check_plan(plan: Plan, settings: QuantizeSettings, inventory: ModelInventory) -> None:
     """Raises PlanErrors, all at once, for a plan of another model or quantizer, or of what cannot be stored."""
     problems = Problems()
-    for check in (
+    checks: tuple[Callable[[], None], ...] = (
         lambda: plan.check_against(inventory),
         lambda: _check_family(plan, settings),
         lambda: _check_widths(plan, inventory),
-    ):
+    )
+    for check in checks:
         with problems.catching():
             check()
     problems.tell()

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX
-from mc_cli.artifacts.manifest import MANIFEST
+from mc_cli.artifacts.manifest import BEGUN, MANIFEST
 from mc_cli.artifacts.states import read_state as read_tensors_of
 from mc_cli.artifacts.states import recorded, write_state
-from mc_cli.artifacts.store import BEGUN, RESUME, StageFolder
+from mc_cli.artifacts.store import RESUME, StageFolder
 from mc_cli.errors import ArtifactError
 from mc_cli.models.weight_digests import RECORD
 from mc_cli.walking.layerwise import LayerWalk
