@@ -32,7 +32,7 @@ SECTIONS: dict[str, type] = {
     COMPUTE: s.RunSettings,
 }
 STAGES = tuple(section for section in SECTIONS if section != COMPUTE)
-TARGETS = ("target_stored_bits", "target_bits", "target_size_bytes")  # of allocate; they exclude each other
+TARGETS = ("target_stored_bits", "target_bits", "target_size_bytes", "cut_ratio")  # of allocate; they exclude each other
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,12 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         Flag(
             "loss_tokens", "Tokens per expert, at most, on which output errors are measured.", _SCORE, metavar="TOKENS"
         ),
+        Flag(
+            "unit",
+            "channel measures every channel of the experts too, in the same pass: allocate --cut-ratio asks for that.",
+            _SCORE,
+            metavar="expert|channel",
+        ),
     ),
     s.AllocateSettings: (
         Flag(
@@ -222,14 +228,34 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
             default="not set",
         ),
         Flag(
+            "cut_ratio",
+            "Share of the experts' channels to cut away, those of the lowest score; the others get one width.",
+            _BUDGET,
+            metavar="SHARE",
+            default="not set",
+        ),
+        Flag(
             "method",
-            "How widths are chosen: global (over the whole model), pmq (per layer, as published), uniform, ...",
+            "How widths are chosen: global (over the whole model), pmq (per layer, as published), uniform, ... With "
+            "--cut-ratio how channels are scored: camera-p, heapr, weight-norm, activation-norm, random.",
             _METHOD,
             metavar="NAME",
         ),
         Flag(
+            "scope",
+            "With --cut-ratio. layer: the same share in each; global: the lowest of all.",
+            _METHOD,
+            metavar="NAME",
+        ),
+        Flag(
+            "uniform_width",
+            "With --cut-ratio: cut as many channels of every expert, so that stock architectures hold the result.",
+            _METHOD,
+        ),
+        Flag(
             "bits",
-            "Candidate widths, bits per weight; 0 lets experts be dropped.",
+            "Candidate widths, bits per weight; 0 lets experts be dropped. With --cut-ratio the width of what is left, "
+            "for example 0,4 or 0,16.",
             _METHOD,
             metavar="LIST",
             parse=s.parse_bits_list,
@@ -245,7 +271,12 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
             repeated=True,
             default="the method's own",
         ),
-        Flag("alpha", "pmq: exponent of the routing frequency.", _METHOD, default="1, as published"),
+        Flag(
+            "alpha",
+            "pmq: exponent of the routing frequency. camera-p: share of the largest activation, from 0 to 1.",
+            _METHOD,
+            default="1 and 0.9, as published",
+        ),
         Flag("beta", "pmq: exponent of the routing weight.", _METHOD, default="1.5, as published"),
         Flag("gamma", "pmq: exponent of the loss.", _METHOD, default="1, as published"),
         Flag("seed", _SEED, _METHOD),

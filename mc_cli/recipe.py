@@ -159,12 +159,18 @@ def _missing(
         missing.insert(0, "--work-dir (in a recipe: work_dir: ...)   Where this run's artifacts go.")
     targets = [name for name in TARGETS if sections["allocate"].get(name) is not None or ("allocate", name) in unread]
     if not targets:
-        missing.append("one of --target-stored-bits, --target-bits, --target-size   How small the result is to be.")
+        flags = "--target-stored-bits, --target-bits, --target-size, --cut-ratio"
+        missing.append(f"one of {flags}   How small the result is to be.")
     return missing
 
 
 def _widen(score: dict[str, Any], allocate: Mapping[str, Any]) -> None:
-    """Has the widths scored that the target asks for, where none are given; a size in bytes does not tell."""
+    """Has the widths scored that the target asks for, where none are given; a size in bytes does not tell.
+
+    Channels are measured where some are to be cut.
+    """
+    if allocate.get("cut_ratio") is not None:
+        score.setdefault("unit", CHANNEL)
     target = max(allocate.get(name) or 0 for name in ("target_stored_bits", "target_bits"))
     if not score.get("bits"):
         named = score.get("quantizer", QuantizerSettings.quantizer)

@@ -36,6 +36,7 @@ EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 REAP, FREQUENCY, ROUTER_WEIGHT = "reap", "frequency", "router-weight"  # by which experts are dropped as a whole
 PER_LAYER, GLOBAL = "layer", "global"  # the same share of experts in each layer, or the lowest of the whole model
+EXPERT, CHANNEL = "expert", "channel"  # what score measures: experts and their projections, or channels besides
 LARGEST_GROUP = 2**20  # inputs per scale; more than any matrix has
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -129,13 +130,20 @@ def parse_file_size(text: str) -> int:
 
 
 def parse_bits_list(text: str) -> tuple[float, ...]:
-    """Candidate widths of a list like `0,1,1.5,2,4`, ascending; 0 drops an expert. Raises InputError for others."""
+    """Candidate widths of a list like `0,1,1.5,2,4`, ascending; 0 drops an expert, 16 keeps what is cut to size.
+
+    Raises InputError for others.
+    """
     try:
         widths = tuple(sorted({read_width(piece) for piece in text.split(",")}))
     except ValueError as error:
         raise InputError(f"--bits {text!r}: write widths separated by commas, for example 1,1.5,2,3,4.") from error
-    if not all((width == DROPPED or 1 <= width <= 8) and float(2 * width).is_integer() for width in widths):
-        raise InputError(f"--bits {text!r}: widths are 1 to 8 in steps of one half, or 0 for dropping an expert.")
+    known = (width in (DROPPED, KEPT_BITS) or (1 <= width <= 8 and float(2 * width).is_integer()) for width in widths)
+    if not all(known):
+        raise InputError(
+            f"--bits {text!r}: widths are 1 to 8 in steps of one half, 0 for dropping an expert, or with --cut-ratio 16 "
+            "for keeping the weights that are left."
+        )
     if widths == (DROPPED,):
         raise InputError(f"--bits {text!r}: not all experts can be dropped. Add at least one width above 0.")
     return widths
@@ -267,16 +275,27 @@ class ScoreSettings(StageSettings):
     """bits: candidate widths; 0 measures what dropping an expert costs.
 
     loss_tokens: tokens per expert at most on which output errors are measured.
+    unit: "channel" measures every channel of the experts as well, in the same pass, so that allocate can cut some
     """
 
     bits: tuple[float, ...] = ()  # none given: what the encodings of the quantizer's family say
     quantizer: QuantizerSettings = QuantizerSettings()
     loss_tokens: int = 1024
+    unit: str = EXPERT
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain JSON values of all fields that change the result; the unit only where it is not that of experts."""
+        plain = super().resolved()
+        return plain if self.unit != EXPERT else {name: value for name, value in plain.items() if name != "unit"}
 
     def __post_init__(self) -> None:
         if not self.bits:
             object.__setattr__(self, "bits", self.quantizer.candidate_widths())
-        _refuse(_at_least("--loss-tokens", self.loss_tokens, 1), self._unknown_widths())
+        _refuse(
+            _at_least("--loss-tokens", self.loss_tokens, 1),
+            _one_of("--unit", self.unit, (EXPERT, CHANNEL)),
+            self._unknown_widths(),
+        )
 
     def _unknown_widths(self) -> str:
         """What is wrong with widths that the quantizer does not make; whole ones up to 8 it always does."""
@@ -292,7 +311,13 @@ class ScoreSettings(StageSettings):
 
 @dataclass(frozen=True)
 class AllocateSettings(StageSettings):
-    """Exactly one target: stored bits or code bits (mean per expert weight), or bytes of the whole checkpoint.
+    """Exactly one target: stored bits or code bits (mean per expert weight), bytes of the whole checkpoint, or a share
+    of channels to cut.
+
+    cut_ratio      share of the experts' channels that are cut away, those with the lowest score by `method`; the others
+                   get the one width above 0 in `bits`, or keep their 16 bits
+    scope          cut the same share in every layer, or the lowest of the whole model
+    uniform_width  cut as many channels of every expert, so that an architecture without widths of their own holds them
 
     attention_bits, shared_bits and so on: width of every part that is not a routed expert; 16 = kept, None = what pays
                    beside experts of the mean width asked for
@@ -303,6 +328,9 @@ class AllocateSettings(StageSettings):
     target_stored_bits: float | None = None
     target_bits: float | None = None
     target_size_bytes: int | None = None
+    cut_ratio: float | None = None
+    scope: str = PER_LAYER
+    uniform_width: bool = False
     bits: tuple[float, ...] | None = None  # None = the candidates that were scored
     attention_bits: int | None = None
     shared_bits: int | None = None
@@ -311,7 +339,7 @@ class AllocateSettings(StageSettings):
     embedding_bits: int | None = None  # of a head that is tied to it, too
     router_bits: int = KEPT_BITS
     floors: tuple[tuple[int, int], ...] | None = None
-    alpha: float | None = None  # exponents of pmq; None = as published (1, 1.5, 1)
+    alpha: float | None = None  # exponents of pmq; None = as published (1, 1.5, 1). Of camera-p the maximum's share
     beta: float | None = None
     gamma: float | None = None
     seed: int = 0
@@ -321,7 +349,7 @@ class AllocateSettings(StageSettings):
     def __post_init__(self) -> None:
         given = [
             name
-            for name in ("target_stored_bits", "target_bits", "target_size_bytes")
+            for name in ("target_stored_bits", "target_bits", "target_size_bytes", "cut_ratio")
             if getattr(self, name) is not None
         ]
         problems = Problems()
@@ -330,10 +358,15 @@ class AllocateSettings(StageSettings):
             problems.add(
                 kind(
                     f"allocate needs exactly one target, {len(given)} given: --target-stored-bits (scales included), "
-                    "--target-bits (codes only) or --target-size (the whole checkpoint, for example 16GiB)."
+                    "--target-bits (codes only), --target-size (the whole checkpoint, for example 16GiB) or --cut-ratio "
+                    "(share of the experts' channels to cut away)."
                 )
             )
+        for message in self._cut_problems():
+            problems.refuse(message)
         for name in given:
+            if name == "cut_ratio":
+                continue
             target = getattr(self, name)
             if not (math.isfinite(target) and target > 0):
                 flag = name.removesuffix("_bytes").replace("_", "-")
@@ -347,10 +380,44 @@ class AllocateSettings(StageSettings):
             problems.refuse(f"--time-limit {self.time_limit_s}: seconds above 0.")
         problems.tell()
 
+    def _cut_problems(self) -> list[str]:
+        """What is wrong with what is asked of cuts, or asked without one."""
+        if self.cut_ratio is None:
+            asked = {"--scope": self.scope != PER_LAYER, "--uniform-width": self.uniform_width}
+            asked["--bits 16"] = KEPT_BITS in (self.bits or ())
+            return [f"{flag} is about channels to cut: give --cut-ratio." for flag, given in asked.items() if given]
+        problems = []
+        if not 0 < self.cut_ratio < 1:
+            problems.append(f"--cut-ratio {self.cut_ratio}: a share of the experts' channels, above 0 and below 1.")
+        if self.floors:
+            problems.append("--floor counts experts by their width, but those that --cut-ratio leaves have one width.")
+        left = [bits for bits in self.bits or (KEPT_BITS,) if bits != DROPPED]
+        if len(left) != 1:
+            problems.append(
+                f"--bits {','.join(map(str, self.bits or ()))}: with --cut-ratio all channels that are left have one "
+                "width, for example --bits 0,4; 0,16 keeps their weights."
+            )
+        if self.uniform_width and self.scope != PER_LAYER:
+            problems.append(f"--uniform-width cuts every expert alike, so --scope {self.scope} has no meaning.")
+        return [*problems, _one_of("--scope", self.scope, (PER_LAYER, GLOBAL))]
+
+    @property
+    def width_left(self) -> float:
+        """Of channels that a cut leaves."""
+        return next((bits for bits in self.bits or () if bits != DROPPED), KEPT_BITS)
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain JSON values of all fields that change the result; those of cuts only where there is one."""
+        plain = super().resolved()
+        cuts = ("cut_ratio", "scope", "uniform_width")
+        return {name: value for name, value in plain.items() if self.cut_ratio is not None or name not in cuts}
+
     def role_bits(self, mean_bits: float) -> dict[Role, int]:
-        """Width per role beside experts of `mean_bits`; DENSE follows SHARED unless set."""
+        """Width per role beside experts of `mean_bits`, kept beside kept ones; DENSE follows SHARED unless set."""
 
         def width(given: int | None, beside: tuple[tuple[float, int], ...] = BESIDE) -> int:
+            if given is None and mean_bits == KEPT_BITS:
+                return KEPT_BITS
             return next(bits for above, bits in beside if mean_bits > above) if given is None else given
 
         return {

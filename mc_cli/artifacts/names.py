@@ -4,6 +4,7 @@ from __future__ import annotations
 
 IMPORTANCE = "importance.json"  # of score
 PLAN = "plan.yaml"  # of allocate
+CHANNEL_ORDER = "channels.safetensors"  # of allocate, where a plan says which channels its blocks hold
 COVERAGE = "coverage.json"  # of quantize
 EVALUATION = "eval.json"  # of prune-eval
 ROUTERS = "routers.safetensors"  # of prune-eval, while it trains those of otp

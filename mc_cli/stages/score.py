@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mc_cli import __version__
 from mc_cli.artifacts import calibration as calibration_artifact
+from mc_cli.artifacts.channel_measures import channel_file
 from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.importance import Importance, LayerImportance
 from mc_cli.artifacts.locks import holding_work_dir
@@ -29,7 +30,7 @@ from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.session import Session, later_session
 from mc_cli.parts import DROPPED, ModelInventory
 from mc_cli.progress import Progress, StageResult
-from mc_cli.settings import RunSettings, ScoreSettings
+from mc_cli.settings import CHANNEL, RunSettings, ScoreSettings
 from mc_cli.walking.layerwise import LayerWalk
 from mc_cli.walking.resume import restore_progress, save_progress
 from mc_cli.walking.routing import watching
@@ -73,6 +74,9 @@ def run(
                     module = checkpoint.model.get_submodule(blocks[layer].path)
                     sensitivity = sensitivities.get(layer)
                     inputs = ExpertInputs(capture, blocks[layer], session.device, sensitivity=sensitivity)
+                    if settings.unit == CHANNEL:
+                        measures = scorer.channels(module, inputs)
+                        measures.write(folder.path(channel_file(layer)))
                     rerouting = Rerouting(checkpoint.model, blocks[layer], inputs) if DROPPED in settings.bits else None
                     scored = scorer.score(module, inputs, rerouting)
                     write_json(folder.path(_layer_file(layer)), asdict(scored))
