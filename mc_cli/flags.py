@@ -32,7 +32,12 @@ SECTIONS: dict[str, type] = {
     COMPUTE: s.RunSettings,
 }
 STAGES = tuple(section for section in SECTIONS if section != COMPUTE)
-TARGETS = ("target_stored_bits", "target_bits", "target_size_bytes", "cut_ratio")  # of allocate; they exclude each other
+TARGETS = (
+    "target_stored_bits",
+    "target_bits",
+    "target_size_bytes",
+    "cut_ratio",
+)  # of allocate; they exclude each other
 
 
 @dataclass(frozen=True)

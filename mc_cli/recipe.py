@@ -34,7 +34,7 @@ from mc_cli.flags import (
     shared_with_score,
     type_of,
 )
-from mc_cli.settings import EFFORTS, QuantizerSettings, RunSettings
+from mc_cli.settings import CHANNEL, EFFORTS, QuantizerSettings, RunSettings
 
 _MOST_ENTRIES = 1000  # of one list in a recipe
 # Of a whole one: a recipe with every setting there is has some 150 entries. Plans are read by the same reader.

@@ -141,8 +141,8 @@ def parse_bits_list(text: str) -> tuple[float, ...]:
     known = (width in (DROPPED, KEPT_BITS) or (1 <= width <= 8 and float(2 * width).is_integer()) for width in widths)
     if not all(known):
         raise InputError(
-            f"--bits {text!r}: widths are 1 to 8 in steps of one half, 0 for dropping an expert, or with --cut-ratio 16 "
-            "for keeping the weights that are left."
+            f"--bits {text!r}: widths are 1 to 8 in steps of one half, 0 for dropping an expert, or with --cut-ratio "
+            "16 for keeping the weights that are left."
         )
     if widths == (DROPPED,):
         raise InputError(f"--bits {text!r}: not all experts can be dropped. Add at least one width above 0.")
@@ -358,8 +358,8 @@ class AllocateSettings(StageSettings):
             problems.add(
                 kind(
                     f"allocate needs exactly one target, {len(given)} given: --target-stored-bits (scales included), "
-                    "--target-bits (codes only), --target-size (the whole checkpoint, for example 16GiB) or --cut-ratio "
-                    "(share of the experts' channels to cut away)."
+                    "--target-bits (codes only), --target-size (the whole checkpoint, for example 16GiB) or "
+                    "--cut-ratio (share of the experts' channels to cut away)."
                 )
             )
         for message in self._cut_problems():

@@ -39,8 +39,8 @@ class ChannelMeasures:
     weighted_square_max  the largest of those
     up_square            squared norm of the channel's rows of the up projection, of gate and up together
     down_square          squared norm of its column of the down projection
-    gradient_mass        d^T G d, d that column and G the second moment of the loss's gradient at the layer's MoE output,
-                         a mean over tokens; None without a backward pass
+    gradient_mass        d^T G d, d that column and G the second moment of the loss's gradient at the MoE output, a mean
+                         over tokens; None without a backward pass
     """
 
     token_count: int
@@ -89,4 +89,5 @@ class ChannelMeasures:
                 problems.append(f"{name}: negative numbers, or some that are not finite")
         if problems:
             raise ArtifactError(f"{path} holds no measures of channels:\n{listed(problems)}\nRun score --force.")
-        return cls(**{**found, _ALL_EXPERTS: int(found[_ALL_EXPERTS])})
+        measures: dict[str, Any] = {**found, _ALL_EXPERTS: int(found[_ALL_EXPERTS])}
+        return cls(**measures)

@@ -42,9 +42,9 @@ class ChannelOrder:
 
     @classmethod
     def read(cls, path: Path, rows: Mapping[int, Sequence[Any]]) -> ChannelOrder:
-        """Reads the file of a plan that has one entry of `rows` for every expert. Raises PlanError naming what is wrong.
+        """Reads the file of a plan that has one entry of `rows` for every expert.
 
-        ArtifactError where the file is missing or no safetensors file.
+        Raises PlanError naming all that is wrong, ArtifactError where the file is missing or no safetensors file.
         """
         found = read_arrays(path)
         names = {f"{_PREFIX}{layer}": layer for layer in rows}

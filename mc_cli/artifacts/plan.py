@@ -137,12 +137,10 @@ class Plan:
         return problems
 
     def without_channels(self, layer: int) -> tuple[int, ...]:
-        """The experts of a layer that are in blocks, all of which are cut away: routers choose them, they give zeros."""
+        """The experts of a layer of which all channels are cut away: the router chooses them, and they give zeros."""
         row = self.expert_bits[layer]
         return tuple(
-            expert
-            for expert, entry in enumerate(row)
-            if isinstance(entry, tuple) and all(block.cut for block in entry)
+            expert for expert, entry in enumerate(row) if isinstance(entry, tuple) and all(block.cut for block in entry)
         )
 
     def _structure_problems(self, layer: int, block: ExpertBlock, inventory: ModelInventory) -> list[str]:
@@ -230,8 +228,8 @@ def _read_order(path: Path, content: Mapping[str, Any]) -> ChannelOrder | None:
     order = ChannelOrder.read(beside, content["expert_bits"])
     if file_digest(beside) != named["sha256"]:
         raise PlanError(
-            f"{beside} has other bytes than {path.name} was written with (channel_order.sha256). Copy both files of one "
-            "plan together, or run allocate again; where the file was changed on purpose, write its sha256 there."
+            f"{beside} has other bytes than {path.name} was written with (channel_order.sha256). Copy both files of "
+            "one plan together, or run allocate again; where the file was changed on purpose, write its sha256 there."
         )
     return order
 

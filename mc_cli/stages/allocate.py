@@ -10,7 +10,9 @@ from typing import Any
 
 from mc_cli import __version__
 from mc_cli.allocators import Budget, Floor, allocate
+from mc_cli.allocators.channel_cuts import cut_plan, widths_table
 from mc_cli.artifacts import calibration as calibration_artifact
+from mc_cli.artifacts.channel_measures import ChannelMeasures, channel_file
 from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.locks import holding_work_dir
@@ -18,8 +20,8 @@ from mc_cli.artifacts.names import IMPORTANCE, PLAN
 from mc_cli.artifacts.plan import BlockBits, ExpertBits, Plan
 from mc_cli.artifacts.store import MANIFEST, STAGE_FOLDERS, StageFolder, require_done
 from mc_cli.encodings import encoding_for, family_of_role, stored_bytes
-from mc_cli.errors import PlanError
-from mc_cli.parts import KEPT_BITS, ModelInventory, Role, TensorPart
+from mc_cli.errors import InputError, PlanError
+from mc_cli.parts import KEPT_BITS, ExpertBlock, ModelInventory, Role, TensorPart
 from mc_cli.progress import Progress, StageResult
 from mc_cli.settings import WIDTH_BORDERS, AllocateSettings, QuantizerSettings, RunSettings
 
@@ -57,20 +59,10 @@ def run(
         quantizer: QuantizerSettings = read_as(QuantizerSettings, scored.get("quantizer"), "settings.quantizer")
     role_bits, others = beside_experts(settings, inventory, quantizer)
     with progress.step(f"allocate: {settings.method}", total=1, unit="programme") as step:
-        plan = allocate(
-            importance,
-            method=settings.method,
-            budget=budget_of(settings, others),
-            role_bits=role_bits,
-            candidate_bits=settings.bits,
-            floors=floors_of(settings),
-            alpha=settings.alpha,
-            beta=settings.beta,
-            gamma=settings.gamma,
-            seed=settings.seed,
-            time_limit_s=settings.time_limit_s,
-            gap=settings.gap,
-        )
+        if settings.cut_ratio is not None:
+            plan = cut_plan(settings, inventory, quantizer, lambda block: _channels(work_dir, block), role_bits)
+        else:
+            plan = _allocated(settings, importance, role_bits, others)
         step.advance()
     budget: dict[str, Any] = {**plan.budget, "other_bytes": others}
     if settings.target_size_bytes is not None:
@@ -83,6 +75,35 @@ def run(
     plan.write(folder.path(PLAN))
     folder.finish(__version__)
     return _result(folder, ran=True)
+
+
+def _allocated(settings: AllocateSettings, importance: Importance, role_bits: Mapping[Role, int], others: int) -> Plan:
+    """The plan of a strategy."""
+    return allocate(
+        importance,
+        method=settings.method,
+        budget=budget_of(settings, others),
+        role_bits=role_bits,
+        candidate_bits=settings.bits,
+        floors=floors_of(settings),
+        alpha=settings.alpha,
+        beta=settings.beta,
+        gamma=settings.gamma,
+        seed=settings.seed,
+        time_limit_s=settings.time_limit_s,
+        gap=settings.gap,
+    )
+
+
+def _channels(work_dir: Path, block: ExpertBlock) -> ChannelMeasures:
+    """One layer's measures of channels. Raises InputError where score made none."""
+    path = work_dir / STAGE_FOLDERS["score"] / channel_file(block.layer)
+    if not path.exists():
+        raise InputError(
+            f"{path} does not exist: --cut-ratio asks for measures of channels. Run `mc-cli score -w {work_dir} --unit "
+            "channel --force`, with the other flags that score was given."
+        )
+    return ChannelMeasures.read(path, num_experts=block.num_experts, channels=block.channels)
 
 
 def beside_experts(
@@ -112,7 +133,9 @@ def _widths_beside(
             del found[Role.HEAD]  # no matrix of its own
         return found
 
-    asked = settings.target_stored_bits or settings.target_bits
+    asked = (
+        settings.width_left if settings.cut_ratio is not None else settings.target_stored_bits or settings.target_bits
+    )
     if asked is not None:
         role_bits = widths(asked)
         return role_bits, other_bytes(inventory, role_bits, quantizer)
@@ -184,6 +207,11 @@ def _result(folder: StageFolder, *, ran: bool) -> StageResult:
         "columns": columns,
         "rows": rows,
     }
+    if plan.channel_order is not None:
+        channels = {layer: order.shape[1] for layer, order in plan.channel_order.layers.items()}
+        names = ("layer", "experts", "fewest", "mean", "most", "without any")
+        columns = [{"name": name, "align": "right"} for name in names]
+        table = {"title": "Channels that experts keep", "columns": columns, "rows": widths_table(plan, channels)}
     return StageResult(STAGE, folder.folder, ran, {"facts": facts, "tables": [table]}, folder.recorded_warnings())
 
 
