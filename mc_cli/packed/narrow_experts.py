@@ -62,7 +62,7 @@ class NarrowExperts:
         (self._width,), (channels,) = every, set(whole.values())
         text = self.config.get_text_config()
         real = {getattr(text, "attribute_map", {}).get(name, name): None for name in _FIRST}
-        names = [*real, *(name for name in vars(text) if name not in real)]
+        names = [*real, *(name for name in vars(text) if "intermediate" in name and name not in real)]
         for name in names:
             if type(getattr(text, name, None)) is int and getattr(text, name) == channels:
                 changed = copy.deepcopy(self.config)
@@ -72,8 +72,8 @@ class NarrowExperts:
                     return
         raise InputError(
             f"Every expert keeps {self._width} of {channels} channels, but config.json of model_type "
-            f"{self.config.model_type!r} has no number for the width of routed experts alone, so that a plain checkpoint "
-            "cannot hold them. Use --format transformers, which stores experts of any width."
+            f"{self.config.model_type!r} has no number for the width of routed experts alone, so that a plain "
+            "checkpoint cannot hold them. Use --format transformers, which stores experts of any width."
         )
 
 
@@ -89,7 +89,7 @@ def _only_experts_shrink(config: Any, changed: Any, channels: int, width: int) -
     """Whether a model of the changed config has narrower routed experts, and all else as it was."""
     try:
         model = build_skeleton(changed, dtype=torch.float32)
-    except (ValueError, RuntimeError, ZeroDivisionError):  # a number that the model asks other things of
+    except (ValueError, RuntimeError):  # a number that the model asks other things of
         return False
     found = take_inventory(model, stored_dtypes={}).expert_blocks
     paths = tuple(f"{path}." for path, _ in experts.find_experts(model))
@@ -104,8 +104,8 @@ def _only_experts_shrink(config: Any, changed: Any, channels: int, width: int) -
 def _unequal(config: Any, widths: Mapping[str, Mapping[int, int]]) -> InputError:
     lines = (f"{path}   {min(found.values())} to {max(found.values())} channels" for path, found in widths.items())
     return InputError(
-        f"The plan leaves experts of unequal widths, which a plain checkpoint of model_type {config.model_type!r} cannot "
-        f"hold: config.json has one number for all.\n{listed(lines)}\n"
-        "Use --format transformers, which stores experts of any width; or run allocate with --uniform-width, which cuts "
-        "every expert alike, and quantize again."
+        f"The plan leaves experts of unequal widths, which a plain checkpoint of model_type {config.model_type!r} "
+        f"cannot hold: config.json has one number for all.\n{listed(lines)}\n"
+        "Use --format transformers, which stores experts of any width; or run allocate with --uniform-width, which "
+        "cuts every expert alike, and quantize again."
     )

@@ -15,7 +15,8 @@ from mc_cli.artifacts.importance import UNITS, Importance, LayerImportance, Proj
 from mc_cli.errors import ArtifactError
 
 # Fields of a layer that are no measures.
-FACTS = {"blocks", 
+FACTS = {
+    "blocks",
     "layer",
     "weights_per_expert",
     "token_count",
