@@ -26,13 +26,14 @@ from mc_cli.settings import PER_LAYER, AllocateSettings, QuantizerSettings
 Widths = npt.NDArray[np.int64]  # [experts], how many channels each keeps
 # The down projection rotates gcd(channels, 128) inputs together, and a trellis sequence takes a multiple of 16 of them.
 _LARGE_UNIT, _SMALL_UNIT = 128, 32
+_PLAIN_UNIT = 16  # stock products of all experts at once take rows of a multiple of 16 bytes
 _KEPT_BYTES = 2  # of a weight that stays at 16 bits
 
 
-def unit_of(channels: int, width_left: float) -> int:
+def unit_of(channels: int, width_left: float, *, uniform: bool = False) -> int:
     """The number of channels at whose multiples an expert of so many may be cut, where the others get this width."""
     if width_left == KEPT_BITS:
-        return 1
+        return _PLAIN_UNIT if uniform else 1
     return _SMALL_UNIT if channels <= _LARGE_UNIT else _LARGE_UNIT
 
 
@@ -177,8 +178,9 @@ def _share(score: ChannelScore, settings: AllocateSettings) -> float:
 def _cut(settings: AllocateSettings, inventory: ModelInventory, scores: list[Scores]) -> Cut:
     assert settings.cut_ratio is not None
     blocks, ratio = inventory.expert_blocks, settings.cut_ratio
-    units = [unit_of(block.channels, settings.width_left) for block in blocks]
-    if settings.uniform_width:
+    uniform = settings.uniform_width
+    units = [unit_of(block.channels, settings.width_left, uniform=uniform) for block in blocks]
+    if uniform:
         kept = [
             np.full(block.num_experts, uniform_width(block.channels, ratio, unit), dtype=np.int64)
             for block, unit in zip(blocks, units, strict=True)
@@ -194,10 +196,14 @@ def _require_a_cut(cut: Cut, settings: AllocateSettings) -> None:
     if cut.left < cut.all_channels:
         return
     most = max(cut.units)
+    if settings.width_left == KEPT_BITS:
+        why, remedy = "with --uniform-width" if settings.uniform_width else "here", ""
+    else:
+        why = f"where what is left is coded at {settings.width_left} bits"
+        remedy = ", or keep the weights that are left (--bits 0,16): they can be cut nearly anywhere"
     raise BudgetError(
-        f"--cut-ratio {settings.cut_ratio} cuts nothing: channels are cut {most} at a time where what is left is coded "
-        f"at {settings.width_left} bits. Ask for a larger share, or keep the weights that are left (--bits 0,16): "
-        "they can be cut anywhere."
+        f"--cut-ratio {settings.cut_ratio} cuts nothing: channels are cut {most} at a time {why}. Ask for a larger "
+        f"share{remedy}."
     )
 
 

@@ -19,6 +19,7 @@ from mc_cli.models.expert_gates import rows_by_channel, rows_of_block, up_name
 from mc_cli.models.inventory import take_inventory
 from mc_cli.models.skeleton import build_skeleton
 
+_STOCK_MULTIPLE = 8  # of 16-bit weights are 16 bytes, of which torch's grouped products want rows to be multiples
 _FIRST = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")  # others are tried after these
 
 
@@ -60,6 +61,12 @@ class NarrowExperts:
         if len(every) > 1 or len(set(whole.values())) > 1 or not min(every):
             raise _unequal(self.config, widths)
         (self._width,), (channels,) = every, set(whole.values())
+        if self._width % _STOCK_MULTIPLE:
+            raise InputError(
+                f"Every expert keeps {self._width} of {channels} channels, but the products of all experts in stock "
+                f"transformers take a multiple of {_STOCK_MULTIPLE}. Run allocate with --uniform-width, which cuts to "
+                "multiples of 16, or correct plan.yaml."
+            )
         text = self.config.get_text_config()
         real = {getattr(text, "attribute_map", {}).get(name, name): None for name in _FIRST}
         names = [*real, *(name for name in vars(text) if "intermediate" in name and name not in real)]

@@ -101,9 +101,9 @@ def test_equal_scores_are_cut_from_the_end() -> None:
 
 def test_units_and_uniform_widths() -> None:
     assert [unit_of(channels, 2) for channels in (96, 128, 129, 512)] == [32, 32, 128, 128]
-    assert unit_of(512, 16) == 1
+    assert (unit_of(512, 16), unit_of(512, 16, uniform=True), unit_of(512, 2, uniform=True)) == (1, 16, 128)
     assert [uniform_width(512, ratio, 128) for ratio in (0.1, 0.2, 0.3, 0.95)] == [512, 384, 384, 128]
-    assert uniform_width(100, 0.3, 1) == 70
+    assert uniform_width(100, 0.3, 16) == 64
     assert uniform_width(24, 0.3, 32) == 24  # smaller than a unit
 
 
@@ -146,7 +146,7 @@ def test_scopes_and_uniform_widths() -> None:
     assert [sum(row) for row in kept_of(by_layer)] == [288, 288]
     first, second = map(sum, kept_of(over_all))
     assert first + second == 576 and first < 240
-    assert kept_of(alike) == [[72] * 4] * 2
+    assert kept_of(alike) == [[64] * 4] * 2  # of 72, the multiple of 16 that is nearest, or of two the smaller
     assert alike.objective["value"] > by_layer.objective["value"] > over_all.objective["value"]
     assert not over_all.warnings and "one layer" in planned(scope="global", method="camera-p").warnings[0]
 
