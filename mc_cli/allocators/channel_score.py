@@ -1,6 +1,7 @@
 """What one score of channels is made of, and the scores by name.
 
-A score is a file of this package that holds a `CHANNEL_SCORE`; it is found by itself. No torch here.
+A score is a file of this package that holds a `CHANNEL_SCORE`; it is found by itself, and so are modules that other
+packages name in the group of entry points `mc_cli.channel_scores`. No torch here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _REGISTRY = Registry(
     __package__,
     marker="CHANNEL_SCORE",
     name_of=lambda module: module.CHANNEL_SCORE.name,
+    group="mc_cli.channel_scores",
 )
 
 
