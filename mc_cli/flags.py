@@ -234,7 +234,8 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         ),
         Flag(
             "cut_ratio",
-            "Share of the experts' channels to cut away, those of the lowest score; the others get one width.",
+            "Share of the experts' channels to cut away, those of the lowest score. The others keep 16 bits, or get the "
+            "one width of --bits (0,4).",
             _BUDGET,
             metavar="SHARE",
             default="not set",
@@ -259,8 +260,7 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         ),
         Flag(
             "bits",
-            "Candidate widths, bits per weight; 0 lets experts be dropped. With --cut-ratio the width of what is left, "
-            "for example 0,4 or 0,16.",
+            "Candidate widths, bits per weight; 0 lets experts be dropped.",
             _METHOD,
             metavar="LIST",
             parse=s.parse_bits_list,
