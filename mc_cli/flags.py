@@ -234,8 +234,8 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         ),
         Flag(
             "cut_ratio",
-            "Share of the experts' channels to cut away, those of the lowest score. The others keep 16 bits, or get the "
-            "one width of --bits (0,4).",
+            "Share of the experts' channels to cut away, those of the lowest score. The others keep 16 bits, or get "
+            "the one width of --bits (0,4).",
             _BUDGET,
             metavar="SHARE",
             default="not set",
