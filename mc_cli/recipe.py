@@ -33,7 +33,7 @@ from mc_cli.flags import (
     shared_with_score,
     type_of,
 )
-from mc_cli.settings import EFFORTS, TARGETS, Flag, QuantizerSettings, RunSettings
+from mc_cli.settings import CHANNEL, EFFORTS, TARGETS, Flag, QuantizerSettings, RunSettings
 
 _MOST_ENTRIES = 1000  # of one list in a recipe
 # Of a whole one: a recipe with every setting there is has some 150 entries. Plans are read by the same reader.
@@ -169,12 +169,18 @@ def _missing(
         missing.insert(0, "--work-dir (in a recipe: work_dir: ...)   Where this run's artifacts go.")
     targets = [name for name in TARGETS if sections["allocate"].get(name) is not None or ("allocate", name) in unread]
     if not targets:
-        missing.append("one of --target-stored-bits, --target-bits, --target-size   How small the result is to be.")
+        flags = "--target-stored-bits, --target-bits, --target-size, --cut-ratio"
+        missing.append(f"one of {flags}   How small the result is to be.")
     return missing
 
 
 def _widen(score: dict[str, Any], allocate: Mapping[str, Any]) -> None:
-    """Has the widths scored that the target asks for, where none are given; a size in bytes does not tell."""
+    """Has the widths scored that the target asks for, where none are given; a size in bytes does not tell.
+
+    Channels are measured where some are to be cut.
+    """
+    if allocate.get("cut_ratio") is not None:
+        score.setdefault("unit", CHANNEL)
     target = max(allocate.get(name) or 0 for name in ("target_stored_bits", "target_bits"))
     if not score.get("bits"):
         named = score.get("quantizer", QuantizerSettings.quantizer)

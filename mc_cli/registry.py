@@ -29,7 +29,8 @@ class Registry:
     """One kind of extension.
 
     kind     its word in messages, for example "quantizer"
-    package  the folder whose modules are extensions, for example "mc_cli.quantizers"; also the entry points' group
+    package  the folder whose modules are extensions, for example "mc_cli.quantizers"
+    group    of entry points; "" = named as the package. Where a folder holds two kinds, each has a group of its own
     marker   the attribute that makes a module an extension; others of the folder are its tools
     name_of  module -> the name that users write
     required what every extension defines beside the marker;  facts: what it may define -> what its absence means
@@ -44,9 +45,11 @@ class Registry:
         name_of: Callable[[Any], str],
         required: tuple[str, ...] = (),
         facts: Mapping[str, Any] | None = None,
+        group: str = "",
     ) -> None:
         self._kind = kind
         self._package = package
+        self._group = group or package
         self._marker = marker
         self._name_of = name_of
         self._required = (*required, marker)
@@ -92,7 +95,7 @@ class Registry:
     def _foreign(self) -> Iterator[tuple[str, ModuleType]]:
         from importlib.metadata import entry_points  # here: it takes longer to import than `--help` takes
 
-        for entry in entry_points(group=self._package):
+        for entry in entry_points(group=self._group):
             distribution = entry.dist.name if entry.dist else "an installed package"
             BROUGHT[entry.module.partition(".")[0]] = distribution
             origin = f"entry point {entry.name} of {distribution}"

@@ -28,7 +28,7 @@ from mc_cli.kernels.compiled import check_inputs
 from mc_cli.measuring.policy_fitting import policy_names
 from mc_cli.models.session import Session, first_session, later_session
 from mc_cli.parts import ModelInventory
-from mc_cli.settings import QuantizerSettings, RunSettings, ScoreSettings
+from mc_cli.settings import EXPERT, QuantizerSettings, RunSettings, ScoreSettings
 from mc_cli.stages.calibrate import opened
 from mc_cli.stages.quantize import check_plan, plan_path
 
@@ -184,7 +184,7 @@ class _Look:
         if done is None:
             return None
         quantizer = QuantizerSettings(**done.settings["quantizer"])
-        return ScoreSettings(tuple(done.settings["bits"]), quantizer)
+        return ScoreSettings(tuple(done.settings["bits"]), quantizer, unit=done.settings.get("unit", EXPERT))
 
     def _needs(self, session: Session | None, inventory: ModelInventory, size: Size | None) -> list[Need]:
         tokens, length = None, 1

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mc_cli.allocators import AllocationProblem, Budget, feasible_problem
+from mc_cli.allocators.channel_cuts import shapes_cut
+from mc_cli.allocators.channel_score import channel_score_named
 from mc_cli.allocators.feasibility import size_range
 from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
 from mc_cli.artifacts.plan import Plan
 from mc_cli.encodings import encoding_for, stored_bytes
-from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory
-from mc_cli.settings import AllocateSettings, QuantizerSettings, ScoreSettings
+from mc_cli.errors import InputError
+from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role
+from mc_cli.settings import CHANNEL, AllocateSettings, QuantizerSettings, ScoreSettings
 from mc_cli.stages.allocate import beside_experts, budget_of, floors_of, other_bytes
 
 _KEPT_BYTES = 2  # of an expert weight that is kept, as the checkpoint's own 16 bits
@@ -29,7 +32,9 @@ class Size:
 
 def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: ModelInventory) -> Size:
     """What a budget leads to. Raises BudgetError where it cannot be met, saying what can; PlanError, ShapeError."""
-    _, others = beside_experts(settings, inventory, score.quantizer)
+    role_bits, others = beside_experts(settings, inventory, score.quantizer)
+    if settings.cut_ratio is not None:
+        return _cut_size(settings, score, inventory, role_bits)
     budget = budget_of(settings, others)
     measured = importance_of_shapes(inventory, score)
     asked = {name: getattr(settings, name) for name in ("alpha", "beta", "gamma")}
@@ -52,6 +57,19 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
         ),
     }
     return Size(experts + others, facts, _beyond(budget, problem, most))
+
+
+def _cut_size(
+    settings: AllocateSettings, score: ScoreSettings, inventory: ModelInventory, role_bits: Mapping[Role, int]
+) -> Size:
+    """What a cut leads to, where it takes as much of every expert. Raises InputError for what it lacks; ShapeError."""
+    channel_score_named(settings.method)
+    if score.unit != CHANNEL:
+        raise InputError(
+            "--cut-ratio asks for measures of channels, which score does not make here. Run score with --unit channel."
+        )
+    plan = Plan(inventory.model_type, settings.method, shapes_cut(settings, inventory), dict(role_bits))
+    return planned_size(plan, inventory, score.quantizer)
 
 
 def _beyond(budget: Budget, problem: AllocationProblem, most: int) -> list[str]:

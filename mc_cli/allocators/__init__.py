@@ -1,6 +1,7 @@
 """The choice of every expert's width: a problem, one strategy per file, and the way from importance.json to a plan.
 
-A strategy is a file of this package that holds a `STRATEGY` (see strategy.py); it is found by itself. No torch here.
+A strategy is a file of this package that holds a `STRATEGY` (see strategy.py); it is found by itself. So is a score of
+channels, by which cuts are made (channel_score.py, channel_cuts.py). No torch here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import product
 
+from mc_cli.allocators.channel_score import channel_scores
 from mc_cli.allocators.problem import BUDGET_UNITS, AllocationProblem, Budget, Choice, Floor, Survivors, Unit
 from mc_cli.allocators.report import make_plan
 from mc_cli.allocators.strategy import Assignment, CostSettings, SolverSettings, Strategy
@@ -48,6 +50,11 @@ def strategies() -> dict[str, Strategy]:
 
 def strategy_named(name: str) -> Strategy:
     """The strategy of that name. Raises InputError listing the known ones with what they do."""
+    if name not in _REGISTRY.modules and name in channel_scores():
+        raise InputError(
+            f"Method {name} scores channels to cut, and gives no widths: say how many with --cut-ratio, for example "
+            "--cut-ratio 0.2."
+        )
     module = _REGISTRY.named(name, described=lambda module: module.STRATEGY.description)
     strategy: Strategy = module.STRATEGY
     return strategy

@@ -15,8 +15,9 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX, refuse_foreign_partial, remove_partial
 from mc_cli.artifacts.places import require_ordinary
@@ -25,6 +26,7 @@ from mc_cli.artifacts.system_errors import refusal
 from mc_cli.errors import ArtifactError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
 _COPIED_BYTES = 1 << 20
@@ -175,12 +177,18 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     write_bytes_with(path, lambda partial: _save_tensors(partial, ready, dict(metadata or {"format": "pt"})))
 
 
-def _save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """The same of numpy arrays, for what is read without torch."""
+    ready = {name: array.copy(order="C") for name, array in arrays.items()}
+    write_bytes_with(path, lambda partial: _save_tensors(partial, ready, {"format": "np"}, kind="numpy"))
+
+
+def _save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str], *, kind: str = "torch") -> None:
+    """`kind`: the module of safetensors that knows such tensors."""
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     try:
-        save_file(tensors, path, metadata=metadata)
+        import_module(f"safetensors.{kind}").save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:  # a full disk included, which it tells in its message alone
         found = re.search(r"\(os error ([0-9]+)\)", str(error))
         if found is None and os.strerror(errno.ENOSPC) not in str(error):
@@ -225,12 +233,20 @@ def check_json_file(path: Path) -> None:
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, in memory. Raises ArtifactError where it is missing or damaged."""
+    return _load_tensors(path, kind="torch")
+
+
+def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The same as numpy arrays, without torch."""
+    return _load_tensors(path, kind="numpy")
+
+
+def _load_tensors(path: Path, *, kind: str) -> dict[str, Any]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     require_ordinary(path)
     try:
-        return load_file(path)
+        return cast(dict[str, Any], import_module(f"safetensors.{kind}").load_file(path))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist. Run the stage that writes it first.") from error
     except OSError as error:

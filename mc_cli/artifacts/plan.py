@@ -6,6 +6,8 @@ An expert's entry has one of three forms:
   {gate_up_proj: 2, down_proj: 3}         a width for each projection
   [{channels: 384, bits: 2.5},            blocks of its channels, in the checkpoint's order, each with a width of its
    {channels: 128, bits: 0}]              own, as a number or by projection; 0: these channels are cut away
+`channel_order` names a file beside the plan that says which channels those are, and its digest: see channel_order.py.
+Without it blocks follow each other in the checkpoint's order.
 `slots`, by layer, lists for every slot of a router the expert whose stored weights it runs: its own, or another's. An
 expert that no slot runs has width 0. Widths of other roles are per role; 16 means kept as in the checkpoint.
 """
@@ -13,6 +15,7 @@ expert that no slot runs has width 0. Widths of other roles are per role; 16 mea
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +24,9 @@ from typing import Any
 
 import yaml
 
-from mc_cli.artifacts.files import read_text, write_text
+from mc_cli.artifacts.channel_order import ChannelOrder
+from mc_cli.artifacts.files import file_digest, read_text, write_text
+from mc_cli.artifacts.names import CHANNEL_ORDER, PLAN
 from mc_cli.artifacts.strict_yaml import read_yaml
 from mc_cli.encodings import MOST, all_widths
 from mc_cli.errors import PlanError, listed, shown
@@ -71,6 +76,7 @@ class Plan:
     solver: Mapping[str, Any] = field(default_factory=dict)  # name, status, gap
     warnings: tuple[str, ...] = ()
     slots: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # layer -> expert that each router slot runs
+    channel_order: ChannelOrder | None = None  # which channels the blocks take; None: as they are in the checkpoint
 
     def blocks_of(self, layer: int, expert: int, channels: int) -> tuple[BlockBits, ...]:
         """The blocks of one expert of so many channels, those that are cut included; none where it is not stored."""
@@ -115,7 +121,7 @@ class Plan:
         if len(row) != block.num_experts:
             problems.append(f"layer {layer}: plan has {len(row)} experts, model {block.num_experts}")
         else:
-            gone = set(self.dropped(layer))
+            gone = {*self.dropped(layer), *self.without_channels(layer)}
             short = too_few_survivors(gone, block.num_experts, block.top_k, block.router_groups, block.groups_used)
             problems += [f"layer {layer}: {phrase}" for phrase in (short if gone else ())]
         names = {projection.name for projection in block.projections}
@@ -127,7 +133,16 @@ class Plan:
             count = sum(part.channels for part in entry) if isinstance(entry, tuple) else block.channels
             if count != block.channels:
                 problems.append(f"{where}: the blocks have {count} channels, the expert {block.channels}")
+        if self.channel_order is not None:
+            problems += self.channel_order.problems(layer, block.num_experts, block.channels)
         return problems
+
+    def without_channels(self, layer: int) -> tuple[int, ...]:
+        """The experts of a layer of which all channels are cut away: the router chooses them, and they give zeros."""
+        row = self.expert_bits[layer]
+        return tuple(
+            expert for expert, entry in enumerate(row) if isinstance(entry, tuple) and all(block.cut for block in entry)
+        )
 
     def _structure_problems(self, layer: int, block: ExpertBlock, inventory: ModelInventory) -> list[str]:
         """Blocks and shared experts where the family has no room for them."""
@@ -146,7 +161,12 @@ class Plan:
         return problems
 
     def write(self, path: Path) -> None:
-        """Writes the YAML file in one atomic replace; equal plans give equal bytes."""
+        """Writes the YAML file in one atomic replace, after that of its channels; equal plans give equal bytes."""
+        order: dict[str, Any] = {}
+        if self.channel_order is not None:
+            beside = path.with_name(CHANNEL_ORDER if path.name == PLAN else f"{path.stem}.{CHANNEL_ORDER}")
+            self.channel_order.write(beside)
+            order = {"channel_order": {"file": beside.name, "sha256": file_digest(beside)}}
         content = {
             "schema": SCHEMA,
             "model_type": self.model_type,
@@ -159,6 +179,7 @@ class Plan:
             "group_size_limit": self.group_size_limit,
             "role_bits": {role.value: bits for role, bits in sorted(self.role_bits.items())},
             **({"slots": {layer: list(row) for layer, row in sorted(self.slots.items())}} if self.slots else {}),
+            **order,
             "expert_bits": {layer: list(map(_plain, bits)) for layer, bits in sorted(self.expert_bits.items())},
         }
         write_text(path, yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120))
@@ -195,7 +216,38 @@ class Plan:
             objective=content.get("objective", {}),
             solver=content.get("solver", {}),
             warnings=tuple(content.get("warnings", ())),
+            channel_order=_read_order(path, content),
         )
+
+
+def _read_order(path: Path, content: Mapping[str, Any]) -> ChannelOrder | None:
+    """The order of channels that a checked plan names, from the file beside it. Raises PlanError, ArtifactError."""
+    if "channel_order" not in content:
+        return None
+    named = content["channel_order"]
+    beside = path.with_name(named["file"])
+    order = ChannelOrder.read(beside, content["expert_bits"])
+    if file_digest(beside) != named["sha256"]:
+        raise PlanError(
+            f"{beside} has other bytes than {path.name} was written with (channel_order.sha256). Copy both files of "
+            "one plan together, or run allocate again; where the file was changed on purpose, write its sha256 there."
+        )
+    return order
+
+
+def _order_problems(named: Mapping[Any, Any], *, old: bool) -> list[str]:
+    """What is wrong with the entry that names the file of channels."""
+    if old:
+        return [f"channel_order is of schema {SCHEMA}; the file has an earlier one"]
+    if named.keys() != {"file", "sha256"}:
+        return [f"channel_order is {shown(named)}, not a mapping of file and sha256"]
+    file, digest = named["file"], named["sha256"]
+    problems = []
+    if not isinstance(file, str) or not file or Path(file).name != file or file in (".", ".."):
+        problems.append(f"channel_order: file is {shown(file)}, not the name of a file beside the plan")
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        problems.append(f"channel_order: sha256 is {shown(digest)}, not 64 hexadecimal digits")
+    return problems
 
 
 def _content_problems(content: Mapping[str, Any]) -> list[str]:
@@ -204,6 +256,7 @@ def _content_problems(content: Mapping[str, Any]) -> list[str]:
     optional = {
         "family": str,
         "slots": dict,
+        "channel_order": dict,
         "group_size_limit": int,
         "budget": dict,
         "objective": dict,
@@ -240,6 +293,8 @@ def _content_problems(content: Mapping[str, Any]) -> list[str]:
         problems += _row_problems(layer, row, blocks=not old)
     if old and content.get("slots"):
         problems.append(f"slots are of schema {SCHEMA}; the file has schema {content['schema']}")
+    if "channel_order" in content:
+        problems += _order_problems(content["channel_order"], old=old)
     for layer, table in content.get("slots", {}).items():
         problems += _slots_problems(layer, table, content["expert_bits"].get(layer))
     return problems

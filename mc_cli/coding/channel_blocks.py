@@ -56,6 +56,7 @@ class Division:
             if parts and [span.bits.channels for span in self.spans[expert]] != [block.channels]
         ]
         self.rows: torch.Tensor | None = None
+        self._channels = None if plan.channel_order is None else plan.channel_order.layers[block.layer]
 
     def kept(self, expert: int) -> int:
         """How many of an expert's channels are stored."""
@@ -90,8 +91,11 @@ class Division:
     def _order(self, expert: int) -> torch.Tensor:
         """int64 [channels]: those of stored blocks in order, then those that are cut."""
         runs: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        planned = torch.arange(self._block.channels)
+        if self._channels is not None:
+            planned = torch.from_numpy(self._channels[expert]).long()
         begin = 0
         for bits in self._planned[expert]:
-            runs[bits.cut].append(torch.arange(begin, begin + bits.channels))
+            runs[bits.cut].append(planned[begin : begin + bits.channels])
             begin += bits.channels
         return torch.cat([*runs[0], *runs[1]])

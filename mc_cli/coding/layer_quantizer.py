@@ -72,10 +72,14 @@ class LayerQuantizer:
         result = LayerResult()
         self.linears.layer(tensors, result)
         if block is not None:
-            self._quantize_experts(block, original, result)
+            stored = next(part.dtype for part in tensors if part.role is Role.EXPERT)
+            self._quantize_experts(block, original, result, getattr(torch, stored))
         return result
 
-    def _quantize_experts(self, block: ExpertBlock, original: torch.Tensor | None, result: LayerResult) -> None:
+    def _quantize_experts(
+        self, block: ExpertBlock, original: torch.Tensor | None, result: LayerResult, stored: torch.dtype
+    ) -> None:
+        """`stored`: the dtype that the checkpoint has experts in."""
         model = self._walk.source.model
         module = model.get_submodule(block.path)
         reach = None if original is None else reach_of(self._walk, module)
@@ -91,12 +95,12 @@ class LayerQuantizer:
         division.cut(module, inputs)
         view = ExpertView(module, inputs, self._quantizer, self._shrinkage, covariance)
         notes = self._deal_channels(view, division)
-        _Wave(view, view.up, self._plan, division, None, notes).run(self._executor, result)
+        _Wave(view, view.up, self._plan, division, None, notes, stored).run(self._executor, result)
         if original is None or reach is None:
             shortfall = None
         else:
             shortfall = Shortfall(module, inputs, original=original, rest=rest, reach=reach)
-        _Wave(view, view.down, self._plan, division, shortfall, notes).run(self._executor, result)
+        _Wave(view, view.down, self._plan, division, shortfall, notes, stored).run(self._executor, result)
         if reach is not None:
             result.output = add_experts(rest, module, inputs, reach=reach)
         result.layout = ExpertLayout(
@@ -149,14 +153,20 @@ class _Wave:
         division: Division,
         shortfall: Shortfall | None,
         notes: tuple[str, ...],
+        stored: torch.dtype,
     ) -> None:
-        """`shortfall`: what down projections are corrected by;  notes: for the report row of every matrix."""
+        """What the wave works with.
+
+        shortfall  what down projections are corrected by;  notes: for the report row of every matrix
+        stored     dtype of weights in the checkpoint
+        """
         self._view = view
         self._part = part
         self._plan = plan
         self._division = division
         self._shortfall = shortfall
         self._notes = notes
+        self._stored = stored
         self._moved: dict[int, float] = {}  # expert -> size of its correction, relative to its weights
 
     def run(self, executor: Executor, result: LayerResult) -> None:
@@ -193,13 +203,21 @@ class _Wave:
             yield from self._jobs_of_blocks(expert)
 
     def _jobs_of_blocks(self, expert: int) -> Iterator[CodingJob]:
-        """A job for each block of one expert that is coded. Errors of one block are not fed into another."""
+        """A job for each block of one expert that is coded. Errors of one block are not fed into another.
+
+        Blocks that are kept are corrected as coded ones are: they make good for channels that are cut, too.
+        """
         view, part = self._view, self._part
-        spans = [span for span in self._division.spans[expert] if span.bits.bits_of(part.name) != KEPT_BITS]
-        if not spans:
+        every = self._division.spans[expert]
+        spans = [span for span in every if span.bits.bits_of(part.name) != KEPT_BITS]
+        corrected = every if self._shortfall is not None else spans
+        if not corrected:
             return
         left = self._division.kept(expert)
         weights, moments = self._prepared([expert], channels=left)
+        for span in corrected:
+            if span not in spans:
+                self._put(expert, span, weights[0, :, span.begin : span.end].to(self._stored))
         for span in spans:
             shape = view.inputs.block.shape_of(part.name, span.bits.channels)
             encoding = planned_encoding(self._plan, span.bits.bits_of(part.name), *shape)
@@ -284,7 +302,10 @@ class _Wave:
             up = self._part is self._view.up
             weight = weight[self._division.rows_of(span)] if up else weight[:, span.begin : span.end]
         name = self._row_name(expert, span)
-        result.report.append(MatrixReport(name, Role.EXPERT.value, "kept", weight.numel(), KEPT_BITS))
+        row = MatrixReport(name, Role.EXPERT.value, "kept", weight.numel(), KEPT_BITS)
+        if expert in self._division.divided:
+            row = replace(row, correction=self._moved.get(expert))
+        result.report.append(row)
         result.experts[self._part.name][expert, span.number] = (KEPT, {"weight": weight.clone()})
 
     def _report_cut(self, expert: int, result: LayerResult) -> None:

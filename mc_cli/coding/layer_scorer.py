@@ -15,7 +15,9 @@ import torch
 
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.calibration import LayerRouting
+from mc_cli.artifacts.channel_measures import ChannelMeasures
 from mc_cli.artifacts.importance import LayerImportance, ProjectionImportance
+from mc_cli.coding.channel_measuring import measure_channels
 from mc_cli.coding.channel_order import deal_channels
 from mc_cli.coding.expert_inputs import ExpertInputs, Sample, expert_activations, expert_chunks, expert_down
 from mc_cli.coding.expert_view import ExpertView
@@ -46,6 +48,12 @@ class LayerScorer:
         if not self._has_sensitivity:
             return "share of the residual stream's energy (no backward pass was run); the unit is not nats"
         return "diagonal Fisher at the MoE output, labels sampled from the model; nats per token"
+
+    def channels(self, module: Any, inputs: ExpertInputs) -> ChannelMeasures:
+        """Every channel's measures; to be asked for before `score`, which moves channels. Raises FamilyError."""
+        layer = inputs.block.layer
+        covariance = calibration_artifact.read_covariance(self._calibration, layer) if self._has_sensitivity else None
+        return measure_channels(module, inputs, covariance)
 
     def score(self, module: Any, inputs: ExpertInputs, rerouting: Rerouting | None) -> LayerImportance:
         """Every measure of one resident layer; `rerouting` where dropping experts is to be measured."""

@@ -14,12 +14,14 @@ from mc_cli.measuring.logit_source import LogitSource, Reading
 NAME = "dense"
 CARRIES_POLICY = False
 DEQUANTIZES = True
-DESCRIPTION = "dequantized weights in the original checkpoint's layout, for any tool; as large as the original"
+DESCRIPTION = (
+    "dequantized weights in the original checkpoint's layout, for any tool; as large as the original, less what is cut"
+)
 
 _OPENING = (
     "The weights of a Mixture-of-Experts language model after quantization by mc-cli, written out as plain numbers in "
-    "the original checkpoint's layout. It behaves as the packed model does, up to the rounding of this dtype, and "
-    "saves no space."
+    "the original checkpoint's layout. It behaves as the packed model does, up to the rounding of this dtype. Only "
+    "what was cut or dropped saves space."
 )
 _LOADING = """\
 ```python
@@ -28,7 +30,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```"""
-_SIZE_NOTE = "These figures are of the packed model that this one was written from; this one has the original's size."
+_SIZE_NOTE = (
+    "These figures are of the packed model that this one was written from. This one has the original's size, less what "
+    "was cut or dropped."
+)
 
 
 def export(job: ExportJob) -> None:

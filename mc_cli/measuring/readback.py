@@ -162,7 +162,7 @@ class _Wanted:
         self._original = original
         self._learned: Mapping[str, Tensor] = pruning[1] if pruning else {}
         self.dense = (
-            DenseTensors(original.folder, plain_routers=True, trust_remote_code=reading.trust_remote_code)
+            DenseTensors(original.folder, plain=True, trust_remote_code=reading.trust_remote_code)
             if dequantized
             else None
         )

@@ -17,6 +17,7 @@ from mc_cli.models.inventory import tied_tensors
 from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.router_masks import drop_experts
 from mc_cli.models.skeleton import build_skeleton, rebuild_buffers
+from mc_cli.packed.narrow_experts import NarrowExperts
 from mc_cli.packed.packed_files import PackedFiles, open_packed
 from mc_cli.packed.packed_model import PackedSource, read_packed_config
 from mc_cli.packed.plain_routers import PlainRouters
@@ -29,9 +30,10 @@ class DenseTensors:
 
     Packed tensors come in the model's own dtype unless another is asked for, kept ones as they are stored.
 
-    plain_routers   tensors for readers that mask no router: see packed/plain_routers.py. Without, dropped experts are
-                    there and zero, for a model whose routers are masked
-    Raises InputError where plain routers cannot pass the dropped experts over.
+    plain           tensors for readers that mask no router, and have no widths of experts but config.json's: see
+                    plain_routers.py and narrow_experts.py. Without, what is dropped or cut is there and zero, for a
+                    model of the original's shapes whose routers are masked
+    Raises InputError where plain routers cannot pass the dropped experts over, or experts keep unequal widths.
     """
 
     def __init__(
@@ -39,27 +41,29 @@ class DenseTensors:
         folder: Path,
         *,
         dtype: torch.dtype | None = None,
-        plain_routers: bool = False,
+        plain: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         self.dtype = dtype or weight_dtype(open_packed(folder), trust_remote_code=trust_remote_code)
         self._source = PackedSource(
             folder, dtype=self.dtype, device=torch.device("cpu"), trust_remote_code=trust_remote_code
         )
-        layout = self._source.layout if plain_routers else PackedLayout(())
+        layout = self._source.layout if plain else PackedLayout(())
         self._routers = PlainRouters(self._source.config, layout)
-        self._model: Any = build_skeleton(self._routers.config, dtype=self.dtype)
+        self._widths = NarrowExperts(self._routers.config, layout)
+        self._model: Any = build_skeleton(self._widths.config, dtype=self.dtype)
         self._stored = self._source.files.tensors
         self.parts = self._source.parts
 
     @property
     def config(self) -> Any:
         """The config of a model with these tensors."""
-        return self._routers.config
+        return self._widths.config
 
     def config_json(self) -> dict[str, Any]:
         """config.json of a plain checkpoint with these tensors."""
-        return self._routers.config_json(read_json(self._source.files.config_folder / "config.json", foreign=True))
+        original = read_json(self._source.files.config_folder / "config.json", foreign=True)
+        return self._widths.config_json(self._routers.config_json(original))
 
     def by_module(self, part: int) -> dict[str, torch.Tensor]:
         """Module-tree name -> tensor of every parameter and persistent buffer that a plain checkpoint holds."""
@@ -89,7 +93,7 @@ class DenseTensors:
             if expert is None:
                 row.zero_()
             else:
-                row.copy_(experts.dense_weight(module, leaf, expert))
+                row.copy_(self._widths.narrow(module, leaf, experts.dense_weight(module, leaf, expert)))
         return fused
 
     def _silence_dropped(self, tensors: dict[str, torch.Tensor], part: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mc_cli.artifacts.plan import BlockBits, ExpertBits, Plan
@@ -9,7 +10,7 @@ from mc_cli.reports.tables import summary, table
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
-    """Budget, solver and objective, and experts per width by layer."""
+    """Budget, solver and objective, and experts per width by layer; of a plan that cuts channels, how many are kept."""
     matrices = {layer: _matrix_widths(row) for layer, row in sorted(plan.expert_bits.items())}
     widths = sorted({bits for row in matrices.values() for bits in row})
     rows = [[layer, *(row.count(bits) for bits in widths)] for layer, row in matrices.items()]
@@ -20,9 +21,25 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         **{f"objective {name}": value for name, value in plan.objective.items()},
         "other widths": ", ".join(f"{role.value} {bits}" for role, bits in sorted(plan.role_bits.items())),
     }
+    if plan.channel_order is not None:
+        kept = _channels_kept(plan, {layer: order.shape[1] for layer, order in plan.channel_order.layers.items()})
+        columns = ["layer", "experts", "fewest", "mean", "most", "without any"]
+        return summary(facts, table("Channels that experts keep", columns, kept))
     title = "Experts per width (an expert whose projections differ counts once for each)"
     columns = ["layer", *(f"at {bits} bits" if bits else "dropped" for bits in widths)]
     return summary(facts, table(title, columns, rows))
+
+
+def _channels_kept(plan: Plan, channels: Mapping[int, int]) -> list[list[Any]]:
+    """Per layer: experts, and the least, mean and largest number of channels that one keeps, and how many keep none."""
+    rows = []
+    for layer, row in sorted(plan.expert_bits.items()):
+        kept = [
+            sum(part.channels for part in plan.blocks_of(layer, expert, channels[layer]) if not part.cut)
+            for expert in range(len(row))
+        ]
+        rows.append([layer, len(kept), min(kept), round(sum(kept) / len(kept), 1), max(kept), kept.count(0)])
+    return rows
 
 
 def _matrix_widths(row: tuple[ExpertBits, ...]) -> list[float]:

@@ -13,11 +13,13 @@ from mc_cli.settings.export import ExportSettings
 from mc_cli.settings.prune import FREQUENCY, GLOBAL, PER_LAYER, REAP, ROUTER_WEIGHT, PruneSettings
 from mc_cli.settings.quantize import QuantizeSettings
 from mc_cli.settings.quantizer import LARGEST_GROUP, QuantizerSettings
-from mc_cli.settings.score import ScoreSettings
+from mc_cli.settings.score import CHANNEL, EXPERT, ScoreSettings
 
 __all__ = [
     "ACTIVATION_BITS",
+    "CHANNEL",
     "EFFORTS",
+    "EXPERT",
     "FREQUENCY",
     "GLOBAL",
     "LARGEST_GROUP",

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mc_cli.errors import InputError, McError, MissingFlagsError
-from mc_cli.parts import KEPT_BITS, Role
+from mc_cli.parts import DROPPED, KEPT_BITS, Role
 from mc_cli.settings import texts
 from mc_cli.settings.declared import Flag, StageSettings, setting
+from mc_cli.settings.prune import GLOBAL, PER_LAYER
 from mc_cli.settings.written import parse_bits_list, parse_file_size, parse_floors
 
 # (above this many bits per expert weight, width of what is computed for every token): measured, see docs/results.md.
@@ -21,7 +22,7 @@ HEAD_BESIDE = ((2.75, 8), (-1.0, 6))
 WIDTH_BORDERS = sorted(
     {above for widths in (BESIDE, EMBEDDING_BESIDE, HEAD_BESIDE) for above, _ in widths}, reverse=True
 )
-TARGETS = ("target_stored_bits", "target_bits", "target_size_bytes")  # they exclude each other
+TARGETS = ("target_stored_bits", "target_bits", "target_size_bytes", "cut_ratio")  # they exclude each other
 _BUDGET, _METHOD, _PARTS = "Budget (exactly one)", "Method", "Widths of the other parts"
 _TARGET, _NOT_SET = "a target is above 0.", "not set"
 _WIDTH = "1 to 8, or 16 to keep the checkpoint's own."
@@ -93,12 +94,41 @@ class AllocateSettings(StageSettings):
             says=_TARGET,
         ),
     )
+    cut_ratio: float | None = setting(
+        None,
+        Flag(
+            "Share of the experts' channels to cut away, those of the lowest score. The others keep 16 bits, or get "
+            "the one width of --bits (0,4).",
+            _BUDGET,
+            metavar="SHARE",
+            default=_NOT_SET,
+            fits=lambda share: 0 < share < 1,
+            says="a share of the experts' channels, above 0 and below 1.",
+        ),
+    )
     method: str = setting(
         "global",
         Flag(
-            "How widths are chosen: global (over the whole model), pmq (per layer, as published), uniform, ...",
+            "How widths are chosen: global (over the whole model), pmq (per layer, as published), uniform, ... With "
+            "--cut-ratio how channels are scored: camera-p, heapr, weight-norm, activation-norm, random.",
             _METHOD,
             metavar="NAME",
+        ),
+    )
+    scope: str = setting(
+        PER_LAYER,
+        Flag(
+            "With --cut-ratio. layer: the same share in each; global: the lowest of all.",
+            _METHOD,
+            metavar="NAME",
+            known=(PER_LAYER, GLOBAL),
+        ),
+    )
+    uniform_width: bool = setting(
+        False,
+        Flag(
+            "With --cut-ratio: cut as many channels of every expert, so that stock architectures hold the result.",
+            _METHOD,
         ),
     )
     bits: tuple[float, ...] | None = setting(
@@ -124,7 +154,12 @@ class AllocateSettings(StageSettings):
         ),
     )
     alpha: float | None = setting(
-        None, Flag("pmq: exponent of the routing frequency.", _METHOD, default="1, as published")
+        None,
+        Flag(
+            "pmq: exponent of the routing frequency. camera-p: share of the largest activation, from 0 to 1.",
+            _METHOD,
+            default="1 and 0.9, as published",
+        ),
     )
     beta: float | None = setting(
         None, Flag("pmq: exponent of the routing weight.", _METHOD, default="1.5, as published")
@@ -168,13 +203,45 @@ class AllocateSettings(StageSettings):
             kind = InputError if given else MissingFlagsError
             yield kind(
                 f"allocate needs exactly one target, {len(given)} given: --target-stored-bits (scales included), "
-                "--target-bits (codes only) or --target-size (the whole checkpoint, for example 16GiB)."
+                "--target-bits (codes only), --target-size (the whole checkpoint, for example 16GiB) or --cut-ratio "
+                "(share of the experts' channels to cut away)."
             )
+        yield from map(InputError, self._cut_problems())
+
+    def _cut_problems(self) -> Iterator[str]:
+        """What is wrong with what is asked of cuts, or asked without one."""
+        if self.cut_ratio is None:
+            asked = {"--scope": self.scope != PER_LAYER, "--uniform-width": self.uniform_width}
+            asked["--bits 16"] = KEPT_BITS in (self.bits or ())
+            yield from (f"{flag} is about channels to cut: give --cut-ratio." for flag, given in asked.items() if given)
+            return
+        if self.floors:
+            yield "--floor counts experts by their width, but those that --cut-ratio leaves have one width."
+        if len([bits for bits in self.bits or (KEPT_BITS,) if bits != DROPPED]) != 1:
+            yield (
+                f"--bits {','.join(map(str, self.bits or ()))}: with --cut-ratio all channels that are left have one "
+                "width, for example --bits 0,4; 0,16 keeps their weights."
+            )
+        if self.uniform_width and self.scope != PER_LAYER:
+            yield f"--uniform-width cuts every expert alike, so --scope {self.scope} has no meaning."
+
+    @property
+    def width_left(self) -> float:
+        """The width of the channels that a cut leaves."""
+        return next((bits for bits in self.bits or () if bits != DROPPED), KEPT_BITS)
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain JSON values of all fields that change the result; those of cuts only where there is one."""
+        plain = super().resolved()
+        cuts = ("cut_ratio", "scope", "uniform_width")
+        return {name: value for name, value in plain.items() if self.cut_ratio is not None or name not in cuts}
 
     def role_bits(self, mean_bits: float) -> dict[Role, int]:
-        """Width per role beside experts of `mean_bits`; DENSE follows SHARED unless set."""
+        """Width per role beside experts of `mean_bits`, kept beside kept ones; DENSE follows SHARED unless set."""
 
         def width(given: int | None, beside: tuple[tuple[float, int], ...] = BESIDE) -> int:
+            if given is None and mean_bits == KEPT_BITS:
+                return KEPT_BITS
             return next(bits for above, bits in beside if mean_bits > above) if given is None else given
 
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from mc_cli.errors import InputError, McError
 from mc_cli.parts import DROPPED
@@ -13,6 +14,7 @@ from mc_cli.settings.quantizer import QuantizerSettings
 from mc_cli.settings.written import parse_bits_list
 
 _SCORE = "Measures"
+EXPERT, CHANNEL = "expert", "channel"  # what is measured: experts and their projections, or channels besides
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,20 @@ class ScoreSettings(StageSettings):
         1024,
         Flag("Tokens per expert, at most, on which output errors are measured.", _SCORE, metavar="TOKENS", least=1),
     )
+    unit: str = setting(
+        EXPERT,
+        Flag(
+            "channel measures every channel of the experts too, in the same pass: allocate --cut-ratio asks for that.",
+            _SCORE,
+            metavar="expert|channel",
+            known=(EXPERT, CHANNEL),
+        ),
+    )
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain JSON values of all fields that change the result; the unit only where it is not that of experts."""
+        plain = super().resolved()
+        return plain if self.unit != EXPERT else {name: value for name, value in plain.items() if name != "unit"}
 
     def __post_init__(self) -> None:
         if not self.bits:

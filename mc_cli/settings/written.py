@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from mc_cli.errors import InputError, shown
-from mc_cli.parts import DROPPED, read_width
+from mc_cli.parts import DROPPED, KEPT_BITS, read_width
 
 LARGEST_SIZE = 1 << 62  # bytes
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(B|[KMGT]i?B)?\s*", re.IGNORECASE)
@@ -48,13 +48,20 @@ def parse_file_size(text: str) -> int:
 
 
 def parse_bits_list(text: str) -> tuple[float, ...]:
-    """Candidate widths of a list like `0,1,1.5,2,4`, ascending; 0 drops an expert. Raises InputError for others."""
+    """Candidate widths of a list like `0,1,1.5,2,4`, ascending; 0 drops an expert, 16 keeps what is cut to size.
+
+    Raises InputError for others.
+    """
     try:
         widths = tuple(sorted({read_width(piece) for piece in text.split(",")}))
     except ValueError as error:
         raise InputError(f"--bits {text!r}: write widths separated by commas, for example 1,1.5,2,3,4.") from error
-    if not all((width == DROPPED or 1 <= width <= 8) and float(2 * width).is_integer() for width in widths):
-        raise InputError(f"--bits {text!r}: widths are 1 to 8 in steps of one half, or 0 for dropping an expert.")
+    known = (width in (DROPPED, KEPT_BITS) or (1 <= width <= 8 and float(2 * width).is_integer()) for width in widths)
+    if not all(known):
+        raise InputError(
+            f"--bits {text!r}: widths are 1 to 8 in steps of one half, 0 for dropping an expert, or with --cut-ratio "
+            "16 for keeping the weights that are left."
+        )
     if widths == (DROPPED,):
         raise InputError(f"--bits {text!r}: not all experts can be dropped. Add at least one width above 0.")
     return widths

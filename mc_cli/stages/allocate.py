@@ -8,7 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from mc_cli.allocators import Budget, Floor, allocate
+from mc_cli.allocators.channel_cuts import cut_plan
 from mc_cli.artifacts import calibration as calibration_artifact
+from mc_cli.artifacts.channel_measures import ChannelMeasures, channel_file
 from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.manifest import MANIFEST
@@ -17,8 +19,8 @@ from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.store import StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.encodings import encoding_for, family_of_role, stored_bytes
-from mc_cli.errors import PlanError
-from mc_cli.parts import KEPT_BITS, ModelInventory, Role, TensorPart
+from mc_cli.errors import InputError, PlanError
+from mc_cli.parts import KEPT_BITS, ExpertBlock, ModelInventory, Role, TensorPart
 from mc_cli.progress import StageResult
 from mc_cli.reports.plan import plan_summary
 from mc_cli.settings import WIDTH_BORDERS, AllocateSettings, QuantizerSettings, RunSettings
@@ -47,20 +49,10 @@ class Allocate(Stage[StageFolder, Plan, StageResult]):
         settings, inventory, quantizer = self.settings, self._inventory(), self._quantizer()
         role_bits, others = beside_experts(settings, inventory, quantizer)
         with run.progress.step(f"allocate: {settings.method}", total=1, unit="programme") as step:
-            plan = allocate(
-                Importance.read(self.work.folder("score") / IMPORTANCE),
-                method=settings.method,
-                budget=budget_of(settings, others),
-                role_bits=role_bits,
-                candidate_bits=settings.bits,
-                floors=floors_of(settings),
-                alpha=settings.alpha,
-                beta=settings.beta,
-                gamma=settings.gamma,
-                seed=settings.seed,
-                time_limit_s=settings.time_limit_s,
-                gap=settings.gap,
-            )
+            if settings.cut_ratio is not None:
+                plan = cut_plan(settings, inventory, quantizer, self._channels, role_bits)
+            else:
+                plan = _allocated(settings, Importance.read(self.work.folder("score") / IMPORTANCE), role_bits, others)
             step.advance()
         budget: dict[str, Any] = {**plan.budget, "other_bytes": others}
         if settings.target_size_bytes is not None:
@@ -76,12 +68,22 @@ class Allocate(Stage[StageFolder, Plan, StageResult]):
         ready.write(folder.path(PLAN))
 
     def result(self, folder: StageFolder, *, ran: bool) -> StageResult:
-        """Experts per width, budget and solver."""
+        """Experts per width, or the channels that they keep; budget and solver."""
         summary = plan_summary(Plan.read(folder.path(PLAN)))
         return StageResult(STAGE, folder.folder, ran, summary, folder.recorded_warnings())
 
     def _inventory(self) -> ModelInventory:
         return calibration_artifact.read_inventory(self.work.folder("calibrate") / calibration_artifact.INVENTORY)
+
+    def _channels(self, block: ExpertBlock) -> ChannelMeasures:
+        """One layer's measures of channels. Raises InputError where score made none."""
+        path = self.work.folder("score") / channel_file(block.layer)
+        if not path.exists():
+            raise InputError(
+                f"{path} does not exist: --cut-ratio asks for measures of channels. Run `{self.work.command('score')} "
+                "--unit channel --force`, with the other flags that score was given."
+            )
+        return ChannelMeasures.read(path, num_experts=block.num_experts, channels=block.channels)
 
     def _quantizer(self) -> QuantizerSettings:
         """What was scored with."""
@@ -91,6 +93,24 @@ class Allocate(Stage[StageFolder, Plan, StageResult]):
 
 
 plan_stage, run = Plans(Allocate), Runs(Allocate)
+
+
+def _allocated(settings: AllocateSettings, importance: Importance, role_bits: Mapping[Role, int], others: int) -> Plan:
+    """The plan of a strategy."""
+    return allocate(
+        importance,
+        method=settings.method,
+        budget=budget_of(settings, others),
+        role_bits=role_bits,
+        candidate_bits=settings.bits,
+        floors=floors_of(settings),
+        alpha=settings.alpha,
+        beta=settings.beta,
+        gamma=settings.gamma,
+        seed=settings.seed,
+        time_limit_s=settings.time_limit_s,
+        gap=settings.gap,
+    )
 
 
 def beside_experts(
@@ -120,7 +140,9 @@ def _widths_beside(
             del found[Role.HEAD]  # no matrix of its own
         return found
 
-    asked = settings.target_stored_bits or settings.target_bits
+    asked = (
+        settings.width_left if settings.cut_ratio is not None else settings.target_stored_bits or settings.target_bits
+    )
     if asked is not None:
         role_bits = widths(asked)
         return role_bits, other_bytes(inventory, role_bits, quantizer)

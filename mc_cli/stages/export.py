@@ -160,7 +160,7 @@ def _write_and_read_back(
     device = device_named(compute.device)
     dtype = dtype_named(compute.dtype, device, stored=stored)
     # Built only for an exporter that asks for dense tensors.
-    dense = cache(lambda: DenseTensors(files.folder, plain_routers=True, trust_remote_code=trusted))
+    dense = cache(lambda: DenseTensors(files.folder, plain=True, trust_remote_code=trusted))
     copy_model_files(files.config_folder, folder.partial)
     with progress.step(f"export: {settings.format}", total=len(parts) + 1, unit="part") as step:
         job = ExportJob(

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.calibration import LayerSensitivity
+from mc_cli.artifacts.channel_measures import channel_file
 from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.importance import Importance, LayerImportance
 from mc_cli.artifacts.names import IMPORTANCE
@@ -30,7 +31,7 @@ from mc_cli.models.weight_digests import WeightDigests
 from mc_cli.parts import DROPPED, ModelInventory
 from mc_cli.progress import Progress, StageResult
 from mc_cli.reports.importance import importance_summary
-from mc_cli.settings import RunSettings, ScoreSettings
+from mc_cli.settings import CHANNEL, RunSettings, ScoreSettings
 from mc_cli.stage import Plans, Run, Runs, Stage
 from mc_cli.walking.layerwise import LayerWalk
 from mc_cli.walking.resume import restore_progress, save_progress
@@ -112,6 +113,8 @@ def _layers(ready: _Ready, settings: ScoreSettings, session: Session, folder: St
                 module = model.get_submodule(blocks[layer].path)
                 sensitivity = ready.sensitivities.get(layer)
                 inputs = ExpertInputs(capture, blocks[layer], session.device, sensitivity=sensitivity)
+                if settings.unit == CHANNEL:
+                    ready.scorer.channels(module, inputs).write(folder.path(channel_file(layer)))
                 rerouting = Rerouting(model, blocks[layer], inputs) if DROPPED in settings.bits else None
                 scored = ready.scorer.score(module, inputs, rerouting)
                 write_json(folder.path(_layer_file(layer)), asdict(scored))

@@ -26,15 +26,15 @@ def sensitive(block: ExpertBlock) -> ExpertInputs:
     return inputs
 
 
+def whole(block: ExpertBlock, *members: int) -> dict[int, tuple[range]]:
+    """One run of all channels for each of these experts."""
+    return dict.fromkeys(members, (range(block.channels),))
+
+
 def outputs_of(module: Any, block: ExpertBlock, expert: int) -> Tensor:
     tokens = torch.randn(9, 32, generator=torch.Generator().manual_seed(7))
     up, down = (experts.expert_weight(module, part.name, expert) for part in block.projections)
     return expert_down(module, expert, expert_activations(module, expert, tokens, up), down)
-
-
-def whole(block: ExpertBlock, numbers: list[int]) -> dict[int, list[range]]:
-    """All channels of these experts, as one run each."""
-    return {expert: [range(block.projections[-1].in_features)] for expert in numbers}
 
 
 def copies(module: Any, block: ExpertBlock) -> list[Tensor]:
@@ -49,7 +49,7 @@ def test_experts_compute_the_same_with_their_channels_dealt(tiny_model: TinyMode
             getattr(module, name).normal_(generator=torch.Generator().manual_seed(1))
     inputs = sensitive(block)
     before, outputs = copies(module, block), [outputs_of(module, block, expert) for expert in range(4)]
-    assert deal_channels(module, inputs, whole(block, [0, 1, 2]))
+    assert deal_channels(module, inputs, whole(block, 0, 1, 2))
     for expert, moved in enumerate((True, True, False, False)):  # 2 has no tokens, 3 was not asked for
         assert torch.allclose(outputs_of(module, block, expert), outputs[expert], rtol=1e-4, atol=1e-5)
         for old, new in zip(before, copies(module, block), strict=True):
@@ -62,7 +62,7 @@ def test_neighbours_matter_differently(tiny_model: TinyModel) -> None:
     channels = block.projections[-1].in_features
     strong = torch.arange(channels // 8)  # they lie together
     module.down_proj[1][:, strong] *= 100
-    deal_channels(module, sensitive(block), whole(block, [1]))
+    deal_channels(module, sensitive(block), whole(block, 1))
     found = (module.down_proj[1].norm(dim=0) > 10 * module.down_proj[1].norm(dim=0).median()).view(-1, 8).sum(1)
     assert found.tolist() == [1] * (channels // 8)
 
@@ -81,7 +81,7 @@ def test_rows_that_cannot_be_told_by_channel_are_left_alone(
     before = copies(module, block)
     for wrong in (torch.zeros, lambda rows: torch.full((rows,), -5.0), lambda rows: torch.full((rows,), 1e9)):
         monkeypatch.setattr(expert_gates, "channels_of_rows", lambda _, rows, __, ___, wrong=wrong: wrong(rows).long())
-        assert not deal_channels(module, sensitive(block), whole(block, [0, 1]))
+        assert not deal_channels(module, sensitive(block), whole(block, 0, 1))
     assert all(map(torch.equal, before, copies(module, block)))
 
 
