@@ -113,7 +113,7 @@ def points(arguments: argparse.Namespace, seed: int, work_dir: Path) -> Iterator
                 data=arguments.heldout, length=arguments.length, max_sequences=arguments.max_windows
             )
             prune_eval.run(looked, RunSettings(), work_dir, **QUIET)
-            found = Evaluation.read(work_dir / "evaluation" / "eval.json")
+            found = Evaluation.read(work_dir / "evaluation" / "eval.json").total
             row = {"seed": seed, "score": name, "ratio": ratio, "refit": refit}
             row |= {"original": found.original_loss, "loss": found.packed_loss, "kl": found.kl_divergence}
             print(json.dumps(row), flush=True)
