@@ -13,7 +13,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 STARTUP = "mixture_compressor.pth"
 DISTRIBUTION = "mixture-compressor"
-_SOURCES = ("mc_cli", "docs", "recipes", "tests", ".ci", "pyproject.toml", "setup.py", "MANIFEST.in", "Makefile")
+_SOURCES = (
+    "mc_cli",
+    "docs",
+    "recipes",
+    "tests",
+    ".ci",
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "Makefile",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+)
 _SOURCES += ("README.md", "LICENSE", ".gitignore", STARTUP)
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.partial")
 

@@ -135,6 +135,16 @@ def test_the_source_distribution_is_a_checkout(distributions: dict[str, Path]) -
     assert here <= names
 
 
+def test_links_of_the_source_distribution_lead_somewhere(distributions: dict[str, Path], tmp_path: Path) -> None:
+    with tarfile.open(distributions["sdist"]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    pages = [page for page in tmp_path.rglob("*.md") if "tests" not in page.parts]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s#]+)[^)]*\)", page.read_text())]
+    relative = [(page, link) for page, link in links if not link.startswith(("http", "mailto:"))]
+    assert len(relative) > 20
+    assert not [f"{page}: {link}" for page, link in relative if not (page.parent / link).exists()]
+
+
 def test_an_installed_wheel_works(installed: Installed, exported: Path) -> None:
     environment = installed("wheel")
     for command in (["-m", "mc_cli"], [str(environment.folder / "bin" / "mc-cli")]):
