@@ -32,6 +32,7 @@ _WORK = "Work directory and output"
 
 
 def made_option(*names: str, help: str, panel: str = _WORK, **details: Any) -> Any:
+    """A flag as typer takes it; its help says the default, where there is one."""
     return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **details)
 
 
@@ -59,6 +60,7 @@ _COMMON = {"force": _FORCE, "dry_run": _DRY_RUN, "json": JSON, "debug": DEBUG}
 
 
 def parameter(name: str, kind: Any, info: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    """A keyword of a command, which `info` describes."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info], default=default)
 
 
@@ -76,6 +78,7 @@ def flag_parameter(section: str, flag: Flag, *, name: str, option: str, required
 
 
 def stage_parameters(stage: str) -> list[inspect.Parameter]:
+    """All that a stage's command takes: flags of its settings, of how to compute, and the common ones."""
     sections = (stage,) if stage in _NO_MODEL else (stage, COMPUTE)
     return [
         *(
@@ -90,6 +93,7 @@ def stage_parameters(stage: str) -> list[inspect.Parameter]:
 
 
 def run_parameters() -> list[inspect.Parameter]:
+    """All that `run` takes: a recipe, the flags of all stages, and the common ones."""
     recipe = typer.Argument(
         help="Recipe, for example recipes/demo.yaml; flags go over it.", metavar="[RECIPE.yaml]", show_default=False
     )
@@ -114,6 +118,7 @@ def run_parameters() -> list[inspect.Parameter]:
 
 
 def activation_bits(panel: str) -> inspect.Parameter:
+    """`--activation-bits` under a heading of the command's own."""
     info = made_option("--activation-bits", help=f"{ACTIVATION_BITS.help} [default: 16]", metavar="16|8", panel=panel)
     return parameter("activation_bits", int, info, 16)
 
