@@ -200,19 +200,23 @@ def _units(
 
 def _projection_units(layer: LayerImportance, candidate_bits: tuple[float, ...]) -> list[Unit]:
     """One unit per projection of every expert, costed by its own predicted losses."""
+    columns = {
+        part.name: [
+            (bits, round(bits * part.weight_count), part.stored_bytes_by_bits[bits], part.predicted_loss_by_bits[bits])
+            for bits in candidate_bits
+        ]
+        for part in layer.projections
+    }
     return [
         Unit(
             layer=layer.layer,
             expert=expert,
             weight_count=part.weight_count,
             choices=tuple(
-                Choice(
-                    bits,
-                    round(bits * part.weight_count),
-                    part.stored_bytes_by_bits[bits],
-                    float(part.predicted_loss_by_bits[bits][expert]),
-                )
-                for bits in candidate_bits
+                [
+                    Choice(bits, code_bits, size, float(losses[expert]))
+                    for bits, code_bits, size, losses in columns[part.name]
+                ]
             ),
             projection=part.name,
         )

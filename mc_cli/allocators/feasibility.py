@@ -26,8 +26,13 @@ def size_range(problem: AllocationProblem) -> tuple[int, int]:
         floors = problem.served(group)
         rows = Counter(
             tuple(
-                (tuple(floor.by[inside][index] for floor in floors), problem.budget.size(choice))
-                for index, choice in enumerate(problem.units[position].choices)
+                [
+                    (
+                        tuple([floor.by[inside][index] for floor in floors]) if floors else (),
+                        problem.budget.size(choice),
+                    )
+                    for index, choice in enumerate(problem.units[position].choices)
+                ]
             )
             for inside, position in enumerate(group)
         )

@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from mc_cli.models.model_folder import config_file, read_config
 from mc_cli.models.skeleton import (
     build_skeleton,
     initialise,
+    is_beside_text,
     non_persistent_buffers,
     rebuild_buffers,
     require_causal,
@@ -155,6 +157,7 @@ class Checkpoint:
     model          the skeleton; `load` and `free` fill and empty its parts
     layers_path    module path of the decoder layers
     stored_dtypes  module-tree name -> dtype of the tensor when it is kept as it is
+    text_alone     whether the checkpoint is of a model for images or sound, of which this is the text part
     not_read       weight files beside those that are read
     unused         keys that the causal language model has no place for, such as the layers of multi-token prediction
     """
@@ -167,6 +170,7 @@ class Checkpoint:
         quantization = _quantization_entry(config)
         check_format(folder, quantization)
         require_causal(config)
+        self.text_alone = is_beside_text(config)
         self.files = TensorFiles(folder, quantization, named=getattr(config, "transformers_weights", None))
         _check_counts(folder, config, self.files.tensors)
         self.model = build_skeleton(_without_quantization(config), dtype=dtype)
@@ -188,7 +192,7 @@ class Checkpoint:
         prefix = self.model.base_model_prefix
         known = self.model.state_dict()
         targets: dict[str, _Target] = {}
-        for key, tensor in sorted(self.files.tensors.items(), key=lambda entry: dot_natural_key(entry[0])):
+        for key, tensor in sorted(self.files.tensors.items(), key=lambda entry: _natural_order(entry[0])):
             name, pattern = rename_source_key(key, renamings, converters, prefix, known)
             if name not in known and key in known:
                 name, pattern = rename_source_key(key, [], [], prefix, known)
@@ -369,6 +373,16 @@ class Checkpoint:
         root.to("meta")
         for module, buffers in kept:
             module._buffers.update(buffers)
+
+
+def _natural_order(name: str) -> list[tuple[Any, ...]]:
+    """What transformers sorts names by; names share their pieces, of which each is looked at once."""
+    return [_natural_piece(piece) for piece in name.split(".")]
+
+
+@cache
+def _natural_piece(piece: str) -> tuple[Any, ...]:
+    return dot_natural_key(piece)[0]
 
 
 def _check_counts(folder: Path, config: PretrainedConfig, tensors: Mapping[str, StoredTensor]) -> None:

@@ -28,13 +28,17 @@ def require_causal(config: PretrainedConfig) -> bool:
     custom = type(config).__module__.startswith("transformers_modules")  # its code was trusted when it was read
     if custom or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return custom
-    beside_text = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
-    is_image_text = any(type(config) in mapping for mapping in beside_text)
-    kind = "is an image-text model, and " if is_image_text else ""
+    kind = "is an image-text model, and " if is_beside_text(config) else ""
     raise FamilyError(
         f"model_type {config.model_type!r} {kind}has no causal language model in transformers "
         f"{transformers.__version__}. {SUPPORTED}"
     )
+
+
+def is_beside_text(config: PretrainedConfig) -> bool:
+    """Whether the config is of a model for images or sound beside text."""
+    mappings = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    return any(type(config) in mapping for mapping in mappings)
 
 
 def build_skeleton(config: PretrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:

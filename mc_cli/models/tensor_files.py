@@ -284,13 +284,12 @@ def _plain_tensors(folder: Path, files: WeightFiles) -> dict[str, StoredTensor]:
         with _open(file_inside(folder, name)) as handle:
             for key in handle.keys():  # noqa: SIM118 a handle is no mapping
                 stored = handle.get_slice(key)
-                if stored.get_dtype() not in _DTYPES:
-                    unknown.append(f"{key}: {stored.get_dtype()}")
+                if (format := stored.get_dtype()) not in _DTYPES:
+                    unknown.append(f"{key}: {format}")
                     continue
                 if key in tensors:
                     twice.append(f"{key}: in {tensors[key].places[0][1]} and {name}")
-                dtype = _DTYPES[stored.get_dtype()]
-                tensors[key] = StoredTensor(key, tuple(stored.get_shape()), dtype, ((key, name),))
+                tensors[key] = StoredTensor(key, tuple(stored.get_shape()), _DTYPES[format], ((key, name),))
     if unknown:
         raise CheckpointError(
             f"{folder}: {len(unknown)} tensors have a data type that is not read here:\n{listed(unknown)}\n"

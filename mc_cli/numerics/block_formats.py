@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from mc_cli.errors import ShapeError
@@ -12,6 +14,7 @@ _E8M0_BIAS = 127
 _MXFP4_BLOCK = 32
 
 
+@cache  # a checkpoint has few shapes and 10^5 tensors
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
     """Shape of the scales of a matrix (or stack of matrices); blocks at the right and lower edge may be cut."""
     *stack, rows, columns = shape

@@ -197,10 +197,21 @@ def _write_inventory(
         folder.warn(
             f"{artifact.LEFT_OUT} {len(checkpoint.unused)} tensors of the checkpoint that are not part of "
             f"{type(checkpoint.model).__name__} ({', '.join(kinds[:8])}{' ...' if len(kinds) > 8 else ''}; for example "
-            f"{checkpoint.unused[0]}). The config.json of every result does not count them.",
+            f"{checkpoint.unused[0]}). The config.json of every result does not count them.{_text_alone(checkpoint)}",
             progress,
         )
     artifact.write_inventory(folder.path(artifact.INVENTORY), inventory)
+
+
+def _text_alone(checkpoint: Checkpoint) -> str:
+    """Which class loads the results, where people would take that of the whole model; transformers' error is silent."""
+    if not checkpoint.text_alone:
+        return ""
+    return (
+        f" Results are the text part alone, a {type(checkpoint.model).__name__}: load them with AutoModelForCausalLM. "
+        "AutoModelForImageTextToText and others that look for the whole model refuse them as of an unrecognized "
+        "configuration class."
+    )
 
 
 def _forward(

@@ -57,7 +57,11 @@ def test_the_text_of_an_image_text_model_loads_by_the_class_it_names(
     format: str, image_text: Path, tmp_path: Path
 ) -> None:
     work = packed_work_dir(image_text, tmp_path / "work")
-    exported(work, tmp_path / "out", format)
+    result = exported(work, tmp_path / "out", format)
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):  # ours cannot be said there
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    for told in (" ".join(result["warnings"]), (tmp_path / "out" / "README.md").read_text()):
+        assert "a Qwen3_5MoeForCausalLM: load them with AutoModelForCausalLM. AutoModelForImageTextToText" in told
     model, info = loaded_by_its_name(tmp_path / "out")
     assert type(model).__name__ == "Qwen3_5MoeForCausalLM" and not any(info.values()), info
     exact = load_packed(work / "packed")
