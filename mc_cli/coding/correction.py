@@ -86,7 +86,7 @@ class Shortfall:
         return (1 - pooled_share) * correction(moments, hessian, tokens=self._inputs.count(expert))
 
 
-def rest_of_layer(walk: LayerWalk, module: nn.Module) -> torch.Tensor:
+def rest_of_layer(walk: LayerWalk, module: experts.Experts) -> torch.Tensor:
     """[sequences, length, hidden]: what the resident layer `walk.depth` gives while its experts give nothing.
 
     module  the layer's experts, called as ever, so that what watches them sees every token; none is computed

@@ -87,7 +87,7 @@ class LayerQuantizer:
             if original is None or reach is None:
                 run_up_to(self._walk, module)
             else:
-                rest = rest_of_layer(self._walk, module)
+                rest = rest_of_layer(self._walk, experts.experts_at(model, block.path))
         sensitivity = self._sensitivities.get(block.layer)
         inputs = ExpertInputs(capture, block, self._walk.source.device, sensitivity=sensitivity, module=module)
         covariance = None if sensitivity is None else self._covariance_of(block.layer)

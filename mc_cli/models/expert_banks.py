@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import nn
 
 from mc_cli import kernels
 from mc_cli.models.expert_gates import Experts, activate, rows_by_channel, rows_of_block, up_name
-from mc_cli.models.packed_experts import is_packed, packed_blocks
+from mc_cli.models.packed_experts import PackedBlock, PackedExperts, is_packed, packed_blocks
 
 _HIDDEN_BYTES = 2**28  # the most that up projections give at a time: long prompts are computed some tokens at a time
 
@@ -40,7 +41,7 @@ class Banks:
         return self.up.memory.there and self.down.memory.there
 
 
-def runs_packed(module: Experts, flat: torch.Tensor) -> bool:
+def runs_packed(module: Experts, flat: torch.Tensor) -> TypeGuard[PackedExperts]:
     """Whether products of these tokens with experts like the first one are computed from packed matrices."""
     if not is_packed(module):
         return False
@@ -48,10 +49,10 @@ def runs_packed(module: Experts, flat: torch.Tensor) -> bool:
     return first is not None and kernels.runs_packed(flat, first.encoding)
 
 
-_banks: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Banks | None]] = weakref.WeakKeyDictionary()
+_banks: weakref.WeakKeyDictionary[Experts, tuple[tuple[int, ...], Banks | None]] = weakref.WeakKeyDictionary()
 
 
-def banks_of(module: Experts) -> Banks | None:
+def banks_of(module: PackedExperts) -> Banks | None:
     """Both projections' packed matrices, ready for compiled products; None where there is no bank for all of them.
 
     Where all addresses are the same and no memory was given back meanwhile, what was checked still holds.
@@ -127,15 +128,17 @@ def _spread(banks: Banks, chosen: torch.Tensor, hidden: torch.Tensor) -> torch.T
     return nn.functional.pad(hidden, (0, 1)).gather(1, places)
 
 
-def _made_banks(module: Experts) -> Banks | None:
+def _made_banks(module: PackedExperts) -> Banks | None:
     layout = module._mc_layout
     up_rows, down_rows = (module._mc_packed[name] for name in (up_name(module), "down_proj"))
     plain = not layout.divided and not layout.shared
     made = []
     for rows in (up_rows, down_rows):
-        blocks = [row[0] if row else None for row in rows] if plain else [block for row in rows for block in row]
+        blocks: list[PackedBlock | None] = [block for row in rows for block in row]
+        if plain:  # experts of one block each, or of none
+            blocks = [row[0] if row else None for row in rows]
         bank = kernels.bank_for(
-            [block and (block.encoding, block.parts(module), block.in_features) for block in blocks]
+            [None if block is None else (block.encoding, block.parts(module), block.in_features) for block in blocks]
         )
         if bank is None:
             return None
@@ -159,7 +162,7 @@ def _made_banks(module: Experts) -> Banks | None:
     return Banks(up, down, whole, _matrices_of_experts(up_rows, device), spread)
 
 
-def _matrices_of_experts(rows: list[tuple[object, ...]], device: torch.device) -> torch.Tensor:
+def _matrices_of_experts(rows: Sequence[tuple[object, ...]], device: torch.device) -> torch.Tensor:
     """`Banks.blocks` of experts with so many blocks each."""
     most, count = max(1, *map(len, rows)), sum(map(len, rows))
     table = torch.full((len(rows) + 1, most), count, dtype=torch.int64)

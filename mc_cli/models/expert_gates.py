@@ -6,11 +6,40 @@ whether rows of gate and up follow each other or take turns.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-Experts = Any  # an nn.Module with the flags and methods that transformers' experts decorator gives it
+
+class Experts(Protocol):
+    """A layer's routed experts: an nn.Module as transformers' experts decorator leaves it, and what is used of both.
+
+    has_gate              whether the first projection is `gate_up_proj`, of two rows per channel, or plain `up_proj`
+    is_transposed         whether fused weights are [experts, in_features, out_features]
+    has_bias              whether `<projection>_bias` [experts, out_features] stand beside them
+    has_post_expert_norm  whether each expert's output goes through `post_expert_norm`
+    """
+
+    has_gate: bool
+    is_transposed: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    num_experts: int
+    act_fn: Callable[[torch.Tensor], torch.Tensor]  # [tokens, channels] both, where there is no gate
+    post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
+    _is_hf_initialized: bool  # transformers gives its parameters no first values any more
+    _parameters: dict[str, nn.Parameter | None]
+
+    def _apply_gate(self, gate_up_out: torch.Tensor, /) -> torch.Tensor:
+        """[tokens, channels] of [tokens, 2 * channels], where there is a gate."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None: ...
 
 
 def up_name(module: Experts) -> str:

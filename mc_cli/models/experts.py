@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -64,7 +65,7 @@ class ExpertCall:
     routing_weights: torch.Tensor  # [tokens]
 
 
-Observer = Callable[[nn.Module, ExpertCall], None]
+Observer = Callable[[Experts, ExpertCall], None]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,12 @@ def find_experts(root: nn.Module) -> Iterator[tuple[str, Experts]]:
     """(path below `root`, experts module) of every standard experts module."""
     for path, module in root.named_modules():
         if is_standard_experts(module):
-            yield path, module
+            yield path, cast(Experts, module)
+
+
+def experts_at(root: nn.Module, path: str) -> Experts:
+    """The experts module at a path below `root` that `find_experts` has given."""
+    return cast(Experts, root.get_submodule(path))
 
 
 def projections_of(module: Experts) -> tuple[Projection, ...]:
@@ -181,8 +187,9 @@ def experts_forward(
         top_k_index, top_k_weights = pruner(module, flat, top_k_index, top_k_weights)
     top_k_index, top_k_weights = stored_slots(module, top_k_index, top_k_weights)
     alone = _observer(module) is None and not getattr(module, LOW_RANK, None)
-    with_banks = alone and runs_packed(module, flat) and not _learns(module, flat, top_k_weights)
-    banks = banks_of(module) if with_banks else None
+    banks = None
+    if alone and runs_packed(module, flat) and not _learns(module, flat, top_k_weights):
+        banks = banks_of(module)
     if banks is None:
         total = _one_by_one(module, flat, top_k_index, top_k_weights)
     else:

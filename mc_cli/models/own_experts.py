@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from mc_cli.errors import FamilyError
-from mc_cli.models.experts import IMPLEMENTATION, PRUNER, find_experts
+from mc_cli.models.experts import IMPLEMENTATION, PRUNER, Experts, find_experts
 
 
 class _Reached(Exception):
@@ -40,7 +39,7 @@ def run_our_experts(model: Any) -> None:
         )
 
 
-def _reaches_ours(module: nn.Module) -> bool:
+def _reaches_ours(module: Experts) -> bool:
     """Whether a call of the experts module ends in our implementation; nothing is computed."""
 
     def stop(*_: object) -> None:

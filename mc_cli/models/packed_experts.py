@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -43,6 +43,17 @@ class PackedBlock:
         return parts["weight"] if self.encoding is None else self.encoding.dequantize(parts, self.in_features)
 
 
+class PackedExperts(Experts, Protocol):
+    """An experts module whose fused parameters `attach_packed` has replaced, with what it has noted there.
+
+    _mc_packed  projection -> per expert its stored blocks in channel order, none for one that is dropped
+    """
+
+    _mc_packed: dict[str, list[tuple[PackedBlock, ...]]]
+    _mc_layout: ExpertLayout
+    _mc_dtype: torch.dtype  # of kept matrices, and of what stands for packed ones
+
+
 def attach_packed(module: Experts, layout: ExpertLayout, *, kept_dtype: torch.dtype) -> None:
     """Replaces the fused parameters of an experts module by empty stacked tensors of `layout`, in place.
 
@@ -74,25 +85,26 @@ def attach_packed(module: Experts, layout: ExpertLayout, *, kept_dtype: torch.dt
             tuple(found[expert, number] for number in range(len(blocks)))
             for expert, blocks in enumerate(layout.experts)
         ]
-    module._mc_packed = table
-    module._mc_layout = layout
-    module._mc_dtype = kept_dtype
-    module._is_hf_initialized = True
+    packed = cast(PackedExperts, module)
+    packed._mc_packed = table
+    packed._mc_layout = layout
+    packed._mc_dtype = kept_dtype
+    packed._is_hf_initialized = True
     share_slots(module, layout.slots)
 
 
-def is_packed(module: Experts) -> bool:
+def is_packed(module: Experts) -> TypeGuard[PackedExperts]:
     """True once `attach_packed` has replaced the module's storage."""
     return hasattr(module, "_mc_packed")
 
 
-def stored_parts(module: Experts) -> dict[str, str]:
+def stored_parts(module: PackedExperts) -> dict[str, str]:
     """Attribute name -> stored part of every packed tensor of an experts module; kept projections are not packed."""
     blocks = (block for rows in module._mc_packed.values() for row in rows for block in row)
     return {name: part for block in blocks if block.encoding is not None for part, name in block.names.items()}
 
 
-def packed_blocks(module: Experts, projection: str) -> list[PackedBlock]:
+def packed_blocks(module: PackedExperts, projection: str) -> list[PackedBlock]:
     """All stored blocks of one projection, expert after expert."""
     return [block for row in module._mc_packed[projection] for block in row]
 
@@ -108,7 +120,8 @@ def share_slots(module: Experts, slots: tuple[int | None, ...]) -> None:
 def expert_of_slot(module: Experts, slot: int) -> int | None:
     """The expert whose weights a router slot runs; None for one that is dropped."""
     if SLOTS in module.__dict__:
-        return module.__dict__[SLOTS][slot]
+        expert: int | None = module.__dict__[SLOTS][slot]
+        return expert
     return module._mc_layout.slots[slot] if is_packed(module) else slot
 
 
@@ -134,7 +147,7 @@ def stored_slots(
     return experts.masked_fill(again, absent), weights.masked_fill(again, 0)
 
 
-def whole_weight(module: Experts, projection: str, expert: int) -> torch.Tensor:
+def whole_weight(module: PackedExperts, projection: str, expert: int) -> torch.Tensor:
     """[out_features, in_features] of a packed expert with all its channels: its blocks in order, zeros for what is cut.
 
     A copy, unless the expert is stored as one kept block. Raises KeyError for an expert that is not stored.
@@ -163,7 +176,7 @@ def whole_weight(module: Experts, projection: str, expert: int) -> torch.Tensor:
     return whole
 
 
-def dense_projection(module: Experts, projection: str) -> torch.Tensor:
+def dense_projection(module: PackedExperts, projection: str) -> torch.Tensor:
     """The fused weight that a packed projection stands for, laid out and typed as the family has it.
 
     Zeros for what is dropped or cut; a shared expert's weights for each slot that runs it.

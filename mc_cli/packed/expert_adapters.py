@@ -89,8 +89,9 @@ class _ExpertsAdapter:
         from peft.tuners.tuners_utils import check_adapters_to_merge
 
         module = self._mc_experts()
+        packed = experts.is_packed(module)
         names = check_adapters_to_merge(self, adapter_names)  # type: ignore[arg-type]
-        if experts.is_packed(module) and any(name in self.lora_A for name in names):
+        if packed and any(name in self.lora_A for name in names):
             module._mc_keep_dense()
         if names:
             super().merge(safe_merge=safe_merge, adapter_names=names)  # type: ignore[misc]

@@ -35,6 +35,7 @@ from mc_cli.errors import ArtifactError, PlanError, Problems, listed
 from mc_cli.executors.here import Here
 from mc_cli.kernels.trellis import path_name
 from mc_cli.models.checkpoint import REST, Checkpoint
+from mc_cli.models.experts import experts_at
 from mc_cli.models.memory import large_blocks_mapped, release_freed_memory
 from mc_cli.models.model_files import copy_model_files
 from mc_cli.models.own_experts import run_our_experts
@@ -234,7 +235,7 @@ def _layers(
                 original.run_layer(advance=True)
             if block is not None:
                 drop_experts(checkpoint.model, {block.path: plan.dropped(layer)})
-                share_slots(checkpoint.model.get_submodule(block.path), plan.slots_of(layer))
+                share_slots(experts_at(checkpoint.model, block.path), plan.slots_of(layer))
             result = worker.quantize(parts, block, None if original is None else original.hidden)
             if result.output is None:
                 walk.run_layer(advance=True)

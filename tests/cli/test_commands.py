@@ -341,7 +341,12 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "where",
-    ["typer.Typer", "typer.core.TyperCommand.make_context", "mc_cli.cli.prepare_libraries", "mc_cli.chain.check_stage"],
+    [
+        "typer.Typer",
+        "typer.core.TyperCommand.make_context",
+        "mc_cli.cli.running.prepare_libraries",
+        "mc_cli.chain.check_stage",
+    ],
 )
 def test_ctrl_c_at_any_moment_is_one_line(where: str, tmp_path: Path) -> None:
     """While the command line is imported, while flags are read, before a library is imported, and later."""

@@ -1,0 +1,141 @@
+"""The commands that run stages, one or all, or say what a work directory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mc_cli.artifacts.work_dir import MAIN, WorkDir
+from mc_cli.cli.libraries import prepare_libraries
+from mc_cli.cli.options import DEBUG, JSON, WORK_DIR, made_option, read, settings_of
+from mc_cli.errors import Problems
+from mc_cli.failures import telling_errors
+from mc_cli.flags import COMPUTE, STAGES, run_flags, run_option
+
+if TYPE_CHECKING:
+    from mc_cli.ahead import Outlook
+    from mc_cli.chain import PlannedStage
+    from mc_cli.progress import StageResult
+    from mc_cli.recipe import RunPlan
+
+_STATUS_VARIANT = made_option("--variant", help="Only this one of several results. [default: all]", metavar="NAME")
+_VERIFY_HELP = "Read every file, and say which are not as they were written, with exit status 1 if any."
+
+
+def run_stage(stage: str, given: Mapping[str, Any]) -> None:
+    """One stage: settings from flags, run or only planned, and its result printed."""
+    work_dir: Path = given["work_dir"]
+    with telling_errors(debug=given["debug"], work_dir=work_dir):
+        prepare_libraries(debug=given["debug"])
+        from mc_cli import chain, console
+
+        work = WorkDir(work_dir, given.get("variant", MAIN))
+        settings, compute = settings_of(stage, COMPUTE, given=given, beneath=chain.followed_settings(stage, work))
+        if given["dry_run"]:
+            return _print_planned(*chain.forecast_stage(stage, settings, compute, work, force=given["force"]), given)
+        chain.check_stage(stage, settings, compute, work, force=given["force"])
+        progress = console.ConsoleProgress()
+        result = chain.run_stage(stage, settings, compute, work, force=given["force"], progress=progress)
+        _tell_end(result)
+        if given["json"]:
+            return console.print_json(console.result_json(result))
+        return console.print_summary(result.summary)
+
+
+def run_all(given: Mapping[str, Any]) -> None:
+    """All stages, from a recipe, from flags, or both."""
+    with telling_errors(debug=given["debug"]):
+        plan = _plan_of(given)
+    with telling_errors(debug=given["debug"], work_dir=plan.work.path):
+        _run_plan(plan, given["force_from"] or (STAGES[0] if given["force"] else None), given)
+
+
+def _plan_of(given: Mapping[str, Any]) -> RunPlan:
+    """What `run` was asked for. Raises InputError naming all that is missing or cannot be used."""
+    from mc_cli.recipe import Recipe, plan_run, read_recipe
+
+    problems = Problems()
+    recipe: Recipe | None = Recipe()
+    if given["recipe"]:
+        recipe = None
+        with problems.catching():
+            recipe = read_recipe(given["recipe"])
+    asked, unread = [], set()
+    for name, targets in run_flags().items():
+        for section, flag in targets if given[name] is not None else ():
+            unread.add((section, flag.field))
+            with problems.catching():
+                asked.append((section, flag.field, read(flag, run_option(section, flag), given[name])))
+                unread.remove((section, flag.field))
+    if recipe is None:  # what it lacks is not known
+        problems.tell()
+    assert recipe is not None
+    work_dir = given["work_dir"] and str(given["work_dir"])
+    return plan_run(recipe.override(asked, work_dir, given["effort"], given["variant"]), problems, unread)
+
+
+def _run_plan(plan: RunPlan, force_from: str | None, given: Mapping[str, Any]) -> None:
+    prepare_libraries(debug=given["debug"])
+    from mc_cli import chain, console
+
+    if given["dry_run"]:
+        return _print_planned(*chain.forecast_chain(plan, force_from=force_from), given)
+    results = chain.run_chain(plan, force_from=force_from, progress=console.ConsoleProgress(), tell=_tell_end)
+    if given["json"]:
+        stages = [console.result_json(result) for result in results]
+        return console.print_json({"work_dir": str(plan.work.path), "stages": stages})
+    return console.print_chain(results)
+
+
+def _tell_end(result: StageResult) -> None:
+    """To stderr: that a stage has ended, and the warnings that were not shown while it ran."""
+    from mc_cli.console import say, say_warning
+
+    if result.ran:
+        return say(f"{result.stage}: finished, {result.folder}")
+    say(f"{result.stage}: already done with these settings and inputs, {result.folder}")
+    for message in result.warnings:
+        say_warning(message)
+    return None
+
+
+def _print_planned(planned: list[PlannedStage], outlook: Outlook | None, given: Mapping[str, Any]) -> None:
+    from mc_cli import console
+
+    for message in outlook.warnings if outlook else ():
+        console.say_warning(message)
+    if given["json"]:
+        found = {"outlook": outlook.plain()} if outlook else {}
+        return console.print_json({"stages": [entry.plain() for entry in planned], **found})
+    for entry in planned:
+        print(f"{entry.stage}: {entry.state}: {entry.action}{f' ({entry.folder})' if entry.folder else ''}")
+        for difference in entry.differences:
+            print(f"  {difference}")
+    if outlook is not None and outlook.shown():
+        console.print_summary({"facts": outlook.shown()})
+    return None
+
+
+def status(
+    *,
+    work_dir: Annotated[Path, WORK_DIR],
+    variant: Annotated[str | None, _STATUS_VARIANT] = None,
+    verify: Annotated[bool, made_option("--verify", help=_VERIFY_HELP)] = False,
+    json: Annotated[bool, JSON] = False,
+    debug: Annotated[bool, DEBUG] = False,
+) -> None:
+    """Show what is done, begun, stale or still to do in a work directory; reads manifests only."""
+    with telling_errors(debug=debug):
+        from mc_cli import console
+        from mc_cli.status import DAMAGED, work_dir_status
+
+        found = work_dir_status(work_dir, variant=variant, contents=verify)
+        if json:
+            console.print_json({"work_dir": str(work_dir), "stages": [entry.plain() for entry in found]})
+        else:
+            console.print_status(found)
+    if verify and any(entry.state == DAMAGED for entry in found):
+        raise typer.Exit(1)
