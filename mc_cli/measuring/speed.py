@@ -158,7 +158,8 @@ def _products(network: Any) -> str:
     if getattr(network, "quantization_method", None) != QUANT_METHOD:
         return "torch"
     layout = network.hf_quantizer.quantization_config.layout
-    keys = {key for block in layout.experts for row in block.encodings.values() for key in row if key}
+    blocks = (block for bank in layout.experts for expert in bank.experts for block in expert)
+    keys = {key for block in blocks for key in block.encodings.values() if key}
     encodings = (encoding_of(key) for key in keys | set(layout.linears.values()))
     return path_names((encoding for encoding in encodings if encoding is not None), network.device)
 
