@@ -358,7 +358,9 @@ class _Reader:
         """The blocks of one expert. entry: what each projection says of it;  sizes: None for a whole one, or none."""
         if sizes is None:
             absent = [_is_none(each) for each in entry.values()]
-            if all(absent):
+            if not self._unless(all(absent) or not any(absent), f"{where}: stored in part: {shown(dict(entry))}"):
+                return ()
+            if any(absent):
                 return ()
             entry, sizes = {name: [each] for name, each in entry.items()}, [whole]
         for name, numbers in entry.items():
