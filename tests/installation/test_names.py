@@ -88,12 +88,13 @@ print([need for need in found.requires if need.startswith(mc_cli.DISTRIBUTION)])
 
 
 def test_exports_of_earlier_versions_still_load(exported: Path, tmp_path: Path) -> None:
-    """They say `quant_method: mc_cli`; what is made of one says today's name."""
+    """They say `quant_method: mc_cli`, format 3, and carry no digest; what is made of one says today's name."""
     older = tmp_path / "older"
     shutil.copytree(exported / "out", older)
     config = json.loads((older / "config.json").read_text(encoding="utf-8"))
     assert config["quantization_config"]["quant_method"] == QUANT_METHOD == mc_cli.DISTRIBUTION == DISTRIBUTION
-    config["quantization_config"]["quant_method"] = "mc_cli"
+    del config["quantization_config"]["record_sha256"]
+    config["quantization_config"] |= {"quant_method": "mc_cli", "format_version": 3}
     (older / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert open_packed(older).layout == open_packed(exported / "out").layout
     expected = torch.load(exported / "logits.pt", weights_only=True)
