@@ -12,11 +12,12 @@ endif
 # Torch's large arrays in huge pages, where the system has them. As mc-cli itself does.
 export THP_MEM_ALLOC_ENABLE ?= 1
 
-.PHONY: help install install-dev demo test check smoke docs dist
+.PHONY: help install install-dev demo test test-quick check smoke docs dist
 
 help:
 	@echo "make demo     compress the bundled model end to end, print the table, generate a few words"
 	@echo "make test     run the tests"
+	@echo "make test-quick   those of artifacts, plans, layouts, policies, data and rooms: for a change on the way"
 	@echo "make check    ruff and mypy"
 	@echo "make smoke    every command in turn on the bundled model, with little text"
 	@echo "make sanitize 20,000 mutated packed models through loaders and C under AddressSanitizer"
@@ -54,6 +55,10 @@ demo: install
 
 test: install-dev
 	$(BIN)/python -m pytest
+
+test-quick: install-dev
+	$(BIN)/python -m pytest tests/test_layering.py tests/test_facts.py tests/artifacts tests/policies tests/families \
+		tests/data tests/exporters tests/allocators/test_blocks.py tests/allocators/test_golden.py
 
 check: install-dev
 	$(BIN)/ruff check .
