@@ -13,7 +13,7 @@ from mc_cli.artifacts.manifest import BEGUN, MANIFEST
 from mc_cli.artifacts.states import read_state as read_tensors_of
 from mc_cli.artifacts.states import recorded, write_state
 from mc_cli.artifacts.store import RESUME, StageFolder
-from mc_cli.errors import ArtifactError
+from mc_cli.errors import ArtifactError, InputError
 from mc_cli.models.weight_digests import RECORD
 from mc_cli.walking.layerwise import LayerWalk
 
@@ -50,9 +50,13 @@ def restore_progress(folder: StageFolder, walk: LayerWalk, original: LayerWalk |
         )
     names = ["hidden"] if original is None else ["hidden", "original"]
     found = read_states(folder, f"before_{depth}.safetensors", names)
-    walk.restore(found["hidden"], depth)
-    if original is not None:
-        original.restore(found["original"], depth)
+    for moved, name in ((walk, "hidden"), (original, "original")):
+        if moved is None:
+            continue
+        try:
+            moved.restore(found[name], depth)
+        except InputError as error:  # a state of another walk, such as one under another's name
+            raise ArtifactError(f"{folder.path(f'{RESUME}/before_{depth}.safetensors')}: {error}") from error
     return depth
 
 
