@@ -39,8 +39,12 @@ def changed_fields(before: bytes, path: Path) -> list[str]:
 
 
 def _kind(name: str, then: dict[str, Any], now: dict[str, Any]) -> str:
-    """The name; where the header reads the same 16 bits as another float, which comes to other values, `floats.`."""
+    """The name; in place of `header.`, `gone.` for a tensor that is not there any more, and `floats.` for one whose 16 bits
+    the header reads as another float, which comes to other values.
+    """
     before, after = then.get(name), now.get(name)
+    if name.startswith("header.") and name not in now:
+        return name.replace("header.", "gone.", 1)
     if not name.startswith("header.") or not isinstance(before, list) or not isinstance(after, list):
         return name
     other = before[1] == after[1] and {before[0], after[0]} == _SIXTEEN_BITS

@@ -78,6 +78,9 @@ def test_only_what_is_listed_is_justified() -> None:
     assert not justification("artifact", "w/packed/rest.safetensors", ["data.lm_head.codes"])
     assert justification("export", "o/model.safetensors", ["floats.model.norm.weight"])
     assert not justification("export", "o/model.safetensors", ["floats.lm_head.scales"])
+    assert justification("export", "d/model.safetensors", ["data.model.norm.weight", "gone.model.norm.weight"])
+    assert not justification("export", "o/model.safetensors", ["data.model.norm.weight", "gone.model.norm.weight"])
+    assert not justification("export", "d/model.safetensors", ["data.model.norm.weight", "header.model.norm.weight"])
     assert justification("export", "o/config.json", ["rms_norm_eps"])
     assert not justification("export", "o/config.json", ["rms_norm_eps", "quantization_config.encodings.0"])
 
@@ -88,6 +91,11 @@ def test_the_same_bits_as_another_float_are_told_from_another_tensor(tmp_path: P
     before = save({"a": ones.bfloat16(), "b": ones[:2].half(), "c": ones.to(torch.int16)})
     kinds = [name for name in changed_fields(before, tmp_path / "x.safetensors") if not name.startswith("data.")]
     assert kinds == ["floats.a", "header.b", "header.c"]
+    (tmp_path / "x.safetensors").write_bytes(save({"a": ones.half()}))
+    assert changed_fields(save({"a": ones.half(), "b": ones.half()}), tmp_path / "x.safetensors") == [
+        "data.b",
+        "gone.b",
+    ]
 
 
 def test_the_list_is_in_the_docs() -> None:
