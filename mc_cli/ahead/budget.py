@@ -12,13 +12,11 @@ from mc_cli.allocators.channel_score import channel_score_named
 from mc_cli.allocators.feasibility import size_range
 from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
 from mc_cli.artifacts.plan import Plan
-from mc_cli.encodings import encoding_for, stored_bytes
+from mc_cli.encodings import planned_bytes
 from mc_cli.errors import InputError
-from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role
+from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role
 from mc_cli.settings import CHANNEL, AllocateSettings, QuantizerSettings, ScoreSettings
 from mc_cli.stages.allocate import beside_experts, budget_of, floors_of, other_bytes
-
-_KEPT_BYTES = 2  # of an expert weight that is kept, as the checkpoint's own 16 bits
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def importance_of_shapes(inventory: ModelInventory, score: ScoreSettings) -> Imp
 def _layer(block: ExpertBlock, score: ScoreSettings) -> LayerImportance:
     widths = [width for width in score.bits if width != DROPPED]
     sizes = {
-        part.name: {width: _stored(score.quantizer, width, part.out_features, part.in_features) for width in widths}
+        part.name: {width: _bytes(score.quantizer, width, part.out_features, part.in_features) for width in widths}
         for part in block.projections
     }
     ones = (1.0,) * block.num_experts
@@ -139,12 +137,6 @@ def _layer(block: ExpertBlock, score: ScoreSettings) -> LayerImportance:
     )
 
 
-def _stored(quantizer: QuantizerSettings, width: float, out_features: int, in_features: int) -> int:
-    limit = quantizer.group_size
-    encoding = encoding_for(quantizer.family, width, out_features, in_features, group_size_limit=limit)
-    return stored_bytes(encoding, out_features, in_features)
-
-
 def planned_size(plan: Plan, inventory: ModelInventory, quantizer: QuantizerSettings) -> Size:
     """What a plan leads to. Raises ShapeError where its widths do not fit the model's shapes."""
     others = other_bytes(inventory, plan.role_bits, quantizer)
@@ -156,15 +148,13 @@ def planned_size(plan: Plan, inventory: ModelInventory, quantizer: QuantizerSett
                 for part in block.projections:
                     unit = (channels.bits_of(part.name), *block.shape_of(part.name, channels.channels))
                     if unit not in known:
-                        known[unit] = _planned(quantizer, *unit)
+                        known[unit] = _bytes(quantizer, *unit)
                     experts += known[unit]
     facts = {"predicted stored bytes": experts + others, "predicted expert bytes": experts, "other bytes": others}
     return Size(experts + others, facts)
 
 
-def _planned(quantizer: QuantizerSettings, width: float, out_features: int, in_features: int) -> int:
-    if width == DROPPED:
-        return 0
-    if width == KEPT_BITS:
-        return out_features * in_features * _KEPT_BYTES
-    return _stored(quantizer, width, out_features, in_features)
+def _bytes(quantizer: QuantizerSettings, width: float, out_features: int, in_features: int) -> int:
+    """Stored bytes of one matrix at a width, 0 and 16 among them, by this quantizer's encodings."""
+    limit = quantizer.group_size
+    return planned_bytes(quantizer.family, width, out_features, in_features, group_size_limit=limit)

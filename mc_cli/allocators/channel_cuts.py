@@ -18,7 +18,7 @@ from mc_cli.allocators.channel_score import ChannelScore, ScoreAsked, Scores, ch
 from mc_cli.artifacts.channel_measures import ChannelMeasures
 from mc_cli.artifacts.channel_order import ChannelOrder
 from mc_cli.artifacts.plan import BlockBits, ExpertBits, Plan
-from mc_cli.encodings import encoding_for, stored_bytes
+from mc_cli.encodings import planned_bytes
 from mc_cli.errors import BudgetError, InputError, listed
 from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role, too_few_survivors
 from mc_cli.settings import PER_LAYER, AllocateSettings, QuantizerSettings
@@ -27,7 +27,6 @@ Widths = npt.NDArray[np.int64]  # [experts], how many channels each keeps
 # The down projection rotates gcd(channels, 128) inputs together, and a trellis sequence takes a multiple of 16 of them.
 _LARGE_UNIT, _SMALL_UNIT = 128, 32
 _PLAIN_UNIT = 16  # stock products of all experts at once take rows of a multiple of 16 bytes
-_KEPT_BYTES = 2  # of a weight that stays at 16 bits
 
 
 def unit_of(channels: int, width_left: float, *, uniform: bool = False) -> int:
@@ -266,15 +265,11 @@ def _stored(block: ExpertBlock, channels: int, width: float, quantizer: Quantize
     """Bytes of one expert with so many channels. Raises ShapeError where they cannot be coded at this width."""
     if not channels:
         return 0
-    total = 0
-    for part in block.projections:
-        shape = block.shape_of(part.name, channels)
-        if width == KEPT_BITS:
-            total += math.prod(shape) * _KEPT_BYTES
-        else:
-            encoding = encoding_for(quantizer.family, width, *shape, group_size_limit=quantizer.group_size)
-            total += stored_bytes(encoding, *shape)
-    return total
+    family, limit = quantizer.family, quantizer.group_size
+    return sum(
+        planned_bytes(family, width, *block.shape_of(part.name, channels), group_size_limit=limit)
+        for part in block.projections
+    )
 
 
 def _objective(cut: Cut, score: ChannelScore, settings: AllocateSettings, share: float) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mc_cli.errors import ArtifactError, ShapeError, listed, shown
-from mc_cli.parts import Role
+from mc_cli.parts import DROPPED, KEPT_BITS, Role
 from mc_cli.registry import ENCODINGS, GRIDS, families, family_named
 
 if TYPE_CHECKING:
@@ -104,6 +104,19 @@ def encoding_for(
         if found is not None:
             return found
     raise ShapeError(f"{bits} bits: affine grids have whole widths")
+
+
+def planned_bytes(family: str, bits: float, out_features: int, in_features: int, *, group_size_limit: int = 128) -> int:
+    """Bytes on disk of a matrix at the width that a plan gives it, 0 (gone) and 16 (kept) among them.
+
+    Raises ShapeError where it cannot be coded at this width.
+    """
+    if bits == DROPPED:
+        return 0
+    if bits == KEPT_BITS:
+        return out_features * in_features * KEPT_BITS // 8
+    encoding = encoding_for(family, bits, out_features, in_features, group_size_limit=group_size_limit)
+    return stored_bytes(encoding, out_features, in_features)
 
 
 def family_of_role(role: Role, family: str) -> str:
