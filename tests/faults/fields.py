@@ -39,8 +39,8 @@ def changed_fields(before: bytes, path: Path) -> list[str]:
 
 
 def _kind(name: str, then: dict[str, Any], now: dict[str, Any]) -> str:
-    """The name; in place of `header.`, `gone.` for a tensor that is not there any more, and `floats.` for one whose 16 bits
-    the header reads as another float, which comes to other values.
+    """The name; in place of `header.`, `gone.` for a tensor that is not there any more, and `floats.` for one whose 16
+    bits the header reads as another float, which comes to other values.
     """
     before, after = then.get(name), now.get(name)
     if name.startswith("header.") and name not in now:
