@@ -24,6 +24,7 @@ from mc_cli.numerics import trellis_code
 # What products with packed bytes change, in the mean, in logits of about 1: 4e-5 in each product. A near tie between
 # experts may then go the other way, so single logits say nothing.
 PRODUCTS = 2e-4
+TOKEN_IDS = torch.randint(3, 300, (3, 12), generator=torch.Generator().manual_seed(1))
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class PackedMatrices:
     experts: dict[str, dict[str, list[torch.Tensor | None]]]
     kept: dict[str, torch.Tensor]
     expert_bytes: int
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    """[3, 12, vocabulary] float32 of TOKEN_IDS: what twins are compared by."""
+    return model.eval()(TOKEN_IDS, use_cache=False).logits.float()
 
 
 @contextlib.contextmanager

@@ -13,11 +13,12 @@ from mc_cli.settings import (
     AllocateSettings,
     CalibrateSettings,
     EvaluateSettings,
+    ExportSettings,
     QuantizeSettings,
     RunSettings,
     ScoreSettings,
 )
-from mc_cli.stages import allocate, calibrate, prune_eval, quantize, score
+from mc_cli.stages import allocate, calibrate, export, prune_eval, quantize, score
 
 COMPUTE = RunSettings(device="cpu", batch_tokens=96)  # three sequences per forward
 LENGTH = 24
@@ -71,3 +72,9 @@ def run_prune_eval(
     """prune-eval on `data`, after quantize."""
     settings = replace(EVALUATE, data=str(data), **changes)
     return prune_eval.run(settings, COMPUTE, work_dir, variant=variant, force=force, progress=SilentProgress())
+
+
+def run_export(work_dir: Path, out: Path, format: str) -> StageResult:
+    """export to `out`, after quantize."""
+    settings = ExportSettings(format=format, out=str(out))
+    return export.run(settings, RunSettings(device="cpu"), work_dir, force=False, progress=SilentProgress())

@@ -23,12 +23,12 @@ from mc_cli.artifacts.quantization import read_report
 from mc_cli.errors import InputError
 from mc_cli.models import experts
 from mc_cli.packed.loading import load_packed
-from mc_cli.progress import SilentProgress, StageResult
+from mc_cli.progress import StageResult
 from mc_cli.recipe import Recipe, plan_run
-from mc_cli.settings import AllocateSettings, ExportSettings, QuantizerSettings, RunSettings, ScoreSettings
-from mc_cli.stages import export
+from mc_cli.settings import AllocateSettings, QuantizerSettings, ScoreSettings
 from tests.conftest import TinyModel
-from tests.tiny_chain import LENGTH, run_allocate, run_calibrate, run_quantize, run_score, write_documents
+from tests.dense_twin import logits_of
+from tests.tiny_chain import LENGTH, run_allocate, run_calibrate, run_export, run_quantize, run_score, write_documents
 
 CHANNELS = 96
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -38,7 +38,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 PLAIN = QuantizerSettings(error_correction=False)
 ROUNDING = 5e-5
-TOKEN_IDS = torch.randint(3, 300, (3, 12), generator=torch.Generator().manual_seed(1))
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,7 @@ class Scored:
         return self.work_dir / "packed"
 
     def export(self, out: Path, format: str) -> StageResult:
-        settings = ExportSettings(format=format, out=str(out))
-        return export.run(settings, RunSettings(device="cpu"), self.work_dir, force=False, progress=SilentProgress())
+        return run_export(self.work_dir, out, format)
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +96,6 @@ def zeroed(model: Path, plan: Plan) -> Any:
             module.gate_up_proj[expert, gone + CHANNELS] = 0
             module.down_proj[expert][:, gone] = 0
     return found
-
-
-@torch.no_grad()
-def logits_of(model: Any) -> torch.Tensor:
-    return model.eval()(TOKEN_IDS, use_cache=False).logits.float()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -24,13 +24,19 @@ from mc_cli.models import expert_banks, experts
 from mc_cli.packed.dense_tensors import load_dense
 from mc_cli.packed.loading import load_packed
 from mc_cli.packed.packed_modules import unpack_all
-from mc_cli.progress import SilentProgress, StageResult
-from mc_cli.settings import ExportSettings, QuantizerSettings, RunSettings
-from mc_cli.stages import export
+from mc_cli.settings import QuantizerSettings, RunSettings
 from mc_cli.status import DONE, work_dir_status
 from tests.conftest import TinyModel
-from tests.dense_twin import PRODUCTS, decoded_products, dense_twin
-from tests.tiny_chain import run_allocate, run_calibrate, run_prune_eval, run_quantize, run_score, write_documents
+from tests.dense_twin import PRODUCTS, decoded_products, dense_twin, logits_of
+from tests.tiny_chain import (
+    run_allocate,
+    run_calibrate,
+    run_export,
+    run_prune_eval,
+    run_quantize,
+    run_score,
+    write_documents,
+)
 
 CHANNELS = 96
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -39,7 +45,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 QUANTIZERS = {"trellis": "trellis", "affine": "gptq"}
 ROUNDING = 5e-5
-TOKEN_IDS = torch.randint(3, 300, (3, 12), generator=torch.Generator().manual_seed(1))
 BOTH = {"gate_up_proj": 2, "down_proj": 4}
 
 
@@ -105,16 +110,6 @@ def dividing(
     return Dividing(encodings, model, work_dir, write_documents(folder / "held-out.jsonl", documents=6, offset=900))
 
 
-def do_export(work_dir: Path, out: Path, format: str) -> StageResult:
-    settings = ExportSettings(format=format, out=str(out))
-    return export.run(settings, RunSettings(device="cpu"), work_dir, force=False, progress=SilentProgress())
-
-
-@torch.no_grad()
-def logits_of(model: Any) -> torch.Tensor:
-    return model.eval()(TOKEN_IDS, use_cache=False).logits.float()
-
-
 def test_the_packed_model_is_the_dense_one_with_the_same_weights(dividing: Dividing) -> None:
     expected = logits_of(dividing.twin())
     packed = load_packed(dividing.packed)
@@ -148,7 +143,7 @@ def test_an_export_reloads_with_the_same_logits(dividing: Dividing, tmp_path: Pa
     work_dir = Path(shutil.copytree(dividing.work_dir, tmp_path / "work"))
     run_prune_eval(work_dir, dividing.held_out)
     expected = logits_of(dividing.twin())
-    result = do_export(work_dir, tmp_path / "out", "transformers")
+    result = run_export(work_dir, tmp_path / "out", "transformers")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with decoded_products():
         assert (logits_of(model) - expected).abs().max() < ROUNDING

@@ -28,16 +28,15 @@ from mc_cli.measuring.generation import generate
 from mc_cli.models import experts
 from mc_cli.packed.dense_tensors import load_dense
 from mc_cli.packed.loading import load_packed
-from mc_cli.progress import SilentProgress, StageResult
-from mc_cli.settings import ExportSettings, PruneSettings, RunSettings
-from mc_cli.stages import export
+from mc_cli.settings import PruneSettings, RunSettings
 from mc_cli.status import DONE, work_dir_status
 from tests.conftest import TinyModel
-from tests.dense_twin import PRODUCTS, decoded_products, dense_twin
+from tests.dense_twin import PRODUCTS, decoded_products, dense_twin, logits_of
 from tests.tiny_chain import (
     EVALUATE,
     run_allocate,
     run_calibrate,
+    run_export,
     run_prune_eval,
     run_quantize,
     run_score,
@@ -56,7 +55,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 GROUPED = ("deepseek_v2", "deepseek_v3")
 BIASED = ("deepseek_v3", "gpt_oss")
 ROUNDING = 5e-5
-TOKEN_IDS = torch.randint(3, 300, (3, 12), generator=torch.Generator().manual_seed(1))
 
 
 @dataclass(frozen=True)
@@ -111,16 +109,6 @@ def dropping(
     run_quantize(work_dir, plan=str(work_dir / "mine.yaml"))
     held_out = write_documents(folder / "held-out.jsonl", documents=6, offset=900)
     return Dropping(request.param, model, work_dir, held_out)
-
-
-def do_export(work_dir: Path, out: Path, format: str) -> StageResult:
-    settings = ExportSettings(format=format, out=str(out))
-    return export.run(settings, RunSettings(device="cpu"), work_dir, force=False, progress=SilentProgress())
-
-
-@torch.no_grad()
-def logits_of(model: Any) -> torch.Tensor:
-    return model.eval()(TOKEN_IDS, use_cache=False).logits.float()
 
 
 def test_the_packed_model_is_the_model_without_these_experts(dropping: Dropping) -> None:
@@ -186,7 +174,7 @@ def test_it_is_measured_and_policies_work_on_what_is_left(dropping: Dropping, tm
 
 def test_an_export_reloads_with_the_same_logits(dropping: Dropping, tmp_path: Path) -> None:
     expected = logits_of(dropping.twin())
-    result = do_export(dropping.work_dir, tmp_path / "packed", "transformers")
+    result = run_export(dropping.work_dir, tmp_path / "packed", "transformers")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     with decoded_products():
         assert (logits_of(model) - expected).abs().max() < ROUNDING
@@ -206,7 +194,7 @@ def test_an_export_reloads_with_the_same_logits(dropping: Dropping, tmp_path: Pa
 
 def test_a_dense_export_is_the_same_for_plain_transformers(dropping: Dropping, tmp_path: Path) -> None:
     """By a low bias where the router has one, else with fewer experts."""
-    do_export(dropping.work_dir, tmp_path / "out", "dense")
+    run_export(dropping.work_dir, tmp_path / "out", "dense")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     counts = {module.num_experts for _, module in experts.find_experts(model)}
     assert counts == ({8} if dropping.family in BIASED else {6})
@@ -226,12 +214,12 @@ def test_unequal_numbers_need_a_bias_in_a_plain_checkpoint(dropping: Dropping, t
     replace(plan, expert_bits={**plan.expert_bits, last: row}).write(work_dir / "mine.yaml")
     run_quantize(work_dir, plan=str(work_dir / "mine.yaml"), force=True)
     if dropping.family in BIASED:
-        do_export(work_dir, tmp_path / "out", "dense")
+        run_export(work_dir, tmp_path / "out", "dense")
     else:
         with pytest.raises(InputError, match=rf"layer {last} +drops 0 experts[\s\S]*Use --format transformers"):
-            do_export(work_dir, tmp_path / "out", "dense")
+            run_export(work_dir, tmp_path / "out", "dense")
         assert not (tmp_path / "out").exists()
-    do_export(work_dir, tmp_path / "packed", "transformers")
+    run_export(work_dir, tmp_path / "packed", "transformers")
 
 
 def test_allocate_keeps_what_the_router_needs(dropping: Dropping) -> None:

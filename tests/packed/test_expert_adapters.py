@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
 
 from mc_cli.errors import McError
 from mc_cli.packed.packed_modules import unpack
 from tests.conftest import TinyModel
 from tests.dense_twin import PRODUCTS, decoded_products, dense_twin
 from tests.exported_models import FAMILIES, TOKEN_IDS, load, logits_of
+from tests.packed.trainers import trainer_for
 
 peft = pytest.importorskip("peft")
 
@@ -178,17 +178,6 @@ def test_nobody_else_sees_weights_that_are_not_there(exports: Callable[[str], Pa
     assert torch.equal(logits_of(copied), logits_of(adapted(load(exports("mixtral")))))
 
 
-class Sentences(torch.utils.data.Dataset):
-    """Two sentences, over and over."""
-
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        tokens = torch.randint(3, 300, (12,), generator=torch.Generator().manual_seed(index % 2))
-        return {"input_ids": tokens, "labels": tokens}
-
-
 @pytest.mark.parametrize("options", [{}, {"bf16": True}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trainer_lowers_the_loss(
@@ -196,19 +185,7 @@ def test_trainer_lowers_the_loss(
 ) -> None:
     model = peft.get_peft_model(load(exports("mixtral"), dtype), config_for(init_lora_weights=True))
     before = {name: part.clone() for name, part in model.named_parameters() if not part.requires_grad}
-    arguments = TrainingArguments(
-        str(tmp_path),
-        max_steps=8,
-        per_device_train_batch_size=4,
-        learning_rate=2e-2,
-        report_to=[],
-        use_cpu=True,
-        logging_steps=1,
-        disable_tqdm=True,
-        save_strategy="no",
-        **options,
-    )
-    trainer = Trainer(model, arguments, train_dataset=Sentences())
+    trainer = trainer_for(model, tmp_path, steps=8, **options)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.1

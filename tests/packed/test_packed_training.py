@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
 from mc_cli.encodings import Encoding
 from mc_cli.encodings.affine import AffineEncoding
@@ -22,6 +21,7 @@ from mc_cli.packed.packed_modules import unpack
 from tests.conftest import TinyModel
 from tests.dense_twin import PRODUCTS, decoded_products, dense_twin
 from tests.exported_models import FAMILIES, TOKEN_IDS, load, logits_of
+from tests.packed.trainers import trainer_for
 
 peft = pytest.importorskip("peft")
 
@@ -183,33 +183,6 @@ def test_preparing_for_kbit_training_changes_no_loss(
     model = adapted(model).train()
     model(input_ids=TOKEN_IDS, labels=TOKEN_IDS).loss.backward()
     assert all(part.grad.abs().max() > 0 for part in model.parameters() if part.requires_grad)
-
-
-class Sentences(torch.utils.data.Dataset):
-    """Two sentences, over and over."""
-
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        tokens = torch.randint(3, 300, (12,), generator=torch.Generator().manual_seed(index % 2))
-        return {"input_ids": tokens, "labels": tokens}
-
-
-def trainer_for(model: Any, folder: Path, **options: Any) -> Trainer:
-    arguments = TrainingArguments(
-        str(folder),
-        max_steps=6,
-        per_device_train_batch_size=4,
-        learning_rate=2e-2,
-        report_to=[],
-        use_cpu=True,
-        logging_steps=1,
-        disable_tqdm=True,
-        save_strategy="no",
-        **options,
-    )
-    return Trainer(model, arguments, train_dataset=Sentences())
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
