@@ -61,6 +61,11 @@ class BlockBits:
 ExpertBits = Widths | tuple[BlockBits, ...]
 
 
+def widths_by_block(entry: ExpertBits) -> list[Widths]:
+    """The widths of each block of an expert, cut ones included; of an expert that is whole, its own alone."""
+    return [block.bits for block in entry] if isinstance(entry, tuple) else [entry]
+
+
 @dataclass(frozen=True)
 class Plan:
     """The width of every part of the model, and how it was decided."""
@@ -127,7 +132,7 @@ class Plan:
         names = {projection.name for projection in block.projections}
         for expert, entry in enumerate(row):
             where = f"layer {layer} expert {expert}"
-            for each in [part.bits for part in entry] if isinstance(entry, tuple) else [entry]:
+            for each in widths_by_block(entry):
                 if isinstance(each, dict) and set(each) != names:
                     problems.append(f"{where}: plan has projections {shown(sorted(each))}, model {sorted(names)}")
             count = sum(part.channels for part in entry) if isinstance(entry, tuple) else block.channels

@@ -61,9 +61,12 @@ class DenseTensors:
         return self._widths.config
 
     def config_json(self) -> dict[str, Any]:
-        """config.json of a plain checkpoint with these tensors."""
+        """config.json of a plain checkpoint with these tensors: with as many and as wide experts as it has."""
         original = read_json(self._source.files.config_folder / "config.json", foreign=True)
-        return self._widths.config_json(self._routers.config_json(original))
+        changes = {**self._routers.config_changes, **self._widths.config_changes}
+        if isinstance(original.get("text_config"), dict):
+            return {**original, "text_config": {**original["text_config"], **changes}}
+        return {**original, **changes}
 
     def by_module(self, part: int) -> dict[str, torch.Tensor]:
         """Module-tree name -> tensor of every parameter and persistent buffer that a plain checkpoint holds."""

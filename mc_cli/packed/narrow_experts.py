@@ -26,7 +26,8 @@ _FIRST = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"
 class NarrowExperts:
     """What becomes of experts whose layout cuts channels; nothing where it cuts none.
 
-    config   the model's, with narrower experts where channels are cut
+    config          the model's, with narrower experts where channels are cut
+    config_changes  the entries of config.json, or of its text_config, that say so
     Raises InputError where a plain checkpoint cannot hold what is left.
     """
 
@@ -49,12 +50,6 @@ class NarrowExperts:
         rows = rows_by_channel(module, len(weight), channels, weight.device)
         assert rows is not None  # quantize has asked before it cut
         return weight[rows_of_block(rows, 0, self._width)]
-
-    def config_json(self, original: Mapping[str, Any]) -> dict[str, Any]:
-        """config.json with the width that the checkpoint's experts have."""
-        if isinstance(original.get("text_config"), dict):
-            return {**original, "text_config": {**original["text_config"], **self.config_changes}}
-        return {**original, **self.config_changes}
 
     def _decide(self, widths: Mapping[str, Mapping[int, int]], whole: Mapping[str, int]) -> None:
         every = {width for found in widths.values() for width in found.values()}

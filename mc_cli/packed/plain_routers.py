@@ -27,7 +27,8 @@ _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 class PlainRouters:
     """The change of a model's tensors where its layout drops experts; none where it drops none.
 
-    config   the model's, with fewer experts where some are left out
+    config          the model's, with fewer experts where some are left out
+    config_changes  the entries of config.json, or of its text_config, that say so
     Raises InputError where a plain checkpoint cannot say which experts are dropped.
     """
 
@@ -53,12 +54,6 @@ class PlainRouters:
             if name.startswith(f"{path}.") and self._count in tensor.shape:
                 return tensor.index_select(tensor.shape.index(self._count), torch.tensor(kept))
         return tensor
-
-    def config_json(self, original: Mapping[str, Any]) -> dict[str, Any]:
-        """config.json with the number of experts that the checkpoint has."""
-        if isinstance(original.get("text_config"), dict):
-            return {**original, "text_config": {**original["text_config"], **self.config_changes}}
-        return {**original, **self.config_changes}
 
     def _decide(self, dropped: Mapping[str, Sequence[int]]) -> None:
         model: Any = build_skeleton(self.config, dtype=torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mc_cli.artifacts.plan import BlockBits, ExpertBits, Plan
+from mc_cli.artifacts.plan import ExpertBits, Plan, widths_by_block
 from mc_cli.reports.tables import summary, table
 
 
@@ -44,5 +44,5 @@ def _channels_kept(plan: Plan, channels: Mapping[int, int]) -> list[list[Any]]:
 
 def _matrix_widths(row: tuple[ExpertBits, ...]) -> list[float]:
     """The widths of a layer's experts, those of every projection and block where they differ."""
-    entries = [part.bits for entry in row for part in (entry if isinstance(entry, tuple) else (BlockBits(1, entry),))]
-    return [bits for entry in entries for bits in (entry.values() if isinstance(entry, dict) else (entry,))]
+    found = [widths for entry in row for widths in widths_by_block(entry)]
+    return [bits for widths in found for bits in (widths.values() if isinstance(widths, dict) else (widths,))]

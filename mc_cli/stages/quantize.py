@@ -21,7 +21,7 @@ from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.artifacts.files import file_digest, read_json, write_json, write_tensors
 from mc_cli.artifacts.names import COVERAGE, PLAN
 from mc_cli.artifacts.packed import LAYOUT, ExpertLayout, PackedLayout, part_file, part_name
-from mc_cli.artifacts.plan import Plan
+from mc_cli.artifacts.plan import Plan, widths_by_block
 from mc_cli.artifacts.quantization import Coverage, MatrixReport, read_report, write_report
 from mc_cli.artifacts.sizes import SIZES, write_sizes
 from mc_cli.artifacts.store import RESUME, StageFolder, require_done
@@ -195,7 +195,7 @@ def _check_widths(plan: Plan, inventory: ModelInventory) -> None:
         problems.append("role_bits: head is packed, but tied to the embedding, whose width it has: leave it out")
     for layer, row in sorted(plan.expert_bits.items()):
         for expert, entry in enumerate(row):
-            for each in [part.bits for part in entry] if isinstance(entry, tuple) else [entry]:
+            for each in widths_by_block(entry):
                 widths = set(each.values()) if isinstance(each, dict) else {each}
                 if not widths - {DROPPED, KEPT_BITS} <= known:
                     problems.append(f"layer {layer} expert {expert}: {each} bits{_but(plan.family)}")
