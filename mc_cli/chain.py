@@ -37,7 +37,7 @@ _FORCED = {
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """What a stage would do. `state` is new, done, begun, stale, or waiting: for an earlier stage's result."""
+    """The prospect of a stage. `state` is new, done, begun, stale, or waiting: for an earlier stage's result."""
 
     stage: str
     state: str
@@ -78,7 +78,7 @@ def followed_settings(stage: str, work: WorkDir) -> dict[str, Any]:
 
 
 def planned_stage(stage: str, settings: Any, compute: RunSettings, work: WorkDir, *, force: bool) -> PlannedStage:
-    """What running this stage now would do. Nothing is written, not even the memory of digests."""
+    """Tells what running this stage now would do. Nothing is written, not even the memory of digests."""
     with nothing_remembered():
         folder = stage_folder(stage, settings, compute, work)
         state = folder.state()
@@ -118,7 +118,7 @@ def _has_ended(stage: str, work: WorkDir) -> bool:
 def forecast_stage(
     stage: str, settings: Any, compute: RunSettings, work: WorkDir, *, force: bool
 ) -> tuple[list[PlannedStage], Outlook | None]:
-    """What running this stage now would do, and what it would take; nothing is written, and no weight is read.
+    """Tells what running this stage now would do, and what it would take; nothing is written, and no weight is read.
 
     Raises a McError naming all that stands against it.
     """
@@ -161,7 +161,7 @@ def _forecast(
 
 
 def planned_chain(plan: RunPlan, *, force_from: str | None) -> list[PlannedStage]:
-    """What running all stages now would do; behind one that is not done, later ones wait for what it makes."""
+    """Tells what running all stages now would do; behind one that is not done, later ones wait for what it makes."""
     found: list[PlannedStage] = []
     waits_for = ""
     for stage, force in _forced(force_from):

@@ -1,4 +1,4 @@
-"""What the user sees: results on stdout as tables or one JSON document; progress, warnings and errors on stderr.
+"""The user's view: results on stdout as tables or one JSON document; progress, warnings and errors on stderr.
 
 On a terminal progress is a live bar; elsewhere plain lines, a few per minute, so that a log stays readable.
 """
@@ -330,7 +330,7 @@ def print_status(stages: Sequence[StageStatus]) -> None:
 
 
 def print_chain(results: Sequence[StageResult]) -> None:
-    """What a whole run came to: facts and tables of the stages that measure and write it. `--json` has the others'."""
+    """A whole run's outcome: facts and tables of the stages that measure and write it. `--json` has the others'."""
     console = stdout_console()
     for result in results:
         if result.stage in _RESULT_STAGES:

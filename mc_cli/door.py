@@ -31,7 +31,7 @@ __all__ = ["Compressed", "compress", "evaluate", "load"]
 
 @dataclass(frozen=True)
 class Compressed:
-    """What `compress` made.
+    """The result of `compress`.
 
     directory   loads with `mc_cli.load`, or with transformers where the package is installed
     work_dir    the artifacts of the run; the same call goes on there after it was stopped

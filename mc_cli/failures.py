@@ -90,7 +90,7 @@ class _CtrlC:
 
 
 def interrupted_message(work_dir: Path | None) -> str:
-    """What is true after Ctrl-C."""
+    """The state of things after Ctrl-C, in words."""
     if work_dir is None:
         return "Stopped."
     return f"Stopped. Finished layers are kept in {work_dir}; the same command continues after the last of them."

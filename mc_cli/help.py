@@ -24,7 +24,7 @@ class GroupedCommand(TyperCommand):
     """A command whose help lists arguments and flags under their headings, and that names all missing ones at once."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """What is left of `args`. Ends with exit status 2 where flags are missing or cannot be read."""
+        """The rest of `args`. Ends with exit status 2 where flags are missing or cannot be read."""
         given = list(args)
         try:
             return super().parse_args(ctx, args)

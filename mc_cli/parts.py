@@ -1,4 +1,4 @@
-"""What a model is made of: roles, tensors and linears, with shapes and bytes. Knows no torch."""
+"""The parts of a model: roles, tensors and linears, with shapes and bytes. Knows no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DROPPED = 0  # the width of an expert that the router does not choose, and that 
 
 
 class Role(enum.StrEnum):
-    """What a tensor does in the model; bit-widths and the byte account are kept per role."""
+    """The work of a tensor in the model; bit-widths and the byte account are kept per role."""
 
     EXPERT = "expert"  # weights of routed experts
     EXPERT_BIAS = "expert_bias"  # biases and norms inside routed experts: always kept
@@ -125,7 +125,7 @@ def survivor_floors(num_experts: int, top_k: int, groups: int, groups_used: int)
 def too_few_survivors(
     dropped: Collection[int], num_experts: int, top_k: int, groups: int = 1, groups_used: int = 1
 ) -> list[str]:
-    """What stands against dropping these experts of one layer, one phrase per floor that is not kept."""
+    """The reasons against dropping these experts of one layer, one phrase per floor that is not kept."""
     found = []
     for members, least in survivor_floors(num_experts, top_k, groups, groups_used):
         left = sum(expert not in dropped for expert in members)

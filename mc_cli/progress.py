@@ -1,4 +1,4 @@
-"""What a stage tells while it runs. The command line draws it with rich on stderr; libraries and tests stay silent."""
+"""The reports of a stage while it runs. The command line draws it with rich on stderr; libraries and tests stay silent."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SilentProgress:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage gives back: where its artifacts lie, whether it ran, and the figures worth printing.
+    """The result of a stage: where its artifacts lie, whether it ran, and the figures worth printing.
 
     summary   plain JSON values; `--json` prints them as they are, the command line makes tables of them
     """

@@ -36,14 +36,14 @@ from mc_cli.flags import (
 from mc_cli.settings import CHANNEL, EFFORTS, TARGETS, Flag, QuantizerSettings, RunSettings
 
 _MOST_ENTRIES = 1000  # of one list in a recipe
-# Of a whole one: a recipe with every setting there is has some 150 entries. Plans are read by the same reader.
+# Limits of a whole recipe: one with every setting there is has some 150 entries. Plans are read by the same reader.
 _CHARACTERS, _ENTRIES = 1 << 20, 10_000
 TOP = ("description", "work_dir", "variant", "effort")  # what a recipe holds beside its sections
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe or its flags ask for: per section, flat field values; only those that were given."""
+    """The requests of a recipe or its flags: per section, flat field values; only those that were given."""
 
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     work_dir: str | None = None

@@ -24,7 +24,7 @@ class Folder(Protocol):
     """Where a stage's results go: `StageFolder` in a work directory, `ExportFolder` elsewhere."""
 
     def held(self) -> AbstractContextManager[None]:
-        """What a run holds beside the work directory, so that no other process writes there."""
+        """The lock that a run holds beside the work directory, so that no other process writes there."""
         ...
 
     def needed(self, *, force: bool) -> bool:
@@ -75,7 +75,7 @@ class Stage(ABC, Generic[Place, Ready, Result]):
 
     @abstractmethod
     def result(self, folder: Place, *, ran: bool) -> Result:
-        """What the finished folder says."""
+        """The result that the finished folder tells."""
 
     def kept(self, folder: Place, run: Run) -> None:
         """Called in place of the work where the stage is done."""

@@ -1,4 +1,4 @@
-"""What lies in a work directory: read from its manifests alone, so it needs no model and answers at once.
+"""The contents of a work directory: read from its manifests alone, so it needs no model and answers at once.
 
 Where contents are to be verified, every file is read, too."""
 

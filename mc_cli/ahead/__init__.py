@@ -36,7 +36,7 @@ __all__ = ["Outlook", "look_ahead"]
 
 
 def look_ahead(stages: Mapping[str, Any], compute: RunSettings, work: WorkDir, *, todo: Collection[str]) -> Outlook:
-    """What running the stages `todo` would take.
+    """The needs of running the stages `todo`.
 
     stages   settings by stage: all of a run, or a single stage's
     Raises one McError, or SeveralErrors naming everything that stands against it.
@@ -155,7 +155,7 @@ class _Look:
                 check_target(self._todo["export"].out, self._work.path)
 
     def _size(self, inventory: ModelInventory) -> Size | None:
-        """What the packed model will take: as the budget asks, or as a plan says."""
+        """The size of the packed model: as the budget asks, or as a plan says."""
         size: Size | None = None
         quantize = self._todo.get("quantize")
         with self._problems.catching():
@@ -176,7 +176,7 @@ class _Look:
         return size
 
     def _score(self) -> ScoreSettings | None:
-        """What was scored, or will be."""
+        """The settings that score has had, or will have."""
         if "score" in self._all:
             asked: ScoreSettings = self._all["score"]
             return asked

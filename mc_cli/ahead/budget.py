@@ -1,4 +1,4 @@
-"""What the packed model will take, and whether a budget can be met, from shapes alone."""
+"""The size of the packed model, and whether a budget can be met, from shapes alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Size:
 
 
 def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: ModelInventory) -> Size:
-    """What a budget leads to. Raises BudgetError where it cannot be met, saying what can; PlanError, ShapeError."""
+    """The size at a budget. Raises BudgetError where it cannot be met, saying what can; PlanError, ShapeError."""
     role_bits, others = beside_experts(settings, inventory, score.quantizer)
     if settings.cut_ratio is not None:
         return _cut_size(settings, score, inventory, role_bits)
@@ -60,7 +60,7 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
 def _cut_size(
     settings: AllocateSettings, score: ScoreSettings, inventory: ModelInventory, role_bits: Mapping[Role, int]
 ) -> Size:
-    """What a cut leads to, where it takes as much of every expert. Raises InputError for what it lacks; ShapeError."""
+    """The size that a cut leads to that takes as much of every expert. Raises InputError for what lacks; ShapeError."""
     channel_score_named(settings.method)
     if score.unit != CHANNEL:
         raise InputError(
@@ -95,7 +95,7 @@ def _expert_bytes(problem: AllocationProblem, measured: Importance, size: int) -
 
 
 def importance_of_shapes(inventory: ModelInventory, score: ScoreSettings) -> Importance:
-    """What score would measure, as far as shapes tell: sizes at every width. Losses are made up."""
+    """The measures of score as far as shapes tell: sizes at every width. Losses are made up."""
     layers = tuple(_layer(block, score) for block in inventory.expert_blocks)
     return Importance(
         model_type=inventory.model_type,
@@ -138,7 +138,7 @@ def _layer(block: ExpertBlock, score: ScoreSettings) -> LayerImportance:
 
 
 def planned_size(plan: Plan, inventory: ModelInventory, quantizer: QuantizerSettings) -> Size:
-    """What a plan leads to. Raises ShapeError where its widths do not fit the model's shapes."""
+    """The size that a plan leads to. Raises ShapeError where its widths do not fit the model's shapes."""
     others = other_bytes(inventory, plan.role_bits, quantizer)
     known: dict[tuple[float, int, int], int] = {}
     experts = 0

@@ -63,7 +63,7 @@ def needs_of(
     length: int,
     packed_bytes: int | None,
 ) -> list[Need]:
-    """What has to be free in the work directory and where export writes; one entry where both are on one disk.
+    """The space to be free in the work directory and where export writes; one entry where both are on one disk.
 
     hidden_bytes   of one token's hidden state
     tokens         of calibration, at most; None: not known;  length   of one sequence
@@ -95,7 +95,7 @@ def _in_work_dir(
     length: int,
     packed_bytes: int,
 ) -> dict[str, int]:
-    """What stays of each stage, and the most that one needs beside it while it runs."""
+    """The bytes that stay of each stage, and the most that one needs beside it while it runs."""
     stays: dict[str, int] = {}
     running: dict[str, int] = {}
     if "calibrate" in todo and tokens:

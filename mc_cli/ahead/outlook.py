@@ -1,4 +1,4 @@
-"""What a run will take, for the screen and for --json."""
+"""The needs of a run, for the screen and for --json."""
 
 from __future__ import annotations
 

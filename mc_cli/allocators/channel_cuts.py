@@ -85,7 +85,7 @@ def cut_cost(scores: Scores, kept: Widths) -> float:
 
 @dataclass(frozen=True)
 class Cut:
-    """What a cut leaves: per layer the widths, in the inventory's order, and the scores that led to them."""
+    """The outcome of a cut: per layer the widths, in the inventory's order, and the scores that led to them."""
 
     inventory: ModelInventory
     kept: list[Widths]
@@ -160,7 +160,7 @@ def shapes_cut(settings: AllocateSettings, inventory: ModelInventory) -> dict[in
 
 
 def _share(score: ChannelScore, settings: AllocateSettings) -> float:
-    """Of the largest activation. Raises InputError for exponents that the method does not take."""
+    """The largest activation's share in a score. Raises InputError for exponents that the method does not take."""
     given = {name: getattr(settings, name) for name in ("alpha", "beta", "gamma")}
     given = {name: value for name, value in given.items() if value is not None}
     unused = sorted(given.keys() - ({"alpha"} if score.takes_share else set()))
@@ -273,7 +273,7 @@ def _stored(block: ExpertBlock, channels: int, width: float, quantizer: Quantize
 
 
 def _objective(cut: Cut, score: ChannelScore, settings: AllocateSettings, share: float) -> dict[str, Any]:
-    """What is cut, and what as many channels would have cost at any border of any expert."""
+    """The cost of what is cut, and what as many channels would have cost at any border of any expert."""
     pools: list[tuple[list[Scores], list[Widths]]] = (
         [(cut.scores, cut.kept)]
         if settings.scope != PER_LAYER

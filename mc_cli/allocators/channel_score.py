@@ -1,4 +1,4 @@
-"""What one score of channels is made of, and the scores by name.
+"""The make of one score of channels, and the scores by name.
 
 A score is a file of this package that holds a `CHANNEL_SCORE`; it is found by itself, and so are modules that other
 packages name in the group of entry points `mc_cli.channel_scores`. No torch here.
@@ -28,7 +28,7 @@ _REGISTRY = Registry(
 
 @dataclass(frozen=True)
 class ScoreAsked:
-    """What a score may depend on beside the measures.
+    """The things that a score may depend on beside the measures.
 
     share  of the largest activation, 0 to 1, where a score mixes it with the mean
     """

@@ -88,7 +88,7 @@ def _fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class NotedExport:
-    """What a work directory remembers of an export: what it was made from, and of which variant."""
+    """The note of an export in a work directory: what it was made from, and of which variant."""
 
     fingerprint: str
     variant: str = MAIN
@@ -117,7 +117,7 @@ def remember_export(work_dir: Path, folder: Path, noted: NotedExport | None) -> 
 
 
 def noted_export(work_dir: Path, folder: Path) -> NotedExport | None:
-    """What is noted of an export to `folder`, None where there is none."""
+    """The note of an export to `folder`, None where there is none."""
     return _known_or_none(work_dir).get(folder.resolve())
 
 
@@ -170,7 +170,7 @@ def _partial_of(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Account:
-    """What an exporter did.
+    """The work that an exporter did.
 
     written   the files that it wrote: these are recorded, and no others may be there
     stages    what each stage of the work directory was made with;  read_back   how the result was checked
@@ -203,7 +203,7 @@ class ExportFolder:
 
     @property
     def noted(self) -> NotedExport:
-        """What the work directory remembers of it."""
+        """The note of it in the work directory."""
         return NotedExport(self.fingerprint, self.variant)
 
     @property

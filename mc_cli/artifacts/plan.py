@@ -241,7 +241,7 @@ def _read_order(path: Path, content: Mapping[str, Any]) -> ChannelOrder | None:
 
 
 def _order_problems(named: Mapping[Any, Any], *, old: bool) -> list[str]:
-    """What is wrong with the entry that names the file of channels."""
+    """The faults of the entry that names the file of channels."""
     if old:
         return [f"channel_order is of schema {SCHEMA}; the file has an earlier one"]
     if named.keys() != {"file", "sha256"}:

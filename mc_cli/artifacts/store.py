@@ -89,7 +89,7 @@ class StageFolder:
         ]
 
     def held(self) -> AbstractContextManager[None]:
-        """What a run holds beside the work directory: nothing."""
+        """A run holds nothing beside the work directory."""
         return nullcontext()
 
     def begin(self, *, force: bool) -> bool:
@@ -336,7 +336,7 @@ def require_done(work: WorkDir, stage: str) -> Manifest:
 
 
 def _other_variants(work: WorkDir, stage: str) -> str:
-    """What a message says where the variant that was named lacks a stage: those that are there."""
+    """Words for a message where the variant that was named lacks a stage: the variants that are there."""
     if stage in SHARED:
         return ""
     there = work.variants()

@@ -55,7 +55,7 @@ def generate(given: Mapping[str, Any]) -> None:
 
 
 def generate_parameters() -> list[inspect.Parameter]:
-    """What `generate` takes."""
+    """The parameters of `generate`."""
     model = typer.Argument(help="Exported directory, or any model folder.", metavar="DIR", show_default=False)
     option = partial(made_option, panel=_GENERATION)
     tokens = option("--max-new-tokens", help="Tokens to add at most. [default: 64]", metavar="COUNT", min=1)
@@ -120,7 +120,7 @@ _PROMPT_HELP = "Random tokens to read. [default: 256, or what the model's positi
 
 
 def bench_parameters() -> list[inspect.Parameter]:
-    """What `bench` takes."""
+    """The parameters of `bench`."""
     model = typer.Argument(help="Exported directory, or any model folder.", metavar="DIR", show_default=False)
     option = partial(made_option, panel=_SPEED)
     beside = option("--beside", help="Measure this model, too, in bfloat16 and float32: the original.", metavar="DIR")

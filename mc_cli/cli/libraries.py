@@ -1,4 +1,4 @@
-"""What the libraries read from the environment when they are imported."""
+"""Environment variables that the libraries read when they are imported."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def run_all(given: Mapping[str, Any]) -> None:
 
 
 def _plan_of(given: Mapping[str, Any]) -> RunPlan:
-    """What `run` was asked for. Raises InputError naming all that is missing or cannot be used."""
+    """The request that `run` was given. Raises InputError naming all that is missing or cannot be used."""
     from mc_cli.recipe import Recipe, plan_run, read_recipe
 
     problems = Problems()

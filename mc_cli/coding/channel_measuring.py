@@ -1,4 +1,4 @@
-"""What every channel of a layer's experts does on their own tokens: the sums that scores of channels are read off.
+"""The activity of every channel of a layer's experts on their own tokens: sums that scores of channels are read off.
 
 Tokens are streamed expert by expert, so that beside the layer's captured inputs only one expert's weights and the
 activations of a few hundred tokens are in memory.

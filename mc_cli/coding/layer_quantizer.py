@@ -155,7 +155,7 @@ class _Wave:
         notes: tuple[str, ...],
         stored: torch.dtype,
     ) -> None:
-        """What the wave works with.
+        """The things that the wave works with.
 
         shortfall  what down projections are corrected by;  notes: for the report row of every matrix
         stored     dtype of weights in the checkpoint

@@ -376,7 +376,7 @@ class Checkpoint:
 
 
 def _natural_order(name: str) -> list[tuple[Any, ...]]:
-    """What transformers sorts names by; names share their pieces, of which each is looked at once."""
+    """The key by which transformers sorts names; names share their pieces, of which each is looked at once."""
     return [_natural_piece(piece) for piece in name.split(".")]
 
 

@@ -24,7 +24,7 @@ _FIRST = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"
 
 
 class NarrowExperts:
-    """What becomes of experts whose layout cuts channels; nothing where it cuts none.
+    """The change of experts whose layout cuts channels; none where it cuts none.
 
     config          the model's, with narrower experts where channels are cut
     config_changes  the entries of config.json, or of its text_config, that say so
@@ -41,7 +41,7 @@ class NarrowExperts:
             self._decide(widths, whole)
 
     def narrow(self, module: Any, projection: str, weight: torch.Tensor) -> torch.Tensor:
-        """Of a whole upright weight, whose stored channels come first, the part that the checkpoint has."""
+        """The part that the checkpoint has of a whole upright weight, whose stored channels come first."""
         if self._width is None:
             return weight
         if projection != up_name(module):

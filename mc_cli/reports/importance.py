@@ -1,4 +1,4 @@
-"""What each width would cost."""
+"""The cost of each width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the packed model takes, and that every expert weight is accounted for."""
+"""The size of the packed model, and that every expert weight is accounted for."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ class AllocateSettings(StageSettings):
         yield from map(InputError, self._cut_problems())
 
     def _cut_problems(self) -> Iterator[str]:
-        """What is wrong with what is asked of cuts, or asked without one."""
+        """The faults of requests about cuts, made with a cut or without one."""
         if self.cut_ratio is None:
             asked = {"--scope": self.scope != PER_LAYER, "--uniform-width": self.uniform_width}
             asked["--bits 16"] = KEPT_BITS in (self.bits or ())

@@ -49,11 +49,11 @@ class Flag:
 
     @property
     def name(self) -> str:
-        """What is written on the command line, for example `--target-size`."""
+        """The name on the command line, for example `--target-size`."""
         return self.option or "--" + self.field.replace("_", "-")
 
     def refusal(self, value: Any) -> str:
-        """What is wrong with a value of the field, as a message that begins with the flag; "" where nothing is."""
+        """The fault of a value of the field, as a message that begins with the flag; "" where nothing is."""
         said = "" if value is None else self._said_of(value)
         return f"{self.name} {said}" if said else ""
 
@@ -110,7 +110,7 @@ class Settings:
         problems.tell()
 
     def _conflicts(self) -> Iterator[McError]:
-        """What is wrong with several fields together."""
+        """The faults of several fields together."""
         return iter(())
 
 

@@ -1,4 +1,4 @@
-"""What `run --effort` sets beneath recipe and flags."""
+"""The values that `run --effort` sets beneath recipe and flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What flags of several stages say in the same words: the texts that are read, and seeds."""
+"""Words that flags of several stages share: the texts that are read, and seeds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_length(tokens: Any) -> bool:
 
 
 def two_templates(template: str | None, none: bool) -> list[InputError]:
-    """What is wrong where a template is named and refused at once."""
+    """The complaint where a template is named and refused at once."""
     if template is None or not none:
         return []
     return [InputError(f"--chat-template {template} and --no-chat-template exclude each other. Give one.")]

@@ -86,7 +86,7 @@ class Allocate(Stage[StageFolder, Plan, StageResult]):
         return ChannelMeasures.read(path, num_experts=block.num_experts, channels=block.channels)
 
     def _quantizer(self) -> QuantizerSettings:
-        """What was scored with."""
+        """The quantizer that score measured with."""
         with reading(self.work.folder("score") / MANIFEST, "a manifest of score", "Run score --force."):
             scored = require_done(self.work, "score").settings
             return read_as(QuantizerSettings, scored.get("quantizer"), "settings.quantizer")

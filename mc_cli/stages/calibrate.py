@@ -52,7 +52,7 @@ _GRADIENTS = re.compile(r"gradient_before_([0-9]+)\.safetensors")
 
 @dataclass(frozen=True)
 class _Ready:
-    """What is read before the first forward; `drawn`: windows of tokens, None where an earlier run wrote them."""
+    """Everything read before the first forward; `drawn`: windows of tokens, None where an earlier run wrote them."""
 
     checkpoint: Checkpoint
     inventory: ModelInventory

@@ -58,7 +58,7 @@ _SHIPPED = ("quantize", "prune-eval", POLICY_STAGE)  # whose files are in what i
 
 @dataclass(frozen=True)
 class _Ready:
-    """What is read before the directory is begun."""
+    """Everything that is read before the directory is begun."""
 
     files: PackedFiles
     stages: Mapping[str, Mapping[str, Any]]
@@ -199,7 +199,7 @@ def _write_and_read_back(
 
 
 def _stage_records(work: WorkDir) -> dict[str, dict[str, Any]]:
-    """What each stage of the work directory was made with; settings that are paths keep only their last piece."""
+    """The settings of each stage of the work directory; those that are paths keep only their last piece."""
     records = {}
     for stage in STAGE_FOLDERS:
         manifest = Manifest.read(work.folder(stage))
@@ -239,7 +239,7 @@ def _card(
 
 
 def _left_out(work: WorkDir) -> tuple[str, ...]:
-    """What calibrate said of tensors of the checkpoint that no stage takes along."""
+    """The warnings of calibrate about tensors that no stage takes along."""
     calibrated = Manifest.read(work.folder("calibrate"))
     return tuple(text for text in (calibrated.warnings if calibrated else ()) if text.startswith(LEFT_OUT))
 

@@ -43,7 +43,7 @@ FRONT = "front.png"
 
 @dataclass(frozen=True)
 class _Ready:
-    """What is read before the first forward."""
+    """Everything that is read before the first forward."""
 
     inventory: ModelInventory
     windows: text.Windows

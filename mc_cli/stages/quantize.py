@@ -60,7 +60,7 @@ _PLANNED_ROLES = (Role.ATTENTION, Role.SHARED, Role.DENSE, Role.ROUTER, Role.HEA
 
 @dataclass(frozen=True)
 class _Ready:
-    """What is read before the first layer."""
+    """Everything that is read before the first layer."""
 
     plan: Plan
     inventory: ModelInventory

@@ -42,7 +42,7 @@ STAGE = "score"
 
 @dataclass(frozen=True)
 class _Ready:
-    """What is read before the first layer."""
+    """Everything that is read before the first layer."""
 
     inventory: ModelInventory
     checkpoint: Checkpoint
@@ -91,7 +91,7 @@ class Score(Stage[StageFolder, _Ready, StageResult]):
         _merge(self.settings, ready.inventory, ready.scorer.sensitivity_method, folder, run.progress)
 
     def result(self, folder: StageFolder, *, ran: bool) -> StageResult:
-        """What each width would cost, by layer."""
+        """The cost of each width, by layer."""
         summary = importance_summary(Importance.read(folder.path(IMPORTANCE)))
         return StageResult(STAGE, folder.folder, ran, summary, folder.recorded_warnings())
 
