@@ -1,4 +1,4 @@
-"""The reports of a stage while it runs. The command line draws it with rich on stderr; libraries and tests stay silent."""
+"""Reports of a running stage. The command line draws it with rich on stderr; libraries and tests stay silent."""
 
 from __future__ import annotations
 

@@ -286,7 +286,7 @@ def part_numbers(config: Any) -> list[int]:
 
 
 def stored_sizes(folder: Path, *, trust_remote_code: bool = False) -> dict[Role, StoredBytes]:
-    """The figures of `model_bytes`, as quantize noted them; counted where an earlier version, or another stage, wrote it.
+    """`model_bytes` as quantize noted it; counted where an earlier version, or another stage, wrote the folder.
 
     Raises ArtifactError for a damaged note, and as `model_bytes`.
     """

@@ -96,5 +96,5 @@ class QuantizerSettings(StageSettings):
         return candidate_widths(self.family, target_bits)
 
     def _fact(self, name: str) -> Any:
-        """A fact that the quantizer states of itself; for an unknown one, refused where it is built, what most state."""
+        """A fact that the quantizer states; for an unknown one, refused where it is built, what most state."""
         return QUANTIZERS.fact(QUANTIZERS.modules.get(self.quantizer), name)
