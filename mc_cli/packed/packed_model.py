@@ -28,13 +28,9 @@ from mc_cli.models.model_folder import read_config
 from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.router_masks import drop_experts
 from mc_cli.models.skeleton import build_skeleton, rebuild_buffers
+from mc_cli.packed.packed_expert_modules import pack_experts
 from mc_cli.packed.packed_files import PackedFiles, open_packed
-from mc_cli.packed.packed_modules import (
-    follow_embedding,
-    pack_experts,
-    pack_weight,
-    tie_head,
-)
+from mc_cli.packed.packed_modules import follow_embedding, pack_weight, tie_head
 from mc_cli.packed.stored_tensors import check_layer_count, check_stored
 from mc_cli.parts import Role
 from mc_cli.skipping.pruning import add_learned_tensors, pruning_for

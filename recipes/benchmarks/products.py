@@ -37,7 +37,7 @@ from mc_cli.encodings.trellis import trellis_for
 from mc_cli.kernels import affine, bank_for, trellis
 from mc_cli.kernels.compiled import inputs_of
 from mc_cli.models.experts import IMPLEMENTATION
-from mc_cli.packed.packed_modules import pack_experts
+from mc_cli.packed.packed_expert_modules import pack_experts
 
 SHAPES = ((14336, 4096), (4096, 14336), (768, 2048), (2048, 7168))  # (out_features, in_features) of real experts
 WIDTHS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)

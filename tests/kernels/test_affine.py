@@ -30,7 +30,7 @@ from mc_cli.kernels.affine import (
     runs_packed,
 )
 from mc_cli.models import expert_banks, experts
-from mc_cli.packed.packed_modules import pack_experts
+from mc_cli.packed.packed_expert_modules import pack_experts
 from tests.kernels.products import error_of_bank, paths, relative_error, rows
 
 Packed = tuple[AffineEncoding, dict[str, Tensor]]

@@ -28,7 +28,7 @@ from mc_cli.models import expert_banks, experts
 from mc_cli.numerics.rotation import rotate
 from mc_cli.numerics.trellis_code import RATES as WIDTHS
 from mc_cli.numerics.trellis_code import code_levels
-from mc_cli.packed.packed_modules import pack_experts
+from mc_cli.packed.packed_expert_modules import pack_experts
 from tests.dense_twin import _decode
 from tests.kernels import products
 from tests.kernels.products import relative_error
