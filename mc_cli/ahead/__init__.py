@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mc_cli.ahead.budget import Size, importance_of_shapes, planned_size, reachable_size
+from mc_cli.ahead.budget import Size, importance_of_shapes, kinds_of, planned_size, reachable_size
 from mc_cli.ahead.disk import Need, check_disk, needs_of
-from mc_cli.ahead.outlook import Outlook
+from mc_cli.ahead.duration import durations
+from mc_cli.ahead.machine import known_machine
+from mc_cli.ahead.memory import check_memory, memory_needs, short_of_memory
+from mc_cli.ahead.outlook import Outlook, roles_of
 from mc_cli.ahead.tasks import check_tasks
 from mc_cli.ahead.texts import check_text, text_bytes
+from mc_cli.ahead.workload import Workload
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.exported import ExportFolder
 from mc_cli.artifacts.manifest import Manifest
@@ -26,13 +31,21 @@ from mc_cli.errors import InputError, Problems
 from mc_cli.exporters import exporter_from_name
 from mc_cli.kernels.compiled import check_inputs
 from mc_cli.measuring.policy_fitting import policy_names
+from mc_cli.models.memory import available_bytes, resident_bytes
 from mc_cli.models.session import Session, first_session, later_session
 from mc_cli.parts import ModelInventory
-from mc_cli.settings import EXPERT, QuantizerSettings, RunSettings, ScoreSettings
+from mc_cli.settings import (
+    EXPERT,
+    CalibrateSettings,
+    QuantizerSettings,
+    QuantizeSettings,
+    RunSettings,
+    ScoreSettings,
+)
 from mc_cli.stages.calibrate import opened
 from mc_cli.stages.quantize import check_plan, plan_path
 
-__all__ = ["Outlook", "look_ahead"]
+__all__ = ["Look", "Outlook", "look_ahead"]
 
 
 def look_ahead(stages: Mapping[str, Any], compute: RunSettings, work: WorkDir, *, todo: Collection[str]) -> Outlook:
@@ -41,23 +54,37 @@ def look_ahead(stages: Mapping[str, Any], compute: RunSettings, work: WorkDir, *
     stages   settings by stage: all of a run, or a single stage's
     Raises one McError, or SeveralErrors naming everything that stands against it.
     """
-    return _Look(stages, compute, work, todo).outlook()
+    look = Look(stages, compute, work, todo)
+    found = look.outlook()
+    look.problems.tell()
+    return found
 
 
-class _Look:
-    """One look: what is wrong is collected on the way, and what depends on it left out."""
+class Look:
+    """One look: what is wrong is collected on the way, in `problems`, and what depends on it left out."""
 
-    def __init__(self, stages: Mapping[str, Any], compute: RunSettings, work: WorkDir, todo: Collection[str]) -> None:
+    def __init__(
+        self,
+        stages: Mapping[str, Any],
+        compute: RunSettings,
+        work: WorkDir,
+        todo: Collection[str],
+        *,
+        described: tuple[Session, ModelInventory] | None = None,
+    ) -> None:
+        """`described`: a model of which only the description is here, not its files."""
+        self._described = described
+        self._known: tuple[Session | None, ModelInventory | None] | None = None
         self._all = stages
         self._todo = {stage: settings for stage, settings in stages.items() if stage in todo}
         self._compute = compute
         self._work = work
-        self._problems = Problems()
+        self.problems = Problems()
 
     def outlook(self) -> Outlook:
-        """See `look_ahead`."""
+        """All that can be told; what stands against it is in `problems`."""
         found = Outlook()
-        session, inventory = self._model()
+        session, inventory = self.model()
         self._texts(session)
         self._names(session)
         self._places()
@@ -68,6 +95,7 @@ class _Look:
                 "model bytes": sum(inventory.bytes_by_role().values()),
                 "expert weights": inventory.expert_weight_count,
             }
+            found.roles = roles_of(inventory)
         if size is not None:
             found.facts |= size.facts
             found.warnings += size.warnings
@@ -75,10 +103,73 @@ class _Look:
             needs = self._needs(session, inventory, size)
             found.needs += needs
             for need in needs:
-                with self._problems.catching():
+                with self.problems.catching():
                     check_disk(need)
-        self._problems.tell()
+            self._resources(found, session, inventory, size)
         return found
+
+    def _resources(self, found: Outlook, session: Session | None, inventory: ModelInventory, size: Size | None) -> None:
+        """Memory and time of the stages to do; a limit that one does not keep is among the problems."""
+        work = self.workload(session, inventory, size)
+        if work is None:
+            return
+        needs = memory_needs(work, base_bytes=resident_bytes())
+        found.memory = [need for need in needs if need.stage in self._todo]
+        machine = known_machine()
+        if machine is not None:
+            seconds = durations(work, machine, evaluated_tokens=self._evaluated_tokens(work))
+            found.seconds = {stage: seconds[stage] for stage in self._todo}
+        limit, free = self._compute.max_memory_bytes, available_bytes()
+        if limit is not None:
+            with self.problems.catching():
+                check_memory(found.memory, limit, work)
+        elif free is not None:
+            found.warnings += short_of_memory(found.memory, free, work)
+
+    def workload(self, session: Session | None, inventory: ModelInventory, size: Size | None) -> Workload | None:
+        """The work that memory and time follow from; None where the model's configuration is not at hand."""
+        if session is None:
+            return None
+        tokens, length = None, 1
+        with self.problems.catching():
+            tokens, length = self._tokens(session)
+        text_config = session.config.get_text_config()
+        calibrate = self._all.get("calibrate") or CalibrateSettings()
+        score, quantize = self._score() or ScoreSettings(), self._all.get("quantize") or QuantizeSettings()
+        tokens = tokens or calibrate.sequences * length
+        return Workload(
+            inventory=inventory,
+            hidden=int(text_config.hidden_size),
+            vocabulary=session.vocabulary,
+            itemsize=session.dtype.itemsize,
+            tokens=tokens,
+            length=length,
+            batch_tokens=self._compute.batch_tokens,
+            backward_tokens=min(tokens, -(-calibrate.gradient_tokens // length) * length),
+            samples=calibrate.gradient_samples,
+            widths=score.bits,
+            loss_tokens=score.loss_tokens,
+            corrects=quantize.quantizer.corrects_errors,
+            quantizer=quantize.quantizer.quantizer,
+            packed_bytes=0 if size is None else size.whole,
+            config=text_config.to_dict(),
+        )
+
+    def _evaluated_tokens(self, work: Workload) -> int:
+        """Tokens of held-out text at most, four bytes of text each where nothing else limits them."""
+        settings = self._all.get("prune-eval")
+        if settings is None:
+            return 0
+        asked = settings.max_sequences * (settings.length or work.length)
+        limit = text_bytes(settings.data)
+        there = None if limit is None else limit // 4
+        return min(asked or there or work.tokens, there or asked or work.tokens)
+
+    def model(self) -> tuple[Session | None, ModelInventory | None]:
+        """The model's folder, and what it is made of; looked at once."""
+        if self._known is None:
+            self._known = self._described or self._model()
+        return self._known
 
     def _model(self) -> tuple[Session | None, ModelInventory | None]:
         """The model's folder, and what it is made of: from its headers, or as a finished calibration noted it."""
@@ -86,7 +177,7 @@ class _Look:
         inventory: ModelInventory | None = None
         if set(self._todo) <= {"allocate", "export"} and "calibrate" not in self._all:
             return None, self._noted_inventory()
-        with self._problems.catching():
+        with self.problems.catching():
             if "calibrate" in self._all:
                 asked = self._all["calibrate"]
                 session = first_session(self._work.path, asked.model, asked.revision, self._compute)
@@ -94,7 +185,7 @@ class _Look:
                 session = later_session(self._work.path, self._compute)
             if "calibrate" in self._todo:
                 text.load_tokenizer(session.folder, trust_remote_code=self._compute.trust_remote_code)
-        with self._problems.catching():
+        with self.problems.catching():
             if session is not None and "calibrate" in self._todo:
                 _, inventory = opened(session)
             else:
@@ -112,10 +203,10 @@ class _Look:
             if stage not in self._todo:
                 continue
             settings = self._todo[stage]
-            with self._problems.catching():
+            with self.problems.catching():
                 check_text(settings.data, split=settings.split, text_field=settings.text_field, flag=flag)
             if session is not None:
-                with self._problems.catching():
+                with self.problems.catching():
                     length = text.fit_length(settings.length, session.config)
                     stride = getattr(settings, "stride", 0)
                     if stride > length:
@@ -123,42 +214,42 @@ class _Look:
         prune = getattr(self._todo.get("prune-eval"), "prune", None)
         if prune is not None and prune.policy and prune.fit_data is not None:
             evaluated = self._todo["prune-eval"]
-            with self._problems.catching():
+            with self.problems.catching():
                 check_text(prune.fit_data, split=evaluated.split, text_field=evaluated.text_field, flag="--fit-data")
 
     def _names(self, session: Session | None) -> None:
         """Names that only a late stage looks up: quantizers, policies, lm-eval tasks, formats."""
         for stage in ("score", "quantize"):
             if stage in self._todo:
-                with self._problems.catching():
+                with self.problems.catching():
                     quantizer_for(self._todo[stage].quantizer)
         if "prune-eval" in self._todo:
             evaluated = self._todo["prune-eval"]
-            with self._problems.catching():
+            with self.problems.catching():
                 if evaluated.prune.policy:
                     policy_names(evaluated.prune)
-            with self._problems.catching():
+            with self.problems.catching():
                 check_tasks(evaluated)
             if session is not None:
-                with self._problems.catching():
+                with self.problems.catching():
                     check_inputs(evaluated.activation_bits, session.device)
         if "export" in self._todo:
-            with self._problems.catching():
+            with self.problems.catching():
                 exporter_from_name(self._todo["export"].format)
 
     def _places(self) -> None:
         """Places that can be written to."""
-        with self._problems.catching():
+        with self.problems.catching():
             check_work_dir(self._work.path)
         if "export" in self._todo:
-            with self._problems.catching():
+            with self.problems.catching():
                 check_target(self._todo["export"].out, self._work.path)
 
     def _size(self, inventory: ModelInventory) -> Size | None:
         """The size of the packed model: as the budget asks, or as a plan says."""
         size: Size | None = None
         quantize = self._todo.get("quantize")
-        with self._problems.catching():
+        with self.problems.catching():
             if quantize is not None and (quantize.plan is not None or "allocate" not in self._all):
                 path = plan_path(quantize, self._work)
                 if path.is_file() or quantize.plan is not None:
@@ -167,10 +258,11 @@ class _Look:
                     size = planned_size(plan, inventory, quantize.quantizer)
         score = self._score()
         if score is not None and "score" in self._todo:
-            with self._problems.catching():
-                importance_of_shapes(inventory, score)  # every width fits every matrix
+            with self.problems.catching():
+                kinds = replace(inventory, expert_blocks=tuple(kinds_of(inventory)))
+                importance_of_shapes(kinds, score)  # every width fits every matrix
         if score is not None and "allocate" in self._todo:
-            with self._problems.catching():
+            with self.problems.catching():
                 asked = reachable_size(self._todo["allocate"], score, inventory)
                 size = size or asked
         return size
@@ -188,7 +280,7 @@ class _Look:
 
     def _needs(self, session: Session | None, inventory: ModelInventory, size: Size | None) -> list[Need]:
         tokens, length = None, 1
-        with self._problems.catching():
+        with self.problems.catching():
             tokens, length = self._tokens(session)
         hidden = None if session is None else session.config.get_text_config().hidden_size
         return needs_of(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mc_cli.allocators import AllocationProblem, Budget, feasible_problem
+from mc_cli.allocators import AllocationProblem, Budget, feasible_problem, posed_problem, strategy_named
 from mc_cli.allocators.channel_cuts import shapes_cut
 from mc_cli.allocators.channel_score import channel_score_named
-from mc_cli.allocators.feasibility import size_range
+from mc_cli.allocators.feasibility import check_budget, size_range
 from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
 from mc_cli.artifacts.plan import Plan
 from mc_cli.encodings import planned_bytes
@@ -21,11 +22,15 @@ from mc_cli.stages.allocate import beside_experts, budget_of, floors_of, other_b
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of the packed model, file headers included; `facts` and `warnings` are for the user."""
+    """Bytes of the packed model, file headers included; `facts` and `warnings` are for the user.
+
+    role_bits   the widths of what is not a routed expert weight; what it lacks is kept
+    """
 
     whole: int
     facts: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    role_bits: Mapping[Role, float] = field(default_factory=dict)
 
 
 def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: ModelInventory) -> Size:
@@ -34,27 +39,45 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
     if settings.cut_ratio is not None:
         return _cut_size(settings, score, inventory, role_bits)
     budget = budget_of(settings, others)
-    measured = importance_of_shapes(inventory, score)
-    asked = {name: getattr(settings, name) for name in ("alpha", "beta", "gamma")}
-    problem = feasible_problem(
-        measured,
-        method=settings.method,
-        budget=budget,
-        candidate_bits=settings.bits,
-        floors=floors_of(settings),
-        **asked,
-    )
-    least, most = size_range(problem)
-    experts = _expert_bytes(problem, measured, min(problem.limit, most))
+    asked: dict[str, Any] = {name: getattr(settings, name) for name in ("alpha", "beta", "gamma")}
+    asked |= {"method": settings.method, "candidate_bits": settings.bits, "floors": floors_of(settings)}
+    kinds = kinds_of(inventory)
+    measured = importance_of_shapes(replace(inventory, expert_blocks=tuple(kinds)), score)
+    problem = posed_problem(measured, budget=budget, **asked)
+    counts = [count for count in kinds.values()]
+    weights = inventory.expert_weight_count
+    least, most = _range(problem, counts)
+    limit = math.floor(budget.limit(weights))
+    if limit < least or strategy_named(settings.method).check is not check_budget:
+        feasible_problem(importance_of_shapes(inventory, score), budget=budget, **asked)
+    experts = _expert_bytes(budget, measured, counts, min(limit, most))
     facts = {
         "predicted stored bytes": experts + others,
         "predicted expert bytes": experts,
         "other bytes": others,
-        "reachable": budget.shown(
-            budget.amount_of(least, problem.weight_count), budget.amount_of(most, problem.weight_count)
-        ),
+        "reachable": budget.shown(budget.amount_of(least, weights), budget.amount_of(most, weights)),
     }
-    return Size(experts + others, facts, _beyond(budget, problem, most))
+    return Size(experts + others, facts, _beyond(budget, weights, most), role_bits)
+
+
+def kinds_of(inventory: ModelInventory) -> dict[ExpertBlock, int]:
+    """The first of each kind of expert layer, and how many layers are like it in all that sizes depend on."""
+    firsts: dict[tuple[Any, ...], ExpertBlock] = {}
+    counts: dict[ExpertBlock, int] = {}
+    for block in inventory.expert_blocks:
+        shape = (block.num_experts, block.top_k, block.projections, block.router_groups, block.groups_used)
+        first = firsts.setdefault(shape, block)
+        counts[first] = counts.get(first, 0) + 1
+    return counts
+
+
+def _range(problem: AllocationProblem, counts: Sequence[int]) -> tuple[int, int]:
+    """The least and the most that the experts take, `problem` being of one layer of each kind."""
+    least = most = 0
+    for positions, count in zip(problem.layers().values(), counts, strict=True):
+        ends = size_range(problem.part(positions, problem.limit))
+        least, most = least + count * ends[0], most + count * ends[1]
+    return least, most
 
 
 def _cut_size(
@@ -70,8 +93,8 @@ def _cut_size(
     return planned_size(plan, inventory, score.quantizer)
 
 
-def _beyond(budget: Budget, problem: AllocationProblem, most: int) -> list[str]:
-    reached = budget.amount_of(most, problem.weight_count)
+def _beyond(budget: Budget, weights: int, most: int) -> list[str]:
+    reached = budget.amount_of(most, weights)
     if reached >= 0.999 * budget.amount:
         return []
     return [
@@ -80,15 +103,19 @@ def _beyond(budget: Budget, problem: AllocationProblem, most: int) -> list[str]:
     ]
 
 
-def _expert_bytes(problem: AllocationProblem, measured: Importance, size: int) -> int:
-    """Stored bytes of the experts where the budget is spent to `size`; of code bits, at the nearest width's ratio."""
-    if problem.budget.kind != "code_bits":
+def _expert_bytes(budget: Budget, measured: Importance, counts: Sequence[int], size: int) -> int:
+    """Stored bytes of the experts where the budget is spent to `size`; of code bits, at the nearest width's ratio.
+
+    measured   one layer of each kind;  counts   layers of each kind
+    """
+    if budget.kind != "code_bits":
         return size
-    layers = measured.layers
+    experts = [count * layer.num_experts for count, layer in zip(counts, measured.layers, strict=True)]
+    layers = list(zip(experts, measured.layers, strict=True))
     best, ratio = float("inf"), 1.0
     for width in measured.candidate_bits:
-        codes = sum(round(width * layer.weights_per_expert) * layer.num_experts for layer in layers)
-        stored = sum(layer.stored_bytes_by_bits[width] * layer.num_experts for layer in layers)
+        codes = sum(round(width * layer.weights_per_expert) * number for number, layer in layers)
+        stored = sum(layer.stored_bytes_by_bits[width] * number for number, layer in layers)
         if width != DROPPED and abs(codes - size) < best:
             best, ratio = abs(codes - size), stored / codes
     return round(size * ratio)
@@ -151,7 +178,7 @@ def planned_size(plan: Plan, inventory: ModelInventory, quantizer: QuantizerSett
                         known[unit] = _bytes(quantizer, *unit)
                     experts += known[unit]
     facts = {"predicted stored bytes": experts + others, "predicted expert bytes": experts, "other bytes": others}
-    return Size(experts + others, facts)
+    return Size(experts + others, facts, role_bits=dict(plan.role_bits))
 
 
 def _bytes(quantizer: QuantizerSettings, width: float, out_features: int, in_features: int) -> int:

@@ -35,6 +35,7 @@ __all__ = [
     "allocate",
     "build_problem",
     "feasible_problem",
+    "posed_problem",
     "strategies",
     "strategy_named",
 ]
@@ -136,12 +137,27 @@ def feasible_problem(
 
     Raises what `allocate` raises: InputError for methods, widths, floors and exponents, BudgetError for the budget.
     """
+    problem = posed_problem(
+        importance, method=method, budget=budget, candidate_bits=candidate_bits, floors=floors, **exponents
+    )
+    strategy_named(method).check(problem)
+    return problem
+
+
+def posed_problem(
+    importance: Importance,
+    *,
+    method: str = DEFAULT_METHOD,
+    budget: Budget,
+    candidate_bits: Iterable[float] | None = None,
+    floors: Iterable[Floor] | None = None,
+    **exponents: float | None,
+) -> AllocationProblem:
+    """The same, whether or not the budget can be met."""
     strategy = strategy_named(method)
     settings = CostSettings(_exponents(strategy, **exponents))
     widths = _candidates(importance, strategy, candidate_bits)
-    problem = build_problem(importance, strategy, budget, widths, _floors(strategy, floors), settings)
-    strategy.check(problem)
-    return problem
+    return build_problem(importance, strategy, budget, widths, _floors(strategy, floors), settings)
 
 
 def build_problem(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from mc_cli import __version__
+from mc_cli.cli.estimating import estimate, estimate_parameters
 from mc_cli.cli.finished import bench, bench_parameters, generate, generate_parameters
 from mc_cli.cli.options import run_parameters, stage_parameters
 from mc_cli.cli.running import run_all, run_stage, status
@@ -26,6 +27,7 @@ SUMMARIES = {
     "export": "Write the packed model as a directory that loads elsewhere, and read it back.",
 }
 _RUN_HELP = "Do all stages in turn, from a recipe, from flags, or both; skips what is done."
+_ESTIMATE_HELP = "Say what compressing a model takes and gives, from headers alone: sizes, memory, disk, time, speed."
 _STAGES, _REST = "Stages, in the order of a run", "Whole runs and results"
 
 app = typer.Typer(
@@ -73,6 +75,7 @@ def _add_command(
 for _stage in STAGES:
     _add_command(_stage, partial(run_stage, _stage), stage_parameters(_stage), SUMMARIES[_stage])
 _add_command("run", run_all, run_parameters(), _RUN_HELP)
+_add_command("estimate", estimate, estimate_parameters(), _ESTIMATE_HELP)
 app.command("status", cls=GroupedCommand, rich_help_panel=_REST)(status)
 _add_command("generate", generate, generate_parameters(), "Continue a text with an exported model.")
 _add_command("bench", bench, bench_parameters(), "Measure a model's speed and memory on this machine's processor.")

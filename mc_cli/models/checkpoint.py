@@ -173,7 +173,7 @@ class Checkpoint:
         self.text_alone = is_beside_text(config)
         self.files = TensorFiles(folder, quantization, named=getattr(config, "transformers_weights", None))
         _check_counts(folder, config, self.files.tensors)
-        self.model = build_skeleton(_without_quantization(config), dtype=dtype)
+        self.model = build_skeleton(plain_config_of(config), dtype=dtype)
         self.layers_path = find_decoder_layers(self.model)
         self.stored_dtypes: dict[str, torch.dtype] = {}
         self.not_read = self.files.not_read
@@ -425,7 +425,7 @@ def _quantization_entry(config: PretrainedConfig) -> dict[str, Any] | None:
     return entry.to_dict()
 
 
-def _without_quantization(config: PretrainedConfig) -> PretrainedConfig:
+def plain_config_of(config: PretrainedConfig) -> PretrainedConfig:
     """The config of the dequantized model."""
     config = copy.deepcopy(config)
     for owner in (config, config.get_text_config()):

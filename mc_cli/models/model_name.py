@@ -59,11 +59,11 @@ def _download(name: str, revision: str | None, asked_as: str, *, fetch: bool) ->
             ) from error
         raise InputError(
             f"{asked_as} {name}: not a directory here, and not to be had from the hub: {first_line(error)} "
-            f"{_advice(error, revision)}"
+            f"{advice_for(error, revision)}"
         ) from error
 
 
-def _advice(error: Exception, revision: str | None) -> str:
+def advice_for(error: Exception, revision: str | None) -> str:
     """The advice for a failure of the hub's client."""
     from huggingface_hub import constants, errors
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mc_cli.settings.declared import Flag, Settings, setting
+from mc_cli.settings.written import parse_file_size
 
 COMPUTING = "Computing"
 DEVICES = ("auto", "cpu", "cuda")
@@ -32,4 +33,18 @@ class RunSettings(Settings):
         ),
     )
     batch_tokens: int = setting(8192, Flag("Tokens per forward.", COMPUTING, metavar="TOKENS", least=1))
+    max_memory_bytes: int | None = setting(
+        None,
+        Flag(
+            "The most memory that a stage may take, for example 8GiB: more is refused before the work begins, with the "
+            "settings that would fit.",
+            COMPUTING,
+            option="--max-memory",
+            metavar="SIZE",
+            parse=parse_file_size,
+            default="no limit",
+            fits=lambda size: size > 0,
+            says="a size above 0.",
+        ),
+    )
     trust_remote_code: bool = setting(False, Flag("Run the Python code that the checkpoint brings along.", COMPUTING))

@@ -245,7 +245,8 @@ def _forward_layer(walk: LayerWalk, checkpoint: Checkpoint, block: ExpertBlock |
         return
     with watching(checkpoint.model, block) as capture:
         walk.run_layer(advance=True)
-    energy = float(walk.hidden.double().square().sum(-1).mean())
+    # Sequence by sequence: in float64 all hidden states would be four times as large.
+    energy = float(torch.stack([row.double().square().sum(-1) for row in walk.hidden]).mean())
     routing_statistics(capture, block, residual_energy=energy).write(folder.path(artifact.routing_file(block.layer)))
 
 

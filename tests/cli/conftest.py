@@ -18,7 +18,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> FakeStages:
     """Fakes in place of all stages."""
     fakes = FakeStages()
     monkeypatch.setattr(chain, "stage_module", fakes.module)
-    monkeypatch.setattr(ahead._Look, "_model", lambda _: (None, None))  # there is none
+    monkeypatch.setattr(ahead.Look, "_model", lambda _: (None, None))  # there is none
     for stage in STAGES:
         if stage not in STAGE_FOLDERS:
             monkeypatch.setitem(STAGE_FOLDERS, stage, stage)

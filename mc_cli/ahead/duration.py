@@ -1,0 +1,85 @@
+"""How long each stage takes on a machine that was measured: operations by kind, each at its measured rate.
+
+Large products are counted as such; what is small beside them (routing, norms, softmax) is `_OVERHEAD`.
+"""
+
+from __future__ import annotations
+
+from mc_cli.ahead.machine import Machine
+from mc_cli.ahead.workload import Workload
+from mc_cli.parts import Role
+
+_OVERHEAD = 1.25  # of products: shapes that are not square, attention, what lies between
+_EVALUATED = 2  # models that prune-eval runs
+
+
+def durations(work: Workload, machine: Machine, *, evaluated_tokens: int) -> dict[str, float]:
+    """Seconds of each stage; allocate and export, which compute little, as what they read and write takes."""
+    forward = 2.0 * work.tokens * work.active_weights() * _OVERHEAD / machine.product_flops
+    stored = sum(work.inventory.bytes_by_role().values())
+    read = stored / machine.disk_bytes
+    return {
+        "calibrate": read + forward + _backward(work, machine),
+        "score": read + forward + _moments(work, machine) + _forecasts(work, machine),
+        "allocate": 1.0,
+        "quantize": read + (3 if work.corrects else 1) * forward + _moments(work, machine) + _coding(work, machine),
+        "prune-eval": _EVALUATED * (read + forward * evaluated_tokens / max(1, work.tokens) + _head(work, machine)),
+        "export": 3 * work.packed_bytes / machine.disk_bytes,
+    }
+
+
+def _head(work: Workload, machine: Machine) -> float:
+    return 2.0 * work.tokens * work.vocabulary * work.hidden / machine.product_flops
+
+
+def _backward(work: Workload, machine: Machine) -> float:
+    """Forward once more, then for each sample back through what is not a weight, and the gradients' covariance."""
+    if not work.backward_tokens:
+        return 0.0
+    flops = 2.0 * work.backward_tokens * work.active_weights() * (1 + work.samples)
+    flops += 2.0 * len(work.inventory.expert_blocks) * work.samples * work.backward_tokens * work.hidden**2
+    head = 2.0 * work.backward_tokens * work.vocabulary * work.hidden * (1 + work.samples)
+    return (flops + head) * _OVERHEAD / machine.product_flops
+
+
+def _moments(work: Workload, machine: Machine) -> float:
+    """Hessians of both projections on each expert's tokens, activations for the second, and their factors."""
+    seconds = 0.0
+    for block in work.inventory.expert_blocks:
+        slots = work.tokens * block.top_k
+        squares = sum(part.in_features**2 for part in block.projections)
+        flops = 2.0 * slots * (squares + block.projections[0].weight_count)
+        seconds += flops / machine.product_flops
+        cubes = sum(float(part.in_features) ** 3 for part in block.projections)
+        seconds += block.num_experts * cubes / machine.factor_flops
+    return seconds * _OVERHEAD
+
+
+def _feedback(work: Workload, machine: Machine) -> float:
+    """Products that feed errors back, of which the probe has those of its own small matrices alone."""
+    flops = 0.0
+    for block in work.inventory.expert_blocks:
+        for part in block.projections:
+            flops += float(block.num_experts) * part.weight_count * part.in_features
+    return flops / machine.product_flops
+
+
+def _forecasts(work: Workload, machine: Machine) -> float:
+    """Every expert at every width: drawing errors, feeding them back, and measuring outputs on some tokens."""
+    widths = sum(1 for width in work.widths if width > 0)
+    weights = work.inventory.expert_weight_count
+    measured = 2.0 * 3 * work.loss_tokens * weights / machine.product_flops
+    return widths * (weights * machine.draw_s_per_weight + _feedback(work, machine) + measured)
+
+
+def _coding(work: Workload, machine: Machine) -> float:
+    """Every weight through the search once, errors fed back; the corrections of down projections."""
+    packed = sum(
+        part.size_bytes // 2 for part in work.inventory.tensors if part.packable and part.role is not Role.HEAD
+    )
+    seconds = (work.inventory.expert_weight_count + packed) * machine.search_s_per_weight + _feedback(work, machine)
+    if work.corrects:
+        for block in work.inventory.expert_blocks:
+            channels, hidden = block.projections[-1].in_features, block.projections[-1].out_features
+            seconds += block.num_experts * channels**2 * (channels + 2.0 * hidden) / machine.factor_flops
+    return seconds

@@ -1,0 +1,252 @@
+"""The most memory that each stage takes, from shapes: what is held throughout, and what its largest step adds.
+
+Each stage runs its steps one after another, so its peak is what it holds all the time plus the largest of them. The
+terms are the tensors that the stage's code holds at that moment; what Python and the allocator add is `SPARE`.
+`recipes/benchmarks/memory.py --estimates` compares them with measured peaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mc_cli.ahead.workload import Workload
+from mc_cli.coding.expert_inputs import expert_chunks
+from mc_cli.errors import InputError, listed
+from mc_cli.models.memory import resident_bytes
+from mc_cli.parts import ExpertBlock
+from mc_cli.stages.calibrate import GRADIENT_BATCH_TOKENS
+
+SPARE = 1.03  # what small tensors and holes in the heap add: measured, 1 to 5 %
+_FLOAT, _DOUBLE = 4, 8
+_LOGIT_COPIES = 5  # of one sequence, while labels are drawn: logits, their log, probabilities, gradients of two
+_RING_ROWS = 512  # rows whose errors are weighed together by the trellis quantizer, at most
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """The peak of one stage, in bytes, with what it is made of.
+
+    step     which of its steps takes most
+    pieces   in words -> bytes; libraries included
+    """
+
+    stage: str
+    step: str
+    pieces: Mapping[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.pieces.values())
+
+    def plain(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "stage": self.stage,
+            "step": self.step,
+            "peak_bytes": self.peak_bytes,
+            "pieces": dict(self.pieces),
+        }
+
+
+def check_memory(needs: Sequence[MemoryNeed], limit: int, work: Workload) -> None:
+    """Raises InputError where a stage would go beyond the limit, naming what would keep it."""
+    over = [need for need in needs if need.peak_bytes > limit]
+    if over:
+        raise InputError(
+            f"--max-memory {limit:,} bytes is less than is needed:\n{_lines(over)}\n{_remedy(limit, work)}"
+        )
+
+
+def short_of_memory(needs: Sequence[MemoryNeed], free: int, work: Workload) -> list[str]:
+    """A warning where a stage would go beyond what is free now."""
+    over = [need for need in needs if need.peak_bytes > free]
+    if not over:
+        return []
+    return [f"{free:,} bytes of memory are free now, less than is needed:\n{_lines(over)}\n{_remedy(free, work)}"]
+
+
+def _lines(needs: Sequence[MemoryNeed]) -> str:
+    lines = []
+    for need in needs:
+        largest = sorted(need.pieces.items(), key=lambda entry: -entry[1])[:3]
+        pieces = ", ".join(f"{name} {size:,}" for name, size in largest)
+        lines.append(f"{need.stage}: about {need.peak_bytes:,} bytes, when {need.step} ({pieces})")
+    return listed(lines)
+
+
+def _remedy(limit: int, work: Workload) -> str:
+    """Which settings would keep all stages within the limit: the first of some that does, from the mildest on."""
+    base = max(need.pieces["libraries"] for need in memory_needs(work, base_bytes=resident_bytes()))
+    for words, changed in _lighter(work):
+        if max(need.peak_bytes for need in memory_needs(changed, base_bytes=base)) <= limit:
+            return f"{words} would fit."
+    least = min(
+        max(need.peak_bytes for need in memory_needs(lighter, base_bytes=base)) for _, lighter in _lighter(work)
+    )
+    return f"No setting makes it fit: with the lightest ones about {least:,} bytes are needed."
+
+
+def _lighter(work: Workload) -> Iterator[tuple[str, Workload]]:
+    """Settings in words, and the work with them; each on top of those before."""
+    words: list[str] = []
+    batch = max(work.length, 2048)
+    for flag, changes in (
+        (f"--batch-tokens {batch}", {"batch_tokens": min(work.batch_tokens, batch)}),
+        ("--gradient-samples 1", {"samples": 1}),
+        (f"--gradient-tokens {work.backward_tokens // 4}", {"backward_tokens": work.backward_tokens // 4}),
+        (f"--sequences {max(1, work.tokens // 4 // work.length)}", {"tokens": max(work.length, work.tokens // 4)}),
+        ("--gradient-tokens 0", {"backward_tokens": 0}),
+        ("--dtype bfloat16", {"itemsize": 2}),
+    ):
+        if any(getattr(work, name) > value for name, value in changes.items()):
+            words = [word for word in words if word.split()[0] != flag.split()[0]] + [flag]
+            work = replace(work, **changes)  # type: ignore[arg-type]
+            yield " ".join(words), work
+
+
+_Steps = Iterator[tuple[str, dict[str, int]]]
+
+
+def memory_needs(work: Workload, *, base_bytes: int) -> list[MemoryNeed]:
+    """The needs of the stages that compute on a model, in the order of a run.
+
+    base_bytes   of the process once all libraries are imported
+    """
+    steps = {
+        "calibrate": _calibrate,
+        "score": _score,
+        "quantize": _quantize,
+        "prune-eval": _prune_eval,
+    }
+    return [_need(stage, found(work), base_bytes) for stage, found in steps.items()]
+
+
+def _need(stage: str, steps: _Steps, base_bytes: int) -> MemoryNeed:
+    step, pieces = max(steps, key=lambda entry: sum(entry[1].values()))
+    whole = {name: round(SPARE * size) for name, size in pieces.items() if size}
+    return MemoryNeed(stage, step, {"libraries": base_bytes, **whole})
+
+
+def _loading(work: Workload, held: dict[str, int]) -> tuple[str, dict[str, int]]:
+    layer = work.largest_layer
+    files = {"its files, mapped": work.stored_bytes(layer)}
+    return "a layer is read", held | {"the layer": work.layer_bytes(layer)} | files
+
+
+def _calibrate(work: Workload) -> _Steps:
+    held = {"embedding and head": work.rest_bytes, "hidden states": work.hidden_bytes}
+    layer = work.layer_bytes(work.largest_layer)
+    yield _loading(work, held)
+    yield "forward", held | {"the layer": layer, "activations": _activations(work, work.batch)}
+    if not work.backward_tokens:
+        return
+    beside = {"hidden states of the backward pass": work.gradient_bytes // work.samples}
+    logits = _LOGIT_COPIES * work.length * work.vocabulary * _FLOAT
+    yield (
+        "gradients at the head",
+        held | beside | {"gradients": work.gradient_bytes, "logits of a sequence": logits},
+    )
+    inputs = work.gradient_bytes // work.samples
+    gradients = {"gradients": 2 * work.gradient_bytes, "inputs of the layer": inputs}
+    name, loaded = _loading(work, held | beside | {"gradients": work.gradient_bytes})
+    yield f"{name} on the way back", loaded
+    batch = min(work.batch, max(1, GRADIENT_BATCH_TOKENS // work.length) * work.length)
+    yield (
+        "backward",
+        held | beside | gradients | {"the layer": layer, "activations": _kept_activations(work, batch)},
+    )
+
+
+def _score(work: Workload) -> _Steps:
+    held = {"embedding and head": work.rest_bytes, "hidden states": work.hidden_bytes}
+    layer = {"the layer": work.layer_bytes(work.largest_layer)}
+    yield _loading(work, held)
+    yield (
+        "the layer's inputs are kept",
+        held | layer | {"inputs of experts": 2 * work.hidden_bytes, "routing": _routing(work)},
+    )
+    members, block = _chunk(work)
+    up, down = (part.weight_count * _FLOAT * members for part in block.projections)
+    squares = [part.in_features**2 * _FLOAT * members for part in block.projections]
+    yield (
+        "experts are measured",
+        held
+        | layer
+        | {
+            "inputs of experts": work.hidden_bytes,
+            "routing": _routing(work),
+            "weights of some experts": up + down,
+            "second moments and their factors": 3 * sum(squares),
+            "codes on trial": max(5 * up, up + 5 * down),
+            "activations": work.loss_tokens * members * (block.channels + work.hidden) * _FLOAT,
+        },
+    )
+
+
+def _quantize(work: Workload) -> _Steps:
+    walks = 2 if work.corrects else 1
+    held = {"embedding and head": work.rest_bytes, "hidden states": walks * work.hidden_bytes}
+    layer = {"the layer": work.layer_bytes(work.largest_layer)}
+    yield _loading(work, held)
+    shares = {"inputs of experts": work.hidden_bytes, "routing": _routing(work)}
+    rest = (1 if work.corrects else 0) * work.hidden_bytes
+    yield (
+        "the layer's inputs are kept",
+        held | layer | {"inputs of experts": 2 * work.hidden_bytes, "output of the rest": rest},
+    )
+    members, block = _chunk(work)
+    up, down = block.projections
+    packed = sum(part.weight_count for part in block.projections) * block.num_experts // 2  # some 4 bits a weight
+    for part, missing in ((up, 0), (down, rest)):
+        weights = part.weight_count * _FLOAT * members
+        rows = part.out_features * min(_RING_ROWS, part.out_features) * _FLOAT * members
+        square = part.in_features**2 * _FLOAT
+        yield (
+            f"{part.name} is coded",
+            held
+            | layer
+            | shares
+            | {
+                "output of the rest": rest,
+                "what is missing": missing,
+                "weights and codes": 6 * weights,
+                "second moments and their factors": 3 * square * members + 10 * square,
+                "second moments of rows": 3 * rows if work.corrects else 0,
+                "the packed layer": packed if part is down else packed // 2,
+            },
+        )
+
+
+def _prune_eval(work: Workload) -> _Steps:
+    batch = work.batch
+    held = {"embedding and head": 2 * work.rest_bytes, "the layer": work.layer_bytes(work.largest_layer)}
+    yield "logits", held | {"logits": 4 * work.length * work.vocabulary * _FLOAT}
+    yield "forward", held | {"activations": _activations(work, batch)}
+
+
+def _routing(work: Workload) -> int:
+    """What a capture keeps of routing: index, weights and probabilities of every token."""
+    block = work.largest_block
+    return work.tokens * (block.top_k * (_DOUBLE + _FLOAT) * 2 + block.num_experts * _FLOAT)
+
+
+def _chunk(work: Workload) -> tuple[int, ExpertBlock]:
+    """(experts that are worked on together, their layer's block)."""
+    block = work.largest_block
+    return len(next(expert_chunks(block))), block
+
+
+def _activations(work: Workload, batch: int) -> int:
+    """Of one forward of `batch` tokens through a layer: the residual stream, attention, one expert after another."""
+    block = work.largest_block
+    own = min(batch, 2 * batch * block.top_k // block.num_experts + 1)  # twice the mean: routers are not even
+    return (8 * batch * work.hidden + own * (2 * work.hidden + 4 * block.channels)) * work.itemsize
+
+
+def _kept_activations(work: Workload, batch: int) -> int:
+    """The same where all of it is kept for gradients."""
+    block = work.largest_block
+    slots = batch * block.top_k
+    return (16 * batch * work.hidden + slots * (3 * work.hidden + 5 * block.channels)) * work.itemsize

@@ -1,0 +1,112 @@
+"""The work of a run as memory and time depend on it: shapes of the model, tokens, dtype."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from mc_cli.parts import ExpertBlock, ModelInventory, Role
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and what a run does with it.
+
+    hidden, vocabulary   features of a hidden state, ids of the tokenizer
+    itemsize             bytes of a number in the dtype that is computed in
+    tokens, length       of calibration in all, and of one sequence
+    batch_tokens         of one forward
+    backward_tokens      of the backward pass, 0 without one;  samples: labels for each of them
+    widths, loss_tokens  that score measures, and on how many tokens of an expert
+    corrects             whether a second walk, through the original layers, goes beside quantize
+    quantizer            by name
+    packed_bytes         of the result
+    config               entries of the model's text configuration
+    """
+
+    inventory: ModelInventory
+    hidden: int
+    vocabulary: int
+    itemsize: int
+    tokens: int
+    length: int
+    batch_tokens: int
+    backward_tokens: int
+    samples: int
+    widths: tuple[float, ...]
+    loss_tokens: int
+    corrects: bool
+    quantizer: str
+    packed_bytes: int
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Hidden states of all calibration tokens."""
+        return self.tokens * self.hidden * self.itemsize
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Gradients of all samples at one depth."""
+        return self.samples * self.backward_tokens * self.hidden * self.itemsize
+
+    @property
+    def batch(self) -> int:
+        """Tokens of one forward: whole sequences, one at least."""
+        return min(self.tokens, max(1, self.batch_tokens // self.length) * self.length)
+
+    @property
+    def rest_bytes(self) -> int:
+        """Everything outside the layers, as it is computed with."""
+        return self._computed(None)
+
+    @property
+    def largest_layer(self) -> int:
+        """The layer that takes most memory."""
+        return max(range(self.inventory.num_layers), key=self._computed)
+
+    def layer_bytes(self, layer: int) -> int:
+        """One layer as it is computed with."""
+        return self._computed(layer)
+
+    def stored_bytes(self, layer: int) -> int:
+        """One layer as its files hold it, which are mapped while it is read."""
+        return self._sizes[layer][1]
+
+    def block(self, layer: int) -> ExpertBlock | None:
+        """The routed experts of a layer."""
+        return next((block for block in self.inventory.expert_blocks if block.layer == layer), None)
+
+    @property
+    def largest_block(self) -> ExpertBlock:
+        """The expert layer with most weights."""
+        return max(self.inventory.expert_blocks, key=lambda block: block.num_experts * block.weights_per_expert)
+
+    def active_weights(self) -> int:
+        """Weights that a token meets in all layers: of routed experts as many as it is sent to."""
+        total = 0
+        by_layer = {block.layer: block for block in self.inventory.expert_blocks}
+        for part in self.inventory.tensors:
+            if part.layer is None or len(part.shape) < 2:
+                continue
+            count = math.prod(part.shape)
+            block = by_layer.get(part.layer)
+            if part.role is Role.EXPERT and block is not None:
+                count = count * block.top_k // block.num_experts
+            total += count
+        return total
+
+    def _computed(self, layer: int | None) -> int:
+        return self._sizes[layer][0]
+
+    @cached_property
+    def _sizes(self) -> dict[int | None, tuple[int, int]]:
+        """Layer -> bytes as it is computed with, and as it is stored; None: outside the layers."""
+        found: dict[int | None, tuple[int, int]] = {None: (0, 0)}
+        for part in self.inventory.tensors:
+            computed, stored = found.get(part.layer, (0, 0))
+            found[part.layer] = computed + math.prod(part.shape) * self.itemsize, stored + part.size_bytes
+        return found
