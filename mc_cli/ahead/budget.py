@@ -44,7 +44,7 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
     kinds = kinds_of(inventory)
     measured = importance_of_shapes(replace(inventory, expert_blocks=tuple(kinds)), score)
     problem = posed_problem(measured, budget=budget, **asked)
-    counts = [count for count in kinds.values()]
+    counts = list(kinds.values())
     weights = inventory.expert_weight_count
     least, most = _range(problem, counts)
     limit = math.floor(budget.limit(weights))

@@ -18,7 +18,7 @@ from mc_cli.settings import TARGETS, Flag
 from mc_cli.settings.written import parse_file_size
 
 if TYPE_CHECKING:
-    from mc_cli.ahead.estimate import Estimate, Target
+    from mc_cli.ahead.estimate import Estimate
     from mc_cli.recipe import RunPlan
 
 _ASKED = "What is asked"
