@@ -5,6 +5,8 @@ Large products are counted as such; what is small beside them (routing, norms, s
 
 from __future__ import annotations
 
+import math
+
 from mc_cli.ahead.machine import Machine
 from mc_cli.ahead.workload import Workload
 from mc_cli.parts import Role
@@ -74,9 +76,8 @@ def _forecasts(work: Workload, machine: Machine) -> float:
 
 def _coding(work: Workload, machine: Machine) -> float:
     """Every weight through the search once, errors fed back; the corrections of down projections."""
-    packed = sum(
-        part.size_bytes // 2 for part in work.inventory.tensors if part.packable and part.role is not Role.HEAD
-    )
+    parts = (part for part in work.inventory.tensors if part.packable and part.role is not Role.HEAD)
+    packed = sum(math.prod(part.shape) for part in parts)
     seconds = (work.inventory.expert_weight_count + packed) * machine.search_s_per_weight + _feedback(work, machine)
     if work.corrects:
         for block in work.inventory.expert_blocks:

@@ -80,12 +80,14 @@ def _remedy(limit: int, work: Workload) -> str:
     """Which settings would keep all stages within the limit: the first of some that does, from the mildest on."""
     base = max(need.pieces["libraries"] for need in memory_needs(work, base_bytes=resident_bytes()))
     for words, changed in _lighter(work):
-        if max(need.peak_bytes for need in memory_needs(changed, base_bytes=base)) <= limit:
+        if _most(changed, base) <= limit:
             return f"{words} would fit."
-    least = min(
-        max(need.peak_bytes for need in memory_needs(lighter, base_bytes=base)) for _, lighter in _lighter(work)
-    )
+    least = min(_most(lighter, base) for _, lighter in _lighter(work))
     return f"No setting makes it fit: with the lightest ones about {least:,} bytes are needed."
+
+
+def _most(work: Workload, base: int) -> int:
+    return max(need.peak_bytes for need in memory_needs(work, base_bytes=base))
 
 
 def _lighter(work: Workload) -> Iterator[tuple[str, Workload]]:

@@ -19,6 +19,7 @@ from mc_cli.settings.written import parse_file_size
 
 if TYPE_CHECKING:
     from mc_cli.ahead.estimate import Estimate
+    from mc_cli.ahead.machine import Machine
     from mc_cli.recipe import RunPlan
 
 _ASKED = "What is asked"
@@ -93,10 +94,11 @@ def estimate(given: Mapping[str, Any]) -> None:
         found.problems.tell()
 
 
-def _rates(found: Any) -> str:
+def _rates(found: Machine) -> str:
+    search = 1e9 * found.search_s_per_weight
     return (
-        f"{found.product_flops / 1e9:.0f} Gflop/s in products, {1e9 * found.search_s_per_weight:,.0f} s of search for a "
-        f"billion weights, {found.reading_bytes / 1e9:.1f} GB/s of reading"
+        f"{found.product_flops / 1e9:.0f} Gflop/s in products, {search:,.0f} s of search for a billion weights, "
+        f"{found.reading_bytes / 1e9:.1f} GB/s of reading"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,8 @@ def fetch_description(name: str, folder: Path, *, revision: str | None) -> Path:
 
     try:
         hf_hub_download(name, "config.json", revision=revision, local_dir=folder)
-        try:
+        with suppress(EntryNotFoundError):  # a model in one file has no index
             hf_hub_download(name, INDEX, revision=revision, local_dir=folder)
-        except EntryNotFoundError:  # a model in one file has no index
-            pass
     except Exception as error:  # the hub client raises its own, its transport's and file system errors
         raise InputError(
             f"{name}: not a directory here, and its description is not to be had from the hub: {first_line(error)} "
