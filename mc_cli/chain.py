@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mc_cli.artifacts.files import nothing_remembered
@@ -65,7 +66,9 @@ def run_stage(
 ) -> StageResult:
     """Runs one stage, unless it is done."""
     run: Callable[..., StageResult] = stage_module(stage).run
-    return run(settings, compute, work.path, variant=work.variant, force=force, progress=progress)
+    began = time.monotonic()
+    result = run(settings, compute, work.path, variant=work.variant, force=force, progress=progress)
+    return replace(result, duration_s=time.monotonic() - began)
 
 
 def followed_settings(stage: str, work: WorkDir) -> dict[str, Any]:
@@ -175,10 +178,20 @@ def planned_chain(plan: RunPlan, *, force_from: str | None) -> list[PlannedStage
 
 
 def run_chain(
-    plan: RunPlan, *, force_from: str | None, progress: Progress, tell: Callable[[StageResult], None]
+    plan: RunPlan,
+    *,
+    force_from: str | None,
+    progress: Progress,
+    tell: Callable[[StageResult], None],
+    head: Callable[[Outlook], None] | None = None,
 ) -> list[StageResult]:
-    """All stages in turn, those that are done skipped; `tell` is called after each."""
-    _check_chain(plan, force_from)
+    """All stages in turn, those that are done skipped.
+
+    tell   called after each;  head   called with what the run will take, before the first
+    """
+    outlook = _check_chain(plan, force_from)
+    if head is not None and outlook is not None:
+        head(outlook)
     results = []
     with work_dir_lock(plan.work.path):  # between two stages, too, nothing else works in it
         for stage, force in _forced(force_from):
@@ -189,8 +202,11 @@ def run_chain(
     return results
 
 
-def _check_chain(plan: RunPlan, force_from: str | None) -> None:
-    """Raises a McError naming all that a late stage would refuse after hours; nothing where all stages are done."""
+def _check_chain(plan: RunPlan, force_from: str | None) -> Outlook | None:
+    """What the stages to do will take; None where all are done.
+
+    Raises a McError naming all that a late stage would refuse after hours.
+    """
     done = set()
     for stage, force in _forced(force_from):
         try:
@@ -203,8 +219,7 @@ def _check_chain(plan: RunPlan, force_from: str | None) -> None:
             break
         done.add(stage)
     todo = [stage for stage in plan.stages if stage not in done]
-    if todo:
-        look_ahead(plan.stages, plan.compute, plan.work, todo=todo)
+    return look_ahead(plan.stages, plan.compute, plan.work, todo=todo) if todo else None
 
 
 def _forced(force_from: str | None) -> Iterator[tuple[str, bool]]:

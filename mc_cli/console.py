@@ -28,7 +28,9 @@ from mc_cli.progress import StageResult
 from mc_cli.status import StageStatus
 
 if TYPE_CHECKING:
+    from mc_cli.ahead import Outlook
     from mc_cli.measuring.speed import Speed
+    from mc_cli.verify import Verified
 
 PLAIN_INTERVAL_S = 10.0  # between two progress lines where there is no terminal
 _PLAIN_WIDTH = 160  # columns of a table in a pipe or file, where there is no terminal to ask
@@ -262,6 +264,7 @@ def result_json(result: StageResult) -> dict[str, Any]:
         "folder": str(result.folder),
         "ran": result.ran,
         "warnings": list(result.warnings),
+        "duration_s": round(result.duration_s, 3),
         "summary": result.summary,
     }
 
@@ -329,6 +332,22 @@ def print_status(stages: Sequence[StageStatus]) -> None:
     stdout_console().print(table)
 
 
+def print_verified(found: Sequence[Verified]) -> None:
+    """One row per thing that was read, and what is wrong with it below."""
+    styles = {"whole": "green", "begun": "yellow", "damaged": "red", "missing": "red"}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, right in (("what", False), ("state", False), ("files", True), ("size", True), ("folder", False)):
+        table.add_column(name, justify="right" if right else "left")
+    for entry in found:
+        state = Text(entry.state, style=styles.get(entry.state, ""))
+        table.add_row(entry.what, state, value_text(entry.files), size_text(entry.size_bytes), str(entry.folder))
+    console = stdout_console()
+    console.print(table)
+    for entry in found:
+        if entry.detail:
+            console.print(Text(f"{entry.what}: {entry.detail}"), soft_wrap=True)
+
+
 def print_chain(results: Sequence[StageResult]) -> None:
     """A whole run's outcome: facts and tables of the stages that measure and write it. `--json` has the others'."""
     console = stdout_console()
@@ -337,6 +356,36 @@ def print_chain(results: Sequence[StageResult]) -> None:
             console.print(Text(result.stage, style="bold"))
             print_summary(result.summary, console)
             console.print()
+
+
+def say_outlook(outlook: Outlook) -> None:
+    """To stderr: what a run will take, in a few lines, with its warnings."""
+    facts = outlook.facts
+    if "model bytes" in facts:
+        model = f"{facts['model type']}, {size_text(facts['model bytes'])} now"
+        predicted = facts.get("predicted stored bytes")
+        say(f"run: {model}{f', about {size_text(predicted)} in the end' if predicted else ''}", "dim")
+    for stage, peak, largest, step, seconds in outlook.stage_rows():
+        memory = f"peak memory about {peak} ({largest}; {step})" if peak else ""
+        say(f"  {stage}: {', '.join(part for part in (memory, f'about {seconds}' if seconds else '') if part)}", "dim")
+    for need in outlook.needs:
+        say(f"  disk in {need.place}: {size_text(need.needed_bytes)} of {size_text(need.free_bytes)} free", "dim")
+    for message in outlook.warnings:
+        say_warning(message)
+
+
+def say_run(results: Sequence[StageResult]) -> None:
+    """To stderr: what a whole run did, how long each stage took, and all that was warned of."""
+    total = sum(result.duration_s for result in results)
+    say(f"run: finished in {duration_text(total)}, peak memory {size_text(peak_memory_bytes())}")
+    for result in results:
+        took = duration_text(result.duration_s) if result.ran else "already done"
+        count = len(result.warnings)
+        said = f", {count} warning{'s' if count > 1 else ''}" if count else ""
+        say(f"  {result.stage}: {took}{said}")
+    for result in results:
+        for message in result.warnings:
+            say(f"  warned by {result.stage}: {message}", "yellow")
 
 
 def stream(text: str) -> None:

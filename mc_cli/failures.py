@@ -9,8 +9,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, ModuleType
 
@@ -28,69 +28,92 @@ _FULL = "No space left on device"  # safetensors reports a full disk in an error
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
+Listener = Callable[[int, str], None]  # (exit status, message) of a command that does not end well
+
+
 @contextmanager
-def telling_errors(*, debug: bool, work_dir: Path | None = None) -> Iterator[None]:
-    """Turns what goes wrong inside into a paragraph and an exit status; `debug` puts the traceback before it."""
-    ctrl_c = _CtrlC()
+def telling_errors(*, debug: bool, work_dir: Path | None = None) -> Iterator[list[Listener]]:
+    """Turns what goes wrong inside into a paragraph and an exit status; `debug` puts the traceback before it.
+
+    The list that it gives may be added to: each entry is called with the status and the paragraph.
+    """
+    stopped = _Stopped()
+    listeners: list[Listener] = []
     try:
-        with ctrl_c.noted():
-            yield
+        with stopped.noted():
+            yield listeners
     except typer.Exit:
         raise
     except BrokenPipeError:  # `mc-cli status | head`: the reader has seen enough
         raise
     except (KeyboardInterrupt, Exception) as error:
-        if isinstance(error, KeyboardInterrupt) or ctrl_c.came:
-            _say(interrupted_message(work_dir), plain=True)
+        if isinstance(error, KeyboardInterrupt) or stopped.came:
+            status, words = stopped.status, interrupted_message(work_dir)
+            _say(words, plain=True)
+            _listen(listeners, status, words)
             # No typer.Exit, which typer raises itself for an interrupt that nobody has told of.
-            raise SystemExit(INTERRUPTED) from error
+            raise SystemExit(status) from error
         if debug:
             traceback.print_exception(error, file=sys.stderr)
-        _say(error_message(error))
-        raise typer.Exit(error.exit_status if isinstance(error, McError) else ERROR) from error
+        status, words = error.exit_status if isinstance(error, McError) else ERROR, error_message(error)
+        _say(words)
+        _listen(listeners, status, words)
+        raise typer.Exit(status) from error
 
 
-class _CtrlC:
-    """Whether Ctrl-C came, which a library may turn into an error of its own, or swallow.
+def _listen(listeners: list[Listener], status: int, words: str) -> None:
+    for listener in listeners:
+        with suppress(OSError):  # the disk that the log lies on may be what is full
+            listener(status, words)
+
+
+class _Stopped:
+    """Whether Ctrl-C or SIGTERM came, which a library may turn into an error of its own, or swallow.
 
     Compiled code that calls Python, torch's for one, takes KeyboardInterrupt for any failure of that call and goes on,
     or raises another error. Where Python itself has nobody to hand it to, as in what runs when memory is given back, it
-    is asked for again a moment later.
+    is asked for again a moment later. SIGTERM, by which schedulers end what has had its time, is told as Ctrl-C is.
     """
 
     def __init__(self) -> None:
         self.came = False
+        self.status = INTERRUPTED
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Notes Ctrl-C while inside; in the main thread, and where nobody else handles it."""
-        if (
-            threading.current_thread() is not threading.main_thread()
-            or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-        ):
+        """Notes both while inside; in the main thread, and each where nobody else handles it."""
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        ours = {number: handler for number, handler in usual.items() if signal.getsignal(number) is handler}
         unraisable = sys.unraisablehook
-        signal.signal(signal.SIGINT, self._note)
-        sys.unraisablehook = lambda told: self._again() if told.exc_type is KeyboardInterrupt else unraisable(told)
+        for number in ours:
+            signal.signal(number, self._note)
+        if ours:
+            sys.unraisablehook = lambda told: self._again() if told.exc_type is KeyboardInterrupt else unraisable(told)
         try:
             yield
         finally:
             sys.unraisablehook = unraisable
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number, handler in ours.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.came = True
-        signal.default_int_handler(number, frame)
+        self.status = INTERRUPTED if number == signal.SIGINT else 128 + number
+        raise KeyboardInterrupt
 
     def _again(self) -> None:
-        later = threading.Timer(_AGAIN_S, _thread.interrupt_main)
+        later = threading.Timer(
+            _AGAIN_S, _thread.interrupt_main, [signal.SIGINT if self.status == INTERRUPTED else signal.SIGTERM]
+        )
         later.daemon = True
         later.start()
 
 
 def interrupted_message(work_dir: Path | None) -> str:
-    """The state of things after Ctrl-C, in words."""
+    """The state of things after Ctrl-C or SIGTERM, in words."""
     if work_dir is None:
         return "Stopped."
     return f"Stopped. Finished layers are kept in {work_dir}; the same command continues after the last of them."

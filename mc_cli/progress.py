@@ -60,3 +60,4 @@ class StageResult:
     ran: bool  # False: the artifacts were already there, from the same settings and inputs
     summary: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    duration_s: float = 0.0  # what it took now; where it was done already, what looking at it took

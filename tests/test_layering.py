@@ -34,7 +34,7 @@ LAYERS = (
     ("ahead",),
     ("flags",),
     ("recipe", "status", "help"),
-    ("chain", "console"),
+    ("chain", "console", "logbook", "verify"),
     ("door",),
     ("failures",),
     ("cli",),

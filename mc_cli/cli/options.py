@@ -56,6 +56,11 @@ _DRY_RUN = made_option(
 )
 JSON = made_option("--json", help="Print one JSON document instead of tables.")
 DEBUG = made_option("--debug", help="Show the traceback of an error, and the libraries' own notices.")
+_LOG_FILE = made_option(
+    "--log-file",
+    help="Add what happens to this file, a JSON object a line: for runs that nobody watches.",
+    metavar="FILE",
+)
 _COMMON = {"force": _FORCE, "dry_run": _DRY_RUN, "json": JSON, "debug": DEBUG}
 
 
@@ -87,6 +92,7 @@ def stage_parameters(stage: str) -> list[inspect.Parameter]:
             for flag in flags_of(section)
         ),
         parameter("work_dir", Path, WORK_DIR),
+        parameter("log_file", Path | None, _LOG_FILE, None),
         *([] if stage in SHARED else [parameter("variant", str, _VARIANT, MAIN)]),
         *(parameter(name, bool, info, False) for name, info in _COMMON.items()),
     ]
@@ -110,6 +116,7 @@ def run_parameters() -> list[inspect.Parameter]:
             for name, ((section, flag), *_) in run_flags().items()
         ),
         parameter("work_dir", Path | None, WORK_DIR, None),
+        parameter("log_file", Path | None, _LOG_FILE, None),
         parameter("variant", str | None, _VARIANT, None),
         *(parameter(name, bool, info, False) for name, info in _COMMON.items()),
         parameter("force_from", str | None, force_from, None),

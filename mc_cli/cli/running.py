@@ -12,7 +12,7 @@ from mc_cli.artifacts.work_dir import MAIN, WorkDir
 from mc_cli.cli.libraries import prepare_libraries
 from mc_cli.cli.options import DEBUG, JSON, WORK_DIR, made_option, read, settings_of
 from mc_cli.errors import Problems
-from mc_cli.failures import telling_errors
+from mc_cli.failures import Listener, telling_errors
 from mc_cli.flags import COMPUTE, STAGES, run_flags, run_option
 
 if TYPE_CHECKING:
@@ -28,18 +28,23 @@ _VERIFY_HELP = "Read every file, and say which are not as they were written, wit
 def run_stage(stage: str, given: Mapping[str, Any]) -> None:
     """One stage: settings from flags, run or only planned, and its result printed."""
     work_dir: Path = given["work_dir"]
-    with telling_errors(debug=given["debug"], work_dir=work_dir):
+    with telling_errors(debug=given["debug"], work_dir=work_dir) as listeners:
         prepare_libraries(debug=given["debug"])
         from mc_cli import chain, console
+        from mc_cli.logbook import Logbook, LoggedProgress
 
         work = WorkDir(work_dir, given.get("variant", MAIN))
         settings, compute = settings_of(stage, COMPUTE, given=given, beneath=chain.followed_settings(stage, work))
         if given["dry_run"]:
             return _print_planned(*chain.forecast_stage(stage, settings, compute, work, force=given["force"]), given)
         chain.check_stage(stage, settings, compute, work, force=given["force"])
-        progress = console.ConsoleProgress()
+        logbook = Logbook(given["log_file"])
+        listeners.append(logbook.end)
+        progress = LoggedProgress(console.ConsoleProgress(), logbook)
         result = chain.run_stage(stage, settings, compute, work, force=given["force"], progress=progress)
         _tell_end(result)
+        logbook.stage(result)
+        logbook.end(0)
         if given["json"]:
             return console.print_json(console.result_json(result))
         return console.print_summary(result.summary)
@@ -49,8 +54,8 @@ def run_all(given: Mapping[str, Any]) -> None:
     """All stages, from a recipe, from flags, or both."""
     with telling_errors(debug=given["debug"]):
         plan = _plan_of(given)
-    with telling_errors(debug=given["debug"], work_dir=plan.work.path):
-        _run_plan(plan, given["force_from"] or (STAGES[0] if given["force"] else None), given)
+    with telling_errors(debug=given["debug"], work_dir=plan.work.path) as listeners:
+        _run_plan(plan, given["force_from"] or (STAGES[0] if given["force"] else None), given, listeners)
 
 
 def _plan_of(given: Mapping[str, Any]) -> RunPlan:
@@ -77,13 +82,28 @@ def _plan_of(given: Mapping[str, Any]) -> RunPlan:
     return plan_run(recipe.override(asked, work_dir, given["effort"], given["variant"]), problems, unread)
 
 
-def _run_plan(plan: RunPlan, force_from: str | None, given: Mapping[str, Any]) -> None:
+def _run_plan(plan: RunPlan, force_from: str | None, given: Mapping[str, Any], listeners: list[Listener]) -> None:
     prepare_libraries(debug=given["debug"])
     from mc_cli import chain, console
+    from mc_cli.logbook import Logbook, LoggedProgress
 
     if given["dry_run"]:
         return _print_planned(*chain.forecast_chain(plan, force_from=force_from), given)
-    results = chain.run_chain(plan, force_from=force_from, progress=console.ConsoleProgress(), tell=_tell_end)
+    logbook = Logbook(given["log_file"])
+    listeners.append(logbook.end)
+
+    def tell(result: StageResult) -> None:
+        _tell_end(result)
+        logbook.stage(result)
+
+    def head(outlook: Outlook) -> None:
+        console.say_outlook(outlook)
+        logbook.note("outlook", **outlook.plain())
+
+    progress = LoggedProgress(console.ConsoleProgress(), logbook)
+    results = chain.run_chain(plan, force_from=force_from, progress=progress, tell=tell, head=head)
+    console.say_run(results)
+    logbook.end(0)
     if given["json"]:
         stages = [console.result_json(result) for result in results]
         return console.print_json({"work_dir": str(plan.work.path), "stages": stages})
@@ -115,7 +135,7 @@ def _print_planned(planned: list[PlannedStage], outlook: Outlook | None, given: 
         for difference in entry.differences:
             print(f"  {difference}")
     if outlook is not None and outlook.shown():
-        console.print_summary({"facts": outlook.shown()})
+        console.print_summary({"facts": outlook.shown(), "tables": outlook.tables()})
     return None
 
 
@@ -131,11 +151,37 @@ def status(
     with telling_errors(debug=debug):
         from mc_cli import console
         from mc_cli.status import DAMAGED, work_dir_status
+        from mc_cli.verify import verified_status
 
-        found = work_dir_status(work_dir, variant=variant, contents=verify)
+        look = verified_status if verify else work_dir_status
+        found = look(work_dir, variant=variant)
         if json:
             console.print_json({"work_dir": str(work_dir), "stages": [entry.plain() for entry in found]})
         else:
             console.print_status(found)
     if verify and any(entry.state == DAMAGED for entry in found):
+        raise typer.Exit(1)
+
+
+_PLACE = typer.Argument(help="A work directory, or a directory that export made.", metavar="DIR", show_default=False)
+
+
+def verify(
+    *,
+    directory: Annotated[Path, _PLACE],
+    json: Annotated[bool, JSON] = False,
+    debug: Annotated[bool, DEBUG] = False,
+) -> None:
+    """Read every file of a work directory or an export, and say which are not as they were written."""
+    with telling_errors(debug=debug):
+        from mc_cli import console
+        from mc_cli.status import DAMAGED, MISSING
+        from mc_cli.verify import verified
+
+        found = verified(directory)
+        if json:
+            console.print_json({"directory": str(directory), "found": [entry.plain() for entry in found]})
+        else:
+            console.print_verified(found)
+    if any(entry.state in (DAMAGED, MISSING) for entry in found):
         raise typer.Exit(1)

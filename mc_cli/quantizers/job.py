@@ -33,9 +33,12 @@ class InputMoments:
         self._prepared: dict[str, tuple[Quantizer, Prepared]] = {}
 
     def prepared(self, quantizer: Quantizer, basis: str) -> Prepared:
-        """The moments as `quantizer` prepares them for encodings of `basis`; remembered for the last quantizer."""
+        """The moments as `quantizer` prepares them for encodings of `basis`; remembered for the last quantizer.
+
+        Quantizers that are equal are one: a job that came from another process has a copy of its own.
+        """
         maker, known = self._prepared.get(basis, (None, None))
-        if known is None or maker is not quantizer:
+        if known is None or maker != quantizer:
             known = quantizer.prepare(self.hessian, basis=basis)
             self._prepared[basis] = (quantizer, known)
         return known

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 from mc_cli.settings.declared import Flag, Settings, setting
 from mc_cli.settings.written import parse_file_size
@@ -12,11 +14,21 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+MOST_WORKERS = 1024
+
+
+def _are_workers(text: str) -> bool:
+    if text.isdigit():
+        return 1 <= int(text) <= MOST_WORKERS
+    return text in ("", "ray") or re.fullmatch(r"ray://[^\s/]+:[0-9]+", text) is not None
+
+
 @dataclass(frozen=True)
 class RunSettings(Settings):
     """How to compute: nothing here may change what is computed beyond rounding, so none of it is fingerprinted.
 
-    The dtype that `auto` stands for IS part of each stage's fingerprint.
+    The dtype that `auto` stands for IS part of each stage's fingerprint, and so are the threads of jobs that are handed
+    to workers (`of_jobs`).
     """
 
     device: str = setting(
@@ -47,4 +59,31 @@ class RunSettings(Settings):
             says="a size above 0.",
         ),
     )
+    workers: str = setting(
+        "",
+        Flag(
+            "Hand coding jobs to so many processes of this machine, or to a Ray cluster: ray takes the one that is "
+            "found here, else starts one.",
+            COMPUTING,
+            metavar="N|ray|ray://HOST:PORT",
+            default="none: jobs run in this process",
+            fits=_are_workers,
+            says=f"a number from 1 to {MOST_WORKERS}, ray, or the address of a Ray cluster such as ray://head:10001.",
+        ),
+    )
+    job_threads: int = setting(
+        1,
+        Flag(
+            "With --workers: threads of each job. They are part of a result's settings, the number of workers is not.",
+            COMPUTING,
+            metavar="COUNT",
+            least=1,
+            most=1024,
+        ),
+    )
     trust_remote_code: bool = setting(False, Flag("Run the Python code that the checkpoint brings along.", COMPUTING))
+
+    @property
+    def of_jobs(self) -> dict[str, Any]:
+        """What the bytes of jobs depend on, for the settings that a stage records: nothing where they run here."""
+        return {"job_threads": self.job_threads} if self.workers else {}

@@ -32,7 +32,7 @@ from mc_cli.coding.quantization import quantizer_for
 from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.encodings import family_of_role
 from mc_cli.errors import ArtifactError, PlanError, Problems, listed
-from mc_cli.executors.here import Here
+from mc_cli.executors import executor_for
 from mc_cli.kernels.trellis import path_name
 from mc_cli.models.checkpoint import REST, Checkpoint
 from mc_cli.models.experts import experts_at
@@ -87,7 +87,7 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
         if not path.is_file():
             raise PlanError(f"{path}: no such plan. Run `{self.work.command('allocate')}`, or name one with --plan.")
         inputs["plan"] = file_digest(path)
-        resolved = {**self.settings.resolved(), "dtype": self.session.dtype_name}
+        resolved = {**self.settings.resolved(), "dtype": self.session.dtype_name, **self.session.compute.of_jobs}
         return StageFolder(self.work, STAGE, resolved, inputs)
 
     def ready(self, folder: StageFolder, run: Run) -> _Ready:
@@ -115,18 +115,18 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
         checkpoint, inventory, plan, quantizer = ready.checkpoint, ready.inventory, ready.plan, self.settings.quantizer
         run_our_experts(checkpoint.model)
         walk = LayerWalk(checkpoint, ready.inputs, batch_size=self.session.batch_size(ready.inputs.length))
-        worker = LayerQuantizer(
-            walk,
-            plan,
-            quantizer_for(quantizer),
-            Here(),
-            shrinkage=quantizer.shrinkage,
-            sensitivities=ready.sensitivities,
-            covariance_of=partial(calibration_artifact.read_covariance, self.work.folder("calibrate")),
-        )
         writer = _Writer(folder, checkpoint, inventory, self.session)
         original = walk.twin() if quantizer.corrects_errors else None
-        with ready.weights as weights:
+        with ready.weights as weights, executor_for(self.session.compute, self.session.device) as executor:
+            worker = LayerQuantizer(
+                walk,
+                plan,
+                quantizer_for(quantizer),
+                executor,
+                shrinkage=quantizer.shrinkage,
+                sensitivities=ready.sensitivities,
+                covariance_of=partial(calibration_artifact.read_covariance, self.work.folder("calibrate")),
+            )
             rest = worker.linears.embedding(inventory.tensors)
             if rest.linears:
                 walk.embed_again()

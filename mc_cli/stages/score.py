@@ -22,7 +22,7 @@ from mc_cli.coding.layer_scorer import LayerScorer
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.coding.rerouting import Rerouting
 from mc_cli.data.batches import read_calibration
-from mc_cli.executors.here import Here
+from mc_cli.executors import executor_for
 from mc_cli.models.checkpoint import Checkpoint
 from mc_cli.models.memory import release_freed_memory
 from mc_cli.models.own_experts import run_our_experts
@@ -30,6 +30,7 @@ from mc_cli.models.session import Session, later_session
 from mc_cli.models.weight_digests import WeightDigests
 from mc_cli.parts import DROPPED, ModelInventory
 from mc_cli.progress import Progress, StageResult
+from mc_cli.quantizers import Quantizer
 from mc_cli.reports.importance import importance_summary
 from mc_cli.settings import CHANNEL, RunSettings, ScoreSettings
 from mc_cli.stage import Plans, Run, Runs, Stage
@@ -48,7 +49,7 @@ class _Ready:
     checkpoint: Checkpoint
     weights: WeightDigests
     walk: LayerWalk
-    scorer: LayerScorer
+    quantizer: Quantizer
     sensitivities: Mapping[int, LayerSensitivity]
 
 
@@ -62,7 +63,7 @@ class Score(Stage[StageFolder, _Ready, StageResult]):
     def folder(self) -> StageFolder:
         """Made from the model and its calibration."""
         calibrated = self.session.calibrated()
-        resolved = {**self.settings.resolved(), "dtype": self.session.dtype_name}
+        resolved = {**self.settings.resolved(), "dtype": self.session.dtype_name, **self.session.compute.of_jobs}
         inputs = {**self.session.model_inputs(), "calibrate": calibrated.fingerprint}
         return StageFolder(self.work, STAGE, resolved, inputs)
 
@@ -79,16 +80,17 @@ class Score(Stage[StageFolder, _Ready, StageResult]):
             checkpoint,
             weights,
             walk=LayerWalk(checkpoint, batch, batch_size=self.session.batch_size(batch.length)),
-            scorer=LayerScorer(self.settings, quantizer_for(self.settings.quantizer), Here(), calibration),
+            quantizer=quantizer_for(self.settings.quantizer),
             sensitivities=calibration_artifact.read_sensitivities(calibration, inventory),
         )
 
     def do(self, folder: StageFolder, ready: _Ready, run: Run) -> None:
         """Every layer, then one file of all."""
-        with ready.weights:
-            _layers(ready, self.settings, self.session, folder, run.progress)
+        with ready.weights, executor_for(self.session.compute, self.session.device) as executor:
+            scorer = LayerScorer(self.settings, ready.quantizer, executor, self.work.folder("calibrate"))
+            _layers(ready, scorer, self.settings, self.session, folder, run.progress)
             ready.weights.finish()
-        _merge(self.settings, ready.inventory, ready.scorer.sensitivity_method, folder, run.progress)
+        _merge(self.settings, ready.inventory, scorer.sensitivity_method, folder, run.progress)
 
     def result(self, folder: StageFolder, *, ran: bool) -> StageResult:
         """The cost of each width, by layer."""
@@ -99,7 +101,14 @@ class Score(Stage[StageFolder, _Ready, StageResult]):
 plan_stage, run = Plans(Score), Runs(Score)
 
 
-def _layers(ready: _Ready, settings: ScoreSettings, session: Session, folder: StageFolder, progress: Progress) -> None:
+def _layers(
+    ready: _Ready,
+    scorer: LayerScorer,
+    settings: ScoreSettings,
+    session: Session,
+    folder: StageFolder,
+    progress: Progress,
+) -> None:
     """Every decoder layer from where an earlier run stopped; those with experts are scored on the way."""
     walk, model = ready.walk, ready.checkpoint.model
     blocks = {block.layer: block for block in ready.inventory.expert_blocks}
@@ -114,9 +123,9 @@ def _layers(ready: _Ready, settings: ScoreSettings, session: Session, folder: St
                 sensitivity = ready.sensitivities.get(layer)
                 inputs = ExpertInputs(capture, blocks[layer], session.device, sensitivity=sensitivity)
                 if settings.unit == CHANNEL:
-                    ready.scorer.channels(module, inputs).write(folder.path(channel_file(layer)))
+                    scorer.channels(module, inputs).write(folder.path(channel_file(layer)))
                 rerouting = Rerouting(model, blocks[layer], inputs) if DROPPED in settings.bits else None
-                scored = ready.scorer.score(module, inputs, rerouting)
+                scored = scorer.score(module, inputs, rerouting)
                 write_json(folder.path(_layer_file(layer)), asdict(scored))
             else:
                 walk.run_layer(advance=True)
