@@ -27,6 +27,8 @@ help:
 	@echo "make bench-effort, make bench-search    time of score, allocate and quantize beside uniform GPTQ; of the search"
 	@echo "make bench-pruning PACKED=runs/x        quality and time by share of expert calls skipped"
 	@echo "make bench-kernels                      products with packed matrices beside torch's, at real sizes"
+	@echo "make test-ray executors on a Ray cluster, in an environment of its own"
+	@echo "make bench-estimates                    predicted memory and bytes beside measured ones"
 	@echo "make faults   kills, pairs of runs, failing file calls and damaged files over all stages; counts in runs/faults.json"
 	@echo "make gpu-check    on a machine with a CUDA device: tests and speed of the GPU kernels, as JSON"
 	@echo "make bench-decode                       a whole packed model beside the dense one: load, memory, prompt, decoding"
@@ -101,6 +103,14 @@ dist: install
 	grep --quiet '^mixture_compressor.pth' dist/.files || { echo "the wheel has no startup line"; rm dist/*.whl; exit 1; }
 	@rm dist/.files
 
+# --workers ray on a cluster of two nodes on this machine, with a worker killed; in an environment of its own.
+.PHONY: test-ray
+RAY_VENV ?= .venv-ray
+test-ray:
+	$(MAKE) VENV=$(RAY_VENV) install-dev
+	$(RAY_VENV)/bin/python -m pip install --quiet -e '.[ray]'
+	$(RAY_VENV)/bin/python -m pytest tests/executors
+
 # Of 3000 trials 2000 damage files, 500 kill, 350 let file calls fail, 150 run two commands at once: docs/faults.md.
 .PHONY: faults
 FAULTS_SEED ?= 1
@@ -109,7 +119,10 @@ faults: install-dev
 	$(BIN)/python -m tests.faults all --trials $(FAULTS_TRIALS) --seed $(FAULTS_SEED) --json runs/faults.json
 
 # Ratios against a baseline in the same run; see docs/results/ for figures and the options used there.
-.PHONY: bench-memory bench-quality bench-effort bench-search bench-pruning bench-kernels bench-decode
+.PHONY: bench-memory bench-quality bench-effort bench-search bench-pruning bench-kernels bench-decode bench-estimates
+bench-estimates: install
+	$(BIN)/python recipes/benchmarks/estimates.py
+
 bench-memory: install
 	$(BIN)/python recipes/benchmarks/memory.py
 

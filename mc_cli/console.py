@@ -365,7 +365,7 @@ def say_outlook(outlook: Outlook) -> None:
         model = f"{facts['model type']}, {size_text(facts['model bytes'])} now"
         predicted = facts.get("predicted stored bytes")
         say(f"run: {model}{f', about {size_text(predicted)} in the end' if predicted else ''}", "dim")
-    for stage, peak, largest, step, seconds in outlook.stage_rows():
+    for stage, peak, largest, step, *_, seconds in outlook.stage_rows():
         memory = f"peak memory about {peak} ({largest}; {step})" if peak else ""
         say(f"  {stage}: {', '.join(part for part in (memory, f'about {seconds}' if seconds else '') if part)}", "dim")
     for need in outlook.needs:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mc_cli.ahead.budget import Size, importance_of_shapes, kinds_of, planned_size, reachable_size
-from mc_cli.ahead.disk import Need, check_disk, needs_of
+from mc_cli.ahead.disk import Need, check_disk, needs_of, written_by
 from mc_cli.ahead.duration import durations
 from mc_cli.ahead.machine import known_machine
 from mc_cli.ahead.memory import check_memory, memory_needs, short_of_memory
@@ -115,6 +115,15 @@ class Look:
             return
         needs = memory_needs(work, base_bytes=resident_bytes())
         found.memory = [need for need in needs if need.stage in self._todo]
+        found.written = written_by(
+            self._todo,
+            inventory,
+            hidden_size=work.hidden,
+            hidden_bytes=work.hidden * work.itemsize,
+            tokens=work.tokens,
+            length=work.length,
+            packed_bytes=work.packed_bytes,
+        )
         machine = known_machine()
         if machine is not None:
             seconds = durations(work, machine, evaluated_tokens=self._evaluated_tokens(work))
@@ -152,6 +161,7 @@ class Look:
             corrects=quantize.quantizer.corrects_errors,
             quantizer=quantize.quantizer.quantizer,
             packed_bytes=0 if size is None else size.whole,
+            workers=int(self._compute.workers) if self._compute.workers.isdigit() else 0,
             config=text_config.to_dict(),
         )
 

@@ -69,7 +69,16 @@ def needs_of(
     tokens         of calibration, at most; None: not known;  length   of one sequence
     packed_bytes   of the packed model; None: not known
     """
-    inside = _in_work_dir(todo, work, inventory, hidden_size, hidden_bytes, tokens or 0, length, packed_bytes or 0)
+    written = written_by(
+        todo,
+        inventory,
+        hidden_size=hidden_size,
+        hidden_bytes=hidden_bytes,
+        tokens=tokens or 0,
+        length=length,
+        packed_bytes=packed_bytes or 0,
+    )
+    inside = _in_work_dir(written, work)
     outside: dict[str, int] = {}
     if "export" in todo:
         packed = packed_bytes or _size_of(work.folder("quantize"))
@@ -85,17 +94,37 @@ def needs_of(
     return [_need(place, pieces) for place, pieces in places if any(pieces.values())]
 
 
-def _in_work_dir(
+def _in_work_dir(written: Written, work: WorkDir) -> dict[str, int]:
+    """The bytes that stay of each stage, and the most that one needs beside it while it runs."""
+    stays, running = written.stays, written.running
+    there = {stage: _size_of(work.folder(stage)) for stage in {*stays, *running}}
+    pieces = {stage: max(0, size - there[stage]) for stage, size in stays.items()}
+    scratch = {stage: max(0, size - max(0, there[stage] - stays.get(stage, 0))) for stage, size in running.items()}
+    if scratch:
+        largest = max(scratch, key=lambda stage: scratch[stage])
+        pieces[f"{largest} while it runs"] = scratch[largest]
+    return pieces
+
+
+@dataclass(frozen=True)
+class Written:
+    """The bytes that stages write into a work directory: what stays of each, and what only a resume needs beside it."""
+
+    stays: Mapping[str, int]
+    running: Mapping[str, int]
+
+
+def written_by(
     todo: Mapping[str, Any],
-    work: WorkDir,
     inventory: ModelInventory,
+    *,
     hidden_size: int,
     hidden_bytes: int,
     tokens: int,
     length: int,
     packed_bytes: int,
-) -> dict[str, int]:
-    """The bytes that stay of each stage, and the most that one needs beside it while it runs."""
+) -> Written:
+    """The bytes of each stage, for arguments as in `needs_of`. States are there twice while the next one is written."""
     stays: dict[str, int] = {}
     running: dict[str, int] = {}
     if "calibrate" in todo and tokens:
@@ -104,8 +133,10 @@ def _in_work_dir(
         stays["calibrate"] = 8 * tokens
         if backward:
             stays["calibrate"] += len(inventory.expert_blocks) * hidden_size**2 * _GRADIENT_BYTES
-        running["calibrate"] = 2 * tokens * hidden_bytes + backward * (
-            inventory.num_layers * hidden_bytes + 2 * hidden_size * _GRADIENT_BYTES
+        way_back = backward * (inventory.num_layers + 2 * settings.gradient_samples) * hidden_bytes
+        running["calibrate"] = max(
+            2 * tokens * hidden_bytes + backward * inventory.num_layers * hidden_bytes,
+            tokens * hidden_bytes + way_back,
         )
     if "score" in todo:
         running["score"] = 2 * tokens * hidden_bytes
@@ -113,13 +144,7 @@ def _in_work_dir(
         stays["quantize"] = packed_bytes
         states = 2 if todo["quantize"].quantizer.corrects_errors else 1
         running["quantize"] = 2 * states * tokens * hidden_bytes
-    there = {stage: _size_of(work.folder(stage)) for stage in {*stays, *running}}
-    pieces = {stage: max(0, size - there[stage]) for stage, size in stays.items()}
-    scratch = {stage: max(0, size - max(0, there[stage] - stays.get(stage, 0))) for stage, size in running.items()}
-    if scratch:
-        largest = max(scratch, key=lambda stage: scratch[stage])
-        pieces[f"{largest} while it runs"] = scratch[largest]
-    return pieces
+    return Written(stays, running)
 
 
 def _need(place: Path, pieces: Mapping[str, int]) -> Need:

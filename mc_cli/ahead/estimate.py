@@ -96,7 +96,7 @@ class Estimate:
         if not self.outcomes:
             return []
         names = ["target", "size", "bits per expert weight", "with context and base", "fits", "decodes"]
-        rows = []
+        rows: list[list[Any]] = []
         for outcome in self.outcomes:
             if outcome.size is None:
                 rows.append([outcome.words, "cannot be met", None, None, None, None])

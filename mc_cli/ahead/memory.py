@@ -21,6 +21,7 @@ from mc_cli.stages.calibrate import GRADIENT_BATCH_TOKENS
 SPARE = 1.03  # what small tensors and holes in the heap add: measured, 1 to 5 %
 _FLOAT, _DOUBLE = 4, 8
 _LOGIT_COPIES = 5  # of one sequence, while labels are drawn: logits, their log, probabilities, gradients of two
+_COPIES_TO_FACTORIZE = 6  # damped, turned round, factor, identity, solution, and one for the library
 _RING_ROWS = 512  # rows whose errors are weighed together by the trellis quantizer, at most
 
 
@@ -122,7 +123,18 @@ def memory_needs(work: Workload, *, base_bytes: int) -> list[MemoryNeed]:
         "quantize": _quantize,
         "prune-eval": _prune_eval,
     }
-    return [_need(stage, found(work), base_bytes) for stage, found in steps.items()]
+    needs = [_need(stage, found(work), base_bytes) for stage, found in steps.items()]
+    handed_out = {"score", "quantize"} if work.workers else set()
+    return [_with_workers(need, work, base_bytes) if need.stage in handed_out else need for need in needs]
+
+
+def _with_workers(need: MemoryNeed, work: Workload, base_bytes: int) -> MemoryNeed:
+    """The need of all processes together: each has libraries, one job, and the moments of two."""
+    members, block = _chunk(work)
+    weights = max(part.weight_count for part in block.projections)
+    squares = sum(part.in_features**2 for part in block.projections)
+    each = base_bytes + _FLOAT * members * (6 * weights + 3 * squares) + _factorized(block)
+    return replace(need, pieces={**need.pieces, f"{work.workers} workers": work.workers * each})
 
 
 def _need(stage: str, steps: _Steps, base_bytes: int) -> MemoryNeed:
@@ -172,8 +184,7 @@ def _score(work: Workload) -> _Steps:
     members, block = _chunk(work)
     up, down = (part.weight_count * _FLOAT * members for part in block.projections)
     squares = [part.in_features**2 * _FLOAT * members for part in block.projections]
-    yield (
-        "experts are measured",
+    measured = (
         held
         | layer
         | {
@@ -181,10 +192,11 @@ def _score(work: Workload) -> _Steps:
             "routing": _routing(work),
             "weights of some experts": up + down,
             "second moments and their factors": 3 * sum(squares),
-            "codes on trial": max(5 * up, up + 5 * down),
             "activations": work.loss_tokens * members * (block.channels + work.hidden) * _FLOAT,
-        },
+        }
     )
+    yield "second moments are factorized", measured | {"codes on trial": up, "one in float64": _factorized(block)}
+    yield "experts are measured", measured | {"codes on trial": max(5 * up, up + 5 * down)}
 
 
 def _quantize(work: Workload) -> _Steps:
@@ -204,21 +216,22 @@ def _quantize(work: Workload) -> _Steps:
     for part, missing in ((up, 0), (down, rest)):
         weights = part.weight_count * _FLOAT * members
         rows = part.out_features * min(_RING_ROWS, part.out_features) * _FLOAT * members
-        square = part.in_features**2 * _FLOAT
-        yield (
-            f"{part.name} is coded",
+        coded = (
             held
             | layer
             | shares
             | {
                 "output of the rest": rest,
                 "what is missing": missing,
-                "weights and codes": 6 * weights,
-                "second moments and their factors": 3 * square * members + 10 * square,
-                "second moments of rows": 3 * rows if work.corrects else 0,
+                "second moments and their factors": 3 * part.in_features**2 * _FLOAT * members,
+                "second moments of rows": rows if work.corrects else 0,
                 "the packed layer": packed if part is down else packed // 2,
-            },
+            }
         )
+        factor = _COPIES_TO_FACTORIZE * part.in_features**2 * _DOUBLE
+        yield f"second moments of {part.name} are factorized", coded | {"weights": 2 * weights, "in float64": factor}
+        more = {"weights and codes": 6 * weights, "feedback between rows": 2 * rows if work.corrects else 0}
+        yield f"{part.name} is coded", coded | more
 
 
 def _prune_eval(work: Workload) -> _Steps:
@@ -232,6 +245,11 @@ def _routing(work: Workload) -> int:
     """What a capture keeps of routing: index, weights and probabilities of every token."""
     block = work.largest_block
     return work.tokens * (block.top_k * (_DOUBLE + _FLOAT) * 2 + block.num_experts * _FLOAT)
+
+
+def _factorized(block: ExpertBlock) -> int:
+    """What one factor takes beside its matrix: copies in float64."""
+    return _COPIES_TO_FACTORIZE * max(part.in_features for part in block.projections) ** 2 * _DOUBLE
 
 
 def _chunk(work: Workload) -> tuple[int, ExpertBlock]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mc_cli.ahead.disk import Need
+from mc_cli.ahead.disk import Need, Written
 from mc_cli.ahead.memory import MemoryNeed
 from mc_cli.parts import ModelInventory
 from mc_cli.reports.tables import table
@@ -18,6 +17,7 @@ class Outlook:
 
     roles     role -> (weights, bytes now)
     seconds   of each stage, where this machine was measured
+    written   bytes of each stage in the work directory
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -26,6 +26,7 @@ class Outlook:
     roles: dict[str, tuple[int, int]] = field(default_factory=dict)
     memory: list[MemoryNeed] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    written: Written = field(default_factory=lambda: Written({}, {}))
 
     def plain(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -35,6 +36,8 @@ class Outlook:
             "roles": {role: {"weights": weights, "bytes": size} for role, (weights, size) in self.roles.items()},
             "memory": [need.plain() for need in self.memory],
             "seconds": {stage: round(seconds, 1) for stage, seconds in self.seconds.items()},
+            "scratch_bytes": dict(self.written.running),
+            "result_bytes": dict(self.written.stays),
             "disk": [need.plain() for need in self.needs],
             "warnings": list(self.warnings),
         }
@@ -53,12 +56,12 @@ class Outlook:
             found.append(table("What the model is made of", ("role", "weights", "bytes now"), rows, left=1))
         stages = self.stage_rows()
         if stages:
-            names = ("stage", "peak memory", "most of it", "most of it in", "time")
+            names = ("stage", "peak memory", "most of it", "when", "scratch disk", "result", "time")
             found.append(table("Stages", names, stages, left=1))
         return found
 
     def stage_rows(self) -> list[list[Any]]:
-        """One row per stage: peak memory, its largest part, and time where it is known."""
+        """One row per stage: peak memory, its largest part and when it comes, disk, and time where it is known."""
         needs = {need.stage: need for need in self.memory}
         rows: list[list[Any]] = []
         for stage in {**needs, **self.seconds}:
@@ -71,10 +74,16 @@ class Outlook:
                     None if need is None else gib(need.peak_bytes),
                     largest,
                     None if need is None else need.step,
+                    _bytes(self.written.running.get(stage)),
+                    _bytes(self.written.stays.get(stage)),
                     None if seconds is None else clock(seconds),
                 ]
             )
         return rows
+
+
+def _bytes(size: int | None) -> str | None:
+    return None if size is None else gib(size)
 
 
 def gib(size: int) -> str:
@@ -100,8 +109,3 @@ def roles_of(inventory: ModelInventory) -> dict[str, tuple[int, int]]:
             count *= length
         found[part.role.value] = weights + count, size + part.size_bytes
     return dict(sorted(found.items(), key=lambda entry: -entry[1][1]))
-
-
-def largest_first(needs: Sequence[MemoryNeed]) -> list[MemoryNeed]:
-    """The needs, that of the stage that takes most first."""
-    return sorted(needs, key=lambda need: -need.peak_bytes)

@@ -24,6 +24,7 @@ class Workload:
     corrects             whether a second walk, through the original layers, goes beside quantize
     quantizer            by name
     packed_bytes         of the result
+    workers              processes of this machine that jobs are handed to, 0 for none
     config               entries of the model's text configuration
     """
 
@@ -41,6 +42,7 @@ class Workload:
     corrects: bool
     quantizer: str
     packed_bytes: int
+    workers: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -74,7 +76,7 @@ class Workload:
 
     def stored_bytes(self, layer: int) -> int:
         """One layer as its files hold it, which are mapped while it is read."""
-        return self._sizes[layer][1]
+        return self._sizes.get(layer, (0, 0))[1]
 
     def block(self, layer: int) -> ExpertBlock | None:
         """The routed experts of a layer."""
@@ -100,7 +102,7 @@ class Workload:
         return total
 
     def _computed(self, layer: int | None) -> int:
-        return self._sizes[layer][0]
+        return self._sizes.get(layer, (0, 0))[0]
 
     @cached_property
     def _sizes(self) -> dict[int | None, tuple[int, int]]:

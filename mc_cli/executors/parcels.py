@@ -30,7 +30,7 @@ def packed(content: Any) -> bytes:
     """Bytes of anything that a job or a result holds; tensors as plain arrays, not as memory that is shared."""
     buffer = io.BytesIO()
     packer = _Packer(buffer, 5)
-    packer.dispatch_table = packer.dispatch_table.new_child({torch.Tensor: _taken_apart})
+    packer.dispatch_table = {**packer.dispatch_table, torch.Tensor: _taken_apart}
     packer.dump(content)
     return buffer.getvalue()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +51,13 @@ def fetch_description(name: str, folder: Path, *, revision: str | None) -> Path:
 
     Raises InputError where they are not to be had.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub import HfApi, hf_hub_download
 
     try:
-        hf_hub_download(name, "config.json", revision=revision, local_dir=folder)
-        with suppress(EntryNotFoundError):  # a model in one file has no index
-            hf_hub_download(name, INDEX, revision=revision, local_dir=folder)
+        found = HfApi().model_info(name, revision=revision)
+        there = {entry.rfilename for entry in found.siblings or ()}
+        for file in sorted({"config.json", INDEX} & there):  # a model in one file has no index
+            hf_hub_download(name, file, revision=found.sha, local_dir=folder)
     except Exception as error:  # the hub client raises its own, its transport's and file system errors
         raise InputError(
             f"{name}: not a directory here, and its description is not to be had from the hub: {first_line(error)} "
