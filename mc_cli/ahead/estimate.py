@@ -80,7 +80,7 @@ class Estimate:
     def plain(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
-            **dict(self.layers),
+            **{name.replace(" ", "_"): value for name, value in self.layers.items()},
             **self.outlook.plain(),
             "targets": [outcome.plain() for outcome in self.outcomes],
             "machine": None if self.machine is None else self.machine.plain(),

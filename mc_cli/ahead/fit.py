@@ -46,13 +46,12 @@ def cache_bytes(config: Mapping[str, Any], layers: int, context: int) -> int:
     """Bytes of keys and values of one sequence, as transformers keeps them.
 
     Layers that look back over a window alone keep that; those that keep no keys (linear attention, state spaces) count
-    nothing, since their state does not grow. Latent attention is kept as full keys and values of all heads.
+    nothing, since their state does not grow. Of latent attention the compressed keys and values are kept, once for all heads.
     """
     heads = int(config.get("num_key_value_heads") or config.get("num_attention_heads") or 0)
     width = config.get("head_dim")
     if config.get("kv_lora_rank"):
-        heads = int(config["num_attention_heads"])
-        both = int(config["qk_nope_head_dim"]) + int(config["qk_rope_head_dim"]) + int(config["v_head_dim"])
+        heads, both = 1, int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"])
     else:
         query_heads = int(config.get("num_attention_heads") or 1)
         both = 2 * int(width or int(config.get("hidden_size") or 0) // query_heads)

@@ -93,8 +93,7 @@ class Processes:
 
         Processes are started with the first job; jobs and results beyond those that are under way are one or two.
         """
-        if not self._workers:
-            self._workers = [_Worker(self._threads) for _ in range(self._count)]
+        self._begin()
         source = enumerate(jobs)
         waiting: dict[int, tuple[Parcel, int]] = {}  # place -> (parcel, tries): jobs without a result
         results: dict[int, Any] = {}
@@ -130,9 +129,9 @@ class Processes:
 
     def _collect(self, waiting: dict[int, tuple[Parcel, int]], results: dict[int, Any], again: deque[int]) -> None:
         """Waits for a result, or for the end of a process."""
-        busy = {worker.connection: worker for worker in self._workers if worker.place is not None}
+        busy: dict[Any, _Worker] = {each.connection: each for each in self._workers if each.place is not None}
         for ready in wait(list(busy)):
-            worker = busy[ready]  # type: ignore[index]
+            worker = busy[ready]
             try:
                 result = worker.connection.recv_bytes()
             except (EOFError, OSError):

@@ -71,7 +71,7 @@ def test_a_work_directory_and_status_say_the_same(mc_cli: Invoke, copied: Path) 
     work = copied / "work"
     assert mc_cli("verify", work).exit_code == 0
     flip(max((work / "packed").glob("*.safetensors"), key=lambda path: path.stat().st_size))
-    for command in (("verify", work), ("status", "-w", work, "--verify")):
+    for command in (("verify", work, "--json"), ("status", "-w", work, "--verify", "--json")):
         result = mc_cli(*command)
         assert result.exit_code == 1 and "other bytes than were written" in result.stdout
 

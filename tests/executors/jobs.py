@@ -37,7 +37,8 @@ def jobs(count: int = 6, *, quantizer: Any = None) -> Iterator[CodingJob]:
         units = tuple(UnitId(number, expert, "down_proj") for expert in range(2))
         job = CodingJob(units, weights, moments[number % 2], encoding, trellis, importance)
         job = replace(job, forecast=True, row_importance=None) if number == 3 else job
-        yield job if quantizer is None else replace(job, quantizer=quantizer, encoding=_grid(), row_importance=None)
+        plain = {"quantizer": quantizer, "encoding": _grid(), "row_importance": None, "forecast": False}
+        yield job if quantizer is None else replace(job, **plain)
 
 
 def _grid() -> Encoding:
