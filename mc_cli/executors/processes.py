@@ -117,6 +117,14 @@ class Processes:
             if upcoming is None and len(waiting) + len(results) <= self._count + 1:
                 upcoming = _drawn(source, self._parcels)
 
+    def _begin(self) -> None:
+        """Processes that all wait for a job: one that is at a job of an earlier call, which nobody asks for, is ended."""
+        for worker in self._workers:
+            if worker.place is not None:
+                worker.end()
+        idle = [worker for worker in self._workers if worker.place is None]
+        self._workers = idle + [_Worker(self._threads) for _ in range(self._count - len(idle))]
+
     def _give(self, place: int, free: list[_Worker], waiting: dict[int, tuple[Parcel, int]], again: deque[int]) -> None:
         """Hands a job to a free process, one that has its moments where there is one."""
         parcel, tries = waiting[place]
