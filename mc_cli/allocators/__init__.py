@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import product
 
 from mc_cli.allocators.channel_score import channel_scores
-from mc_cli.allocators.cut_menus import CutMenu, menu_units
+from mc_cli.allocators.cut_menus import CutMenu, menu_units, whole_choice
 from mc_cli.allocators.problem import BUDGET_UNITS, AllocationProblem, Budget, Choice, Floor, Survivors, Unit
 from mc_cli.allocators.report import make_plan
 from mc_cli.allocators.strategy import Assignment, CostSettings, SolverSettings, Strategy
@@ -304,7 +304,7 @@ def _droppable_units(
     Only those combinations of widths are listed that cost less than every smaller one; with floors all are.
     """
     widths = [bits for bits in candidate_bits if bits != DROPPED]
-    sizes = [_combined(layer, combination) for combination in product(widths, repeat=len(layer.projections))]
+    sizes = [whole_choice(layer, combination) for combination in product(widths, repeat=len(layer.projections))]
     sizes.sort(key=budget.size)
     units = []
     for expert in range(layer.num_experts):
@@ -318,19 +318,6 @@ def _droppable_units(
                 least = min(least, cost)
         units.append(Unit(layer.layer, expert, layer.weights_per_expert, tuple(choices)))
     return units
-
-
-def _combined(layer: LayerImportance, widths: tuple[float, ...]) -> Choice:
-    """The choice of these widths, one per projection, without its cost: sizes are those of every expert."""
-    parts = list(zip(layer.projections, widths, strict=True))
-    code_bits = sum(round(bits * part.weight_count) for part, bits in parts)
-    return Choice(
-        bits=code_bits / layer.weights_per_expert,
-        code_bits=code_bits,
-        stored_bytes=sum(part.stored_bytes_by_bits[bits] for part, bits in parts),
-        cost=math.nan,
-        widths=tuple((part.name, bits) for part, bits in parts),
-    )
 
 
 def _survivors(layer: LayerImportance) -> Iterable[Survivors]:

@@ -166,7 +166,7 @@ def menu_units(layer: LayerImportance, menu: CutMenu, candidate_bits: tuple[floa
     widths = tuple(bits for bits in candidate_bits if bits != DROPPED)
     parts = {part.name: part for part in layer.projections}
     counts = {name: part.weight_count for name, part in parts.items()}
-    rows = [(-1, _whole(layer, widths_of)) for widths_of in product(widths, repeat=len(parts))]
+    rows = [(-1, whole_choice(layer, combination)) for combination in product(widths, repeat=len(parts))]
     rows += list(menu.sizes(counts, widths))
     rows.sort(key=lambda row: budget.size(row[1]))
     costs = np.stack([_costs(layer, menu, cut, choice) for cut, choice in rows], axis=1)
@@ -184,8 +184,8 @@ def menu_units(layer: LayerImportance, menu: CutMenu, candidate_bits: tuple[floa
     return units
 
 
-def _whole(layer: LayerImportance, widths: tuple[float, ...]) -> Choice:
-    """The choice of these widths, one per projection, without its cost."""
+def whole_choice(layer: LayerImportance, widths: tuple[float, ...]) -> Choice:
+    """The choice of these widths, one per projection, without its cost: sizes are those of every expert."""
     parts = list(zip(layer.projections, widths, strict=True))
     code_bits = sum(round(bits * part.weight_count) for part, bits in parts)
     return Choice(

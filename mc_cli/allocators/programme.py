@@ -7,9 +7,8 @@ than such errors are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from mc_cli.allocators import Budget, CutMenu, allocate, build_problem, strategy_named
 from mc_cli.allocators.solver import solve
@@ -18,7 +17,7 @@ from mc_cli.artifacts.considered import Considered
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.plan import Plan
 from mc_cli.errors import BudgetError
-from mc_cli.parts import DROPPED
+from mc_cli.parts import DROPPED, Role
 
 METHOD = "global"  # the strategy whose costs are in nats per token over the whole model
 # The predicted loss has to fall by this share before channels are cut: below it, plain widths were as good or better.
@@ -39,41 +38,55 @@ class Programme:
 def programme(
     importance: Importance,
     menus: Mapping[int, CutMenu],
-    budget: Budget,
     candidate_bits: tuple[float, ...],
     plain: Callable[[], Plan],
     solving: SolverSettings,
-    **options: Any,
+    *,
+    budget: Budget,
+    role_bits: Mapping[Role, int],
 ) -> Programme:
     """The plan of least predicted loss, or the plain one where that is not clearly better.
 
-    menus    layer -> cuts;  plain: makes the plan of widths, and may raise BudgetError
-    options  of `allocate` beside these
+    menus      layer -> cuts;  plain: makes the plan of widths, and may raise BudgetError
+    role_bits  widths of the other roles, handed on to the plan
     Raises BudgetError where not even cuts meet the budget, saying what can be reached.
     """
-    widths = tuple(bits for bits in candidate_bits if bits != DROPPED)
-    found = [
-        Considered(_PLAIN, _value(importance, {}, budget, widths, solving)),
-        Considered(_DROPPED, _value(importance, {}, budget, candidate_bits, solving))
-        if DROPPED in candidate_bits
-        else None,
-        _one_width(importance, menus, budget, widths, solving),
-    ]
     try:
         today: Plan | None = plain()
     except BudgetError:
         today = None
-    plan = allocate(importance, budget=budget, candidate_bits=candidate_bits, menus=menus, **options)
+    plan = allocate(
+        importance,
+        budget=budget,
+        role_bits=role_bits,
+        candidate_bits=candidate_bits,
+        gap=solving.gap,
+        time_limit_s=solving.time_limit_s,
+        menus=menus,
+    )
     value = float(plan.objective["value"])
     cuts = today is None or value <= (1 - CLEARLY) * float(today.objective["value"])
-    found.append(Considered(_ALL, value))
     if today is None or cuts:
-        return Programme(replace(plan, objective={**plan.objective, "formula": _FORMULA}), cuts, _marked(found, _ALL))
-    return Programme(today, cuts, _marked(found, _DROPPED if DROPPED in candidate_bits else _PLAIN))
+        chosen, plan = _ALL, replace(plan, objective={**plan.objective, "formula": _FORMULA})
+    else:
+        chosen, plan = _DROPPED if DROPPED in candidate_bits else _PLAIN, today
+    ways = [*_pure(importance, menus, budget, candidate_bits, solving), Considered(_ALL, value)]
+    return Programme(plan, cuts, tuple(replace(way, chosen=way.strategy == chosen) for way in ways))
 
 
-def _marked(found: Sequence[Considered | None], chosen: str) -> tuple[Considered, ...]:
-    return tuple(replace(entry, chosen=entry.strategy == chosen) for entry in found if entry is not None)
+def _pure(
+    importance: Importance,
+    menus: Mapping[int, CutMenu],
+    budget: Budget,
+    candidate_bits: tuple[float, ...],
+    solving: SolverSettings,
+) -> list[Considered]:
+    """The best that widths alone, widths with dropped experts, and cuts with one width are predicted to reach."""
+    widths = tuple(bits for bits in candidate_bits if bits != DROPPED)
+    found = [Considered(_PLAIN, _value(importance, {}, budget, widths, solving))]
+    if DROPPED in candidate_bits:
+        found.append(Considered(_DROPPED, _value(importance, {}, budget, candidate_bits, solving)))
+    return [*found, _one_width(importance, menus, budget, widths, solving)]
 
 
 _FORMULA = (

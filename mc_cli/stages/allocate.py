@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mc_cli.allocators import Budget, Floor, SolverSettings, allocate
 from mc_cli.allocators.channel_cuts import cut_plan
 from mc_cli.allocators.channel_groups import grouped_plan
-from mc_cli.allocators.cut_menus import cut_menu
+from mc_cli.allocators.cut_menus import CutMenu, cut_menu
 from mc_cli.allocators.programme import METHOD, programme
 from mc_cli.allocators.whole_drops import drop_plan, require_a_drop
 from mc_cli.artifacts import calibration as calibration_artifact
@@ -191,57 +193,62 @@ def _without_experts(
     return replace(plan, method=settings.drop_by, objective={**plan.objective, **told})
 
 
+Cuts = Mapping[int, tuple[ChannelMeasures, CutMeasures]]  # by layer
+
+
 def _allocated(
     settings: AllocateSettings,
     importance: Importance,
     role_bits: Mapping[Role, int],
     others: int,
-    cuts: Mapping[int, tuple[ChannelMeasures, CutMeasures]],
+    cuts: Cuts,
     inventory: ModelInventory,
     quantizer: QuantizerSettings,
 ) -> tuple[Plan, tuple[Considered, ...]]:
     """The plan of a strategy; where there are measures of cuts, of the programme over widths, cuts and drops."""
-    budget = budget_of(settings, others)
+    shared: dict[str, Any] = {"budget": budget_of(settings, others), "role_bits": role_bits}
     solving: dict[str, Any] = {"time_limit_s": settings.time_limit_s, "gap": settings.gap}
-
-    def plain() -> Plan:
-        return allocate(
-            importance,
-            method=settings.method,
-            budget=budget,
-            role_bits=role_bits,
-            candidate_bits=settings.bits,
-            floors=floors_of(settings),
-            alpha=settings.alpha,
-            beta=settings.beta,
-            gamma=settings.gamma,
-            seed=settings.seed,
-            **solving,
-        )
-
+    plain = partial(
+        allocate,
+        importance,
+        method=settings.method,
+        candidate_bits=settings.bits,
+        floors=floors_of(settings),
+        alpha=settings.alpha,
+        beta=settings.beta,
+        gamma=settings.gamma,
+        seed=settings.seed,
+        **shared,
+        **solving,
+    )
     widths = settings.bits or importance.candidate_bits
-    menus = {
-        block.layer: cut_menu(
-            block, *cuts[block.layer], family=quantizer.family, widths=widths, group_size_limit=quantizer.group_size
-        )
-        for block in inventory.expert_blocks
-        if block.layer in cuts
-    }
-    menus = {layer: menu for layer, menu in menus.items() if menu.kept}
+    menus = _menus(inventory, cuts, quantizer, widths)
     if not menus:
         return plain(), ()
-    found = programme(
-        importance, menus, budget, widths, plain, SolverSettings(**solving), role_bits=role_bits, **solving
-    )
-    if not found.cuts:
-        return found.plan, found.considered
-    order = {
-        block.layer: cuts[block.layer][1].order
-        if block.layer in cuts
-        else np.tile(np.arange(block.channels, dtype=np.int32), (block.num_experts, 1))
-        for block in inventory.expert_blocks
-    }
-    return replace(found.plan, channel_order=ChannelOrder(order)), found.considered
+    found = programme(importance, menus, widths, plain, SolverSettings(**solving), **shared)
+    plan = replace(found.plan, channel_order=_order(inventory, cuts)) if found.cuts else found.plan
+    return plan, found.considered
+
+
+def _menus(
+    inventory: ModelInventory, cuts: Cuts, quantizer: QuantizerSettings, widths: tuple[float, ...]
+) -> dict[int, CutMenu]:
+    """Layer -> what its experts may be cut to, of the layers in which there is anything to cut."""
+    coded: dict[str, Any] = {"family": quantizer.family, "widths": widths, "group_size_limit": quantizer.group_size}
+    blocks = [block for block in inventory.expert_blocks if block.layer in cuts]
+    menus = {block.layer: cut_menu(block, *cuts[block.layer], **coded) for block in blocks}
+    return {layer: menu for layer, menu in menus.items() if menu.kept}
+
+
+def _order(inventory: ModelInventory, cuts: Cuts) -> ChannelOrder:
+    """Which channels the blocks of every layer take: those that were measured to be kept longest come first."""
+
+    def rows(block: ExpertBlock) -> npt.NDArray[np.int32]:
+        if block.layer in cuts:
+            return cuts[block.layer][1].order
+        return np.tile(np.arange(block.channels, dtype=np.int32), (block.num_experts, 1))
+
+    return ChannelOrder({block.layer: rows(block) for block in inventory.expert_blocks})
 
 
 def beside_experts(

@@ -6,8 +6,8 @@ channels. Then every way makes its plan for every size, which is quantized as sc
   dropped    widths, and whole experts dropped where that costs less
   cut        channels cut, and one width for all that are left: the one that is predicted best
   programme  the default of allocate
-  reap       --drop of the experts with the lowest REAP scores, the rest with widths
-  camera-q   three groups of channels by energy with affine codes by GPTQ (scored anew with gptq)
+  reap       a quarter of the experts dropped, those with the lowest REAP scores, and widths for the rest
+  camera-q   three groups of channels by energy, with affine codes by GPTQ
 A way that cannot reach a size is a row without figures. Prints means over the seeds and writes all figures as JSON;
 rows that --out has already are not measured again.
 
@@ -35,6 +35,7 @@ from mc_cli.artifacts.names import CONSIDERED
 from mc_cli.errors import BudgetError
 from mc_cli.progress import SilentProgress
 from mc_cli.settings import (
+    CAMERA_Q,
     AllocateSettings,
     CalibrateSettings,
     EvaluateSettings,
@@ -45,6 +46,7 @@ from mc_cli.settings import (
 )
 from mc_cli.stages import allocate, calibrate, prune_eval, quantize, score
 
+GPTQ = QuantizerSettings(quantizer="gptq")
 WIDTHS = QuantizerSettings().candidate_widths()
 QUIET: dict[str, Any] = {"force": True, "progress": SilentProgress()}
 Row = dict[str, Any]
@@ -94,8 +96,8 @@ def plain(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
 
 
-def measure(arguments: argparse.Namespace, seed: int, work_dir: Path) -> None:
-    """One calibration, and the measures of everything; kept where they are there."""
+def measure(arguments: argparse.Namespace, seed: int, work_dir: Path, way: str) -> None:
+    """One calibration, and the measures that a way asks for; kept where they are there."""
     asked = CalibrateSettings(
         model=arguments.model,
         data=arguments.data,
@@ -106,16 +108,18 @@ def measure(arguments: argparse.Namespace, seed: int, work_dir: Path) -> None:
     )
     calibrate.run(asked, RunSettings(), work_dir, force=False, progress=SilentProgress())
     scored = ScoreSettings(bits=(0, *WIDTHS), loss_tokens=arguments.loss_tokens, unit="channel")
+    if way == CAMERA_Q:  # it looks at channels alone, so one width is enough
+        scored = ScoreSettings(bits=(2,), quantizer=GPTQ, loss_tokens=64, unit="channel")
     score.run(scored, RunSettings(), work_dir, force=False, progress=SilentProgress())
 
 
-def points(arguments: argparse.Namespace, seed: int, work_dir: Path, known: list[Row]) -> Iterator[Row]:
+def points(arguments: argparse.Namespace, seed: int, folder: Path, known: list[Row]) -> Iterator[Row]:
     """Every way at every size that is not known yet."""
     done = {(row["seed"], row["way"], row["size"]) for row in known}
     asked = [(way, size) for size, way in product(arguments.sizes, arguments.ways) if (seed, way, size) not in done]
-    if asked:
-        measure(arguments, seed, work_dir)
     for way, size in asked:
+        work_dir = folder.with_name(f"{folder.name}-gptq") if way == CAMERA_Q else folder
+        measure(arguments, seed, work_dir, way)
         row: Row = {"seed": seed, "way": way, "size": size}
         try:
             settings = WAYS[way](size, work_dir)
@@ -124,7 +128,8 @@ def points(arguments: argparse.Namespace, seed: int, work_dir: Path, known: list
             yield row | {"refused": str(error).split(":")[0]}
             continue
         begun = time.monotonic()
-        quantize.run(QuantizeSettings(), RunSettings(), work_dir, **QUIET)
+        quantizer = GPTQ if way == CAMERA_Q else QuantizerSettings()
+        quantize.run(QuantizeSettings(quantizer=quantizer), RunSettings(), work_dir, **QUIET)
         looked = EvaluateSettings(data=arguments.heldout, length=arguments.length, max_sequences=arguments.max_windows)
         prune_eval.run(looked, RunSettings(), work_dir, **QUIET)
         found = Evaluation.read(work_dir / "evaluation" / "eval.json")
@@ -170,7 +175,22 @@ def _programme(size: float, work_dir: Path) -> AllocateSettings:
     return AllocateSettings(target_stored_bits=size)
 
 
-WAYS = {"plain": _plain, "dropped": _dropped, "cut": _cut, "programme": _programme}
+def _reap(size: float, work_dir: Path) -> AllocateSettings:
+    return AllocateSettings(target_stored_bits=size, method="reap", drop_ratio=0.25, bits=WIDTHS)
+
+
+def _camera_q(size: float, work_dir: Path) -> AllocateSettings:
+    return AllocateSettings(target_stored_bits=size, method=CAMERA_Q)
+
+
+WAYS = {
+    "plain": _plain,
+    "dropped": _dropped,
+    "cut": _cut,
+    "programme": _programme,
+    "reap": _reap,
+    CAMERA_Q: _camera_q,
+}
 
 
 def show(rows: list[Row]) -> None:

@@ -145,12 +145,11 @@ def made(importance: Importance, bits: float, seed: int = 0, price: float = 0.3)
     return programme(
         importance,
         menus_of(importance, seed, price),
-        budget,
         importance.candidate_bits,
         lambda: allocate(importance, budget=budget, role_bits={}, gap=0.0),
         EXACT,
+        budget=budget,
         role_bits={},
-        gap=0.0,
     )
 
 
