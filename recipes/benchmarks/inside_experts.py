@@ -209,13 +209,10 @@ def show(rows: list[Row]) -> None:
         kls = [row["kl"] for row in found]
         gaps = [row["loss"] - row["original"] for row in found]
         spread = f"{statistics.stdev(kls):.4f}" if len(kls) > 1 else "-"
-        means = [statistics.fmean(row[name] for row in found) for name in ("stored_bits", "predicted")]
-        numbers = [
-            f"{means[0]:.3f}",
-            f"{means[1]:.4f}",
-            f"{statistics.fmean(gaps):.4f}",
-            f"{statistics.fmean(kls):.4f}",
-        ]
+        predicted = [row["predicted"] for row in found if row["predicted"] is not None]
+        numbers = [f"{statistics.fmean(row['stored_bits'] for row in found):.3f}"]
+        numbers += [f"{statistics.fmean(predicted):.4f}" if predicted else "-"]
+        numbers += [f"{statistics.fmean(gaps):.4f}", f"{statistics.fmean(kls):.4f}"]
         table.add_row(f"{size}", way, *numbers, spread, str(len(kls)))
     Console(width=100).print(table)
 
