@@ -105,7 +105,7 @@ def unmeasured(block: ExpertBlock) -> ChannelMeasures:
     return ChannelMeasures(token_count=1, routing_count=counts, **dict.fromkeys(names, alike))
 
 
-def _widths(settings: AllocateSettings) -> tuple[float, float, float]:
+def _widths(settings: AllocateSettings) -> tuple[float, ...]:
     """Widest first."""
     widths = tuple(sorted(settings.bits or WIDTHS, reverse=True))
     if len(set(widths)) != 3 or DROPPED in widths:
