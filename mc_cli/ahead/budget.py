@@ -8,15 +8,19 @@ from typing import Any
 
 from mc_cli.allocators import AllocationProblem, Budget, feasible_problem
 from mc_cli.allocators.channel_cuts import shapes_cut
+from mc_cli.allocators.channel_groups import grouped_plan, unmeasured
 from mc_cli.allocators.channel_score import channel_score_named
+from mc_cli.allocators.cut_menus import can_hold_cuts, menu_of_shapes
 from mc_cli.allocators.feasibility import size_range
+from mc_cli.allocators.programme import METHOD
+from mc_cli.allocators.whole_drops import drop_plan
 from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
 from mc_cli.artifacts.plan import Plan
 from mc_cli.encodings import planned_bytes
 from mc_cli.errors import InputError
 from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role
-from mc_cli.settings import CHANNEL, AllocateSettings, QuantizerSettings, ScoreSettings
-from mc_cli.stages.allocate import beside_experts, budget_of, floors_of, other_bytes
+from mc_cli.settings import CAMERA_Q, EXPERT, AllocateSettings, QuantizerSettings, ScoreSettings
+from mc_cli.stages.allocate import beside_experts, budget_of, experts_gone, floors_of, may_cut, other_bytes
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,39 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
     role_bits, others = beside_experts(settings, inventory, score.quantizer)
     if settings.cut_ratio is not None:
         return _cut_size(settings, score, inventory, role_bits)
-    budget = budget_of(settings, others)
+    if settings.method == CAMERA_Q:
+        _require_channels(score, f"--method {CAMERA_Q}")
+        budget = budget_of(settings, others)
+        plan = grouped_plan(settings, inventory, score.quantizer, unmeasured, role_bits, budget)
+        return planned_size(plan, inventory, score.quantizer)
     measured = importance_of_shapes(inventory, score)
+    gone: dict[int, list[int]] = {}
+    if settings.drop_ratio is not None:
+        gone, value = experts_gone(settings, measured, inventory)
+        if settings.has_one_width:
+            plan = drop_plan(settings, inventory, score.quantizer, gone, value, role_bits)
+            return planned_size(plan, inventory, score.quantizer)
+    budget = budget_of(settings, others)
+    quantizer = score.quantizer
+    menus = {
+        block.layer: menu_of_shapes(
+            block,
+            family=quantizer.family,
+            widths=settings.bits or score.bits,
+            group_size_limit=quantizer.group_size,
+        )
+        for block in inventory.expert_blocks
+        if score.unit != EXPERT and may_cut(settings) and can_hold_cuts(inventory, block.layer)
+    }
     asked = {name: getattr(settings, name) for name in ("alpha", "beta", "gamma")}
     problem = feasible_problem(
         measured,
-        method=settings.method,
+        method=METHOD if gone else settings.method,
         budget=budget,
-        candidate_bits=settings.bits,
+        candidate_bits=[bits for bits in settings.bits or score.bits if bits != DROPPED] if gone else settings.bits,
         floors=floors_of(settings),
+        dropped=gone,
+        menus={layer: menu for layer, menu in menus.items() if menu.kept},
         **asked,
     )
     least, most = size_range(problem)
@@ -62,12 +90,16 @@ def _cut_size(
 ) -> Size:
     """The size that a cut leads to that takes as much of every expert. Raises InputError for what lacks; ShapeError."""
     channel_score_named(settings.method)
-    if score.unit != CHANNEL:
-        raise InputError(
-            "--cut-ratio asks for measures of channels, which score does not make here. Run score with --unit channel."
-        )
+    _require_channels(score, "--cut-ratio")
     plan = Plan(inventory.model_type, settings.method, shapes_cut(settings, inventory), dict(role_bits))
     return planned_size(plan, inventory, score.quantizer)
+
+
+def _require_channels(score: ScoreSettings, flag: str) -> None:
+    if score.unit == EXPERT:
+        raise InputError(
+            f"{flag} asks for measures of channels, which score does not make here. Run score with --unit channel."
+        )
 
 
 def _beyond(budget: Budget, problem: AllocationProblem, most: int) -> list[str]:
