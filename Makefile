@@ -55,8 +55,10 @@ demo: install
 	$(BIN)/mc-cli run recipes/demo.yaml
 	$(BIN)/mc-cli generate runs/demo/model --prompt "Once upon a time" --max-new-tokens 40 --temperature 0.6 --seed 1
 
+# Files of tests are dealt to so many processes; each computes on one thread.
+TEST_JOBS ?= 2
 test: install-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 test-quick: install-dev
 	$(BIN)/python -m pytest tests/test_layering.py tests/test_facts.py tests/artifacts tests/policies tests/families \

@@ -33,11 +33,24 @@ from mc_cli.flags import (
     shared_with_score,
     type_of,
 )
-from mc_cli.settings import CHANNEL, EFFORTS, TARGETS, Flag, QuantizerSettings, RunSettings
+from mc_cli.settings import (
+    AUTO,
+    CAMERA_Q,
+    CHANNEL,
+    CUTS_WITHIN,
+    EFFORTS,
+    TARGETS,
+    AllocateSettings,
+    ExportSettings,
+    Flag,
+    QuantizerSettings,
+    RunSettings,
+)
 
 _MOST_ENTRIES = 1000  # of one list in a recipe
 # Limits of a whole recipe: one with every setting there is has some 150 entries. Plans are read by the same reader.
 _CHARACTERS, _ENTRIES = 1 << 20, 10_000
+ANY_SIZE = (*TARGETS, "drop_ratio")  # one of them says how small the result is to be
 TOP = ("description", "work_dir", "variant", "effort")  # what a recipe holds beside its sections
 
 
@@ -132,7 +145,7 @@ def plan_run(
     if missing:
         problems.add(MissingFlagsError(f"run lacks {len(missing)} settings:\n{listed(missing)}"))
     with problems.catching():
-        _widen(sections["score"], sections["allocate"])
+        _widen(sections["score"], sections["allocate"], sections["export"])
     followed = {name: value for name, value in sections["score"].items() if name in shared_with_score()}
     sections["quantize"] = {**followed, **sections["quantize"]}
     built: dict[str, Any] = {}
@@ -140,7 +153,7 @@ def plan_run(
         wanted = [flag.field for flag in flags_of(name) if flag.required]
         complete = all(sections[name].get(field) for field in wanted)
         if name == "allocate":
-            complete = any(sections[name].get(target) is not None for target in TARGETS)
+            complete = any(sections[name].get(target) is not None for target in ANY_SIZE)
         with problems.catching():
             built[name] = build(name, sections[name] if complete else {**sections[name], **_STANDS_IN.get(name, {})})
     with problems.catching():
@@ -167,24 +180,31 @@ def _missing(
     ]
     if not recipe.work_dir:
         missing.insert(0, "--work-dir (in a recipe: work_dir: ...)   Where this run's artifacts go.")
-    targets = [name for name in TARGETS if sections["allocate"].get(name) is not None or ("allocate", name) in unread]
+    targets = [name for name in ANY_SIZE if sections["allocate"].get(name) is not None or ("allocate", name) in unread]
     if not targets:
-        flags = "--target-stored-bits, --target-bits, --target-size, --cut-ratio"
+        flags = "--target-stored-bits, --target-bits, --target-size, --cut-ratio, --drop-ratio"
         missing.append(f"one of {flags}   How small the result is to be.")
     return missing
 
 
-def _widen(score: dict[str, Any], allocate: Mapping[str, Any]) -> None:
+def _widen(score: dict[str, Any], allocate: Mapping[str, Any], export: Mapping[str, Any]) -> None:
     """Has the widths scored that the target asks for, where none are given; a size in bytes does not tell.
 
-    Channels are measured where some are to be cut.
+    Channels are measured where some are to be cut, or so few bits are asked for that cutting may pay and the export
+    holds experts of unequal widths.
     """
-    if allocate.get("cut_ratio") is not None:
+    if allocate.get("cut_ratio") is not None or allocate.get("method") == CAMERA_Q:
         score.setdefault("unit", CHANNEL)
-    target = max(allocate.get(name) or 0 for name in ("target_stored_bits", "target_bits"))
+    targets = [allocate[name] for name in ("target_stored_bits", "target_bits") if allocate.get(name)]
+    target = max(targets, default=0)
     if not score.get("bits"):
         named = score.get("quantizer", QuantizerSettings.quantizer)
         score["bits"] = QuantizerSettings(quantizer=named).candidate_widths(target)
+    defaults = {"method": AllocateSettings.method, "cuts": True, "floors": None}
+    usual = all(allocate.get(name, value) == value for name, value in defaults.items())
+    unequal = export.get("format", ExportSettings.format) == ExportSettings.format  # a plain checkpoint has one width
+    if targets and target <= CUTS_WITHIN and usual and unequal:
+        score.setdefault("unit", AUTO)
 
 
 def _section(section: str, values: Any, problems: list[str]) -> dict[str, Any]:

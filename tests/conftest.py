@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -24,6 +25,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 else:
     os.environ["MC_CLI_TRITON"] = "1"  # products on the GPU by the kernels that are tested here
+# A shell that begins the tests in the background has Ctrl-C ignored, which tests of it must not be.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # on tensors this small, threads wait for each other longer than they compute
 
 TinyModel = Callable[..., Path]

@@ -43,7 +43,7 @@ from mc_cli.settings import (
     ScoreSettings,
 )
 from mc_cli.stages.calibrate import opened
-from mc_cli.stages.quantize import check_plan, plan_path
+from mc_cli.stages.quantize import check_plan, existing_plan, plan_path
 
 __all__ = ["Look", "Outlook", "look_ahead"]
 
@@ -260,12 +260,10 @@ class Look:
         size: Size | None = None
         quantize = self._todo.get("quantize")
         with self.problems.catching():
-            if quantize is not None and (quantize.plan is not None or "allocate" not in self._all):
-                path = plan_path(quantize, self._work)
-                if path.is_file() or quantize.plan is not None:
-                    plan = Plan.read(path)
-                    check_plan(plan, quantize, inventory)
-                    size = planned_size(plan, inventory, quantize.quantizer)
+            if quantize is not None and self._is_given(quantize):
+                plan = Plan.read(existing_plan(quantize, self._work))
+                check_plan(plan, quantize, inventory)
+                size = planned_size(plan, inventory, quantize.quantizer)
         score = self._score()
         if score is not None and "score" in self._todo:
             with self.problems.catching():
@@ -276,6 +274,10 @@ class Look:
                 asked = reachable_size(self._todo["allocate"], score, inventory)
                 size = size or asked
         return size
+
+    def _is_given(self, quantize: QuantizeSettings) -> bool:
+        """Whether the plan that quantize is to follow is there already, or should be."""
+        return quantize.plan is not None or ("allocate" not in self._all and plan_path(quantize, self._work).is_file())
 
     def _score(self) -> ScoreSettings | None:
         """The settings that score has had, or will have."""

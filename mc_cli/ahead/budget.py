@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mc_cli.allocators import AllocationProblem, Budget, feasible_problem, posed_problem, strategy_named
 from mc_cli.allocators.channel_cuts import shapes_cut
+from mc_cli.allocators.channel_groups import grouped_plan, unmeasured
 from mc_cli.allocators.channel_score import channel_score_named
+from mc_cli.allocators.cut_menus import CutMenu, can_hold_cuts, menu_of_shapes
 from mc_cli.allocators.feasibility import check_budget, size_range
+from mc_cli.allocators.programme import METHOD
+from mc_cli.allocators.whole_drops import drop_plan
 from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
 from mc_cli.artifacts.plan import Plan
 from mc_cli.encodings import planned_bytes
 from mc_cli.errors import InputError
 from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role
-from mc_cli.settings import CHANNEL, AllocateSettings, QuantizerSettings, ScoreSettings
-from mc_cli.stages.allocate import beside_experts, budget_of, floors_of, other_bytes
+from mc_cli.settings import CAMERA_Q, EXPERT, AllocateSettings, QuantizerSettings, ScoreSettings
+from mc_cli.stages.allocate import beside_experts, budget_of, experts_gone, floors_of, may_cut, other_bytes
 
 
 @dataclass(frozen=True)
@@ -38,26 +42,68 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
     role_bits, others = beside_experts(settings, inventory, score.quantizer)
     if settings.cut_ratio is not None:
         return _cut_size(settings, score, inventory, role_bits)
+    if settings.method == CAMERA_Q:
+        _require_channels(score, f"--method {CAMERA_Q}")
+        budget = budget_of(settings, others)
+        plan = grouped_plan(settings, inventory, score.quantizer, unmeasured, role_bits, budget)
+        return planned_size(plan, inventory, score.quantizer)
     budget = budget_of(settings, others)
-    asked: dict[str, Any] = {name: getattr(settings, name) for name in ("alpha", "beta", "gamma")}
-    asked |= {"method": settings.method, "candidate_bits": settings.bits, "floors": floors_of(settings)}
-    kinds = kinds_of(inventory)
-    measured = importance_of_shapes(replace(inventory, expert_blocks=tuple(kinds)), score)
-    problem = posed_problem(measured, budget=budget, **asked)
-    counts = list(kinds.values())
-    weights = inventory.expert_weight_count
-    least, most = _range(problem, counts)
-    limit = math.floor(budget.limit(weights))
-    if limit < least or strategy_named(settings.method).check is not check_budget:
-        feasible_problem(importance_of_shapes(inventory, score), budget=budget, **asked)
-    experts = _expert_bytes(budget, measured, counts, min(limit, most))
+    if settings.drop_ratio is not None:
+        measured = importance_of_shapes(inventory, score)
+        gone, value = experts_gone(settings, measured, inventory)
+        if settings.has_one_width:
+            plan = drop_plan(settings, inventory, score.quantizer, gone, value, role_bits)
+            return planned_size(plan, inventory, score.quantizer)
+        problem = feasible_problem(measured, budget=budget, **_asked(settings, score, inventory, inventory, gone))
+        ends, counts = size_range(problem), [1] * len(measured.layers)
+        weights, limit = problem.weight_count, problem.limit
+    else:
+        kinds = kinds_of(inventory)
+        counts, sample = list(kinds.values()), replace(inventory, expert_blocks=tuple(kinds))
+        measured = importance_of_shapes(sample, score)
+        problem = posed_problem(measured, budget=budget, **_asked(settings, score, inventory, sample, {}))
+        ends, weights = _range(problem, counts), inventory.expert_weight_count
+        limit = math.floor(budget.limit(weights))
+        if limit < ends[0] or strategy_named(settings.method).check is not check_budget:
+            asked = _asked(settings, score, inventory, inventory, {})
+            feasible_problem(importance_of_shapes(inventory, score), budget=budget, **asked)
+    experts = _expert_bytes(budget, measured, counts, min(limit, ends[1]))
     facts = {
         "predicted stored bytes": experts + others,
         "predicted expert bytes": experts,
         "other bytes": others,
-        "reachable": budget.shown(budget.amount_of(least, weights), budget.amount_of(most, weights)),
+        "reachable": budget.shown(*(budget.amount_of(end, weights) for end in ends)),
     }
-    return Size(experts + others, facts, _beyond(budget, weights, most), role_bits)
+    return Size(experts + others, facts, _beyond(budget, weights, ends[1]), role_bits)
+
+
+def _asked(
+    settings: AllocateSettings,
+    score: ScoreSettings,
+    inventory: ModelInventory,
+    sample: ModelInventory,
+    gone: Mapping[int, Collection[int]],
+) -> dict[str, Any]:
+    """What allocate asks of a problem of the layers of `sample`, `gone` being the experts that it drops."""
+    widths = settings.bits or score.bits
+    quantizer = score.quantizer
+    menus: dict[int, CutMenu] = {
+        block.layer: menu_of_shapes(
+            block, family=quantizer.family, widths=widths, group_size_limit=quantizer.group_size
+        )
+        for block in sample.expert_blocks
+        if score.unit != EXPERT and may_cut(settings) and can_hold_cuts(inventory, block.layer)
+    }
+    return {
+        "alpha": settings.alpha,
+        "beta": settings.beta,
+        "gamma": settings.gamma,
+        "method": METHOD if gone else settings.method,
+        "candidate_bits": [bits for bits in widths if bits != DROPPED] if gone else settings.bits,
+        "floors": floors_of(settings),
+        "dropped": gone,
+        "menus": {layer: menu for layer, menu in menus.items() if menu.kept},
+    }
 
 
 def kinds_of(inventory: ModelInventory) -> dict[ExpertBlock, int]:
@@ -85,12 +131,16 @@ def _cut_size(
 ) -> Size:
     """The size that a cut leads to that takes as much of every expert. Raises InputError for what lacks; ShapeError."""
     channel_score_named(settings.method)
-    if score.unit != CHANNEL:
-        raise InputError(
-            "--cut-ratio asks for measures of channels, which score does not make here. Run score with --unit channel."
-        )
+    _require_channels(score, "--cut-ratio")
     plan = Plan(inventory.model_type, settings.method, shapes_cut(settings, inventory), dict(role_bits))
     return planned_size(plan, inventory, score.quantizer)
+
+
+def _require_channels(score: ScoreSettings, flag: str) -> None:
+    if score.unit == EXPERT:
+        raise InputError(
+            f"{flag} asks for measures of channels, which score does not make here. Run score with --unit channel."
+        )
 
 
 def _beyond(budget: Budget, weights: int, most: int) -> list[str]:

@@ -7,11 +7,13 @@ channels, by which cuts are made (channel_score.py, channel_cuts.py). No torch h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 from mc_cli.allocators.channel_score import channel_scores
+from mc_cli.allocators.cut_menus import CutMenu, menu_units, whole_choice
 from mc_cli.allocators.problem import BUDGET_UNITS, AllocationProblem, Budget, Choice, Floor, Survivors, Unit
 from mc_cli.allocators.report import make_plan
 from mc_cli.allocators.strategy import Assignment, CostSettings, SolverSettings, Strategy
@@ -27,6 +29,7 @@ __all__ = [
     "Assignment",
     "Budget",
     "Choice",
+    "CutMenu",
     "Floor",
     "SolverSettings",
     "Strategy",
@@ -77,6 +80,8 @@ def allocate(
     gap: float | None = None,
     solver: str | None = None,
     group_size_limit: int = 128,
+    menus: Mapping[int, CutMenu] | None = None,
+    dropped: Mapping[int, Collection[int]] | None = None,
 ) -> Plan:
     """The plan that a strategy makes of the measures: a width per expert, what it takes, and how sure that is.
 
@@ -87,6 +92,8 @@ def allocate(
     seed             of the strategy `random`
     gap, time_limit_s, solver   see SolverSettings
     group_size_limit   at which importance was measured; handed on to the plan
+    menus    layer -> what its experts may be cut to, for strategies that split experts; None = none is cut
+    dropped  layer -> experts that are dropped whatever it costs; None = none but those that the strategy drops
     Equal arguments give an equal plan, unless the time limit stops the solver.
     Raises InputError for unknown methods, widths and exponents and for non-finite costs; BudgetError where the budget
     cannot be met; ExtensionError for a strategy whose choices do not solve the problem.
@@ -94,7 +101,8 @@ def allocate(
     strategy = strategy_named(method)
     settings = CostSettings(_exponents(strategy, alpha=alpha, beta=beta, gamma=gamma), seed)
     widths = _candidates(importance, strategy, candidate_bits)
-    problem = build_problem(importance, strategy, budget, widths, _floors(strategy, floors), settings)
+    problem = build_problem(importance, strategy, budget, widths, _floors(strategy, floors), settings, menus)
+    problem = without_experts(problem, importance, dropped or {})
     assignment = strategy.assign(problem, SolverSettings(gap, time_limit_s, solver))
     _check_assignment(strategy, problem, assignment)
     plan = make_plan(importance, strategy, problem, assignment, settings=settings)
@@ -124,22 +132,13 @@ def _check_assignment(strategy: Strategy, problem: AllocationProblem, assignment
         )
 
 
-def feasible_problem(
-    importance: Importance,
-    *,
-    method: str = DEFAULT_METHOD,
-    budget: Budget,
-    candidate_bits: Iterable[float] | None = None,
-    floors: Iterable[Floor] | None = None,
-    **exponents: float | None,
-) -> AllocationProblem:
+def feasible_problem(importance: Importance, *, method: str = DEFAULT_METHOD, **asked: Any) -> AllocationProblem:
     """The problem that `allocate` would solve, where it can be solved; costs play no part, so any will do.
 
+    asked   as for `posed_problem`
     Raises what `allocate` raises: InputError for methods, widths, floors and exponents, BudgetError for the budget.
     """
-    problem = posed_problem(
-        importance, method=method, budget=budget, candidate_bits=candidate_bits, floors=floors, **exponents
-    )
+    problem = posed_problem(importance, method=method, **asked)
     strategy_named(method).check(problem)
     return problem
 
@@ -151,13 +150,16 @@ def posed_problem(
     budget: Budget,
     candidate_bits: Iterable[float] | None = None,
     floors: Iterable[Floor] | None = None,
+    menus: Mapping[int, CutMenu] | None = None,
+    dropped: Mapping[int, Collection[int]] | None = None,
     **exponents: float | None,
 ) -> AllocationProblem:
     """The same, whether or not the budget can be met."""
     strategy = strategy_named(method)
     settings = CostSettings(_exponents(strategy, **exponents))
     widths = _candidates(importance, strategy, candidate_bits)
-    return build_problem(importance, strategy, budget, widths, _floors(strategy, floors), settings)
+    problem = build_problem(importance, strategy, budget, widths, _floors(strategy, floors), settings, menus)
+    return without_experts(problem, importance, dropped or {})
 
 
 def build_problem(
@@ -167,13 +169,19 @@ def build_problem(
     candidate_bits: tuple[float, ...],
     floors: tuple[Floor, ...] = (),
     settings: CostSettings | None = None,
+    menus: Mapping[int, CutMenu] | None = None,
 ) -> AllocationProblem:
     """One unit per expert, its choices costed by the strategy.
 
-    Raises InputError naming every expert whose cost is not finite.
+    Raises InputError naming every expert whose cost is not finite, and for floors where experts may be cut.
     """
-    settings = settings or CostSettings(strategy.exponents)
+    settings, menus = settings or CostSettings(strategy.exponents), menus or {}
     units: list[Unit] = []
+    if menus and (floors or not strategy.splits_experts):
+        raise InputError(
+            f"Method {strategy.name} with floors {'; '.join(map(str, floors)) or 'none'} gives widths to whole "
+            "experts, so none can be cut. Leave the floors out and choose global, or allocate with --no-cuts."
+        )
     if strategy.splits_experts and floors and any(layer.blocks for layer in importance.layers):
         raise InputError(
             f"Floors such as {floors[0]} count whole experts, but importance.json measures blocks of their channels. "
@@ -181,7 +189,9 @@ def build_problem(
         )
     for layer in importance.layers:
         units += _block_units(layer, candidate_bits) if strategy.splits_experts else []
-        if not (strategy.splits_experts and layer.projections):
+        if layer.layer in menus and layer.projections:
+            units += _whole(layer, menu_units(layer, menus[layer.layer], candidate_bits, budget))
+        elif not (strategy.splits_experts and layer.projections):
             units += _units(layer, strategy.costs(layer, candidate_bits, settings), candidate_bits)
         elif DROPPED in candidate_bits:
             units += _whole(layer, _droppable_units(layer, candidate_bits, budget, floors))
@@ -200,6 +210,26 @@ def build_problem(
             "Run score again with more calibration text; if that does not help, choose another method."
         )
     return AllocationProblem.of(units, budget, floors, survivors)
+
+
+def without_experts(
+    problem: AllocationProblem, importance: Importance, dropped: Mapping[int, Collection[int]]
+) -> AllocationProblem:
+    """The problem in which these experts, by layer, have no choice but to be dropped, at the cost that was measured.
+
+    The cost counts as 0 where it was not; it is the same in all plans.
+    """
+    costs = {layer.layer: layer.predicted_loss_by_bits.get(DROPPED) for layer in importance.layers}
+    units = []
+    for unit in problem.units:
+        if unit.expert in dropped.get(unit.layer, ()):
+            measured = costs[unit.layer]
+            first = unit.projection in (None, importance.layers[0].projections[0].name)
+            cost = measured[unit.expert] if measured is not None and first else 0.0
+            units.append(replace(unit, choices=(Choice(DROPPED, 0, 0, cost),)))
+        else:
+            units.append(unit)
+    return replace(problem, units=tuple(units))
 
 
 def _units(
@@ -282,7 +312,7 @@ def _droppable_units(
     Only those combinations of widths are listed that cost less than every smaller one; with floors all are.
     """
     widths = [bits for bits in candidate_bits if bits != DROPPED]
-    sizes = [_combined(layer, combination) for combination in product(widths, repeat=len(layer.projections))]
+    sizes = [whole_choice(layer, combination) for combination in product(widths, repeat=len(layer.projections))]
     sizes.sort(key=budget.size)
     units = []
     for expert in range(layer.num_experts):
@@ -296,19 +326,6 @@ def _droppable_units(
                 least = min(least, cost)
         units.append(Unit(layer.layer, expert, layer.weights_per_expert, tuple(choices)))
     return units
-
-
-def _combined(layer: LayerImportance, widths: tuple[float, ...]) -> Choice:
-    """The choice of these widths, one per projection, without its cost: sizes are those of every expert."""
-    parts = list(zip(layer.projections, widths, strict=True))
-    code_bits = sum(round(bits * part.weight_count) for part, bits in parts)
-    return Choice(
-        bits=code_bits / layer.weights_per_expert,
-        code_bits=code_bits,
-        stored_bytes=sum(part.stored_bytes_by_bits[bits] for part, bits in parts),
-        cost=math.nan,
-        widths=tuple((part.name, bits) for part, bits in parts),
-    )
 
 
 def _survivors(layer: LayerImportance) -> Iterable[Survivors]:

@@ -26,6 +26,7 @@ from mc_cli.settings import PER_LAYER, AllocateSettings, QuantizerSettings
 Widths = npt.NDArray[np.int64]  # [experts], how many channels each keeps
 # The down projection rotates gcd(channels, 128) inputs together, and a trellis sequence takes a multiple of 16 of them.
 _LARGE_UNIT, _SMALL_UNIT = 128, 32
+MOST_BORDERS = 16  # numbers of channels that score measures beside 0; larger experts have every second, or so
 _PLAIN_UNIT = 16  # stock products of all experts at once take rows of a multiple of 16 bytes
 
 
@@ -34,6 +35,26 @@ def unit_of(channels: int, width_left: float, *, uniform: bool = False) -> int:
     if width_left == KEPT_BITS:
         return _PLAIN_UNIT if uniform else 1
     return _SMALL_UNIT if channels <= _LARGE_UNIT else _LARGE_UNIT
+
+
+def borders_of(channels: int) -> list[int]:
+    """Rising: 0, and the numbers of channels that are coded and that an expert may be cut to."""
+    unit = unit_of(channels, width_left=1)
+    units = range(unit, channels, unit)
+    step = max(1, -(-len(units) // MOST_BORDERS))
+    return [0, *units[::step]]
+
+
+def cutting_order(measures: ChannelMeasures) -> npt.NDArray[np.int64]:
+    """int64 [experts, channels]: each expert's channels, those first that are cut last, by what is expected of each.
+
+    By what cutting it alone does to the loss; without a backward pass, to the layer's output.
+    """
+    felt = measures.down_square if measures.gradient_mass is None else measures.gradient_mass
+    order: npt.NDArray[np.int64] = np.argsort(
+        -measures.weighted_square_sum.astype(np.float64) * felt, axis=1, kind="stable"
+    )
+    return order
 
 
 def widths_kept(scores: Sequence[Scores], ratio: float, units: Sequence[int]) -> list[Widths]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,16 +49,56 @@ def run_solver(model: pulp.LpProblem, *, time_limit_s: float, absolute_gap: floa
     """Solves `model` in place and returns how that ended; one thread, so that two runs end alike.
 
     absolute_gap   distance to the optimum, in the model's objective, at which the solver may stop
-    Raises SolverError where the solver fails to run.
+    Raises SolverError where the solver fails to run, and what a signal's handler raises, KeyboardInterrupt for Ctrl-C.
     """
     name = choose_solver(name)
-    solver = _solver(name, timeLimit=time_limit_s, threads=1, gapRel=0.0, gapAbs=absolute_gap)
+    settings = {"timeLimit": time_limit_s, "threads": 1, "gapRel": 0.0, "gapAbs": absolute_gap}
     try:
         with _standard_output_left_alone():
-            model.solve(solver)
+            if name == HIGHS:
+                with _signals_noted() as noted:
+                    model.solve(_solver(name, **settings, **_ended_by(noted)))
+            else:
+                model.solve(_solver(name, **settings))  # a process of its own, which can be left
     except pulp.PulpSolverError as error:
         raise SolverError(f"{name} did not run: {error}. Reinstall pulp and highspy.") from error
     return Outcome(name, model.sol_status, _own_bound(model, name, absolute_gap))
+
+
+@contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+    """Notes Ctrl-C and the like while a solver computes, and has their own handlers called when it has ended.
+
+    Python runs handlers between its own instructions alone, and what one raises inside HiGHS would go through its code.
+    """
+    noted: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is not threading.main_thread():  # signals are not its
+        handlers = {}
+    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in ours:
+        signal.signal(number, lambda number, _: noted.append(number))
+    try:
+        yield noted
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+    for come in noted:
+        signal.raise_signal(come)
+
+
+def _ended_by(noted: list[int]) -> dict[str, Any]:
+    """Settings of HiGHS by which it asks, again and again, whether anything is noted, and ends where there is."""
+    import highspy
+
+    def ask(kind: object, message: str, found: object, answer: Any, data: object) -> None:
+        answer.user_interrupt = bool(noted)
+
+    kinds = highspy.cb.HighsCallbackType
+    return {
+        "callbackTuple": (ask, None),
+        "callbacksToActivate": [kinds.kCallbackMipInterrupt, kinds.kCallbackSimplexInterrupt],
+    }
 
 
 @contextmanager

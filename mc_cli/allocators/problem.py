@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
+from mc_cli.artifacts.plan import ExpertBits
 from mc_cli.errors import InputError
 
 ALL_EXPERTS = -1  # `Unit.expert` of a unit that stands for every expert of its layer
@@ -28,6 +29,7 @@ class Choice:
 
     bits    0: the expert is dropped
     widths  of the unit's projections by name, where they differ in width; `bits` is then their mean over the weights
+    entry   what a plan says of an expert that is neither whole nor dropped; None: `widths` or `bits` say it
     """
 
     bits: float
@@ -35,6 +37,7 @@ class Choice:
     stored_bytes: int
     cost: float
     widths: tuple[tuple[str, float], ...] = ()
+    entry: ExpertBits | None = field(default=None, hash=False)  # it may hold a dict
 
 
 @dataclass(frozen=True)

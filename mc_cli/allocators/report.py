@@ -44,7 +44,9 @@ def expert_bits_of(problem: AllocationProblem, picks: Sequence[int]) -> dict[int
         choice = unit.choices[pick]
         bits = choice.bits
         row = rows.setdefault(unit.layer, {})
-        if unit.block is not None:
+        if choice.entry is not None:
+            row[unit.expert] = choice.entry
+        elif unit.block is not None:
             row[unit.expert] = (*row.get(unit.expert, ()), BlockBits(unit.channels, bits))
         elif unit.projection is None:
             row[unit.expert] = dict(choice.widths) or bits
@@ -56,8 +58,8 @@ def expert_bits_of(problem: AllocationProblem, picks: Sequence[int]) -> dict[int
 def _short(entry: Any) -> ExpertBits:
     """One number where all projections of an expert, or all of its blocks, have the same width above 0."""
     if isinstance(entry, tuple):
-        found = {block.bits for block in entry}
-        return found.pop() if len(found) == 1 and found != {DROPPED} else entry
+        first: ExpertBits = entry[0].bits
+        return first if first != DROPPED and all(block.bits == first for block in entry) else entry
     widths: set[float] = set(entry.values()) if isinstance(entry, dict) else set()
     same: ExpertBits = widths.pop() if len(widths) == 1 else entry
     return same

@@ -10,8 +10,9 @@ import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypedDict
 
+from mc_cli.artifacts.fields import Like, Within
 from mc_cli.artifacts.files import file_digest
 from mc_cli.artifacts.system_errors import refusal
 
@@ -20,11 +21,19 @@ ALL_BYTES = math.inf
 
 _READERS = 4  # files hashed at a time; hashing leaves the interpreter to others
 
+
+class RecordedFile(TypedDict):
+    """The facts by which a file that was written is known again."""
+
+    sha256: Annotated[str, Like("[0-9a-f]{64}", "64 hexadecimal digits")]
+    size_bytes: Annotated[int, Within(0)]
+
+
 _DIGESTS: dict[Path, tuple[tuple[int, ...], str]] = {}
 
 
-def damaged_files(folder: Path, outputs: Mapping[str, Mapping[str, Any]], *, up_to_bytes: float) -> list[str]:
-    """A line for each file that is not as it was recorded when it was written: {"sha256", "size_bytes"} by name.
+def damaged_files(folder: Path, outputs: Mapping[str, RecordedFile], *, up_to_bytes: float) -> list[str]:
+    """A line for each file that is not as it was recorded when it was written.
 
     up_to_bytes   files up to this size are read and their contents compared; of larger ones only the size
     """
@@ -33,7 +42,7 @@ def damaged_files(folder: Path, outputs: Mapping[str, Mapping[str, Any]], *, up_
     return [line for line in lines if line]
 
 
-def _damage(path: Path, facts: Mapping[str, Any], up_to_bytes: float) -> str:
+def _damage(path: Path, facts: RecordedFile, up_to_bytes: float) -> str:
     try:
         if not path.is_file():
             return f"{path}: missing" if not os.path.lexists(path) else f"{path}: not a file any more"
@@ -55,6 +64,11 @@ def known_digest(path: Path) -> str:
     if place not in _DIGESTS or _DIGESTS[place][0] != stamp:
         _DIGESTS[place] = (stamp, file_digest(path))
     return _DIGESTS[place][1]
+
+
+def record_of(path: Path) -> RecordedFile:
+    """Digest and size of a file as it lies there."""
+    return RecordedFile(sha256=known_digest(path), size_bytes=path.stat().st_size)
 
 
 def unexpected_files(folder: Path, outputs: Iterable[str], *, ignored: Iterable[str]) -> list[str]:

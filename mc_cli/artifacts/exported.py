@@ -12,12 +12,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.damage import SHOWN_BYTES, damaged_files
-from mc_cli.artifacts.files import Written, content_digest, file_digest, read_json, stamp_of, write_json, write_text
+from mc_cli.artifacts.damage import SHOWN_BYTES, RecordedFile, damaged_files, record_of
+from mc_cli.artifacts.files import Written, content_digest, read_json, stamp_of, write_json, write_text
 from mc_cli.artifacts.leftovers import (
     PARTIAL_SUFFIX,
     foreign_error,
@@ -52,7 +52,7 @@ class ExportRecord:
     inputs: Mapping[str, str]
     stages: Mapping[str, Any]  # stage -> settings, inputs, fingerprint, tool version
     read_back: Mapping[str, Any]
-    outputs: Mapping[str, Mapping[str, Any]]  # file -> sha256, size_bytes
+    outputs: Mapping[str, RecordedFile]
     tool_version: str
     warnings: tuple[str, ...] = ()
     schema: int = SCHEMA
@@ -72,7 +72,7 @@ class ExportRecord:
                 "again."
             )
         content.setdefault("variant", MAIN)
-        wrong = record_problems(content, {entry.name for entry in fields(cls)})
+        wrong = record_problems(cls, content)
         if not wrong and content["fingerprint"] != _fingerprint(content["settings"], content["inputs"]):
             wrong = ["its fingerprint is not that of its settings and inputs"]
         if not wrong and not whole:
@@ -364,10 +364,7 @@ class ExportFolder:
         for leftover in partials_below(self.partial)[0]:
             remove_partial(leftover)
         self._refuse_what_was_not_written(written)
-        outputs = {
-            str(path.relative_to(self.partial)): {"sha256": file_digest(path), "size_bytes": path.stat().st_size}
-            for path in sorted(written)
-        }
+        outputs = {str(path.relative_to(self.partial)): record_of(path) for path in sorted(written)}
         record = ExportRecord(
             fingerprint=self.fingerprint,
             settings=self.settings,

@@ -1,7 +1,8 @@
 """Values out of a file as the types that they should have: every field of a JSON object, checked by its dataclass.
 
-The annotations of a dataclass say what its file holds. `Annotated[int, Within(0)]` gives a range; whole numbers have 64
-bits, others are finite, and true or false is no number. Values come back as they were, tuples for lists.
+The annotations of a dataclass say what its file holds. `Annotated[int, Within(0)]` gives a range, `Like` the form of a
+text; whole numbers have 64 bits, others are finite, and true or false is no number. Values come back as they were, and
+tuples for lists.
 """
 
 from __future__ import annotations
@@ -45,6 +46,14 @@ class Within:
     most: float = math.inf
 
 
+@dataclass(frozen=True)
+class Like:
+    """The form of a text, for `Annotated`: all of it matches the pattern."""
+
+    pattern: str
+    words: str  # the form as a message says it
+
+
 @contextmanager
 def reading(path: Path, what: str, remedy: str) -> Iterator[None]:
     """Turns a FieldError inside into an ArtifactError that names the file, what it should be, and what to do."""
@@ -71,7 +80,10 @@ def read_as(kind: Any, value: object, where: str = "") -> Any:
     if kind is Any:
         return value
     if origin is typing.Annotated:
-        return _within(read_as(arguments[0], value, where), arguments[1], where)
+        found = read_as(arguments[0], value, where)
+        return (
+            _like(found, arguments[1], where) if isinstance(arguments[1], Like) else _within(found, arguments[1], where)
+        )
     if origin in (types.UnionType, typing.Union):
         return _one_of(arguments, value, where)
     if typing.is_typeddict(kind) or (is_dataclass(kind) and isinstance(kind, type)):
@@ -86,6 +98,19 @@ def read_as(kind: Any, value: object, where: str = "") -> Any:
     if origin in (dict, Mapping):
         return _mapping(arguments, value, where)
     return _plain(kind, value, where)
+
+
+def problems(kind: type, content: Mapping[str, Any]) -> list[str]:
+    """A line for each field of `kind`, a dataclass whose file has all of them, that is missing, unknown or misfits."""
+    known, _ = _fields(kind)
+    wrong = [f"{name} is missing" for name in known if name not in content]
+    wrong += [f"{shown(name)} is unknown" for name in content if name not in known]
+    for name in (name for name in known if name in content):
+        try:
+            read_as(known[name], content[name], name)
+        except FieldError as error:
+            wrong.append(str(error))
+    return wrong
 
 
 def _plain(kind: Any, value: object, where: str) -> Any:
@@ -106,6 +131,12 @@ def _within(value: Any, bounds: Within, where: str) -> Any:
     if isinstance(value, int | float) and not bounds.least <= value <= bounds.most:
         upper = "" if bounds.most == math.inf else f" and at most {bounds.most:g}"
         raise _misfit(where, value, f"at least {bounds.least:g}{upper}")
+    return value
+
+
+def _like(value: str, form: Like, where: str) -> str:
+    if not re.fullmatch(form.pattern, value):
+        raise _misfit(where, value, form.words)
     return value
 
 

@@ -297,7 +297,8 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
+    """sha256 of a file's bytes, in hexadecimal. Raises InputError for a pipe or device, which may have no end."""
+    require_ordinary(path)
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 

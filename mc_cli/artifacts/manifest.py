@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mc_cli.artifacts.damage import RecordedFile
+from mc_cli.artifacts.fields import problems
 from mc_cli.artifacts.files import content_digest, read_json
 from mc_cli.artifacts.leftovers import is_empty
 from mc_cli.artifacts.work_dir import FOLDERS, WorkDir
-from mc_cli.errors import ArtifactError, listed
+from mc_cli.errors import ArtifactError, listed, shown
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"  # the folder has it from before its first file to after its manifest
 
 _STAGE_OF = {folder: stage for stage, folder in FOLDERS.items()}
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Manifest:
     fingerprint: str
     settings: Mapping[str, Any]
     inputs: Mapping[str, str]
-    outputs: Mapping[str, Mapping[str, Any]]  # file -> {"sha256", "size_bytes"}
+    outputs: Mapping[str, RecordedFile]
     tool_version: str
     warnings: tuple[str, ...] = ()
     schema: int = SCHEMA
@@ -60,7 +60,7 @@ class Manifest:
                 f"{path} has schema {content.get('schema')!r:.80}; this version reads {SCHEMA}. Use --force to rebuild "
                 f"the stage{command}."
             )
-        wrong = record_problems(content, {entry.name for entry in fields(cls)})
+        wrong = record_problems(cls, content)
         if not wrong and stage and content["stage"] != stage:
             wrong = [f"it is of stage {content['stage']!r:.80}"]
         if not wrong and content["fingerprint"] != fingerprint_of(*(content[name] for name in _FINGERPRINTED)):
@@ -109,29 +109,13 @@ def take_digest(content: dict[str, Any]) -> bool:
         return False
 
 
-def record_problems(content: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """A line for each field of a manifest or of an export's record that is missing, unknown or of another type."""
-    wrong = [f"{name} is missing" for name in names if name not in content]
-    wrong += [f"{name!r:.80} is unknown" for name in content if name not in names]
-    texts = ("stage", "fingerprint", "tool_version", "variant")
-    wrong += [f"{name} is not a text" for name in texts if not isinstance(content.get(name, ""), str)]
-    for name in ("settings", "inputs", "outputs", "stages", "read_back"):
-        if not isinstance(content.get(name, {}), dict):
-            wrong.append(f"{name} is not a mapping")
-    inputs, outputs, warnings = (content.get(name) for name in ("inputs", "outputs", "warnings"))
-    if isinstance(inputs, dict):
-        wrong += [f"inputs: {name} is not a text" for name, value in inputs.items() if not isinstance(value, str)]
-    if isinstance(outputs, dict):
-        wrong += [f"outputs: {name!r:.80} has no sha256 and size" for name in outputs if not _is_output(outputs, name)]
-    if not isinstance(warnings, list) or not all(isinstance(warning, str) for warning in warnings):
-        wrong.append("warnings is not a list of texts")
-    return wrong
+def record_problems(kind: type, content: Mapping[str, Any]) -> list[str]:
+    """A line for each field of a record that is not as its class `kind` says, and each output outside the folder."""
+    outputs = content.get("outputs")
+    misplaced = [name for name in outputs if not _is_inside(name)] if isinstance(outputs, dict) else []
+    return problems(kind, content) + [f"outputs: {shown(name)} is no name of a file inside" for name in misplaced]
 
 
-def _is_output(outputs: Mapping[str, Any], name: str) -> bool:
-    """Whether an entry of `outputs` names a file inside its folder, with its digest and size."""
-    facts, path = outputs[name], PurePosixPath(name)
-    if not isinstance(facts, dict) or path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
-        return False
-    digest, size = facts.get("sha256"), facts.get("size_bytes")
-    return isinstance(digest, str) and bool(_SHA256.fullmatch(digest)) and type(size) is int and size >= 0
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name

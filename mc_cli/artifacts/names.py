@@ -5,6 +5,7 @@ from __future__ import annotations
 IMPORTANCE = "importance.json"  # score writes it
 PLAN = "plan.yaml"  # allocate writes it
 CHANNEL_ORDER = "channels.safetensors"  # allocate writes it where a plan says which channels its blocks hold
+CONSIDERED = "considered.json"  # allocate writes it where it could have cut channels
 COVERAGE = "coverage.json"  # quantize writes it
 EVALUATION = "eval.json"  # prune-eval writes it
 ROUTERS = "routers.safetensors"  # prune-eval writes it while it trains the routers of otp

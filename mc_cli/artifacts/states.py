@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mc_cli.artifacts.damage import ALL_BYTES, damaged_files, known_digest
+from mc_cli.artifacts.damage import ALL_BYTES, RecordedFile, damaged_files, record_of
 from mc_cli.artifacts.files import content_digest, read_json, read_tensors, write_json, write_tensors
 from mc_cli.artifacts.strict_json import JsonError, parse_json
 from mc_cli.errors import ArtifactError, listed
@@ -25,15 +25,12 @@ _DIGEST, _FILES = "sha256", "files"
 _STATE = "state"  # the one entry of the metadata: safetensors writes several in any order, and bytes must not differ
 _ANEW = "Use --force to begin this stage anew."
 
-Recorded = dict[str, dict[str, Any]]  # file, relative to the stage's folder -> {"sha256", "size_bytes"}
+Recorded = dict[str, RecordedFile]  # file, relative to the stage's folder
 
 
 def recorded(folder: Path, paths: Iterator[Path]) -> Recorded:
     """Digest and size of files below `folder`, by name; each is read once per process."""
-    return {
-        path.relative_to(folder).as_posix(): {_DIGEST: known_digest(path), "size_bytes": path.stat().st_size}
-        for path in sorted(paths)
-    }
+    return {path.relative_to(folder).as_posix(): record_of(path) for path in sorted(paths)}
 
 
 def write_state(path: Path, tensors: Mapping[str, torch.Tensor], files: Recorded | None = None) -> None:

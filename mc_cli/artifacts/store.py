@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.damage import ALL_BYTES, SHOWN_BYTES, damaged_files, known_digest, unexpected_files
+from mc_cli.artifacts.damage import ALL_BYTES, SHOWN_BYTES, RecordedFile, damaged_files, record_of, unexpected_files
 from mc_cli.artifacts.files import read_json, write_json
 from mc_cli.artifacts.leftovers import (
     PARTIAL_SUFFIX,
@@ -226,11 +226,11 @@ class StageFolder:
             _discard(self.folder)
             raise ArtifactError(f"{error} It changed while {self.stage} ran, whose work is not kept.") from error
         self._clean_partial()
-        outputs: dict[str, dict[str, Any]] = {}
+        outputs: dict[str, RecordedFile] = {}
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder)
             if path.is_file() and path.name not in (BEGUN, MANIFEST) and name.parts[0] != RESUME:
-                outputs[str(name)] = {"sha256": known_digest(path), "size_bytes": path.stat().st_size}
+                outputs[str(name)] = record_of(path)
         manifest = Manifest(
             stage=self.stage,
             fingerprint=self.fingerprint,

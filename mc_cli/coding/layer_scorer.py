@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 
+from mc_cli.allocators.channel_cuts import cutting_order
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.calibration import LayerRouting
 from mc_cli.artifacts.channel_measures import ChannelMeasures
+from mc_cli.artifacts.cut_measures import CutMeasures
 from mc_cli.artifacts.importance import LayerImportance, ProjectionImportance
 from mc_cli.coding.channel_measuring import measure_channels
 from mc_cli.coding.channel_order import deal_channels
+from mc_cli.coding.cut_measuring import measure_cuts
 from mc_cli.coding.expert_inputs import ExpertInputs, Sample, expert_activations, expert_chunks, expert_down
 from mc_cli.coding.expert_view import ExpertView
 from mc_cli.coding.output_error import output_norm_mean, predicted_loss, squared_output_error
@@ -54,6 +57,22 @@ class LayerScorer:
         layer = inputs.block.layer
         covariance = calibration_artifact.read_covariance(self._calibration, layer) if self._has_sensitivity else None
         return measure_channels(module, inputs, covariance)
+
+    def cuts(self, module: Any, inputs: ExpertInputs, measures: ChannelMeasures) -> CutMeasures:
+        """The cost of cutting each expert to fewer channels, by their `measures`; before `score`, as `channels`."""
+        routing = LayerRouting.read(self._calibration / calibration_artifact.routing_file(inputs.block.layer))
+
+        def cost(difference: torch.Tensor, sample: Sample) -> float:
+            return self._predicted(difference, sample.weights, sample, inputs, routing)
+
+        return measure_cuts(
+            module,
+            inputs,
+            torch.from_numpy(cutting_order(measures)).to(inputs.device),
+            tokens=self._settings.loss_tokens,
+            cost=cost,
+            refitted=self._settings.quantizer.corrects_errors,
+        )
 
     def score(self, module: Any, inputs: ExpertInputs, rerouting: Rerouting | None) -> LayerImportance:
         """Every measure of one resident layer; `rerouting` where dropping experts is to be measured."""

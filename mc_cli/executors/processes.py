@@ -118,7 +118,7 @@ class Processes:
                 upcoming = _drawn(source, self._parcels)
 
     def _begin(self) -> None:
-        """Processes that all wait for a job: one that is at a job of an earlier call, which nobody asks for, is ended."""
+        """Processes that all wait for a job: one that is at a job of an earlier call, left behind, is ended."""
         for worker in self._workers:
             if worker.place is not None:
                 worker.end()

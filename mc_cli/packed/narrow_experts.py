@@ -108,6 +108,6 @@ def _unequal(config: Any, widths: Mapping[str, Mapping[int, int]]) -> InputError
     return InputError(
         f"The plan leaves experts of unequal widths, which a plain checkpoint of model_type {config.model_type!r} "
         f"cannot hold: config.json has one number for all.\n{listed(lines)}\n"
-        "Use --format transformers, which stores experts of any width; or run allocate with --uniform-width, which "
-        "cuts every expert alike, and quantize again."
+        "Use --format transformers, which stores experts of any width; or run allocate with --no-cuts, which keeps "
+        "experts whole, or with --cut-ratio and --uniform-width, which cuts every expert alike, and quantize again."
     )

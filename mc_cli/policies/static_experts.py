@@ -20,6 +20,7 @@ def experts_to_drop(
     share: float,
     scope: str,
     gone: Mapping[int, Sequence[int]] | None = None,
+    flag: str = "--drop-experts",
 ) -> dict[int, list[int]]:
     """Layer -> the experts with the lowest scores, ascending by number; every layer keeps at least its top-k.
 
@@ -28,6 +29,7 @@ def experts_to_drop(
     share    of all experts;  scope  PER_LAYER: the same share in every layer, rounded down; GLOBAL: the lowest of the
              whole model, each score over its layer's mean, since norms of different layers do not compare
     gone     layer -> experts that the plan has dropped already; the share is of the others
+    flag     that `share` was given by
     Raises InputError where the floor leaves fewer experts to drop than were asked for.
     Source: Lasby et al. 2025, arXiv:2510.13999 (REAP).
     """
@@ -44,7 +46,7 @@ def experts_to_drop(
     if short:
         names = ", ".join(str(layer) for layer in sorted(short)[:8])
         raise InputError(
-            f"--drop-experts {share}: layers {names} would keep fewer experts than a token is sent to. Drop fewer."
+            f"{flag} {share}: layers {names} would keep fewer experts than a token is sent to. Drop fewer."
         )
     return {layer: sorted(there[layer][place] for place in places) for layer, places in found.items()}
 

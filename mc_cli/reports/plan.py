@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mc_cli.artifacts.considered import Considered
 from mc_cli.artifacts.plan import ExpertBits, Plan, widths_by_block
+from mc_cli.parts import DROPPED
 from mc_cli.reports.tables import summary, table
 
 
-def plan_summary(plan: Plan) -> dict[str, Any]:
-    """Budget, solver and objective, and experts per width by layer; of a plan that cuts channels, how many are kept."""
+def plan_summary(plan: Plan, considered: Sequence[Considered] = ()) -> dict[str, Any]:
+    """Budget, solver and objective, and experts per width by layer; of a plan that cuts channels, how many are kept.
+
+    considered  the other ways to spend the budget, with what they are predicted to lose
+    """
     matrices = {layer: _matrix_widths(row) for layer, row in sorted(plan.expert_bits.items())}
     widths = sorted({bits for row in matrices.values() for bits in row})
     rows = [[layer, *(row.count(bits) for bits in widths)] for layer, row in matrices.items()]
@@ -21,13 +26,47 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         **{f"objective {name}": value for name, value in plan.objective.items()},
         "other widths": ", ".join(f"{role.value} {bits}" for role, bits in sorted(plan.role_bits.items())),
     }
+    ways = [_ways(considered)] if considered else []
+    if plan.channel_order is not None and plan.budget.get("kind") != "cut_ratio":
+        return summary(facts, _inside(plan, widths), *ways)
     if plan.channel_order is not None:
         kept = _channels_kept(plan, {layer: order.shape[1] for layer, order in plan.channel_order.layers.items()})
         columns = ["layer", "experts", "fewest", "mean", "most", "without any"]
         return summary(facts, table("Channels that experts keep", columns, kept))
     title = "Experts per width (an expert whose projections differ counts once for each)"
     columns = ["layer", *(f"at {bits} bits" if bits else "dropped" for bits in widths)]
-    return summary(facts, table(title, columns, rows))
+    return summary(facts, table(title, columns, rows), *ways)
+
+
+def _ways(considered: Sequence[Considered]) -> dict[str, Any]:
+    """The ways in which the budget could be spent, the chosen one marked."""
+    rows = [
+        [
+            f"{way.strategy}, {way.note}" if way.note else way.strategy,
+            "does not fit" if way.predicted_loss is None else f"{way.predicted_loss:.4f}",
+            "chosen" if way.chosen else "",
+        ]
+        for way in considered
+    ]
+    title = "Ways to spend the budget, by predicted loss (nats per token)"
+    return table(title, ["way", "predicted loss", ""], rows, left=1)
+
+
+def _inside(plan: Plan, widths: Sequence[float]) -> dict[str, Any]:
+    """Per layer: experts that are whole, cut and dropped, the channels kept, and how many matrices have each width."""
+    assert plan.channel_order is not None
+    coded = [bits for bits in widths if bits != DROPPED]
+    rows = []
+    for layer, row in sorted(plan.expert_bits.items()):
+        channels = plan.channel_order.layers[layer].shape[1]
+        blocks = [plan.blocks_of(layer, expert, channels) for expert in range(len(row))]
+        left = [sum(part.channels for part in parts if not part.cut) for parts in blocks]
+        cut = [0 < kept < channels for kept in left]
+        counts = [_matrix_widths(row).count(bits) for bits in coded]
+        kept = f"{sum(left) / (channels * len(row)):.0%}"
+        rows.append([layer, left.count(channels), sum(cut), left.count(0), kept, *counts])
+    columns = ["layer", "whole", "cut", "dropped", "channels kept", *(f"at {bits} bits" for bits in coded)]
+    return table("Experts, and how many of their matrices have each width", columns, rows)
 
 
 def _channels_kept(plan: Plan, channels: Mapping[int, int]) -> list[list[Any]]:

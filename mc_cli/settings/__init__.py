@@ -3,7 +3,7 @@
 Imports no torch. What depends on the quantizer is looked up in the registry when it is asked for, not before.
 """
 
-from mc_cli.settings.allocate import TARGETS, WIDTH_BORDERS, AllocateSettings
+from mc_cli.settings.allocate import CAMERA_Q, CUTS_WITHIN, TARGETS, WIDTH_BORDERS, AllocateSettings
 from mc_cli.settings.calibrate import CalibrateSettings
 from mc_cli.settings.compute import RunSettings
 from mc_cli.settings.declared import Flag, Settings, StageSettings, flags_of_class
@@ -13,11 +13,14 @@ from mc_cli.settings.export import ExportSettings
 from mc_cli.settings.prune import FREQUENCY, GLOBAL, PER_LAYER, REAP, ROUTER_WEIGHT, PruneSettings
 from mc_cli.settings.quantize import QuantizeSettings
 from mc_cli.settings.quantizer import LARGEST_GROUP, QuantizerSettings
-from mc_cli.settings.score import CHANNEL, EXPERT, ScoreSettings
+from mc_cli.settings.score import AUTO, CHANNEL, EXPERT, ScoreSettings
 
 __all__ = [
     "ACTIVATION_BITS",
+    "AUTO",
+    "CAMERA_Q",
     "CHANNEL",
+    "CUTS_WITHIN",
     "EFFORTS",
     "EXPERT",
     "FREQUENCY",

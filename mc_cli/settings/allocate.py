@@ -11,7 +11,7 @@ from mc_cli.errors import InputError, McError, MissingFlagsError
 from mc_cli.parts import DROPPED, KEPT_BITS, Role
 from mc_cli.settings import texts
 from mc_cli.settings.declared import Flag, StageSettings, setting
-from mc_cli.settings.prune import GLOBAL, PER_LAYER
+from mc_cli.settings.prune import FREQUENCY, GLOBAL, PER_LAYER, REAP, ROUTER_WEIGHT
 from mc_cli.settings.written import parse_bits_list, parse_file_size, parse_floors
 
 # (above this many bits per expert weight, width of what is computed for every token): measured, see docs/results.md.
@@ -23,6 +23,10 @@ WIDTH_BORDERS = sorted(
     {above for widths in (BESIDE, EMBEDDING_BESIDE, HEAD_BESIDE) for above, _ in widths}, reverse=True
 )
 TARGETS = ("target_stored_bits", "target_bits", "target_size_bytes", "cut_ratio")  # they exclude each other
+# `run` has channels measured, and what dropping experts costs, for up to so many bits per expert weight.
+CUTS_WITHIN = 1.5
+CAMERA_Q = "camera-q"  # three groups of channels
+DROP_METHODS = (REAP, FREQUENCY, ROUTER_WEIGHT)
 _BUDGET, _METHOD, _PARTS = "Budget (exactly one)", "Method", "Widths of the other parts"
 _TARGET, _NOT_SET = "a target is above 0.", "not set"
 _WIDTH = "1 to 8, or 16 to keep the checkpoint's own."
@@ -106,11 +110,25 @@ class AllocateSettings(StageSettings):
             says="a share of the experts' channels, above 0 and below 1.",
         ),
     )
+    drop_ratio: float | None = setting(
+        None,
+        Flag(
+            "Share of whole experts to drop, those of the lowest score. The others keep 16 bits, or get the one width "
+            "of --bits (0,4); with a budget beside it, the widths of method global.",
+            _METHOD,
+            metavar="SHARE",
+            default=_NOT_SET,
+            fits=lambda share: 0 < share < 1,
+            says="a share of the experts, above 0 and below 1.",
+        ),
+    )
     method: str = setting(
         "global",
         Flag(
             "How widths are chosen: global (over the whole model), pmq (per layer, as published), uniform, ... With "
-            "--cut-ratio how channels are scored: camera-p, heapr, weight-norm, activation-norm, random.",
+            "--cut-ratio how channels are scored: camera-p, heapr, weight-norm, activation-norm, random. With "
+            "--drop-ratio how experts are: reap, frequency, router-weight. camera-q: three groups of channels by "
+            "energy, each of one of the three widths of --bits.",
             _METHOD,
             metavar="NAME",
         ),
@@ -118,7 +136,7 @@ class AllocateSettings(StageSettings):
     scope: str = setting(
         PER_LAYER,
         Flag(
-            "With --cut-ratio. layer: the same share in each; global: the lowest of all.",
+            "With --cut-ratio or --drop-ratio. layer: the same share in each; global: the lowest of all.",
             _METHOD,
             metavar="NAME",
             known=(PER_LAYER, GLOBAL),
@@ -128,6 +146,13 @@ class AllocateSettings(StageSettings):
         False,
         Flag(
             "With --cut-ratio: cut as many channels of every expert, so that stock architectures hold the result.",
+            _METHOD,
+        ),
+    )
+    cuts: bool = setting(
+        True,
+        Flag(
+            "Where score measured channels, method global may cut some if that is clearly cheaper than fewer bits.",
             _METHOD,
         ),
     )
@@ -156,7 +181,7 @@ class AllocateSettings(StageSettings):
     alpha: float | None = setting(
         None,
         Flag(
-            "pmq: exponent of the routing frequency. camera-p: share of the largest activation, from 0 to 1.",
+            "pmq: exponent of the routing frequency. camera-p, camera-q: share of the largest activation, from 0 to 1.",
             _METHOD,
             default="1 and 0.9, as published",
         ),
@@ -199,20 +224,25 @@ class AllocateSettings(StageSettings):
 
     def _conflicts(self) -> Iterator[McError]:
         given = [name for name in TARGETS if getattr(self, name) is not None]
-        if len(given) != 1:
+        yield from map(InputError, self._drop_problems(given))
+        if len(given) != 1 and (given or self.drop_ratio is None):
             kind = InputError if given else MissingFlagsError
             yield kind(
                 f"allocate needs exactly one target, {len(given)} given: --target-stored-bits (scales included), "
                 "--target-bits (codes only), --target-size (the whole checkpoint, for example 16GiB) or --cut-ratio "
-                "(share of the experts' channels to cut away)."
+                "(share of the experts' channels to cut away); or --drop-ratio (share of whole experts), with a budget "
+                "or alone."
             )
         yield from map(InputError, self._cut_problems())
+        yield from map(InputError, self._group_problems())
 
     def _cut_problems(self) -> Iterator[str]:
         """The faults of requests about cuts, made with a cut or without one."""
         if self.cut_ratio is None:
             asked = {"--scope": self.scope != PER_LAYER, "--uniform-width": self.uniform_width}
             asked["--bits 16"] = KEPT_BITS in (self.bits or ())
+            if self.drop_ratio is not None:
+                asked = {"--uniform-width": self.uniform_width}
             yield from (f"{flag} is about channels to cut: give --cut-ratio." for flag, given in asked.items() if given)
             return
         if self.floors:
@@ -225,16 +255,62 @@ class AllocateSettings(StageSettings):
         if self.uniform_width and self.scope != PER_LAYER:
             yield f"--uniform-width cuts every expert alike, so --scope {self.scope} has no meaning."
 
+    def _group_problems(self) -> Iterator[str]:
+        """The faults of requests about groups of channels."""
+        if self.method != CAMERA_Q:
+            return
+        if self.cut_ratio is not None:
+            yield f"--method {CAMERA_Q} cuts no channels: leave --cut-ratio out, or choose camera-p."
+        if self.floors:
+            yield f"--floor counts whole experts, but --method {CAMERA_Q} gives widths to groups of channels."
+
+    def _drop_problems(self, targets: list[str]) -> Iterator[str]:
+        """The faults of requests about whole experts to drop."""
+        if self.drop_ratio is None:
+            if self.method in (REAP, ROUTER_WEIGHT):
+                yield (
+                    f"--method {self.method} scores whole experts to drop, and gives no widths: say how many with "
+                    "--drop-ratio, for example --drop-ratio 0.25."
+                )
+            return
+        if self.method not in (*DROP_METHODS, AllocateSettings.method):
+            yield f"--drop-ratio drops experts by {', '.join(DROP_METHODS)}, not by --method {self.method}."
+        if self.cut_ratio is not None:
+            yield "--drop-ratio and --cut-ratio exclude each other: give one."
+        widths = [bits for bits in self.bits or (KEPT_BITS,) if bits != DROPPED]
+        if not targets and len(widths) != 1:
+            yield (
+                f"--bits {','.join(map(str, self.bits or ()))}: with --drop-ratio and no budget all experts that are "
+                "left have one width, for example --bits 0,4."
+            )
+        if targets and KEPT_BITS in widths and self.bits:
+            yield "--bits 16 beside a budget: widths of a budget are coded. Leave the budget out to keep weights."
+        if not targets and self.floors:
+            yield "--floor counts experts by their width, but those that --drop-ratio leaves have one width."
+
+    @property
+    def drop_by(self) -> str:
+        """The score by which whole experts are dropped."""
+        return self.method if self.method in DROP_METHODS else REAP
+
+    @property
+    def has_one_width(self) -> bool:
+        """Whether all that is left has one width: a cut, or a drop without a budget."""
+        return not any(getattr(self, name) is not None for name in TARGETS if name != "cut_ratio")
+
     @property
     def width_left(self) -> float:
-        """The width of the channels that a cut leaves."""
+        """The width of what a cut or a drop leaves."""
         return next((bits for bits in self.bits or () if bits != DROPPED), KEPT_BITS)
 
     def resolved(self) -> dict[str, Any]:
-        """Plain JSON values of all fields that change the result; those of cuts only where there is one."""
+        """Plain JSON values of all fields that change the result; those of cuts and drops only where there are any."""
         plain = super().resolved()
-        cuts = ("cut_ratio", "scope", "uniform_width")
-        return {name: value for name, value in plain.items() if self.cut_ratio is not None or name not in cuts}
+        left_out = {"cuts"} if self.cuts else set()
+        left_out |= {"cut_ratio", "uniform_width"} if self.cut_ratio is None else set()
+        left_out |= {"drop_ratio"} if self.drop_ratio is None else set()
+        left_out |= {"scope"} if self.cut_ratio is None and self.drop_ratio is None else set()
+        return {name: value for name, value in plain.items() if name not in left_out}
 
     def role_bits(self, mean_bits: float) -> dict[Role, int]:
         """Width per role beside experts of `mean_bits`, kept beside kept ones; DENSE follows SHARED unless set."""

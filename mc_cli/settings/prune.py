@@ -94,7 +94,8 @@ class PruneSettings(StageSettings):
     drop_experts: float = setting(
         0.0,
         Flag(
-            "Share of experts that no token is sent to any more; with --policy all, nothing else is dropped.",
+            "Share of experts that no token is sent to any more; with --policy all, nothing else is dropped. Their "
+            "weights stay stored: `allocate --method reap --drop-ratio` drops the same ones for good.",
             _PRUNING,
             metavar="SHARE",
             fits=lambda value: 0 <= value < 1,

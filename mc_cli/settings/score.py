@@ -14,7 +14,8 @@ from mc_cli.settings.quantizer import QuantizerSettings
 from mc_cli.settings.written import parse_bits_list
 
 _SCORE = "Measures"
-EXPERT, CHANNEL = "expert", "channel"  # what is measured: experts and their projections, or channels besides
+# What is measured: experts and their projections; channels besides; or channels where they can be cut.
+EXPERT, CHANNEL, AUTO = "expert", "channel", "auto"
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ class ScoreSettings(StageSettings):
     unit: str = setting(
         EXPERT,
         Flag(
-            "channel measures every channel of the experts too, in the same pass: allocate --cut-ratio asks for that.",
+            "channel measures every channel of the experts too, in the same pass: allocate cuts by that. auto does so "
+            "where channels can be cut.",
             _SCORE,
-            metavar="expert|channel",
-            known=(EXPERT, CHANNEL),
+            metavar="expert|channel|auto",
+            known=(EXPERT, CHANNEL, AUTO),
         ),
     )
 

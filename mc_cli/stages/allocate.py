@@ -4,26 +4,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from mc_cli.allocators import Budget, Floor, allocate
+import numpy as np
+import numpy.typing as npt
+
+from mc_cli.allocators import Budget, Floor, SolverSettings, allocate
 from mc_cli.allocators.channel_cuts import cut_plan
+from mc_cli.allocators.channel_groups import grouped_plan
+from mc_cli.allocators.cut_menus import CutMenu, cut_menu
+from mc_cli.allocators.programme import METHOD, programme
+from mc_cli.allocators.whole_drops import drop_plan, require_a_drop
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.channel_measures import ChannelMeasures, channel_file
+from mc_cli.artifacts.channel_order import ChannelOrder
+from mc_cli.artifacts.considered import Considered, read_considered, write_considered
+from mc_cli.artifacts.cut_measures import CutMeasures, cut_file
 from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.manifest import MANIFEST
-from mc_cli.artifacts.names import IMPORTANCE, PLAN
+from mc_cli.artifacts.names import CONSIDERED, IMPORTANCE, PLAN
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.store import StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.encodings import encoding_for, family_of_role, stored_bytes
 from mc_cli.errors import InputError, PlanError
-from mc_cli.parts import KEPT_BITS, ExpertBlock, ModelInventory, Role, TensorPart
+from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role, TensorPart
+from mc_cli.policies.static_experts import experts_to_drop
 from mc_cli.progress import StageResult
 from mc_cli.reports.plan import plan_summary
-from mc_cli.settings import WIDTH_BORDERS, AllocateSettings, QuantizerSettings, RunSettings
+from mc_cli.settings import (
+    CAMERA_Q,
+    FREQUENCY,
+    REAP,
+    ROUTER_WEIGHT,
+    WIDTH_BORDERS,
+    AllocateSettings,
+    QuantizerSettings,
+    RunSettings,
+)
 from mc_cli.stage import Plans, Run, Runs, Stage
 
 STAGE = "allocate"
@@ -33,7 +54,15 @@ _HEADER_BYTES_PER_TENSOR = 96
 _HEADER_BYTES_PER_FILE = 64
 
 
-class Allocate(Stage[StageFolder, Plan, StageResult]):
+@dataclass(frozen=True)
+class _Ready:
+    """The plan, and what else was considered, where the programme could have cut channels."""
+
+    plan: Plan
+    considered: tuple[Considered, ...] = ()
+
+
+class Allocate(Stage[StageFolder, _Ready, StageResult]):
     """Writes `plan/plan.yaml`. Raises BudgetError for a target out of reach, saying what is feasible."""
 
     def __init__(self, settings: AllocateSettings, compute: RunSettings, work: WorkDir) -> None:
@@ -44,32 +73,45 @@ class Allocate(Stage[StageFolder, Plan, StageResult]):
         inputs = {stage: require_done(self.work, stage).fingerprint for stage in ("score", "calibrate")}
         return StageFolder(self.work, STAGE, self.settings.resolved(), inputs)
 
-    def ready(self, folder: StageFolder, run: Run) -> Plan:
+    def ready(self, folder: StageFolder, run: Run) -> _Ready:
         """The plan itself: a target out of reach leaves the one that is there."""
         settings, inventory, quantizer = self.settings, self._inventory(), self._quantizer()
         role_bits, others = beside_experts(settings, inventory, quantizer)
         with run.progress.step(f"allocate: {settings.method}", total=1, unit="programme") as step:
+            considered: tuple[Considered, ...] = ()
             if settings.cut_ratio is not None:
                 plan = cut_plan(settings, inventory, quantizer, self._channels, role_bits)
+            elif settings.method == CAMERA_Q:
+                budget_asked = budget_of(settings, others)
+                plan = grouped_plan(settings, inventory, quantizer, self._channels, role_bits, budget_asked)
+            elif settings.drop_ratio is not None:
+                importance = Importance.read(self.work.folder("score") / IMPORTANCE)
+                plan = _without_experts(settings, importance, inventory, quantizer, role_bits, others)
             else:
-                plan = _allocated(settings, Importance.read(self.work.folder("score") / IMPORTANCE), role_bits, others)
+                importance = Importance.read(self.work.folder("score") / IMPORTANCE)
+                cuts = self._cuts(inventory) if may_cut(settings) else {}
+                plan, considered = _allocated(settings, importance, role_bits, others, cuts, inventory, quantizer)
             step.advance()
         budget: dict[str, Any] = {**plan.budget, "other_bytes": others}
         if settings.target_size_bytes is not None:
             budget["asked_file_bytes"] = settings.target_size_bytes
         plan = replace(plan, budget=budget, family=quantizer.family, group_size_limit=quantizer.group_size)
         plan.check_against(inventory)
-        return plan
+        return _Ready(plan, considered)
 
-    def do(self, folder: StageFolder, ready: Plan, run: Run) -> None:
-        """Writes it."""
-        for message in ready.warnings:
+    def do(self, folder: StageFolder, ready: _Ready, run: Run) -> None:
+        """Writes it, and beside it what else was considered."""
+        for message in ready.plan.warnings:
             folder.warn(message, run.progress)
-        ready.write(folder.path(PLAN))
+        if ready.considered:
+            write_considered(folder.path(CONSIDERED), ready.considered)
+        ready.plan.write(folder.path(PLAN))
 
     def result(self, folder: StageFolder, *, ran: bool) -> StageResult:
         """Experts per width, or the channels that they keep; budget and solver."""
-        summary = plan_summary(Plan.read(folder.path(PLAN)))
+        beside = folder.path(CONSIDERED)
+        considered = read_considered(beside) if beside.exists() else ()
+        summary = plan_summary(Plan.read(folder.path(PLAN)), considered)
         return StageResult(STAGE, folder.folder, ran, summary, folder.recorded_warnings())
 
     def _inventory(self) -> ModelInventory:
@@ -80,10 +122,19 @@ class Allocate(Stage[StageFolder, Plan, StageResult]):
         path = self.work.folder("score") / channel_file(block.layer)
         if not path.exists():
             raise InputError(
-                f"{path} does not exist: --cut-ratio asks for measures of channels. Run `{self.work.command('score')} "
+                f"{path} does not exist: this plan asks for measures of channels. Run `{self.work.command('score')} "
                 "--unit channel --force`, with the other flags that score was given."
             )
         return ChannelMeasures.read(path, num_experts=block.num_experts, channels=block.channels)
+
+    def _cuts(self, inventory: ModelInventory) -> dict[int, tuple[ChannelMeasures, CutMeasures]]:
+        """Layer -> measures of channels and of cuts, of the layers in which score made both."""
+        folder, found = self.work.folder("score"), {}
+        for block in inventory.expert_blocks:
+            path, shape = folder / cut_file(block.layer), {"num_experts": block.num_experts, "channels": block.channels}
+            if path.exists():
+                found[block.layer] = self._channels(block), CutMeasures.read(path, **shape)
+        return found
 
     def _quantizer(self) -> QuantizerSettings:
         """The quantizer that score measured with."""
@@ -95,22 +146,109 @@ class Allocate(Stage[StageFolder, Plan, StageResult]):
 plan_stage, run = Plans(Allocate), Runs(Allocate)
 
 
-def _allocated(settings: AllocateSettings, importance: Importance, role_bits: Mapping[Role, int], others: int) -> Plan:
-    """The plan of a strategy."""
-    return allocate(
+def may_cut(settings: AllocateSettings) -> bool:
+    """Whether the plan may cut channels: the programme over the whole model, without floors that count experts."""
+    if not settings.cuts or settings.floors:
+        return False
+    return settings.cut_ratio is None and settings.drop_ratio is None and settings.method == METHOD
+
+
+def experts_gone(
+    settings: AllocateSettings, importance: Importance, inventory: ModelInventory
+) -> tuple[dict[int, list[int]], float]:
+    """(layer -> the experts that --drop-ratio drops, the sum of their scores). Raises InputError, BudgetError."""
+    assert settings.drop_ratio is not None
+    field = {REAP: "output_norm_mean", FREQUENCY: "routing_count", ROUTER_WEIGHT: "routing_weight_sum"}
+    scores = {layer.layer: getattr(layer, field[settings.drop_by]) for layer in importance.layers}
+    top_k = {block.layer: block.top_k for block in inventory.expert_blocks}
+    gone = experts_to_drop(scores, top_k, share=settings.drop_ratio, scope=settings.scope, flag="--drop-ratio")
+    require_a_drop(settings, gone)
+    return gone, math.fsum(scores[layer][expert] for layer, row in gone.items() for expert in row)
+
+
+def _without_experts(
+    settings: AllocateSettings,
+    importance: Importance,
+    inventory: ModelInventory,
+    quantizer: QuantizerSettings,
+    role_bits: Mapping[Role, int],
+    others: int,
+) -> Plan:
+    """The plan that drops whole experts by their scores; what is left has one width, or widths within the budget."""
+    gone, value = experts_gone(settings, importance, inventory)
+    if settings.has_one_width:
+        return drop_plan(settings, inventory, quantizer, gone, value, role_bits)
+    widths = tuple(bits for bits in settings.bits or importance.candidate_bits if bits != DROPPED)
+    plan = allocate(
         importance,
-        method=settings.method,
+        method=METHOD,
         budget=budget_of(settings, others),
         role_bits=role_bits,
+        candidate_bits=widths,
+        time_limit_s=settings.time_limit_s,
+        gap=settings.gap,
+        dropped=gone,
+    )
+    told = {"dropped_by": settings.drop_by, "drop_ratio": settings.drop_ratio, "dropped_scores": value}
+    return replace(plan, method=settings.drop_by, objective={**plan.objective, **told})
+
+
+Cuts = Mapping[int, tuple[ChannelMeasures, CutMeasures]]  # by layer
+
+
+def _allocated(
+    settings: AllocateSettings,
+    importance: Importance,
+    role_bits: Mapping[Role, int],
+    others: int,
+    cuts: Cuts,
+    inventory: ModelInventory,
+    quantizer: QuantizerSettings,
+) -> tuple[Plan, tuple[Considered, ...]]:
+    """The plan of a strategy; where there are measures of cuts, of the programme over widths, cuts and drops."""
+    shared: dict[str, Any] = {"budget": budget_of(settings, others), "role_bits": role_bits}
+    solving: dict[str, Any] = {"time_limit_s": settings.time_limit_s, "gap": settings.gap}
+    plain = partial(
+        allocate,
+        importance,
+        method=settings.method,
         candidate_bits=settings.bits,
         floors=floors_of(settings),
         alpha=settings.alpha,
         beta=settings.beta,
         gamma=settings.gamma,
         seed=settings.seed,
-        time_limit_s=settings.time_limit_s,
-        gap=settings.gap,
+        **shared,
+        **solving,
     )
+    widths = settings.bits or importance.candidate_bits
+    menus = _menus(inventory, cuts, quantizer, widths)
+    if not menus:
+        return plain(), ()
+    found = programme(importance, menus, widths, plain, SolverSettings(**solving), **shared)
+    plan = replace(found.plan, channel_order=_order(inventory, cuts)) if found.cuts else found.plan
+    return plan, found.considered
+
+
+def _menus(
+    inventory: ModelInventory, cuts: Cuts, quantizer: QuantizerSettings, widths: tuple[float, ...]
+) -> dict[int, CutMenu]:
+    """Layer -> what its experts may be cut to, of the layers in which there is anything to cut."""
+    coded: dict[str, Any] = {"family": quantizer.family, "widths": widths, "group_size_limit": quantizer.group_size}
+    blocks = [block for block in inventory.expert_blocks if block.layer in cuts]
+    menus = {block.layer: cut_menu(block, *cuts[block.layer], **coded) for block in blocks}
+    return {layer: menu for layer, menu in menus.items() if menu.kept}
+
+
+def _order(inventory: ModelInventory, cuts: Cuts) -> ChannelOrder:
+    """Which channels the blocks of every layer take: those that were measured to be kept longest come first."""
+
+    def rows(block: ExpertBlock) -> npt.NDArray[np.int32]:
+        if block.layer in cuts:
+            return cuts[block.layer][1].order
+        return np.tile(np.arange(block.channels, dtype=np.int32), (block.num_experts, 1))
+
+    return ChannelOrder({block.layer: rows(block) for block in inventory.expert_blocks})
 
 
 def beside_experts(
@@ -140,9 +278,7 @@ def _widths_beside(
             del found[Role.HEAD]  # no matrix of its own
         return found
 
-    asked = (
-        settings.width_left if settings.cut_ratio is not None else settings.target_stored_bits or settings.target_bits
-    )
+    asked = settings.width_left if settings.has_one_width else settings.target_stored_bits or settings.target_bits
     if asked is not None:
         role_bits = widths(asked)
         return role_bits, other_bytes(inventory, role_bits, quantizer)

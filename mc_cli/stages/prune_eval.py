@@ -88,6 +88,14 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
 
     def do(self, folder: StageFolder, ready: _Ready, run: Run) -> None:
         """Measures both models, then what skips experts."""
+        prune = self.settings.prune
+        if prune.drop_experts:
+            folder.warn(
+                f"--drop-experts {prune.drop_experts} by {prune.drop_by} leaves the weights of these experts stored, "
+                f"and is for trials. To drop them for good: allocate --method {prune.drop_by} --drop-ratio "
+                f"{prune.drop_experts} --scope {prune.drop_scope}, with a budget or alone.",
+                run.progress,
+            )
         with self.session.digesting(ready.original, None) as weights:
             evaluation = self._measured(folder, ready, run)
             weights.finish()

@@ -21,6 +21,7 @@ from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.artifacts.files import file_digest, read_json, write_json, write_tensors
 from mc_cli.artifacts.names import COVERAGE, PLAN
 from mc_cli.artifacts.packed import LAYOUT, ExpertLayout, PackedLayout, part_file, part_name
+from mc_cli.artifacts.places import require_ordinary
 from mc_cli.artifacts.plan import Plan, widths_by_block
 from mc_cli.artifacts.quantization import Coverage, MatrixReport, read_report, write_report
 from mc_cli.artifacts.sizes import SIZES, write_sizes
@@ -83,10 +84,7 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
         inputs = {**self.session.model_inputs(), "calibrate": calibrated.fingerprint}
         if self.settings.plan is None:
             inputs["allocate"] = require_done(self.work, "allocate").fingerprint
-        path = plan_path(self.settings, self.work)
-        if not path.is_file():
-            raise PlanError(f"{path}: no such plan. Run `{self.work.command('allocate')}`, or name one with --plan.")
-        inputs["plan"] = file_digest(path)
+        inputs["plan"] = file_digest(existing_plan(self.settings, self.work))
         resolved = {**self.settings.resolved(), "dtype": self.session.dtype_name, **self.session.compute.of_jobs}
         return StageFolder(self.work, STAGE, resolved, inputs)
 
@@ -154,6 +152,15 @@ def _has_covariances(calibration: Path, inventory: ModelInventory) -> bool:
 def plan_path(settings: QuantizeSettings, work: WorkDir) -> Path:
     """Where the plan lies that quantize follows."""
     return Path(settings.plan) if settings.plan is not None else work.folder("allocate") / PLAN
+
+
+def existing_plan(settings: QuantizeSettings, work: WorkDir) -> Path:
+    """The same. Raises PlanError where there is none, InputError where it is no file."""
+    path = plan_path(settings, work)
+    require_ordinary(path)
+    if not path.exists():
+        raise PlanError(f"{path}: no such plan. Run `{work.command('allocate')}`, or name one with --plan.")
+    return path
 
 
 def check_plan(plan: Plan, settings: QuantizeSettings, inventory: ModelInventory) -> None:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.artifacts.channel_measures import channel_file
+from mc_cli.artifacts.cut_measures import cut_file
 from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.importance import Importance, LayerImportance
 from mc_cli.artifacts.names import IMPORTANCE
 from mc_cli.artifacts.store import RESUME, StageFolder
 from mc_cli.artifacts.work_dir import WorkDir
+from mc_cli.coding.cut_measuring import can_be_cut
 from mc_cli.coding.expert_inputs import ExpertInputs
 from mc_cli.coding.layer_scorer import LayerScorer
 from mc_cli.coding.quantization import quantizer_for
@@ -32,7 +35,7 @@ from mc_cli.parts import DROPPED, ModelInventory
 from mc_cli.progress import Progress, StageResult
 from mc_cli.quantizers import Quantizer
 from mc_cli.reports.importance import importance_summary
-from mc_cli.settings import CHANNEL, RunSettings, ScoreSettings
+from mc_cli.settings import AUTO, EXPERT, RunSettings, ScoreSettings
 from mc_cli.stage import Plans, Run, Runs, Stage
 from mc_cli.walking.layerwise import LayerWalk
 from mc_cli.walking.resume import restore_progress, save_progress
@@ -122,8 +125,7 @@ def _layers(
                 module = model.get_submodule(blocks[layer].path)
                 sensitivity = ready.sensitivities.get(layer)
                 inputs = ExpertInputs(capture, blocks[layer], session.device, sensitivity=sensitivity)
-                if settings.unit == CHANNEL:
-                    scorer.channels(module, inputs).write(folder.path(channel_file(layer)))
+                _score_channels(scorer, settings.unit, module, inputs, folder)
                 rerouting = Rerouting(model, blocks[layer], inputs) if DROPPED in settings.bits else None
                 scored = scorer.score(module, inputs, rerouting)
                 write_json(folder.path(_layer_file(layer)), asdict(scored))
@@ -133,6 +135,18 @@ def _layers(
             release_freed_memory()
             save_progress(folder, walk)
             step.advance(note=f"layer {layer}")
+
+
+def _score_channels(scorer: LayerScorer, unit: str, module: Any, inputs: ExpertInputs, folder: StageFolder) -> None:
+    """Measures one resident layer's channels where that is asked for, and cuts of them where there can be any."""
+    layer = inputs.block.layer
+    cut = unit != EXPERT and can_be_cut(module, inputs)
+    if unit == EXPERT or (unit == AUTO and not cut):
+        return
+    channels = scorer.channels(module, inputs)
+    channels.write(folder.path(channel_file(layer)))
+    if cut:
+        scorer.cuts(module, inputs, channels).write(folder.path(cut_file(layer)))
 
 
 def _layer_file(layer: int) -> str:
@@ -146,6 +160,14 @@ def _merge(
     layers = []
     for block in inventory.expert_blocks:
         layers.append(LayerImportance.read(folder.path(_layer_file(block.layer))))
+    uncut = [block.layer for block in inventory.expert_blocks if not folder.path(cut_file(block.layer)).exists()]
+    if settings.unit != EXPERT and uncut:
+        folder.warn(
+            f"experts of {len(uncut)} layers cannot lose channels, as biases or norms belong to the whole expert or "
+            "the activation mixes channels: they can be kept whole or dropped "
+            f"(layers {', '.join(map(str, uncut[:8]))}{' ...' if len(uncut) > 8 else ''}).",
+            progress,
+        )
     unseen = [
         f"{layer.layer}.{expert}" for layer in layers for expert, count in enumerate(layer.routing_count) if count == 0
     ]

@@ -88,7 +88,7 @@ def plain(arguments: argparse.Namespace) -> dict[str, Any]:
 def measure(arguments: argparse.Namespace, seed: int, work_dir: Path) -> None:
     """One calibration, and the measures of its channels."""
     asked = CalibrateSettings(
-        arguments.model, arguments.data, sequences=arguments.sequences, length=arguments.length, seed=seed
+        model=arguments.model, data=arguments.data, sequences=arguments.sequences, length=arguments.length, seed=seed
     )
     calibrate.run(asked, RunSettings(), work_dir, **QUIET)
     scored = ScoreSettings(bits=(2,), quantizer=PLAIN, loss_tokens=64, unit="channel")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from mc_cli.coding.layer_result import LayerResult
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.data.batches import Batch
 from mc_cli.encodings import Encoding
-from mc_cli.errors import PlanError
+from mc_cli.errors import InputError, PlanError
 from mc_cli.executors.here import Here
 from mc_cli.models import inventory as inventory_module
 from mc_cli.models.checkpoint import Checkpoint, read_config
@@ -469,6 +470,9 @@ def test_missing_plan_says_how_to_make_one(allocated: Path, tmp_path: Path) -> N
     work_dir = copy_of(allocated, tmp_path)
     with pytest.raises(PlanError, match="no such plan"):
         run_quantize(work_dir, plan=str(tmp_path / "none.yaml"))
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(InputError, match="is a pipe"):
+        run_quantize(work_dir, plan=str(tmp_path / "pipe.yaml"))
 
 
 def test_relative_errors_of_linears_are_of_the_weights_as_they_were(tiny_model: TinyModel) -> None:

@@ -156,10 +156,14 @@ def _child(
 
 
 def _exit_code(call: Callable[[], None]) -> int:
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    except KeyboardInterrupt:  # it came before the command's first line, where Python itself would have ended
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        return 130
     code = 70
     try:
         try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             call()
             code = 0
         except SystemExit as error:

@@ -1,0 +1,244 @@
+"""Widths, cuts and drops in one programme, against trying every plan; and the plain plan where cutting does not pay."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mc_cli.ahead.budget import planned_size
+from mc_cli.allocators import Budget, CutMenu, Floor, SolverSettings, allocate
+from mc_cli.allocators.cut_menus import cut_menu, menu_of_shapes, menu_units
+from mc_cli.allocators.programme import _ALL, _CUT, _DROPPED, _PLAIN, CLEARLY, Programme, programme
+from mc_cli.artifacts.cut_measures import CutMeasures
+from mc_cli.artifacts.importance import Importance
+from mc_cli.artifacts.plan import BlockBits, Plan
+from mc_cli.encodings import planned_bytes
+from mc_cli.errors import ArtifactError, BudgetError, InputError
+from mc_cli.parts import too_few_survivors
+from mc_cli.settings import QuantizerSettings
+from tests.allocators.test_channel_cuts import inventory_of, measures_of
+from tests.allocators.test_dropping import droppable
+
+WIDTHS = (1, 2, 3)
+CHANNELS = 96
+FAMILY = "affine"
+EXACT = SolverSettings(gap=0.0)
+BITS = {"family": FAMILY, "widths": WIDTHS, "group_size_limit": 128}
+
+
+def scored(layers: int = 1, experts: int = 3, top_k: int = 2, seed: int = 0) -> Importance:
+    """Measures of experts of 96 channels and 64 hidden features, with the bytes that affine grids take."""
+    made = droppable(layers=layers, experts=experts, top_k=top_k, seed=seed)
+    block = inventory_of(CHANNELS, layers, experts, top_k).expert_blocks[0]
+    scale = block.weights_per_expert
+    layers_of = []
+    for layer in made.layers:
+        parts = tuple(
+            dataclasses.replace(
+                part,
+                weight_count=math.prod(block.shape_of(part.name, CHANNELS)),
+                stored_bytes_by_bits={
+                    bits: planned_bytes(FAMILY, bits, *block.shape_of(part.name, CHANNELS)) for bits in WIDTHS
+                },
+            )
+            for part in layer.projections
+        )
+        sizes = {bits: sum(part.stored_bytes_by_bits[bits] for part in parts) for bits in WIDTHS}
+        layers_of.append(
+            dataclasses.replace(
+                layer, projections=parts, weights_per_expert=scale, stored_bytes_by_bits={0: 0, **sizes}
+            )
+        )
+    return dataclasses.replace(made, layers=tuple(layers_of))
+
+
+@functools.cache
+def cuts_of(layer: int, experts: int, seed: int, price: float) -> CutMeasures:
+    """Measures in which keeping 32 or 64 of 96 channels costs about `price` times what one bit costs an expert."""
+    draw = np.random.default_rng(seed + layer)
+    order = np.stack([draw.permutation(CHANNELS) for _ in range(experts)]).astype(np.int32)
+    row = scored(layer + 1, experts, seed=seed).layers[layer]
+    whole = np.sum([part.predicted_loss_by_bits[1] for part in row.projections], axis=0)
+    loss = price * whole[:, None] * np.array([8.0, 1.5, 0.3]) * draw.lognormal(0, 0.5, size=(experts, 3))
+    return CutMeasures(
+        order, np.array([0, 32, 64]), loss.astype(np.float32), np.array([1.0, 0.9, 0.8], dtype=np.float32)
+    )
+
+
+def menus_of(importance: Importance, seed: int = 0, price: float = 0.3) -> dict[int, CutMenu]:
+    experts = importance.layers[0].num_experts
+    blocks = inventory_of(CHANNELS, len(importance.layers), experts).expert_blocks
+    return {
+        block.layer: cut_menu(block, measures_of(block), cuts_of(block.layer, experts, seed, price), **BITS)
+        for block in blocks
+    }
+
+
+def every_choice(importance: Importance, layer: int, expert: int, seed: int, price: float) -> list[tuple[int, float]]:
+    """(bytes, loss) of all that may become of an expert but dropping it, in plain loops."""
+    row = importance.layers[layer]
+    experts = row.num_experts
+    block = inventory_of(CHANNELS, len(importance.layers), experts).expert_blocks[layer]
+    measures, cuts = measures_of(block), cuts_of(layer, experts, seed, price)
+    order = cuts.order[expert]
+    square = [float(measures.weighted_square_sum[expert, channel]) for channel in order]
+    mass = [float(measures.gradient_mass[expert, channel]) for channel in order]  # type: ignore[index]
+    found = []
+    up, down = row.projections
+    for kept, bits_up, bits_down in itertools.product((32, 64, 96), WIDTHS, WIDTHS):
+        size = sum(
+            planned_bytes(FAMILY, bits, *block.shape_of(part.name, kept))
+            for part, bits in ((up, bits_up), (down, bits_down))
+        )
+        left_up = sum(a * b for a, b in zip(square[:kept], mass[:kept], strict=True)) / sum(
+            a * b for a, b in zip(square, mass, strict=True)
+        )
+        left_down = sum(square[:kept]) / sum(square) * (sum(mass[:kept]) / kept) / (sum(mass) / CHANNELS)
+        loss = left_up * up.predicted_loss_by_bits[bits_up][expert]
+        loss += left_down * down.predicted_loss_by_bits[bits_down][expert]
+        if kept < CHANNELS:
+            place = cuts.kept.tolist().index(kept)
+            loss += float(cuts.loss[expert, place]) * float(cuts.share_left[place])
+        found.append((size, loss))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_menu_holds_the_cheapest_of_every_size(seed: int) -> None:
+    importance = scored(seed=seed)
+    menus = menus_of(importance, seed)
+    units = menu_units(importance.layers[0], menus[0], (0, *WIDTHS), Budget("stored_bits", 1))
+    for expert, unit in enumerate(units):
+        wanted = every_choice(importance, 0, expert, seed, 0.3)
+        assert unit.choices[0].cost == importance.layers[0].predicted_loss_by_bits[0][expert]
+        offered = [(choice.stored_bytes, choice.cost) for choice in unit.choices[1:]]
+        for size, _ in wanted:
+            least = min(loss for other, loss in wanted if other <= size)
+            assert min(cost for other, cost in offered if other <= size) == pytest.approx(least, rel=1e-5)
+        assert all(any(choice.entry is not None for choice in unit.choices) for unit in units)
+
+
+def least_loss(importance: Importance, limit: int, seed: int, price: float) -> float:
+    """By trying all plans of one layer."""
+    layer = importance.layers[0]
+    options = [
+        [(0, layer.predicted_loss_by_bits[0][expert], True)]
+        + [(size, loss, False) for size, loss in every_choice(importance, 0, expert, seed, price)]
+        for expert in range(layer.num_experts)
+    ]
+    best = math.inf
+    for row in itertools.product(*options):
+        gone = [expert for expert, (_, _, dropped) in enumerate(row) if dropped]
+        if sum(size for size, _, _ in row) <= limit and not too_few_survivors(gone, len(row), layer.top_k):
+            best = min(best, math.fsum(loss for _, loss, _ in row))
+    return best
+
+
+def made(importance: Importance, bits: float, seed: int = 0, price: float = 0.3) -> Programme:
+    budget = Budget("stored_bits", bits)
+    return programme(
+        importance,
+        menus_of(importance, seed, price),
+        importance.candidate_bits,
+        lambda: allocate(importance, budget=budget, role_bits={}, gap=0.0),
+        EXACT,
+        budget=budget,
+        role_bits={},
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("bits", [0.9, 1.7])
+def test_the_programme_finds_what_trying_every_plan_finds(seed: int, bits: float) -> None:
+    importance = scored(seed=seed)
+    found = made(importance, bits, seed, price=0.05)
+    assert found.cuts
+    limit = math.floor(bits * importance.layers[0].weights_per_expert * 3 / 8)
+    assert found.plan.objective["value"] == pytest.approx(least_loss(importance, limit, seed, 0.05), rel=1e-5)
+
+
+def test_the_bytes_of_a_plan_are_those_that_its_shapes_take(tmp_path: Path) -> None:
+    importance = scored(layers=2, seed=1)
+    plan = dataclasses.replace(made(importance, 0.8, 1).plan, family=FAMILY, model_type="mixtral")
+    inventory = inventory_of(CHANNELS, 2, 3)
+    plan.check_against(inventory)
+    size = planned_size(plan, inventory, QuantizerSettings(quantizer="gptq"))
+    assert (
+        size.facts["predicted expert bytes"] == plan.budget["expert_bytes"] <= 0.8 * plan.budget["expert_weights"] / 8
+    )
+    plan.write(tmp_path / "plan.yaml")
+    assert Plan.read(tmp_path / "plan.yaml").expert_bits == plan.expert_bits
+    cut = [entry for row in plan.expert_bits.values() for entry in row if isinstance(entry, tuple)]
+    assert cut and all(isinstance(block, BlockBits) for entry in cut for block in entry)
+
+
+def test_the_plain_plan_stays_where_cutting_is_not_clearly_better() -> None:
+    importance = scored(layers=2, seed=2)
+    budget = Budget("stored_bits", 1.6)
+    today = allocate(importance, budget=budget, role_bits={}, gap=0.0)
+    found = made(importance, 1.6, price=50.0)
+    assert not found.cuts and found.plan == today
+    values = {entry.strategy: entry.predicted_loss for entry in found.considered}
+    everything, drops, plain = (values[name] for name in (_ALL, _DROPPED, _PLAIN))
+    assert everything is not None and drops is not None and plain is not None
+    assert everything <= drops * (1 + 1e-9) and drops <= plain * (1 + 1e-9)
+    assert [entry.strategy for entry in found.considered if entry.chosen] == [_DROPPED]
+    assert everything > (1 - CLEARLY) * today.objective["value"]
+
+
+def test_ways_that_do_not_fit_are_told_and_so_is_a_budget_below_all() -> None:
+    importance = scored(layers=2, top_k=2)
+    importance = dataclasses.replace(importance, candidate_bits=WIDTHS)
+    found = made(importance, 0.6)
+    values = {entry.strategy: entry.predicted_loss for entry in found.considered}
+    assert values[_PLAIN] is None and values[_CUT] is not None
+    assert found.cuts and _DROPPED not in values
+    with pytest.raises(BudgetError, match=r"the experts take 0\.\d+ to 3\.\d+ stored bits"):
+        made(importance, 0.05)
+
+
+def test_floors_and_other_methods_refuse_cuts() -> None:
+    importance = scored()
+    for options in ({"method": "pmq"}, {"floors": [Floor(3)]}):
+        with pytest.raises(InputError, match="none can be cut"):
+            allocate(
+                importance,
+                budget=Budget("stored_bits", 2),
+                role_bits={},
+                candidate_bits=WIDTHS,
+                menus=menus_of(importance),
+                **options,
+            )
+
+
+def test_what_shapes_tell_is_what_a_menu_has() -> None:
+    block = inventory_of(CHANNELS).expert_blocks[0]
+    assert menu_of_shapes(block, **BITS).stored_bytes == menus_of(scored(experts=4))[0].stored_bytes
+    half = menu_of_shapes(block, family="affine", widths=(1.5, 2), group_size_limit=128)
+    assert set(half.stored_bytes["down_proj"][1.5]) == {None}
+
+
+def test_measures_of_cuts_are_read_back_and_checked(tmp_path: Path) -> None:
+    cuts = cuts_of(0, 3, 0, 0.3)
+    cuts.write(tmp_path / "cuts.safetensors")
+    again = CutMeasures.read(tmp_path / "cuts.safetensors", num_experts=3, channels=CHANNELS)
+    assert all(np.array_equal(getattr(again, name), getattr(cuts, name)) for name in ("order", "kept", "loss"))
+    twice = cuts.order.copy()
+    twice[1, 0] = twice[1, 1]
+    for changes, words in (
+        ({"kept": np.array([0, 64, 32])}, r"kept: \[0, 64, 32\], not rising"),
+        ({"order": twice}, "the row of expert 1 does not name every channel once"),
+        ({"loss": -cuts.loss}, "loss: negative"),
+        ({"loss": cuts.loss[:, :2]}, "loss: float32 of shape"),
+    ):
+        dataclasses.replace(cuts, **changes).write(tmp_path / "wrong.safetensors")
+        with pytest.raises(ArtifactError, match=words):
+            CutMeasures.read(tmp_path / "wrong.safetensors", num_experts=3, channels=CHANNELS)
+    with pytest.raises(ArtifactError, match="not finite"):
+        dataclasses.replace(cuts, loss=cuts.loss * np.nan).write(tmp_path / "none.safetensors")

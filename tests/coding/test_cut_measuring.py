@@ -1,0 +1,103 @@
+"""The cost of cutting experts, against zeroing the channels' weights and running the expert, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mc_cli.allocators.channel_cuts import borders_of, cutting_order
+from mc_cli.coding.channel_measuring import measure_channels
+from mc_cli.coding.cut_measuring import _share_left, can_be_cut, measure_cuts
+from mc_cli.coding.expert_inputs import Sample, expert_activations, expert_down
+from mc_cli.models import experts
+from mc_cli.models.expert_gates import rows_by_channel
+from tests.coding.test_expert_inputs import inputs_of, opened
+from tests.conftest import TinyModel
+
+COUNTS = (40, 600, 0, 60)
+
+
+def cost(difference: Tensor, sample: Sample) -> float:
+    return float((difference.double() * sample.weights.double()[:, None]).square().sum() * sample.scale)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "nemotron_h"])
+def test_a_cut_costs_what_zeroed_channels_change(
+    tiny_model: TinyModel, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At borders of any number of channels, since tiny experts have fewer than a unit."""
+    borders = [0, 5, 11]
+    monkeypatch.setattr("mc_cli.coding.cut_measuring.borders_of", lambda channels: borders)
+    module, block = opened(tiny_model(model_type))
+    inputs, *_ = inputs_of(block, COUNTS)
+    assert can_be_cut(module, inputs)
+    order = torch.from_numpy(cutting_order(measure_channels(module, inputs, None)))
+    found = measure_cuts(module, inputs, order, tokens=50, cost=cost, refitted=False)
+    assert found.kept.tolist() == borders and (found.share_left == 1).all()
+    for expert in range(block.num_experts):
+        expected = by_zeroing(module, block, inputs.sample(expert, 50), expert, order[expert], borders)
+        np.testing.assert_allclose(found.loss[expert], expected, rtol=1e-4, atol=1e-12)
+
+
+def by_zeroing(module: Any, block: Any, sample: Sample, expert: int, order: Tensor, borders: list[int]) -> list[float]:
+    up, down = (experts.expert_weight(module, part.name, expert).double() for part in block.projections)
+    rows = rows_by_channel(module, len(up), block.channels, torch.device("cpu"))
+    assert rows is not None
+    tokens = sample.inputs.double()
+    whole = expert_down(module, expert, expert_activations(module, expert, tokens, up), down)
+    found = []
+    for border in borders:
+        less_up, less_down = up.clone(), down.clone()
+        for channel in order[border:].tolist():
+            less_up[rows[channel]] = 0
+            less_down[:, channel] = 0
+        left = expert_down(module, expert, expert_activations(module, expert, tokens, less_up), less_down)
+        found.append(cost(whole - left, sample))
+    return found
+
+
+def test_channels_that_cost_most_alone_are_cut_last(tiny_model: TinyModel) -> None:
+    module, block = opened(tiny_model("mixtral"))
+    inputs, hidden, *_ = inputs_of(block, COUNTS)
+    measures = measure_channels(module, inputs, torch.eye(hidden.shape[1]))
+    order = cutting_order(measures)
+    worth = measures.weighted_square_sum.astype(float) * measures.gradient_mass
+    for expert in range(block.num_experts):
+        assert sorted(order[expert].tolist()) == list(range(block.channels))
+        assert (np.diff(worth[expert][order[expert]]) <= 0).all()
+
+
+def test_a_refit_takes_back_what_channels_that_are_left_repeat() -> None:
+    """cut channels are sums of those kept, on both halves of the tokens: all can be made good, but for the trust."""
+    draw = torch.Generator().manual_seed(0)
+    kept = [torch.randn(4000, 6, generator=draw) for _ in range(2)]
+    mixed = torch.randn(6, 4, generator=draw)
+    halves = [rows.T @ rows for rows in (torch.cat([half, half @ mixed], 1) for half in kept)]
+    columns = torch.randn(8, 10, generator=draw)
+    felt = torch.rand(8, generator=draw)
+    # Trusted as tokens / (tokens + 4 * channels): 10^9 tokens leave nothing but the damping.
+    assert _share_left(columns, felt, halves, 6, 10**9) < 0.01
+    half_trusted = _share_left(columns, felt, halves, 6, 24)
+    assert 0.2 < half_trusted < 0.35  # half of each error is left, and so a quarter of its square
+    apart = [torch.eye(10) * 4000 for _ in range(2)]
+    assert _share_left(columns, felt, apart, 6, 10**9) == pytest.approx(1)
+    assert _share_left(columns, felt, halves, 0, 10**9) == 1
+
+
+def test_borders_are_what_can_be_coded() -> None:
+    assert borders_of(512) == [0, 128, 256, 384]
+    assert borders_of(128) == [0, 32, 64, 96]
+    assert borders_of(1408) == [0, *range(128, 1408, 128)]
+    assert borders_of(100) == [0, 32, 64, 96]
+    assert borders_of(32) == [0]
+    assert len(borders_of(16384)) <= 17 and set(borders_of(16384)) <= set(range(0, 16384, 128))
+
+
+def test_experts_with_biases_cannot_be_cut(tiny_model: TinyModel) -> None:
+    module, block = opened(tiny_model("gpt_oss"))
+    inputs, *_ = inputs_of(block, COUNTS)
+    assert not can_be_cut(module, inputs)
