@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, TextStreamer
+from transformers import TextStreamer
 from transformers.utils import logging as transformers_logging
 
 import mc_cli  # noqa: F401  teaches transformers to load packed directories
@@ -19,6 +19,7 @@ from mc_cli.data.text import load_tokenizer
 from mc_cli.errors import CheckpointError, InputError, McError, about, first_line, shown
 from mc_cli.measuring.requests import check_generation, check_positions
 from mc_cli.models.memory import large_blocks_mapped
+from mc_cli.models.model_class import model_class
 from mc_cli.models.model_folder import read_config
 from mc_cli.models.model_name import check_model_folder
 from mc_cli.models.session import device_named, dtype_named
@@ -126,7 +127,7 @@ def load_model(folder: Path, compute: RunSettings) -> Any:
         transformers_logging.disable_progress_bar()
     try:
         with about(folder / "config.json"):  # where it says what is to be built of the files, and how
-            network: Any = AutoModelForCausalLM.from_pretrained(
+            network: Any = model_class(config).auto.from_pretrained(
                 folder, dtype=dtype, trust_remote_code=compute.trust_remote_code, use_safetensors=True
             )
     except McError:

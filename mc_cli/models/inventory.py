@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from mc_cli.errors import CheckpointError, FamilyError
 from mc_cli.families import CONTRACT_TESTED, FamilyFacts, facts_for
 from mc_cli.models import experts
+from mc_cli.models.model_class import has_towers
 from mc_cli.models.model_folder import config_file
 from mc_cli.parts import ExpertBlock, ModelInventory, Role, TensorPart
 
@@ -20,11 +22,23 @@ _ROUTER_NAMES = ("gate", "router")
 _MLP_PARTS = {"mlp", "feed_forward", "block_sparse_moe", "ffn", "shared_mlp"}
 
 
+def find_decoder(model: Any) -> nn.Module:
+    """The text decoder of a model, of one with towers beside it too; the model itself where it names none."""
+    found = model
+    while isinstance(found, PreTrainedModel):
+        inner = found.get_decoder()
+        if not isinstance(inner, nn.Module) or inner is found:
+            break
+        found = inner
+    return found
+
+
 def find_decoder_layers(model: nn.Module) -> str:
     """Path of the decoder's ModuleList. Raises FamilyError where there is none."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and path.split(".")[-1] in ("layers", "blocks", "h"):
-            return path
+    for root in dict.fromkeys((find_decoder(model), model)):
+        for path, module in root.named_modules():
+            if isinstance(module, nn.ModuleList) and path.split(".")[-1] in ("layers", "blocks", "h"):
+                return ".".join(filter(None, (path_of(model, root), path)))
     raise FamilyError(
         f"{type(model).__name__} has no list of decoder layers; mc-cli compresses decoder-only MoE models."
     )
@@ -179,6 +193,7 @@ def _tensor_parts(
     head_path = _head_path(model)
     by_layer = {block.layer: block for block in blocks}
     tied = tied_tensors(model)
+    beside = _RolesBeside(model)
     parts = []
     for name, tensor in model.state_dict().items():
         if name in tied:
@@ -186,7 +201,8 @@ def _tensor_parts(
         layer = _layer_index(name, layers_path)
         module_path, _, leaf = name.rpartition(".")
         is_linear = module_path in linears and leaf == "weight"
-        role = _role(name, layer, by_layer.get(layer) if layer is not None else None, facts, is_linear, head_path)
+        block = by_layer.get(layer) if layer is not None else None
+        role = beside.role_of(name) or _role(name, layer, block, facts, is_linear, head_path)
         dtype = stored_dtypes.get(name, tensor.dtype)
         shape = tuple(tensor.shape)
         size = math.prod(shape) * dtype.itemsize
@@ -194,6 +210,29 @@ def _tensor_parts(
         packable = is_linear or is_router or name == f"{embedding}.weight"
         parts.append(TensorPart(name, role, layer, shape, str(dtype).removeprefix("torch."), size, packable))
     return tuple(parts)
+
+
+class _RolesBeside:
+    """Roles of the tensors that lie outside of the text decoder of a model with towers for images or sound."""
+
+    def __init__(self, model: Any) -> None:
+        self._towers: dict[str, Role] = {}
+        self._inside: tuple[str, ...] = ()
+        if not has_towers(model.config):
+            return
+        decoder = path_of(model, find_decoder(model))
+        self._inside = (f"{decoder}.", f"{_head_path(model)}.")
+        for name, role in (("vision_config", Role.VISION), ("audio_config", Role.AUDIO)):
+            kind = type(getattr(model.config, name, None))
+            for path, module in model.named_modules():
+                if path and isinstance(module, PreTrainedModel) and type(module.config) is kind:
+                    self._towers[f"{path}."] = role
+
+    def role_of(self, name: str) -> Role | None:
+        """The role of a tensor outside of decoder and head; None for theirs, and for all of a text model's."""
+        if not self._inside or name.startswith(self._inside):
+            return None
+        return next((role for path, role in self._towers.items() if name.startswith(path)), Role.PROJECTOR)
 
 
 def _layer_index(name: str, layers_path: str) -> int | None:

@@ -23,7 +23,7 @@ from mc_cli.errors import ArtifactError, McError, listed
 from mc_cli.models import experts
 from mc_cli.models.checkpoint import REST, part_of
 from mc_cli.models.expert_gates import can_be_divided
-from mc_cli.models.inventory import find_decoder_layers, path_of, take_inventory, tied_tensors, top_k_of
+from mc_cli.models.inventory import find_decoder, find_decoder_layers, path_of, take_inventory, tied_tensors, top_k_of
 from mc_cli.models.model_folder import read_config
 from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.router_masks import drop_experts
@@ -103,7 +103,9 @@ def layout_for(model: Any, layout: PackedLayout) -> PackedLayout:
 
 def _check_experts(model: Any, layout: PackedLayout) -> None:
     blocks = {block.path: block for block in layout.experts}
-    modules = dict(experts.find_experts(model))
+    inside = find_decoder(model)
+    reached = {id(module) for module in inside.modules()}  # a tower's own experts are kept, and in no layout
+    modules = {path: module for path, module in experts.find_experts(model) if id(module) in reached}
     problems = [f"{path}: the model has experts, the layout none" for path in modules.keys() - blocks.keys()]
     for path, block in blocks.items():
         if path not in modules:
