@@ -154,8 +154,7 @@ def packed_config(job: ExportJob) -> dict[str, Any]:
         "quantization_config": layout.exported_json(),
         "transformers_weights": NOTICE,
         # Code of the model's own stays the way in to it.
-        "auto_map": config.get("auto_map")
-        or {job.auto_class: f"{LOADER}.Packed{job.auto_class.removeprefix('Auto')}"},
+        "auto_map": config.get("auto_map") or {job.auto_class: f"{LOADER}.Packed{job.auto_class.removeprefix('Auto')}"},
     }
 
 
