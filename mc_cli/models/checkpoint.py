@@ -35,7 +35,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from mc_cli.errors import CheckpointError, listed
-from mc_cli.families import facts_for
+from mc_cli.families import facts_of
 from mc_cli.models.finite import damaged_weights, is_finite
 from mc_cli.models.inventory import find_decoder_layers, tied_tensors
 from mc_cli.models.model_class import model_class
@@ -235,7 +235,7 @@ class Checkpoint:
 
     def _check_complete(self, targets: dict[str, _Target], known: dict[str, torch.Tensor]) -> None:
         reached = {name for target in targets.values() for name in target.names}
-        facts = facts_for(self.model.config.model_type)
+        facts = facts_of(self.model.config)
         missing = []
         for name in sorted(known.keys() - reached, key=dot_natural_key):
             if facts.is_derived(name):

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mc_cli.errors import CheckpointError, FamilyError
-from mc_cli.families import CONTRACT_TESTED, FamilyFacts, facts_for
+from mc_cli.families import CONTRACT_TESTED, FamilyFacts, facts_of
 from mc_cli.models import experts
 from mc_cli.models.model_class import has_towers
 from mc_cli.models.model_folder import config_file
@@ -53,8 +53,11 @@ def take_inventory(model: nn.Module, *, stored_dtypes: Mapping[str, torch.dtype]
     layers_path = find_decoder_layers(model)
     layers: Any = model.get_submodule(layers_path)
     config: Any = model.config
+    facts = facts_of(config)
     blocks = tuple(
-        _expert_block(layers_path, index, layer, config) for index, layer in enumerate(layers) if _has_experts(layer)
+        _expert_block(layers_path, index, layer, config)
+        for index, layer in enumerate(layers)
+        if _experts_of(layer, facts)
     )
     if not blocks:
         raise _no_experts(model, config.model_type)
@@ -83,12 +86,13 @@ def _no_experts(model: nn.Module, model_type: str) -> FamilyError:
     )
 
 
-def _has_experts(layer: nn.Module) -> bool:
-    return next(experts.find_experts(layer), None) is not None
+def _experts_of(layer: nn.Module, facts: FamilyFacts) -> list[tuple[str, experts.Experts]]:
+    """(path below the layer, module) of the experts that are compressed."""
+    return [(path, module) for path, module in experts.find_experts(layer) if not facts.is_apart(f".{path}")]
 
 
 def _expert_block(layers_path: str, index: int, layer: nn.Module, config: Any) -> ExpertBlock:
-    found = list(experts.find_experts(layer))
+    found = _experts_of(layer, facts_of(config))
     if len(found) > 1:
         paths = ", ".join(path for path, _ in found)
         raise FamilyError(f"{layers_path}.{index} has {len(found)} experts modules ({paths}); mc-cli handles one.")
@@ -187,7 +191,7 @@ def _tensor_parts(
     model: nn.Module, layers_path: str, blocks: tuple[ExpertBlock, ...], stored_dtypes: Mapping[str, torch.dtype]
 ) -> tuple[TensorPart, ...]:
     config: Any = model.config
-    facts = facts_for(config.model_type)
+    facts = facts_of(config)
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     embedding = _plain_embedding_path(model)
     head_path = _head_path(model)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mc_cli.errors import CheckpointError, first_line, listed
+from mc_cli.models.adopted_experts import adopt_experts
 from mc_cli.models.model_class import model_class
 from mc_cli.models.model_folder import config_file
 
@@ -31,6 +32,7 @@ def build_skeleton(config: PretrainedConfig, *, dtype: torch.dtype) -> PreTraine
                 f"{config_file(config)} (model_type {config.model_type!r}) describes a model that cannot be built: "
                 f"{first_line(error)}"
             ) from error
+    adopt_experts(model)
     model.eval().requires_grad_(False)
     model.config.use_cache = False
     return model

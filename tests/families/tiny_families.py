@@ -1,7 +1,7 @@
 """Tiny random checkpoints of every family with experts: a family's default config, its sizes shrunk by their names.
 
-The families of tests/tiny_models.py have configs written out by hand; these are many, and each needs only what a rule by
-name does not give. Sizes that no rule knows show as a checkpoint that is too large to build.
+The families of tests/tiny_models.py have configs written out by hand; these are many, and each needs only what a rule
+by name does not give. Sizes that no rule knows show as a checkpoint that is too large to build.
 """
 
 from __future__ import annotations
@@ -154,6 +154,7 @@ _GEMMA = {
     "hidden_size_per_layer_input": 8,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+_HYBRID = ["linear_attention", "full_attention"]
 _DSA = {"num_key_value_heads": 4, "num_hidden_layers": 3}
 
 
@@ -167,6 +168,7 @@ _SAM = {"sam_config": {}, "encoder_config": {}}
 # What a family needs beyond the rules: entry -> value, or the entries of a part of it. `name@text` is an outer
 # image-text class over a text family of its own.
 CHANGES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_types": _HYBRID},
     "beam": {"mlp_layer_types": ["dense", "sparse"]},
     "deepseek_v4": {"head_dim": 16, "num_key_value_heads": 1, "o_groups": 2, "num_hidden_layers": 3},
     "flint": {"mlp_only_layers": [0]},
@@ -174,7 +176,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": _DSA,
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_state": 8, "layer_types": ["mamba", "full_attention"]},
     "hy_v4": {"num_hidden_layers": 3},
-    "kimi_linear": {"num_key_value_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {
         "num_layers": 2,
@@ -184,6 +185,9 @@ CHANGES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "moe_topk": 3,
     },
+    "kimi_linear": {"num_key_value_heads": 4, "layer_types": _HYBRID},
+    "qwen3_5_moe_text": {"layer_types": _HYBRID},
+    "qwen4_exp_text": {"layer_types": _HYBRID},
     "zaya": {"num_experts_per_tok": 1, "num_hidden_layers": 3},
     "dots3_note_text": {"num_key_value_heads": 4, "head_dim": 16},
     "jetmoe": {"kv_channels": 8},
@@ -232,6 +236,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "audio_config": None,
     },
     "step3p7": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "share_expert_dim": 24}},
+    "qwen3_5_moe": {"text_config": {"layer_types": _HYBRID}},
+    "qwen4_exp": {"text_config": {"layer_types": _HYBRID}},
     "internvl@qwen3_moe": {
         "text_config": {"model_type": "qwen3_moe"},
         "vision_config": {"model_type": "internvl_vision"},
@@ -244,6 +250,19 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mistral3@mistral4": {"text_config": {"model_type": "mistral4"}, "vision_config": {"model_type": "pixtral"}},
     "llava@mixtral": {"text_config": _MIXTRAL, "vision_config": _CLIP},
 }
+
+_TEXTS = """afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4
+doge dots1 dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint gemma4_text glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss
+granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling2_text inkling_text
+jamba
+jetmoe kimi_linear kolibri1 laguna lfm2_moe llama4_text longcat_flash mellum mimo_v2_flash minimax minimax_m2
+minimax_m3_vl_text mistral4 mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next
+qwen4_exp_text solar_open zaya"""
+_SEEING = """aria deepseek_ocr2 dots3_note ernie4_5_vl_moe gemma4 glm4v_moe glm5_next inkling2 inkling_mm_model
+internvl@gpt_oss internvl@qwen3_moe kimi_k25 lfm2_vl@lfm2_moe llama4 llava@mixtral minimax_m3_vl mistral3@mistral4
+mistral_large4 muse_spark nemotron_h_omni qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl_moe qwen4_exp step3p7
+unlimited_ocr"""
+TEXT, IMAGE_TEXT = _TEXTS.split(), _SEEING.split()
 
 
 def tiny_config(family: str, **changes: Any) -> Any:

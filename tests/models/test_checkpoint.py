@@ -11,7 +11,6 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.mixtral.modeling_mixtral import MixtralPreTrainedModel
 
 from mc_cli.data.batches import Batch
-from mc_cli.errors import FamilyError
 from mc_cli.models.checkpoint import REST, Checkpoint, read_config
 from mc_cli.models.experts import IMPLEMENTATION
 from mc_cli.models.inventory import take_inventory
