@@ -89,6 +89,7 @@ class FamilyFacts:
     derived  patterns of persistent buffers that the config determines, so that a checkpoint may lack them
     apart    patterns of experts modules that stay as they are, where a layer has others that are compressed
     adopts   classes that do not use transformers' experts interface, and how they are brought to it
+    refused  why the family is not compressed, to follow its name; empty for all others
     """
 
     model_type: str
@@ -96,6 +97,7 @@ class FamilyFacts:
     derived: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
     adopts: tuple[Adopted, ...] = ()
+    refused: str = ""
 
     def role_of(self, name: str) -> Role | None:
         """The role that this family gives to the tensor `name`, None where the general rules hold."""

@@ -73,6 +73,7 @@ def take_inventory(model: nn.Module, *, stored_dtypes: Mapping[str, torch.dtype]
 
 
 def _no_experts(model: nn.Module, model_type: str) -> FamilyError:
+    refused = facts_of(model.config).refused
     is_mixture = any(re.search("moe|expert", type(module).__name__, re.IGNORECASE) for module in model.modules())
     reason = (
         "is a Mixture of Experts whose experts do not use transformers' experts interface (fused expert parameters "
@@ -81,7 +82,7 @@ def _no_experts(model: nn.Module, model_type: str) -> FamilyError:
         else "is not a Mixture of Experts: it has no routed experts, and mc-cli has nothing to allocate bits among"
     )
     return FamilyError(
-        f"model_type {model_type!r} ({type(model).__name__}) {reason}. "
+        f"model_type {model_type!r} ({type(model).__name__}) {refused or reason}. "
         f"Contract-tested families: {', '.join(CONTRACT_TESTED)}."
     )
 

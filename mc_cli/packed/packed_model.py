@@ -60,6 +60,9 @@ def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict
     packed: dict[str, str] = {}
     for block in layout.experts:
         parts = pack_experts(model.get_submodule(block.path), block, dtype=kept_dtype)
+        around = model.get_submodule(block.path.rpartition(".")[0])
+        if not around._buffers:  # some families initialise the experts' weights with the block around them
+            around._is_hf_initialized = True
         packed |= {f"{block.path}.{name}": part for name, part in parts.items()}
     for path, key in layout.linears.items():
         encoding = encoding_of(key)

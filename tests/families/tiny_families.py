@@ -251,13 +251,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "llava@mixtral": {"text_config": _MIXTRAL, "vision_config": _CLIP},
 }
 
-_TEXTS = """afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4
-doge dots1 dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint gemma4_text glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss
-granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling2_text inkling_text
-jamba
-jetmoe kimi_linear kolibri1 laguna lfm2_moe llama4_text longcat_flash mellum mimo_v2_flash minimax minimax_m2
-minimax_m3_vl_text mistral4 mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next
-qwen4_exp_text solar_open zaya"""
+_TEXTS = """afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32
+deepseek_v4 doge dots1 dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint gemma4_text glm4_moe glm4_moe_lite
+glm_moe_dsa gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4
+inkling2_text inkling_text jamba jetmoe kimi_linear kolibri1 laguna lfm2_moe llama4_text longcat_flash mellum
+mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text mistral4 mixtral nemotron_h olmoe phimoe qwen2_moe
+qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp_text solar_open zaya"""
 _SEEING = """aria deepseek_ocr2 dots3_note ernie4_5_vl_moe gemma4 glm4v_moe glm5_next inkling2 inkling_mm_model
 internvl@gpt_oss internvl@qwen3_moe kimi_k25 lfm2_vl@lfm2_moe llama4 llava@mixtral minimax_m3_vl mistral3@mistral4
 mistral_large4 muse_spark nemotron_h_omni qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl_moe qwen4_exp step3p7
