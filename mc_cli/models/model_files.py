@@ -148,7 +148,8 @@ def _of_the_class(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_json(kind: Any, config: Mapping[str, Any]) -> Any:
-    return kind.from_dict(json.loads(json.dumps(config)))  # some config classes change what they are given
+    copied = json.loads(json.dumps(config))  # some config classes change what they are given
+    return kind.from_dict(kind._decode_special_floats(copied))  # infinity, as transformers writes it
 
 
 def _without_prediction(config: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from mc_cli.models.weight_digests import WeightDigests
 from mc_cli.packed.packable import require_packable
 from mc_cli.parts import ExpertBlock, ModelInventory
 from mc_cli.progress import Progress, StageResult
-from mc_cli.reports.calibration import calibration_summary
+from mc_cli.reports.calibration import calibration_summary, not_covered
 from mc_cli.settings import CalibrateSettings, RunSettings
 from mc_cli.stage import Plans, Run, Runs, Stage
 from mc_cli.walking.layerwise import LayerWalk
@@ -185,6 +185,9 @@ def _write_inventory(
             "contract test here; compare the exported model with the original before relying on it.",
             progress,
         )
+    beside_text = not_covered(inventory)
+    if beside_text is not None:
+        folder.warn(beside_text, progress)
     if checkpoint.not_read:
         shown = ", ".join(checkpoint.not_read[:5]) + (" ..." if len(checkpoint.not_read) > 5 else "")
         folder.warn(

@@ -203,7 +203,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "vision_config": {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
     },
     "qwen3_omni_moe_thinker": {},
-    "kimi_k25": {"text_config": {"model_type": "deepseek_v3"}},
+    "kimi_k25": {"text_config": {"model_type": "deepseek_v3", "num_key_value_heads": 4}},
+    "glm4v_moe": {"text_config": {"rope_parameters": _mrope(1, 1, 2) | {"partial_rotary_factor": 1.0}}},
     "aria": {
         "text_config": {},
         "vision_config": {"model_type": "idefics3_vision"},
@@ -247,7 +248,10 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "lfm2_moe", "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
         "vision_config": {"model_type": "siglip2_vision_model"},
     },
-    "mistral3@mistral4": {"text_config": {"model_type": "mistral4"}, "vision_config": {"model_type": "pixtral"}},
+    "mistral3@mistral4": {
+        "text_config": {"model_type": "mistral4", "num_key_value_heads": 4},
+        "vision_config": {"model_type": "pixtral"},
+    },
     "llava@mixtral": {"text_config": _MIXTRAL, "vision_config": _CLIP},
 }
 
@@ -292,6 +296,8 @@ def _shrunk(kind: Any, given: dict[str, Any], rules: dict[str, Any]) -> dict[str
 
     known = _entries(kind)
     entries = {name: value for name, value in {**rules, **_TOKENS}.items() if name in known}
+    if "kv_lora_rank" in known:  # latent attention has as many key heads as query heads
+        entries["num_key_value_heads"] = entries["num_attention_heads"]
     parts = dict(getattr(kind, "sub_configs", None) or {})
     for name, part in parts.items():
         changes = given.get(name, {})
