@@ -77,4 +77,14 @@ def initialise(model: Any, module: nn.Module, names: list[str]) -> None:
         assert buffer is not None
         module._buffers[name] = torch.empty_like(buffer, device="cpu")
     with torch.no_grad():
-        model._init_weights(module)
+        _owner_of(model, module)._init_weights(module)
+
+
+def _owner_of(model: Any, module: nn.Module) -> Any:
+    """The innermost model that a module is part of: a tower and a text decoder initialise what is their own."""
+    owner, inside = model, model
+    while inside is not module:
+        inside = next(child for child in inside.children() if any(each is module for each in child.modules()))
+        if isinstance(inside, PreTrainedModel):
+            owner = inside
+    return owner

@@ -37,8 +37,8 @@ def not_covered(inventory: ModelInventory) -> str | None:
         return None
     kept = ", ".join(f"{role.value} {size:,} bytes" for role, size in beside.items())
     return (
-        f"model_type {inventory.model_type!r} reads more than text. What is for images and sound alone is kept as it is "
-        f"({kept}). Experts are measured with text alone: what they do for the tokens of images is not covered, so "
+        f"model_type {inventory.model_type!r} reads more than text. What is for images and sound alone is kept as it "
+        f"is ({kept}). Experts are measured with text alone: what they do for the tokens of images is not covered, so "
         "compare answers about images before relying on them."
     )
 
