@@ -131,3 +131,11 @@ def facts_of(config: Any) -> FamilyFacts:
     """The facts of a model with this config: its own type's, else those of the text model in it."""
     types = (config.model_type, config.get_text_config().model_type)
     return facts_for(next((each for each in types if each in _REGISTRY.modules), config.model_type))
+
+
+def is_contract_tested(config: Any) -> bool:
+    """Whether the family of a model with this config works in a contract test, of the 15 large ones or of the table."""
+    outer, text = config.model_type, config.get_text_config().model_type
+    if outer in CONTRACT_TESTED:
+        return True
+    return any(each.works and each.family in (outer, f"{outer}@{text}") for each in read_outcomes()[1])

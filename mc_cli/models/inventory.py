@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mc_cli.errors import CheckpointError, FamilyError
-from mc_cli.families import CONTRACT_TESTED, FamilyFacts, facts_of
+from mc_cli.families import CONTRACT_TESTED, FamilyFacts, facts_of, is_contract_tested
 from mc_cli.models import experts
 from mc_cli.models.model_class import has_towers
 from mc_cli.models.model_folder import config_file
@@ -68,7 +68,7 @@ def take_inventory(model: nn.Module, *, stored_dtypes: Mapping[str, torch.dtype]
         expert_blocks=blocks,
         tensors=tensors,
         tied_head=f"{_head_path(model)}.weight" in tied_tensors(model),
-        contract_tested=config.model_type in CONTRACT_TESTED,
+        contract_tested=is_contract_tested(config),
     )
 
 
