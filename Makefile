@@ -18,6 +18,7 @@ help:
 	@echo "make demo     compress the bundled model end to end, print the table, generate a few words"
 	@echo "make test     run the tests"
 	@echo "make test-quick   those of artifacts, plans, layouts, policies, data and rooms: for a change on the way"
+	@echo "make test-families   every model family with experts on a tiny checkpoint through all stages"
 	@echo "make check    ruff and mypy"
 	@echo "make smoke    every command in turn on the bundled model, with little text"
 	@echo "make sanitize 20,000 mutated packed models through loaders and C under AddressSanitizer"
@@ -63,6 +64,12 @@ test: install-dev
 test-quick: install-dev
 	$(BIN)/python -m pytest tests/test_layering.py tests/test_facts.py tests/artifacts tests/policies tests/families \
 		tests/data tests/exporters tests/allocators/test_blocks.py tests/allocators/test_golden.py
+
+# Every family with experts in transformers on a tiny checkpoint through all stages, an hour or so on one core; what has
+# changed since mc_cli/families/table.json was written is told, and WRITE=--write writes it anew.
+.PHONY: test-families
+test-families: install-dev
+	$(BIN)/python -m tests.families.contract $(WRITE) $(FAMILIES)
 
 check: install-dev
 	$(BIN)/ruff check .

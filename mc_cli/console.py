@@ -348,6 +348,25 @@ def print_verified(found: Sequence[Verified]) -> None:
             console.print(Text(f"{entry.what}: {entry.detail}"), soft_wrap=True)
 
 
+def print_families(found: Mapping[str, Any]) -> None:
+    """One row per model family; a reason where it is refused."""
+    rows = found["families"]
+    working = sum(row["works"] for row in rows)
+    console = stdout_console()
+    console.print(
+        f"transformers {found['transformers']}: {working} of {len(rows)} families with experts work, each on a tiny "
+        "random checkpoint through all stages; errors are relative differences of logits, median token"
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("family", "inputs", "packed", "dense", ""):
+        table.add_column(name, justify="right" if name in ("packed", "dense") else "left", overflow="fold")
+    for row in rows:
+        errors = ("-" if row[name] is None else f"{row[name]:.2g}" for name in ("packed_error", "dense_error"))
+        outcome = Text("works", style="green") if row["works"] else Text(f"refused: {row['reason']}", style="yellow")
+        table.add_row(row["family"], row["inputs"], *errors, outcome)
+    console.print(table)
+
+
 def print_chain(results: Sequence[StageResult]) -> None:
     """A whole run's outcome: facts and tables of the stages that measure and write it. `--json` has the others'."""
     console = stdout_console()

@@ -21,6 +21,9 @@ class Role(enum.StrEnum):
     ROUTER = "router"
     HEAD = "head"
     EMBEDDING = "embedding"
+    VISION = "vision"  # towers that read images or video: always kept
+    AUDIO = "audio"  # towers that read sound: always kept
+    PROJECTOR = "projector"  # what takes a tower's features to the decoder's hidden states: always kept
     OTHER = "other"  # norms, convolutions, scalars: always kept
 
 

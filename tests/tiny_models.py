@@ -216,8 +216,12 @@ def build_tiny(
 
     config = tiny_config(model_type, **config_changes)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    _randomise(model)
+    return save_tiny(AutoModelForCausalLM.from_config(config, dtype=dtype), folder)
+
+
+def save_tiny(model: Any, folder: Path) -> Path:
+    """Gives a model random weights and writes it and a tokenizer into `folder`, which is returned."""
+    _randomise(model.eval())
     for pattern in model._keep_in_fp32_modules_strict or ():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if pattern in name:

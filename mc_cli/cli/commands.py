@@ -13,7 +13,7 @@ from mc_cli import __version__
 from mc_cli.cli.estimating import estimate, estimate_parameters
 from mc_cli.cli.finished import bench, bench_parameters, generate, generate_parameters
 from mc_cli.cli.options import run_parameters, stage_parameters
-from mc_cli.cli.running import run_all, run_stage, status, verify
+from mc_cli.cli.running import families, run_all, run_stage, status, verify
 from mc_cli.failures import INTERRUPTED, interrupted_message
 from mc_cli.flags import STAGES
 from mc_cli.help import GroupedCommand, GroupedCommands
@@ -78,6 +78,7 @@ _add_command("run", run_all, run_parameters(), _RUN_HELP)
 _add_command("estimate", estimate, estimate_parameters(), _ESTIMATE_HELP)
 app.command("status", cls=GroupedCommand, rich_help_panel=_REST)(status)
 app.command("verify", cls=GroupedCommand, rich_help_panel=_REST)(verify)
+app.command("families", cls=GroupedCommand, rich_help_panel=_REST)(families)
 _add_command("generate", generate, generate_parameters(), "Continue a text with an exported model.")
 _add_command("bench", bench, bench_parameters(), "Measure a model's speed and memory on this machine's processor.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -44,6 +45,7 @@ def generate(given: Mapping[str, Any]) -> None:
                 temperature=given["temperature"],
                 seed=given["seed"],
                 show=show,
+                images=given["image"] or (),
             )
         peak = peak_memory_bytes()
         if given["json"]:
@@ -59,6 +61,7 @@ def generate_parameters() -> list[inspect.Parameter]:
     model = typer.Argument(help="Exported directory, or any model folder.", metavar="DIR", show_default=False)
     option = partial(made_option, panel=_GENERATION)
     tokens = option("--max-new-tokens", help="Tokens to add at most. [default: 64]", metavar="COUNT", min=1)
+    image = option("--image", help="Image that the model sees before the text; again for more.", metavar="FILE")
     temperature = option(
         "--temperature",
         help="0 takes the most likely token; above, tokens are drawn. [default: 0]",
@@ -68,6 +71,7 @@ def generate_parameters() -> list[inspect.Parameter]:
     return [
         parameter("model", str, model),
         parameter("prompt", str, option("--prompt", help="Text to continue.", metavar="TEXT")),
+        parameter("image", list[Path] | None, image, None),
         parameter("max_new_tokens", int, tokens, 64),
         parameter("temperature", float, temperature, 0.0),
         activation_bits(_GENERATION),

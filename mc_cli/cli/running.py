@@ -185,3 +185,13 @@ def verify(
             console.print_verified(found)
     if any(entry.state in (DAMAGED, MISSING) for entry in found):
         raise typer.Exit(1)
+
+
+def families(*, json: Annotated[bool, JSON] = False, debug: Annotated[bool, DEBUG] = False) -> None:
+    """List the model families with experts: which work, which are refused, and why."""
+    with telling_errors(debug=debug):
+        from mc_cli import console
+        from mc_cli.reports.families import families_table
+
+        found = families_table()
+        console.print_json(found) if json else console.print_families(found)

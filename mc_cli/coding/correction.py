@@ -114,7 +114,8 @@ def reach_of(walk: LayerWalk, module: Any) -> float | None:
     """The factor by which the resident layer's output moves with its experts' weighted sum; None where it is not one.
 
     The layer itself is asked: families put multipliers, gates or norms behind their experts, and errors cannot be
-    taken back to the down projections through a norm.
+    taken back to the down projections through a norm. Hyper-connections spread the sum over several streams, each by a
+    factor of its own.
     """
     if module.has_post_expert_norm:
         return None
@@ -133,6 +134,8 @@ def reach_of(walk: LayerWalk, module: Any) -> float | None:
     finally:
         handle.remove()
     direction = torch.randn(output.shape, generator=generator).to(output)
+    if output.numel() != leaves[0].numel():
+        return None
     (moved,) = torch.autograd.grad((output * direction).sum(), leaves[0])
     moved, direction = moved.reshape(-1).double(), direction.reshape(-1).double()
     scale = float(moved @ direction / direction.square().sum())

@@ -46,6 +46,20 @@ class ExportJob:
     original_config: Callable[[], Mapping[str, Any]]  # config.json that goes with the dequantized tensors
     advance: Callable[[str], None]  # one more part is written
     pruning: tuple[Pruning, Mapping[str, torch.Tensor]] | None = None  # the policy to carry, and what it learned
+    auto_class: str = "AutoModelForCausalLM"  # the class of transformers that loads the whole model
+
+    @property
+    def text_class(self) -> str:
+        """The class of transformers that turns a user's text, and images where the model takes them, into inputs."""
+        return "AutoTokenizer" if self.auto_class == "AutoModelForCausalLM" else "AutoProcessor"
+
+    def in_words_of_the_class(self, text: str) -> str:
+        """A piece of Python or Markdown about AutoModelForCausalLM, about this model's own auto class."""
+        if self.text_class == "AutoTokenizer":
+            return text
+        text = text.replace("AutoModelForCausalLM, AutoTokenizer", f"{self.auto_class}, AutoProcessor")
+        text = text.replace("tokenizer = AutoTokenizer", "processor = AutoProcessor")
+        return text.replace("ModelForCausalLM", self.auto_class.removeprefix("Auto"))
 
     @property
     def config_folder(self) -> Path:

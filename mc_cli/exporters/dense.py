@@ -46,7 +46,9 @@ def export(job: ExportJob) -> None:
         job.advance("outside the layers" if part < 0 else f"layer {part}")
     writer.finish()
     title = f"{job.card.base_model or job.card.model_type}, quantized by mc-cli and written out dense"
-    card = model_card(job.card, title=title, opening=_OPENING, loading=_LOADING, size_note=_SIZE_NOTE)
+    card = model_card(
+        job.card, title=title, opening=_OPENING, loading=job.in_words_of_the_class(_LOADING), size_note=_SIZE_NOTE
+    )
     write_text(job.target / "README.md", card)
 
 

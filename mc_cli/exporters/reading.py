@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from mc_cli.data.batches import Batch
@@ -16,6 +15,7 @@ from mc_cli.measuring.logit_source import LogitSource, Reading, Walked
 from mc_cli.models.checkpoint import REST, Checkpoint, part_tensors
 from mc_cli.models.inventory import find_decoder_layers
 from mc_cli.models.memory import available_bytes
+from mc_cli.models.model_class import model_class
 from mc_cli.models.model_folder import read_config
 from mc_cli.packed.packed_model import LEARNED, PackedSource
 
@@ -52,7 +52,7 @@ class _Whole:
         options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         transformers_logging.disable_progress_bar()
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=reading.dtype, **options)
+            loaded: Any = model_class(config).auto.from_pretrained(directory, dtype=reading.dtype, **options)
         except McError:
             raise
         except Exception as error:  # transformers may raise anything at a directory that it cannot load

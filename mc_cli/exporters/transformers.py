@@ -23,7 +23,7 @@ from mc_cli.measuring.logit_source import LogitSource, Reading
 
 NAME = "transformers"
 CARRIES_POLICY = True
-DESCRIPTION = f"packed weights for AutoModelForCausalLM.from_pretrained, with {DISTRIBUTION} installed"
+DESCRIPTION = f"packed weights for from_pretrained of the model's auto class, with {DISTRIBUTION} installed"
 
 # Where config.json would name the file of the weights: without the plug-in, which clears it, every loader stops there
 # instead of filling experts that it does not find with random numbers.
@@ -120,16 +120,21 @@ def export(job: ExportJob) -> None:
     writer.finish()
     own_code = "auto_map" in read_json(job.config_folder / "config.json")
     if not own_code:
-        write_text(job.target / f"{LOADER}.py", LOADER_SOURCE)
+        write_text(job.target / f"{LOADER}.py", job.in_words_of_the_class(LOADER_SOURCE))
     title = f"{job.card.base_model or job.card.model_type}, packed by mc-cli"
-    how = _LOADING_OWN_CODE if own_code else _LOADING
-    loading = how if job.pruning is None else f"{how}\n\n{_PRUNING.format(**_policy_words(job.pruning[0]))}"
+    how = job.in_words_of_the_class(_LOADING_OWN_CODE if own_code else _LOADING)
+    loading = how if job.pruning is None else f"{how}\n\n{_pruning_words(job)}"
     write_text(job.target / "README.md", model_card(job.card, title=title, opening=_OPENING, loading=loading))
 
 
 def open(directory: Path, reading: Reading) -> LogitSource:
     """The directory as `from_pretrained` loads it through the plug-in, or layer by layer where memory is short."""
     return open_with_transformers(directory, reading)
+
+
+def _pruning_words(job: ExportJob) -> str:
+    assert job.pruning is not None
+    return job.in_words_of_the_class(_PRUNING).format(**_policy_words(job.pruning[0]))
 
 
 def _policy_words(pruning: Pruning) -> dict[str, str]:
@@ -149,7 +154,7 @@ def packed_config(job: ExportJob) -> dict[str, Any]:
         "quantization_config": layout.exported_json(),
         "transformers_weights": NOTICE,
         # Code of the model's own stays the way in to it.
-        "auto_map": config.get("auto_map") or {"AutoModelForCausalLM": f"{LOADER}.PackedModelForCausalLM"},
+        "auto_map": config.get("auto_map") or {job.auto_class: f"{LOADER}.Packed{job.auto_class.removeprefix('Auto')}"},
     }
 
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, TextStreamer
+from transformers import TextStreamer
 from transformers.utils import logging as transformers_logging
 
 import mc_cli  # noqa: F401  teaches transformers to load packed directories
 from mc_cli.data.text import load_tokenizer
 from mc_cli.errors import CheckpointError, InputError, McError, about, first_line, shown
 from mc_cli.measuring.requests import check_generation, check_positions
+from mc_cli.measuring.seeing import seen_inputs
 from mc_cli.models.memory import large_blocks_mapped
+from mc_cli.models.model_class import model_class
 from mc_cli.models.model_folder import read_config
 from mc_cli.models.model_name import check_model_folder
 from mc_cli.models.session import device_named, dtype_named
@@ -68,16 +70,21 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     show: Callable[[str], None],
+    images: Sequence[Path] = (),
 ) -> Generated:
     """The continuation of `prompt`, handed to `show` piece by piece as it comes.
 
     temperature   0 takes the most likely token each time; above, tokens are drawn with `seed`
+    images        files that the model sees before the prompt
     The prompt itself is shown first, once the model is loaded.
     Raises InputError for an empty prompt or one too long for the model, CheckpointError where loading fails.
     """
     folder = check_generation(model, prompt, seed)
     tokenizer = load_tokenizer(folder, trust_remote_code=compute.trust_remote_code)
-    encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    trusted = compute.trust_remote_code
+    encoded: Any = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if images:
+        encoded = seen_inputs(folder, prompt, images, trust_remote_code=trusted)
     prompt_tokens = int(encoded["input_ids"].shape[1])
     if not prompt_tokens:
         raise InputError("--prompt holds no token. Give some text to continue.")
@@ -126,7 +133,7 @@ def load_model(folder: Path, compute: RunSettings) -> Any:
         transformers_logging.disable_progress_bar()
     try:
         with about(folder / "config.json"):  # where it says what is to be built of the files, and how
-            network: Any = AutoModelForCausalLM.from_pretrained(
+            network: Any = model_class(config).auto.from_pretrained(
                 folder, dtype=dtype, trust_remote_code=compute.trust_remote_code, use_safetensors=True
             )
     except McError:

@@ -13,6 +13,7 @@ from torch import Tensor
 from mc_cli.artifacts.pruning import Pruning
 from mc_cli.data import text
 from mc_cli.errors import InputError, MissingDependencyError
+from mc_cli.models.model_class import model_class
 from mc_cli.models.session import Session
 from mc_cli.packed.loading import load_packed
 from mc_cli.progress import Progress
@@ -92,9 +93,7 @@ def evaluate_folder(tasks: Tasks, settings: EvaluateSettings, session: Session) 
 
 
 def _dense(session: Session) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model: Any = model_class(session.config).auto.from_pretrained(
         session.folder, dtype=session.dtype, trust_remote_code=session.compute.trust_remote_code
     )
     return model.to(session.device).eval()

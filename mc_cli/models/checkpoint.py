@@ -35,18 +35,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from mc_cli.errors import CheckpointError, listed
-from mc_cli.families import facts_for
+from mc_cli.families import facts_of
 from mc_cli.models.finite import damaged_weights, is_finite
 from mc_cli.models.inventory import find_decoder_layers, tied_tensors
+from mc_cli.models.model_class import model_class
 from mc_cli.models.model_folder import config_file, read_config
-from mc_cli.models.skeleton import (
-    build_skeleton,
-    initialise,
-    is_beside_text,
-    non_persistent_buffers,
-    rebuild_buffers,
-    require_causal,
-)
+from mc_cli.models.skeleton import build_skeleton, initialise, non_persistent_buffers, rebuild_buffers
 from mc_cli.models.tensor_files import StoredTensor, TensorFiles, check_format
 
 __all__ = ["REST", "Checkpoint", "build_skeleton", "read_config", "rebuild_buffers"]
@@ -159,7 +153,7 @@ class Checkpoint:
     stored_dtypes  module-tree name -> dtype of the tensor when it is kept as it is
     text_alone     whether the checkpoint is of a model for images or sound, of which this is the text part
     not_read       weight files beside those that are read
-    unused         keys that the causal language model has no place for, such as the layers of multi-token prediction
+    unused         keys that the model's class has no place for, such as the layers of multi-token prediction
     """
 
     def __init__(self, folder: Path, config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -169,8 +163,7 @@ class Checkpoint:
         self.dtype = dtype
         quantization = _quantization_entry(config)
         check_format(folder, quantization)
-        require_causal(config)
-        self.text_alone = is_beside_text(config)
+        self.text_alone = not model_class(config).whole
         self.files = TensorFiles(folder, quantization, named=getattr(config, "transformers_weights", None))
         _check_counts(folder, config, self.files.tensors)
         self.model = build_skeleton(plain_config_of(config), dtype=dtype)
@@ -242,7 +235,7 @@ class Checkpoint:
 
     def _check_complete(self, targets: dict[str, _Target], known: dict[str, torch.Tensor]) -> None:
         reached = {name for target in targets.values() for name in target.names}
-        facts = facts_for(self.model.config.model_type)
+        facts = facts_of(self.model.config)
         missing = []
         for name in sorted(known.keys() - reached, key=dot_natural_key):
             if facts.is_derived(name):

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from mc_cli.errors import CheckpointError, FamilyError
-from mc_cli.families import CONTRACT_TESTED, FamilyFacts, facts_for
+from mc_cli.families import CONTRACT_TESTED, FamilyFacts, facts_of, is_contract_tested
 from mc_cli.models import experts
+from mc_cli.models.model_class import has_towers
 from mc_cli.models.model_folder import config_file
 from mc_cli.parts import ExpertBlock, ModelInventory, Role, TensorPart
 
@@ -20,11 +22,23 @@ _ROUTER_NAMES = ("gate", "router")
 _MLP_PARTS = {"mlp", "feed_forward", "block_sparse_moe", "ffn", "shared_mlp"}
 
 
+def find_decoder(model: Any) -> nn.Module:
+    """The text decoder of a model, of one with towers beside it too; the model itself where it names none."""
+    found = model
+    while isinstance(found, PreTrainedModel):
+        inner = found.get_decoder()
+        if not isinstance(inner, nn.Module) or inner is found:
+            break
+        found = inner
+    return found
+
+
 def find_decoder_layers(model: nn.Module) -> str:
     """Path of the decoder's ModuleList. Raises FamilyError where there is none."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and path.split(".")[-1] in ("layers", "blocks", "h"):
-            return path
+    for root in dict.fromkeys((find_decoder(model), model)):
+        for path, module in root.named_modules():
+            if isinstance(module, nn.ModuleList) and path.split(".")[-1] in ("layers", "blocks", "h"):
+                return ".".join(filter(None, (path_of(model, root), path)))
     raise FamilyError(
         f"{type(model).__name__} has no list of decoder layers; mc-cli compresses decoder-only MoE models."
     )
@@ -39,8 +53,11 @@ def take_inventory(model: nn.Module, *, stored_dtypes: Mapping[str, torch.dtype]
     layers_path = find_decoder_layers(model)
     layers: Any = model.get_submodule(layers_path)
     config: Any = model.config
+    facts = facts_of(config)
     blocks = tuple(
-        _expert_block(layers_path, index, layer, config) for index, layer in enumerate(layers) if _has_experts(layer)
+        _expert_block(layers_path, index, layer, config)
+        for index, layer in enumerate(layers)
+        if _experts_of(layer, facts)
     )
     if not blocks:
         raise _no_experts(model, config.model_type)
@@ -51,11 +68,12 @@ def take_inventory(model: nn.Module, *, stored_dtypes: Mapping[str, torch.dtype]
         expert_blocks=blocks,
         tensors=tensors,
         tied_head=f"{_head_path(model)}.weight" in tied_tensors(model),
-        contract_tested=config.model_type in CONTRACT_TESTED,
+        contract_tested=is_contract_tested(config),
     )
 
 
 def _no_experts(model: nn.Module, model_type: str) -> FamilyError:
+    refused = facts_of(model.config).refused
     is_mixture = any(re.search("moe|expert", type(module).__name__, re.IGNORECASE) for module in model.modules())
     reason = (
         "is a Mixture of Experts whose experts do not use transformers' experts interface (fused expert parameters "
@@ -64,17 +82,18 @@ def _no_experts(model: nn.Module, model_type: str) -> FamilyError:
         else "is not a Mixture of Experts: it has no routed experts, and mc-cli has nothing to allocate bits among"
     )
     return FamilyError(
-        f"model_type {model_type!r} ({type(model).__name__}) {reason}. "
+        f"model_type {model_type!r} ({type(model).__name__}) {refused or reason}. "
         f"Contract-tested families: {', '.join(CONTRACT_TESTED)}."
     )
 
 
-def _has_experts(layer: nn.Module) -> bool:
-    return next(experts.find_experts(layer), None) is not None
+def _experts_of(layer: nn.Module, facts: FamilyFacts) -> list[tuple[str, experts.Experts]]:
+    """(path below the layer, module) of the experts that are compressed."""
+    return [(path, module) for path, module in experts.find_experts(layer) if not facts.is_apart(f".{path}")]
 
 
 def _expert_block(layers_path: str, index: int, layer: nn.Module, config: Any) -> ExpertBlock:
-    found = list(experts.find_experts(layer))
+    found = _experts_of(layer, facts_of(config))
     if len(found) > 1:
         paths = ", ".join(path for path, _ in found)
         raise FamilyError(f"{layers_path}.{index} has {len(found)} experts modules ({paths}); mc-cli handles one.")
@@ -173,12 +192,13 @@ def _tensor_parts(
     model: nn.Module, layers_path: str, blocks: tuple[ExpertBlock, ...], stored_dtypes: Mapping[str, torch.dtype]
 ) -> tuple[TensorPart, ...]:
     config: Any = model.config
-    facts = facts_for(config.model_type)
+    facts = facts_of(config)
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     embedding = _plain_embedding_path(model)
     head_path = _head_path(model)
     by_layer = {block.layer: block for block in blocks}
     tied = tied_tensors(model)
+    beside = _RolesBeside(model)
     parts = []
     for name, tensor in model.state_dict().items():
         if name in tied:
@@ -186,7 +206,8 @@ def _tensor_parts(
         layer = _layer_index(name, layers_path)
         module_path, _, leaf = name.rpartition(".")
         is_linear = module_path in linears and leaf == "weight"
-        role = _role(name, layer, by_layer.get(layer) if layer is not None else None, facts, is_linear, head_path)
+        block = by_layer.get(layer) if layer is not None else None
+        role = beside.role_of(name) or _role(name, layer, block, facts, is_linear, head_path)
         dtype = stored_dtypes.get(name, tensor.dtype)
         shape = tuple(tensor.shape)
         size = math.prod(shape) * dtype.itemsize
@@ -194,6 +215,29 @@ def _tensor_parts(
         packable = is_linear or is_router or name == f"{embedding}.weight"
         parts.append(TensorPart(name, role, layer, shape, str(dtype).removeprefix("torch."), size, packable))
     return tuple(parts)
+
+
+class _RolesBeside:
+    """Roles of the tensors that lie outside of the text decoder of a model with towers for images or sound."""
+
+    def __init__(self, model: Any) -> None:
+        self._towers: dict[str, Role] = {}
+        self._inside: tuple[str, ...] = ()
+        if not has_towers(model.config):
+            return
+        decoder = path_of(model, find_decoder(model))
+        self._inside = (f"{decoder}.", f"{_head_path(model)}.")
+        for name, role in (("vision_config", Role.VISION), ("audio_config", Role.AUDIO)):
+            kind = type(getattr(model.config, name, None))
+            for path, module in model.named_modules():
+                if path and isinstance(module, PreTrainedModel) and type(module.config) is kind:
+                    self._towers[f"{path}."] = role
+
+    def role_of(self, name: str) -> Role | None:
+        """The role of a tensor outside of decoder and head; None for theirs, and for all of a text model's."""
+        if not self._inside or name.startswith(self._inside):
+            return None
+        return next((role for path, role in self._towers.items() if name.startswith(path)), Role.PROJECTOR)
 
 
 def _layer_index(name: str, layers_path: str) -> int | None:

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import CONFIG_MAPPING
 
 from mc_cli.artifacts.files import copy_file, read_json, write_json
 from mc_cli.artifacts.places import require_inside
-from mc_cli.errors import InputError, listed
+from mc_cli.errors import FamilyError, InputError, listed
+from mc_cli.models.model_class import model_class
 
 # Patterns of names in the model's folder, and of paths below it.
 MODEL_FILES = (
@@ -131,23 +132,24 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_the_class(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with the architecture that AutoModelForCausalLM makes of it, in that class's own kind of config."""
-    kind: Any = CONFIG_MAPPING[config["model_type"]]
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
-    if found is None:
+    """The config with the architecture that it is loaded as, in that class's own kind of config."""
+    read: Any = _from_json(CONFIG_MAPPING[config["model_type"]], config)
+    try:
+        found = model_class(read)
+    except FamilyError:
         return config
-    model_class = found[0] if isinstance(found, tuple) else found
-    if issubclass(kind, model_class.config_class):
+    name = found.kind.__name__
+    if found.whole:
         named = config.get("architectures") or ()
-        return config if model_class.__name__ in named else {**config, "architectures": [model_class.__name__]}
-    text: Any = _from_json(kind, config).get_text_config()
-    plain = json.loads(text.to_json_string(use_diff=True))
-    beside = {name: config[name] for name in _OF_ALL if plain.get(name) is None and config.get(name) is not None}
-    return {**plain, **beside, "architectures": [model_class.__name__]}
+        return config if name in named else {**config, "architectures": [name]}
+    plain = json.loads(read.get_text_config().to_json_string(use_diff=True))
+    beside = {entry: config[entry] for entry in _OF_ALL if plain.get(entry) is None and config.get(entry) is not None}
+    return {**plain, **beside, "architectures": [name]}
 
 
 def _from_json(kind: Any, config: Mapping[str, Any]) -> Any:
-    return kind.from_dict(json.loads(json.dumps(config)))  # some config classes change what they are given
+    copied = json.loads(json.dumps(config))  # some config classes change what they are given
+    return kind.from_dict(kind._decode_special_floats(copied))  # infinity, as transformers writes it
 
 
 def _without_prediction(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,69 +6,36 @@ import copy
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
-from mc_cli.errors import CheckpointError, FamilyError, first_line, listed
-from mc_cli.models.model_folder import SUPPORTED, config_file
+from mc_cli.errors import CheckpointError, first_line, listed
+from mc_cli.models.adopted_experts import adopt_experts
+from mc_cli.models.model_class import model_class
+from mc_cli.models.model_folder import config_file
 
 _LARGEST_BUFFER = 1 << 32  # bytes
-
-
-def require_causal(config: PretrainedConfig) -> bool:
-    """Whether the model brings its own code. Raises FamilyError if there is no causal language model for the config."""
-    custom = type(config).__module__.startswith("transformers_modules")  # its code was trusted when it was read
-    if custom or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return custom
-    kind = "is an image-text model, and " if is_beside_text(config) else ""
-    raise FamilyError(
-        f"model_type {config.model_type!r} {kind}has no causal language model in transformers "
-        f"{transformers.__version__}. {SUPPORTED}"
-    )
-
-
-def is_beside_text(config: PretrainedConfig) -> bool:
-    """Whether the config is of a model for images or sound beside text."""
-    mappings = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
-    return any(type(config) in mapping for mapping in mappings)
 
 
 def build_skeleton(config: PretrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device: shapes, modules and code, no weights.
 
-    Raises FamilyError if there is no causal language model for this config, CheckpointError if its entries do not fit.
+    It is the class that the config names, towers for images and sound included.
+    Raises FamilyError if there is no language model for this config, CheckpointError if its entries do not fit.
     """
-    custom = require_causal(config)
+    kind = model_class(config)
     with torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=custom)
+            model = kind.auto.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=kind.custom)
         except Exception as error:  # a model's constructor may raise anything at entries that do not fit each other
             raise CheckpointError(
                 f"{config_file(config)} (model_type {config.model_type!r}) describes a model that cannot be built: "
                 f"{first_line(error)}"
             ) from error
-    _refuse_towers(model)
+    adopt_experts(model)
     model.eval().requires_grad_(False)
     model.config.use_cache = False
     return model
-
-
-def _refuse_towers(model: Any) -> None:
-    """Raises FamilyError for a model with parts for images or sound, which text alone cannot calibrate."""
-    towers = [name for name in ("vision_config", "audio_config") if getattr(model.config, name, None) is not None]
-    if towers:
-        raise FamilyError(
-            f"model_type {model.config.model_type!r} ({type(model).__name__}) is an image-text model: config.json has "
-            f"{' and '.join(towers)}, and mc-cli compresses models of text alone. {SUPPORTED}"
-        )
 
 
 def rebuild_buffers(model: Any, device: torch.device) -> None:
@@ -110,4 +77,14 @@ def initialise(model: Any, module: nn.Module, names: list[str]) -> None:
         assert buffer is not None
         module._buffers[name] = torch.empty_like(buffer, device="cpu")
     with torch.no_grad():
-        model._init_weights(module)
+        _owner_of(model, module)._init_weights(module)
+
+
+def _owner_of(model: Any, module: nn.Module) -> Any:
+    """The innermost model that a module is part of: a tower and a text decoder initialise what is their own."""
+    owner, inside = model, model
+    while inside is not module:
+        inside = next(child for child in inside.children() if any(each is module for each in child.modules()))
+        if isinstance(inside, PreTrainedModel):
+            owner = inside
+    return owner

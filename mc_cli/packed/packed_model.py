@@ -20,10 +20,12 @@ from transformers.core_model_loading import build_glob_alternation
 from mc_cli.artifacts.packed import PackedLayout, StoredBytes, encoding_of
 from mc_cli.artifacts.sizes import SIZES, read_sizes
 from mc_cli.errors import ArtifactError, McError, listed
+from mc_cli.families import facts_of
 from mc_cli.models import experts
+from mc_cli.models.adopted_experts import adopt_experts
 from mc_cli.models.checkpoint import REST, part_of
 from mc_cli.models.expert_gates import can_be_divided
-from mc_cli.models.inventory import find_decoder_layers, path_of, take_inventory, tied_tensors, top_k_of
+from mc_cli.models.inventory import find_decoder, find_decoder_layers, path_of, take_inventory, tied_tensors, top_k_of
 from mc_cli.models.model_folder import read_config
 from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.router_masks import drop_experts
@@ -31,7 +33,7 @@ from mc_cli.models.skeleton import build_skeleton, rebuild_buffers
 from mc_cli.packed.packed_expert_modules import pack_experts
 from mc_cli.packed.packed_files import PackedFiles, open_packed
 from mc_cli.packed.packed_modules import follow_embedding, pack_weight, tie_head
-from mc_cli.packed.stored_tensors import check_layer_count, check_stored
+from mc_cli.packed.stored_tensors import check_layer_count, check_stored, is_base
 from mc_cli.parts import Role
 from mc_cli.skipping.pruning import add_learned_tensors, pruning_for
 
@@ -52,11 +54,15 @@ def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict
     policy learned. The policy itself is put on once the tensors are there, by `apply_pruning`.
     Raises ArtifactError if layout and model do not fit.
     """
+    adopt_experts(model)
     _check_experts(model, layout)
     _check_linears(model, layout)
     packed: dict[str, str] = {}
     for block in layout.experts:
         parts = pack_experts(model.get_submodule(block.path), block, dtype=kept_dtype)
+        around = model.get_submodule(block.path.rpartition(".")[0])
+        if not around._buffers:  # some families initialise the experts' weights with the block around them
+            around._is_hf_initialized = True
         packed |= {f"{block.path}.{name}": part for name, part in parts.items()}
     for path, key in layout.linears.items():
         encoding = encoding_of(key)
@@ -89,10 +95,9 @@ def layout_for(model: Any, layout: PackedLayout) -> PackedLayout:
 
     transformers maps the names of stored tensors in the same way.
     """
-    base = model.base_model_prefix
-    if not base or hasattr(model, base):
+    if not is_base(model):
         return layout
-    prefix = f"{base}."
+    prefix = f"{model.base_model_prefix}."
     return replace(
         layout,
         experts=tuple(replace(block, path=block.path.removeprefix(prefix)) for block in layout.experts),
@@ -103,7 +108,14 @@ def layout_for(model: Any, layout: PackedLayout) -> PackedLayout:
 
 def _check_experts(model: Any, layout: PackedLayout) -> None:
     blocks = {block.path: block for block in layout.experts}
-    modules = dict(experts.find_experts(model))
+    inside = find_decoder(model)
+    reached = {id(module) for module in inside.modules()}  # a tower's own experts are kept, and in no layout
+    facts = facts_of(model.config)
+    modules = {
+        path: module
+        for path, module in experts.find_experts(model)
+        if id(module) in reached and not facts.is_apart(path)
+    }
     problems = [f"{path}: the model has experts, the layout none" for path in modules.keys() - blocks.keys()]
     for path, block in blocks.items():
         if path not in modules:

@@ -247,8 +247,11 @@ def tie_head(head: Any, embedding: Any) -> None:
 
 def follow_embedding(model: Any) -> None:
     """Makes a model, and the models in it, tell the dtype of their packed embedding and tie what replaces it."""
+    packed = model.get_input_embeddings()
     models: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     for each in models:
+        if all(module is not packed for module in each.modules()):
+            continue  # a tower
         kind: Any = type(each)
         each.__class__ = subclass(kind, _PackedEmbeddingInside, kind.__name__)
 

@@ -36,8 +36,7 @@ def check_stored(
     tied = tied_tensors(model)
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     prefix = model.base_model_prefix + "."
-    bare = model.base_model_prefix and not hasattr(model, model.base_model_prefix)
-    if bare:
+    if is_base(model):
         stored = {name.removeprefix(prefix): entry for name, entry in stored.items() if name.startswith(prefix)}
     elif model.get_output_embeddings() is None:
         stored = {name: entry for name, entry in stored.items() if name.startswith(prefix)}
@@ -59,6 +58,12 @@ def check_stored(
             "the directory again."
         )
     return wanted
+
+
+def is_base(model: Any) -> bool:
+    """Whether a model is the base of others, which have it under its prefix and a head beside it."""
+    prefix = model.base_model_prefix
+    return bool(prefix) and not hasattr(model, prefix) and model.get_output_embeddings() is None
 
 
 def check_loaded(model: Any, packed: Container[str], files: list[str] | None) -> None:

@@ -9,6 +9,8 @@ from mc_cli.artifacts.calibration import LayerRouting
 from mc_cli.parts import ModelInventory, Role
 from mc_cli.reports.tables import summary, table
 
+_BESIDE_TEXT = (Role.VISION, Role.AUDIO, Role.PROJECTOR)
+
 
 def calibration_summary(inventory: ModelInventory, routing: Sequence[LayerRouting], text: str | None) -> dict[str, Any]:
     """Model, tokens and the spread of tokens by layer.
@@ -26,6 +28,19 @@ def calibration_summary(inventory: ModelInventory, routing: Sequence[LayerRoutin
         facts["text"] = text
     columns = ["layer", "experts", "fewest tokens", "median", "most tokens", "fewest %", "most %"]
     return summary(facts, table("Routing of the calibration tokens", columns, [_row(layer) for layer in routing]))
+
+
+def not_covered(inventory: ModelInventory) -> str | None:
+    """A warning on what calibration with text alone does not measure of a model that also reads images or sound."""
+    beside = {role: size for role, size in inventory.bytes_by_role().items() if role in _BESIDE_TEXT}
+    if not beside:
+        return None
+    kept = ", ".join(f"{role.value} {size:,} bytes" for role, size in beside.items())
+    return (
+        f"model_type {inventory.model_type!r} reads more than text. What is for images and sound alone is kept as it "
+        f"is ({kept}). Experts are measured with text alone: what they do for the tokens of images is not covered, so "
+        "compare answers about images before relying on them."
+    )
 
 
 def _row(layer: LayerRouting) -> list[Any]:

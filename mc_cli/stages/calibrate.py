@@ -37,11 +37,11 @@ from mc_cli.models.weight_digests import WeightDigests
 from mc_cli.packed.packable import require_packable
 from mc_cli.parts import ExpertBlock, ModelInventory
 from mc_cli.progress import Progress, StageResult
-from mc_cli.reports.calibration import calibration_summary
+from mc_cli.reports.calibration import calibration_summary, not_covered
 from mc_cli.settings import CalibrateSettings, RunSettings
 from mc_cli.stage import Plans, Run, Runs, Stage
 from mc_cli.walking.layerwise import LayerWalk
-from mc_cli.walking.resume import read_state, restore_progress, save_progress, save_state
+from mc_cli.walking.resume import read_state, read_states, restore_progress, save_progress, save_state
 from mc_cli.walking.routing import routing_statistics, watching
 
 STAGE = "calibrate"
@@ -185,6 +185,9 @@ def _write_inventory(
             "contract test here; compare the exported model with the original before relying on it.",
             progress,
         )
+    beside_text = not_covered(inventory)
+    if beside_text is not None:
+        folder.warn(beside_text, progress)
     if checkpoint.not_read:
         shown = ", ".join(checkpoint.not_read[:5]) + (" ..." if len(checkpoint.not_read) > 5 else "")
         folder.warn(
@@ -228,9 +231,8 @@ def _forward(
     with progress.step("calibrate: forward", total=walk.num_layers, unit="layer", done=first) as step:
         for layer in range(first, walk.num_layers):
             if gradient_sequences:
-                write_state(
-                    folder.path(f"{RESUME}/{_inputs_file(layer)}"), {"hidden": walk.hidden[:gradient_sequences]}
-                )
+                kept = {name: tensor[:gradient_sequences] for name, tensor in walk.state().items()}
+                write_state(folder.path(f"{RESUME}/{_inputs_file(layer)}"), kept)
             checkpoint.load(layer)
             _forward_layer(walk, checkpoint, blocks.get(layer), folder)
             checkpoint.free(layer)
@@ -270,8 +272,8 @@ def _backward(
     ) as step:
         for depth in range(layer, first - 1, -1):
             checkpoint.load(depth)
-            walk.depth = depth
-            inputs = read_state(folder, _inputs_file(depth), "hidden")
+            state = read_states(folder, _inputs_file(depth), ["hidden"])
+            walk.depth, walk.handed, inputs = depth, state.get("hidden_handed"), state["hidden"]
             gradients, sensitivity, covariance = backward_layer(
                 walk,
                 inputs,

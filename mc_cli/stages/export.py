@@ -42,6 +42,7 @@ from mc_cli.exporters import ExportJob, dequantizes, exporter_from_name
 from mc_cli.exporters.model_card import CardFacts
 from mc_cli.measuring.logit_source import Reading
 from mc_cli.measuring.readback import ReadBack, read_back
+from mc_cli.models.model_class import model_class
 from mc_cli.models.model_files import copy_model_files
 from mc_cli.models.session import device_named, dtype_named
 from mc_cli.packed.dense_tensors import DenseTensors, weight_dtype
@@ -155,7 +156,8 @@ def _write_and_read_back(
 ) -> ReadBack:
     files, pruning = ready.files, ready.pruning
     trusted = compute.trust_remote_code
-    parts = part_numbers(read_packed_config(files, trust_remote_code=trusted))
+    config = read_packed_config(files, trust_remote_code=trusted)
+    parts = part_numbers(config)
     stored = weight_dtype(files, trust_remote_code=trusted)
     device = device_named(compute.device)
     dtype = dtype_named(compute.dtype, device, stored=stored)
@@ -174,6 +176,7 @@ def _write_and_read_back(
             original_config=lambda: dense().config_json(),
             advance=lambda note: step.advance(note=note),
             pruning=pruning,
+            auto_class=model_class(config).auto_name,
         )
         exporter = exporter_from_name(settings.format)
         exporter.export(job)

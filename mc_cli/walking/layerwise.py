@@ -1,8 +1,8 @@
 """Advancing hidden states layer by layer, with one decoder layer resident: calibration and evaluation alike.
 
 The model itself builds masks, positions and layer arguments: its layers are replaced by recorders for one pass over
-the embeddings. Then each layer is loaded, run over all batches, and freed. That is the model's own forward as long as
-layers hand on nothing but hidden states; a family whose layers hand on more is refused.
+the embeddings (recording.py). Then each layer is loaded, run over all batches, and freed. That is the model's own
+forward as long as a layer hands on hidden states and at most one more value; a family whose layers do more is refused.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from mc_cli.data.batches import Batch
 from mc_cli.errors import CheckpointError, FamilyError, InputError, first_line
 from mc_cli.models.checkpoint import REST
 from mc_cli.models.finite import require_finite
+from mc_cli.walking.recording import LayerCall, NotLayerwise, Recording, same_arguments, stand_ins
 
 _PACKAGE = Path(__file__).parents[1]
 # A model's code raises these for entries of config.json that do not fit each other.
 _MODEL_ERRORS = (RuntimeError, TypeError, IndexError, KeyError, AttributeError, ArithmeticError, AssertionError)
-
-Calls = list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]]  # hidden states and arguments, per layer
 
 
 class LayerSource(Protocol):
@@ -43,44 +42,6 @@ class LayerSource(Protocol):
     def free(self, layer: int) -> None: ...
 
 
-class _AllLayersSeen(Exception):
-    """Ends the recording pass before the head, which would cost a vocabulary-wide product."""
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer, notes what it is called with, and passes the hidden states on."""
-
-    def __init__(self, real: nn.Module, calls: Calls, last: bool) -> None:
-        super().__init__()
-        object.__setattr__(self, "real", real)
-        object.__setattr__(self, "calls", calls)
-        object.__setattr__(self, "last", last)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "real"), name)
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.calls.append((hidden_states, args, kwargs))
-        if self.last:
-            raise _AllLayersSeen
-        return hidden_states
-
-
-class _Injector(_Recorder):
-    """Stands in for a decoder layer and returns given hidden states, so that only norm and head compute."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.calls[0][0]
-
-
-LayerArguments = list[
-    tuple[tuple[Any, ...], dict[str, Any]]
-]  # per layer: positional and keyword arguments after the hidden states
-
-
 class LayerWalk:
     """All sequences' hidden states at one depth of the model, and the way to the next depth.
 
@@ -88,6 +49,8 @@ class LayerWalk:
                 the embeddings, whose images and the like are in `hidden` and the layers' arguments from there on
     batch_size  sequences per forward
     hidden      [sequences, length, hidden], on the CPU, in the model's dtype; the input of layer `depth`
+    handed      [sequences, ...], the second value that the layer before handed to layer `depth`; None without one.
+                Gradients take it as given
     """
 
     def __init__(self, source: LayerSource, inputs: Batch, *, batch_size: int) -> None:
@@ -95,6 +58,8 @@ class LayerWalk:
         self.inputs = inputs
         self.batch_size = batch_size
         self.depth = 0
+        self.handed: torch.Tensor | None = None
+        self._to_hand: torch.Tensor | None = None  # what the resident layer handed on when it last ran
         self.layers = decoder_layers(source.model, source.layers_path)
         source.load(REST)
         self.hidden, self._arguments = self._embed()
@@ -118,20 +83,24 @@ class LayerWalk:
     def embed_again(self) -> None:
         """Starts anew with the embedding as it is now."""
         self.hidden, self._arguments = self._embed()
-        self.depth = 0
+        self.depth, self.handed = 0, None
 
-    def restore(self, hidden: torch.Tensor, depth: int) -> None:
-        """Continues from saved hidden states, the input of layer `depth`."""
+    def state(self, name: str = "hidden") -> dict[str, torch.Tensor]:
+        """The tensors by which another walk goes on from here, for `restore`; `name` is the hidden states'."""
+        return {name: self.hidden} | ({} if self.handed is None else {f"{name}_handed": self.handed})
+
+    def restore(self, hidden: torch.Tensor, depth: int, handed: torch.Tensor | None = None) -> None:
+        """Continues from saved hidden states, the input of layer `depth`, and what the layer before handed on."""
         if hidden.shape != self.hidden.shape or hidden.dtype != self.hidden.dtype:
             raise InputError(
                 f"saved hidden states have shape {tuple(hidden.shape)} {hidden.dtype}, this run needs "
                 f"{tuple(self.hidden.shape)} {self.hidden.dtype}. Use --force to start the stage anew."
             )
-        self.hidden, self.depth = hidden, depth
+        self.hidden, self.depth, self.handed = hidden, depth, handed
 
     def advance_to(self, hidden: torch.Tensor) -> None:
-        """Goes on behind the resident layer, whose output `hidden` is."""
-        self.restore(hidden, self.depth + 1)
+        """Goes on behind the resident layer, whose output `hidden` is, and which has run."""
+        self.restore(hidden, self.depth + 1, self._to_hand)
 
     @torch.no_grad()
     def run_layer(self, on_batch: Callable[[slice, torch.Tensor], None] | None = None, *, advance: bool) -> None:
@@ -141,25 +110,34 @@ class LayerWalk:
         advance    replaces the hidden states by the outputs, and moves on by one layer
         """
         layer = self.layers[self.depth]
+        handed = []
         for rows in self.batches():
-            output = self._call(layer, self.hidden[rows].to(self.source.device), rows)
+            output, beside = self._call(layer, self.hidden[rows].to(self.source.device), rows)
             self._require_finite(output, f"the hidden states that leave layer {self.depth}")
+            if beside is not None:
+                handed.append(beside.to(self.hidden.device))
             if on_batch is not None:
                 on_batch(rows, output)
             if advance:
                 self.hidden[rows] = output.to(self.hidden.device)
+        self._to_hand = torch.cat(handed) if handed else None
         if advance:
             self.depth += 1
+            self.handed = self._to_hand
 
-    def _call(self, layer: nn.Module, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
-        args, kwargs = self._arguments_of(rows)[self.depth]
+    def _call(self, layer: nn.Module, hidden: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(what goes to the next layer or the norm, the second value that goes with it) for one batch."""
+        call = self._arguments_of(rows)[self.depth]
+        args, kwargs = call.given(None if self.handed is None else self.handed[rows].to(hidden.device))
         vessels = [value for value in (*args, *kwargs.values()) if _is_empty_vessel(value)]
         with self._blaming_config(f"layer {self.depth}"):
             output = layer(hidden, *args, **kwargs)
         beside = [value for value in output[1:] if value is not None] if isinstance(output, tuple) else []
-        if beside or any(map(len, vessels)):
-            raise self._refusal("its layers hand more than hidden states to the layers after them")
-        return output[0] if isinstance(output, tuple) else output
+        fits = call.pairs and len(beside) == 1 and isinstance(beside[0], torch.Tensor) and len(beside[0]) == len(hidden)
+        if (beside and not fits) or any(map(len, vessels)):
+            raise self._refusal("its layers hand more than hidden states and one value to the layers after them")
+        output = output[0] if isinstance(output, tuple) else output
+        return output if call.added is None else output + call.added.to(output), beside[0].detach() if beside else None
 
     def _require_finite(self, tensor: torch.Tensor, what: str) -> None:
         require_finite(tensor, what, dtype=self.hidden.dtype, model=getattr(self.source, "folder", None))
@@ -186,7 +164,7 @@ class LayerWalk:
 
     def call_layer(self, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
         """The resident layer's output for given hidden states of the batch `rows`; gradients flow if enabled."""
-        return self._call(self.layers[self.depth], hidden, rows)
+        return self._call(self.layers[self.depth], hidden, rows)[0]
 
     @torch.no_grad()
     def logits(self, rows: slice, hidden: torch.Tensor | None = None) -> torch.Tensor:
@@ -197,8 +175,10 @@ class LayerWalk:
 
     def head(self, rows: slice, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head applied to `hidden` [sequences, length, hidden]; gradients flow if enabled."""
-        calls: Calls = [(hidden.to(self.source.device), (), {})]
-        with _replaced(self.layers, lambda index, real: _Injector(real, calls, False)):
+        given = hidden.to(self.source.device)
+        # A second value has no use after the last layer.
+        answer = (given, None) if next(iter(self._arguments.values()))[0].pairs else given
+        with stand_ins(self.layers, lambda index: lambda *_, **__: answer):
             # Norm and head see nothing but `hidden`, so that images need not pass their tower again.
             return self._forward(self.inputs.select(rows).text_alone()).logits
 
@@ -207,47 +187,43 @@ class LayerWalk:
         with _without_router_logits(self.source.model):
             return self.source.model(**batch.to(self.source.device), use_cache=False)
 
-    def _arguments_of(self, rows: slice) -> LayerArguments:
+    def _arguments_of(self, rows: slice) -> list[LayerCall]:
         same_length = -(rows.stop - rows.start)
         return self._arguments[rows.start if rows.start in self._arguments else same_length]
 
     @torch.no_grad()
-    def _embed(self) -> tuple[torch.Tensor, dict[int, LayerArguments]]:
+    def _embed(self) -> tuple[torch.Tensor, dict[int, list[LayerCall]]]:
         """Embeddings of all sequences, and the layers' arguments.
 
         Arguments that do not depend on the tokens are kept once per batch length (under minus the length), others once
         per batch (under its first row).
         """
-        kept: dict[int, LayerArguments] = {}
+        kept: dict[int, list[LayerCall]] = {}
         hidden: torch.Tensor | None = None
+        recording = Recording(self.layers)
         for rows in self.batches():
-            first, arguments = self._record(rows)
+            first, arguments = self._record(recording, rows)
             if hidden is None:
                 hidden = torch.empty((self.inputs.rows, *first.shape[1:]), dtype=first.dtype)
             hidden[rows] = first.to(hidden.device)
             same_length = -(rows.stop - rows.start)
             if same_length not in kept:
                 kept[same_length] = arguments
-            elif not _equal(arguments, kept[same_length]):
+            elif not same_arguments(arguments, kept[same_length]):
                 kept[rows.start] = arguments
         if hidden is None:
             raise InputError("there are no calibration sequences to run.")
         return hidden, kept
 
-    def _record(self, rows: slice) -> tuple[torch.Tensor, LayerArguments]:
-        calls: Calls = []
-        count = self.num_layers
-        with _replaced(self.layers, lambda index, real: _Recorder(real, calls, index == count - 1)):
-            try:
-                with self._blaming_config("what comes before the layers"):
-                    self._forward(self.inputs.select(rows))
-            except _AllLayersSeen:
-                pass
-            except ValueError as error:  # the model unpacks what the recorders return
-                raise self._refusal(f"its layers do not return hidden states alone ({error})") from error
-        if len(calls) != count or any(hidden is not calls[0][0] for hidden, _, _ in calls):
-            raise self._refusal("it changes the hidden states between its layers, or does not call each layer once")
-        return calls[0][0], [(args, kwargs) for _, args, kwargs in calls]
+    def _record(self, recording: Recording, rows: slice) -> tuple[torch.Tensor, list[LayerCall]]:
+        def forward() -> None:
+            with self._blaming_config("what comes before the layers"):
+                self._forward(self.inputs.select(rows))
+
+        try:
+            return recording.of(forward)
+        except NotLayerwise as error:
+            raise self._refusal(str(error)) from error
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -255,21 +231,6 @@ def _is_ours(error: BaseException) -> bool:
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     ours = [path.is_relative_to(_PACKAGE) for path in files if "torch" not in path.parts]
     return bool(ours) and ours[-1]
-
-
-class _replaced:
-    """Context in which every decoder layer is replaced by a stand-in."""
-
-    def __init__(self, layers: nn.ModuleList, make: Callable[[int, nn.Module], nn.Module]) -> None:
-        self._layers, self._make = layers, make
-
-    def __enter__(self) -> None:
-        self._real = {str(index): layer for index, layer in enumerate(self._layers)}
-        for index, (name, real) in enumerate(self._real.items()):
-            self._layers._modules[name] = self._make(index, real)
-
-    def __exit__(self, *_: object) -> None:
-        self._layers._modules.update(self._real)
 
 
 @contextlib.contextmanager
@@ -296,14 +257,3 @@ def decoder_layers(model: nn.Module, layers_path: str) -> nn.ModuleList:
 def _is_empty_vessel(value: Any) -> bool:
     """True for an empty dictionary or list, which layers may fill for each other."""
     return isinstance(value, (MutableMapping, list)) and not value
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.shape == other.shape and bool(torch.equal(one, other))
-    if isinstance(one, (list, tuple)):
-        return isinstance(other, type(one)) and len(one) == len(other) and all(map(_equal, one, other))
-    if isinstance(one, dict):
-        same_keys = isinstance(other, dict) and one.keys() == other.keys()
-        return same_keys and all(_equal(one[key], other[key]) for key in one)
-    return one is other or bool(one == other)

@@ -27,7 +27,7 @@ def save_progress(folder: StageFolder, walk: LayerWalk, original: LayerWalk | No
     original  a walk at the same depth that is to go on with it
     """
     name = f"before_{walk.depth}.safetensors"
-    save_state(folder, name, {"hidden": walk.hidden} | ({} if original is None else {"original": original.hidden}))
+    save_state(folder, name, walk.state() | ({} if original is None else original.state("original")))
     path = folder.path(f"{RESUME}/{name}")
     for other in path.parent.glob("before_*.safetensors"):
         if other != path:
@@ -54,7 +54,7 @@ def restore_progress(folder: StageFolder, walk: LayerWalk, original: LayerWalk |
         if moved is None:
             continue
         try:
-            moved.restore(found[name], depth)
+            moved.restore(found[name], depth, found.get(f"{name}_handed"))
         except InputError as error:  # a state of another walk, such as one under another's name
             raise ArtifactError(f"{folder.path(f'{RESUME}/before_{depth}.safetensors')}: {error}") from error
     return depth

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from mc_cli.data.batches import Batch
-from mc_cli.families import CONTRACT_TESTED
+from mc_cli.families import CONTRACT_TESTED, read_outcomes
 from mc_cli.models.checkpoint import REST, Checkpoint, read_config
 from mc_cli.models.experts import IMPLEMENTATION, ExpertCall
 from mc_cli.models.inventory import take_inventory
@@ -196,11 +196,11 @@ def stored_bytes(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("model_type", ["flex_olmo", "dots1", "nemotron_h", "gemma4_text"])
-def test_other_families_that_use_the_interface_work_and_are_marked(tiny_model: TinyModel, model_type: str) -> None:
+def test_other_families_that_use_the_interface_work(tiny_model: TinyModel, model_type: str) -> None:
     folder = tiny_model(model_type, torch.float32)
     checkpoint = open_checkpoint(folder)
     inventory = inventory_of(checkpoint)
-    assert not inventory.contract_tested
+    assert inventory.contract_tested == any(each.works for each in read_outcomes()[1] if each.family == model_type)
     assert all(block.num_experts == 8 and block.top_k in (2, 3) for block in inventory.expert_blocks)
     assert sum(inventory.bytes_by_role().values()) == stored_bytes(folder)
     assert (streamed_logits(checkpoint, 2) - whole_logits(folder)).abs().max() < ROUNDING

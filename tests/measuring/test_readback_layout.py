@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def loaded_by_its_name(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def image_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole image-text checkpoint, of whose tensors the language model takes a part."""
+    """A whole image-text checkpoint."""
     folder = tmp_path_factory.mktemp("image_text")
     sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
     entries = qwen3_5_moe()
@@ -53,14 +54,24 @@ def image_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.tiny_tokenizer(folder)
 
 
+@pytest.fixture(scope="module")
+def text_part(image_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same checkpoint, of which config.json names the text class."""
+    folder = tmp_path_factory.mktemp("text_part")
+    shutil.copytree(image_text, folder, dirs_exist_ok=True)
+    return tiny_models.with_config(folder, architectures=["Qwen3_5MoeForCausalLM"])
+
+
 @both
-def test_the_text_of_an_image_text_model_loads_by_the_class_it_names(
-    format: str, image_text: Path, tmp_path: Path
+@pytest.mark.parametrize("part", ["ForConditionalGeneration", "ForCausalLM"])
+def test_an_image_text_model_loads_by_the_class_it_names(
+    part: str, format: str, image_text: Path, text_part: Path, tmp_path: Path
 ) -> None:
-    work = packed_work_dir(image_text, tmp_path / "work")
+    source = image_text if part == "ForConditionalGeneration" else text_part
+    work = packed_work_dir(source, tmp_path / "work")
     exported(work, tmp_path / "out", format)
     model, info = loaded_by_its_name(tmp_path / "out")
-    assert type(model).__name__ == "Qwen3_5MoeForCausalLM" and not any(info.values()), info
+    assert type(model).__name__ == f"Qwen3_5Moe{part}" and not any(info.values()), info
     exact = load_packed(work / "packed")
     with torch.no_grad():
         expected, found = (each(IDS, use_cache=False).logits for each in (exact, model))
@@ -100,9 +111,9 @@ def test_layers_that_are_left_out_are_told_and_not_counted(format: str, tiny_mod
 
 
 @both
-def test_what_loads_the_text_of_an_image_text_model_is_told(format: str, image_text: Path, tmp_path: Path) -> None:
-    work, out = calibrated_work_dir(image_text, tmp_path), tmp_path / "out"
-    packed_work_dir(image_text, work)
+def test_what_loads_the_text_of_an_image_text_model_is_told(format: str, text_part: Path, tmp_path: Path) -> None:
+    work, out = calibrated_work_dir(text_part, tmp_path), tmp_path / "out"
+    packed_work_dir(text_part, work)
     warnings = exported(work, out, format)["warnings"]
     with pytest.raises(ValueError, match="Unrecognized configuration class"):  # the library's own: ours cannot reach it
         AutoModelForImageTextToText.from_pretrained(out)

@@ -11,7 +11,6 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.mixtral.modeling_mixtral import MixtralPreTrainedModel
 
 from mc_cli.data.batches import Batch
-from mc_cli.errors import FamilyError
 from mc_cli.models.checkpoint import REST, Checkpoint, read_config
 from mc_cli.models.experts import IMPLEMENTATION
 from mc_cli.models.inventory import take_inventory
@@ -188,10 +187,22 @@ def test_router_logits_of_a_training_config_are_not_asked_for(tiny_model: TinyMo
 
 
 @pytest.mark.parametrize("sequences", [1, 2, 3])  # two unpack as if the layer had returned two things
-def test_layers_that_share_more_than_hidden_states_are_refused(tiny_model: TinyModel, sequences: int) -> None:
-    checkpoint = open_checkpoint(tiny_model("glm_moe_dsa"))
-    with pytest.raises(FamilyError, match="GlmMoeDsaForCausalLM cannot be run with one layer in memory"):
-        LayerWalk(checkpoint, Batch.of_text(TOKEN_IDS[:sequences]), batch_size=sequences)
+def test_a_second_value_goes_from_layer_to_layer(tiny_model: TinyModel, sequences: int) -> None:
+    """GLM-5's attention hands on which tokens it chose; later layers may have no choice of their own."""
+    kinds = {"indexer_types": ["full", "shared", "full"]}
+    folder = tiny_model("glm_moe_dsa", torch.float32, index_topk=4, **kinds)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    checkpoint = open_checkpoint(folder, torch.float32)
+    walk = LayerWalk(checkpoint, Batch.of_text(TOKEN_IDS[:sequences]), batch_size=sequences)
+    for layer in range(walk.num_layers):
+        checkpoint.load(layer)
+        if layer == 1:  # as after a kill
+            state = {name: tensor.clone() for name, tensor in walk.state().items()}
+            walk = LayerWalk(checkpoint, Batch.of_text(TOKEN_IDS[:sequences]), batch_size=sequences)
+            walk.restore(state["hidden"], layer, state["hidden_handed"])
+        walk.run_layer(advance=True)
+    found = torch.cat([walk.logits(rows) for rows in walk.batches()])
+    torch.testing.assert_close(found, whole(TOKEN_IDS[:sequences], use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_restored_hidden_states_continue_the_walk(tiny_model: TinyModel) -> None:

@@ -192,7 +192,11 @@ def qwen3_5_moe() -> dict[str, Any]:
 
 
 def test_the_text_part_of_an_image_text_model_has_a_config_of_its_own(tmp_path: Path) -> None:
-    plain = plain_config(qwen3_5_moe())
+    whole = plain_config(qwen3_5_moe())
+    assert whole["architectures"] == ["Qwen3_5MoeForConditionalGeneration"]
+    assert {"text_config", "vision_config", "image_token_id"} <= whole.keys()
+    assert whole["text_config"]["mtp_num_hidden_layers"] == 0, "no result has these layers"
+    plain = plain_config({**qwen3_5_moe(), "architectures": ["Qwen3_5MoeForCausalLM"]})
     assert plain["architectures"] == ["Qwen3_5MoeForCausalLM"] and plain["model_type"] == "qwen3_5_moe_text"
     assert not {"text_config", "vision_config", "image_token_id"} & plain.keys()
     assert plain["dtype"] == "bfloat16" and plain["eos_token_id"] == 7 and plain["num_experts"] == 8

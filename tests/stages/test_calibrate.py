@@ -56,7 +56,11 @@ def test_shortfall_of_text_is_a_warning(tiny_model: TinyModel, tmp_path: Path) -
     assert any("of the 500 sequences asked for" in text for text in result.warnings)
 
 
-def test_family_without_contract_test_is_a_warning(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_family_without_contract_test_is_a_warning(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "table.json").write_text('{"transformers": "5.23.0", "families": []}')
+    monkeypatch.setattr("mc_cli.families.TABLE", tmp_path / "table.json")
     data = write_documents(tmp_path / "text.jsonl", documents=12)
     result = run_calibrate(tmp_path / "work", tiny_model("dots1"), data)
     assert any("has no contract test here" in text for text in result.warnings)

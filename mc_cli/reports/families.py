@@ -1,0 +1,24 @@
+"""Which model families work, as their contract tests found: rows of the table that `mc-cli families` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mc_cli.families import read_outcomes
+
+
+def families_table() -> dict[str, Any]:
+    """The release of transformers, and a row for each of its families with experts; errors are of median tokens."""
+    release, outcomes = read_outcomes()
+    rows = [
+        {
+            "family": each.family,
+            "inputs": each.kind,
+            "works": each.works,
+            "packed_error": each.packed_error,
+            "dense_error": each.dense_error,
+            "reason": each.reason,
+        }
+        for each in outcomes
+    ]
+    return {"transformers": release, "families": rows}

@@ -1,0 +1,100 @@
+"""The table of families, and of a representative third of them that they stream, pack and load whole.
+
+`make test-families` takes every family through all stages; here packed models are made by plain rounding.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+from mc_cli.cli import app
+from mc_cli.data.batches import Batch
+from mc_cli.errors import FamilyError
+from mc_cli.exporters.reading import open_with_transformers
+from mc_cli.families import CONTRACT_TESTED, read_outcomes
+from mc_cli.measuring.logit_source import Reading, Walked
+from mc_cli.models.checkpoint import Checkpoint, read_config
+from mc_cli.models.inventory import take_inventory
+from mc_cli.packed.packed_model import PackedSource
+from mc_cli.parts import Role
+from tests.families.contract import ROUNDING, TOKENS, relative, shapes, walked_logits, whole_logits
+from tests.families.tiny_families import IMAGE_TEXT, TEXT, build_tiny_family
+from tests.packed_folders import packed_work_dir
+from tests.tiny_chain import run_export
+
+# Of each kind of difference one: towers with experts, hyper-connections, a second value, own experts, hybrids, norms.
+_THIRD = """dots3_note ernie4_5_vl_moe gemma4 llama4 nemotron_h_omni qwen3_5_moe qwen3_omni_moe_thinker step3p7
+bailing_hybrid deepseek_v4 glm5_next inkling_text kimi_linear lfm2_moe zaya"""
+REPRESENTATIVE = _THIRD.split()
+CPU = torch.device("cpu")
+# Model folders of transformers with experts in their code that hold no language model that continues text, and why.
+OUT_OF_SCOPE = {
+    "diffusion_gemma": "block diffusion",
+    "nllb_moe": "encoder and decoder",
+    "openai_privacy_filter": "a classifier",
+    "switch_transformers": "encoder and decoder",
+    "vitpose_backbone": "images alone",
+}
+
+
+def test_every_family_with_experts_in_transformers_is_in_the_table() -> None:
+    release, outcomes = read_outcomes()
+    assert release == transformers.__version__
+    assert [each.family for each in outcomes] == [*TEXT, *IMAGE_TEXT]
+    named = " ".join(each.family for each in outcomes)
+    for folder in sorted((Path(transformers.__file__).parent / "models").iterdir()):
+        code = "".join(path.read_text(encoding="utf-8") for path in folder.glob("modeling_*.py"))
+        if re.search(r"use_experts_implementation|^class \w*(Experts|SparseMLP)\w*\(", code, re.MULTILINE):
+            name = folder.name
+            stem = "step3p7" if name == "step3p7" else name
+            assert stem in OUT_OF_SCOPE or re.search(rf"\b{stem}(_text|_thinker|_mm_model)?\b", named), name
+
+
+def test_most_families_work_and_others_say_why() -> None:
+    _, outcomes = read_outcomes()
+    working = [each for each in outcomes if each.works]
+    assert len(working) >= 0.95 * len(outcomes)
+    assert set(CONTRACT_TESTED) <= {each.family for each in working}
+    for each in outcomes:
+        assert each.works == (not each.reason) and not each.reason.startswith("defect")
+        if each.works:
+            assert each.packed_error is not None and each.packed_error <= 1e-4
+            assert each.dense_error is not None and each.dense_error <= 0.2
+
+
+def test_the_command_prints_the_table() -> None:
+    found = CliRunner().invoke(app, ["families"])
+    assert found.exit_code == 0
+    assert all(f" {family} " in found.stdout for family in (*TEXT, *IMAGE_TEXT))
+
+
+@pytest.mark.parametrize("family", [each.family for each in read_outcomes()[1] if not each.works])
+def test_a_family_that_does_not_work_is_refused_before_any_work(family: str, tmp_path: Path) -> None:
+    folder = build_tiny_family(family, tmp_path / "model")
+    checkpoint = Checkpoint(folder, read_config(folder), dtype=torch.float32, device=CPU)
+    with pytest.raises(FamilyError, match=family):
+        take_inventory(checkpoint.model, stored_dtypes=checkpoint.stored_dtypes)
+
+
+@pytest.mark.parametrize("family", REPRESENTATIVE)
+def test_a_family_streams_packs_and_loads_whole(family: str, tmp_path: Path) -> None:
+    folder = build_tiny_family(family, tmp_path / "model")
+    batch = Batch.of_text(TOKENS)
+    assert float(relative(walked_logits(folder, batch), whole_logits(folder, batch)).median()) < ROUNDING
+    source = Checkpoint(folder, read_config(folder), dtype=torch.float32, device=CPU)
+    roles = take_inventory(source.model, stored_dtypes=source.stored_dtypes).bytes_by_role()
+    assert Role.EXPERT in roles and not source.unused
+    assert (family in IMAGE_TEXT) == (Role.PROJECTOR in roles or Role.VISION in roles)
+    work = packed_work_dir(folder, tmp_path / "work")
+    assert run_export(work, tmp_path / "packed", "transformers").summary["read_back"]["logit_error_median"] < 1e-4
+    run_export(work, tmp_path / "dense", "dense")
+    assert shapes(tmp_path / "dense") == shapes(folder)
+    exact = Walked(PackedSource(work / "packed", dtype=torch.float32, device=CPU)).logits(batch)
+    written = open_with_transformers(tmp_path / "dense", Reading(torch.float32, CPU)).logits(batch)
+    assert float(relative(written, exact).median()) < 0.2
