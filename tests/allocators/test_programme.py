@@ -182,7 +182,7 @@ def test_the_plain_plan_stays_where_cutting_is_not_clearly_better() -> None:
     importance = scored(layers=2, seed=2)
     budget = Budget("stored_bits", 1.6)
     today = allocate(importance, budget=budget, role_bits={}, gap=0.0)
-    found = made(importance, 1.6, 2, price=50.0)
+    found = made(importance, 1.6, 2, price=1e4)
     assert not found.cuts and found.plan == today
     values = {entry.strategy: entry.predicted_loss for entry in found.considered}
     everything, drops, plain = (values[name] for name in (_ALL, _DROPPED, _PLAIN))
