@@ -47,18 +47,18 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
         budget = budget_of(settings, others)
         plan = grouped_plan(settings, inventory, score.quantizer, unmeasured, role_bits, budget)
         return planned_size(plan, inventory, score.quantizer)
-    budget = budget_of(settings, others)
     if settings.drop_ratio is not None:
         measured = importance_of_shapes(inventory, score)
         gone, value = experts_gone(settings, measured, inventory)
         if settings.has_one_width:
             plan = drop_plan(settings, inventory, score.quantizer, gone, value, role_bits)
             return planned_size(plan, inventory, score.quantizer)
+        budget = budget_of(settings, others)
         problem = feasible_problem(measured, budget=budget, **_asked(settings, score, inventory, inventory, gone))
         ends, counts = size_range(problem), [1] * len(measured.layers)
         weights, limit = problem.weight_count, problem.limit
     else:
-        kinds = kinds_of(inventory)
+        budget, kinds = budget_of(settings, others), kinds_of(inventory)
         counts, sample = list(kinds.values()), replace(inventory, expert_blocks=tuple(kinds))
         measured = importance_of_shapes(sample, score)
         problem = posed_problem(measured, budget=budget, **_asked(settings, score, inventory, sample, {}))
