@@ -354,8 +354,8 @@ def print_families(found: Mapping[str, Any]) -> None:
     working = sum(row["works"] for row in rows)
     console = stdout_console()
     console.print(
-        f"transformers {found['transformers']}: {working} of {len(rows)} families with experts work, each on a tiny "
-        "random checkpoint through all stages; errors are relative differences of logits, median token"
+        f"transformers {found['transformers']}: {working} of {len(rows)} families tried work, each on a tiny random "
+        "checkpoint through all stages; errors are relative differences of logits, median token"
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("family", "inputs", "packed", "dense", ""):

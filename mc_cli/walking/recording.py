@@ -154,8 +154,15 @@ class Recording:
 
             return record
 
-        with stand_ins(self._layers, make), contextlib.suppress(_AllLayersSeen):
-            forward()
+        with stand_ins(self._layers, make):
+            try:
+                forward()
+            except _AllLayersSeen:
+                pass
+            except ValueError as error:
+                if calls:
+                    raise
+                raise NotLayerwise(f"its own code refuses what it is given ({error})") from error
         if len(calls) != len(self._layers):
             raise NotLayerwise("it does not call each layer once")
         if answer is None and bool(given[1].any()):
