@@ -19,6 +19,7 @@ from mc_cli.parts import ExpertBlock
 from mc_cli.stages.calibrate import GRADIENT_BATCH_TOKENS
 
 SPARE = 1.08  # what small tensors and holes in the heap add: 0 to 9 % of what a stage holds, on two shapes
+_COMPUTING = 60 << 20  # what libraries take once they compute: buffers, threads, a model's code; 8 to 99 MiB
 _FLOAT, _DOUBLE = 4, 8
 _LOGIT_COPIES = 5  # of one sequence, while labels are drawn: logits, their log, probabilities, gradients of two
 _COPIES_TO_FACTORIZE = 6  # damped, turned round, factor, identity, solution, and one for the library
@@ -79,7 +80,7 @@ def _lines(needs: Sequence[MemoryNeed]) -> str:
 
 def _remedy(limit: int, work: Workload) -> str:
     """Which settings would keep all stages within the limit: the first of some that does, from the mildest on."""
-    base = max(need.pieces["libraries"] for need in memory_needs(work, base_bytes=resident_bytes()))
+    base = resident_bytes()
     for words, changed in _lighter(work):
         if _most(changed, base) <= limit:
             return f"{words} would fit."
@@ -140,7 +141,7 @@ def _with_workers(need: MemoryNeed, work: Workload, base_bytes: int) -> MemoryNe
 def _need(stage: str, steps: _Steps, base_bytes: int) -> MemoryNeed:
     step, pieces = max(steps, key=lambda entry: sum(entry[1].values()))
     whole = {name: round(SPARE * size) for name, size in pieces.items() if size}
-    return MemoryNeed(stage, step, {"libraries": base_bytes, **whole})
+    return MemoryNeed(stage, step, {"libraries": base_bytes + _COMPUTING, **whole})
 
 
 def _loading(work: Workload, held: dict[str, int]) -> tuple[str, dict[str, int]]:

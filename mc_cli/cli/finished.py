@@ -79,7 +79,7 @@ def generate_parameters() -> list[inspect.Parameter]:
         *(
             flag_parameter(COMPUTE, flag, name=flag.field, option=flag.name)
             for flag in flags_of(COMPUTE)
-            if flag.field != "batch_tokens"
+            if flag.field in ("device", "dtype", "trust_remote_code")
         ),
         parameter("json", bool, JSON, False),
         parameter("debug", bool, DEBUG, False),

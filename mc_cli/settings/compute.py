@@ -62,8 +62,8 @@ class RunSettings(Settings):
     workers: str = setting(
         "",
         Flag(
-            "Hand coding jobs to so many processes of this machine, or to a Ray cluster: ray takes the one that is "
-            "found here, else starts one.",
+            "Hand coding jobs of score and quantize to so many processes of this machine, or to a Ray cluster: ray "
+            "takes the one that is found here, else starts one.",
             COMPUTING,
             metavar="N|ray|ray://HOST:PORT",
             default="none: jobs run in this process",
