@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mc_cli.artifacts.files import nothing_remembered
 from mc_cli.artifacts.locks import work_dir_lock
 from mc_cli.artifacts.manifest import MANIFEST, Manifest
-from mc_cli.artifacts.work_dir import STAGE_FOLDERS, WorkDir
+from mc_cli.artifacts.work_dir import SHARED, STAGE_FOLDERS, WorkDir
 from mc_cli.errors import InputError, McError, Problems
 from mc_cli.flags import STAGES, shared_with_score
 from mc_cli.progress import Progress, StageResult
@@ -19,6 +19,7 @@ from mc_cli.settings import RunSettings
 
 if TYPE_CHECKING:
     from mc_cli.ahead import Outlook
+    from mc_cli.ahead.disk import Need
 
 _WAITING, _DONE = "waiting", "done"
 _ACTIONS = {
@@ -140,6 +141,24 @@ def forecast_chain(plan: RunPlan, *, force_from: str | None) -> tuple[list[Plann
     return planned, _forecast(problems, planned, plan.stages, plan.compute, plan.work, force=forced)
 
 
+def forecast_chains(
+    plans: Sequence[RunPlan], *, force_from: str | None
+) -> list[tuple[list[PlannedStage], Outlook | None]]:
+    """The same for several variants of one work directory; what is shared is told in the first."""
+    problems = Problems()
+    found = []
+    for number, plan in enumerate(plans):
+        with problems.catching():
+            planned, outlook = forecast_chain(plan, force_from=force_from)
+            found.append(([entry for entry in planned if not number or entry.stage not in SHARED], outlook))
+    needs = _check_room([outlook for _, outlook in found if outlook is not None], problems)
+    problems.tell()
+    for _, outlook in found:
+        if outlook is not None and needs:
+            outlook.needs = needs
+    return found
+
+
 def _forecast(
     problems: Problems,
     planned: list[PlannedStage],
@@ -178,19 +197,59 @@ def run_chain(
     plan: RunPlan, *, force_from: str | None, progress: Progress, tell: Callable[[StageResult], None]
 ) -> list[StageResult]:
     """All stages in turn, those that are done skipped; `tell` is called after each."""
-    _check_chain(plan, force_from)
-    results = []
-    with work_dir_lock(plan.work.path):  # between two stages, too, nothing else works in it
-        for stage, force in _forced(force_from):
-            results.append(
-                run_stage(stage, plan.stages[stage], plan.compute, plan.work, force=force, progress=progress)
-            )
-            tell(results[-1])
+    (results,) = run_chains([plan], force_from=force_from, progress=progress, tell=tell)
     return results
 
 
-def _check_chain(plan: RunPlan, force_from: str | None) -> None:
-    """Raises a McError naming all that a late stage would refuse after hours; nothing where all stages are done."""
+def run_chains(
+    plans: Sequence[RunPlan], *, force_from: str | None, progress: Progress, tell: Callable[[StageResult], None]
+) -> list[list[StageResult]]:
+    """The same for several variants of one work directory, one after the other; what they share is run in the first.
+
+    Everything that stands against any of them is told before any work.
+    """
+    _check_chains(plans, force_from)
+    made = []
+    with work_dir_lock(plans[0].work.path):  # between two stages, too, nothing else works in it
+        for number, plan in enumerate(plans):
+            results = []
+            for stage, force in _forced(force_from):
+                if number and stage in SHARED:
+                    continue
+                results.append(
+                    run_stage(stage, plan.stages[stage], plan.compute, plan.work, force=force, progress=progress)
+                )
+                tell(results[-1])
+            made.append(results)
+    return made
+
+
+def _check_chains(plans: Sequence[RunPlan], force_from: str | None) -> None:
+    """Raises a McError naming all that a late stage would refuse after hours, of any of the plans."""
+    problems = Problems()
+    outlooks = []
+    for plan in plans:
+        with problems.catching():
+            outlooks.append(_check_chain(plan, force_from))
+    _check_room([outlook for outlook in outlooks if outlook is not None], problems)
+    problems.tell()
+
+
+def _check_room(outlooks: Sequence[Outlook], problems: Problems) -> list[Need]:
+    """The needs of several variants together; what there is no room for is added to `problems`."""
+    if len(outlooks) < 2:
+        return []
+    from mc_cli.ahead.disk import check_disk, together
+
+    needs = together([outlook.needs for outlook in outlooks])
+    for need in needs:
+        with problems.catching():
+            check_disk(need)
+    return needs
+
+
+def _check_chain(plan: RunPlan, force_from: str | None) -> Outlook | None:
+    """The outlook of what is to do; None where all stages are done. Raises a McError naming all that is refused."""
     done = set()
     for stage, force in _forced(force_from):
         try:
@@ -203,8 +262,7 @@ def _check_chain(plan: RunPlan, force_from: str | None) -> None:
             break
         done.add(stage)
     todo = [stage for stage in plan.stages if stage not in done]
-    if todo:
-        look_ahead(plan.stages, plan.compute, plan.work, todo=todo)
+    return look_ahead(plan.stages, plan.compute, plan.work, todo=todo) if todo else None
 
 
 def _forced(force_from: str | None) -> Iterator[tuple[str, bool]]:

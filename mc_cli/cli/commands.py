@@ -11,6 +11,7 @@ import typer
 
 from mc_cli import __version__
 from mc_cli.cli.finished import bench, bench_parameters, generate, generate_parameters
+from mc_cli.cli.looking import compare, curve, report
 from mc_cli.cli.options import run_parameters, stage_parameters
 from mc_cli.cli.running import run_all, run_stage, status
 from mc_cli.failures import INTERRUPTED, interrupted_message
@@ -74,6 +75,9 @@ for _stage in STAGES:
     _add_command(_stage, partial(run_stage, _stage), stage_parameters(_stage), SUMMARIES[_stage])
 _add_command("run", run_all, run_parameters(), _RUN_HELP)
 app.command("status", cls=GroupedCommand, rich_help_panel=_REST)(status)
+app.command("curve", cls=GroupedCommand, rich_help_panel=_REST)(curve)
+app.command("compare", cls=GroupedCommand, rich_help_panel=_REST)(compare)
+app.command("report", cls=GroupedCommand, rich_help_panel=_REST)(report)
 _add_command("generate", generate, generate_parameters(), "Continue a text with an exported model.")
 _add_command("bench", bench, bench_parameters(), "Measure a model's speed and memory on this machine's processor.")
 

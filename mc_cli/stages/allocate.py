@@ -46,18 +46,16 @@ class Allocate(Stage[StageFolder, Plan, StageResult]):
 
     def ready(self, folder: StageFolder, run: Run) -> Plan:
         """The plan itself: a target out of reach leaves the one that is there."""
-        settings, inventory, quantizer = self.settings, self._inventory(), self._quantizer()
-        role_bits, others = beside_experts(settings, inventory, quantizer)
+        settings, inventory, quantizer = self.settings, self._inventory(), scoring_quantizer(self.work)
         with run.progress.step(f"allocate: {settings.method}", total=1, unit="programme") as step:
             if settings.cut_ratio is not None:
+                role_bits, others = beside_experts(settings, inventory, quantizer)
                 plan = cut_plan(settings, inventory, quantizer, self._channels, role_bits)
+                plan = _completed(plan, settings, quantizer, others)
             else:
-                plan = _allocated(settings, Importance.read(self.work.folder("score") / IMPORTANCE), role_bits, others)
+                importance = Importance.read(self.work.folder("score") / IMPORTANCE)
+                plan = plan_of(settings, importance, inventory, quantizer)
             step.advance()
-        budget: dict[str, Any] = {**plan.budget, "other_bytes": others}
-        if settings.target_size_bytes is not None:
-            budget["asked_file_bytes"] = settings.target_size_bytes
-        plan = replace(plan, budget=budget, family=quantizer.family, group_size_limit=quantizer.group_size)
         plan.check_against(inventory)
         return plan
 
@@ -85,14 +83,34 @@ class Allocate(Stage[StageFolder, Plan, StageResult]):
             )
         return ChannelMeasures.read(path, num_experts=block.num_experts, channels=block.channels)
 
-    def _quantizer(self) -> QuantizerSettings:
-        """The quantizer that score measured with."""
-        with reading(self.work.folder("score") / MANIFEST, "a manifest of score", "Run score --force."):
-            scored = require_done(self.work, "score").settings
-            return read_as(QuantizerSettings, scored.get("quantizer"), "settings.quantizer")
-
 
 plan_stage, run = Plans(Allocate), Runs(Allocate)
+
+
+def scoring_quantizer(work: WorkDir) -> QuantizerSettings:
+    """The quantizer that score measured with."""
+    with reading(work.folder("score") / MANIFEST, "a manifest of score", "Run score --force."):
+        scored = require_done(work, "score").settings
+        return read_as(QuantizerSettings, scored.get("quantizer"), "settings.quantizer")
+
+
+def plan_of(
+    settings: AllocateSettings, importance: Importance, inventory: ModelInventory, quantizer: QuantizerSettings
+) -> Plan:
+    """The plan that allocate would write for a target, of widths and not of cuts; nothing is written.
+
+    Raises BudgetError for a target out of reach, InputError for what the method cannot use.
+    """
+    role_bits, others = beside_experts(settings, inventory, quantizer)
+    return _completed(_allocated(settings, importance, role_bits, others), settings, quantizer, others)
+
+
+def _completed(plan: Plan, settings: AllocateSettings, quantizer: QuantizerSettings, others: int) -> Plan:
+    """The plan with what it takes beside the experts, and the quantizer's encodings."""
+    budget: dict[str, Any] = {**plan.budget, "other_bytes": others}
+    if settings.target_size_bytes is not None:
+        budget["asked_file_bytes"] = settings.target_size_bytes
+    return replace(plan, budget=budget, family=quantizer.family, group_size_limit=quantizer.group_size)
 
 
 def _allocated(settings: AllocateSettings, importance: Importance, role_bits: Mapping[Role, int], others: int) -> Plan:
