@@ -87,6 +87,7 @@ SEED ?= 0
 # PAGE: one of `mc-cli report`; screenshots, a PDF and what is wrong go to runs/browser. Needs Node and npm; the browser
 # comes with a package, so nothing else is fetched.
 PAGE := runs/demo/report.html
+.PHONY: test-report
 test-report: install
 	test -f $(PAGE) || $(BIN)/mc-cli report -w runs/demo --out $(PAGE)
 	npm install --prefix recipes/browser --ignore-scripts --no-audit --no-fund

@@ -78,7 +78,7 @@ class Recipe:
         return next((value for value in asked if isinstance(value, Targets)), None)
 
     def of_target(self, name: str) -> Recipe:
-        """This recipe with one of its several targets, as a variant and to a folder of that name.
+        """This recipe with one of its several targets, as a variant, to a folder and a repository of that name.
 
         What score measures is the same for all: the widths that the largest target asks for.
         """
@@ -92,6 +92,8 @@ class Recipe:
         sections["allocate"][self.targets.field] = self.targets.values[name]
         if out := sections.get("export", {}).get("out"):
             sections["export"]["out"] = str(Path(str(out)) / name)
+        if repository := sections.get("export", {}).get("push_to_hub"):
+            sections["export"]["push_to_hub"] = f"{repository}-{name}"
         variant = name if self.variant == MAIN else f"{self.variant}-{name}"
         return Recipe(sections, self.work_dir, self.description, self.effort, variant)
 

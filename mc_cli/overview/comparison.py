@@ -67,7 +67,18 @@ def compare(sources: Sequence[Path]) -> tuple[list[Compared], list[str]]:
             found += results
             warnings += told
     problems.tell()
-    return found, warnings + _other_texts(found)
+    return found, warnings + _unmeasured(found) + _other_texts(found)
+
+
+def _unmeasured(found: Sequence[Compared]) -> list[str]:
+    """A sentence on exported directories whose card does not say what was measured."""
+    names = [entry.name for entry in found if entry.gap is None]
+    if not names:
+        return []
+    return [
+        f"Nothing measured is known of {', '.join(names)}: {CARD} has no figures. Run prune-eval before export, and "
+        "export again, or compare the work directory."
+    ]
 
 
 def _read(source: Path, *, many: bool) -> tuple[list[Compared], list[str]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mc_cli.overview.comparison import Compared
 from mc_cli.reports.charts import POINTS, Chart, Series
-from mc_cli.reports.tables import summary, table
+from mc_cli.reports.tables import PERPLEXITY, summary, table
 
 
 def comparison_summary(found: Sequence[Compared]) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def comparison_table(found: Sequence[Compared]) -> dict[str, Any]:
             entry.name,
             entry.stored_bytes,
             _rounded(entry.stored_bits, 3),
-            None if entry.perplexity is None else f"{entry.perplexity:.4f}",
+            entry.perplexity,
             entry.gap,
             entry.kl,
             _rounded(None if entry.same_top_token is None else 100 * entry.same_top_token, 2),
@@ -32,7 +32,8 @@ def comparison_table(found: Sequence[Compared]) -> dict[str, Any]:
         for entry in found
     ]
     columns = ["result", "stored bytes", "stored bits per expert weight", "perplexity", "loss gap (nats)", "KL (nats)"]
-    return table("Results side by side", [*columns, "same top token %", "tokens", "runs"], rows, left=1)
+    digits = {"perplexity": PERPLEXITY}
+    return table("Results side by side", [*columns, "same top token %", "tokens", "runs"], rows, left=1, digits=digits)
 
 
 def comparison_chart(found: Sequence[Compared], *, unit: tuple[str, int]) -> Chart | None:

@@ -91,7 +91,7 @@ def _pruning_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
     ]
     names = ("policy", "calls dropped %", "perplexity", "rise %", "KL (nats)", "experts per token")
     columns = [*names, "activated bytes", "on the front"]
-    digits = {"perplexity": PERPLEXITY - 1}
+    digits = {"perplexity": PERPLEXITY}
     whole_table = table("Expert calls dropped while running (* ships)", columns, rows, left=1, digits=digits)
     chosen = next(row for row in points if row["chosen"])
     whole = pruning["unpruned"]
@@ -123,7 +123,7 @@ def _bytes_table(evaluation: Evaluation) -> dict[str, Any]:
         rows.append(
             [role, before, sum(parts.values()), parts.get("codes", 0), parts.get("side", 0), parts.get("kept", 0)]
         )
-    columns = ["role", "bytes before", "bytes after", "codes", "scales and zero points", "kept"]
+    columns = ["role", "stored bytes before", "stored bytes after", "codes", "scales and zero points", "kept"]
     return table("Stored bytes by role", columns, rows, left=1)
 
 

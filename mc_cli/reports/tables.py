@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PERPLEXITY = 4  # decimals
+PERPLEXITY = 2  # decimals
 
 
 def table(

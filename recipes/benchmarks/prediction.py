@@ -49,6 +49,8 @@ UNITS = {
     "predicted": "nats per token: predicted_loss of the plan, of the experts alone",
     "gap": "nats per token: loss of the packed model minus loss of the original, on held-out text",
     "experts_only": "whether all but the experts was left as in the checkpoint",
+    "calibration_tokens": "behind the scores that foretold",
+    "measured_with": "text and calibration of the measurement, where they are not those of the prediction",
     "measured_at": "commit that was measured, where it is not that of the prediction",
 }
 RANKED_AT = 2.25  # where many plans of equal bytes are made
@@ -155,6 +157,7 @@ def published(work_dir: Path, name: str, path: Path, table: str) -> Iterator[dic
             "gap": float(cells["gap"].partition(" ")[0]),
             "experts_only": True,
             "measured_at": row["commit"],
+            "measured_with": f"{row['data']}; seeds {row['seeds']}",
         }
 
 

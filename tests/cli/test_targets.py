@@ -25,8 +25,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stages_that_variants_share_run_once(stages: FakeStages, mc_cli: Command) -> None:
-    result = mc_cli("run", *GIVEN, "--target-stored-bits", "2,2.5,3", "--json")
+    result = mc_cli("run", *GIVEN, "--target-stored-bits", "2,2.5,3", "--push-to-hub", "me/model", "--json")
     assert result.exit_code == 0, result.stderr
+    sent = [call[1].push_to_hub for call in stages.calls if call[0] == "export"]
+    assert sent == ["me/model-2", "me/model-2.5", "me/model-3"]
     own = ["allocate", "quantize", "prune-eval", "export"]
     assert [call[0] for call in stages.calls] == ["calibrate", "score", *own, *own, *own]
     assert [call[1].target_stored_bits for call in stages.calls if call[0] == "allocate"] == [2, 2.5, 3]
