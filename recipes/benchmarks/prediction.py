@@ -39,7 +39,6 @@ from mc_cli.settings import (
     RunSettings,
     ScoreSettings,
 )
-from mc_cli.stages import allocate, calibrate, prune_eval, quantize, score
 from mc_cli.stages.allocate import plan_of
 
 # Stored bits per expert weight; in this order, so that a run that is stopped has seen all of the range.
@@ -111,6 +110,8 @@ def prepare(arguments: argparse.Namespace, work_dir: Path) -> None:
     """Calibration and scores, of all plans; those that lie in the work directory are taken as they are."""
     if Manifest.read(WorkDir(work_dir).folder("score")) is not None:
         return
+    from mc_cli.stages import calibrate, score  # with torch, which --published does not need
+
     settings = CalibrateSettings(
         model=arguments.model, data=arguments.data, sequences=arguments.sequences, length=arguments.length
     )
@@ -163,6 +164,8 @@ def published(work_dir: Path, name: str, path: Path, table: str) -> Iterator[dic
 
 def measured(arguments: argparse.Namespace, work_dir: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """The prediction and the figures of one plan; its packed model is removed afterwards."""
+    from mc_cli.stages import allocate, prune_eval, quantize
+
     work, compute, silent = WorkDir(work_dir, "trial"), RunSettings(), SilentProgress()
     place = {"variant": work.variant, "force": True, "progress": silent}
     settings = AllocateSettings(

@@ -36,7 +36,8 @@ def test_every_file_arrives_in_a_new_private_repository(hub: Hub, folder: Path) 
     assert push(folder, "me/model-2.5", endpoint=hub.endpoint) == f"{hub.endpoint}/me/model-2.5"
     sent = hub.repositories["me/model-2.5"]
     assert sent == {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert hub.made[0]["private"] is True or hub.made[0].get("visibility") == "private"
+    assert hub.made[0].get("visibility") == "private" or hub.made[0].get("private") is True
+    assert hub.validated[0].startswith("---\nlibrary_name: transformers")
     assert "mc-cli" in hub.messages[0]
     (folder / "LICENSE").write_text("another")
     push(folder, "me/model-2.5", endpoint=hub.endpoint)
