@@ -53,7 +53,7 @@ def expert_bytes(packed: Path) -> int:
 
 
 def test_half_a_bit_is_reached_and_stored_to_the_byte(work: Path) -> None:
-    plan = planned(work, target_stored_bits=0.9)
+    plan = planned(work, target_stored_bits=0.9, bits=WIDTHS[1:])
     cut = [entry for row in plan.expert_bits.values() for entry in row if isinstance(entry, tuple)]
     assert cut and plan.channel_order is not None
     assert plan.budget["reached"] <= 0.9
@@ -63,13 +63,13 @@ def test_half_a_bit_is_reached_and_stored_to_the_byte(work: Path) -> None:
     values = {entry["strategy"]: entry["predicted_loss"] for entry in considered}
     assert values["plain widths"] is None
     assert values["one programme of all"] == pytest.approx(plan.objective["value"])
-    assert values["one programme of all"] <= values["dropped experts and widths"]
+    assert "dropped experts and widths" not in values
     with pytest.raises(BudgetError):
         planned(work, target_stored_bits=0.9, cuts=False, bits=(1, 2, 3))
 
 
 def test_the_table_says_what_was_chosen(work: Path) -> None:
-    result = run_allocate(work, force=True, target_stored_bits=0.9)
+    result = run_allocate(work, force=True, target_stored_bits=0.9, bits=WIDTHS[1:])
     inside, ways = result.summary["tables"]
     plan = Plan.read(work / "plan" / "plan.yaml")
     for row in inside["rows"]:
