@@ -24,6 +24,7 @@ help:
 	@echo "make sanitize 20,000 mutated packed models through loaders and C under AddressSanitizer"
 	@echo "make docs     write docs/reference/cli.md from the commands, and the tables of the results"
 	@echo "make dist     source distribution and wheel in dist/, and what the wheel must hold looked for in it"
+	@echo "make test-report PAGE=report.html      a page of mc-cli report looked at in a headless browser"
 	@echo "make bench-memory, make bench-quality   peak memory by depth; quality at equal stored bytes"
 	@echo "make bench-effort, make bench-search    time of score, allocate and quantize beside uniform GPTQ; of the search"
 	@echo "make bench-pruning PACKED=runs/x        quality and time by share of expert calls skipped"
@@ -94,6 +95,15 @@ smoke: install
 COUNT ?= 20000
 SEED ?= 0
 .PHONY: sanitize
+# PAGE: one of `mc-cli report`; screenshots, a PDF and what is wrong go to runs/browser. Needs Node and npm; the browser
+# comes with a package, so nothing else is fetched.
+PAGE := runs/demo/report.html
+.PHONY: test-report
+test-report: install
+	test -f $(PAGE) || $(BIN)/mc-cli report -w runs/demo --out $(PAGE)
+	npm install --prefix recipes/browser --ignore-scripts --no-audit --no-fund
+	node recipes/browser/check.mjs $(PAGE) runs/browser
+
 sanitize: install-dev
 	$(BIN)/python -m tests.faults.sanitized --count $(COUNT) --seed $(SEED)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mc_cli.artifacts.files import nothing_remembered
 from mc_cli.artifacts.locks import work_dir_lock
 from mc_cli.artifacts.manifest import MANIFEST, Manifest
-from mc_cli.artifacts.work_dir import STAGE_FOLDERS, WorkDir
+from mc_cli.artifacts.work_dir import SHARED, STAGE_FOLDERS, WorkDir
 from mc_cli.errors import InputError, McError, Problems
 from mc_cli.flags import STAGES, shared_with_score
 from mc_cli.progress import Progress, StageResult
@@ -143,6 +143,21 @@ def forecast_chain(plan: RunPlan, *, force_from: str | None) -> tuple[list[Plann
     return planned, _forecast(problems, planned, plan.stages, plan.compute, plan.work, force=forced)
 
 
+def forecast_chains(
+    plans: Sequence[RunPlan], *, force_from: str | None
+) -> list[tuple[list[PlannedStage], Outlook | None]]:
+    """The same for several variants of one work directory; what is shared is told in the first."""
+    problems = Problems()
+    found = []
+    for number, plan in enumerate(plans):
+        with problems.catching():
+            planned, outlook = forecast_chain(plan, force_from=force_from)
+            found.append(([entry for entry in planned if not number or entry.stage not in SHARED], outlook))
+    _check_room([outlook for _, outlook in found if outlook is not None], problems)
+    problems.tell()
+    return found
+
+
 def _forecast(
     problems: Problems,
     planned: list[PlannedStage],
@@ -189,17 +204,66 @@ def run_chain(
 
     tell   called after each;  head   called with what the run will take, before the first
     """
-    outlook = _check_chain(plan, force_from)
-    if head is not None and outlook is not None:
-        head(outlook)
-    results = []
-    with work_dir_lock(plan.work.path):  # between two stages, too, nothing else works in it
-        for stage, force in _forced(force_from):
-            results.append(
-                run_stage(stage, plan.stages[stage], plan.compute, plan.work, force=force, progress=progress)
-            )
-            tell(results[-1])
+    (results,) = run_chains([plan], force_from=force_from, progress=progress, tell=tell, head=head)
     return results
+
+
+def run_chains(
+    plans: Sequence[RunPlan],
+    *,
+    force_from: str | None,
+    progress: Progress,
+    tell: Callable[[StageResult], None],
+    head: Callable[[Outlook], None] | None = None,
+) -> list[list[StageResult]]:
+    """The same for several variants of one work directory, one after the other; what they share is run in the first.
+
+    Everything that stands against any of them is told before any work. `head` hears of the first that has any
+    to do, with the disk space of all.
+    """
+    outlooks = _check_chains(plans, force_from)
+    if head is not None and outlooks:
+        head(outlooks[0])
+    made = []
+    with work_dir_lock(plans[0].work.path):  # between two stages, too, nothing else works in it
+        for number, plan in enumerate(plans):
+            results = []
+            for stage, force in _forced(force_from):
+                if number and stage in SHARED:
+                    continue
+                results.append(
+                    run_stage(stage, plan.stages[stage], plan.compute, plan.work, force=force, progress=progress)
+                )
+                tell(results[-1])
+            made.append(results)
+    return made
+
+
+def _check_chains(plans: Sequence[RunPlan], force_from: str | None) -> list[Outlook]:
+    """The outlooks of the plans that have work. Raises a McError naming all that a late stage of any would refuse."""
+    problems = Problems()
+    found = []
+    for plan in plans:
+        with problems.catching():
+            found.append(_check_chain(plan, force_from))
+    outlooks = [outlook for outlook in found if outlook is not None]
+    _check_room(outlooks, problems)
+    problems.tell()
+    return outlooks
+
+
+def _check_room(outlooks: Sequence[Outlook], problems: Problems) -> None:
+    """Puts the needs of all variants together in place of each one's; what has no room is added to `problems`."""
+    if len(outlooks) < 2:
+        return
+    from mc_cli.ahead.disk import check_disk, together
+
+    needs = together([outlook.needs for outlook in outlooks])
+    for need in needs:
+        with problems.catching():
+            check_disk(need)
+    for outlook in outlooks:
+        outlook.needs = needs
 
 
 def _check_chain(plan: RunPlan, force_from: str | None) -> Outlook | None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from rich.text import Text
 from mc_cli.artifacts.work_dir import MAIN
 from mc_cli.models.memory import peak_memory_bytes
 from mc_cli.progress import StageResult
+from mc_cli.reports.tables import PERPLEXITY
 from mc_cli.status import StageStatus
 
 if TYPE_CHECKING:
@@ -32,9 +34,11 @@ if TYPE_CHECKING:
     from mc_cli.measuring.speed import Speed
     from mc_cli.verify import Verified
 
+LINE = 80  # characters of a line of progress
+_BAR = 16  # of them that a live bar takes
 PLAIN_INTERVAL_S = 10.0  # between two progress lines where there is no terminal
 _PLAIN_WIDTH = 160  # columns of a table in a pipe or file, where there is no terminal to ask
-_RESULT_STAGES = ("prune-eval", "export")  # what a whole run ends with
+_RESULT_STAGES = ("allocate", "prune-eval", "export")  # what a whole run ends with
 
 
 def stdout_console() -> Console:
@@ -71,6 +75,12 @@ def size_text(size_bytes: float) -> str:
     return f"{size_bytes:.1f} TiB"
 
 
+def size_unit(size_bytes: float) -> tuple[str, int]:
+    """The largest binary unit of which that is at least one: its name and its bytes."""
+    units = {name: 1024**place for place, name in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))}
+    return max(((name, size) for name, size in units.items() if size <= max(1, size_bytes)), key=lambda unit: unit[1])
+
+
 def duration_text(seconds: float) -> str:
     """`1:02:03`, or `02:03` below an hour."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
@@ -87,6 +97,7 @@ class _Count:
         self.earlier = self.done = done
         self.started = time.monotonic()
         self.note = ""
+        self.place = ""  # which stage of a run it is in
 
     @property
     def elapsed_s(self) -> float:
@@ -103,19 +114,25 @@ class _Count:
         fresh = self.done - self.earlier
         return f"{duration_text(self.elapsed_s / fresh * (self.total - self.done))} left" if fresh else ""
 
-    def line(self) -> str:
-        parts = [
-            f"{self.done}/{self.total} {self.units}",
-            self.rate_text(),
-            self.left_text() if self.done < self.total else "",
-        ]
-        parts += [f"peak memory {size_text(peak_memory_bytes())}", self.note]
-        return f"{self.title}: {', '.join(part for part in parts if part)}"
+    def line(self, limit: int = LINE) -> str:
+        """The state in one line of at most `limit` characters: what matters least is left out where it is longer."""
+        left = self.left_text() if self.done < self.total else ""
+        memory = f"{size_text(peak_memory_bytes())} peak"
+        for parts in (
+            (self.rate_text(), left, memory, self.note),
+            (self.rate_text(), left, memory),
+            (left, memory),
+            (),
+        ):
+            text = ", ".join(part for part in (f"{self.done}/{self.total} {self.units}", *parts) if part)
+            if len(line := f"{self.place}{self.title}: {text}") <= limit:
+                break
+        return line
 
     def closing_line(self) -> str:
         earlier = f" ({self.earlier} by an earlier run)" if self.earlier else ""
         rest = f"{duration_text(self.elapsed_s)}, peak memory {size_text(peak_memory_bytes())}"
-        return f"{self.title}: {self.done}/{self.total} {self.units}{earlier} in {rest}"
+        return f"{self.place}{self.title}: {self.done}/{self.total} {self.units}{earlier} in {rest}"
 
 
 class _Step:
@@ -129,9 +146,16 @@ class _Step:
 
 
 class ConsoleProgress:
-    """Draws the steps of stages on stderr; a step inside a step has its own bar while it lasts."""
+    """Draws the steps of stages on stderr; a step inside a step has its own bar while it lasts.
 
-    def __init__(self, *, live: bool | None = None, interval_s: float = PLAIN_INTERVAL_S) -> None:
+    stages   those of a whole run, in order, so that every line says which of how many it is about
+    """
+
+    def __init__(
+        self, *, live: bool | None = None, interval_s: float = PLAIN_INTERVAL_S, stages: Sequence[str] = ()
+    ) -> None:
+        self._stages = tuple(stages)
+        self._at = -1  # the place in `stages` of the one that runs
         self.console = stderr_console()
         self._live = self.console.is_terminal if live is None else live
         self._interval_s = interval_s
@@ -144,6 +168,7 @@ class ConsoleProgress:
     def step(self, title: str, *, total: int, unit: str, done: int = 0) -> Iterator[_Step]:
         """Shows one step while it runs, and a closing line where it is not inside another one."""
         count = _Count(title, total, unit, done)
+        count.place = self._place_of(title)
         self._open(count)
         try:
             yield _Step(count, self)
@@ -168,19 +193,31 @@ class ConsoleProgress:
             self._last_line = time.monotonic()
             self.console.print(Text(count.line()))
 
+    def _place_of(self, title: str) -> str:
+        """`[3/6] ` for a step of the third of six stages; steps are named after their stage."""
+        stage = title.partition(":")[0]
+        if stage not in self._stages:
+            return ""
+        if self._at < 0 or self._stages[self._at] != stage:
+            later = [place for place, name in enumerate(self._stages) if place > self._at and name == stage]
+            self._at = later[0] if later else self._at
+        return f"[{self._at + 1}/{len(self._stages)}] "
+
     def _open(self, count: _Count) -> None:
         self._depth += 1
         if not self._live:
             if self._depth == 1:
                 self._last_line = time.monotonic()
                 again = f", continuing after {count.done}" if count.done else ""
-                self.console.print(Text(f"{count.title}: {count.total} {count.units}{again}"))
+                self.console.print(Text(f"{count.place}{count.title}: {count.total} {count.units}{again}"))
             return
         if self._bars is None:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), _Facts())
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=_BAR), _Facts())
             self._bars = Bars(*columns, console=self.console, transient=True, refresh_per_second=4)
             self._bars.start()
-        task = self._bars.add_task(escape(count.title), total=count.total, completed=count.done, count=count)
+        task = self._bars.add_task(
+            escape(f"{count.place}{count.title}"), total=count.total, completed=count.done, count=count
+        )
         self._tasks[id(count)] = task
 
     def _close(self, count: _Count) -> None:
@@ -198,7 +235,8 @@ class _Facts(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         count: _Count = task.fields["count"]
-        return Text(count.line().removeprefix(f"{count.title}: "))
+        words = count.line(LINE - _BAR - 1)
+        return Text(words.removeprefix(f"{count.place}{count.title}: "))
 
 
 def value_text(value: Any, unit: str | None = None) -> str:
@@ -224,15 +262,21 @@ def table_of(content: Mapping[str, Any]) -> Table:
     table = Table(
         title=None if title is None else Text(str(title)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
-    for entry in content.get("columns", []):
-        column = entry if isinstance(entry, Mapping) else {"name": entry}
+    columns = [entry if isinstance(entry, Mapping) else {"name": entry} for entry in content.get("columns", [])]
+    for column in columns:
         unit = column.get("unit")
         name = str(column.get("name", ""))
         right = column.get("align", "left") == "right"
         table.add_column(Text(f"{name} [{unit}]" if unit else name), justify="right" if right else "left")
     for row in content.get("rows", []):
-        table.add_row(*(Text(value_text(cell)) for cell in row))
+        table.add_row(*(Text(_cell_text(cell, column)) for cell, column in zip_longest(row, columns)))
     return table
+
+
+def _cell_text(value: Any, column: Mapping[str, Any] | None) -> str:
+    """A cell, with the decimals that its column asks for."""
+    digits = (column or {}).get("digits")
+    return f"{value:.{digits}f}" if digits is not None and isinstance(value, float) else value_text(value)
 
 
 def facts_text(facts: Mapping[str, Any]) -> str:
@@ -243,6 +287,8 @@ def facts_text(facts: Mapping[str, Any]) -> str:
 
 def _fact_text(label: str, value: Any) -> str:
     is_bytes = "bytes" in label.replace("_", " ").split() and isinstance(value, int) and not isinstance(value, bool)
+    if label.startswith("perplexity") and isinstance(value, float):
+        return f"{value:.{PERPLEXITY}f}"
     return f"{value:,} ({size_text(value)})" if is_bytes else value_text(value)
 
 
@@ -368,7 +414,7 @@ def print_families(found: Mapping[str, Any]) -> None:
 
 
 def print_chain(results: Sequence[StageResult]) -> None:
-    """A whole run's outcome: facts and tables of the stages that measure and write it. `--json` has the others'."""
+    """A whole run's outcome: facts and tables of the stages that plan, measure and write it. `--json` has all."""
     console = stdout_console()
     for result in results:
         if result.stage in _RESULT_STAGES:

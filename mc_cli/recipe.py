@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from mc_cli.settings import (
     QuantizerSettings,
     RunSettings,
 )
+from mc_cli.targets import SEVERAL, Targets, read_targets
 
 _MOST_ENTRIES = 1000  # of one list in a recipe
 # Limits of a whole recipe: one with every setting there is has some 150 entries. Plans are read by the same reader.
@@ -81,6 +83,33 @@ class Recipe:
             sections.setdefault(section, {})[name] = value
         place = work_dir or self.work_dir
         return Recipe(sections, place, self.description, effort or self.effort, variant or self.variant)
+
+    @property
+    def targets(self) -> Targets | None:
+        """Several targets, where that is what allocate is asked for."""
+        asked = self.sections.get("allocate", {}).values()
+        return next((value for value in asked if isinstance(value, Targets)), None)
+
+    def of_target(self, name: str) -> Recipe:
+        """This recipe with one of its several targets, as a variant, to a folder and a repository of that name.
+
+        What score measures is the same for all: what the largest and the smallest target ask for.
+        """
+        assert self.targets is not None
+        sections = {section: dict(values) for section, values in self.sections.items()}
+        asked = sections["allocate"]  # may hold two kinds of targets, which settings refuse
+        allocate = {key: value.largest if isinstance(value, Targets) else value for key, value in asked.items()}
+        score, export = sections.setdefault("score", {}), sections.get("export", {})
+        with Problems().catching():  # an unknown quantizer is refused where settings are built
+            for target in (self.targets.largest, self.targets.smallest):  # widths of the one, cuts of the other
+                _widen(score, {**allocate, self.targets.field: target}, export)
+        sections["allocate"] = {**allocate, self.targets.field: self.targets.values[name]}
+        if out := sections.get("export", {}).get("out"):
+            sections["export"]["out"] = str(Path(str(out)) / name)
+        if repository := sections.get("export", {}).get("push_to_hub"):
+            sections["export"]["push_to_hub"] = f"{repository}-{name}"
+        variant = name if self.variant == MAIN else f"{self.variant}-{name}"
+        return Recipe(sections, self.work_dir, self.description, self.effort, variant)
 
 
 @dataclass(frozen=True)
@@ -164,6 +193,21 @@ def plan_run(
     )
 
 
+def plan_runs(
+    recipe: Recipe, problems: Problems | None = None, unread: Collection[tuple[str, str]] = frozenset()
+) -> list[RunPlan]:
+    """The same for each of a recipe's targets, in their order; calibrate and score have the same settings in all."""
+    if recipe.targets is None:
+        return [plan_run(recipe, problems, unread)]
+    problems = problems or Problems()
+    plans = []
+    for name in recipe.targets.values:
+        with problems.catching():
+            plans.append(plan_run(recipe.of_target(name), None, unread))
+    problems.tell()
+    return plans
+
+
 # In place of what is missing, so that the section's other settings are looked at too; no plan is made of it.
 _STANDS_IN: dict[str, dict[str, Any]] = {"allocate": {"target_bits": 2.0}, "export": {"out": "missing"}}
 
@@ -219,7 +263,10 @@ def _section(section: str, values: Any, problems: list[str]) -> dict[str, Any]:
         if name not in known:
             continue
         try:
-            checked[name] = field_value(section, known[name], value)
+            if section == "allocate" and name in SEVERAL and isinstance(value, list) and value:
+                checked[name] = read_targets(known[name], value, partial(field_value, section, known[name]))
+            else:
+                checked[name] = field_value(section, known[name], value)
         except (InputError, OverflowError, TypeError, ValueError) as error:
             problems.append(f"{section}: {name}: {error}")
     return checked

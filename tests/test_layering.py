@@ -33,6 +33,7 @@ LAYERS = (
     ("stages",),
     ("ahead",),
     ("flags",),
+    ("targets", "overview"),
     ("recipe", "status", "help"),
     ("chain", "console", "logbook", "verify"),
     ("door",),
@@ -47,7 +48,7 @@ NO_TORCH = {name for name, rank in RANK.items() if rank < RANK["numerics"] or ra
 NO_TORCH |= {"artifacts", "allocators", "encodings", "stage", "reports"}
 HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "accelerate", "lm_eval"}
 HEAVIER_THAN_HELP = HEAVY | {"numpy", "pulp", "highspy", "yaml", "rich"}
-READS_HELP = ("errors", "parts", "settings", "flags", "failures", "help", "cli")  # what `--help` imports
+READS_HELP = ("errors", "parts", "settings", "flags", "targets", "failures", "help", "cli")  # what `--help` imports
 
 
 def modules() -> list[Path]:

@@ -6,7 +6,7 @@ Bytes are predicted from shapes, a little above what is written; a stage that ha
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mc_cli.parts import ModelInventory
 
 _SPARE = 1.02  # headers, reports, manifests, and the file that is being replaced while the next one is written
 _FEW = 1 << 20
+_OF_EACH = ("quantize", "export")  # stages whose results every variant has of its own
 _GRADIENT_BYTES = 4  # of one feature of a gradient, or of the covariance of two
 
 
@@ -50,6 +51,20 @@ def check_disk(need: Need) -> None:
         f"{need.place} has {need.free_bytes:,} bytes free, and about {need.needed_bytes:,} are needed ({pieces}). Free "
         "some space, or name a place on another disk; fewer --sequences or --gradient-tokens need less while running."
     )
+
+
+def together(needs: Sequence[Sequence[Need]]) -> list[Need]:
+    """The needs of several variants of one work directory, by disk: what they share once, what each makes added up."""
+    found: dict[int, list[Need]] = {}
+    for need in (need for each in needs for need in each):
+        found.setdefault(_device(need.place), []).append(need)
+    merged = []
+    for each in found.values():
+        names = dict.fromkeys(name for need in each for name in need.pieces)
+        sizes = {name: [need.pieces.get(name, 0) for need in each] for name in names}
+        pieces = {name: sum(row) if name in _OF_EACH else max(row) for name, row in sizes.items()}
+        merged.append(_need(each[0].place, pieces))
+    return merged
 
 
 def needs_of(

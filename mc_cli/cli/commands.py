@@ -12,6 +12,7 @@ import typer
 from mc_cli import __version__
 from mc_cli.cli.estimating import estimate, estimate_parameters
 from mc_cli.cli.finished import bench, bench_parameters, generate, generate_parameters
+from mc_cli.cli.looking import compare, curve, report
 from mc_cli.cli.options import run_parameters, stage_parameters
 from mc_cli.cli.running import families, run_all, run_stage, status, verify
 from mc_cli.failures import INTERRUPTED, interrupted_message
@@ -79,6 +80,9 @@ _add_command("estimate", estimate, estimate_parameters(), _ESTIMATE_HELP)
 app.command("status", cls=GroupedCommand, rich_help_panel=_REST)(status)
 app.command("verify", cls=GroupedCommand, rich_help_panel=_REST)(verify)
 app.command("families", cls=GroupedCommand, rich_help_panel=_REST)(families)
+app.command("curve", cls=GroupedCommand, rich_help_panel=_REST)(curve)
+app.command("compare", cls=GroupedCommand, rich_help_panel=_REST)(compare)
+app.command("report", cls=GroupedCommand, rich_help_panel=_REST)(report)
 _add_command("generate", generate, generate_parameters(), "Continue a text with an exported model.")
 _add_command("bench", bench, bench_parameters(), "Measure a model's speed and memory on this machine's processor.")
 

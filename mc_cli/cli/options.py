@@ -24,6 +24,7 @@ from mc_cli.flags import (
     type_of,
 )
 from mc_cli.settings import ACTIVATION_BITS, TARGETS, Flag
+from mc_cli.targets import SEVERAL, targets_of_text
 
 _NO_MODEL = ("allocate",)  # computes nothing on the model, so it takes no --device, --dtype, ...
 _RUN_DEFAULTS = {"eval_data": HELD_OUT}  # parameters whose default differs in `run`
@@ -69,13 +70,21 @@ def parameter(name: str, kind: Any, info: Any, default: Any = inspect.Parameter.
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info], default=default)
 
 
-def flag_parameter(section: str, flag: Flag, *, name: str, option: str, required: bool = False) -> inspect.Parameter:
-    """The parameter of one flag: None unless given, so that what is given can be told from a default."""
+def flag_parameter(
+    section: str, flag: Flag, *, name: str, option: str, required: bool = False, several: bool = False
+) -> inspect.Parameter:
+    """The parameter of one flag: None unless given, so that what is given can be told from a default.
+
+    several  it takes a list of values, as a text
+    """
     kind: Any = list[str] if flag.repeated else str if flag.parse else plain_type(type_of(section, flag.field))
     default = _RUN_DEFAULTS.get(name) or default_text(section, flag)
+    words = flag.help
+    if several:
+        kind, words = str, f"{words} Several, separated by commas, give a result each: OUT/2, OUT/2.5, ..."
     info = made_option(
         f"{option}/--no-{option.removeprefix('--')}" if kind is bool and not flag.field.startswith("no_") else option,
-        help=f"{flag.help} [default: {default}]" if default else flag.help,
+        help=f"{words} [default: {default}]" if default else words,
         panel=flag.panel,
         metavar=flag.metavar or _METAVARS.get(kind),
     )
@@ -112,7 +121,7 @@ def run_parameters() -> list[inspect.Parameter]:
     return [
         parameter("recipe", Path | None, recipe, None),
         *(
-            flag_parameter(section, flag, name=name, option=run_option(section, flag))
+            flag_parameter(section, flag, name=name, option=run_option(section, flag), several=name in SEVERAL)
             for name, ((section, flag), *_) in run_flags().items()
         ),
         parameter("work_dir", Path | None, WORK_DIR, None),
@@ -130,11 +139,14 @@ def activation_bits(panel: str) -> inspect.Parameter:
     return parameter("activation_bits", int, info, 16)
 
 
-def read(flag: Flag, option: str, value: Any) -> Any:
-    """The field's value of a flag. Raises InputError for an empty text, which often is a shell's unset variable."""
+def read(flag: Flag, option: str, value: Any, *, several: bool = False) -> Any:
+    """The field's value of a flag. Raises InputError for an empty text, which often is a shell's unset variable.
+
+    several  it may be `Targets`
+    """
     if value == "" or value == [""]:
         raise InputError(f"{option} is empty. Give it a value, or leave it out.")
-    return parsed(flag, value)
+    return targets_of_text(flag, value) if several else parsed(flag, value)
 
 
 def _given(section: str, given: Mapping[str, Any], problems: Problems) -> tuple[dict[str, Any], set[str]]:

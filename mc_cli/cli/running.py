@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mc_cli.artifacts.work_dir import MAIN, WorkDir
+from mc_cli.artifacts.work_dir import MAIN, SHARED, WorkDir
 from mc_cli.cli.libraries import prepare_libraries
 from mc_cli.cli.options import DEBUG, JSON, WORK_DIR, made_option, read, settings_of
 from mc_cli.errors import Problems
 from mc_cli.failures import Listener, telling_errors
 from mc_cli.flags import COMPUTE, STAGES, run_flags, run_option
+from mc_cli.targets import SEVERAL
 
 if TYPE_CHECKING:
     from mc_cli.ahead import Outlook
@@ -53,14 +54,14 @@ def run_stage(stage: str, given: Mapping[str, Any]) -> None:
 def run_all(given: Mapping[str, Any]) -> None:
     """All stages, from a recipe, from flags, or both."""
     with telling_errors(debug=given["debug"]):
-        plan = _plan_of(given)
-    with telling_errors(debug=given["debug"], work_dir=plan.work.path) as listeners:
-        _run_plan(plan, given["force_from"] or (STAGES[0] if given["force"] else None), given, listeners)
+        plans = _plans_of(given)
+    with telling_errors(debug=given["debug"], work_dir=plans[0].work.path) as listeners:
+        _run_plans(plans, given["force_from"] or (STAGES[0] if given["force"] else None), given, listeners)
 
 
-def _plan_of(given: Mapping[str, Any]) -> RunPlan:
-    """The request that `run` was given. Raises InputError naming all that is missing or cannot be used."""
-    from mc_cli.recipe import Recipe, plan_run, read_recipe
+def _plans_of(given: Mapping[str, Any]) -> list[RunPlan]:
+    """The request that `run` was given, for each target. Raises InputError naming all that cannot be used or lacks."""
+    from mc_cli.recipe import Recipe, plan_runs, read_recipe
 
     problems = Problems()
     recipe: Recipe | None = Recipe()
@@ -73,22 +74,25 @@ def _plan_of(given: Mapping[str, Any]) -> RunPlan:
         for section, flag in targets if given[name] is not None else ():
             unread.add((section, flag.field))
             with problems.catching():
-                asked.append((section, flag.field, read(flag, run_option(section, flag), given[name])))
+                value = read(flag, run_option(section, flag), given[name], several=flag.field in SEVERAL)
+                asked.append((section, flag.field, value))
                 unread.remove((section, flag.field))
     if recipe is None:  # what it lacks is not known
         problems.tell()
     assert recipe is not None
     work_dir = given["work_dir"] and str(given["work_dir"])
-    return plan_run(recipe.override(asked, work_dir, given["effort"], given["variant"]), problems, unread)
+    return plan_runs(recipe.override(asked, work_dir, given["effort"], given["variant"]), problems, unread)
 
 
-def _run_plan(plan: RunPlan, force_from: str | None, given: Mapping[str, Any], listeners: list[Listener]) -> None:
+def _run_plans(
+    plans: Sequence[RunPlan], force_from: str | None, given: Mapping[str, Any], listeners: list[Listener]
+) -> None:
     prepare_libraries(debug=given["debug"])
     from mc_cli import chain, console
     from mc_cli.logbook import Logbook, LoggedProgress
 
     if given["dry_run"]:
-        return _print_planned(*chain.forecast_chain(plan, force_from=force_from), given)
+        return _print_forecasts(plans, chain.forecast_chains(plans, force_from=force_from), given)
     logbook = Logbook(given["log_file"])
     listeners.append(logbook.end)
 
@@ -100,14 +104,47 @@ def _run_plan(plan: RunPlan, force_from: str | None, given: Mapping[str, Any], l
         console.say_outlook(outlook)
         logbook.note("outlook", **outlook.plain())
 
-    progress = LoggedProgress(console.ConsoleProgress(), logbook)
-    results = chain.run_chain(plan, force_from=force_from, progress=progress, tell=tell, head=head)
-    console.say_run(results)
+    stages = [stage for number, plan in enumerate(plans) for stage in plan.stages if not number or stage not in SHARED]
+    progress = LoggedProgress(console.ConsoleProgress(stages=stages), logbook)
+    made = chain.run_chains(plans, force_from=force_from, progress=progress, tell=tell, head=head)
+    console.say_run([result for results in made for result in results])
     logbook.end(0)
+    _print_made([plan.work for plan in plans], made, given)
+    return None
+
+
+def _print_made(works: Sequence[WorkDir], made: Sequence[list[StageResult]], given: Mapping[str, Any]) -> None:
+    """To stdout: what came of every variant."""
+    from mc_cli import console
+
+    names = [work.variant for work in works]
     if given["json"]:
-        stages = [console.result_json(result) for result in results]
-        return console.print_json({"work_dir": str(plan.work.path), "stages": stages})
-    return console.print_chain(results)
+        told = [{"stages": [console.result_json(result) for result in results]} for results in made]
+        whole = told[0] if len(works) == 1 else {"variants": dict(zip(names, told, strict=True))}
+        return console.print_json({"work_dir": str(works[0].path), **whole})
+    for name, results in zip(names, made, strict=True):
+        if len(works) > 1:
+            print(f"== {name}")
+        console.print_chain(results)
+    return None
+
+
+def _print_forecasts(
+    plans: Sequence[RunPlan], found: Sequence[tuple[list[PlannedStage], Outlook | None]], given: Mapping[str, Any]
+) -> None:
+    """What a run would do, of each of its variants."""
+    from mc_cli import console
+
+    if len(plans) == 1:
+        return _print_planned(*found[0], given)
+    names = [plan.work.variant for plan in plans]
+    if given["json"]:
+        told = (_planned_json(*each) for each in found)
+        return console.print_json({"variants": dict(zip(names, told, strict=True))})
+    for name, each in zip(names, found, strict=True):
+        print(f"== {name}")
+        _print_planned(*each, given)
+    return None
 
 
 def _tell_end(result: StageResult) -> None:
@@ -128,8 +165,7 @@ def _print_planned(planned: list[PlannedStage], outlook: Outlook | None, given: 
     for message in outlook.warnings if outlook else ():
         console.say_warning(message)
     if given["json"]:
-        found = {"outlook": outlook.plain()} if outlook else {}
-        return console.print_json({"stages": [entry.plain() for entry in planned], **found})
+        return console.print_json(_planned_json(planned, outlook))
     for entry in planned:
         print(f"{entry.stage}: {entry.state}: {entry.action}{f' ({entry.folder})' if entry.folder else ''}")
         for difference in entry.differences:
@@ -137,6 +173,11 @@ def _print_planned(planned: list[PlannedStage], outlook: Outlook | None, given: 
     if outlook is not None and outlook.shown():
         console.print_summary({"facts": outlook.shown(), "tables": outlook.tables()})
     return None
+
+
+def _planned_json(planned: list[PlannedStage], outlook: Outlook | None) -> dict[str, Any]:
+    found = {"outlook": outlook.plain()} if outlook else {}
+    return {"stages": [entry.plain() for entry in planned], **found}
 
 
 def status(

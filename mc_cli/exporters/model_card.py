@@ -6,7 +6,9 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
+
+import yaml
 
 from mc_cli.artifacts.packed import StoredBytes
 
@@ -28,6 +30,7 @@ class CardFacts:
     experts: int = 0
     tool_version: str = ""
     left_out: tuple[str, ...] = ()  # sentences on what of the original is not in the export
+    original: Mapping[str, Any] = field(default_factory=dict)  # licence and languages, as the original's card says
 
     @property
     def total_bytes(self) -> int:
@@ -36,19 +39,54 @@ class CardFacts:
 
 def model_card(facts: CardFacts, *, title: str, opening: str, loading: str, size_note: str = "") -> str:
     """The card's Markdown; `opening`, `loading` and `size_note` are the exporter's own words."""
-    parts = [_front_matter(facts), f"# {title}", opening, "## How to load it", loading]
+    parts = [_front_matter(facts, title), f"# {title}", opening, "## How to load it", loading]
     parts += ["## What is not in it", *facts.left_out] if facts.left_out else []
     parts += ["## Size", _size_sentence(facts, size_note), _size_table(facts)]
     parts += _measured(facts.evaluation)
+    parts += ["## Licence", _licence(facts)]
     parts += ["## How it was made", *_stage_sections(facts)]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(facts: CardFacts) -> str:
-    lines = ["---", "library_name: transformers", "tags: [mixture-of-experts, quantized, mc-cli]"]
+def _front_matter(facts: CardFacts, title: str) -> str:
+    """Metadata under the names that the hub reads."""
+    entries: dict[str, Any] = dict(facts.original)
     if facts.base_model:
-        lines += [f"base_model: {facts.base_model}", "base_model_relation: quantized"]
-    return "\n".join([*lines, "---"])
+        entries |= {"base_model": facts.base_model, "base_model_relation": "quantized"}
+    entries |= {
+        "pipeline_tag": "text-generation",
+        "tags": ["mixture-of-experts", "quantized", "mc-cli", facts.model_type],
+    }
+    metrics = list(_metrics(facts))
+    if metrics:
+        text = {"task": {"type": "text-generation"}, "dataset": {"type": "text", "name": "held-out text"}}
+        entries["model-index"] = [{"name": title, "results": [{**text, "metrics": metrics}]}]
+    written = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=1000)
+    return f"---\nlibrary_name: transformers\n{written}---"
+
+
+def _metrics(facts: CardFacts) -> Iterable[dict[str, Any]]:
+    """Size and what was measured, as the card's metadata names them; `mc-cli compare` reads them."""
+    total = facts.evaluation.get("total")
+    if not _is_measured(total):
+        return
+    gap = total["packed_loss"] - total["original_loss"]
+    values = {
+        "perplexity": math.exp(total["packed_loss"]),
+        "original_loss": total["original_loss"],
+        "loss_gap": gap,
+        "kl_divergence": total.get("kl_divergence"),
+        "same_top_token": total.get("same_top_token"),
+        "tokens": total["tokens"],
+        "stored_bits_per_expert_weight": facts.stored_bits_per_weight,
+    }
+    for name, value in values.items():
+        if value is not None:
+            yield {"type": name, "value": value}
+
+
+def _is_measured(total: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(total, Mapping) and {"tokens", "original_loss", "packed_loss"} <= total.keys()
 
 
 def _size_sentence(facts: CardFacts, size_note: str) -> str:
@@ -64,6 +102,15 @@ def _dropped(facts: CardFacts) -> str:
         return ""
     count = f"{facts.experts_dropped} of {facts.experts}"
     return f" {count} experts are dropped: they are not stored, and no router chooses them."
+
+
+def _licence(facts: CardFacts) -> str:
+    names = facts.original.get("license_name") or facts.original.get("license")
+    of_original = f"the original{f' {facts.base_model}' if facts.base_model else ''}"
+    if not names:
+        return f"That of {of_original}, whose files did not say which; its licence files, where it has some, are here."
+    named = ", ".join(map(str, names)) if isinstance(names, list) else names
+    return f"That of {of_original}: {named}. Its licence files, where it has some, are here."
 
 
 def _size_table(facts: CardFacts) -> str:
@@ -87,7 +134,7 @@ def _stage_sections(facts: CardFacts) -> Iterable[str]:
 def _measured(evaluation: Mapping[str, Any]) -> list[str]:
     """Perplexities on held-out text and task results; nothing where the model was not evaluated."""
     total = evaluation.get("total")
-    if not isinstance(total, Mapping) or not {"tokens", "original_loss", "packed_loss"} <= total.keys():
+    if not _is_measured(total):
         return []
     domains = evaluation.get("domains") or {}
     rows = [_text_row(name, text) for name, text in domains.items() if len(domains) > 1]

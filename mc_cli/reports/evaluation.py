@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mc_cli.artifacts.evaluation import Evaluation, TextResult
-from mc_cli.reports.tables import summary, table
+from mc_cli.reports.tables import PERPLEXITY, summary, table
 
 
 def evaluation_summary(evaluation: Evaluation, text: str | None) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def _texts_table(evaluation: Evaluation) -> dict[str, Any]:
     title = f"Original and packed model, context {context['length']}, stride {context['stride']}"
     if context.get("activation_bits") == 8:
         title += ", inputs of 8 bits"
-    return table(title, columns, rows, left=1)
+    return table(title, columns, rows, left=1, digits={"perplexity before": PERPLEXITY, "after": PERPLEXITY})
 
 
 def _pruning_facts(pruning: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +91,8 @@ def _pruning_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
     ]
     names = ("policy", "calls dropped %", "perplexity", "rise %", "KL (nats)", "experts per token")
     columns = [*names, "activated bytes", "on the front"]
-    whole_table = table("Expert calls dropped while running (* ships)", columns, rows, left=1)
+    digits = {"perplexity": PERPLEXITY}
+    whole_table = table("Expert calls dropped while running (* ships)", columns, rows, left=1, digits=digits)
     chosen = next(row for row in points if row["chosen"])
     whole = pruning["unpruned"]
     parts = [
@@ -122,7 +123,7 @@ def _bytes_table(evaluation: Evaluation) -> dict[str, Any]:
         rows.append(
             [role, before, sum(parts.values()), parts.get("codes", 0), parts.get("side", 0), parts.get("kept", 0)]
         )
-    columns = ["role", "bytes before", "bytes after", "codes", "scales and zero points", "kept"]
+    columns = ["role", "stored bytes before", "stored bytes after", "codes", "scales and zero points", "kept"]
     return table("Stored bytes by role", columns, rows, left=1)
 
 

@@ -17,7 +17,7 @@ def export_summary(record: ExportRecord, found: ReadBack, *, format: str, folder
     facts = {
         "format": format,
         "directory": str(folder),
-        "bytes": sum(entry["size_bytes"] for entry in record.outputs.values()),
+        "directory bytes": sum(entry["size_bytes"] for entry in record.outputs.values()),
         "files": len(record.outputs) + 1,
         "read back": f"{found.method}, {found.tensors:,} tensors equal",
         "logit error": f"{found.logit_error_median:.2g} for the median of {found.tokens} tokens (allowed "

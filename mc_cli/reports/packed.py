@@ -48,7 +48,7 @@ def _sizes(stored: Mapping[Role, StoredBytes], matrices: Iterable[MatrixReport])
         mean_code = round(code_bits[role.value] / count, 3) if count else None
         mean_stored = round(8 * (sizes.codes + sizes.side) / count, 3) if count else None
         rows.append([role.value, sizes.total, sizes.codes, sizes.side, sizes.kept, mean_code, mean_stored])
-    columns = ["role", "bytes", "codes", "scales and zero points", "kept"]
+    columns = ["role", "stored bytes", "codes", "scales and zero points", "kept"]
     columns += ["code bits per weight", "stored bits per weight"]
     return table("Stored bytes of the packed model", columns, rows, left=1)
 

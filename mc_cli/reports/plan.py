@@ -8,34 +8,32 @@ from typing import Any
 from mc_cli.artifacts.considered import Considered
 from mc_cli.artifacts.plan import ExpertBits, Plan, widths_by_block
 from mc_cli.parts import DROPPED
+from mc_cli.reports.plan_words import plan_facts, width_histogram
 from mc_cli.reports.tables import summary, table
 
 
 def plan_summary(plan: Plan, considered: Sequence[Considered] = ()) -> dict[str, Any]:
-    """Budget, solver and objective, and experts per width by layer; of a plan that cuts channels, how many are kept.
+    """Sentences, widths, and experts per width by layer; of a plan that cuts channels, how many are kept.
 
     considered  the other ways to spend the budget, with what they are predicted to lose
+    `--json` has budget, solver and objective whole.
     """
     matrices = {layer: _matrix_widths(row) for layer, row in sorted(plan.expert_bits.items())}
     widths = sorted({bits for row in matrices.values() for bits in row})
     rows = [[layer, *(row.count(bits) for bits in widths)] for layer, row in matrices.items()]
-    facts = {
-        "method": plan.method,
-        **{f"budget {name}": value for name, value in plan.budget.items()},
-        **{f"solver {name}": value for name, value in plan.solver.items()},
-        **{f"objective {name}": value for name, value in plan.objective.items()},
-        "other widths": ", ".join(f"{role.value} {bits}" for role, bits in sorted(plan.role_bits.items())),
-    }
+    facts = plan_facts(plan)
+    whole = {name: dict(getattr(plan, name)) for name in ("budget", "solver", "objective")}
     ways = [_ways(considered)] if considered else []
     if plan.channel_order is not None and plan.budget.get("kind") != "cut_ratio":
-        return summary(facts, _inside(plan, widths), *ways)
+        return summary(facts, _inside(plan, widths), *ways, **whole)
     if plan.channel_order is not None:
         kept = _channels_kept(plan, {layer: order.shape[1] for layer, order in plan.channel_order.layers.items()})
         columns = ["layer", "experts", "fewest", "mean", "most", "without any"]
-        return summary(facts, table("Channels that experts keep", columns, kept))
+        return summary(facts, table("Channels that experts keep", columns, kept), **whole)
     title = "Experts per width (an expert whose projections differ counts once for each)"
     columns = ["layer", *(f"at {bits} bits" if bits else "dropped" for bits in widths)]
-    return summary(facts, table(title, columns, rows), *ways)
+    histogram = width_histogram([bits for row in matrices.values() for bits in row], widths)
+    return summary(facts, histogram, table(title, columns, rows), *ways, **whole)
 
 
 def _ways(considered: Sequence[Considered]) -> dict[str, Any]:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mc_cli.errors import InputError, McError
 from mc_cli.settings.declared import Flag, StageSettings, setting
 from mc_cli.settings.written import LARGEST_SIZE, parse_file_size
 
 _OUTPUT = "Output"
+_HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+
+
+def hub_name_problem(name: str) -> str:
+    """What is wrong with the name of a repository on a hub; "" where nothing is."""
+    if _HUB_NAME.fullmatch(name) and not any(bad in name for bad in ("--", "..", "/.", "/-", "./", "-/")):
+        return ""
+    return "write OWNER/NAME, of letters, digits, dots, dashes and underscores, for example me/mixtral-2.5-bits."
 
 
 @dataclass(frozen=True)
 class ExportSettings(StageSettings):
-    """By which exporter, and where to."""
+    """By which exporter, and where to; where it is sent afterwards changes nothing in the directory."""
+
+    not_fingerprinted: ClassVar[frozenset[str]] = frozenset({"push_to_hub"})
 
     format: str = setting(
         "transformers",
@@ -35,6 +47,16 @@ class ExportSettings(StageSettings):
             parse=parse_file_size,
             least=1,
             most=LARGEST_SIZE,
+        ),
+    )
+    push_to_hub: str | None = setting(
+        None,
+        Flag(
+            "Then send the directory to this repository of a model hub; a new one is private.",
+            _OUTPUT,
+            metavar="OWNER/NAME",
+            fits=lambda name: not hub_name_problem(name),
+            says=hub_name_problem(""),
         ),
     )
 

@@ -47,6 +47,17 @@ def parse_file_size(text: str) -> int:
     return size
 
 
+def parse_sizes(text: str, flag: str) -> tuple[int, ...]:
+    """Bytes of a list like `8GiB,12GiB`. Raises InputError, naming the flag, for anything else and for no bytes."""
+    try:
+        sizes = tuple(parse_file_size(piece) for piece in text.split(","))
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from error
+    if min(sizes) < 1:
+        raise InputError(f"{flag} {text!r}: a size is above 0.")
+    return sizes
+
+
 def parse_bits_list(text: str) -> tuple[float, ...]:
     """Candidate widths of a list like `0,1,1.5,2,4`, ascending; 0 drops an expert, 16 keeps what is cut to size.
 

@@ -75,27 +75,16 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
 
     def ready(self, folder: StageFolder, run: Run) -> _Ready:
         """The plan itself: a target out of reach leaves the one that is there."""
-        settings, inventory, quantizer = self.settings, self._inventory(), self._quantizer()
-        role_bits, others = beside_experts(settings, inventory, quantizer)
+        settings, inventory, quantizer = self.settings, self._inventory(), scoring_quantizer(self.work)
         with run.progress.step(f"allocate: {settings.method}", total=1, unit="programme") as step:
             considered: tuple[Considered, ...] = ()
-            if settings.cut_ratio is not None:
-                plan = cut_plan(settings, inventory, quantizer, self._channels, role_bits)
-            elif settings.method == CAMERA_Q:
-                budget_asked = budget_of(settings, others)
-                plan = grouped_plan(settings, inventory, quantizer, self._channels, role_bits, budget_asked)
-            elif settings.drop_ratio is not None:
+            if settings.cut_ratio is None and settings.method != CAMERA_Q and settings.drop_ratio is None:
                 importance = Importance.read(self.work.folder("score") / IMPORTANCE)
-                plan = _without_experts(settings, importance, inventory, quantizer, role_bits, others)
+                cuts = read_cuts(self.work, inventory) if may_cut(settings) else {}
+                plan, considered = plan_of(settings, importance, inventory, quantizer, cuts)
             else:
-                importance = Importance.read(self.work.folder("score") / IMPORTANCE)
-                cuts = self._cuts(inventory) if may_cut(settings) else {}
-                plan, considered = _allocated(settings, importance, role_bits, others, cuts, inventory, quantizer)
+                plan = self._by_scores(inventory, quantizer)
             step.advance()
-        budget: dict[str, Any] = {**plan.budget, "other_bytes": others}
-        if settings.target_size_bytes is not None:
-            budget["asked_file_bytes"] = settings.target_size_bytes
-        plan = replace(plan, budget=budget, family=quantizer.family, group_size_limit=quantizer.group_size)
         plan.check_against(inventory)
         return _Ready(plan, considered)
 
@@ -119,31 +108,52 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
 
     def _channels(self, block: ExpertBlock) -> ChannelMeasures:
         """One layer's measures of channels. Raises InputError where score made none."""
-        path = self.work.folder("score") / channel_file(block.layer)
-        if not path.exists():
-            raise InputError(
-                f"{path} does not exist: this plan asks for measures of channels. Run `{self.work.command('score')} "
-                "--unit channel --force`, with the other flags that score was given."
-            )
-        return ChannelMeasures.read(path, num_experts=block.num_experts, channels=block.channels)
+        return _read_channels(self.work, block)
 
-    def _cuts(self, inventory: ModelInventory) -> dict[int, tuple[ChannelMeasures, CutMeasures]]:
-        """Layer -> measures of channels and of cuts, of the layers in which score made both."""
-        folder, found = self.work.folder("score"), {}
-        for block in inventory.expert_blocks:
-            path, shape = folder / cut_file(block.layer), {"num_experts": block.num_experts, "channels": block.channels}
-            if path.exists():
-                found[block.layer] = self._channels(block), CutMeasures.read(path, **shape)
-        return found
-
-    def _quantizer(self) -> QuantizerSettings:
-        """The quantizer that score measured with."""
-        with reading(self.work.folder("score") / MANIFEST, "a manifest of score", "Run score --force."):
-            scored = require_done(self.work, "score").settings
-            return read_as(QuantizerSettings, scored.get("quantizer"), "settings.quantizer")
+    def _by_scores(self, inventory: ModelInventory, quantizer: QuantizerSettings) -> Plan:
+        """The plan of what is cut or dropped by scores alone."""
+        settings = self.settings
+        role_bits, others = beside_experts(settings, inventory, quantizer)
+        if settings.cut_ratio is not None:
+            plan = cut_plan(settings, inventory, quantizer, self._channels, role_bits)
+        elif settings.method == CAMERA_Q:
+            budget_asked = budget_of(settings, others)
+            plan = grouped_plan(settings, inventory, quantizer, self._channels, role_bits, budget_asked)
+        else:
+            importance = Importance.read(self.work.folder("score") / IMPORTANCE)
+            plan = _without_experts(settings, importance, inventory, quantizer, role_bits, others)
+        return _completed(plan, settings, quantizer, others)
 
 
 plan_stage, run = Plans(Allocate), Runs(Allocate)
+
+
+def _read_channels(work: WorkDir, block: ExpertBlock) -> ChannelMeasures:
+    """One layer's measures of channels. Raises InputError where score made none."""
+    path = work.folder("score") / channel_file(block.layer)
+    if not path.exists():
+        raise InputError(
+            f"{path} does not exist: this plan asks for measures of channels. Run `{work.command('score')} "
+            "--unit channel --force`, with the other flags that score was given."
+        )
+    return ChannelMeasures.read(path, num_experts=block.num_experts, channels=block.channels)
+
+
+def read_cuts(work: WorkDir, inventory: ModelInventory) -> dict[int, tuple[ChannelMeasures, CutMeasures]]:
+    """Layer -> measures of channels and of cuts, of the layers in which score made both."""
+    folder, found = work.folder("score"), {}
+    for block in inventory.expert_blocks:
+        path, shape = folder / cut_file(block.layer), {"num_experts": block.num_experts, "channels": block.channels}
+        if path.exists():
+            found[block.layer] = _read_channels(work, block), CutMeasures.read(path, **shape)
+    return found
+
+
+def scoring_quantizer(work: WorkDir) -> QuantizerSettings:
+    """The quantizer that score measured with."""
+    with reading(work.folder("score") / MANIFEST, "a manifest of score", "Run score --force."):
+        scored = require_done(work, "score").settings
+        return read_as(QuantizerSettings, scored.get("quantizer"), "settings.quantizer")
 
 
 def may_cut(settings: AllocateSettings) -> bool:
@@ -194,6 +204,32 @@ def _without_experts(
 
 
 Cuts = Mapping[int, tuple[ChannelMeasures, CutMeasures]]  # by layer
+
+
+def plan_of(
+    settings: AllocateSettings,
+    importance: Importance,
+    inventory: ModelInventory,
+    quantizer: QuantizerSettings,
+    cuts: Cuts,
+) -> tuple[Plan, tuple[Considered, ...]]:
+    """(the plan that allocate would write for a target, what else was considered); nothing is written.
+
+    cuts   of the layers in which score measured them, where the plan may cut channels
+    Raises BudgetError for a target out of reach, InputError for what the method cannot use.
+    """
+    role_bits, others = beside_experts(settings, inventory, quantizer)
+    measured = cuts if may_cut(settings) else {}
+    plan, considered = _allocated(settings, importance, role_bits, others, measured, inventory, quantizer)
+    return _completed(plan, settings, quantizer, others), considered
+
+
+def _completed(plan: Plan, settings: AllocateSettings, quantizer: QuantizerSettings, others: int) -> Plan:
+    """The plan with what it takes beside the experts, and the quantizer's encodings."""
+    budget: dict[str, Any] = {**plan.budget, "other_bytes": others}
+    if settings.target_size_bytes is not None:
+        budget["asked_file_bytes"] = settings.target_size_bytes
+    return replace(plan, budget=budget, family=quantizer.family, group_size_limit=quantizer.group_size)
 
 
 def _allocated(

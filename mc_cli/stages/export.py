@@ -39,11 +39,12 @@ from mc_cli.artifacts.store import require_done, verify_stages
 from mc_cli.artifacts.work_dir import POLICY_STAGE, STAGE_FOLDERS, VARIANTS, WorkDir
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError
 from mc_cli.exporters import ExportJob, dequantizes, exporter_from_name
+from mc_cli.exporters.hub import push
 from mc_cli.exporters.model_card import CardFacts
 from mc_cli.measuring.logit_source import Reading
 from mc_cli.measuring.readback import ReadBack, read_back
 from mc_cli.models.model_class import model_class
-from mc_cli.models.model_files import copy_model_files
+from mc_cli.models.model_files import copy_model_files, original_card
 from mc_cli.models.session import device_named, dtype_named
 from mc_cli.packed.dense_tensors import DenseTensors, weight_dtype
 from mc_cli.packed.packed_files import PackedFiles, open_packed
@@ -137,6 +138,8 @@ class Export(Stage[ExportFolder, _Ready, StageResult]):
                 f"{folder.folder / RECORD} is damaged: read_back: {error}. Use --force to export again."
             ) from error
         summary = export_summary(record, found, format=self.settings.format, folder=folder.folder)
+        if self.settings.push_to_hub is not None:
+            summary["facts"]["sent to"] = push(folder.folder, self.settings.push_to_hub)
         return StageResult(STAGE, folder.folder, ran, summary, record.warnings)
 
 
@@ -232,6 +235,7 @@ def _card(
         stored_bits_per_weight=8 * sizes[Role.EXPERT].total / weights,
         role_bytes={role.value: stored for role, stored in sizes.items()},
         base_model=_hub_name(work.path),
+        original=original_card(_original_folder(work.path)),
         evaluation=evaluation,
         stages=stages,
         experts_dropped=sum(len(block.dropped) for block in files.layout.experts),
@@ -258,6 +262,13 @@ def expert_code_bits(layout: PackedLayout) -> tuple[float, int]:
                 count = math.prod(stack.shape) * len(stack.members)
                 bits += count * (KEPT_BITS if encoding is None else encoding.code_bits)
     return bits, weights
+
+
+def _original_folder(work_dir: Path) -> Path | None:
+    """Where the original lies on this machine, as far as that was noted."""
+    path = work_dir / POINTER
+    folder = str(read_json(path).get("folder", "")) if path.exists() else ""
+    return Path(folder) if folder else None
 
 
 def _hub_name(work_dir: Path) -> str | None:

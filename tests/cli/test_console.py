@@ -54,8 +54,9 @@ def test_plain_lines_have_rate_time_left_and_memory(capsys: pytest.CaptureFixtur
     lines = captured.err.splitlines()
     assert lines[0] == "quantize: 4 layers, continuing after 1"
     assert lines[1].startswith("quantize: 2/4 layers, ")
-    for words in ("/s", " left", "peak memory", "layer 1"):
+    for words in ("/s", " left", " peak", "layer 1"):
         assert words in lines[1]
+    assert len(lines[1]) <= 80
     assert lines[-1].startswith("quantize: 3/4 layers (1 by an earlier run) in 00:00")
 
 
@@ -77,6 +78,17 @@ def test_warnings_and_inner_steps_on_a_live_terminal(capsys: pytest.CaptureFixtu
     said = capsys.readouterr().err
     assert "Warning: thin [red]text" in said
     assert "outer [bold]: 1/1 layer in 00:00" in said
+
+
+def test_lines_of_a_run_say_which_stage_of_how_many_and_fit_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = ["calibrate", "quantize", "prune-eval", "quantize", "prune-eval"]
+    progress = ConsoleProgress(live=False, interval_s=0, stages=stages)
+    for title in ("calibrate: forward", "calibrate: backward", "prune-eval: original and packed model", "quantize"):
+        with progress.step(title, total=1000, unit="layer") as step:
+            step.advance(note="a long name of what is being worked on")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in lines[::3]] == ["[1/5]", "[1/5]", "[3/5]", "[4/5]"]
+    assert max(map(len, lines[1::3])) <= 80 and all("1/1000 layers" in line for line in lines[1::3])
 
 
 def test_no_closing_line_after_a_failure(capsys: pytest.CaptureFixture[str]) -> None:

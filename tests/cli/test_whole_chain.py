@@ -15,6 +15,7 @@ from mc_cli import native
 from mc_cli.cli import app
 from mc_cli.flags import STAGES
 from mc_cli.kernels import affine
+from tests.overview.test_drawing import check_page
 
 SMALL = ("--sequences", "4", "--length", "32", "--gradient-tokens", "32", "--bits", "2,4", "--quantizer", "rtn")
 WORDS = "hello world the cat sat on a mat while the rain fell on the hills. "
@@ -204,3 +205,85 @@ def test_generate_refuses_a_folder_that_is_no_model(tmp_path: Path) -> None:
     result = invoke("generate", tmp_path, "--prompt", "a")
     assert result.exit_code == 1
     assert "has no config.json" in result.stderr
+
+
+def test_the_curve_of_a_finished_run(finished: Path, tmp_path: Path) -> None:
+    figure = tmp_path / "curve.svg"
+    result = invoke("curve", "-w", finished / "work", "--fit", "1GiB", "--out", figure, "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    ours = [point for point in told["points"] if point["method"] == "global"]
+    assert len(ours) >= 5 and {point["method"] for point in told["points"]} >= {"global", "uniform"}
+    assert [point["stored_bytes"] for point in ours] == sorted(point["stored_bytes"] for point in ours)
+    losses = [point["predicted_loss"] for point in ours]
+    assert losses == sorted(losses, reverse=True), "more bytes never cost more"
+    assert all(point["expected_gap_low"] < point["expected_gap"] < point["expected_gap_high"] for point in ours)
+    (measured,) = told["measured"]
+    plan = json.loads(invoke("allocate", "-w", finished / "work", "--target-stored-bits", 4.5, "--json").stdout)
+    assert measured["predicted_loss"] == plan["summary"]["objective"]["predicted_loss"]
+    assert told["best_that_fits"]["predicted_loss"] == pytest.approx(min(losses), abs=1e-9)
+    assert figure.read_text().startswith("<?xml")
+    assert "expected gap" in invoke("curve", "-w", finished / "work").stdout
+
+
+def test_a_size_out_of_reach_is_told_with_the_range(finished: Path) -> None:
+    result = invoke("curve", "-w", finished / "work", "--sizes", "1B")
+    assert result.exit_code == 1
+    assert "Error:" in result.stderr and "bytes" in result.stderr
+
+
+def test_what_allocate_plans_is_a_point_of_the_curve(finished: Path) -> None:
+    """At a size of the whole, the curve and allocate have one plan."""
+    told = json.loads(invoke("curve", "-w", finished / "work", "--json").stdout)["points"][-1]
+    size = f"{told['stored_bytes'] + 64}B"
+    (point, *_) = json.loads(invoke("curve", "-w", finished / "work", "--sizes", size, "--json").stdout)["points"]
+    made = invoke("allocate", "-w", finished / "work", "--variant", "curve", "--target-size", size, "--json")
+    assert made.exit_code == 0, made.stderr
+    plan = json.loads(made.stdout)["summary"]
+    assert plan["objective"]["predicted_loss"] == point["predicted_loss"]
+    assert plan["facts"]["stored bytes"] == point["stored_bytes"]
+
+
+def test_results_side_by_side(finished: Path, tmp_path: Path) -> None:
+    rows = [{"contender": "another tool", "stored_bits": 4.5, "model_bytes": 10_000, "gap": 0.5}]
+    (tmp_path / "peers.json").write_text(json.dumps(rows))
+    sources = (finished / "work", finished / "model", tmp_path / "peers.json")
+    result = invoke("compare", *sources, "--out", tmp_path / "figure.png", "--json")
+    assert result.exit_code == 0, result.stderr
+    work, exported, peer = json.loads(result.stdout)["results"]
+    for name in ("gap", "kl", "perplexity", "tokens", "original_loss"):
+        assert exported[name] == pytest.approx(work[name]), "the card says what was measured"
+    assert exported["stored_bytes"] > work["stored_bytes"], "all files, tokenizer too"
+    assert peer["gap"] == 0.5
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "another tool" in invoke("compare", *sources).stdout
+
+
+def test_the_page_on_a_result(finished: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    result = invoke("report", "-w", finished / "work", "--out", page)
+    assert result.exit_code == 0, result.stderr
+    text = page.read_text(encoding="utf-8")
+    read = check_page(text)
+    assert {"summary", "size", "quality", "curve", "widths", "importance", "routing", "warnings", "repeat"} <= {
+        *read.ids
+    }
+    assert "mc-cli allocate -w" in text and "--target-stored-bits 4.5" in text and "--quantizer rtn" in text
+    assert str(finished / "text.txt") not in text
+    invoke("report", "-w", finished / "work", "--out", tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == text, "the same artifacts give the same page"
+
+
+def test_several_targets_from_one_calibration(run_arguments: tuple[object, ...], finished: Path) -> None:
+    """Both results lie side by side, and the first scores serve them."""
+    more = ("--target-stored-bits", "4.25,5", "--out", finished / "sizes")
+    result = invoke("run", *run_arguments, *more, "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)["variants"]
+    assert [stage["ran"] for stage in told["4.25"]["stages"]] == [False, False, True, True, True, True]
+    assert [stage["stage"] for stage in told["5"]["stages"]] == ["allocate", "quantize", "prune-eval", "export"]
+    compared = json.loads(invoke("compare", finished / "sizes" / "4.25", finished / "sizes" / "5", "--json").stdout)
+    small, large = compared["results"]
+    assert small["stored_bits"] <= 4.25 < large["stored_bits"] <= 5 and small["stored_bytes"] < large["stored_bytes"]
+    stages = json.loads(invoke("status", "-w", finished / "work", "--json").stdout)["stages"]
+    assert {"4.25", "5"} <= {stage["variant"] for stage in stages}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 from mc_cli.artifacts.packed import StoredBytes
 from mc_cli.exporters.model_card import CardFacts, model_card
@@ -59,3 +61,27 @@ def test_front_matter_names_the_base_model_only_where_it_is_known() -> None:
     assert "base_model" not in card_of()
     assert card_of(base_model="org/name").startswith("---\nlibrary_name: transformers\n")
     assert "base_model: org/name" in card_of(base_model="org/name")
+
+
+def test_the_hub_reads_metadata_and_figures() -> None:
+    """By the hub's own reader of cards."""
+    text = {"tokens": 10, "original_loss": 0.5, "packed_loss": 1.0, "kl_divergence": 0.25, "same_top_token": 0.75}
+    original = {"license": "apache-2.0", "language": ["en", "de"]}
+    card = card_of(base_model="org/name", evaluation={"total": text}, original=original)
+    data = ModelCard(card).data
+    assert (data.base_model, data.license, data.language) == ("org/name", "apache-2.0", ["en", "de"])
+    assert data.pipeline_tag == "text-generation" and data.library_name == "transformers"
+    assert data.to_dict()["base_model_relation"] == "quantized"
+    assert {"quantized", "mixture-of-experts", "mixtral"} <= set(data.tags)
+    assert data.model_name == "A title"
+    values = {result.metric_type: result.metric_value for result in data.eval_results or []}
+    assert values["loss_gap"] == 0.5 and values["kl_divergence"] == 0.25 and values["tokens"] == 10
+    assert values["perplexity"] == pytest.approx(math.e)
+    assert values["stored_bits_per_expert_weight"] == 2.3
+    assert "## Licence" in card and "org/name: apache-2.0" in card
+
+
+def test_a_licence_that_nobody_named_is_told() -> None:
+    card = card_of()
+    assert "whose files did not say which" in card and "license:" not in card
+    assert ModelCard(card).data.eval_results is None

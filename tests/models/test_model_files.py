@@ -15,7 +15,14 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from mc_cli.errors import InputError
-from mc_cli.models.model_files import DOWNLOADED, NOT_DOWNLOADED, copy_model_files, kinds_of, plain_config
+from mc_cli.models.model_files import (
+    DOWNLOADED,
+    NOT_DOWNLOADED,
+    copy_model_files,
+    kinds_of,
+    original_card,
+    plain_config,
+)
 from tests import tiny_models
 from tests.conftest import TinyModel
 
@@ -219,3 +226,23 @@ def test_kinds_of_tensors() -> None:
         "model.visual.* (1)",
         "visual.* (1)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("---\nlicense: mit\nlanguage: [en]\ntags: [x]\n---\n# A model\n", {"license": "mit", "language": ["en"]}),
+        (
+            "---\nlicense: other\nlicense_name: llama\nlicense_link: LICENSE\n---\n",
+            {"license": "other", "license_name": "llama", "license_link": "LICENSE"},
+        ),
+        ("# No front matter\n---\nlicense: mit\n---\n", {}),
+        ("---\nlicense: !!python/object:os.system x\n---\n", {}),
+        ("---\nlicense: {a: 1}\n---\n", {}),
+        ("---\n- license\n---\n", {}),
+    ],
+)
+def test_what_an_original_card_says_of_its_licence(tmp_path: Path, text: str, found: dict[str, object]) -> None:
+    (tmp_path / "README.md").write_text(text)
+    assert original_card(tmp_path) == found
+    assert original_card(None) == original_card(tmp_path / "elsewhere") == {}

@@ -1,0 +1,143 @@
+"""The loss over the size, from scores alone: allocate's programme at several sizes, and other methods beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mc_cli.allocators import Budget, feasible_problem
+from mc_cli.allocators.feasibility import size_range
+from mc_cli.artifacts.plan import Plan
+from mc_cli.errors import BudgetError, InputError, McError, Problems, first_line
+from mc_cli.overview.sources import Scores, predicted_loss_of
+from mc_cli.progress import Progress
+from mc_cli.settings import AllocateSettings
+from mc_cli.stages.allocate import plan_of
+
+POINTS = 12  # sizes where none are asked for
+OURS = "global"
+BESIDE = ("uniform", "pmq", "layerwise")  # what a plan is compared with
+_INSIDE = 1e-6  # part of the range by which its ends are kept away from, where rounding may leave no plan
+
+
+@dataclass(frozen=True)
+class Point:
+    """One plan: its size, and the rise of the loss that its experts' widths are predicted to cost.
+
+    stored_bits    stored bits per expert weight;  stored_bytes  of the whole model, headers of its files included
+    role_bits      widths of what is not a routed expert
+    predicted_loss  nats per token; of the experts alone
+    """
+
+    method: str
+    stored_bits: float
+    code_bits: float
+    stored_bytes: int
+    expert_bytes: int
+    role_bits: tuple[tuple[str, float], ...]
+    predicted_loss: float
+    solver_status: str
+
+    def plain(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "role_bits": dict(self.role_bits)}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points by method in the order of their size, and why a method has none at a size."""
+
+    points: tuple[Point, ...]
+    left_out: tuple[str, ...] = ()
+
+    def of(self, method: str) -> list[Point]:
+        """One method's points, the smallest first."""
+        return sorted((point for point in self.points if point.method == method), key=lambda point: point.stored_bytes)
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(point.method for point in self.points))
+
+
+def curve_of(
+    scores: Scores, sizes: Sequence[int] | None, progress: Progress, *, beside: Sequence[str] = BESIDE
+) -> Curve:
+    """Plans of `global` at every size, and of other methods where they have one.
+
+    sizes   bytes of the whole model; None: POINTS sizes from the smallest to the largest that can be reached
+    Raises a McError naming every asked size that cannot be reached, and scores that hold no predicted losses.
+    """
+    asked = _asked(scores, sizes)
+    problems, points, left_out = Problems(), [], []
+    with progress.step("curve", total=len(asked) * (1 + len(beside)), unit="plan") as step:
+        for settings in asked:
+            with problems.catching():
+                points.append(_point(scores, settings, OURS))
+            step.advance(note=OURS)
+        problems.tell()
+        for method in beside:
+            refused = []
+            for settings in asked:
+                try:
+                    points.append(_point(scores, settings, method))
+                except (BudgetError, InputError) as error:
+                    refused.append(error)
+                step.advance(note=method)
+            if refused:
+                left_out.append(_refused(method, len(asked), refused))
+    return Curve(tuple(dict.fromkeys(points)), tuple(left_out))  # where widths end, several sizes give one plan
+
+
+def largest_within(scores: Scores, size: int) -> Point:
+    """The plan of `global` that a whole of `size` bytes holds. Raises BudgetError where there is none."""
+    return _point(scores, AllocateSettings(target_size_bytes=size), OURS)
+
+
+def _refused(method: str, asked: int, errors: Sequence[McError]) -> str:
+    return f"{method} has no plan at {len(errors)} of {asked} sizes: {first_line(errors[0])}"
+
+
+def _asked(scores: Scores, sizes: Iterable[int] | None) -> list[AllocateSettings]:
+    if sizes is not None:
+        return [AllocateSettings(target_size_bytes=size) for size in sorted(set(sizes))]
+    least, most = reachable_bits(scores)
+    step = (most - least) / (POINTS - 1)
+    targets = [least + place * step for place in range(POINTS)]
+    targets[0] += _INSIDE * (most - least)
+    return [AllocateSettings(target_stored_bits=round(target, 9)) for target in targets]
+
+
+def reachable_bits(scores: Scores) -> tuple[float, float]:
+    """(fewest, most) stored bits per expert weight of the widths that were scored."""
+    problem = feasible_problem(scores.importance, method=OURS, budget=Budget("stored_bits", 16.0))
+    least, most = size_range(problem)
+    return 8 * least / problem.weight_count, 8 * most / problem.weight_count
+
+
+def _point(scores: Scores, settings: AllocateSettings, method: str) -> Point:
+    asked = AllocateSettings(
+        target_stored_bits=settings.target_stored_bits, target_size_bytes=settings.target_size_bytes, method=method
+    )
+    plan, _ = plan_of(asked, scores.importance, scores.inventory, scores.quantizer, scores.cuts)
+    return point_of(plan)
+
+
+def point_of(plan: Plan) -> Point:
+    """The point that a plan is. Raises InputError where its scores hold no predicted losses."""
+    loss = predicted_loss_of(plan)
+    if loss is None:
+        raise InputError(
+            "The scores hold no predicted losses for these widths, so there is no curve. Run calibrate with "
+            "--gradient-tokens above 0, and score, both with --force."
+        )
+    return Point(
+        method=plan.method,
+        stored_bits=plan.budget["reached_stored_bits"],
+        code_bits=plan.budget["reached_code_bits"],
+        stored_bytes=plan.budget["expert_bytes"] + plan.budget["other_bytes"],
+        expert_bytes=plan.budget["expert_bytes"],
+        role_bits=tuple((role.value, bits) for role, bits in sorted(plan.role_bits.items())),
+        predicted_loss=loss,
+        solver_status=str(plan.solver.get("status", "")),
+    )

@@ -1,0 +1,120 @@
+"""The figures of the page on a run, from its artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mc_cli.artifacts.calibration import LayerRouting
+from mc_cli.artifacts.evaluation import Evaluation
+from mc_cli.artifacts.importance import Importance
+from mc_cli.artifacts.plan import BlockBits, ExpertBits, Plan, Widths
+from mc_cli.overview.routing import spread_of
+from mc_cli.parts import DROPPED
+from mc_cli.reports.charts import BARS, LINE, POINTS, STARS, Chart, Heat, Series
+
+_AT = 2  # bits at which experts are compared, where that was scored
+_UNIT = "nats per token"
+
+
+def size_chart(evaluation: Evaluation, unit_of: Callable[[float], tuple[str, int]]) -> Chart:
+    """Bytes by role, before and after, the largest first."""
+    before = sorted(evaluation.original_bytes.items(), key=lambda item: -item[1])
+    name, scale = unit_of(before[0][1])
+    roles = [role for role, _ in before]
+    after = [sum(evaluation.stored_bytes.get(role, {}).values()) / scale for role in roles]
+    places = list(range(len(roles)))
+    series = [
+        Series("before", places, [size / scale for _, size in before], BARS),
+        Series("after", places, after, BARS),
+    ]
+    return Chart("Stored bytes by role", "role", name, series, ticks=roles)
+
+
+def domain_chart(evaluation: Evaluation) -> Chart:
+    """Loss gap and KL divergence by domain of the text."""
+    domains = dict(evaluation.domains) if len(evaluation.domains) > 1 else {"all": evaluation.total}
+    places = list(range(len(domains)))
+    gaps = [entry.packed_loss - entry.original_loss for entry in domains.values()]
+    series = [
+        Series("loss gap", places, gaps, BARS),
+        Series("KL divergence", places, [entry.kl_divergence for entry in domains.values()], BARS),
+    ]
+    return Chart("Loss gap and KL divergence by domain", "domain", _UNIT, series, ticks=list(domains))
+
+
+def bits_map(plan: Plan) -> Heat:
+    """Mean bits of every expert, by layer; of one in blocks the mean over its channels, cut ones at 0 bits."""
+    layers = sorted(plan.expert_bits)
+    most = max(len(plan.expert_bits[layer]) for layer in layers)
+    values = []
+    for layer in layers:
+        row: list[float | None] = [mean_bits(entry) for entry in plan.expert_bits[layer]]
+        values.append(row + [None] * (most - len(row)))
+    names = [str(expert) for expert in range(most)]
+    return Heat("Bits of every expert", "layer", "expert", "bits", list(map(str, layers)), names, values)
+
+
+def mean_bits(entry: ExpertBits) -> float:
+    """Mean width of an expert's projections, and of its blocks by their channels."""
+    if isinstance(entry, tuple):
+        channels = sum(block.channels for block in entry)
+        return sum(block.channels * _mean(_bits_of(block)) for block in entry) / channels
+    return _mean(entry)
+
+
+def _bits_of(block: BlockBits) -> Widths:
+    return block.bits
+
+
+def _mean(widths: Widths) -> float:
+    return sum(widths.values()) / len(widths) if isinstance(widths, dict) else widths
+
+
+def spectrum_chart(importance: Importance) -> Chart:
+    """Every expert's predicted loss at one width, from the largest on, a line per layer (of many, three of them)."""
+    widths = [bits for bits in importance.candidate_bits if bits != DROPPED]
+    width = min(widths, key=lambda bits: abs(bits - _AT))
+    measured = [layer for layer in importance.layers if width in layer.predicted_loss_by_bits]
+    shown = measured if len(measured) <= 6 else [measured[0], measured[len(measured) // 2], measured[-1]]
+    series = []
+    for layer in shown:
+        losses = sorted(layer.predicted_loss_by_bits[width], reverse=True)
+        series.append(Series(f"layer {layer.layer}", list(range(1, len(losses) + 1)), losses, LINE))
+    positive = bool(series) and all(value > 0 for entry in series for value in entry.y)
+    title = f"Predicted loss of one expert alone at {width:g} bits"
+    return Chart(title, "rank among the layer's experts", _UNIT, series, log_y=positive)
+
+
+def load_charts(routing: Sequence[LayerRouting]) -> list[Chart]:
+    """How evenly each layer's router spread the calibration tokens."""
+    places = [layer.layer for layer in routing]
+    spreads = [spread_of(layer.routing_count) for layer in routing]
+    series = [
+        Series("Gini coefficient (0 is even)", places, [spread.gini for spread in spreads]),
+        Series("least over most used expert (1 is even)", places, [spread.least_most for spread in spreads]),
+        Series("entropy of the shares (1 is even)", places, [spread.entropy for spread in spreads]),
+    ]
+    return [Chart("Load of the experts before compression", "layer", "0 to 1", series)]
+
+
+def router_chart(evaluation: Evaluation) -> Chart:
+    """Share of expert choices that the packed model makes differently, by layer."""
+    layers = sorted(evaluation.router_changes)
+    shares = [100 * evaluation.router_changes[layer] for layer in layers]
+    places, names = list(range(len(layers))), list(map(str, layers))
+    return Chart("Expert choices that changed", "layer", "%", [Series("changed", places, shares, BARS)], ticks=names)
+
+
+def front_chart(pruning: Mapping[str, Any]) -> Chart:
+    """Rise of perplexity over the share of expert calls that are skipped, a line per policy, a star where it ships."""
+    points = pruning["points"]
+    series = []
+    for policy in dict.fromkeys(point["policy"] for point in points):
+        own = sorted(
+            (100 * point["rate"], 100 * point["perplexity_rise"]) for point in points if point["policy"] == policy
+        )
+        series.append(Series(policy, [x for x, _ in own], [y for _, y in own], LINE if len(own) > 1 else POINTS))
+    ships = next(point for point in points if point["chosen"] and point["policy"] == pruning["policy"])
+    series.append(Series("ships", [100 * ships["rate"]], [100 * ships["perplexity_rise"]], STARS))
+    return Chart("Expert calls skipped", "expert calls skipped, %", "rise of perplexity, %", series)

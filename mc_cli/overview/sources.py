@@ -1,0 +1,102 @@
+"""The results of a work directory as they lie there: scores, and of every variant its plan and what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mc_cli.allocators.programme import METHOD
+from mc_cli.artifacts import calibration as calibration_artifact
+from mc_cli.artifacts.evaluation import Evaluation
+from mc_cli.artifacts.importance import Importance
+from mc_cli.artifacts.manifest import Manifest
+from mc_cli.artifacts.names import EVALUATION, IMPORTANCE, PLAN
+from mc_cli.artifacts.plan import Plan
+from mc_cli.artifacts.store import require_done
+from mc_cli.artifacts.work_dir import WorkDir
+from mc_cli.errors import InputError
+from mc_cli.parts import ModelInventory
+from mc_cli.settings import QuantizerSettings
+from mc_cli.stages.allocate import Cuts, read_cuts, scoring_quantizer
+
+OTHERS = "the evaluation is of another packed model, or the packed model of another plan"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All that allocate reads."""
+
+    importance: Importance
+    inventory: ModelInventory
+    quantizer: QuantizerSettings
+    cuts: Cuts = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One variant that was evaluated: its plan, where the packed model was made from it, and the figures."""
+
+    work: WorkDir
+    evaluation: Evaluation
+    plan: Plan | None
+
+    @property
+    def gap(self) -> float:
+        """Loss of the packed model minus loss of the original, nats per token."""
+        return self.evaluation.total.packed_loss - self.evaluation.total.original_loss
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(sum(parts.values()) for parts in self.evaluation.stored_bytes.values())
+
+    @property
+    def predicted_loss(self) -> float | None:
+        """What allocate said of the plan, nats per token; None where it could not tell, or the plan is another."""
+        return None if self.plan is None else predicted_loss_of(self.plan)
+
+
+def predicted_loss_of(plan: Plan) -> float | None:
+    """Nats per token that a plan is predicted to cost; None where its scores do not tell.
+
+    Of a plan that cuts channels within the programme over the whole model, it is the programme's own value.
+    """
+    value = plan.objective.get("predicted_loss")
+    if value is None and plan.method == METHOD:
+        value = plan.objective.get("value")
+    return value if isinstance(value, float) else None
+
+
+def require_work_dir(path: Path) -> None:
+    """Raises InputError unless a calibrate or run has begun there."""
+    if not path.is_dir():
+        raise InputError(f"{path} is no directory. Give the work directory that calibrate or run was given with -w.")
+
+
+def read_scores(work: WorkDir) -> Scores:
+    """What calibrate and score found. Raises ArtifactError where they are not done."""
+    require_work_dir(work.path)
+    for stage in ("calibrate", "score"):
+        require_done(work, stage)
+    inventory = calibration_artifact.read_inventory(work.folder("calibrate") / calibration_artifact.INVENTORY)
+    importance = Importance.read(work.folder("score") / IMPORTANCE)
+    return Scores(importance, inventory, scoring_quantizer(work), read_cuts(work, inventory))
+
+
+def read_measured(path: Path) -> tuple[list[Measured], list[str]]:
+    """(every variant that was evaluated, in the order of `status`; a sentence for each whose parts do not belong
+    together, which are left out)."""
+    found, left_out = [], []
+    for name in WorkDir(path).variants():
+        work = WorkDir(path, name)
+        made = {stage: Manifest.read(work.folder(stage)) for stage in ("allocate", "quantize", "prune-eval")}
+        evaluated, packed, planned = made["prune-eval"], made["quantize"], made["allocate"]
+        if evaluated is None:
+            continue
+        if packed is None or evaluated.inputs.get("quantize") != packed.fingerprint:
+            left_out.append(f"Variant {name} is left out: {OTHERS}. Run `{work.command('prune-eval')}` again.")
+            continue
+        own = planned is not None and packed.inputs.get("allocate") == planned.fingerprint
+        plan = Plan.read(work.folder("allocate") / PLAN) if own else None
+        found.append(Measured(work, Evaluation.read(work.folder("prune-eval") / EVALUATION), plan))
+    return found, left_out
