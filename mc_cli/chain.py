@@ -20,7 +20,6 @@ from mc_cli.settings import RunSettings
 
 if TYPE_CHECKING:
     from mc_cli.ahead import Outlook
-    from mc_cli.ahead.disk import Need
 
 _WAITING, _DONE = "waiting", "done"
 _ACTIONS = {
@@ -154,11 +153,8 @@ def forecast_chains(
         with problems.catching():
             planned, outlook = forecast_chain(plan, force_from=force_from)
             found.append(([entry for entry in planned if not number or entry.stage not in SHARED], outlook))
-    needs = _check_room([outlook for _, outlook in found if outlook is not None], problems)
+    _check_room([outlook for _, outlook in found if outlook is not None], problems)
     problems.tell()
-    for _, outlook in found:
-        if outlook is not None and needs:
-            outlook.needs = needs
     return found
 
 
@@ -222,11 +218,12 @@ def run_chains(
 ) -> list[list[StageResult]]:
     """The same for several variants of one work directory, one after the other; what they share is run in the first.
 
-    Everything that stands against any of them is told before any work.
+    Everything that stands against any of them is told before any work. `head` hears of the first that has any
+    to do, with the disk space of all.
     """
-    for outlook in _check_chains(plans, force_from):
-        if head is not None:
-            head(outlook)
+    outlooks = _check_chains(plans, force_from)
+    if head is not None and outlooks:
+        head(outlooks[0])
     made = []
     with work_dir_lock(plans[0].work.path):  # between two stages, too, nothing else works in it
         for number, plan in enumerate(plans):
@@ -243,10 +240,7 @@ def run_chains(
 
 
 def _check_chains(plans: Sequence[RunPlan], force_from: str | None) -> list[Outlook]:
-    """What the stages to do of each plan will take; nothing of those that are done.
-
-    Raises a McError naming all that a late stage of any of them would refuse after hours.
-    """
+    """The outlooks of the plans that have work. Raises a McError naming all that a late stage of any would refuse."""
     problems = Problems()
     found = []
     for plan in plans:
@@ -258,21 +252,25 @@ def _check_chains(plans: Sequence[RunPlan], force_from: str | None) -> list[Outl
     return outlooks
 
 
-def _check_room(outlooks: Sequence[Outlook], problems: Problems) -> list[Need]:
-    """The needs of several variants together; what there is no room for is added to `problems`."""
+def _check_room(outlooks: Sequence[Outlook], problems: Problems) -> None:
+    """Puts the needs of all variants together in place of each one's; what has no room is added to `problems`."""
     if len(outlooks) < 2:
-        return []
+        return
     from mc_cli.ahead.disk import check_disk, together
 
     needs = together([outlook.needs for outlook in outlooks])
     for need in needs:
         with problems.catching():
             check_disk(need)
-    return needs
+    for outlook in outlooks:
+        outlook.needs = needs
 
 
 def _check_chain(plan: RunPlan, force_from: str | None) -> Outlook | None:
-    """What the stages to do will take; None where all are done. Raises a McError naming all that is refused."""
+    """What the stages to do will take; None where all are done.
+
+    Raises a McError naming all that a late stage would refuse after hours.
+    """
     done = set()
     for stage, force in _forced(force_from):
         try:

@@ -93,16 +93,17 @@ class Recipe:
     def of_target(self, name: str) -> Recipe:
         """This recipe with one of its several targets, as a variant, to a folder and a repository of that name.
 
-        What score measures is the same for all: what the smallest and the largest target ask for.
+        What score measures is the same for all: what the largest and the smallest target ask for.
         """
         assert self.targets is not None
         sections = {section: dict(values) for section, values in self.sections.items()}
-        sections.setdefault("score", {})
+        asked = sections["allocate"]  # may hold two kinds of targets, which settings refuse
+        allocate = {key: value.largest if isinstance(value, Targets) else value for key, value in asked.items()}
+        score, export = sections.setdefault("score", {}), sections.get("export", {})
         with Problems().catching():  # an unknown quantizer is refused where settings are built
-            _widen(sections["score"], sections["allocate"], sections.get("export", {}))
-        for field_name, value in sections["allocate"].items():  # of two kinds of targets, which settings refuse
-            sections["allocate"][field_name] = value.largest if isinstance(value, Targets) else value
-        sections["allocate"][self.targets.field] = self.targets.values[name]
+            for target in (self.targets.largest, self.targets.smallest):  # widths of the one, cuts of the other
+                _widen(score, {**allocate, self.targets.field: target}, export)
+        sections["allocate"] = {**allocate, self.targets.field: self.targets.values[name]}
         if out := sections.get("export", {}).get("out"):
             sections["export"]["out"] = str(Path(str(out)) / name)
         if repository := sections.get("export", {}).get("push_to_hub"):
@@ -238,15 +239,15 @@ def _widen(score: dict[str, Any], allocate: Mapping[str, Any], export: Mapping[s
     """
     if allocate.get("cut_ratio") is not None or allocate.get("method") == CAMERA_Q:
         score.setdefault("unit", CHANNEL)
-    asked = [allocate[name] for name in ("target_stored_bits", "target_bits") if allocate.get(name)]
-    targets = [value for one in asked for value in (one.values.values() if isinstance(one, Targets) else [one])]
+    targets = [allocate[name] for name in ("target_stored_bits", "target_bits") if allocate.get(name)]
+    target = max(targets, default=0)
     if not score.get("bits"):
         named = score.get("quantizer", QuantizerSettings.quantizer)
-        score["bits"] = QuantizerSettings(quantizer=named).candidate_widths(max(targets, default=0))
+        score["bits"] = QuantizerSettings(quantizer=named).candidate_widths(target)
     defaults = {"method": AllocateSettings.method, "cuts": True, "floors": None}
     usual = all(allocate.get(name, value) == value for name, value in defaults.items())
     unequal = export.get("format", ExportSettings.format) == ExportSettings.format  # a plain checkpoint has one width
-    if targets and min(targets) <= CUTS_WITHIN and usual and unequal:
+    if targets and target <= CUTS_WITHIN and usual and unequal:
         score.setdefault("unit", AUTO)
 
 

@@ -29,6 +29,11 @@ class Targets:
         """The largest value."""
         return max(self.values.values())
 
+    @property
+    def smallest(self) -> Any:
+        """The smallest value."""
+        return min(self.values.values())
+
 
 def read_targets(flag: Flag, pieces: Iterable[Any], read: Callable[[Any], Any]) -> Any:
     """The field's value for one piece, `Targets` for several, in the order given.

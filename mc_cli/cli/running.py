@@ -109,15 +109,21 @@ def _run_plans(
     made = chain.run_chains(plans, force_from=force_from, progress=progress, tell=tell, head=head)
     console.say_run([result for results in made for result in results])
     logbook.end(0)
-    names = [plan.work.variant for plan in plans]
+    _print_made([plan.work for plan in plans], made, given)
+    return None
+
+
+def _print_made(works: Sequence[WorkDir], made: Sequence[list[StageResult]], given: Mapping[str, Any]) -> None:
+    """To stdout: what came of every variant."""
+    from mc_cli import console
+
+    names = [work.variant for work in works]
     if given["json"]:
         told = [{"stages": [console.result_json(result) for result in results]} for results in made]
-        work_dir = {"work_dir": str(plans[0].work.path)}
-        return console.print_json(
-            work_dir | (told[0] if len(plans) == 1 else {"variants": dict(zip(names, told, strict=True))})
-        )
+        whole = told[0] if len(works) == 1 else {"variants": dict(zip(names, told, strict=True))}
+        return console.print_json({"work_dir": str(works[0].path), **whole})
     for name, results in zip(names, made, strict=True):
-        if len(plans) > 1:
+        if len(works) > 1:
             print(f"== {name}")
         console.print_chain(results)
     return None

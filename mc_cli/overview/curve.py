@@ -10,7 +10,7 @@ from mc_cli.allocators import Budget, feasible_problem
 from mc_cli.allocators.feasibility import size_range
 from mc_cli.artifacts.plan import Plan
 from mc_cli.errors import BudgetError, InputError, McError, Problems, first_line
-from mc_cli.overview.sources import Scores
+from mc_cli.overview.sources import Scores, predicted_loss_of
 from mc_cli.progress import Progress
 from mc_cli.settings import AllocateSettings
 from mc_cli.stages.allocate import plan_of
@@ -125,7 +125,7 @@ def _point(scores: Scores, settings: AllocateSettings, method: str) -> Point:
 
 def point_of(plan: Plan) -> Point:
     """The point that a plan is. Raises InputError where its scores hold no predicted losses."""
-    loss = plan.objective.get("predicted_loss")
+    loss = predicted_loss_of(plan)
     if loss is None:
         raise InputError(
             "The scores hold no predicted losses for these widths, so there is no curve. Run calibrate with "

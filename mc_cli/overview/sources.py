@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from mc_cli.allocators.programme import METHOD
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.importance import Importance
@@ -28,7 +29,7 @@ class Scores:
     importance: Importance
     inventory: ModelInventory
     quantizer: QuantizerSettings
-    cuts: Cuts  # of the layers in which score measured them
+    cuts: Cuts = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,18 @@ class Measured:
     @property
     def predicted_loss(self) -> float | None:
         """What allocate said of the plan, nats per token; None where it could not tell, or the plan is another."""
-        value = None if self.plan is None else self.plan.objective.get("predicted_loss")
-        return value if isinstance(value, float) else None
+        return None if self.plan is None else predicted_loss_of(self.plan)
+
+
+def predicted_loss_of(plan: Plan) -> float | None:
+    """Nats per token that a plan is predicted to cost; None where its scores do not tell.
+
+    Of a plan that cuts channels within the programme over the whole model, it is the programme's own value.
+    """
+    value = plan.objective.get("predicted_loss")
+    if value is None and plan.method == METHOD:
+        value = plan.objective.get("value")
+    return value if isinstance(value, float) else None
 
 
 def require_work_dir(path: Path) -> None:

@@ -147,7 +147,8 @@ def published(work_dir: Path, name: str, path: Path, table: str) -> Iterator[dic
         if not cells.get("method", OURS_PUBLISHED).startswith(OURS_PUBLISHED) or not least <= target <= most:
             continue
         settings = AllocateSettings(target_stored_bits=target)
-        point = point_of(plan_of(settings, scores.importance, scores.inventory, scores.quantizer))
+        plan, _ = plan_of(settings, scores.importance, scores.inventory, scores.quantizer, scores.cuts)
+        point = point_of(plan)
         yield {
             "model": name,
             "method": "global",

@@ -196,7 +196,7 @@ def test_run_does_all_stages_then_none(mc_cli: Invoke, stages: FakeStages, tmp_p
     first = mc_cli(*WHOLE_RUN, "-w", tmp_path)
     assert first.exit_code == 0, first.stderr
     assert [call[0] for call in stages.calls] == list(STAGES)
-    assert first.stdout.splitlines()[:2] == ["prune-eval", "answer  42"]
+    assert first.stdout.split("\n\n")[:3] == [f"{stage}\nanswer  42" for stage in ("allocate", "prune-eval", "export")]
     second = json.loads(mc_cli(*WHOLE_RUN, "-w", tmp_path, "--json").stdout)
     assert [stage["ran"] for stage in second["stages"]] == [False] * len(STAGES)
 
