@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mc_cli.allocators.camera_p import CHANNEL_SCORE
+from mc_cli.allocators import camera_p
 from mc_cli.allocators.channel_cuts import unit_of
 from mc_cli.allocators.channel_score import ScoreAsked, Scores
 from mc_cli.allocators.problem import BUDGET_FLAGS, Budget
@@ -88,7 +88,7 @@ def grouped_plan(
     size = 0
     for block in inventory.expert_blocks:
         asked = ScoreAsked(block.layer, settings.seed, share)
-        ranked = _Ranked.of(block, CHANNEL_SCORE.of(measures_of(block), asked))
+        ranked = _Ranked.of(block, camera_p.CHANNEL_SCORE.of(measures_of(block), asked))
         part = block.num_experts * block.weights_per_expert / inventory.expert_weight_count
         limit = math.floor(budget.limit(inventory.expert_weight_count) * part)
         counts = _fitted(ranked, widths, limit, _size_of(block, quantizer, budget), budget)
