@@ -226,7 +226,7 @@ def _missing(
         missing.insert(0, "--work-dir (in a recipe: work_dir: ...)   Where this run's artifacts go.")
     targets = [name for name in ANY_SIZE if sections["allocate"].get(name) is not None or ("allocate", name) in unread]
     if not targets:
-        flags = "--target-stored-bits, --target-bits, --target-size, --cut-ratio, --drop-ratio"
+        flags = "--target-stored-bits, --target-bits, --target-size, --cut-ratio, --drop-ratio, --experts-left"
         missing.append(f"one of {flags}   How small the result is to be.")
     return missing
 
@@ -234,11 +234,13 @@ def _missing(
 def _widen(score: dict[str, Any], allocate: Mapping[str, Any], export: Mapping[str, Any]) -> None:
     """Has the widths scored that the target asks for, where none are given; a size in bytes does not tell.
 
-    Channels are measured where some are to be cut, or so few bits are asked for that cutting may pay and the export
-    holds experts of unequal widths.
+    How alike experts are is measured where some are to be merged; channels where some are to be cut or sorted, or so
+    few bits are asked for that cutting may pay and the export holds experts of unequal widths.
     """
-    if allocate.get("cut_ratio") is not None or allocate.get("method") == CAMERA_Q:
+    if allocate.get("cut_ratio") is not None or allocate.get("method") == CAMERA_Q or allocate.get("halves"):
         score.setdefault("unit", CHANNEL)
+    if allocate.get("experts_left") is not None:
+        score.setdefault("similarity", True)
     targets = [allocate[name] for name in ("target_stored_bits", "target_bits") if allocate.get(name)]
     target = max(targets, default=0)
     if not score.get("bits"):

@@ -288,7 +288,12 @@ class Look:
         if done is None:
             return None
         quantizer = QuantizerSettings(**done.settings["quantizer"])
-        return ScoreSettings(tuple(done.settings["bits"]), quantizer, unit=done.settings.get("unit", EXPERT))
+        return ScoreSettings(
+            tuple(done.settings["bits"]),
+            quantizer,
+            unit=done.settings.get("unit", EXPERT),
+            similarity=done.settings.get("similarity", False),
+        )
 
     def _needs(self, session: Session | None, inventory: ModelInventory, size: Size | None) -> list[Need]:
         tokens, length = None, 1

@@ -13,6 +13,8 @@ from mc_cli.allocators.channel_groups import grouped_plan, unmeasured
 from mc_cli.allocators.channel_score import channel_score_named
 from mc_cli.allocators.cut_menus import CutMenu, can_hold_cuts, menu_of_shapes
 from mc_cli.allocators.feasibility import check_budget, size_range
+from mc_cli.allocators.halves import require_halves, sized_in_halves
+from mc_cli.allocators.merging import shapes_merged
 from mc_cli.allocators.programme import METHOD
 from mc_cli.allocators.whole_drops import drop_plan
 from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
@@ -42,6 +44,8 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
     role_bits, others = beside_experts(settings, inventory, score.quantizer)
     if settings.cut_ratio is not None:
         return _cut_size(settings, score, inventory, role_bits)
+    if settings.experts_left is not None:
+        return _merged_size(settings, score, inventory, role_bits)
     if settings.method == CAMERA_Q:
         _require_channels(score, f"--method {CAMERA_Q}")
         budget = budget_of(settings, others)
@@ -60,13 +64,13 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
     else:
         budget, kinds = budget_of(settings, others), kinds_of(inventory)
         counts, sample = list(kinds.values()), replace(inventory, expert_blocks=tuple(kinds))
-        measured = importance_of_shapes(sample, score)
+        measured = _sizes(settings, score, sample)
         problem = posed_problem(measured, budget=budget, **_asked(settings, score, inventory, sample, {}))
         ends, weights = _range(problem, counts), inventory.expert_weight_count
         limit = math.floor(budget.limit(weights))
         if limit < ends[0] or strategy_named(settings.method).check is not check_budget:
             asked = _asked(settings, score, inventory, inventory, {})
-            feasible_problem(importance_of_shapes(inventory, score), budget=budget, **asked)
+            feasible_problem(_sizes(settings, score, inventory), budget=budget, **asked)
     experts = _expert_bytes(budget, measured, counts, min(limit, ends[1]))
     facts = {
         "predicted stored bytes": experts + others,
@@ -75,6 +79,16 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
         "reachable": budget.shown(*(budget.amount_of(end, weights) for end in ends)),
     }
     return Size(experts + others, facts, _beyond(budget, weights, ends[1]), role_bits)
+
+
+def _sizes(settings: AllocateSettings, score: ScoreSettings, inventory: ModelInventory) -> Importance:
+    """The measures of score as far as shapes tell, in halves where asked. Raises InputError, PlanError, ShapeError."""
+    measured = importance_of_shapes(inventory, score)
+    if not settings.halves:
+        return measured
+    _require_channels(score, "--halves")
+    require_halves(inventory)
+    return sized_in_halves(measured, inventory, score.quantizer)
 
 
 def _asked(
@@ -133,6 +147,18 @@ def _cut_size(
     channel_score_named(settings.method)
     _require_channels(score, "--cut-ratio")
     plan = Plan(inventory.model_type, settings.method, shapes_cut(settings, inventory), dict(role_bits))
+    return planned_size(plan, inventory, score.quantizer)
+
+
+def _merged_size(
+    settings: AllocateSettings, score: ScoreSettings, inventory: ModelInventory, role_bits: Mapping[Role, int]
+) -> Size:
+    """The size that merging leads to. Raises InputError for what lacks; PlanError, BudgetError, ShapeError."""
+    plan = replace(shapes_merged(settings, inventory), role_bits=dict(role_bits))
+    if not score.similarity:
+        raise InputError(
+            "--merge asks for how alike experts are, which score does not measure here. Run score with --similarity."
+        )
     return planned_size(plan, inventory, score.quantizer)
 
 

@@ -150,6 +150,14 @@ class ExpertLayout:
         return tuple(slot for slot, expert in enumerate(self.slots) if expert is None)
 
     @property
+    def without_halves(self) -> tuple[int, ...]:
+        """The stored experts that are not two blocks of equally many channels."""
+        sizes = {
+            expert: [block.channels for block in self.experts[expert]] for expert in self.slots if expert is not None
+        }
+        return tuple(sorted(expert for expert, found in sizes.items() if len(found) != 2 or found[0] != found[1]))
+
+    @property
     def shared(self) -> tuple[int, ...]:
         """The slots that run another slot's expert."""
         return tuple(slot for slot, expert in enumerate(self.slots) if expert not in (slot, None))

@@ -9,7 +9,8 @@ An expert's entry has one of three forms:
 `channel_order` names a file beside the plan that says which channels those are, and its digest: see channel_order.py.
 Without it blocks follow each other in the checkpoint's order.
 `slots`, by layer, lists for every slot of a router the expert whose stored weights it runs: its own, or another's. An
-expert that no slot runs has width 0. Widths of other roles are per role; 16 means kept as in the checkpoint.
+expert that no slot runs has width 0. `merging` says how such experts become one (see merging.py); without it they run
+the other's weights as they are. Widths of other roles are per role; 16 means kept as in the checkpoint.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from typing import Any
 
 import yaml
 
+from mc_cli.artifacts import merging as merging_entry
 from mc_cli.artifacts.channel_order import ChannelOrder
 from mc_cli.artifacts.files import file_digest, read_text, write_text
+from mc_cli.artifacts.merging import Merging
 from mc_cli.artifacts.names import CHANNEL_ORDER, PLAN
 from mc_cli.artifacts.strict_yaml import read_yaml
 from mc_cli.encodings import MOST, all_widths
@@ -82,6 +85,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     slots: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # layer -> expert that each router slot runs
     channel_order: ChannelOrder | None = None  # which channels the blocks take; None: as they are in the checkpoint
+    merging: Merging | None = None  # how experts that share a stored one become one; None: it stays as it is
 
     def blocks_of(self, layer: int, expert: int, channels: int) -> tuple[BlockBits, ...]:
         """The blocks of one expert of so many channels, those that are cut included; none where it is not stored."""
@@ -99,6 +103,12 @@ class Plan:
     def dropped(self, layer: int) -> tuple[int, ...]:
         """The experts of a layer that its router does not choose: those of width 0 whose slot runs no other."""
         return tuple(slot for slot, expert in enumerate(self.slots_of(layer)) if expert is None)
+
+    def clusters(self, layer: int) -> dict[int, tuple[int, ...]]:
+        """Stored expert -> all experts whose slots run it, itself among them; of experts that several slots run."""
+        table = self.slots.get(layer, ())
+        found = {expert: tuple(slot for slot, runs in enumerate(table) if runs == expert) for expert in set(table)}
+        return {expert: slots for expert, slots in sorted(found.items()) if len(slots) > 1}
 
     def check_against(self, inventory: ModelInventory) -> None:
         """Raises PlanError naming every place where the plan does not describe this model."""
@@ -184,6 +194,7 @@ class Plan:
             "group_size_limit": self.group_size_limit,
             "role_bits": {role.value: bits for role, bits in sorted(self.role_bits.items())},
             **({"slots": {layer: list(row) for layer, row in sorted(self.slots.items())}} if self.slots else {}),
+            **({"merging": self.merging.plain()} if self.merging is not None else {}),
             **order,
             "expert_bits": {layer: list(map(_plain, bits)) for layer, bits in sorted(self.expert_bits.items())},
         }
@@ -222,6 +233,7 @@ class Plan:
             solver=content.get("solver", {}),
             warnings=tuple(content.get("warnings", ())),
             channel_order=_read_order(path, content),
+            merging=Merging.of(content["merging"]) if "merging" in content else None,
         )
 
 
@@ -262,6 +274,7 @@ def _content_problems(content: Mapping[str, Any]) -> list[str]:
         "family": str,
         "slots": dict,
         "channel_order": dict,
+        "merging": dict,
         "group_size_limit": int,
         "budget": dict,
         "objective": dict,
@@ -298,6 +311,8 @@ def _content_problems(content: Mapping[str, Any]) -> list[str]:
         problems += _row_problems(layer, row, blocks=not old)
     if old and content.get("slots"):
         problems.append(f"slots are of schema {SCHEMA}; the file has schema {content['schema']}")
+    if "merging" in content:
+        problems += merging_entry.problems(content["merging"], content["expert_bits"])
     if "channel_order" in content:
         problems += _order_problems(content["channel_order"], old=old)
     for layer, table in content.get("slots", {}).items():

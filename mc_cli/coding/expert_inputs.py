@@ -136,9 +136,9 @@ class ExpertInputs:
         """[tokens] float32, on the CPU: the sum of each token's squared routing weights."""
         return self._routing[1].square().sum(-1)
 
-    def pool(self) -> torch.Tensor:
-        """[tokens, hidden] float32: tokens of the whole layer, evenly spaced, at most POOL_TOKENS."""
-        step = _step(self.token_count, POOL_TOKENS)
+    def pool(self, limit: int = POOL_TOKENS) -> torch.Tensor:
+        """[tokens, hidden] float32: tokens of the whole layer, evenly spaced, at most `limit`."""
+        step = _step(self.token_count, limit)
         return self._inputs[::step].to(self.device).float()
 
     def sample(self, expert: int, limit: int) -> Sample:

@@ -24,6 +24,7 @@ from mc_cli.coding.expert_inputs import ExpertInputs, expert_chunks
 from mc_cli.coding.expert_view import ExpertView
 from mc_cli.coding.layer_result import LayerResult, measured, planned_encoding
 from mc_cli.coding.linears import LinearCoder, run_up_to
+from mc_cli.coding.merging import fits_merged, merge_experts
 from mc_cli.encodings import deals_channels, family_of
 from mc_cli.models import experts
 from mc_cli.models.memory import release_freed_memory
@@ -50,8 +51,13 @@ class LayerQuantizer:
         shrinkage: float,
         sensitivities: Mapping[int, LayerSensitivity] | None = None,
         covariance_of: Callable[[int], torch.Tensor | None] = lambda layer: None,
+        routing_counts: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
-        """`covariance_of`: layer -> gradient covariance at its MoE output, or None; read when the layer is reached."""
+        """Makes the worker.
+
+        covariance_of   layer -> gradient covariance at its MoE output, or None; read when the layer is reached
+        routing_counts  layer -> calibration tokens of every expert, of layers whose experts are merged
+        """
         self._walk = walk
         self._plan = plan
         self._quantizer = quantizer
@@ -59,6 +65,7 @@ class LayerQuantizer:
         self._shrinkage = shrinkage
         self._sensitivities = sensitivities or {}
         self._covariance_of = covariance_of
+        self._routing_counts = routing_counts or {}
         self.linears = LinearCoder(walk, plan, quantizer, executor)
 
     def quantize(
@@ -91,6 +98,8 @@ class LayerQuantizer:
         sensitivity = self._sensitivities.get(block.layer)
         inputs = ExpertInputs(capture, block, self._walk.source.device, sensitivity=sensitivity, module=module)
         covariance = None if sensitivity is None else self._covariance_of(block.layer)
+        counts = self._routing_counts.get(block.layer, ())
+        merged = merge_experts(module, inputs, self._plan, counts, stored)
         division = Division(self._plan, block)
         division.cut(module, inputs)
         view = ExpertView(module, inputs, self._quantizer, self._shrinkage, covariance)
@@ -100,7 +109,8 @@ class LayerQuantizer:
             shortfall = None
         else:
             shortfall = Shortfall(module, inputs, original=original, rest=rest, reach=reach)
-        _Wave(view, view.down, self._plan, division, shortfall, notes, stored).run(self._executor, result)
+        wave = _Wave(view, view.down, self._plan, division, shortfall, notes, stored)
+        wave.run(self._executor, result, refitted=merged if fits_merged(self._plan) else frozenset())
         if reach is not None:
             result.output = add_experts(rest, module, inputs, reach=reach)
         result.layout = ExpertLayout(
@@ -169,8 +179,8 @@ class _Wave:
         self._stored = stored
         self._moved: dict[int, float] = {}  # expert -> size of its correction, relative to its weights
 
-    def run(self, executor: Executor, result: LayerResult) -> None:
-        """Packs the projection of every block by its width."""
+    def run(self, executor: Executor, result: LayerResult, *, refitted: frozenset[int] = frozenset()) -> None:
+        """Packs the projection of every block by its width; those of `refitted` experts are corrected if kept."""
         name = self._part.name
         result.experts[name] = {}
         by_bits: dict[float, list[int]] = {}
@@ -189,7 +199,10 @@ class _Wave:
                     self._keep(expert, span, result)
             self._report_cut(expert, result)
         for expert in kept:
-            self._keep(expert, self._division.spans[expert][0], result)
+            span = self._division.spans[expert][0]
+            if expert in refitted and self._shortfall is not None:
+                self._put(expert, span, self._prepared([expert])[0][0].to(self._stored))
+            self._keep(expert, span, result)
 
     def _jobs(self, by_bits: Mapping[float, list[int]]) -> Iterator[CodingJob]:
         for bits, members in sorted(by_bits.items()):
@@ -302,9 +315,8 @@ class _Wave:
             up = self._part is self._view.up
             weight = weight[self._division.rows_of(span)] if up else weight[:, span.begin : span.end]
         name = self._row_name(expert, span)
-        row = MatrixReport(name, Role.EXPERT.value, "kept", weight.numel(), KEPT_BITS)
-        if expert in self._division.divided:
-            row = replace(row, correction=self._moved.get(expert))
+        moved = self._moved.get(expert)
+        row = MatrixReport(name, Role.EXPERT.value, "kept", weight.numel(), KEPT_BITS, correction=moved)
         result.report.append(row)
         result.experts[self._part.name][expert, span.number] = (KEPT, {"weight": weight.clone()})
 

@@ -27,12 +27,12 @@ from mc_cli.artifacts.work_dir import POLICY_STAGE, WorkDir
 from mc_cli.data import text
 from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.data.documents import ALL, Reading
-from mc_cli.errors import InputError
+from mc_cli.errors import InputError, listed
 from mc_cli.models.memory import available_bytes
 from mc_cli.models.session import Session
 from mc_cli.packed.dense_tensors import load_dense
 from mc_cli.parts import ExpertBlock, ModelInventory
-from mc_cli.policies import LayerValues, odp, otp, policy_from_name
+from mc_cli.policies import LayerValues, dualsparse, odp, otp, policy_from_name, runs_halves
 from mc_cli.policies.static_experts import experts_to_drop
 from mc_cli.progress import Progress
 from mc_cli.settings import FREQUENCY, REAP, ROUTER_WEIGHT, PruneSettings
@@ -98,7 +98,27 @@ def policy_names(settings: PruneSettings) -> list[str]:
                 f"--policy {name}: it has to be trained, and prune-eval trains {otp.NAME} alone. Give a policy "
                 "of which thresholds are all that is fitted."
             )
+        if runs_halves(policy_from_name(name)) and name != dualsparse.NAME:
+            raise InputError(f"--policy {name}: prune-eval fits thresholds of halves for {dualsparse.NAME} alone.")
     return names
+
+
+def check_halves(settings: PruneSettings, work: WorkDir) -> None:
+    """Raises InputError for a policy of halves where the packed model has none, naming its layers."""
+    asked = [name for name in settings.policy if runs_halves(policy_from_name(name))]
+    if not asked:
+        return
+    problems = []
+    for block in read_layout(work.folder("quantize")).experts:
+        if block.shared:
+            problems.append(f"{block.path}: {len(block.shared)} router slots run another's expert")
+        elif block.without_halves:
+            problems.append(f"{block.path}: {len(block.without_halves)} experts are not stored in two equal blocks")
+    if problems:
+        raise InputError(
+            f"--policy {asked[0]} runs the better half of an expert alone, but this model's are not stored in halves:\n"
+            f"{listed(problems)}\nRun allocate with --halves, then quantize, and prune-eval again."
+        )
 
 
 def fitting_source(settings: PruneSettings, heldout: text.TextSource) -> text.TextSource | None:

@@ -23,8 +23,9 @@ class Banks:
     """Both projections of a layer's experts.
 
     whole   all they do with (rows, matrices, weights), where one call does
-    blocks  int64 [experts + 1, most blocks of an expert]: the matrices of each expert's blocks, the number of matrices
-            where there is none; None where matrix and expert have the same number
+    blocks  int64 [2 experts + 1, most blocks of an expert]: the matrices of each expert's blocks, the number of
+            matrices where there is none, as in the row behind the experts; then of each expert its first block alone.
+            None where matrix and expert have the same number
     spread  int64 [matrices + 1, rows]: where in what a matrix gives the rows of the largest one are, the number of rows
             for those that it has not; None where all have the same
     """
@@ -66,15 +67,23 @@ def banks_of(module: PackedExperts) -> Banks | None:
 
 
 def output_of(
-    banks: Banks, module: Experts, flat: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    banks: Banks,
+    module: Experts,
+    flat: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    *,
+    halves: bool = False,
 ) -> torch.Tensor:
     """[tokens, hidden] float32, or float64 for a model in it: the weighted sum of each token's experts.
 
     flat           [tokens, hidden];  top_k_index, top_k_weights  [tokens, k], of stored experts
+    halves         the index may name first blocks alone, see half_experts.py
     """
     if banks.blocks is not None:
         most = banks.blocks.shape[1]
-        top_k_index = banks.blocks[top_k_index.clamp(max=module.num_experts)].flatten(1)
+        known = len(banks.blocks) - 1 if halves else module.num_experts
+        top_k_index = banks.blocks[top_k_index.clamp(max=known)].flatten(1)
         if most > 1:
             top_k_weights = top_k_weights.repeat_interleave(most, 1)
     step = max(1, _HIDDEN_BYTES // (4 * top_k_index.shape[-1] * banks.up.out_features))
@@ -165,10 +174,11 @@ def _made_banks(module: PackedExperts) -> Banks | None:
 def _matrices_of_experts(rows: Sequence[tuple[object, ...]], device: torch.device) -> torch.Tensor:
     """`Banks.blocks` of experts with so many blocks each."""
     most, count = max(1, *map(len, rows)), sum(map(len, rows))
-    table = torch.full((len(rows) + 1, most), count, dtype=torch.int64)
+    table = torch.full((2 * len(rows) + 1, most), count, dtype=torch.int64)
     number = 0
     for expert, row in enumerate(rows):
         table[expert, : len(row)] = torch.arange(number, number + len(row))
+        table[len(rows) + 1 + expert, :1] = table[expert, :1]
         number += len(row)
     return table.to(device)
 

@@ -19,6 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from mc_cli.kernels.with_gradients import product
 from mc_cli.models.expert_banks import banks_of, output_of, runs_packed
 from mc_cli.models.expert_gates import Experts, activate, up_name
+from mc_cli.models.half_experts import first_only, gives_halves, whole_only
 from mc_cli.models.packed_experts import (
     attach_packed,
     dense_projection,
@@ -63,6 +64,7 @@ class ExpertCall:
     activated: torch.Tensor  # [tokens, channels that are stored], the inputs of down_proj
     outputs: torch.Tensor  # [tokens, hidden], before the routing weight
     routing_weights: torch.Tensor  # [tokens]
+    parts: tuple[torch.Tensor, ...] = ()  # what each of the expert's blocks gives, like `outputs`; before any norm
 
 
 Observer = Callable[[Experts, ExpertCall], None]
@@ -185,15 +187,16 @@ def experts_forward(
     pruner = getattr(module, PRUNER, None)
     if pruner is not None:
         top_k_index, top_k_weights = pruner(module, flat, top_k_index, top_k_weights)
+    halves = gives_halves(pruner)
     top_k_index, top_k_weights = stored_slots(module, top_k_index, top_k_weights)
     alone = _observer(module) is None and not getattr(module, LOW_RANK, None)
     banks = None
     if alone and runs_packed(module, flat) and not _learns(module, flat, top_k_weights):
         banks = banks_of(module)
     if banks is None:
-        total = _one_by_one(module, flat, top_k_index, top_k_weights)
+        total = _one_by_one(module, flat, top_k_index, top_k_weights, halves=halves)
     else:
-        total = output_of(banks, module, flat, top_k_index, top_k_weights)
+        total = output_of(banks, module, flat, top_k_index, top_k_weights, halves=halves)
     return total.to(hidden_states.dtype).reshape(hidden_states.shape)
 
 
@@ -214,14 +217,30 @@ def nothing_computed(module: Experts) -> Iterator[None]:
 
 
 def _one_by_one(
-    module: Experts, flat: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    module: Experts, flat: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *, halves: bool
 ) -> torch.Tensor:
     """[tokens, hidden]: expert after expert, each for all its tokens; on any device, and with gradients."""
-    observer = _observer(module)
     precise = torch.promote_types(flat.dtype, torch.float32)
     total = torch.zeros(flat.shape, dtype=precise, device=flat.device)
+    _add_experts(module, total, flat, whole_only(top_k_index, module.num_experts), top_k_weights)
+    if halves:
+        _add_experts(module, total, flat, first_only(top_k_index, module.num_experts), top_k_weights, most_blocks=1)
+    return total
+
+
+def _add_experts(
+    module: Experts,
+    total: torch.Tensor,
+    flat: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    *,
+    most_blocks: int | None = None,
+) -> None:
+    """Adds every chosen expert's weighted outputs to `total`, of its first `most_blocks` blocks; None: of all."""
+    observer = _observer(module)
     for expert, token_index, weights in routed_tokens(top_k_index, top_k_weights, module.num_experts):
-        blocks = range(blocks_of(module, expert))
+        blocks = range(blocks_of(module, expert))[:most_blocks]
         if not blocks:
             continue
         inputs = flat[token_index]
@@ -232,9 +251,8 @@ def _one_by_one(
             outputs = module.post_expert_norm(outputs)
         if observer is not None:
             channels = activated[0] if len(activated) == 1 else torch.cat(activated, -1)
-            observer(module, ExpertCall(expert, token_index, inputs, channels, outputs, weights))
-        total.index_add_(0, token_index, (outputs * weights[:, None]).to(precise))
-    return total
+            observer(module, ExpertCall(expert, token_index, inputs, channels, outputs, weights, tuple(parts)))
+        total.index_add_(0, token_index, (outputs * weights[:, None]).to(total.dtype))
 
 
 def _observer(module: Experts) -> Observer | None:

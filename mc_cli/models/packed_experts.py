@@ -98,6 +98,11 @@ def is_packed(module: Experts) -> TypeGuard[PackedExperts]:
     return hasattr(module, "_mc_packed")
 
 
+def has_halves(module: Experts) -> bool:
+    """Whether every stored expert of a module is two blocks of equally many channels, and each slot runs its own."""
+    return is_packed(module) and not module._mc_layout.without_halves and not module._mc_layout.shared
+
+
 def stored_parts(module: PackedExperts) -> dict[str, str]:
     """Attribute name -> stored part of every packed tensor of an experts module; kept projections are not packed."""
     blocks = (block for rows in module._mc_packed.values() for row in rows for block in row)

@@ -7,7 +7,8 @@ comes back to it in `LayerValues`. Pure functions of tensors: `skipping/pruning.
 
 A policy may also define `compiled_rule(layer, cut)`, the same decision in one compiled call (see `compiled.py`), and
 `calibrated_numbers(routed, protect=...)`, what it wants to know of the fitting tokens of a layer. `DROPS = False` says
-that no threshold of it skips a slot.
+that no threshold of it skips a slot, `HALVES = True` that a slot may run the first of its expert's two blocks alone,
+which dualsparse alone does.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _REGISTRY = Registry(
     marker="keep_scores",
     name_of=lambda module: module.NAME,
     required=("NAME", "DESCRIPTION", "THRESHOLDS", "WATCHES_ATTENTION", "LEARNED"),
-    facts={"DROPS": True},
+    facts={"DROPS": True, "HALVES": False},
 )
 
 # How thresholds are found: `spread` gives each layer its own where a skipped call is cheapest; `shared` one for all.
@@ -122,6 +123,11 @@ def drops_calls(policy: Policy) -> bool:
     return bool(_REGISTRY.fact(policy, "DROPS"))
 
 
+def runs_halves(policy: Policy) -> bool:
+    """Whether a slot may run the first of its expert's two blocks of channels alone."""
+    return bool(_REGISTRY.fact(policy, "HALVES"))
+
+
 def calibrated_numbers(policy: Policy, routed: Routed, *, protect: float) -> dict[str, float]:
     """The policy's own numbers of a layer, from its fitting tokens; {} for one that calibrates none.
 
@@ -156,10 +162,18 @@ def keep_mask(scores: Tensor, weights: Tensor, threshold: float) -> Tensor:
 
 
 def kept_slots(policy: Policy, routed: Routed, layer: LayerValues, cut: Cut) -> tuple[Tensor, Tensor]:
-    """New (index, weights) [tokens, k]: of the slots that stay; the others have the index `absent` and weight 0."""
+    """New (index, weights) [tokens, k]: of the slots that stay; the others have the index `absent` and weight 0.
+
+    A slot that runs its expert's first block alone has the index `absent` + 1 + expert: see `models/half_experts.py`.
+    """
     mask = keep_mask(checked_scores(policy, routed, layer), routed.weights, cut.threshold)
     kept = kept_weights(routed.weights, mask, renormalise=cut.renormalise)
-    return routed.index.masked_fill(~mask, cut.absent), kept
+    index = routed.index.masked_fill(~mask, cut.absent)
+    if runs_halves(policy):
+        whole: Tensor = policy.whole_scores(routed, layer)  # type: ignore[attr-defined]  # of such a policy
+        half = ~keep_mask(whole, routed.weights, cut.threshold) & (index < cut.absent)
+        index = torch.where(half, index + cut.absent + 1, index)
+    return index, kept
 
 
 def compiled_rule(policy: Policy, layer: LayerValues, cut: Cut) -> CompiledRule | None:

@@ -30,6 +30,10 @@ def plan_summary(plan: Plan, considered: Sequence[Considered] = ()) -> dict[str,
         kept = _channels_kept(plan, {layer: order.shape[1] for layer, order in plan.channel_order.layers.items()})
         columns = ["layer", "experts", "fewest", "mean", "most", "without any"]
         return summary(facts, table("Channels that experts keep", columns, kept), **whole)
+    if plan.merging is not None:
+        columns = ["layer", "experts", "left", "largest", "experts that became one"]
+        title = "Pairs that share magnitudes" if plan.merging.pairs else "Clusters of merged experts"
+        return summary(facts, table(title, columns, _clusters(plan)), **whole)
     title = "Experts per width (an expert whose projections differ counts once for each)"
     columns = ["layer", *(f"at {bits} bits" if bits else "dropped" for bits in widths)]
     histogram = width_histogram([bits for row in matrices.values() for bits in row], widths)
@@ -76,6 +80,24 @@ def _channels_kept(plan: Plan, channels: Mapping[int, int]) -> list[list[Any]]:
             for expert in range(len(row))
         ]
         rows.append([layer, len(kept), min(kept), round(sum(kept) / len(kept), 1), max(kept), kept.count(0)])
+    return rows
+
+
+def merged_groups(plan: Plan, layer: int) -> list[tuple[int, ...]]:
+    """The groups of a layer's experts that became one, or share magnitudes."""
+    if plan.merging is not None and plan.merging.pairs:
+        return list(plan.merging.pairs.get(layer, ()))
+    return list(plan.clusters(layer).values())
+
+
+def _clusters(plan: Plan) -> list[list[Any]]:
+    """Per layer: experts, how many are left, the largest group that became one, and the groups."""
+    rows: list[list[Any]] = []
+    for layer, row in sorted(plan.expert_bits.items()):
+        groups = merged_groups(plan, layer)
+        left = len(row) - sum(map(len, groups)) + len(groups)
+        shown = "; ".join(" ".join(map(str, group)) for group in groups)
+        rows.append([layer, len(row), left, max(map(len, groups), default=1), shown])
     return rows
 
 

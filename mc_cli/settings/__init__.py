@@ -10,6 +10,7 @@ from mc_cli.settings.declared import Flag, Settings, StageSettings, flags_of_cla
 from mc_cli.settings.effort import EFFORTS
 from mc_cli.settings.evaluate import ACTIVATION_BITS, EvaluateSettings
 from mc_cli.settings.export import ExportSettings
+from mc_cli.settings.merge import AVERAGE, MERGEMOE, MERGES, PUZZLE, SUB_MOE
 from mc_cli.settings.prune import FREQUENCY, GLOBAL, PER_LAYER, REAP, ROUTER_WEIGHT, PruneSettings
 from mc_cli.settings.quantize import QuantizeSettings
 from mc_cli.settings.quantizer import LARGEST_GROUP, QuantizerSettings
@@ -18,6 +19,7 @@ from mc_cli.settings.score import AUTO, CHANNEL, EXPERT, ScoreSettings
 __all__ = [
     "ACTIVATION_BITS",
     "AUTO",
+    "AVERAGE",
     "CAMERA_Q",
     "CHANNEL",
     "CUTS_WITHIN",
@@ -26,9 +28,13 @@ __all__ = [
     "FREQUENCY",
     "GLOBAL",
     "LARGEST_GROUP",
+    "MERGEMOE",
+    "MERGES",
     "PER_LAYER",
+    "PUZZLE",
     "REAP",
     "ROUTER_WEIGHT",
+    "SUB_MOE",
     "TARGETS",
     "WIDTH_BORDERS",
     "AllocateSettings",

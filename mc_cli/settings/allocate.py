@@ -11,6 +11,7 @@ from mc_cli.errors import InputError, McError, MissingFlagsError
 from mc_cli.parts import DROPPED, KEPT_BITS, Role
 from mc_cli.settings import texts
 from mc_cli.settings.declared import Flag, StageSettings, setting
+from mc_cli.settings.merge import MERGES, merge_problems
 from mc_cli.settings.prune import FREQUENCY, GLOBAL, PER_LAYER, REAP, ROUTER_WEIGHT
 from mc_cli.settings.written import parse_bits_list, parse_file_size, parse_floors
 
@@ -22,7 +23,7 @@ HEAD_BESIDE = ((2.75, 8), (-1.0, 6))
 WIDTH_BORDERS = sorted(
     {above for widths in (BESIDE, EMBEDDING_BESIDE, HEAD_BESIDE) for above, _ in widths}, reverse=True
 )
-TARGETS = ("target_stored_bits", "target_bits", "target_size_bytes", "cut_ratio")  # they exclude each other
+TARGETS = ("target_stored_bits", "target_bits", "target_size_bytes", "cut_ratio", "experts_left")  # one of them
 # `run` has channels measured, and what dropping experts costs, for up to so many bits per expert weight.
 CUTS_WITHIN = 1.5
 CAMERA_Q = "camera-q"  # three groups of channels
@@ -110,6 +111,18 @@ class AllocateSettings(StageSettings):
             says="a share of the experts' channels, above 0 and below 1.",
         ),
     )
+    experts_left: float | None = setting(
+        None,
+        Flag(
+            "With --merge: share of each layer's experts that are stored; others are merged into them. They keep 16 "
+            "bits, or get the one width of --bits.",
+            _BUDGET,
+            metavar="SHARE",
+            default=_NOT_SET,
+            fits=lambda share: 0 < share < 1,
+            says="a share of a layer's experts, above 0 and below 1.",
+        ),
+    )
     drop_ratio: float | None = setting(
         None,
         Flag(
@@ -156,6 +169,35 @@ class AllocateSettings(StageSettings):
             _METHOD,
         ),
     )
+    merge: str | None = setting(
+        None,
+        Flag(
+            "With --experts-left, how experts become one. sub-moe: mean on shared singular directions; mergemoe: down "
+            "projection by least squares; puzzle: pairs share magnitudes; average: plain mean.",
+            _METHOD,
+            metavar="NAME",
+            default=_NOT_SET,
+            known=MERGES,
+        ),
+    )
+    merge_rank: float = setting(
+        1.0,
+        Flag(
+            "With --merge sub-moe: share of the singular directions that merged matrices keep.",
+            _METHOD,
+            metavar="SHARE",
+            fits=lambda share: 0 < share <= 1,
+            says="a share of the directions, above 0 and at most 1.",
+        ),
+    )
+    halves: bool = setting(
+        False,
+        Flag(
+            "Store every expert in two halves, the better channels first, so that prune-eval --policy dualsparse can "
+            "run the first alone.",
+            _METHOD,
+        ),
+    )
     bits: tuple[float, ...] | None = setting(
         None,
         Flag(
@@ -190,6 +232,14 @@ class AllocateSettings(StageSettings):
         None, Flag("pmq: exponent of the routing weight.", _METHOD, default="1.5, as published")
     )
     gamma: float | None = setting(None, Flag("pmq: exponent of the loss.", _METHOD, default="1, as published"))
+    figures: bool = setting(
+        False,
+        Flag(
+            "Draw beside the plan which widths experts got, which channels stay, which experts were merged and, if "
+            "channels were measured, where their energy lies; the numbers go into figures.json.",
+            _METHOD,
+        ),
+    )
     seed: int = setting(0, Flag(texts.SEED, _METHOD))
     gap: float | None = setting(
         None,
@@ -229,9 +279,14 @@ class AllocateSettings(StageSettings):
             kind = InputError if given else MissingFlagsError
             yield kind(
                 f"allocate needs exactly one target, {len(given)} given: --target-stored-bits (scales included), "
-                "--target-bits (codes only), --target-size (the whole checkpoint, for example 16GiB) or --cut-ratio "
-                "(share of the experts' channels to cut away); or --drop-ratio (share of whole experts), with a budget "
-                "or alone."
+                "--target-bits (codes only), --target-size (the whole checkpoint, for example 16GiB), --cut-ratio "
+                "(share of the experts' channels to cut away) or --experts-left (share of them that --merge leaves); "
+                "or --drop-ratio (share of whole experts), with a budget or alone."
+            )
+        yield from map(InputError, merge_problems(self))
+        if self.halves and (not self._is_plain or self.method == CAMERA_Q):
+            yield InputError(
+                "--halves divides whole experts by a budget's widths: leave it out with what cuts or merges."
             )
         yield from map(InputError, self._cut_problems())
         yield from map(InputError, self._group_problems())
@@ -240,7 +295,7 @@ class AllocateSettings(StageSettings):
         """The faults of requests about cuts, made with a cut or without one."""
         if self.cut_ratio is None:
             asked = {"--scope": self.scope != PER_LAYER, "--uniform-width": self.uniform_width}
-            asked["--bits 16"] = KEPT_BITS in (self.bits or ())
+            asked["--bits 16"] = KEPT_BITS in (self.bits or ()) and self.experts_left is None
             if self.drop_ratio is not None:
                 asked = {"--uniform-width": self.uniform_width}
             yield from (f"{flag} is about channels to cut: give --cut-ratio." for flag, given in asked.items() if given)
@@ -295,19 +350,32 @@ class AllocateSettings(StageSettings):
 
     @property
     def has_one_width(self) -> bool:
-        """Whether all that is left has one width: a cut, or a drop without a budget."""
-        return not any(getattr(self, name) is not None for name in TARGETS if name != "cut_ratio")
+        """Whether all that is left has one width: a cut, merged experts, or a drop without a budget."""
+        shares = ("cut_ratio", "experts_left")
+        return not any(getattr(self, name) is not None for name in TARGETS if name not in shares)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether experts stay as they are but for their widths."""
+        return self.cut_ratio is None and self.drop_ratio is None and self.experts_left is None
+
+    @property
+    def is_by_scores(self) -> bool:
+        """Whether scores alone say what is cut, merged, dropped or grouped, without a programme over costs."""
+        return not self._is_plain or self.method == CAMERA_Q
 
     @property
     def width_left(self) -> float:
-        """The width of what a cut or a drop leaves."""
+        """The width of what a cut, a drop or merging leaves."""
         return next((bits for bits in self.bits or () if bits != DROPPED), KEPT_BITS)
 
     def resolved(self) -> dict[str, Any]:
-        """Plain JSON values of all fields that change the result; those of cuts and drops only where there are any."""
+        """Plain JSON values of all fields that change the result; those of cuts, drops and such only where asked."""
         plain = super().resolved()
         left_out = {"cuts"} if self.cuts else set()
         left_out |= {"cut_ratio", "uniform_width"} if self.cut_ratio is None else set()
+        left_out |= {"experts_left", "merge", "merge_rank"} if self.experts_left is None else set()
+        left_out |= {name for name in ("halves", "figures") if not getattr(self, name)}
         left_out |= {"drop_ratio"} if self.drop_ratio is None else set()
         left_out |= {"scope"} if self.cut_ratio is None and self.drop_ratio is None else set()
         return {name: value for name, value in plain.items() if name not in left_out}

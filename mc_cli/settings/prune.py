@@ -21,8 +21,8 @@ class PruneSettings(StageSettings):
     policy: tuple[str, ...] = setting(
         (),
         Flag(
-            "Policy that lets tokens skip experts: otp, odp, top-k, random or router-threshold. It is fitted, measured "
-            "and exported. More names, separated by commas, are fitted and measured beside it.",
+            "Policy that lets tokens skip experts: otp, odp, dualsparse, top-k, random or router-threshold. It is "
+            "fitted, measured and exported. More names, separated by commas, are fitted and measured beside it.",
             _PRUNING,
             metavar="LIST",
             parse=parse_names,

@@ -47,10 +47,18 @@ class ScoreSettings(StageSettings):
         ),
     )
 
+    similarity: bool = setting(
+        False,
+        Flag(
+            "Measure how alike the experts of a layer are, in the same pass: allocate --merge asks for that.",
+            _SCORE,
+        ),
+    )
+
     def resolved(self) -> dict[str, Any]:
-        """Plain JSON values of all fields that change the result; the unit only where it is not that of experts."""
-        plain = super().resolved()
-        return plain if self.unit != EXPERT else {name: value for name, value in plain.items() if name != "unit"}
+        """Plain JSON values of all fields that change the result; of what is measured besides, only what was asked."""
+        usual = {"unit": EXPERT, "similarity": False}
+        return {name: value for name, value in super().resolved().items() if name not in usual or usual[name] != value}
 
     def __post_init__(self) -> None:
         if not self.bits:

@@ -18,6 +18,7 @@ from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer,
 from mc_cli.errors import ArtifactError, listed, shown
 from mc_cli.models.experts import PRUNER, Experts, hidden_size_of, is_standard_experts
 from mc_cli.models.inventory import router_path_of, top_k_of
+from mc_cli.models.packed_experts import has_halves
 from mc_cli.models.router_masks import mask_router
 from mc_cli.policies import (
     CompiledRule,
@@ -29,6 +30,7 @@ from mc_cli.policies import (
     learned_shapes,
     policies,
     policy_from_name,
+    runs_halves,
 )
 from mc_cli.skipping.received_attention import AttentionWatch, watch_attention
 
@@ -52,7 +54,8 @@ class _Bound:
 class LayerPruner:
     """Decides for one layer which slots are computed.
 
-    kept      with `count`: per forward, [tokens] slots kept;  calls: [experts] how often each expert was computed
+    kept      with `count`: per forward, [tokens] slots kept;  calls: [experts] how often each expert was computed.
+              A slot that runs half of its expert counts half
 
     tensors   the policy's learned tensors by name; None: they are attributes of the experts module
     """
@@ -70,6 +73,7 @@ class LayerPruner:
         self.layer = layer
         self.threshold = threshold
         self.dropped = (layer.router_path, layer.dropped) if layer.dropped else None
+        self.halves = runs_halves(self.policy)
         self.watch = AttentionWatch() if self.policy.WATCHES_ATTENTION else None
         self.kept: list[Tensor] | None = [] if count else None
         self.calls: Tensor | None = None
@@ -80,7 +84,10 @@ class LayerPruner:
     def __call__(
         self, module: Experts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(index, weights) with skipped slots at the index that is skipped and weight 0; shapes as given."""
+        """(index, weights) with skipped slots at the index that is skipped and weight 0; shapes as given.
+
+        With `halves` the index may name first blocks alone, see models/half_experts.py.
+        """
         weights, index = top_k_weights, top_k_index
         if weights.ndim != 2:
             weights = weights.reshape(-1, weights.shape[-1])
@@ -92,11 +99,20 @@ class LayerPruner:
         found = None if bound.rule is None else bound.rule(routed)
         kept_index, kept_weights = found or kept_slots(self.policy, routed, bound.values, bound.cut)
         if self.kept is not None:
-            mask = kept_index < module.num_experts
-            self.kept.append(mask.sum(-1).to("cpu", torch.int16))
-            calls = torch.bincount(kept_index[mask], minlength=module.num_experts).cpu()
-            self.calls = calls if self.calls is None else self.calls + calls
+            self._count(self.kept, kept_index, module.num_experts)
         return kept_index, kept_weights
+
+    def _count(self, kept: list[Tensor], index: Tensor, experts: int) -> None:
+        """Notes what is computed of the slots [tokens, k] that are left."""
+        mask = index < experts
+        calls = torch.bincount(index[mask], minlength=experts).cpu()
+        if self.halves:
+            half = index > experts
+            kept.append((mask.sum(-1) + 0.5 * half.sum(-1)).cpu())
+            calls = calls + 0.5 * torch.bincount(index[half] - experts - 1, minlength=experts).cpu()
+        else:
+            kept.append(mask.sum(-1).to("cpu", torch.int16))
+        self.calls = calls if self.calls is None else self.calls + calls
 
     def _received(self, tokens: int) -> Tensor | float | None:
         """The attention that this forward's tokens received; None where the layer has none that could be watched."""
@@ -218,6 +234,8 @@ def check_policy(model: Any, pruning: Pruning) -> None:
             problems.append(f"{layer.path}: {layer.top_k} experts per token, the model has {top_k}")
         if stated != shapes:
             problems.append(f"{layer.path}: learned {shown(stated)}, the policy {pruning.policy} has {shapes}")
+        if runs_halves(known[pruning.policy]) and not has_halves(module):
+            problems.append(f"{layer.path}: its experts are not stored in two halves, which {pruning.policy} runs")
         if layer.dropped and layer.router_path != router_path_of(model, layer.path):
             problems.append(f"{layer.path}: its router is not {shown(layer.router_path)}")
         wrong = [expert for expert in layer.dropped if not 0 <= expert < module.num_experts]

@@ -13,7 +13,16 @@ from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer,
 from mc_cli.data.batches import Batch
 from mc_cli.errors import InputError
 from mc_cli.parts import ExpertBlock
-from mc_cli.policies import SPREAD, LayerValues, calibrated_numbers, checked_scores, drops_calls, policy_from_name
+from mc_cli.policies import (
+    SPREAD,
+    LayerValues,
+    calibrated_numbers,
+    checked_scores,
+    drops_calls,
+    dualsparse,
+    policy_from_name,
+    runs_halves,
+)
 from mc_cli.progress import Progress
 from mc_cli.skipping.pruning_samples import LayerSample, sample_layers
 from mc_cli.skipping.pruning_thresholds import (
@@ -33,6 +42,7 @@ class _Growing:
     name: str
     layers: list[PrunedLayer] = field(default_factory=list)
     curves: list[LayerCurve] = field(default_factory=list)
+    half_curves: dict[float, list[LayerCurve]] = field(default_factory=dict)  # of a policy of halves, by margin
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,14 @@ def fit_policies(
     watch = any(policy_from_name(name).WATCHES_ATTENTION for name in policies)
     with progress.step(f"prune-eval: fit {', '.join(policies)}", total=len(blocks), unit="layer") as step:
         samples = sample_layers(
-            source, inputs, blocks, scales, batch_size=batch_size, watch=watch, dropped=settings.dropped
+            source,
+            inputs,
+            blocks,
+            scales,
+            batch_size=batch_size,
+            watch=watch,
+            dropped=settings.dropped,
+            margins=dualsparse.MARGINS if any(runs_halves(policy_from_name(name)) for name in policies) else (),
         )
         for sample in samples:
             for part in growing:
@@ -92,13 +109,19 @@ def _add_layer(part: _Growing, sample: LayerSample, learned: Mapping[str, Tensor
         layer=sample.block.layer,
         path=sample.block.path,
         top_k=sample.top_k,
-        renormalise=sample.renormalise,
+        renormalise=sample.renormalise and not runs_halves(policy),
         prior=sample.prior if policy.WATCHES_ATTENTION else None,
         numbers=numbers,
         tensors={name: list(tensor.shape) for name, tensor in tensors.items()},
         router_path=sample.block.router_path,
         dropped=list(settings.dropped.get(sample.block.layer, ())),
     )
+    if runs_halves(policy):
+        part.layers.append(layer)
+        for margin, costs in sample.half_costs.items():
+            halves = dualsparse.half_scores(sample.routed.weights, margin)
+            part.half_curves.setdefault(margin, []).append(layer_curve(halves, halves, costs))
+        return
     scores = checked_scores(policy, sample.routed, LayerValues(layer.layer, settings.seed, numbers, tensors))
     part.layers.append(layer)
     part.curves.append(layer_curve(scores, sample.routed.weights, sample.costs))
@@ -106,6 +129,8 @@ def _add_layer(part: _Growing, sample: LayerSample, learned: Mapping[str, Tensor
 
 def _finished(part: _Growing, settings: FitSettings, tokens: int, *, nats: bool) -> Pruning:
     policy = policy_from_name(part.name)
+    if runs_halves(policy):
+        _choose_margin(part, settings.rates)
     limit = largest_rate(part.curves)
     points: list[OperatingPoint] = []
     for rate in sorted(settings.rates):
@@ -135,6 +160,17 @@ def _finished(part: _Growing, settings: FitSettings, tokens: int, *, nats: bool)
             f"most {limit:.3f} of the expert calls can be skipped here. Ask for a smaller --target-rate."
         )
     return Pruning(part.name, settings.seed, tuple(part.layers), tuple(points), 0, tuple(notes))
+
+
+def _choose_margin(part: _Growing, rates: Sequence[float]) -> None:
+    """Takes the margin whose thresholds cost least, summed over the rates."""
+
+    def cost(margin: float) -> float:
+        return sum(shared_threshold(part.half_curves[margin], rate).cost for rate in rates)
+
+    margin = min(part.half_curves, key=cost)
+    part.curves = part.half_curves[margin]
+    part.layers = [replace(layer, numbers={dualsparse.MARGIN: margin}) for layer in part.layers]
 
 
 def chosen_by_rate(pruning: Pruning, rate: float) -> Pruning:

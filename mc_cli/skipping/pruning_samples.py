@@ -8,7 +8,7 @@ unit for all layers. Without it, the unit is the share of the residual stream's 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from mc_cli.data.batches import Batch
 from mc_cli.models.experts import ExpertCall, Experts
 from mc_cli.models.memory import release_freed_memory
 from mc_cli.parts import ExpertBlock
-from mc_cli.policies import Routed, kept_weights, weight_ranks
+from mc_cli.policies import Routed, dualsparse, kept_weights, weight_ranks
 from mc_cli.skipping.pruning import pruned
 from mc_cli.skipping.received_attention import AttentionWatch, Received
 from mc_cli.walking.layerwise import LayerSource, LayerWalk
@@ -35,6 +35,7 @@ class LayerSample:
     prior        mean attention received relative to a uniform look; None where nothing could be watched
     renormalise  the router's weights have the same sum for every token
     costs        [tokens, k] float32: of keeping the best 1, ..., k slots alone; the last column is zero
+    half_costs   margin of dualsparse -> [tokens, 2 k]: the same of halves in the order of its `half_scores`
     """
 
     block: ExpertBlock
@@ -42,6 +43,7 @@ class LayerSample:
     prior: float | None
     renormalise: bool
     costs: Tensor
+    half_costs: Mapping[float, Tensor] = field(default_factory=dict)
 
     @property
     def top_k(self) -> int:
@@ -51,19 +53,19 @@ class LayerSample:
 class _Capture:
     """Stands where a pruner does, skips nothing, and notes the routing and each slot's output."""
 
-    def __init__(self, watch: bool, dropped: tuple[str, Sequence[int]] | None) -> None:
+    def __init__(self, watch: bool, dropped: tuple[str, Sequence[int]] | None, *, halves: bool = False) -> None:
         self.dropped = dropped
         self.watch = AttentionWatch() if watch else None
         self.routed: list[Routed] = []
         self.looks: list[tuple[Tensor, Tensor]] = []
         self._index: Tensor | None = None
         self._outputs: Tensor | None = None
-        self.outputs: list[Tensor] = []
+        self._parts = 2 if halves else 1
 
     def __call__(self, module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         flat_weights = weights.reshape(-1, weights.shape[-1])
         self._index = index.reshape(flat_weights.shape)
-        self._outputs = hidden.new_zeros((*flat_weights.shape, hidden.shape[-1]))
+        self._outputs = hidden.new_zeros((self._parts, *flat_weights.shape, hidden.shape[-1]))
         self.routed.append(Routed(hidden.cpu(), self._index.cpu(), flat_weights.float().cpu()))
         found = None if self.watch is None else self.watch.take()
         if found is not None:
@@ -74,10 +76,12 @@ class _Capture:
         """Observer of the experts' forward: puts an expert's outputs at the slots that chose it."""
         assert self._index is not None and self._outputs is not None
         slots = (self._index[call.token_index] == call.expert).int().argmax(-1)
-        self._outputs[call.token_index, slots] = call.outputs.to(self._outputs.dtype)
+        parts = (call.outputs,) if self._parts == 1 else call.parts
+        for into, part in zip(self._outputs, parts, strict=True):
+            into[call.token_index, slots] = part.to(into.dtype)
 
     def take_outputs(self) -> Tensor:
-        """[tokens, k, hidden] of the batch that has just run, handed out once."""
+        """[parts, tokens, k, hidden] of the batch that has just run, handed out once; their sum is the experts'."""
         assert self._outputs is not None
         outputs, self._outputs = self._outputs, None
         return outputs
@@ -92,9 +96,11 @@ def sample_layers(
     batch_size: int,
     watch: bool = True,
     dropped: Mapping[int, Sequence[int]] | None = None,
+    margins: Sequence[float] = (),
 ) -> Iterator[LayerSample]:
     """A sample per MoE layer, in order; hidden states go on without a policy.
 
+    margins of dualsparse, for which costs of halves are wanted too: experts are then in two blocks
     dropped  layer -> experts that are not chosen at all
     scales  layer -> [hidden] float: what a squared error of each output feature costs
     """
@@ -106,20 +112,27 @@ def sample_layers(
             walk.run_layer(advance=True)
         else:
             gone = (dropped or {}).get(layer)
-            capture = _Capture(watch, (block.router_path, gone) if gone else None)
-            yield _sample(walk, block, scales[layer].to(source.device), capture)
+            capture = _Capture(watch, (block.router_path, gone) if gone else None, halves=bool(margins))
+            yield _sample(walk, block, scales[layer].to(source.device), capture, margins)
         source.free(layer)
         release_freed_memory()
 
 
-def _sample(walk: LayerWalk, block: ExpertBlock, scale: Tensor, capture: _Capture) -> LayerSample:
+def _sample(
+    walk: LayerWalk, block: ExpertBlock, scale: Tensor, capture: _Capture, margins: Sequence[float]
+) -> LayerSample:
     costs: list[Tensor] = []
+    half_costs: dict[float, list[Tensor]] = {margin: [] for margin in margins}
     module: Any = walk.source.model.get_submodule(block.path)
 
     def on_batch(*_: Any) -> None:
         weights = capture.routed[-1].weights
-        outputs = capture.take_outputs()
-        both = [nested_costs(outputs, weights.to(outputs.device), scale, renormalise=way) for way in (False, True)]
+        parts = capture.take_outputs()
+        weights = weights.to(parts.device)
+        for margin, found in half_costs.items():
+            found.append(halved_costs(parts, weights, scale, margin).cpu())
+        outputs = parts.sum(0)
+        both = [nested_costs(outputs, weights, scale, renormalise=way) for way in (False, True)]
         costs.append(torch.stack(both).cpu())
 
     module._mc_observer = capture.on_expert
@@ -137,7 +150,8 @@ def _sample(walk: LayerWalk, block: ExpertBlock, scale: Tensor, capture: _Captur
         weights,
         received,
     )
-    return LayerSample(block, routed, prior, renormalise, torch.cat(costs, dim=1)[int(renormalise)])
+    by_margin = {margin: torch.cat(found) for margin, found in half_costs.items()}
+    return LayerSample(block, routed, prior, renormalise, torch.cat(costs, dim=1)[int(renormalise)], by_margin)
 
 
 def _received(capture: _Capture) -> tuple[float | None, Tensor | None]:
@@ -163,7 +177,20 @@ def nested_costs(outputs: Tensor, weights: Tensor, scale: Tensor, *, renormalise
     outputs  [tokens, k, hidden], each slot's expert output before its weight;  weights [tokens, k];  scale [hidden]
     """
     weights = weights.float()
-    ranks = weight_ranks(weights)
+    return _nested(outputs, weights, weight_ranks(weights), scale, renormalise=renormalise)
+
+
+def halved_costs(parts: Tensor, weights: Tensor, scale: Tensor, margin: float) -> Tensor:
+    """[tokens, 2 k] float32: `nested_costs` of halves, in falling order of dualsparse's scores with this margin.
+
+    parts  [2, tokens, k, hidden]: outputs of the major halves and of the minor ones;  weights  [tokens, k]
+    """
+    scores = dualsparse.half_scores(weights, margin)
+    halves = torch.cat(list(parts), dim=1)
+    return _nested(halves, weights.float().repeat(1, 2), weight_ranks(scores), scale, renormalise=False)
+
+
+def _nested(outputs: Tensor, weights: Tensor, ranks: Tensor, scale: Tensor, *, renormalise: bool) -> Tensor:
     whole = _mixed(outputs, weights)
     costs = []
     for kept in range(1, weights.shape[-1]):

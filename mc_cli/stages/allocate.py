@@ -15,6 +15,8 @@ from mc_cli.allocators import Budget, Floor, SolverSettings, allocate
 from mc_cli.allocators.channel_cuts import cut_plan
 from mc_cli.allocators.channel_groups import grouped_plan
 from mc_cli.allocators.cut_menus import CutMenu, cut_menu
+from mc_cli.allocators.halves import halved, require_halves, sized_in_halves
+from mc_cli.allocators.merging import merge_plan
 from mc_cli.allocators.programme import METHOD, programme
 from mc_cli.allocators.whole_drops import drop_plan, require_a_drop
 from mc_cli.artifacts import calibration as calibration_artifact
@@ -23,17 +25,20 @@ from mc_cli.artifacts.channel_order import ChannelOrder
 from mc_cli.artifacts.considered import Considered, read_considered, write_considered
 from mc_cli.artifacts.cut_measures import CutMeasures, cut_file
 from mc_cli.artifacts.fields import read_as, reading
+from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.manifest import MANIFEST
 from mc_cli.artifacts.names import CONSIDERED, IMPORTANCE, PLAN
 from mc_cli.artifacts.plan import Plan
+from mc_cli.artifacts.similarity import ExpertSimilarity, similarity_file
 from mc_cli.artifacts.store import StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.encodings import encoding_for, family_of_role, stored_bytes
-from mc_cli.errors import InputError, PlanError
+from mc_cli.errors import InputError, MissingDependencyError, PlanError
 from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role, TensorPart
 from mc_cli.policies.static_experts import experts_to_drop
 from mc_cli.progress import StageResult
+from mc_cli.reports.figures import FIGURES, draw, figures_of
 from mc_cli.reports.plan import plan_summary
 from mc_cli.settings import (
     CAMERA_Q,
@@ -76,14 +81,18 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
     def ready(self, folder: StageFolder, run: Run) -> _Ready:
         """The plan itself: a target out of reach leaves the one that is there."""
         settings, inventory, quantizer = self.settings, self._inventory(), scoring_quantizer(self.work)
-        with run.progress.step(f"allocate: {settings.method}", total=1, unit="programme") as step:
+        with run.progress.step(f"allocate: {settings.merge or settings.method}", total=1, unit="programme") as step:
             considered: tuple[Considered, ...] = ()
-            if settings.cut_ratio is None and settings.method != CAMERA_Q and settings.drop_ratio is None:
+            if settings.is_by_scores:
+                plan = self._by_scores(inventory, quantizer)
+            else:
                 importance = Importance.read(self.work.folder("score") / IMPORTANCE)
+                if settings.halves:
+                    require_halves(inventory)
+                    importance = sized_in_halves(importance, inventory, quantizer)
                 cuts = read_cuts(self.work, inventory) if may_cut(settings) else {}
                 plan, considered = plan_of(settings, importance, inventory, quantizer, cuts)
-            else:
-                plan = self._by_scores(inventory, quantizer)
+                plan = halved(plan, inventory, self._channels) if settings.halves else plan
             step.advance()
         plan.check_against(inventory)
         return _Ready(plan, considered)
@@ -95,6 +104,8 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
         if ready.considered:
             write_considered(folder.path(CONSIDERED), ready.considered)
         ready.plan.write(folder.path(PLAN))
+        if self.settings.figures:
+            self._draw(folder, ready.plan, run)
 
     def result(self, folder: StageFolder, *, ran: bool) -> StageResult:
         """Experts per width, or the channels that they keep; budget and solver."""
@@ -103,6 +114,18 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
         summary = plan_summary(Plan.read(folder.path(PLAN)), considered)
         return StageResult(STAGE, folder.folder, ran, summary, folder.recorded_warnings())
 
+    def _draw(self, folder: StageFolder, plan: Plan, run: Run) -> None:
+        """The figures of a plan, and their numbers."""
+        inventory = self._inventory()
+        paths = {block: self.work.folder("score") / channel_file(block.layer) for block in inventory.expert_blocks}
+        measured = {block.layer: self._channels(block) for block, path in paths.items() if path.exists()}
+        numbers = figures_of(plan, inventory, measured)
+        write_json(folder.path(FIGURES), numbers)
+        try:
+            draw(folder.folder, numbers, inventory.model_type)
+        except MissingDependencyError as error:
+            folder.warn(f"figures are left out, their numbers are in {FIGURES}: {error}", run.progress)
+
     def _inventory(self) -> ModelInventory:
         return calibration_artifact.read_inventory(self.work.folder("calibrate") / calibration_artifact.INVENTORY)
 
@@ -110,12 +133,24 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
         """One layer's measures of channels. Raises InputError where score made none."""
         return _read_channels(self.work, block)
 
+    def _similarity(self, block: ExpertBlock) -> ExpertSimilarity:
+        """How alike one layer's experts are. Raises InputError where score has not measured it."""
+        path = self.work.folder("score") / similarity_file(block.layer)
+        if not path.exists():
+            raise InputError(
+                f"{path} does not exist: --merge asks for how alike experts are. Run `{self.work.command('score')} "
+                "--similarity --force`, with the other flags that score was given."
+            )
+        return ExpertSimilarity.read(path, num_experts=block.num_experts)
+
     def _by_scores(self, inventory: ModelInventory, quantizer: QuantizerSettings) -> Plan:
-        """The plan of what is cut or dropped by scores alone."""
+        """The plan of what is cut, merged or dropped by scores alone."""
         settings = self.settings
         role_bits, others = beside_experts(settings, inventory, quantizer)
         if settings.cut_ratio is not None:
             plan = cut_plan(settings, inventory, quantizer, self._channels, role_bits)
+        elif settings.experts_left is not None:
+            plan = merge_plan(settings, inventory, quantizer, self._similarity, role_bits)
         elif settings.method == CAMERA_Q:
             budget_asked = budget_of(settings, others)
             plan = grouped_plan(settings, inventory, quantizer, self._channels, role_bits, budget_asked)
@@ -158,7 +193,7 @@ def scoring_quantizer(work: WorkDir) -> QuantizerSettings:
 
 def may_cut(settings: AllocateSettings) -> bool:
     """Whether the plan may cut channels: the programme over the whole model, without floors that count experts."""
-    if not settings.cuts or settings.floors:
+    if not settings.cuts or settings.floors or settings.halves:
         return False
     return settings.cut_ratio is None and settings.drop_ratio is None and settings.method == METHOD
 

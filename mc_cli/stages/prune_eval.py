@@ -25,7 +25,14 @@ from mc_cli.kernels.compiled import check_inputs, inputs_of
 from mc_cli.measuring.comparison import compare
 from mc_cli.measuring.lm_eval_tasks import Tasks, find_tasks, run_tasks
 from mc_cli.measuring.pareto_figure import draw_front
-from mc_cli.measuring.policy_fitting import FitPolicies, FittedPolicies, fitting_inputs, fitting_source, policy_names
+from mc_cli.measuring.policy_fitting import (
+    FitPolicies,
+    FittedPolicies,
+    check_halves,
+    fitting_inputs,
+    fitting_source,
+    policy_names,
+)
 from mc_cli.measuring.pruning_evaluation import evaluate_policies
 from mc_cli.models.checkpoint import Checkpoint
 from mc_cli.models.own_experts import run_our_experts
@@ -70,6 +77,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
         }
         if settings.prune.policy:
             policy_names(settings.prune)
+            check_halves(settings.prune, self.work)
             inputs |= self._fitting_inputs()
         if settings.tasks and settings.include_path is not None:
             inputs["tasks"] = _tasks_digest(Path(settings.include_path).expanduser(), self.session.digests())

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -124,6 +124,7 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
                 shrinkage=quantizer.shrinkage,
                 sensitivities=ready.sensitivities,
                 covariance_of=partial(calibration_artifact.read_covariance, self.work.folder("calibrate")),
+                routing_counts=_routing_counts(plan, self.work.folder("calibrate")),
             )
             rest = worker.linears.embedding(inventory.tensors)
             if rest.linears:
@@ -142,6 +143,14 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
 
 
 plan_stage, run = Plans(Quantize), Runs(Quantize)
+
+
+def _routing_counts(plan: Plan, calibration: Path) -> dict[int, Sequence[int]]:
+    """Layer -> calibration tokens of every expert, where experts are merged."""
+    if plan.merging is None:
+        return {}
+    files = {layer: calibration / calibration_artifact.routing_file(layer) for layer in plan.expert_bits}
+    return {layer: calibration_artifact.LayerRouting.read(path).routing_count for layer, path in files.items()}
 
 
 def _has_covariances(calibration: Path, inventory: ModelInventory) -> bool:
@@ -350,7 +359,7 @@ def _account(
     ordered = sorted(experts, key=lambda entry: [block.path for block in inventory.expert_blocks].index(entry.path))
     write_json(folder.path(LAYOUT), PackedLayout(tuple(ordered), linears).to_json())
     copy_model_files(session.folder, folder.path("config"))
-    fallen = [row for row in rows if row.notes]
+    fallen = [row for row in rows if row.notes and row.outcome != "shared"]
     if fallen:
         shown = "; ".join(f"{row.name}: {row.notes[0]}" for row in fallen[:3])
         folder.warn(

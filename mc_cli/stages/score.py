@@ -17,6 +17,7 @@ from mc_cli.artifacts.cut_measures import cut_file
 from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.importance import Importance, LayerImportance
 from mc_cli.artifacts.names import IMPORTANCE
+from mc_cli.artifacts.similarity import similarity_file
 from mc_cli.artifacts.store import RESUME, StageFolder
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.coding.cut_measuring import can_be_cut
@@ -24,6 +25,7 @@ from mc_cli.coding.expert_inputs import ExpertInputs
 from mc_cli.coding.layer_scorer import LayerScorer
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.coding.rerouting import Rerouting
+from mc_cli.coding.similarity import measure_similarity
 from mc_cli.data.batches import read_calibration
 from mc_cli.executors import executor_for
 from mc_cli.models.checkpoint import Checkpoint
@@ -126,6 +128,8 @@ def _layers(
                 sensitivity = ready.sensitivities.get(layer)
                 inputs = ExpertInputs(capture, blocks[layer], session.device, sensitivity=sensitivity)
                 _score_channels(scorer, settings.unit, module, inputs, folder)
+                if settings.similarity:
+                    measure_similarity(module, inputs).write(folder.path(similarity_file(layer)))
                 rerouting = Rerouting(model, blocks[layer], inputs) if DROPPED in settings.bits else None
                 scored = scorer.score(module, inputs, rerouting)
                 write_json(folder.path(_layer_file(layer)), asdict(scored))
