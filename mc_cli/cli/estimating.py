@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mc_cli.cli.libraries import prepare_libraries
-from mc_cli.cli.options import DEBUG, JSON, WORK_DIR, flag_parameter, made_option, parameter, read
+from mc_cli.cli.options import DEBUG, EFFORT, FIT, JSON, WORK_DIR, flag_parameter, made_option, parameter, read
 from mc_cli.errors import Problems
 from mc_cli.failures import telling_errors
 from mc_cli.flags import run_flags, run_option
@@ -26,7 +26,7 @@ _ASKED = "What is asked"
 _USUAL = (2.0, 2.5, 3.0, 4.0)  # stored bits, where no target is named
 # What a run cannot do without and an estimate can: text as much as is asked for, and a place below this one.
 _STANDS_IN = {"data": "bundled:calibration", "out": "model"}
-_FIT = Flag("Memory that the result is to run in, for example 24GiB.", _ASKED, metavar="SIZE", parse=parse_file_size)
+_FIT = Flag(FIT, _ASKED, metavar="SIZE", parse=parse_file_size)
 
 
 def estimate_parameters() -> list[inspect.Parameter]:
@@ -41,8 +41,8 @@ def estimate_parameters() -> list[inspect.Parameter]:
     measured = made_option(
         "--probe", help="Measure this machine first, in some 30 s; what was measured is kept.", panel=_ASKED
     )
-    effort = made_option("--effort", help="fast, default or best, as in run.", metavar="NAME", panel=_ASKED)
-    fit = made_option("--fit", help=_FIT.help, metavar="SIZE", panel=_ASKED)
+    effort = made_option("--effort", help=EFFORT, metavar="NAME", panel=_ASKED)
+    fit = made_option("--fit", help=FIT, metavar="SIZE", panel=_ASKED)
     return [
         parameter("model", str, model),
         *(_flag(name, section, flag) for name, ((section, flag), *_) in run_flags().items() if name != "model"),
@@ -60,7 +60,7 @@ def _flag(name: str, section: str, flag: Flag) -> inspect.Parameter:
     """A flag of `run`; targets may be given several times."""
     if flag.field not in TARGETS:
         return flag_parameter(section, flag, name=name, option=run_option(section, flag))
-    help = f"{flag.help} May be given several times."
+    help = f"{flag.help} Several, separated by commas or each with the flag."
     return parameter(
         name, list[str] | None, made_option(flag.name, help=help, metavar=flag.metavar, panel=_ASKED), None
     )
@@ -117,7 +117,7 @@ def _tell(found: Estimate, given: Mapping[str, Any]) -> None:
 
 def _targets(given: Mapping[str, Any], problems: Problems) -> Iterator[tuple[str, RunPlan]]:
     """(target in words, the run that leads to it) of every target, or of the usual ones."""
-    asked = [(field, text) for field in TARGETS for text in given[field] or ()]
+    asked = [(field, text) for field in TARGETS for text in ",".join(given[field] or ()).split(",") if text]
     if not asked:
         asked = [("target_stored_bits", str(bits)) for bits in _USUAL]
     for field, text in asked:

@@ -9,7 +9,7 @@ import typer
 
 from mc_cli.artifacts.work_dir import MAIN, WorkDir
 from mc_cli.cli.libraries import prepare_libraries
-from mc_cli.cli.options import DEBUG, JSON, WORK_DIR, made_option
+from mc_cli.cli.options import DEBUG, FIT, JSON, WORK_DIR, made_option
 from mc_cli.errors import BudgetError, InputError
 from mc_cli.failures import telling_errors
 from mc_cli.settings.written import parse_sizes
@@ -19,7 +19,7 @@ _SIZES = made_option(
     help="Sizes of the whole model, separated by commas. [default: 12 from the smallest to the largest]",
     metavar="8GiB,12GiB",
 )
-_FIT = made_option("--fit", help="Mark what fits into so many bytes, and find the best that does.", metavar="SIZE")
+_FIT = made_option("--fit", help=FIT, metavar="SIZE")
 _FIGURE = made_option("--out", help="Draw the figure there: .png or .svg.", metavar="FILE")
 
 

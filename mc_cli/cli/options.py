@@ -30,6 +30,9 @@ _NO_MODEL = ("allocate",)  # computes nothing on the model, so it takes no --dev
 _RUN_DEFAULTS = {"eval_data": HELD_OUT}  # parameters whose default differs in `run`
 _METAVARS: dict[Any, str] = {str: "NAME", int: "NUMBER", float: "NUMBER"}
 _WORK = "Work directory and output"
+# The words of flags that several commands have.
+EFFORT = "fast, default or best: how much to measure; flags go over it."
+FIT = "Memory that the result is to run in, for example 24GiB."
 
 
 def made_option(*names: str, help: str, panel: str = _WORK, **details: Any) -> Any:
@@ -115,9 +118,7 @@ def run_parameters() -> list[inspect.Parameter]:
     force_from = made_option(
         "--force-from", help="Like --force, but only for this stage and those after it.", metavar="STAGE"
     )
-    effort = made_option(
-        "--effort", help="fast, default or best: how much to measure; flags go over it.", metavar="NAME"
-    )
+    effort = made_option("--effort", help=EFFORT, metavar="NAME")
     return [
         parameter("recipe", Path | None, recipe, None),
         *(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from mc_cli.flags import (
 from mc_cli.settings.written import parse_floors
 
 GROUP: Any = typer.main.get_command(app)
-WORDS = {"work_dir", "force", "dry_run", "json", "debug"}
+WORDS = {"work_dir", "force", "dry_run", "json", "debug", "log_file"}
 
 
 def leaf_fields(cls: type) -> set[str]:
@@ -121,11 +122,12 @@ def test_one_flag_has_one_meaning_in_every_command() -> None:
         for parameter in command.params:
             for name in (*parameter.opts, *parameter.secondary_opts):
                 if name.startswith("-"):
-                    texts.setdefault(name, set()).add(parameter.help.partition(" [default")[0])
+                    texts.setdefault(name, set()).add(re.split(r" \[default| Several, ", parameter.help)[0])
     texts.pop("--data")  # text to calibrate on, and text to evaluate on: their help says which
     texts.pop("--length")  # the same, tokens per sequence or window
     texts.pop("--seed")
-    texts.pop("--variant")  # the one that a stage writes, and the one that status shows
+    texts.pop("--out")  # a directory, a figure, a page
+    texts.pop("--variant")  # the one that a stage writes, and the one that is shown
     assert {name: found for name, found in texts.items() if len(found) > 1} == {}
 
 
