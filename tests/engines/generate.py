@@ -1,4 +1,4 @@
-"""Greedy tokens of a model in vLLM, in a process of its own: `python -m tests.engines.generate CALL.json RESULT.json`."""
+"""Greedy tokens of a model in vLLM, in a process of its own: `-m tests.engines.generate CALL.json RESULT.json`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def main() -> None:
         enforce_eager=asked.get("eager", True),
         **asked.get("options", {}),
     )
-    ask = SamplingParams(temperature=0, max_tokens=asked["new_tokens"], ignore_eos=True)
+    new = asked["new_tokens"]
+    ask = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True)
     answers = model.generate([{"prompt_token_ids": prompt} for prompt in asked["prompts"]], ask)
     tokens = [list(answer.outputs[0].token_ids) for answer in answers]
     result.write_text(json.dumps({"tokens": tokens}), encoding="utf-8")

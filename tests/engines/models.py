@@ -1,4 +1,4 @@
-"""Packed models for the engines, with what transformers makes of them: written before, by the environment of the stages.
+"""Packed models for the engines, and what transformers makes of them, by the environment of the stages.
 
 `python -m tests.engines.models FOLDER` makes what is not there yet.
 """

@@ -1,4 +1,4 @@
-"""Packed models in vLLM itself give the tokens that they give in transformers: every family, encoding, width, policy."""
+"""Packed models in vLLM give the tokens that they give in transformers: every family, encoding, width, policy."""
 
 from __future__ import annotations
 
