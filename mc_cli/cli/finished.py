@@ -178,7 +178,7 @@ def serve_parameters() -> list[inspect.Parameter]:
     """The parameters of `serve`."""
     model = typer.Argument(help="Exported directory, or any model folder.", metavar="DIR", show_default=False)
     more = typer.Argument(
-        help="After `--`: arguments for the engine's own command.", metavar="[-- ARGUMENTS]", show_default=False
+        help="After `--`: arguments for the engine's own command.", metavar="-- ARGUMENTS", show_default=False
     )
     option = partial(made_option, panel=_SERVER)
     engine = "What computes: transformers, vllm, or auto: vllm where it is installed. [default: auto]"
