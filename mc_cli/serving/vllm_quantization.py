@@ -20,7 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from mc_cli.artifacts.packed import QUANT_METHOD, PackedLayout
 from mc_cli.errors import InputError
 from mc_cli.serving.packed_weights import LayerExperts, Matrix, PackedWeights
-from mc_cli.serving.vllm_ops import multiplied, name_matrix
+from mc_cli.serving.vllm_ops import multiplied, name_experts, name_matrix, through_experts
 
 _ACTIVATIONS = [torch.float32, torch.bfloat16, torch.float16]
 # What vLLM's models merge into one linear, where they do not say it themselves.
@@ -74,7 +74,7 @@ class PackedVllmConfig(QuantizationConfig):
                 "vLLM was to read a packed model with another loader than mc-cli's. Leave --load-format at auto."
             )
         if isinstance(layer, RoutedExperts):
-            return PackedExpertsMethod(layer.moe_config, self.weights.take_experts(prefix))
+            return PackedExpertsMethod(layer.moe_config, prefix, self.weights.take_experts(prefix))
         if isinstance(layer, LinearBase):
             shards = {**_MERGED, **self.packed_modules_mapping}.get(prefix.rpartition(".")[2])
             matrix = self.weights.take_matrix(prefix, shards)
@@ -101,6 +101,7 @@ class PackedMatrixMethod(LinearMethodBase):
     """A linear, a head or an embedding; of a merged linear every matrix has its own encoding, or is kept."""
 
     def __init__(self, prefix: str, matrix: Matrix) -> None:
+        self.matrix = matrix
         self.name = name_matrix(prefix, matrix)
 
     def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
@@ -123,9 +124,10 @@ class PackedMatrixMethod(LinearMethodBase):
 class PackedExpertsMethod(FusedMoEMethodBase):
     """The routed experts of one layer, each block with its own widths; a skipping policy decides first."""
 
-    def __init__(self, moe: Any, experts: LayerExperts) -> None:
+    def __init__(self, moe: Any, prefix: str, experts: LayerExperts) -> None:
         super().__init__(moe)
         self.experts = experts
+        self.name = name_experts(prefix, experts)
 
     def create_weights(
         self,
@@ -157,4 +159,4 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """[tokens, hidden] in the dtype of `x`: the routed experts' weighted sum; the runner adds shared experts."""
-        return self.experts(x, topk_ids.long(), topk_weights)
+        return through_experts(x, topk_ids, topk_weights, self.name)

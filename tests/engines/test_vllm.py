@@ -40,8 +40,8 @@ def test_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 
 
 def test_compiled_it_is_the_same(tmp_path: Path) -> None:
-    """torch.compile takes packed products as operations of a graph."""
-    same_tokens(MODELS / "demo", tmp_path, eager=False)
+    """torch.compile takes packed products as operations of a graph; which backend runs that graph is vLLM's matter."""
+    same_tokens(MODELS / "demo", tmp_path, eager=False, options={"compilation_config": {"backend": "eager"}})
 
 
 def test_a_rate_of_0_takes_the_policy_off(tmp_path: Path) -> None:
