@@ -206,12 +206,14 @@ class PackedWeights:
             for name, shape in self._shapes.items():
                 path, _, leaf = name.rpartition(".")
                 if path in experts:
-                    found = {_before_experts(each) for each in self._engine_names(name)}
+                    found = {_before_experts(each) for each in self._engine_names(name) if _EXPERTS in each}
                 elif leaf == "weight" and shape.ndim == 2:
                     found = {each.removesuffix(".weight") for each in self._engine_names(name)}
                 else:
                     continue
                 self._paths |= dict.fromkeys(found, path)
+            # checkpoints of some families have no module for experts; engines call it as transformers does then
+            self._paths = {**{path: path for path in experts}, **self._paths}
         return self._paths
 
     def _engine_names(self, name: str) -> list[str]:
