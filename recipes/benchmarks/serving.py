@@ -1,9 +1,12 @@
-"""Throughput in vLLM at 1, 8 and 32 requests: a packed model beside the dense one, each in a process of its own.
+"""Decoding in vLLM at 1, 8 and 32 requests: a packed model beside the dense one, each in a process of its own.
 
+    .venv/bin/python recipes/benchmarks/serving.py --make S    # two models of usual layer shapes, 1.8 GB
+    .venv-vllm/bin/python recipes/benchmarks/serving.py --packed S/packed --dense S/dense --requests 1
     .venv-vllm/bin/python recipes/benchmarks/serving.py --packed DIR2 --dense DIR --json runs/serving.json
 
 Time is the processor's: where other work runs too, a clock on the wall would measure that. One thread, bfloat16, greedy
-tokens, prompts of random token ids that are not repeated. A first round that is not counted warms everything up.
+tokens, prompts of random token ids that are not repeated. What the first token of each request takes, its prompt
+included, is taken off. The median of some rounds; one before them is not counted.
 """
 
 from __future__ import annotations
@@ -12,40 +15,54 @@ import argparse
 import json
 import os
 import random
-import resource
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-REQUESTS = (1, 8, 32)
+SHAPES = {"hidden_size": 2048, "intermediate_size": 7168, "num_local_experts": 8, "num_experts_per_tok": 2}
+SHAPES |= {"num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128}
 
 
-def measure(folder: str, *, dtype: str, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """Tokens per second of processor time at each number of requests, in vLLM."""
+def measure(
+    folder: str, *, dtype: str, prompt_tokens: int, new_tokens: int, requests: Sequence[int], rounds: int
+) -> dict[str, Any]:
+    """Decoded tokens per second of processor time at each number of requests, in vLLM."""
     import torch
 
     torch.set_num_threads(1)
     from vllm import LLM, SamplingParams
 
     before = resident_bytes()
-    length = prompt_tokens + new_tokens
     engine = LLM(
-        model=folder, dtype=dtype, max_model_len=length, max_num_seqs=max(REQUESTS), enforce_eager=True, seed=0
+        model=folder,
+        dtype=dtype,
+        max_model_len=prompt_tokens + new_tokens,
+        max_num_seqs=max(requests),
+        max_num_batched_tokens=max(requests) * (prompt_tokens + new_tokens),
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        seed=0,
     )
     loaded = resident_bytes() - before
     vocabulary = engine.model_config.get_vocab_size()
-    ask = SamplingParams(temperature=0, max_tokens=new_tokens, min_tokens=new_tokens, ignore_eos=True)
     drawn = random.Random(0)
-    found: dict[str, Any] = {"model": folder, "dtype": dtype, "resident_bytes": loaded, "tokens_per_s": {}}
-    for count in (1, *REQUESTS):  # the first one again: it was the round that warms up
+
+    def seconds(count: int, tokens: int) -> float:
         prompts = [{"prompt_token_ids": drawn.choices(range(3, vocabulary), k=prompt_tokens)} for _ in range(count)]
+        ask = SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False)
         begun = time.process_time()
         engine.generate(prompts, ask, use_tqdm=False)
-        found["tokens_per_s"][str(count)] = count * new_tokens / (time.process_time() - begun)
-    found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return found
+        return time.process_time() - begun
+
+    speeds: dict[str, float] = {}
+    for count in requests:
+        took = [seconds(count, new_tokens) - seconds(count, 1) for _ in range(rounds + 1)][1:]
+        speeds[str(count)] = count * (new_tokens - 1) / statistics.median(took)
+    return {"model": folder, "dtype": dtype, "loaded_bytes": loaded, "tokens_per_s": speeds}
 
 
 def resident_bytes() -> int:
@@ -54,28 +71,55 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def main() -> None:
+def make(folder: Path) -> None:
+    """A random Mixtral of SHAPES, dense, and packed at 2.5 bits in the mean, by the environment of the stages."""
+    import decode
+    import torch
+    from transformers import MixtralConfig
+
+    config = MixtralConfig(**SHAPES, vocab_size=8192, max_position_embeddings=4096, dtype="bfloat16")
+    folder.mkdir(parents=True, exist_ok=True)
+    decode.write_packed(folder / "packed", config)
+    stated = json.loads((folder / "packed" / "config.json").read_text(encoding="utf-8"))
+    stated["architectures"] = ["MixtralForCausalLM"]
+    (folder / "packed" / "config.json").write_text(json.dumps(stated), encoding="utf-8")
+    torch.manual_seed(0)
+    model: Any = decode.build_skeleton(config, dtype=torch.bfloat16).to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.02)
+    model.save_pretrained(folder / "dense")
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packed", required=True, help="exported directory")
-    parser.add_argument("--dense", required=True, help="the original")
+    parser.add_argument("--make", type=Path, help="write two models of usual layer shapes into this folder, and end")
+    parser.add_argument("--packed", help="exported directory")
+    parser.add_argument("--dense", help="the original")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=33)
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    sizes = {"prompt_tokens": given.prompt_tokens, "new_tokens": given.new_tokens}
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = parse()
+    asked = {name: getattr(given, name) for name in ("dtype", "prompt_tokens", "new_tokens", "requests", "rounds")}
+    if given.make:
+        return make(given.make)
     if given.one:
-        print("\n" + json.dumps(measure(given.one, dtype=given.dtype, **sizes)))
-        return
+        return print("\n" + json.dumps(measure(given.one, **asked)))
     found = [one_process(folder) for folder in (given.packed, given.dense)]
     packed, dense = (each["tokens_per_s"] for each in found)
     for count, speed in packed.items():
-        print(
-            f"{count:>3} requests: {speed:8.1f} tokens/s packed, {dense[count]:8.1f} dense: {speed / dense[count]:.2f}"
-        )
+        beside = dense[count]
+        print(f"{count:>3} requests: {speed:8.1f} tokens/s packed, {beside:8.1f} dense: {speed / beside:.2f}")
     if given.json:
-        given.json.write_text(json.dumps({**sizes, "models": found}, indent=1), encoding="utf-8")
+        given.json.write_text(json.dumps({**asked, "models": found}, indent=1), encoding="utf-8")
+    return None
 
 
 def one_process(folder: str) -> dict[str, Any]:
