@@ -134,7 +134,7 @@ class PackedWeights:
         """The routed experts that the engine has under a name. Raises ArtifactError where there are none."""
         path = self._by_name().get(name)
         blocks = {block.path: block for block in self._source.layout.experts}
-        if path not in blocks:
+        if path is None or path not in blocks:
             raise ArtifactError(
                 f"{self._source.folder}: the engine has routed experts {name!r}, the packed layout {sorted(blocks)}. "
                 "Serve this family with transformers: mc-cli serve DIR --engine transformers."
