@@ -149,7 +149,7 @@ def test_what_nobody_asks_for_is_named(folders: dict[str, Path]) -> None:
     weights.take_experts("model.layers.0.block_sparse_moe.experts")
     calls: list[Callable[[], object]] = [
         lambda: weights.require_all_taken("An engine"),
-        lambda: weights.take_experts("model.layers.0.mlp.experts"),
+        lambda: weights.take_experts("model.layers.9.mlp.experts"),
     ]
     for call, words in zip(calls, ("model.layers.1.mlp.experts", "the engine has routed experts"), strict=True):
         with pytest.raises(ArtifactError, match=words) as told:
