@@ -55,7 +55,8 @@ def _by_rounding(name: str, folder: Path) -> None:
 
 
 def expected(folder: Path) -> dict[str, Any]:
-    """Prompts of token ids, and what transformers appends to each in float32, the most likely token each time."""
+    """Prompts of token ids, what transformers appends to each in float32, the most likely token each time, and how
+    narrowly."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -67,7 +68,21 @@ def expected(folder: Path) -> dict[str, Any]:
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     with torch.no_grad():
         made = [model.generate(prompt, **options, pad_token_id=0)[0, prompt.shape[1] :] for prompt in prompts]
-    return {"prompts": [row[0].tolist() for row in prompts], "tokens": [row.tolist() for row in made]}
+    return {
+        "prompts": [row[0].tolist() for row in prompts],
+        "tokens": [row.tolist() for row in made],
+        "margins": [_margins(model, prompt[0], row) for prompt, row in zip(prompts, made, strict=True)],
+    }
+
+
+def _margins(model: Any, prompt: Any, made: Any) -> list[float]:
+    """The logit of each token over that of the next likely one: where it is tiny, rounding decides."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.cat([prompt, made[:-1]])[None], use_cache=False).logits[0, len(prompt) - 1 :].float()
+    most = logits.topk(2, -1).values
+    return (most[:, 0] - most[:, 1]).tolist()
 
 
 def _with_mean_attention(model: Any) -> None:

@@ -32,8 +32,19 @@ def generated(folder: Path, tmp_path: Path, **changes: Any) -> subprocess.Comple
 def same_tokens(folder: Path, tmp_path: Path, **changes: Any) -> None:
     done = generated(folder, tmp_path, **changes)
     assert done.returncode == 0, done.stderr[-5000:]
-    found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
-    assert found["tokens"] == json.loads((folder / EXPECTED).read_text(encoding="utf-8"))["tokens"]
+    assert_same(json.loads((folder / EXPECTED).read_text(encoding="utf-8")), tmp_path)
+
+
+def assert_same(expected: dict[str, Any], tmp_path: Path) -> None:
+    """All tokens are the expected ones; but where two are as likely to 1e-3 of a logit, either may follow."""
+    found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["tokens"]
+    ties = 0
+    for row, (tokens, wanted) in enumerate(zip(found, expected["tokens"], strict=True)):
+        if tokens != wanted:
+            first = next(place for place, pair in enumerate(zip(tokens, wanted, strict=True)) if pair[0] != pair[1])
+            assert abs(expected["margins"][row][first]) < 1e-3, (row, first, expected["margins"][row][first])
+            ties += 1
+    assert ties <= 1
 
 
 def test_both_packages_find_what_they_ask_for() -> None:
@@ -65,7 +76,7 @@ def test_a_rate_of_0_takes_the_policy_off(tmp_path: Path) -> None:
     options = {"hf_overrides": {"mc_pruning_rate": 0.0}}
     done = generated(MODELS / "demo-odp", tmp_path, prompts=expected["prompts"], options=options)
     assert done.returncode == 0, done.stderr[-5000:]
-    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["tokens"] == expected["tokens"]
+    assert_same(expected, tmp_path)
 
 
 def test_division_is_refused(tmp_path: Path) -> None:
