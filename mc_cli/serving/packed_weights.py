@@ -149,10 +149,14 @@ class PackedWeights:
     def take_matrix(self, name: str, shards: Sequence[str] | None = None) -> Matrix | None:
         """The matrix that the engine has under a name, or those that it merges there; None where all are kept.
 
-        shards   last names of those that the engine puts over each other as one matrix
+        shards   last names of those that the engine puts over each other as one matrix, where the model has none of `name`
         """
         parent = name.rpartition(".")[0]
-        names = [name] if shards is None else [f"{parent}.{shard}" if parent else shard for shard in shards]
+        names = (
+            [name]
+            if shards is None or name in self._by_name()
+            else [f"{parent}.{shard}" if parent else shard for shard in shards]
+        )
         paths = [self._by_name().get(each) for each in names]
         modules = [None if path is None else self._source.model.get_submodule(path) for path in paths]
         if not any(module is not None and weight_owner(module) is not None for module in modules):
