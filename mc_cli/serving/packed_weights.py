@@ -149,7 +149,7 @@ class PackedWeights:
     def take_matrix(self, name: str, shards: Sequence[str] | None = None) -> Matrix | None:
         """The matrix that the engine has under a name, or those that it merges there; None where all are kept.
 
-        shards   last names of those that the engine puts over each other as one matrix, where the model has none of `name`
+        shards   last names of those that the engine puts over each other as one matrix, where the model has no `name`
         """
         parent = name.rpartition(".")[0]
         names = (
