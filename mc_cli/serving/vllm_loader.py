@@ -112,8 +112,9 @@ class _MaskedRouter:
 
 def _mask_routers(model: torch.nn.Module) -> None:
     """Lets no router choose an expert that the layout or the policy drops; correction biases fall far below all."""
-    for module in model.modules():
-        method = module.routed_experts.quant_method if isinstance(module, MoERunner) else None
+    runners: list[Any] = [module for module in model.modules() if isinstance(module, MoERunner)]
+    for module in runners:
+        method = module.routed_experts.quant_method
         if isinstance(method, PackedExpertsMethod) and method.experts.dropped:
             experts = module.routed_experts
             bias = experts.e_score_correction_bias
