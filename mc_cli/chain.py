@@ -6,13 +6,15 @@ import importlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from mc_cli import DISTRIBUTION
 from mc_cli.artifacts.files import nothing_remembered
 from mc_cli.artifacts.locks import work_dir_lock
 from mc_cli.artifacts.manifest import MANIFEST, Manifest
 from mc_cli.artifacts.work_dir import SHARED, STAGE_FOLDERS, WorkDir
-from mc_cli.errors import InputError, McError, Problems
+from mc_cli.errors import InputError, McError, MissingDependencyError, Problems
 from mc_cli.flags import STAGES, shared_with_score
 from mc_cli.progress import Progress, StageResult
 from mc_cli.recipe import RunPlan
@@ -51,8 +53,32 @@ class PlannedStage:
         return {**self.__dict__, "differences": list(self.differences)}
 
 
+# What stages import beside what loading does: the extra `compress` of pyproject.toml. A version where only one is read
+# through: checkpoints are streamed by internals of transformers.
+COMPRESS = {"transformers": "5.23.0", "pulp": None, "highspy": None, "datasets": None}
+
+
+def require_compress() -> None:
+    """Raises MissingDependencyError naming all that the extra `compress` installs and is not there as it pins it."""
+    problems = []
+    for name, wanted in COMPRESS.items():
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            problems.append(f"{name} is not installed")
+            continue
+        if wanted not in (None, found):
+            problems.append(f"{name} {found} is installed, they are tested with {wanted} alone")
+    if problems:
+        raise MissingDependencyError(
+            f"The stages need more than loading and serving do: {'; '.join(problems)}. Run `pip install "
+            f"'{DISTRIBUTION}[compress]'`, in an environment without vLLM, which wants an earlier transformers."
+        )
+
+
 def stage_module(stage: str) -> Any:
-    """The module that does a stage."""
+    """The module that does a stage. Raises MissingDependencyError where the extra `compress` is not installed."""
+    require_compress()
     return importlib.import_module(f"mc_cli.stages.{stage.replace('-', '_')}")
 
 
@@ -91,7 +117,8 @@ def planned_stage(stage: str, settings: Any, compute: RunSettings, work: WorkDir
 
 
 def look_ahead(stages: Mapping[str, Any], compute: RunSettings, work: WorkDir, *, todo: Collection[str]) -> Outlook:
-    """See `mc_cli.ahead`, which imports torch."""
+    """See `mc_cli.ahead`, which imports torch. Raises MissingDependencyError as `stage_module`."""
+    require_compress()
     from mc_cli import ahead
 
     return ahead.look_ahead(stages, compute, work, todo=todo)

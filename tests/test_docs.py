@@ -23,6 +23,9 @@ RESULTS = ROOT / "docs" / "results"
 GROUP: Any = typer.main.get_command(app)
 # Flags of other programs that our texts name, and the program's own.
 OF_OTHERS = {"--check", "--help", "--target", "--version"}
+# of vLLM: what `mc-cli serve` gives it, and what its plug-in names when it refuses
+OF_OTHERS |= {"--middleware", "--load-format", "--tensor-parallel-size", "--pipeline-parallel-size"}
+OF_OTHERS |= {"--data-parallel-size", "--enable-expert-parallel"}
 _FENCE = re.compile(r"^```(?:sh|bash|console)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)

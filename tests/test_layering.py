@@ -27,7 +27,7 @@ LAYERS = (
     ("walking",),
     ("skipping",),
     ("packed", "coding", "executors"),
-    ("measuring",),
+    ("measuring", "serving"),
     ("exporters",),
     ("reports",),
     ("stages",),

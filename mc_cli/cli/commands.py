@@ -11,10 +11,10 @@ import typer
 
 from mc_cli import __version__
 from mc_cli.cli.estimating import estimate, estimate_parameters
-from mc_cli.cli.finished import bench, bench_parameters, generate, generate_parameters
+from mc_cli.cli.finished import bench, bench_parameters, generate, generate_parameters, serve, serve_parameters
 from mc_cli.cli.looking import compare, curve, report
-from mc_cli.cli.options import run_parameters, stage_parameters
-from mc_cli.cli.running import families, run_all, run_stage, status, verify
+from mc_cli.cli.options import made_option, parameter, run_parameters, stage_parameters
+from mc_cli.cli.running import families, list_formats, run_all, run_stage, status, verify
 from mc_cli.failures import INTERRUPTED, interrupted_message
 from mc_cli.flags import STAGES
 from mc_cli.help import GroupedCommand, GroupedCommands
@@ -73,8 +73,18 @@ def _add_command(
     app.command(name, cls=GroupedCommand, help=help, rich_help_panel=panel)(command)
 
 
+_LIST = made_option(
+    "--list",
+    help="Print the formats, the engines that load each and what it keeps of a plan, and exit.",
+    panel="Output",
+    is_eager=True,
+    callback=list_formats,
+)
+_MORE_OF = {"export": [parameter("list", bool, _LIST, False)]}
+
 for _stage in STAGES:
-    _add_command(_stage, partial(run_stage, _stage), stage_parameters(_stage), SUMMARIES[_stage])
+    _parameters = [*stage_parameters(_stage), *_MORE_OF.get(_stage, ())]
+    _add_command(_stage, partial(run_stage, _stage), _parameters, SUMMARIES[_stage])
 _add_command("run", run_all, run_parameters(), _RUN_HELP)
 _add_command("estimate", estimate, estimate_parameters(), _ESTIMATE_HELP)
 app.command("status", cls=GroupedCommand, rich_help_panel=_REST)(status)
@@ -85,6 +95,9 @@ app.command("compare", cls=GroupedCommand, rich_help_panel=_REST)(compare)
 app.command("report", cls=GroupedCommand, rich_help_panel=_REST)(report)
 _add_command("generate", generate, generate_parameters(), "Continue a text with an exported model.")
 _add_command("bench", bench, bench_parameters(), "Measure a model's speed and memory on this machine's processor.")
+_add_command(
+    "serve", serve, serve_parameters(), "Serve a model with OpenAI's interface, by the engine that is installed."
+)
 
 
 def _version(asked: bool) -> None:

@@ -1,4 +1,4 @@
-"""The commands that use a finished model: to continue a text, and to measure its speed."""
+"""The commands that use a finished model: to continue a text, to measure its speed, and to serve it."""
 
 from __future__ import annotations
 
@@ -144,5 +144,53 @@ def bench_parameters() -> list[inspect.Parameter]:
         parameter("threads", int, threads, None),
         activation_bits(_SPEED),
         parameter("json", bool, JSON, False),
+        parameter("debug", bool, DEBUG, False),
+    ]
+
+
+def serve(given: Mapping[str, Any]) -> None:
+    """A server until Ctrl-C; what it says goes to stderr, the engine's own notices too."""
+    with telling_errors(debug=given["debug"]):
+        prepare_libraries(debug=given["debug"])
+        from mc_cli import console
+        from mc_cli.errors import Problems
+        from mc_cli.measuring.requests import check_served
+        from mc_cli.serving.server import Server, check_port, engine_named, run_server
+
+        problems = Problems()
+        with problems.catching():
+            folder = check_served(given["model"], given["dtype"])
+        with problems.catching():
+            engine = engine_named(given["engine"])
+        with problems.catching():
+            check_port(given["host"], given["port"])
+        problems.tell()
+        wanted = {name: given[name] for name in ("host", "port", "dtype")}
+        server = Server(folder, engine, **wanted, arguments=tuple(given["arguments"] or ()))
+        console.say(f"Starting {engine} for {folder}")
+        run_server(server, say=console.say)
+
+
+_SERVER = "Server"
+
+
+def serve_parameters() -> list[inspect.Parameter]:
+    """The parameters of `serve`."""
+    model = typer.Argument(help="Exported directory, or any model folder.", metavar="DIR", show_default=False)
+    more = typer.Argument(
+        help="After `--`: arguments for the engine's own command.", metavar="-- ARGUMENTS", show_default=False
+    )
+    option = partial(made_option, panel=_SERVER)
+    engine = "What computes: transformers, vllm, or auto: vllm where it is installed. [default: auto]"
+    dtype = "Of activations and kept weights: auto is the model's own; float32, bfloat16 or float16. [default: auto]"
+    host = option("--host", help="Address to listen at. [default: localhost]", metavar="ADDRESS")
+    port = option("--port", help="Port to listen at. [default: 8000]", metavar="NUMBER", min=1, max=65535)
+    return [
+        parameter("model", str, model),
+        parameter("arguments", list[str] | None, more, None),
+        parameter("engine", str, option("--engine", help=engine, metavar="auto|transformers|vllm"), "auto"),
+        parameter("host", str, host, "localhost"),
+        parameter("port", int, port, 8000),
+        parameter("dtype", str, option("--dtype", help=dtype, metavar="NAME"), "auto"),
         parameter("debug", bool, DEBUG, False),
     ]

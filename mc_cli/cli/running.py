@@ -147,6 +147,23 @@ def _print_forecasts(
     return None
 
 
+def list_formats(asked: bool) -> None:
+    """The formats that export writes, as a table, in place of an export."""
+    if not asked:
+        return
+    with telling_errors(debug=False):
+        prepare_libraries(debug=False)
+        from mc_cli import console
+        from mc_cli.exporters import listed_formats
+        from mc_cli.reports.tables import table
+
+        found = listed_formats()
+        rows = [[one.name, one.engines, one.keeps, one.policy] for one in found]
+        names = ("format", "engines that load it", "what it keeps of a plan", "skipping policy")
+        console.print_summary({"tables": [table("formats of export", names, rows, left=len(names))]})
+    raise typer.Exit
+
+
 def _tell_end(result: StageResult) -> None:
     """To stderr: that a stage has ended, and the warnings that were not shown while it ran."""
     from mc_cli.console import say, say_warning

@@ -2,8 +2,9 @@
 
 An exporter file defines `NAME`, `DESCRIPTION`, `CARRIES_POLICY`, `export(job)`, which writes a directory that its users
 load without further steps, and `open(directory, reading)`, which reads it as they do and gives logits. `DEQUANTIZES =
-True` says that it holds plain numbers in the model's own dtype, and is as large as the original. Writing knows files
-only; what needs a live model comes with the job. Reading may use any engine, and nothing else knows which.
+True` says that it holds plain numbers in the model's own dtype, and is as large as the original. `ENGINES` names the
+engines that load it, `KEEPS` says what is left in it of a plan. Writing knows files only; what needs a live model comes
+with the job. Reading may use any engine, and nothing else knows which.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _REGISTRY = Registry(
     marker="export",
     name_of=lambda module: module.NAME,
     required=("NAME", "DESCRIPTION", "CARRIES_POLICY", "open"),
-    facts={"DEQUANTIZES": False},
+    facts={"DEQUANTIZES": False, "ENGINES": (), "KEEPS": "not stated"},
 )
 
 
@@ -94,6 +95,31 @@ def exporter_from_name(name: str) -> Exporter:
 def dequantizes(name: str) -> bool:
     """Whether the exporter writes plain numbers, as large as the original; False for a name that nobody knows."""
     return name in _REGISTRY.modules and bool(_REGISTRY.fact(_REGISTRY.modules[name], "DEQUANTIZES"))
+
+
+@dataclass(frozen=True)
+class ListedFormat:
+    """One format as `export --list` tells it. engines: those that load it;  keeps: what is left of a plan."""
+
+    name: str
+    engines: str
+    keeps: str
+    policy: str
+    description: str
+
+
+def listed_formats() -> list[ListedFormat]:
+    """Every format of this version, by name."""
+    return [
+        ListedFormat(
+            name,
+            ", ".join(_REGISTRY.fact(exporter, "ENGINES")) or "not stated",
+            _REGISTRY.fact(exporter, "KEEPS"),
+            "carried" if exporter.CARRIES_POLICY else "left out",
+            exporter.DESCRIPTION,
+        )
+        for name, exporter in exporters().items()
+    ]
 
 
 def exporters() -> dict[str, Exporter]:

@@ -14,6 +14,8 @@ from mc_cli.measuring.logit_source import LogitSource, Reading
 NAME = "dense"
 CARRIES_POLICY = False
 DEQUANTIZES = True
+ENGINES = ("transformers", "vLLM", "any that reads the original")
+KEEPS = "the values, at 16 bits a weight; dropped experts and cuts where config.json can say them"
 DESCRIPTION = (
     "dequantized weights in the original checkpoint's layout, for any tool; as large as the original, less what is cut"
 )

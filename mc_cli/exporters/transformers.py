@@ -23,6 +23,8 @@ from mc_cli.measuring.logit_source import LogitSource, Reading
 
 NAME = "transformers"
 CARRIES_POLICY = True
+ENGINES = ("transformers", "vLLM")
+KEEPS = "all: every expert's and projection's width, blocks, cuts, dropped and shared experts"
 DESCRIPTION = f"packed weights for from_pretrained of the model's auto class, with {DISTRIBUTION} installed"
 
 # Where config.json would name the file of the weights: without the plug-in, which clears it, every loader stops there

@@ -28,6 +28,21 @@ def check_generation(model: str, prompt: str, seed: int) -> Path:
     return folder
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def check_served(model: str, dtype: str) -> Path:
+    """The folder of a model that is to be served with activations of a dtype.
+
+    Raises InputError for another dtype than DTYPES and a model that is not there; CheckpointError for no model folder.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {shown(dtype)}: unknown. Known: {', '.join(DTYPES)}.")
+    folder = resolve_model(model, asked_as="DIR")
+    check_model_folder(folder)
+    return folder
+
+
 def check_speed(folder: Path, *, prompt_tokens: int | None, new_tokens: int, threads: int | None) -> None:
     """Raises, before a process is started and anything heavy imported, what the measurement would end with.
 

@@ -93,6 +93,8 @@ def find_experts(root: nn.Module) -> Iterator[tuple[str, Experts]]:
     """(path below `root`, experts module) of every standard experts module."""
     for path, module in root.named_modules():
         if is_standard_experts(module):
+            if not hasattr(module, "has_post_expert_norm"):  # before transformers 5.20 no family had one
+                module.has_post_expert_norm = False
             yield path, cast(Experts, module)
 
 

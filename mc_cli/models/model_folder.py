@@ -17,7 +17,7 @@ from mc_cli.artifacts.places import require_inside, require_ordinary
 from mc_cli.errors import CheckpointError, FamilyError, InputError, first_line, listed
 from mc_cli.families import CONTRACT_TESTED
 
-TESTED_TRANSFORMERS = "5.23."
+LEAST_TRANSFORMERS, BELOW_TRANSFORMERS = (5, 16, 1), (5, 24)  # as pyproject.toml has it
 # Files of a model that are read, here or by transformers.
 _READ = (".json", ".safetensors", ".model", ".tiktoken", ".txt", ".py", ".jinja", ".spm", ".bpe")
 _LARGEST_JSON, _LARGEST_INDEX = 64 << 20, 256 << 20
@@ -30,12 +30,16 @@ SUPPORTED = f"Contract-tested families: {', '.join(CONTRACT_TESTED)}."
 
 
 def check_transformers_version() -> None:
-    """Raises InputError for a transformers release whose internals this version was not tested with."""
-    if not transformers.__version__.startswith(TESTED_TRANSFORMERS):
+    """Raises InputError for a transformers release whose experts internals this version was not tested with.
+
+    Stages want one release alone, which mc_cli/chain.py checks.
+    """
+    found = tuple(int(number) for number in re.findall(r"\d+", transformers.__version__)[:3])
+    if not LEAST_TRANSFORMERS <= found < BELOW_TRANSFORMERS:
+        least, below = (".".join(map(str, each)) for each in (LEAST_TRANSFORMERS, BELOW_TRANSFORMERS))
         raise InputError(
-            f"transformers {transformers.__version__} is installed; mc-cli reads checkpoints through internals of "
-            f"transformers {TESTED_TRANSFORMERS}x and is tested with it alone. Run `pip install "
-            f"'transformers=={TESTED_TRANSFORMERS}0'`."
+            f"transformers {transformers.__version__} is installed; models are read through internals of transformers, "
+            f"of {least} and later ones before {below}. Run `pip install 'transformers>={least},<{below}'`."
         )
 
 

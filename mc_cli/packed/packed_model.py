@@ -234,10 +234,14 @@ class PackedSource:
 
     def load(self, part: int) -> None:
         """Materialises one decoder layer, or REST, on the device. Raises ArtifactError on damage."""
-        for name, tensor in self.files.read(self.names(part)):
-            self._place(name, tensor.to(device=self.device, dtype=self._dtypes[name] or tensor.dtype))
+        self.load_names(self.names(part))
         if part == REST:
             self.model.tie_weights()
+
+    def load_names(self, names: Iterable[str]) -> None:
+        """Materialises these stored tensors on the device. Raises ArtifactError on damage."""
+        for name, tensor in self.files.read(names):
+            self._place(name, tensor.to(device=self.device, dtype=self._dtypes[name] or tensor.dtype))
 
     def free(self, layer: int) -> None:
         """Returns a decoder layer's memory; buffers that no file holds stay."""

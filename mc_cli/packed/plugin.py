@@ -79,8 +79,11 @@ class PackedQuantizer(HfQuantizer):
         self._model = weakref.ref(model)
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Returns None: packed files hold converted tensors by module-tree name, and no conversion may run twice."""
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Returns None: packed files hold converted tensors by module-tree name, and no conversion may run twice.
+
+        model   given by transformers 5.20 and later
+        """
         return []
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:

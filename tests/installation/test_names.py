@@ -75,13 +75,13 @@ def test_the_package_says_what_pip_calls_it(installed: Installed) -> None:
 from importlib import metadata
 import mc_cli
 found = metadata.distribution(mc_cli.DISTRIBUTION)
-print(found.version == mc_cli.__version__, [entry.name for entry in found.entry_points])
+print(found.version == mc_cli.__version__, sorted(entry.name for entry in found.entry_points))
 print([need for need in found.requires if need.startswith(mc_cli.DISTRIBUTION)])
 """
     for kind in ("wheel", "editable"):
         version, needs = installed(kind).run("-c", script).splitlines()
-        assert version == "True ['mc-cli']"
-        assert needs == """['mixture-compressor[eval,figures,gpu]; extra == "dev"']"""
+        assert version == "True ['mc-cli', 'mixture-compressor']"  # the command, and vLLM's plug-in
+        assert needs == """['mixture-compressor[compress,eval,figures,gpu,serve]; extra == "dev"']"""
 
 
 # Exports

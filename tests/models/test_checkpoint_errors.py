@@ -168,9 +168,13 @@ def test_config_of_a_model_that_cannot_be_built(mixtral: Path) -> None:
 
 
 def test_other_transformers_release(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_folder.transformers, "__version__", "5.24.1")
-    message = message_of(InputError, lambda: read_config(mixtral))
-    assert "5.24.1" in message and "pip install 'transformers==5.23.0'" in message
+    for version in ("5.24.1", "5.16.0", "6.0.0.dev0"):
+        monkeypatch.setattr(model_folder.transformers, "__version__", version)
+        message = message_of(InputError, lambda: read_config(mixtral))
+        assert version in message and "pip install 'transformers>=5.16.1,<5.24'" in message
+    for version in ("5.16.1", "5.23.4"):
+        monkeypatch.setattr(model_folder.transformers, "__version__", version)
+        assert read_config(mixtral).model_type == "mixtral"
 
 
 # Families

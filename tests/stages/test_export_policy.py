@@ -21,6 +21,7 @@ from mc_cli.models.experts import PRUNER, find_experts
 from mc_cli.packed.loading import load_packed
 from mc_cli.policies import otp
 from mc_cli.progress import SilentProgress, StageResult
+from mc_cli.serving.packed_weights import PackedWeights
 from mc_cli.settings import ExportSettings, PruneSettings, RunSettings
 from mc_cli.skipping.pruning import apply_pruning
 from mc_cli.stages import export
@@ -148,6 +149,37 @@ def test_what_a_policy_learned_is_part_of_the_model(dtype: torch.dtype, measured
         apply_pruning(twin, read_pruning(work_dir / "pruning" / "odp")[0], tensors=learned)
         torch.testing.assert_close(logits_of(model), logits_of(twin), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(logits_of(load_packed(tmp_path / "out")), logits_of(twin), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["odp", "otp"])
+def test_an_engine_applies_it(policy: str, measured: Path, tmp_path: Path) -> None:
+    """As transformers does for tokens that are decoded, whose received attention nobody knows yet."""
+    out = measured / "out"
+    if policy == "otp":
+        shutil.copytree(measured / "work", tmp_path / "work")
+        pretend_otp(tmp_path / "work")
+        do_export(tmp_path / "work", tmp_path / "out")
+        out = tmp_path / "out"
+    weights = PackedWeights(out, dtype=torch.float32, device=torch.device("cpu"))
+    plain = PackedWeights(out, dtype=torch.float32, device=torch.device("cpu"), rate=0)
+    names = [f"model.layers.{layer}.block_sparse_moe.experts" for layer in range(2)]
+    taken, unpruned = ([each.take_experts(name) for name in names] for each in (weights, plain))
+    weights.load()
+    plain.load()
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    hidden = torch.randn(40, 32, generator=torch.Generator().manual_seed(2))
+    routing = torch.rand(40, 2, generator=torch.Generator().manual_seed(3))
+    index = torch.rand(40, 8, generator=torch.Generator().manual_seed(4)).topk(2).indices
+    changed = 0
+    with torch.no_grad():
+        for (_, module), ours, all_of_them in zip(find_experts(model), taken, unpruned, strict=True):
+            pruner = getattr(module, PRUNER)
+            if pruner.watch is not None:
+                pruner.watch.alone = len(hidden)
+            expected = module(hidden, index, routing)
+            torch.testing.assert_close(ours(hidden, index, routing), expected, atol=1e-6, rtol=1e-5)
+            changed += int((all_of_them(hidden, index, routing) - expected).abs().amax(-1).gt(1e-5).sum())
+    assert 5 < changed < 75  # tokens of both layers that have skipped an expert
 
 
 def pretend_otp(work_dir: Path) -> dict[str, torch.Tensor]:

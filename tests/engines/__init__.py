@@ -1,0 +1,1 @@
+"""Packed models in engines of their own environments: `make test-engines`; `make test` leaves this folder out."""

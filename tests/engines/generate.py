@@ -1,0 +1,37 @@
+"""Greedy tokens of a model in vLLM, in a process of its own: `-m tests.engines.generate CALL.json RESULT.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Reads what to generate, and writes tokens, and how packed modules were called."""
+    call, result = Path(sys.argv[1]), Path(sys.argv[2])
+    asked: dict[str, Any] = json.loads(call.read_text(encoding="utf-8"))
+    from vllm import LLM, SamplingParams
+
+    model = LLM(
+        model=asked["model"],
+        dtype=asked.get("dtype", "float32"),
+        max_model_len=asked.get("max_model_len", 128),
+        max_num_seqs=32,
+        enforce_eager=asked.get("eager", True),
+        **asked.get("options", {}),
+    )
+    new = asked["new_tokens"]
+    ask = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True)
+    answers = model.generate([{"prompt_token_ids": prompt} for prompt in asked["prompts"]], ask)
+    tokens = [list(answer.outputs[0].token_ids) for answer in answers]
+    result.write_text(json.dumps({"tokens": tokens}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    main()

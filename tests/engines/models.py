@@ -1,0 +1,107 @@
+"""Packed models for the engines, and what transformers makes of them, by the environment of the stages.
+
+`python -m tests.engines.models FOLDER` makes what is not there yet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+NAMES = ("demo", "demo-odp", "mixtral", "mixtral-dropped", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "granitemoe")
+NAMES += ("gpt_oss",)
+EXPECTED = "expected.json"
+PROMPTS, NEW_TOKENS = 8, 24
+
+
+def make(name: str, folder: Path) -> None:
+    """A packed model in `folder`/out, and beside it the greedy tokens that transformers gives in float32."""
+    (_by_stages if name.startswith("demo") else _by_rounding)(name, folder)
+    (folder / EXPECTED).write_text(json.dumps(expected(folder / "out")), encoding="utf-8")
+
+
+def _by_stages(name: str, folder: Path) -> None:
+    """The bundled model through all stages: trellis codes, mixed widths, packed embedding and head."""
+    import mc_cli
+
+    skipping: dict[str, Any] = {"policy": "odp", "target_rate": 0.25} if name.endswith("odp") else {}
+    made = mc_cli.compress(
+        "bundled:demo-moe",
+        data="bundled:calibration",
+        out=folder / "out",
+        work_dir=folder / "work",
+        target_stored_bits=2.5,
+        sequences=8,
+        length=128,
+        max_sequences=8,
+        **skipping,
+    )
+    print(name, made, flush=True)
+
+
+def _by_rounding(name: str, folder: Path) -> None:
+    """A tiny random model of a family, rounded to affine grids of all widths, some matrices kept."""
+    from tests.exported_models import exported
+    from tests.tiny_models import build_tiny
+
+    family, _, dropped = name.partition("-")
+    tied = family == "qwen2_moe"
+    changes: dict[str, Any] = {"tie_word_embeddings": True} if tied else {}
+    checkpoint = build_tiny(family, folder / "checkpoint", hidden_size=128, head_dim=32, **changes)
+    exported(checkpoint, folder, tied=tied, **({"pruned": (1, 4)} if dropped else {}))
+
+
+def expected(folder: Path) -> dict[str, Any]:
+    """Prompts of token ids, what transformers appends to each in float32, the most likely token each time, and how
+    narrowly."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if getattr(model.hf_quantizer.quantization_config.layout, "pruning", None) is not None:
+        _with_mean_attention(model)
+    drawn = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, model.config.vocab_size, (1, 5 + 3 * row), generator=drawn) for row in range(PROMPTS)]
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    with torch.no_grad():
+        made = [model.generate(prompt, **options, pad_token_id=0)[0, prompt.shape[1] :] for prompt in prompts]
+    return {
+        "prompts": [row[0].tolist() for row in prompts],
+        "tokens": [row.tolist() for row in made],
+        "margins": [_margins(model, prompt[0], row) for prompt, row in zip(prompts, made, strict=True)],
+    }
+
+
+def _margins(model: Any, prompt: Any, made: Any) -> list[float]:
+    """The logit of each token over that of the next likely one: where it is tiny, rounding decides."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.cat([prompt, made[:-1]])[None], use_cache=False).logits[0, len(prompt) - 1 :].float()
+    most = logits.topk(2, -1).values
+    return (most[:, 0] - most[:, 1]).tolist()
+
+
+def _with_mean_attention(model: Any) -> None:
+    """Lets every token of a prompt count as looked at as the mean of calibration tokens, as engines have it."""
+    from mc_cli.models.experts import PRUNER
+
+    for module in model.modules():
+        pruner = getattr(module, PRUNER, None)
+        if pruner is not None and pruner.watch is not None:
+            pruner.watch.estimate = lambda tokens, prior: prior
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for name in NAMES:
+        if not (folder / name / EXPECTED).is_file():
+            make(name, folder / name)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()
