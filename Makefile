@@ -148,7 +148,7 @@ dist: install
 RAY_VENV ?= .venv-ray
 test-ray:
 	$(MAKE) VENV=$(RAY_VENV) install-dev
-	$(RAY_VENV)/bin/python -m pip install --quiet -e '.[ray]'
+	$(RAY_VENV)/bin/python -m pip install --quiet -e '.[compress,ray]'
 	$(RAY_VENV)/bin/python -m pytest tests/executors
 
 # Of 3000 trials 2000 damage files, 500 kill, 350 let file calls fail, 150 run two commands at once: docs/faults.md.
