@@ -19,7 +19,7 @@ _SIZES = made_option(
     help="Sizes of the whole model, separated by commas. [default: 12 from the smallest to the largest]",
     metavar="8GiB,12GiB",
 )
-_FIT = made_option("--fit", help="Mark what fits into so many bytes, and find the best that does.", metavar="SIZE")
+_FIT = made_option("--fit", help="Memory that the result is to run in, for example 24GiB.", metavar="SIZE")
 _FIGURE = made_option("--out", help="Draw the figure there: .png or .svg.", metavar="FILE")
 
 
