@@ -9,42 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from mc_cli.reports.charts import Figure
 from mc_cli.reports.drawing import inline_svg
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1a1c1e; --soft: #565d64; --paper: #ffffff; --line: #d5d9dd; --shade: #f3f5f7;
-  --link: #0b57a4; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --soft: #a9b1b8; --paper: #15181b; --line: #3a4147;
-  --shade: #1f2428; --link: #8fc1ff; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main, header, nav { max-width: 60rem; margin: 0 auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 1.5rem 0 .5rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .75rem; border-top: 1px solid var(--line); }
-p, li { overflow-wrap: anywhere; } a { color: var(--link); }
-nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; list-style: none; padding: 0; }
-figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; display: block; }
-figcaption, .soft { color: var(--soft); font-size: .9rem; }
-.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; margin: .5rem 0; }
-.wide:focus-visible, figure > div:focus-visible, summary:focus-visible, a:focus-visible {
-  outline: 2px solid var(--link); outline-offset: 2px; }
-table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--soft); padding: .4rem .6rem; }
-th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
-th { background: var(--shade); font-weight: 600; } .left { text-align: left; }
-summary { cursor: pointer; padding: .35rem 0; }
-pre { background: var(--shade); padding: .75rem; border-radius: .4rem; overflow-x: auto; font-size: .85rem; }
-dl { display: grid; grid-template-columns: minmax(8rem, auto) 1fr; gap: .2rem 1rem; }
-dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 34rem) { figure > div { overflow-x: auto; } figure svg { min-width: 30rem; }
-  dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
-@media print { nav { display: none; } .wide { overflow: visible; border: 0; } details::details-content {
-  content-visibility: visible; display: block; } h2 { break-after: avoid; } figure, tr { break-inside: avoid; }
-  body { font-size: 10pt; } th, td { white-space: normal; } }
-""".strip()
+_STYLE = Path(__file__).with_name("page.css")
 
 
 @dataclass(frozen=True)
@@ -67,7 +38,7 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{_STYLE}\n</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n"
         f"<header><h1>{escape(title)}</h1>\n<p>{escape(lead)}</p></header>\n"
         f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n<main>\n{bodies}\n</main>\n</body>\n</html>\n'
     )
