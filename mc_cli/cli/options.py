@@ -82,12 +82,12 @@ def flag_parameter(
     """
     kind: Any = list[str] if flag.repeated else str if flag.parse else plain_type(type_of(section, flag.field))
     default = _RUN_DEFAULTS.get(name) or default_text(section, flag)
-    words = flag.help
+    words = f"{flag.help} [default: {default}]" if default else flag.help
     if several:
         kind, words = str, f"{words} Several, separated by commas, give a result each: OUT/2, OUT/2.5, ..."
     info = made_option(
         f"{option}/--no-{option.removeprefix('--')}" if kind is bool and not flag.field.startswith("no_") else option,
-        help=f"{words} [default: {default}]" if default else words,
+        help=words,
         panel=flag.panel,
         metavar=flag.metavar or _METAVARS.get(kind),
     )

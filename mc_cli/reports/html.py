@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from mc_cli.reports.charts import Figure
 from mc_cli.reports.drawing import inline_svg
 
-_STYLE = files("mc_cli.reports").joinpath("page.css").read_text(encoding="utf-8").strip()
+_STYLE = Path(__file__).with_name("page.css")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{_STYLE}\n</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n"
         f"<header><h1>{escape(title)}</h1>\n<p>{escape(lead)}</p></header>\n"
         f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n<main>\n{bodies}\n</main>\n</body>\n</html>\n'
     )
