@@ -38,7 +38,7 @@ def check_stored(
     prefix = model.base_model_prefix + "."
     if is_base(model):
         stored = {name.removeprefix(prefix): entry for name, entry in stored.items() if name.startswith(prefix)}
-    elif model.get_output_embeddings() is None:
+    elif model.get_output_embeddings() is None and not model.can_generate():  # a head inside the text model is one
         stored = {name: entry for name, entry in stored.items() if name.startswith(prefix)}
         wanted = {name: tensor for name, tensor in wanted.items() if name.startswith(prefix)}
     problems = [f"{name}: missing" for name in sorted(wanted.keys() - stored.keys())]

@@ -202,7 +202,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config": tiny_models.CONFIGS["llama4_text"],
         "vision_config": {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
     },
-    "qwen3_omni_moe_thinker": {},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 313, "vision_end_token_id": 314},
     "kimi_k25": {"text_config": {"model_type": "deepseek_v3", "num_key_value_heads": 4}},
     "glm4v_moe": {"text_config": {"rope_parameters": _mrope(1, 1, 2) | {"partial_rotary_factor": 1.0}}},
     "aria": {
