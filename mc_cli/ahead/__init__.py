@@ -284,7 +284,8 @@ class Look:
         if "score" in self._all:
             asked: ScoreSettings = self._all["score"]
             return asked
-        done = Manifest.read(self._work.folder("score"))
+        engine = getattr(self._todo.get("allocate"), "engine", None)
+        done = Manifest.read(replace(self._work, engine=engine).folder("score"))
         if done is None:
             return None
         quantizer = QuantizerSettings(**done.settings["quantizer"])

@@ -22,7 +22,7 @@ from mc_cli.artifacts.plan import Plan
 from mc_cli.encodings import planned_bytes
 from mc_cli.errors import InputError
 from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role
-from mc_cli.settings import CAMERA_Q, EXPERT, AllocateSettings, QuantizerSettings, ScoreSettings
+from mc_cli.settings import CAMERA_Q, ENGINES, EXPERT, AllocateSettings, QuantizerSettings, ScoreSettings
 from mc_cli.stages.allocate import beside_experts, budget_of, experts_gone, floors_of, may_cut, other_bytes
 
 
@@ -117,6 +117,7 @@ def _asked(
         "floors": floors_of(settings),
         "dropped": gone,
         "menus": {layer: menu for layer, menu in menus.items() if menu.kept},
+        "stacked": settings.engine is not None and ENGINES[settings.engine].stacked,
     }
 
 

@@ -19,7 +19,9 @@ _ROWS_AT_ONCE = 512  # in torch: 2 MB of errors
 def nearest_points(
     points: Tensor, metric: Tensor, wanted: Tensor, linear: Tensor, scales: Tensor, parities: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(index int16 [B, rows], signs uint8 [B, rows]) of the vectors of least error; bit i of signs: element i is negative.
+    """(index int16 [B, rows], signs uint8 [B, rows]) of the vectors of least error.
+
+    Bit i of signs is set where element i is negative.
 
     points    float32 [count, width], magnitudes
     metric    float32 [B, width, width], symmetric, positive semi-definite
