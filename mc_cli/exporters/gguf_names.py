@@ -90,6 +90,8 @@ def _otherwise(config: Any, architecture: Architecture) -> Iterator[str]:
     dense = getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1
     if dense:
         yield "some layers have no experts (mlp_only_layers, decoder_sparse_step); llama.cpp wants them in all"
+    if config.model_type == "olmoe" and config.num_key_value_heads != config.num_attention_heads:
+        yield f"{config.num_key_value_heads} key heads; llama.cpp's olmoe has as many as query heads"
     if getattr(config, "clip_qkv", None) is not None:
         yield f"clip_qkv is {config.clip_qkv}; it is not written"
 

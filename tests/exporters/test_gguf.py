@@ -37,12 +37,19 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "qwen3_moe": {
         "hidden_size": 256,
+        "head_dim": 64,
         "mlp_only_layers": [],
         "moe_intermediate_size": 256,
         "num_experts": 4,
         "norm_topk_prob": True,
     },
-    "olmoe": {"hidden_size": 256, "intermediate_size": 256, "num_experts": 4, "norm_topk_prob": False},
+    "olmoe": {
+        "hidden_size": 256,
+        "num_key_value_heads": 4,
+        "intermediate_size": 256,
+        "num_experts": 4,
+        "norm_topk_prob": False,
+    },
 }
 Packed = Callable[..., Path]
 
