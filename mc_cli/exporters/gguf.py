@@ -5,7 +5,7 @@ A tensor there has one type: the experts of a layer share a width per projection
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,36 +49,53 @@ def export(job: ExportJob) -> None:
     Raises FamilyError for a model that llama.cpp does not run, InputError, naming all of them, for experts and matrices
     that GGUF cannot hold, and for a tokenizer that has no counterpart there.
     """
-    gguf = gguf_package()
+    gguf_package()
     files = open_packed(job.packed_folder)
     config = read_config(job.config_folder)
-    architecture = architecture_of(config)
+    architecture_of(config)
     _check(files)
-    names = Names(config, architecture)
     write_json(job.target / "config.json", job.original_config())
-
-    def write(path: Path) -> None:
-        writer = gguf.GGUFWriter(path, architecture.name)
-        writer.add_name(job.card.base_model or job.card.model_type)
-        write_metadata(writer, config, architecture)
-        write_tokenizer(writer, job.config_folder, vocabulary=config.vocab_size, config=config)
-        for name, tensor, kind in _tensors(files):
-            place = names.place(name)
-            rows = place.arranged(tensor) if len(place.names) == 1 else tensor
-            for written, part in zip(
-                place.names, rows.chunk(len(place.names), -2 if tensor.ndim > 2 else 0), strict=True
-            ):
-                _add(gguf, writer, written, part, kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-    write_bytes_with(job.target / FILE, write)
+    title = job.card.base_model or job.card.model_type
+    write_bytes_with(
+        job.target / FILE,
+        lambda path: write_gguf(path, config, job.config_folder, _tensors(files), title=title),
+    )
     for part in job.parts:
         job.advance("outside the layers" if part < 0 else f"layer {part}")
-    title = f"{job.card.base_model or job.card.model_type}, in GGUF by mc-cli"
-    write_text(job.target / "README.md", model_card(job.card, title=title, opening=_OPENING, loading=_LOADING))
+    card = model_card(job.card, title=f"{title}, in GGUF by mc-cli", opening=_OPENING, loading=_LOADING)
+    write_text(job.target / "README.md", card)
+
+
+def write_gguf(
+    path: Path,
+    config: Any,
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor, GgufEncoding | None]],
+    *,
+    title: str,
+) -> None:
+    """Writes a whole model with metadata and vocabulary.
+
+    folder    of the tokenizer
+    tensors   (name in the module tree, bytes of blocks or numbers, type of the blocks or None)
+    """
+    gguf = gguf_package()
+    architecture = architecture_of(config)
+    names = Names(config, architecture)
+    writer = gguf.GGUFWriter(path, architecture.name)
+    writer.add_name(title)
+    write_metadata(writer, config, architecture)
+    write_tokenizer(writer, folder, vocabulary=config.vocab_size, config=config)
+    for name, tensor, kind in tensors:
+        place = names.place(name)
+        rows = place.arranged(tensor) if len(place.names) == 1 else tensor
+        parts = rows.chunk(len(place.names), -2 if tensor.ndim > 2 else 0)
+        for written, part in zip(place.names, parts, strict=True):
+            _add(gguf, writer, written, part, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _check(files: PackedFiles) -> None:
@@ -164,38 +181,34 @@ class _Reader:
         self._stored = {tensor.name: tensor for tensor in gguf.GGUFReader(directory / FILE).tensors}
         model: Any = build_skeleton(config, dtype=reading.dtype)
         tied = tied_tensors(model)
-        missing = []
-        for name, wanted in model.state_dict().items():
-            place = names.place(name)
-            if name in tied:
-                continue
-            missing += [written for written in place.names if written not in self._stored]
-            if not missing:
-                parts = [self._numbers(gguf, written) for written in place.names]
-                whole = place.restored(parts[0]) if len(parts) == 1 else torch.cat(parts, -2)
-                module = model.get_submodule(name.rpartition(".")[0])
-                leaf = name.rpartition(".")[2]
-                placed = whole.reshape(wanted.shape).to(reading.device, wanted.dtype)
-                module._parameters[leaf] = torch.nn.Parameter(placed, requires_grad=False)
+        places = {name: names.place(name) for name in model.state_dict() if name not in tied}
+        missing = [written for place in places.values() for written in place.names if written not in self._stored]
         if missing:
             raise ArtifactError(
                 f"{directory / FILE} lacks {len(missing)} tensors:\n{listed(missing)}\nExport it again."
             )
+        for name, place in places.items():
+            parts = [self._numbers(gguf, written) for written in place.names]
+            whole = place.restored(parts[0]) if len(parts) == 1 else torch.cat(parts, -2)
+            path, _, leaf = name.rpartition(".")
+            parameters = model.get_submodule(path)._parameters
+            placed = whole.reshape(parameters[leaf].shape).to(reading.device, parameters[leaf].dtype)
+            parameters[leaf] = torch.nn.Parameter(placed, requires_grad=False)
         model.tie_weights()
         rebuild_buffers(model, reading.device)
-        self._model = model.eval()
+        self.model = model.eval()
 
     def _numbers(self, gguf: Any, name: str) -> Tensor:
         """float32, rows second to last."""
         stored = self._stored[name]
-        decoded = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type))
+        decoded = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type))
         return decoded.reshape(*reversed([int(size) for size in stored.shape]))
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         """[rows, length, vocabulary] float32 on the CPU."""
-        logits: Tensor = self._model(**batch.to(self._model.device), use_cache=False).logits.float().cpu()
+        logits: Tensor = self.model(**batch.to(self.model.device), use_cache=False).logits.float().cpu()
         return logits
 
     def close(self) -> None:
-        self._model = None
+        self.model = None
