@@ -34,7 +34,7 @@ PRESETS = {"Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3
 def windows(path: Path, tokenizer: Any, count: int, length: int) -> Tensor:
     """int64 [count, length] of evenly spaced runs of the texts, laid end to end."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    texts = [json.loads(line)["text"] for file in files for line in file.read_text("utf-8").splitlines()]
+    texts = [json.loads(line)["text"] for file in files for line in file.read_text("utf-8").split("\n") if line]
     ids = torch.tensor(tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"])
     starts = torch.linspace(0, len(ids) - length, count).long()
     return torch.stack([ids[start : start + length] for start in starts])

@@ -27,6 +27,7 @@ GIVEN = {"model": "m", "data": "d"}
         ("trellis", "trellis", True, HALVES),
         ("gptq", "affine", False, (1, 2, 3, 4)),
         ("rtn", "affine", False, (1, 2, 3, 4)),
+        ("gguf", "gguf", True, (2.0625, 2.3125, 2.5625, 3.0625, 3.4375, 4.25)),
     ],
 )
 def test_defaults_follow_the_quantizer(name: str, family: str, corrects: bool, widths: tuple[float, ...]) -> None:
