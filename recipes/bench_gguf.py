@@ -90,6 +90,7 @@ def quantized_by_llama_cpp(source: Path, target: Path, preset: int, importance: 
         entry.data = ctypes.cast(values.data_ptr(), type(entry.data))
     params = engine.llama_model_quantize_default_params()
     params.nthread, params.ftype, params.pure = 1, preset, True
+    params.token_embedding_type = gguf.GGMLQuantizationType.Q6_K.value  # not compared, and has no importance
     params.imatrix = ctypes.cast(entries, type(params.imatrix))
     if engine.llama_model_quantize(str(source).encode(), str(target).encode(), params):
         raise RuntimeError(f"llama.cpp did not quantize {source}")

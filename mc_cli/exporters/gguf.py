@@ -43,16 +43,21 @@ llama-cli -m {FILE}
 ```"""
 
 
+def check(config: Any) -> None:
+    """Raises FamilyError for a model that llama.cpp does not run so, MissingDependencyError without the package."""
+    gguf_package()
+    architecture_of(config)
+
+
 def export(job: ExportJob) -> None:
     """Writes `model.gguf`, config.json for transformers' readers of GGUF, and a card.
 
     Raises FamilyError for a model that llama.cpp does not run, InputError, naming all of them, for experts and matrices
     that GGUF cannot hold, and for a tokenizer that has no counterpart there.
     """
-    gguf_package()
     files = open_packed(job.packed_folder)
     config = read_config(job.config_folder)
-    architecture_of(config)
+    check(config)
     _check(files)
     write_json(job.target / "config.json", job.original_config())
     title = job.card.base_model or job.card.model_type

@@ -24,7 +24,7 @@ Fields = dict[str, Tensor]
 def values(kind: GgufType, fields: Mapping[str, Tensor]) -> Tensor:
     """float32 [..., n]: the weights that the fields stand for, by the operations of the format's readers."""
     steps, minimums = steps_of(kind, fields)
-    runs = units(kind, fields).unflatten(-1, (-1, kind.run)) * steps.unsqueeze(-1)
+    runs: Tensor = units(kind, fields).unflatten(-1, (-1, kind.run)) * steps.unsqueeze(-1)
     if minimums is not None:
         runs = runs - minimums.unsqueeze(-1)
     return runs.flatten(-2)
@@ -90,7 +90,7 @@ def _joined(codes: Tensor, *, bits: int, rows: int) -> Tensor:
 
 def _apart(packed: Tensor, *, bits: int, rows: int) -> Tensor:
     """The inverse of `_joined`, int16."""
-    parts = packed.unflatten(-1, (-1, 1, rows))
+    parts: Tensor = packed.unflatten(-1, (-1, 1, rows))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).unsqueeze(-1)
     return (parts >> shifts & (1 << bits) - 1).flatten(-3).to(torch.int16)
 
@@ -216,7 +216,7 @@ def _unpack_iq4_xs(b: Tensor) -> Fields:
 
 def _sevens(f: Fields) -> Tensor:
     """int64 [..., 8]: four times 7 signs and the 4 bits of a run of 32, as one word."""
-    signs = (f["signs"].long() & 127).unflatten(-1, (8, 4))
+    signs: Tensor = (f["signs"].long() & 127).unflatten(-1, (8, 4))
     shifts = torch.arange(0, 28, 7, device=signs.device)
     return (signs << shifts).sum(-1) | f["runs"].long() << 28
 

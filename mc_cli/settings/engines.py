@@ -51,7 +51,8 @@ def with_engine(values: Mapping[str, Any], fields: Any) -> dict[str, Any]:
 
 def quantizer_conflict(engine: str | None, quantizer: str) -> InputError | None:
     """The fault of a quantizer that makes what an engine cannot read."""
-    wanted = ENGINES[engine].quantizer if engine in ENGINES else quantizer
+    found = ENGINES.get(engine or "")
+    wanted = quantizer if found is None else found.quantizer
     if quantizer == wanted:
         return None
     return InputError(

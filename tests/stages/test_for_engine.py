@@ -45,6 +45,22 @@ def test_the_whole_way(tiny_model: TinyModel, tmp_path: Path) -> None:
     assert found["same_top_token"] == 1 and (tmp_path / "out" / "model.gguf").is_file()
 
 
+def test_what_the_engine_cannot_hold_is_told_before_work(tiny_model: TinyModel, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    text = write_documents(tmp_path / "text.jsonl", documents=30)
+    sections = {
+        "calibrate": {"model": str(tiny_model("gpt_oss")), "data": str(text)},
+        **{name: dict(ENGINE) for name in ("score", "allocate", "quantize")},
+        "export": {"out": str(tmp_path / "out")},
+    }
+    sections["allocate"]["target_stored_bits"] = 4.5
+    plan = plan_run(Recipe(sections, str(tmp_path / "work")))
+    with pytest.raises(McError) as caught:
+        chain.look_ahead(plan.stages, plan.compute, plan.work, todo=tuple(plan.stages))
+    assert "'gpt_oss' cannot be exported as GGUF" in str(caught.value)
+    assert "layers.0.mlp.experts.down_proj: rows of 48 weights" in str(caught.value)
+
+
 def test_quantize_for_another_engine_is_refused() -> None:
     with pytest.raises(PlanError, match=r"--for llama\.cpp: the plan in .* was made for no engine"):
         quantize._check_engine("llama.cpp", None, WorkDir(Path("w")))
