@@ -273,6 +273,7 @@ class Look:
         if score is not None and "score" in self._todo:
             with self.problems.catching():
                 kinds = replace(inventory, expert_blocks=tuple(kinds_of(inventory)))
+                check_engine(kinds, score)
                 importance_of_shapes(kinds, score)  # every width fits every matrix
         if score is not None and "allocate" in self._todo:
             with self.problems.catching():
