@@ -273,9 +273,7 @@ class AllocateSettings(StageSettings):
     )
     router_bits: int = setting(KEPT_BITS, _part("Routers"))
 
-    engine: str | None = setting(
-        None, engine_flag(_METHOD, "its scores, and one width for all experts of a layer, per projection.")
-    )
+    engine: str | None = setting(None, engine_flag(_METHOD))
 
     def _conflicts(self) -> Iterator[McError]:
         loses = self.cut_ratio is not None or self.drop_ratio is not None or DROPPED in (self.bits or ())

@@ -29,10 +29,10 @@ class Engine:
 ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (Engine("llama.cpp", "gguf", "gguf"),)}
 
 
-def engine_flag(panel: str, what: str) -> Flag:
+def engine_flag(panel: str) -> Flag:
     """The flag `--for` of a stage."""
     return Flag(
-        f"The engine that is to run the result ({', '.join(ENGINES)}): {what}",
+        f"The engine that is to run the result ({', '.join(ENGINES)}): scores and plans keep to what it holds.",
         panel,
         option="--for",
         metavar="ENGINE",

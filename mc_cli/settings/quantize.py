@@ -25,7 +25,7 @@ class QuantizeSettings(StageSettings):
             default="the one that allocate wrote",
         ),
     )
-    engine: str | None = setting(None, engine_flag("Plan", "refused where the plan was made for another one."))
+    engine: str | None = setting(None, engine_flag("Plan"))
     not_fingerprinted = frozenset({"plan", "engine"})  # the plan's digest is
 
     def _conflicts(self) -> Iterator[McError]:

@@ -1,6 +1,6 @@
 """Experts in one GGUF type, rounded by mc-cli and by llama.cpp with its importance matrix: KL on held-out text.
 
-    python recipes/bench_gguf.py MODEL EXPORT --calibration text.jsonl --heldout text.jsonl [--windows 16]
+    python recipes/benchmarks/gguf_types.py MODEL EXPORT --calibration text.jsonl --heldout text.jsonl [--windows 16]
 
 MODEL   the original checkpoint;  EXPORT  a directory of `mc-cli export --format gguf`, experts of one type
 llama.cpp's rounding is that of its own library, through llama-cpp-python; the importance matrix are the mean squares of
