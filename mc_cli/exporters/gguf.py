@@ -32,6 +32,8 @@ NAME = "gguf"
 CARRIES_POLICY = False
 DESCRIPTION = "one file for llama.cpp and what is built on it; plan and quantize with --for llama.cpp"
 FILE = "model.gguf"
+ENGINES = ("llama.cpp",)
+KEEPS = "one type for each layer and projection; no dropped, cut or shared experts"
 
 _OPENING = (
     "A Mixture-of-Experts language model in GGUF, rounded by mc-cli: block types of llama.cpp, chosen layer by layer, "

@@ -276,11 +276,12 @@ class AllocateSettings(StageSettings):
     engine: str | None = setting(None, engine_flag(_METHOD))
 
     def _conflicts(self) -> Iterator[McError]:
-        loses = self.cut_ratio is not None or self.drop_ratio is not None or DROPPED in (self.bits or ())
+        asked = (self.cut_ratio, self.drop_ratio, self.experts_left)
+        loses = any(share is not None for share in asked) or DROPPED in (self.bits or ())
         if self.engine is not None and loses:
             yield InputError(
-                f"--for {self.engine}: experts are neither dropped nor cut there. Leave --cut-ratio, --drop-ratio and "
-                "width 0 out."
+                f"--for {self.engine}: experts are neither dropped, cut nor merged there. Leave --cut-ratio, --drop-ratio, "
+                "--experts-left and width 0 out."
             )
         given = [name for name in TARGETS if getattr(self, name) is not None]
         yield from map(InputError, self._drop_problems(given))

@@ -56,9 +56,7 @@ class ScoreSettings(StageSettings):
         ),
     )
 
-    engine: str | None = setting(
-        None, engine_flag(_SCORE, "its quantizer and widths, in scores that lie beside others.")
-    )
+    engine: str | None = setting(None, engine_flag(_SCORE))
 
     def resolved(self) -> dict[str, Any]:
         """Plain JSON values of all fields that change the result; of what is measured besides, only what was asked."""

@@ -71,7 +71,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         build("score", {**ENGINE, "quantizer": "gptq"})
     with pytest.raises(InputError, match=r"--bits 0: llama\.cpp"):
         build("score", {**ENGINE, "bits": (0, 2, 4)})
-    with pytest.raises(InputError, match="neither dropped nor cut"):
+    with pytest.raises(InputError, match="neither dropped, cut nor merged"):
         build("allocate", {**ENGINE, "cut_ratio": 0.2})
     with pytest.raises(InputError, match="name a directory"):
         build("export", {"format": "gguf", "out": "model.gguf"})
