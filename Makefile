@@ -38,6 +38,7 @@ help:
 	@echo "make test-ray executors on a Ray cluster, in an environment of its own"
 	@echo "make bench-estimates                    predicted memory and bytes beside measured ones"
 	@echo "make faults   kills, pairs of runs, failing file calls and damaged files over all stages; counts in runs/faults.json"
+	@echo "make test-engine-gguf   exports in llama.cpp, in an environment of its own, where it is built"
 	@echo "make gpu-check    on a machine with a CUDA device: tests and speed of the GPU kernels, as JSON"
 	@echo "make bench-decode                       a whole packed model beside the dense one: load, memory, prompt, decoding"
 
@@ -67,6 +68,17 @@ demo: install
 TEST_JOBS ?= 2
 test: install-dev
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
+
+# llama.cpp comes as the source distribution of its bindings, and takes minutes to compile.
+ENGINES ?= .engines
+.PHONY: test-engine-gguf
+test-engine-gguf: $(ENGINES)/gguf/.installed
+	$(ENGINES)/gguf/bin/python -m pytest tests/engines/test_gguf.py
+$(ENGINES)/gguf/.installed: pyproject.toml setup.py | $(BIN)/python
+	$(PYTHON) -m venv $(ENGINES)/gguf
+	$(ENGINES)/gguf/bin/python -m pip install --quiet $(TORCH)
+	$(ENGINES)/gguf/bin/python -m pip install --quiet -e '.[compress,gguf]' 'pytest>=9' 'transformers[serving]' llama-cpp-python==0.3.36
+	@touch $@
 
 test-quick: install-dev
 	$(BIN)/python -m pytest tests/test_layering.py tests/test_facts.py tests/artifacts tests/policies tests/families \

@@ -101,7 +101,9 @@ def followed_settings(stage: str, work: WorkDir) -> dict[str, Any]:
     """Field values that `stage` takes from an earlier one unless told otherwise: quantize rounds as score did."""
     if stage != "quantize":
         return {}
-    scored = Manifest.read(work.folder("score"))
+    allocated = Manifest.read(work.folder("allocate"))
+    engine = allocated.settings.get("engine") if allocated else None
+    scored = Manifest.read(replace(work, engine=engine).folder("score"))
     recorded = scored.settings.get("quantizer", {}) if scored else {}
     return {name: value for name, value in recorded.items() if name in shared_with_score()}
 

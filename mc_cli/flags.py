@@ -104,7 +104,8 @@ def _owner(cls: type, name: str) -> type:
 
 def build(section: str, values: Mapping[str, Any]) -> Any:
     """The settings of a section from flat field values. Raises InputError naming all that its dataclasses refuse."""
-    return _build(SECTIONS[section], values)
+    known = {flag.field for flag in flags_of(section)}
+    return _build(SECTIONS[section], s.with_engine(values, known))
 
 
 def _build(cls: type, values: Mapping[str, Any]) -> Settings:

@@ -40,12 +40,14 @@ from mc_cli.settings import (
     CHANNEL,
     CUTS_WITHIN,
     EFFORTS,
+    ENGINES,
     TARGETS,
     AllocateSettings,
     ExportSettings,
     Flag,
     QuantizerSettings,
     RunSettings,
+    with_engine,
 )
 from mc_cli.targets import SEVERAL, Targets, read_targets
 
@@ -173,6 +175,9 @@ def plan_run(
     missing = _missing(recipe, sections, unread)
     if missing:
         problems.add(MissingFlagsError(f"run lacks {len(missing)} settings:\n{listed(missing)}"))
+    engine = ENGINES.get(sections["score"].get("engine") or "")
+    if engine is not None:
+        sections["export"].setdefault("format", engine.format)
     with problems.catching():
         _widen(sections["score"], sections["allocate"], sections["export"])
     followed = {name: value for name, value in sections["score"].items() if name in shared_with_score()}
@@ -189,7 +194,9 @@ def plan_run(
         check_variant(recipe.variant)
     problems.tell()
     return RunPlan(
-        WorkDir(Path(str(recipe.work_dir)), recipe.variant), {stage: built[stage] for stage in STAGES}, built[COMPUTE]
+        WorkDir(Path(str(recipe.work_dir)), recipe.variant, engine=engine.name if engine else None),
+        {stage: built[stage] for stage in STAGES},
+        built[COMPUTE],
     )
 
 
@@ -244,7 +251,7 @@ def _widen(score: dict[str, Any], allocate: Mapping[str, Any], export: Mapping[s
     targets = [allocate[name] for name in ("target_stored_bits", "target_bits") if allocate.get(name)]
     target = max(targets, default=0)
     if not score.get("bits"):
-        named = score.get("quantizer", QuantizerSettings.quantizer)
+        named = with_engine(score, ("quantizer",)).get("quantizer", QuantizerSettings.quantizer)
         score["bits"] = QuantizerSettings(quantizer=named).candidate_widths(target)
     defaults = {"method": AllocateSettings.method, "cuts": True, "floors": None}
     usual = all(allocate.get(name, value) == value for name, value in defaults.items())

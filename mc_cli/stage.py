@@ -111,6 +111,11 @@ def _made(stage: Stage[Place, Ready, Result], folder: Place, run: Run) -> bool:
 _Made = Callable[[Any, RunSettings, WorkDir], Stage[Any, Any, StageResult]]
 
 
+def work_dir_of(settings: Any, work_dir: Path, variant: str) -> WorkDir:
+    """The work directory as a stage sees it: with the scores of the engine that it was asked to work for."""
+    return WorkDir(work_dir, variant, engine=getattr(settings, "engine", None))
+
+
 @dataclass(frozen=True)
 class Runs:
     """A stage's `run`: settings in, artifacts on disk and a result out. Such an object can be pickled."""
@@ -127,7 +132,8 @@ class Runs:
         force: bool,
         progress: Progress,
     ) -> StageResult:
-        return run_stage(self.stage(settings, compute, WorkDir(work_dir, variant)), force=force, progress=progress)
+        work = work_dir_of(settings, work_dir, variant)
+        return run_stage(self.stage(settings, compute, work), force=force, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -137,4 +143,4 @@ class Plans:
     stage: _Made
 
     def __call__(self, settings: Any, compute: RunSettings, work_dir: Path, *, variant: str = MAIN) -> Any:
-        return self.stage(settings, compute, WorkDir(work_dir, variant)).folder()
+        return self.stage(settings, compute, work_dir_of(settings, work_dir, variant)).folder()

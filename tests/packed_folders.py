@@ -15,7 +15,9 @@ from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.packed import CONFIG_FOLDER, KEPT, LAYOUT, ExpertLayout, PackedLayout, part_file
 from mc_cli.artifacts.store import StageFolder
 from mc_cli.artifacts.work_dir import WorkDir
+from mc_cli.encodings import encoding_for
 from mc_cli.encodings.affine import AffineEncoding, choose_group_size
+from mc_cli.encodings.gguf import GgufEncoding
 from mc_cli.exporters import dequantizes, exporter_from_name
 from mc_cli.measuring.logit_source import Reading
 from mc_cli.measuring.readback import ReadBack, read_back
@@ -23,6 +25,7 @@ from mc_cli.models import experts
 from mc_cli.models.checkpoint import REST, Checkpoint, read_config
 from mc_cli.models.inventory import take_inventory, tied_tensors
 from mc_cli.models.model_files import copy_model_files
+from mc_cli.numerics.gguf_bytes import pack, unpack, values
 from mc_cli.numerics.packing import pack_codes
 from mc_cli.parts import ModelInventory, Role
 
@@ -38,11 +41,13 @@ def pack_folder(
     role_bits: dict[Role, int] | None = None,
     pruned: tuple[int, ...] = (),
     trust_remote_code: bool = False,
+    family: str = "affine",
 ) -> Path:
     """Writes the packed folder of a tiny checkpoint: expert e's projection p has width number e + p of `widths`.
 
     role_bits   width of other roles' matrices; what is not named is kept
     pruned      experts without weights, in every layer
+    family      of the encodings: affine, or gguf
     """
     config = read_config(checkpoint_folder, trust_remote_code=trust_remote_code)
     source = Checkpoint(checkpoint_folder, config, dtype=config.dtype or torch.bfloat16, device=torch.device("cpu"))
@@ -50,8 +55,9 @@ def pack_folder(
     for part in [REST, *range(inventory.num_layers)]:
         source.load(part)
     bits_of = LINEAR_BITS if role_bits is None else role_bits
-    linears = _linear_keys(source.model, inventory, bits_of)
-    layout = PackedLayout(tuple(_expert_layout(block, widths, pruned) for block in inventory.expert_blocks), linears)
+    linears = _linear_keys(inventory, bits_of, family)
+    blocks = (_expert_layout(block, widths, pruned, family) for block in inventory.expert_blocks)
+    layout = PackedLayout(tuple(blocks), linears)
     tensors = _tensors(source.model, layout)
     copy_model_files(checkpoint_folder, folder / CONFIG_FOLDER)
     write_json(folder / LAYOUT, layout.to_json())
@@ -70,8 +76,13 @@ def packed_work_dir(checkpoint_folder: Path, work_dir: Path, **options: Any) -> 
     return work_dir
 
 
-def encode(weight: torch.Tensor, encoding: AffineEncoding) -> dict[str, torch.Tensor]:
-    """The stored parts of a matrix [out_features, in_features], rounded to the nearest level of each group's range."""
+def encode(weight: torch.Tensor, encoding: AffineEncoding | GgufEncoding) -> dict[str, torch.Tensor]:
+    """The stored parts of a matrix [out_features, in_features], rounded to the nearest level of each group's range.
+
+    Blocks of GGUF are random ones, of weights as large as the matrix's.
+    """
+    if isinstance(encoding, GgufEncoding):
+        return {"codes": _random_blocks(weight, encoding)}
     grouped = weight.float().unflatten(-1, (-1, encoding.group_size))
     low, high = grouped.amin(-1), grouped.amax(-1)
     levels = 2**encoding.bits - 1
@@ -83,14 +94,27 @@ def encode(weight: torch.Tensor, encoding: AffineEncoding) -> dict[str, torch.Te
     return {"codes": pack_codes(codes, bits=encoding.bits), "scales": scales, "zero_points": zero_points}
 
 
-def _key(bits: int, in_features: int) -> str:
+def _random_blocks(weight: torch.Tensor, encoding: GgufEncoding) -> torch.Tensor:
+    spec = encoding.tensor_specs(*weight.shape)["codes"]
+    fields = unpack(encoding.kind, torch.randint(0, 256, spec.shape, dtype=torch.uint8))
+    for name in fields.keys() & {"d", "dmin"}:
+        fields[name] = torch.ones_like(fields[name])
+    size = float(weight.float().std() / values(encoding.kind, fields).std())
+    for name in fields.keys() & {"d", "dmin"}:
+        fields[name] = fields[name] * size
+    return pack(encoding.kind, fields)
+
+
+def _key(bits: float, in_features: int, family: str) -> str:
+    if family == "gguf" and bits != 16:
+        return encoding_for(family, bits, 1, in_features).key
     return KEPT if bits == 16 else AffineEncoding(bits, choose_group_size(in_features, 32)).key
 
 
-def _expert_layout(block, widths: tuple[int, ...], pruned: tuple[int, ...]) -> ExpertLayout:
+def _expert_layout(block, widths: tuple[int, ...], pruned: tuple[int, ...], family: str) -> ExpertLayout:
     encodings = {
         projection.name: tuple(
-            None if expert in pruned else _key(widths[(expert + number) % len(widths)], projection.in_features)
+            None if expert in pruned else _key(widths[(expert + number) % len(widths)], projection.in_features, family)
             for expert in range(block.num_experts)
         )
         for number, projection in enumerate(block.projections)
@@ -99,9 +123,9 @@ def _expert_layout(block, widths: tuple[int, ...], pruned: tuple[int, ...]) -> E
     return ExpertLayout.of_whole(block.path, shapes, encodings)
 
 
-def _linear_keys(model: torch.nn.Module, inventory: ModelInventory, bits_of: dict[Role, int]) -> dict[str, str]:
+def _linear_keys(inventory: ModelInventory, bits_of: dict[Role, int], family: str) -> dict[str, str]:
     return {
-        part.name.removesuffix(".weight"): _key(bits_of[part.role], part.shape[1])
+        part.name.removesuffix(".weight"): _key(bits_of[part.role], part.shape[1], family)
         for part in inventory.tensors
         if part.role in bits_of and len(part.shape) == 2 and part.name.endswith(".weight")
     }

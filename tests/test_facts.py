@@ -27,6 +27,7 @@ GIVEN = {"model": "m", "data": "d"}
         ("trellis", "trellis", True, HALVES),
         ("gptq", "affine", False, (1, 2, 3, 4)),
         ("rtn", "affine", False, (1, 2, 3, 4)),
+        ("gguf", "gguf", True, (2.0625, 2.3125, 2.5625, 3.0625, 3.4375, 4.25)),
     ],
 )
 def test_defaults_follow_the_quantizer(name: str, family: str, corrects: bool, widths: tuple[float, ...]) -> None:
@@ -78,10 +79,10 @@ def test_widths_are_those_that_have_an_encoding(family: str) -> None:
     for half in range(2, 17):
         bits = half / 2 if half % 2 else half // 2
         if bits in widths_of(family):
-            assert encoding_for(family, bits, 32, 32).bits == bits
+            assert encoding_for(family, bits, 256, 256).bits == bits
         else:
             with pytest.raises(ShapeError, match="affine grids have whole widths"):
-                encoding_for(family, bits, 32, 32)
+                encoding_for(family, bits, 256, 256)
 
 
 @pytest.mark.parametrize("family", families())
@@ -94,6 +95,7 @@ def test_facts_of_a_family_are_those_of_its_encodings(family: str) -> None:
 
 def test_quantizers_are_built_with_the_settings_that_they_take() -> None:
     assert {name: settings_taken(name) for name in quantizer_names()} == {
+        "gguf": ("damping", "sweeps"),
         "gptq": ("damping", "activation_order", "sweeps"),
         "rtn": (),
         "trellis": ("damping", "activation_order", "sweeps"),

@@ -43,7 +43,7 @@ except InputError as error:
 
 
 def test_an_entry_point_brings_an_extension(tmp_path: Path) -> None:
-    assert asked(tmp_path, NAMES) == "gptq rtn trellis"
+    assert asked(tmp_path, NAMES) == "gguf gptq rtn trellis"
     installed(tmp_path, GOOD)
     assert asked(tmp_path, NAMES) == "gptq rtn toy trellis"
     built = "from mc_cli.quantizers import quantizer_from_name\nprint(quantizer_from_name('toy', clip_search=True))"
@@ -117,7 +117,7 @@ except McError as error:
 
 def test_plans_and_families_know_a_foreign_one(tmp_path: Path) -> None:
     installed(tmp_path, ENCODING.replace("(2,)", "(2, 6.5)"), "toy_package", "mc_cli.encodings")
-    assert asked(tmp_path, FAMILIES) == "affine toy trellis"
+    assert asked(tmp_path, FAMILIES) == "affine gguf toy trellis"
     plan = "schema: 1\nmodel_type: m\nmethod: x\nfamily: {}\nrole_bits: {{head: 16}}\nexpert_bits: {{0: [{}, 2]}}\n"
     code = f"""
 from pathlib import Path

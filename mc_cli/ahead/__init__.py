@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mc_cli.ahead.budget import Size, importance_of_shapes, kinds_of, planned_size, reachable_size
+from mc_cli.ahead.budget import Size, check_engine, importance_of_shapes, kinds_of, planned_size, reachable_size
 from mc_cli.ahead.disk import Need, check_disk, needs_of, written_by
 from mc_cli.ahead.duration import durations
 from mc_cli.ahead.machine import known_machine
@@ -28,13 +28,14 @@ from mc_cli.artifacts.work_dir import FOLDERS, VARIANTS, WorkDir
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.data import text
 from mc_cli.errors import InputError, Problems
-from mc_cli.exporters import exporter_from_name
+from mc_cli.exporters import check_model, exporter_from_name
 from mc_cli.kernels.compiled import check_inputs
 from mc_cli.measuring.policy_fitting import policy_names
 from mc_cli.models.memory import available_bytes, resident_bytes
 from mc_cli.models.session import Session, first_session, later_session
 from mc_cli.parts import ModelInventory
 from mc_cli.settings import (
+    ENGINES,
     EXPERT,
     CalibrateSettings,
     QuantizerSettings,
@@ -246,6 +247,10 @@ class Look:
         if "export" in self._todo:
             with self.problems.catching():
                 exporter_from_name(self._todo["export"].format)
+        score = self._todo.get("score")
+        if session is not None and score is not None and score.engine is not None:
+            with self.problems.catching():
+                check_model(ENGINES[score.engine].format, session.config)
 
     def _places(self) -> None:
         """Places that can be written to."""
@@ -268,6 +273,7 @@ class Look:
         if score is not None and "score" in self._todo:
             with self.problems.catching():
                 kinds = replace(inventory, expert_blocks=tuple(kinds_of(inventory)))
+                check_engine(kinds, score)
                 importance_of_shapes(kinds, score)  # every width fits every matrix
         if score is not None and "allocate" in self._todo:
             with self.problems.catching():
@@ -284,7 +290,8 @@ class Look:
         if "score" in self._all:
             asked: ScoreSettings = self._all["score"]
             return asked
-        done = Manifest.read(self._work.folder("score"))
+        engine = getattr(self._todo.get("allocate"), "engine", None)
+        done = Manifest.read(replace(self._work, engine=engine).folder("score"))
         if done is None:
             return None
         quantizer = QuantizerSettings(**done.settings["quantizer"])

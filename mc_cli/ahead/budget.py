@@ -20,9 +20,10 @@ from mc_cli.allocators.whole_drops import drop_plan
 from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
 from mc_cli.artifacts.plan import Plan
 from mc_cli.encodings import planned_bytes
-from mc_cli.errors import InputError
+from mc_cli.errors import InputError, ShapeError, listed
 from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role
-from mc_cli.settings import CAMERA_Q, EXPERT, AllocateSettings, QuantizerSettings, ScoreSettings
+from mc_cli.registry import family_named
+from mc_cli.settings import CAMERA_Q, ENGINES, EXPERT, AllocateSettings, QuantizerSettings, ScoreSettings
 from mc_cli.stages.allocate import beside_experts, budget_of, experts_gone, floors_of, may_cut, other_bytes
 
 
@@ -117,6 +118,7 @@ def _asked(
         "floors": floors_of(settings),
         "dropped": gone,
         "menus": {layer: menu for layer, menu in menus.items() if menu.kept},
+        "stacked": settings.engine is not None and ENGINES[settings.engine].stacked,
     }
 
 
@@ -195,6 +197,26 @@ def _expert_bytes(budget: Budget, measured: Importance, counts: Sequence[int], s
         if width != DROPPED and abs(codes - size) < best:
             best, ratio = abs(codes - size), stored / codes
     return round(size * ratio)
+
+
+def check_engine(inventory: ModelInventory, score: ScoreSettings) -> None:
+    """Raises ShapeError, naming all of them, for experts' matrices that an engine has no encoding for."""
+    if score.engine is None:
+        return
+    encodings = family_named(score.quantizer.family)
+    limit = score.quantizer.group_size
+    problems = {
+        f"{block.path}.{part.name}: rows of {part.in_features} weights"
+        for block in inventory.expert_blocks
+        for part in block.projections
+        for bits in score.bits
+        if encodings.encoding_at(bits, part.out_features, part.in_features, group_size_limit=limit) is None
+    }
+    if problems:
+        raise ShapeError(
+            f"{score.engine} has no type for {len(problems)} matrices at widths {', '.join(map(str, score.bits))}:\n"
+            f"{listed(sorted(problems))}\nRows have to be multiples of 32. Leave --for out."
+        )
 
 
 def importance_of_shapes(inventory: ModelInventory, score: ScoreSettings) -> Importance:

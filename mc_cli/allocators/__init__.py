@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+from mc_cli.allocators import stacks
 from mc_cli.allocators.channel_score import channel_scores
 from mc_cli.allocators.cut_menus import CutMenu, menu_units, whole_choice
 from mc_cli.allocators.problem import BUDGET_UNITS, AllocationProblem, Budget, Choice, Floor, Survivors, Unit
@@ -82,6 +83,7 @@ def allocate(
     group_size_limit: int = 128,
     menus: Mapping[int, CutMenu] | None = None,
     dropped: Mapping[int, Collection[int]] | None = None,
+    stacked: bool = False,
 ) -> Plan:
     """The plan that a strategy makes of the measures: a width per expert, what it takes, and how sure that is.
 
@@ -94,6 +96,7 @@ def allocate(
     group_size_limit   at which importance was measured; handed on to the plan
     menus    layer -> what its experts may be cut to, for strategies that split experts; None = none is cut
     dropped  layer -> experts that are dropped whatever it costs; None = none but those that the strategy drops
+    stacked          one width for all experts of a layer, per projection; what that costs is in the plan's objective
     Equal arguments give an equal plan, unless the time limit stops the solver.
     Raises InputError for unknown methods, widths and exponents and for non-finite costs; BudgetError where the budget
     cannot be met; ExtensionError for a strategy whose choices do not solve the problem.
@@ -103,10 +106,31 @@ def allocate(
     widths = _candidates(importance, strategy, candidate_bits)
     problem = build_problem(importance, strategy, budget, widths, _floors(strategy, floors), settings, menus)
     problem = without_experts(problem, importance, dropped or {})
-    assignment = strategy.assign(problem, SolverSettings(gap, time_limit_s, solver))
-    _check_assignment(strategy, problem, assignment)
-    plan = make_plan(importance, strategy, problem, assignment, settings=settings)
+    solving = SolverSettings(gap, time_limit_s, solver)
+    free = strategy.assign(problem, solving)
+    _check_assignment(strategy, problem, free)
+    plan = make_plan(importance, strategy, problem, free, settings=settings)
+    if stacked:
+        plan = _stacked_plan(importance, strategy, problem, solving, settings, plan)
     return replace(plan, role_bits=dict(role_bits), group_size_limit=group_size_limit)
+
+
+def _stacked_plan(
+    importance: Importance,
+    strategy: Strategy,
+    problem: AllocationProblem,
+    solving: SolverSettings,
+    settings: CostSettings,
+    free: Plan,
+) -> Plan:
+    """The plan of one width per layer and projection; its objective says what the plan without that would lose."""
+    joined = stacks.stacked(problem)
+    found = strategy.assign(joined, solving)
+    _check_assignment(strategy, joined, found)
+    assignment = replace(found, picks=stacks.spread(problem, found.picks))
+    plan = make_plan(importance, strategy, problem, assignment, settings=settings)
+    loss = free.objective.get("predicted_loss")
+    return plan if loss is None else replace(plan, objective={**plan.objective, "predicted_loss_of_free_plan": loss})
 
 
 def _check_assignment(strategy: Strategy, problem: AllocationProblem, assignment: Assignment) -> None:
@@ -152,6 +176,7 @@ def posed_problem(
     floors: Iterable[Floor] | None = None,
     menus: Mapping[int, CutMenu] | None = None,
     dropped: Mapping[int, Collection[int]] | None = None,
+    stacked: bool = False,
     **exponents: float | None,
 ) -> AllocationProblem:
     """The same, whether or not the budget can be met."""
@@ -159,7 +184,8 @@ def posed_problem(
     settings = CostSettings(_exponents(strategy, **exponents))
     widths = _candidates(importance, strategy, candidate_bits)
     problem = build_problem(importance, strategy, budget, widths, _floors(strategy, floors), settings, menus)
-    return without_experts(problem, importance, dropped or {})
+    problem = without_experts(problem, importance, dropped or {})
+    return stacks.stacked(problem) if stacked else problem
 
 
 def build_problem(

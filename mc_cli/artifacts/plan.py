@@ -43,7 +43,7 @@ MOST_BLOCKS = 4096  # one expert has no more
 MOST_LAYERS = 100_000  # more than any model has
 REMEDY = "Run allocate again, or correct the file."
 
-Widths = float | dict[str, float]  # one for all projections, or by name; ints where whole, else multiples of 0.5
+Widths = float | dict[str, float]  # one for all projections, or by name; ints where whole, else what an encoding has
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class Plan:
         if problems := _content_problems(content):
             raise PlanError(
                 f"{path} is not a plan:\n{listed(problems)}\nA width is 0 (dropped), 1 to 8, a half "
-                f"step from 1.5 to 4.5, or 16 (kept). {REMEDY}"
+                f"step from 1.5 to 4.5, the stored bits of an IQ type of GGUF, or 16 (kept). {REMEDY}"
             )
         return cls(
             model_type=content["model_type"],
@@ -411,7 +411,7 @@ def _slots_problems(layer: object, table: object, row: object) -> list[str]:
 
 def _width_problem(where: str, bits: object) -> list[str]:
     whole = isinstance(bits, int) and not isinstance(bits, bool) and (0 <= bits <= 8 or bits == KEPT_BITS)
-    fits = whole or (isinstance(bits, float) and bits % 1 == 0.5 and bits in all_widths())
+    fits = whole or (isinstance(bits, float) and bits % 1 != 0 and bits in all_widths())
     return [] if fits else [f"{where} has width {shown(bits)}"]
 
 

@@ -1,6 +1,6 @@
 """A work directory: one calibration and one set of scores, and over them any number of variants.
 
-    calibration/ importance/                              of all variants
+    calibration/ importance/ importance.ENGINE/           of all variants; the latter by `score --for ENGINE`
     plan/ packed/ evaluation/ pruning/                    of the variant `main`
     variants/NAME/{plan,packed,evaluation,pruning}/       of any other
 
@@ -27,6 +27,7 @@ POLICY_STAGE, POLICY_FOLDER = "policy", "pruning"  # what prune-eval makes besid
 FOLDERS = STAGE_FOLDERS | {POLICY_STAGE: POLICY_FOLDER}
 SHARED = ("calibrate", "score")  # the stages whose results all variants read
 MAIN = "main"  # the variant that lies in the work directory itself
+_OF_ENGINES = ("score", "allocate", "quantize")  # the stages that take --for
 VARIANTS = "variants"  # the folder of the others
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?")
 _OURS = (".partial", ".removed", ".replaced")  # what names of ours end in while something is made or removed
@@ -39,13 +40,15 @@ class WorkDir:
 
     path: Path
     variant: str = MAIN
+    engine: str | None = None  # whose scores are meant; None: those of no engine
 
     def __post_init__(self) -> None:
         check_variant(self.variant)
 
     def folder(self, stage: str) -> Path:
         """Where the results of a stage (or of `policy`) lie."""
-        return self._place(stage) / (STAGE_FOLDERS | FOLDERS)[stage]
+        name = (STAGE_FOLDERS | FOLDERS)[stage]
+        return self._place(stage) / (f"{name}.{self.engine}" if stage == "score" and self.engine else name)
 
     def _place(self, stage: str) -> Path:
         return self.path if stage in SHARED or self.variant == MAIN else self.path / VARIANTS / self.variant
@@ -55,9 +58,11 @@ class WorkDir:
         return f"mc-cli {command_of(stage)} {self.flags(stage)}"
 
     def flags(self, stage: str = "") -> str:
-        """`-w DIR`, with `--variant NAME` where a stage needs it."""
+        """`-w DIR`, with `--variant NAME` and `--for ENGINE` where a stage needs them."""
         named = self.variant != MAIN and stage not in SHARED
-        return f"-w {self.path}{f' --variant {self.variant}' if named else ''}"
+        variant = f" --variant {self.variant}" if named else ""
+        engine = f" --for {self.engine}" if self.engine and stage in _OF_ENGINES else ""
+        return f"-w {self.path}{variant}{engine}"
 
     @classmethod
     def around(cls, folder: Path) -> WorkDir:

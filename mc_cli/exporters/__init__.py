@@ -3,8 +3,9 @@
 An exporter file defines `NAME`, `DESCRIPTION`, `CARRIES_POLICY`, `export(job)`, which writes a directory that its users
 load without further steps, and `open(directory, reading)`, which reads it as they do and gives logits. `DEQUANTIZES =
 True` says that it holds plain numbers in the model's own dtype, and is as large as the original. `ENGINES` names the
-engines that load it, `KEEPS` says what is left in it of a plan. Writing knows files only; what needs a live model comes
-with the job. Reading may use any engine, and nothing else knows which.
+engines that load it, `KEEPS` says what is left in it of a plan; `check(config)` raises a McError for a model that it
+cannot hold, so that this is known before hours of work. Writing knows files only; what needs a live model comes with the
+job. Reading may use any engine, and nothing else knows which.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _REGISTRY = Registry(
     marker="export",
     name_of=lambda module: module.NAME,
     required=("NAME", "DESCRIPTION", "CARRIES_POLICY", "open"),
-    facts={"DEQUANTIZES": False, "ENGINES": (), "KEEPS": "not stated"},
+    facts={"DEQUANTIZES": False, "ENGINES": (), "KEEPS": "not stated", "check": None},
 )
 
 
@@ -90,6 +91,13 @@ class Exporter(Protocol):
 def exporter_from_name(name: str) -> Exporter:
     """The exporter called `name`. Raises InputError listing the known ones with what they write."""
     return _REGISTRY.named(name, described=lambda exporter: exporter.DESCRIPTION)
+
+
+def check_model(name: str, config: Any) -> None:
+    """Raises a McError where the exporter of that name says that it cannot hold a model, or lacks a package."""
+    check = _REGISTRY.fact(exporter_from_name(name), "check")
+    if check is not None:
+        check(config)
 
 
 def dequantizes(name: str) -> bool:

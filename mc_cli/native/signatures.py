@@ -127,6 +127,19 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "features": "int",
             **_KEPT,
         },
+        "mc_lattice_search": {
+            "points": "const float *",
+            "metric": "const float *",
+            "wanted": "const float *",
+            "linear": "const float *",
+            "scales": "const float *",
+            "parities": "const uint8_t *",
+            "count": "int",
+            "width": "int",
+            "rows": "int",
+            "codes": "int16_t *",
+            "signs": "uint8_t *",
+        },
     }
 )
 

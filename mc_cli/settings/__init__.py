@@ -8,6 +8,7 @@ from mc_cli.settings.calibrate import CalibrateSettings
 from mc_cli.settings.compute import RunSettings
 from mc_cli.settings.declared import Flag, Settings, StageSettings, flags_of_class
 from mc_cli.settings.effort import EFFORTS
+from mc_cli.settings.engines import ENGINES, Engine, with_engine
 from mc_cli.settings.evaluate import ACTIVATION_BITS, EvaluateSettings
 from mc_cli.settings.export import ExportSettings
 from mc_cli.settings.merge import AVERAGE, MERGEMOE, MERGES, PUZZLE, SUB_MOE
@@ -24,6 +25,7 @@ __all__ = [
     "CHANNEL",
     "CUTS_WITHIN",
     "EFFORTS",
+    "ENGINES",
     "EXPERT",
     "FREQUENCY",
     "GLOBAL",
@@ -39,6 +41,7 @@ __all__ = [
     "WIDTH_BORDERS",
     "AllocateSettings",
     "CalibrateSettings",
+    "Engine",
     "EvaluateSettings",
     "ExportSettings",
     "Flag",
@@ -50,4 +53,5 @@ __all__ = [
     "Settings",
     "StageSettings",
     "flags_of_class",
+    "with_engine",
 ]

@@ -11,6 +11,7 @@ from mc_cli.errors import InputError, McError, MissingFlagsError
 from mc_cli.parts import DROPPED, KEPT_BITS, Role
 from mc_cli.settings import texts
 from mc_cli.settings.declared import Flag, StageSettings, setting
+from mc_cli.settings.engines import engine_flag
 from mc_cli.settings.merge import MERGES, merge_problems
 from mc_cli.settings.prune import FREQUENCY, GLOBAL, PER_LAYER, REAP, ROUTER_WEIGHT
 from mc_cli.settings.written import parse_bits_list, parse_file_size, parse_floors
@@ -272,7 +273,16 @@ class AllocateSettings(StageSettings):
     )
     router_bits: int = setting(KEPT_BITS, _part("Routers"))
 
+    engine: str | None = setting(None, engine_flag(_METHOD))
+
     def _conflicts(self) -> Iterator[McError]:
+        asked = (self.cut_ratio, self.drop_ratio, self.experts_left)
+        loses = any(share is not None for share in asked) or DROPPED in (self.bits or ())
+        if self.engine is not None and loses:
+            yield InputError(
+                f"--for {self.engine}: experts are neither dropped, cut nor merged there. Leave --cut-ratio, --drop-ratio, "
+                "--experts-left and width 0 out."
+            )
         given = [name for name in TARGETS if getattr(self, name) is not None]
         yield from map(InputError, self._drop_problems(given))
         if len(given) != 1 and (given or self.drop_ratio is None):
@@ -374,6 +384,7 @@ class AllocateSettings(StageSettings):
         plain = super().resolved()
         left_out = {"cuts"} if self.cuts else set()
         left_out |= {"cut_ratio", "uniform_width"} if self.cut_ratio is None else set()
+        left_out |= {"engine"} if self.engine is None else set()
         left_out |= {"experts_left", "merge", "merge_rank"} if self.experts_left is None else set()
         left_out |= {name for name in ("halves", "figures") if not getattr(self, name)}
         left_out |= {"drop_ratio"} if self.drop_ratio is None else set()

@@ -31,7 +31,8 @@ class ExportSettings(StageSettings):
     format: str = setting(
         "transformers",
         Flag(
-            "transformers: packed, loads after `import mc_cli`; dense: dequantized, original layout.",
+            "transformers: packed, loads after `import mc_cli`; dense: dequantized, original layout; gguf: for "
+            "llama.cpp, of plans made --for it.",
             _OUTPUT,
             metavar="NAME",
         ),
@@ -63,3 +64,5 @@ class ExportSettings(StageSettings):
     def _conflicts(self) -> Iterator[McError]:
         if not self.out:
             yield InputError("export needs --out, the directory to write.")
+        if self.out.endswith(".gguf"):
+            yield InputError(f"--out {self.out}: name a directory; --format gguf writes model.gguf into it.")

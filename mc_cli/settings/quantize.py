@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from mc_cli.errors import McError
 from mc_cli.settings.declared import Flag, StageSettings, setting
+from mc_cli.settings.engines import engine_flag, quantizer_conflict
 from mc_cli.settings.quantizer import QuantizerSettings
 
 
@@ -22,4 +25,9 @@ class QuantizeSettings(StageSettings):
             default="the one that allocate wrote",
         ),
     )
-    not_fingerprinted = frozenset({"plan"})  # its digest is
+    engine: str | None = setting(None, engine_flag("Plan"))
+    not_fingerprinted = frozenset({"plan", "engine"})  # the plan's digest is
+
+    def _conflicts(self) -> Iterator[McError]:
+        if conflict := quantizer_conflict(self.engine, self.quantizer.quantizer):
+            yield conflict

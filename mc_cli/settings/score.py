@@ -10,6 +10,7 @@ from mc_cli.errors import InputError, McError
 from mc_cli.parts import DROPPED
 from mc_cli.registry import widths_of
 from mc_cli.settings.declared import Flag, StageSettings, setting
+from mc_cli.settings.engines import engine_flag, quantizer_conflict
 from mc_cli.settings.quantizer import QuantizerSettings
 from mc_cli.settings.written import parse_bits_list
 
@@ -55,9 +56,11 @@ class ScoreSettings(StageSettings):
         ),
     )
 
+    engine: str | None = setting(None, engine_flag(_SCORE))
+
     def resolved(self) -> dict[str, Any]:
         """Plain JSON values of all fields that change the result; of what is measured besides, only what was asked."""
-        usual = {"unit": EXPERT, "similarity": False}
+        usual = {"unit": EXPERT, "similarity": False, "engine": None}
         return {name: value for name, value in super().resolved().items() if name not in usual or usual[name] != value}
 
     def __post_init__(self) -> None:
@@ -66,7 +69,11 @@ class ScoreSettings(StageSettings):
         super().__post_init__()
 
     def _conflicts(self) -> Iterator[McError]:
-        """Widths that the quantizer does not make; whole ones up to 8 it always does."""
+        """Widths that the quantizer does not make, whole ones up to 8 it always does; and what an engine has not."""
+        if conflict := quantizer_conflict(self.engine, self.quantizer.quantizer):
+            yield conflict
+        if self.engine is not None and DROPPED in self.bits:
+            yield InputError(f"--bits {DROPPED}: {self.engine} has the same number of experts in all layers.")
         known = widths_of(self.quantizer.family)
         wrong = [width for width in self.bits if width != DROPPED and width not in known]
         if wrong:

@@ -67,10 +67,10 @@ def parse_bits_list(text: str) -> tuple[float, ...]:
         widths = tuple(sorted({read_width(piece) for piece in text.split(",")}))
     except ValueError as error:
         raise InputError(f"--bits {text!r}: write widths separated by commas, for example 1,1.5,2,3,4.") from error
-    known = (width in (DROPPED, KEPT_BITS) or (1 <= width <= 8 and float(2 * width).is_integer()) for width in widths)
+    known = (width in (DROPPED, KEPT_BITS) or (1 <= width <= 8 and float(16 * width).is_integer()) for width in widths)
     if not all(known):
         raise InputError(
-            f"--bits {text!r}: widths are 1 to 8 in steps of one half, 0 for dropping an expert, or with --cut-ratio "
+            f"--bits {text!r}: widths are 1 to 8 in steps of 1/16, 0 for dropping an expert, or with --cut-ratio "
             "16 for keeping the weights that are left."
         )
     if widths == (DROPPED,):

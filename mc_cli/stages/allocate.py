@@ -42,6 +42,7 @@ from mc_cli.reports.figures import FIGURES, draw, figures_of
 from mc_cli.reports.plan import plan_summary
 from mc_cli.settings import (
     CAMERA_Q,
+    ENGINES,
     FREQUENCY,
     REAP,
     ROUTER_WEIGHT,
@@ -192,8 +193,8 @@ def scoring_quantizer(work: WorkDir) -> QuantizerSettings:
 
 
 def may_cut(settings: AllocateSettings) -> bool:
-    """Whether the plan may cut channels: the programme over the whole model, without floors that count experts."""
-    if not settings.cuts or settings.floors or settings.halves:
+    """Whether the plan may cut channels: the programme over the whole model, for no engine, without floors."""
+    if not settings.cuts or settings.floors or settings.halves or settings.engine is not None:
         return False
     return settings.cut_ratio is None and settings.drop_ratio is None and settings.method == METHOD
 
@@ -289,6 +290,7 @@ def _allocated(
         beta=settings.beta,
         gamma=settings.gamma,
         seed=settings.seed,
+        stacked=settings.engine is not None and ENGINES[settings.engine].stacked,
         **shared,
         **solving,
     )

@@ -83,7 +83,9 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
         calibrated = self.session.calibrated()
         inputs = {**self.session.model_inputs(), "calibrate": calibrated.fingerprint}
         if self.settings.plan is None:
-            inputs["allocate"] = require_done(self.work, "allocate").fingerprint
+            allocated = require_done(self.work, "allocate")
+            inputs["allocate"] = allocated.fingerprint
+            _check_engine(self.settings.engine, allocated.settings.get("engine"), self.work)
         inputs["plan"] = file_digest(existing_plan(self.settings, self.work))
         resolved = {**self.settings.resolved(), "dtype": self.session.dtype_name, **self.session.compute.of_jobs}
         return StageFolder(self.work, STAGE, resolved, inputs)
@@ -156,6 +158,15 @@ def _routing_counts(plan: Plan, calibration: Path) -> dict[int, Sequence[int]]:
 def _has_covariances(calibration: Path, inventory: ModelInventory) -> bool:
     files = (calibration / calibration_artifact.covariance_file(block.layer) for block in inventory.expert_blocks)
     return all(path.exists() for path in files)
+
+
+def _check_engine(asked: str | None, planned: str | None, work: WorkDir) -> None:
+    """Raises PlanError where quantize is asked for another engine than the plan was made for."""
+    if asked is not None and asked != planned:
+        raise PlanError(
+            f"--for {asked}: the plan in {work.folder('allocate')} was made for {planned or 'no engine'}. Run "
+            f"`{work.command('allocate')}` first, or leave --for out."
+        )
 
 
 def plan_path(settings: QuantizeSettings, work: WorkDir) -> Path:

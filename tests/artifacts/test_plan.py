@@ -114,8 +114,8 @@ def test_what_allocate_adds_may_be_left_out(tmp_path: Path):
                 "layer 2 expert 0 has width True\n",
                 "layer 2 expert 1 has width None\n",
                 "layer 2 expert 2 up_proj has width -1\n",
-                "A width is 0 (dropped), 1 to 8, a half step from 1.5 to 4.5, or 16 (kept). Run allocate again, or "
-                "correct the file.",
+                "A width is 0 (dropped), 1 to 8, a half step from 1.5 to 4.5, the stored bits of an IQ type of GGUF, "
+                "or 16 (kept). Run allocate again, or correct the file.",
             ],
         ),
     ],

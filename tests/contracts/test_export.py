@@ -37,7 +37,8 @@ from tests.tiny_models import read_tensors, with_own_code
 TOKEN_IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(1))
 SHARD_BYTES = 60_000  # two to four shards of a tiny model
 every_family = pytest.mark.parametrize("model_type", CONTRACT_TESTED)
-every_format = pytest.mark.parametrize("format", sorted(exporters()))
+# Those that hold any plan; what keeps to an engine's own encodings has tests of its own.
+every_format = pytest.mark.parametrize("format", ["dense", "transformers"])
 
 # A dense export drops experts by a low bias where the router has one that does, else it leaves them out. In routers
 # with groups as many of each then.

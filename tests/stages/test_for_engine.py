@@ -1,0 +1,94 @@
+"""`--for llama.cpp` through all stages: its widths are scored beside others, planned by stack, and exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mc_cli import chain
+from mc_cli.artifacts.importance import Importance
+from mc_cli.artifacts.names import IMPORTANCE, PLAN
+from mc_cli.artifacts.plan import Plan
+from mc_cli.artifacts.work_dir import WorkDir
+from mc_cli.errors import InputError, McError, PlanError
+from mc_cli.flags import build
+from mc_cli.progress import SilentProgress
+from mc_cli.recipe import Recipe, plan_run
+from mc_cli.settings import ScoreSettings
+from mc_cli.stages import allocate, quantize, score
+from tests.conftest import TinyModel
+from tests.tiny_chain import COMPUTE, run_calibrate, run_export, write_documents
+
+ENGINE = {"engine": "llama.cpp"}
+SMALL = {"hidden_size": 256, "intermediate_size": 256, "num_local_experts": 3, "num_hidden_layers": 2}
+SILENT = {"force": False, "progress": SilentProgress()}
+
+
+def test_the_whole_way(tiny_model: TinyModel, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    work = tmp_path / "work"
+    run_calibrate(work, tiny_model("mixtral", **SMALL), write_documents(tmp_path / "text.jsonl", documents=30))
+    scored = score.run(build("score", {**ENGINE, "bits": (2, 4), "sweeps": 0}), COMPUTE, work, **SILENT)
+    assert scored.folder == work / "importance.llama.cpp" and not (work / "importance").exists()
+    assert Importance.read(scored.folder / IMPORTANCE).quantizer == "gguf"
+    with pytest.raises(McError, match=r"mc-cli score"):
+        allocate.run(build("allocate", {"target_stored_bits": 3.5}), COMPUTE, work, **SILENT)
+    allocate.run(build("allocate", {**ENGINE, "target_stored_bits": 3.5}), COMPUTE, work, **SILENT)
+    plan = Plan.read(work / "plan" / PLAN)
+    assert plan.family == "gguf" and plan.objective["predicted_loss"] >= plan.objective["predicted_loss_of_free_plan"]
+    assert all(entry == row[0] for row in plan.expert_bits.values() for entry in row)
+    followed = chain.followed_settings("quantize", WorkDir(work))
+    assert followed["quantizer"] == "gguf" and followed["sweeps"] == 0
+    quantize.run(build("quantize", followed), COMPUTE, work, **SILENT)
+    found = run_export(work, tmp_path / "out", "gguf").summary["read_back"]
+    assert found["same_top_token"] == 1 and (tmp_path / "out" / "model.gguf").is_file()
+
+
+def test_what_the_engine_cannot_hold_is_told_before_work(tiny_model: TinyModel, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    text = write_documents(tmp_path / "text.jsonl", documents=30)
+    sections = {
+        "calibrate": {"model": str(tiny_model("gpt_oss")), "data": str(text)},
+        **{name: dict(ENGINE) for name in ("score", "allocate", "quantize")},
+        "export": {"out": str(tmp_path / "out")},
+    }
+    sections["allocate"]["target_stored_bits"] = 4.5
+    plan = plan_run(Recipe(sections, str(tmp_path / "work")))
+    with pytest.raises(McError) as caught:
+        chain.look_ahead(plan.stages, plan.compute, plan.work, todo=tuple(plan.stages))
+    assert "'gpt_oss' cannot be exported as GGUF" in str(caught.value)
+    assert "layers.0.mlp.experts.down_proj: rows of 48 weights" in str(caught.value)
+
+
+def test_quantize_for_another_engine_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"--for llama\.cpp: the plan in .* was made for no engine"):
+        quantize._check_engine("llama.cpp", None, WorkDir(Path("w")))
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    with pytest.raises(InputError, match=r"--quantizer gptq: llama\.cpp reads what --quantizer gguf makes"):
+        build("score", {**ENGINE, "quantizer": "gptq"})
+    with pytest.raises(InputError, match=r"--bits 0: llama\.cpp"):
+        build("score", {**ENGINE, "bits": (0, 2, 4)})
+    with pytest.raises(InputError, match="neither dropped, cut nor merged"):
+        build("allocate", {**ENGINE, "cut_ratio": 0.2})
+    with pytest.raises(InputError, match="name a directory"):
+        build("export", {"format": "gguf", "out": "model.gguf"})
+
+
+def test_without_an_engine_nothing_of_it_is_in_fingerprints() -> None:
+    assert "engine" not in ScoreSettings().resolved()
+    assert "engine" not in build("allocate", {"target_bits": 2.0}).resolved()
+    assert "engine" not in build("quantize", ENGINE).resolved()
+
+
+def test_run_gives_every_stage_what_the_engine_needs() -> None:
+    sections = {name: dict(ENGINE) for name in ("score", "allocate", "quantize")}
+    sections["calibrate"] = {"model": "m", "data": "d"}
+    sections["allocate"]["target_stored_bits"] = 2.5
+    sections["export"] = {"out": "o"}
+    plan = plan_run(Recipe(sections, "w"))
+    assert plan.stages["score"].quantizer.quantizer == plan.stages["quantize"].quantizer.quantizer == "gguf"
+    assert plan.stages["export"].format == "gguf" and plan.work.engine == "llama.cpp"
+    assert plan.stages["score"].bits == (2.0625, 2.3125, 2.5625, 3.0625, 3.4375, 4.25)
