@@ -4,8 +4,8 @@ An exporter file defines `NAME`, `DESCRIPTION`, `CARRIES_POLICY`, `export(job)`,
 load without further steps, and `open(directory, reading)`, which reads it as they do and gives logits. `DEQUANTIZES =
 True` says that it holds plain numbers in the model's own dtype, and is as large as the original. `ENGINES` names the
 engines that load it, `KEEPS` says what is left in it of a plan; `check(config)` raises a McError for a model that it
-cannot hold, so that this is known before hours of work. Writing knows files only; what needs a live model comes with the
-job. Reading may use any engine, and nothing else knows which.
+cannot hold, so that this is known before hours of work. Writing knows files only; what needs a live model comes with
+the job. Reading may use any engine, and nothing else knows which.
 """
 
 from __future__ import annotations

@@ -280,8 +280,8 @@ class AllocateSettings(StageSettings):
         loses = any(share is not None for share in asked) or DROPPED in (self.bits or ())
         if self.engine is not None and loses:
             yield InputError(
-                f"--for {self.engine}: experts are neither dropped, cut nor merged there. Leave --cut-ratio, --drop-ratio, "
-                "--experts-left and width 0 out."
+                f"--for {self.engine}: experts are neither dropped, cut nor merged there. Leave --cut-ratio, "
+                "--drop-ratio, --experts-left and width 0 out."
             )
         given = [name for name in TARGETS if getattr(self, name) is not None]
         yield from map(InputError, self._drop_problems(given))
