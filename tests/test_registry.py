@@ -45,7 +45,7 @@ except InputError as error:
 def test_an_entry_point_brings_an_extension(tmp_path: Path) -> None:
     assert asked(tmp_path, NAMES) == "gguf gptq rtn trellis"
     installed(tmp_path, GOOD)
-    assert asked(tmp_path, NAMES) == "gptq rtn toy trellis"
+    assert asked(tmp_path, NAMES) == "gguf gptq rtn toy trellis"
     built = "from mc_cli.quantizers import quantizer_from_name\nprint(quantizer_from_name('toy', clip_search=True))"
     assert asked(tmp_path, built) == "RoundToNearest(clip_search=True)"
 
@@ -112,7 +112,7 @@ try:
 except McError as error:
     print(error)
 """
-    assert asked(tmp_path, code) == "Unknown family of encodings 'tory'. Known families: affine, trellis."
+    assert asked(tmp_path, code) == "Unknown family of encodings 'tory'. Known families: affine, gguf, trellis."
 
 
 def test_plans_and_families_know_a_foreign_one(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ for name, family, bits in (("a", "toy", 6.5), ("b", "tory", 2), ("c", "toy", 7.5
         print(str(error).splitlines()[1])
 """
     known, unknown, width = asked(tmp_path, code).splitlines()
-    assert known == "toy" and "family is 'tory', not one of affine, toy, trellis" in unknown and "7.5" in width
+    assert known == "toy" and "family is 'tory', not one of affine, gguf, toy, trellis" in unknown and "7.5" in width
 
 
 BROKEN = (

@@ -6,6 +6,7 @@ coded, refitted and exported.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -311,14 +312,11 @@ def test_similarity_is_that_of_all_experts_on_common_tokens(plain: Scored) -> No
     assert found.routing_count.tolist() == np.bincount(layer.index.ravel(), minlength=EXPERTS).tolist()
 
 
-def test_without_measures_of_similarity_the_command_is_named(plain: Scored) -> None:
-    path = plain.work_dir / "importance" / similarity_file(1)
-    path.rename(path.with_suffix(".away"))
-    try:
-        with pytest.raises(InputError, match="--similarity --force"):
-            plain.allocate(merge="average")
-    finally:
-        path.with_suffix(".away").rename(path)
+def test_without_measures_of_similarity_the_command_is_named(plain: Scored, tmp_path: Path) -> None:
+    unmeasured = replace(plain, work_dir=Path(shutil.copytree(plain.work_dir, tmp_path / "work")))
+    run_score(unmeasured.work_dir, bits=(2, 4), force=True)
+    with pytest.raises(InputError, match="--similarity --force"):
+        unmeasured.allocate(merge="average")
 
 
 def test_a_run_measures_similarity_where_experts_are_merged(tmp_path: Path) -> None:
