@@ -155,6 +155,14 @@ _GEMMA = {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 _HYBRID = ["linear_attention", "full_attention"]
+_QWEN4_EXP = {
+    "layer_types": _HYBRID,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+}
 _DSA = {"num_key_value_heads": 4, "num_hidden_layers": 3}
 
 
@@ -187,7 +195,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "kimi_linear": {"num_key_value_heads": 4, "layer_types": _HYBRID},
     "qwen3_5_moe_text": {"layer_types": _HYBRID},
-    "qwen4_exp_text": {"layer_types": _HYBRID},
+    "qwen4_exp_text": _QWEN4_EXP,
     "zaya": {"num_experts_per_tok": 1, "num_hidden_layers": 3},
     "dots3_note_text": {"num_key_value_heads": 4, "head_dim": 16},
     "jetmoe": {"kv_channels": 8},
@@ -224,6 +232,7 @@ CHANGES: dict[str, dict[str, Any]] = {
             "qk_rope_head_dim": 0,
             "index_kpool": 4,
             "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
         }
     },
     "inkling_mm_model": {},
@@ -238,7 +247,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "step3p7": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "share_expert_dim": 24}},
     "qwen3_5_moe": {"text_config": {"layer_types": _HYBRID}},
-    "qwen4_exp": {"text_config": {"layer_types": _HYBRID}},
+    "qwen4_exp": {"text_config": _QWEN4_EXP},
     "internvl@qwen3_moe": {
         "text_config": {"model_type": "qwen3_moe"},
         "vision_config": {"model_type": "internvl_vision"},
