@@ -5,7 +5,8 @@ channels. Then every way makes its plan for every size, which is quantized as sc
   plain      widths alone, what allocate does with --no-cuts and without width 0
   dropped    widths, and whole experts dropped where that costs less
   cut        channels cut, and one width for all that are left: the one that is predicted best
-  programme  the default of allocate
+  cuts       widths, and channels cut where that costs less: the default of run, where width 0 is not scored
+  programme  the default of allocate where width 0 was scored too: whole experts may be dropped as well
   reap       a quarter of the experts dropped, those with the lowest REAP scores, and widths for the rest
   camera-q   three groups of channels by energy, with affine codes by GPTQ
 A way that cannot reach a size is a row without figures. Prints means over the seeds and writes all figures as JSON;
@@ -171,6 +172,10 @@ def _cut(size: float, work_dir: Path) -> AllocateSettings:
     return AllocateSettings(target_stored_bits=size, bits=(min(found, key=lambda width: found[width]),))
 
 
+def _cuts(size: float, work_dir: Path) -> AllocateSettings:
+    return AllocateSettings(target_stored_bits=size, bits=WIDTHS)
+
+
 def _programme(size: float, work_dir: Path) -> AllocateSettings:
     return AllocateSettings(target_stored_bits=size)
 
@@ -187,6 +192,7 @@ WAYS = {
     "plain": _plain,
     "dropped": _dropped,
     "cut": _cut,
+    "cuts": _cuts,
     "programme": _programme,
     "reap": _reap,
     CAMERA_Q: _camera_q,
