@@ -67,7 +67,7 @@ demo: install
 # Files of tests are dealt to so many processes; each computes on one thread.
 TEST_JOBS ?= 2
 test: install-dev
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 # llama.cpp comes as the source distribution of its bindings, and takes minutes to compile.
 ENGINES ?= .engines

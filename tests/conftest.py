@@ -31,6 +31,22 @@ torch.set_num_threads(1)  # on tensors this small, threads wait for each other l
 
 TinyModel = Callable[..., Path]
 
+# Files whose tests take minutes. Of several processes one would be left alone with them, if they did not begin first.
+LONG = (
+    "tests/faults/",
+    "tests/installation/",
+    "tests/contracts/test_extensions.py",
+    "tests/cli/test_whole_chain.py",
+    "tests/test_resume.py",
+    "tests/serving/",
+    "tests/ahead/",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests of long files first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
