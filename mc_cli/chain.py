@@ -6,6 +6,7 @@ import importlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def require_compress() -> None:
     problems = []
     for name, wanted in COMPRESS.items():
         try:
-            found = metadata.version(name)
+            found = _installed(name)
         except metadata.PackageNotFoundError:
             problems.append(f"{name} is not installed")
             continue
@@ -74,6 +75,12 @@ def require_compress() -> None:
             f"The stages need more than loading and serving do: {'; '.join(problems)}. Run `pip install "
             f"'{DISTRIBUTION}[compress]'`, in an environment without vLLM, which wants an earlier transformers."
         )
+
+
+@cache
+def _installed(name: str) -> str:
+    """The version of a distribution, looked up once per process. Raises PackageNotFoundError."""
+    return metadata.version(name)
 
 
 def stage_module(stage: str) -> Any:

@@ -81,7 +81,7 @@ print([need for need in found.requires if need.startswith(mc_cli.DISTRIBUTION)])
     for kind in ("wheel", "editable"):
         version, needs = installed(kind).run("-c", script).splitlines()
         assert version == "True ['mc-cli', 'mixture-compressor']"  # the command, and vLLM's plug-in
-        assert needs == """['mixture-compressor[compress,eval,figures,gpu,serve]; extra == "dev"']"""
+        assert needs == """['mixture-compressor[compress,eval,figures,gguf,gpu,serve]; extra == "dev"']"""
 
 
 # Exports
