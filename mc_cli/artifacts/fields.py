@@ -24,7 +24,9 @@ from mc_cli.parts import read_width
 
 _MOST = 2**63 - 1
 _INDEX = re.compile(r"[0-9]{1,9}")
-_WIDTH = re.compile(r"[0-9]{1,2}(\.[05])?")
+# Widths are sixteenths of a bit: those of llama.cpp's block types.
+_SIXTEENTHS = "|".join(f"{place / 16:g}".removeprefix("0.") for place in range(16))
+_WIDTH = re.compile(rf"[0-9]{{1,2}}(\.({_SIXTEENTHS}))?")
 _NAMES: dict[Any, str] = {
     int: "a whole number",
     float: "a finite number",
