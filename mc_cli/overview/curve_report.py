@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mc_cli.overview.curve import OURS, Curve, Point
@@ -95,7 +96,7 @@ def _beside(curve: Curve) -> dict[str, Any]:
 
 def measured_table(measured: Sequence[Measured], expectation: Expectation) -> dict[str, Any]:
     """What was measured of every variant, beside what was expected of it before any was."""
-    prior = Expectation(*(getattr(expectation, name) for name in _PRIOR))
+    prior = replace(expectation, added=0.0, added_error=0.0, own=0)
     rows: list[list[Any]] = []
     for entry in measured:
         predicted = entry.predicted_loss
@@ -106,9 +107,6 @@ def measured_table(measured: Sequence[Measured], expectation: Expectation) -> di
         rows.append([*row, *([None, None] if expected is None else [expected.low, expected.high])])
     columns = ["variant", "stored bytes", "stored bits per expert weight", "predicted loss", "loss gap", "KL"]
     return table(f"Measured, {_UNIT}", [*columns, "expected from", "to"], rows, left=1)
-
-
-_PRIOR = ("level", "slope", "within", "between", "models", "plans")
 
 
 def _measured_json(entry: Measured) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -89,17 +89,7 @@ class Expectation:
         noise, spread = self.within**2 / count, self.between**2
         trust = spread / (spread + noise) if spread + noise else 0.0
         error = math.sqrt(trust * noise)
-        return Expectation(
-            self.level,
-            self.slope,
-            self.within,
-            self.between,
-            self.models,
-            self.plans,
-            added=trust * sum(residuals) / count,
-            added_error=error,
-            own=count,
-        )
+        return replace(self, added=trust * sum(residuals) / count, added_error=error, own=count)
 
 
 def fitted(seen: Sequence[Seen]) -> Expectation:
