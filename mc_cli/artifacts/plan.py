@@ -69,6 +69,17 @@ def widths_by_block(entry: ExpertBits) -> list[Widths]:
     return [block.bits for block in entry] if isinstance(entry, tuple) else [entry]
 
 
+def mean_bits(entry: ExpertBits) -> float:
+    """Mean width of an expert over its blocks' channels and over projections, those that are cut as 0."""
+    sizes = [block.channels for block in entry] if isinstance(entry, tuple) else [1]
+    means = [_mean_width(widths) for widths in widths_by_block(entry)]
+    return sum(mean * size for mean, size in zip(means, sizes, strict=True)) / sum(sizes)
+
+
+def _mean_width(widths: Widths) -> float:
+    return sum(widths.values()) / len(widths) if isinstance(widths, dict) else float(widths)
+
+
 @dataclass(frozen=True)
 class Plan:
     """The width of every part of the model, and how it was decided."""

@@ -8,7 +8,7 @@ from typing import Any
 from mc_cli.artifacts.calibration import LayerRouting
 from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.importance import Importance
-from mc_cli.artifacts.plan import BlockBits, ExpertBits, Plan, Widths
+from mc_cli.artifacts.plan import Plan, mean_bits
 from mc_cli.overview.routing import spread_of
 from mc_cli.parts import DROPPED
 from mc_cli.reports.charts import BARS, LINE, POINTS, STARS, Chart, Heat, Series
@@ -53,22 +53,6 @@ def bits_map(plan: Plan) -> Heat:
         values.append(row + [None] * (most - len(row)))
     names = [str(expert) for expert in range(most)]
     return Heat("Bits of every expert", "layer", "expert", "bits", list(map(str, layers)), names, values)
-
-
-def mean_bits(entry: ExpertBits) -> float:
-    """Mean width of an expert's projections, and of its blocks by their channels."""
-    if isinstance(entry, tuple):
-        channels = sum(block.channels for block in entry)
-        return sum(block.channels * _mean(_bits_of(block)) for block in entry) / channels
-    return _mean(entry)
-
-
-def _bits_of(block: BlockBits) -> Widths:
-    return block.bits
-
-
-def _mean(widths: Widths) -> float:
-    return sum(widths.values()) / len(widths) if isinstance(widths, dict) else widths
 
 
 def spectrum_chart(importance: Importance) -> Chart:

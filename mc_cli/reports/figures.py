@@ -14,7 +14,7 @@ import numpy as np
 from mc_cli.allocators.channel_score import ScoreAsked, channel_score_named
 from mc_cli.artifacts.channel_measures import ChannelMeasures
 from mc_cli.artifacts.files import write_bytes_with
-from mc_cli.artifacts.plan import Plan, Widths, widths_by_block
+from mc_cli.artifacts.plan import Plan, mean_bits
 from mc_cli.errors import MissingDependencyError
 from mc_cli.parts import ModelInventory
 from mc_cli.reports.plan import merged_groups
@@ -39,7 +39,7 @@ def figures_of(plan: Plan, inventory: ModelInventory, measures: Mapping[int, Cha
     for layer, block in blocks.items():
         parts = [plan.blocks_of(layer, expert, block.channels) for expert in range(block.num_experts)]
         kept[str(layer)] = [sum(part.channels for part in found if not part.cut) for found in parts]
-        bits[str(layer)] = [_mean_bits(plan, layer, expert) for expert in range(block.num_experts)]
+        bits[str(layer)] = [mean_bits(entry) for entry in plan.expert_bits[layer]]
     found: dict[str, Any] = {"units": _UNITS, "channels_kept": kept, "bits": bits}
     found["merged"] = {str(layer): [list(group) for group in merged_groups(plan, layer)] for layer in blocks}
     found["energy_spectrum"] = {str(layer): spectrum(entry) for layer, entry in measures.items()}
@@ -52,18 +52,6 @@ def spectrum(measures: ChannelMeasures) -> list[float]:
     total = np.concatenate([[0.0], energy.cumsum()])
     places = np.linspace(0, len(energy), _POINTS).round().astype(int)
     return [float(share) for share in total[places] / max(total[-1], np.finfo(np.float64).tiny)]
-
-
-def _mean_bits(plan: Plan, layer: int, expert: int) -> float:
-    """Mean width over the blocks' channels and over projections, those that are cut as 0."""
-    entry = plan.expert_bits[layer][expert]
-    sizes = [block.channels for block in entry] if isinstance(entry, tuple) else [1]
-    means = [_mean_width(widths) for widths in widths_by_block(entry)]
-    return sum(mean * size for mean, size in zip(means, sizes, strict=True)) / sum(sizes)
-
-
-def _mean_width(widths: Widths) -> float:
-    return sum(widths.values()) / len(widths) if isinstance(widths, dict) else float(widths)
 
 
 def draw(folder: Path, numbers: Mapping[str, Any], title: str) -> list[str]:
