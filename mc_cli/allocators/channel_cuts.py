@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mc_cli.allocators.channel_score import ChannelScore, ScoreAsked, Scores, channel_score_named
+from mc_cli.allocators.costs import expert_bytes
 from mc_cli.artifacts.channel_measures import ChannelMeasures
 from mc_cli.artifacts.channel_order import ChannelOrder
 from mc_cli.artifacts.plan import BlockBits, ExpertBits, Plan
-from mc_cli.encodings import planned_bytes
 from mc_cli.errors import BudgetError, InputError, listed
 from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role, too_few_survivors
 from mc_cli.settings import PER_LAYER, AllocateSettings, QuantizerSettings
@@ -258,7 +258,7 @@ def _entry(kept: int, channels: int, width: float) -> ExpertBits:
 
 def _budget(cut: Cut, settings: AllocateSettings, width: float, quantizer: QuantizerSettings) -> dict[str, Any]:
     stored = sum(
-        _stored(block, int(kept), width, quantizer)
+        expert_bytes(block, width, quantizer, channels=int(kept))
         for block, widths in zip(cut.inventory.expert_blocks, cut.kept, strict=True)
         for kept in widths
     )
@@ -280,17 +280,6 @@ def _budget(cut: Cut, settings: AllocateSettings, width: float, quantizer: Quant
         "expert_weights": weights,
         "candidate_bits": [DROPPED, width],
     }
-
-
-def _stored(block: ExpertBlock, channels: int, width: float, quantizer: QuantizerSettings) -> int:
-    """Bytes of one expert with so many channels. Raises ShapeError where they cannot be coded at this width."""
-    if not channels:
-        return 0
-    family, limit = quantizer.family, quantizer.group_size
-    return sum(
-        planned_bytes(family, width, *block.shape_of(part.name, channels), group_size_limit=limit)
-        for part in block.projections
-    )
 
 
 def _objective(cut: Cut, score: ChannelScore, settings: AllocateSettings, share: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Costs of a layer's experts at each width, from the measures of importance.json."""
+"""Costs of a layer's experts at each width, from the measures of importance.json, and the bytes they take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from mc_cli.allocators.strategy import CostSettings
 from mc_cli.artifacts.importance import LayerImportance
+from mc_cli.encodings import planned_bytes
 from mc_cli.errors import InputError
+from mc_cli.parts import ExpertBlock
+from mc_cli.settings import QuantizerSettings
 
 
 def predicted_loss(
@@ -49,3 +52,18 @@ def normalised(values: Sequence[float]) -> list[float]:
     """`values` divided by their sum; all zero where the sum is zero (a layer that saw no token)."""
     total = sum(values)
     return [value / total if total else 0.0 for value in values]
+
+
+def expert_bytes(block: ExpertBlock, width: float, quantizer: QuantizerSettings, *, channels: int | None = None) -> int:
+    """Bytes of one expert of the block, or of what is left of it with so many channels.
+
+    Raises ShapeError where it cannot be coded at this width.
+    """
+    kept = block.channels if channels is None else channels
+    if not kept:
+        return 0
+    family, limit = quantizer.family, quantizer.group_size
+    return sum(
+        planned_bytes(family, width, *block.shape_of(part.name, kept), group_size_limit=limit)
+        for part in block.projections
+    )

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mc_cli.allocators.costs import expert_bytes
 from mc_cli.artifacts.merging import Merging, Pairs
 from mc_cli.artifacts.plan import ExpertBits, Plan
 from mc_cli.artifacts.similarity import ExpertSimilarity
-from mc_cli.encodings import planned_bytes
 from mc_cli.errors import BudgetError, InputError, PlanError, listed
 from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role
 from mc_cli.settings import MERGEMOE, PUZZLE, SUB_MOE, AllocateSettings, QuantizerSettings
@@ -293,7 +293,7 @@ def _budget(
     clusters = {merge.block.layer: len(merge.clusters) for merge in merges}
     stored_weights = sum(len(set(tables[block.layer])) * block.weights_per_expert for block in inventory.expert_blocks)
     stored = sum(
-        len(set(tables[block.layer])) * _bytes_of_one(block, width, quantizer) for block in inventory.expert_blocks
+        len(set(tables[block.layer])) * expert_bytes(block, width, quantizer) for block in inventory.expert_blocks
     )
     budget: dict[str, Any] = {
         "kind": "experts_left",
@@ -309,17 +309,8 @@ def _budget(
     }
     if settings.merge == PUZZLE:
         packed = sum(
-            clusters[block.layer] * _bytes_of_one(block, KEPT_BITS, quantizer) for block in inventory.expert_blocks
+            clusters[block.layer] * expert_bytes(block, KEPT_BITS, quantizer) for block in inventory.expert_blocks
         )
         budget["published_packing_bytes"] = packed
         budget["published_packing_bits"] = 8 * packed / weights
     return budget
-
-
-def _bytes_of_one(block: ExpertBlock, width: float, quantizer: QuantizerSettings) -> int:
-    """Bytes of one expert. Raises ShapeError where it cannot be coded at this width."""
-    family, limit = quantizer.family, quantizer.group_size
-    return sum(
-        planned_bytes(family, width, part.out_features, part.in_features, group_size_limit=limit)
-        for part in block.projections
-    )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from mc_cli.allocators.costs import expert_bytes
 from mc_cli.artifacts.plan import Plan
-from mc_cli.encodings import planned_bytes
 from mc_cli.errors import BudgetError
-from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role
+from mc_cli.parts import DROPPED, ModelInventory, Role
 from mc_cli.settings import AllocateSettings, QuantizerSettings
 
 UNITS = {
@@ -33,7 +33,7 @@ def drop_plan(
     blocks, width = inventory.expert_blocks, settings.width_left
     require_a_drop(settings, gone)
     left = {block.layer: block.num_experts - len(gone[block.layer]) for block in blocks}
-    stored = sum(left[block.layer] * _stored(block, width, quantizer) for block in blocks)
+    stored = sum(left[block.layer] * expert_bytes(block, width, quantizer) for block in blocks)
     weights = inventory.expert_weight_count
     kept = sum(left[block.layer] * block.weights_per_expert for block in blocks)
     return Plan(
@@ -70,12 +70,3 @@ def require_a_drop(settings: AllocateSettings, gone: Mapping[int, Collection[int
             f"--drop-ratio {settings.drop_ratio} drops no expert: the share of a layer is rounded down. Ask for a "
             "larger share, or rank all experts of the model together with --scope global."
         )
-
-
-def _stored(block: ExpertBlock, width: float, quantizer: QuantizerSettings) -> int:
-    return sum(
-        planned_bytes(
-            quantizer.family, width, part.out_features, part.in_features, group_size_limit=quantizer.group_size
-        )
-        for part in block.projections
-    )
