@@ -220,7 +220,7 @@ def test_a_run_measures_channels_where_some_are_cut(tmp_path: Path) -> None:
 
 def test_without_measures_of_channels_the_command_is_named(scored: Any) -> None:
     work = scored("mixtral")
-    layer = min(Plan.read(work.work_dir / "plan" / "plan.yaml").expert_bits)
+    layer = min(work.allocate().expert_bits)
     path = work.work_dir / "importance" / channel_file(layer)
     measures = ChannelMeasures.read(path, num_experts=8, channels=CHANNELS)
     assert measures.token_count == 7 * LENGTH and measures.gradient_mass is not None
