@@ -47,6 +47,7 @@ from mc_cli.settings import (
     Flag,
     QuantizerSettings,
     RunSettings,
+    widths_to_score,
     with_engine,
 )
 from mc_cli.targets import SEVERAL, Targets, read_targets
@@ -252,7 +253,7 @@ def _widen(score: dict[str, Any], allocate: Mapping[str, Any], export: Mapping[s
     target = max(targets, default=0)
     if not score.get("bits"):
         named = with_engine(score, ("quantizer",)).get("quantizer", QuantizerSettings.quantizer)
-        score["bits"] = QuantizerSettings(quantizer=named).candidate_widths(target)
+        score["bits"] = widths_to_score(score.get("engine"), QuantizerSettings(quantizer=named), target)
     defaults = {"method": AllocateSettings.method, "cuts": True, "floors": None}
     usual = all(allocate.get(name, value) == value for name, value in defaults.items())
     unequal = export.get("format", ExportSettings.format) == ExportSettings.format  # a plain checkpoint has one width

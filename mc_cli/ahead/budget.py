@@ -19,11 +19,20 @@ from mc_cli.allocators.programme import METHOD
 from mc_cli.allocators.whole_drops import drop_plan
 from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
 from mc_cli.artifacts.plan import Plan
-from mc_cli.encodings import planned_bytes
+from mc_cli.encodings import Encoding, planned_bytes
 from mc_cli.errors import InputError, ShapeError, listed
 from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role
-from mc_cli.registry import family_named
-from mc_cli.settings import CAMERA_Q, ENGINES, EXPERT, AllocateSettings, QuantizerSettings, ScoreSettings
+from mc_cli.registry import ENCODINGS, family_named
+from mc_cli.settings import (
+    CAMERA_Q,
+    ENGINES,
+    EXPERT,
+    PER_PROJECTION,
+    WHOLE_MODEL,
+    AllocateSettings,
+    QuantizerSettings,
+    ScoreSettings,
+)
 from mc_cli.stages.allocate import beside_experts, budget_of, experts_gone, floors_of, may_cut, other_bytes
 
 
@@ -118,7 +127,8 @@ def _asked(
         "floors": floors_of(settings),
         "dropped": gone,
         "menus": {layer: menu for layer, menu in menus.items() if menu.kept},
-        "stacked": settings.engine is not None and ENGINES[settings.engine].stacked,
+        # Of one layer of each kind the ends are the same, whichever experts are alike.
+        "alike": PER_PROJECTION if settings.engine is not None and ENGINES[settings.engine].alike else None,
     }
 
 
@@ -200,22 +210,35 @@ def _expert_bytes(budget: Budget, measured: Importance, counts: Sequence[int], s
 
 
 def check_engine(inventory: ModelInventory, score: ScoreSettings) -> None:
-    """Raises ShapeError, naming all of them, for experts' matrices that an engine has no encoding for."""
+    """Raises ShapeError, naming all of them, for experts' matrices that an engine has no encoding for.
+
+    Where all experts are alike to it, their groups have to be of one size, too.
+    """
     if score.engine is None:
         return
     encodings = family_named(score.quantizer.family)
     limit = score.quantizer.group_size
-    problems = {
-        f"{block.path}.{part.name}: rows of {part.in_features} weights"
+    found: dict[str, list[Encoding | None]] = {
+        f"{block.path}.{part.name}: rows of {part.in_features} weights": [
+            encodings.encoding_at(bits, part.out_features, part.in_features, group_size_limit=limit)
+            for bits in score.bits
+        ]
         for block in inventory.expert_blocks
         for part in block.projections
-        for bits in score.bits
-        if encodings.encoding_at(bits, part.out_features, part.in_features, group_size_limit=limit) is None
     }
+    problems = sorted(name for name, made in found.items() if None in made)
     if problems:
+        alone = ENCODINGS.fact(encodings, "ALONE")
         raise ShapeError(
             f"{score.engine} has no type for {len(problems)} matrices at widths {', '.join(map(str, score.bits))}:\n"
-            f"{listed(sorted(problems))}\nRows have to be multiples of 32. Leave --for out."
+            f"{listed(problems)}\n{alone or 'Rows have to be multiples of 32'}. Leave --for out."
+        )
+    keys = {name: [each.key for each in made if each is not None] for name, made in found.items()}
+    if ENGINES[score.engine].alike == WHOLE_MODEL and len(set(map(tuple, keys.values()))) > 1:
+        raise ShapeError(
+            f"{score.engine} has one scheme for all experts, but with groups of up to {limit} there are several:\n"
+            + listed(f"{name}: {', '.join(made)}" for name, made in sorted(keys.items()))
+            + "\nGive score a --group-size that divides all of these rows, for example 32."
         )
 
 

@@ -1,4 +1,4 @@
-"""One width for all experts of a layer, per projection: engines that hold them in one tensor have one type for it."""
+"""One width for experts that an engine holds together: per layer and projection in one tensor, or all in one scheme."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from dataclasses import replace
 
 from mc_cli.allocators.problem import ALL_EXPERTS, AllocationProblem, Choice, Unit
 from mc_cli.errors import InputError
+from mc_cli.settings import PER_PROJECTION
 
-_Stack = tuple[int, str | None]
+_Stack = tuple[int, str | None] | None  # layer and projection; None: all there are
 
 
-def stacked(problem: AllocationProblem) -> AllocationProblem:
-    """The problem in which all experts of a layer choose together; their sizes and costs are added.
+def stacked(problem: AllocationProblem, alike: str = PER_PROJECTION) -> AllocationProblem:
+    """The problem in which experts choose together; their sizes and costs are added.
 
+    alike  which do: of a layer, per projection, or all of the model (`Engine.alike`)
     Raises InputError for experts that are measured in blocks of channels.
     """
     if any(unit.block is not None for unit in problem.units):
@@ -23,23 +25,24 @@ def stacked(problem: AllocationProblem) -> AllocationProblem:
         )
     if problem.floors:
         raise InputError(
-            f"Floors such as {problem.floors[0]} count experts one by one, but all of a layer get one width here. Give "
+            f"Floors such as {problem.floors[0]} count experts one by one, but many get one width together here. Give "
             "--floor none."
         )
     groups: dict[_Stack, list[Unit]] = {}
     for unit in problem.units:
-        groups.setdefault(_stack_of(unit), []).append(unit)
+        groups.setdefault(_stack_of(unit, alike), []).append(unit)
     return replace(problem, units=tuple(_joined(units) for units in groups.values()))
 
 
-def spread(problem: AllocationProblem, picks: Sequence[int]) -> tuple[int, ...]:
+def spread(problem: AllocationProblem, picks: Sequence[int], alike: str = PER_PROJECTION) -> tuple[int, ...]:
     """The picks of the units of `problem` by those of their stacks, in the order of `stacked`."""
-    place = {stack: number for number, stack in enumerate(dict.fromkeys(map(_stack_of, problem.units)))}
-    return tuple(picks[place[_stack_of(unit)]] for unit in problem.units)
+    stacks = [_stack_of(unit, alike) for unit in problem.units]
+    place = {stack: number for number, stack in enumerate(dict.fromkeys(stacks))}
+    return tuple(picks[place[stack]] for stack in stacks)
 
 
-def _stack_of(unit: Unit) -> _Stack:
-    return unit.layer, unit.projection
+def _stack_of(unit: Unit, alike: str) -> _Stack:
+    return (unit.layer, unit.projection) if alike == PER_PROJECTION else None
 
 
 def _joined(units: list[Unit]) -> Unit:
@@ -56,4 +59,5 @@ def _joined(units: list[Unit]) -> Unit:
     )
     first = units[0]
     weights = sum(unit.weight_count for unit in units)
-    return Unit(first.layer, ALL_EXPERTS, weights, choices, projection=first.projection)
+    projection = first.projection if len({unit.projection for unit in units}) == 1 else None
+    return Unit(first.layer, ALL_EXPERTS, weights, choices, projection=projection)

@@ -11,7 +11,7 @@ from mc_cli.errors import InputError, McError, MissingFlagsError
 from mc_cli.parts import DROPPED, KEPT_BITS, Role
 from mc_cli.settings import texts
 from mc_cli.settings.declared import Flag, StageSettings, setting
-from mc_cli.settings.engines import engine_flag
+from mc_cli.settings.engines import ENGINES, engine_flag, role_conflicts, width_conflicts
 from mc_cli.settings.merge import MERGES, merge_problems
 from mc_cli.settings.prune import FREQUENCY, GLOBAL, PER_LAYER, REAP, ROUTER_WEIGHT
 from mc_cli.settings.written import parse_bits_list, parse_file_size, parse_floors
@@ -21,6 +21,7 @@ BESIDE = ((2.75, 8), (2.5, 6), (-1.0, 5))
 # The same of the embedding, whose errors go through all layers and their routers, and of a head of its own.
 EMBEDDING_BESIDE = ((2.5, 8), (-1.0, 6))
 HEAD_BESIDE = ((2.75, 8), (-1.0, 6))
+_BESIDE_OF = {Role.HEAD: HEAD_BESIDE, Role.EMBEDDING: EMBEDDING_BESIDE}
 WIDTH_BORDERS = sorted(
     {above for widths in (BESIDE, EMBEDDING_BESIDE, HEAD_BESIDE) for above, _ in widths}, reverse=True
 )
@@ -283,6 +284,8 @@ class AllocateSettings(StageSettings):
                 f"--for {self.engine}: experts are neither dropped, cut nor merged there. Leave --cut-ratio, "
                 "--drop-ratio, --experts-left and width 0 out."
             )
+        yield from width_conflicts(self.engine, [bits for bits in self.bits or () if bits != DROPPED], "--bits")
+        yield from role_conflicts(self.engine, self._given_beside)
         given = [name for name in TARGETS if getattr(self, name) is not None]
         yield from map(InputError, self._drop_problems(given))
         if len(given) != 1 and (given or self.drop_ratio is None):
@@ -391,19 +394,31 @@ class AllocateSettings(StageSettings):
         left_out |= {"scope"} if self.cut_ratio is None and self.drop_ratio is None else set()
         return {name: value for name, value in plain.items() if name not in left_out}
 
-    def role_bits(self, mean_bits: float) -> dict[Role, int]:
-        """Width per role beside experts of `mean_bits`, kept beside kept ones; DENSE follows SHARED unless set."""
-
-        def width(given: int | None, beside: tuple[tuple[float, int], ...] = BESIDE) -> int:
-            if given is None and mean_bits == KEPT_BITS:
-                return KEPT_BITS
-            return next(bits for above, bits in beside if mean_bits > above) if given is None else given
-
+    @property
+    def _given_beside(self) -> dict[Role, int | None]:
+        """The widths that were given for what is not an expert; DENSE follows SHARED unless set."""
         return {
-            Role.ATTENTION: width(self.attention_bits),
-            Role.SHARED: width(self.shared_bits),
-            Role.DENSE: width(self.shared_bits if self.dense_bits is None else self.dense_bits),
+            Role.ATTENTION: self.attention_bits,
+            Role.SHARED: self.shared_bits,
+            Role.DENSE: self.shared_bits if self.dense_bits is None else self.dense_bits,
             Role.ROUTER: self.router_bits,
-            Role.HEAD: width(self.head_bits, HEAD_BESIDE),
-            Role.EMBEDDING: width(self.embedding_bits, EMBEDDING_BESIDE),
+            Role.HEAD: self.head_bits,
+            Role.EMBEDDING: self.embedding_bits,
         }
+
+    def role_bits(self, mean_bits: float) -> dict[Role, int]:
+        """Width per role beside experts of `mean_bits`, kept beside kept ones; as an engine has them."""
+        engine = ENGINES.get(self.engine or "")
+        coded = [bits for bits in self._given_beside.values() if bits is not None and bits != KEPT_BITS]
+        common = coded[0] if coded and engine is not None and engine.one_beside else None
+
+        def width(role: Role, given: int | None) -> int:
+            if given is not None:
+                return given
+            if mean_bits == KEPT_BITS:
+                return KEPT_BITS
+            beside = _BESIDE_OF.get(role, BESIDE)
+            usual = next(bits for above, bits in beside if mean_bits > above)
+            return usual if engine is None else engine.beside(role, common or usual)
+
+        return {role: width(role, given) for role, given in self._given_beside.items()}

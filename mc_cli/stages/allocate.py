@@ -34,7 +34,7 @@ from mc_cli.artifacts.similarity import ExpertSimilarity, similarity_file
 from mc_cli.artifacts.store import StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.encodings import encoding_for, family_of_role, stored_bytes
-from mc_cli.errors import InputError, MissingDependencyError, PlanError
+from mc_cli.errors import InputError, MissingDependencyError, PlanError, ShapeError
 from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role, TensorPart
 from mc_cli.policies.static_experts import experts_to_drop
 from mc_cli.progress import StageResult
@@ -290,7 +290,7 @@ def _allocated(
         beta=settings.beta,
         gamma=settings.gamma,
         seed=settings.seed,
-        stacked=settings.engine is not None and ENGINES[settings.engine].stacked,
+        alike=None if settings.engine is None else ENGINES[settings.engine].alike,
         **shared,
         **solving,
     )
@@ -399,4 +399,7 @@ def _part_bytes(part: TensorPart, bits: float, quantizer: QuantizerSettings) -> 
     if bits == KEPT_BITS or not part.packable:
         return part.size_bytes
     family, limit = family_of_role(part.role, quantizer.family), quantizer.group_size
-    return stored_bytes(encoding_for(family, bits, *part.shape, group_size_limit=limit), *part.shape)
+    try:
+        return stored_bytes(encoding_for(family, bits, *part.shape, group_size_limit=limit), *part.shape)
+    except ShapeError as error:
+        raise ShapeError(f"{part.name}: {error}. Keep it with --{part.role.value}-bits 16.") from error

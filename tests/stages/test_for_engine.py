@@ -13,9 +13,10 @@ from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import InputError, McError, PlanError
 from mc_cli.flags import build
+from mc_cli.parts import Role
 from mc_cli.progress import SilentProgress
 from mc_cli.recipe import Recipe, plan_run
-from mc_cli.settings import ScoreSettings
+from mc_cli.settings import ENGINES, ScoreSettings
 from mc_cli.stages import allocate, quantize, score
 from tests.conftest import TinyModel
 from tests.tiny_chain import COMPUTE, run_calibrate, run_export, write_documents
@@ -75,6 +76,31 @@ def test_what_does_not_go_together_is_refused() -> None:
         build("allocate", {**ENGINE, "cut_ratio": 0.2})
     with pytest.raises(InputError, match="name a directory"):
         build("export", {"format": "gguf", "out": "model.gguf"})
+
+
+def test_formats_have_widths_of_their_own() -> None:
+    assert build("score", {"engine": "mlx"}).bits == (2, 3, 4)
+    assert build("score", {"engine": "compressed-tensors"}).bits == (4, 8)
+    for engine, bits in (("mlx", 7), ("gptq", 5), ("compressed-tensors", 3), ("gptq", 2.5)):
+        with pytest.raises(InputError, match=rf"--bits {bits}"):
+            build("score", {"engine": engine, "bits": (bits,)})
+    budget = {"target_stored_bits": 2.6}
+    roles = {engine: build("allocate", {**budget, "engine": engine}).role_bits(2.6) for engine in sorted(ENGINES)}
+    assert roles["mlx"] == {**roles["llama.cpp"], Role.ATTENTION: 6, Role.SHARED: 6, Role.DENSE: 6}
+    kept = {Role.ROUTER: 16, Role.HEAD: 16, Role.EMBEDDING: 16}
+    for engine in ("gptq", "compressed-tensors"):
+        assert roles[engine] == {Role.ATTENTION: 8, Role.SHARED: 8, Role.DENSE: 8, **kept}
+    alike = build("allocate", {**budget, "engine": "compressed-tensors", "attention_bits": 4}).role_bits(2.6)
+    assert alike == {Role.ATTENTION: 4, Role.SHARED: 4, Role.DENSE: 4, **kept}
+    for engine, given, words in (
+        ("gptq", {"embedding_bits": 8}, "--embedding-bits 8: gptq keeps that at 16 bits"),
+        ("mlx", {"attention_bits": 7}, "--attention-bits 7: mlx has 2, 3, 4, 5, 6, 8 and 16"),
+        ("mlx", {"router_bits": 8}, "--router-bits 8: mlx keeps that"),
+        ("compressed-tensors", {"attention_bits": 4, "shared_bits": 8}, "has one width for all of that"),
+        ("compressed-tensors", {"bits": (3, 4)}, "--bits 3: compressed-tensors has experts of 4 or 8 bits"),
+    ):
+        with pytest.raises(InputError, match=words):
+            build("allocate", {**budget, "engine": engine, **given})
 
 
 def test_without_an_engine_nothing_of_it_is_in_fingerprints() -> None:
