@@ -39,6 +39,7 @@ help:
 	@echo "make bench-estimates                    predicted memory and bytes beside measured ones"
 	@echo "make faults   kills, pairs of runs, failing file calls and damaged files over all stages; counts in runs/faults.json"
 	@echo "make test-engine-gguf   exports in llama.cpp, in an environment of its own, where it is built"
+	@echo "make test-engine-mlx, -compressed-tensors, -gptq   other exports in mlx-lm, transformers, GPTQModel, likewise"
 	@echo "make gpu-check    on a machine with a CUDA device: tests and speed of the GPU kernels, as JSON"
 	@echo "make bench-decode                       a whole packed model beside the dense one: load, memory, prompt, decoding"
 
@@ -78,6 +79,25 @@ $(ENGINES)/gguf/.installed: pyproject.toml setup.py | $(BIN)/python
 	$(PYTHON) -m venv $(ENGINES)/gguf
 	$(ENGINES)/gguf/bin/python -m pip install --quiet $(TORCH)
 	$(ENGINES)/gguf/bin/python -m pip install --quiet -e '.[compress,gguf]' 'pytest>=9' 'transformers[serving]' llama-cpp-python==0.3.36
+	@touch $@
+
+# Other formats in the engines that they are for. GPTQModel asks for an earlier torch, so that ours is put back behind it.
+.PHONY: test-engine-mlx test-engine-compressed-tensors test-engine-gptq
+test-engine-mlx: $(ENGINES)/mlx/.installed
+	$(ENGINES)/mlx/bin/python -m pytest tests/engines/test_mlx.py
+test-engine-compressed-tensors: $(ENGINES)/compressed-tensors/.installed
+	$(ENGINES)/compressed-tensors/bin/python -m pytest tests/engines/test_compressed_tensors.py
+test-engine-gptq: $(ENGINES)/gptq/.installed
+	$(ENGINES)/gptq/bin/python -m pytest tests/engines/test_gptq.py
+$(ENGINES)/mlx/.installed: PACKAGES := 'mlx-lm[cpu]==0.32.2'
+$(ENGINES)/compressed-tensors/.installed: PACKAGES := compressed-tensors==0.20.1
+$(ENGINES)/gptq/.installed: PACKAGES := setuptools wheel ninja packaging numpy
+$(ENGINES)/mlx/.installed $(ENGINES)/compressed-tensors/.installed $(ENGINES)/gptq/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(TORCH) $(PACKAGES)
+	if [ $(@D) = $(ENGINES)/gptq ]; then $(@D)/bin/python -m pip install --quiet --no-build-isolation gptqmodel==7.7.0; fi
+	$(@D)/bin/python -m pip install --quiet -e '.[compress]' 'pytest>=9' accelerate
+	$(@D)/bin/python -m pip install --quiet --no-deps $(TORCH)
 	@touch $@
 
 test-quick: install-dev

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mc_cli.allocators.problem import ALL_EXPERTS, AllocationProblem, Choice, Unit
-from mc_cli.errors import InputError
-from mc_cli.settings import PER_PROJECTION
+from mc_cli.artifacts.plan import Plan
+from mc_cli.errors import InputError, PlanError, listed
+from mc_cli.settings import ENGINES, PER_PROJECTION
 
 _Stack = tuple[int, str | None] | None  # layer and projection; None: all there are
 
@@ -39,6 +40,30 @@ def spread(problem: AllocationProblem, picks: Sequence[int], alike: str = PER_PR
     stacks = [_stack_of(unit, alike) for unit in problem.units]
     place = {stack: number for number, stack in enumerate(dict.fromkeys(stacks))}
     return tuple(picks[place[stack]] for stack in stacks)
+
+
+def check_alike(plan: Plan, engine: str | None) -> None:
+    """Raises PlanError, naming all of it, for a plan of experts that an engine cannot hold as they are planned."""
+    found = ENGINES.get(engine or "")
+    problems: list[str] = []
+    widths: dict[_Stack, set[float]] = {}
+    for layer, row in plan.expert_bits.items() if found is not None else ():
+        if layer in plan.slots or plan.dropped(layer) or any(isinstance(entry, tuple) for entry in row):
+            problems.append(f"layer {layer}: experts are dropped, shared or in blocks of channels")
+            continue
+        for entry in row:
+            for name, bits in entry.items() if isinstance(entry, dict) else (("", entry),):
+                stack = (layer, name) if found and found.alike == PER_PROJECTION else None
+                widths.setdefault(stack, set()).add(bits)
+    several = {stack: bits for stack, bits in widths.items() if len(bits) > 1 and found is not None and found.alike}
+    for stack, bits in several.items():
+        where = "experts" if stack is None else f"layer {stack[0]}{f' {stack[1]}' if stack[1] else ''}"
+        problems.append(f"{where}: {', '.join(f'{width:g}' for width in sorted(bits))} bits")
+    if problems:
+        raise PlanError(
+            f"The plan has {len(problems)} entries that {engine} cannot hold: experts of one tensor or scheme "
+            f"need one width.\n{listed(problems)}\nRun allocate --for {engine}, correct plan.yaml, or leave --for out."
+        )
 
 
 def _stack_of(unit: Unit, alike: str) -> _Stack:

@@ -31,8 +31,8 @@ class ExportSettings(StageSettings):
     format: str = setting(
         "transformers",
         Flag(
-            "transformers: packed, loads after `import mc_cli`; dense: dequantized, original layout; gguf: for "
-            "llama.cpp, of plans made --for it.",
+            "transformers: packed, loads after `import mc_cli`; dense: dequantized, original layout; gguf, mlx, "
+            "compressed-tensors, gptq: for other engines, of plans made --for them.",
             _OUTPUT,
             metavar="NAME",
         ),

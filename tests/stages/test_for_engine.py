@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from mc_cli import chain
+from mc_cli.allocators.stacks import check_alike
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.names import IMPORTANCE, PLAN
-from mc_cli.artifacts.plan import Plan
+from mc_cli.artifacts.plan import BlockBits, Plan
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import InputError, McError, PlanError
 from mc_cli.flags import build
@@ -65,6 +66,26 @@ def test_what_the_engine_cannot_hold_is_told_before_work(tiny_model: TinyModel, 
 def test_quantize_for_another_engine_is_refused() -> None:
     with pytest.raises(PlanError, match=r"--for llama\.cpp: the plan in .* was made for no engine"):
         quantize._check_engine("llama.cpp", None, WorkDir(Path("w")))
+
+
+@pytest.mark.parametrize(
+    ("engine", "rows", "words"),
+    [
+        ("mlx", {0: (2, 2), 1: (3, 4)}, "layer 1: 3, 4 bits"),
+        ("llama.cpp", {0: ({"up": 2, "down": 3}, {"up": 2, "down": 4})}, "layer 0 down: 3, 4 bits"),
+        ("compressed-tensors", {0: (4, 4), 1: (8, 8)}, "experts: 4, 8 bits"),
+        ("gptq", {0: (0, 4)}, "layer 0: experts are dropped, shared or in blocks"),
+        ("mlx", {0: (4, (BlockBits(8, 4), BlockBits(8, 2)))}, "in blocks of channels"),
+    ],
+)
+def test_a_plan_that_the_engine_cannot_hold_is_refused(engine: str, rows: dict[int, tuple], words: str) -> None:
+    plan = Plan("mixtral", "by hand", rows, {})
+    with pytest.raises(PlanError, match=rf"(?s)that {engine} cannot hold.*{words}"):
+        check_alike(plan, engine)
+    check_alike(plan, None)
+    for fine in ({0: (2, 4)}, {0: ({"up": 2, "down": 3}, 4)}):
+        check_alike(Plan("mixtral", "by hand", fine, {}), "gptq")
+    check_alike(Plan("mixtral", "by hand", {0: ({"up": 2, "down": 3},) * 2, 1: (4, 4)}, {}), "mlx")
 
 
 def test_what_does_not_go_together_is_refused() -> None:
