@@ -167,8 +167,9 @@ test-ray:
 .PHONY: faults
 FAULTS_SEED ?= 1
 FAULTS_TRIALS ?= 3000
+FAULTS_PLAN ?= widths
 faults: install-dev
-	$(BIN)/python -m tests.faults all --trials $(FAULTS_TRIALS) --seed $(FAULTS_SEED) --json runs/faults.json
+	$(BIN)/python -m tests.faults all --trials $(FAULTS_TRIALS) --seed $(FAULTS_SEED) --plan $(FAULTS_PLAN) --json runs/faults.json
 
 # Ratios against a baseline in the same run; see docs/results/ for figures and the options used there.
 .PHONY: bench-memory bench-quality bench-effort bench-search bench-pruning bench-kernels bench-decode bench-estimates
