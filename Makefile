@@ -163,7 +163,7 @@ test-ray:
 	$(RAY_VENV)/bin/python -m pip install --quiet -e '.[compress,ray]'
 	$(RAY_VENV)/bin/python -m pytest tests/executors
 
-# Of 3000 trials 2000 damage files, 500 kill, 350 let file calls fail, 150 run two commands at once: docs/faults.md.
+# Trials: 2000 of 3000 damage files, 500 kill, 350 let file calls fail, 150 run two commands at once: docs/faults.md.
 .PHONY: faults
 FAULTS_SEED ?= 1
 FAULTS_TRIALS ?= 3000

@@ -26,7 +26,7 @@ def installed(folder: Path, source: str, module: str = "toy_quantizer", group: s
 
 
 def asked(folder: Path, code: str) -> str:
-    """What a new process prints that has `folder` among its packages."""
+    """Returns what a new process prints that has `folder` among its packages."""
     script = f"import sys; sys.path.append({str(folder)!r})\n{code}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     return done.stdout.strip()

@@ -99,7 +99,7 @@ def _asked(
     sample: ModelInventory,
     gone: Mapping[int, Collection[int]],
 ) -> dict[str, Any]:
-    """What allocate asks of a problem of the layers of `sample`, `gone` being the experts that it drops."""
+    """Builds allocate's request for a problem of the layers of `sample`, `gone` being the experts that it drops."""
     widths = settings.bits or score.bits
     quantizer = score.quantizer
     menus: dict[int, CutMenu] = {

@@ -1,4 +1,4 @@
-"""What is wrong with the arrays of a file of measures, told all at once."""
+"""Checks the arrays of a file of measures, and tells all that is wrong at once."""
 
 from __future__ import annotations
 

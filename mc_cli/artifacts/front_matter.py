@@ -15,7 +15,7 @@ _FENCE = "---\n"
 
 
 def front_matter(folder: Path) -> dict[Any, Any]:
-    """What the front matter of a folder's card says; empty where there is no card, none in it, or none that YAML reads.
+    """Reads the front matter of a folder's card; empty where there is no card, none in it, or none that YAML reads.
 
     Raises InputError where the card is a pipe or another file that is none.
     """

@@ -21,7 +21,7 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class HubDescription:
-    """What an index says of a model's files.
+    """Describes a model's files by its index.
 
     file_bytes    of all tensors, 0 where the index does not tell;  files, tensors: how many there are
     unread        tensors of layers that the causal language model does not have, such as multi-token prediction

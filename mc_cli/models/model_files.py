@@ -76,7 +76,7 @@ _OF_ALL = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id
 
 
 def original_card(folder: Path | None) -> dict[str, Any]:
-    """What the front matter of an original's README.md says of licence and languages; nothing where it has none."""
+    """Reads licence and languages from the front matter of an original's README.md; empty where it has none."""
     known = {} if folder is None else front_matter(folder)
     return {name: known[name] for name in _TOLD_ON if isinstance(known.get(name), str | list)}
 

@@ -1,4 +1,4 @@
-"""What stages keep to so that a given engine can hold the result: `--for`."""
+"""Limits that stages keep to so that a given engine can hold the result: `--for`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NONE = "none; any encoding, and widths of their own for all experts"
 
 @dataclass(frozen=True)
 class Engine:
-    """What an engine can hold.
+    """Describes the plans that an engine can hold.
 
     quantizer   makes encodings that it reads;  format   of export
     stacked     whether all experts of a layer have one width per projection, since they lie in one tensor

@@ -217,7 +217,7 @@ def oracle(
 def measured(
     source: PackedSource, windows: text.Windows, blocks: Mapping[int, Any], runs: dict[str, Any], name: str
 ) -> list[dict[str, Any]]:
-    """What the runs cost on the windows, as points of the policy `name`."""
+    """The cost of the runs on the windows, as points of the policy `name`."""
     found = compare_points(source, windows, blocks, runs, batch_size=16, progress=Lines(), title=name)
     return [
         {

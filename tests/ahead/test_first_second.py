@@ -1,4 +1,4 @@
-"""What cannot be taken through all stages is refused at once: by a dry run as by a run, before any text is hashed."""
+"""Models that cannot go through all stages are refused at once: by a dry run as by a run, before text is hashed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a late stage would refuse after hours is refused before the first forward, all of it at once."""
+"""Settings that a late stage would refuse after hours are refused before the first forward, all of it at once."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def installed(folder: Path) -> Path:
 
 
 def process(packages: Path | None, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """What Python does with `arguments` where the folder is among its packages."""
+    """Runs Python with `arguments` where the folder is among its packages."""
     paths = [str(packages)] if packages else []
     paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}

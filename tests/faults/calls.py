@@ -104,7 +104,7 @@ def _drawn(calls: int, chance: random.Random) -> tuple[shim.Fault | None, int | 
     if not way.kinds:
         limit = int(2 ** chance.uniform(0, 17))
         return None, limit, f"{way.name} of {limit} bytes"
-    # Of all calls only some are of these kinds; most ways have few, so that small numbers have to be the likely ones.
+    # Only some of all calls are of these kinds; most ways have few, so that small numbers have to be the likely ones.
     number = max(1, round(calls * chance.random() ** 2))
     fault = shim.Fault(way.kinds, number, way.action, way.value, way.lasting)
     return fault, None, f"{way.name}, at call {number} of its kinds"

@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     }.items()
 }
 STAGES = tuple(COMMANDS)
-# What else allocate may have been asked for: which plan, and so which packed files, the other stages meet.
+# Requests to allocate: they decide which plan, and so which packed files, the other stages meet.
 PLANS: dict[str, tuple[str, ...]] = {
     name: tuple(line.split())
     for name, line in {
@@ -106,7 +106,7 @@ class Base:
         return {**COMMANDS, "allocate": PLANS[self.plan]}
 
     def after(self, stage: str) -> Tree:
-        """What lies there once `stage` has been run."""
+        """The tree once `stage` has been run."""
         return self.trees[moment_after(stage)]
 
     def copy(self, moment: str, target: Path) -> Path:

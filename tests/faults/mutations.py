@@ -100,7 +100,7 @@ class _Trial:
         return self.note(Verdict.HARMLESS if fine else Verdict.OTHER, detail=difference)
 
     def result(self, number: int) -> TrialResult:
-        """What it all came to."""
+        """Sums up the trial."""
         fields = "; ".join(f"{name} [{', '.join(names[:3])}]" for name, names in self.fields.items())
         what = f"{self.group}: {fields}: {self.mutation.what}"
         verdict = worst(self.verdicts)
@@ -242,7 +242,7 @@ def _run_stage(one: _Trial, arguments: Sequence[str]) -> None:
 
 def _without(tree: Tree, mutation: Mutation) -> Tree:
     left_out = {*mutation.names, *(f"{name}/" for name in mutation.names), "plan.yaml"}
-    # What is being written holds one file; with something else in its place it is not ours, and left alone.
+    # A folder that is being written holds one file; with something else in its place it is not ours, and left alone.
     left_out |= {f"{Path(name).parent}/" for name in mutation.names if Path(name).parent.suffix == PARTIAL_SUFFIX}
     return {name: digest for name, digest in tree.items() if name not in left_out}
 

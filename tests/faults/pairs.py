@@ -85,7 +85,7 @@ def _replaces(first: tuple[str, ...], second: tuple[str, ...], err: str) -> bool
 
 
 def _torn(base: Base, where: Path) -> str:
-    """What is wrong with folders that say they are whole: files that are not as their own record says."""
+    """Finds folders that say they are whole and hold files that are not as their own record says."""
     folders = [(where / name, record) for name, record in _RECORDS.items()]
     folders += [(where / "w" / name, "manifest.json") for name in _WORK]
     wrong = []
@@ -119,7 +119,7 @@ _KNOWN: dict[tuple[str, tuple[str, ...], tuple[str, ...]], Tree] = {}
 
 
 def _expected(base: Base, moment: str, first: tuple[str, ...], second: tuple[str, ...]) -> Tree:
-    """What lies there once the two commands have been run one after the other, both to their end."""
+    """The tree once the two commands have been run one after the other, both to their end."""
     key = (moment, first, second)
     if key not in _KNOWN:
         place = base.folder / f"sequence-{os.getpid()}"

@@ -1,4 +1,4 @@
-"""What the trials came to: a table, the unacceptable ones with the command that repeats each, and the same as JSON."""
+"""Reports the trials: a table, the unacceptable ones with the command that repeats each, and the same as JSON."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a short run of all parts reports."""
+    """The report of a short run of all parts."""
     path = tmp_path_factory.mktemp("faults") / "counts.json"
     words = ["all", "--trials", str(TRIALS), "--seed", str(SEED), "--processes", "2", "--json", str(path)]
     done = subprocess.run(

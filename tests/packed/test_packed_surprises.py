@@ -1,4 +1,4 @@
-"""What else is done to a packed model: parts cut behind our back, pickles, a training loop without an adapter."""
+"""Surprises for a packed model: parts cut behind our back, pickles, a training loop without an adapter."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_state_dict_is_one_of_plain_tensors(exports: Callable[[str], Path], tm
 
 
 def trained(model: Any) -> list[str]:
-    """What one backward pass of a plain loop warns of."""
+    """Returns the warnings of one backward pass of a plain loop."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(2):
