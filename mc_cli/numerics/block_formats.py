@@ -80,7 +80,7 @@ def unpack_fp4(packed: torch.Tensor) -> torch.Tensor:
 def unpack_integers(words: torch.Tensor, *, bits: int, columns: int) -> torch.Tensor:
     """The unsigned integers of `bits` bits that lie in words one after another, int32 [..., columns].
 
-    words   [..., ceil(columns * bits / 32)] int32; an integer may begin in one word and end in the next, lowest bits first
+    words   [..., ceil(columns * bits / 32)] int32, lowest bits first; an integer may go on in the next word
     bits    1 to 8
     Raises ShapeError if there are too few or too many words, or bits out of range.
     """

@@ -13,7 +13,7 @@ from mc_cli.sources.layout import CODES, E8M0, FP8, SCALES, Header, Layout, Read
 # Endings of scales that no model has as a parameter of its own: one without codes is what is left of a lost tensor.
 _SCALE_ENDINGS = ("_scale_inv", ".qscale_weight", ".weight_scale", ".weight_scale_2", ".weight_global_scale")
 _MODEL_ENDINGS = {".scale", "_scale"}  # parameters of models have these, too
-_CODE_ENDINGS = (".weight_packed",)
+_CODE_ENDING = ".weight_packed"  # likewise of codes
 # Endings of what quantizes activations or the cache of keys and values, which a 16-bit model computes with as they are.
 ACTIVATION_ENDINGS = (
     ".activation_scale",
@@ -67,8 +67,8 @@ def fold(headers: Mapping[str, Header], layouts: Sequence[Layout], read: Read) -
                 fitting.append(StoredTensor(layout.name_of(key), layout.shape(parts, read), None, parts, layout))
             except ShapeError as error:
                 misfits.append(f"{parts[SCALES].key}: {error}")
-        if len(fitting) > 1:
-            ways = "; ".join(f"{each.layout and each.layout.name}, {each.parts[SCALES].key}" for each in fitting)
+        if len(fitting) > 1 or len({parts[SCALES].key for _, parts in candidates}) > 1:
+            ways = "; ".join(f"{layout.name}, {parts[SCALES].key}" for layout, parts in candidates)
             misfits = [f"{key}: may be stored in several ways ({ways})"]
         elif fitting and fitting[0].key != key and fitting[0].key in headers:
             misfits = [f"{key}: {fitting[0].key} is there, too"]
@@ -96,12 +96,11 @@ def _sort_rest(found: Folding, headers: Mapping[str, Header], taken: set[str], l
     endings = tuple({*_SCALE_ENDINGS, *scales, *(ending for each in layouts for ending in each.others.values())})
     known = {ending for each in layouts for ending in (each.codes, each.scales, *each.others.values())}
     coded = {stem for key in found.tensors if (stem := key.removesuffix(".weight")) != key}
-    packed = tuple({*_CODE_ENDINGS, *(each.codes for each in layouts if each.becomes is not None)})
     for key, header in headers.items():
         if key in taken:
             continue
         stem, _, leaf = key.rpartition(".")
-        if header.dtype in FP8 or key.endswith(packed):
+        if header.dtype in FP8 or key.endswith(_CODE_ENDING) or any(_is_code(header, each) for each in layouts):
             found.alone.append(f"{key}: {_dtype(header.dtype)}")
         elif header.dtype is E8M0 or (layouts and key.endswith(endings)):
             found.widowed.append(f"{key}: {header.shape}")
@@ -109,6 +108,10 @@ def _sort_rest(found: Folding, headers: Mapping[str, Header], taken: set[str], l
             found.strange.append(f"{key}: {header.shape}")
         else:
             found.tensors[key] = plain_tensor(header)
+
+
+def _is_code(header: Header, layout: Layout) -> bool:
+    return header.dtype in layout.dtypes and header.key.endswith(layout.codes or ".weight")
 
 
 def _is_strange(leaf: str, known: Iterable[str]) -> bool:

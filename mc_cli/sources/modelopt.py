@@ -1,7 +1,7 @@
 """NVFP4 and FP8 as NVIDIA's Model Optimizer writes them.
 
-NVFP4: `X.weight` uint8, two E2M1 codes in a byte with the even column in the low half; `X.weight_scale` E4M3, one for 16
-columns of a row; `X.weight_scale_2` float32, of the whole matrix, by which the other scales are multiplied.
+NVFP4: `X.weight` uint8, two E2M1 codes in a byte with the even column in the low half; `X.weight_scale` E4M3, one for
+16 columns of a row; `X.weight_scale_2` float32, of the whole matrix, by which the other scales are multiplied.
 FP8: `X.weight` E4M3 with `X.weight_scale`, one of the whole matrix, of a row or of a block.
 Source: Model Optimizer's torch/export/quant_utils.py and torch/quantization/qtensor/nvfp4_tensor.py.
 """
