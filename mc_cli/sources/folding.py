@@ -11,7 +11,7 @@ from mc_cli.errors import ShapeError
 from mc_cli.sources.layout import CODES, E8M0, FP8, SCALES, Header, Layout, Read, StoredTensor
 
 # Endings of scales that no model has as a parameter of its own: one without codes is what is left of a lost tensor.
-_SCALE_ENDINGS = ("_scale_inv", ".qscale_weight", ".weight_scale", ".weight_scale_2", ".weight_global_scale")
+_SCALE_ENDINGS = ("_scale_inv", ".qscale_weight", "weight_scale", ".weight_scale_2", ".weight_global_scale")
 _MODEL_ENDINGS = {".scale", "_scale"}  # parameters of models have these, too
 _CODE_ENDING = ".weight_packed"  # likewise of codes
 # Endings of what quantizes activations or the cache of keys and values, which a 16-bit model computes with as they are.
