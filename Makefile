@@ -39,6 +39,7 @@ help:
 	@echo "make bench-estimates                    predicted memory and bytes beside measured ones"
 	@echo "make faults   kills, pairs of runs, failing file calls and damaged files over all stages; counts in runs/faults.json"
 	@echo "make test-engine-gguf   exports in llama.cpp, in an environment of its own, where it is built"
+	@echo "make test-engine-formats   published formats beside the library compressed-tensors, in an environment of its own"
 	@echo "make gpu-check    on a machine with a CUDA device: tests and speed of the GPU kernels, as JSON"
 	@echo "make bench-decode                       a whole packed model beside the dense one: load, memory, prompt, decoding"
 
@@ -78,6 +79,15 @@ $(ENGINES)/gguf/.installed: pyproject.toml setup.py | $(BIN)/python
 	$(PYTHON) -m venv $(ENGINES)/gguf
 	$(ENGINES)/gguf/bin/python -m pip install --quiet $(TORCH)
 	$(ENGINES)/gguf/bin/python -m pip install --quiet -e '.[compress,gguf]' 'pytest>=9' 'transformers[serving]' llama-cpp-python==0.3.36
+	@touch $@
+
+.PHONY: test-engine-formats
+test-engine-formats: $(ENGINES)/formats/.installed
+	$(ENGINES)/formats/bin/python -m pytest tests/engines/test_source_formats.py
+$(ENGINES)/formats/.installed: pyproject.toml setup.py | $(BIN)/python
+	$(PYTHON) -m venv $(ENGINES)/formats
+	$(ENGINES)/formats/bin/python -m pip install --quiet $(TORCH)
+	$(ENGINES)/formats/bin/python -m pip install --quiet -e . 'pytest>=9' compressed-tensors==0.20.1
 	@touch $@
 
 test-quick: install-dev

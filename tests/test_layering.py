@@ -21,7 +21,7 @@ LAYERS = (
     ("encodings",),
     ("artifacts",),
     ("stage",),
-    ("families", "quantizers", "allocators", "policies", "kernels"),
+    ("families", "quantizers", "allocators", "policies", "kernels", "sources"),
     ("models",),
     ("data",),
     ("walking",),

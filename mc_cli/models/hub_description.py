@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mc_cli.errors import CheckpointError, InputError, first_line, listed
-from mc_cli.models.checkpoint import REST, build_skeleton, part_of, plain_config_of
+from mc_cli.models.checkpoint import REST, build_skeleton, part_of, plain_config_of, quantization_entry
 from mc_cli.models.inventory import find_decoder_layers, take_inventory
 from mc_cli.models.model_folder import read_model_json
 from mc_cli.models.model_name import advice_for, resolve_model
 from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.tensor_files import INDEX, SINGLE
 from mc_cli.parts import ModelInventory
+from mc_cli.sources import layouts_of
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -72,6 +73,7 @@ def described(folder: Path, config: Any, *, dtype: Any) -> tuple[ModelInventory,
     Kept tensors are taken as of the dtype that config.json names, since an index tells none.
     Raises a McError where it could not be taken through all stages.
     """
+    layouts_of(folder, quantization_entry(config))
     model = build_skeleton(plain_config_of(config), dtype=dtype)
     stored = config.get_text_config().dtype or dtype
     inventory = take_inventory(model, stored_dtypes=dict.fromkeys(model.state_dict(), stored))
