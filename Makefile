@@ -39,7 +39,8 @@ help:
 	@echo "make bench-estimates                    predicted memory and bytes beside measured ones"
 	@echo "make faults   kills, pairs of runs, failing file calls and damaged files over all stages; counts in runs/faults.json"
 	@echo "make test-engine-gguf   exports in llama.cpp, in an environment of its own, where it is built"
-	@echo "make test-engine-mlx, -compressed-tensors, -gptq   other exports in mlx-lm, transformers, GPTQModel, likewise"
+	@echo "make test-engine-formats   published formats, and exports, beside the library compressed-tensors, likewise"
+	@echo "make test-engine-mlx, test-engine-gptq   exports in mlx-lm and in GPTQModel, likewise"
 	@echo "make gpu-check    on a machine with a CUDA device: tests and speed of the GPU kernels, as JSON"
 	@echo "make bench-decode                       a whole packed model beside the dense one: load, memory, prompt, decoding"
 
@@ -81,18 +82,18 @@ $(ENGINES)/gguf/.installed: pyproject.toml setup.py | $(BIN)/python
 	$(ENGINES)/gguf/bin/python -m pip install --quiet -e '.[compress,gguf]' 'pytest>=9' 'transformers[serving]' llama-cpp-python==0.3.36
 	@touch $@
 
-# Other formats in the engines that they are for. GPTQModel asks for an earlier torch, so that ours is put back behind it.
-.PHONY: test-engine-mlx test-engine-compressed-tensors test-engine-gptq
+# Other formats in the libraries that they are for. GPTQModel asks for an earlier torch, so that ours is put back behind it.
+.PHONY: test-engine-formats test-engine-mlx test-engine-gptq
+test-engine-formats: $(ENGINES)/formats/.installed
+	$(ENGINES)/formats/bin/python -m pytest tests/engines/test_source_formats.py tests/engines/test_compressed_tensors.py
 test-engine-mlx: $(ENGINES)/mlx/.installed
 	$(ENGINES)/mlx/bin/python -m pytest tests/engines/test_mlx.py
-test-engine-compressed-tensors: $(ENGINES)/compressed-tensors/.installed
-	$(ENGINES)/compressed-tensors/bin/python -m pytest tests/engines/test_compressed_tensors.py
 test-engine-gptq: $(ENGINES)/gptq/.installed
 	$(ENGINES)/gptq/bin/python -m pytest tests/engines/test_gptq.py
+$(ENGINES)/formats/.installed: PACKAGES := compressed-tensors==0.20.1
 $(ENGINES)/mlx/.installed: PACKAGES := 'mlx-lm[cpu]==0.32.2'
-$(ENGINES)/compressed-tensors/.installed: PACKAGES := compressed-tensors==0.20.1
 $(ENGINES)/gptq/.installed: PACKAGES := setuptools wheel ninja packaging numpy
-$(ENGINES)/mlx/.installed $(ENGINES)/compressed-tensors/.installed $(ENGINES)/gptq/.installed: pyproject.toml setup.py
+$(ENGINES)/formats/.installed $(ENGINES)/mlx/.installed $(ENGINES)/gptq/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet $(TORCH) $(PACKAGES)
 	if [ $(@D) = $(ENGINES)/gptq ]; then $(@D)/bin/python -m pip install --quiet --no-build-isolation gptqmodel==7.7.0; fi
@@ -183,12 +184,13 @@ test-ray:
 	$(RAY_VENV)/bin/python -m pip install --quiet -e '.[compress,ray]'
 	$(RAY_VENV)/bin/python -m pytest tests/executors
 
-# Of 3000 trials 2000 damage files, 500 kill, 350 let file calls fail, 150 run two commands at once: docs/faults.md.
+# Trials: 2000 of 3000 damage files, 500 kill, 350 let file calls fail, 150 run two commands at once: docs/faults.md.
 .PHONY: faults
 FAULTS_SEED ?= 1
 FAULTS_TRIALS ?= 3000
+FAULTS_PLAN ?= widths
 faults: install-dev
-	$(BIN)/python -m tests.faults all --trials $(FAULTS_TRIALS) --seed $(FAULTS_SEED) --json runs/faults.json
+	$(BIN)/python -m tests.faults all --trials $(FAULTS_TRIALS) --seed $(FAULTS_SEED) --plan $(FAULTS_PLAN) --json runs/faults.json
 
 # Ratios against a baseline in the same run; see docs/results/ for figures and the options used there.
 .PHONY: bench-memory bench-quality bench-effort bench-search bench-pruning bench-kernels bench-decode bench-estimates

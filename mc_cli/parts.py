@@ -170,5 +170,12 @@ class ModelInventory:
         return total
 
     @property
+    def layers_with_expert_biases(self) -> frozenset[int]:
+        """Layers in which biases or norms belong to whole experts: these are not cut, halved or merged."""
+        return frozenset(
+            part.layer for part in self.tensors if part.role is Role.EXPERT_BIAS and part.layer is not None
+        )
+
+    @property
     def expert_weight_count(self) -> int:
         return sum(block.num_experts * block.weights_per_expert for block in self.expert_blocks)

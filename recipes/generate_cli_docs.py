@@ -57,7 +57,7 @@ def document() -> str:
 
 
 def _recipes() -> str:
-    """What a recipe may hold: each section's keys, with the flag that has the same meaning."""
+    """Lists what a recipe may hold: each section's keys, with the flag that has the same meaning."""
     lines = ["## Recipes\n", _RECIPES, "| section | key | flag of `run` |", "|---|---|---|"]
     for section in SECTIONS:
         for flag in flags_of(section):

@@ -158,7 +158,7 @@ def _tensors(model: torch.nn.Module, layout: PackedLayout) -> dict[str, torch.Te
 
 
 def read_again(out: Path, packed: Path, format: str, **how: Any) -> ReadBack:
-    """What stage export finds on reading `out`, of that format, back; `how` are further fields of Reading."""
+    """Returns what stage export finds on reading `out`, of that format, back; `how` are further fields of Reading."""
     exporter = exporter_from_name(format)
     reading = Reading(torch.float32, torch.device("cpu"), **how)
     return read_back(out, packed, exporter.open, reading, dequantized=dequantizes(format))

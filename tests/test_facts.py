@@ -1,4 +1,4 @@
-"""What quantizers and encodings say of themselves, and settings that follow from it."""
+"""Facts that quantizers and encodings state of themselves, and settings that follow from it."""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.stage_process import run_script
 
 GOOD = """
 from mc_cli.quantizers.rtn import RoundToNearest
@@ -26,10 +26,11 @@ def installed(folder: Path, source: str, module: str = "toy_quantizer", group: s
 
 
 def asked(folder: Path, code: str) -> str:
-    """What a new process prints that has `folder` among its packages."""
+    """Returns what a new process prints that has `folder` among its packages."""
     script = f"import sys; sys.path.append({str(folder)!r})\n{code}"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout.strip()
+    done = run_script(script, folder)
+    assert done.status == 0, done.err
+    return done.out.strip()
 
 
 NAMES = "from mc_cli.quantizers import quantizer_names\nprint(*quantizer_names())"

@@ -11,7 +11,7 @@ from mc_cli.allocators import AllocationProblem, Budget, feasible_problem, posed
 from mc_cli.allocators.channel_cuts import shapes_cut
 from mc_cli.allocators.channel_groups import grouped_plan, unmeasured
 from mc_cli.allocators.channel_score import channel_score_named
-from mc_cli.allocators.cut_menus import CutMenu, can_hold_cuts, menu_of_shapes
+from mc_cli.allocators.cut_menus import CutMenu, menu_of_shapes
 from mc_cli.allocators.feasibility import check_budget, size_range
 from mc_cli.allocators.halves import require_halves, sized_in_halves
 from mc_cli.allocators.merging import shapes_merged
@@ -108,7 +108,7 @@ def _asked(
     sample: ModelInventory,
     gone: Mapping[int, Collection[int]],
 ) -> dict[str, Any]:
-    """What allocate asks of a problem of the layers of `sample`, `gone` being the experts that it drops."""
+    """Builds allocate's request for a problem of the layers of `sample`, `gone` being the experts that it drops."""
     widths = settings.bits or score.bits
     quantizer = score.quantizer
     menus: dict[int, CutMenu] = {
@@ -116,7 +116,7 @@ def _asked(
             block, family=quantizer.family, widths=widths, group_size_limit=quantizer.group_size
         )
         for block in sample.expert_blocks
-        if score.unit != EXPERT and may_cut(settings) and can_hold_cuts(inventory, block.layer)
+        if score.unit != EXPERT and may_cut(settings) and block.layer not in inventory.layers_with_expert_biases
     }
     return {
         "alpha": settings.alpha,

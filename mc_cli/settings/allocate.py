@@ -26,7 +26,7 @@ WIDTH_BORDERS = sorted(
     {above for widths in (BESIDE, EMBEDDING_BESIDE, HEAD_BESIDE) for above, _ in widths}, reverse=True
 )
 TARGETS = ("target_stored_bits", "target_bits", "target_size_bytes", "cut_ratio", "experts_left")  # one of them
-# `run` has channels measured, and what dropping experts costs, for up to so many bits per expert weight.
+# `run` has channels measured for up to so many bits per expert weight.
 CUTS_WITHIN = 1.5
 CAMERA_Q = "camera-q"  # three groups of channels
 DROP_METHODS = (REAP, FREQUENCY, ROUTER_WEIGHT)

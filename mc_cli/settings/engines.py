@@ -1,4 +1,4 @@
-"""What stages keep to so that a given engine can hold the result: `--for`."""
+"""Limits that stages keep to so that a given engine can hold the result: `--for`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WHOLE_MODEL = "model"  # all experts of the model have one width
 
 @dataclass(frozen=True)
 class Engine:
-    """What an engine can hold.
+    """Describes the plans that an engine can hold.
 
     quantizer   makes encodings that it reads;  format   of export
     alike       which experts have one width, since they lie in one tensor or under one scheme; None: each has its own

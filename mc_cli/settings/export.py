@@ -16,7 +16,7 @@ _HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
 def hub_name_problem(name: str) -> str:
-    """What is wrong with the name of a repository on a hub; "" where nothing is."""
+    """Says how the name of a repository on a hub is wrong; "" where it is not."""
     if _HUB_NAME.fullmatch(name) and not any(bad in name for bad in ("--", "..", "/.", "/-", "./", "-/")):
         return ""
     return "write OWNER/NAME, of letters, digits, dots, dashes and underscores, for example me/mixtral-2.5-bits."

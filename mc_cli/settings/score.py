@@ -15,7 +15,7 @@ from mc_cli.settings.quantizer import QuantizerSettings
 from mc_cli.settings.written import parse_bits_list
 
 _SCORE = "Measures"
-# What is measured: experts and their projections; channels besides; or channels where they can be cut.
+# Units that are measured: experts and their projections; channels besides; or channels where they can be cut.
 EXPERT, CHANNEL, AUTO = "expert", "channel", "auto"
 
 
