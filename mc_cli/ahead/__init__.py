@@ -34,6 +34,7 @@ from mc_cli.measuring.policy_fitting import policy_names
 from mc_cli.models.memory import available_bytes, resident_bytes
 from mc_cli.models.session import Session, first_session, later_session
 from mc_cli.parts import ModelInventory
+from mc_cli.reports.calibration import stored_facts
 from mc_cli.settings import (
     ENGINES,
     EXPERT,
@@ -96,6 +97,7 @@ class Look:
                 "model bytes": sum(inventory.bytes_by_role().values()),
                 "expert weights": inventory.expert_weight_count,
             }
+            found.facts |= stored_facts(inventory)
             found.roles = roles_of(inventory)
         if size is not None:
             found.facts |= size.facts

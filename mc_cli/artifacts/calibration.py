@@ -196,7 +196,12 @@ def _tensor(
 
 def write_inventory(path: Path, inventory: ModelInventory) -> None:
     """Writes the inventory as JSON in one atomic replace."""
-    write_json(path, {"schema": SCHEMA, **asdict(inventory)})
+    content = {"schema": SCHEMA, **asdict(inventory)}
+    if not inventory.stored_as:
+        del content["stored_as"]
+        for entry in content["tensors"]:
+            del entry["file_bytes"]
+    write_json(path, content)
 
 
 def read_inventory(path: Path) -> ModelInventory:
