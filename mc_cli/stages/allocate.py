@@ -16,7 +16,8 @@ from mc_cli.allocators.channel_cuts import cut_plan
 from mc_cli.allocators.channel_groups import grouped_plan
 from mc_cli.allocators.cut_menus import CutMenu, cut_menu
 from mc_cli.allocators.halves import halved, require_halves, sized_in_halves
-from mc_cli.allocators.merging import merge_plan
+from mc_cli.allocators.merged_widths import merged_widths_plan
+from mc_cli.allocators.merging import merge_plan, merges_of
 from mc_cli.allocators.programme import METHOD, programme
 from mc_cli.allocators.whole_drops import drop_plan, require_a_drop
 from mc_cli.artifacts import calibration as calibration_artifact
@@ -87,7 +88,7 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
             if settings.is_by_scores:
                 plan = self._by_scores(inventory, quantizer)
             else:
-                importance = Importance.read(self.work.folder("score") / IMPORTANCE)
+                importance = self._importance()
                 if settings.halves:
                     require_halves(inventory)
                     importance = sized_in_halves(importance, inventory, quantizer)
@@ -151,14 +152,26 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
         if settings.cut_ratio is not None:
             plan = cut_plan(settings, inventory, quantizer, self._channels, role_bits)
         elif settings.experts_left is not None:
-            plan = merge_plan(settings, inventory, quantizer, self._similarity, role_bits)
+            plan = self._merged(inventory, quantizer, role_bits, others)
         elif settings.method == CAMERA_Q:
             budget_asked = budget_of(settings, others)
             plan = grouped_plan(settings, inventory, quantizer, self._channels, role_bits, budget_asked)
         else:
-            importance = Importance.read(self.work.folder("score") / IMPORTANCE)
-            plan = _without_experts(settings, importance, inventory, quantizer, role_bits, others)
+            plan = _without_experts(settings, self._importance(), inventory, quantizer, role_bits, others)
         return _completed(plan, settings, quantizer, others)
+
+    def _merged(
+        self, inventory: ModelInventory, quantizer: QuantizerSettings, role_bits: Mapping[Role, int], others: int
+    ) -> Plan:
+        """The plan that merges experts; stored ones have one width, or widths within the budget."""
+        merges = merges_of(self.settings, inventory, self._similarity)
+        if self.settings.has_one_width:
+            return merge_plan(self.settings, inventory, quantizer, merges, role_bits)
+        budget = budget_of(self.settings, others)
+        return merged_widths_plan(self.settings, self._importance(), merges, role_bits, budget)
+
+    def _importance(self) -> Importance:
+        return Importance.read(self.work.folder("score") / IMPORTANCE)
 
 
 plan_stage, run = Plans(Allocate), Runs(Allocate)
@@ -196,7 +209,8 @@ def may_cut(settings: AllocateSettings) -> bool:
     """Whether the plan may cut channels: the programme over the whole model, for no engine, without floors."""
     if not settings.cuts or settings.floors or settings.halves or settings.engine is not None:
         return False
-    return settings.cut_ratio is None and settings.drop_ratio is None and settings.method == METHOD
+    structure = (settings.cut_ratio, settings.drop_ratio, settings.experts_left)
+    return all(share is None for share in structure) and settings.method == METHOD
 
 
 def experts_gone(
