@@ -133,7 +133,7 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
 
     def _channels(self, block: ExpertBlock) -> ChannelMeasures:
         """One layer's measures of channels. Raises InputError where score made none."""
-        return _read_channels(self.work, block)
+        return read_channels(self.work, block)
 
     def _similarity(self, block: ExpertBlock) -> ExpertSimilarity:
         """How alike one layer's experts are. Raises InputError where score has not measured it."""
@@ -177,7 +177,7 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
 plan_stage, run = Plans(Allocate), Runs(Allocate)
 
 
-def _read_channels(work: WorkDir, block: ExpertBlock) -> ChannelMeasures:
+def read_channels(work: WorkDir, block: ExpertBlock) -> ChannelMeasures:
     """One layer's measures of channels. Raises InputError where score made none."""
     path = work.folder("score") / channel_file(block.layer)
     if not path.exists():
@@ -188,13 +188,13 @@ def _read_channels(work: WorkDir, block: ExpertBlock) -> ChannelMeasures:
     return ChannelMeasures.read(path, num_experts=block.num_experts, channels=block.channels)
 
 
-def read_cuts(work: WorkDir, inventory: ModelInventory) -> dict[int, tuple[ChannelMeasures, CutMeasures]]:
-    """Layer -> measures of channels and of cuts, of the layers in which score made both."""
+def read_cuts(work: WorkDir, inventory: ModelInventory) -> dict[int, CutMeasures]:
+    """Layer -> measures of cuts, of the layers in which score made them."""
     folder, found = work.folder("score"), {}
     for block in inventory.expert_blocks:
         path, shape = folder / cut_file(block.layer), {"num_experts": block.num_experts, "channels": block.channels}
         if path.exists():
-            found[block.layer] = _read_channels(work, block), CutMeasures.read(path, **shape)
+            found[block.layer] = CutMeasures.read(path, **shape)
     return found
 
 
@@ -253,7 +253,7 @@ def _without_experts(
     return replace(plan, method=settings.drop_by, objective={**plan.objective, **told})
 
 
-Cuts = Mapping[int, tuple[ChannelMeasures, CutMeasures]]  # by layer
+Cuts = Mapping[int, CutMeasures]  # by layer
 
 
 def plan_of(
@@ -323,7 +323,7 @@ def _menus(
     """Layer -> what its experts may be cut to, of the layers in which there is anything to cut."""
     coded: dict[str, Any] = {"family": quantizer.family, "widths": widths, "group_size_limit": quantizer.group_size}
     blocks = [block for block in inventory.expert_blocks if block.layer in cuts]
-    menus = {block.layer: cut_menu(block, *cuts[block.layer], **coded) for block in blocks}
+    menus = {block.layer: cut_menu(block, cuts[block.layer], **coded) for block in blocks}
     return {layer: menu for layer, menu in menus.items() if menu.kept}
 
 
@@ -332,7 +332,7 @@ def _order(inventory: ModelInventory, cuts: Cuts) -> ChannelOrder:
 
     def rows(block: ExpertBlock) -> npt.NDArray[np.int32]:
         if block.layer in cuts:
-            return cuts[block.layer][1].order
+            return cuts[block.layer].order
         return np.tile(np.arange(block.channels, dtype=np.int32), (block.num_experts, 1))
 
     return ChannelOrder({block.layer: rows(block) for block in inventory.expert_blocks})
