@@ -113,7 +113,10 @@ try:
 except McError as error:
     print(error)
 """
-    assert asked(tmp_path, code) == "Unknown family of encodings 'tory'. Known families: affine, gguf, integer, mlx, trellis."
+    assert (
+        asked(tmp_path, code)
+        == "Unknown family of encodings 'tory'. Known families: affine, gguf, integer, mlx, trellis."
+    )
 
 
 def test_plans_and_families_know_a_foreign_one(tmp_path: Path) -> None:
@@ -133,7 +136,11 @@ for name, family, bits in (("a", "toy", 6.5), ("b", "tory", 2), ("c", "toy", 7.5
         print(str(error).splitlines()[1])
 """
     known, unknown, width = asked(tmp_path, code).splitlines()
-    assert known == "toy" and "family is 'tory', not one of affine, gguf, integer, mlx, toy, trellis" in unknown and "7.5" in width
+    assert (
+        known == "toy"
+        and "family is 'tory', not one of affine, gguf, integer, mlx, toy, trellis" in unknown
+        and "7.5" in width
+    )
 
 
 BROKEN = (
