@@ -127,7 +127,7 @@ class Look:
         )
         machine = known_machine()
         if machine is not None:
-            seconds = durations(work, machine, evaluated_tokens=self._evaluated_tokens(work))
+            seconds = durations(work, machine, evaluated_tokens=self.evaluated_tokens(work))
             found.seconds = {stage: seconds[stage] for stage in self._todo}
         limit, free = self._compute.max_memory_bytes, available_bytes()
         if limit is not None:
@@ -166,7 +166,7 @@ class Look:
             config=text_config.to_dict(),
         )
 
-    def _evaluated_tokens(self, work: Workload) -> int:
+    def evaluated_tokens(self, work: Workload) -> int:
         """Tokens of held-out text at most, four bytes of text each where nothing else limits them."""
         settings = self._all.get("prune-eval")
         if settings is None:

@@ -12,7 +12,7 @@ from mc_cli.allocators.channel_cuts import shapes_cut
 from mc_cli.allocators.channel_groups import grouped_plan, unmeasured
 from mc_cli.allocators.channel_score import channel_score_named
 from mc_cli.allocators.cut_menus import CutMenu, can_hold_cuts, menu_of_shapes
-from mc_cli.allocators.feasibility import check_budget, size_range
+from mc_cli.allocators.feasibility import check_budget, check_range, size_range
 from mc_cli.allocators.halves import require_halves, sized_in_halves
 from mc_cli.allocators.merging import shapes_merged
 from mc_cli.allocators.programme import METHOD
@@ -69,7 +69,9 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
         problem = posed_problem(measured, budget=budget, **_asked(settings, score, inventory, sample, {}))
         ends, weights = _range(problem, counts), inventory.expert_weight_count
         limit = math.floor(budget.limit(weights))
-        if limit < ends[0] or strategy_named(settings.method).check is not check_budget:
+        if strategy_named(settings.method).check is check_budget:
+            check_range(problem, ends, weights)
+        else:
             asked = _asked(settings, score, inventory, inventory, {})
             feasible_problem(_sizes(settings, score, inventory), budget=budget, **asked)
     experts = _expert_bytes(budget, measured, counts, min(limit, ends[1]))
