@@ -153,7 +153,11 @@ class TensorPart:
 
 @dataclass(frozen=True)
 class ModelInventory:
-    """Every tensor of a model and its expert blocks: enough to plan bytes without touching a weight."""
+    """Every tensor of a model and its expert blocks: enough to plan bytes without touching a weight.
+
+    directory_bytes   of what a result holds beside its weights, at most; known where the model's folder is at hand, and
+                      not part of the inventory that lies on disk
+    """
 
     model_type: str
     num_layers: int
@@ -161,6 +165,7 @@ class ModelInventory:
     tensors: tuple[TensorPart, ...]
     tied_head: bool
     contract_tested: bool = True
+    directory_bytes: int = 0
 
     def bytes_by_role(self) -> dict[Role, int]:
         """Stored bytes of the unquantized model, per role."""

@@ -31,6 +31,7 @@ from mc_cli.errors import InputError, Problems
 from mc_cli.exporters import check_model, exporter_from_name
 from mc_cli.kernels.compiled import check_inputs
 from mc_cli.measuring.policy_fitting import policy_names
+from mc_cli.models.companions import directory_bytes
 from mc_cli.models.memory import available_bytes, resident_bytes
 from mc_cli.models.session import Session, first_session, later_session
 from mc_cli.parts import ModelInventory
@@ -43,6 +44,7 @@ from mc_cli.settings import (
     RunSettings,
     ScoreSettings,
 )
+from mc_cli.stages.allocate import with_directory
 from mc_cli.stages.calibrate import opened
 from mc_cli.stages.quantize import check_plan, existing_plan, plan_path
 
@@ -187,7 +189,8 @@ class Look:
         session: Session | None = None
         inventory: ModelInventory | None = None
         if set(self._todo) <= {"allocate", "export"} and "calibrate" not in self._all:
-            return None, self._noted_inventory()
+            inventory = self._noted_inventory()
+            return None, None if inventory is None else with_directory(inventory, self._work)
         with self.problems.catching():
             if "calibrate" in self._all:
                 asked = self._all["calibrate"]
@@ -201,6 +204,8 @@ class Look:
                 _, inventory = opened(session)
             else:
                 inventory = self._noted_inventory()
+        if session is not None and inventory is not None:
+            inventory = replace(inventory, directory_bytes=directory_bytes(session.folder, inventory))
         return session, inventory
 
     def _noted_inventory(self) -> ModelInventory | None:

@@ -49,7 +49,7 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
         return _merged_size(settings, score, inventory, role_bits)
     if settings.method == CAMERA_Q:
         _require_channels(score, f"--method {CAMERA_Q}")
-        budget = budget_of(settings, others)
+        budget = budget_of(settings, inventory, others)
         plan = grouped_plan(settings, inventory, score.quantizer, unmeasured, role_bits, budget)
         return planned_size(plan, inventory, score.quantizer)
     if settings.drop_ratio is not None:
@@ -58,12 +58,12 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
         if settings.has_one_width:
             plan = drop_plan(settings, inventory, score.quantizer, gone, value, role_bits)
             return planned_size(plan, inventory, score.quantizer)
-        budget = budget_of(settings, others)
+        budget = budget_of(settings, inventory, others)
         problem = feasible_problem(measured, budget=budget, **_asked(settings, score, inventory, inventory, gone))
         ends, counts = size_range(problem), [1] * len(measured.layers)
         weights, limit = problem.weight_count, problem.limit
     else:
-        budget, kinds = budget_of(settings, others), kinds_of(inventory)
+        budget, kinds = budget_of(settings, inventory, others), kinds_of(inventory)
         counts, sample = list(kinds.values()), replace(inventory, expert_blocks=tuple(kinds))
         measured = _sizes(settings, score, sample)
         problem = posed_problem(measured, budget=budget, **_asked(settings, score, inventory, sample, {}))
@@ -81,6 +81,8 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
         "other bytes": others,
         "reachable": budget.shown(*(budget.amount_of(end, weights) for end in ends)),
     }
+    if settings.target_size_bytes is not None:
+        facts["bytes of other files"] = inventory.directory_bytes
     return Size(experts + others, facts, _beyond(budget, weights, ends[1]), role_bits)
 
 
