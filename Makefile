@@ -28,7 +28,7 @@ help:
 	@echo "make check    ruff and mypy"
 	@echo "make smoke    every command in turn on the bundled model, with little text"
 	@echo "make sanitize 20,000 mutated packed models through loaders and C under AddressSanitizer"
-	@echo "make docs     write docs/reference/cli.md from the commands, and the tables of the results"
+	@echo "make docs     write docs/reference/cli.md from the commands, tables of the results, recipes of models"
 	@echo "make dist     source distribution and wheel in dist/, and what the wheel must hold looked for in it"
 	@echo "make test-report PAGE=report.html      a page of mc-cli report looked at in a headless browser"
 	@echo "make bench-memory, make bench-quality   peak memory by depth; quality at equal stored bytes"
@@ -164,6 +164,7 @@ sanitize: install-dev
 docs: install-dev
 	$(BIN)/python recipes/generate_cli_docs.py
 	$(BIN)/python recipes/generate_results.py
+	$(BIN)/python recipes/generate_recipes.py
 
 # The wheel is made from the source distribution, so that nothing lying about in the checkout gets into it. Each of the
 # two greps stops the target: without a C compiler the library is left out, which only an installation may accept.

@@ -12,7 +12,7 @@ from mc_cli.allocators.channel_cuts import shapes_cut
 from mc_cli.allocators.channel_groups import grouped_plan, unmeasured
 from mc_cli.allocators.channel_score import channel_score_named
 from mc_cli.allocators.cut_menus import CutMenu, menu_of_shapes
-from mc_cli.allocators.feasibility import check_budget, size_range
+from mc_cli.allocators.feasibility import check_budget, check_range, size_range
 from mc_cli.allocators.halves import require_halves, sized_in_halves
 from mc_cli.allocators.merging import shapes_merged, stored_counts
 from mc_cli.allocators.programme import METHOD
@@ -58,7 +58,7 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
         return _merged_size(settings, score, inventory, role_bits)
     if settings.method == CAMERA_Q:
         _require_channels(score, f"--method {CAMERA_Q}")
-        budget = budget_of(settings, others)
+        budget = budget_of(settings, inventory, others)
         plan = grouped_plan(settings, inventory, score.quantizer, unmeasured, role_bits, budget)
         return planned_size(plan, inventory, score.quantizer)
     if settings.drop_ratio is not None or settings.experts_left is not None:
@@ -70,18 +70,20 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
             if settings.has_one_width:
                 plan = drop_plan(settings, inventory, score.quantizer, gone, value, role_bits)
                 return planned_size(plan, inventory, score.quantizer)
-        budget = budget_of(settings, others)
+        budget = budget_of(settings, inventory, others)
         problem = feasible_problem(measured, budget=budget, **_asked(settings, score, inventory, inventory, gone))
         ends, counts = size_range(problem), [1] * len(measured.layers)
         weights, limit = problem.weight_count, problem.limit
     else:
-        budget, kinds = budget_of(settings, others), kinds_of(inventory)
+        budget, kinds = budget_of(settings, inventory, others), kinds_of(inventory)
         counts, sample = list(kinds.values()), replace(inventory, expert_blocks=tuple(kinds))
         measured = _sizes(settings, score, sample)
         problem = posed_problem(measured, budget=budget, **_asked(settings, score, inventory, sample, {}))
         ends, weights = _range(problem, counts), inventory.expert_weight_count
         limit = math.floor(budget.limit(weights))
-        if limit < ends[0] or strategy_named(settings.method).check is not check_budget:
+        if strategy_named(settings.method).check is check_budget:
+            check_range(problem, ends, weights)
+        else:
             asked = _asked(settings, score, inventory, inventory, {})
             feasible_problem(_sizes(settings, score, inventory), budget=budget, **asked)
     experts = _expert_bytes(budget, measured, counts, min(limit, ends[1]))
@@ -91,6 +93,8 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
         "other bytes": others,
         "reachable": budget.shown(*(budget.amount_of(end, weights) for end in ends)),
     }
+    if settings.target_size_bytes is not None:
+        facts["bytes of other files"] = inventory.directory_bytes
     return Size(experts + others, facts, _beyond(budget, weights, ends[1]), role_bits)
 
 

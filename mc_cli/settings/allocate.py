@@ -91,7 +91,7 @@ class AllocateSettings(StageSettings):
     target_size_bytes: int | None = setting(
         None,
         Flag(
-            "Bytes of the whole checkpoint, for example 16GiB.",
+            "Bytes of the whole exported directory, for example 16GiB.",
             _BUDGET,
             option="--target-size",
             metavar="SIZE",
@@ -293,7 +293,7 @@ class AllocateSettings(StageSettings):
             kind = InputError if given else MissingFlagsError
             yield kind(
                 f"allocate needs exactly one target, {len(given)} given: --target-stored-bits (scales included), "
-                "--target-bits (codes only), --target-size (the whole checkpoint, for example 16GiB), --cut-ratio "
+                "--target-bits (codes only), --target-size (the whole directory, for example 16GiB), --cut-ratio "
                 "(share of the experts' channels to cut away) or --experts-left (share of them that --merge leaves); "
                 "or --drop-ratio (share of whole experts); the last two with a budget or alone."
             )

@@ -147,7 +147,7 @@ def test_one_layer_of_each_kind_stands_for_all(family: str, method: str, target:
     settings = AllocateSettings(**{target: amount}, method=method)
     _, others = beside_experts(settings, inventory, score.quantizer)
     whole = feasible_problem(
-        budget.importance_of_shapes(inventory, score), method=method, budget=budget_of(settings, others)
+        budget.importance_of_shapes(inventory, score), method=method, budget=budget_of(settings, inventory, others)
     )
     least, most = size_range(whole)
     found = budget.reachable_size(settings, score, inventory)
