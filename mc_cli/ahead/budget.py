@@ -82,7 +82,7 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
         ends, weights = _range(problem, counts), inventory.expert_weight_count
         limit = math.floor(budget.limit(weights))
         if strategy_named(settings.method).check is check_budget:
-            check_range(problem, ends, weights)
+            check_range(problem, ends, weights, problem.budget.limit(weights))
         else:
             asked = _asked(settings, score, inventory, inventory, {})
             feasible_problem(_sizes(settings, score, inventory), budget=budget, **asked)
