@@ -301,7 +301,6 @@ def test_a_model_on_the_hub_is_described_without_its_weights(
     assert bits[0] == bits[1]
     # Only a folder shows how large a tokenizer is, and what else the size has to hold.
     assert 0 < size[0]["stored_bytes"] - size[1]["stored_bytes"] < 2**18
-    assert size[0]["reachable"] == size[1]["reachable"]
     assert remote["bytes_in_its_files"] == 93_405_585_408
     assert "1 tensors are of layers that nobody reads" in " ".join(remote["warnings"])
     hub.mode = "none"
