@@ -45,20 +45,23 @@ def spread(problem: AllocationProblem, picks: Sequence[int], alike: str = PER_PR
 def check_alike(plan: Plan, engine: str | None) -> None:
     """Raises PlanError, naming all of it, for a plan of experts that an engine cannot hold as they are planned."""
     found = ENGINES.get(engine or "")
+    if found is None:
+        return
     problems: list[str] = []
     widths: dict[_Stack, set[float]] = {}
-    for layer, row in plan.expert_bits.items() if found is not None else ():
-        if layer in plan.slots or plan.dropped(layer) or any(isinstance(entry, tuple) for entry in row):
+    for layer, row in plan.expert_bits.items():
+        whole = [entry for entry in row if not isinstance(entry, tuple)]
+        if layer in plan.slots or plan.dropped(layer) or len(whole) < len(row):
             problems.append(f"layer {layer}: experts are dropped, shared or in blocks of channels")
             continue
-        for entry in row:
+        for entry in whole:
             for name, bits in entry.items() if isinstance(entry, dict) else (("", entry),):
-                stack = (layer, name) if found and found.alike == PER_PROJECTION else None
+                stack = (layer, name) if found.alike == PER_PROJECTION else None
                 widths.setdefault(stack, set()).add(bits)
-    several = {stack: bits for stack, bits in widths.items() if len(bits) > 1 and found is not None and found.alike}
-    for stack, bits in several.items():
-        where = "experts" if stack is None else f"layer {stack[0]}{f' {stack[1]}' if stack[1] else ''}"
-        problems.append(f"{where}: {', '.join(f'{width:g}' for width in sorted(bits))} bits")
+    for place, each in widths.items() if found.alike is not None else ():
+        where = "experts" if place is None else f"layer {place[0]}{f' {place[1]}' if place[1] else ''}"
+        if len(each) > 1:
+            problems.append(f"{where}: {', '.join(f'{width:g}' for width in sorted(each))} bits")
     if problems:
         raise PlanError(
             f"The plan has {len(problems)} entries that {engine} cannot hold: experts of one tensor or scheme "

@@ -18,15 +18,13 @@ from mc_cli.artifacts.files import write_json, write_text
 from mc_cli.artifacts.packed import KEPT, PackedLayout
 from mc_cli.encodings import Encoding, encoding_from_key
 from mc_cli.encodings.integer import IntegerEncoding
-from mc_cli.errors import ArtifactError
 from mc_cli.exporters import ExportJob
-from mc_cli.exporters.decoded import DecodedModel, StoredFiles
+from mc_cli.exporters.decoded import WalkedCheckpoint
 from mc_cli.exporters.model_card import model_card
 from mc_cli.exporters.packed_checkpoint import ExpertPath, Matrix, PackedCheckpoint, check_layout, expert_leaves
 from mc_cli.exporters.shards import ShardWriter
 from mc_cli.measuring.logit_source import LogitSource, Reading
 from mc_cli.models.model_folder import read_config
-from mc_cli.numerics.packing import unpack_codes
 from mc_cli.packed.packed_files import open_packed
 
 NAME = "compressed-tensors"
@@ -141,30 +139,5 @@ def _quantization(groups: dict[tuple[bool, IntegerEncoding], list[str]], plain: 
 
 
 def open(directory: Path, reading: Reading) -> LogitSource:
-    """The directory as config.json says that it is packed, computed by transformers."""
-    method = "weights as compressed-tensors decodes them"
-    return DecodedModel(directory, reading, _decoded(StoredFiles(directory)), method=method)
-
-
-def _decoded(files: StoredFiles) -> Iterator[tuple[str, Tensor]]:
-    """(name in the original checkpoint, numbers) of everything in the files."""
-    packed = [name.removesuffix(".weight_packed") for name in files.names if name.endswith(".weight_packed")]
-    parts = {f"{path}.{part}" for path in packed for part in ("weight_packed", "weight_scale", "weight_shape")}
-    schemes = files.config["quantization_config"]["config_groups"].values()
-    exact = {target: scheme["weights"] for scheme in schemes for target in scheme["targets"]}
-    for path in packed:
-        weights = exact.get(path if ExpertPath.of(path) is None else _EXPERTS)
-        if weights is None:
-            raise ArtifactError(f"{files.directory / 'config.json'} has no scheme for {path}. Export it again.")
-        yield f"{path}.weight", _numbers(files, path, weights)
-    for name in sorted(set(files.names) - parts):
-        yield name, files[name]
-
-
-def _numbers(files: StoredFiles, path: str, weights: dict[str, Any]) -> Tensor:
-    """float32 [out, in]: scale * (code - 2^(bits - 1))."""
-    outputs, inputs = files[f"{path}.weight_shape"].tolist()
-    codes = unpack_codes(files[f"{path}.weight_packed"].view(torch.uint8), bits=weights["num_bits"], count=inputs)
-    grouped = codes.view(outputs, -1, weights["group_size"]).float() - 2 ** (weights["num_bits"] - 1)
-    numbers: Tensor = (grouped * files[f"{path}.weight_scale"].float().unsqueeze(-1)).flatten(1)
-    return numbers
+    """The directory as mc-cli reads published checkpoints of this format, a layer at a time."""
+    return WalkedCheckpoint(directory, reading, method="weights as compressed-tensors decodes them")

@@ -1,8 +1,8 @@
-"""Exports in formats of other tools as sources of logits: their files decoded by us, computed by transformers."""
+"""Exports in formats of other tools as sources of logits: files decoded by us, logits of transformers' classes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,11 @@ from torch import Tensor
 from mc_cli.artifacts.files import read_json
 from mc_cli.data.batches import Batch
 from mc_cli.errors import ArtifactError, listed
-from mc_cli.measuring.logit_source import Reading
+from mc_cli.measuring.logit_source import Reading, Walked
+from mc_cli.models.checkpoint import Checkpoint
 from mc_cli.models.model_class import model_class
 from mc_cli.models.model_folder import read_config
 from mc_cli.packed.packed_files import stored_tensors, weight_files
-
-Files = Callable[[str], Tensor]
 
 
 class StoredFiles:
@@ -40,10 +39,27 @@ class StoredFiles:
             return tensor
 
 
+class WalkedCheckpoint(Walked):
+    """A directory in a format of published checkpoints (mc_cli/sources/), with one decoder layer in memory.
+
+    method  how it is read, in words
+    Raises ArtifactError where the directory holds more than the model, CheckpointError where it holds less.
+    """
+
+    def __init__(self, directory: Path, reading: Reading, *, method: str) -> None:
+        self.method = method
+        source = Checkpoint(directory, read_config(directory), dtype=reading.dtype, device=reading.device)
+        if source.unused:
+            raise ArtifactError(
+                f"{directory}: {len(source.unused)} tensors are not of the model:\n{listed(source.unused)}\n"
+                "Export it again."
+            )
+        super().__init__(source)
+
+
 class DecodedModel:
     """A model of transformers with numbers that were decoded from a directory.
 
-    config     keys of config.json that transformers is not to see
     checkpoint (name in the original checkpoint, tensor) of everything that the directory holds
     Raises ArtifactError naming what is missing or left over.
     """

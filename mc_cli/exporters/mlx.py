@@ -16,7 +16,7 @@ from torch import Tensor
 from mc_cli.artifacts.files import write_json, write_text
 from mc_cli.encodings import Encoding
 from mc_cli.encodings.mlx import MlxEncoding
-from mc_cli.errors import FamilyError
+from mc_cli.errors import FamilyError, listed
 from mc_cli.exporters import ExportJob
 from mc_cli.exporters.decoded import DecodedModel, StoredFiles
 from mc_cli.exporters.model_card import model_card
@@ -38,7 +38,21 @@ DESCRIPTION = "for mlx-lm and other tools of Apple's MLX; plan and quantize with
 ENGINES = ("mlx-lm",)
 KEEPS = "one width for each layer and projection; no dropped, cut or shared experts"
 # What mlx-lm 0.32 names and computes as these checkpoints do.
-FAMILIES = ("deepseek_v2", "glm4_moe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe")
+FAMILIES = ("deepseek_v2", "glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+# Entries of config.json, by model_type, that it takes for granted or does not read: what they have to be.
+_TAKEN = {
+    "deepseek_v2": {"norm_topk_prob": (False,)},
+    "mixtral": {"sliding_window": (None,)},
+    "olmoe": {"clip_qkv": (None,)},
+    "qwen2_moe": {
+        "norm_topk_prob": (False,),
+        "mlp_only_layers": ([], None),
+        "decoder_sparse_step": (1,),
+        "qkv_bias": (True,),
+        "use_sliding_window": (False,),
+    },
+    "qwen3_moe": {"use_sliding_window": (False,)},
+}
 _STACKED = "switch_mlp"
 
 _OPENING = (
@@ -57,6 +71,21 @@ def check(config: Any) -> None:
         raise FamilyError(
             f"model_type {config.model_type!r} cannot be exported for MLX: its names there are known for "
             f"{', '.join(FAMILIES)}. Other formats: mc-cli export --list."
+        )
+    missing = object()
+    taken = {"hidden_act": ("silu",), **_TAKEN.get(config.model_type, {})}
+    wrong = [
+        f"{name} is {found!r:.60}, there {wanted[0]!r}"
+        for name, wanted in taken.items()
+        if (found := getattr(config, name, missing)) is not missing and found not in wanted
+    ]
+    usual = config.hidden_size // config.num_attention_heads
+    if config.model_type == "mixtral" and (getattr(config, "head_dim", None) or usual) != usual:
+        wrong.append(f"head_dim is {config.head_dim}, there {usual}")
+    if wrong:
+        raise FamilyError(
+            f"mlx-lm computes {config.model_type} otherwise than this model is, so it cannot be exported for MLX:\n"
+            f"{listed(wrong)}\nOther formats: mc-cli export --list."
         )
     expert_leaves(config, "MLX")
 
@@ -90,13 +119,30 @@ def export(job: ExportJob) -> None:
         job.advance("outside the layers" if part < 0 else f"layer {part}")
     writer.finish()
     usual = max(quantization.values(), key=list(quantization.values()).count, default={})
-    config_json = job.original_config()
+    config_json = _as_published(job.original_config(), config)
     if quantization:
         config_json = {**config_json, "quantization": {**usual, "mode": "affine", **quantization}}
     write_json(job.target / "config.json", config_json)
     title = f"{job.card.base_model or job.card.model_type}, in MLX's format by mc-cli"
     card = model_card(job.card, title=title, opening=_OPENING, loading=_LOADING, library="mlx")
     write_text(job.target / "README.md", card)
+
+
+def _as_published(entries: dict[str, Any], config: Any) -> dict[str, Any]:
+    """config.json with the names that mlx-lm reads, also where transformers 5 has written it under its own."""
+    found = dict(entries)
+    for alias, name in config.attribute_map.items():
+        if name in found:
+            found.setdefault(alias, found[name])
+    rope = found.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        found.setdefault("rope_theta", rope["rope_theta"])
+        if "partial_rotary_factor" in rope:
+            found.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
+        kind = rope.get("rope_type", "default")
+        scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+        found.setdefault("rope_scaling", None if kind == "default" else {**scaling, "type": kind})
+    return found
 
 
 def _place(path: str) -> tuple[str, int | None]:

@@ -19,7 +19,6 @@ _SMALL = {"hidden_size": 64, "num_hidden_layers": 2}
 _MLA = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
 SIZES: dict[str, dict[str, Any]] = {
     "mixtral": {**_SMALL, "intermediate_size": 96, "num_local_experts": 4},
-    "phimoe": {**_SMALL, "intermediate_size": 96, "num_local_experts": 4},
     "qwen2_moe": {
         **_SMALL,
         "mlp_only_layers": [],

@@ -101,3 +101,19 @@ def test_models_that_mlx_names_otherwise_are_refused(tiny_model: TinyModel, tmp_
     work = packed_work_dir(tiny_model("gpt_oss"), tmp_path / "work", widths=(16,), role_bits={})
     with pytest.raises(FamilyError, match="'gpt_oss' cannot be exported for MLX"):
         do_export(work, tmp_path / "out", "mlx")
+    changed = tiny_model("qwen2_moe", **{**SIZES["qwen2_moe"], "norm_topk_prob": True, "mlp_only_layers": [1]})
+    other = packed_work_dir(changed, tmp_path / "other", widths=(4,), role_bits={}, family="mlx")
+    with pytest.raises(FamilyError, match=r"(?s)norm_topk_prob is True, there False.*mlp_only_layers is \[1\]"):
+        do_export(other, tmp_path / "out", "mlx")
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "glm4_moe"])
+def test_config_json_has_the_names_that_mlx_reads(model_type: str, work_dir: Packed, tmp_path: Path) -> None:
+    """transformers 5 writes rotary settings, and some counts, under names of its own."""
+    do_export(work_dir(model_type, role_bits={}), tmp_path / "out", "mlx")
+    config = read_json(tmp_path / "out" / "config.json")
+    assert config["rope_theta"] == 10000.0 and config["rope_scaling"] is None
+    if model_type == "qwen3_moe":
+        assert config["num_experts"] == 4
+    else:
+        assert config["partial_rotary_factor"] == 0.5

@@ -17,8 +17,8 @@ from mc_cli.flags import build
 from mc_cli.parts import Role
 from mc_cli.progress import SilentProgress
 from mc_cli.recipe import Recipe, plan_run
-from mc_cli.settings import ENGINES, ScoreSettings
-from mc_cli.stages import allocate, quantize, score
+from mc_cli.settings import ENGINES, ExportSettings, RunSettings, ScoreSettings
+from mc_cli.stages import allocate, export, quantize, score
 from tests.conftest import TinyModel
 from tests.tiny_chain import COMPUTE, run_calibrate, run_export, write_documents
 
@@ -45,6 +45,38 @@ def test_the_whole_way(tiny_model: TinyModel, tmp_path: Path) -> None:
     quantize.run(build("quantize", followed), COMPUTE, work, **SILENT)
     found = run_export(work, tmp_path / "out", "gguf").summary["read_back"]
     assert found["same_top_token"] == 1 and (tmp_path / "out" / "model.gguf").is_file()
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work directory with the calibration of a model of which all rows are multiples of 64."""
+    work = tmp_path_factory.mktemp("calibrated") / "work"
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 3, "num_hidden_layers": 2}
+    run_calibrate(work, tiny_model("mixtral", **sizes), write_documents(work.parent / "text.jsonl", documents=30))
+    return work
+
+
+@pytest.mark.parametrize(
+    ("engine", "bits", "target", "widths"),
+    [("mlx", (2, 4), 3.5, {2, 4}), ("gptq", (2, 3, 4), 3.3, {2, 3, 4}), ("compressed-tensors", (4, 8), 4.3, {4})],
+)
+def test_the_whole_way_to_other_formats(
+    engine: str, bits: tuple[int, ...], target: float, widths: set[int], calibrated: Path, tmp_path: Path
+) -> None:
+    asked = {"engine": engine}
+    score.run(build("score", {**asked, "bits": bits, "sweeps": 0}), COMPUTE, calibrated, **SILENT)
+    settings = build("allocate", {**asked, "target_stored_bits": target})
+    allocate.run(settings, COMPUTE, calibrated, variant=engine, **SILENT)
+    work = WorkDir(calibrated, engine)
+    plan = Plan.read(work.folder("allocate") / PLAN)
+    each = [entry if isinstance(entry, dict) else {"": entry} for row in plan.expert_bits.values() for entry in row]
+    assert {bits for entry in each for bits in entry.values()} == widths
+    check_alike(plan, engine)
+    followed = chain.followed_settings("quantize", work)
+    quantize.run(build("quantize", followed), COMPUTE, calibrated, variant=engine, **SILENT)
+    given = ExportSettings(format=ENGINES[engine].format, out=str(tmp_path / "out"))
+    found = export.run(given, RunSettings(dtype="float32"), calibrated, variant=engine, **SILENT).summary["read_back"]
+    assert found["same_top_token"] == 1 and found["logit_error_max"] < 1e-3
 
 
 def test_what_the_engine_cannot_hold_is_told_before_work(tiny_model: TinyModel, tmp_path: Path) -> None:
