@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mc_cli.artifacts.export_record import RECORD_KEY
 from mc_cli.artifacts.files import write_bytes_with, write_json, write_text
 from mc_cli.artifacts.packed import KEPT, ExpertLayout
 from mc_cli.data.batches import Batch
@@ -65,7 +66,9 @@ def export(job: ExportJob) -> None:
     title = job.card.base_model or job.card.model_type
     write_bytes_with(
         job.target / FILE,
-        lambda path: write_gguf(path, config, job.config_folder, _tensors(files), title=title),
+        lambda path: write_gguf(
+            path, config, job.config_folder, _tensors(files), title=title, record_bytes=job.record_bytes
+        ),
     )
     for part in job.parts:
         job.advance("outside the layers" if part < 0 else f"layer {part}")
@@ -80,16 +83,20 @@ def write_gguf(
     tensors: Iterable[tuple[str, Tensor, GgufEncoding | None]],
     *,
     title: str,
+    record_bytes: int = 0,
 ) -> None:
     """Writes a whole model with metadata and vocabulary.
 
-    folder    of the tokenizer
-    tensors   (name in the module tree, bytes of blocks or numbers, type of the blocks or None)
+    folder         of the tokenizer
+    tensors        (name in the module tree, bytes of blocks or numbers, type of the blocks or None)
+    record_bytes   left for the record of the export, among the first entries of the metadata
     """
     gguf = gguf_package()
     architecture = architecture_of(config)
     names = Names(config, architecture)
     writer = gguf.GGUFWriter(path, architecture.name)
+    if record_bytes:
+        writer.add_string(RECORD_KEY, " " * record_bytes)
     writer.add_name(title)
     write_metadata(writer, config, architecture)
     write_tokenizer(writer, folder, vocabulary=config.vocab_size, config=config)

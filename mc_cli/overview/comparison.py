@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from mc_cli.artifacts.exported import RECORD, ExportRecord
+from mc_cli.artifacts.export_record import ExportRecord
+from mc_cli.artifacts.exported_file import export_place
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.artifacts.strict_json import JsonError, parse_json
 from mc_cli.artifacts.strict_yaml import read_yaml
@@ -82,10 +83,10 @@ def _unmeasured(found: Sequence[Compared]) -> list[str]:
 
 
 def _read(source: Path, *, many: bool) -> tuple[list[Compared], list[str]]:
+    if export_place(source).is_ours():
+        return [_exported(source)], []
     if source.is_file():
         return list(_figures(source)), []
-    if (source / RECORD).exists():
-        return [_exported(source)], []
     if any((source / folder).is_dir() for folder in STAGE_FOLDERS.values()):
         measured, left_out = read_measured(source)
         if not measured:

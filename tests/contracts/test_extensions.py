@@ -16,7 +16,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from mc_cli.artifacts.exported import RECORD
+from mc_cli.artifacts.export_record import RECORD
 from tests.tiny_chain import write_documents
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
