@@ -173,6 +173,7 @@ def _write_and_read_back(
             advance=lambda note: step.advance(note=note),
             pruning=pruning,
             auto_class=model_class(config).auto_name,
+            warn=lambda sentence: folder.warn(sentence, progress),
             record_bytes=folder.record_room(ready.stages),
         )
         exporter = exporter_from_name(settings.format)
