@@ -21,7 +21,7 @@ from mc_cli.encodings.gguf import GgufEncoding
 from mc_cli.errors import ArtifactError, InputError, listed
 from mc_cli.exporters import ExportJob
 from mc_cli.exporters.gguf_architectures import architecture_of, differences, gguf_package, write_metadata
-from mc_cli.exporters.gguf_names import Names
+from mc_cli.exporters.gguf_names import ROWS, TURNED, Names
 from mc_cli.exporters.gguf_tokenizer import write_tokenizer
 from mc_cli.exporters.model_card import model_card
 from mc_cli.measuring.logit_source import LogitSource, Reading
@@ -105,11 +105,12 @@ def write_gguf(
     write_tokenizer(writer, folder, vocabulary=config.vocab_size, config=config)
     for name, tensor, kind in tensors:
         place = names.place(name)
-        for written, part, turned in zip(place.names, place.split(tensor), place.turned, strict=True):
-            if turned:
-                _add(gguf, writer, written, _numbers(part, kind).transpose(-1, -2), None)
-            else:
+        for written, part, form in zip(place.names, place.split(tensor), place.forms, strict=True):
+            if form == ROWS:
                 _add(gguf, writer, written, part, kind)
+            else:
+                numbers = _numbers(part, kind)
+                _add(gguf, writer, written, numbers.transpose(-1, -2) if form == TURNED else numbers, None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -215,7 +216,10 @@ class _Reader:
         for name, place in places.items():
             parts = [self._numbers(gguf, written) for written in place.names]
             whole = place.joined(
-                [part.transpose(-1, -2) if turned else part for part, turned in zip(parts, place.turned, strict=True)]
+                [
+                    part.transpose(-1, -2) if form == TURNED else part
+                    for part, form in zip(parts, place.forms, strict=True)
+                ]
             )
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)

@@ -199,7 +199,7 @@ def differences(config: Any) -> list[str]:
     if rope.get("rope_type") == "yarn" and not rope.get("truncate", True):
         return [
             "llama.cpp rounds the bounds of YaRN's ramp to whole dimensions, where config.json says truncate: false. "
-            "Its logits differ a little from transformers', as with its own conversion of the original."
+            "Its logits differ from transformers', as they do with its own conversion of the original."
         ]
     return []
 

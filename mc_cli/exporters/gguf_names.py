@@ -19,6 +19,7 @@ _RENAMED = (  # transformers' ends of names -> those that the map knows
     ("e_score_correction_bias", "e_score_correction.bias"),
     (".sinks", ".sinks.weight"),
 )
+ROWS, NUMBERS, TURNED = "rows", "numbers", "turned"
 Parts = Sequence[Tensor]
 
 
@@ -38,13 +39,14 @@ class Place:
     split   the tree's tensor [..., rows, anything] -> that of each name; rows are moved, none is looked into, so that
             rows may be numbers or bytes of blocks
     joined  the way back
-    turned  which of them llama.cpp holds with rows and columns exchanged: blocks lie along rows, so these are numbers
+    forms   how each is stored: ROWS as they are, blocks included; NUMBERS, never blocks; TURNED, numbers with rows and
+            columns exchanged, along which no blocks lie
     """
 
     names: tuple[str, ...]
     split: Callable[[Tensor], Parts] = _itself
     joined: Callable[[Parts], Tensor] = _alone
-    turned: tuple[bool, ...] = (False,)
+    forms: tuple[str, ...] = (ROWS,)
 
 
 class Names:
@@ -84,13 +86,17 @@ class Names:
         names = (f"blk.{layer}.ffn_gate_exps.{end}", f"blk.{layer}.ffn_up_exps.{end}")
         rows = -1 if is_bias else -2
         if self._architecture.interleaved:
-            return Place(names, *_taking_turns(rows), (False, False))
+            return Place(names, *_taking_turns(rows), (ROWS, ROWS))
         return Place(
-            names, lambda whole: whole.chunk(2, rows), lambda parts: torch.cat(tuple(parts), rows), (False,) * 2
+            names, lambda whole: whole.chunk(2, rows), lambda parts: torch.cat(tuple(parts), rows), (ROWS, ROWS)
         )
 
     def _of_latent(self, layer: str) -> Place:
-        """The matrix from the latent vector to the heads' keys and values, as two; that of keys multiplies queries."""
+        """The matrix from the latent vector to the heads' keys and values, as two; that of keys multiplies queries.
+
+        That of values are numbers, too: on processors with AMX, llama.cpp gives NaN for blocks in three dimensions
+        (version 0.3.36 of llama-cpp-python, where Q4_K to Q8_0 and IQ4_XS are multiplied by tiles).
+        """
         heads = self._config.num_attention_heads
         sizes = (self._config.qk_nope_head_dim, self._config.v_head_dim)
 
@@ -101,7 +107,7 @@ class Names:
             return torch.cat(tuple(parts), 1).flatten(0, 1)
 
         names = (f"blk.{layer}.attn_k_b.weight", f"blk.{layer}.attn_v_b.weight")
-        return Place(names, split, joined, (True, False))
+        return Place(names, split, joined, (TURNED, NUMBERS))
 
 
 def _taking_turns(rows: int) -> tuple[Callable[[Tensor], Parts], Callable[[Parts], Tensor]]:
