@@ -133,7 +133,7 @@ def _run(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has its children ignore it
     torch.set_num_threads(1)  # bytes are compared, and sums over threads come in any order
     if pause_s:
-        files._sync_folder = lambda _: time.sleep(pause_s)
+        files.sync_folder = lambda _: time.sleep(pause_s)
     if file_limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))

@@ -21,7 +21,7 @@ from mc_cli.ahead.tasks import check_tasks
 from mc_cli.ahead.texts import check_text, text_bytes
 from mc_cli.ahead.workload import Workload
 from mc_cli.artifacts import calibration as calibration_artifact
-from mc_cli.artifacts.exported import ExportFolder
+from mc_cli.artifacts.exported_file import export_place
 from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.work_dir import FOLDERS, VARIANTS, WorkDir
@@ -350,7 +350,7 @@ def check_work_dir(work_dir: Path) -> None:
 
 
 def check_target(out: str, work_dir: Path) -> None:
-    """Raises InputError for a directory that export would refuse."""
+    """Raises InputError for a directory or file that export would refuse."""
     target = Path(out).expanduser().resolve()
     whole = work_dir.resolve()
     for name in (*FOLDERS.values(), VARIANTS):
@@ -360,4 +360,4 @@ def check_target(out: str, work_dir: Path) -> None:
     above = next(folder for folder in target.parents if folder.exists())
     if not above.is_dir():
         raise InputError(f"--out {out}: {above} is a file, so nothing can be made in it. Name another place.")
-    ExportFolder(target, {}, {}).check_place()
+    export_place(target).check_place()
