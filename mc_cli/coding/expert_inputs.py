@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mc_cli.artifacts.calibration import LayerSensitivity
+from mc_cli.artifacts.scratch import InMemory
 from mc_cli.models import experts
 from mc_cli.numerics.hessian import accumulate, shrink
 from mc_cli.parts import ExpertBlock
@@ -69,14 +70,17 @@ class ExpertInputs:
         *,
         sensitivity: LayerSensitivity | None = None,
         module: Any = None,
+        store: InMemory | None = None,
     ) -> None:
         """The inputs that were captured.
 
         sensitivity  how the loss reacts to errors of this layer, None where no backward pass was run
+        store        holds what there is of every token; None: memory
         module       the layer's experts, where router slots may share one: tokens are grouped by the expert that is run
         """
         self.block = block
         self.device = device
+        self.store = store or InMemory()
         self._inputs = capture.inputs
         routing = capture.index, capture.weights
         self._routing = routing if module is None else experts.stored_slots(module, *routing)
@@ -123,6 +127,7 @@ class ExpertInputs:
             chosen, routed = tokens[piece], weights[piece].to(self.device)
             rows = self._inputs[chosen].to(self.device).float()
             yield Chunk(rows, routed * self._attention[chosen].to(self.device), chosen, routed)
+        self.store.release(self._inputs)
 
     def calls(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """(tokens, inputs [n, hidden], index [n, k], weights [n, k]), in pieces: what the experts are called with."""
@@ -131,6 +136,7 @@ class ExpertInputs:
             rows = slice(begin, begin + CALL_TOKENS)
             inputs = self._inputs[rows].to(self.device)
             yield rows, inputs, index[rows].to(self.device), weights[rows].to(self.device)
+            self.store.release(self._inputs[rows])
 
     def squared_weights(self) -> torch.Tensor:
         """[tokens] float32, on the CPU: the sum of each token's squared routing weights."""

@@ -56,6 +56,11 @@ class StoredTensor:
     dtype: torch.dtype | None  # None: a block format
     places: tuple[tuple[str, str], ...]  # (key in the file, file): codes and scales of a block format
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether it is of FP8 codes with scales, which are made values all at once."""
+        return self.dtype is None and not self.places[0][0].endswith(_BLOCKS)
+
 
 class _Fp8Slice:
     """An FP8 tensor that is dequantized when indexed, as transformers reads a safetensors slice."""
@@ -74,6 +79,8 @@ class _Mxfp4Slice:
         self._blocks, self._exponents, self._shape = blocks, exponents, shape
 
     def __getitem__(self, index: Any) -> torch.Tensor:
+        if isinstance(index, int):
+            return dequantize_mxfp4(self._blocks[index], self._exponents[index]).T.to(torch.bfloat16)
         experts = torch.empty(self._shape, dtype=torch.bfloat16)
         for expert in range(self._shape[0]):  # one by one: all experts in float32 would be four times the result
             experts[expert] = dequantize_mxfp4(self._blocks[expert], self._exponents[expert]).T

@@ -95,7 +95,8 @@ class Calibrate(Stage[StageFolder, _Ready, StageResult]):
         self.session.remember(settings.model, settings.revision)
         inputs = _inputs(settings, self.session, folder, ready.drawn, progress)
         _write_inventory(checkpoint, inventory, folder, progress)
-        walk = LayerWalk(checkpoint, inputs, batch_size=self.session.batch_size(inputs.length))
+        batch_size = self.session.batch_size(inputs.length)
+        walk = LayerWalk(checkpoint, inputs, batch_size=batch_size, store=checkpoint.store)
         sequences = min(-(-settings.gradient_tokens // inputs.length), inputs.rows)
         with ready.weights as weights:
             _forward(walk, checkpoint, inventory, folder, sequences, progress)
@@ -248,7 +249,11 @@ def _forward_layer(walk: LayerWalk, checkpoint: Checkpoint, block: ExpertBlock |
     with watching(checkpoint.model, block) as capture:
         walk.run_layer(advance=True)
     # Sequence by sequence: in float64 all hidden states would be four times as large.
-    energy = float(torch.stack([row.double().square().sum(-1) for row in walk.hidden]).mean())
+    energies = []
+    for row in walk.hidden:
+        energies.append(row.double().square().sum(-1))
+        walk.store.release(row)
+    energy = float(torch.stack(energies).mean())
     routing_statistics(capture, block, residual_energy=energy).write(folder.path(artifact.routing_file(block.layer)))
 
 
@@ -264,7 +269,7 @@ def _backward(
     """Gradient second moments of every MoE layer, from the last to the first that has experts."""
     blocks = {block.layer: block for block in inventory.expert_blocks}
     batch_size = max(1, min(walk.batch_size, GRADIENT_BATCH_TOKENS // walk.inputs.length))
-    walk = LayerWalk(checkpoint, walk.inputs.select(slice(sequences)), batch_size=batch_size)
+    walk = LayerWalk(checkpoint, walk.inputs.select(slice(sequences)), batch_size=batch_size, store=walk.store)
     gradients, layer = _gradient_start(walk, folder, sequences, settings)
     first = min(blocks)
     with progress.step(
