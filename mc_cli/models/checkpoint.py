@@ -266,6 +266,13 @@ class Checkpoint:
             found |= {f"{prefix}.{name}" for name in fused}
         return found
 
+    @property
+    def reads_experts(self) -> bool:
+        """Whether the files allow that every layer's experts are read one by one."""
+        targets = {target.name: target for part in self._targets.values() for target in part}
+        fused = (f"{path}.{name}" for path, each in find_experts(self.model) for name in (up_name(each), "down_proj"))
+        return all(self._by_expert(targets.get(name)) for name in fused)
+
     def _by_expert(self, target: Target | None) -> bool:
         return target is not None and target.by_expert and not self._is_kept_in_float32(target.name)
 

@@ -1,8 +1,8 @@
 """Gradients through dense experts, expert by expert: at inputs and routing weights, the experts being frozen.
 
-autograd by itself would fill a tensor as large as all tokens' gradients for every expert, and add it to the others. Here
-each expert's gradients are added where its tokens are. The sums are autograd's, in its order, from the last expert to
-the first, so that results are the same numbers.
+autograd by itself would fill a tensor as large as all tokens' gradients for every expert, and add it to the others.
+Here each expert's gradients are added where its tokens are. The sums are autograd's, in its order, from the last expert
+to the first, so that results are the same numbers.
 """
 
 from __future__ import annotations

@@ -118,11 +118,16 @@ def _invert_into(factor: Tensor, hessian: Tensor, added: float) -> bool:
     dtype = torch.float64 if len(hessian) <= FLOAT64_LIMIT else torch.float32
     damped = hessian.to(dtype, copy=True)
     damped.diagonal().add_(added)
-    lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    backwards = damped.flip(0, 1)
+    del damped  # each of these may take gigabytes
+    lower, info = torch.linalg.cholesky_ex(backwards)
+    del backwards
     if int(info):
         return False
     identity = torch.eye(len(hessian), dtype=dtype, device=hessian.device)
-    factor.copy_(torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1))
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    del lower, identity
+    factor.copy_(inverse.flip(0, 1))
     return bool(torch.isfinite(factor).all())
 
 

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from mc_cli.artifacts.plan import Plan
 from mc_cli.models import paged_experts
 from mc_cli.settings import QuantizerSettings, RunSettings
 from tests import tiny_chain
 from tests.conftest import TinyModel
+from tests.contracts.test_divided_experts import CHANNELS, ROW, SLOTS
 from tests.tiny_chain import run_allocate, run_calibrate, run_quantize, run_score, write_documents
 
 # Plain; a router with groups, shared experts that run after the routed ones; fused, transposed, with biases; a gate on
@@ -64,3 +66,23 @@ def test_the_same_bytes_in_pieces(
     assert {expert for _, expert in read} == set(range(8))
     assert pieces.keys() == whole.keys()
     assert [name for name in whole if whole[name] != pieces[name]] == []
+
+
+def test_cuts_blocks_drops_and_shared_slots_in_pieces(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan by hand with everything in it, quantized twice over one calibration."""
+    model, text = tiny_model("mixtral", intermediate_size=CHANNELS), write_documents(tmp_path / "text", documents=30)
+    work_dir = tmp_path / "work"
+    run_calibrate(work_dir, model, text)
+    run_score(work_dir, bits=(2, 4))
+    run_allocate(work_dir, target_stored_bits=6.0)
+    plan = Plan.read(work_dir / "plan" / "plan.yaml")
+    rows = dict.fromkeys(plan.expert_bits, ROW)
+    replace(plan, expert_bits=rows, slots=dict.fromkeys(plan.expert_bits, SLOTS)).write(work_dir / "mine.yaml")
+    found = []
+    for variant, compute in (("whole", tiny_chain.COMPUTE), ("pieces", IN_PIECES)):
+        monkeypatch.setattr(tiny_chain, "COMPUTE", compute)
+        run_quantize(work_dir, variant=variant, plan=str(work_dir / "mine.yaml"))
+        found.append(contents(work_dir / "variants" / variant / "packed"))
+    assert found[0] and found[0] == found[1]
