@@ -24,7 +24,7 @@ SPARE = 1.08  # what small tensors and holes in the heap add: 0 to 9 % of what a
 _COMPUTING = 60 << 20  # what libraries take once they compute: buffers, threads, a model's code; 8 to 99 MiB
 _FLOAT, _DOUBLE = 4, 8
 _LOGIT_COPIES = 5  # of one sequence, while labels are drawn: logits, their log, probabilities, gradients of two
-_COPIES_TO_FACTORIZE = 4  # the factor, the identity, the solution, and one for the library
+_COPIES_TO_FACTORIZE = 2  # the factor, and its inverse
 _RING_ROWS = 512  # rows whose errors are weighed together by the trellis quantizer, at most
 
 
@@ -163,7 +163,7 @@ def _expert_apart(work: Workload) -> dict[str, int]:
     if block is None or not work.apart_bytes(apart):
         return {}
     weights = block.weights_per_expert * work.itemsize
-    slots = 2 * work.tokens * block.top_k // block.num_experts  # twice the mean: routers are not even
+    slots = 2 * work.batch * block.top_k // block.num_experts  # twice the mean: routers are not even
     return {"an expert, with its files": 2 * weights, "its tokens": slots * work.hidden * (_FLOAT + work.itemsize)}
 
 
@@ -214,7 +214,6 @@ def _score(work: Workload) -> _Steps:
             "inputs of experts": hidden,
             "routing": _routing(work),
             "weights of some experts": up + down,
-            **_expert_apart(work),
             "second moments and their factors": 3 * sum(squares),
             "activations": work.loss_tokens * members * (block.channels + work.hidden) * _FLOAT,
         }
@@ -230,7 +229,7 @@ def _quantize(work: Workload) -> _Steps:
     layer = {"the layer": work.layer_bytes(work.largest_layer)}
     yield _loading(work, held)
     apart = _expert_apart(work)
-    shares = {"inputs of experts": hidden, "routing": _routing(work)} | apart
+    shares = {"inputs of experts": hidden, "routing": _routing(work)}
     rest = (1 if work.corrects else 0) * hidden
     yield (
         "the layer's inputs are kept",

@@ -55,7 +55,7 @@ class InMemory:
 
 
 class Scratch(InMemory):
-    """Tensors in files of a folder."""
+    """Tensors in files of a folder. `most_bytes`: as much as they have taken on the disk at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -63,6 +63,7 @@ class Scratch(InMemory):
         self._used = 0
         self._next = _FIRST_BYTES
         self._files: dict[int, Any] = {}  # first address -> weak reference to the mapped file
+        self._taken = self.most_bytes = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Raises ArtifactError where the disk has no room for it."""
@@ -125,8 +126,15 @@ class Scratch(InMemory):
             told = refusal(error, self._folder, action=f"has no room for {size:,} bytes of scratch")
             raise ArtifactError(told) from error
         begin = torch.frombuffer(pages, dtype=torch.uint8, count=1).data_ptr()
-        self._files[begin] = weakref.ref(pages, lambda _, begin=begin: self._files.pop(begin, None))
+        self._files[begin] = weakref.ref(pages, lambda _: self._gone(begin, size))
+        self._taken += size
+        self.most_bytes = max(self.most_bytes, self._taken)
         return pages
+
+    def _gone(self, begin: int, size: int) -> None:
+        """A file that no tensor lies in any more; its room on the disk is free again."""
+        self._files.pop(begin, None)
+        self._taken -= size
 
 
 def _slabs(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -74,6 +74,7 @@ class Shortfall:
             self._moments[expert] = torch.zeros(shape, device=activated.device)
         total = self._squared_weights[chunk.tokens].clamp_min(torch.finfo(torch.float32).tiny).to(activated.device)
         missing = self._missing[chunk.tokens].to(activated.device).float()
+        self._inputs.store.release(self._missing)
         # attention * share * missing * routing weight, of which weights^2 holds attention and one weight squared
         pulled = missing * (chunk.weights * chunk.routing_weights / total)[:, None]
         self._moments[expert].addmm_(pulled.T, activated * chunk.weights[:, None])

@@ -122,7 +122,7 @@ class Turns:
                     tokens, weights = routed[batch][expert]
                     total, inputs = self._totals[batch], noted[batch][0][tokens.cpu()].to(weights.device)
                     total.index_add_(0, tokens.cpu(), self._weighted(self.module, expert, inputs, weights).to(total))
-            self._store.release(*(noted[batch][0] for batch in users), *(self._totals[batch] for batch in users))
+                    self._store.release(total, noted[batch][0])
 
     def answer(self, batch: int) -> torch.Tensor:
         """The sum of a batch that was computed."""

@@ -72,7 +72,10 @@ def test_cuts_blocks_drops_and_shared_slots_in_pieces(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A plan by hand with everything in it, quantized twice over one calibration."""
-    model, text = tiny_model("mixtral", intermediate_size=CHANNELS), write_documents(tmp_path / "text", documents=30)
+    model, text = (
+        tiny_model("mixtral", intermediate_size=CHANNELS),
+        write_documents(tmp_path / "text.jsonl", documents=30),
+    )
     work_dir = tmp_path / "work"
     run_calibrate(work_dir, model, text)
     run_score(work_dir, bits=(2, 4))
