@@ -190,7 +190,8 @@ def _calibrate(work: Workload) -> _Steps:
         "gradients at the head",
         held | beside | {"gradients": work.samples * states, "logits of a sequence": logits},
     )
-    gradients = {"gradients": 2 * work.samples * states, "inputs of the layer": states}
+    inputs = work.backward_tokens * work.hidden * work.itemsize
+    gradients = {"gradients": 2 * work.samples * states, "inputs of the layer": inputs}
     name, loaded = _loading(work, held | beside | {"gradients": work.samples * states})
     yield f"{name} on the way back", loaded
     activations = _kept_activations(work, batch, of_experts=not apart)

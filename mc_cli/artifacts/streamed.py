@@ -83,19 +83,25 @@ def write_pieces(path: Path, tensors: Mapping[str, Pieces], metadata: Mapping[st
 
 
 def _write(file: BinaryIO, name: str, tensor: Pieces) -> None:
-    import torch
-
     count = 0
     for piece in tensor.pieces():
         if piece.dtype != tensor.dtype:
             raise ShapeError(f"{name}: a piece of {piece.dtype} in a tensor of {tensor.dtype}")
         count += piece.numel()
-        flat = piece.detach().cpu().contiguous().reshape(-1)
-        if flat.numel() == 1:  # it may have any stride, and is contiguous with each
-            flat = flat.new_empty(1).copy_(flat)
-        file.write(flat.view(torch.uint8).numpy().data)
+        file.write(bytes_of(piece.detach().cpu().contiguous()))
     if count != prod(tensor.shape):
         raise ShapeError(f"{name}: pieces of {count:,} numbers in all for a tensor of {list(tensor.shape)}")
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, where they lie."""
+    import torch
+
+    flat = tensor.reshape(-1)
+    if flat.numel() == 1:  # it may have any stride, and is contiguous with each
+        flat = flat.new_empty(1).copy_(flat)
+    found: memoryview = flat.view(torch.uint8).numpy().data
+    return found
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -36,7 +36,7 @@ def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, samples: int
     samples       labels per token; the result is [samples, sequences, length, hidden], one gradient for each
     Raises InputError or CheckpointError where the model says NaN or infinity of a token.
     """
-    gradients = torch.empty((samples, *final_hidden.shape), dtype=final_hidden.dtype)
+    gradients = walk.store.empty((samples, *final_hidden.shape), final_hidden.dtype)
     generator = torch.Generator().manual_seed(seed)
     for row in range(len(final_hidden)):
         rows = slice(row, row + 1)
@@ -53,6 +53,7 @@ def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, samples: int
             labels = torch.multinomial(probabilities, samples, replacement=True, generator=generator)
             losses = (-log_probabilities.gather(1, labels.to(log_probabilities.device)).sum(0)).unbind()
         gradients[:, row] = _gradients(losses, hidden)[0][:, 0].to(gradients.device)
+        walk.store.release(*(sample[row] for sample in gradients), final_hidden[rows])
     return gradients
 
 

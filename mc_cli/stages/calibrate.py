@@ -233,7 +233,7 @@ def _forward(
         for layer in range(first, walk.num_layers):
             if gradient_sequences:
                 kept = {name: tensor[:gradient_sequences] for name, tensor in walk.state().items()}
-                write_state(folder.path(f"{RESUME}/{_inputs_file(layer)}"), kept)
+                write_state(folder.path(f"{RESUME}/{_inputs_file(layer)}"), kept, store=walk.store)
             checkpoint.load(layer)
             _forward_layer(walk, checkpoint, blocks.get(layer), folder)
             checkpoint.free(layer)
@@ -269,8 +269,9 @@ def _backward(
     """Gradient second moments of every MoE layer, from the last to the first that has experts."""
     blocks = {block.layer: block for block in inventory.expert_blocks}
     batch_size = max(1, min(walk.batch_size, GRADIENT_BATCH_TOKENS // walk.inputs.length))
+    final = walk.hidden[:sequences]
     walk = LayerWalk(checkpoint, walk.inputs.select(slice(sequences)), batch_size=batch_size, store=walk.store)
-    gradients, layer = _gradient_start(walk, folder, sequences, settings)
+    gradients, layer = _gradient_start(walk, folder, final, settings)
     first = min(blocks)
     with progress.step(
         "calibrate: backward", total=walk.num_layers - first, unit="layer", done=walk.num_layers - 1 - layer
@@ -293,7 +294,7 @@ def _backward(
             if sensitivity is not None and covariance is not None:
                 write_tensors(folder.path(artifact.covariance_file(depth)), {"covariance": covariance})
                 write_tensors(folder.path(f"{RESUME}/sensitivity_{depth}.safetensors"), sensitivity.tensors())
-            save_state(folder, f"gradient_before_{depth}.safetensors", {"gradients": gradients})
+            save_state(folder, f"gradient_before_{depth}.safetensors", {"gradients": gradients}, walk.store)
             folder.path(f"{RESUME}/gradient_before_{depth + 1}.safetensors").unlink(missing_ok=True)
             step.advance(note=f"layer {depth}")
     merged: dict[str, torch.Tensor] = {}
@@ -318,13 +319,17 @@ def _require_finite_gradients(
         found["the gradients' covariance"] = covariance
     for what, tensor in found.items():
         if what != "the sensitivity `choice_cost`" and tensor.is_floating_point():
-            require_finite(tensor, f"{what} of layer {depth}", dtype=checkpoint.dtype, model=checkpoint.folder)
+            told, store = f"{what} of layer {depth}", checkpoint.store
+            require_finite(tensor, told, dtype=checkpoint.dtype, model=checkpoint.folder, store=store)
 
 
 def _gradient_start(
-    walk: LayerWalk, folder: StageFolder, sequences: int, settings: CalibrateSettings
+    walk: LayerWalk, folder: StageFolder, final: torch.Tensor, settings: CalibrateSettings
 ) -> tuple[torch.Tensor, int]:
-    """Gradients at the output of a layer, and that layer: the last one, or where an earlier run stopped."""
+    """Gradients at the output of a layer, and that layer: the last one, or where an earlier run stopped.
+
+    final   [sequences, length, hidden], the last layer's output
+    """
     depths = [
         int(match[1])
         for path in folder.path(RESUME).glob("*")
@@ -332,14 +337,14 @@ def _gradient_start(
     ]
     if depths:
         depth = min(depths)
-        return read_state(folder, f"gradient_before_{depth}.safetensors", "gradients"), depth - 1
-    final = read_state(folder, f"before_{walk.num_layers}.safetensors", "hidden")[:sequences]
+        return walk.store.keep(read_state(folder, f"gradient_before_{depth}.safetensors", "gradients")), depth - 1
     gradients = output_gradient(walk, final, samples=settings.gradient_samples, seed=settings.seed)
     require_finite(
         gradients,
         "the loss's gradients after the last layer",
         dtype=final.dtype,
         model=getattr(walk.source, "folder", None),
+        store=walk.store,
     )
     return gradients, walk.num_layers - 1
 

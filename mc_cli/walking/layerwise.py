@@ -174,7 +174,8 @@ class LayerWalk:
         return output if call.added is None else output + call.added.to(output), beside[0].detach() if beside else None
 
     def _require_finite(self, tensor: torch.Tensor, what: str) -> None:
-        require_finite(tensor, what, dtype=self.hidden.dtype, model=getattr(self.source, "folder", None))
+        model = getattr(self.source, "folder", None)
+        require_finite(tensor, what, dtype=self.hidden.dtype, model=model, store=self.store)
 
     @contextlib.contextmanager
     def _blaming_config(self, what: str) -> Iterator[None]:
