@@ -265,7 +265,7 @@ def _prune_eval(work: Workload) -> _Steps:
     batch = work.batch
     held = {"embedding and head": 2 * work.rest_bytes, "the layer": work.layer_bytes(work.largest_layer)}
     yield "logits", held | {"logits": 4 * work.length * work.vocabulary * _FLOAT}
-    yield "forward", held | {"activations": _activations(work, batch)}
+    yield "forward", held | _expert_apart(work) | {"activations": _activations(work, batch)}
 
 
 def _routing(work: Workload) -> int:

@@ -57,9 +57,9 @@ class LayerWalk:
     """
 
     def __init__(self, source: LayerSource, inputs: Batch, *, batch_size: int, store: InMemory | None = None) -> None:
-        """Runs the embeddings. `store` holds what there is of every token; None: memory."""
+        """Runs the embeddings. `store` holds what there is of every token; None: the source's, if it has one."""
         self.source = source
-        self.store = store or InMemory()
+        self.store = store or getattr(source, "store", None) or InMemory()
         self.inputs = inputs
         self.batch_size = batch_size
         self.depth = 0

@@ -11,6 +11,7 @@ beside the predictions, and ends with an error where a peak is beyond the limit,
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -20,16 +21,15 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from memory import WORDS, _tokenizer
 
-STAGES = ("calibrate", "score", "allocate", "quantize")
+STAGES = ("calibrate", "score", "quantize")  # allocate computes little, and a plan is made without it
 OFF_MEMORY, OFF_BYTES, OFF_TIME = 0.15, 0.001, 1.5
 POOL = 1 << 26  # random numbers, of which every tensor takes some
-TARGET = 2.2  # stored bits per expert weight that allocate is asked for; the plan for few experts replaces it
 GIB = 2**30
 
 
@@ -133,14 +133,17 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="mc-scale-", dir=options.scratch) as folder:
         options.folder = folder
-        found = {what: _in_child(what, options) for what in ("build", *STAGES, "predict")}
+        found = {what: _in_child(what, options) for what in ("build", *options.stages, "predict")}
     rows = _rows(found, options)
     for row in rows:
         print(f"{row['what']:<24} {row['predicted']:>16,.0f} {row['measured']:>16,.0f} {row['unit']:<8} {row['off']}")
     limit = options.limit or SHAPES[options.shape].limit
-    peaks = {stage: found[stage]["peak_bytes"] for stage in STAGES}
+    peaks = {stage: found[stage]["peak_bytes"] for stage in options.stages}
     if options.out:
-        facts = {name: getattr(options, name) for name in ("shape", "layers", "tokens", "length", "coded", "samples")}
+        facts = {
+            name: getattr(options, name)
+            for name in ("shape", "layers", "tokens", "length", "coded", "samples", "vocabulary")
+        }
         content = {**facts, "limit_bytes": limit, "stages": found, "rows": rows}
         Path(options.out).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     wrong = [f"{stage} took {peak:,} bytes" for stage, peak in peaks.items() if peak > limit]
@@ -157,6 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--samples", type=int, default=1, help="labels drawn for each token")
     parser.add_argument("--coded", type=int, default=4, help="experts of a layer that are coded; the others are kept")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="the first ones alone")
+    parser.add_argument("--vocabulary", type=int, help="ids; default: the shape's own")
     parser.add_argument("--limit", type=int, help="bytes; default: the shape's own")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", help="JSON file to write")
@@ -168,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _in_child(what: str, options: argparse.Namespace) -> dict[str, Any]:
-    names = ("shape", "layers", "tokens", "length", "samples", "coded", "limit", "dtype", "folder")
+    names = ("shape", "layers", "tokens", "length", "samples", "coded", "vocabulary", "limit", "dtype", "folder")
     given = [f"--{name}={getattr(options, name)}" for name in names if getattr(options, name) is not None]
     before, begin = os.times(), time.monotonic()
     command = [sys.executable, __file__, "--child", what, *given]
@@ -183,16 +188,21 @@ def _rows(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> list
     """A row for each prediction that can be held against something measured."""
     predicted = found["predict"]
     rows = []
-    for stage in ("calibrate", "score", "quantize"):
+    stages = options.stages
+    for stage in stages:
         own = found[stage]["imported_bytes"]
         peak = predicted["peaks"][stage] + own
         rows.append(_row(f"peak of {stage}", peak, found[stage]["peak_bytes"], "bytes", 1 + OFF_MEMORY))
-    for stage in ("calibrate", "score", "quantize"):
+    for stage in stages:
         size = predicted["scratch"].get(stage, 0)
         rows.append(_row(f"scratch of {stage}", size, found[stage]["scratch_bytes"], "bytes", None))
-    rows.append(_row("packed model", predicted["packed"], found["quantize"]["packed_bytes"], "bytes", 1 + OFF_BYTES))
+    if "quantize" in stages:
+        rows.append(
+            _row("packed model", predicted["packed"], found["quantize"]["packed_bytes"], "bytes", 1 + OFF_BYTES)
+        )
     for stage, seconds in predicted["seconds"].items():
-        rows.append(_row(f"time of {stage}", seconds, found[stage]["processor_s"], "s", OFF_TIME))
+        if stage in stages:
+            rows.append(_row(f"time of {stage}", seconds, found[stage]["processor_s"], "s", OFF_TIME))
     return rows
 
 
@@ -227,7 +237,6 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
             "gradient_samples": options.samples,
         },
         "score": {"bits": (2,), "loss_tokens": 64},
-        "allocate": {"method": "uniform", "target_stored_bits": TARGET, "embedding_bits": 16, "attention_bits": 16},
         "quantize": {"plan": str(folder / "plan.yaml")},
         "compute": {
             "device": "cpu",
@@ -244,12 +253,11 @@ def _stage(options: argparse.Namespace) -> dict[str, Any]:
     from mc_cli.chain import stage_module
     from mc_cli.models.memory import peak_memory_bytes, resident_bytes
     from mc_cli.progress import SilentProgress
-    from mc_cli.settings import AllocateSettings, CalibrateSettings, QuantizeSettings, RunSettings, ScoreSettings
+    from mc_cli.settings import CalibrateSettings, QuantizeSettings, RunSettings, ScoreSettings
 
     kinds: dict[str, Any] = {
         "calibrate": CalibrateSettings,
         "score": ScoreSettings,
-        "allocate": AllocateSettings,
         "quantize": QuantizeSettings,
     }
     given, folder, stage = _settings(options), Path(options.folder), options.child
@@ -257,6 +265,8 @@ def _stage(options: argparse.Namespace) -> dict[str, Any]:
     keep = scratch.Scratch.__init__
     scratch.Scratch.__init__ = lambda self, place: (made.append(self), keep(self, place))[1]  # type: ignore[method-assign]
     module = stage_module(stage)
+    family = SHAPES[options.shape].config["model_type"]
+    importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     compute, settings = RunSettings(**given["compute"]), kinds[stage](**given[stage])
     if stage == "quantize":
         _plan_few(folder, options.coded)
@@ -272,15 +282,18 @@ def _stage(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan_few(folder: Path, coded: int) -> None:
-    """A plan in which the first experts of every layer are coded, half of them at 3 bits, and the others kept."""
+    """A plan in which the first experts of every layer are coded, half of them at 3 bits, and all else is kept."""
+    from mc_cli.artifacts.calibration import INVENTORY, read_inventory
     from mc_cli.artifacts.plan import Plan
+    from mc_cli.parts import Role
 
-    plan = Plan.read(folder / "work" / "plan" / "plan.yaml")
+    inventory = read_inventory(folder / "work" / "calibration" / INVENTORY)
     rows = {
-        layer: tuple((2 if expert % 2 else 3) if expert < coded else 16 for expert in range(len(row)))
-        for layer, row in plan.expert_bits.items()
+        block.layer: tuple((2 if each % 2 else 3) if each < coded else 16 for each in range(block.num_experts))
+        for block in inventory.expert_blocks
     }
-    replace(plan, expert_bits=rows).write(folder / "plan.yaml")
+    roles = dict.fromkeys((Role.ATTENTION, Role.SHARED, Role.DENSE, Role.ROUTER, Role.HEAD, Role.EMBEDDING), 16)
+    Plan(inventory.model_type, "by hand", rows, roles, family="trellis").write(folder / "plan.yaml")
 
 
 def _predicted(options: argparse.Namespace) -> dict[str, Any]:
@@ -293,7 +306,9 @@ def _predicted(options: argparse.Namespace) -> dict[str, Any]:
     from mc_cli.recipe import Recipe, plan_run
 
     folder = Path(options.folder)
-    given = {**_settings(options), "export": {"out": str(folder / "out")}}
+    given = {**_settings(options), "allocate": {"target_stored_bits": 2.5}, "export": {"out": str(folder / "out")}}
+    if not (folder / "plan.yaml").exists():
+        del given["quantize"]
     plan = plan_run(Recipe(given, str(folder / "estimate")))
     look = Look(plan.stages, plan.compute, WorkDir(folder / "estimate"), tuple(plan.stages))
     outlook = look.outlook()
@@ -320,6 +335,7 @@ def _build(folder: Path, shape: Shape, options: argparse.Namespace) -> dict[str,
     model.mkdir()
     more = {"num_hidden_layers": options.layers, "max_position_embeddings": 4096, "torch_dtype": "bfloat16"}
     config = {**shape.config, **more, "tie_word_embeddings": False}
+    config["vocab_size"] = options.vocabulary or config["vocab_size"]
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
     pool = (torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
     placed: dict[str, str] = {}
