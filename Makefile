@@ -28,7 +28,7 @@ help:
 	@echo "make check    ruff and mypy"
 	@echo "make smoke    every command in turn on the bundled model, with little text"
 	@echo "make sanitize 20,000 mutated packed models through loaders and C under AddressSanitizer"
-	@echo "make docs     write docs/reference/cli.md from the commands, and the tables of the results"
+	@echo "make docs     write docs/reference/cli.md from the commands, tables of the results, recipes of models"
 	@echo "make dist     source distribution and wheel in dist/, and what the wheel must hold looked for in it"
 	@echo "make test-report PAGE=report.html      a page of mc-cli report looked at in a headless browser"
 	@echo "make bench-memory, make bench-quality   peak memory by depth; quality at equal stored bytes"
@@ -37,6 +37,7 @@ help:
 	@echo "make bench-kernels                      products with packed matrices beside torch's, at real sizes"
 	@echo "make test-ray executors on a Ray cluster, in an environment of its own"
 	@echo "make bench-estimates                    predicted memory and bytes beside measured ones"
+	@echo "make bench-scale SHAPE=mixtral-8x7b     a real model's layer under a limit of memory, beside what was predicted"
 	@echo "make faults   kills, pairs of runs, failing file calls and damaged files over all stages; counts in runs/faults.json"
 	@echo "make test-engine-gguf   exports in llama.cpp, in an environment of its own, where it is built"
 	@echo "make test-engine-formats   published formats, and exports, beside the library compressed-tensors, likewise"
@@ -164,6 +165,7 @@ sanitize: install-dev
 docs: install-dev
 	$(BIN)/python recipes/generate_cli_docs.py
 	$(BIN)/python recipes/generate_results.py
+	$(BIN)/python recipes/generate_recipes.py
 
 # The wheel is made from the source distribution, so that nothing lying about in the checkout gets into it. Each of the
 # two greps stops the target: without a C compiler the library is left out, which only an installation may accept.
@@ -193,7 +195,12 @@ faults: install-dev
 	$(BIN)/python -m tests.faults all --trials $(FAULTS_TRIALS) --seed $(FAULTS_SEED) --plan $(FAULTS_PLAN) --json runs/faults.json
 
 # Ratios against a baseline in the same run; see docs/results/ for figures and the options used there.
-.PHONY: bench-memory bench-quality bench-effort bench-search bench-pruning bench-kernels bench-decode bench-estimates
+.PHONY: bench-memory bench-quality bench-effort bench-search bench-pruning bench-kernels bench-decode bench-estimates bench-scale
+# One shape at a time, and some experts of it: a whole layer takes hours. SHAPE: mixtral-8x7b, qwen3-30b or deepseek-v3.
+SHAPE ?= qwen3-30b
+bench-scale: install
+	$(BIN)/python recipes/benchmarks/scale.py --shape $(SHAPE)
+
 bench-estimates: install
 	$(BIN)/python recipes/benchmarks/estimates.py
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mc_cli.artifacts.exported import RECORD
+from mc_cli.artifacts.export_record import RECORD
 from mc_cli.artifacts.files import noting_files, write_json, write_text
 from mc_cli.artifacts.store import BEGUN, MANIFEST, STAGE_FOLDERS, StageFolder
 from mc_cli.artifacts.work_dir import WorkDir

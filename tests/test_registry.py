@@ -44,9 +44,9 @@ except InputError as error:
 
 
 def test_an_entry_point_brings_an_extension(tmp_path: Path) -> None:
-    assert asked(tmp_path, NAMES) == "gguf gptq rtn trellis"
+    assert asked(tmp_path, NAMES) == "gguf gptq integer mlx rtn trellis"
     installed(tmp_path, GOOD)
-    assert asked(tmp_path, NAMES) == "gguf gptq rtn toy trellis"
+    assert asked(tmp_path, NAMES) == "gguf gptq integer mlx rtn toy trellis"
     built = "from mc_cli.quantizers import quantizer_from_name\nprint(quantizer_from_name('toy', clip_search=True))"
     assert asked(tmp_path, built) == "RoundToNearest(clip_search=True)"
 
@@ -113,12 +113,15 @@ try:
 except McError as error:
     print(error)
 """
-    assert asked(tmp_path, code) == "Unknown family of encodings 'tory'. Known families: affine, gguf, trellis."
+    assert (
+        asked(tmp_path, code)
+        == "Unknown family of encodings 'tory'. Known families: affine, gguf, integer, mlx, trellis."
+    )
 
 
 def test_plans_and_families_know_a_foreign_one(tmp_path: Path) -> None:
     installed(tmp_path, ENCODING.replace("(2,)", "(2, 6.5)"), "toy_package", "mc_cli.encodings")
-    assert asked(tmp_path, FAMILIES) == "affine gguf toy trellis"
+    assert asked(tmp_path, FAMILIES) == "affine gguf integer mlx toy trellis"
     plan = "schema: 1\nmodel_type: m\nmethod: x\nfamily: {}\nrole_bits: {{head: 16}}\nexpert_bits: {{0: [{}, 2]}}\n"
     code = f"""
 from pathlib import Path
@@ -133,7 +136,11 @@ for name, family, bits in (("a", "toy", 6.5), ("b", "tory", 2), ("c", "toy", 7.5
         print(str(error).splitlines()[1])
 """
     known, unknown, width = asked(tmp_path, code).splitlines()
-    assert known == "toy" and "family is 'tory', not one of affine, gguf, toy, trellis" in unknown and "7.5" in width
+    assert (
+        known == "toy"
+        and "family is 'tory', not one of affine, gguf, integer, mlx, toy, trellis" in unknown
+        and "7.5" in width
+    )
 
 
 BROKEN = (

@@ -12,9 +12,9 @@ from mc_cli.allocators.channel_cuts import shapes_cut
 from mc_cli.allocators.channel_groups import grouped_plan, unmeasured
 from mc_cli.allocators.channel_score import channel_score_named
 from mc_cli.allocators.cut_menus import CutMenu, menu_of_shapes
-from mc_cli.allocators.feasibility import check_budget, size_range
+from mc_cli.allocators.feasibility import check_budget, check_range, size_range
 from mc_cli.allocators.halves import require_halves, sized_in_halves
-from mc_cli.allocators.merging import shapes_merged
+from mc_cli.allocators.merging import shapes_merged, stored_counts
 from mc_cli.allocators.programme import METHOD
 from mc_cli.allocators.whole_drops import drop_plan
 from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
@@ -54,31 +54,36 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
     role_bits, others = beside_experts(settings, inventory, score.quantizer)
     if settings.cut_ratio is not None:
         return _cut_size(settings, score, inventory, role_bits)
-    if settings.experts_left is not None:
+    if settings.experts_left is not None and settings.has_one_width:
         return _merged_size(settings, score, inventory, role_bits)
     if settings.method == CAMERA_Q:
         _require_channels(score, f"--method {CAMERA_Q}")
-        budget = budget_of(settings, others)
+        budget = budget_of(settings, inventory, others)
         plan = grouped_plan(settings, inventory, score.quantizer, unmeasured, role_bits, budget)
         return planned_size(plan, inventory, score.quantizer)
-    if settings.drop_ratio is not None:
+    if settings.drop_ratio is not None or settings.experts_left is not None:
         measured = importance_of_shapes(inventory, score)
-        gone, value = experts_gone(settings, measured, inventory)
-        if settings.has_one_width:
-            plan = drop_plan(settings, inventory, score.quantizer, gone, value, role_bits)
-            return planned_size(plan, inventory, score.quantizer)
-        budget = budget_of(settings, others)
+        if settings.experts_left is not None:
+            gone = _not_stored(settings, score, inventory)
+        else:
+            gone, value = experts_gone(settings, measured, inventory)
+            if settings.has_one_width:
+                plan = drop_plan(settings, inventory, score.quantizer, gone, value, role_bits)
+                return planned_size(plan, inventory, score.quantizer)
+        budget = budget_of(settings, inventory, others)
         problem = feasible_problem(measured, budget=budget, **_asked(settings, score, inventory, inventory, gone))
         ends, counts = size_range(problem), [1] * len(measured.layers)
         weights, limit = problem.weight_count, problem.limit
     else:
-        budget, kinds = budget_of(settings, others), kinds_of(inventory)
+        budget, kinds = budget_of(settings, inventory, others), kinds_of(inventory)
         counts, sample = list(kinds.values()), replace(inventory, expert_blocks=tuple(kinds))
         measured = _sizes(settings, score, sample)
         problem = posed_problem(measured, budget=budget, **_asked(settings, score, inventory, sample, {}))
         ends, weights = _range(problem, counts), inventory.expert_weight_count
         limit = math.floor(budget.limit(weights))
-        if limit < ends[0] or strategy_named(settings.method).check is not check_budget:
+        if strategy_named(settings.method).check is check_budget:
+            check_range(problem, ends, weights, problem.budget.limit(weights))
+        else:
             asked = _asked(settings, score, inventory, inventory, {})
             feasible_problem(_sizes(settings, score, inventory), budget=budget, **asked)
     experts = _expert_bytes(budget, measured, counts, min(limit, ends[1]))
@@ -88,6 +93,8 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
         "other bytes": others,
         "reachable": budget.shown(*(budget.amount_of(end, weights) for end in ends)),
     }
+    if settings.target_size_bytes is not None:
+        facts["bytes of other files"] = inventory.directory_bytes
     return Size(experts + others, facts, _beyond(budget, weights, ends[1]), role_bits)
 
 
@@ -166,12 +173,23 @@ def _merged_size(
     settings: AllocateSettings, score: ScoreSettings, inventory: ModelInventory, role_bits: Mapping[Role, int]
 ) -> Size:
     """The size that merging leads to. Raises InputError for what lacks; PlanError, BudgetError, ShapeError."""
+    _require_similarity(score)
     plan = replace(shapes_merged(settings, inventory), role_bits=dict(role_bits))
+    return planned_size(plan, inventory, score.quantizer)
+
+
+def _not_stored(settings: AllocateSettings, score: ScoreSettings, inventory: ModelInventory) -> dict[int, list[int]]:
+    """Layer -> as many experts as merging leaves without weights of their own. Raises as `_merged_size` does."""
+    _require_similarity(score)
+    counts = stored_counts(settings, inventory)
+    return {block.layer: list(range(counts[block.layer], block.num_experts)) for block in inventory.expert_blocks}
+
+
+def _require_similarity(score: ScoreSettings) -> None:
     if not score.similarity:
         raise InputError(
             "--merge asks for how alike experts are, which score does not measure here. Run score with --similarity."
         )
-    return planned_size(plan, inventory, score.quantizer)
 
 
 def _require_channels(score: ScoreSettings, flag: str) -> None:

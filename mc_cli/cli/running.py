@@ -81,7 +81,8 @@ def _plans_of(given: Mapping[str, Any]) -> list[RunPlan]:
         problems.tell()
     assert recipe is not None
     work_dir = given["work_dir"] and str(given["work_dir"])
-    return plan_runs(recipe.override(asked, work_dir, given["effort"], given["variant"]), problems, unread)
+    only = [name.strip() for name in (given["only"] or "").split(",") if name.strip()]
+    return plan_runs(recipe.override(asked, work_dir, given["effort"], given["variant"], only), problems, unread)
 
 
 def _run_plans(

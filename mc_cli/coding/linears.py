@@ -175,9 +175,13 @@ def run_up_to(walk: LayerWalk, module: nn.Module, on_input: Callable[[torch.Tens
 
     with ExitStack() as stack:
         stack.callback(module.register_forward_pre_hook(stop).remove)
-        for rows in walk.batches():
+
+        def run(rows: slice) -> None:
             with torch.no_grad(), suppress(_InputSeen):
                 walk.call_layer(walk.hidden[rows].to(walk.source.device), rows)
+            walk.store.release(walk.hidden[rows])
+
+        walk.each_batch(run)
 
 
 def _pieces(

@@ -95,7 +95,8 @@ def described(folder: Path, config: Any, *, dtype: Any) -> tuple[ModelInventory,
 def told(description: HubDescription) -> list[str]:
     """Warnings about what is known of a model that is on the hub alone."""
     found = [
-        f"the weights are not on this machine: shapes are those of config.json, and {SINGLE} or its shards unread."
+        f"the weights are not on this machine: shapes are those of config.json, {SINGLE} or its shards unread, and "
+        "tokenizer and other files not counted."
     ]
     if description.unread:
         found.append(

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.exported import RECORD, ExportRecord
+from mc_cli.artifacts.export_record import ExportRecord
+from mc_cli.artifacts.exported_file import export_place
 from mc_cli.artifacts.front_matter import CARD, front_matter
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.artifacts.strict_json import JsonError, parse_json
@@ -77,10 +78,10 @@ def _unmeasured(found: Sequence[Compared]) -> list[str]:
 
 
 def _read(source: Path, *, many: bool) -> tuple[list[Compared], list[str]]:
+    if export_place(source).is_ours():
+        return [_exported(source)], []
     if source.is_file():
         return list(_figures(source)), []
-    if (source / RECORD).exists():
-        return [_exported(source)], []
     if any((source / folder).is_dir() for folder in STAGE_FOLDERS.values()):
         measured, left_out = read_measured(source)
         if not measured:

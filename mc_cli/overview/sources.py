@@ -17,7 +17,7 @@ from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import InputError
 from mc_cli.parts import ModelInventory
 from mc_cli.settings import QuantizerSettings
-from mc_cli.stages.allocate import Cuts, read_cuts, scoring_quantizer
+from mc_cli.stages.allocate import Cuts, read_cuts, scoring_quantizer, with_directory
 
 OTHERS = "the evaluation is of another packed model, or the packed model of another plan"
 
@@ -80,7 +80,7 @@ def read_scores(work: WorkDir) -> Scores:
         require_done(work, stage)
     inventory = calibration_artifact.read_inventory(work.folder("calibrate") / calibration_artifact.INVENTORY)
     importance = Importance.read(work.folder("score") / IMPORTANCE)
-    return Scores(importance, inventory, scoring_quantizer(work), read_cuts(work, inventory))
+    return Scores(importance, with_directory(inventory, work), scoring_quantizer(work), read_cuts(work, inventory))
 
 
 def read_measured(path: Path) -> tuple[list[Measured], list[str]]:

@@ -91,7 +91,7 @@ class AllocateSettings(StageSettings):
     target_size_bytes: int | None = setting(
         None,
         Flag(
-            "Bytes of the whole checkpoint, for example 16GiB.",
+            "Bytes of the whole exported directory, for example 16GiB.",
             _BUDGET,
             option="--target-size",
             metavar="SIZE",
@@ -117,7 +117,7 @@ class AllocateSettings(StageSettings):
         None,
         Flag(
             "With --merge: share of each layer's experts that are stored; others are merged into them. They keep 16 "
-            "bits, or get the one width of --bits.",
+            "bits, or get the one width of --bits; with a budget beside it, widths as method global chooses them.",
             _BUDGET,
             metavar="SHARE",
             default=_NOT_SET,
@@ -288,13 +288,14 @@ class AllocateSettings(StageSettings):
         yield from role_conflicts(self.engine, self._given_beside)
         given = [name for name in TARGETS if getattr(self, name) is not None]
         yield from map(InputError, self._drop_problems(given))
-        if len(given) != 1 and (given or self.drop_ratio is None):
+        budgets = [name for name in given if name != "experts_left"]
+        if len(budgets) > 1 or not (given or self.drop_ratio is not None):
             kind = InputError if given else MissingFlagsError
             yield kind(
                 f"allocate needs exactly one target, {len(given)} given: --target-stored-bits (scales included), "
-                "--target-bits (codes only), --target-size (the whole checkpoint, for example 16GiB), --cut-ratio "
+                "--target-bits (codes only), --target-size (the whole directory, for example 16GiB), --cut-ratio "
                 "(share of the experts' channels to cut away) or --experts-left (share of them that --merge leaves); "
-                "or --drop-ratio (share of whole experts), with a budget or alone."
+                "or --drop-ratio (share of whole experts); the last two with a budget or alone."
             )
         yield from map(InputError, merge_problems(self))
         if self.halves and (not self._is_plain or self.method == CAMERA_Q):
@@ -313,6 +314,8 @@ class AllocateSettings(StageSettings):
                 asked = {"--uniform-width": self.uniform_width}
             yield from (f"{flag} is about channels to cut: give --cut-ratio." for flag, given in asked.items() if given)
             return
+        if self.experts_left is not None:
+            yield "--cut-ratio and --experts-left exclude each other: give one."
         if self.floors:
             yield "--floor counts experts by their width, but those that --cut-ratio leaves have one width."
         if len([bits for bits in self.bits or (KEPT_BITS,) if bits != DROPPED]) != 1:
@@ -363,7 +366,7 @@ class AllocateSettings(StageSettings):
 
     @property
     def has_one_width(self) -> bool:
-        """Whether all that is left has one width: a cut, merged experts, or a drop without a budget."""
+        """Whether all that is left has one width: a cut, and merged experts or a drop without a budget."""
         shares = ("cut_ratio", "experts_left")
         return not any(getattr(self, name) is not None for name in TARGETS if name not in shares)
 

@@ -274,6 +274,7 @@ def _evaluation(
             "windows": len(windows.token_ids),
             "data": settings.data,
             "activation_bits": settings.activation_bits,
+            **({"original_file_bytes": inventory.file_bytes} if inventory.stored_as else {}),
         },
         stored_bytes={
             role.value: {"codes": part.codes, "side": part.side, "kept": part.kept}

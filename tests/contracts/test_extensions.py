@@ -13,7 +13,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from mc_cli.artifacts.exported import RECORD
+from mc_cli.artifacts.export_record import RECORD
 from tests.stage_process import Said, run_script
 from tests.tiny_chain import write_documents
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # GPTQModel compiles its decoding, which takes minutes
 from gptqmodel import BACKEND, GPTQModel
 
 from mc_cli.exporters.gptq import FAMILIES

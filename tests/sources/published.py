@@ -7,6 +7,7 @@ definition. Values never come from the package's decoders.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -313,24 +314,32 @@ class Written:
 
 
 def write_published(
-    source: Path, folder: Path, published: Published, *, only: str = "_proj.weight", seed: int = 0
+    source: Path,
+    folder: Path,
+    published: Published,
+    *,
+    only: str = r"_proj\.weight$",
+    extra: Mapping[str, torch.Tensor] | None = None,
+    seed: int = 0,
 ) -> Written:
-    """A copy of a checkpoint whose matrices with keys that end in `only` are stored in the format.
+    """A copy of a checkpoint whose matrices with keys that match `only` are stored in the format, and `extra` ones.
 
-    Others stay as they are. `text_config` gets the quantization_config where there is one, as Kimi-K2.5 has it.
+    Others stay as they are; the plain copy has no extra ones.
+    `text_config` gets the quantization_config where there is one, as Kimi-K2.5 has it.
     """
     draw = Draw(seed)
     stored: Stored = {}
     values: Stored = {}
     coded = []
-    for key, tensor in tiny_models.read_tensors(source).items():
-        if not key.endswith(only) or "vision" in key or "projector" in key:
-            stored[key] = values[key] = tensor
-            continue
-        parts, exact = published.encode(key, (tensor.shape[0], tensor.shape[1]), draw)
+    for key, tensor in [*tiny_models.read_tensors(source).items(), *(extra or {}).items()]:
+        parts, exact = {key: tensor}, tensor
+        if re.search(only, key) and tensor.ndim == 2 and "vision" not in key:
+            parts, exact = published.encode(key, (tensor.shape[0], tensor.shape[1]), draw)
+            exact = exact.float()
+            coded.append(key)
         stored |= parts
-        values[key] = exact.float()
-        coded.append(key)
+        if key not in (extra or {}):
+            values[key] = exact
     assert coded
     tiny_models.with_tensors(source, folder / "published", stored)
     tiny_models.with_tensors(source, folder / "plain", values)
