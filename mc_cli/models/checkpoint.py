@@ -38,6 +38,7 @@ from mc_cli.models.expert_gates import up_name
 from mc_cli.models.experts import find_experts
 from mc_cli.models.finite import damaged_weights, is_finite
 from mc_cli.models.inventory import find_decoder_layers, tied_tensors
+from mc_cli.models.memory import collector_paused
 from mc_cli.models.model_class import model_class
 from mc_cli.models.model_folder import config_file, read_config
 from mc_cli.models.paged_experts import PAGED, PagedWeights
@@ -81,6 +82,7 @@ class Checkpoint:
     stored_sizes   module-tree name -> bytes in the files, where the tensor is stored in codes
     """
 
+    @collector_paused()
     def __init__(
         self,
         folder: Path,
