@@ -1,4 +1,4 @@
-"""What somebody else has put where we write or tidy is refused by name and left alone; what is ours is tidied."""
+"""Files that somebody else put where we write or tidy are refused by name and left alone; ours are tidied."""
 
 from __future__ import annotations
 

@@ -14,16 +14,17 @@ from torch import Tensor
 
 from mc_cli.artifacts.export_record import RECORD_KEY
 from mc_cli.artifacts.files import write_bytes_with, write_json, write_text
-from mc_cli.artifacts.packed import KEPT, ExpertLayout
+from mc_cli.artifacts.packed import KEPT
 from mc_cli.data.batches import Batch
-from mc_cli.encodings import encoding_from_key
+from mc_cli.encodings import Encoding, encoding_from_key
 from mc_cli.encodings.gguf import GgufEncoding
-from mc_cli.errors import ArtifactError, InputError, listed
+from mc_cli.errors import ArtifactError, listed
 from mc_cli.exporters import ExportJob
 from mc_cli.exporters.gguf_architectures import architecture_of, differences, gguf_package, write_metadata
 from mc_cli.exporters.gguf_names import ROWS, TURNED, Names
 from mc_cli.exporters.gguf_tokenizer import write_tokenizer
 from mc_cli.exporters.model_card import model_card
+from mc_cli.exporters.packed_checkpoint import check_layout
 from mc_cli.measuring.logit_source import LogitSource, Reading
 from mc_cli.models.inventory import tied_tensors
 from mc_cli.models.model_folder import read_config
@@ -62,7 +63,7 @@ def export(job: ExportJob) -> None:
     files = open_packed(job.packed_folder)
     config = read_config(job.config_folder)
     check(config)
-    _check(files)
+    check_layout(files.layout, _holds, name="GGUF", engine="llama.cpp", stacked=True)
     for sentence in differences(config):
         job.warn(sentence)
     write_json(job.target / "config.json", job.original_config())
@@ -117,34 +118,8 @@ def write_gguf(
     writer.close()
 
 
-def _check(files: PackedFiles) -> None:
-    """Raises InputError, naming all of them, for what GGUF cannot hold."""
-    problems = [
-        f"{path}: {key}" for path, key in files.layout.linears.items() if not isinstance(_encoding(key), GgufEncoding)
-    ]
-    for block in files.layout.experts:
-        problems += list(_expert_problems(block))
-    if problems:
-        raise InputError(
-            f"{len(problems)} parts of the packed model cannot be held by GGUF:\n{listed(problems)}\n"
-            "Make scores, plan and packed model with --for llama.cpp, which keeps to what it holds."
-        )
-
-
-def _expert_problems(block: ExpertLayout) -> Iterator[str]:
-    if block.dropped:
-        yield f"{block.path}: {len(block.dropped)} experts are dropped"
-    if block.shared or block.divided:
-        yield f"{block.path}: experts are shared or cut"
-    for projection in block.projections:
-        keys = sorted({stack.key for stack in block.stacks(projection)})
-        if len(keys) > 1:
-            yield f"{block.path}.{projection}: several types ({', '.join(keys)}), where GGUF has one"
-        yield from (
-            f"{block.path}.{projection}: {key}"
-            for key in keys
-            if key != KEPT and not isinstance(encoding_from_key(key), GgufEncoding)
-        )
+def _holds(encoding: Encoding) -> bool:
+    return isinstance(encoding, GgufEncoding)
 
 
 def _encoding(key: str) -> object:

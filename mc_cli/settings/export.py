@@ -17,7 +17,7 @@ _HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
 def hub_name_problem(name: str) -> str:
-    """What is wrong with the name of a repository on a hub; "" where nothing is."""
+    """Says how the name of a repository on a hub is wrong; "" where it is not."""
     if _HUB_NAME.fullmatch(name) and not any(bad in name for bad in ("--", "..", "/.", "/-", "./", "-/")):
         return ""
     return "write OWNER/NAME, of letters, digits, dots, dashes and underscores, for example me/mixtral-2.5-bits."
@@ -32,8 +32,8 @@ class ExportSettings(StageSettings):
     format: str = setting(
         "transformers",
         Flag(
-            "transformers: packed, loads after `import mc_cli`; dense: dequantized, original layout; gguf: for "
-            "llama.cpp, of plans made --for it.",
+            "transformers: packed, loads after `import mc_cli`; dense: dequantized, original layout; gguf, mlx, "
+            "compressed-tensors, gptq: for other engines, of plans made --for them.",
             _OUTPUT,
             metavar="NAME",
         ),

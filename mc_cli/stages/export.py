@@ -196,7 +196,21 @@ def _write_and_read_back(
         )
     if found.not_done is not None:
         folder.warn(found.not_done, progress)
+    if not dequantizes(settings.format):
+        _check_size(ready, folder, progress)
     return found
+
+
+def _check_size(ready: _Ready, folder: ExportFolder, progress: Progress) -> None:
+    """A warning where the directory is larger than the size that allocate was asked for."""
+    asked = ready.stages.get("allocate", {}).get("settings", {}).get("target_size_bytes")
+    total = sum(path.stat().st_size for path in folder.partial.rglob("*") if path.is_file())
+    if asked is not None and total > asked:
+        folder.warn(
+            f"--target-size {asked:,}: the directory has {total:,} bytes. allocate counts tensors and the files beside "
+            "them; a skipping policy, a card of many tables or a small --shard-size come on top. Ask it for less.",
+            progress,
+        )
 
 
 def _stage_records(work: WorkDir) -> dict[str, dict[str, Any]]:

@@ -206,7 +206,7 @@ def test_other_logits_are_found(work_dir: WorkDir, tmp_path: Path, monkeypatch: 
         read_again(out, work / "packed", "dense")
 
 
-# What is left behind
+# Leftovers
 
 
 @every_format
@@ -348,7 +348,7 @@ def test_a_packed_folder_that_is_not_whole_is_refused(work_dir: WorkDir, tmp_pat
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-# What it says of itself
+# The export's own description
 
 
 def test_the_record_names_origin_and_every_file(work_dir: WorkDir, tmp_path: Path) -> None:
