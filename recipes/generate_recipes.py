@@ -255,8 +255,8 @@ Scratch is the disk that a resume needs beside the result. Rates: `recipes/rates
 {costs}
 
 ## Facts
-Shapes are those that the configuration below gives. Parameters are counted over the model that is built from it, without
-layers of multi-token prediction; they equal the published number.
+Shapes are those that the configuration below gives. Parameters are counted over the model that is built from it,
+without layers of multi-token prediction; they equal the published number.
 
 {facts}
 """
