@@ -20,6 +20,7 @@ from mc_cli.artifacts.files import copy_file, read_json, write_json
 from mc_cli.artifacts.places import require_inside, require_ordinary
 from mc_cli.artifacts.strict_yaml import CHARACTERS, read_yaml
 from mc_cli.errors import FamilyError, InputError, listed
+from mc_cli.families import in_transformers
 from mc_cli.models.model_class import model_class
 
 # Patterns of names in the model's folder, and of paths below it.
@@ -143,6 +144,7 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Left out are entries that describe the original's weights, parts for images or sound where the causal language
     model is one part of such a model, and layers of multi-token prediction, which that class does not have.
     """
+    config = in_transformers(config)
     if has_own_code(config):
         return _without_prediction(_without(config, _OF_THE_ORIGINAL[:-1]))
     plain = _of_the_class(_without(config, _OF_THE_ORIGINAL))
