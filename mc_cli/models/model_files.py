@@ -181,6 +181,15 @@ def _without_prediction(config: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def with_counts_of(plain: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
+    """`plain` with the numbers of layers of multi-token prediction that the original's config.json has."""
+    found = {**plain, **{name: value for name, value in original.items() if _counts(name, value)}}
+    inner, outer = found.get("text_config"), original.get("text_config")
+    if isinstance(inner, dict) and isinstance(outer, dict):
+        found["text_config"] = with_counts_of(inner, outer)
+    return found
+
+
 def _counts(name: str, value: object) -> bool:
     """Whether a config entry is a number of layers of multi-token prediction."""
     return type(value) is int and value > 0 and _PREDICTION.search(name) is not None
