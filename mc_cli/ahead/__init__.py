@@ -32,7 +32,7 @@ from mc_cli.exporters import check_model, exporter_from_name
 from mc_cli.kernels.compiled import check_inputs
 from mc_cli.measuring.policy_fitting import policy_names
 from mc_cli.models.companions import directory_bytes
-from mc_cli.models.memory import available_bytes, resident_bytes
+from mc_cli.models.memory import available_bytes, collector_paused, resident_bytes
 from mc_cli.models.pieces import Pieces
 from mc_cli.models.session import Session, first_session, later_session
 from mc_cli.parts import ModelInventory
@@ -87,6 +87,7 @@ class Look:
         self._work = work
         self.problems = Problems()
 
+    @collector_paused()
     def outlook(self) -> Outlook:
         """All that can be told; what stands against it is in `problems`."""
         found = Outlook()

@@ -38,6 +38,7 @@ from mc_cli.models.expert_gates import up_name
 from mc_cli.models.experts import find_experts
 from mc_cli.models.finite import damaged_weights, is_finite
 from mc_cli.models.inventory import find_decoder_layers, tied_tensors
+from mc_cli.models.memory import collector_paused
 from mc_cli.models.model_class import model_class
 from mc_cli.models.model_folder import config_file, read_config
 from mc_cli.models.paged_experts import PAGED, PagedWeights
@@ -77,10 +78,12 @@ class Checkpoint:
     text_alone     whether the checkpoint is of a model for images or sound, of which this is the text part
     not_read       weight files beside those that are read
     unused         keys that the model's class has no place for, such as the layers of multi-token prediction
+    unplaced       names that transformers looks for unused keys under, and finds none
     activations    keys of scales for activations or the cache, which a quantized checkpoint may hold
     stored_sizes   module-tree name -> bytes in the files, where the tensor is stored in codes
     """
 
+    @collector_paused()
     def __init__(
         self,
         folder: Path,
@@ -114,6 +117,7 @@ class Checkpoint:
         self.not_read = self.files.not_read
         self.unused: list[str] = []
         self.activations: list[str] = []
+        self.unplaced: set[str] = set()
         self.stored_sizes: dict[str, int] = {}
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         self._targets: dict[int, list[Target]] = defaultdict(list)
@@ -136,6 +140,7 @@ class Checkpoint:
                 name, pattern = rename_source_key(key, [], [], prefix, known)
             if name not in known:
                 (self.activations if self._is_of_activations(key) else self.unused).append(key)
+                self.unplaced.add(name)
                 continue
             converter = by_pattern[pattern] if pattern is not None else None
             targets.setdefault(name, Target(name, converter)).pieces[pattern].append(tensor)

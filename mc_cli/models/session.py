@@ -103,7 +103,7 @@ class Session:
         A calibration of an earlier version has no record of the weights; it is identified as that version did.
         """
         manifest = require_done(WorkDir(self.work_dir), "calibrate")
-        weights = self._recorded_weights(manifest)
+        weights = self._recorded(manifest)
         identity = {"model": manifest.inputs["model"]}
         return identity if weights is None else {**identity, "weights": weights.digest}
 
@@ -116,8 +116,11 @@ class Session:
             return {"model": self._whole_digest() or done.inputs["model"]}
         return {"model": self.model_digest()}
 
-    def _recorded_weights(self, manifest: Manifest) -> Weights | None:
+    def recorded_weights(self) -> Weights | None:
         """The weights that calibrate read; None from an earlier version. Raises ArtifactError for a damaged record."""
+        return self._recorded(require_done(WorkDir(self.work_dir), "calibrate"))
+
+    def _recorded(self, manifest: Manifest) -> Weights | None:
         if RECORD not in manifest.outputs:
             return None
         wrong = damaged_files(self._calibration, {RECORD: manifest.outputs[RECORD]}, up_to_bytes=ALL_BYTES)
@@ -134,7 +137,7 @@ class Session:
 
     def check_weights(self) -> None:
         """Raises StaleArtifactError where the weights are not those of a finished calibration, changed files read."""
-        weights = self._recorded_weights(require_done(WorkDir(self.work_dir), "calibrate"))
+        weights = self.recorded_weights()
         wrong = changed_files(self.folder, weights.digests if weights else {}, self.digests(), read=True)
         if wrong:
             raise StaleArtifactError(
@@ -149,7 +152,7 @@ class Session:
         """
         weights: Weights | None = None
         if folder is None or folder.folder != self._calibration:
-            weights = self._recorded_weights(require_done(WorkDir(self.work_dir), "calibrate"))
+            weights = self.recorded_weights()
         names = {file for tensor in checkpoint.files.tensors.values() for file in tensor.files}
         found = WeightDigests(
             self.folder,
@@ -173,7 +176,7 @@ class Session:
         Raises InputError where it has not run, StaleArtifactError where the model's files are not those it read.
         """
         manifest = require_done(WorkDir(self.work_dir), "calibrate")
-        weights = self._recorded_weights(manifest)
+        weights = self._recorded(manifest)
         now = self._whole_digest() if weights is None else self.model_digest()
         known = changed_files(self.folder, weights.digests if weights else {}, self.digests(), read=False)
         if now not in (None, manifest.inputs["model"]) or known:

@@ -204,7 +204,7 @@ def _write_inventory(
     if checkpoint.unused:
         kinds = list(kinds_of(checkpoint.unused))
         folder.warn(
-            f"{artifact.LEFT_OUT} {len(checkpoint.unused)} tensors of the checkpoint that are not part of "
+            f"{artifact.LEFT_OUT} {len(checkpoint.unused)} {artifact.OF_THE_CLASS} "
             f"{type(checkpoint.model).__name__} ({', '.join(kinds[:8])}{' ...' if len(kinds) > 8 else ''}; for example "
             f"{checkpoint.unused[0]}). The config.json of every result does not count them.{_text_alone(checkpoint)}",
             progress,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from mc_cli.artifacts.calibration import QUANTILES, LayerRouting
+from mc_cli.artifacts.routes import Routes
 from mc_cli.artifacts.scratch import InMemory
 from mc_cli.models.paged_experts import turns_of
 from mc_cli.parts import ExpertBlock
@@ -77,6 +79,18 @@ class RoutingCapture:
         logits = output[0] if isinstance(output, (tuple, list)) else output
         probabilities = logits.detach().reshape(-1, logits.shape[-1]).float().softmax(-1).cpu()
         self._probabilities.append(probabilities)
+
+    def routes(self) -> Routes:
+        """How many tokens each expert gets, and what the choice tells of a token, in bits."""
+        counts = torch.bincount(self.index.reshape(-1), minlength=self._block.num_experts)
+        tokens, conditional = 0, 0.0
+        total = torch.zeros(self._block.num_experts, dtype=torch.float64)
+        for part in self._probabilities:
+            tokens += len(part)
+            total += part.double().sum(0)
+            conditional += float(torch.special.entr(part.double()).sum())
+        entropy = float(torch.special.entr(total / tokens).sum())
+        return Routes(counts.tolist(), (entropy - conditional / tokens) / math.log(2), entropy / math.log(2))
 
     def probability_sums(self) -> torch.Tensor:
         """[experts] float64: over the tokens routed to an expert, the sum of its softmax probability before top-k."""
