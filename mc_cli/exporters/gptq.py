@@ -35,7 +35,7 @@ CARRIES_POLICY = False
 DESCRIPTION = "2, 3, 4 and 8 bits, mixed as planned, for GPTQModel; plan and quantize with --for gptq"
 ENGINES = ("GPTQModel",)
 KEEPS = "the width of every expert and projection; no dropped, cut or shared experts"
-FAMILIES = ("deepseek_v2", "glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+FAMILIES = ("deepseek_v2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # what GPTQModel 7.7 runs as it is read here
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _RENAMED = {"mixtral": "block_sparse_moe"}  # what GPTQModel calls mlp, with the projections' usual names
 # Modules that vLLM joins look their settings up by one name.
