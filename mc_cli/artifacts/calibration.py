@@ -1,6 +1,10 @@
 """`calibration/`: the token windows, what the model is made of, how it routes, and how its loss reacts.
 
 tokens.safetensors       token_ids [sequences, length] int64
+inputs.safetensors       where there are images: inputs.NAME, what the model's processor made beside the token ids;
+                           counts.NAME [sequences] int64, entries of each sequence; kinds [sequences, length] uint8, of
+                           each token: 0 text, 1 image, 2 special, 3 padding; answers [sequences, length] bool, tokens
+                           whose prediction is measured. Absent for text alone
 text.json                how rows became text; absent where each row gave the text in the field that was asked for
 inventory.json           every tensor with role, shape and bytes; every experts module
 routing/layer_NN.json    routing statistics of one MoE layer
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 TOKENS = "tokens.safetensors"
+INPUTS = "inputs.safetensors"
 TEXT = "text.json"
 INVENTORY = "inventory.json"
 LEFT_OUT = "Left out of every result:"  # begins the warning on tensors that the model's class does not have
@@ -155,6 +160,18 @@ def read_token_ids(calibration: Path, *, vocabulary: int) -> torch.Tensor:
         raise ArtifactError(
             f"{path} holds token ids from {least} to {most}, the model's vocabulary has {vocabulary} entries. {_REMEDY}"
         )
+    return found
+
+
+def read_inputs(calibration: Path) -> dict[str, torch.Tensor]:
+    """What the sequences hold beside their token ids; empty for text alone. Raises ArtifactError for a damaged file."""
+    path = calibration / INPUTS
+    if not path.exists():
+        return {}
+    found = read_tensors(path)
+    for name, tensor in found.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ArtifactError(f"{path}: {name} holds values that are not finite. {_REMEDY}")
     return found
 
 
