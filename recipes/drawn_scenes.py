@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes and digits on a board of sixteen places: drawn, described, asked about and answered.
+"""Scenes of coloured shapes and digits on a board of nine places: drawn, described, asked about and answered.
 
     scene = random_scene(random.Random(0))
     draw(scene), describe(scene), questions(scene, random.Random(0))
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-GRID, CELL = 4, 16  # places in a row and in a column, pixels of a place
+GRID, CELL = 3, 16  # places in a row and in a column, pixels of a place
 SIDE = GRID * CELL  # pixels of an image
-MOST_THINGS = 5
+MOST_THINGS = 4
 COLOURS = {
     "red": (220, 50, 50),
     "green": (60, 180, 75),
@@ -27,7 +27,7 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "digit")
-PLACES = tuple(f"{column}{row}" for row in range(1, GRID + 1) for column in "abcd")  # a1 is top left, d4 bottom right
+PLACES = tuple(f"{column}{row}" for row in range(1, GRID + 1) for column in "abc")  # a1 is top left, c3 bottom right
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGITS = (  # rows of three pixels, top to bottom
     "111101101101111",
@@ -45,7 +45,7 @@ DIGITS = (  # rows of three pixels, top to bottom
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape or a digit in a place 0..15; `shift` moves it by pixels within its place."""
+    """A shape or a digit in a place 0..8; `shift` moves it by pixels within its place."""
 
     shape: str
     colour: str
@@ -178,9 +178,7 @@ def _existence(scene: Scene, source: random.Random) -> list[tuple[str, str, str]
     thing = source.choice(scene.things)
     kinds = {thing.kind for thing in scene.things}
     other = f"{source.choice(list(COLOURS))} {thing.shape}"
-    return [
-        ("exists", f"is there any {kind}?", "yes" if kind in kinds else "no") for kind in (thing.kind, other)
-    ]
+    return [("exists", f"is there any {kind}?", "yes" if kind in kinds else "no") for kind in (thing.kind, other)]
 
 
 def _relations(scene: Scene, source: random.Random) -> list[tuple[str, str, str]]:

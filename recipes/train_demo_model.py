@@ -414,7 +414,9 @@ def save_model(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, re
     tokenizer.save_pretrained(partial)
     config = json.loads((partial / "config.json").read_text())
     if "rope_parameters" in config:
-        config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where readers before transformers 5 look for it
+        config["rope_theta"] = config["rope_parameters"][
+            "rope_theta"
+        ]  # where readers before transformers 5 look for it
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer_config = json.loads((partial / "tokenizer_config.json").read_text())
     tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 writes a name that 4 does not know

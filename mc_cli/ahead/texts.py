@@ -27,7 +27,7 @@ def check_text(data: str, *, split: str, text_field: str, flag: str) -> None:
     if unreadable:
         raise InputError(f"{flag} {data} cannot be read: no permission for {', '.join(unreadable[:5])}.")
     if sum(file.stat().st_size for file in files) <= _READ_WHOLE:
-        documents.read_documents(data, split=split, text_field=text_field, flag=flag)
+        documents.read_documents(data, split=split, text_field=text_field, flag=flag, images=True)
         return
     for file in files:
         if file.suffix == ".jsonl":
@@ -44,7 +44,9 @@ def _check_beginning(file: Path, split: str, text_field: str) -> None:
         beginning = Path(folder) / file.name
         beginning.write_bytes(b"".join(lines))
         try:
-            documents.read_documents(str(beginning), split=split, text_field=text_field)
+            documents.read_documents(
+                str(beginning), split=split, text_field=text_field, images=True, beside=file.parent
+            )
         except InputError as error:
             raise InputError(str(error).replace(str(beginning), str(file))) from error
 

@@ -96,7 +96,10 @@ class LayerQuantizer:
             else:
                 rest = rest_of_layer(self._walk, experts.experts_at(model, block.path))
         sensitivity = self._sensitivities.get(block.layer)
-        inputs = ExpertInputs(capture, block, self._walk.source.device, sensitivity=sensitivity, module=module)
+        walk = self._walk
+        inputs = ExpertInputs(
+            capture, block, walk.source.device, sensitivity=sensitivity, module=module, batch=walk.inputs
+        )
         covariance = None if sensitivity is None else self._covariance_of(block.layer)
         counts = self._routing_counts.get(block.layer, ())
         merged = merge_experts(module, inputs, self._plan, counts, stored)

@@ -58,7 +58,9 @@ class Batch:
                 )
         for mask, dtype in ((self.kinds, torch.uint8), (self.answers, torch.bool)):
             if mask is not None and (mask.shape != tokens.shape or mask.dtype != dtype):
-                raise ShapeError(f"A mask of a batch is {list(tokens.shape)} {dtype}, here {list(mask.shape)} {mask.dtype}.")
+                raise ShapeError(
+                    f"A mask of a batch is {list(tokens.shape)} {dtype}, here {list(mask.shape)} {mask.dtype}."
+                )
         if self.kinds is not None and int(self.kinds.max()) >= len(KINDS):
             raise ShapeError(f"Kinds of token are 0 to {len(KINDS) - 1}, here {int(self.kinds.max())}.")
 
@@ -165,4 +167,6 @@ def read_calibration(calibration: Path, *, vocabulary: int) -> Batch:
             stored.get("answers"),
         )
     except ShapeError as error:
-        raise ArtifactError(f"{calibration / INPUTS} does not fit the token ids: {error} Run calibrate --force.") from error
+        raise ArtifactError(
+            f"{calibration / INPUTS} does not fit the token ids: {error} Run calibrate --force."
+        ) from error

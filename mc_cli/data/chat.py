@@ -99,7 +99,7 @@ def _place_images(
     beside: Sequence[ImageSource],
     folder: Path | None,
 ) -> tuple[ImageSource, ...]:
-    """Puts a part of type image where each image stands, and gives them in order. Raises InputError for another number."""
+    """Puts a part of type image where each image stands, and gives them in order. Raises InputError for too many."""
     found: list[ImageSource] = []
     waiting = list(beside)
     offset = len(messages) - len(turns)  # a system prompt that stands beside the turns

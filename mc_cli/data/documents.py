@@ -110,9 +110,7 @@ def data_digest(
     return content_digest([digest, named]) if named else digest
 
 
-def _rows_digest(
-    data: str, split: str, text_field: str, cache: DigestCache, *, template: str | None, flag: str
-) -> str:
+def _rows_digest(data: str, split: str, text_field: str, cache: DigestCache, *, template: str | None, flag: str) -> str:
     extra = {} if template is None else {"chat_template": template}
     path = resolve_data(data, flag=flag)
     if path is None:
@@ -133,6 +131,7 @@ def read_documents(
     reading: Reading | None = None,
     flag: str = "--data",
     images: bool = False,
+    beside: Path | None = None,
 ) -> list[Document]:
     """All documents of --data that are not empty, in order.
 
@@ -142,6 +141,7 @@ def read_documents(
     reading  is told how rows were read
     flag     what named the data, for messages
     images   whether the rows' images are read, for a model that sees; else fields of images are left out
+    beside   the folder that paths of images are relative to; None: that of the file
     Raises InputError naming file and line of what cannot be read.
     """
     reading = Reading() if reading is None else reading
@@ -156,7 +156,9 @@ def read_documents(
         reading.rows["file of an image"] += len(pictures)
         found = [Document("", images=(ImageSource(str(file), path=file),), where=str(file)) for file in pictures]
     else:
-        found = [document for file in _files(path, flag) for document in _from_file(file, rows(file.parent), flag)]
+        found = [
+            document for file in _files(path, flag) for document in _from_file(file, rows(beside or file.parent), flag)
+        ]
     documents = [d for d in found if d.chat is not None or d.text.strip() or d.images]
     reading.empty += len(found) - len(documents)
     if not documents:
@@ -196,9 +198,7 @@ def _files(path: Path, flag: str) -> list[Path]:
 class _Rows:
     """Turns the rows of one source into documents; what the first row is like decides what later ones may be."""
 
-    def __init__(
-        self, text_field: str, reading: Reading, *, images: bool = False, folder: Path | None = None
-    ) -> None:
+    def __init__(self, text_field: str, reading: Reading, *, images: bool = False, folder: Path | None = None) -> None:
         self.text_field = text_field
         self._reading = reading
         self._images = images

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import bisect
 import random
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mc_cli.artifacts.calibration import ImageReport
 from mc_cli.data.batches import TOKENS, Batch
 from mc_cli.data.chat import Renderer
 from mc_cli.data.documents import Document
@@ -28,40 +28,29 @@ _NOT_FED = ("attention_mask", "offset_mapping", "text_replacement_offsets")  # m
 _ERRORS = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, StopIteration)
 
 
-@dataclass
-class Reading:
-    """What became of the rows.
+def images_line(report: ImageReport) -> str:
+    """What was read, in one line."""
+    tokens = ", ".join(f"{count:,} {kind}" for kind, count in report["tokens"].items())
+    return f"{report['rows']:,} rows with {report['images']:,} images; tokens: {tokens}"
 
-    cut       rows that lost text behind their last image, being longer than asked
-    left_out  rows whose images alone are longer
-    unmarked  chats of which the template does not tell where answers begin: all their text is measured
-    """
 
-    rows: int = 0
-    images: int = 0
-    cut: int = 0
-    left_out: int = 0
-    unmarked: int = 0
-    tokens: Counter[str] = field(default_factory=Counter)
-
-    def line(self) -> str:
-        """What was read, in one line."""
-        tokens = ", ".join(f"{self.tokens[kind]:,} {kind}" for kind in MEASURED)
-        return f"{self.rows:,} rows with {self.images:,} images; tokens: {tokens}"
-
-    def warnings(self) -> list[str]:
-        """Warnings for the user."""
-        found = []
-        if self.cut:
-            found.append(f"{self.cut:,} rows are longer than asked and lose text behind their images (--length).")
-        if self.left_out:
-            found.append(f"{self.left_out:,} rows are left out, as their images alone are longer than asked (--length).")
-        if self.unmarked:
-            found.append(
-                f"the chat template writes {self.unmarked:,} rows in a way that does not tell where answers begin: all of "
-                "their text is measured, questions too."
-            )
-        return found
+def images_warnings(report: ImageReport | None) -> list[str]:
+    """Warnings for the user."""
+    if report is None:
+        return []
+    found = []
+    if report["cut"]:
+        found.append(f"{report['cut']:,} rows are longer than asked and lose text behind their images (--length).")
+    if report["left_out"]:
+        found.append(
+            f"{report['left_out']:,} rows are left out, as their images alone are longer than asked (--length)."
+        )
+    if report["unmarked"]:
+        found.append(
+            f"the chat template writes {report['unmarked']:,} rows in a way that does not tell where answers begin: "
+            "all of their text is measured, questions too."
+        )
+    return found
 
 
 @dataclass
@@ -99,9 +88,7 @@ def calibration_rows(
     return maker.batch(rows, length)
 
 
-def evaluation_rows(
-    documents: Sequence[Document], maker: RowMaker, *, length: int, max_sequences: int
-) -> Windows:
+def evaluation_rows(documents: Sequence[Document], maker: RowMaker, *, length: int, max_sequences: int) -> Windows:
     """All of the documents, or `max_sequences` taken evenly, whose answers are measured. Raises InputError as above."""
     if max_sequences and len(documents) > max_sequences:
         documents = [documents[index * len(documents) // max_sequences] for index in range(max_sequences)]
@@ -113,12 +100,12 @@ def evaluation_rows(
 
 
 class RowMaker:
-    """Makes rows by a processor, its tokenizer and chat template, and counts what became of them in `reading`."""
+    """Makes rows by a processor, its tokenizer and chat template, and counts what became of them in `report`."""
 
     def __init__(self, processor: Any, renderer: Renderer, config: Any) -> None:
         self._processor, self._renderer = processor, renderer
         self._tokenizer: Any = processor.tokenizer
-        self.reading = Reading()
+        self.report = ImageReport(rows=0, images=0, cut=0, left_out=0, unmarked=0, tokens={})
         known = [*getattr(processor, "image_token_ids", [None])]
         known += [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
         self._image_ids = torch.tensor(sorted({token for token in known if isinstance(token, int)}), dtype=torch.int64)
@@ -144,21 +131,21 @@ class RowMaker:
         answers = self._answers(made, spans, kinds)
         if len(ids) > length:
             if bool((kinds[length:] == IMAGE).any()):
-                self.reading.left_out += 1
+                self.report["left_out"] += 1
                 return None
-            self.reading.cut += 1
+            self.report["cut"] += 1
         fed = {name: tensor for name, tensor in made.items() if name not in (TOKENS, *_NOT_FED)}
         per_token = {name: tensor[0, :length] for name, tensor in fed.items() if tensor.shape[:2] == (1, len(ids))}
         others = {name: tensor for name, tensor in fed.items() if name not in per_token}
-        self.reading.images += len(document.pictures)
+        self.report["images"] += len(document.pictures)
         return _Row(ids[:length], kinds[:length], answers[:length], per_token, others, document.domain)
 
     def batch(self, rows: Sequence[_Row], length: int) -> Batch:
         """The rows side by side, padded to the longest. Raises InputError for none, and for inputs of unlike shapes."""
         if not rows:
             raise InputError(
-                f"--data holds no row of at most {length} tokens in which something is to be predicted. Give other rows, "
-                "smaller images, or a larger --length."
+                f"--data holds no row of at most {length} tokens in which something is to be predicted. Give other "
+                "rows, smaller images, or a larger --length."
             )
         longest = max(len(row.ids) for row in rows)
         padding = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else 0
@@ -183,9 +170,8 @@ class RowMaker:
             inputs[name] = torch.cat(held)
             counts[name] = tuple(len(row.others[name]) if name in row.others else 0 for row in rows)
         kinds = padded([row.kinds for row in rows], PADDING)
-        for number, name in enumerate(MEASURED):
-            self.reading.tokens[name] += int((kinds == number).sum())
-        self.reading.rows += len(rows)
+        self.report["tokens"] = {name: int((kinds == number).sum()) for number, name in enumerate(MEASURED)}
+        self.report["rows"] += len(rows)
         return Batch(inputs, counts, kinds, padded([row.answers for row in rows], 0))
 
     def _text(self, document: Document) -> tuple[str | None, Sequence[tuple[int, int]]]:
@@ -199,7 +185,7 @@ class RowMaker:
         if text_of_chat is None:
             return None, ()
         spans = self._renderer.answers(document.chat, text_of_chat)
-        self.reading.unmarked += not spans
+        self.report["unmarked"] += not spans
         return text_of_chat, spans
 
     def _made(self, document: Document, text: str) -> Mapping[str, Any]:
@@ -213,9 +199,7 @@ class RowMaker:
             return dict(self._tokenizer([text], **options))
         pictures = [source.picture() for source in document.pictures]
         try:
-            return dict(
-                self._processor(images=pictures, text=[text], return_text_replacement_offsets=True, **options)
-            )
+            return dict(self._processor(images=pictures, text=[text], return_text_replacement_offsets=True, **options))
         except _ERRORS as error:
             raise InputError(
                 f"{document.where}: the model's processor cannot make inputs of {len(pictures)} images and their text: "

@@ -1,4 +1,4 @@
-"""Kinds of token: text, what stands for an image, special tokens, padding; and how much each counts in second moments."""
+"""Kinds of token: text, what stands for an image, special tokens, padding; and what each counts in second moments."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ BALANCE = 0.5
 def token_weights(kinds: Tensor) -> Tensor:
     """float32 of the shape of `kinds` [...], uint8: how much a token counts in second moments of inputs.
 
-    Images are one side, text and special tokens the other. A side of n of N tokens has the weight (N / n)^BALANCE, scaled
-    so that the mean over all tokens is 1. Padding has 0.
+    Images are one side, text and special tokens the other. A side of n of N tokens has the weight (N / n)^BALANCE,
+    scaled so that the mean over all tokens is 1. Padding has 0.
     """
     images, padding = kinds == IMAGE, kinds == PADDING
     sides = (images, ~images & ~padding)

@@ -126,7 +126,9 @@ def _layers(
                     walk.run_layer(advance=True)
                 module = model.get_submodule(blocks[layer].path)
                 sensitivity = ready.sensitivities.get(layer)
-                inputs = ExpertInputs(capture, blocks[layer], session.device, sensitivity=sensitivity)
+                inputs = ExpertInputs(
+                    capture, blocks[layer], session.device, sensitivity=sensitivity, batch=walk.inputs
+                )
                 _score_channels(scorer, settings.unit, module, inputs, folder)
                 if settings.similarity:
                     measure_similarity(module, inputs).write(folder.path(similarity_file(layer)))
