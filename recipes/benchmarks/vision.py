@@ -114,7 +114,7 @@ def measure(arguments: argparse.Namespace, contender: Contender, seed: int, targ
         bits = quantizer.candidate_widths(max(arguments.targets)) if contender.quantizer == "trellis" else (1, 2, 3, 4)
         scored = ScoreSettings(bits=bits, quantizer=quantizer, loss_tokens=arguments.loss_tokens)
         score.run(scored, compute, work_dir, **QUIET)
-        kept = {name: 16 for name in ("attention_bits", "shared_bits", "head_bits", "embedding_bits")}
+        kept = dict.fromkeys(("attention_bits", "shared_bits", "head_bits", "embedding_bits"), 16)
         planned = AllocateSettings(
             method=contender.method,
             target_stored_bits=target,

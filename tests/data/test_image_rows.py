@@ -141,7 +141,7 @@ def test_weights_balance_images_and_text() -> None:
     ],
 )
 def test_rows_that_cannot_be_read_are_named(row: dict[str, Any], message: str, picture: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="line 1|rows.jsonl") as caught:
+    with pytest.raises(InputError, match=r"line 1|rows\.jsonl") as caught:
         drawn(tmp_path, row)
     assert message in str(caught.value)
 
