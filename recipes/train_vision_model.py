@@ -70,6 +70,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its processor")
     parser.add_argument("--data-out", type=Path, help="folder for calibration.jsonl, text.jsonl and heldout.jsonl")
+    parser.add_argument(
+        "--start", type=Path, help="a folder of this script's making, whose weights training goes on from"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="stop training after this many minutes")
     parser.add_argument("--steps", type=int, help="stop training after this many steps")
@@ -329,6 +332,8 @@ def main() -> None:
     rows.check()
     model = build_model(processor.tokenizer, arguments.seed)
     print(f"{sum(parameter.numel() for parameter in model.parameters())} parameters", flush=True)
+    if arguments.start is not None:
+        model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(arguments.start).state_dict())
     result = train(model, rows, arguments)
     model = model.to(torch.bfloat16).eval()  # what is stored; measured in float32, which is faster on most CPUs
     rounded = copy.deepcopy(model).float()

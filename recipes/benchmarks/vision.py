@@ -1,4 +1,4 @@
-"""What a compressed model still sees: answers about held-out images, calibrated with images, with text alone, uniformly.
+"""What a compressed model still sees: answers about held-out images, calibrated with images or text, or uniform.
 
 For every seed each contender is calibrated and scored once, and at every target allocated, quantized and measured on
 held-out questions about images: exact answers, loss and KL divergence on their tokens, router changes by kind of token.
@@ -6,7 +6,7 @@ held-out questions about images: exact answers, loss and KL divergence on their 
 "text alone" is calibrated on the same conversations with the scene told in words. Runs that are already in the output
 file are not repeated.
 
-    python recipes/benchmarks/vision.py --out docs/results/data/vision.json --seeds 0
+    python recipes/benchmarks/vision.py --out runs/vision.json --seeds 0
 """
 
 from __future__ import annotations
@@ -152,19 +152,18 @@ def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 def show(rows: list[dict[str, Any]]) -> None:
     first = rows[0]
-    table = Table(
-        title=f"Original: {first['original_right']} of {first['answers']} answers right, loss {first['original_loss']:.4f}"
-    )
+    right = f"{first['original_right']} of {first['answers']} answers right"
+    table = Table(title=f"Original: {right}, loss {first['original_loss']:.4f}")
     for name in ("target", "contender", "expert bytes", "answers right %", "loss gap", "KL", "seeds"):
         table.add_column(name, justify="left" if name == "contender" else "right")
     for target in sorted({row["target"] for row in rows}):
         for contender in CONTENDERS:
             chosen = [row for row in rows if row["target"] == target and row["contender"] == contender.name]
             if chosen:
-                right = statistics.mean(100 * row["packed_right"] / row["answers"] for row in chosen)
+                share = statistics.mean(100 * row["packed_right"] / row["answers"] for row in chosen)
                 figures = (statistics.mean(row[name] for row in chosen) for name in ("gap", "kl"))
                 size = statistics.mean(row["expert_bytes"] for row in chosen)
-                cells = (f"{target:g}", contender.name, f"{size:,.0f}", f"{right:.2f}")
+                cells = (f"{target:g}", contender.name, f"{size:,.0f}", f"{share:.2f}")
                 table.add_row(*cells, *(f"{figure:.4f}" for figure in figures), str(len(chosen)))
         table.add_section()
     Console(width=150).print(table)
