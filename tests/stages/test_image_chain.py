@@ -1,4 +1,4 @@
-"""The chain on rows with images, against the bundled model as transformers runs it, row by row and without padding."""
+"""The chain on rows with images, against a tiny model as transformers runs it, row by row and without padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mc_cli.artifacts.calibration import LayerRouting, read_inventory, read_sensitivities, routing_file
 from mc_cli.artifacts.evaluation import Evaluation
-from mc_cli.bundled import bundled_path
 from mc_cli.coding.linears import TokenMoments
 from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.data.kinds import IMAGE, PADDING, token_weights
@@ -23,12 +22,11 @@ from mc_cli.models.checkpoint import Checkpoint, read_config
 from mc_cli.settings import PruneSettings
 from mc_cli.walking.layerwise import LayerWalk
 from tests.tiny_chain import run_allocate, run_calibrate, run_export, run_prune_eval, run_quantize, run_score
-
-MODEL, SCENES = bundled_path("demo-vision"), bundled_path("scenes")
-VOCABULARY = 400  # ids that a damaged file may not go beyond
+from tests.tiny_vision import asked, build_tiny_vision, noise, turns, uri, write_rows
 
 
 class Chain(NamedTuple):
+    folder: Path
     work: Path
     heldout: Path
     model: Any
@@ -39,19 +37,20 @@ class Chain(NamedTuple):
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """A few conversations, one of them without an image, and as many questions that are held out."""
     folder = tmp_path_factory.mktemp("images")
-    lines = SCENES.read_text(encoding="utf-8").splitlines()
-    told = bundled_path("scenes-in-words").read_text(encoding="utf-8").splitlines()
-    data, heldout = folder / "data.jsonl", folder / "heldout.jsonl"
-    data.write_text("\n".join([*lines[:4], told[0]]) + "\n", encoding="utf-8")
-    heldout.write_text("\n".join(bundled_path("scenes-heldout").read_text().splitlines()[:5]) + "\n", encoding="utf-8")
-    work = folder / "work"
-    run_calibrate(work, MODEL, data, length=96, gradient_tokens=10_000)
+    source, work = build_tiny_vision(folder / "model"), folder / "work"
+    rows = [asked(seed, question, "a red ring") for seed, question in enumerate(("what?", "which one is it?", "and?"))]
+    both = [{"type": "image", "image": uri(noise(seed))} for seed in (7, 8)]
+    told = turns("a red ring is at the top. what is there?", "a ring")
+    data = write_rows(folder / "data.jsonl", *rows, turns(both, "two"), told)
+    heldout = write_rows(folder / "heldout.jsonl", *(asked(20 + seed, "so " * seed, "yes") for seed in range(3)))
+    run_calibrate(work, source, data, length=96, gradient_tokens=10_000)
     run_score(work, bits=(2, 3), loss_tokens=32)
     run_allocate(work, target_stored_bits=2.8)
     run_quantize(work)
     run_prune_eval(work, heldout, length=96, stride=0)
-    model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32).eval()
-    return Chain(work, heldout, model, read_calibration(work / "calibration", vocabulary=VOCABULARY))
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+    vocabulary = model.config.text_config.vocab_size
+    return Chain(source, work, heldout, model, read_calibration(work / "calibration", vocabulary=vocabulary))
 
 
 def unpadded(batch: Batch) -> Iterator[dict[str, torch.Tensor]]:
@@ -103,10 +102,10 @@ def test_sensitivities_are_of_answers_alone(chain: Chain) -> None:
 
 
 def test_moments_weigh_tokens_by_their_kind(chain: Chain) -> None:
-    config: Any = read_config(MODEL)
-    source = Checkpoint(MODEL, config, dtype=torch.float32, device=torch.device("cpu"))
+    config: Any = read_config(chain.folder)
+    source = Checkpoint(chain.folder, config, dtype=torch.float32, device=torch.device("cpu"))
     walk = LayerWalk(source, chain.batch, batch_size=2)
-    hessian = torch.zeros(128, 128)
+    hessian = torch.zeros(64, 64)
     moments = TokenMoments(walk, "a module", hessian)
     counted = sum(moments.add(rows, walk.hidden[rows]) for rows in walk.batches())
     assert chain.batch.kinds is not None and counted == chain.batch.real_tokens
