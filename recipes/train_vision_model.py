@@ -1,7 +1,7 @@
-"""Train the small image-text MoE that ships with mc-cli (a CLIP tower and Llava over Mixtral) on drawn scenes.
+"""Train a small image-text MoE (a CLIP tower and Llava over Mixtral) on drawn scenes.
 
-    OMP_NUM_THREADS=1 nice -n 10 python recipes/train_vision_model.py --out mc_cli/bundled/demo-vision \
-        --data-out mc_cli/bundled/scenes --minutes 45 --seed 0
+    OMP_NUM_THREADS=1 nice -n 10 python recipes/train_vision_model.py --out runs/demo-vision \
+        --data-out runs/scenes --steps 3000 --seed 0
 
 One CPU core, no network, no data: recipes/drawn_scenes.py draws the images and asks about them. Some rows tell the
 scene in words instead, so that the model answers without an image too. `--steps` instead of `--minutes` gives a run

@@ -1,4 +1,4 @@
-"""Data that ships with the package: two small trained MoEs, one of which sees, and data to calibrate and measure on."""
+"""Data that ships with the package: a small trained MoE, text to calibrate it on, and text to measure it on."""
 
 from __future__ import annotations
 
@@ -8,18 +8,11 @@ BUNDLED = {
     "demo-moe": "demo-moe",
     "calibration": "text/calibration.jsonl",
     "heldout": "text/heldout.jsonl",
-    "demo-vision": "demo-vision",
-    "scenes": "scenes/calibration.jsonl",
-    "scenes-in-words": "scenes/text.jsonl",
-    "scenes-heldout": "scenes/heldout.jsonl",
 }
 
 
 def bundled_path(name: str) -> Path:
-    """The path of a bundled model folder, "demo-moe" or "demo-vision", or of a file of rows.
-
-    "calibration" and "heldout" are text; "scenes" and "scenes-heldout" are conversations about images, and
-    "scenes-in-words" some about scenes that are told.
+    """The path of the bundled model folder "demo-moe", or of the text file "calibration" or "heldout".
 
     Raises InputError if `name` is none of these, or if the installation lacks the data.
     """
@@ -31,7 +24,6 @@ def bundled_path(name: str) -> Path:
     if not path.exists():
         raise InputError(
             f"the bundled {name!r} is missing from this installation: no {path}\n"
-            "Install mixture-compressor again, or rebuild the data with recipes/train_demo_model.py or "
-            "recipes/train_vision_model.py."
+            "Install mixture-compressor again, or rebuild the data with recipes/train_demo_model.py."
         )
     return path

@@ -6,6 +6,7 @@ held-out questions about images: exact answers, loss and KL divergence on their 
 "text alone" is calibrated on the same conversations with the scene told in words. Runs that are already in the output
 file are not repeated.
 
+    python recipes/train_vision_model.py --out runs/demo-vision --data-out runs/scenes --steps 3000
     python recipes/benchmarks/vision.py --out runs/vision.json --seeds 0
 """
 
@@ -81,10 +82,10 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="bundled:demo-vision")
-    parser.add_argument("--data", default="bundled:scenes")
-    parser.add_argument("--text", default="bundled:scenes-in-words")
-    parser.add_argument("--heldout", default="bundled:scenes-heldout")
+    parser.add_argument("--model", default="runs/demo-vision", help="of recipes/train_vision_model.py, as all of these")
+    parser.add_argument("--data", default="runs/scenes/calibration.jsonl")
+    parser.add_argument("--text", default="runs/scenes/text.jsonl")
+    parser.add_argument("--heldout", default="runs/scenes/heldout.jsonl")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/vision"))
     parser.add_argument("--out", type=Path, default=Path("runs/vision.json"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
