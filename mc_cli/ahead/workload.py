@@ -110,5 +110,8 @@ class Workload:
         found: dict[int | None, tuple[int, int]] = {None: (0, 0)}
         for part in self.inventory.tensors:
             computed, stored = found.get(part.layer, (0, 0))
-            found[part.layer] = computed + math.prod(part.shape) * self.itemsize, stored + part.size_bytes
+            found[part.layer] = (
+                computed + math.prod(part.shape) * self.itemsize,
+                stored + (part.size_bytes if part.file_bytes is None else part.file_bytes),
+            )
         return found

@@ -146,7 +146,7 @@ class Session:
         weights: Weights | None = None
         if folder is None or folder.folder != self._calibration:
             weights = self._recorded_weights(require_done(WorkDir(self.work_dir), "calibrate"))
-        names = {file for tensor in checkpoint.files.tensors.values() for _, file in tensor.places}
+        names = {file for tensor in checkpoint.files.tensors.values() for file in tensor.files}
         found = WeightDigests(
             self.folder,
             tuple(sorted(names)),

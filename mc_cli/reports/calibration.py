@@ -32,6 +32,7 @@ def calibration_summary(
         "model bytes": sum(inventory.bytes_by_role().values()),
         "expert bytes": inventory.bytes_by_role()[Role.EXPERT],
     }
+    facts |= stored_facts(inventory)
     if text is not None:
         facts["text"] = text
     if images is not None:
@@ -57,6 +58,14 @@ def _kind_rows(layer: LayerRouting, felt: Mapping[str, float]) -> list[list[Any]
         ]
         for kind, found in layer.by_kind.items()
     ]
+
+
+def stored_facts(inventory: ModelInventory) -> dict[str, Any]:
+    """How the checkpoint's files hold its tensors, where they are codes; nothing for a plain one."""
+    if not inventory.stored_as:
+        return {}
+    ways = ", ".join(f"{name} ({count:,})" for name, count in inventory.stored_as.items())
+    return {"stored as": ways, "bytes in its files": inventory.file_bytes}
 
 
 def not_covered(inventory: ModelInventory, *, seen: bool = False) -> str | None:

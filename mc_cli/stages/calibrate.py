@@ -181,7 +181,12 @@ def opened(session: Session) -> tuple[Checkpoint, ModelInventory]:
     Raises a McError where it could not be taken through all stages, so that none of them runs for nothing.
     """
     checkpoint = session.open_checkpoint()
-    inventory = take_inventory(checkpoint.model, stored_dtypes=checkpoint.stored_dtypes)
+    inventory = take_inventory(
+        checkpoint.model,
+        stored_dtypes=checkpoint.stored_dtypes,
+        stored_sizes=checkpoint.stored_sizes,
+        stored_as=checkpoint.files.ways(),
+    )
     run_our_experts(checkpoint.model)
     if not inventory.contract_tested:
         require_packable(checkpoint.model, inventory)
@@ -214,6 +219,12 @@ def _write_inventory(
             f"{artifact.LEFT_OUT} {len(checkpoint.unused)} tensors of the checkpoint that are not part of "
             f"{type(checkpoint.model).__name__} ({', '.join(kinds[:8])}{' ...' if len(kinds) > 8 else ''}; for example "
             f"{checkpoint.unused[0]}). The config.json of every result does not count them.{_text_alone(checkpoint)}",
+            progress,
+        )
+    if checkpoint.activations:
+        folder.warn(
+            f"{artifact.LEFT_OUT} {len(checkpoint.activations)} scales for quantized activations or cache (for example "
+            f"{checkpoint.activations[0]}): results compute with activations as they are.",
             progress,
         )
     artifact.write_inventory(folder.path(artifact.INVENTORY), inventory)
