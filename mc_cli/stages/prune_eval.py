@@ -22,7 +22,7 @@ from mc_cli.data import text
 from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.data.chat import ChatSettings
 from mc_cli.data.image_rows import images_line, images_warnings
-from mc_cli.data.inputs import Drawn, Feeder
+from mc_cli.data.inputs import POLICY_WITH_IMAGES, Drawn, Feeder
 from mc_cli.data.processors import sees
 from mc_cli.errors import InputError, MissingDependencyError
 from mc_cli.kernels.compiled import check_inputs, inputs_of
@@ -221,10 +221,7 @@ def _tasks_digest(folder: Path, cache: DigestCache) -> str:
 def _require_text_alone(*batches: Batch) -> None:
     """Raises InputError for images where a policy is fitted or measured."""
     if any(batch.kinds is not None for batch in batches):
-        raise InputError(
-            "--policy with images: policies are fitted and measured on text alone. Leave --policy out, or calibrate "
-            "and evaluate on text."
-        )
+        raise InputError(POLICY_WITH_IMAGES)
 
 
 def _warn_of_text(folder: StageFolder, drawn: Drawn[text.Windows], progress: Progress) -> None:
