@@ -156,7 +156,7 @@ class ChoiceCosts:
                     found = self._margin()
                     assert found is not None
                     near = coefficient(found.margin.detach(), found.spread)
-                    root = (2 * self.cost * _masked(near, walk.inputs.select(rows).real)).sqrt()
+                    root = (2 * self.cost * _masked(near, walk.inputs.real_of(rows))).sqrt()
                     pull = torch.where(root > 0, root * found.margin, 0.0)
                     totals = [(pull * sign[rows].reshape(-1).to(pull)).sum() for sign in signs]
                 for sample, total in enumerate(totals):

@@ -182,7 +182,8 @@ class TokenMoments:
         weights = self._weights[rows].reshape(-1)
         require_every_token(self._path, len(weights), len(flat))
         accumulate(self._hessian, flat * weights.sqrt().to(flat)[:, None])
-        return self._batch.select(rows).real_tokens
+        real = self._batch.real_of(rows)
+        return len(flat) if real is None else int(real.sum())
 
 
 def run_up_to(

@@ -108,7 +108,7 @@ def backward_layer(
             if collector is not None:
                 collector.add(found[1])
             if costs is not None:
-                costs.add(found[1], walk.inputs.select(rows).real)
+                costs.add(found[1], walk.inputs.real_of(rows))
             before[:, rows] = found[0].to(before.device)
     if costs is not None:
         costs.add_gradients(before, walk, layer_inputs, seed=seed)

@@ -91,9 +91,13 @@ class Batch:
     @property
     def real(self) -> Tensor | None:
         """[tokens] bool, row after row: all but padding; None where there is none."""
+        return self.real_of(slice(None))
+
+    def real_of(self, rows: slice) -> Tensor | None:
+        """The same of some rows, whose other inputs are not touched."""
         if self.kinds is None:
             return None
-        real = (self.kinds != PADDING).reshape(-1)
+        real = (self.kinds[rows] != PADDING).reshape(-1)
         return None if bool(real.all()) else real
 
     @property
