@@ -154,7 +154,11 @@ class TensorPart:
 
 @dataclass(frozen=True)
 class ModelInventory:
-    """Every tensor of a model and its expert blocks: enough to plan bytes without touching a weight."""
+    """Every tensor of a model and its expert blocks: enough to plan bytes without touching a weight.
+
+    directory_bytes   of what a result holds beside its weights, at most; known where the model's folder is at hand, and
+                      not part of the inventory that lies on disk
+    """
 
     model_type: str
     num_layers: int
@@ -163,6 +167,7 @@ class ModelInventory:
     tied_head: bool
     contract_tested: bool = True
     stored_as: Mapping[str, int] = field(default_factory=dict)  # how tensors are coded in the files -> how many are
+    directory_bytes: int = 0
 
     @property
     def file_bytes(self) -> int:
@@ -175,6 +180,13 @@ class ModelInventory:
         for tensor in self.tensors:
             total[tensor.role] = total.get(tensor.role, 0) + tensor.size_bytes
         return total
+
+    @property
+    def layers_with_expert_biases(self) -> frozenset[int]:
+        """Layers in which biases or norms belong to whole experts: these are not cut, halved or merged."""
+        return frozenset(
+            part.layer for part in self.tensors if part.role is Role.EXPERT_BIAS and part.layer is not None
+        )
 
     @property
     def expert_weight_count(self) -> int:

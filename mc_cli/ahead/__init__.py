@@ -21,7 +21,7 @@ from mc_cli.ahead.tasks import check_tasks
 from mc_cli.ahead.texts import check_text, text_bytes
 from mc_cli.ahead.workload import Workload
 from mc_cli.artifacts import calibration as calibration_artifact
-from mc_cli.artifacts.exported import ExportFolder
+from mc_cli.artifacts.exported_file import export_place
 from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.work_dir import FOLDERS, VARIANTS, WorkDir
@@ -31,6 +31,7 @@ from mc_cli.errors import InputError, Problems
 from mc_cli.exporters import check_model, exporter_from_name
 from mc_cli.kernels.compiled import check_inputs
 from mc_cli.measuring.policy_fitting import policy_names
+from mc_cli.models.companions import directory_bytes
 from mc_cli.models.memory import available_bytes, resident_bytes
 from mc_cli.models.session import Session, first_session, later_session
 from mc_cli.parts import ModelInventory
@@ -44,6 +45,7 @@ from mc_cli.settings import (
     RunSettings,
     ScoreSettings,
 )
+from mc_cli.stages.allocate import with_directory
 from mc_cli.stages.calibrate import opened
 from mc_cli.stages.quantize import check_plan, existing_plan, plan_path
 
@@ -129,7 +131,7 @@ class Look:
         )
         machine = known_machine()
         if machine is not None:
-            seconds = durations(work, machine, evaluated_tokens=self._evaluated_tokens(work))
+            seconds = durations(work, machine, evaluated_tokens=self.evaluated_tokens(work))
             found.seconds = {stage: seconds[stage] for stage in self._todo}
         limit, free = self._compute.max_memory_bytes, available_bytes()
         if limit is not None:
@@ -168,7 +170,7 @@ class Look:
             config=text_config.to_dict(),
         )
 
-    def _evaluated_tokens(self, work: Workload) -> int:
+    def evaluated_tokens(self, work: Workload) -> int:
         """Tokens of held-out text at most, four bytes of text each where nothing else limits them."""
         settings = self._all.get("prune-eval")
         if settings is None:
@@ -189,7 +191,8 @@ class Look:
         session: Session | None = None
         inventory: ModelInventory | None = None
         if set(self._todo) <= {"allocate", "export"} and "calibrate" not in self._all:
-            return None, self._noted_inventory()
+            inventory = self._noted_inventory()
+            return None, None if inventory is None else with_directory(inventory, self._work)
         with self.problems.catching():
             if "calibrate" in self._all:
                 asked = self._all["calibrate"]
@@ -203,6 +206,8 @@ class Look:
                 _, inventory = opened(session)
             else:
                 inventory = self._noted_inventory()
+        if session is not None and inventory is not None:
+            inventory = replace(inventory, directory_bytes=directory_bytes(session.folder, inventory))
         return session, inventory
 
     def _noted_inventory(self) -> ModelInventory | None:
@@ -345,7 +350,7 @@ def check_work_dir(work_dir: Path) -> None:
 
 
 def check_target(out: str, work_dir: Path) -> None:
-    """Raises InputError for a directory that export would refuse."""
+    """Raises InputError for a directory or file that export would refuse."""
     target = Path(out).expanduser().resolve()
     whole = work_dir.resolve()
     for name in (*FOLDERS.values(), VARIANTS):
@@ -355,4 +360,4 @@ def check_target(out: str, work_dir: Path) -> None:
     above = next(folder for folder in target.parents if folder.exists())
     if not above.is_dir():
         raise InputError(f"--out {out}: {above} is a file, so nothing can be made in it. Name another place.")
-    ExportFolder(target, {}, {}).check_place()
+    export_place(target).check_place()

@@ -243,13 +243,13 @@ def _prune_eval(work: Workload) -> _Steps:
 
 
 def _routing(work: Workload) -> int:
-    """What a capture keeps of routing: index, weights and probabilities of every token."""
+    """Counts what a capture keeps of routing: index, weights and probabilities of every token."""
     block = work.largest_block
     return work.tokens * (block.top_k * (_DOUBLE + _FLOAT) * 2 + block.num_experts * _FLOAT)
 
 
 def _factorized(block: ExpertBlock) -> int:
-    """What one factor takes beside its matrix: copies in float64."""
+    """Counts the float64 copies that one factor takes beside its matrix."""
     return _COPIES_TO_FACTORIZE * max(part.in_features for part in block.projections) ** 2 * _DOUBLE
 
 
@@ -260,7 +260,7 @@ def _chunk(work: Workload) -> tuple[int, ExpertBlock]:
 
 
 def _activations(work: Workload, batch: int) -> int:
-    """Of one forward of `batch` tokens through a layer: the residual stream, attention, one expert after another."""
+    """Counts a forward of `batch` tokens through a layer: residual stream, attention, one expert after another."""
     block = work.largest_block
     own = min(batch, 2 * batch * block.top_k // block.num_experts + 1)  # twice the mean: routers are not even
     return (8 * batch * work.hidden + own * (2 * work.hidden + 4 * block.channels)) * work.itemsize

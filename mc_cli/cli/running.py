@@ -81,7 +81,8 @@ def _plans_of(given: Mapping[str, Any]) -> list[RunPlan]:
         problems.tell()
     assert recipe is not None
     work_dir = given["work_dir"] and str(given["work_dir"])
-    return plan_runs(recipe.override(asked, work_dir, given["effort"], given["variant"]), problems, unread)
+    only = [name.strip() for name in (given["only"] or "").split(",") if name.strip()]
+    return plan_runs(recipe.override(asked, work_dir, given["effort"], given["variant"], only), problems, unread)
 
 
 def _run_plans(
@@ -132,7 +133,7 @@ def _print_made(works: Sequence[WorkDir], made: Sequence[list[StageResult]], giv
 def _print_forecasts(
     plans: Sequence[RunPlan], found: Sequence[tuple[list[PlannedStage], Outlook | None]], given: Mapping[str, Any]
 ) -> None:
-    """What a run would do, of each of its variants."""
+    """Tells for each variant what a run would do."""
     from mc_cli import console
 
     if len(plans) == 1:

@@ -38,7 +38,7 @@ def deal_channels(module: Any, inputs: ExpertInputs, runs: Mapping[int, Sequence
         if rows is None:
             return False
         for expert, ranges in runs.items():
-            energy = _channel_energy(module, inputs, expert, rows)
+            energy = channel_energy(module, inputs, expert, rows)
             if energy is None:
                 continue
             order = torch.arange(len(energy), device=energy.device)
@@ -74,7 +74,7 @@ def move_channels(module: Any, inputs: ExpertInputs, expert: int, rows: torch.Te
     weight.copy_(weight[:, order])
 
 
-def _channel_energy(module: Any, inputs: ExpertInputs, expert: int, rows: torch.Tensor) -> torch.Tensor | None:
+def channel_energy(module: Any, inputs: ExpertInputs, expert: int, rows: torch.Tensor) -> torch.Tensor | None:
     """[channels]: what a channel's rows matter, times what its column does; None without tokens."""
     up_weight, down_weight = (experts.expert_weight(module, part.name, expert) for part in inputs.block.projections)
     up_weight, down_weight = up_weight.float(), down_weight.float()

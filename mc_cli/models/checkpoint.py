@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,8 @@ class Checkpoint:
         prefix = self.model.base_model_prefix
         known = self.model.state_dict()
         targets: dict[str, Target] = {}
-        for key, tensor in sorted(self.files.tensors.items(), key=lambda entry: _natural_order(entry[0])):
+        for key in _in_natural_order(self.files.tensors):
+            tensor = self.files.tensors[key]
             name, pattern = rename_source_key(key, renamings, converters, prefix, known)
             if name not in known and key in known:
                 name, pattern = rename_source_key(key, [], [], prefix, known)
@@ -304,14 +304,17 @@ class Checkpoint:
             module._buffers.update(buffers)
 
 
-def _natural_order(name: str) -> list[tuple[Any, ...]]:
-    """The key by which transformers sorts names; names share their pieces, of which each is looked at once."""
-    return [_natural_piece(piece) for piece in name.split(".")]
+def _in_natural_order(names: Iterable[str]) -> list[str]:
+    """Names in the order in which transformers reads them: as its key has it, piece by piece between the dots.
 
-
-@cache
-def _natural_piece(piece: str) -> tuple[Any, ...]:
-    return dot_natural_key(piece)[0]
+    A model has tens of thousands of names of a few hundred pieces, so pieces get numbers in their order, and numbers
+    are compared.
+    """
+    pieces = {name: name.split(".") for name in names}
+    keys = {piece: dot_natural_key(piece)[0] for piece in {each for split in pieces.values() for each in split}}
+    numbers = {key: number for number, key in enumerate(sorted(set(keys.values())))}
+    order = {piece: numbers[key] for piece, key in keys.items()}
+    return sorted(pieces, key=lambda name: [order[piece] for piece in pieces[name]])
 
 
 def _check_counts(folder: Path, config: PretrainedConfig, tensors: Mapping[str, StoredTensor]) -> None:

@@ -22,7 +22,7 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class HubDescription:
-    """What an index says of a model's files.
+    """Describes a model's files by its index.
 
     file_bytes    of all tensors, 0 where the index does not tell;  files, tensors: how many there are
     unread        tensors of layers that the causal language model does not have, such as multi-token prediction
@@ -95,7 +95,8 @@ def described(folder: Path, config: Any, *, dtype: Any) -> tuple[ModelInventory,
 def told(description: HubDescription) -> list[str]:
     """Warnings about what is known of a model that is on the hub alone."""
     found = [
-        f"the weights are not on this machine: shapes are those of config.json, and {SINGLE} or its shards unread."
+        f"the weights are not on this machine: shapes are those of config.json, {SINGLE} or its shards unread, and "
+        "tokenizer and other files not counted."
     ]
     if description.unread:
         found.append(

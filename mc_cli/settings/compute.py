@@ -85,5 +85,5 @@ class RunSettings(Settings):
 
     @property
     def of_jobs(self) -> dict[str, Any]:
-        """What the bytes of jobs depend on, for the settings that a stage records: nothing where they run here."""
+        """Names the settings that the bytes of jobs depend on, for a stage's record: none where they run here."""
         return {"job_threads": self.job_threads} if self.workers else {}

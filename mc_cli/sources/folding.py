@@ -58,7 +58,7 @@ def fold(headers: Mapping[str, Header], layouts: Sequence[Layout], read: Read) -
     """
     found = Folding()
     taken: set[str] = set()
-    for key, header in headers.items():
+    for key, header in headers.items() if layouts else ():
         candidates = _candidates(header, headers, layouts)
         taken |= {part.key for _, parts in candidates for part in parts.values()}
         fitting, misfits = [], []

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mc_cli.allocators.stacks import check_alike
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.artifacts.files import file_digest, read_json, write_json, write_tensors
@@ -96,6 +97,8 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
         inventory = calibration_artifact.read_inventory(calibration / calibration_artifact.INVENTORY)
         plan = Plan.read(plan_path(self.settings, self.work))
         check_plan(plan, self.settings, inventory)
+        if self.settings.plan is None:
+            check_alike(plan, require_done(self.work, "allocate").settings.get("engine"))
         checkpoint = self.session.open_checkpoint()
         weights = self.session.digesting(checkpoint, folder)
         inputs = read_calibration(calibration, vocabulary=self.session.vocabulary)
@@ -190,6 +193,7 @@ def check_plan(plan: Plan, settings: QuantizeSettings, inventory: ModelInventory
         lambda: plan.check_against(inventory),
         lambda: _check_family(plan, settings),
         lambda: _check_widths(plan, inventory),
+        lambda: check_alike(plan, settings.engine),
     )
     for check in checks:
         with problems.catching():

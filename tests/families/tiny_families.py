@@ -174,7 +174,7 @@ def _mrope(*section: int) -> dict[str, Any]:
 _MIXTRAL = {"model_type": "mixtral"}
 _CLIP = {"model_type": "clip_vision_model"}
 _SAM = {"sam_config": {}, "encoder_config": {}}
-# What a family needs beyond the rules: entry -> value, or the entries of a part of it. `name@text` is an outer
+# A family's needs beyond the rules: entry -> value, or the entries of a part of it. `name@text` is an outer
 # image-text class over a text family of its own.
 CHANGES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": _HYBRID},

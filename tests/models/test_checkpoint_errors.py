@@ -37,7 +37,7 @@ def message_of(kind: type[McError], action: Callable[[], object]) -> str:
 
 
 def open_all(folder: Path) -> None:
-    """What a stage does with a checkpoint: config, headers, inventory, every part."""
+    """Reads a checkpoint as a stage does: config, headers, inventory, every part."""
     checkpoint = Checkpoint(folder, read_config(folder), dtype=torch.float32, device=torch.device("cpu"))
     inventory = take_inventory(checkpoint.model, stored_dtypes=checkpoint.stored_dtypes)
     for part in (REST, *range(inventory.num_layers)):
@@ -334,7 +334,7 @@ def test_one_expert_of_another_width(mixtral: Path) -> None:
 
 
 def test_expert_matrix_that_is_turned(mixtral: Path) -> None:
-    """As many values as needed, but not the matrix that is needed."""
+    """The tensor has as many values as needed, but is not the matrix that is needed."""
     prefix = "model.layers.0.block_sparse_moe.experts.2"
 
     def transpose(tensors: dict[str, torch.Tensor]) -> None:
