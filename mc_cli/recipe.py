@@ -47,8 +47,10 @@ from mc_cli.settings import (
     Flag,
     QuantizerSettings,
     RunSettings,
+    widths_to_score,
     with_engine,
 )
+from mc_cli.settings.export import SINGLE_FILE
 from mc_cli.targets import SEVERAL, Targets, read_targets
 
 _MOST_ENTRIES = 1000  # of one list in a recipe
@@ -124,11 +126,18 @@ class Recipe:
                 _widen(score, {**allocate, self.targets.field: target}, export)
         sections["allocate"] = {**allocate, self.targets.field: self.targets.values[name]}
         if out := sections.get("export", {}).get("out"):
-            sections["export"]["out"] = str(Path(str(out)) / name)
+            sections["export"]["out"] = _of_variant(Path(str(out)), name)
         if repository := sections.get("export", {}).get("push_to_hub"):
             sections["export"]["push_to_hub"] = f"{repository}-{name}"
         variant = name if self.variant == MAIN else f"{self.variant}-{name}"
         return Recipe(sections, self.work_dir, self.description, self.effort, variant)
+
+
+def _of_variant(out: Path, name: str) -> str:
+    """The target of one of several variants: a directory in `out`, or a file beside it where that is one file."""
+    if out.suffix == SINGLE_FILE:
+        return str(out.with_name(f"{out.stem}-{name}{SINGLE_FILE}"))
+    return str(out / name)
 
 
 @dataclass(frozen=True)
@@ -269,7 +278,7 @@ def _widen(score: dict[str, Any], allocate: Mapping[str, Any], export: Mapping[s
     target = max(targets, default=0)
     if not score.get("bits"):
         named = with_engine(score, ("quantizer",)).get("quantizer", QuantizerSettings.quantizer)
-        score["bits"] = QuantizerSettings(quantizer=named).candidate_widths(target)
+        score["bits"] = widths_to_score(score.get("engine"), QuantizerSettings(quantizer=named), target)
     defaults = {"method": AllocateSettings.method, "cuts": True, "floors": None}
     usual = all(allocate.get(name, value) == value for name, value in defaults.items())
     unequal = export.get("format", ExportSettings.format) == ExportSettings.format  # a plain checkpoint has one width

@@ -75,7 +75,7 @@ def read_targets(flag: Flag, pieces: Iterable[Any] | Mapping[Any, Any], read: Ca
 
 
 def targets_of_text(flag: Flag, text: str) -> Any:
-    """What a text such as `2,2.5,3` or `8GiB,12GiB` of the command line asks for."""
+    """Reads the targets in a text of the command line, such as `2,2.5,3` or `8GiB,12GiB`."""
     return read_targets(flag, text.split(","), lambda piece: _value(flag, piece))
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from mc_cli.cli import app
 from mc_cli.models.own_experts import run_our_experts
-from mc_cli.models.skeleton import build_skeleton, rebuild_buffers
+from mc_cli.models.skeleton import build_skeleton, initialise, non_persistent_buffers
 from mc_cli.recipe import plan_runs, read_recipe
 from tests.tiny_chain import write_documents
 
@@ -128,7 +128,8 @@ def test_a_layer_of_real_shape_runs_by_our_experts_as_by_the_families_own(name: 
 def _fill(model: Any) -> None:
     """Gives a skeleton memory, and weights that repeat a block of random ones: seconds less than drawing all."""
     model.to_empty(device="cpu")
-    rebuild_buffers(model, torch.device("cpu"))
+    for module in model.modules():
+        initialise(model, module, list(non_persistent_buffers(module)))
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
     for key, tensor in model.state_dict().items():
         flat = tensor.view(-1)

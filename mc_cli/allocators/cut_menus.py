@@ -1,7 +1,7 @@
 """The menu of an expert whose channels were measured: how many it keeps, at which widths, with bytes and cost.
 
 Cost is in nats per token: what cutting the others costs, as score measured it, and what coding those that are left
-costs, the part of the whole expert's that falls to them. The two errors are taken to add up.
+costs: the whole expert's at that width, by the ratio that score measured at one. The two errors are taken to add up.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import numpy.typing as npt
 
 from mc_cli.allocators.channel_cuts import borders_of
 from mc_cli.allocators.problem import Budget, Choice, Unit
-from mc_cli.artifacts.channel_measures import ChannelMeasures
 from mc_cli.artifacts.cut_measures import CutMeasures
 from mc_cli.artifacts.importance import LayerImportance
 from mc_cli.artifacts.plan import BlockBits, ExpertBits
 from mc_cli.encodings import planned_bytes
 from mc_cli.errors import ShapeError
-from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role
+from mc_cli.parts import DROPPED, ExpertBlock
 
 Floats = npt.NDArray[np.float64]
 
@@ -34,7 +33,7 @@ class CutMenu:
     channels      of a whole expert
     kept          rising, above 0: how many of its first channels an expert may keep
     loss          [experts, cuts] nats per token
-    shares        projection -> [experts, cuts]: the part of the cost of coding it that channels left have
+    shares        projection -> [experts, cuts]: the cost of coding what is left of it over that of coding it whole
     stored_bytes  projection -> width -> bytes at each cut; None where that cannot be coded
     """
 
@@ -80,30 +79,24 @@ def _entry(kept: int, channels: int, widths: dict[str, float]) -> ExpertBits:
 
 def cut_menu(
     block: ExpertBlock,
-    channels: ChannelMeasures,
     cuts: CutMeasures,
     *,
     family: str,
     widths: tuple[float, ...],
     group_size_limit: int,
 ) -> CutMenu:
-    """The menu of a layer, of what score measured.
-
-    Errors of up rows matter by what their channel adds to the output. Those of a down projection are as large for each
-    of its inputs, which are rotated together, in proportion to the weights that are left.
-    """
+    """The menu of a layer, of what score measured."""
     up, down = (part.name for part in block.projections)
     places = np.flatnonzero(cuts.kept > 0)
     kept = cuts.kept[places]
-    square = np.take_along_axis(channels.weighted_square_sum.astype(np.float64), cuts.order.astype(np.int64), axis=1)
-    felt = channels.down_square if channels.gradient_mass is None else channels.gradient_mass
-    felt = np.take_along_axis(felt.astype(np.float64), cuts.order.astype(np.int64), axis=1)
-    mean_felt = _share(felt, kept) * block.channels / kept
     return CutMenu(
         channels=block.channels,
         kept=tuple(kept.tolist()),
         loss=cuts.loss[:, places].astype(np.float64) * cuts.share_left[places],
-        shares={up: _share(square * felt, kept), down: _share(square, kept) * mean_felt},
+        shares={
+            up: cuts.coded_up[:, places].astype(np.float64),
+            down: cuts.coded_down[:, places].astype(np.float64),
+        },
         stored_bytes=cut_bytes(block, kept.tolist(), family=family, widths=widths, group_size_limit=group_size_limit),
     )
 
@@ -121,11 +114,6 @@ def menu_of_shapes(block: ExpertBlock, *, family: str, widths: tuple[float, ...]
     )
 
 
-def can_hold_cuts(inventory: ModelInventory, layer: int) -> bool:
-    """Whether nothing beside the experts of a layer belongs to whole experts: biases or norms of their own."""
-    return not any(part.role is Role.EXPERT_BIAS and part.layer == layer for part in inventory.tensors)
-
-
 def cut_bytes(
     block: ExpertBlock, kept: Sequence[int], *, family: str, widths: tuple[float, ...], group_size_limit: int
 ) -> dict[str, dict[float, tuple[int | None, ...]]]:
@@ -138,17 +126,6 @@ def cut_bytes(
         }
         for part in block.projections
     }
-
-
-def _share(values: Floats, kept: npt.NDArray[np.int64]) -> Floats:
-    """[experts, cuts]: of the sum of each row of `values` [experts, channels], the part of the first channels.
-
-    All of it where the sum is 0, as for an expert without tokens.
-    """
-    sums = np.cumsum(values, axis=1)
-    total = sums[:, -1:]
-    shares: Floats = np.divide(sums[:, kept - 1], total, out=np.ones((len(values), len(kept))), where=total > 0)
-    return shares
 
 
 def _bytes(block: ExpertBlock, name: str, channels: int, bits: float, family: str, limit: int) -> int | None:

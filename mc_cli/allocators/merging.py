@@ -118,7 +118,7 @@ def random_pairs(experts: int, pairs: int, *, seed: int) -> Pairs:
 
 
 @dataclass(frozen=True)
-class _Merge:
+class Merge:
     """The outcome for one layer; the cost is what joining leaves of the outputs' energy, a share."""
 
     block: ExpertBlock
@@ -136,22 +136,26 @@ class _Merge:
         return tuple(slots)
 
 
+def merges_of(
+    settings: AllocateSettings, inventory: ModelInventory, similarity_of: Callable[[ExpertBlock], ExpertSimilarity]
+) -> list[Merge]:
+    """What becomes one in each layer, as asked; `similarity_of` reads one layer's measures.
+
+    Raises InputError, BudgetError and PlanError naming every layer whose experts cannot be merged, or not so far.
+    """
+    counts = stored_counts(settings, inventory)
+    return [_merged(settings, block, similarity_of(block), counts[block.layer]) for block in inventory.expert_blocks]
+
+
 def merge_plan(
     settings: AllocateSettings,
     inventory: ModelInventory,
     quantizer: QuantizerSettings,
-    similarity_of: Callable[[ExpertBlock], ExpertSimilarity],
+    merges: Sequence[Merge],
     role_bits: Mapping[Role, int],
 ) -> Plan:
-    """The plan that merges experts as asked.
-
-    similarity_of  reads one layer's measures
-    role_bits      widths of the other roles, handed on to the plan
-    Raises InputError, BudgetError and PlanError naming every layer whose experts cannot be merged, or not so far.
-    """
+    """The plan that merges experts and leaves stored ones one width; `role_bits` of the other roles is handed on."""
     assert settings.merge is not None
-    counts = stored_counts(settings, inventory)
-    merges = [_merged(settings, block, similarity_of(block), counts[block.layer]) for block in inventory.expert_blocks]
     puzzle = settings.merge == PUZZLE
     width = settings.width_left
     tables = {merge.block.layer: tuple(range(merge.block.num_experts)) if puzzle else merge.table() for merge in merges}
@@ -159,9 +163,7 @@ def merge_plan(
         layer: tuple(width if slot == expert else DROPPED for slot, expert in enumerate(table))
         for layer, table in tables.items()
     }
-    merging = Merging.standard(settings.merge)
-    if settings.merge == SUB_MOE:
-        merging = Merging(SUB_MOE, settings.merge_rank)
+    merging = merging_of(settings)
     if puzzle:
         pairs = {
             merge.block.layer: tuple((one[0], one[1]) for one in merge.clusters if len(one) > 1) for merge in merges
@@ -181,6 +183,12 @@ def merge_plan(
         slots={} if puzzle else tables,
         merging=merging,
     )
+
+
+def merging_of(settings: AllocateSettings) -> Merging:
+    """How weights become one, without the pairs of puzzle."""
+    assert settings.merge is not None
+    return Merging(SUB_MOE, settings.merge_rank) if settings.merge == SUB_MOE else Merging.standard(settings.merge)
 
 
 _SOLVERS = {MERGEMOE: "nearest of the most used", PUZZLE: "random pairs"}
@@ -234,7 +242,7 @@ def stored_counts(settings: AllocateSettings, inventory: ModelInventory) -> dict
 
 def _require_room(inventory: ModelInventory) -> None:
     """Raises PlanError naming the layers whose routers choose groups, or whose experts have biases or norms."""
-    beside = {part.layer for part in inventory.tensors if part.role is Role.EXPERT_BIAS}
+    beside = inventory.layers_with_expert_biases
     problems = [
         f"layer {block.layer}: {why}"
         for block in inventory.expert_blocks
@@ -251,7 +259,7 @@ def _require_room(inventory: ModelInventory) -> None:
         )
 
 
-def _merged(settings: AllocateSettings, block: ExpertBlock, measures: ExpertSimilarity, count: int) -> _Merge:
+def _merged(settings: AllocateSettings, block: ExpertBlock, measures: ExpertSimilarity, count: int) -> Merge:
     products = np.asarray(measures.output_products, dtype=np.float64)
     used = np.asarray(measures.routing_count, dtype=np.int64)
     energy = max(float(np.trace(products)), float(np.finfo(np.float64).tiny))
@@ -263,7 +271,7 @@ def _merged(settings: AllocateSettings, block: ExpertBlock, measures: ExpertSimi
         clusters = nearest_centres(np.asarray(measures.weight_products, dtype=np.float64), used, count)
     else:
         clusters, _ = k_means(products, count, seed=settings.seed)
-    return _Merge(block, clusters, within(products, clusters) / energy, used)
+    return Merge(block, clusters, within(products, clusters) / energy, used)
 
 
 def within(products: _Squares, clusters: Clusters) -> float:
@@ -273,7 +281,7 @@ def within(products: _Squares, clusters: Clusters) -> float:
     )
 
 
-def _objective(settings: AllocateSettings, merges: Sequence[_Merge]) -> dict[str, Any]:
+def _objective(settings: AllocateSettings, merges: Sequence[Merge]) -> dict[str, Any]:
     return {
         "value": math.fsum(merge.cost for merge in merges) / len(merges),
         "unit": "share of the energy of experts' outputs, mean over layers",
@@ -287,7 +295,7 @@ def _budget(
     inventory: ModelInventory,
     quantizer: QuantizerSettings,
     tables: Mapping[int, tuple[int, ...]],
-    merges: Sequence[_Merge],
+    merges: Sequence[Merge],
 ) -> dict[str, Any]:
     width, weights = settings.width_left, inventory.expert_weight_count
     clusters = {merge.block.layer: len(merge.clusters) for merge in merges}

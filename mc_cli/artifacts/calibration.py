@@ -197,8 +197,13 @@ def _tensor(
 
 def write_inventory(path: Path, inventory: ModelInventory) -> None:
     """Writes the inventory as JSON in one atomic replace."""
-    content = {name: value for name, value in asdict(inventory).items() if name != _BESIDE}
-    write_json(path, {"schema": SCHEMA, **content})
+    content = {"schema": SCHEMA, **asdict(inventory)}
+    del content[_BESIDE]
+    if not inventory.stored_as:
+        del content["stored_as"]
+        for entry in content["tensors"]:
+            del entry["file_bytes"]
+    write_json(path, content)
 
 
 def read_inventory(path: Path) -> ModelInventory:

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mc_cli.artifacts.array_checks import array_problems
 from mc_cli.artifacts.files import read_arrays, write_arrays
 from mc_cli.errors import ArtifactError, listed
 
 Numbers = npt.NDArray[Any]
 _ORDER, _KEPT, _LOSS, _LEFT = "order", "kept", "loss", "share_left"
+_CODED = _UP, _DOWN = "coded_up", "coded_down"
 
 
 def cut_file(layer: int) -> str:
@@ -35,21 +37,27 @@ class CutMeasures:
                 them, the other weights as they are, in the unit of predicted_loss_by_bits
     share_left  float32 [borders]: what is left of it where the down projection makes good for the cut, measured on one
                 expert of the layer; ones where it does not
+    coded_up    float32 [experts, borders]: what coding the up projection of what is left costs over that of the whole
+                expert at the same width; coded_down likewise
     """
 
     order: Numbers
     kept: Numbers
     loss: Numbers
     share_left: Numbers
+    coded_up: Numbers
+    coded_down: Numbers
 
     def write(self, path: Path) -> None:
         """Writes the file in one atomic replace. Raises ArtifactError, and writes nothing, for numbers not finite."""
-        if not (np.isfinite(self.loss).all() and np.isfinite(self.share_left).all()):
+        arrays = {_ORDER: self.order, _KEPT: self.kept, _LOSS: self.loss, _LEFT: self.share_left}
+        arrays |= {_UP: self.coded_up, _DOWN: self.coded_down}
+        if not all(np.isfinite(array).all() for array in arrays.values()):
             raise ArtifactError(
                 f"{path}: what cutting some experts costs is not finite, so nothing was written. Run score with "
                 "--dtype float32, or look for such numbers in the checkpoint."
             )
-        write_arrays(path, {_ORDER: self.order, _KEPT: self.kept, _LOSS: self.loss, _LEFT: self.share_left})
+        write_arrays(path, arrays)
 
     @classmethod
     def read(cls, path: Path, *, num_experts: int, channels: int) -> CutMeasures:
@@ -61,23 +69,14 @@ class CutMeasures:
             _KEPT: ("int64", (borders,)),
             _LOSS: ("float32", (num_experts, borders)),
             _LEFT: ("float32", (borders,)),
+            **dict.fromkeys(_CODED, ("float32", (num_experts, borders))),
         }
-        problems = [f"{name[:60]}: not a measure" for name in sorted(found.keys() - shapes.keys())]
-        for name, (dtype, shape) in shapes.items():
-            array = found.get(name)
-            if array is None:
-                problems.append(f"{name}: missing")
-            elif (str(array.dtype), array.shape) != (dtype, shape):
-                problems.append(f"{name}: {array.dtype} of shape {list(array.shape)}, not {dtype} of {list(shape)}")
-            elif name in (_LOSS, _LEFT) and (not np.isfinite(array).all() or (array < 0).any()):
-                problems.append(f"{name}: negative numbers, or some that are not finite")
-        if not problems:
-            problems = _content_problems(found, channels)
+        problems = array_problems(found, shapes) or _content_problems(found, channels)
         if problems:
             raise ArtifactError(
                 f"{path} does not hold what cuts cost:\n{listed(problems)}\nRun score --unit channel --force."
             )
-        return cls(found[_ORDER], found[_KEPT], found[_LOSS], found[_LEFT])
+        return cls(**found)
 
 
 def _content_problems(found: dict[str, Numbers], channels: int) -> list[str]:

@@ -135,7 +135,7 @@ def _print_made(works: Sequence[WorkDir], made: Sequence[list[StageResult]], giv
 def _print_forecasts(
     plans: Sequence[RunPlan], found: Sequence[tuple[list[PlannedStage], Outlook | None]], given: Mapping[str, Any]
 ) -> None:
-    """What a run would do, of each of its variants."""
+    """Tells for each variant what a run would do."""
     from mc_cli import console
 
     if len(plans) == 1:

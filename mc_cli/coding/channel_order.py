@@ -38,7 +38,7 @@ def deal_channels(module: Any, inputs: ExpertInputs, runs: Mapping[int, Sequence
         if rows is None:
             return False
         for expert, ranges in runs.items():
-            energy = _channel_energy(module, inputs, expert, rows)
+            energy = channel_energy(module, inputs, expert, rows)
             if energy is None:
                 continue
             order = torch.arange(len(energy), device=energy.device)
@@ -66,15 +66,15 @@ def move_channels(module: Any, inputs: ExpertInputs, expert: int, rows: torch.Te
     source = torch.empty(rows.numel(), dtype=torch.int64, device=rows.device)
     source[rows.flatten()] = rows[order].flatten()
     weight = experts.expert_weight(module, up, expert)
-    weight.copy_(weight[source])
+    experts.put_expert_weight(module, up, expert, weight[source])
     bias = experts.expert_bias(module, up, expert)
     if bias is not None:
         bias.copy_(bias[source])
     weight = experts.expert_weight(module, down, expert)
-    weight.copy_(weight[:, order])
+    experts.put_expert_weight(module, down, expert, weight[:, order])
 
 
-def _channel_energy(module: Any, inputs: ExpertInputs, expert: int, rows: torch.Tensor) -> torch.Tensor | None:
+def channel_energy(module: Any, inputs: ExpertInputs, expert: int, rows: torch.Tensor) -> torch.Tensor | None:
     """[channels]: what a channel's rows matter, times what its column does; None without tokens."""
     up_weight, down_weight = (experts.expert_weight(module, part.name, expert) for part in inputs.block.projections)
     up_weight, down_weight = up_weight.float(), down_weight.float()

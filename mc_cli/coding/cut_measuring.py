@@ -6,7 +6,6 @@ all that is cut are added up, expert by expert and border by border, and weighed
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from mc_cli.allocators.channel_cuts import borders_of
 from mc_cli.artifacts.cut_measures import CutMeasures
 from mc_cli.coding.correction import correction
+from mc_cli.coding.cut_coding import Cost, Forecasts, coded_left
 from mc_cli.coding.expert_inputs import ExpertInputs, Sample, expert_activations
 from mc_cli.coding.trial import TRIAL_TOKENS
 from mc_cli.models import experts
@@ -22,8 +22,6 @@ from mc_cli.models.expert_gates import can_be_divided, rows_by_channel
 from mc_cli.numerics.hessian import accumulate
 
 TRIED_BORDERS = 4  # borders at which a refit is tried: each solves a system per half of the tokens
-# Nats per token that a change of an expert's output [tokens, hidden] on a sample of tokens is expected to cost.
-Cost = Callable[[torch.Tensor, Sample], float]
 
 
 def can_be_cut(module: Any, inputs: ExpertInputs) -> bool:
@@ -36,15 +34,13 @@ def can_be_cut(module: Any, inputs: ExpertInputs) -> bool:
 
 
 @torch.no_grad()
-def measure_cuts(
-    module: Any, inputs: ExpertInputs, order: torch.Tensor, *, tokens: int, cost: Cost, refitted: bool
-) -> CutMeasures:
-    """The measures of one resident layer, its experts as they are in `module`.
+def measure_cuts(by: Forecasts, order: torch.Tensor, *, refitted: bool) -> CutMeasures:
+    """The measures of one resident layer, its experts as they are in the module.
 
     order     int64 [experts, channels], the most important channel of each expert first
-    tokens    the most of an expert's tokens on which outputs are measured
     refitted  whether down projections make good for what is cut before them
     """
+    module, inputs, tokens, cost = by.view.module, by.view.inputs, by.tokens, by.cost
     block = inputs.block
     borders = borders_of(block.channels)
     losses = [
@@ -56,11 +52,14 @@ def measure_cuts(
         places = np.linspace(0, len(borders) - 1, TRIED_BORDERS + 1).round().astype(int)
         tried = sorted({borders[place] for place in places})
         left = np.interp(borders, tried, _shares_left(module, inputs, order, tried))
+    coded_up, coded_down = coded_left(by, order, borders)
     return CutMeasures(
         order=order.cpu().numpy().astype(np.int32),
         kept=np.asarray(borders, dtype=np.int64),
         loss=np.asarray(losses, dtype=np.float32),
         share_left=left.astype(np.float32),
+        coded_up=coded_up,
+        coded_down=coded_down,
     )
 
 

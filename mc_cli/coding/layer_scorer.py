@@ -21,6 +21,7 @@ from mc_cli.artifacts.cut_measures import CutMeasures
 from mc_cli.artifacts.importance import LayerImportance, ProjectionImportance
 from mc_cli.coding.channel_measuring import measure_channels
 from mc_cli.coding.channel_order import deal_channels
+from mc_cli.coding.cut_coding import Forecasts
 from mc_cli.coding.cut_measuring import measure_cuts
 from mc_cli.coding.expert_inputs import ExpertInputs, Sample, expert_activations, expert_chunks, expert_down
 from mc_cli.coding.expert_view import ExpertView
@@ -65,14 +66,23 @@ class LayerScorer:
         def cost(difference: torch.Tensor, sample: Sample) -> float:
             return self._predicted(difference, sample.weights, sample, inputs, routing)
 
-        return measure_cuts(
-            module,
-            inputs,
-            torch.from_numpy(cutting_order(measures)).to(inputs.device),
+        settings = self._settings.quantizer
+        forecasts = Forecasts(
+            view=ExpertView(module, inputs, self._quantizer, settings.shrinkage),
+            executor=self._executor,
+            width=self._middle_width,
+            family=settings.family,
+            group_size=settings.group_size,
             tokens=self._settings.loss_tokens,
             cost=cost,
-            refitted=self._settings.quantizer.corrects_errors,
         )
+        order = torch.from_numpy(cutting_order(measures)).to(inputs.device)
+        return measure_cuts(forecasts, order, refitted=settings.corrects_errors)
+
+    @property
+    def _middle_width(self) -> float:
+        """The width at which things are measured that are taken to be alike at all widths."""
+        return self._widths[len(self._widths) // 2]
 
     def score(self, module: Any, inputs: ExpertInputs, rerouting: Rerouting | None) -> LayerImportance:
         """Every measure of one resident layer; `rerouting` where dropping experts is to be measured."""
@@ -120,7 +130,7 @@ class LayerScorer:
         """See `trial.py`: of the expert with most tokens, at the middle one of the widths."""
         inputs, up = view.inputs, view.up
         expert = max(range(inputs.block.num_experts), key=inputs.count)
-        encoding = self._encoding(up, self._widths[len(self._widths) // 2])
+        encoding = self._encoding(up, self._middle_width)
         if inputs.sensitivity is not None:
             covariance = calibration_artifact.read_covariance(self._calibration, inputs.block.layer)
             view = replace(view, covariance=covariance)

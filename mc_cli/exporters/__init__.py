@@ -49,6 +49,8 @@ class ExportJob:
     advance: Callable[[str], None]  # one more part is written
     pruning: tuple[Pruning, Mapping[str, torch.Tensor]] | None = None  # the policy to carry, and what it learned
     auto_class: str = "AutoModelForCausalLM"  # the class of transformers that loads the whole model
+    warn: Callable[[str], None] = lambda sentence: None  # told to the user, and kept in the record
+    record_bytes: int = 0  # to leave in the metadata of a file that is to be the whole export, see export_record.py
 
     @property
     def text_class(self) -> str:

@@ -89,6 +89,8 @@ class FamilyFacts:
     derived  patterns of persistent buffers that the config determines, so that a checkpoint may lack them
     apart    patterns of experts modules that stay as they are, where a layer has others that are compressed
     adopts   classes that do not use transformers' experts interface, and how they are brought to it
+    names    pattern at a name's beginning -> replacement, where transformers writes a tensor under another name than
+             it is published with; the first match wins
     refused  why the family is not compressed, to follow its name; empty for all others
     """
 
@@ -97,6 +99,7 @@ class FamilyFacts:
     derived: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
     adopts: tuple[Adopted, ...] = ()
+    names: tuple[tuple[str, str], ...] = ()
     refused: str = ""
 
     def role_of(self, name: str) -> Role | None:

@@ -8,17 +8,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import CONFIG_MAPPING
 
 from mc_cli.artifacts.files import copy_file, read_json, write_json
-from mc_cli.artifacts.places import require_inside, require_ordinary
-from mc_cli.artifacts.strict_yaml import CHARACTERS, read_yaml
+from mc_cli.artifacts.front_matter import CARD, front_matter
+from mc_cli.artifacts.places import require_inside
 from mc_cli.errors import FamilyError, InputError, listed
 from mc_cli.models.companions import MODEL_FILES, companion_files
 from mc_cli.models.model_class import model_class
 
-CARD = "README.md"  # the hub's model card; the result gets one of its own
 _TOLD_ON = ("license", "license_name", "license_link", "language")  # entries of it that hold for the result too
 # A download from the hub takes all of that, the files that mc-cli itself reads, and the model's own code.
 DOWNLOADED = (*MODEL_FILES, "*.json", "*.safetensors", "*.txt", "*.py", CARD)
@@ -43,18 +41,8 @@ _OF_ALL = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id
 
 
 def original_card(folder: Path | None) -> dict[str, Any]:
-    """What the front matter of an original's README.md says of licence and languages; nothing where it has none."""
-    path = None if folder is None else folder / CARD
-    if path is None or not path.is_file():
-        return {}
-    require_ordinary(path)
-    with path.open(encoding="utf-8", errors="replace") as file:
-        pieces = file.read(CHARACTERS).split("---\n", 2)
-    try:
-        content = read_yaml(pieces[1]) if len(pieces) == 3 and not pieces[0] else {}
-    except yaml.YAMLError:
-        return {}
-    known = content if isinstance(content, dict) else {}
+    """Reads licence and languages from the front matter of an original's README.md; empty where it has none."""
+    known = {} if folder is None else front_matter(folder)
     return {name: known[name] for name in _TOLD_ON if isinstance(known.get(name), str | list)}
 
 

@@ -15,11 +15,13 @@ from mc_cli.artifacts.files import DigestCache, content_digest, read_json, remem
 from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.names import DIGESTS, POINTER
 from mc_cli.artifacts.places import require_ordinary
+from mc_cli.artifacts.scratch import InMemory, Scratch
 from mc_cli.artifacts.store import RESUME, StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.models.checkpoint import Checkpoint, read_config
 from mc_cli.models.model_name import resolve_model
+from mc_cli.models.pieces import Pieces
 from mc_cli.models.weight_digests import RECORD, SUFFIX, WeightDigests, Weights, changed_files, header_digest
 from mc_cli.settings import RunSettings
 
@@ -66,7 +68,9 @@ class Session:
 
     def open_checkpoint(self) -> Checkpoint:
         """The checkpoint over a skeleton on the session's device."""
-        return Checkpoint(self.folder, self.config, dtype=self.dtype, device=self.device)
+        pieces = Pieces(self.compute.max_memory_bytes)
+        store = Scratch(self.work_dir) if pieces.scratch else InMemory()
+        return Checkpoint(self.folder, self.config, dtype=self.dtype, device=self.device, pieces=pieces, store=store)
 
     def model_digest(self) -> str:
         """One digest over config, tokenizer, and names, sizes and headers of the weights, which are not read."""
@@ -146,7 +150,7 @@ class Session:
         weights: Weights | None = None
         if folder is None or folder.folder != self._calibration:
             weights = self._recorded_weights(require_done(WorkDir(self.work_dir), "calibrate"))
-        names = {file for tensor in checkpoint.files.tensors.values() for _, file in tensor.places}
+        names = {file for tensor in checkpoint.files.tensors.values() for file in tensor.files}
         found = WeightDigests(
             self.folder,
             tuple(sorted(names)),

@@ -52,7 +52,7 @@ class Measured:
 
     @property
     def predicted_loss(self) -> float | None:
-        """What allocate said of the plan, nats per token; None where it could not tell, or the plan is another."""
+        """The loss that allocate predicted, nats per token; None where it could not tell, or the plan is another."""
         return None if self.plan is None else predicted_loss_of(self.plan)
 
 
@@ -74,7 +74,7 @@ def require_work_dir(path: Path) -> None:
 
 
 def read_scores(work: WorkDir) -> Scores:
-    """What calibrate and score found. Raises ArtifactError where they are not done."""
+    """Reads the results of calibrate and score. Raises ArtifactError where they are not done."""
     require_work_dir(work.path)
     for stage in ("calibrate", "score"):
         require_done(work, stage)

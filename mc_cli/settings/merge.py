@@ -28,6 +28,8 @@ class MergeAsked(Protocol):
     def floors(self) -> tuple[tuple[int, int], ...] | None: ...
     @property
     def bits(self) -> tuple[float, ...] | None: ...
+    @property
+    def has_one_width(self) -> bool: ...
 
 
 def merge_problems(asked: MergeAsked) -> Iterator[str]:
@@ -42,18 +44,21 @@ def merge_problems(asked: MergeAsked) -> Iterator[str]:
     if asked.merge is None:
         yield f"--experts-left {left}: say with --merge how experts become one: {', '.join(MERGES)}."
     if asked.method != "global" or asked.floors:
-        yield "--method and --floor choose widths, but with --experts-left all stored experts have one width."
+        yield "--method and --floor choose widths of whole experts: leave them out with --experts-left."
     if asked.drop_ratio is not None:
         yield "--drop-ratio and --experts-left exclude each other: give one."
-    if len(widths) != 1 or DROPPED in widths:
+    listed = ",".join(map(str, widths))
+    if asked.has_one_width and (len(widths) != 1 or DROPPED in widths):
         yield (
-            f"--bits {','.join(map(str, widths))}: with --experts-left stored experts have one width, for example "
-            "--bits 4; without --bits they keep 16."
+            f"--bits {listed}: with --experts-left and no budget stored experts have one width, for example --bits 4; "
+            "without --bits they keep 16."
         )
-    elif asked.merge == PUZZLE and widths[0] != KEPT_BITS:
+    elif asked.merge == PUZZLE and not (asked.has_one_width and widths[0] == KEPT_BITS):
         yield (
-            f"--merge {PUZZLE} --bits {widths[0]}: every expert has signs and masks of its own over shared magnitudes, "
-            "which coding would not keep. Leave --bits out, or choose another --merge."
+            f"--merge {PUZZLE} keeps 16 bits: every expert has signs and masks of its own over shared magnitudes, "
+            "which coding would not keep. Leave --bits and budgets out, or choose another --merge."
         )
+    elif not asked.has_one_width and asked.bits and {DROPPED, KEPT_BITS} & set(widths):
+        yield f"--bits {listed}: beside a budget merged experts are coded, so widths are those of codes, above 0."
     if asked.merge == PUZZLE and left < 0.5:
         yield f"--merge {PUZZLE} makes pairs, so that at least half of the experts are left: --experts-left 0.5."

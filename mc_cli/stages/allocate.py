@@ -16,7 +16,8 @@ from mc_cli.allocators.channel_cuts import cut_plan
 from mc_cli.allocators.channel_groups import grouped_plan
 from mc_cli.allocators.cut_menus import CutMenu, cut_menu
 from mc_cli.allocators.halves import halved, require_halves, sized_in_halves
-from mc_cli.allocators.merging import merge_plan
+from mc_cli.allocators.merged_widths import merged_widths_plan
+from mc_cli.allocators.merging import merge_plan, merges_of
 from mc_cli.allocators.programme import METHOD, programme
 from mc_cli.allocators.whole_drops import drop_plan, require_a_drop
 from mc_cli.artifacts import calibration as calibration_artifact
@@ -34,7 +35,7 @@ from mc_cli.artifacts.similarity import ExpertSimilarity, similarity_file
 from mc_cli.artifacts.store import StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.encodings import encoding_for, family_of_role, stored_bytes
-from mc_cli.errors import InputError, MissingDependencyError, PlanError
+from mc_cli.errors import InputError, MissingDependencyError, PlanError, ShapeError
 from mc_cli.models.companions import directory_bytes, noted_folder
 from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role, TensorPart
 from mc_cli.policies.static_experts import experts_to_drop
@@ -92,7 +93,7 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
             if settings.is_by_scores:
                 plan = self._by_scores(inventory, quantizer)
             else:
-                importance = Importance.read(self.work.folder("score") / IMPORTANCE)
+                importance = self._importance()
                 if settings.halves:
                     require_halves(inventory)
                     importance = sized_in_halves(importance, inventory, quantizer)
@@ -144,7 +145,7 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
 
     def _channels(self, block: ExpertBlock) -> ChannelMeasures:
         """One layer's measures of channels. Raises InputError where score made none."""
-        return _read_channels(self.work, block)
+        return read_channels(self.work, block)
 
     def _similarity(self, block: ExpertBlock) -> ExpertSimilarity:
         """How alike one layer's experts are. Raises InputError where score has not measured it."""
@@ -163,14 +164,26 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
         if settings.cut_ratio is not None:
             plan = cut_plan(settings, inventory, quantizer, self._channels, role_bits)
         elif settings.experts_left is not None:
-            plan = merge_plan(settings, inventory, quantizer, self._similarity, role_bits)
+            plan = self._merged(inventory, quantizer, role_bits, others)
         elif settings.method == CAMERA_Q:
             budget_asked = budget_of(settings, inventory, others)
             plan = grouped_plan(settings, inventory, quantizer, self._channels, role_bits, budget_asked)
         else:
-            importance = Importance.read(self.work.folder("score") / IMPORTANCE)
-            plan = _without_experts(settings, importance, inventory, quantizer, role_bits, others)
+            plan = _without_experts(settings, self._importance(), inventory, quantizer, role_bits, others)
         return _completed(plan, settings, inventory, quantizer, others)
+
+    def _merged(
+        self, inventory: ModelInventory, quantizer: QuantizerSettings, role_bits: Mapping[Role, int], others: int
+    ) -> Plan:
+        """The plan that merges experts; stored ones have one width, or widths within the budget."""
+        merges = merges_of(self.settings, inventory, self._similarity)
+        if self.settings.has_one_width:
+            return merge_plan(self.settings, inventory, quantizer, merges, role_bits)
+        budget = budget_of(self.settings, inventory, others)
+        return merged_widths_plan(self.settings, self._importance(), merges, role_bits, budget)
+
+    def _importance(self) -> Importance:
+        return Importance.read(self.work.folder("score") / IMPORTANCE)
 
 
 plan_stage, run = Plans(Allocate), Runs(Allocate)
@@ -182,7 +195,7 @@ def with_directory(inventory: ModelInventory, work: WorkDir) -> ModelInventory:
     return inventory if folder is None else replace(inventory, directory_bytes=directory_bytes(folder, inventory))
 
 
-def _read_channels(work: WorkDir, block: ExpertBlock) -> ChannelMeasures:
+def read_channels(work: WorkDir, block: ExpertBlock) -> ChannelMeasures:
     """One layer's measures of channels. Raises InputError where score made none."""
     path = work.folder("score") / channel_file(block.layer)
     if not path.exists():
@@ -193,13 +206,13 @@ def _read_channels(work: WorkDir, block: ExpertBlock) -> ChannelMeasures:
     return ChannelMeasures.read(path, num_experts=block.num_experts, channels=block.channels)
 
 
-def read_cuts(work: WorkDir, inventory: ModelInventory) -> dict[int, tuple[ChannelMeasures, CutMeasures]]:
-    """Layer -> measures of channels and of cuts, of the layers in which score made both."""
+def read_cuts(work: WorkDir, inventory: ModelInventory) -> dict[int, CutMeasures]:
+    """Layer -> measures of cuts, of the layers in which score made them."""
     folder, found = work.folder("score"), {}
     for block in inventory.expert_blocks:
         path, shape = folder / cut_file(block.layer), {"num_experts": block.num_experts, "channels": block.channels}
         if path.exists():
-            found[block.layer] = _read_channels(work, block), CutMeasures.read(path, **shape)
+            found[block.layer] = CutMeasures.read(path, **shape)
     return found
 
 
@@ -214,7 +227,8 @@ def may_cut(settings: AllocateSettings) -> bool:
     """Whether the plan may cut channels: the programme over the whole model, for no engine, without floors."""
     if not settings.cuts or settings.floors or settings.halves or settings.engine is not None:
         return False
-    return settings.cut_ratio is None and settings.drop_ratio is None and settings.method == METHOD
+    structure = (settings.cut_ratio, settings.drop_ratio, settings.experts_left)
+    return all(share is None for share in structure) and settings.method == METHOD
 
 
 def experts_gone(
@@ -257,7 +271,7 @@ def _without_experts(
     return replace(plan, method=settings.drop_by, objective={**plan.objective, **told})
 
 
-Cuts = Mapping[int, tuple[ChannelMeasures, CutMeasures]]  # by layer
+Cuts = Mapping[int, CutMeasures]  # by layer
 
 
 def plan_of(
@@ -311,7 +325,7 @@ def _allocated(
         beta=settings.beta,
         gamma=settings.gamma,
         seed=settings.seed,
-        stacked=settings.engine is not None and ENGINES[settings.engine].stacked,
+        alike=None if settings.engine is None else ENGINES[settings.engine].alike,
         **shared,
         **solving,
     )
@@ -330,7 +344,7 @@ def _menus(
     """Layer -> what its experts may be cut to, of the layers in which there is anything to cut."""
     coded: dict[str, Any] = {"family": quantizer.family, "widths": widths, "group_size_limit": quantizer.group_size}
     blocks = [block for block in inventory.expert_blocks if block.layer in cuts]
-    menus = {block.layer: cut_menu(block, *cuts[block.layer], **coded) for block in blocks}
+    menus = {block.layer: cut_menu(block, cuts[block.layer], **coded) for block in blocks}
     return {layer: menu for layer, menu in menus.items() if menu.kept}
 
 
@@ -339,7 +353,7 @@ def _order(inventory: ModelInventory, cuts: Cuts) -> ChannelOrder:
 
     def rows(block: ExpertBlock) -> npt.NDArray[np.int32]:
         if block.layer in cuts:
-            return cuts[block.layer][1].order
+            return cuts[block.layer].order
         return np.tile(np.arange(block.channels, dtype=np.int32), (block.num_experts, 1))
 
     return ChannelOrder({block.layer: rows(block) for block in inventory.expert_blocks})
@@ -424,4 +438,7 @@ def _part_bytes(part: TensorPart, bits: float, quantizer: QuantizerSettings) -> 
     if bits == KEPT_BITS or not part.packable:
         return part.size_bytes
     family, limit = family_of_role(part.role, quantizer.family), quantizer.group_size
-    return stored_bytes(encoding_for(family, bits, *part.shape, group_size_limit=limit), *part.shape)
+    try:
+        return stored_bytes(encoding_for(family, bits, *part.shape, group_size_limit=limit), *part.shape)
+    except ShapeError as error:
+        raise ShapeError(f"{part.name}: {error}. Keep it with --{part.role.value}-bits 16.") from error

@@ -1,4 +1,4 @@
-"""export: the packed model as a directory that loads elsewhere, built beside its name, read back, then moved there.
+"""export: the packed model as a directory or file that loads elsewhere, built beside its name, read back, moved there.
 
 1. the exporter writes    2. its reader opens it, and it is compared with the packed model    3. record, rename
 """
@@ -20,16 +20,9 @@ from mc_cli import __version__
 from mc_cli.artifacts.calibration import LEFT_OUT
 from mc_cli.artifacts.damage import ALL_BYTES
 from mc_cli.artifacts.evaluation import Evaluation
-from mc_cli.artifacts.exported import (
-    RECORD,
-    STAGE,
-    Account,
-    ExportFolder,
-    ExportRecord,
-    export_target,
-    noted_export,
-    remember_export,
-)
+from mc_cli.artifacts.export_record import STAGE, ExportRecord
+from mc_cli.artifacts.exported import Account, ExportFolder, export_target, noted_export, remember_export
+from mc_cli.artifacts.exported_file import export_place
 from mc_cli.artifacts.files import noting_files, read_json
 from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.names import EVALUATION, POINTER
@@ -69,7 +62,7 @@ class _Ready:
 
 
 class Export(Stage[ExportFolder, _Ready, StageResult]):
-    """Writes the directory `settings.out`. A failure, also of reading it back, leaves none and raises."""
+    """Writes the directory or file `settings.out`. A failure, also of reading it back, leaves none and raises."""
 
     def __init__(self, settings: ExportSettings, compute: RunSettings, work: WorkDir) -> None:
         self.settings, self.compute, self.work = settings, compute, work
@@ -88,7 +81,7 @@ class Export(Stage[ExportFolder, _Ready, StageResult]):
                 raise InputError(
                     f"--out {self.settings.out} holds or lies in {taken}, which is read. Name a directory elsewhere."
                 )
-        return ExportFolder(target, resolved, inputs, variant=self.work.variant)
+        return export_place(target, resolved, inputs, variant=self.work.variant)
 
     def kept(self, folder: ExportFolder, run: Run) -> None:
         """`status` shall know of it, wherever the work directory lies now."""
@@ -135,7 +128,7 @@ class Export(Stage[ExportFolder, _Ready, StageResult]):
             found = ReadBack(**record.read_back)
         except TypeError as error:
             raise ArtifactError(
-                f"{folder.folder / RECORD} is damaged: read_back: {error}. Use --force to export again."
+                f"{folder.folder}: the record of the export is damaged: read_back: {error}. Export again with --force."
             ) from error
         summary = export_summary(record, found, format=self.settings.format, folder=folder.folder)
         if self.settings.push_to_hub is not None:
@@ -180,6 +173,8 @@ def _write_and_read_back(
             advance=lambda note: step.advance(note=note),
             pruning=pruning,
             auto_class=model_class(config).auto_name,
+            warn=lambda sentence: folder.warn(sentence, progress),
+            record_bytes=folder.record_room(ready.stages),
         )
         exporter = exporter_from_name(settings.format)
         exporter.export(job)

@@ -26,7 +26,6 @@ from mc_cli.errors import MissingDependencyError
 from mc_cli.kernels.compiled import check_inputs, inputs_of
 from mc_cli.measuring.comparison import compare
 from mc_cli.measuring.lm_eval_tasks import Tasks, find_tasks, run_tasks
-from mc_cli.measuring.pareto_figure import draw_front
 from mc_cli.measuring.policy_fitting import (
     FitPolicies,
     FittedPolicies,
@@ -43,6 +42,7 @@ from mc_cli.packed.packed_model import PackedSource, stored_sizes
 from mc_cli.parts import ModelInventory, Role
 from mc_cli.progress import Progress, SilentProgress, StageResult
 from mc_cli.reports.evaluation import evaluation_summary
+from mc_cli.reports.front import draw_front
 from mc_cli.settings import EvaluateSettings, RunSettings
 from mc_cli.stage import Plans, Run, Runs, Stage, run_stage
 
@@ -277,6 +277,7 @@ def _evaluation(
             "windows": len(windows.token_ids),
             "data": settings.data,
             "activation_bits": settings.activation_bits,
+            **({"original_file_bytes": inventory.file_bytes} if inventory.stored_as else {}),
         },
         stored_bytes={
             role.value: {"codes": part.codes, "side": part.side, "kept": part.kept}

@@ -279,17 +279,27 @@ def dense_block(config: MixtralConfig, device: str = "cpu") -> Any:
 
 def packed_block(config: MixtralConfig, widths: tuple[float, ...], device: str = "cpu") -> Any:
     """An experts module with random codes; expert e has width e of `widths`, which begin again where they end."""
-    config = MixtralConfig(**config.to_dict())
-    config._experts_implementation = IMPLEMENTATION
-    with torch.device("meta"):
-        block: Any = MixtralExperts(config)
-    hidden, intermediate, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
-    shapes = {"gate_up_proj": (2 * intermediate, hidden), "down_proj": (hidden, intermediate)}
+    shapes, experts = shapes_of(config), config.num_local_experts
     keys = {
         name: tuple(trellis_for(widths[expert % len(widths)], shape[1]).key for expert in range(experts))
         for name, shape in shapes.items()
     }
-    pack_experts(block, ExpertLayout.of_whole("experts", shapes, keys), dtype=torch.bfloat16)
+    return laid_out(config, ExpertLayout.of_whole("experts", shapes, keys), device)
+
+
+def shapes_of(config: MixtralConfig) -> dict[str, tuple[int, int]]:
+    """Projection -> (out_features, in_features) of a whole expert."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    return {"gate_up_proj": (2 * intermediate, hidden), "down_proj": (hidden, intermediate)}
+
+
+def laid_out(config: MixtralConfig, layout: ExpertLayout, device: str = "cpu") -> Any:
+    """An experts module of that layout with random codes."""
+    config = MixtralConfig(**config.to_dict())
+    config._experts_implementation = IMPLEMENTATION
+    with torch.device("meta"):
+        block: Any = MixtralExperts(config)
+    pack_experts(block, layout, dtype=torch.bfloat16)
     for name, parameter in list(block.named_parameters()):
         filled = (
             torch.randint(0, 256, parameter.shape, dtype=torch.uint8, device=device)

@@ -19,28 +19,18 @@ import json
 import math
 import shutil
 import statistics
-import sys
 import time
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from sweep import Calibrated, Row, Sweep, losses, parser_of
 
 from mc_cli.artifacts.evaluation import Evaluation
-from mc_cli.artifacts.store import STAGE_FOLDERS
-from mc_cli.progress import SilentProgress
-from mc_cli.settings import (
-    AllocateSettings,
-    CalibrateSettings,
-    EvaluateSettings,
-    QuantizerSettings,
-    QuantizeSettings,
-    RunSettings,
-    ScoreSettings,
-)
-from mc_cli.stages import allocate, calibrate, prune_eval, quantize, score
+from mc_cli.settings import AllocateSettings, QuantizerSettings, ScoreSettings
 
 PMQ_BITS = (1, 2, 3)
 PMQ_LIMIT = 3.1  # stored bits
@@ -66,6 +56,11 @@ class Contender:
         """Contenders that have this in common share calibration and scores."""
         return "plain" if self.plain else self.family if self.corrected is None else f"{self.family}-uncorrected"
 
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """What calibrate is asked for otherwise than usual."""
+        return {"gradient_tokens": 0} if self.plain else {}
+
 
 CONTENDERS = (
     Contender("default: global, trellis", "global", "trellis"),
@@ -82,42 +77,27 @@ CONTENDERS = (
 
 def main() -> None:
     arguments = parse()
-    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
-    for seed in arguments.seeds:
-        for target in arguments.targets:
-            for contender in CONTENDERS:
-                if contender.quantizer == "rtn" and seed != arguments.seeds[0]:
+    sweep = Sweep(arguments)
+    with sweep.seeds() as seeds:
+        for seeded in seeds:
+            for target, contender in product(arguments.targets, CONTENDERS):
+                if contender.quantizer == "rtn" and seeded.seed != arguments.seeds[0]:
                     continue
                 if arguments.only and arguments.only not in contender.name:
                     continue
-                work_dir = arguments.work_dir / f"{contender.calibrated_as}{seed}"
-                key = {"seed": seed, "target": target, "contender": contender.name}
-                if any(all(entry[name] == value for name, value in key.items()) for entry in results):
-                    continue
-                prepare(arguments, work_dir, seed, contender)
-                started = time.monotonic()
-                figures = measure(arguments, work_dir, target, contender)
-                results.append({**key, **figures, "duration_s": round(time.monotonic() - started, 1)})
-                arguments.out.write_text(json.dumps(results, indent=1))
-                print(results[-1], file=sys.stderr, flush=True)
-    show(results)
+                key = {"target": target, "contender": contender.name}
+                if sweep.lacks(seeded.seed, **key):
+                    work = seeded.beside(contender.calibrated_as)
+                    work.calibrate(scored(arguments, contender), **contender.calibration)
+                    sweep.add(seeded.seed, key | measure(arguments, work, target, contender))
+    show(sweep.rows)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="bundled:demo-moe")
-    parser.add_argument("--data", default="bundled:calibration")
-    parser.add_argument("--heldout", default="bundled:heldout")
-    parser.add_argument("--work-dir", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--out", type=Path, default=Path("runs/quality.json"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = parser_of(__doc__, out=Path("runs/quality.json"))
+    parser.set_defaults(work_dir=Path("runs/quality"))
     parser.add_argument(
         "--targets", type=float, nargs="+", default=[2.25, 2.75, 3.25], help="stored bits per expert weight"
-    )
-    parser.add_argument("--sequences", type=int, default=128)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument(
-        "--max-windows", type=int, default=256, help="held-out windows, evenly over the domains; 0 = all"
     )
     parser.add_argument("--experts-only", action="store_true", help="all else stays as it is in the checkpoint")
     parser.add_argument("--attention-bits", type=int, help="of every contender; without it, as the tool chooses")
@@ -127,7 +107,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=[], help="lm-eval tasks, whose accuracy is measured too")
     parser.add_argument("--include-path", help="folder of task files")
     parsed = parser.parse_args()
-    parsed.out.parent.mkdir(parents=True, exist_ok=True)
     if parsed.domains:
         parsed.data = str(chosen_domains(Path(parsed.data), parsed.domains, parsed.work_dir))
     return parsed
@@ -146,26 +125,18 @@ def chosen_domains(data: Path, domains: list[str], work_dir: Path) -> Path:
     return path
 
 
-def prepare(arguments: argparse.Namespace, work_dir: Path, seed: int, contender: Contender) -> None:
-    """Calibration and scores of one seed; done once, whatever the targets."""
-    settings = CalibrateSettings(
-        model=arguments.model, data=arguments.data, sequences=arguments.sequences, length=arguments.length, seed=seed
-    )
-    if contender.plain:
-        settings = replace(settings, gradient_tokens=0)
-    calibrate.run(settings, RunSettings(), work_dir, force=False, progress=SilentProgress())
+def scored(arguments: argparse.Namespace, contender: Contender) -> ScoreSettings:
+    """The scores of one seed; measured once, whatever the targets."""
     quantizer = quantizer_of(contender, "trellis" if contender.family == "trellis" else "gptq")
     scores = ScoreSettings(quantizer=quantizer)
     if contender.family == "trellis":
         scores = replace(scores, bits=quantizer.candidate_widths(max(arguments.targets)))  # as `mc-cli run` does
-    if contender.plain:
-        scores = replace(scores, loss_tokens=LITTLE)
-    score.run(scores, RunSettings(), work_dir, force=False, progress=SilentProgress())
+    return replace(scores, loss_tokens=LITTLE) if contender.plain else scores
 
 
-def measure(arguments: argparse.Namespace, work_dir: Path, target: float, contender: Contender) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, work: Calibrated, target: float, contender: Contender) -> Row:
     """Allocates, quantizes and evaluates one contender at one target; the packed model is removed afterwards."""
-    compute, silent = RunSettings(), SilentProgress()
+    started = time.monotonic()
     plan = AllocateSettings(
         method=contender.method,
         target_stored_bits=target,
@@ -175,32 +146,18 @@ def measure(arguments: argparse.Namespace, work_dir: Path, target: float, conten
     )
     if arguments.experts_only:
         plan = replace(plan, attention_bits=16, shared_bits=16, head_bits=16, embedding_bits=16)
-    allocate.run(plan, compute, work_dir, force=True, progress=silent)
+    work.allocate(plan)
     quantizer = quantizer_of(contender, contender.quantizer)
-    started = time.monotonic()
-    quantize.run(QuantizeSettings(quantizer=quantizer), compute, work_dir, force=True, progress=silent)
-    quantize_s = time.monotonic() - started
-    heldout = EvaluateSettings(
-        data=arguments.heldout,
-        length=arguments.length,
-        max_sequences=arguments.max_windows,
-        tasks=tuple(arguments.tasks),
-        include_path=arguments.include_path,
-    )
-    prune_eval.run(heldout, compute, work_dir, force=True, progress=silent)
-    evaluation = Evaluation.read(work_dir / STAGE_FOLDERS["prune-eval"] / prune_eval.EVALUATION)
+    evaluation, quantize_s = work.measure(quantizer, tasks=tuple(arguments.tasks), include_path=arguments.include_path)
     for stage in ("allocate", "quantize", "prune-eval"):
-        shutil.rmtree(work_dir / STAGE_FOLDERS[stage])
+        shutil.rmtree(work.folder(stage))
     return {
-        "stored_bits": evaluation.expert_stored_bits,
+        **losses(evaluation),
         "expert_bytes": sum(evaluation.stored_bytes["expert"].values()),
         "model_bytes": sum(sum(parts.values()) for parts in evaluation.stored_bytes.values()),
-        "tokens": evaluation.total.tokens,
         "original_loss": evaluation.total.original_loss,
-        "gap": evaluation.total.packed_loss - evaluation.total.original_loss,
-        "kl": evaluation.total.kl_divergence,
         "perplexity": math.exp(evaluation.total.packed_loss),
-        "quantize_s": round(quantize_s, 1),
+        "quantize_s": quantize_s,
         "domains": {
             name: {"gap": part.packed_loss - part.original_loss, "kl": part.kl_divergence, "tokens": part.tokens}
             for name, part in evaluation.domains.items()
@@ -210,6 +167,7 @@ def measure(arguments: argparse.Namespace, work_dir: Path, target: float, conten
             for model, found in evaluation.tasks.items()
         },
         **elsewhere(evaluation, arguments.domains or []),
+        "duration_s": round(time.monotonic() - started, 1),
     }
 
 

@@ -112,7 +112,9 @@ def test_what_cannot_be_merged_is_refused_with_all_layers() -> None:
     [
         ({"experts_left": 0.5}, "say with --merge"),
         ({"merge": "average"}, "--merge average: say with --experts-left"),
-        ({"merge": "sub-moe", "experts_left": 0.5, "target_bits": 2.0}, "exactly one target, 2 given"),
+        ({"merge": "sub-moe", "experts_left": 0.5, "cut_ratio": 0.2, "method": "heapr"}, "exclude each other"),
+        ({"merge": "puzzle", "experts_left": 0.5, "target_bits": 2.0}, "signs and masks of its own"),
+        ({"merge": "average", "experts_left": 0.5, "target_bits": 2.0, "bits": (0, 2)}, "widths are those of codes"),
         ({"merge": "average", "experts_left": 0.5, "bits": (2, 4)}, "stored experts have one width"),
         ({"merge": "average", "experts_left": 0.5, "bits": (0, 4)}, "stored experts have one width"),
         ({"merge": "average", "experts_left": 0.5, "merge_rank": 0.5}, "goes with --merge sub-moe"),

@@ -22,7 +22,7 @@ from mc_cli.encodings import planned_bytes
 from mc_cli.errors import ArtifactError, BudgetError, InputError
 from mc_cli.parts import too_few_survivors
 from mc_cli.settings import QuantizerSettings
-from tests.allocators.test_channel_cuts import inventory_of, measures_of
+from tests.allocators.test_channel_cuts import inventory_of
 from tests.allocators.test_dropping import droppable
 
 WIDTHS = (1, 2, 3)
@@ -66,18 +66,15 @@ def cuts_of(layer: int, experts: int, seed: int, price: float) -> CutMeasures:
     row = scored(layer + 1, experts, seed=seed).layers[layer]
     whole = np.sum([part.predicted_loss_by_bits[1] for part in row.projections], axis=0)
     loss = price * whole[:, None] * np.array([8.0, 1.5, 0.3]) * draw.lognormal(0, 0.5, size=(experts, 3))
-    return CutMeasures(
-        order, np.array([0, 32, 64]), loss.astype(np.float32), np.array([1.0, 0.9, 0.8], dtype=np.float32)
-    )
+    coded = draw.uniform(0.4, 2.0, size=(2, experts, 3)).astype(np.float32)
+    left = np.array([1.0, 0.9, 0.8], dtype=np.float32)
+    return CutMeasures(order, np.array([0, 32, 64]), loss.astype(np.float32), left, coded[0], coded[1])
 
 
 def menus_of(importance: Importance, seed: int = 0, price: float = 0.3) -> dict[int, CutMenu]:
     experts = importance.layers[0].num_experts
     blocks = inventory_of(CHANNELS, len(importance.layers), experts).expert_blocks
-    return {
-        block.layer: cut_menu(block, measures_of(block), cuts_of(block.layer, experts, seed, price), **BITS)
-        for block in blocks
-    }
+    return {block.layer: cut_menu(block, cuts_of(block.layer, experts, seed, price), **BITS) for block in blocks}
 
 
 def every_choice(importance: Importance, layer: int, expert: int, seed: int, price: float) -> list[tuple[int, float]]:
@@ -85,10 +82,7 @@ def every_choice(importance: Importance, layer: int, expert: int, seed: int, pri
     row = importance.layers[layer]
     experts = row.num_experts
     block = inventory_of(CHANNELS, len(importance.layers), experts).expert_blocks[layer]
-    measures, cuts = measures_of(block), cuts_of(layer, experts, seed, price)
-    order = cuts.order[expert]
-    square = [float(measures.weighted_square_sum[expert, channel]) for channel in order]
-    mass = [float(measures.gradient_mass[expert, channel]) for channel in order]  # type: ignore[index]
+    cuts = cuts_of(layer, experts, seed, price)
     found = []
     up, down = row.projections
     for kept, bits_up, bits_down in itertools.product((32, 64, 96), WIDTHS, WIDTHS):
@@ -96,14 +90,12 @@ def every_choice(importance: Importance, layer: int, expert: int, seed: int, pri
             planned_bytes(FAMILY, bits, *block.shape_of(part.name, kept))
             for part, bits in ((up, bits_up), (down, bits_down))
         )
-        left_up = sum(a * b for a, b in zip(square[:kept], mass[:kept], strict=True)) / sum(
-            a * b for a, b in zip(square, mass, strict=True)
-        )
-        left_down = sum(square[:kept]) / sum(square) * (sum(mass[:kept]) / kept) / (sum(mass) / CHANNELS)
+        place = cuts.kept.tolist().index(kept) if kept < CHANNELS else None
+        left_up = 1.0 if place is None else float(cuts.coded_up[expert, place])
+        left_down = 1.0 if place is None else float(cuts.coded_down[expert, place])
         loss = left_up * up.predicted_loss_by_bits[bits_up][expert]
         loss += left_down * down.predicted_loss_by_bits[bits_down][expert]
-        if kept < CHANNELS:
-            place = cuts.kept.tolist().index(kept)
+        if place is not None:
             loss += float(cuts.loss[expert, place]) * float(cuts.share_left[place])
         found.append((size, loss))
     return found
@@ -239,7 +231,9 @@ def test_measures_of_cuts_are_read_back_and_checked(tmp_path: Path) -> None:
     cuts = cuts_of(0, 3, 0, 0.3)
     cuts.write(tmp_path / "cuts.safetensors")
     again = CutMeasures.read(tmp_path / "cuts.safetensors", num_experts=3, channels=CHANNELS)
-    assert all(np.array_equal(getattr(again, name), getattr(cuts, name)) for name in ("order", "kept", "loss"))
+    assert all(
+        np.array_equal(getattr(again, name), getattr(cuts, name)) for name in ("order", "kept", "loss", "coded_up")
+    )
     twice = cuts.order.copy()
     twice[1, 0] = twice[1, 1]
     for changes, words in (
@@ -247,6 +241,7 @@ def test_measures_of_cuts_are_read_back_and_checked(tmp_path: Path) -> None:
         ({"order": twice}, "the row of expert 1 does not name every channel once"),
         ({"loss": -cuts.loss}, "loss: negative"),
         ({"loss": cuts.loss[:, :2]}, "loss: float32 of shape"),
+        ({"coded_down": -cuts.coded_down}, "coded_down: negative"),
     ):
         dataclasses.replace(cuts, **changes).write(tmp_path / "wrong.safetensors")
         with pytest.raises(ArtifactError, match=words):

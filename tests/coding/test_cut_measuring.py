@@ -11,10 +11,17 @@ from torch import Tensor
 
 from mc_cli.allocators.channel_cuts import borders_of, cutting_order
 from mc_cli.coding.channel_measuring import measure_channels
+from mc_cli.coding.cut_coding import Forecasts, coded_left
 from mc_cli.coding.cut_measuring import _share_left, can_be_cut, measure_cuts
-from mc_cli.coding.expert_inputs import Sample, expert_activations, expert_down
+from mc_cli.coding.expert_inputs import ExpertInputs, Sample, expert_activations, expert_down
+from mc_cli.coding.expert_view import ExpertView
+from mc_cli.coding.quantization import quantizer_for
+from mc_cli.encodings import encoding_for
+from mc_cli.executors.here import Here
 from mc_cli.models import experts
 from mc_cli.models.expert_gates import rows_by_channel
+from mc_cli.quantizers.job import CodingJob, InputMoments, code
+from mc_cli.settings import QuantizerSettings
 from tests.coding.test_expert_inputs import inputs_of, opened
 from tests.conftest import TinyModel
 
@@ -36,11 +43,71 @@ def test_a_cut_costs_what_zeroed_channels_change(
     inputs, *_ = inputs_of(block, COUNTS)
     assert can_be_cut(module, inputs)
     order = torch.from_numpy(cutting_order(measure_channels(module, inputs, None)))
-    found = measure_cuts(module, inputs, order, tokens=50, cost=cost, refitted=False)
+    found = measure_cuts(forecasts_of(module, inputs), order, refitted=False)
     assert found.kept.tolist() == borders and (found.share_left == 1).all()
     for expert in range(block.num_experts):
         expected = by_zeroing(module, block, inputs.sample(expert, 50), expert, order[expert], borders)
         np.testing.assert_allclose(found.loss[expert], expected, rtol=1e-4, atol=1e-12)
+
+
+def forecasts_of(module: Any, inputs: ExpertInputs) -> Forecasts:
+    """Rounding at 3 bits, which draws nothing: a forecast is what is stored."""
+    settings = QuantizerSettings(quantizer="rtn", group_size=16)
+    view = ExpertView(module, inputs, quantizer_for(settings), settings.shrinkage)
+    return Forecasts(view, Here(), 3, settings.family, settings.group_size, tokens=50, cost=cost)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "nemotron_h"])
+def test_coding_what_is_left_costs_what_coding_a_smaller_expert_does(tiny_model: TinyModel, model_type: str) -> None:
+    """Beside experts made smaller by hand, both projections rounded in them and run in float64."""
+    module, block = opened(tiny_model(model_type))
+    inputs, *_ = inputs_of(block, COUNTS)
+    generator = torch.Generator().manual_seed(3)
+    order = torch.stack([torch.randperm(block.channels, generator=generator) for _ in range(block.num_experts)])
+    border = block.channels // 2
+    by = forecasts_of(module, inputs)
+    found = coded_left(by, order, [0, border])
+    for expert in range(block.num_experts):
+        sample = inputs.sample(expert, 50)
+        own = [rounding_losses(by, module, block, sample, expert, order[expert, :kept]) for kept in (border, None)]
+        for ratios, left, whole in zip(found, *own, strict=True):
+            assert ratios[expert].tolist() == [0, pytest.approx(left / whole, rel=1e-3)]
+
+
+def rounding_losses(
+    by: Forecasts, module: Any, block: Any, sample: Sample, expert: int, left: Tensor | None
+) -> list[float]:
+    """[up, down]: the cost of rounding one projection of the expert that has the channels `left` alone."""
+    up, down = (experts.expert_weight(module, part.name, expert) for part in block.projections)
+    rows = rows_by_channel(module, len(up), block.channels, torch.device("cpu"))
+    assert rows is not None
+    chosen = torch.arange(block.channels) if left is None else left
+    kept_rows = [row for place in range(rows.shape[1]) for row in rows[chosen, place].tolist()]
+    if rows.shape[1] == 2 and rows[0].tolist() == [0, 1]:  # gates and partners in turns
+        kept_rows = rows[chosen].flatten().tolist()
+    small = (up[kept_rows], down[:, chosen])
+    rounded = [
+        code(
+            CodingJob(
+                ("x",),
+                weight[None].float().contiguous(),
+                InputMoments(None),
+                encoding_for(by.family, by.width, *weight.shape, group_size_limit=by.group_size),
+                by.view.quantizer,
+                None,
+            )
+        ).decoded[0]
+        for weight in small
+    ]
+    tokens = sample.inputs.double()
+
+    def output(rows_of_up: Tensor, columns: Tensor) -> Tensor:
+        whole = torch.zeros_like(up, dtype=torch.float64)
+        whole[kept_rows] = rows_of_up.double()
+        return expert_activations(module, expert, tokens, whole)[:, chosen] @ columns.double().T
+
+    exact = output(*small)
+    return [cost(output(rounded[0], small[1]) - exact, sample), cost(output(small[0], rounded[1]) - exact, sample)]
 
 
 def by_zeroing(module: Any, block: Any, sample: Sample, expert: int, order: Tensor, borders: list[int]) -> list[float]:

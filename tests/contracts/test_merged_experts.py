@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from mc_cli.ahead.budget import reachable_size
 from mc_cli.artifacts.calibration import INVENTORY, LayerRouting, read_inventory, routing_file
+from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.merging import Merging
 from mc_cli.artifacts.packed import read_layout
 from mc_cli.artifacts.plan import Plan
@@ -294,6 +295,39 @@ def test_merged_experts_are_coded_and_refitted(plain: Scored, tmp_path: Path) ->
     )
     assert size.facts["predicted expert bytes"] == plan.budget["expert_bytes"]
     assert plan.budget["reached_code_bits"] == 4 * 5 / 8
+
+
+def test_merged_experts_get_widths_within_a_budget(plain: Scored) -> None:
+    """Costs and bytes are those of the stored experts, each with what all slots of its cluster would lose."""
+    asked: dict[str, Any] = {"experts_left": 0.625, "merge": "average", "target_stored_bits": 2.4}
+    run_allocate(plain.work_dir, force=True, **asked)
+    plan = Plan.read(plain.work_dir / "plan" / "plan.yaml")
+    whole = plain.allocate(merge="average")
+    assert plan.slots == whole.slots and plan.budget["reached_stored_bits"] <= 2.4
+    importance = Importance.read(plain.work_dir / "importance" / "importance.json")
+    lost, taken = 0.0, 0
+    for layer in importance.layers:
+        for expert in set(plan.slots[layer.layer]):
+            members = [slot for slot, runs in enumerate(plan.slots[layer.layer]) if runs == expert]
+            assert plan.expert_bits[layer.layer][expert] != 0
+            for part in layer.projections:
+                width = width_of(plan.expert_bits[layer.layer][expert], part.name)
+                lost += sum(part.predicted_loss_by_bits[width][slot] for slot in members)
+                taken += part.stored_bytes_by_bits[width]
+    assert plan.objective["value"] == pytest.approx(lost, rel=1e-9)
+    assert plan.budget["expert_bytes"] == taken
+    plain.quantize(quantizer=QuantizerSettings())
+    run_prune_eval(plain.work_dir, plain.held_out, force=True)
+    size = reachable_size(
+        AllocateSettings(**asked),
+        ScoreSettings(bits=(2, 4), similarity=True),
+        read_inventory(plain.work_dir / "calibration" / INVENTORY),
+    )
+    assert plan.budget["expert_bytes"] <= size.facts["predicted expert bytes"]
+
+
+def width_of(entry: Any, name: str) -> float:
+    return float(entry[name] if isinstance(entry, dict) else entry)
 
 
 def test_similarity_is_that_of_all_experts_on_common_tokens(plain: Scored) -> None:
