@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from mc_cli.allocators.halves import halved, require_halves, sized_in_halves
 from mc_cli.allocators.merged_widths import merged_widths_plan
 from mc_cli.allocators.merging import merge_plan, merges_of
 from mc_cli.allocators.programme import METHOD, programme
+from mc_cli.allocators.trust import with_trusted_drops
 from mc_cli.allocators.whole_drops import drop_plan, require_a_drop
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.channel_measures import ChannelMeasures, channel_file
@@ -292,6 +293,8 @@ def _allocated(
     quantizer: QuantizerSettings,
 ) -> tuple[Plan, tuple[Considered, ...]]:
     """The plan of a strategy; where there are measures of cuts, of the programme over widths, cuts and drops."""
+    if cuts:
+        importance = with_trusted_drops(importance)
     shared: dict[str, Any] = {"budget": budget_of(settings, others), "role_bits": role_bits}
     solving: dict[str, Any] = {"time_limit_s": settings.time_limit_s, "gap": settings.gap}
     plain = partial(
@@ -309,7 +312,8 @@ def _allocated(
         **solving,
     )
     widths = settings.bits or importance.candidate_bits
-    menus = _menus(inventory, cuts, quantizer, widths)
+    counts = {layer.layer: layer.routing_count for layer in importance.layers}
+    menus = _menus(inventory, cuts, counts, quantizer, widths)
     if not menus:
         return plain(), ()
     found = programme(importance, menus, widths, plain, SolverSettings(**solving), **shared)
@@ -318,12 +322,16 @@ def _allocated(
 
 
 def _menus(
-    inventory: ModelInventory, cuts: Cuts, quantizer: QuantizerSettings, widths: tuple[float, ...]
+    inventory: ModelInventory,
+    cuts: Cuts,
+    counts: Mapping[int, Sequence[int]],
+    quantizer: QuantizerSettings,
+    widths: tuple[float, ...],
 ) -> dict[int, CutMenu]:
     """Layer -> what its experts may be cut to, of the layers in which there is anything to cut."""
     coded: dict[str, Any] = {"family": quantizer.family, "widths": widths, "group_size_limit": quantizer.group_size}
     blocks = [block for block in inventory.expert_blocks if block.layer in cuts]
-    menus = {block.layer: cut_menu(block, cuts[block.layer], **coded) for block in blocks}
+    menus = {block.layer: cut_menu(block, cuts[block.layer], counts[block.layer], **coded) for block in blocks}
     return {layer: menu for layer, menu in menus.items() if menu.kept}
 
 
