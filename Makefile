@@ -28,7 +28,7 @@ help:
 	@echo "make check    ruff and mypy"
 	@echo "make smoke    every command in turn on the bundled model, with little text"
 	@echo "make sanitize 20,000 mutated packed models through loaders and C under AddressSanitizer"
-	@echo "make docs     write docs/reference/cli.md from the commands, and the tables of the results"
+	@echo "make docs     write docs/reference/cli.md from the commands, tables of the results, recipes of models"
 	@echo "make dist     source distribution and wheel in dist/, and what the wheel must hold looked for in it"
 	@echo "make test-report PAGE=report.html      a page of mc-cli report looked at in a headless browser"
 	@echo "make bench-memory, make bench-quality   peak memory by depth; quality at equal stored bytes"
@@ -37,8 +37,11 @@ help:
 	@echo "make bench-kernels                      products with packed matrices beside torch's, at real sizes"
 	@echo "make test-ray executors on a Ray cluster, in an environment of its own"
 	@echo "make bench-estimates                    predicted memory and bytes beside measured ones"
+	@echo "make bench-scale SHAPE=mixtral-8x7b     a real model's layer under a limit of memory, beside what was predicted"
 	@echo "make faults   kills, pairs of runs, failing file calls and damaged files over all stages; counts in runs/faults.json"
 	@echo "make test-engine-gguf   exports in llama.cpp, in an environment of its own, where it is built"
+	@echo "make test-engine-formats   published formats, and exports, beside the library compressed-tensors, likewise"
+	@echo "make test-engine-mlx, test-engine-gptq   exports in mlx-lm and in GPTQModel, likewise"
 	@echo "make gpu-check    on a machine with a CUDA device: tests and speed of the GPU kernels, as JSON"
 	@echo "make bench-decode                       a whole packed model beside the dense one: load, memory, prompt, decoding"
 
@@ -78,6 +81,25 @@ $(ENGINES)/gguf/.installed: pyproject.toml setup.py | $(BIN)/python
 	$(PYTHON) -m venv $(ENGINES)/gguf
 	$(ENGINES)/gguf/bin/python -m pip install --quiet $(TORCH)
 	$(ENGINES)/gguf/bin/python -m pip install --quiet -e '.[compress,gguf]' 'pytest>=9' 'transformers[serving]' llama-cpp-python==0.3.36
+	@touch $@
+
+# Other formats in the libraries that they are for. GPTQModel asks for an earlier torch, so that ours is put back behind it.
+.PHONY: test-engine-formats test-engine-mlx test-engine-gptq
+test-engine-formats: $(ENGINES)/formats/.installed
+	$(ENGINES)/formats/bin/python -m pytest tests/engines/test_source_formats.py tests/engines/test_compressed_tensors.py
+test-engine-mlx: $(ENGINES)/mlx/.installed
+	$(ENGINES)/mlx/bin/python -m pytest tests/engines/test_mlx.py
+test-engine-gptq: $(ENGINES)/gptq/.installed
+	$(ENGINES)/gptq/bin/python -m pytest tests/engines/test_gptq.py
+$(ENGINES)/formats/.installed: PACKAGES := compressed-tensors==0.20.1
+$(ENGINES)/mlx/.installed: PACKAGES := 'mlx-lm[cpu]==0.32.2'
+$(ENGINES)/gptq/.installed: PACKAGES := setuptools wheel ninja packaging numpy
+$(ENGINES)/formats/.installed $(ENGINES)/mlx/.installed $(ENGINES)/gptq/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(TORCH) $(PACKAGES)
+	if [ $(@D) = $(ENGINES)/gptq ]; then $(@D)/bin/python -m pip install --quiet --no-build-isolation gptqmodel==7.7.0; fi
+	$(@D)/bin/python -m pip install --quiet -e '.[compress]' 'pytest>=9' accelerate
+	$(@D)/bin/python -m pip install --quiet --no-deps $(TORCH)
 	@touch $@
 
 test-quick: install-dev
@@ -143,6 +165,7 @@ sanitize: install-dev
 docs: install-dev
 	$(BIN)/python recipes/generate_cli_docs.py
 	$(BIN)/python recipes/generate_results.py
+	$(BIN)/python recipes/generate_recipes.py
 
 # The wheel is made from the source distribution, so that nothing lying about in the checkout gets into it. Each of the
 # two greps stops the target: without a C compiler the library is left out, which only an installation may accept.
@@ -163,15 +186,21 @@ test-ray:
 	$(RAY_VENV)/bin/python -m pip install --quiet -e '.[compress,ray]'
 	$(RAY_VENV)/bin/python -m pytest tests/executors
 
-# Of 3000 trials 2000 damage files, 500 kill, 350 let file calls fail, 150 run two commands at once: docs/faults.md.
+# Trials: 2000 of 3000 damage files, 500 kill, 350 let file calls fail, 150 run two commands at once: docs/faults.md.
 .PHONY: faults
 FAULTS_SEED ?= 1
 FAULTS_TRIALS ?= 3000
+FAULTS_PLAN ?= widths
 faults: install-dev
-	$(BIN)/python -m tests.faults all --trials $(FAULTS_TRIALS) --seed $(FAULTS_SEED) --json runs/faults.json
+	$(BIN)/python -m tests.faults all --trials $(FAULTS_TRIALS) --seed $(FAULTS_SEED) --plan $(FAULTS_PLAN) --json runs/faults.json
 
 # Ratios against a baseline in the same run; see docs/results/ for figures and the options used there.
-.PHONY: bench-memory bench-quality bench-effort bench-search bench-pruning bench-kernels bench-decode bench-estimates
+.PHONY: bench-memory bench-quality bench-effort bench-search bench-pruning bench-kernels bench-decode bench-estimates bench-scale
+# One shape at a time, and some experts of it: a whole layer takes hours. SHAPE: mixtral-8x7b, qwen3-30b or deepseek-v3.
+SHAPE ?= qwen3-30b
+bench-scale: install
+	$(BIN)/python recipes/benchmarks/scale.py --shape $(SHAPE)
+
 bench-estimates: install
 	$(BIN)/python recipes/benchmarks/estimates.py
 

@@ -54,8 +54,8 @@ class PlannedStage:
         return {**self.__dict__, "differences": list(self.differences)}
 
 
-# What stages import beside what loading does: the extra `compress` of pyproject.toml. A version where only one is read
-# through: checkpoints are streamed by internals of transformers.
+# Packages that stages import and loading does not: the extra `compress` of pyproject.toml. A version where only one
+# is read through: checkpoints are streamed by internals of transformers.
 COMPRESS = {"transformers": "5.23.0", "pulp": None, "highspy": None, "datasets": None}
 
 
@@ -303,7 +303,7 @@ def _check_room(outlooks: Sequence[Outlook], problems: Problems) -> None:
 
 
 def _check_chain(plan: RunPlan, force_from: str | None) -> Outlook | None:
-    """What the stages to do will take; None where all are done.
+    """Foresees time, memory and disk of the stages to do; None where all are done.
 
     Raises a McError naming all that a late stage would refuse after hours.
     """

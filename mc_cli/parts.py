@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 KEPT_BITS = 16  # the width of what stays as in the checkpoint, whatever its dtype there
 DROPPED = 0  # the width of an expert that the router does not choose, and that is not stored
@@ -149,11 +149,16 @@ class TensorPart:
     dtype: str  # as stored when kept: "bfloat16", "float32", ...
     size_bytes: int  # stored size when kept
     packable: bool = False  # the 2-D weight of a torch.nn.Linear, of a router, or of the token embedding
+    file_bytes: int | None = None  # in the checkpoint's files; None: as many as when kept
 
 
 @dataclass(frozen=True)
 class ModelInventory:
-    """Every tensor of a model and its expert blocks: enough to plan bytes without touching a weight."""
+    """Every tensor of a model and its expert blocks: enough to plan bytes without touching a weight.
+
+    directory_bytes   of what a result holds beside its weights, at most; known where the model's folder is at hand, and
+                      not part of the inventory that lies on disk
+    """
 
     model_type: str
     num_layers: int
@@ -161,6 +166,13 @@ class ModelInventory:
     tensors: tuple[TensorPart, ...]
     tied_head: bool
     contract_tested: bool = True
+    stored_as: Mapping[str, int] = field(default_factory=dict)  # how tensors are coded in the files -> how many are
+    directory_bytes: int = 0
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the tensors in the checkpoint's files, where those of 8 bits and less take less than kept ones."""
+        return sum(each.size_bytes if each.file_bytes is None else each.file_bytes for each in self.tensors)
 
     def bytes_by_role(self) -> dict[Role, int]:
         """Stored bytes of the unquantized model, per role."""
@@ -168,6 +180,13 @@ class ModelInventory:
         for tensor in self.tensors:
             total[tensor.role] = total.get(tensor.role, 0) + tensor.size_bytes
         return total
+
+    @property
+    def layers_with_expert_biases(self) -> frozenset[int]:
+        """Layers in which biases or norms belong to whole experts: these are not cut, halved or merged."""
+        return frozenset(
+            part.layer for part in self.tensors if part.role is Role.EXPERT_BIAS and part.layer is not None
+        )
 
     @property
     def expert_weight_count(self) -> int:

@@ -10,8 +10,8 @@ Flag > recipe > default. Everything that is wrong with a recipe is said at once,
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,10 @@ from mc_cli.settings import (
     Flag,
     QuantizerSettings,
     RunSettings,
+    widths_to_score,
     with_engine,
 )
+from mc_cli.settings.export import SINGLE_FILE
 from mc_cli.targets import SEVERAL, Targets, read_targets
 
 _MOST_ENTRIES = 1000  # of one list in a recipe
@@ -74,8 +76,13 @@ class Recipe:
         work_dir: str | None,
         effort: str | None = None,
         variant: str | None = None,
+        only: Sequence[str] = (),
     ) -> Recipe:
-        """This recipe with (section, field, value) from flags put over it; a target replaces the recipe's target."""
+        """This recipe with (section, field, value) from flags put over it; a target replaces the recipe's target.
+
+        only   names of targets; empty: all of them
+        Raises InputError for one that no target has.
+        """
         sections = {name: dict(values) for name, values in self.sections.items()}
         flags = list(flags)
         if any(name in TARGETS for _, name, _ in flags):
@@ -84,7 +91,19 @@ class Recipe:
         for section, name, value in flags:
             sections.setdefault(section, {})[name] = value
         place = work_dir or self.work_dir
-        return Recipe(sections, place, self.description, effort or self.effort, variant or self.variant)
+        found = Recipe(sections, place, self.description, effort or self.effort, variant or self.variant)
+        return found._only(only) if only else found
+
+    def _only(self, names: Sequence[str]) -> Recipe:
+        """This recipe with some of its targets. Raises InputError where it has one alone, or none of such a name."""
+        if self.targets is None:
+            raise InputError(
+                f"--only {','.join(names)} chooses among several targets by their names, and there are not several. "
+                "Leave it out."
+            )
+        chosen = {self.targets.field: self.targets.chosen(names)}
+        sections = {**self.sections, "allocate": {**self.sections["allocate"], **chosen}}
+        return replace(self, sections=sections)
 
     @property
     def targets(self) -> Targets | None:
@@ -107,11 +126,18 @@ class Recipe:
                 _widen(score, {**allocate, self.targets.field: target}, export)
         sections["allocate"] = {**allocate, self.targets.field: self.targets.values[name]}
         if out := sections.get("export", {}).get("out"):
-            sections["export"]["out"] = str(Path(str(out)) / name)
+            sections["export"]["out"] = _of_variant(Path(str(out)), name)
         if repository := sections.get("export", {}).get("push_to_hub"):
             sections["export"]["push_to_hub"] = f"{repository}-{name}"
         variant = name if self.variant == MAIN else f"{self.variant}-{name}"
         return Recipe(sections, self.work_dir, self.description, self.effort, variant)
+
+
+def _of_variant(out: Path, name: str) -> str:
+    """The target of one of several variants: a directory in `out`, or a file beside it where that is one file."""
+    if out.suffix == SINGLE_FILE:
+        return str(out.with_name(f"{out.stem}-{name}{SINGLE_FILE}"))
+    return str(out / name)
 
 
 @dataclass(frozen=True)
@@ -208,7 +234,7 @@ def plan_runs(
         return [plan_run(recipe, problems, unread)]
     problems = problems or Problems()
     plans = []
-    for name in recipe.targets.values:
+    for name in recipe.targets.names:
         with problems.catching():
             plans.append(plan_run(recipe.of_target(name), None, unread))
     problems.tell()
@@ -252,7 +278,7 @@ def _widen(score: dict[str, Any], allocate: Mapping[str, Any], export: Mapping[s
     target = max(targets, default=0)
     if not score.get("bits"):
         named = with_engine(score, ("quantizer",)).get("quantizer", QuantizerSettings.quantizer)
-        score["bits"] = QuantizerSettings(quantizer=named).candidate_widths(target)
+        score["bits"] = widths_to_score(score.get("engine"), QuantizerSettings(quantizer=named), target)
     defaults = {"method": AllocateSettings.method, "cuts": True, "floors": None}
     usual = all(allocate.get(name, value) == value for name, value in defaults.items())
     unequal = export.get("format", ExportSettings.format) == ExportSettings.format  # a plain checkpoint has one width
@@ -272,7 +298,7 @@ def _section(section: str, values: Any, problems: list[str]) -> dict[str, Any]:
         if name not in known:
             continue
         try:
-            if section == "allocate" and name in SEVERAL and isinstance(value, list) and value:
+            if section == "allocate" and name in SEVERAL and isinstance(value, list | dict) and value:
                 checked[name] = read_targets(known[name], value, partial(field_value, section, known[name]))
             else:
                 checked[name] = field_value(section, known[name], value)

@@ -130,7 +130,13 @@ ENCODINGS = Registry(
     marker="from_key",
     name_of=lambda module: module.PATTERN,
     required=("PATTERN", "FAMILY", "WIDTHS", "encoding_at"),
-    facts={"CANDIDATES": None, "MORE_CANDIDATES": (math.inf, ()), "ROWS_APART": True, "DEALS_CHANNELS": False},
+    facts={
+        "CANDIDATES": None,
+        "MORE_CANDIDATES": (math.inf, ()),
+        "ROWS_APART": True,
+        "DEALS_CHANNELS": False,
+        "ALONE": "",
+    },
 )
 
 
@@ -164,5 +170,7 @@ def candidate_widths(family: str, target_bits: float = 0.0) -> tuple[float, ...]
 
 
 def widths_of(family: str) -> frozenset[float]:
-    """Every width that matrices coded in a family may get, those of the affine grids included."""
-    return frozenset(family_named(family).WIDTHS) | frozenset(family_named(GRIDS).WIDTHS)
+    """Every width that matrices coded in a family may get, those of the affine grids included where they stand in."""
+    module = family_named(family)
+    alone = ENCODINGS.fact(module, "ALONE")
+    return frozenset(module.WIDTHS) | (frozenset() if alone else frozenset(family_named(GRIDS).WIDTHS))

@@ -12,8 +12,10 @@ from typing import Any
 
 from mc_cli.artifacts.calibration import INVENTORY, TOKENS
 from mc_cli.artifacts.damage import ALL_BYTES
-from mc_cli.artifacts.exported import STAGE as EXPORT
-from mc_cli.artifacts.exported import ExportFolder, ExportRecord, NotedExport, known_exports
+from mc_cli.artifacts.export_record import STAGE as EXPORT
+from mc_cli.artifacts.export_record import ExportRecord
+from mc_cli.artifacts.exported import NotedExport, known_exports
+from mc_cli.artifacts.exported_file import export_place
 from mc_cli.artifacts.files import read_json, read_number
 from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX, is_our_partial
 from mc_cli.artifacts.locks import process_in
@@ -134,9 +136,9 @@ def _stage_status(work: WorkDir, stage: str, earlier: Mapping[str, StageStatus],
 
 
 def _size_bytes(folder: Path) -> int:
-    """Bytes of all files; those that go while they are counted count nothing."""
+    """Bytes of all files, or of one; those that go while they are counted count nothing."""
     total = 0
-    for path in folder.rglob("*"):
+    for path in (folder, *folder.rglob("*")):
         try:
             total += path.stat().st_size if path.is_file() else 0
         except OSError:
@@ -156,7 +158,7 @@ def _export_status(folder: Path, fingerprint: str, earlier: Mapping[str, StageSt
     """One exported directory; `fingerprint` is that of the last export to it from this work directory."""
     size = _size_bytes(folder)
     try:
-        target = ExportFolder(folder, {}, {})
+        target = export_place(folder)
         if target.is_begun():
             written = _size_bytes(target.partial)
             detail = f"{folder}: {written:,} bytes written, the packed model has {earlier['quantize'].size_bytes:,}"
@@ -164,7 +166,7 @@ def _export_status(folder: Path, fingerprint: str, earlier: Mapping[str, StageSt
         record = ExportRecord.read(folder)
         if record is None:
             return StageStatus(EXPORT, MISSING, folder, f"{folder}: was exported, and is no longer there", size)
-        ExportFolder(folder, record.settings, record.inputs).verify(up_to_bytes=ALL_BYTES if contents else 0)
+        export_place(folder, record.settings, record.inputs).verify(up_to_bytes=ALL_BYTES if contents else 0)
     except ArtifactError as error:
         return StageStatus(EXPORT, DAMAGED, folder, " ".join(str(error).split()), size)
     why = _outdated(record.inputs, earlier)

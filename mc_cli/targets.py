@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mc_cli.errors import InputError, shown
@@ -19,10 +19,29 @@ _MOST = 100  # results of one run
 
 @dataclass(frozen=True)
 class Targets:
-    """The values of one target, by the names of the variants and folders that they get."""
+    """The values of one target, by the names of the variants and folders that they get.
+
+    only   the names of those that are made, empty for all; scores are the same whichever are
+    """
 
     field: str
     values: Mapping[str, Any]
+    only: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The results that are made, in the order in which they were written."""
+        return tuple(name for name in self.values if not self.only or name in self.only)
+
+    def chosen(self, names: Sequence[str]) -> Targets:
+        """Those of these names alone. Raises InputError for a name that none has."""
+        unknown = [name for name in names if name not in self.values]
+        if unknown:
+            raise InputError(
+                f"--only {','.join(names)}: no target is named {', '.join(unknown)}. There are "
+                f"{', '.join(self.values)}."
+            )
+        return replace(self, only=tuple(names))
 
     @property
     def largest(self) -> Any:
@@ -35,25 +54,28 @@ class Targets:
         return min(self.values.values())
 
 
-def read_targets(flag: Flag, pieces: Iterable[Any], read: Callable[[Any], Any]) -> Any:
-    """The field's value for one piece, `Targets` for several, in the order given.
+def read_targets(flag: Flag, pieces: Iterable[Any] | Mapping[Any, Any], read: Callable[[Any], Any]) -> Any:
+    """The field's value for one piece, `Targets` for several, in the order given; of a mapping always `Targets`.
 
-    read  a piece's value as the field holds it
+    pieces  what is asked, each named as it is written, or by the key that it has
+    read    a piece's value as the field holds it
     Raises InputError for a value that is given twice, for more than can be meant, and what `read` raises.
     """
-    pieces = [piece.strip() if isinstance(piece, str) else piece for piece in pieces]
+    named = pieces if isinstance(pieces, Mapping) else None
+    asked = pieces if named is None else named.values()
+    pieces = [piece.strip() if isinstance(piece, str) else piece for piece in asked]
     if len(pieces) > _MOST:
         raise InputError(f"{flag.name} {shown(pieces)}: {len(pieces)} targets, at most {_MOST} are made in one run.")
-    values = {str(piece): read(piece) for piece in pieces}
+    values = dict(zip(map(str, pieces if named is None else named), map(read, pieces), strict=True))
     if len(set(values.values())) < len(pieces):
         raise InputError(
             f"{flag.name} {', '.join(map(str, pieces))}: each target gives one result; one is there twice."
         )
-    return Targets(flag.field, values) if len(pieces) > 1 else next(iter(values.values()))
+    return Targets(flag.field, values) if len(pieces) > 1 or named is not None else next(iter(values.values()))
 
 
 def targets_of_text(flag: Flag, text: str) -> Any:
-    """What a text such as `2,2.5,3` or `8GiB,12GiB` of the command line asks for."""
+    """Reads the targets in a text of the command line, such as `2,2.5,3` or `8GiB,12GiB`."""
     return read_targets(flag, text.split(","), lambda piece: _value(flag, piece))
 
 

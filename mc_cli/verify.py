@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.damage import ALL_BYTES, damaged_files, unexpected_files
-from mc_cli.artifacts.exported import RECORD, ExportFolder, ExportRecord
+from mc_cli.artifacts.damage import ALL_BYTES
+from mc_cli.artifacts.export_record import RECORD, ExportRecord
+from mc_cli.artifacts.exported_file import export_place
 from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.states import read_state
 from mc_cli.artifacts.store import RESUME
@@ -43,16 +44,18 @@ class Verified:
 
 
 def verified(directory: Path) -> list[Verified]:
-    """All that a directory holds of ours, each file of it read.
+    """All that a directory, or a file that export made, holds of ours, each file of it read.
 
-    Raises InputError for a directory that is neither a work directory nor an export.
+    Raises InputError for what is neither a work directory nor an export.
     """
-    if not directory.is_dir():
-        raise InputError(f"{directory} is no directory. Give a work directory, or one that export made.")
-    folder = ExportFolder(directory.resolve(), {}, {})
-    if (directory / RECORD).exists():
+    place = export_place(directory.resolve())
+    if place.is_ours():
         return [_export(directory)]
-    if folder.is_begun():
+    if not directory.is_dir() and not place.is_begun():
+        raise InputError(
+            f"{directory} is no directory, and no file that export made. Give a work directory, or what export made."
+        )
+    if place.is_begun():
         raise InputError(f"{directory}: an export to it was begun and has not ended. Run the same export again.")
     return [
         _stage(entry) for entry in verified_status(directory) if entry.folder is not None and entry.state != "to do"
@@ -102,11 +105,12 @@ def _export(directory: Path) -> Verified:
         return Verified("export", DAMAGED, directory, 0, 0, " ".join(str(error).split()))
     if record is None:
         return Verified("export", MISSING, directory, 0, 0, f"it has no {RECORD}")
-    wrong = damaged_files(directory, record.outputs, up_to_bytes=ALL_BYTES)
+    place = export_place(directory)
+    wrong = place.damage(record.outputs, up_to_bytes=ALL_BYTES)
     size = sum(int(facts["size_bytes"]) for facts in record.outputs.values())
     name = f"export, {record.settings.get('format', 'of an unknown format')}"
     if wrong:
         return Verified(name, DAMAGED, directory, len(record.outputs), size, listed(wrong))
-    more = unexpected_files(directory, record.outputs, ignored=(RECORD,))
+    more = place.unexpected(record)
     detail = f"{len(more)} files came later: {more[0]}{' ...' if len(more) > 1 else ''}" if more else ""
     return Verified(name, WHOLE, directory, len(record.outputs), size, detail)

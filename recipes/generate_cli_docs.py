@@ -29,7 +29,9 @@ A flag goes over a recipe's value, and a recipe's value over the default.
 _RECIPES = """`mc-cli run RECIPE.yaml` reads YAML with `work_dir`, optional `description`, `effort` and `variant`, and
 the sections below. Keys are fields of the stage's settings; unknown ones are refused. `quantize` follows `score` where
 they share a key, and `prune-eval` reads `bundled:heldout` unless told. Paths are relative to the directory
-of the command.
+of the command. `target_stored_bits`, `target_bits` and `target_size_bytes` take several values, as a list or by names
+of your own, `{small: 8GiB, large: 16GiB}`; `--only small` makes that one. Recipes of real models:
+[recipes](../recipes.md).
 """
 
 
@@ -57,7 +59,7 @@ def document() -> str:
 
 
 def _recipes() -> str:
-    """What a recipe may hold: each section's keys, with the flag that has the same meaning."""
+    """Lists what a recipe may hold: each section's keys, with the flag that has the same meaning."""
     lines = ["## Recipes\n", _RECIPES, "| section | key | flag of `run` |", "|---|---|---|"]
     for section in SECTIONS:
         for flag in flags_of(section):

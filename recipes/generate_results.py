@@ -66,7 +66,7 @@ def rendered(page: Path) -> str:
 
 @cache
 def data(file: str) -> dict[str, Any]:
-    """What FILE.json holds: `tables` and `findings`, each by key."""
+    """Reads FILE.json: `tables` and `findings`, each by key."""
     return {"tables": {}, "findings": {}, **json.loads((DATA / f"{file}.json").read_text(encoding="utf-8"))}
 
 

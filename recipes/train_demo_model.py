@@ -79,7 +79,7 @@ def read_documents(path: Path) -> dict[str, list[str]]:
 
 
 def split_key(text: str) -> str:
-    """What two documents share when one must not be held out while the other is trained on.
+    """The key that two documents share when one must not be held out while the other is trained on.
 
     A mathematics document starts with its question, and one question may come with several answers.
     """

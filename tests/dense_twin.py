@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from mc_cli import kernels
 from mc_cli.numerics import trellis_code
 
-# What products with packed bytes change, in the mean, in logits of about 1: 4e-5 in each product. A near tie between
+# Mean change that products with packed bytes make to logits of about 1: 4e-5 in each product. A near tie between
 # experts may then go the other way, so single logits say nothing.
 PRODUCTS = 2e-4
 TOKEN_IDS = torch.randint(3, 300, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -29,7 +29,7 @@ TOKEN_IDS = torch.randint(3, 300, (3, 12), generator=torch.Generator().manual_se
 
 @dataclass(frozen=True)
 class PackedMatrices:
-    """What a packed folder holds, decoded.
+    """Decodes what a packed folder holds.
 
     linears  module path -> [out_features, in_features] float32
     experts  experts path -> projection -> expert -> the same, None for a dropped expert

@@ -18,7 +18,7 @@ EARLIER = {"score": ("calibrate",), "allocate": ("score",), "quantize": ("alloca
 
 @dataclass
 class FakeStages:
-    """What the stages were asked, and what they are to do."""
+    """Records what the stages were asked, and says what they are to do."""
 
     calls: list[tuple[str, Any, RunSettings, bool]] = field(default_factory=list)
     failures: dict[str, BaseException] = field(default_factory=dict)

@@ -7,13 +7,13 @@ import json
 import random
 from typing import Any
 
-# What replaces a value: other types, ends of ranges, words that are no numbers, texts that cannot be written.
+# Replacements of a value: other types, ends of ranges, words that are no numbers, texts that cannot be written.
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3.0, 0.5, -0.0, 1e308, -1e308, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**399),
     *("", "x", "0", "1e5", "nan", "../../x", "/etc/passwd", "\ud800", "\0", "é" * 300, [], {}, [[]], [None], {"a": 1}),
     *([1, 2], ["x"], {"0": 1}, {"": None}, {"2": [1.0]}, [0] * 50),
 )
-# What stands in the text of JSON where Python has no value for it.
+# Texts in JSON for which Python has no value.
 WORDS = ("NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "[" * 3000 + "]" * 3000, '{"a":' * 500 + "1" + "}" * 500)
 
 

@@ -26,6 +26,7 @@ from mc_cli.models.checkpoint import REST, Checkpoint, read_config
 from mc_cli.models.inventory import take_inventory, tied_tensors
 from mc_cli.models.model_files import copy_model_files
 from mc_cli.numerics.gguf_bytes import pack, unpack, values
+from mc_cli.numerics.grids import minmax_grid
 from mc_cli.numerics.packing import pack_codes
 from mc_cli.parts import ModelInventory, Role
 
@@ -47,7 +48,7 @@ def pack_folder(
 
     role_bits   width of other roles' matrices; what is not named is kept
     pruned      experts without weights, in every layer
-    family      of the encodings: affine, or gguf
+    family      of the encodings: affine, gguf, mlx or integer; groups of the last two have up to 64 inputs
     """
     config = read_config(checkpoint_folder, trust_remote_code=trust_remote_code)
     source = Checkpoint(checkpoint_folder, config, dtype=config.dtype or torch.bfloat16, device=torch.device("cpu"))
@@ -76,7 +77,7 @@ def packed_work_dir(checkpoint_folder: Path, work_dir: Path, **options: Any) -> 
     return work_dir
 
 
-def encode(weight: torch.Tensor, encoding: AffineEncoding | GgufEncoding) -> dict[str, torch.Tensor]:
+def encode(weight: torch.Tensor, encoding: Any) -> dict[str, torch.Tensor]:
     """The stored parts of a matrix [out_features, in_features], rounded to the nearest level of each group's range.
 
     Blocks of GGUF are random ones, of weights as large as the matrix's.
@@ -84,6 +85,10 @@ def encode(weight: torch.Tensor, encoding: AffineEncoding | GgufEncoding) -> dic
     if isinstance(encoding, GgufEncoding):
         return {"codes": _random_blocks(weight, encoding)}
     grouped = weight.float().unflatten(-1, (-1, encoding.group_size))
+    if not isinstance(encoding, AffineEncoding):
+        grid = minmax_grid(grouped, bits=encoding.bits, rule=encoding.rule)
+        codes = grid.codes(grouped).to(torch.uint8).flatten(-2)
+        return {"codes": pack_codes(codes, bits=encoding.bits), **grid.stored()}
     low, high = grouped.amin(-1), grouped.amax(-1)
     levels = 2**encoding.bits - 1
     scales = ((high - low) / levels).clamp_min(1e-6).half()
@@ -106,8 +111,8 @@ def _random_blocks(weight: torch.Tensor, encoding: GgufEncoding) -> torch.Tensor
 
 
 def _key(bits: float, in_features: int, family: str) -> str:
-    if family == "gguf" and bits != 16:
-        return encoding_for(family, bits, 1, in_features).key
+    if family != "affine" and bits != 16:
+        return encoding_for(family, bits, 256, in_features, group_size_limit=64).key
     return KEPT if bits == 16 else AffineEncoding(bits, choose_group_size(in_features, 32)).key
 
 
@@ -153,7 +158,7 @@ def _tensors(model: torch.nn.Module, layout: PackedLayout) -> dict[str, torch.Te
 
 
 def read_again(out: Path, packed: Path, format: str, **how: Any) -> ReadBack:
-    """What stage export finds on reading `out`, of that format, back; `how` are further fields of Reading."""
+    """Returns what stage export finds on reading `out`, of that format, back; `how` are further fields of Reading."""
     exporter = exporter_from_name(format)
     reading = Reading(torch.float32, torch.device("cpu"), **how)
     return read_back(out, packed, exporter.open, reading, dequantized=dequantizes(format))

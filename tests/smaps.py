@@ -1,4 +1,4 @@
-"""What Linux says of this process's memory, page by page."""
+"""Reads Linux's account of this process's memory, page by page."""
 
 from __future__ import annotations
 

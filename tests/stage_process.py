@@ -1,4 +1,4 @@
-"""Stages in processes of their own, which can be killed: forked from a server that has imported everything."""
+"""Stages and commands in processes of their own, which can be killed: forked from a server that has imported all."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import os
 import random
 import resource
 import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["mc_cli.stages.calibrate", "mc_cli.stages.score", "mc_cli.stages.quantize"])
+_CONTEXT.set_forkserver_preload(
+    ["mc_cli.cli", "mc_cli.chain", "mc_cli.stages.calibrate", "mc_cli.stages.score", "mc_cli.stages.quantize"]
+)
 _LONGEST_S = 120.0
 
 
@@ -70,10 +73,51 @@ class StageProcess:
         return self.finish()
 
 
+@dataclass(frozen=True)
+class Said:
+    """How a command ended, and what it printed."""
+
+    status: int | None
+    out: str
+    err: str
+
+
+def run_command(arguments: Sequence[str], folder: Path) -> Said:
+    """Runs `mc-cli ARGUMENTS` in a process of its own; what it prints goes through files in `folder`."""
+    return run_script("from mc_cli.cli import main\nmain()", folder, ["mc-cli", *arguments])
+
+
+def run_script(code: str, folder: Path, arguments: Sequence[str] = ("script",)) -> Said:
+    """Runs Python code in a process of its own, in which mc_cli's modules are imported but were never used.
+
+    arguments  its sys.argv. Raises AssertionError where it does not end.
+    """
+    texts = folder / "out.txt", folder / "err.txt"
+    process = _CONTEXT.Process(target=_run_script, args=(code, list(arguments), folder / "modules", *texts))
+    process.start()
+    process.join(_LONGEST_S)
+    assert process.exitcode is not None, f"{arguments} does not end"
+    return Said(process.exitcode, *(text.read_text(encoding="utf-8") for text in texts))
+
+
 def run_whole(stage: Callable[..., Any], *args: Any, **settings: Any) -> None:
     """Runs a stage in a process of its own to its end."""
     outcome = StageProcess(stage, *args, **settings).finish()
     assert outcome == Outcome(0), outcome
+
+
+def _run_script(code: str, arguments: list[str], modules: Path, out: Path, err: Path) -> None:
+    import torch
+    from transformers import dynamic_module_utils
+
+    dynamic_module_utils.HF_MODULES_CACHE = str(modules)  # the environment was read when it was imported
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    for number, (name, path) in enumerate((("stdout", out), ("stderr", err)), 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)  # for what libraries write past Python
+        setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
+    sys.argv = arguments
+    exec(compile(code, arguments[0], "exec"), {"__name__": "__main__"})
 
 
 def _run(
@@ -91,7 +135,7 @@ def _run(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has its children ignore it
     torch.set_num_threads(1)  # bytes are compared, and sums over threads come in any order
     if pause_s:
-        files._sync_folder = lambda _: time.sleep(pause_s)
+        files.sync_folder = lambda _: time.sleep(pause_s)
     if file_limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))

@@ -158,7 +158,7 @@ def test_all_damage_is_told_at_once(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_plan_that_was_edited_in_place(folder: Path, tmp_path: Path) -> None:
-    """What to do with it is said, and works."""
+    """The error says what to do, and that works."""
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     plan = copy / "work" / "plan" / "plan.yaml"
     plan.write_text(plan.read_text() + "# mine\n", encoding="utf-8")

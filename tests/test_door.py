@@ -12,6 +12,7 @@ import torch
 import mc_cli
 from mc_cli.errors import InputError, McError
 from tests.conftest import TinyModel
+from tests.stage_process import run_command
 from tests.tiny_chain import write_documents
 
 FAST = {
@@ -77,14 +78,9 @@ def test_the_command_line_finds_what_the_function_did_already_done(tiny_model: T
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items() if name != "bits"]
     flags += [f"--model={model}", f"--data={texts / 'text.jsonl'}", "--bits=2,3"]
     flags += [f"--eval-data={texts / 'held.jsonl'}", f"--out={made.directory}", f"--work-dir={texts / 'w'}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "mc_cli", "run", *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("already done with these settings and inputs") == 6
+    done = run_command(["run", *flags], texts)
+    assert done.status == 0, done.err
+    assert done.err.count("already done with these settings and inputs") == 6
     assert {path: path.read_bytes() for path in (texts / "w").rglob("*") if path.is_file()} == before
 
 

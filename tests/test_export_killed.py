@@ -40,7 +40,7 @@ def export_to(work_dir: Path, out: Path, *, force: bool, kill_at: int | None, co
 
     for name in CALLS:
         setattr(os, name, counted(getattr(os, name)))
-    settings = ExportSettings(out=str(out), shard_bytes=60_000)
+    settings = ExportSettings(out=str(out), format="gguf" if out.suffix else "transformers", shard_bytes=60_000)
     export.run(settings, RunSettings(device="cpu"), work_dir, force=force, progress=SilentProgress())
     if count_into is not None:
         with count_into.open("w", encoding="utf-8") as handle:
@@ -48,42 +48,53 @@ def export_to(work_dir: Path, out: Path, *, force: bool, kill_at: int | None, co
 
 
 def tree(folder: Path) -> dict[str, bytes]:
+    if folder.is_file():
+        return {"": folder.read_bytes()}
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `work`, `out`, and in `new` and `forced` how many calls an export makes there."""
+@pytest.fixture(scope="module", params=["out", "out.gguf"])
+def undisturbed(
+    request: pytest.FixtureRequest, tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An export, with `work`, and `new` and `forced` that say how many calls it made, beside it."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    packed_work_dir(tiny_model("mixtral"), folder / "work")
+    if request.param == "out":
+        packed_work_dir(tiny_model("mixtral"), folder / "work")
+    else:
+        pytest.importorskip("gguf")
+        model = tiny_model("mixtral", hidden_size=256, intermediate_size=256, num_local_experts=4)
+        packed_work_dir(model, folder / "work", widths=(2,), role_bits={}, family="gguf")
     for force, name in ((False, "new"), (True, "forced")):
         process = StageProcess(
-            export_to, folder / "work", folder / "out", force=force, kill_at=None, count_into=folder / name
+            export_to, folder / "work", folder / request.param, force=force, kill_at=None, count_into=folder / name
         )
         assert process.finish() == Outcome(0)
-    return folder
+    return folder / request.param
 
 
 @pytest.mark.parametrize("resumed_with_force", [False, True])
 @pytest.mark.parametrize("kind", ["new", "forced"])
 def test_killed_at_a_file_call(undisturbed: Path, tmp_path: Path, kind: str, *, resumed_with_force: bool) -> None:
-    calls = int((undisturbed / kind).read_text(encoding="utf-8"))
+    calls = int(undisturbed.with_name(kind).read_text(encoding="utf-8"))
+    name = undisturbed.name
     moments = random.Random(f"{kind} {resumed_with_force} {SEED}").sample(range(1, calls + 1), KILLS)
     for moment in moments:
         place = tmp_path / str(moment)
-        work_dir = Path(shutil.copytree(undisturbed / "work", place / "work"))
+        work_dir = Path(shutil.copytree(undisturbed.with_name("work"), place / "work"))
         if kind == "new":
             (work_dir / "exports.json").unlink()
+        elif undisturbed.is_file():
+            shutil.copy(undisturbed, place / name)
         else:
-            shutil.copytree(undisturbed / "out", place / "out")
-        arguments = (work_dir, place / "out")
+            shutil.copytree(undisturbed, place / name)
+        arguments = (work_dir, place / name)
         killed = StageProcess(export_to, *arguments, force=kind == "forced", kill_at=moment).finish()
         assert killed.exit_code == -signal.SIGKILL, f"call {moment}"
         assert work_dir_status(work_dir)[-1].state != "damaged"
         again = StageProcess(export_to, *arguments, force=resumed_with_force, kill_at=None).finish()
         assert again == Outcome(0), f"call {moment}: {again}"
-        assert tree(place / "out") == tree(undisturbed / "out"), f"call {moment}"
-        names = sorted(path.name for path in place.iterdir())
-        assert names == ["out", "work"], f"call {moment}"
+        assert tree(place / name) == tree(undisturbed), f"call {moment}"
+        assert sorted(path.name for path in place.iterdir()) == [name, "work"], f"call {moment}"
         assert not [path for path in place.rglob("*") if path.name.endswith((".partial", ".removed"))], f"call {moment}"
         assert sorted(path.name for path in work_dir.iterdir()) == ["exports.json", "packed"], f"call {moment}"

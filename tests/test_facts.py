@@ -1,4 +1,4 @@
-"""What quantizers and encodings say of themselves, and settings that follow from it."""
+"""Facts that quantizers and encodings state of themselves, and settings that follow from it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ GIVEN = {"model": "m", "data": "d"}
         ("gptq", "affine", False, (1, 2, 3, 4)),
         ("rtn", "affine", False, (1, 2, 3, 4)),
         ("gguf", "gguf", True, (2.0625, 2.3125, 2.5625, 3.0625, 3.4375, 4.25)),
+        ("mlx", "mlx", True, (2, 3, 4)),
+        ("integer", "integer", True, (2, 3, 4)),
     ],
 )
 def test_defaults_follow_the_quantizer(name: str, family: str, corrects: bool, widths: tuple[float, ...]) -> None:
@@ -81,7 +83,8 @@ def test_widths_are_those_that_have_an_encoding(family: str) -> None:
         if bits in widths_of(family):
             assert encoding_for(family, bits, 256, 256).bits == bits
         else:
-            with pytest.raises(ShapeError, match="affine grids have whole widths"):
+            alone = {"mlx": "MLX has 2, 3, 4, 5, 6 and 8 bits", "integer": "have 2, 3, 4 and 8 bits"}
+            with pytest.raises(ShapeError, match=alone.get(family, "affine grids have whole widths")):
                 encoding_for(family, bits, 256, 256)
 
 
@@ -93,10 +96,20 @@ def test_facts_of_a_family_are_those_of_its_encodings(family: str) -> None:
     assert family_of_role(Role.HEAD, family) == family
 
 
+@pytest.mark.parametrize(("family", "shape"), [("mlx", (32, 48)), ("integer", (32, 48)), ("integer", (40, 64))])
+def test_families_that_stand_alone_have_no_grids_of_ours_instead(family: str, shape: tuple[int, int]) -> None:
+    with pytest.raises(ShapeError, match=f"{shape[0]} outputs and {shape[1]} inputs cannot have 4 bits"):
+        encoding_for(family, 4, *shape)
+    with pytest.raises(ShapeError, match="groups of up to 16"):
+        encoding_for(family, 4, 32, 64, group_size_limit=16)
+
+
 def test_quantizers_are_built_with_the_settings_that_they_take() -> None:
     assert {name: settings_taken(name) for name in quantizer_names()} == {
         "gguf": ("damping", "sweeps"),
         "gptq": ("damping", "activation_order", "sweeps"),
+        "integer": ("damping", "activation_order", "sweeps"),
+        "mlx": ("damping", "activation_order", "sweeps"),
         "rtn": (),
         "trellis": ("damping", "activation_order", "sweeps"),
     }

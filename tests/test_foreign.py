@@ -1,4 +1,4 @@
-"""What somebody else has put where we write or tidy is refused by name and left alone; what is ours is tidied."""
+"""Files that somebody else put where we write or tidy are refused by name and left alone; ours are tidied."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mc_cli.artifacts.exported import RECORD
+from mc_cli.artifacts.export_record import RECORD
 from mc_cli.artifacts.files import noting_files, write_json, write_text
 from mc_cli.artifacts.store import BEGUN, MANIFEST, STAGE_FOLDERS, StageFolder
 from mc_cli.artifacts.work_dir import WorkDir

@@ -21,7 +21,7 @@ LAYERS = (
     ("encodings",),
     ("artifacts",),
     ("stage",),
-    ("families", "quantizers", "allocators", "policies", "kernels"),
+    ("families", "quantizers", "allocators", "policies", "kernels", "sources"),
     ("models",),
     ("data",),
     ("walking",),
@@ -42,7 +42,7 @@ LAYERS = (
 )
 LARGEST_ROOM = 1 / 6  # of the lines of the package: a larger one holds more than one subject
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-# What `import mc_cli` runs, which registers the plug-in and imports it only on use, and what `python -m mc_cli` runs.
+# Run by `import mc_cli`, which registers the plug-in and imports it only on use, and by `python -m mc_cli`.
 ENTRY_POINTS = {"__init__", "_autoload", "__main__"}
 NO_TORCH = {name for name, rank in RANK.items() if rank < RANK["numerics"] or rank > RANK["stages"]}
 NO_TORCH |= {"artifacts", "allocators", "encodings", "stage", "reports"}

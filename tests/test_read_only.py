@@ -101,7 +101,7 @@ def test_every_stage_is_skipped(public: Path, tiny_model: TinyModel) -> None:
     write_documents(public / "held.jsonl", documents=24, offset=500)
     assert run_all(public) == [True] * 6
     assert run_all(public, SMALL) == [False, False, True, True, True, True], "one calibration, one set of scores"
-    # What a kill may have left of stages that are done: it stays where it cannot be removed.
+    # Leftovers of a kill in stages that are done: they stay where it cannot be removed.
     (public / "work" / "packed" / "begun.json").write_text("{}")
     (public / "work" / "packed" / "resume").mkdir()
     (public / "work" / "evaluation.removed").mkdir()

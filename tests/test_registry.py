@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.stage_process import run_script
 
 GOOD = """
 from mc_cli.quantizers.rtn import RoundToNearest
@@ -26,10 +26,11 @@ def installed(folder: Path, source: str, module: str = "toy_quantizer", group: s
 
 
 def asked(folder: Path, code: str) -> str:
-    """What a new process prints that has `folder` among its packages."""
+    """Returns what a new process prints that has `folder` among its packages."""
     script = f"import sys; sys.path.append({str(folder)!r})\n{code}"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout.strip()
+    done = run_script(script, folder)
+    assert done.status == 0, done.err
+    return done.out.strip()
 
 
 NAMES = "from mc_cli.quantizers import quantizer_names\nprint(*quantizer_names())"
@@ -43,9 +44,9 @@ except InputError as error:
 
 
 def test_an_entry_point_brings_an_extension(tmp_path: Path) -> None:
-    assert asked(tmp_path, NAMES) == "gguf gptq rtn trellis"
+    assert asked(tmp_path, NAMES) == "gguf gptq integer mlx rtn trellis"
     installed(tmp_path, GOOD)
-    assert asked(tmp_path, NAMES) == "gguf gptq rtn toy trellis"
+    assert asked(tmp_path, NAMES) == "gguf gptq integer mlx rtn toy trellis"
     built = "from mc_cli.quantizers import quantizer_from_name\nprint(quantizer_from_name('toy', clip_search=True))"
     assert asked(tmp_path, built) == "RoundToNearest(clip_search=True)"
 
@@ -112,12 +113,15 @@ try:
 except McError as error:
     print(error)
 """
-    assert asked(tmp_path, code) == "Unknown family of encodings 'tory'. Known families: affine, gguf, trellis."
+    assert (
+        asked(tmp_path, code)
+        == "Unknown family of encodings 'tory'. Known families: affine, gguf, integer, mlx, trellis."
+    )
 
 
 def test_plans_and_families_know_a_foreign_one(tmp_path: Path) -> None:
     installed(tmp_path, ENCODING.replace("(2,)", "(2, 6.5)"), "toy_package", "mc_cli.encodings")
-    assert asked(tmp_path, FAMILIES) == "affine gguf toy trellis"
+    assert asked(tmp_path, FAMILIES) == "affine gguf integer mlx toy trellis"
     plan = "schema: 1\nmodel_type: m\nmethod: x\nfamily: {}\nrole_bits: {{head: 16}}\nexpert_bits: {{0: [{}, 2]}}\n"
     code = f"""
 from pathlib import Path
@@ -132,7 +136,11 @@ for name, family, bits in (("a", "toy", 6.5), ("b", "tory", 2), ("c", "toy", 7.5
         print(str(error).splitlines()[1])
 """
     known, unknown, width = asked(tmp_path, code).splitlines()
-    assert known == "toy" and "family is 'tory', not one of affine, gguf, toy, trellis" in unknown and "7.5" in width
+    assert (
+        known == "toy"
+        and "family is 'tory', not one of affine, gguf, integer, mlx, toy, trellis" in unknown
+        and "7.5" in width
+    )
 
 
 BROKEN = (

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from mc_cli.artifacts.damage import ALL_BYTES
-from mc_cli.artifacts.exported import ExportFolder, ExportRecord
+from mc_cli.artifacts.export_record import ExportRecord
+from mc_cli.artifacts.exported import ExportFolder
 from mc_cli.artifacts.locks import LOCK, process_in, target_lock, work_dir_lock
 from mc_cli.errors import BusyError, InputError
 from mc_cli.progress import SilentProgress

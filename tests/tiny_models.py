@@ -47,7 +47,7 @@ _MLA = {
 }
 _LOCAL = {"intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2}
 
-# What each family's config says beyond _BASE. None of it relies on a default that a release could change.
+# Entries of each family's config beyond _BASE. None of it relies on a default that a release could change.
 CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": _LOCAL,
     "qwen2_moe": {

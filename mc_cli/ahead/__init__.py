@@ -21,7 +21,7 @@ from mc_cli.ahead.tasks import check_tasks
 from mc_cli.ahead.texts import check_text, text_bytes
 from mc_cli.ahead.workload import Workload
 from mc_cli.artifacts import calibration as calibration_artifact
-from mc_cli.artifacts.exported import ExportFolder
+from mc_cli.artifacts.exported_file import export_place
 from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.work_dir import FOLDERS, VARIANTS, WorkDir
@@ -31,9 +31,12 @@ from mc_cli.errors import InputError, Problems
 from mc_cli.exporters import check_model, exporter_from_name
 from mc_cli.kernels.compiled import check_inputs
 from mc_cli.measuring.policy_fitting import policy_names
-from mc_cli.models.memory import available_bytes, resident_bytes
+from mc_cli.models.companions import directory_bytes
+from mc_cli.models.memory import available_bytes, collector_paused, resident_bytes
+from mc_cli.models.pieces import Pieces
 from mc_cli.models.session import Session, first_session, later_session
 from mc_cli.parts import ModelInventory
+from mc_cli.reports.calibration import stored_facts
 from mc_cli.settings import (
     ENGINES,
     EXPERT,
@@ -43,6 +46,7 @@ from mc_cli.settings import (
     RunSettings,
     ScoreSettings,
 )
+from mc_cli.stages.allocate import with_directory
 from mc_cli.stages.calibrate import opened
 from mc_cli.stages.quantize import check_plan, existing_plan, plan_path
 
@@ -75,6 +79,7 @@ class Look:
     ) -> None:
         """`described`: a model of which only the description is here, not its files."""
         self._described = described
+        self._by_expert = True  # whether the files allow that experts are read one by one; known once they are opened
         self._known: tuple[Session | None, ModelInventory | None] | None = None
         self._all = stages
         self._todo = {stage: settings for stage, settings in stages.items() if stage in todo}
@@ -82,6 +87,7 @@ class Look:
         self._work = work
         self.problems = Problems()
 
+    @collector_paused()
     def outlook(self) -> Outlook:
         """All that can be told; what stands against it is in `problems`."""
         found = Outlook()
@@ -96,24 +102,24 @@ class Look:
                 "model bytes": sum(inventory.bytes_by_role().values()),
                 "expert weights": inventory.expert_weight_count,
             }
+            found.facts |= stored_facts(inventory)
             found.roles = roles_of(inventory)
         if size is not None:
             found.facts |= size.facts
             found.warnings += size.warnings
         if inventory is not None:
-            needs = self._needs(session, inventory, size)
+            work = self.workload(session, inventory, size)
+            needs = self._needs(session, inventory, size, {} if work is None else work.scratch_bytes)
             found.needs += needs
             for need in needs:
                 with self.problems.catching():
                     check_disk(need)
-            self._resources(found, session, inventory, size)
+            if work is not None:
+                self._resources(found, inventory, work)
         return found
 
-    def _resources(self, found: Outlook, session: Session | None, inventory: ModelInventory, size: Size | None) -> None:
+    def _resources(self, found: Outlook, inventory: ModelInventory, work: Workload) -> None:
         """Memory and time of the stages to do; a limit that one does not keep is among the problems."""
-        work = self.workload(session, inventory, size)
-        if work is None:
-            return
         needs = memory_needs(work, base_bytes=resident_bytes())
         found.memory = [need for need in needs if need.stage in self._todo]
         found.written = written_by(
@@ -124,10 +130,11 @@ class Look:
             tokens=work.tokens,
             length=work.length,
             packed_bytes=work.packed_bytes,
+            scratch=work.scratch_bytes,
         )
         machine = known_machine()
         if machine is not None:
-            seconds = durations(work, machine, evaluated_tokens=self._evaluated_tokens(work))
+            seconds = durations(work, machine, evaluated_tokens=self.evaluated_tokens(work))
             found.seconds = {stage: seconds[stage] for stage in self._todo}
         limit, free = self._compute.max_memory_bytes, available_bytes()
         if limit is not None:
@@ -163,10 +170,11 @@ class Look:
             quantizer=quantize.quantizer.quantizer,
             packed_bytes=0 if size is None else size.whole,
             workers=int(self._compute.workers) if self._compute.workers.isdigit() else 0,
+            pieces=Pieces(self._compute.max_memory_bytes if self._by_expert else None),
             config=text_config.to_dict(),
         )
 
-    def _evaluated_tokens(self, work: Workload) -> int:
+    def evaluated_tokens(self, work: Workload) -> int:
         """Tokens of held-out text at most, four bytes of text each where nothing else limits them."""
         settings = self._all.get("prune-eval")
         if settings is None:
@@ -187,7 +195,8 @@ class Look:
         session: Session | None = None
         inventory: ModelInventory | None = None
         if set(self._todo) <= {"allocate", "export"} and "calibrate" not in self._all:
-            return None, self._noted_inventory()
+            inventory = self._noted_inventory()
+            return None, None if inventory is None else with_directory(inventory, self._work)
         with self.problems.catching():
             if "calibrate" in self._all:
                 asked = self._all["calibrate"]
@@ -198,9 +207,12 @@ class Look:
                 text.load_tokenizer(session.folder, trust_remote_code=self._compute.trust_remote_code)
         with self.problems.catching():
             if session is not None and "calibrate" in self._todo:
-                _, inventory = opened(session)
+                checkpoint, inventory = opened(session)
+                self._by_expert = checkpoint.reads_experts
             else:
                 inventory = self._noted_inventory()
+        if session is not None and inventory is not None:
+            inventory = replace(inventory, directory_bytes=directory_bytes(session.folder, inventory))
         return session, inventory
 
     def _noted_inventory(self) -> ModelInventory | None:
@@ -302,7 +314,9 @@ class Look:
             similarity=done.settings.get("similarity", False),
         )
 
-    def _needs(self, session: Session | None, inventory: ModelInventory, size: Size | None) -> list[Need]:
+    def _needs(
+        self, session: Session | None, inventory: ModelInventory, size: Size | None, scratch: Mapping[str, int]
+    ) -> list[Need]:
         tokens, length = None, 1
         with self.problems.catching():
             tokens, length = self._tokens(session)
@@ -316,6 +330,7 @@ class Look:
             tokens=tokens,
             length=length,
             packed_bytes=None if size is None else size.whole,
+            scratch=scratch,
         )
 
     def _tokens(self, session: Session | None) -> tuple[int | None, int]:
@@ -343,7 +358,7 @@ def check_work_dir(work_dir: Path) -> None:
 
 
 def check_target(out: str, work_dir: Path) -> None:
-    """Raises InputError for a directory that export would refuse."""
+    """Raises InputError for a directory or file that export would refuse."""
     target = Path(out).expanduser().resolve()
     whole = work_dir.resolve()
     for name in (*FOLDERS.values(), VARIANTS):
@@ -353,4 +368,4 @@ def check_target(out: str, work_dir: Path) -> None:
     above = next(folder for folder in target.parents if folder.exists())
     if not above.is_dir():
         raise InputError(f"--out {out}: {above} is a file, so nothing can be made in it. Name another place.")
-    ExportFolder(target, {}, {}).check_place()
+    export_place(target).check_place()

@@ -11,19 +11,28 @@ from mc_cli.allocators import AllocationProblem, Budget, feasible_problem, posed
 from mc_cli.allocators.channel_cuts import shapes_cut
 from mc_cli.allocators.channel_groups import grouped_plan, unmeasured
 from mc_cli.allocators.channel_score import channel_score_named
-from mc_cli.allocators.cut_menus import CutMenu, can_hold_cuts, menu_of_shapes
-from mc_cli.allocators.feasibility import check_budget, size_range
+from mc_cli.allocators.cut_menus import CutMenu, menu_of_shapes
+from mc_cli.allocators.feasibility import check_budget, check_range, size_range
 from mc_cli.allocators.halves import require_halves, sized_in_halves
 from mc_cli.allocators.merging import shapes_merged, stored_counts
 from mc_cli.allocators.programme import METHOD
 from mc_cli.allocators.whole_drops import drop_plan
 from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
 from mc_cli.artifacts.plan import Plan
-from mc_cli.encodings import planned_bytes
+from mc_cli.encodings import Encoding, planned_bytes
 from mc_cli.errors import InputError, ShapeError, listed
 from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role
-from mc_cli.registry import family_named
-from mc_cli.settings import CAMERA_Q, ENGINES, EXPERT, AllocateSettings, QuantizerSettings, ScoreSettings
+from mc_cli.registry import ENCODINGS, family_named
+from mc_cli.settings import (
+    CAMERA_Q,
+    ENGINES,
+    EXPERT,
+    PER_PROJECTION,
+    WHOLE_MODEL,
+    AllocateSettings,
+    QuantizerSettings,
+    ScoreSettings,
+)
 from mc_cli.stages.allocate import beside_experts, budget_of, experts_gone, floors_of, may_cut, other_bytes
 
 
@@ -49,7 +58,7 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
         return _merged_size(settings, score, inventory, role_bits)
     if settings.method == CAMERA_Q:
         _require_channels(score, f"--method {CAMERA_Q}")
-        budget = budget_of(settings, others)
+        budget = budget_of(settings, inventory, others)
         plan = grouped_plan(settings, inventory, score.quantizer, unmeasured, role_bits, budget)
         return planned_size(plan, inventory, score.quantizer)
     if settings.drop_ratio is not None or settings.experts_left is not None:
@@ -61,18 +70,20 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
             if settings.has_one_width:
                 plan = drop_plan(settings, inventory, score.quantizer, gone, value, role_bits)
                 return planned_size(plan, inventory, score.quantizer)
-        budget = budget_of(settings, others)
+        budget = budget_of(settings, inventory, others)
         problem = feasible_problem(measured, budget=budget, **_asked(settings, score, inventory, inventory, gone))
         ends, counts = size_range(problem), [1] * len(measured.layers)
         weights, limit = problem.weight_count, problem.limit
     else:
-        budget, kinds = budget_of(settings, others), kinds_of(inventory)
+        budget, kinds = budget_of(settings, inventory, others), kinds_of(inventory)
         counts, sample = list(kinds.values()), replace(inventory, expert_blocks=tuple(kinds))
         measured = _sizes(settings, score, sample)
         problem = posed_problem(measured, budget=budget, **_asked(settings, score, inventory, sample, {}))
         ends, weights = _range(problem, counts), inventory.expert_weight_count
         limit = math.floor(budget.limit(weights))
-        if limit < ends[0] or strategy_named(settings.method).check is not check_budget:
+        if strategy_named(settings.method).check is check_budget:
+            check_range(problem, ends, weights, problem.budget.limit(weights))
+        else:
             asked = _asked(settings, score, inventory, inventory, {})
             feasible_problem(_sizes(settings, score, inventory), budget=budget, **asked)
     experts = _expert_bytes(budget, measured, counts, min(limit, ends[1]))
@@ -82,6 +93,8 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
         "other bytes": others,
         "reachable": budget.shown(*(budget.amount_of(end, weights) for end in ends)),
     }
+    if settings.target_size_bytes is not None:
+        facts["bytes of other files"] = inventory.directory_bytes
     return Size(experts + others, facts, _beyond(budget, weights, ends[1]), role_bits)
 
 
@@ -102,7 +115,7 @@ def _asked(
     sample: ModelInventory,
     gone: Mapping[int, Collection[int]],
 ) -> dict[str, Any]:
-    """What allocate asks of a problem of the layers of `sample`, `gone` being the experts that it drops."""
+    """Builds allocate's request for a problem of the layers of `sample`, `gone` being the experts that it drops."""
     widths = settings.bits or score.bits
     quantizer = score.quantizer
     menus: dict[int, CutMenu] = {
@@ -110,7 +123,7 @@ def _asked(
             block, family=quantizer.family, widths=widths, group_size_limit=quantizer.group_size
         )
         for block in sample.expert_blocks
-        if score.unit != EXPERT and may_cut(settings) and can_hold_cuts(inventory, block.layer)
+        if score.unit != EXPERT and may_cut(settings) and block.layer not in inventory.layers_with_expert_biases
     }
     return {
         "alpha": settings.alpha,
@@ -121,7 +134,8 @@ def _asked(
         "floors": floors_of(settings),
         "dropped": gone,
         "menus": {layer: menu for layer, menu in menus.items() if menu.kept},
-        "stacked": settings.engine is not None and ENGINES[settings.engine].stacked,
+        # Of one layer of each kind the ends are the same, whichever experts are alike.
+        "alike": PER_PROJECTION if settings.engine is not None and ENGINES[settings.engine].alike else None,
     }
 
 
@@ -214,22 +228,35 @@ def _expert_bytes(budget: Budget, measured: Importance, counts: Sequence[int], s
 
 
 def check_engine(inventory: ModelInventory, score: ScoreSettings) -> None:
-    """Raises ShapeError, naming all of them, for experts' matrices that an engine has no encoding for."""
+    """Raises ShapeError, naming all of them, for experts' matrices that an engine has no encoding for.
+
+    Where all experts are alike to it, their groups have to be of one size, too.
+    """
     if score.engine is None:
         return
     encodings = family_named(score.quantizer.family)
     limit = score.quantizer.group_size
-    problems = {
-        f"{block.path}.{part.name}: rows of {part.in_features} weights"
+    found: dict[str, list[Encoding | None]] = {
+        f"{block.path}.{part.name}: rows of {part.in_features} weights": [
+            encodings.encoding_at(bits, part.out_features, part.in_features, group_size_limit=limit)
+            for bits in score.bits
+        ]
         for block in inventory.expert_blocks
         for part in block.projections
-        for bits in score.bits
-        if encodings.encoding_at(bits, part.out_features, part.in_features, group_size_limit=limit) is None
     }
+    problems = sorted(name for name, made in found.items() if None in made)
     if problems:
+        alone = ENCODINGS.fact(encodings, "ALONE")
         raise ShapeError(
             f"{score.engine} has no type for {len(problems)} matrices at widths {', '.join(map(str, score.bits))}:\n"
-            f"{listed(sorted(problems))}\nRows have to be multiples of 32. Leave --for out."
+            f"{listed(problems)}\n{alone or 'Rows have to be multiples of 32'}. Leave --for out."
+        )
+    keys = {name: [each.key for each in made if each is not None] for name, made in found.items()}
+    if ENGINES[score.engine].alike == WHOLE_MODEL and len(set(map(tuple, keys.values()))) > 1:
+        raise ShapeError(
+            f"{score.engine} has one scheme for all experts, but with groups of up to {limit} there are several:\n"
+            + listed(f"{name}: {', '.join(made)}" for name, made in sorted(keys.items()))
+            + "\nGive score a --group-size that divides all of these rows, for example 32."
         )
 
 

@@ -18,7 +18,7 @@ _EVALUATED = 2  # models that prune-eval runs
 def durations(work: Workload, machine: Machine, *, evaluated_tokens: int) -> dict[str, float]:
     """Seconds of each stage; allocate and export, which compute little, as what they read and write takes."""
     forward = 2.0 * work.tokens * work.active_weights() * _OVERHEAD / machine.product_flops
-    stored = sum(work.inventory.bytes_by_role().values())
+    stored = work.inventory.file_bytes
     read = stored / machine.disk_bytes
     return {
         "calibrate": read + forward + _backward(work, machine),

@@ -1,4 +1,4 @@
-"""What it takes to compress a model, and what comes of it, before anything is read but headers.
+"""Predicts the cost and the result of compressing a model before anything is read but headers.
 
 A model on the hub is described by its configuration and its index; nothing else of it is fetched.
 """
@@ -37,7 +37,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What comes of one target; `problem` where it cannot be met.
+    """Holds the outcome of one target; `problem` where it cannot be met.
 
     tokens_per_s   decoded, as the bytes of a token and the measured rates say; None where nothing was measured
     """

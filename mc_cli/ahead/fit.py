@@ -28,7 +28,7 @@ class Fit:
     base_bytes: int
 
     def verdict(self, weight_bytes: int, cache_bytes: int) -> dict[str, Any]:
-        """What is needed, and whether it fits where a memory was named."""
+        """Says how much is needed, and whether it fits where a memory was named."""
         needed = weight_bytes + cache_bytes + self.base_bytes
         found: dict[str, Any] = {
             "context": self.context,
@@ -78,7 +78,7 @@ class TokenBytes:
 
 
 def token_bytes(inventory: ModelInventory, size: Size, cache: int) -> TokenBytes:
-    """What one token reads of a packed model: of routed experts as many as it is sent to, of the embedding one row."""
+    """Counts the bytes of a packed model that one token reads: its experts alone, and one row of the embedding."""
     shares = [
         (block.num_experts * block.weights_per_expert, block.top_k / block.num_experts)
         for block in inventory.expert_blocks

@@ -56,7 +56,7 @@ def place_of_measurements() -> Path:
 
 
 def known_machine() -> Machine | None:
-    """What was measured here before, with as many threads; None where nothing was, or on another machine."""
+    """Reads the rates measured here before with as many threads; None where none were, or on another machine."""
     import torch
 
     path = place_of_measurements()
@@ -102,7 +102,7 @@ def _name() -> str:
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """Of one call: the fastest of as many as take _LEAST_S together, two at least; the first one is not counted."""
+    """Times a call: the fastest of as many as take _LEAST_S together, two at least; the first one is not counted."""
     work()
     best, begun = float("inf"), time.perf_counter()
     tries = 0

@@ -49,7 +49,7 @@ class Outlook:
         return {**self.facts, **lines, **free}
 
     def tables(self) -> list[dict[str, Any]]:
-        """What a table shows better than a line: roles, and stages."""
+        """Tables of roles and of stages, which a line cannot show."""
         found = []
         if self.roles:
             rows = [[role, weights, size] for role, (weights, size) in self.roles.items()]

@@ -83,7 +83,7 @@ def allocate(
     group_size_limit: int = 128,
     menus: Mapping[int, CutMenu] | None = None,
     dropped: Mapping[int, Collection[int]] | None = None,
-    stacked: bool = False,
+    alike: str | None = None,
 ) -> Plan:
     """The plan that a strategy makes of the measures: a width per expert, what it takes, and how sure that is.
 
@@ -96,7 +96,7 @@ def allocate(
     group_size_limit   at which importance was measured; handed on to the plan
     menus    layer -> what its experts may be cut to, for strategies that split experts; None = none is cut
     dropped  layer -> experts that are dropped whatever it costs; None = none but those that the strategy drops
-    stacked          one width for all experts of a layer, per projection; what that costs is in the plan's objective
+    alike    which experts get one width together, see `settings.Engine`; the plan's objective says what that costs
     Equal arguments give an equal plan, unless the time limit stops the solver.
     Raises InputError for unknown methods, widths and exponents and for non-finite costs; BudgetError where the budget
     cannot be met; ExtensionError for a strategy whose choices do not solve the problem.
@@ -110,8 +110,8 @@ def allocate(
     free = strategy.assign(problem, solving)
     _check_assignment(strategy, problem, free)
     plan = make_plan(importance, strategy, problem, free, settings=settings)
-    if stacked:
-        plan = _stacked_plan(importance, strategy, problem, solving, settings, plan)
+    if alike is not None:
+        plan = _stacked_plan(importance, strategy, problem, solving, settings, plan, alike)
     return replace(plan, role_bits=dict(role_bits), group_size_limit=group_size_limit)
 
 
@@ -122,12 +122,13 @@ def _stacked_plan(
     solving: SolverSettings,
     settings: CostSettings,
     free: Plan,
+    alike: str,
 ) -> Plan:
-    """The plan of one width per layer and projection; its objective says what the plan without that would lose."""
-    joined = stacks.stacked(problem)
+    """The plan of one width for experts that are alike; its objective says what the plan without that would lose."""
+    joined = stacks.stacked(problem, alike)
     found = strategy.assign(joined, solving)
     _check_assignment(strategy, joined, found)
-    assignment = replace(found, picks=stacks.spread(problem, found.picks))
+    assignment = replace(found, picks=stacks.spread(problem, found.picks, alike))
     plan = make_plan(importance, strategy, problem, assignment, settings=settings)
     loss = free.objective.get("predicted_loss")
     return plan if loss is None else replace(plan, objective={**plan.objective, "predicted_loss_of_free_plan": loss})
@@ -176,7 +177,7 @@ def posed_problem(
     floors: Iterable[Floor] | None = None,
     menus: Mapping[int, CutMenu] | None = None,
     dropped: Mapping[int, Collection[int]] | None = None,
-    stacked: bool = False,
+    alike: str | None = None,
     **exponents: float | None,
 ) -> AllocationProblem:
     """The same, whether or not the budget can be met."""
@@ -185,7 +186,7 @@ def posed_problem(
     widths = _candidates(importance, strategy, candidate_bits)
     problem = build_problem(importance, strategy, budget, widths, _floors(strategy, floors), settings, menus)
     problem = without_experts(problem, importance, dropped or {})
-    return stacks.stacked(problem) if stacked else problem
+    return problem if alike is None else stacks.stacked(problem, alike)
 
 
 def build_problem(

@@ -22,7 +22,7 @@ from mc_cli.artifacts.importance import LayerImportance
 from mc_cli.artifacts.plan import BlockBits, ExpertBits
 from mc_cli.encodings import planned_bytes
 from mc_cli.errors import ShapeError
-from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role
+from mc_cli.parts import DROPPED, ExpertBlock
 
 Floats = npt.NDArray[np.float64]
 
@@ -114,11 +114,6 @@ def menu_of_shapes(block: ExpertBlock, *, family: str, widths: tuple[float, ...]
         shares={part.name: ones for part in block.projections},
         stored_bytes=cut_bytes(block, kept, family=family, widths=widths, group_size_limit=group_size_limit),
     )
-
-
-def can_hold_cuts(inventory: ModelInventory, layer: int) -> bool:
-    """Whether nothing beside the experts of a layer belongs to whole experts: biases or norms of their own."""
-    return not any(part.role is Role.EXPERT_BIAS and part.layer == layer for part in inventory.tensors)
 
 
 def cut_bytes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -88,10 +89,18 @@ def _served(best: Sizes, serves: tuple[bool, ...], unreachable: int) -> Sizes:
 
 def check_budget(problem: AllocationProblem) -> None:
     """Raises BudgetError where the budget of the whole problem is less than its units take at the least."""
-    least, most = size_range(problem)
-    if problem.limit < least:
-        weights = problem.weight_count
-        raise _too_small(problem, problem.budget.amount_of(least, weights), problem.budget.amount_of(most, weights))
+    check_range(problem, size_range(problem), problem.weight_count, problem.limit)
+
+
+def check_range(problem: AllocationProblem, ends: tuple[int, int], weights: int, limit: float | Fraction) -> None:
+    """The same for a whole that takes from the first to the second of `ends`, and has so many weights.
+
+    problem   may be of one layer of each kind: candidates and floors are those of the whole
+    limit     the most that the whole may take
+    """
+    if limit < ends[0]:
+        least, most = (problem.budget.amount_of(end, weights) for end in ends)
+        raise _too_small(problem, least, most)
 
 
 def check_layer_budgets(problem: AllocationProblem, shares: dict[int, int]) -> None:

@@ -19,7 +19,7 @@ from mc_cli.artifacts.importance import Importance, LayerImportance
 from mc_cli.artifacts.plan import BlockBits, ExpertBits, Plan
 from mc_cli.encodings import planned_bytes
 from mc_cli.errors import PlanError, listed
-from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role
+from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory
 from mc_cli.settings import QuantizerSettings
 
 SCORE = "camera-p"
@@ -28,7 +28,7 @@ _RUN = 16  # channels: a trellis sequence takes a multiple of as many outputs
 
 def require_halves(inventory: ModelInventory) -> None:
     """Raises PlanError naming every layer whose experts have no two halves that can be coded."""
-    beside = {part.layer for part in inventory.tensors if part.role is Role.EXPERT_BIAS}
+    beside = inventory.layers_with_expert_biases
     problems = [
         f"layer {block.layer}: {why}"
         for block in inventory.expert_blocks

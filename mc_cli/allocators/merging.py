@@ -242,7 +242,7 @@ def stored_counts(settings: AllocateSettings, inventory: ModelInventory) -> dict
 
 def _require_room(inventory: ModelInventory) -> None:
     """Raises PlanError naming the layers whose routers choose groups, or whose experts have biases or norms."""
-    beside = {part.layer for part in inventory.tensors if part.role is Role.EXPERT_BIAS}
+    beside = inventory.layers_with_expert_biases
     problems = [
         f"layer {block.layer}: {why}"
         for block in inventory.expert_blocks

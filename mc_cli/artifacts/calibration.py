@@ -32,6 +32,8 @@ SCHEMA = 1
 TOKENS = "tokens.safetensors"
 TEXT = "text.json"
 INVENTORY = "inventory.json"
+_BESIDE = "directory_bytes"  # of an inventory: it is about a folder that may change, not about the model
+OF_THE_CLASS = "tensors of the checkpoint that are not part of"  # and stands in it
 LEFT_OUT = "Left out of every result:"  # begins the warning on tensors that the model's class does not have
 SENSITIVITY = "sensitivity.safetensors"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -196,7 +198,13 @@ def _tensor(
 
 def write_inventory(path: Path, inventory: ModelInventory) -> None:
     """Writes the inventory as JSON in one atomic replace."""
-    write_json(path, {"schema": SCHEMA, **asdict(inventory)})
+    content = {"schema": SCHEMA, **asdict(inventory)}
+    del content[_BESIDE]
+    if not inventory.stored_as:
+        del content["stored_as"]
+        for entry in content["tensors"]:
+            del entry["file_bytes"]
+    write_json(path, content)
 
 
 def read_inventory(path: Path) -> ModelInventory:
@@ -204,6 +212,8 @@ def read_inventory(path: Path) -> ModelInventory:
     content: dict[str, Any] = read_json(path)
     with reading(path, "an inventory of this version", _REMEDY):
         take_schema(content, SCHEMA)
+        if _BESIDE in content:
+            raise FieldError(f"{_BESIDE} is no field of it")
         found: ModelInventory = read_as(ModelInventory, content)
         _check_inventory(found)
     return found

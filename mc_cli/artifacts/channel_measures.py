@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mc_cli.artifacts.array_checks import array_problems
 from mc_cli.artifacts.files import read_arrays, write_arrays
 from mc_cli.errors import ArtifactError, listed
 
@@ -78,15 +79,7 @@ class ChannelMeasures:
             field.name: ("float32", (num_experts, channels)) for field in fields(cls)
         }
         shapes |= {_ALL_EXPERTS: ("int64", ()), _PER_EXPERT: ("int64", (num_experts,))}
-        problems = [f"{name[:60]}: not a measure" for name in sorted(found.keys() - shapes.keys())]
-        for name, (dtype, shape) in shapes.items():
-            array = found.get(name)
-            if array is None:
-                problems += [] if name == _GRADIENT else [f"{name}: missing"]
-            elif (str(array.dtype), array.shape) != (dtype, shape):
-                problems.append(f"{name}: {array.dtype} of shape {list(array.shape)}, not {dtype} of {list(shape)}")
-            elif not np.isfinite(array).all() or (array < 0).any():
-                problems.append(f"{name}: negative numbers, or some that are not finite")
+        problems = array_problems(found, shapes, optional=(_GRADIENT,))
         if problems:
             raise ArtifactError(f"{path} holds no measures of channels:\n{listed(problems)}\nRun score --force.")
         measures: dict[str, Any] = {**found, _ALL_EXPERTS: int(found[_ALL_EXPERTS])}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mc_cli.artifacts.array_checks import array_problems
 from mc_cli.artifacts.files import read_arrays, write_arrays
 from mc_cli.errors import ArtifactError, listed
 
@@ -70,17 +71,7 @@ class CutMeasures:
             _LEFT: ("float32", (borders,)),
             **dict.fromkeys(_CODED, ("float32", (num_experts, borders))),
         }
-        problems = [f"{name[:60]}: not a measure" for name in sorted(found.keys() - shapes.keys())]
-        for name, (dtype, shape) in shapes.items():
-            array = found.get(name)
-            if array is None:
-                problems.append(f"{name}: missing")
-            elif (str(array.dtype), array.shape) != (dtype, shape):
-                problems.append(f"{name}: {array.dtype} of shape {list(array.shape)}, not {dtype} of {list(shape)}")
-            elif name in (_LOSS, _LEFT, *_CODED) and (not np.isfinite(array).all() or (array < 0).any()):
-                problems.append(f"{name}: negative numbers, or some that are not finite")
-        if not problems:
-            problems = _content_problems(found, channels)
+        problems = array_problems(found, shapes) or _content_problems(found, channels)
         if problems:
             raise ArtifactError(
                 f"{path} does not hold what cuts cost:\n{listed(problems)}\nRun score --unit channel --force."

@@ -77,7 +77,8 @@ class PruningFigures:
 class Evaluation:
     """Everything one evaluation measured.
 
-    context     length, stride, number and source of windows, bits of inputs of packed products
+    context     length, stride, number and source of windows, bits of inputs of packed products; bytes of the original's
+                files where they are codes
     stored      role -> bytes {codes, side, kept}, of the packed model; original: role -> bytes
     tasks       lm-eval's own results per model, empty without tasks
     pruning     every operating point of the policies that were measured, empty without a policy
@@ -119,6 +120,7 @@ class Evaluation:
         if sum(self.original_bytes.values()) <= 0 or sum(map(_total, self.stored_bytes.values())) <= 0:
             raise FieldError("stored_bytes or original_bytes add up to nothing")
         context = {"length": int, "stride": int, "windows": int, "data": str, "activation_bits": int}
+        context["original_file_bytes"] = int
         for name, kind in context.items():
             if name in self.context or name in ("length", "stride"):
                 read_as(kind, self.context.get(name), f"context.{name}")

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.damage import SHOWN_BYTES, RecordedFile, damaged_files, record_of
-from mc_cli.artifacts.files import Written, content_digest, read_json, stamp_of, write_json, write_text
+from mc_cli.artifacts.damage import SHOWN_BYTES, RecordedFile, damaged_files, record_of, unexpected_files
+from mc_cli.artifacts.export_record import RECORD, ExportRecord, export_fingerprint
+from mc_cli.artifacts.files import Written, read_json, stamp_of, write_json, write_text
 from mc_cli.artifacts.leftovers import (
     PARTIAL_SUFFIX,
     foreign_error,
@@ -28,62 +29,16 @@ from mc_cli.artifacts.leftovers import (
     remove_partial,
 )
 from mc_cli.artifacts.locks import target_lock
-from mc_cli.artifacts.manifest import BEGUN, OTHER_RECORD, record_problems, take_digest, with_digest
+from mc_cli.artifacts.manifest import BEGUN
 from mc_cli.artifacts.names import EXPORTS
 from mc_cli.artifacts.system_errors import refusal
 from mc_cli.artifacts.work_dir import MAIN, is_variant
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.progress import Progress
 
-SCHEMA = 1
-RECORD = "mc_cli.json"
-STAGE = "export"
 _REPLACED_SUFFIX = ".replaced"
 _PUT_ASIDE = "put_aside.json"  # an earlier export has it from before it is renamed to `DIR.replaced`
 _LONGEST_NAME = 255 - len(_REPLACED_SUFFIX)
-
-
-@dataclass(frozen=True)
-class ExportRecord:
-    """The record of an exported directory: what made it, from what, how it was checked, and the files it holds."""
-
-    fingerprint: str
-    settings: Mapping[str, Any]
-    inputs: Mapping[str, str]
-    stages: Mapping[str, Any]  # stage -> settings, inputs, fingerprint, tool version
-    read_back: Mapping[str, Any]
-    outputs: Mapping[str, RecordedFile]
-    tool_version: str
-    warnings: tuple[str, ...] = ()
-    schema: int = SCHEMA
-    variant: str = MAIN  # of the work directory; written where it is another
-
-    @classmethod
-    def read(cls, folder: Path) -> ExportRecord | None:
-        """The directory's record, None where it has none. Raises ArtifactError for a damaged one."""
-        path = folder / RECORD
-        if not path.exists():
-            return None
-        content = read_json(path)
-        whole = take_digest(content)
-        if content.get("schema") != SCHEMA:
-            raise ArtifactError(
-                f"{path} has schema {content.get('schema')!r:.80}; this version reads {SCHEMA}. Use --force to export "
-                "again."
-            )
-        content.setdefault("variant", MAIN)
-        wrong = record_problems(cls, content)
-        if not wrong and content["fingerprint"] != _fingerprint(content["settings"], content["inputs"]):
-            wrong = ["its fingerprint is not that of its settings and inputs"]
-        if not wrong and not whole:
-            wrong = [OTHER_RECORD]
-        if wrong:
-            raise ArtifactError(f"{path} is damaged:\n{listed(wrong)}\nUse --force to export again.")
-        return cls(**{**content, "warnings": tuple(content["warnings"])})
-
-
-def _fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    return content_digest({"stage": STAGE, "schema": SCHEMA, "settings": settings, "inputs": inputs})
 
 
 @dataclass(frozen=True)
@@ -100,7 +55,7 @@ def remember_export(work_dir: Path, folder: Path, noted: NotedExport | None) -> 
     A directory inside the work directory is noted by its path there, so that both can be moved together.
     """
     known = _known_or_none(work_dir)
-    kept = {path: made for path, made in known.items() if path.is_dir() or _partial_of(path).is_dir()}
+    kept = {path: made for path, made in known.items() if path.exists() or partial_of(path).is_dir()}
     kept.pop(folder.resolve(), None)
     if noted is not None:
         kept[folder.resolve()] = noted
@@ -164,7 +119,8 @@ def export_target(out: str) -> Path:
     return target
 
 
-def _partial_of(folder: Path) -> Path:
+def partial_of(folder: Path) -> Path:
+    """Where an export to `folder` is built."""
     return folder.with_name(folder.name + PARTIAL_SUFFIX)
 
 
@@ -185,6 +141,7 @@ class Account:
 class ExportFolder:
     """The directory to make, and whether it is new, done or stale.
 
+    A target that is one file is an `ExportFile`, see exported_file.py.
     settings   everything that changes the result;  inputs   name -> fingerprint of the stages it is made from
     variant    of the work directory; it is in the record, and in no fingerprint
     account    what was done, from when the work has ended
@@ -197,9 +154,13 @@ class ExportFolder:
     variant: str = MAIN
     account: Account | None = None
 
+    def record_room(self, stages: Mapping[str, Any]) -> int:
+        """Bytes that an exporter has to leave for the record in what it writes: none, it lies beside."""
+        return 0
+
     @property
     def fingerprint(self) -> str:
-        return _fingerprint(self.settings, self.inputs)
+        return export_fingerprint(self.settings, self.inputs)
 
     @property
     def noted(self) -> NotedExport:
@@ -209,7 +170,7 @@ class ExportFolder:
     @property
     def partial(self) -> Path:
         """Where it is built."""
-        return _partial_of(self.folder)
+        return partial_of(self.folder)
 
     def is_begun(self) -> bool:
         """Whether an export to it was begun and has not ended."""
@@ -217,7 +178,7 @@ class ExportFolder:
 
     def check_place(self) -> None:
         """Raises InputError for a directory that is not ours, or that cannot be made where it is asked for."""
-        if self.state() != "new":
+        if (self.is_ours() and not self.folder.is_mount()) or self.state() != "new":  # one that is damaged is replaced
             return
         self._refuse_foreign()
         above = next(folder for folder in self.folder.parents if folder.exists())
@@ -244,6 +205,10 @@ class ExportFolder:
                 "alone, even with --force. Name another directory, or remove this one."
             )
         return self._state_of(self.folder)
+
+    def is_ours(self) -> bool:
+        """Whether an export lies there, damaged or not."""
+        return (self.folder / RECORD).exists()
 
     def _state_of(self, folder: Path) -> str:
         record = ExportRecord.read(folder)
@@ -280,8 +245,7 @@ class ExportFolder:
         """
         if self._is_half_replaced():
             self._replaced.rename(self.folder)
-        ours = (self.folder / RECORD).exists()
-        state = "new" if force and ours else self.state()
+        state = "new" if force and self.is_ours() else self.state()
         if state == "done":
             self.verify(up_to_bytes=SHOWN_BYTES)
             self._tidy_finished()
@@ -299,23 +263,27 @@ class ExportFolder:
         """Makes `partial`, with nothing but its marker; what an earlier run left there is removed."""
         self._refuse_foreign()
         self.discard()
-        if self.folder.exists() and self._replaced.exists():  # a removal that did not come to its end
-            remove_folder(self._replaced, (RECORD, _PUT_ASIDE))
+        self._remove_put_aside()
         try:
             self.partial.mkdir(parents=True)
         except OSError as error:
             raise ArtifactError(refusal(error, self.partial, action="could not be made")) from error
         write_text(self.partial / BEGUN, json.dumps({"fingerprint": self.fingerprint}))
 
+    def _remove_put_aside(self) -> None:
+        """Ends a removal that did not come to its end."""
+        if self.folder.exists() and self._replaced.exists():
+            remove_folder(self._replaced, (RECORD, _PUT_ASIDE))
+
     def _refuse_foreign(self) -> None:
         """Raises ArtifactError for what lies at the names that are used beside the directory, and is not ours."""
-        foreign = [
-            path
-            for path, ours in ((self.partial, _is_our_partial), (self._replaced, _is_our_replaced))
-            if os.path.lexists(path) and not ours(path)
-        ]
+        foreign = [path for path, ours in self._beside() if os.path.lexists(path) and not ours(path)]
         if foreign:
             raise foreign_error(foreign)
+
+    def _beside(self) -> list[tuple[Path, Callable[[Path], bool]]]:
+        """Names beside the target that are used, and how what lies there is known to be ours."""
+        return [(self.partial, is_our_partial), (self._replaced, _is_our_replaced)]
 
     def _tidy_finished(self) -> None:
         """Removes what killed runs left of an export that is done; on a disk that is only read, it stays."""
@@ -339,9 +307,17 @@ class ExportFolder:
         up_to_bytes   contents of files up to this size are compared
         """
         record = ExportRecord.read(self.folder)
-        wrong = damaged_files(self.folder, record.outputs if record else {}, up_to_bytes=up_to_bytes)
+        wrong = self.damage(record.outputs if record else {}, up_to_bytes=up_to_bytes)
         if wrong:
             raise ArtifactError(f"{self.folder} is damaged:\n{listed(wrong)}\nUse --force to export it again.")
+
+    def damage(self, outputs: Mapping[str, RecordedFile], *, up_to_bytes: float) -> list[str]:
+        """A line for each file of a record that is missing or other than it was written."""
+        return damaged_files(self.folder, outputs, up_to_bytes=up_to_bytes)
+
+    def unexpected(self, record: ExportRecord) -> list[str]:
+        """A line for each file that came later."""
+        return unexpected_files(self.folder, record.outputs, ignored=(RECORD,))
 
     def warn(self, message: str, progress: Progress) -> None:
         """Shows a warning now, and keeps it for the record."""
@@ -351,7 +327,7 @@ class ExportFolder:
 
     def discard(self) -> None:
         """Removes what an unfinished export has left, and nothing of somebody else."""
-        if _is_our_partial(self.partial):
+        if is_our_partial(self.partial):
             remove_folder(self.partial, (BEGUN,))
 
     def finish(self, tool_version: str) -> ExportRecord:
@@ -364,24 +340,26 @@ class ExportFolder:
         for leftover in partials_below(self.partial)[0]:
             remove_partial(leftover)
         self._refuse_what_was_not_written(written)
-        outputs = {str(path.relative_to(self.partial)): record_of(path) for path in sorted(written)}
         record = ExportRecord(
             fingerprint=self.fingerprint,
             settings=self.settings,
             inputs=self.inputs,
             stages=self.account.stages,
             read_back=self.account.read_back,
-            outputs=outputs,
+            outputs=self._outputs(written),
             tool_version=tool_version,
             warnings=tuple(self.warnings),
             variant=self.variant,
         )
-        content = asdict(record)
-        if self.variant == MAIN:
-            del content["variant"]
-        write_json(self.partial / RECORD, with_digest(content))
+        self._put_record(record)
         self._put_in_place()
         return record
+
+    def _outputs(self, written: Written) -> dict[str, RecordedFile]:
+        return {str(path.relative_to(self.partial)): record_of(path) for path in sorted(written)}
+
+    def _put_record(self, record: ExportRecord) -> None:
+        write_json(self.partial / RECORD, record.content())
 
     def _refuse_what_was_not_written(self, written: Written) -> None:
         there = {path for path in self.partial.rglob("*") if not path.is_dir() or path.is_symlink()}
@@ -423,7 +401,7 @@ class ExportFolder:
         return _is_our_replaced(self._replaced) and (self._replaced / RECORD).exists() and not self.folder.exists()
 
 
-def _is_our_partial(folder: Path) -> bool:
+def is_our_partial(folder: Path) -> bool:
     """Whether it is what an export that did not end has left: begun, or not even that."""
     return folder.is_dir() and not folder.is_symlink() and (has_marker(folder, (BEGUN,)) or is_empty(folder))
 

@@ -60,7 +60,7 @@ def write_bytes_with(path: Path, writer: Callable[[Path], None]) -> None:
         with partial.open("rb+") as handle:
             os.fsync(handle.fileno())
         partial.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         _note(path)
     except OSError as error:
         raise ArtifactError(refusal(error, path, action="could not be written")) from error
@@ -130,7 +130,8 @@ def stamp_of(path: Path) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder to disk, so that a rename in it stays."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -175,7 +175,7 @@ class Plan:
         divided = [expert for expert, entry in enumerate(self.expert_bits[layer]) if isinstance(entry, tuple)]
         moved = [slot for slot, expert in enumerate(self.slots.get(layer, ())) if slot != expert]
         problems = []
-        beside = any(part.role is Role.EXPERT_BIAS and part.layer == layer for part in inventory.tensors)
+        beside = layer in inventory.layers_with_expert_biases
         if beside and divided:
             problems.append(
                 f"layer {layer}: experts {_some(divided)} are in blocks of channels, but have biases or norms of their "

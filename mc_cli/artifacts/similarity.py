@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mc_cli.artifacts.array_checks import array_problems
 from mc_cli.artifacts.files import read_arrays, write_arrays
 from mc_cli.errors import ArtifactError, listed
 
@@ -61,16 +62,7 @@ class ExpertSimilarity:
         square = ("float64", (num_experts, num_experts))
         shapes: dict[str, tuple[str, tuple[int, ...]]] = dict.fromkeys(_SQUARES, square)
         shapes |= {_SCALAR: ("int64", ()), _COUNTS: ("int64", (num_experts,))}
-        problems = [f"{name[:60]}: not a measure" for name in sorted(found.keys() - shapes.keys())]
-        for name, (dtype, shape) in shapes.items():
-            array = found.get(name)
-            if array is None:
-                problems.append(f"{name}: missing")
-            elif (str(array.dtype), array.shape) != (dtype, shape):
-                problems.append(f"{name}: {array.dtype} of shape {list(array.shape)}, not {dtype} of {list(shape)}")
-            elif not np.isfinite(array).all():
-                problems.append(f"{name}: some numbers are not finite")
-        problems += [] if problems or (found[_COUNTS] >= 0).all() else [f"{_COUNTS}: negative numbers"]
+        problems = array_problems(found, shapes, signed=_SQUARES)
         if problems:
             raise ArtifactError(f"{path} does not say how alike experts are:\n{listed(problems)}\nRun score --force.")
         measures: dict[str, Any] = {**found, _SCALAR: int(found[_SCALAR])}

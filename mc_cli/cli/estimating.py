@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _ASKED = "What is asked"
 _USUAL = (2.0, 2.5, 3.0, 4.0)  # stored bits, where no target is named
-# What a run cannot do without and an estimate can: text as much as is asked for, and a place below this one.
+# A run cannot do without these and an estimate can: text as much as is asked for, and a place below this one.
 _STANDS_IN = {"data": "bundled:calibration", "out": "model"}
 _FIT = Flag(FIT, _ASKED, metavar="SIZE", parse=parse_file_size)
 
@@ -67,7 +67,7 @@ def _flag(name: str, section: str, flag: Flag) -> inspect.Parameter:
 
 
 def estimate(given: Mapping[str, Any]) -> None:
-    """What it would take, and what comes of it; all that stands against it with exit status 1."""
+    """Tells what a run would take and give; tells all that stands against it, with exit status 1."""
     with telling_errors(debug=given["debug"]):
         problems = Problems()
         fit = None

@@ -119,6 +119,9 @@ def run_parameters() -> list[inspect.Parameter]:
         "--force-from", help="Like --force, but only for this stage and those after it.", metavar="STAGE"
     )
     effort = made_option("--effort", help=EFFORT, metavar="NAME")
+    only = made_option(
+        "--only", help="Of several targets those of these names, separated by commas. [default: all]", metavar="NAMES"
+    )
     return [
         parameter("recipe", Path | None, recipe, None),
         *(
@@ -131,6 +134,7 @@ def run_parameters() -> list[inspect.Parameter]:
         *(parameter(name, bool, info, False) for name, info in _COMMON.items()),
         parameter("force_from", str | None, force_from, None),
         parameter("effort", str | None, effort, None),
+        parameter("only", str | None, only, None),
     ]
 
 

@@ -81,7 +81,8 @@ def _plans_of(given: Mapping[str, Any]) -> list[RunPlan]:
         problems.tell()
     assert recipe is not None
     work_dir = given["work_dir"] and str(given["work_dir"])
-    return plan_runs(recipe.override(asked, work_dir, given["effort"], given["variant"]), problems, unread)
+    only = [name.strip() for name in (given["only"] or "").split(",") if name.strip()]
+    return plan_runs(recipe.override(asked, work_dir, given["effort"], given["variant"], only), problems, unread)
 
 
 def _run_plans(
@@ -102,10 +103,12 @@ def _run_plans(
 
     def head(outlook: Outlook) -> None:
         console.say_outlook(outlook)
+        drawn.expect(outlook.seconds)
         logbook.note("outlook", **outlook.plain())
 
     stages = [stage for number, plan in enumerate(plans) for stage in plan.stages if not number or stage not in SHARED]
-    progress = LoggedProgress(console.ConsoleProgress(stages=stages), logbook)
+    drawn = console.ConsoleProgress(stages=stages)
+    progress = LoggedProgress(drawn, logbook)
     made = chain.run_chains(plans, force_from=force_from, progress=progress, tell=tell, head=head)
     console.say_run([result for results in made for result in results])
     logbook.end(0)
@@ -132,7 +135,7 @@ def _print_made(works: Sequence[WorkDir], made: Sequence[list[StageResult]], giv
 def _print_forecasts(
     plans: Sequence[RunPlan], found: Sequence[tuple[list[PlannedStage], Outlook | None]], given: Mapping[str, Any]
 ) -> None:
-    """What a run would do, of each of its variants."""
+    """Tells for each variant what a run would do."""
     from mc_cli import console
 
     if len(plans) == 1:

@@ -12,13 +12,12 @@ from torch import nn
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import MatrixReport
 from mc_cli.coding.layer_result import LayerResult, PackedTensors, measured, planned_encoding
-from mc_cli.encodings import Encoding, family_of
+from mc_cli.encodings import Encoding, has_grids
 from mc_cli.numerics.hessian import accumulate
 from mc_cli.parts import KEPT_BITS, Role, TensorPart
 from mc_cli.quantizers import Quantizer
 from mc_cli.quantizers.job import CodingJob, Executor, InputMoments
 from mc_cli.quantizers.rtn import RoundToNearest
-from mc_cli.registry import GRIDS
 from mc_cli.walking.layerwise import LayerWalk
 
 # Weights of a head or embedding that are rounded at a time: 128 MiB in float32, and some times that meanwhile.
@@ -65,7 +64,7 @@ class LinearCoder:
         """Rounds the token embedding among `tensors` to its plan's width, if it has one; its weight is replaced.
 
         Its inputs are single rows, all of whose weights count alike: there is no Hessian to feed errors back by, and a
-        tied head's would help neither at 6 bits nor at 8. Only encodings that are no affine grids go to the quantizer.
+        tied head's would help neither at 6 bits nor at 8. Only encodings that are no grids go to the quantizer.
         """
         result = LayerResult()
         bits = self._plan.role_bits.get(Role.EMBEDDING, KEPT_BITS)
@@ -78,7 +77,7 @@ class LinearCoder:
                 continue
             encoding = planned_encoding(self._plan, bits, *part.shape, role=part.role)
             alike = InputMoments(torch.eye(part.shape[1], device=self._device)[None])
-            nearest = RoundToNearest(clip_search=True) if family_of(encoding) == GRIDS else self._quantizer
+            nearest = RoundToNearest(clip_search=True) if has_grids(encoding) else self._quantizer
             self._pack(path, part, nearest, alike, encoding, None, result)
         return result
 
@@ -176,9 +175,13 @@ def run_up_to(walk: LayerWalk, module: nn.Module, on_input: Callable[[torch.Tens
 
     with ExitStack() as stack:
         stack.callback(module.register_forward_pre_hook(stop).remove)
-        for rows in walk.batches():
+
+        def run(rows: slice) -> None:
             with torch.no_grad(), suppress(_InputSeen):
                 walk.call_layer(walk.hidden[rows].to(walk.source.device), rows)
+            walk.store.release(walk.hidden[rows])
+
+        walk.each_batch(run)
 
 
 def _pieces(

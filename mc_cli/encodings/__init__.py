@@ -9,6 +9,8 @@ may state facts that are not as for most:
   MORE_CANDIDATES  (bits, widths): further ones where `run` is asked for more than so many bits per expert weight
   ROWS_APART       False where outputs share stored bits, so that rows cannot be looked up one by one; True without it
   DEALS_CHANNELS   True where it matters which outputs lie together, so that experts' channels are put in an order
+  ALONE            where no affine grid may stand in for what the family lacks, since a format holds nothing else: what
+                   it has, as a clause for messages
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from mc_cli.errors import ArtifactError, ShapeError, listed, shown
 from mc_cli.parts import DROPPED, KEPT_BITS, Role
@@ -24,6 +26,8 @@ from mc_cli.registry import ENCODINGS, GRIDS, families, family_named
 
 if TYPE_CHECKING:
     import torch
+
+    from mc_cli.numerics.grid_rules import GridRule
 
 FASTEST = -1  # the number for the fastest compiled path that the machine has
 MOST = 2**31 - 2**10  # the most that compiled routines count: 32-bit integers, with room for rounding up
@@ -84,6 +88,31 @@ class Encoding(Protocol):
         ...
 
 
+class GridEncoding(Encoding, Protocol):
+    """An encoding of one grid of 2^bits levels per group of consecutive inputs; quantizers of grids make all of them.
+
+    It stores `codes`, a little-endian bit stream of each row, and what its rule says of the grids [..., out, groups].
+    """
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a grid."""
+        ...
+
+    @property
+    def rule(self) -> GridRule:
+        """What the grids can be."""
+        ...
+
+
+def has_grids(encoding: Encoding) -> TypeGuard[GridEncoding]:
+    """Whether an encoding is one of grids."""
+    return getattr(encoding, "rule", None) is not None
+
+
 def stored_bytes(encoding: Encoding, out_features: int, in_features: int) -> int:
     """Bytes on disk of one encoded matrix, scales and padding included."""
     return sum(spec.size_bytes for spec in encoding.tensor_specs(out_features, in_features).values())
@@ -97,12 +126,18 @@ def encoding_for(
     group_size_limit   inputs per scale of an affine grid, at most
     Raises ShapeError for an unknown family, half widths of affine grids, and where a matrix does not fit.
     """
-    for name in (family, GRIDS):
+    alone = ENCODINGS.fact(family_named(family), "ALONE")
+    for name in (family,) if alone else (family, GRIDS):
         found: Encoding | None = family_named(name).encoding_at(
             bits, out_features, in_features, group_size_limit=group_size_limit
         )
         if found is not None:
             return found
+    if alone:
+        raise ShapeError(
+            f"a matrix of {out_features} outputs and {in_features} inputs cannot have {bits} bits and groups of up to "
+            f"{group_size_limit}: {alone}"
+        )
     raise ShapeError(f"{bits} bits: affine grids have whole widths")
 
 

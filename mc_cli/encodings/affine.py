@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mc_cli import native
 from mc_cli.encodings import FASTEST, MOST, TensorSpec, check_parts
@@ -69,6 +69,13 @@ class AffineEncoding:
     @property
     def rows_apart(self) -> bool:
         return ROWS_APART
+
+    @property
+    def rule(self) -> Any:
+        """What its grids can be."""
+        from mc_cli.numerics.grid_rules import FRACTIONS
+
+        return FRACTIONS
 
     @property
     def zero_point_denominator(self) -> int:

@@ -36,7 +36,7 @@ def packed(content: Any) -> bytes:
 
 
 def unpacked(content: Any) -> Any:
-    """What `packed` was given."""
+    """Unpacks what `packed` was given."""
     return _Packer.loads(content)
 
 

@@ -56,7 +56,7 @@ class _Worker:
 
 
 def _serve(connection: Connection, threads: int) -> None:
-    """What a process does until its pipe is closed."""
+    """Does jobs that come over the pipe until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process ends the others
     desk = Desk(threads)
     try:

@@ -12,16 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mc_cli.artifacts.export_record import RECORD_KEY
 from mc_cli.artifacts.files import write_bytes_with, write_json, write_text
-from mc_cli.artifacts.packed import KEPT, ExpertLayout
+from mc_cli.artifacts.packed import KEPT
 from mc_cli.data.batches import Batch
-from mc_cli.encodings import encoding_from_key
+from mc_cli.encodings import Encoding, encoding_from_key
 from mc_cli.encodings.gguf import GgufEncoding
-from mc_cli.errors import ArtifactError, InputError, listed
+from mc_cli.errors import ArtifactError, listed
 from mc_cli.exporters import ExportJob
-from mc_cli.exporters.gguf_names import Names, architecture_of, gguf_package, write_metadata
+from mc_cli.exporters.gguf_architectures import architecture_of, differences, gguf_package, write_metadata
+from mc_cli.exporters.gguf_names import ROWS, TURNED, Names
 from mc_cli.exporters.gguf_tokenizer import write_tokenizer
 from mc_cli.exporters.model_card import model_card
+from mc_cli.exporters.packed_checkpoint import check_layout
 from mc_cli.measuring.logit_source import LogitSource, Reading
 from mc_cli.models.inventory import tied_tensors
 from mc_cli.models.model_folder import read_config
@@ -60,12 +63,16 @@ def export(job: ExportJob) -> None:
     files = open_packed(job.packed_folder)
     config = read_config(job.config_folder)
     check(config)
-    _check(files)
+    check_layout(files.layout, _holds, name="GGUF", engine="llama.cpp", stacked=True)
+    for sentence in differences(config):
+        job.warn(sentence)
     write_json(job.target / "config.json", job.original_config())
     title = job.card.base_model or job.card.model_type
     write_bytes_with(
         job.target / FILE,
-        lambda path: write_gguf(path, config, job.config_folder, _tensors(files), title=title),
+        lambda path: write_gguf(
+            path, config, job.config_folder, _tensors(files), title=title, record_bytes=job.record_bytes
+        ),
     )
     for part in job.parts:
         job.advance("outside the layers" if part < 0 else f"layer {part}")
@@ -80,59 +87,39 @@ def write_gguf(
     tensors: Iterable[tuple[str, Tensor, GgufEncoding | None]],
     *,
     title: str,
+    record_bytes: int = 0,
 ) -> None:
     """Writes a whole model with metadata and vocabulary.
 
-    folder    of the tokenizer
-    tensors   (name in the module tree, bytes of blocks or numbers, type of the blocks or None)
+    folder         of the tokenizer
+    tensors        (name in the module tree, bytes of blocks or numbers, type of the blocks or None)
+    record_bytes   left for the record of the export, among the first entries of the metadata
     """
     gguf = gguf_package()
     architecture = architecture_of(config)
     names = Names(config, architecture)
     writer = gguf.GGUFWriter(path, architecture.name)
+    if record_bytes:
+        writer.add_string(RECORD_KEY, " " * record_bytes)
     writer.add_name(title)
     write_metadata(writer, config, architecture)
     write_tokenizer(writer, folder, vocabulary=config.vocab_size, config=config)
     for name, tensor, kind in tensors:
         place = names.place(name)
-        rows = place.arranged(tensor) if len(place.names) == 1 else tensor
-        parts = rows.chunk(len(place.names), -2 if tensor.ndim > 2 else 0)
-        for written, part in zip(place.names, parts, strict=True):
-            _add(gguf, writer, written, part, kind)
+        for written, part, form in zip(place.names, place.split(tensor), place.forms, strict=True):
+            if form == ROWS:
+                _add(gguf, writer, written, part, kind)
+            else:
+                numbers = _numbers(part, kind)
+                _add(gguf, writer, written, numbers.transpose(-1, -2) if form == TURNED else numbers, None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _check(files: PackedFiles) -> None:
-    """Raises InputError, naming all of them, for what GGUF cannot hold."""
-    problems = [
-        f"{path}: {key}" for path, key in files.layout.linears.items() if not isinstance(_encoding(key), GgufEncoding)
-    ]
-    for block in files.layout.experts:
-        problems += list(_expert_problems(block))
-    if problems:
-        raise InputError(
-            f"{len(problems)} parts of the packed model cannot be held by GGUF:\n{listed(problems)}\n"
-            "Make scores, plan and packed model with --for llama.cpp, which keeps to what it holds."
-        )
-
-
-def _expert_problems(block: ExpertLayout) -> Iterator[str]:
-    if block.dropped:
-        yield f"{block.path}: {len(block.dropped)} experts are dropped"
-    if block.shared or block.divided:
-        yield f"{block.path}: experts are shared or cut"
-    for projection in block.projections:
-        keys = sorted({stack.key for stack in block.stacks(projection)})
-        if len(keys) > 1:
-            yield f"{block.path}.{projection}: several types ({', '.join(keys)}), where GGUF has one"
-        yield from (
-            f"{block.path}.{projection}: {key}"
-            for key in keys
-            if key != KEPT and not isinstance(encoding_from_key(key), GgufEncoding)
-        )
+def _holds(encoding: Encoding) -> bool:
+    return isinstance(encoding, GgufEncoding)
 
 
 def _encoding(key: str) -> object:
@@ -159,11 +146,18 @@ def _type(key: str) -> GgufEncoding | None:
     return found if isinstance(found, GgufEncoding) else None
 
 
+def _numbers(rows: Tensor, kind: GgufEncoding | None) -> Tensor:
+    """Rows as numbers: float32 where they are blocks."""
+    if kind is None:
+        return rows
+    return kind.dequantize({"codes": rows}, rows.shape[-1] // kind.kind.size_bytes * kind.kind.block)
+
+
 def _add(gguf: Any, writer: Any, name: str, tensor: Tensor, kind: GgufEncoding | None) -> None:
     tensor = tensor.contiguous()
     if kind is not None:
         writer.add_tensor(name, tensor.numpy(), raw_dtype=gguf.GGMLQuantizationType(kind.kind.number))
-    elif tensor.ndim < 2 or name.endswith("ffn_gate_inp.weight") or tensor.dtype == torch.float32:
+    elif tensor.ndim < 2 or name.endswith(("ffn_gate_inp.weight", ".bias")) or tensor.dtype == torch.float32:
         writer.add_tensor(name, tensor.float().numpy())
     elif tensor.dtype == torch.bfloat16:
         writer.add_tensor(name, tensor.view(torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)
@@ -196,11 +190,22 @@ class _Reader:
             )
         for name, place in places.items():
             parts = [self._numbers(gguf, written) for written in place.names]
-            whole = place.restored(parts[0]) if len(parts) == 1 else torch.cat(parts, -2)
+            whole = place.joined(
+                [
+                    part.transpose(-1, -2) if form == TURNED else part
+                    for part, form in zip(parts, place.forms, strict=True)
+                ]
+            )
             path, _, leaf = name.rpartition(".")
-            parameters = model.get_submodule(path)._parameters
-            placed = whole.reshape(parameters[leaf].shape).to(reading.device, parameters[leaf].dtype)
-            parameters[leaf] = torch.nn.Parameter(placed, requires_grad=False)
+            module = model.get_submodule(path)
+            if getattr(module, "is_transposed", False) and whole.ndim > 2:
+                whole = whole.transpose(-1, -2)
+            shape, dtype = getattr(module, leaf).shape, getattr(module, leaf).dtype
+            placed = whole.reshape(shape).to(reading.device, dtype).contiguous()
+            if leaf in module._buffers:
+                module._buffers[leaf] = placed
+            else:
+                module._parameters[leaf] = torch.nn.Parameter(placed, requires_grad=False)
         model.tie_weights()
         rebuild_buffers(model, reading.device)
         self.model = model.eval()

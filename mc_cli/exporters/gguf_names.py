@@ -1,134 +1,52 @@
-"""Names and metadata of model families in GGUF: which architecture of llama.cpp runs a model, and what it has to know.
-
-Tensor names come from the map of the `gguf` package; what that does not tell of a family is in `ARCHITECTURES`.
-"""
+"""Where the tensors of a model go in GGUF: names by the map of the `gguf` package, rows in the order of llama.cpp."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
-from mc_cli.errors import FamilyError, MissingDependencyError, listed
+import torch
+from torch import Tensor
 
-_EXPERTS = re.compile(r"(.*\.layers\.(\d+)\..*experts)\.(gate_up_proj|down_proj)")
+from mc_cli.errors import FamilyError
+from mc_cli.exporters.gguf_architectures import Architecture, gguf_package
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """One family in llama.cpp.
-
-    name      of the architecture
-    permutes  whether rows of query and key are in llama.cpp's order of rotary pairs
-    normed    whether it divides the chosen experts' weights by their sum; None: the file says so
-    metadata  what it has to be told beside what all are told: writer's method -> entry of config.json
-    """
-
-    name: str
-    permutes: bool = False
-    normed: bool | None = None
-    metadata: Mapping[str, str] = ()  # type: ignore[assignment]
+_EXPERTS = re.compile(r".*\.layers\.(\d+)\..*experts\.(gate_up_proj|down_proj)(_bias)?")
+_LATENT = re.compile(r".*\.layers\.(\d+)\.self_attn\.kv_b_proj\.weight")
+_RENAMED = (  # transformers' ends of names -> those that the map knows
+    ("e_score_correction_bias", "e_score_correction.bias"),
+    (".sinks", ".sinks.weight"),
+)
+ROWS, NUMBERS, TURNED = "rows", "numbers", "turned"
+Parts = Sequence[Tensor]
 
 
-_WIDTH = {"add_expert_feed_forward_length": "moe_intermediate_size"}
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "mixtral": Architecture("llama", permutes=True, normed=True, metadata={}),
-    "olmoe": Architecture("olmoe", normed=False, metadata={}),
-    "qwen2_moe": Architecture(
-        "qwen2moe",
-        normed=False,
-        metadata={**_WIDTH, "add_expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
-    ),
-    "qwen3_moe": Architecture("qwen3moe", normed=True, metadata=_WIDTH),
-}
+def _itself(rows: Tensor) -> Parts:
+    return (rows,)
 
 
-def gguf_package() -> ModuleType:
-    """The package `gguf`. Raises MissingDependencyError where it is not installed."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingDependencyError(
-            "--format gguf needs the package gguf: pip install 'mixture-compressor[gguf]'."
-        ) from error
-    module: ModuleType = gguf
-    return module
-
-
-def architecture_of(config: Any) -> Architecture:
-    """The architecture of a model. Raises FamilyError, naming all that llama.cpp computes otherwise or not at all."""
-    found = ARCHITECTURES.get(config.model_type)
-    if found is None:
-        raise FamilyError(
-            f"Models of type {config.model_type!r} cannot be exported as GGUF; these can: "
-            f"{', '.join(sorted(ARCHITECTURES))}. Choose another --format."
-        )
-    problems = list(_otherwise(config, found))
-    if problems:
-        raise FamilyError(
-            f"llama.cpp computes this {config.model_type} otherwise than its config.json says:\n{listed(problems)}\n"
-            "Choose another --format."
-        )
-    return found
-
-
-def _otherwise(config: Any, architecture: Architecture) -> Iterator[str]:
-    normed = getattr(config, "norm_topk_prob", None)
-    if normed is not None and architecture.normed is not None and normed != architecture.normed:
-        yield f"norm_topk_prob is {normed}, llama.cpp's {architecture.name} has {architecture.normed}"
-    if getattr(config, "hidden_act", "silu") != "silu":
-        yield f"hidden_act is {config.hidden_act}, llama.cpp's {architecture.name} has silu"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        yield f"rope_type is {rope['rope_type']}; only default is written"
-    window = getattr(config, "sliding_window", None)
-    used = bool(window) and getattr(config, "use_sliding_window", True)
-    if used and window < config.max_position_embeddings:
-        yield f"sliding_window is {window}, llama.cpp's {architecture.name} attends to all"
-    dense = getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1
-    if dense:
-        yield "some layers have no experts (mlp_only_layers, decoder_sparse_step); llama.cpp wants them in all"
-    if config.model_type == "olmoe" and config.num_key_value_heads != config.num_attention_heads:
-        yield f"{config.num_key_value_heads} key heads; llama.cpp's olmoe has as many as query heads"
-    if getattr(config, "clip_qkv", None) is not None:
-        yield f"clip_qkv is {config.clip_qkv}; it is not written"
-
-
-def write_metadata(writer: Any, config: Any, architecture: Architecture) -> None:
-    """All that llama.cpp asks for beside tensors and vocabulary."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    rope = getattr(config, "rope_parameters", None) or {}
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", getattr(config, "rope_theta", 10000.0))))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_expert_count(getattr(config, "num_local_experts", None) or config.num_experts)
-    writer.add_expert_used_count(config.num_experts_per_tok)
-    for method, entry in architecture.metadata.items():
-        getattr(writer, method)(getattr(config, entry))
+def _alone(parts: Parts) -> Tensor:
+    return parts[0]
 
 
 @dataclass(frozen=True)
 class Place:
     """Where one tensor of the module tree goes.
 
-    names     of the GGUF tensors; two for rows of gate and up that lie in one
-    arranged  rows of the tree's tensor -> rows as llama.cpp wants them;  restored  the way back
+    names   of the GGUF tensors
+    split   the tree's tensor [..., rows, anything] -> that of each name; rows are moved, none is looked into, so that
+            rows may be numbers or bytes of blocks
+    joined  the way back
+    forms   how each is stored: ROWS as they are, blocks included; NUMBERS, never blocks; TURNED, numbers with rows and
+            columns exchanged, along which no blocks lie
     """
 
     names: tuple[str, ...]
-    arranged: Callable[[Any], Any] = lambda rows: rows
-    restored: Callable[[Any], Any] = lambda rows: rows
+    split: Callable[[Tensor], Parts] = _itself
+    joined: Callable[[Parts], Tensor] = _alone
+    forms: tuple[str, ...] = (ROWS,)
 
 
 class Names:
@@ -143,10 +61,13 @@ class Names:
     def place(self, name: str) -> Place:
         """The place of a tensor by its name in transformers' module tree, rows second to last."""
         if match := _EXPERTS.fullmatch(name):
-            layer, projection = match[2], match[3]
-            kinds = ("gate", "up") if projection == "gate_up_proj" else ("down",)
-            return Place(tuple(f"blk.{layer}.ffn_{kind}_exps.weight" for kind in kinds))
-        found = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
+            return self._of_experts(match[1], match[2], is_bias=bool(match[3]))
+        if self._architecture.latent and (match := _LATENT.fullmatch(name)):
+            return self._of_latent(match[1])
+        known = name
+        for ending, other in _RENAMED:
+            known = known.removesuffix(ending) + other if known.endswith(ending) else known
+        found = self._map.get_name(known, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise FamilyError(
                 f"llama.cpp's {self._architecture.name} has no place for the tensor {name}. Choose another --format."
@@ -157,14 +78,58 @@ class Names:
             return Place((found,), *_rotary(heads[kind]))
         return Place((found,))
 
+    def _of_experts(self, layer: str, projection: str, *, is_bias: bool) -> Place:
+        """Stacked experts: gate and up, which lie in one, apart."""
+        end = "bias" if is_bias else "weight"
+        if projection == "down_proj":
+            return Place((f"blk.{layer}.ffn_down_exps.{end}",))
+        names = (f"blk.{layer}.ffn_gate_exps.{end}", f"blk.{layer}.ffn_up_exps.{end}")
+        rows = -1 if is_bias else -2
+        if self._architecture.interleaved:
+            return Place(names, *_taking_turns(rows), (ROWS, ROWS))
+        return Place(
+            names, lambda whole: whole.chunk(2, rows), lambda parts: torch.cat(tuple(parts), rows), (ROWS, ROWS)
+        )
 
-def _rotary(heads: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    def _of_latent(self, layer: str) -> Place:
+        """The matrix from the latent vector to the heads' keys and values, as two; that of keys multiplies queries.
+
+        That of values are numbers, too: on processors with AMX, llama.cpp gives NaN for blocks in three dimensions
+        (version 0.3.36 of llama-cpp-python, where Q4_K to Q8_0 and IQ4_XS are multiplied by tiles).
+        """
+        heads = self._config.num_attention_heads
+        sizes = (self._config.qk_nope_head_dim, self._config.v_head_dim)
+
+        def split(rows: Tensor) -> Parts:
+            return rows.unflatten(0, (heads, sum(sizes))).split(sizes, 1)
+
+        def joined(parts: Parts) -> Tensor:
+            return torch.cat(tuple(parts), 1).flatten(0, 1)
+
+        names = (f"blk.{layer}.attn_k_b.weight", f"blk.{layer}.attn_v_b.weight")
+        return Place(names, split, joined, (TURNED, NUMBERS))
+
+
+def _taking_turns(rows: int) -> tuple[Callable[[Tensor], Parts], Callable[[Parts], Tensor]]:
+    """(to even rows and odd ones, back) along the dimension `rows`, counted from the end."""
+
+    def split(whole: Tensor) -> Parts:
+        return whole.unflatten(rows, (-1, 2)).unbind(rows)
+
+    def joined(parts: Parts) -> Tensor:
+        return torch.stack(tuple(parts), rows).flatten(rows - 1, rows)
+
+    return split, joined
+
+
+def _rotary(heads: int) -> tuple[Callable[[Tensor], Parts], Callable[[Parts], Tensor]]:
     """(to pairs that are neighbours, back to pairs half a head apart) of rows [heads * features, ...]."""
 
-    def arranged(rows: Any) -> Any:
-        return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    def arranged(rows: Tensor) -> Parts:
+        return (rows.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).reshape(rows.shape),)
 
-    def restored(rows: Any) -> Any:
-        return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    def restored(parts: Parts) -> Tensor:
+        (rows,) = parts
+        return rows.unflatten(0, (heads, -1, 2)).swapaxes(1, 2).reshape(rows.shape)
 
     return arranged, restored

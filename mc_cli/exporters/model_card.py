@@ -37,9 +37,14 @@ class CardFacts:
         return sum(sizes.total for sizes in self.role_bytes.values())
 
 
-def model_card(facts: CardFacts, *, title: str, opening: str, loading: str, size_note: str = "") -> str:
-    """The card's Markdown; `opening`, `loading` and `size_note` are the exporter's own words."""
-    parts = [_front_matter(facts, title), f"# {title}", opening, "## How to load it", loading]
+def model_card(
+    facts: CardFacts, *, title: str, opening: str, loading: str, size_note: str = "", library: str = "transformers"
+) -> str:
+    """The card's Markdown; `opening`, `loading` and `size_note` are the exporter's own words.
+
+    library  that loads it, by the hub's name
+    """
+    parts = [_front_matter(facts, title, library), f"# {title}", opening, "## How to load it", loading]
     parts += ["## What is not in it", *facts.left_out] if facts.left_out else []
     parts += ["## Size", _size_sentence(facts, size_note), _size_table(facts)]
     parts += _measured(facts.evaluation)
@@ -48,7 +53,7 @@ def model_card(facts: CardFacts, *, title: str, opening: str, loading: str, size
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(facts: CardFacts, title: str) -> str:
+def _front_matter(facts: CardFacts, title: str, library: str) -> str:
     """Metadata under the names that the hub reads."""
     entries: dict[str, Any] = dict(facts.original)
     if facts.base_model:
@@ -62,7 +67,7 @@ def _front_matter(facts: CardFacts, title: str) -> str:
         text = {"task": {"type": "text-generation"}, "dataset": {"type": "text", "name": "held-out text"}}
         entries["model-index"] = [{"name": title, "results": [{**text, "metrics": metrics}]}]
     written = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=1000)
-    return f"---\nlibrary_name: transformers\n{written}---"
+    return f"---\nlibrary_name: {library}\n{written}---"
 
 
 def _metrics(facts: CardFacts) -> Iterable[dict[str, Any]]:

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 import torch
 
 from mc_cli.artifacts.evaluation import TextResult
+from mc_cli.artifacts.routes import Flip, LayerRoutes
 from mc_cli.data.text import Windows
 from mc_cli.models.memory import release_freed_memory
 from mc_cli.parts import ExpertBlock
 from mc_cli.progress import Progress
 from mc_cli.walking.layerwise import LayerSource, LayerWalk
-from mc_cli.walking.routing import watching
+from mc_cli.walking.routing import RoutingCapture, watching
+
+_FLIPS = 20  # of a layer, that are told
 
 
 class _Sums:
@@ -55,43 +58,56 @@ def compare(
     *,
     batch_size: int,
     progress: Progress,
-) -> tuple[TextResult, dict[str, TextResult], dict[int, float]]:
-    """(all text, per domain, router changes per MoE layer); both models see the same windows.
+) -> tuple[TextResult, dict[str, TextResult], list[LayerRoutes]]:
+    """(all text, per domain, the routing of both per MoE layer); both models see the same windows.
 
     Only the last `fresh` predictions of each window count, so overlapping windows count every token once.
     """
     walks = [LayerWalk(source, windows.batch, batch_size=batch_size) for source in (original, packed)]
-    changes: dict[int, float] = {}
+    routes: list[LayerRoutes] = []
     with progress.step("prune-eval: original and packed model", total=walks[0].num_layers + 1, unit="layer") as step:
         for layer in range(walks[0].num_layers):
-            chosen = [advance(walk, blocks.get(layer), layer) for walk in walks]
-            if chosen[0] is not None and chosen[1] is not None:
-                changes[layer] = changed_share(chosen[0], chosen[1])
+            seen = [advance(walk, blocks.get(layer), layer) for walk in walks]
+            if seen[0] is not None and seen[1] is not None:
+                routes.append(compared_routes(layer, seen[0], seen[1]))
             step.advance(note=f"layer {layer}")
         total, domains = losses(walks[0], walks[1], windows)
         step.advance(note="head")
-    return total, domains, changes
+    return total, domains, routes
 
 
-def advance(walk: LayerWalk, block: ExpertBlock | None, layer: int) -> torch.Tensor | None:
-    """Runs one layer and returns the experts chosen [tokens, k], None for a dense layer."""
+def advance(walk: LayerWalk, block: ExpertBlock | None, layer: int) -> RoutingCapture | None:
+    """Runs one layer and returns what its router did, None for a dense layer."""
     walk.source.load(layer)
+    capture = None
     if block is None:
         walk.run_layer(advance=True)
-        index = None
     else:
         with watching(walk.source.model, block) as capture:
             walk.run_layer(advance=True)
-        index = capture.index
     walk.source.free(layer)
     release_freed_memory()
-    return index
+    return capture
 
 
-def changed_share(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Share of chosen experts of `one` [tokens, k] that `other` did not choose for the same token, in any order."""
-    kept = (one[:, :, None] == other[:, None, :]).any(-1)
-    return 1.0 - float(kept.double().mean())
+def compared_routes(layer: int, original: RoutingCapture, packed: RoutingCapture) -> LayerRoutes:
+    """Loads and information of both, and which choices differ, whatever the order of a token's experts."""
+    one, other = original.index, packed.index
+    changed, flips = changed_choices(one, other)
+    return LayerRoutes(layer, original.routes(), packed.routes(), changed, flips)
+
+
+def changed_choices(one: torch.Tensor, other: torch.Tensor) -> tuple[list[int], list[Flip]]:
+    """(tokens by how many experts of `one` [tokens, k] `other` did not choose, the most frequent single exchanges)."""
+    same = one[:, :, None] == other[:, None, :]
+    lost, gained = ~same.any(2), ~same.any(1)
+    counts = lost.sum(1)
+    single = counts == 1
+    pairs = torch.stack([one[single][lost[single]], other[single][gained[single]]], 1)
+    found, times = torch.unique(pairs, dim=0, return_counts=True)
+    order = torch.argsort(times, descending=True, stable=True)[:_FLIPS]
+    flips = [Flip(*map(int, found[place]), int(times[place])) for place in order.tolist()]
+    return torch.bincount(counts, minlength=one.shape[1] + 1).tolist(), flips
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from mc_cli.artifacts.files import read_json
 from mc_cli.artifacts.strict_json import has_half_character
 from mc_cli.errors import InputError, shown
 from mc_cli.models.model_name import check_model_folder, resolve_model
+from mc_cli.settings.compute import DTYPES
 
 UNTIMED = 2  # first tokens of a measurement: they find caches cold and buffers unmade
 _MOST_THREADS = 1024
@@ -26,9 +27,6 @@ def check_generation(model: str, prompt: str, seed: int) -> Path:
     folder = resolve_model(model, asked_as="DIR")
     check_model_folder(folder)
     return folder
-
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def check_served(model: str, dtype: str) -> Path:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,6 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
@@ -34,14 +30,24 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from mc_cli.artifacts.scratch import InMemory
 from mc_cli.errors import CheckpointError, listed
 from mc_cli.families import facts_of
+from mc_cli.models.conversion_targets import FusedSlice, Target, joined_rows
+from mc_cli.models.expert_gates import up_name
+from mc_cli.models.experts import find_experts
 from mc_cli.models.finite import damaged_weights, is_finite
 from mc_cli.models.inventory import find_decoder_layers, tied_tensors
+from mc_cli.models.memory import collector_paused
 from mc_cli.models.model_class import model_class
 from mc_cli.models.model_folder import config_file, read_config
+from mc_cli.models.paged_experts import PAGED, PagedWeights
+from mc_cli.models.pieces import WHOLE, Pieces
 from mc_cli.models.skeleton import build_skeleton, initialise, non_persistent_buffers, rebuild_buffers
-from mc_cli.models.tensor_files import StoredTensor, TensorFiles, check_format
+from mc_cli.models.tensor_files import TensorFiles
+from mc_cli.sources import layouts_of
+from mc_cli.sources.folding import ACTIVATION_ENDINGS
+from mc_cli.sources.layout import StoredTensor
 
 __all__ = ["REST", "Checkpoint", "build_skeleton", "read_config", "rebuild_buffers"]
 
@@ -62,107 +68,46 @@ def part_tensors(model: nn.Module, layers_path: str, part: int) -> dict[str, tor
     return {name: state[name] for name in state if name not in tied and part_of(name, layers_path) == part}
 
 
-@dataclass
-class _Target:
-    """The stored tensors that one tensor of the model is made of, by the source pattern of the conversion."""
-
-    name: str
-    converter: WeightConverter | None  # None: one stored tensor, renamed at most
-    pieces: dict[str | None, list[StoredTensor]] = field(default_factory=lambda: defaultdict(list))
-
-    @property
-    def all_pieces(self) -> list[StoredTensor]:
-        return [piece for pieces in self.pieces.values() for piece in pieces]
-
-    @property
-    def patterns(self) -> list[str]:
-        return list(self.converter.source_patterns) if self.converter else []
-
-    @property
-    def names(self) -> list[str]:
-        """The tensors that the conversion yields: one, or several where it splits a stored one."""
-        ends = list(self.converter.target_patterns) if self.converter else []
-        return [self.name, *(self.name.replace(ends[0], other) for other in ends[1:])]
-
-    @property
-    def fuses_experts(self) -> bool:
-        """True where the conversion stacks one tensor per expert, and joins gate and up rows if there are both."""
-        steps = (
-            [(type(step), getattr(step, "dim", None)) for step in self.converter.operations] if self.converter else []
-        )
-        return steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
-
-    @property
-    def is_twice(self) -> bool:
-        """True where two stored tensors claim the same place."""
-        if self.converter is None or None in self.pieces:
-            return len(self.all_pieces) > 1
-        return self.fuses_experts and any(
-            len(pieces) > len({_expert_of(piece.key) for piece in pieces}) for pieces in self.pieces.values()
-        )
-
-    def lost_experts(self, num_experts: int) -> list[str]:
-        """Keys of the experts' tensors that are missing among the pieces of a pattern."""
-        lost = []
-        for pieces in self.pieces.values():
-            there = {_expert_of(piece.key): piece.key for piece in pieces}
-            before, _, after = next(iter(there.values())).rpartition(f".{next(iter(there))}.")
-            lost += [f"{before}.{expert}.{after}" for expert in range(num_experts) if expert not in there]
-        return lost
-
-    def fits(self, wanted: tuple[int, ...]) -> bool:
-        """Whether the stored shapes give a tensor of shape `wanted`, as far as the headers tell."""
-        if self.fuses_experts:
-            part = (wanted[1] // len(self.patterns), *wanted[2:])
-            whole = dict.fromkeys(self.patterns, wanted[0])
-            counts = {pattern: len(pieces) for pattern, pieces in self.pieces.items()}
-            return {piece.shape for piece in self.all_pieces} == {part} and counts == whole
-        return self.converter is not None or self.all_pieces[0].shape == wanted
-
-
-def _expert_of(key: str) -> int:
-    """The expert that a tensor of one expert belongs to."""
-    return int(re.findall(r"\.(\d+)\.", key)[-1])
-
-
-class _FusedSlice:
-    """Per-expert tensors that become one fused tensor when indexed.
-
-    transformers' own conversion holds the parts and the whole at once, several times a layer's size for large models.
-    """
-
-    def __init__(self, rows: list[list[Any]], shape: torch.Size, dtype: torch.dtype) -> None:
-        self._rows, self._shape, self._dtype = rows, shape, dtype
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        fused = torch.empty(self._shape, dtype=self._dtype)
-        for expert in range(self._shape[0]):
-            begin = 0
-            for parts in self._rows:
-                part = parts[expert][...]
-                fused[expert, begin : begin + len(part)] = part
-                begin += len(part)
-        return fused[index]
-
-
 class Checkpoint:
     """A checkpoint's tensors, sorted by the decoder layer of the skeleton they belong to.
 
     model          the skeleton; `load` and `free` fill and empty its parts
     layers_path    module path of the decoder layers
     stored_dtypes  module-tree name -> dtype of the tensor when it is kept as it is
+    store          where tensors lie that are not needed all the time
     text_alone     whether the checkpoint is of a model for images or sound, of which this is the text part
     not_read       weight files beside those that are read
     unused         keys that the model's class has no place for, such as the layers of multi-token prediction
+    unplaced       names that transformers looks for unused keys under, and finds none
+    activations    keys of scales for activations or the cache, which a quantized checkpoint may hold
+    stored_sizes   module-tree name -> bytes in the files, where the tensor is stored in codes
     """
 
-    def __init__(self, folder: Path, config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    @collector_paused()
+    def __init__(
+        self,
+        folder: Path,
+        config: PretrainedConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        pieces: Pieces = WHOLE,
+        store: InMemory | None = None,
+    ) -> None:
+        """Reads the headers.
+
+        pieces  says which layers' experts are read one by one, when they are asked for
+        store   for weights that are written over such experts, and for what a stage keeps beside the model
+        """
         transformers_logging.disable_progress_bar()
         self.folder = folder
         self.device = device
         self.dtype = dtype
-        quantization = _quantization_entry(config)
-        check_format(folder, quantization)
+        quantization = quantization_entry(config)
+        layouts_of(folder, quantization)
+        self._quantized = quantization is not None
+        self._pieces = pieces
+        self.store = store or InMemory()
         self.text_alone = not model_class(config).whole
         self.files = TensorFiles(folder, quantization, named=getattr(config, "transformers_weights", None))
         _check_counts(folder, config, self.files.tensors)
@@ -171,8 +116,11 @@ class Checkpoint:
         self.stored_dtypes: dict[str, torch.dtype] = {}
         self.not_read = self.files.not_read
         self.unused: list[str] = []
+        self.activations: list[str] = []
+        self.unplaced: set[str] = set()
+        self.stored_sizes: dict[str, int] = {}
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
-        self._targets: dict[int, list[_Target]] = defaultdict(list)
+        self._targets: dict[int, list[Target]] = defaultdict(list)
         self._derived: dict[int, list[str]] = defaultdict(list)
         self._sort_keys(getattr(config.get_text_config(), "dtype", None) or torch.bfloat16)
         rebuild_buffers(self.model, device)
@@ -184,16 +132,18 @@ class Checkpoint:
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         prefix = self.model.base_model_prefix
         known = self.model.state_dict()
-        targets: dict[str, _Target] = {}
-        for key, tensor in sorted(self.files.tensors.items(), key=lambda entry: _natural_order(entry[0])):
+        targets: dict[str, Target] = {}
+        for key in _in_natural_order(self.files.tensors):
+            tensor = self.files.tensors[key]
             name, pattern = rename_source_key(key, renamings, converters, prefix, known)
             if name not in known and key in known:
                 name, pattern = rename_source_key(key, [], [], prefix, known)
             if name not in known:
-                self.unused.append(key)
+                (self.activations if self._is_of_activations(key) else self.unused).append(key)
+                self.unplaced.add(name)
                 continue
             converter = by_pattern[pattern] if pattern is not None else None
-            targets.setdefault(name, _Target(name, converter)).pieces[pattern].append(tensor)
+            targets.setdefault(name, Target(name, converter)).pieces[pattern].append(tensor)
             self.stored_dtypes[name] = tensor.dtype or dequantized
         self._check_twice(targets)
         self._check_tied(targets)
@@ -202,8 +152,13 @@ class Checkpoint:
         self._check_dtypes(targets, known)
         for target in targets.values():
             self._targets[self.layer_of(target.name)].append(target)
+            if any(piece.layout is not None for piece in target.all_pieces):
+                self.stored_sizes[target.name] = sum(piece.size_bytes for piece in target.all_pieces)
 
-    def _check_twice(self, targets: dict[str, _Target]) -> None:
+    def _is_of_activations(self, key: str) -> bool:
+        return self._quantized and key.endswith(ACTIVATION_ENDINGS)
+
+    def _check_twice(self, targets: dict[str, Target]) -> None:
         """Raises CheckpointError for tensors that are there under two names, or fused and apart: they may differ."""
         twice = [
             f"{target.name}: {', '.join(piece.key for piece in target.all_pieces[:4])}"
@@ -216,7 +171,7 @@ class Checkpoint:
                 "Keep the tensors of one checkpoint."
             )
 
-    def _check_tied(self, targets: dict[str, _Target]) -> None:
+    def _check_tied(self, targets: dict[str, Target]) -> None:
         """Leaves out a tied tensor that is stored beside its twin; they must be equal."""
         for name, twin in self.model.all_tied_weights_keys.items():
             if name in targets and twin in targets:
@@ -233,7 +188,7 @@ class Checkpoint:
             elif name in targets:
                 self.stored_dtypes[twin] = self.stored_dtypes[name]
 
-    def _check_complete(self, targets: dict[str, _Target], known: dict[str, torch.Tensor]) -> None:
+    def _check_complete(self, targets: dict[str, Target], known: dict[str, torch.Tensor]) -> None:
         reached = {name for target in targets.values() for name in target.names}
         facts = facts_of(self.model.config)
         missing = []
@@ -254,7 +209,7 @@ class Checkpoint:
         tied = self.model.all_tied_weights_keys
         return tied.get(name) in reached or any(twin == name and other in reached for other, twin in tied.items())
 
-    def _check_shapes(self, targets: dict[str, _Target], known: dict[str, torch.Tensor]) -> None:
+    def _check_shapes(self, targets: dict[str, Target], known: dict[str, torch.Tensor]) -> None:
         """Raises CheckpointError for tensors that do not fit the skeleton, as far as the headers tell."""
         wrong, lost = [], []
         for name, target in targets.items():
@@ -277,7 +232,7 @@ class Checkpoint:
                 "config.json may be of another model, or the files of another revision."
             )
 
-    def _check_dtypes(self, targets: dict[str, _Target], known: dict[str, torch.Tensor]) -> None:
+    def _check_dtypes(self, targets: dict[str, Target], known: dict[str, torch.Tensor]) -> None:
         """Raises CheckpointError for integers where the model computes with floats, and the other way round."""
         wrong = [
             f"{piece.key}: {str(piece.dtype).removeprefix('torch.')}"
@@ -299,10 +254,17 @@ class Checkpoint:
     def load(self, part: int) -> None:
         """Materialises one decoder layer, or REST, on the device. Raises CheckpointError on non-finite weights."""
         where = f"{self.folder}, {'outside the layers' if part == REST else f'layer {part}'}"
-        keys = [piece.key for target in self._targets[part] for piece in target.all_pieces]
-        with self.files.reading(keys) as slices:
+        apart = self._page_experts(part, where)
+        targets = [target for target in self._targets[part] if target.name not in apart]
+        kept = {target.name: self._is_kept_in_float32(target.name) for target in targets}
+        dtypes = {
+            piece.key: torch.float32 if kept[target.name] else self.dtype
+            for target in targets
+            for piece in target.all_pieces
+        }
+        with self.files.reading(dtypes, dtypes) as slices:
             readable: dict[str, Any] = {}
-            for target in self._targets[part]:
+            for target in targets:
                 readable |= self._readable(target, slices)
             self._convert(readable | self._derive(part), where)
         root = self.model if part == REST else self.model.get_submodule(f"{self.layers_path}.{part}")
@@ -312,13 +274,50 @@ class Checkpoint:
         root.requires_grad_(False)
         _check_finite(root, where, self.dtype)
 
-    def _readable(self, target: _Target, slices: dict[str, Any]) -> dict[str, Any]:
+    def _page_experts(self, part: int, where: str) -> set[str]:
+        """The names of fused experts of a part that stay in its files, to be read expert by expert."""
+        found: set[str] = set()
+        targets = {target.name: target for target in self._targets[part]}
+        root = self.model if part == REST else self.model.get_submodule(f"{self.layers_path}.{part}")
+        for path, module in find_experts(root):
+            prefix = path if part == REST else f"{self.layers_path}.{part}.{path}"
+            fused = {name: targets.get(f"{prefix}.{name}") for name in (up_name(module), "down_proj")}
+            size = sum(getattr(module, name).numel() * self.dtype.itemsize for name in fused)
+            if not self._pieces.experts_apart(size) or not all(self._by_expert(each) for each in fused.values()):
+                continue
+            reader = ExpertReader(self, {name: each for name, each in fused.items() if each is not None}, where)
+            setattr(module, PAGED, PagedWeights(reader.read, self.store))
+            found |= {f"{prefix}.{name}" for name in fused}
+        return found
+
+    @property
+    def reads_experts(self) -> bool:
+        """Whether the files allow that every layer's experts are read one by one."""
+        targets = {target.name: target for part in self._targets.values() for target in part}
+        fused = (f"{path}.{name}" for path, each in find_experts(self.model) for name in (up_name(each), "down_proj"))
+        return all(self._by_expert(targets.get(name)) for name in fused)
+
+    def _by_expert(self, target: Target | None) -> bool:
+        return target is not None and target.by_expert and not self._is_kept_in_float32(target.name)
+
+    def expert_of(self, target: Target, expert: int) -> torch.Tensor:
+        """One expert's part of a fused tensor, as the model lays it out, in its dtype."""
+        shape = self.model.get_parameter(target.name).shape[1:]
+        if not target.fuses_experts:
+            (stored,) = target.all_pieces
+            with self.files.reading([stored.key], {stored.key: self.dtype}) as slices:
+                return torch.empty(shape, dtype=self.dtype).copy_(slices[stored.key][expert])
+        keys = [target.pieces[pattern][expert].key for pattern in target.patterns]
+        with self.files.reading(keys) as slices:
+            return joined_rows([slices[key] for key in keys], torch.empty(shape, dtype=self.dtype))
+
+    def _readable(self, target: Target, slices: dict[str, Any]) -> dict[str, Any]:
         """The input of transformers' conversion for one tensor; experts are fused here, under the fused name."""
         if not target.fuses_experts or self._is_kept_in_float32(target.name):
             return {piece.key: slices[piece.key] for piece in target.all_pieces}
         rows = [[slices[piece.key] for piece in target.pieces[pattern]] for pattern in target.patterns]
         wanted = self.model.get_parameter(target.name)
-        return {target.name: _FusedSlice(rows, wanted.shape, wanted.dtype)}
+        return {target.name: FusedSlice(rows, wanted.shape, wanted.dtype)}
 
     def _dtype_plan(self) -> dict[str, torch.dtype]:
         return self.model._get_dtype_plan(self.dtype)
@@ -366,16 +365,46 @@ class Checkpoint:
         root.to("meta")
         for module, buffers in kept:
             module._buffers.update(buffers)
+            module.__dict__.pop(PAGED, None)
 
 
-def _natural_order(name: str) -> list[tuple[Any, ...]]:
-    """The key by which transformers sorts names; names share their pieces, of which each is looked at once."""
-    return [_natural_piece(piece) for piece in name.split(".")]
+class ExpertReader:
+    """Reads the experts of one layer; the first time each is looked at, whether its weights are finite."""
+
+    def __init__(self, checkpoint: Checkpoint, targets: Mapping[str, Target], where: str) -> None:
+        """`targets` by parameter of the experts module;  where: in words, for errors."""
+        self._checkpoint = checkpoint
+        self._targets = targets
+        self._where = where
+        self._checked: set[tuple[str, int]] = set()
+
+    def read(self, projection: str, expert: int) -> torch.Tensor:
+        """One expert's part of a fused parameter, on the device. Raises CheckpointError where it is not finite."""
+        target, checkpoint = self._targets[projection], self._checkpoint
+        try:
+            weight = checkpoint.expert_of(target, expert)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._where}: cannot be read: {error}. Download the files again.") from error
+        if (projection, expert) not in self._checked:
+            if not is_finite(weight):
+                count = weight.numel() - int(weight.isfinite().sum())
+                wrong = [f"{target.name}: {count:,} of {weight.numel():,} values of expert {expert}"]
+                raise _not_finite(self._where, wrong, checkpoint.dtype)
+            self._checked.add((projection, expert))
+        return weight.to(checkpoint.device)
 
 
-@cache
-def _natural_piece(piece: str) -> tuple[Any, ...]:
-    return dot_natural_key(piece)[0]
+def _in_natural_order(names: Iterable[str]) -> list[str]:
+    """Names in the order in which transformers reads them: as its key has it, piece by piece between the dots.
+
+    A model has tens of thousands of names of a few hundred pieces, so pieces get numbers in their order, and numbers
+    are compared.
+    """
+    pieces = {name: name.split(".") for name in names}
+    keys = {piece: dot_natural_key(piece)[0] for piece in {each for split in pieces.values() for each in split}}
+    numbers = {key: number for number, key in enumerate(sorted(set(keys.values())))}
+    order = {piece: numbers[key] for piece, key in keys.items()}
+    return sorted(pieces, key=lambda name: [order[piece] for piece in pieces[name]])
 
 
 def _check_counts(folder: Path, config: PretrainedConfig, tensors: Mapping[str, StoredTensor]) -> None:
@@ -404,7 +433,11 @@ def _check_counts(folder: Path, config: PretrainedConfig, tensors: Mapping[str, 
         )
 
 
-def _quantization_entry(config: PretrainedConfig) -> dict[str, Any] | None:
+def quantization_entry(config: PretrainedConfig) -> dict[str, Any] | None:
+    """config.json's entry quantization_config, or its text_config's; None for a plain checkpoint.
+
+    Raises CheckpointError where it is no object.
+    """
     entry = getattr(config, "quantization_config", None)
     if entry is None:
         entry = getattr(config.get_text_config(), "quantization_config", None)
@@ -438,4 +471,8 @@ def _check_finite(root: nn.Module, where: str, dtype: torch.dtype) -> None:
         of_experts = f", experts {', '.join(which[:10])}" if len(counts) > 1 else ""
         wrong.append(f"{name}: {sum(counts):,} of {tensor.numel():,} values{of_experts}")
     if wrong:
-        raise CheckpointError(f"{where}: weights that are NaN or infinite:\n{listed(wrong)}\n{damaged_weights(dtype)}")
+        raise _not_finite(where, wrong, dtype)
+
+
+def _not_finite(where: str, wrong: list[str], dtype: torch.dtype) -> CheckpointError:
+    return CheckpointError(f"{where}: weights that are NaN or infinite:\n{listed(wrong)}\n{damaged_weights(dtype)}")

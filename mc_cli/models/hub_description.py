@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from mc_cli.errors import CheckpointError, InputError, first_line, listed
-from mc_cli.models.checkpoint import REST, build_skeleton, part_of, plain_config_of
+from mc_cli.models.checkpoint import REST, build_skeleton, part_of, plain_config_of, quantization_entry
 from mc_cli.models.inventory import find_decoder_layers, take_inventory
 from mc_cli.models.model_folder import read_model_json
 from mc_cli.models.model_name import advice_for, resolve_model
 from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.tensor_files import INDEX, SINGLE
 from mc_cli.parts import ModelInventory
+from mc_cli.sources import layouts_of
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class HubDescription:
-    """What an index says of a model's files.
+    """Describes a model's files by its index.
 
     file_bytes    of all tensors, 0 where the index does not tell;  files, tensors: how many there are
     unread        tensors of layers that the causal language model does not have, such as multi-token prediction
@@ -72,6 +73,7 @@ def described(folder: Path, config: Any, *, dtype: Any) -> tuple[ModelInventory,
     Kept tensors are taken as of the dtype that config.json names, since an index tells none.
     Raises a McError where it could not be taken through all stages.
     """
+    layouts_of(folder, quantization_entry(config))
     model = build_skeleton(plain_config_of(config), dtype=dtype)
     stored = config.get_text_config().dtype or dtype
     inventory = take_inventory(model, stored_dtypes=dict.fromkeys(model.state_dict(), stored))
@@ -93,7 +95,8 @@ def described(folder: Path, config: Any, *, dtype: Any) -> tuple[ModelInventory,
 def told(description: HubDescription) -> list[str]:
     """Warnings about what is known of a model that is on the hub alone."""
     found = [
-        f"the weights are not on this machine: shapes are those of config.json, and {SINGLE} or its shards unread."
+        f"the weights are not on this machine: shapes are those of config.json, {SINGLE} or its shards unread, and "
+        "tokenizer and other files not counted."
     ]
     if description.unread:
         found.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,10 +45,18 @@ def find_decoder_layers(model: nn.Module) -> str:
     )
 
 
-def take_inventory(model: nn.Module, *, stored_dtypes: Mapping[str, torch.dtype]) -> ModelInventory:
+def take_inventory(
+    model: nn.Module,
+    *,
+    stored_dtypes: Mapping[str, torch.dtype],
+    stored_sizes: Mapping[str, int] | None = None,
+    stored_as: Mapping[str, int] | None = None,
+) -> ModelInventory:
     """The inventory of a skeleton (meta) model.
 
     stored_dtypes   module-tree name -> dtype in the checkpoint, where it differs from the parameter's
+    stored_sizes    module-tree name -> bytes in the checkpoint's files, where they are codes and scales
+    stored_as       how these are coded -> how many stored tensors are
     Raises FamilyError if no routed experts are reached.
     """
     layers_path = find_decoder_layers(model)
@@ -61,7 +70,10 @@ def take_inventory(model: nn.Module, *, stored_dtypes: Mapping[str, torch.dtype]
     )
     if not blocks:
         raise _no_experts(model, config.model_type)
-    tensors = _tensor_parts(model, layers_path, blocks, stored_dtypes)
+    tensors = tuple(
+        replace(part, file_bytes=(stored_sizes or {}).get(part.name))
+        for part in _tensor_parts(model, layers_path, blocks, stored_dtypes)
+    )
     return ModelInventory(
         model_type=config.model_type,
         num_layers=len(layers),
@@ -69,6 +81,7 @@ def take_inventory(model: nn.Module, *, stored_dtypes: Mapping[str, torch.dtype]
         tensors=tensors,
         tied_head=f"{_head_path(model)}.weight" in tied_tensors(model),
         contract_tested=is_contract_tested(config),
+        stored_as=dict(stored_as or {}),
     )
 
 

@@ -1,58 +1,23 @@
-"""Files that belong to a checkpoint beside its weights, and travel with every result: tokenizer, licence, config, ...
-
-The list names what is taken, not what is left: the folder of a fine-tuned model also holds its training data, logs
-and optimizer, which nobody asked to publish.
-"""
+"""Files of a checkpoint beside its weights, which travel with every result: tokenizer, licence, config, ..."""
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import CONFIG_MAPPING
 
 from mc_cli.artifacts.files import copy_file, read_json, write_json
-from mc_cli.artifacts.places import require_inside, require_ordinary
-from mc_cli.artifacts.strict_yaml import CHARACTERS, read_yaml
+from mc_cli.artifacts.front_matter import CARD, front_matter
+from mc_cli.artifacts.places import require_inside
 from mc_cli.errors import FamilyError, InputError, listed
+from mc_cli.families import in_transformers
+from mc_cli.models.companions import MODEL_FILES, companion_files
 from mc_cli.models.model_class import model_class
 
-# Patterns of names in the model's folder, and of paths below it.
-MODEL_FILES = (
-    "generation_config.json",
-    "tokenizer*",
-    "tokenization*.py",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges*",
-    "tekken*.json",
-    "*.model",
-    "*.model.v*",
-    "*.tiktoken",
-    "*.spm",
-    "*.bpe",
-    "normalizer.json",
-    "chat_template*",
-    "*.jinja",
-    "additional_chat_templates/*.jinja",  # the only folder
-    "*processor*.json",
-    "processing*.py",
-    "*_processing*.py",
-    "*_parser*.py",
-    "SYSTEM_PROMPT*",
-    "LICENSE*",
-    "LICENCE*",
-    "COPYING*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-CARD = "README.md"  # the hub's model card; the result gets one of its own
 _TOLD_ON = ("license", "license_name", "license_link", "language")  # entries of it that hold for the result too
 # A download from the hub takes all of that, the files that mc-cli itself reads, and the model's own code.
 DOWNLOADED = (*MODEL_FILES, "*.json", "*.safetensors", "*.txt", "*.py", CARD)
@@ -70,7 +35,6 @@ def _other_folders(name: str) -> Iterator[str]:
 NOT_DOWNLOADED = ("consolidated*", *_other_folders(_TEMPLATES))
 # These entries of config.json describe the original's weights and the code that reads their files.
 _OF_THE_ORIGINAL = ("quantization_config", "transformers_weights", "auto_map")
-_NEVER = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.pkl", "*.partial")
 # Pickles of protocol 2 to 5, and the archives that torch.save makes of them.
 _PICKLED = (*(b"\x80" + bytes([protocol]) for protocol in range(2, 6)), b"PK\x03\x04")
 _PREDICTION = re.compile(r"(^|_)(nextn|mtp)(_|$)")  # layers of multi-token prediction, in the names of config entries
@@ -78,18 +42,8 @@ _OF_ALL = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id
 
 
 def original_card(folder: Path | None) -> dict[str, Any]:
-    """What the front matter of an original's README.md says of licence and languages; nothing where it has none."""
-    path = None if folder is None else folder / CARD
-    if path is None or not path.is_file():
-        return {}
-    require_ordinary(path)
-    with path.open(encoding="utf-8", errors="replace") as file:
-        pieces = file.read(CHARACTERS).split("---\n", 2)
-    try:
-        content = read_yaml(pieces[1]) if len(pieces) == 3 and not pieces[0] else {}
-    except yaml.YAMLError:
-        return {}
-    known = content if isinstance(content, dict) else {}
+    """Reads licence and languages from the front matter of an original's README.md; empty where it has none."""
+    known = {} if folder is None else front_matter(folder)
     return {name: known[name] for name in _TOLD_ON if isinstance(known.get(name), str | list)}
 
 
@@ -113,9 +67,7 @@ def model_files(folder: Path, *, own_code: bool) -> list[Path]:
 
     Raises InputError for pickled files, links out of the folder, and what is no ordinary file.
     """
-    patterns = (*MODEL_FILES, "*.py") if own_code else MODEL_FILES
-    found = sorted({path for pattern in patterns for path in folder.glob(pattern) if not path.is_dir()})
-    taken = [path for path in found if not any(fnmatch.fnmatch(path.name, pattern) for pattern in _NEVER)]
+    taken = companion_files(folder, own_code=own_code)
     for path in taken:
         require_inside(folder, path)
     pickled = [str(path) for path in taken if _begins_like_a_pickle(path)]
@@ -143,6 +95,7 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Left out are entries that describe the original's weights, parts for images or sound where the causal language
     model is one part of such a model, and layers of multi-token prediction, which that class does not have.
     """
+    config = in_transformers(config)
     if has_own_code(config):
         return _without_prediction(_without(config, _OF_THE_ORIGINAL[:-1]))
     plain = _of_the_class(_without(config, _OF_THE_ORIGINAL))
@@ -177,6 +130,15 @@ def _without_prediction(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(plain.get("text_config"), dict):
         plain["text_config"] = _without_prediction(plain["text_config"])
     return plain
+
+
+def with_counts_of(plain: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
+    """`plain` with the numbers of layers of multi-token prediction that the original's config.json has."""
+    found = {**plain, **{name: value for name, value in original.items() if _counts(name, value)}}
+    inner, outer = found.get("text_config"), original.get("text_config")
+    if isinstance(inner, dict) and isinstance(outer, dict):
+        found["text_config"] = with_counts_of(inner, outer)
+    return found
 
 
 def _counts(name: str, value: object) -> bool:

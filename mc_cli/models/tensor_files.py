@@ -1,13 +1,15 @@
 """A checkpoint's tensors as they lie in safetensors files: listed from the headers, read one by one.
 
-Block formats appear as the tensor that they stand for and become values when read. transformers' own FP8 dequantizer is
-not used: it divides the columns by the number of scales instead of using the format's block size, which is wrong
-wherever a block is cut at the edge, such as the 576 rows of DeepSeek-V3's kv_a_proj_with_mqa in blocks of 128.
+Tensors of quantized checkpoints (mc_cli/sources/) appear as the tensor that they stand for and become values when read.
+transformers' own FP8 dequantizer is not used: it divides the columns by the number of scales instead of using the
+format's block size, which is wrong wherever a block is cut at the edge, such as the 576 rows of DeepSeek-V3's
+kv_a_proj_with_mqa in blocks of 128.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +21,15 @@ from safetensors import SafetensorError, safe_open
 from mc_cli.artifacts.places import file_inside
 from mc_cli.errors import CheckpointError, listed
 from mc_cli.models.model_folder import read_model_json
-from mc_cli.numerics.block_formats import dequantize_fp8_blocks, dequantize_mxfp4, scale_shape
+from mc_cli.sources import layouts_of
+from mc_cli.sources.folding import Folding, fold
+from mc_cli.sources.layout import CODES, DecodedSlice, Header
 
 SINGLE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 INDEX = f"model{INDEX_SUFFIX}"
-_SCALES = "_scale_inv"  # FP8: NAME.weight, NAME.weight_scale_inv
-_BLOCKS, _EXPONENTS = "_blocks", "_scales"  # MXFP4: NAME_blocks, NAME_scales
-_DEFAULT_BLOCK = (128, 128)
-_LARGEST_BLOCK = 1 << 20
-_MXFP4_BYTES = 16  # a block holds 32 codes
+# Entries of quantization_config that say how weights are stored, as far as one line of a message can hold them.
+_SETTINGS = ("quant_method", "weight_block_size", "expert_dtype", "format", "quant_algo")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -44,40 +45,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a checkpoint, by what the model sees of it."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None  # None: a block format
-    places: tuple[tuple[str, str], ...]  # (key in the file, file): codes and scales of a block format
-
-
-class _Fp8Slice:
-    """An FP8 tensor that is dequantized when indexed, as transformers reads a safetensors slice."""
-
-    def __init__(self, codes: Any, scales: Any, block: tuple[int, int]) -> None:
-        self._codes, self._scales, self._block = codes, scales, block
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return dequantize_fp8_blocks(self._codes[...], self._scales[...], block=self._block)[index]
-
-
-class _Mxfp4Slice:
-    """Fused MXFP4 experts, dequantized when indexed: [experts, in_features, out_features] bfloat16, which is exact."""
-
-    def __init__(self, blocks: Any, exponents: Any, shape: tuple[int, ...]) -> None:
-        self._blocks, self._exponents, self._shape = blocks, exponents, shape
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        experts = torch.empty(self._shape, dtype=torch.bfloat16)
-        for expert in range(self._shape[0]):  # one by one: all experts in float32 would be four times the result
-            experts[expert] = dequantize_mxfp4(self._blocks[expert], self._exponents[expert]).T
-        return experts[index]
 
 
 class TensorFiles:
@@ -93,113 +60,78 @@ class TensorFiles:
     def __init__(self, folder: Path, quantization: dict[str, Any] | None, *, named: object = None) -> None:
         self.folder = folder
         self.on_open: Callable[[str], None] = lambda name: None  # told the name of each file that is opened for reading
-        self._block = _fp8_block(folder, quantization or {})
-        method = check_format(folder, quantization)
+        layouts = layouts_of(folder, quantization)
         files = weight_files(folder, named)
         self.not_read = files.beside
         self.said = files.names[0] if files.placed is None else f"the {len(files.names)} files of the index"
-        plain = _plain_tensors(folder, files)
-        if method == "fp8":
-            plain = self._fold_fp8(plain)
-        elif method == "mxfp4":
-            plain = self._fold_mxfp4(plain)
-        self.tensors = plain
-        unreadable = [f"{tensor.key}: {tensor.dtype}" for tensor in plain.values() if tensor.dtype in _FP8]
-        if unreadable:
-            raise CheckpointError(
-                f"{folder} holds {len(unreadable)} FP8 tensors without scales:\n{listed(unreadable)}\n"
-                "Give the original 16-bit model, or an FP8 checkpoint with weight_scale_inv tensors."
-            )
+        headers = _headers(folder, files)
+        with ExitStack() as stack:
+            found = fold(headers, layouts, _small_reader(folder, headers, stack))
+        _check_whole(folder, found, quantization)
+        self.tensors = found.tensors
 
-    def _fold_fp8(self, plain: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-        folded, wrong = dict(plain), []
-        for key, codes in plain.items():
-            scales = plain.get(key + _SCALES)
-            if codes.dtype not in _FP8 or scales is None:
-                continue
-            wanted = scale_shape(codes.shape, self._block) if len(codes.shape) > 1 else ()
-            if scales.shape != wanted and scales.shape not in ((), (1,)):
-                wrong.append(f"{scales.key}: {scales.shape}, blocks of {self._block} need {wanted}")
-            del folded[scales.key]
-            folded[key] = StoredTensor(key, codes.shape, None, codes.places + scales.places)
-        if wrong:
-            raise CheckpointError(
-                f"{self.folder}: the scales of {len(wrong)} FP8 tensors do not fit weight_block_size in config.json:\n"
-                f"{listed(wrong)}"
-            )
-        return folded
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors in the files."""
+        return sum(tensor.size_bytes for tensor in self.tensors.values())
 
-    def _fold_mxfp4(self, plain: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-        folded, wrong = dict(plain), []
-        for key, blocks in plain.items():
-            name = key.removesuffix(_BLOCKS)
-            exponents = plain.get(name + _EXPONENTS)
-            if name == key:
-                continue
-            if exponents is None or len(blocks.shape) != 4 or blocks.shape != (*exponents.shape, _MXFP4_BYTES):
-                wrong.append(f"{key}: {blocks.shape}, exponents {exponents.shape if exponents else 'missing'}")
-                continue
-            experts, rows, groups, pairs = blocks.shape
-            del folded[key], folded[exponents.key]
-            shape = (experts, groups * pairs * 2, rows)
-            folded[name] = StoredTensor(name, shape, None, blocks.places + exponents.places)
-        if wrong:
-            raise CheckpointError(
-                f"{self.folder}: {len(wrong)} MXFP4 tensors are not whole:\n{listed(wrong)}\n"
-                "Download the checkpoint again."
-            )
-        return folded
+    def ways(self) -> dict[str, int]:
+        """How tensors are stored that are not plain -> how many are, the most frequent first."""
+        counts = Counter(tensor.layout.name for tensor in self.tensors.values() if tensor.layout is not None)
+        return dict(counts.most_common())
 
     @contextmanager
-    def reading(self, keys: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """Opens the files of `keys`: key -> an object whose `[...]` reads the tensor. Valid inside the context."""
+    def reading(self, keys: Iterable[str], dtypes: Mapping[str, torch.dtype] | None = None) -> Iterator[dict[str, Any]]:
+        """Opens the files of `keys`: key -> an object whose `[...]` reads the tensor. Valid inside the context.
+
+        dtypes   of stacks of matrices that are stored in codes, float32 where none is given; single ones are decoded to
+                 float32, and plain tensors come as they are stored
+        """
         with ExitStack() as stack:
             handles: dict[str, Any] = {}
             slices: dict[str, Any] = {}
             for key in keys:
                 tensor = self.tensors[key]
-                pieces = []
-                for stored_key, file in tensor.places:
-                    if file not in handles:
-                        self.on_open(file)
-                        handles[file] = stack.enter_context(_open(self.folder / file))
-                    pieces.append(handles[file].get_slice(stored_key))
-                slices[key] = self._readable(tensor, pieces)
+                pieces = {}
+                for name, part in tensor.parts.items():
+                    if part.file not in handles:
+                        self.on_open(part.file)
+                        handles[part.file] = stack.enter_context(_open(self.folder / part.file))
+                    pieces[name] = handles[part.file].get_slice(part.key)
+                wanted = (dtypes or {}).get(key, torch.float32)
+                slices[key] = pieces[CODES] if tensor.layout is None else DecodedSlice(tensor, pieces, wanted)
             yield slices
 
-    def _readable(self, tensor: StoredTensor, pieces: list[Any]) -> Any:
-        if len(pieces) == 1:
-            return pieces[0]
-        if tensor.places[0][0].endswith(_BLOCKS):
-            return _Mxfp4Slice(pieces[0], pieces[1], tensor.shape)
-        return _Fp8Slice(pieces[0], pieces[1], self._block)
+
+def _check_whole(folder: Path, found: Folding, quantization: dict[str, Any] | None) -> None:
+    """Raises CheckpointError for codes without scales, scales without codes, and parts that do not fit each other."""
+    settings = {name: value for name, value in (quantization or {}).items() if name in _SETTINGS}
+    for wrong, what in (
+        (found.misfits, "quantized tensors are not whole, or do not fit quantization_config"),
+        (found.alone, "quantized tensors without scales of a format that is known"),
+        (found.widowed, "scales belong to no quantized tensor"),
+        (found.strange, "tensors beside quantized ones are of a kind that is not known"),
+    ):
+        if wrong:
+            raise CheckpointError(
+                f"{folder}: {len(wrong)} {what}:\n{listed(wrong)}\nquantization_config in config.json "
+                f"{f'has {settings}' if quantization else 'is not there'}. Download the checkpoint again, or give the "
+                "original 16-bit model."
+            )
 
 
-def check_format(folder: Path, quantization: dict[str, Any] | None) -> str | None:
-    """`fp8`, `mxfp4` or None for a plain checkpoint. Raises CheckpointError for any other quantized format."""
-    if quantization is None:
-        return None
-    method = quantization.get("quant_method")
-    method = str(getattr(method, "value", method))
-    if method not in ("fp8", "mxfp4"):
-        raise CheckpointError(
-            f"{folder} is already quantized with {method!r}, and quantizing it again would stack two errors. mc-cli "
-            "starts from 16- or 32-bit, FP8 (block scales) or MXFP4 checkpoints: give the original model."
-        )
-    return method
+def _small_reader(folder: Path, headers: dict[str, Header], stack: ExitStack) -> Callable[[str], torch.Tensor]:
+    """Key -> the whole tensor; files stay open until the stack is left, since there may be many to ask for."""
+    handles: dict[str, Any] = {}
 
+    def read(key: str) -> torch.Tensor:
+        name = headers[key].file
+        if name not in handles:
+            handles[name] = stack.enter_context(_open(folder / name))
+        tensor: torch.Tensor = handles[name].get_tensor(key)
+        return tensor
 
-def _fp8_block(folder: Path, quantization: dict[str, Any]) -> tuple[int, int]:
-    block = quantization.get("weight_block_size")
-    if block is None:
-        return _DEFAULT_BLOCK
-    sizes = block if isinstance(block, (list, tuple)) else []
-    if len(sizes) != 2 or not all(type(size) is int and 0 < size <= _LARGEST_BLOCK for size in sizes):
-        raise CheckpointError(
-            f"{folder / 'config.json'}: weight_block_size is {block!r:.80}, but it has to be two whole numbers from 1 "
-            f"to {_LARGEST_BLOCK:,}, such as [128, 128]: the rows and columns that share a scale. Download it again."
-        )
-    return sizes[0], sizes[1]
+    return read
 
 
 @dataclass(frozen=True)
@@ -276,9 +208,9 @@ def _keys_of(folder: Path, name: str) -> list[str]:
         return sorted(handle.keys())
 
 
-def _plain_tensors(folder: Path, files: WeightFiles) -> dict[str, StoredTensor]:
+def _headers(folder: Path, files: WeightFiles) -> dict[str, Header]:
     """Every tensor in the files, as their headers describe it."""
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, Header] = {}
     unknown, twice = [], []
     for name in files.names:
         with _open(file_inside(folder, name)) as handle:
@@ -288,12 +220,12 @@ def _plain_tensors(folder: Path, files: WeightFiles) -> dict[str, StoredTensor]:
                     unknown.append(f"{key}: {format}")
                     continue
                 if key in tensors:
-                    twice.append(f"{key}: in {tensors[key].places[0][1]} and {name}")
-                tensors[key] = StoredTensor(key, tuple(stored.get_shape()), _DTYPES[format], ((key, name),))
+                    twice.append(f"{key}: in {tensors[key].file} and {name}")
+                tensors[key] = Header(key, tuple(stored.get_shape()), _DTYPES[format], name)
     if unknown:
         raise CheckpointError(
             f"{folder}: {len(unknown)} tensors have a data type that is not read here:\n{listed(unknown)}\n"
-            "Give a 16- or 32-bit, FP8 or MXFP4 checkpoint."
+            "Give the original 16- or 32-bit model."
         )
     if twice:
         raise CheckpointError(
@@ -303,7 +235,7 @@ def _plain_tensors(folder: Path, files: WeightFiles) -> dict[str, StoredTensor]:
     lost = [
         f"{key} in {file}"
         for key, file in sorted((files.placed or {}).items())
-        if key not in tensors or tensors[key].places[0][1] != file
+        if key not in tensors or tensors[key].file != file
     ]
     if lost:
         raise CheckpointError(

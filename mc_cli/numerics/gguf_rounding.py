@@ -61,7 +61,7 @@ class GgufCoder:
         self.table = torch.empty(0, device=device) if kind.levels else points(kind.name).to(device)
         self._levels = levels_of(kind, device)
 
-    # What the fields stand for
+    # Values of the fields
 
     def steps(self) -> Tensor:
         """float32 [B, runs, out]."""

@@ -1,8 +1,7 @@
 """Affine grids: which scale and zero point a group of weights gets. Searches work on stored precision.
 
-`value = scale * (code - zero_point)`, scale a float16 and zero_point a multiple of 2^-(8 - bits), as in
-encodings/affine.py. Scales and zero points are rounded to what is stored before any code is chosen, so the error that
-a search minimises is the error that ships.
+`value = scale * (code - zero_point)`, with such scales and zero points as the format stores (grid_rules.py). They are
+rounded to what is stored before any code is chosen, so the error that a search minimises is the error that ships.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ import torch
 from torch import Tensor
 
 from mc_cli.errors import McError, ShapeError
+from mc_cli.numerics.grid_rules import FRACTIONS, LARGEST_SCALE, SMALLEST_SCALE, GridRule
 
-SMALLEST_SCALE = 2.0**-24  # the smallest subnormal float16
-LARGEST_SCALE = 65504.0  # the largest finite float16
 # The clip search shrinks min-max by factors from 1 down to these. Exhaustive search on a trained mixture's experts,
 # groups of 128, put 98 % of the optima between 0.46 and 0.82 of min-max at 2 bits, 0.64 and 0.98 at 3, 0.81 and 1.05 at
 # 4: the usual 0.9 to 1.1 misses them all at 2 bits. The least-squares steps that follow may leave the range either way.
@@ -38,17 +36,14 @@ _ELEMENTS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 24}  # in a search: half a MB 
 class Grid:
     """Scales and zero points of groups [...], float32 but exactly what is stored."""
 
-    scales: Tensor  # float32 [...], each a positive float16
-    zero_points: Tensor  # float32 [...], each a multiple of 2^-(8 - bits) in [0, 2^bits)
+    scales: Tensor  # float32 [...], positive
+    zero_points: Tensor  # float32 [...], in steps
     bits: int
+    rule: GridRule = FRACTIONS
 
-    def stored_scales(self) -> Tensor:
-        """float16 [...]: exact."""
-        return self.scales.to(torch.float16)
-
-    def stored_zero_points(self) -> Tensor:
-        """uint8 [...], in units of 2^-(8 - bits): exact."""
-        return (self.zero_points * (1 << (8 - self.bits))).to(torch.uint8)
+    def stored(self) -> dict[str, Tensor]:
+        """Stored part -> tensor [...]: exact."""
+        return self.rule.stored(self.scales, self.zero_points, bits=self.bits)
 
     def codes(self, weight: Tensor) -> Tensor:
         """float32 codes [..., n] nearest to `weight` [..., n]."""
@@ -62,17 +57,15 @@ class Grid:
     def where(self, mask: Tensor, other: Grid) -> Grid:
         """This grid where `mask` [...] is true, `other` elsewhere."""
         scales = torch.where(mask, self.scales, other.scales)
-        return Grid(scales, torch.where(mask, self.zero_points, other.zero_points), self.bits)
+        return Grid(scales, torch.where(mask, self.zero_points, other.zero_points), self.bits, self.rule)
 
 
-def rounded_grid(scales: Tensor, zero_points: Tensor, *, bits: int) -> Grid:
+def rounded_grid(scales: Tensor, zero_points: Tensor, *, bits: int, rule: GridRule = FRACTIONS) -> Grid:
     """The storable grid nearest to `scales` (at most LARGEST_SCALE) and `zero_points`, both float32 [...]."""
-    stored = scales.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16).to(torch.float32)
-    unit = 1 << (8 - bits)
-    return Grid(stored, (zero_points * unit).round_().clamp_(0, 255).div_(unit), bits)
+    return Grid(*rule.rounded(scales, zero_points, bits=bits), bits, rule)
 
 
-def minmax_grid(weight: Tensor, *, bits: int) -> Grid:
+def minmax_grid(weight: Tensor, *, bits: int, rule: GridRule = FRACTIONS) -> Grid:
     """Grids [...] from the smallest to the largest of zero and the weights of each group; no search.
 
     weight  float32 [..., n], a group per row; not modified
@@ -88,14 +81,13 @@ def minmax_grid(weight: Tensor, *, bits: int) -> Grid:
         scales = 2 * (weight - mean.unsqueeze(-1)).abs().mean(-1)
         _check_scales(scales)
         zero_points = 0.5 - mean / scales.clamp_min(SMALLEST_SCALE)
-        return rounded_grid(scales, torch.where(weight.any(-1), zero_points, 0.0), bits=1)
-    low = weight.amin(-1).clamp_max(0)
-    scales = (weight.amax(-1).clamp_min(0) - low) / (2**bits - 1)
+        return rounded_grid(scales, torch.where(weight.any(-1), zero_points, 0.0), bits=1, rule=rule)
+    scales, zero_points = rule.covering(weight.amin(-1).clamp_max(0), weight.amax(-1).clamp_min(0), bits=bits)
     _check_scales(scales)
-    return rounded_grid(scales, -low / scales.clamp_min(SMALLEST_SCALE), bits=bits)
+    return rounded_grid(scales, zero_points, bits=bits, rule=rule)
 
 
-def search_grid(weight: Tensor, *, bits: int, error_weights: Tensor | None = None) -> Grid:
+def search_grid(weight: Tensor, *, bits: int, error_weights: Tensor | None = None, rule: GridRule = FRACTIONS) -> Grid:
     """Grids [...] that make the sum of error_weights * (weight - rounded)^2 small in each group.
 
     weight          float32 [..., rows, n], a group per row; not modified
@@ -105,17 +97,17 @@ def search_grid(weight: Tensor, *, bits: int, error_weights: Tensor | None = Non
     min-max. At 1 bit the best pair of levels is computed exactly.
     Raises McError for non-finite weights, ShapeError for scales beyond float16.
     """
-    start = minmax_grid(weight, bits=bits)
+    start = minmax_grid(weight, bits=bits, rule=rule)
     flat = weight.reshape(-1, *weight.shape[-2:])
     if error_weights is None:
         error_weights = torch.ones((), device=weight.device)
     spread = error_weights.expand(*weight.shape[:-2], 1, weight.shape[-1]).reshape(len(flat), 1, -1)
     scales, zero_points = start.scales.reshape(flat.shape[:2]), start.zero_points.reshape(flat.shape[:2])
     for part in _parts(flat):
-        search = _Search(flat[part], spread[part[0]], Grid(scales[part], zero_points[part], bits))
+        search = _Search(flat[part], spread[part[0]], Grid(scales[part], zero_points[part], bits, rule))
         search.run()
         scales[part], zero_points[part] = search.best.scales, search.best.zero_points
-    return Grid(scales.reshape(weight.shape[:-1]), zero_points.reshape(weight.shape[:-1]), bits)
+    return Grid(scales.reshape(weight.shape[:-1]), zero_points.reshape(weight.shape[:-1]), bits, rule)
 
 
 class _Search:
@@ -129,18 +121,18 @@ class _Search:
         self.error = self._error_of(start)
 
     def run(self) -> None:
-        bits = self.start.bits
+        bits, rule = self.start.bits, self.start.rule
         if bits == 1:
-            self.consider(best_binary(self.weight, self.column))
+            self.consider(best_binary(self.weight, self.column, rule=rule))
         else:
-            self.consider(normal_grid(self.weight, self.column, bits=bits))
+            self.consider(normal_grid(self.weight, self.column, bits=bits, rule=rule))
             smallest = _SMALLEST_RATIO.get(bits, _SMALLEST_RATIO_ABOVE)
             for step in range(_RATIOS - 1):
                 ratio = smallest + (1 - smallest) * step / (_RATIOS - 1)
-                self.consider(rounded_grid(self.start.scales * ratio, self.start.zero_points, bits=bits))
+                self.consider(rounded_grid(self.start.scales * ratio, self.start.zero_points, bits=bits, rule=rule))
             clipped = self.best
             for shift in _ZERO_SHIFTS:
-                self.consider(rounded_grid(clipped.scales, clipped.zero_points + shift, bits=bits))
+                self.consider(rounded_grid(clipped.scales, clipped.zero_points + shift, bits=bits, rule=rule))
         for _ in range(_REFINEMENTS):
             self.consider(fitted_grid(self.weight, self.best.codes(self.weight), self.best, self.column))
 
@@ -157,16 +149,16 @@ class _Search:
         return torch.bmm(miss.square_(), self.column).squeeze(-1).mul_(grid.scales.square())
 
 
-def normal_grid(weight: Tensor, column: Tensor, *, bits: int) -> Grid:
+def normal_grid(weight: Tensor, column: Tensor, *, bits: int, rule: GridRule = FRACTIONS) -> Grid:
     """The grid [A, rows] that would suit weights [A, rows, n] if they were normal; `column` [A, n, 1] error weights."""
     column = column / column.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     mean = torch.bmm(weight, column)
     deviation = torch.bmm((weight - mean).square_(), column).squeeze(-1).sqrt_()
     scales = (_NORMAL_STEPS[bits] * deviation).clamp_min(SMALLEST_SCALE)
-    return rounded_grid(scales, (2**bits - 1) / 2 - mean.squeeze(-1) / scales, bits=bits)
+    return rounded_grid(scales, (2**bits - 1) / 2 - mean.squeeze(-1) / scales, bits=bits, rule=rule)
 
 
-def best_binary(weight: Tensor, column: Tensor) -> Grid:
+def best_binary(weight: Tensor, column: Tensor, *, rule: GridRule = FRACTIONS) -> Grid:
     """The 1-bit grid [A, rows] of least weighted squared error, before its rounding to stored precision.
 
     weight  float32 [A, rows, n]
@@ -185,11 +177,11 @@ def best_binary(weight: Tensor, column: Tensor) -> Grid:
     high_mass = (total_mass - mass[..., :-1]).clamp_min(1e-12)
     low, high = moment[..., :-1] / low_mass, (total - moment[..., :-1]) / high_mass
     if weight.shape[-1] == 1:  # one weight: level 1 is the weight, level 0 is zero
-        return rounded_grid(values[..., 0].abs(), (values[..., 0] < 0).to(values.dtype), bits=1)
+        return rounded_grid(values[..., 0].abs(), (values[..., 0] < 0).to(values.dtype), bits=1, rule=rule)
     split = (low_mass * high_mass * (high - low).square()).argmax(-1, keepdim=True)
     low, high = low.gather(-1, split).squeeze(-1), high.gather(-1, split).squeeze(-1)
     scales = high - low
-    return rounded_grid(scales, -low / scales.clamp_min(SMALLEST_SCALE), bits=1)
+    return rounded_grid(scales, -low / scales.clamp_min(SMALLEST_SCALE), bits=1, rule=rule)
 
 
 def fitted_grid(weight: Tensor, codes: Tensor, grid: Grid, column: Tensor) -> Grid:
@@ -208,13 +200,13 @@ def fitted_grid(weight: Tensor, codes: Tensor, grid: Grid, column: Tensor) -> Gr
     usable = (variance > 1e-9) & (slope > SMALLEST_SCALE) & (slope < LARGEST_SCALE)
     slope = torch.where(usable, slope, grid.scales)
     zero_points = mean_code.squeeze(-1) - mean_weight.squeeze(-1) / slope
-    zero_points = rounded_grid(slope, zero_points, bits=grid.bits).zero_points
+    zero_points = rounded_grid(slope, zero_points, bits=grid.bits, rule=grid.rule).zero_points
     # Step 2: the scale again, for the zero point that is stored.
     shifted = codes - zero_points.unsqueeze(-1)
     product = torch.bmm(shifted * weight, column).squeeze(-1)
     slope = product / torch.bmm(shifted.square_(), column).squeeze(-1)
     usable &= (slope > SMALLEST_SCALE) & (slope < LARGEST_SCALE)
-    return rounded_grid(slope, zero_points, bits=grid.bits).where(usable, grid)
+    return rounded_grid(slope, zero_points, bits=grid.bits, rule=grid.rule).where(usable, grid)
 
 
 def _check_scales(scales: Tensor) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mc_cli.numerics.grids import LARGEST_SCALE, SMALLEST_SCALE, Grid, rounded_grid
+from mc_cli.numerics.grid_rules import LARGEST_SCALE, SMALLEST_SCALE
+from mc_cli.numerics.grids import Grid, rounded_grid
 
 _PANEL = 32  # columns between two matrix-product updates; inside, each column is one matrix-vector product
 
@@ -95,7 +96,7 @@ def descend(columns: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, *, swee
     groups = grid.scales.shape[1]
     group_size = columns.shape[1] // groups
     codes = codes.clone()
-    grid = Grid(grid.scales.clone(), grid.zero_points.clone(), grid.bits)
+    grid = Grid(grid.scales.clone(), grid.zero_points.clone(), grid.bits, grid.rule)
     values = (
         grid.values(codes.unflatten(1, (groups, group_size)).transpose(2, 3)).transpose(2, 3).flatten(1, 2).contiguous()
     )
@@ -105,7 +106,7 @@ def descend(columns: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, *, swee
             part = slice(group * group_size, (group + 1) * group_size)
             within = hessian[:, part, part]
             pull = torch.bmm(hessian[:, part], difference)  # minus half the error's gradient
-            here = Grid(grid.scales[:, group], grid.zero_points[:, group], grid.bits)
+            here = Grid(grid.scales[:, group], grid.zero_points[:, group], grid.bits, grid.rule)
             here, pull = _refit(codes[:, part].float(), values[:, part], pull, within, here)
             grid.scales[:, group], grid.zero_points[:, group] = here.scales, here.zero_points
             _move_codes(codes[:, part], values[:, part], pull, within, here)
@@ -135,12 +136,12 @@ def _refit(codes: Tensor, values: Tensor, pull: Tensor, within: Tensor, grid: Gr
     zero_points = (code_one - target_one / slope) / one_one
     zero_points = torch.where(solvable & torch.isfinite(zero_points), zero_points, grid.zero_points)
     # Step 2: the scale for the stored zero point.
-    stored = rounded_grid(slope, zero_points, bits=grid.bits)
+    stored = rounded_grid(slope, zero_points, bits=grid.bits, rule=grid.rule)
     shifted = codes - stored.zero_points.unsqueeze(1)
     power = code_code - stored.zero_points * (2 * code_one - stored.zero_points * one_one)
     slope = (target * shifted).sum(1) / power
     slope = torch.where((slope > SMALLEST_SCALE) & (slope < LARGEST_SCALE), slope, grid.scales)
-    stored = rounded_grid(slope, stored.zero_points, bits=grid.bits)
+    stored = rounded_grid(slope, stored.zero_points, bits=grid.bits, rule=grid.rule)
     # Step 3: take it where the error falls: change^T within change - 2 change^T pull < 0.
     change = shifted * stored.scales.unsqueeze(1) - values
     effect = torch.bmm(within, change)

@@ -1,4 +1,4 @@
-"""What a person looks at: sizes and losses of a work directory, of several, and of figures that others measured.
+"""Shows a person sizes and losses of a work directory, of several, and of figures that others measured.
 
 Reads artifacts and solves allocate's programme; no weight is touched and nothing in a work directory is written.
 """

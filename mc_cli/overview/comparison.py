@@ -9,19 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mc_cli.artifacts.exported import RECORD, ExportRecord
+from mc_cli.artifacts.export_record import ExportRecord
+from mc_cli.artifacts.exported_file import export_place
+from mc_cli.artifacts.front_matter import CARD, front_matter
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.artifacts.strict_json import JsonError, parse_json
-from mc_cli.artifacts.strict_yaml import read_yaml
 from mc_cli.artifacts.work_dir import MAIN, STAGE_FOLDERS
 from mc_cli.errors import InputError, Problems, shown
 from mc_cli.overview.sources import Measured, read_measured
 
-CARD = "README.md"
-_FENCE = "---\n"
-_LONGEST_CARD = 1 << 20  # characters of front matter
 _NEEDED = ("contender", "gap")  # of a row in a file of figures
 _SAME_LOSS = 1e-4  # relative; two measurements of one original on one text differ by less
 
@@ -82,10 +78,10 @@ def _unmeasured(found: Sequence[Compared]) -> list[str]:
 
 
 def _read(source: Path, *, many: bool) -> tuple[list[Compared], list[str]]:
+    if export_place(source).is_ours():
+        return [_exported(source)], []
     if source.is_file():
         return list(_figures(source)), []
-    if (source / RECORD).exists():
-        return [_exported(source)], []
     if any((source / folder).is_dir() for folder in STAGE_FOLDERS.values()):
         measured, left_out = read_measured(source)
         if not measured:
@@ -120,7 +116,7 @@ def _exported(folder: Path) -> Compared:
     """An exported directory: its files' bytes, and what the front matter of its model card says was measured."""
     record = ExportRecord.read(folder)
     assert record is not None
-    metrics = _card_metrics(folder / CARD)
+    metrics = _card_metrics(folder)
     return Compared(
         name=folder.resolve().name,
         source=str(folder),
@@ -135,19 +131,12 @@ def _exported(folder: Path) -> Compared:
     )
 
 
-def _card_metrics(path: Path) -> dict[str, float]:
+def _card_metrics(folder: Path) -> dict[str, float]:
     """Metric -> value of a card's model-index; empty where it has none, as those of earlier exports."""
-    if not path.exists():
-        return {}
-    text = path.read_text(encoding="utf-8")[:_LONGEST_CARD]
-    pieces = text.split(_FENCE, 2)
-    if len(pieces) < 3 or pieces[0]:
-        return {}
     try:
-        content = read_yaml(pieces[1])
-        results = content["model-index"][0]["results"][0]["metrics"]
+        results = front_matter(folder)["model-index"][0]["results"][0]["metrics"]
         return {str(entry["type"]): float(entry["value"]) for entry in results}
-    except (yaml.YAMLError, KeyError, IndexError, TypeError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError):
         return {}
 
 

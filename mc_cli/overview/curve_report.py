@@ -39,7 +39,7 @@ def curve_summary(
 
 
 def expectation_sentence(expectation: Expectation) -> str:
-    """What stands behind expected gaps."""
+    """Says on how many runs expected gaps rest."""
     text = (
         f"from {expectation.plans} plans of {expectation.models} models that were predicted and measured; the interval "
         f"is to hold {round(100 * COVERAGE)} of 100 gaps"
@@ -95,7 +95,7 @@ def _beside(curve: Curve) -> dict[str, Any]:
 
 
 def measured_table(measured: Sequence[Measured], expectation: Expectation) -> dict[str, Any]:
-    """What was measured of every variant, beside what was expected of it before any was."""
+    """Lists every variant's measured gap beside the one expected before any was measured."""
     prior = replace(expectation, added=0.0, added_error=0.0, own=0)
     rows: list[list[Any]] = []
     for entry in measured:

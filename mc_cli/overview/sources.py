@@ -17,7 +17,7 @@ from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import InputError
 from mc_cli.parts import ModelInventory
 from mc_cli.settings import QuantizerSettings
-from mc_cli.stages.allocate import Cuts, read_cuts, scoring_quantizer
+from mc_cli.stages.allocate import Cuts, read_cuts, scoring_quantizer, with_directory
 
 OTHERS = "the evaluation is of another packed model, or the packed model of another plan"
 
@@ -52,7 +52,7 @@ class Measured:
 
     @property
     def predicted_loss(self) -> float | None:
-        """What allocate said of the plan, nats per token; None where it could not tell, or the plan is another."""
+        """The loss that allocate predicted, nats per token; None where it could not tell, or the plan is another."""
         return None if self.plan is None else predicted_loss_of(self.plan)
 
 
@@ -74,13 +74,13 @@ def require_work_dir(path: Path) -> None:
 
 
 def read_scores(work: WorkDir) -> Scores:
-    """What calibrate and score found. Raises ArtifactError where they are not done."""
+    """Reads the results of calibrate and score. Raises ArtifactError where they are not done."""
     require_work_dir(work.path)
     for stage in ("calibrate", "score"):
         require_done(work, stage)
     inventory = calibration_artifact.read_inventory(work.folder("calibrate") / calibration_artifact.INVENTORY)
     importance = Importance.read(work.folder("score") / IMPORTANCE)
-    return Scores(importance, inventory, scoring_quantizer(work), read_cuts(work, inventory))
+    return Scores(importance, with_directory(inventory, work), scoring_quantizer(work), read_cuts(work, inventory))
 
 
 def read_measured(path: Path) -> tuple[list[Measured], list[str]]:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from mc_cli.artifacts.files import read_json
 from mc_cli.artifacts.packed import PackedLayout
 from mc_cli.models import experts
 from mc_cli.models.inventory import tied_tensors
 from mc_cli.models.own_experts import run_our_experts
+from mc_cli.models.published_names import as_published
 from mc_cli.models.router_masks import drop_experts
 from mc_cli.models.skeleton import build_skeleton, rebuild_buffers
 from mc_cli.packed.narrow_experts import NarrowExperts
@@ -81,8 +81,8 @@ class DenseTensors:
         return {name: self._routers.plain(name, tensor) for name, tensor in tensors.items()}
 
     def original(self, part: int) -> dict[str, torch.Tensor]:
-        """The tensors named and shaped as `save_pretrained` writes them, such as one matrix per expert."""
-        return revert_weight_conversion(self._model, self.by_module(part))
+        """The tensors named and shaped as they are published, such as one matrix per expert."""
+        return as_published(self._model, self.by_module(part))
 
     def _dequantized(self, name: str) -> torch.Tensor:
         path, _, leaf = name.rpartition(".")

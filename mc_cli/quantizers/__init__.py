@@ -19,8 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mc_cli.encodings import Encoding, wrong_parts
-from mc_cli.encodings.affine import AffineEncoding
+from mc_cli.encodings import Encoding, GridEncoding, has_grids, wrong_parts
 from mc_cli.errors import ExtensionError, InputError, ShapeError, listed
 from mc_cli.numerics.grids import Grid
 from mc_cli.numerics.hessian import trace_error
@@ -145,10 +144,10 @@ def check_made(encoding: Encoding, tensors: dict[str, Tensor], weight: Tensor) -
         )
 
 
-def affine_encoding(encoding: Encoding, prepared: Prepared, weight: Tensor) -> AffineEncoding:
-    """`encoding`, known to be affine and to fit `weight` and `prepared`; ShapeError otherwise."""
-    if not isinstance(encoding, AffineEncoding):
-        raise ShapeError(f"this quantizer makes affine codes, not {encoding.key}")
+def grid_encoding(encoding: Encoding, prepared: Prepared, weight: Tensor) -> GridEncoding:
+    """`encoding`, known to be one of grids and to fit `weight` and `prepared`; ShapeError otherwise."""
+    if not has_grids(encoding):
+        raise ShapeError(f"this quantizer makes codes of grids, not {encoding.key}")
     if weight.ndim != 3:
         raise ShapeError(f"weights come as [batch, out_features, in_features], not {tuple(weight.shape)}")
     encoding.tensor_specs(*weight.shape[-2:])
@@ -160,8 +159,8 @@ def affine_encoding(encoding: Encoding, prepared: Prepared, weight: Tensor) -> A
     return encoding
 
 
-def affine_result(
-    weight: Tensor, prepared: Prepared, encoding: AffineEncoding, *, codes: Tensor, grid: Grid
+def grid_result(
+    weight: Tensor, prepared: Prepared, encoding: GridEncoding, *, codes: Tensor, grid: Grid
 ) -> QuantizedLinear:
     """The stored tensors of `codes` on `grid`, with the loss of what they really decode to.
 
@@ -169,11 +168,9 @@ def affine_result(
     grid   scales and zero points [B, groups, out_features], or the same rows in one item
     """
     rows = weight.shape[:2]
-    tensors = {
-        "codes": pack_codes(codes.reshape(*rows, -1), bits=encoding.bits),
-        "scales": grid.stored_scales().transpose(1, 2).reshape(*rows, -1).contiguous(),
-        "zero_points": grid.stored_zero_points().transpose(1, 2).reshape(*rows, -1).contiguous(),
-    }
+    tensors = {"codes": pack_codes(codes.reshape(*rows, -1), bits=encoding.bits)}
+    for name, part in grid.stored().items():
+        tensors[name] = part.transpose(1, 2).reshape(*rows, -1).contiguous()
     return result_of(weight, prepared, encoding, tensors)
 
 

@@ -14,7 +14,7 @@ from mc_cli.numerics.grids import search_grid
 from mc_cli.numerics.hessian import inverse_cholesky
 from mc_cli.numerics.rounding import descend, propagate_errors
 from mc_cli.numerics.row_hessian import RowHessian
-from mc_cli.quantizers import Prepared, QuantizedLinear, affine_encoding, affine_result
+from mc_cli.quantizers import Prepared, QuantizedLinear, grid_encoding, grid_result
 
 NAME = "gptq"
 FAMILY = "affine"
@@ -29,7 +29,7 @@ def build(**settings: Any) -> Gptq:
 
 @dataclass(frozen=True)
 class Gptq:
-    """GPTQ (Frantar et al. 2022, arXiv:2210.17323) on searched affine grids, then coordinate descent.
+    """GPTQ (Frantar et al. 2022, arXiv:2210.17323) on searched grids of any rule, then coordinate descent.
 
     damping            fraction of the mean Hessian diagonal added before inverting
     activation_order   round inputs of large second moment first; grids belong to the original groups either way, and
@@ -82,12 +82,12 @@ class Gptq:
         *,
         row_importance: Tensor | RowHessian | None = None,
     ) -> QuantizedLinear:
-        """`weight` [B, out_features, in_features] float32 in `encoding`, which must be affine; not modified.
+        """`weight` [B, out_features, in_features] float32 in `encoding`, which must be one of grids; not modified.
 
         The minimised error is that under `prepared.target`; the loss reported is that under the Hessian handed in.
-        Raises ShapeError where the encoding is not affine or does not fit, McError for non-finite weights.
+        Raises ShapeError where the encoding is not one of grids or does not fit, McError for non-finite weights.
         """
-        encoding = affine_encoding(encoding, prepared, weight)
+        encoding = grid_encoding(encoding, prepared, weight)
         factor, order, target = prepared.inverse_cholesky, prepared.order, prepared.target
         if factor is None or order is None or target is None:
             raise InputError("gptq was handed the preparation of another quantizer")
@@ -102,11 +102,12 @@ class Gptq:
             rows.unflatten(-1, (-1, encoding.group_size)).transpose(1, 2),
             bits=encoding.bits,
             error_weights=importance.unflatten(-1, (-1, encoding.group_size)).unsqueeze(-2),
+            rule=encoding.rule,
         )
         columns = rows.transpose(1, 2).contiguous()
         codes = propagate_errors(_take(columns, order), factor, grid, order // encoding.group_size)
         codes, grid = descend(columns, _take(codes, rank), grid, target, sweeps=self.sweeps)
-        return affine_result(weight, prepared, encoding, codes=codes.transpose(1, 2), grid=grid)
+        return grid_result(weight, prepared, encoding, codes=codes.transpose(1, 2), grid=grid)
 
     def forecast(
         self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None

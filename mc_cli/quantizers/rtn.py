@@ -11,7 +11,7 @@ from torch import Tensor
 from mc_cli.encodings import Encoding
 from mc_cli.numerics.grids import minmax_grid, search_grid
 from mc_cli.numerics.row_hessian import RowHessian
-from mc_cli.quantizers import Prepared, QuantizedLinear, affine_encoding, affine_result
+from mc_cli.quantizers import Prepared, QuantizedLinear, grid_encoding, grid_result
 
 NAME = "rtn"
 FAMILY = "affine"
@@ -52,18 +52,19 @@ class RoundToNearest:
         *,
         row_importance: Tensor | RowHessian | None = None,
     ) -> QuantizedLinear:
-        """`weight` [B, out_features, in_features] float32 in `encoding`, which must be affine; not modified.
+        """`weight` [B, out_features, in_features] float32 in `encoding`, which must be one of grids; not modified.
 
-        Raises ShapeError where the encoding is not affine or does not fit, McError for non-finite weights.
+        Raises ShapeError where the encoding is not one of grids or does not fit, McError for non-finite weights.
         """
-        encoding = affine_encoding(encoding, prepared, weight)
+        encoding = grid_encoding(encoding, prepared, weight)
         groups = weight.to(torch.float32).unflatten(-1, (-1, encoding.group_size)).transpose(1, 2)
         if self.clip_search:
-            grid = search_grid(groups, bits=encoding.bits, error_weights=_diagonal(prepared, encoding.group_size))
+            weights = _diagonal(prepared, encoding.group_size)
+            grid = search_grid(groups, bits=encoding.bits, error_weights=weights, rule=encoding.rule)
         else:
-            grid = minmax_grid(groups, bits=encoding.bits)
+            grid = minmax_grid(groups, bits=encoding.bits, rule=encoding.rule)
         codes = grid.codes(groups).to(torch.uint8).transpose(1, 2).flatten(-2)
-        return affine_result(weight, prepared, encoding, codes=codes, grid=grid)
+        return grid_result(weight, prepared, encoding, codes=codes, grid=grid)
 
     def forecast(
         self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None

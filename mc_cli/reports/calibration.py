@@ -24,10 +24,19 @@ def calibration_summary(inventory: ModelInventory, routing: Sequence[LayerRoutin
         "model bytes": sum(inventory.bytes_by_role().values()),
         "expert bytes": inventory.bytes_by_role()[Role.EXPERT],
     }
+    facts |= stored_facts(inventory)
     if text is not None:
         facts["text"] = text
     columns = ["layer", "experts", "fewest tokens", "median", "most tokens", "fewest %", "most %"]
     return summary(facts, table("Routing of the calibration tokens", columns, [_row(layer) for layer in routing]))
+
+
+def stored_facts(inventory: ModelInventory) -> dict[str, Any]:
+    """How the checkpoint's files hold its tensors, where they are codes; nothing for a plain one."""
+    if not inventory.stored_as:
+        return {}
+    ways = ", ".join(f"{name} ({count:,})" for name, count in inventory.stored_as.items())
+    return {"stored as": ways, "bytes in its files": inventory.file_bytes}
 
 
 def not_covered(inventory: ModelInventory) -> str | None:

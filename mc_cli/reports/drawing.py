@@ -37,6 +37,11 @@ def write_figure(path: Path, figure: Figure) -> None:
         write_text(path, _svg(drawn, "file"))
         return
     drawn.set_facecolor("white")
+    write_png(path, drawn)
+
+
+def write_png(path: Path, drawn: Any) -> None:
+    """Writes a matplotlib figure in one atomic replace; equal figures give equal bytes."""
     write_bytes_with(
         path, lambda partial: drawn.savefig(str(partial), format="png", dpi=150, metadata={"Software": "mc_cli"})
     )

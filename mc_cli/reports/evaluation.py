@@ -31,10 +31,13 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
     before = sum(evaluation.original_bytes.values())
     after = sum(sum(parts.values()) for parts in evaluation.stored_bytes.values())
     changes = evaluation.router_changes
+    files = evaluation.context.get("original_file_bytes")
+    coded = {} if files is None else {"bytes of its files": files, "times smaller than these": round(files / after, 3)}
     return {
         "stored bytes before": before,
         "stored bytes after": after,
         "times smaller": round(before / after, 3),
+        **coded,
         "stored bits per expert weight": round(evaluation.expert_stored_bits, 4),
         "code bits per expert weight": round(evaluation.expert_code_bits, 4),
         "perplexity before": round(math.exp(evaluation.total.original_loss), 4),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mc_cli.artifacts.exported import ExportRecord
+from mc_cli.artifacts.export_record import ExportRecord
 from mc_cli.reports.tables import summary
 
 if TYPE_CHECKING:
@@ -16,12 +16,17 @@ def export_summary(record: ExportRecord, found: ReadBack, *, format: str, folder
     """Facts alone; `found` is what the record says of reading back."""
     facts = {
         "format": format,
-        "directory": str(folder),
-        "directory bytes": sum(entry["size_bytes"] for entry in record.outputs.values()),
-        "files": len(record.outputs) + 1,
-        "read back": f"{found.method}, {found.tensors:,} tensors equal",
+        **_place(record, folder),
+        "read back": found.compared,
         "logit error": f"{found.logit_error_median:.2g} for the median of {found.tokens} tokens (allowed "
         f"{found.tolerance:.2g}), {found.logit_error_max:.2g} at most",
         "same top token": f"{100 * found.same_top_token:.1f} %",
     }
     return summary(facts, read_back=dict(record.read_back))
+
+
+def _place(record: ExportRecord, target: Path) -> dict[str, Any]:
+    size = sum(entry["size_bytes"] for entry in record.outputs.values())
+    if target.is_file():
+        return {"file": str(target), "file bytes": size}
+    return {"directory": str(target), "directory bytes": size, "files": len(record.outputs) + 1}

@@ -13,10 +13,9 @@ import numpy as np
 
 from mc_cli.allocators.channel_score import ScoreAsked, channel_score_named
 from mc_cli.artifacts.channel_measures import ChannelMeasures
-from mc_cli.artifacts.files import write_bytes_with
 from mc_cli.artifacts.plan import Plan, mean_bits
-from mc_cli.errors import MissingDependencyError
 from mc_cli.parts import ModelInventory
+from mc_cli.reports.drawing import require_matplotlib, write_png
 from mc_cli.reports.plan import merged_groups
 
 FIGURES = "figures.json"
@@ -84,13 +83,7 @@ def _cluster_numbers(numbers: Mapping[str, Any]) -> dict[str, list[float]]:
 
 
 def _figure(height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "drawing figures needs matplotlib: run `pip install 'mixture-compressor[figures]'`."
-        ) from error
-    return Figure(figsize=(7, height), dpi=150, layout="constrained")
+    return require_matplotlib().figure.Figure(figsize=(7, height), dpi=150, layout="constrained")
 
 
 def _grid(path: Path, rows: Mapping[str, Sequence[float]], *, title: str, bar: str) -> None:
@@ -110,7 +103,7 @@ def _grid(path: Path, rows: Mapping[str, Sequence[float]], *, title: str, bar: s
                 axes.text(expert, layer, f"{value:.3g}", ha="center", va="center", fontsize=5, color="white")
     axes.set(xlabel="expert", ylabel="layer", title=title)
     axes.set_yticks(range(len(rows)), list(rows))
-    _save(figure, path)
+    write_png(path, figure)
 
 
 def _curves(path: Path, spectra: Mapping[str, Sequence[float]], *, title: str) -> None:
@@ -123,11 +116,4 @@ def _curves(path: Path, spectra: Mapping[str, Sequence[float]], *, title: str) -
     axes.grid(alpha=0.3)
     if len(spectra) <= 16:
         axes.legend(fontsize=7)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    write_bytes_with(path, lambda partial: canvas.print_png(str(partial), metadata={"Software": "mc_cli"}))
+    write_png(path, figure)

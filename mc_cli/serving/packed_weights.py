@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers.core_model_loading import revert_weight_conversion
 
 from mc_cli import kernels
 from mc_cli.errors import ArtifactError, listed
 from mc_cli.models.experts import PRUNER, Experts, experts_at, experts_forward
 from mc_cli.models.memory import read_ahead
+from mc_cli.models.published_names import as_published
 from mc_cli.models.skeleton import build_skeleton
 from mc_cli.packed.packed_model import PackedSource
 from mc_cli.packed.packed_modules import ask_for_huge_weights
@@ -181,7 +181,7 @@ class PackedWeights:
         """(name in the original checkpoint, tensor) of all that the engine's own layers hold."""
         own = set(self._own_names())
         for name, tensor in self._source.files.read(sorted(self._source.files.tensors.keys() - own)):
-            yield from revert_weight_conversion(self._plain, {name: tensor}).items()
+            yield from as_published(self._plain, {name: tensor}).items()
 
     def load(self) -> None:
         """Reads what was taken; files are mapped, not copied, where the device is the CPU."""
@@ -222,7 +222,7 @@ class PackedWeights:
 
     def _engine_names(self, name: str) -> list[str]:
         """The engine's names of what a checkpoint has for one tensor of the module tree."""
-        found = list(revert_weight_conversion(self._plain, {name: self._shapes[name]}))
+        found = list(as_published(self._plain, {name: self._shapes[name]}))
         for renames in self._renames:
             found = [mapped for each in found if (mapped := renames.map_name(each)) is not None]
         return found

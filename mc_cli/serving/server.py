@@ -23,7 +23,7 @@ from mc_cli.errors import InputError, McError, MissingDependencyError, shown
 
 AUTO, TRANSFORMERS, VLLM = "auto", "transformers", "vllm"
 ENGINES = (AUTO, TRANSFORMERS, VLLM)
-# What an engine's server imports, and the extra that installs it.
+# The package that an engine's server imports, and the extra that installs it.
 _NEEDS = {VLLM: ("vllm",), TRANSFORMERS: ("fastapi", "uvicorn", "openai", "accelerate")}
 _EXTRAS = {VLLM: "vllm", TRANSFORMERS: "serve"}
 _POLL_S = 0.5
@@ -32,7 +32,7 @@ _PATIENCE_S = 30.0  # for what is being answered when Ctrl-C comes; then the eng
 
 @dataclass(frozen=True)
 class Server:
-    """What is to be served, and how.
+    """Names the model to be served, and how.
 
     arguments  for the engine's own command, as they are
     """

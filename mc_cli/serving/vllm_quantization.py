@@ -23,7 +23,7 @@ from mc_cli.serving.packed_weights import LayerExperts, Matrix, PackedWeights
 from mc_cli.serving.vllm_ops import multiplied, name_experts, name_matrix, through_experts
 
 _ACTIVATIONS = [torch.float32, torch.bfloat16, torch.float16]
-# What vLLM's models merge into one linear, where they do not say it themselves.
+# Linears that vLLM's models merge into one, where they do not say it themselves.
 _MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 _LEAST_CAPABILITY = 75  # what the Triton kernels are written for; on a CPU nothing is asked
 

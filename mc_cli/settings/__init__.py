@@ -8,7 +8,7 @@ from mc_cli.settings.calibrate import CalibrateSettings
 from mc_cli.settings.compute import RunSettings
 from mc_cli.settings.declared import Flag, Settings, StageSettings, flags_of_class
 from mc_cli.settings.effort import EFFORTS
-from mc_cli.settings.engines import ENGINES, Engine, with_engine
+from mc_cli.settings.engines import ENGINES, PER_PROJECTION, WHOLE_MODEL, Engine, widths_to_score, with_engine
 from mc_cli.settings.evaluate import ACTIVATION_BITS, EvaluateSettings
 from mc_cli.settings.export import ExportSettings
 from mc_cli.settings.merge import AVERAGE, MERGEMOE, MERGES, PUZZLE, SUB_MOE
@@ -33,11 +33,13 @@ __all__ = [
     "MERGEMOE",
     "MERGES",
     "PER_LAYER",
+    "PER_PROJECTION",
     "PUZZLE",
     "REAP",
     "ROUTER_WEIGHT",
     "SUB_MOE",
     "TARGETS",
+    "WHOLE_MODEL",
     "WIDTH_BORDERS",
     "AllocateSettings",
     "CalibrateSettings",
@@ -53,5 +55,6 @@ __all__ = [
     "Settings",
     "StageSettings",
     "flags_of_class",
+    "widths_to_score",
     "with_engine",
 ]

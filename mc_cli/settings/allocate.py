@@ -11,7 +11,7 @@ from mc_cli.errors import InputError, McError, MissingFlagsError
 from mc_cli.parts import DROPPED, KEPT_BITS, Role
 from mc_cli.settings import texts
 from mc_cli.settings.declared import Flag, StageSettings, setting
-from mc_cli.settings.engines import engine_flag
+from mc_cli.settings.engines import ENGINES, engine_flag, role_conflicts, width_conflicts
 from mc_cli.settings.merge import MERGES, merge_problems
 from mc_cli.settings.prune import FREQUENCY, GLOBAL, PER_LAYER, REAP, ROUTER_WEIGHT
 from mc_cli.settings.written import parse_bits_list, parse_file_size, parse_floors
@@ -21,11 +21,12 @@ BESIDE = ((2.75, 8), (2.5, 6), (-1.0, 5))
 # The same of the embedding, whose errors go through all layers and their routers, and of a head of its own.
 EMBEDDING_BESIDE = ((2.5, 8), (-1.0, 6))
 HEAD_BESIDE = ((2.75, 8), (-1.0, 6))
+_BESIDE_OF = {Role.HEAD: HEAD_BESIDE, Role.EMBEDDING: EMBEDDING_BESIDE}
 WIDTH_BORDERS = sorted(
     {above for widths in (BESIDE, EMBEDDING_BESIDE, HEAD_BESIDE) for above, _ in widths}, reverse=True
 )
 TARGETS = ("target_stored_bits", "target_bits", "target_size_bytes", "cut_ratio", "experts_left")  # one of them
-# `run` has channels measured, and what dropping experts costs, for up to so many bits per expert weight.
+# `run` has channels measured for up to so many bits per expert weight.
 CUTS_WITHIN = 1.5
 CAMERA_Q = "camera-q"  # three groups of channels
 DROP_METHODS = (REAP, FREQUENCY, ROUTER_WEIGHT)
@@ -90,7 +91,7 @@ class AllocateSettings(StageSettings):
     target_size_bytes: int | None = setting(
         None,
         Flag(
-            "Bytes of the whole checkpoint, for example 16GiB.",
+            "Bytes of the whole exported directory, for example 16GiB.",
             _BUDGET,
             option="--target-size",
             metavar="SIZE",
@@ -283,6 +284,8 @@ class AllocateSettings(StageSettings):
                 f"--for {self.engine}: experts are neither dropped, cut nor merged there. Leave --cut-ratio, "
                 "--drop-ratio, --experts-left and width 0 out."
             )
+        yield from width_conflicts(self.engine, [bits for bits in self.bits or () if bits != DROPPED], "--bits")
+        yield from role_conflicts(self.engine, self._given_beside)
         given = [name for name in TARGETS if getattr(self, name) is not None]
         yield from map(InputError, self._drop_problems(given))
         budgets = [name for name in given if name != "experts_left"]
@@ -290,12 +293,12 @@ class AllocateSettings(StageSettings):
             kind = InputError if given else MissingFlagsError
             yield kind(
                 f"allocate needs exactly one target, {len(given)} given: --target-stored-bits (scales included), "
-                "--target-bits (codes only), --target-size (the whole checkpoint, for example 16GiB), --cut-ratio "
+                "--target-bits (codes only), --target-size (the whole directory, for example 16GiB), --cut-ratio "
                 "(share of the experts' channels to cut away) or --experts-left (share of them that --merge leaves); "
                 "or --drop-ratio (share of whole experts); the last two with a budget or alone."
             )
         yield from map(InputError, merge_problems(self))
-        if self.halves and (not self._is_plain or self.method == CAMERA_Q):
+        if self.halves and (not self.is_plain or self.method == CAMERA_Q):
             yield InputError(
                 "--halves divides whole experts by a budget's widths: leave it out with what cuts or merges."
             )
@@ -368,14 +371,14 @@ class AllocateSettings(StageSettings):
         return not any(getattr(self, name) is not None for name in TARGETS if name not in shares)
 
     @property
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether experts stay as they are but for their widths."""
         return self.cut_ratio is None and self.drop_ratio is None and self.experts_left is None
 
     @property
     def is_by_scores(self) -> bool:
         """Whether scores alone say what is cut, merged, dropped or grouped, without a programme over costs."""
-        return not self._is_plain or self.method == CAMERA_Q
+        return not self.is_plain or self.method == CAMERA_Q
 
     @property
     def width_left(self) -> float:
@@ -394,19 +397,31 @@ class AllocateSettings(StageSettings):
         left_out |= {"scope"} if self.cut_ratio is None and self.drop_ratio is None else set()
         return {name: value for name, value in plain.items() if name not in left_out}
 
-    def role_bits(self, mean_bits: float) -> dict[Role, int]:
-        """Width per role beside experts of `mean_bits`, kept beside kept ones; DENSE follows SHARED unless set."""
-
-        def width(given: int | None, beside: tuple[tuple[float, int], ...] = BESIDE) -> int:
-            if given is None and mean_bits == KEPT_BITS:
-                return KEPT_BITS
-            return next(bits for above, bits in beside if mean_bits > above) if given is None else given
-
+    @property
+    def _given_beside(self) -> dict[Role, int | None]:
+        """The widths that were given for what is not an expert; DENSE follows SHARED unless set."""
         return {
-            Role.ATTENTION: width(self.attention_bits),
-            Role.SHARED: width(self.shared_bits),
-            Role.DENSE: width(self.shared_bits if self.dense_bits is None else self.dense_bits),
+            Role.ATTENTION: self.attention_bits,
+            Role.SHARED: self.shared_bits,
+            Role.DENSE: self.shared_bits if self.dense_bits is None else self.dense_bits,
             Role.ROUTER: self.router_bits,
-            Role.HEAD: width(self.head_bits, HEAD_BESIDE),
-            Role.EMBEDDING: width(self.embedding_bits, EMBEDDING_BESIDE),
+            Role.HEAD: self.head_bits,
+            Role.EMBEDDING: self.embedding_bits,
         }
+
+    def role_bits(self, mean_bits: float) -> dict[Role, int]:
+        """Width per role beside experts of `mean_bits`, kept beside kept ones; as an engine has them."""
+        engine = ENGINES.get(self.engine or "")
+        coded = [bits for bits in self._given_beside.values() if bits is not None and bits != KEPT_BITS]
+        common = coded[0] if coded and engine is not None and engine.one_beside else None
+
+        def width(role: Role, given: int | None) -> int:
+            if given is not None:
+                return given
+            if mean_bits == KEPT_BITS:
+                return KEPT_BITS
+            beside = _BESIDE_OF.get(role, BESIDE)
+            usual = next(bits for above, bits in beside if mean_bits > above)
+            return usual if engine is None else engine.beside(role, common or usual)
+
+        return {role: width(role, given) for role, given in self._given_beside.items()}

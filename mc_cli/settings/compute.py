@@ -48,8 +48,9 @@ class RunSettings(Settings):
     max_memory_bytes: int | None = setting(
         None,
         Flag(
-            "The most memory that a stage may take, for example 8GiB: more is refused before the work begins, with the "
-            "settings that would fit.",
+            "The most memory that a stage may take, for example 8GiB. Large layers are read expert by expert, and what "
+            "is kept of tokens lies in scratch files of the work directory; results are the same bytes. What does not "
+            "fit even so is refused before the work begins, with the settings that would.",
             COMPUTING,
             option="--max-memory",
             metavar="SIZE",
@@ -85,5 +86,5 @@ class RunSettings(Settings):
 
     @property
     def of_jobs(self) -> dict[str, Any]:
-        """What the bytes of jobs depend on, for the settings that a stage records: nothing where they run here."""
+        """Names the settings that the bytes of jobs depend on, for a stage's record: none where they run here."""
         return {"job_threads": self.job_threads} if self.workers else {}

@@ -11,12 +11,13 @@ from mc_cli.errors import InputError, McError
 from mc_cli.settings.declared import Flag, StageSettings, setting
 from mc_cli.settings.written import LARGEST_SIZE, parse_file_size
 
+SINGLE_FILE, SINGLE_FILE_FORMAT = ".gguf", "gguf"  # a target of such a name is one file
 _OUTPUT = "Output"
 _HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
 def hub_name_problem(name: str) -> str:
-    """What is wrong with the name of a repository on a hub; "" where nothing is."""
+    """Says how the name of a repository on a hub is wrong; "" where it is not."""
     if _HUB_NAME.fullmatch(name) and not any(bad in name for bad in ("--", "..", "/.", "/-", "./", "-/")):
         return ""
     return "write OWNER/NAME, of letters, digits, dots, dashes and underscores, for example me/mixtral-2.5-bits."
@@ -31,13 +32,16 @@ class ExportSettings(StageSettings):
     format: str = setting(
         "transformers",
         Flag(
-            "transformers: packed, loads after `import mc_cli`; dense: dequantized, original layout; gguf: for "
-            "llama.cpp, of plans made --for it.",
+            "transformers: packed, loads after `import mc_cli`; dense: dequantized, original layout; gguf, mlx, "
+            "compressed-tensors, gptq: for other engines, of plans made --for them.",
             _OUTPUT,
             metavar="NAME",
         ),
     )
-    out: str = setting("", Flag("Directory to make.", _OUTPUT, metavar="DIR", required=True))
+    out: str = setting(
+        "",
+        Flag("Directory to make; for --format gguf also one file, NAME.gguf.", _OUTPUT, metavar="DIR", required=True),
+    )
     shard_bytes: int = setting(
         4 * 10**9,
         Flag(
@@ -48,6 +52,14 @@ class ExportSettings(StageSettings):
             parse=parse_file_size,
             least=1,
             most=LARGEST_SIZE,
+        ),
+    )
+    keep_unused: bool = setting(
+        False,
+        Flag(
+            "With --format dense: also copy what the original holds beside the model, such as layers of multi-token "
+            "prediction and extra heads, at 16 bits and under its own names.",
+            _OUTPUT,
         ),
     )
     push_to_hub: str | None = setting(
@@ -64,5 +76,13 @@ class ExportSettings(StageSettings):
     def _conflicts(self) -> Iterator[McError]:
         if not self.out:
             yield InputError("export needs --out, the directory to write.")
-        if self.out.endswith(".gguf"):
-            yield InputError(f"--out {self.out}: name a directory; --format gguf writes model.gguf into it.")
+        if self.out.endswith(SINGLE_FILE) and self.format != SINGLE_FILE_FORMAT:
+            yield InputError(
+                f"--out {self.out} names one file, which --format {self.format} does not write. Give --format "
+                f"{SINGLE_FILE_FORMAT}, or name a directory."
+            )
+        if self.out.endswith(SINGLE_FILE) and self.push_to_hub is not None:
+            yield InputError(
+                f"--push-to-hub sends a directory, with a card for the model; --out {self.out} is one file. Name a "
+                "directory with --out: model.gguf is written into it."
+            )

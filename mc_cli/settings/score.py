@@ -10,12 +10,12 @@ from mc_cli.errors import InputError, McError
 from mc_cli.parts import DROPPED
 from mc_cli.registry import widths_of
 from mc_cli.settings.declared import Flag, StageSettings, setting
-from mc_cli.settings.engines import engine_flag, quantizer_conflict
+from mc_cli.settings.engines import engine_flag, quantizer_conflict, width_conflicts, widths_to_score
 from mc_cli.settings.quantizer import QuantizerSettings
 from mc_cli.settings.written import parse_bits_list
 
 _SCORE = "Measures"
-# What is measured: experts and their projections; channels besides; or channels where they can be cut.
+# Units that are measured: experts and their projections; channels besides; or channels where they can be cut.
 EXPERT, CHANNEL, AUTO = "expert", "channel", "auto"
 
 
@@ -65,15 +65,14 @@ class ScoreSettings(StageSettings):
 
     def __post_init__(self) -> None:
         if not self.bits:
-            object.__setattr__(self, "bits", self.quantizer.candidate_widths())
+            object.__setattr__(self, "bits", widths_to_score(self.engine, self.quantizer))
         super().__post_init__()
 
     def _conflicts(self) -> Iterator[McError]:
         """Widths that the quantizer does not make, whole ones up to 8 it always does; and what an engine has not."""
         if conflict := quantizer_conflict(self.engine, self.quantizer.quantizer):
             yield conflict
-        if self.engine is not None and DROPPED in self.bits:
-            yield InputError(f"--bits {DROPPED}: {self.engine} has the same number of experts in all layers.")
+        yield from width_conflicts(self.engine, self.bits, "--bits")
         known = widths_of(self.quantizer.family)
         wrong = [width for width in self.bits if width != DROPPED and width not in known]
         if wrong:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -36,7 +36,8 @@ from mc_cli.artifacts.similarity import ExpertSimilarity, similarity_file
 from mc_cli.artifacts.store import StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.encodings import encoding_for, family_of_role, stored_bytes
-from mc_cli.errors import InputError, MissingDependencyError, PlanError
+from mc_cli.errors import InputError, MissingDependencyError, PlanError, ShapeError
+from mc_cli.models.companions import directory_bytes, noted_folder
 from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role, TensorPart
 from mc_cli.policies.static_experts import experts_to_drop
 from mc_cli.progress import StageResult
@@ -60,6 +61,10 @@ STAGE = "allocate"
 # A safetensors header spends about this much per tensor beside its name; counted so that --target-size holds for files.
 _HEADER_BYTES_PER_TENSOR = 96
 _HEADER_BYTES_PER_FILE = 64
+_UNCOUNTED = (
+    "--target-size counts the tensors alone here: the model's folder is not where calibrate found it, so that nobody "
+    "knows how large its tokenizer and other files are."
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,8 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
                 plan = halved(plan, inventory, self._channels) if settings.halves else plan
             step.advance()
         plan.check_against(inventory)
+        if settings.target_size_bytes is not None and not inventory.directory_bytes:
+            plan = replace(plan, warnings=(*plan.warnings, _UNCOUNTED))
         return _Ready(plan, considered)
 
     def do(self, folder: StageFolder, ready: _Ready, run: Run) -> None:
@@ -130,7 +137,12 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
             folder.warn(f"figures are left out, their numbers are in {FIGURES}: {error}", run.progress)
 
     def _inventory(self) -> ModelInventory:
-        return calibration_artifact.read_inventory(self.work.folder("calibrate") / calibration_artifact.INVENTORY)
+        """The model, where a size is asked for with what a directory holds beside its weights."""
+        path = self.work.folder("calibrate") / calibration_artifact.INVENTORY
+        inventory = calibration_artifact.read_inventory(path)
+        if self.settings.target_size_bytes is None:
+            return inventory
+        return with_directory(inventory, self.work)
 
     def _channels(self, block: ExpertBlock) -> ChannelMeasures:
         """One layer's measures of channels. Raises InputError where score made none."""
@@ -155,11 +167,11 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
         elif settings.experts_left is not None:
             plan = self._merged(inventory, quantizer, role_bits, others)
         elif settings.method == CAMERA_Q:
-            budget_asked = budget_of(settings, others)
+            budget_asked = budget_of(settings, inventory, others)
             plan = grouped_plan(settings, inventory, quantizer, self._channels, role_bits, budget_asked)
         else:
             plan = _without_experts(settings, self._importance(), inventory, quantizer, role_bits, others)
-        return _completed(plan, settings, quantizer, others)
+        return _completed(plan, settings, inventory, quantizer, others)
 
     def _merged(
         self, inventory: ModelInventory, quantizer: QuantizerSettings, role_bits: Mapping[Role, int], others: int
@@ -168,7 +180,7 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
         merges = merges_of(self.settings, inventory, self._similarity)
         if self.settings.has_one_width:
             return merge_plan(self.settings, inventory, quantizer, merges, role_bits)
-        budget = budget_of(self.settings, others)
+        budget = budget_of(self.settings, inventory, others)
         return merged_widths_plan(self.settings, self._importance(), merges, role_bits, budget)
 
     def _importance(self) -> Importance:
@@ -176,6 +188,12 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
 
 
 plan_stage, run = Plans(Allocate), Runs(Allocate)
+
+
+def with_directory(inventory: ModelInventory, work: WorkDir) -> ModelInventory:
+    """The inventory with the bytes of what a result holds beside its weights; 0 where the model's folder has gone."""
+    folder = noted_folder(work.path)
+    return inventory if folder is None else replace(inventory, directory_bytes=directory_bytes(folder, inventory))
 
 
 def read_channels(work: WorkDir, block: ExpertBlock) -> ChannelMeasures:
@@ -191,12 +209,12 @@ def read_channels(work: WorkDir, block: ExpertBlock) -> ChannelMeasures:
 
 def read_cuts(work: WorkDir, inventory: ModelInventory) -> dict[int, CutMeasures]:
     """Layer -> measures of cuts, of the layers in which score made them."""
-    folder, found = work.folder("score"), {}
-    for block in inventory.expert_blocks:
-        path, shape = folder / cut_file(block.layer), {"num_experts": block.num_experts, "channels": block.channels}
-        if path.exists():
-            found[block.layer] = CutMeasures.read(path, **shape)
-    return found
+    paths = {block: work.folder("score") / cut_file(block.layer) for block in inventory.expert_blocks}
+    return {
+        block.layer: CutMeasures.read(path, num_experts=block.num_experts, channels=block.channels)
+        for block, path in paths.items()
+        if path.exists()
+    }
 
 
 def scoring_quantizer(work: WorkDir) -> QuantizerSettings:
@@ -210,8 +228,7 @@ def may_cut(settings: AllocateSettings) -> bool:
     """Whether the plan may cut channels: the programme over the whole model, for no engine, without floors."""
     if not settings.cuts or settings.floors or settings.halves or settings.engine is not None:
         return False
-    structure = (settings.cut_ratio, settings.drop_ratio, settings.experts_left)
-    return all(share is None for share in structure) and settings.method == METHOD
+    return settings.is_plain and settings.method == METHOD
 
 
 def experts_gone(
@@ -243,7 +260,7 @@ def _without_experts(
     plan = allocate(
         importance,
         method=METHOD,
-        budget=budget_of(settings, others),
+        budget=budget_of(settings, inventory, others),
         role_bits=role_bits,
         candidate_bits=widths,
         time_limit_s=settings.time_limit_s,
@@ -272,14 +289,17 @@ def plan_of(
     role_bits, others = beside_experts(settings, inventory, quantizer)
     measured = cuts if may_cut(settings) else {}
     plan, considered = _allocated(settings, importance, role_bits, others, measured, inventory, quantizer)
-    return _completed(plan, settings, quantizer, others), considered
+    return _completed(plan, settings, inventory, quantizer, others), considered
 
 
-def _completed(plan: Plan, settings: AllocateSettings, quantizer: QuantizerSettings, others: int) -> Plan:
+def _completed(
+    plan: Plan, settings: AllocateSettings, inventory: ModelInventory, quantizer: QuantizerSettings, others: int
+) -> Plan:
     """The plan with what it takes beside the experts, and the quantizer's encodings."""
     budget: dict[str, Any] = {**plan.budget, "other_bytes": others}
     if settings.target_size_bytes is not None:
         budget["asked_file_bytes"] = settings.target_size_bytes
+        budget["directory_bytes"] = inventory.directory_bytes
     return replace(plan, budget=budget, family=quantizer.family, group_size_limit=quantizer.group_size)
 
 
@@ -295,7 +315,7 @@ def _allocated(
     """The plan of a strategy; where there are measures of cuts, of the programme over widths, cuts and drops."""
     if cuts:
         importance = with_trusted_drops(importance)
-    shared: dict[str, Any] = {"budget": budget_of(settings, others), "role_bits": role_bits}
+    shared: dict[str, Any] = {"budget": budget_of(settings, inventory, others), "role_bits": role_bits}
     solving: dict[str, Any] = {"time_limit_s": settings.time_limit_s, "gap": settings.gap}
     plain = partial(
         allocate,
@@ -307,13 +327,12 @@ def _allocated(
         beta=settings.beta,
         gamma=settings.gamma,
         seed=settings.seed,
-        stacked=settings.engine is not None and ENGINES[settings.engine].stacked,
+        alike=None if settings.engine is None else ENGINES[settings.engine].alike,
         **shared,
         **solving,
     )
     widths = settings.bits or importance.candidate_bits
-    counts = {layer.layer: layer.routing_count for layer in importance.layers}
-    menus = _menus(inventory, cuts, counts, quantizer, widths)
+    menus = _menus(inventory, cuts, importance, quantizer, widths)
     if not menus:
         return plain(), ()
     found = programme(importance, menus, widths, plain, SolverSettings(**solving), **shared)
@@ -324,11 +343,12 @@ def _allocated(
 def _menus(
     inventory: ModelInventory,
     cuts: Cuts,
-    counts: Mapping[int, Sequence[int]],
+    importance: Importance,
     quantizer: QuantizerSettings,
     widths: tuple[float, ...],
 ) -> dict[int, CutMenu]:
     """Layer -> what its experts may be cut to, of the layers in which there is anything to cut."""
+    counts = {layer.layer: layer.routing_count for layer in importance.layers}
     coded: dict[str, Any] = {"family": quantizer.family, "widths": widths, "group_size_limit": quantizer.group_size}
     blocks = [block for block in inventory.expert_blocks if block.layer in cuts]
     menus = {block.layer: cut_menu(block, cuts[block.layer], counts[block.layer], **coded) for block in blocks}
@@ -380,7 +400,7 @@ def _widths_beside(
     for border in WIDTH_BORDERS:
         role_bits = widths(math.nextafter(border, math.inf))
         others = other_bytes(inventory, role_bits, quantizer)
-        left = (settings.target_size_bytes or 0) - others
+        left = (settings.target_size_bytes or 0) - inventory.directory_bytes - others
         if 8 * left > border * inventory.expert_weight_count:
             break
     return role_bits, others
@@ -391,14 +411,18 @@ def floors_of(settings: AllocateSettings) -> list[Floor] | None:
     return None if settings.floors is None else [Floor(bits, count) for bits, count in settings.floors]
 
 
-def budget_of(settings: AllocateSettings, others: int) -> Budget:
-    """The budget of the routed experts, beside `others` bytes of everything else."""
+def budget_of(settings: AllocateSettings, inventory: ModelInventory, others: int) -> Budget:
+    """The budget of the routed experts, beside `others` bytes of all other tensors.
+
+    A size is that of a whole directory: what lies in it beside the tensors is taken off, as far as that is known.
+    """
     if settings.target_stored_bits is not None:
         return Budget("stored_bits", settings.target_stored_bits)
     if settings.target_bits is not None:
         return Budget("code_bits", settings.target_bits)
     assert settings.target_size_bytes is not None
-    return Budget("expert_bytes", settings.target_size_bytes - others, other_bytes=others)
+    taken = others + inventory.directory_bytes
+    return Budget("expert_bytes", settings.target_size_bytes - taken, other_bytes=taken)
 
 
 def other_bytes(inventory: ModelInventory, role_bits: Mapping[Role, float], quantizer: QuantizerSettings) -> int:
@@ -421,4 +445,7 @@ def _part_bytes(part: TensorPart, bits: float, quantizer: QuantizerSettings) -> 
     if bits == KEPT_BITS or not part.packable:
         return part.size_bytes
     family, limit = family_of_role(part.role, quantizer.family), quantizer.group_size
-    return stored_bytes(encoding_for(family, bits, *part.shape, group_size_limit=limit), *part.shape)
+    try:
+        return stored_bytes(encoding_for(family, bits, *part.shape, group_size_limit=limit), *part.shape)
+    except ShapeError as error:
+        raise ShapeError(f"{part.name}: {error}. Keep it with --{part.role.value}-bits 16.") from error

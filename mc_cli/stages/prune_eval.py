@@ -5,6 +5,7 @@ With a policy: it is fitted into `pruning/`, and the packed model is measured ag
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mc_cli.artifacts.files import DigestCache, content_digest
 from mc_cli.artifacts.names import EVALUATION
 from mc_cli.artifacts.packed import StoredBytes
 from mc_cli.artifacts.quantization import read_report
+from mc_cli.artifacts.routes import ROUTES, LayerRoutes, write_routes
 from mc_cli.artifacts.store import StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.data import text
@@ -24,7 +26,6 @@ from mc_cli.errors import MissingDependencyError
 from mc_cli.kernels.compiled import check_inputs, inputs_of
 from mc_cli.measuring.comparison import compare
 from mc_cli.measuring.lm_eval_tasks import Tasks, find_tasks, run_tasks
-from mc_cli.measuring.pareto_figure import draw_front
 from mc_cli.measuring.policy_fitting import (
     FitPolicies,
     FittedPolicies,
@@ -41,6 +42,7 @@ from mc_cli.packed.packed_model import PackedSource, stored_sizes
 from mc_cli.parts import ModelInventory, Role
 from mc_cli.progress import Progress, SilentProgress, StageResult
 from mc_cli.reports.evaluation import evaluation_summary
+from mc_cli.reports.front import draw_front
 from mc_cli.settings import EvaluateSettings, RunSettings
 from mc_cli.stage import Plans, Run, Runs, Stage, run_stage
 
@@ -126,7 +128,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
         packed_folder = self.work.folder("quantize")
         packed = PackedSource(packed_folder, dtype=session.dtype, device=session.device, trust_remote_code=trusted)
         with inputs_of(settings.activation_bits, session.device):
-            total, domains, changes = compare(
+            total, domains, routes = compare(
                 ready.original,
                 packed,
                 windows,
@@ -134,6 +136,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
                 batch_size=session.batch_size(windows.token_ids.shape[1]),
                 progress=run.progress,
             )
+        write_routes(folder.path(ROUTES), routes)
         # A fitted policy is kept for later evaluations, with other inputs too.
         fitted = self._fitted(folder, ready.inventory, packed, run)
         with inputs_of(settings.activation_bits, session.device):
@@ -143,7 +146,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
             results = run_tasks(tasks, settings, session, packed_folder, run.progress, pruning=ships) if tasks else {}
         stored = stored_sizes(packed_folder, trust_remote_code=trusted)
         evaluation = _evaluation(
-            settings, packed_folder, stored, ready.inventory, windows, total, domains, changes, results
+            settings, packed_folder, stored, ready.inventory, windows, total, domains, routes, results
         )
         return replace(evaluation, pruning=pruning)
 
@@ -258,7 +261,7 @@ def _evaluation(
     windows: text.Windows,
     total: TextResult,
     domains: dict[str, TextResult],
-    changes: dict[int, float],
+    routes: Sequence[LayerRoutes],
     tasks: dict[str, Any],
 ) -> Evaluation:
     rows = [row for path in sorted((packed_folder / "report").glob("*.json")) for row in read_report(path)]
@@ -267,13 +270,14 @@ def _evaluation(
     return Evaluation(
         total=total,
         domains=domains,
-        router_changes=changes,
+        router_changes={layer.layer: layer.changed_share for layer in routes},
         context={
             "length": length,
             "stride": settings.stride or length,
             "windows": len(windows.token_ids),
             "data": settings.data,
             "activation_bits": settings.activation_bits,
+            **({"original_file_bytes": inventory.file_bytes} if inventory.stored_as else {}),
         },
         stored_bytes={
             role.value: {"codes": part.codes, "side": part.side, "kept": part.kept}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 from torch import nn
 
 from mc_cli.artifacts.calibration import QUANTILES, LayerRouting
+from mc_cli.artifacts.routes import Routes
+from mc_cli.artifacts.scratch import InMemory
+from mc_cli.models.paged_experts import turns_of
 from mc_cli.parts import ExpertBlock
 
 
@@ -20,9 +24,14 @@ class RoutingCapture:
     index      [tokens, k] int64;  weights [tokens, k] float32;  probabilities: sums per expert, see LayerRouting
     """
 
-    def __init__(self, block: ExpertBlock, *, keep_inputs: bool) -> None:
+    def __init__(
+        self, block: ExpertBlock, *, keep_inputs: bool, experts: Any = None, store: InMemory | None = None
+    ) -> None:
+        """`experts`: the module that is watched, if its calls may take turns;  store: holds the inputs."""
         self._block = block
         self._keep_inputs = keep_inputs
+        self._experts = experts
+        self._store = store or InMemory()
         self._inputs: list[torch.Tensor] = []
         self._index: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
@@ -31,7 +40,12 @@ class RoutingCapture:
     @property
     def inputs(self) -> torch.Tensor:
         if len(self._inputs) > 1:
-            self._inputs = [torch.cat(self._inputs)]  # the chunks are not kept beside the whole
+            count = sum(map(len, self._inputs))
+            whole = self._store.empty((count, *self._inputs[0].shape[1:]), self._inputs[0].dtype)
+            for rows, piece in zip(whole.split([len(piece) for piece in self._inputs]), self._inputs, strict=True):
+                rows.copy_(piece)
+                self._store.release(rows, piece)
+            self._inputs = [whole]  # the chunks are not kept beside the whole
         return self._inputs[0]
 
     @property
@@ -42,19 +56,41 @@ class RoutingCapture:
     def weights(self) -> torch.Tensor:
         return torch.cat(self._weights)
 
+    @property
+    def _seen_before(self) -> bool:
+        """Whether the batch that runs was seen, and runs again as its experts have been computed meanwhile."""
+        turns = None if self._experts is None else turns_of(self._experts)
+        return turns is not None and turns.answered
+
     def on_experts(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Forward pre-hook of the experts module: (hidden states, index, weights)."""
+        if self._seen_before:
+            return
         hidden, index, weights = args[:3]
         if self._keep_inputs:
-            self._inputs.append(hidden.detach().reshape(-1, hidden.shape[-1]).cpu())
+            self._inputs.append(self._store.keep(hidden.detach().reshape(-1, hidden.shape[-1])))
         self._index.append(index.detach().reshape(-1, index.shape[-1]).cpu())
         self._weights.append(weights.detach().reshape(-1, weights.shape[-1]).float().cpu())
 
     def on_router(self, _: nn.Module, __: Any, output: Any) -> None:
         """Forward hook of the router: softmax over all experts of its raw logits, at the chosen experts."""
+        if self._seen_before:
+            return
         logits = output[0] if isinstance(output, (tuple, list)) else output
         probabilities = logits.detach().reshape(-1, logits.shape[-1]).float().softmax(-1).cpu()
         self._probabilities.append(probabilities)
+
+    def routes(self) -> Routes:
+        """How many tokens each expert gets, and what the choice tells of a token, in bits."""
+        counts = torch.bincount(self.index.reshape(-1), minlength=self._block.num_experts)
+        tokens, conditional = 0, 0.0
+        total = torch.zeros(self._block.num_experts, dtype=torch.float64)
+        for part in self._probabilities:
+            tokens += len(part)
+            total += part.double().sum(0)
+            conditional += float(torch.special.entr(part.double()).sum())
+        entropy = float(torch.special.entr(total / tokens).sum())
+        return Routes(counts.tolist(), (entropy - conditional / tokens) / math.log(2), entropy / math.log(2))
 
     def probability_sums(self) -> torch.Tensor:
         """[experts] float64: over the tokens routed to an expert, the sum of its softmax probability before top-k."""
@@ -64,11 +100,17 @@ class RoutingCapture:
 
 
 @contextmanager
-def watching(root: nn.Module, block: ExpertBlock, *, keep_inputs: bool = False) -> Iterator[RoutingCapture]:
-    """Captures the routing of one layer while its forward runs inside the context; `root` is the whole model."""
-    capture = RoutingCapture(block, keep_inputs=keep_inputs)
+def watching(
+    root: nn.Module, block: ExpertBlock, *, keep_inputs: bool = False, store: InMemory | None = None
+) -> Iterator[RoutingCapture]:
+    """Captures the routing of one layer while its forward runs inside the context; `root` is the whole model.
+
+    store   holds the inputs; None: memory
+    """
+    experts = root.get_submodule(block.path)
+    capture = RoutingCapture(block, keep_inputs=keep_inputs, experts=experts, store=store)
     handles = [
-        root.get_submodule(block.path).register_forward_pre_hook(capture.on_experts),
+        experts.register_forward_pre_hook(capture.on_experts),
         root.get_submodule(block.router_path).register_forward_hook(capture.on_router),
     ]
     try:

@@ -1,4 +1,4 @@
-"""What other choices of experts cost: a packed model as it is, and with every token sent to the original's experts.
+"""Measures the cost of other choices of experts: a packed model as it is, and with the original's choices.
 
 Where the packed model's routers choose as the original's do, nothing is changed. Where they do not, the experts that
 they add are replaced by those that they miss, at the weights of the ones replaced: they were nearly level. The rest of

@@ -134,7 +134,7 @@ def write(
 
 
 def tell_memory(packed: Speed, config: MixtralConfig, arguments: argparse.Namespace) -> None:
-    """What the packed model takes, over the least it could."""
+    """The packed model's time, over the least it could take."""
     tokens = arguments.prompt_tokens + arguments.new_tokens
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens * 2
     least = packed.weight_bytes + cache

@@ -1,4 +1,4 @@
-"""What the default costs to make, beside uniform GPTQ: time of score, allocate and quantize over one calibration.
+"""Measures the cost of the default, beside uniform GPTQ: time of score, allocate and quantize over one calibration.
 
 Calibrates once, then runs the commands of each way in a work directory of its own, turn by turn, every stage a process.
 Uniform GPTQ needs no scores, so the few that allocate asks for are not counted. "Without sweeps" is GPTQ as published;
@@ -40,7 +40,7 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Spent:
-    """What one process took, in seconds."""
+    """Seconds that one process took."""
 
     user_s: float
     system_s: float
@@ -87,7 +87,7 @@ def parse() -> argparse.Namespace:
 
 
 def stages(way: str, calibrated: Path, work_dir: Path, arguments: argparse.Namespace) -> dict[str, Spent]:
-    """What each stage of this way takes, from a copy of the calibration, which is removed afterwards."""
+    """Measures each stage of this way, from a copy of the calibration, which is removed afterwards."""
     shutil.copytree(calibrated, work_dir)
     target = ("--target-stored-bits", str(arguments.target_stored_bits))
     if "score" not in WAYS[way]:

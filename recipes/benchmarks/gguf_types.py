@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mc_cli.exporters.gguf import FILE, _Reader, write_gguf
-from mc_cli.exporters.gguf_names import Names, architecture_of
+from mc_cli.exporters.gguf_architectures import architecture_of
+from mc_cli.exporters.gguf_names import Names
 from mc_cli.measuring.logit_source import Reading
 
 # Types of llama.cpp's presets that `pure` gives to all tensors.

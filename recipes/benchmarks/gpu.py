@@ -60,7 +60,7 @@ class Shape:
 
     @property
     def weights(self) -> int:
-        """Of one expert."""
+        """One expert's."""
         return 3 * self.hidden * self.intermediate
 
 
@@ -224,7 +224,7 @@ def figures(
     stored: dict[str, list[int]],
     rates: dict[str, float],
 ) -> dict[str, Any]:
-    """What is reported of one number of tokens."""
+    """The report on one number of tokens."""
     middle = {name: statistics.median(seconds) for name, seconds in times.items()}
     baseline = min((name for name in times if name.startswith("bfloat16")), key=middle.__getitem__)
     operations = 2 * rounds[0].chosen.numel() * shape.weights
@@ -263,7 +263,7 @@ def configuration(shape: Shape) -> MixtralConfig:
 
 
 def stored_bytes(block: Any) -> list[int]:
-    """Of every expert, codes and scales."""
+    """Codes and scales of every expert."""
     return [
         sum(tensor.nbytes for places in block._mc_packed.values() for tensor in places[expert][0].parts(block).values())
         for expert in range(block.num_experts)

@@ -48,7 +48,7 @@ class Peak:
 
     @property
     def own_bytes(self) -> int:
-        """What the stage itself needed."""
+        """The stage's own need."""
         return self.peak_bytes - self.imported_bytes
 
 

@@ -49,12 +49,12 @@ from mc_cli.artifacts.pruning import PrunedLayer, read_pruning
 from mc_cli.artifacts.store import STAGE_FOLDERS
 from mc_cli.data import text
 from mc_cli.errors import MissingDependencyError
-from mc_cli.measuring.pareto_figure import draw_front
 from mc_cli.packed.dense_tensors import load_dense
 from mc_cli.packed.loading import load_packed
 from mc_cli.packed.packed_model import PackedSource
 from mc_cli.policies import kept_weights, weight_ranks
 from mc_cli.progress import SilentProgress
+from mc_cli.reports.front import draw_front
 from mc_cli.settings import EvaluateSettings, PruneSettings, RunSettings
 from mc_cli.skipping.pruned_comparison import compare_points
 from mc_cli.skipping.pruning import apply_pruning, pruned
@@ -217,7 +217,7 @@ def oracle(
 def measured(
     source: PackedSource, windows: text.Windows, blocks: Mapping[int, Any], runs: dict[str, Any], name: str
 ) -> list[dict[str, Any]]:
-    """What the runs cost on the windows, as points of the policy `name`."""
+    """The cost of the runs on the windows, as points of the policy `name`."""
     found = compare_points(source, windows, blocks, runs, batch_size=16, progress=Lines(), title=name)
     return [
         {

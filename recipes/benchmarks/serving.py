@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def one_process(folder: str) -> dict[str, Any]:
-    """What `measure` finds in a process that computes nothing else."""
+    """The result of `measure` in a process that computes nothing else."""
     fixed = {
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

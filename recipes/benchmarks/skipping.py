@@ -1,4 +1,4 @@
-"""What skipping expert calls saves while decoding one token at a time, the policies' decisions included.
+"""Measures what skipping expert calls saves while decoding one token at a time, the policies' decisions included.
 
 First a packed model with fitted policies, token after token of its calibration text: every token is computed without a
 policy and with each at each rate in turn, at the same place of the same key-value cache, so that what else the machine

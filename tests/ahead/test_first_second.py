@@ -1,11 +1,8 @@
-"""What cannot be taken through all stages is refused at once: by a dry run as by a run, before any text is hashed."""
+"""Models that cannot go through all stages are refused at once: by a dry run as by a run, before text is hashed."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from mc_cli import cli
 from mc_cli.artifacts.files import DigestCache
 from tests import tiny_models
 from tests.conftest import TinyModel
+from tests.stage_process import run_command
 from tests.tiny_chain import write_documents
 
 ALONE = """
@@ -56,11 +54,9 @@ def flags(stage: str, model: Path, folder: Path) -> list[str]:
 @pytest.mark.parametrize("stage", ["calibrate", "run"])
 def test_experts_out_of_reach_are_refused_first(stage: str, more: tuple[str, ...], alone: Path, tmp_path: Path) -> None:
     """In a process of its own: transformers keeps what it found out of a class, and other models inherit it."""
-    command = [sys.executable, "-m", "mc_cli", *flags(stage, alone, tmp_path), "--trust-remote-code", *more]
-    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **home}, timeout=120, check=False)
-    assert done.returncode == 1
-    assert "2 experts modules do not compute by the implementation" in " ".join(done.stderr.split())
+    done = run_command([*flags(stage, alone, tmp_path), "--trust-remote-code", *more], tmp_path)
+    assert done.status == 1
+    assert "2 experts modules do not compute by the implementation" in " ".join(done.err.split())
     assert not (tmp_path / "work" / "digests.json").exists()
 
 

@@ -1,13 +1,10 @@
-"""What a late stage would refuse after hours is refused before the first forward, all of it at once."""
+"""Settings that a late stage would refuse after hours are refused before the first forward, all of it at once."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +22,7 @@ from mc_cli.errors import InputError
 from mc_cli.models import tensor_files
 from tests import sparse_models
 from tests.conftest import TinyModel
+from tests.stage_process import run_command
 from tests.tiny_chain import run_allocate, run_calibrate, run_quantize, run_score, write_documents
 
 Run = Callable[..., Result]
@@ -45,11 +43,6 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a weight is read")
 
     monkeypatch.setattr(tensor_files.TensorFiles, "reading", refused)
-
-
-@pytest.fixture
-def much_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**13))
 
 
 def invoke(*arguments: object) -> Result:
@@ -304,13 +297,13 @@ def test_what_is_done_is_not_looked_at_again(chain: Path, tmp_path: Path, monkey
 def test_the_solver_says_nothing(chain: Path, tmp_path: Path) -> None:
     """In a process of its own, since the solver writes to the descriptor and not to sys.stdout."""
     work = shutil.copytree(chain / "work", tmp_path / "work")
-    command = [sys.executable, "-c", "from mc_cli.cli import main; main()"]
     for more in ((), ("--json",)):
         asked = ["allocate", "-w", str(work), "--target-stored-bits", "2.2", "--force", *more]
-        done = subprocess.run([*command, *asked], capture_output=True, text=True, check=True, env=dict(os.environ))
-        assert "HiGHS" not in done.stderr and "THIRD_PARTY" not in done.stdout + done.stderr
-        assert "Running" not in done.stdout
-    assert json.loads(done.stdout)["stage"] == "allocate"
+        done = run_command(asked, tmp_path)
+        assert done.status == 0
+        assert "HiGHS" not in done.err and "THIRD_PARTY" not in done.out + done.err
+        assert "Running" not in done.out
+    assert json.loads(done.out)["stage"] == "allocate"
 
 
 @pytest.mark.parametrize("out", ["", "packed", "calibration/x", "pruning", ".."])

@@ -1,4 +1,4 @@
-"""What a user reads when a budget, a width, a floor, an exponent or a measure cannot be used."""
+"""Errors that a user reads when a budget, a width, a floor, an exponent or a measure cannot be used."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_floors_mean_nothing_to_some_methods(method):
     ("pick", "said"), [(-1, "-1, of 3 choices"), (2, "where the budget is"), (None, "picks for")], ids=str
 )
 def test_an_assignment_that_is_no_plan_is_refused(monkeypatch, pick, said):
-    """What a method of another package assigns is checked, not taken on trust."""
+    """Widths that a method of another package assigns are checked, not taken on trust."""
     honest = allocators.strategy_named("uniform")
 
     def assign(problem, settings):

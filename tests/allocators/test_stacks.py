@@ -12,6 +12,7 @@ from mc_cli.allocators.solver import solve
 from mc_cli.allocators.stacks import spread, stacked
 from mc_cli.allocators.strategy import SolverSettings
 from mc_cli.errors import InputError
+from mc_cli.settings import WHOLE_MODEL
 
 WIDTHS = {2.0625: 66, 2.5625: 82, 3.0625: 98}
 
@@ -56,6 +57,16 @@ def test_the_best_of_all_combinations_is_found(seed: int) -> None:
     assert len(chosen) == 4 and all(len(widths) == 1 for widths in chosen.values())
     free = solve(whole, SolverSettings(gap=0.0))
     assert whole.value(free.picks) <= best + 1e-12
+
+
+def test_all_experts_of_a_model_can_be_alike() -> None:
+    whole = problem(2.6)
+    joined = stacked(whole, WHOLE_MODEL)
+    (unit,) = joined.units
+    assert unit.projection is None and unit.weight_count == whole.weight_count
+    picks = spread(whole, solve(joined, SolverSettings(gap=0.0)).picks, WHOLE_MODEL)
+    assert set(picks) == {1} and whole.size(picks) <= whole.limit < whole.size([2] * len(picks))
+    assert unit.choices[1].cost == pytest.approx(whole.value(picks))
 
 
 def test_floors_have_no_meaning_there() -> None:

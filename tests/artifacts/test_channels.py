@@ -138,7 +138,7 @@ def test_measures_are_read_back(tmp_path: Path) -> None:
         ({"up_square": None}, "up_square: missing"),
         ({"up_square": np.ones((4, 31), dtype=np.float32)}, r"up_square: float32 of shape \[4, 31\]"),
         ({"square_max": np.ones((4, CHANNELS))}, "square_max: float64"),
-        ({"square_max": np.full((4, CHANNELS), np.nan, dtype=np.float32)}, "square_max: negative numbers"),
+        ({"square_max": np.full((4, CHANNELS), np.nan, dtype=np.float32)}, "square_max: some numbers are not finite"),
         ({"square_sum": np.full((4, CHANNELS), -1, dtype=np.float32)}, "square_sum: negative numbers"),
         ({"more": np.ones(1)}, "more: not a measure"),
     ],

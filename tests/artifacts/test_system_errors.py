@@ -22,7 +22,7 @@ NUMBERS = sorted(set(errno.errorcode) - {errno.ENOSPC, errno.EDQUOT})
 
 @pytest.mark.parametrize("number", NUMBERS, ids=errno.errorcode.get)
 def test_every_error_names_its_file(number: int) -> None:
-    """Of those that the system knows, also where nobody has thought of them."""
+    """Covers every error that the system knows, also where nobody has thought of it."""
     error = OSError(number, os.strerror(number), "/there/x")
     for message in (error_message(error), refusal(error, Path("/there/x"), action="could not be written")):
         assert "/there/x" in message and os.strerror(number) in message

@@ -105,3 +105,46 @@ def test_room_for_all_variants_is_asked_for(tmp_path: Path) -> None:
     (found,) = together(needs)
     assert found.pieces == {"calibrate": 5, "quantize": 30, "score while it runs": 7, "export": 20}
     assert found.needed_bytes >= 62
+
+
+NAMED = """
+calibrate: {model: m, data: bundled:calibration}
+allocate: {target_size_bytes: {small: 8GiB, large: 12GiB}}
+export: {out: out}
+work_dir: w
+"""
+
+
+def test_targets_have_the_names_that_a_recipe_gives_them(stages: FakeStages, mc_cli: Command) -> None:
+    Path("named.yaml").write_text(NAMED, encoding="utf-8")
+    assert mc_cli("run", "named.yaml").exit_code == 0
+    assert WorkDir(Path("w")).variants() == ["large", "small"]
+    assert [call[1].out for call in stages.calls if call[0] == "export"] == ["out/small", "out/large"]
+
+
+@pytest.mark.parametrize("target", [(), ("--target-stored-bits", "2,3")])
+def test_some_of_several_targets_are_made(stages: FakeStages, mc_cli: Command, target: tuple[str, ...]) -> None:
+    Path("named.yaml").write_text(NAMED, encoding="utf-8")
+    result = mc_cli("run", "named.yaml", *target, "--only", "2" if target else "small")
+    assert result.exit_code == 0, result.stderr
+    assert [call[1].out for call in stages.calls if call[0] == "export"] == ["out/2" if target else "out/small"]
+    widths = [call[1].bits for call in stages.calls if call[0] == "score"]
+    assert mc_cli("run", "named.yaml", *target).exit_code == 0
+    assert [call[1].bits for call in stages.calls if call[0] == "score"] == widths, "one set of scores serves all"
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (("--only", "tiny"), "no target is named tiny. There are small, large."),
+        (("--only", "small", "--target-stored-bits", "2"), "there are not several"),
+    ],
+)
+def test_a_name_that_no_target_has_is_refused(
+    stages: FakeStages, mc_cli: Command, asked: tuple[str, ...], words: str
+) -> None:
+    Path("named.yaml").write_text(NAMED, encoding="utf-8")
+    result = mc_cli("run", "named.yaml", *asked)
+    assert result.exit_code == 1
+    assert words in " ".join(result.stderr.split())
+    assert not stages.calls

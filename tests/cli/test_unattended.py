@@ -19,6 +19,7 @@ from mc_cli.errors import InputError
 from mc_cli.flags import STAGES
 from tests.conftest import TinyModel
 from tests.fake_stages import FakeStages
+from tests.stage_process import run_command
 from tests.tiny_chain import write_documents
 
 Invoke = Callable[..., Result]
@@ -104,5 +105,5 @@ def test_a_signal_stops_a_stage_which_goes_on_after_it(
     assert (last["event"], last["status"]) == ("ended", status)
     assert not (tmp_path / "w" / "calibration" / "manifest.json").exists()
     if number == signal.SIGTERM:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-        assert done.returncode == 0 and "continuing after" in done.stderr
+        done = run_command(command[3:], tmp_path)
+        assert done.status == 0 and "continuing after" in done.err

@@ -1,4 +1,4 @@
-"""What a damaged layer misses of the original's output, and steps of down projections against dense least squares."""
+"""The output that a damaged layer misses, and steps of down projections against dense least squares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What other choices of experts cost, against choices really changed, brute force and autograd over the whole model."""
+"""The cost of other choices of experts, against choices really changed, brute force and autograd over a model."""
 
 from __future__ import annotations
 

@@ -336,7 +336,7 @@ def test_kept_pruned_and_mixed_experts(allocated: Path, tmp_path: Path, monkeypa
 
 
 def _check_hidden(twin: Any, token_ids: Tensor, hidden: Tensor) -> None:
-    """What quantize went on with is what the packed model computes, its routers without the dropped experts."""
+    """Quantize went on with what the packed model computes, its routers without the dropped experts."""
     seen: list[Tensor] = []
     handle = twin.model.layers[-1].register_forward_hook(lambda _, __, output: seen.append(output))
     with torch.no_grad():

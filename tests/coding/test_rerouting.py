@@ -1,4 +1,4 @@
-"""What dropping an expert changes in its layer's output, against the whole block run with a masked router."""
+"""The change that dropping an expert makes in its layer's output, against the whole block run with a masked router."""
 
 from __future__ import annotations
 

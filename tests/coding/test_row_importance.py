@@ -1,4 +1,4 @@
-"""What errors of several rows matter together, against the activation's own derivatives."""
+"""The joint weight of errors of several rows, against the activation's own derivatives."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ SAMPLES = 3
 def calibrated(
     folder: Path, model: Path, *, sequences: int
 ) -> tuple[dict[str, Tensor], Tensor, tuple[ExpertBlock, ...]]:
-    """What calibrate says of the sensitivity, the tokens it says it of, and the layers with experts."""
+    """Returns calibrate's sensitivity, the tokens that it belongs to, and the layers with experts."""
     data = write_documents(folder / "text.jsonl", documents=120)
     run_calibrate(
         folder / "work",

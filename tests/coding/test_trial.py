@@ -1,4 +1,4 @@
-"""What is left of an up projection's error after the down projection was fitted, against dense least squares."""
+"""The rest of an up projection's error after the down projection was fitted, against dense least squares."""
 
 from __future__ import annotations
 

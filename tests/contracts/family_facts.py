@@ -1,4 +1,4 @@
-"""What the inventory has to say about each family's tiny checkpoint, written down by hand from the families' code."""
+"""Facts that the inventory has to find in each family's tiny checkpoint, written by hand from the families' code."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from mc_cli.artifacts import work_dir as work_dirs
 from mc_cli.artifacts.evaluation import Evaluation, TextResult
-from mc_cli.artifacts.exported import RECORD, ExportFolder
+from mc_cli.artifacts.export_record import RECORD
+from mc_cli.artifacts.exported import ExportFolder
 from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.store import StageFolder
 from mc_cli.errors import ArtifactError, FamilyError, InputError, StaleArtifactError
@@ -205,7 +206,7 @@ def test_other_logits_are_found(work_dir: WorkDir, tmp_path: Path, monkeypatch: 
         read_again(out, work / "packed", "dense")
 
 
-# What is left behind
+# Leftovers
 
 
 @every_format
@@ -240,7 +241,7 @@ def test_a_killed_export_leaves_no_directory_that_looks_whole(
         if moment == "reading back":
             patched.setattr(export, "read_back", die)
         elif moment == "record":
-            patched.setattr("mc_cli.artifacts.exported.asdict", die)
+            patched.setattr("mc_cli.artifacts.export_record.asdict", die)
         else:
             patched.setattr(Path, "replace", die_on_a_directory)
         with pytest.raises(KeyboardInterrupt):
@@ -282,6 +283,10 @@ def test_done_stale_damaged_and_forced(work_dir: WorkDir, tmp_path: Path) -> Non
     shard = next(out.glob("*.safetensors"))
     shard.unlink()
     with pytest.raises(ArtifactError, match=shard.name):
+        do_export(work_dir(), out, "dense")
+    assert do_export(work_dir(), out, "dense", force=True).ran
+    (out / RECORD).write_text("{")
+    with pytest.raises(ArtifactError, match=RECORD):
         do_export(work_dir(), out, "dense")
     assert do_export(work_dir(), out, "dense", force=True).ran
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -343,7 +348,7 @@ def test_a_packed_folder_that_is_not_whole_is_refused(work_dir: WorkDir, tmp_pat
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-# What it says of itself
+# The export's own description
 
 
 def test_the_record_names_origin_and_every_file(work_dir: WorkDir, tmp_path: Path) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +13,8 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from mc_cli.artifacts.exported import RECORD
+from mc_cli.artifacts.export_record import RECORD
+from tests.stage_process import Said, run_script
 from tests.tiny_chain import write_documents
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
@@ -27,6 +25,7 @@ SIZES = ("--sequences", "4", "--length", "24", "--gradient-tokens", "48", "--eva
 WIDTHS = ("--attention-bits", "2", "--shared-bits", "5", "--head-bits", "2", "--embedding-bits", "2")
 ASKED = ("--quantizer", "ternary", "--method", "first-layers", "--policy", "half-of-best", "--target-rate", "0.2")
 
+COMMAND = "from mc_cli.cli import main; main()"
 LOADED = """
 import json, sys
 from pathlib import Path
@@ -83,13 +82,10 @@ def installed(folder: Path) -> Path:
     return folder
 
 
-def process(packages: Path | None, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """What Python does with `arguments` where the folder is among its packages."""
-    paths = [str(packages)] if packages else []
-    paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+def process(packages: Path | None, folder: Path, code: str, *arguments: object) -> Said:
+    """Runs Python code in a process that has `packages` among its packages; `folder` is for what it prints."""
+    head = f"import sys; sys.path.insert(0, {str(packages)!r})\n" if packages else ""
+    return run_script(head + code, folder, ["script", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +102,10 @@ def place(packages: Path, tiny_model: Callable[..., Path], tmp_path_factory: pyt
     texts = ("--data", place / "text.jsonl", "--eval-data", place / "heldout.jsonl")
     made = ("-w", place / "work", "--out", place / "one_file", "--format", "one-file", "--target-stored-bits", "3.6")
     model = ("--model", tiny_model("qwen2_moe", tie_word_embeddings=False))
-    done = process(packages, "-m", "mc_cli", "run", *model, *texts, *made, *SIZES, *ASKED, *WIDTHS)
-    assert done.returncode == 0, done.stderr[-3000:]
-    done = process(packages, "-m", "mc_cli", "export", "-w", place / "work", "--out", place / "packed")
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = process(packages, place, COMMAND, "run", *model, *texts, *made, *SIZES, *ASKED, *WIDTHS)
+    assert done.status == 0, done.err[-3000:]
+    done = process(packages, place, COMMAND, "export", "-w", place / "work", "--out", place / "packed")
+    assert done.status == 0, done.err[-3000:]
     return place
 
 
@@ -139,15 +135,15 @@ def test_every_stage_ran_with_the_foreign_extension(place: Path) -> None:
     assert evaluated["pruning"]["policy"] == "half-of-best"
 
 
-def test_the_exports_load_and_agree(packages: Path, place: Path) -> None:
+def test_the_exports_load_and_agree(packages: Path, place: Path, tmp_path: Path) -> None:
     names = {path.name for path in (place / "one_file").iterdir()}
     assert "model.one" in names and not any(name.endswith(".safetensors") for name in names)
     with safe_open(next((place / "packed").glob("*.safetensors")), "pt") as file:
         stored = {name.rpartition(".")[2] for name in file.keys()}  # noqa: SIM118 - no mapping
     assert any(name.endswith("steps") for name in stored)
-    done = process(packages, "-c", LOADED, place)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    done = process(packages, tmp_path, LOADED, place)
+    assert done.status == 0, done.err[-3000:]
+    found = json.loads(done.out.splitlines()[-1])
     assert found["refused"], "transformers knows nothing of the format"
     assert found["error"] < 0.02 and found["written"] == [2, 15]
     assert "ternary encodings: decoded, then torch" in found["path"]
@@ -171,14 +167,14 @@ def test_an_export_that_its_reader_reads_otherwise_is_not_shipped(packages: Path
     line = "        native = type("
     assert line in source.read_text()
     source.write_text(source.read_text().replace(line, f"        {wrong}\n{line}"))
-    command = ("-m", "mc_cli", "export", "-w", place / "work", "--out", tmp_path / "out", "--format", "one-file")
-    done = process(tmp_path / "packages", *command)
-    assert done.returncode == 1 and "logits differ from the packed model's" in done.stderr
+    command = ("export", "-w", place / "work", "--out", tmp_path / "out", "--format", "one-file")
+    done = process(tmp_path / "packages", tmp_path, COMMAND, *command)
+    assert done.status == 1 and "logits differ from the packed model's" in done.err
     assert not (tmp_path / "out").exists()
 
 
-def test_without_the_package_the_encoding_is_named(place: Path) -> None:
+def test_without_the_package_the_encoding_is_named(place: Path, tmp_path: Path) -> None:
     load = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
-    done = process(None, "-c", "import mc_cli; " + load, place / "packed")
-    assert done.returncode != 0 and "Unknown weight encoding 'ternary'" in done.stderr
-    assert "need a package that is not installed here" in done.stderr
+    done = process(None, tmp_path, "import mc_cli; " + load, place / "packed")
+    assert done.status != 0 and "Unknown weight encoding 'ternary'" in done.err
+    assert "need a package that is not installed here" in done.err

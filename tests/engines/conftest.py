@@ -2,4 +2,10 @@
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("llama_cpp") else ["test_gguf.py"]
+_ENGINES = {
+    "test_gguf.py": "llama_cpp",
+    "test_mlx.py": "mlx_lm",
+    "test_compressed_tensors.py": "compressed_tensors",
+    "test_gptq.py": "gptqmodel",
+}
+collect_ignore = [file for file, engine in _ENGINES.items() if find_spec(engine) is None]

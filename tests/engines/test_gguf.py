@@ -9,17 +9,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from mc_cli.exporters.gguf import FILE
+from mc_cli.exporters.gguf import FILE, write_gguf
 from mc_cli.packed.loading import load_packed
 from tests.conftest import TinyModel
+from tests.exporters.gguf_tokenizers import KINDS, LINES, VOCABULARY, write
 from tests.exporters.test_gguf import ROLES, SIZES, do_export
 from tests.packed_folders import packed_work_dir
+from tests.tiny_models import tiny_config
 
 pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp", exc_type=Exception)
 
 TOKENS = torch.randint(3, 300, (1, 48), generator=torch.Generator().manual_seed(0))
-LINES = ("hello world", "  the cat's  mat,\n\n rained 1234 times!", "über Ωμέγα 漢字 \t x", "a</s>b", "don't we'll I'D")
 
 
 def opened(folder: Path) -> Any:
@@ -61,11 +62,13 @@ def compare(model_type: str, width: float, tiny_model: TinyModel, tmp_path: Path
     assert float(errors.median()) < 0.15, errors
 
 
-def test_token_ids_are_those_of_transformers(tiny_model: TinyModel, tmp_path: Path) -> None:
-    model = tiny_model("mixtral", **SIZES["mixtral"])
-    work = packed_work_dir(model, tmp_path / "work", widths=(4,), role_bits=ROLES, family="gguf")
-    do_export(work, tmp_path / "out")
-    engine, tokenizer = opened(tmp_path / "out"), AutoTokenizer.from_pretrained(model)
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_ids_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    write(kind, tmp_path)
+    config = tiny_config("mixtral", vocab_size=VOCABULARY)
+    write_gguf(tmp_path / FILE, config, tmp_path, [], title="a vocabulary alone")
+    engine = llama_cpp.Llama(str(tmp_path / FILE), vocab_only=True, verbose=False)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     for line in LINES:
         found = engine.tokenize(line.encode(), add_bos=False, special=True)
         assert found == tokenizer(line, add_special_tokens=False)["input_ids"], line

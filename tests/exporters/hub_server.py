@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass
 class Hub:
-    """What was sent: repositories with their files, and the tokens of the requests."""
+    """Records what was sent: repositories with their files, and the tokens of the requests."""
 
     endpoint: str = ""
     token: str = "secret"

@@ -23,7 +23,21 @@ from tests.packed_folders import packed_work_dir
 
 gguf = pytest.importorskip("gguf")
 
-ROLES = {Role.ATTENTION: 8, Role.SHARED: 5, Role.EMBEDDING: 6}
+ROLES = {Role.ATTENTION: 8, Role.DENSE: 5, Role.SHARED: 5, Role.EMBEDDING: 6}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "original_max_position_embeddings": 64, "factor": 4.0}
+_MLA = {
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 256,
+    "n_routed_experts": 8,
+    "max_position_embeddings": 256,
+    "rope_parameters": {**_YARN, "mscale": 0.7, "mscale_all_dim": 0.7},
+}
 SIZES: dict[str, dict[str, Any]] = {
     "mixtral": {"hidden_size": 256, "intermediate_size": 256, "num_local_experts": 4},
     "qwen2_moe": {
@@ -50,6 +64,27 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_experts": 4,
         "norm_topk_prob": False,
     },
+    "glm4_moe": {
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "head_dim": 64,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 256,
+        "n_routed_experts": 4,
+        "attention_bias": True,
+    },
+    "gpt_oss": {
+        "hidden_size": 256,
+        "head_dim": 64,
+        "intermediate_size": 256,
+        "num_local_experts": 4,
+        "sliding_window": 16,
+        "attention_bias": True,
+        "max_position_embeddings": 256,
+        "rope_parameters": {**_YARN, "truncate": True},
+    },
+    "deepseek_v2": {**_MLA, "q_lora_rank": None, "topk_method": "greedy", "norm_topk_prob": False},
+    "deepseek_v3": {**_MLA, "q_lora_rank": 256, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
 }
 Packed = Callable[..., Path]
 
@@ -122,6 +157,6 @@ def test_models_that_llama_cpp_computes_otherwise_are_refused(
     work = packed_work_dir(changed, tmp_path / "work", widths=(2.0625,), role_bits=ROLES, family="gguf")
     with pytest.raises(FamilyError, match="norm_topk_prob is True"):
         do_export(work, tmp_path / "out")
-    other = packed_work_dir(tiny_model("gpt_oss"), tmp_path / "other", widths=(16,), role_bits={})
-    with pytest.raises(FamilyError, match="'gpt_oss' cannot be exported as GGUF"):
+    other = packed_work_dir(tiny_model("phimoe"), tmp_path / "other", widths=(16,), role_bits={})
+    with pytest.raises(FamilyError, match="'phimoe' cannot be exported as GGUF"):
         do_export(other, tmp_path / "out")

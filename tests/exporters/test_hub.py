@@ -1,4 +1,4 @@
-"""What is sent to a hub, over HTTP to one on this machine; what it refuses is told, and the directory stays."""
+"""Uploads to a hub, over HTTP to one on this machine; what it refuses is told, and the directory stays."""
 
 from __future__ import annotations
 

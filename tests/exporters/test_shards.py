@@ -39,7 +39,7 @@ def test_shards_hold_everything_once(shard_bytes: int, shards: int, tmp_path: Pa
 
 
 def test_views_of_one_tensor_are_written_each_for_itself(tmp_path: Path) -> None:
-    """As they come from splitting fused experts, transposed ones among them."""
+    """Makes tensors as they come from splitting fused experts, transposed ones among them."""
     fused = torch.arange(24.0).reshape(2, 3, 4)
     writer = ShardWriter(tmp_path, shard_bytes=10_000)
     writer.add("first", fused[0])

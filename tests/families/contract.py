@@ -31,7 +31,7 @@ ROUNDING = 2e-5  # relative: sums in another order
 
 
 def kind_of(family: str) -> str:
-    """What the table says of a family's inputs."""
+    """The family's inputs by the table."""
     return "image-text" if family in IMAGE_TEXT else "text"
 
 

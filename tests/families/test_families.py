@@ -28,7 +28,7 @@ from tests.families.tiny_families import IMAGE_TEXT, TEXT, build_tiny_family
 from tests.packed_folders import packed_work_dir
 from tests.tiny_chain import run_export
 
-# Of kinds of difference one: a tower with experts, experts of images, own experts, hybrids, hyper-connections.
+# One of each kind of difference: a tower with experts, experts of images, own experts, hybrids, hyper-connections.
 REPRESENTATIVE = ("bailing_hybrid", "deepseek_v4", "dots3_note", "ernie4_5_vl_moe", "llama4", "qwen3_5_moe", "step3p7")
 CPU = torch.device("cpu")
 # Model folders of transformers with experts in their code that hold no language model that continues text, and why.

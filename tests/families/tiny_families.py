@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from tests import tiny_models
 from tests.tiny_models import VOCABULARY
@@ -173,7 +174,7 @@ def _mrope(*section: int) -> dict[str, Any]:
 _MIXTRAL = {"model_type": "mixtral"}
 _CLIP = {"model_type": "clip_vision_model"}
 _SAM = {"sam_config": {}, "encoder_config": {}}
-# What a family needs beyond the rules: entry -> value, or the entries of a part of it. `name@text` is an outer
+# A family's needs beyond the rules: entry -> value, or the entries of a part of it. `name@text` is an outer
 # image-text class over a text family of its own.
 CHANGES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": _HYBRID},
@@ -264,6 +265,21 @@ CHANGES: dict[str, dict[str, Any]] = {
     "llava@mixtral": {"text_config": _MIXTRAL, "vision_config": _CLIP},
 }
 
+# What `save_pretrained` writes -> what the hub's files have, where the two differ.
+HUB_NAMES: dict[str, dict[str, str]] = {
+    "deepseek_v4": {
+        "model.hc_head.": "hc_head.",
+        "hc_head.hc_": "hc_head_",
+        "model.embed_tokens.": "embed.",
+        "attn.norm.": "attn.kv_norm.",
+        "model.": "",
+    },
+    "kimi_k25": {
+        "language_model.model.blocks.": "language_model.model.layers.",
+        "model.mm_projector.": "mm_projector.",
+    },
+}
+
 _TEXTS = """afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32
 deepseek_v4 doge dots1 dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint gemma4_text glm4_moe glm4_moe_lite
 glm_moe_dsa gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4
@@ -291,12 +307,23 @@ def tiny_config(family: str, **changes: Any) -> Any:
 
 
 def build_tiny_family(family: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
-    """Writes a random checkpoint of `family` and a tokenizer into `folder`, as `save_pretrained` lays it out."""
+    """Writes a random checkpoint of `family` and a tokenizer into `folder`, as the hub has it."""
     from mc_cli.models.model_class import model_class
 
     config = tiny_config(family, **changes)
     torch.manual_seed(0)
-    return tiny_models.save_tiny(model_class(config).auto.from_config(config, dtype=dtype), folder)
+    tiny_models.save_tiny(model_class(config).auto.from_config(config, dtype=dtype), folder)
+    if family in HUB_NAMES:
+        tensors = tiny_models.read_tensors(folder)
+        renamed = {_on_the_hub(family, key): tensor.clone() for key, tensor in tensors.items()}
+        save_file(renamed, folder / "model.safetensors")
+    return folder
+
+
+def _on_the_hub(family: str, key: str) -> str:
+    for before, after in HUB_NAMES[family].items():
+        key = key.replace(before, after)
+    return key
 
 
 def _shrunk(kind: Any, given: dict[str, Any], rules: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from tests.faults import calls, kills, mutations, pairs, report, shim
-from tests.faults.chain import Base, build
+from tests.faults.chain import PLANS, Base, build
 from tests.faults.trial import TrialResult, Verdict
 
 PARTS: dict[str, ModuleType] = {"kills": kills, "pairs": pairs, "calls": calls, "mutations": mutations}
@@ -39,10 +39,10 @@ def main(arguments: list[str]) -> int:
             shutil.rmtree(place, ignore_errors=True)
             shutil.rmtree(Path(os.environ["MC_FAULTS_SHIM"]).parent, ignore_errors=True)
     wall_s = time.monotonic() - begun
-    print(report.failures(results, asked.seed))
-    print(f"\n{report.table(results)}\n\n{wall_s:.0f} s, seed {asked.seed}")
+    print(report.failures(results, asked.seed, asked.plan))
+    print(f"\n{report.table(results)}\n\n{wall_s:.0f} s, plan of {asked.plan}, seed {asked.seed}")
     if asked.json:
-        report.write_json(asked.json, report.as_json(results, seed=asked.seed, wall_s=wall_s))
+        report.write_json(asked.json, report.as_json(results, seed=asked.seed, plan=asked.plan, wall_s=wall_s))
     return int(not all(result.acceptable for result in results))
 
 
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("part", choices=[*PARTS, "all"])
     parser.add_argument("--trials", type=int, default=100, help="how many; `all` shares them out")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--plan", choices=PLANS, default="widths", help="what allocate is asked for")
     parser.add_argument("--trial", type=int, action="append", help="only this one, to repeat it; can be given again")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="counts and failing trials as JSON")
@@ -71,7 +72,7 @@ def _run(asked: argparse.Namespace, place: Path) -> list[TrialResult]:
     parts = list(PARTS) if asked.part == "all" else [asked.part]
     jobs = [(part, number, asked) for part in parts for number in _numbers(part, asked)]
     (place / "base").mkdir()
-    _base = build(place / "base")
+    _base = build(place / "base", asked.plan)
     results = []
     with multiprocessing.get_context("fork").Pool(asked.processes) as pool:
         for result in pool.imap_unordered(_trial, ((*job, place) for job in jobs)):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults import shim
-from tests.faults.chain import COMMANDS, STAGES, Base, moment_after
+from tests.faults.chain import STAGES, Base, moment_after
 from tests.faults.command import run
 from tests.faults.kills import end_state
 from tests.faults.trees import compare, tree_of
@@ -69,13 +69,13 @@ def trial(base: Base, *, seed: int, number: int, folder: Path) -> TrialResult:
         return _finished(base, stage, number, where)
     forced = kind == "rebuild"
     fault, file_limit, what = _drawn(base.rebuild_calls[stage] if forced else base.calls[stage], chance)
-    arguments = (*COMMANDS[stage], *(["--force"] if forced else []))
+    arguments = (*base.commands[stage], *(["--force"] if forced else []))
     disturbed = run(arguments, where, fault=fault, file_limit=file_limit)
     verdicts = [form(disturbed), _lost(base, stage, before, where)]
     if disturbed.status == 0:
         verdicts.append(_whole(base, stage, where))
     notes = [last_error(disturbed)] if any(verdicts) else []
-    again = run(COMMANDS[stage], where)
+    again = run(base.commands[stage], where)
     if again.status:
         verdicts.append(form(again) or Verdict.STUCK)
         notes.append(last_error(again))
@@ -91,7 +91,7 @@ def trial(base: Base, *, seed: int, number: int, folder: Path) -> TrialResult:
 def _finished(base: Base, stage: str, number: int, where: Path) -> TrialResult:
     """A stage that is done is skipped on a disk that takes nothing, and not failed."""
     fault = shim.Fault(shim.CHANGING, 1, shim.FAIL, errno.EROFS, lasting=True)
-    outcome = run(COMMANDS[stage], where, fault=fault)
+    outcome = run(base.commands[stage], where, fault=fault)
     if outcome.status:
         verdict, note = form(outcome) or Verdict.STUCK, last_error(outcome)
     else:
@@ -104,7 +104,7 @@ def _drawn(calls: int, chance: random.Random) -> tuple[shim.Fault | None, int | 
     if not way.kinds:
         limit = int(2 ** chance.uniform(0, 17))
         return None, limit, f"{way.name} of {limit} bytes"
-    # Of all calls only some are of these kinds; most ways have few, so that small numbers have to be the likely ones.
+    # Only some of all calls are of these kinds; most ways have few, so that small numbers have to be the likely ones.
     number = max(1, round(calls * chance.random() ** 2))
     fault = shim.Fault(way.kinds, number, way.action, way.value, way.lasting)
     return fault, None, f"{way.name}, at call {number} of its kinds"

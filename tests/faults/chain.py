@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     for name, line in {
         "calibrate": "calibrate --model model --data cal.jsonl -w w --sequences 6 --length 24 --gradient-tokens 48 "
         "--gradient-samples 1 --batch-tokens 48",
-        "score": "score -w w --bits 1,2,3 --loss-tokens 64 --batch-tokens 48",
+        "score": "score -w w --bits 1,2,3 --loss-tokens 64 --batch-tokens 48 --unit channel --similarity",
         "allocate": "allocate -w w --target-stored-bits 2.5",
         "quantize": "quantize -w w --batch-tokens 48",
         "prune-eval": "prune-eval -w w --data held.jsonl --length 24 --max-sequences 4 --policy otp --otp-steps 2 "
@@ -31,6 +31,15 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     }.items()
 }
 STAGES = tuple(COMMANDS)
+# Requests to allocate: they decide which plan, and so which packed files, the other stages meet.
+PLANS: dict[str, tuple[str, ...]] = {
+    name: tuple(line.split())
+    for name, line in {
+        "widths": " ".join(COMMANDS["allocate"]),
+        "cuts": "allocate -w w --method heapr --cut-ratio 0.25 --bits 0,3 --uniform-width --figures",
+        "merged": "allocate -w w --merge sub-moe --experts-left 0.75 --bits 3",
+    }.items()
+}
 FINISHED = "finished"
 GENERATE = ("generate", "o", "--prompt", "the rain fell on the hills", "--max-new-tokens", "6")
 _RECIPE = """description: tiny
@@ -68,6 +77,7 @@ _NOT_PRELOADED = ("__main__", "__mp_main__", "tests", "_pytest", "pytest")
 class Base:
     """Where the folders lie, and facts of undisturbed runs.
 
+    plan            which of PLANS
     trees           moment (a stage: before it; FINISHED) -> everything there
     calls           stage -> file calls that change something; rebuild_calls: with --force over a finished one
     cpu_s           stage -> processor seconds of a rebuild
@@ -77,6 +87,7 @@ class Base:
     """
 
     folder: Path
+    plan: str = "widths"
     trees: dict[str, Tree] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     rebuild_calls: dict[str, int] = field(default_factory=dict)
@@ -89,8 +100,13 @@ class Base:
     def live(self) -> Path:
         return self.folder / "live"
 
+    @property
+    def commands(self) -> dict[str, tuple[str, ...]]:
+        """Stage -> its command with this plan."""
+        return {**COMMANDS, "allocate": PLANS[self.plan]}
+
     def after(self, stage: str) -> Tree:
-        """What lies there once `stage` has been run."""
+        """The tree once `stage` has been run."""
         return self.trees[moment_after(stage)]
 
     def copy(self, moment: str, target: Path) -> Path:
@@ -106,9 +122,9 @@ def moment_after(stage: str) -> str:
     return (*STAGES, FINISHED)[STAGES.index(stage) + 1]
 
 
-def build(folder: Path) -> Base:
+def build(folder: Path, plan: str) -> Base:
     """Runs all stages undisturbed, each in a child. Raises AssertionError where one fails."""
-    base = Base(folder.resolve())
+    base = Base(folder.resolve(), plan)
     inputs = folder / "inputs"
     preload(_PRELOADED)
     outcome = run(lambda: _write_inputs(inputs), folder)
@@ -127,7 +143,7 @@ def build(folder: Path) -> Base:
         base.logits[name] = outcome.out
     preload(base.modules)
     for stage in STAGES:
-        again = run((*COMMANDS[stage], "--force"), base.copy(moment_after(stage), folder / "again"))
+        again = run((*base.commands[stage], "--force"), base.copy(moment_after(stage), folder / "again"))
         assert again.status == 0, again.err
         base.rebuild_calls[stage], base.cpu_s[stage] = again.calls, again.cpu_s
         shutil.rmtree(folder / "again")
@@ -158,7 +174,7 @@ def logits_of(name: str) -> Callable[[], None]:
 def _measured(base: Base, stage: str) -> Outcome:
     def call() -> None:
         try:
-            command_line(COMMANDS[stage])()
+            command_line(base.commands[stage])()
         finally:
             (base.folder / "modules").write_text("\n".join(sorted(sys.modules)), encoding="utf-8")
 
@@ -193,7 +209,7 @@ def _write_inputs(folder: Path) -> None:
     from tests.tiny_models import build_tiny
 
     folder.mkdir()
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 4, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_local_experts": 4, "num_hidden_layers": 2}
     build_tiny("mixtral", folder / "model", **sizes)
     (folder / "model" / "model.safetensors").chmod(0o644)
     write_documents(folder / "cal.jsonl", documents=30)

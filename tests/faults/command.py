@@ -114,7 +114,7 @@ class Running:
 
 
 def command_line(arguments: Sequence[str]) -> Callable[[], None]:
-    """What the shell command `mc-cli ARGUMENTS` does."""
+    """Makes a call that does as the shell command `mc-cli ARGUMENTS`."""
 
     def call() -> None:
         from mc_cli.cli import main

@@ -1,4 +1,4 @@
-"""What a change may turn into another result without being an error, and why. All else that does is a failing trial."""
+"""Changes that may give another result without being an error, and why. All others that do are failing trials."""
 
 from __future__ import annotations
 

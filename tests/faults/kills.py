@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults import shim
-from tests.faults.chain import COMMANDS, STAGES, Base, moment_after
+from tests.faults.chain import STAGES, Base, moment_after
 from tests.faults.command import Outcome, Running, command_line, run
 from tests.faults.trees import compare, tree_of
 from tests.faults.trial import TrialResult, Verdict, interruption, last_error, random_of, worst
@@ -45,13 +45,13 @@ def trial(base: Base, *, seed: int, number: int, folder: Path) -> TrialResult:
     notes: list[str] = []
     cpu_s = 0.0
     for kill in kills:
-        outcome = _disturbed((*COMMANDS[stage], *(["--force"] if forced else [])), kill, where)
+        outcome = _disturbed((*base.commands[stage], *(["--force"] if forced else [])), kill, where)
         cpu_s += outcome.cpu_s
         wrong = interruption(outcome, kill.number)
         if wrong is not None:
             verdicts.append(wrong)
             notes.append(last_error(outcome))
-    resumed = (*COMMANDS[stage], *(["--force"] if resume_forced else []))
+    resumed = (*base.commands[stage], *(["--force"] if resume_forced else []))
     cpu_s += _resume(resumed, where, verdicts, notes)
     verdict, note = end_state(base, stage, where)
     how = f"{kind}: {', '.join(map(str, kills))}{', then --force' if resume_forced else ''}"

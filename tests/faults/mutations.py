@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX
 from tests.faults import shim
-from tests.faults.chain import COMMANDS, FINISHED, GENERATE, STAGES, Base, logits_of
+from tests.faults.chain import FINISHED, GENERATE, STAGES, Base, logits_of
 from tests.faults.command import Outcome, run
 from tests.faults.fields import changed_fields
 from tests.faults.justified import justification
@@ -100,7 +100,7 @@ class _Trial:
         return self.note(Verdict.HARMLESS if fine else Verdict.OTHER, detail=difference)
 
     def result(self, number: int) -> TrialResult:
-        """What it all came to."""
+        """Sums up the trial."""
         fields = "; ".join(f"{name} [{', '.join(names[:3])}]" for name, names in self.fields.items())
         what = f"{self.group}: {fields}: {self.mutation.what}"
         verdict = worst(self.verdicts)
@@ -121,10 +121,10 @@ def _input(one: _Trial, chance: random.Random) -> None:
     one.base.copy("calibrate", one.where)
     text = chance.choice(_TEXTS)
     one.mutate(text if chance.random() < 0.3 else chance.choice(_MODEL), chance)
-    _run_stage(one, [text if word == "cal.jsonl" else word for word in COMMANDS["calibrate"]])
+    _run_stage(one, [text if word == "cal.jsonl" else word for word in one.base.commands["calibrate"]])
     if one.verdicts[-1] is Verdict.HARMLESS and chance.random() < _WHOLE_CHAIN:
         for stage in STAGES[1:]:
-            outcome = one.run(COMMANDS[stage])
+            outcome = one.run(one.base.commands[stage])
             if outcome.status:
                 wrong = form(outcome)
                 if wrong is not None:
@@ -136,14 +136,14 @@ def _changed_later(one: _Trial, chance: random.Random) -> None:
     one.stage = chance.choice(("score", "quantize", "prune-eval"))
     one.base.copy(one.stage, one.where)
     one.mutate(chance.choice(_MODEL), chance)
-    _run_stage(one, COMMANDS[one.stage])
+    _run_stage(one, one.base.commands[one.stage])
 
 
 def _held_out(one: _Trial, chance: random.Random) -> None:
     one.stage = "prune-eval"
     one.base.copy(one.stage, one.where)
     one.mutate("held.jsonl", chance)
-    _run_stage(one, COMMANDS[one.stage])
+    _run_stage(one, one.base.commands[one.stage])
 
 
 def _artifact(one: _Trial, chance: random.Random) -> None:
@@ -152,7 +152,7 @@ def _artifact(one: _Trial, chance: random.Random) -> None:
     folder = chance.choice([name for name in _FOLDERS if (one.where / "w" / name).exists()])
     one.mutate(chance.choice(_files(one.where, f"w/{folder}")), chance)
     reported = _status(one)
-    _run_stage(one, COMMANDS[one.stage])
+    _run_stage(one, one.base.commands[one.stage])
     _unseen(one, reported)
 
 
@@ -161,11 +161,11 @@ def _begun(one: _Trial, chance: random.Random) -> None:
     one.base.copy(one.stage, one.where)
     number = chance.randint(one.base.calls[one.stage] // 4, one.base.calls[one.stage])
     fault = shim.Fault(number=number, action=shim.SIGNAL, value=signal.SIGKILL)
-    one.cpu_s += run(COMMANDS[one.stage], one.where, fault=fault).cpu_s
+    one.cpu_s += run(one.base.commands[one.stage], one.where, fault=fault).cpu_s
     begun = [name for name in _files(one.where, "w") if name not in one.base.trees[one.stage]]
     one.mutate(chance.choice(begun), chance)
     _status(one)
-    _run_stage(one, COMMANDS[one.stage])
+    _run_stage(one, one.base.commands[one.stage])
 
 
 def _export(one: _Trial, chance: random.Random) -> None:
@@ -187,7 +187,7 @@ def _export(one: _Trial, chance: random.Random) -> None:
             one.note(wrong, loaded)
         else:
             one.accepted("" if loaded.out == one.base.logits[name] else "other logits")
-    again = one.run(COMMANDS["export" if name == "o" else "dense"])
+    again = one.run(one.base.commands["export" if name == "o" else "dense"])
     if again.status:
         one.refused(again)
     _unseen(one, reported)
@@ -198,7 +198,7 @@ def _plan(one: _Trial, chance: random.Random) -> None:
     one.base.copy(one.stage, one.where)
     (one.where / "plan.yaml").write_bytes((one.where / "w/plan/plan.yaml").read_bytes())
     one.mutate("plan.yaml", chance)
-    _run_stage(one, (*COMMANDS["quantize"], "--plan", "plan.yaml"))
+    _run_stage(one, (*one.base.commands["quantize"], "--plan", "plan.yaml"))
 
 
 def _recipe(one: _Trial, chance: random.Random) -> None:
@@ -214,7 +214,7 @@ def _note(one: _Trial, chance: random.Random) -> None:
     one.base.copy(one.stage, one.where)
     one.mutate(chance.choice([name for name in _files(one.where, "w") if name.count("/") == 1]), chance)
     _status(one)
-    _run_stage(one, COMMANDS[one.stage])
+    _run_stage(one, one.base.commands[one.stage])
 
 
 _TRIALS = {
@@ -242,7 +242,7 @@ def _run_stage(one: _Trial, arguments: Sequence[str]) -> None:
 
 def _without(tree: Tree, mutation: Mutation) -> Tree:
     left_out = {*mutation.names, *(f"{name}/" for name in mutation.names), "plan.yaml"}
-    # What is being written holds one file; with something else in its place it is not ours, and left alone.
+    # A folder that is being written holds one file; with something else in its place it is not ours, and left alone.
     left_out |= {f"{Path(name).parent}/" for name in mutation.names if Path(name).parent.suffix == PARTIAL_SUFFIX}
     return {name: digest for name, digest in tree.items() if name not in left_out}
 

@@ -25,7 +25,7 @@ _BOMB = "\n".join(
 
 @dataclass(frozen=True)
 class Mutation:
-    """What was done: the names changed, relative to the trial's folder, and a line about it.
+    """One change: the names changed, relative to the trial's folder, and a line about it.
 
     replaced   whether something else lies there now, or nothing: then its folder may be what an error names
     """
@@ -59,7 +59,7 @@ def mutate(folder: Path, name: str, chance: random.Random) -> Mutation:
     return Mutation((name,), "the last byte cut off")
 
 
-# What lies at the name
+# Other things at the name
 
 
 def _replace(folder: Path, name: str, chance: random.Random) -> Mutation:

@@ -216,7 +216,7 @@ def run_model(draw: random.Random, model: Any) -> None:
 
 
 def loaded(parts: Model, content: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """As PackedSource loads, from tensors in memory: parsed, attached, compared, put in place."""
+    """Loads as PackedSource does, from tensors in memory: parsed, attached, compared, put in place."""
     layout = PackedLayout.from_json(json.loads(json.dumps(content)))
     model = copy.deepcopy(parts.skeleton)
     packed = attach(model, layout, kept_dtype=torch.float32)

@@ -7,9 +7,10 @@ import os
 import random
 import shutil
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 
-from tests.faults.chain import COMMANDS, FINISHED, STAGES, Base, moment_after
+from tests.faults.chain import FINISHED, STAGES, Base, moment_after
 from tests.faults.command import Running, command_line, run
 from tests.faults.trees import Difference, Tree, compare, tree_of
 from tests.faults.trial import TrialResult, Verdict, form, last_error, random_of, worst
@@ -23,7 +24,7 @@ _WORK = ("calibration", "importance", "plan", "packed", "evaluation", "pruning")
 def trial(base: Base, *, seed: int, number: int, folder: Path) -> TrialResult:
     """Runs two commands at once, then each alone, and compares with what one after the other leaves."""
     chance = random_of(PART, seed, number)
-    name, moment, first, second = _drawn(number, chance)
+    name, moment, first, second = _drawn(base.commands, number, chance)
     delay_s = chance.choice([0.0, 0.0, chance.uniform(0, base.cpu_s.get(first[0], 0.2))])
     where = base.copy(moment, folder / "trial")
     runs = [Running(command_line(first), where)]
@@ -53,25 +54,27 @@ def trial(base: Base, *, seed: int, number: int, folder: Path) -> TrialResult:
     return TrialResult(PART, number, name, f"second {delay_s:.3f} s later", verdict, detail, cpu_s)
 
 
-def _drawn(number: int, chance: random.Random) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
+def _drawn(
+    commands: Mapping[str, tuple[str, ...]], number: int, chance: random.Random
+) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
     """A name, the moment to begin at, and the two commands."""
     stage = chance.choice(STAGES)
     later = chance.choice(STAGES[STAGES.index(stage) :])
-    export = COMMANDS["export"]
+    export = commands["export"]
     kinds = (
-        (f"{stage} twice", stage, COMMANDS[stage], COMMANDS[stage]),
+        (f"{stage} twice", stage, commands[stage], commands[stage]),
         ("export twice", "export", export, export),
         (
             f"rebuild of {stage} twice",
             moment_after(stage),
-            (*COMMANDS[stage], "--force"),
-            (*COMMANDS[stage], "--force"),
+            (*commands[stage], "--force"),
+            (*commands[stage], "--force"),
         ),
         ("export in two formats onto one target", "export", export, _DENSE_ONTO_O),
-        (f"rebuild of {stage} and {later}", FINISHED, (*COMMANDS[stage], "--force"), COMMANDS[later]),
-        ("export to two targets", "export", export, COMMANDS["dense"]),
+        (f"rebuild of {stage} and {later}", FINISHED, (*commands[stage], "--force"), commands[later]),
+        ("export to two targets", "export", export, commands["dense"]),
         ("rebuild of an export and export", FINISHED, (*export, "--force"), export),
-        ("export and prune-eval", "prune-eval", export, COMMANDS["prune-eval"]),
+        ("export and prune-eval", "prune-eval", export, commands["prune-eval"]),
     )
     return kinds[number % len(kinds)]
 
@@ -82,7 +85,7 @@ def _replaces(first: tuple[str, ...], second: tuple[str, ...], err: str) -> bool
 
 
 def _torn(base: Base, where: Path) -> str:
-    """What is wrong with folders that say they are whole: files that are not as their own record says."""
+    """Finds folders that say they are whole and hold files that are not as their own record says."""
     folders = [(where / name, record) for name, record in _RECORDS.items()]
     folders += [(where / "w" / name, "manifest.json") for name in _WORK]
     wrong = []
@@ -116,7 +119,7 @@ _KNOWN: dict[tuple[str, tuple[str, ...], tuple[str, ...]], Tree] = {}
 
 
 def _expected(base: Base, moment: str, first: tuple[str, ...], second: tuple[str, ...]) -> Tree:
-    """What lies there once the two commands have been run one after the other, both to their end."""
+    """The tree once the two commands have been run one after the other, both to their end."""
     key = (moment, first, second)
     if key not in _KNOWN:
         place = base.folder / f"sequence-{os.getpid()}"

@@ -1,4 +1,4 @@
-"""What the trials came to: a table, the unacceptable ones with the command that repeats each, and the same as JSON."""
+"""Reports the trials: a table, the unacceptable ones with the command that repeats each, and the same as JSON."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def table(results: Sequence[TrialResult]) -> str:
     return "\n".join(lines)
 
 
-def failures(results: Iterable[TrialResult], seed: int) -> str:
+def failures(results: Iterable[TrialResult], seed: int, plan: str) -> str:
     """A paragraph for each unacceptable trial."""
     return "\n\n".join(
         f"{result.verdict} - {result.stage}: {result.what}\n  {result.detail}\n"
-        f"  again: python -m tests.faults {result.part} --seed {seed} --trial {result.number}"
+        f"  again: python -m tests.faults {result.part} --plan {plan} --seed {seed} --trial {result.number}"
         for result in results
         if not result.acceptable
     )
 
 
-def as_json(results: Sequence[TrialResult], *, seed: int, wall_s: float) -> dict[str, Any]:
-    """Counts with what they were measured at: commit, seed, machine."""
+def as_json(results: Sequence[TrialResult], *, seed: int, plan: str, wall_s: float) -> dict[str, Any]:
+    """Counts with what they were measured at: commit, plan, seed, machine."""
     parts: dict[str, Any] = {}
     for part in dict.fromkeys(result.part for result in results):
         own = [result for result in results if result.part == part]
@@ -64,6 +64,7 @@ def as_json(results: Sequence[TrialResult], *, seed: int, wall_s: float) -> dict
         }
     return {
         "commit": _commit(),
+        "plan": plan,
         "seed": seed,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         "wall_s": round(wall_s, 1),

@@ -20,7 +20,7 @@ COUNT, SIGNAL, FAIL, SHORT = range(4)
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at the file call numbered `number` (from 1) of those of `kinds` below the working directory.
+    """Describes what happens at file call `number` (from 1) of those of `kinds` below the working directory.
 
     action   COUNT: nothing; SIGNAL: the process gets `value`; FAIL: errno `value`; SHORT: half is written, then errno
     lasting  whether all later calls of these kinds fail as well: a disk stays full

@@ -22,7 +22,7 @@ from tests.faults.trees import compare, tree_of
 from tests.faults.trial import random_of
 
 ROOT = Path(__file__).parent.parent.parent
-SEED, TRIALS = 7, 60
+SEED, TRIALS = 7, 42
 needs_compiler = pytest.mark.skipif(
     not sys.platform.startswith("linux") or shutil.which("cc") is None,
     reason="stands between a process and Linux's C library",
@@ -31,7 +31,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a short run of all parts reports."""
+    """The report of a short run of all parts."""
     path = tmp_path_factory.mktemp("faults") / "counts.json"
     words = ["all", "--trials", str(TRIALS), "--seed", str(SEED), "--processes", "2", "--json", str(path)]
     done = subprocess.run(

@@ -14,21 +14,25 @@ from tests.faults.sanitized import build, environment
 COUNT = 250
 
 
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of processes that use the watched library."""
+    return environment(build(tmp_path_factory.mktemp("watched")))
+
+
 @pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="preloads the sanitizer as Linux does")
-def test_mutated_models_are_refused_or_run_within_their_memory(tmp_path: Path) -> None:
+def test_mutated_models_are_refused_or_run_within_their_memory(watched: dict[str, str]) -> None:
     command = [sys.executable, "-m", "tests.faults.packed_fuzzer", "--count", str(COUNT), "--seed", "1"]
     root = Path(__file__).parents[2]
-    done = subprocess.run(
-        command, env=environment(build(tmp_path)), capture_output=True, text=True, cwd=root, check=False
-    )
+    done = subprocess.run(command, env=watched, capture_output=True, text=True, cwd=root, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     last = done.stdout.splitlines()[-1]
     assert last.startswith(f"packed fuzzer: {COUNT} cases, seed 1: ") and "accepted" in last and "refused" in last
 
 
 @pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
-def test_the_watched_library_sees_a_read_behind_the_end(tmp_path: Path) -> None:
+def test_the_watched_library_sees_a_read_behind_the_end(watched: dict[str, str]) -> None:
     """Else a run without a report would say nothing: the same routine, told of more rows than there are."""
     program = """
 import torch
@@ -40,7 +44,5 @@ native.routine("mc_affine_matrix")(
     group=8, path=0, threads=1, floats=out.data_ptr(), bfloat16s=None
 )
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment(build(tmp_path)), capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=watched, capture_output=True, text=True, check=False)
     assert done.returncode == 99 and "heap-buffer-overflow" in done.stderr

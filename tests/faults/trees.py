@@ -1,4 +1,4 @@
-"""What a folder holds, as names and digests, and how two of them differ."""
+"""Describes a folder by names and digests, and how two of them differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a trial says: which disturbance, what came of it, and whether that is acceptable."""
+"""Results of trials: which disturbance, what came of it, and whether that is acceptable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.faults.command import Outcome
 
 
 class Verdict(StrEnum):
-    """What came of a trial; ACCEPTABLE says which are as they should be."""
+    """The outcome of a trial; ACCEPTABLE says which are as they should be."""
 
     IDENTICAL = "identical result"
     REFUSED = "refused, the file named"
@@ -38,7 +38,7 @@ class Verdict(StrEnum):
 
 
 ACCEPTABLE = frozenset({Verdict.IDENTICAL, Verdict.REFUSED, Verdict.REPORTED, Verdict.HARMLESS})
-# Of several verdicts on one trial, the one that says most about it is the first of these.
+# The verdict that says most about a trial is the first of these that it has.
 _WORST_FIRST = (
     Verdict.HARNESS,
     Verdict.CRASH,
@@ -93,7 +93,7 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def form(outcome: Outcome) -> Verdict | None:
-    """What is wrong with how a command ended; None for success, or a refusal in one paragraph."""
+    """Finds what is wrong with how a command ended; None for success, or a refusal in one paragraph."""
     if outcome.hung:
         return Verdict.HANG
     if outcome.status < 0:
@@ -120,7 +120,7 @@ def refusal(outcome: Outcome, *, named: bool) -> Verdict:
 
 
 def interruption(outcome: Outcome, number: int) -> Verdict | None:
-    """What is wrong with how a command ended that was sent the signal `number`; None if nothing is."""
+    """Finds what is wrong with how a command ended that was sent the signal `number`; None if nothing is."""
     if outcome.hung:
         return Verdict.HANG
     if outcome.status == 0 or outcome.status == -number:

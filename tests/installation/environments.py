@@ -30,7 +30,7 @@ _SOURCES += ("README.md", "LICENSE", ".gitignore", STARTUP)
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.partial")
 
 
-# What the process of the tests may have set: where it imports from, and how much transformers tells.
+# Variables that the process of the tests may have set: where it imports from, and how much transformers tells.
 _OURS = ("PYTHON", "MC_CLI", "TRANSFORMERS_VERBOSITY")
 
 

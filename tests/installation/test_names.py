@@ -107,7 +107,7 @@ def test_exports_of_earlier_versions_still_load(exported: Path, tmp_path: Path) 
         torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=0)
 
 
-# What pip downloads
+# Downloads by pip
 
 
 def test_the_wheel_serves_every_python_of_its_platform(distributions: dict[str, Path]) -> None:

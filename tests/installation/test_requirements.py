@@ -18,7 +18,7 @@ from tests.installation.environments import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
-# As where the extra is not installed: its modules cannot be imported.
+# The extra's modules cannot be imported, as where it is not installed.
 WITHOUT_EXTRA = """
 import sys
 class Missing:

@@ -106,7 +106,7 @@ metric_list:
 
 
 def test_lm_eval_loads(installed: Installed, exported: Path, tmp_path: Path) -> None:
-    """As `lm_eval --model hf --model_args pretrained=DIR` does; that reads its own thousands of tasks first."""
+    """Loads as `lm_eval --model hf --model_args pretrained=DIR` does; that reads its own thousands of tasks first."""
     pytest.importorskip("lm_eval")
     rows = [{"question": "the cat", "choices": ["sat", "fell"], "answer": number % 2} for number in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What tests of products share: tokens, the measure of errors, and a bank put to all that a layer asks of it."""
+"""Shared by tests of products: tokens, the measure of errors, and a bank put to all that a layer asks of it."""
 
 from __future__ import annotations
 

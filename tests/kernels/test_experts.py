@@ -52,7 +52,7 @@ def layer(make: Callable[[float, int], Any]) -> tuple[list[Any], list[Any]]:
 
 
 def banks(parts: tuple[list[Any], list[Any]]) -> tuple[Any, Any]:
-    """Of both projections' (encoding, stored parts)."""
+    """Makes both projections' (encoding, stored parts)."""
     up, down = (
         bank_for([part and (*part, inputs) for part in projection])
         for projection, inputs in zip(parts, (HIDDEN, INNER), strict=True)
@@ -148,7 +148,7 @@ def test_no_tokens() -> None:
 
 
 class _Gated(torch.nn.Module):
-    """What an experts module shows of its gate."""
+    """Stands for an experts module by its gate alone."""
 
     has_gate = True
 

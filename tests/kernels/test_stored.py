@@ -1,4 +1,4 @@
-"""What reaches compiled code from Python: parts that do not fit, that are changed later, or are gone."""
+"""Arguments of compiled code: parts that do not fit, that are changed later, or are gone."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def test_widths_that_do_not_belong_together_are_refused_at_every_call(make: Call
 def test_a_shape_that_is_not_that_of_the_parts_never_becomes_a_table(
     number: int, make: Callable[[int, int], Any]
 ) -> None:
-    """Of any matrix of a bank, not of the first or the largest alone."""
+    """Checks any matrix of a bank, not the first or the largest alone."""
     parts = matrices(make)
     kind: Any = trellis.Bank if make is trellis_codes else affine.Bank
     part = parts[number]

@@ -66,7 +66,7 @@ def is_mapped(size: int) -> bool:
 
 @pytest.fixture
 def adapted() -> None:
-    """As after a model was loaded: glibc has freed a large mapping, and takes smaller blocks from its heap."""
+    """Brings memory to the state after a load: glibc freed a large mapping, and takes smaller blocks from its heap."""
     with large_blocks_mapped():
         pass
     assert not is_mapped(8 * MIB)

@@ -1,4 +1,4 @@
-"""What travels with a model beside its weights, and what its config.json says afterwards."""
+"""Files that travel with a model beside its weights, and its config.json afterwards."""
 
 from __future__ import annotations
 

@@ -5,9 +5,6 @@ In processes of their own: what transformers finds out of one class is kept, and
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from mc_cli.models.own_experts import run_our_experts
 from mc_cli.packed.packable import require_packable
 from tests import tiny_models
 from tests.conftest import TinyModel
+from tests.stage_process import Said, run_script
 
 _FRESH = """
 import sys
@@ -50,18 +48,16 @@ print("experts seen:", len(set(seen)))
 """
 
 
-def fresh(folder: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", _FRESH, str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+def fresh(folder: Path, tmp_path: Path) -> Said:
+    return run_script(_FRESH, tmp_path, ["fresh", str(folder)])
 
 
 def test_a_class_of_the_models_own_runs_our_experts(tiny_model: TinyModel, tmp_path: Path) -> None:
     folder = tiny_models.with_own_code(tiny_model("mixtral", torch.float32), tmp_path / "own")
     done = fresh(folder, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"by transformers alone: {IMPLEMENTATION}" not in done.stdout  # else this test shows nothing
-    assert "experts seen: 8" in done.stdout
+    assert done.status == 0, done.err
+    assert f"by transformers alone: {IMPLEMENTATION}" not in done.out  # else this test shows nothing
+    assert "experts seen: 8" in done.out
 
 
 def test_experts_that_compute_by_themselves_are_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -75,8 +71,8 @@ def test_experts_that_compute_by_themselves_are_refused(tiny_model: TinyModel, t
             "            experts.forward = lambda hidden, index, weights: hidden * 2\n"
         )
     done = fresh(folder, tmp_path)
-    assert done.returncode == 1 and "FamilyError" in done.stderr
-    assert "2 experts modules do not compute by the implementation" in done.stderr
+    assert done.status == 1 and "FamilyError" in done.err
+    assert "2 experts modules do not compute by the implementation" in done.err
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "deepseek_v3", "nemotron_h"])

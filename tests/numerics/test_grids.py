@@ -19,8 +19,8 @@ def gaussian(rows: int, width: int, *, seed: int) -> Tensor:
 
 def error_of(weight: Tensor, grid: Grid, error_weights: Tensor | None = None) -> Tensor:
     """float64 [rows]: weighted squared error with the closest stored level for every weight."""
-    stored = grid.stored_zero_points().double() / 2 ** (8 - grid.bits)
-    miss = (nearest(weight, grid.stored_scales(), stored, grid.bits) - weight.double()).square()
+    stored = grid.stored()["zero_points"].double() / 2 ** (8 - grid.bits)
+    miss = (nearest(weight, grid.stored()["scales"], stored, grid.bits) - weight.double()).square()
     return (miss if error_weights is None else miss * error_weights.double()).sum(-1)
 
 
@@ -112,9 +112,9 @@ def test_every_grid_is_storable_and_search_never_loses_to_minmax(case):
     errors = []
     for make in (minmax_grid, search_grid):
         grid = make(weight, bits=bits)
-        assert bool((grid.stored_scales() > 0).all()) and bool(torch.isfinite(grid.stored_scales()).all())
-        assert torch.equal(grid.stored_scales().float(), grid.scales)
-        assert torch.equal(grid.stored_zero_points().float() / 2 ** (8 - bits), grid.zero_points)
+        assert bool((grid.stored()["scales"] > 0).all()) and bool(torch.isfinite(grid.stored()["scales"]).all())
+        assert torch.equal(grid.stored()["scales"].float(), grid.scales)
+        assert torch.equal(grid.stored()["zero_points"].float() / 2 ** (8 - bits), grid.zero_points)
         codes = grid.codes(weight)
         assert bool(((codes >= 0) & (codes < 2**bits) & (codes % 1 == 0)).all())
         assert not bool(grid.values(codes)[~weight.any(-1)].any())

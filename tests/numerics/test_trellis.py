@@ -39,7 +39,7 @@ def bits_of(codes: Tensor) -> list[int]:
 
 
 def values_of(ring: list[int], length: int, rate: Fraction) -> list[float]:
-    """What a ring of bits stands for, window by window, from the format's description."""
+    """Decodes a ring of bits window by window, from the format's description."""
     values = []
     for place in range(length):
         first = place * rate.numerator // rate.denominator

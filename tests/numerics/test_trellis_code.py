@@ -65,7 +65,7 @@ def test_tables_for_windows_that_begin_within_a_byte(rate: Fraction, begin: int)
 
 @pytest.mark.parametrize("rate", [rate for rate in RATES if rate < SIGNED_FROM], ids=float)
 def test_narrow_codes_need_two_lookups(rate: Fraction) -> None:
-    """As `SIGNED_FROM` in native/trellis_product.h takes it: the first table is none, and nothing negates."""
+    """Checks SIGNED_FROM as native/trellis_product.h takes it: the first table is none, and nothing negates."""
     low, high, _ = lookup_tables()[RATES.index(rate), 0]
     assert low.tolist() == list(range(64)) and int(high.max()) < 64
 

@@ -1,10 +1,8 @@
-"""What else is done to a packed model: parts cut behind our back, pickles, a training loop without an adapter."""
+"""Surprises for a packed model: parts cut behind our back, pickles, a training loop without an adapter."""
 
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ from mc_cli.packed.packed_modules import unpack
 from mc_cli.packed.stored_parts import StoredPart
 from tests.conftest import TinyModel
 from tests.exported_models import FAMILIES, TOKEN_IDS, exported, load, logits_of
+from tests.stage_process import run_script
 
 IN_PLACE: dict[str, Callable[[Any], Any]] = {
     "method": lambda part: part.data.mul_(2),
@@ -109,7 +108,8 @@ def test_a_whole_model_is_pickled(model_type: str, exports: Callable[[str], Path
         "assert torch.equal(model(input_ids=tokens, use_cache=False).logits.float(), expected)\n"
     )
     if model_type == "qwen2_moe":  # one new process is enough
-        subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120)
+        done = run_script(script, tmp_path, ["script", str(tmp_path)])
+        assert done.status == 0, done.err
 
 
 def test_a_pickled_model_drops_what_it_dropped(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_state_dict_is_one_of_plain_tensors(exports: Callable[[str], Path], tm
 
 
 def trained(model: Any) -> list[str]:
-    """What one backward pass of a plain loop warns of."""
+    """Returns the warnings of one backward pass of a plain loop."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""What other code does to packed weights under our feet: it works, or an error says what to do. Never a silent loss."""
+"""Other code changes packed weights under our feet: it works, or an error says what to do. Never a silent loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What trains adapters in the tests of packed models: transformers' Trainer on two sentences."""
+"""Trains adapters in the tests of packed models: transformers' Trainer on two sentences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every policy's keep scores must satisfy, and each policy against a direct reading of its rule."""
+"""Conditions on every policy's keep scores, and each policy against a direct reading of its rule."""
 
 from __future__ import annotations
 

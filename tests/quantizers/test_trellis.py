@@ -83,7 +83,7 @@ def test_errors_are_fed_back() -> None:
 
 @pytest.mark.parametrize("bits", [1, 1.5, 3])
 def test_as_much_is_left_along_the_weights_as_there_was(bits: float) -> None:
-    """What rows weigh included. The nearest matrix is shorter, and this one is longer by one factor."""
+    """Row weights included. The nearest matrix is shorter, and this one is longer by one factor."""
     weight, hessian = weights(2, 96, INPUTS), correlated_hessian(2, INPUTS, seed=23)
     importance = 0.1 + torch.rand(2, 96, generator=torch.Generator().manual_seed(24))
     for given in (None, importance):

@@ -113,7 +113,7 @@ def check_chat(running: Running) -> None:
 
 
 def check_many_clients(running: Running, count: int) -> None:
-    """As many clients at once get the answers that each would get alone."""
+    """Clients at once get the answers that each would get alone."""
     prompts = [f"{word} {number}" for number in range(count // 4) for word in ("the cat", "a dog", "one", "def")]
     alone = completed(running.client(), prompts[0]).choices[0].text
     with ThreadPoolExecutor(count) as pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,12 +11,25 @@ from typing import Any
 import pytest
 
 from mc_cli.allocators import solver
+from mc_cli.artifacts.calibration import INVENTORY, read_inventory
+from mc_cli.artifacts.names import POINTER
 from mc_cli.artifacts.plan import Plan
+from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import BudgetError
+from mc_cli.models.companions import noted_folder
 from mc_cli.parts import Role
 from mc_cli.settings import AllocateSettings
+from mc_cli.stages.allocate import with_directory
 from tests.conftest import TinyModel
-from tests.tiny_chain import run_allocate, run_calibrate, run_quantize, run_score, write_documents
+from tests.tiny_chain import (
+    run_allocate,
+    run_calibrate,
+    run_export,
+    run_prune_eval,
+    run_quantize,
+    run_score,
+    write_documents,
+)
 
 
 @pytest.fixture(scope="module", params=["mixtral", "deepseek_v3", "gpt_oss"])
@@ -30,20 +44,55 @@ def plan_of(work_dir: Path) -> Plan:
     return Plan.read(work_dir / "plan" / "plan.yaml")
 
 
-def test_target_size_holds_for_the_files(scored: Path, tmp_path: Path) -> None:
+def beside_tensors(work_dir: Path) -> int:
+    """What allocate takes a directory to hold beside its tensors."""
+    inventory = read_inventory(work_dir / "calibration" / INVENTORY)
+    return with_directory(inventory, WorkDir(work_dir)).directory_bytes
+
+
+def test_target_size_holds_for_the_exported_directory(scored: Path, tmp_path: Path) -> None:
     work_dir = Path(shutil.copytree(scored, tmp_path / "work"))
     run_allocate(work_dir, target_stored_bits=3.0)
     free = plan_of(work_dir).budget
-    asked = free["other_bytes"] + free["expert_bytes"]
+    assert "directory_bytes" not in free
+    tensors = free["other_bytes"] + free["expert_bytes"]
+    asked = tensors + beside_tensors(work_dir)
     options = {"target_stored_bits": None, "target_size_bytes": asked, "head_bits": 16, "router_bits": 8}
     run_allocate(work_dir, force=True, **options)
     plan = plan_of(work_dir)
     assert plan.budget["asked_file_bytes"] == asked
     run_quantize(work_dir)
     files = sum(path.stat().st_size for path in (work_dir / "packed").glob("*.safetensors"))
-    assert asked - 0.25 * asked < files <= asked
+    assert 0.75 * tensors < files <= tensors
     expert_bytes = plan.budget["expert_bytes"]
-    assert expert_bytes + plan.budget["other_bytes"] <= asked
+    assert expert_bytes + plan.budget["other_bytes"] + plan.budget["directory_bytes"] <= asked
+    run_prune_eval(work_dir, write_documents(tmp_path / "heldout.jsonl", documents=12, offset=50))
+    assert not run_export(work_dir, tmp_path / "model", "transformers").warnings
+    whole = sum(path.stat().st_size for path in (tmp_path / "model").rglob("*") if path.is_file())
+    assert files < whole <= asked
+
+
+def test_an_export_that_is_larger_than_was_asked_for_says_so(scored: Path, tmp_path: Path) -> None:
+    work_dir = Path(shutil.copytree(scored, tmp_path / "work"))
+    model = noted_folder(work_dir)
+    assert model is not None
+    copied = Path(shutil.copytree(model, tmp_path / "original"))
+    (work_dir / POINTER).write_text(json.dumps({"folder": str(copied)}), encoding="utf-8")
+    asked = 4 * beside_tensors(work_dir)
+    run_allocate(work_dir, target_stored_bits=None, target_size_bytes=asked)
+    (copied / "LICENSE").write_bytes(b"x" * asked)  # travels, and came after allocate
+    run_quantize(work_dir)
+    warnings = run_export(work_dir, tmp_path / "model", "transformers").warnings
+    assert any(f"--target-size {asked:,}: the directory has" in text for text in warnings), warnings
+
+
+def test_a_size_is_of_the_tensors_alone_where_the_model_has_gone(scored: Path, tmp_path: Path) -> None:
+    work_dir = Path(shutil.copytree(scored, tmp_path / "work"))
+    (work_dir / POINTER).write_text(json.dumps({"folder": str(tmp_path / "gone")}), encoding="utf-8")
+    asked = 4 * beside_tensors(scored)
+    found = run_allocate(work_dir, target_stored_bits=None, target_size_bytes=asked)
+    assert plan_of(work_dir).budget["directory_bytes"] == 0
+    assert any("counts the tensors alone here" in text for text in found.warnings)
 
 
 def test_target_out_of_reach_says_what_is_feasible(scored: Path, tmp_path: Path) -> None:
@@ -63,7 +112,7 @@ def test_target_out_of_reach_says_what_is_feasible(scored: Path, tmp_path: Path)
 def test_a_target_size_out_of_reach_is_told_as_the_size_of_the_files(scored: Path, tmp_path: Path) -> None:
     work_dir = Path(shutil.copytree(scored, tmp_path / "work"))
     run_allocate(work_dir, target_stored_bits=2.0)  # beside which all else is as wide as where nothing is left
-    asked = plan_of(work_dir).budget["other_bytes"] + 10
+    asked = plan_of(work_dir).budget["other_bytes"] + beside_tensors(work_dir) + 10
     with pytest.raises(
         BudgetError, match=rf"10 bytes for all experts \({asked:,} with the rest of the model\)"
     ) as error:
@@ -96,7 +145,7 @@ def test_attention_is_as_wide_as_pays_beside_such_experts(
     run_allocate(work_dir, target_stored_bits=bits)
     plan = plan_of(work_dir)
     assert plan.role_bits[Role.ATTENTION] == plan.role_bits[Role.SHARED] == beside
-    size = plan.budget["other_bytes"] + int(bits * plan.budget["expert_weights"] / 8)
+    size = plan.budget["other_bytes"] + int(bits * plan.budget["expert_weights"] / 8) + beside_tensors(work_dir)
     for asked, expected in ((size + 8, beside), (size * 4, 8)):
         run_allocate(work_dir, target_stored_bits=None, target_size_bytes=asked, force=True)
         assert plan_of(work_dir).role_bits[Role.ATTENTION] == expected

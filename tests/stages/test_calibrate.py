@@ -1,4 +1,4 @@
-"""What calibrate warns of, and what it keeps."""
+"""Warnings of calibrate, and what it keeps."""
 
 from __future__ import annotations
 

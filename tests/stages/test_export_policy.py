@@ -153,7 +153,7 @@ def test_what_a_policy_learned_is_part_of_the_model(dtype: torch.dtype, measured
 
 @pytest.mark.parametrize("policy", ["odp", "otp"])
 def test_an_engine_applies_it(policy: str, measured: Path, tmp_path: Path) -> None:
-    """As transformers does for tokens that are decoded, whose received attention nobody knows yet."""
+    """Does as transformers does for tokens that are decoded, whose received attention nobody knows yet."""
     out = measured / "out"
     if policy == "otp":
         shutil.copytree(measured / "work", tmp_path / "work")

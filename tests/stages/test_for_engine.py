@@ -7,16 +7,18 @@ from pathlib import Path
 import pytest
 
 from mc_cli import chain
+from mc_cli.allocators.stacks import check_alike
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.names import IMPORTANCE, PLAN
-from mc_cli.artifacts.plan import Plan
+from mc_cli.artifacts.plan import BlockBits, Plan
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import InputError, McError, PlanError
 from mc_cli.flags import build
+from mc_cli.parts import Role
 from mc_cli.progress import SilentProgress
 from mc_cli.recipe import Recipe, plan_run
-from mc_cli.settings import ScoreSettings
-from mc_cli.stages import allocate, quantize, score
+from mc_cli.settings import ENGINES, ExportSettings, RunSettings, ScoreSettings
+from mc_cli.stages import allocate, export, quantize, score
 from tests.conftest import TinyModel
 from tests.tiny_chain import COMPUTE, run_calibrate, run_export, write_documents
 
@@ -45,6 +47,38 @@ def test_the_whole_way(tiny_model: TinyModel, tmp_path: Path) -> None:
     assert found["same_top_token"] == 1 and (tmp_path / "out" / "model.gguf").is_file()
 
 
+@pytest.fixture(scope="module")
+def calibrated(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work directory with the calibration of a model of which all rows are multiples of 64."""
+    work = tmp_path_factory.mktemp("calibrated") / "work"
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 3, "num_hidden_layers": 2}
+    run_calibrate(work, tiny_model("mixtral", **sizes), write_documents(work.parent / "text.jsonl", documents=30))
+    return work
+
+
+@pytest.mark.parametrize(
+    ("engine", "bits", "target", "widths"),
+    [("mlx", (2, 4), 3.5, {2, 4}), ("gptq", (2, 3, 4), 3.3, {2, 3, 4}), ("compressed-tensors", (4, 8), 4.3, {4})],
+)
+def test_the_whole_way_to_other_formats(
+    engine: str, bits: tuple[int, ...], target: float, widths: set[int], calibrated: Path, tmp_path: Path
+) -> None:
+    asked = {"engine": engine}
+    score.run(build("score", {**asked, "bits": bits, "sweeps": 0}), COMPUTE, calibrated, **SILENT)
+    settings = build("allocate", {**asked, "target_stored_bits": target})
+    allocate.run(settings, COMPUTE, calibrated, variant=engine, **SILENT)
+    work = WorkDir(calibrated, engine)
+    plan = Plan.read(work.folder("allocate") / PLAN)
+    each = [entry if isinstance(entry, dict) else {"": entry} for row in plan.expert_bits.values() for entry in row]
+    assert {bits for entry in each for bits in entry.values()} == widths
+    check_alike(plan, engine)
+    followed = chain.followed_settings("quantize", work)
+    quantize.run(build("quantize", followed), COMPUTE, calibrated, variant=engine, **SILENT)
+    given = ExportSettings(format=ENGINES[engine].format, out=str(tmp_path / "out"))
+    found = export.run(given, RunSettings(dtype="float32"), calibrated, variant=engine, **SILENT).summary["read_back"]
+    assert found["same_top_token"] == 1 and found["logit_error_max"] < 1e-3
+
+
 def test_what_the_engine_cannot_hold_is_told_before_work(tiny_model: TinyModel, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     text = write_documents(tmp_path / "text.jsonl", documents=30)
@@ -66,6 +100,26 @@ def test_quantize_for_another_engine_is_refused() -> None:
         quantize._check_engine("llama.cpp", None, WorkDir(Path("w")))
 
 
+@pytest.mark.parametrize(
+    ("engine", "rows", "words"),
+    [
+        ("mlx", {0: (2, 2), 1: (3, 4)}, "layer 1: 3, 4 bits"),
+        ("llama.cpp", {0: ({"up": 2, "down": 3}, {"up": 2, "down": 4})}, "layer 0 down: 3, 4 bits"),
+        ("compressed-tensors", {0: (4, 4), 1: (8, 8)}, "experts: 4, 8 bits"),
+        ("gptq", {0: (0, 4)}, "layer 0: experts are dropped, shared or in blocks"),
+        ("mlx", {0: (4, (BlockBits(8, 4), BlockBits(8, 2)))}, "in blocks of channels"),
+    ],
+)
+def test_a_plan_that_the_engine_cannot_hold_is_refused(engine: str, rows: dict[int, tuple], words: str) -> None:
+    plan = Plan("mixtral", "by hand", rows, {})
+    with pytest.raises(PlanError, match=rf"(?s)that {engine} cannot hold.*{words}"):
+        check_alike(plan, engine)
+    check_alike(plan, None)
+    for fine in ({0: (2, 4)}, {0: ({"up": 2, "down": 3}, 4)}):
+        check_alike(Plan("mixtral", "by hand", fine, {}), "gptq")
+    check_alike(Plan("mixtral", "by hand", {0: ({"up": 2, "down": 3},) * 2, 1: (4, 4)}, {}), "mlx")
+
+
 def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(InputError, match=r"--quantizer gptq: llama\.cpp reads what --quantizer gguf makes"):
         build("score", {**ENGINE, "quantizer": "gptq"})
@@ -75,6 +129,31 @@ def test_what_does_not_go_together_is_refused() -> None:
         build("allocate", {**ENGINE, "cut_ratio": 0.2})
     with pytest.raises(InputError, match="name a directory"):
         build("export", {"format": "gguf", "out": "model.gguf"})
+
+
+def test_formats_have_widths_of_their_own() -> None:
+    assert build("score", {"engine": "mlx"}).bits == (2, 3, 4)
+    assert build("score", {"engine": "compressed-tensors"}).bits == (4, 8)
+    for engine, bits in (("mlx", 7), ("gptq", 5), ("compressed-tensors", 3), ("gptq", 2.5)):
+        with pytest.raises(InputError, match=rf"--bits {bits}"):
+            build("score", {"engine": engine, "bits": (bits,)})
+    budget = {"target_stored_bits": 2.6}
+    roles = {engine: build("allocate", {**budget, "engine": engine}).role_bits(2.6) for engine in sorted(ENGINES)}
+    assert roles["mlx"] == {**roles["llama.cpp"], Role.ATTENTION: 6, Role.SHARED: 6, Role.DENSE: 6}
+    kept = {Role.ROUTER: 16, Role.HEAD: 16, Role.EMBEDDING: 16}
+    for engine in ("gptq", "compressed-tensors"):
+        assert roles[engine] == {Role.ATTENTION: 8, Role.SHARED: 8, Role.DENSE: 8, **kept}
+    alike = build("allocate", {**budget, "engine": "compressed-tensors", "attention_bits": 4}).role_bits(2.6)
+    assert alike == {Role.ATTENTION: 4, Role.SHARED: 4, Role.DENSE: 4, **kept}
+    for engine, given, words in (
+        ("gptq", {"embedding_bits": 8}, "--embedding-bits 8: gptq keeps that at 16 bits"),
+        ("mlx", {"attention_bits": 7}, "--attention-bits 7: mlx has 2, 3, 4, 5, 6, 8 and 16"),
+        ("mlx", {"router_bits": 8}, "--router-bits 8: mlx keeps that"),
+        ("compressed-tensors", {"attention_bits": 4, "shared_bits": 8}, "has one width for all of that"),
+        ("compressed-tensors", {"bits": (3, 4)}, "--bits 3: compressed-tensors has experts of 4 or 8 bits"),
+    ):
+        with pytest.raises(InputError, match=words):
+            build("allocate", {**budget, "engine": engine, **given})
 
 
 def test_without_an_engine_nothing_of_it_is_in_fingerprints() -> None:

@@ -1,4 +1,4 @@
-"""What prune-eval warns of and refuses, and lm-eval tasks from local files."""
+"""Warnings and refusals of prune-eval, and lm-eval tasks from local files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What score says of an expert at a width, against the layer with that expert alone rounded."""
+"""The loss that score gives an expert at a width, against the layer with that expert alone rounded."""
 
 from __future__ import annotations
 

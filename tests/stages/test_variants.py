@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mc_cli.artifacts.evaluation import Evaluation
-from mc_cli.artifacts.exported import ExportRecord
+from mc_cli.artifacts.export_record import ExportRecord
 from mc_cli.artifacts.store import BEGUN, MANIFEST, RESUME, Manifest
 from mc_cli.artifacts.work_dir import MAIN, WorkDir
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError

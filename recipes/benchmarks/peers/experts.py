@@ -1,4 +1,4 @@
-"""What every peer's script shares: a checkpoint's expert weights, and the dense folder that stands for a peer's result.
+"""Shared by every peer's script: a checkpoint's expert weights, and the dense folder that stands for a peer's result.
 
 Needs only torch and safetensors, so that it runs in each peer's own environment.
 """
@@ -32,7 +32,7 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Stored:
-    """What a peer stores for all expert weights: `expert_bytes` counts codes, scales, zero points, everything.
+    """Counts what a peer stores for all expert weights: `expert_bytes` counts codes, scales, zero points, everything.
 
     attention_bytes   the same of attention where that is compressed too; None where it is as in the checkpoint
     embedding_bytes   the same of a token embedding that is the head, too

@@ -73,7 +73,7 @@ def random_linear(bits: int, outputs: int, inputs: int) -> tuple[torch.nn.Module
 
 
 def seconds(linear: torch.nn.Module, rows: int, inputs: int) -> float:
-    """Of one product with so many rows, again and again with the same matrix."""
+    """Times one product with so many rows, again and again with the same matrix."""
     activations = torch.randn(rows, inputs, dtype=torch.bfloat16)
     with torch.inference_mode():
         return seconds_per_call(lambda: linear(activations))

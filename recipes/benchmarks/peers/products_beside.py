@@ -121,7 +121,7 @@ def their_times(given: argparse.Namespace, threads: int) -> list[Theirs]:
 
 
 def llama_times(folder: Path, types: list[str]) -> list[Theirs]:
-    """Of llama.cpp's types. Raises ValueError where its program leaves one out."""
+    """Times llama.cpp's types. Raises ValueError where its program leaves one out."""
     kinds, counts = "|".join(types), "|".join(map(str, ROWS))
     wanted = rf"type_a=({kinds}),type_b=f32,m=4096,n=({counts}),k=14336"
     command = [str(folder / "test-backend-ops"), "perf", "-o", "MUL_MAT", "-b", "CPU", "-p", wanted]
@@ -134,7 +134,7 @@ def llama_times(folder: Path, types: list[str]) -> list[Theirs]:
 
 
 def gptqmodel_times(python: Path, threads: int) -> list[Theirs]:
-    """Of the kernels that GPTQModel chooses for its widths."""
+    """Times the kernels that GPTQModel chooses for its widths."""
     sizes = ("--threads", threads, "--outputs", OUTPUTS, "--inputs", INPUTS, "--rows", *ROWS, "--bits", *GPTQ_BITS)
     command = [str(python), str(GPTQ_SCRIPT), *map(str, sizes)]
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout

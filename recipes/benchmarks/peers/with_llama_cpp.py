@@ -192,7 +192,7 @@ def gguf_tensors(
 
 
 def read_attention(model: Path, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str], int]:
-    """As `read_back`, of the matrices of attention."""
+    """Like `read_back`, for the matrices of attention."""
     config = json.loads((model / "config.json").read_text())
     heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
     fields = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
@@ -216,7 +216,7 @@ def read_tensor(path: Path, name: str) -> tuple[torch.Tensor, str, int]:
 
 
 def dequantized(tensor: gguf.ReaderTensor) -> torch.Tensor:
-    """What the codes of a GGUF's tensor stand for, float32."""
+    """Decodes a GGUF's tensor to float32."""
     return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32))
 
 

@@ -55,7 +55,7 @@ def in_awq_order(fields: torch.Tensor) -> torch.Tensor:
 
 
 def parts_of(found: Mapping[str, torch.Tensor], name: str, codes: str) -> dict[str, torch.Tensor]:
-    """What is stored for one expert weight. ValueError where no part is named `codes`: it is not quantized."""
+    """Bits stored for one expert weight. ValueError where no part is named `codes`: it is not quantized."""
     place = EXPERT_WEIGHT.search(name)
     assert place is not None
     linear = f"({place['linear']}|{OTHER_NAMES.get(place['linear'], place['linear'])})"

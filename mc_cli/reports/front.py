@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mc_cli.artifacts.files import write_bytes_with
-from mc_cli.errors import MissingDependencyError
+from mc_cli.reports.drawing import require_matplotlib, write_png
 
 
 def draw_front(path: Path, points: Sequence[Mapping[str, Any]], *, title: str) -> None:
@@ -16,14 +15,7 @@ def draw_front(path: Path, points: Sequence[Mapping[str, Any]], *, title: str) -
     points  rows of an evaluation: policy, rate, perplexity_rise, chosen
     Raises MissingDependencyError without matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "drawing the front needs matplotlib: run `pip install 'mixture-compressor[figures]'`."
-        ) from error
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    figure = require_matplotlib().figure.Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for name in dict.fromkeys(row["policy"] for row in points):
         places = sorted((100 * row["rate"], 100 * row["perplexity_rise"]) for row in points if row["policy"] == name)
@@ -34,5 +26,4 @@ def draw_front(path: Path, points: Sequence[Mapping[str, Any]], *, title: str) -
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    canvas = FigureCanvasAgg(figure)
-    write_bytes_with(path, lambda partial: canvas.print_png(str(partial), metadata={"Software": "mc_cli"}))
+    write_png(path, figure)

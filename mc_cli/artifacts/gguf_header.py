@@ -1,0 +1,91 @@
+"""The head of a GGUF file, as far as it takes to find one text in it; reads no tensor and needs no package.
+
+Source of the layout: the specification of GGUF version 3 in the repository of ggml (docs/gguf.md). Little-endian.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from mc_cli.artifacts.places import require_ordinary
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number, by its kind
+_TEXT, _ARRAY = 8, 9
+_MOST_ENTRIES = 1 << 16
+_LONGEST_KEY = 1 << 16
+
+
+class _NotGguf(Exception):
+    """The bytes do not follow the format."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a text lies in a file, in bytes."""
+
+    start: int
+    end: int
+
+
+def text_place(path: Path, key: str) -> Place | None:
+    """The place of the text that a GGUF file holds under `key`; None without one, and for other files.
+
+    Raises InputError for what is no ordinary file, OSError where it cannot be read.
+    """
+    require_ordinary(path)
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        try:
+            return _found(handle, key.encode(), size)
+        except _NotGguf:
+            return None
+
+
+def _found(handle: BinaryIO, key: bytes, size: int) -> Place | None:
+    if handle.read(4) != _MAGIC or _number(handle, "<I") not in _VERSIONS:
+        raise _NotGguf
+    handle.seek(8, 1)  # how many tensors there are
+    entries = _number(handle, "<Q")
+    if entries > _MOST_ENTRIES:
+        raise _NotGguf
+    for _ in range(entries):
+        length = _number(handle, "<Q")
+        if length > _LONGEST_KEY:
+            raise _NotGguf
+        name, kind = handle.read(length), _number(handle, "<I")
+        if name == key and kind == _TEXT:
+            length, start = _number(handle, "<Q"), handle.tell()
+            return Place(start, start + length) if start + length <= size else None
+        _skip(handle, kind, size)
+    return None
+
+
+def _skip(handle: BinaryIO, kind: int, size: int, count: int = 1) -> None:
+    """Goes past `count` values of one kind."""
+    if kind in _SIZES:
+        handle.seek(_SIZES[kind] * count, 1)
+    elif kind == _TEXT:
+        for _ in range(count):
+            handle.seek(_number(handle, "<Q"), 1)
+    elif kind == _ARRAY and count == 1:
+        inner = _number(handle, "<I")
+        if inner == _ARRAY:
+            raise _NotGguf
+        _skip(handle, inner, size, _number(handle, "<Q"))
+    else:
+        raise _NotGguf
+    if handle.tell() > size:
+        raise _NotGguf
+
+
+def _number(handle: BinaryIO, form: str) -> int:
+    data = handle.read(struct.calcsize(form))
+    if len(data) < struct.calcsize(form):
+        raise _NotGguf
+    (value,) = struct.unpack(form, data)
+    return int(value)
