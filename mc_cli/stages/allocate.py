@@ -313,8 +313,7 @@ def _allocated(
     quantizer: QuantizerSettings,
 ) -> tuple[Plan, tuple[Considered, ...]]:
     """The plan of a strategy; where there are measures of cuts, of the programme over widths, cuts and drops."""
-    if cuts:
-        importance = with_trusted_drops(importance)
+    importance = with_trusted_drops(importance) if cuts else importance
     shared: dict[str, Any] = {"budget": budget_of(settings, inventory, others), "role_bits": role_bits}
     solving: dict[str, Any] = {"time_limit_s": settings.time_limit_s, "gap": settings.gap}
     plain = partial(
