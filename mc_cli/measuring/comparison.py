@@ -94,7 +94,8 @@ def compare(
                     by_kind.setdefault(kind, {})[layer] = changed_share(chosen[0][mask], chosen[1][mask])
             step.advance(note=f"layer {layer}")
         total, domains = losses(walks[0], walks[1], windows)
-        kinds, answers = {}, None
+        kinds: dict[str, TextResult] = {}
+        answers: AnswersResult | None = None
         if windows.batch.kinds is not None:
             kinds, answers = losses_by_kind(walks[0], walks[1], windows)
         step.advance(note="head")
