@@ -40,6 +40,7 @@ IMAGES = "images.json"
 TEXT = "text.json"
 INVENTORY = "inventory.json"
 _BESIDE = "directory_bytes"  # of an inventory: it is about a folder that may change, not about the model
+OF_THE_CLASS = "tensors of the checkpoint that are not part of"  # and stands in it
 LEFT_OUT = "Left out of every result:"  # begins the warning on tensors that the model's class does not have
 SENSITIVITY = "sensitivity.safetensors"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mc_cli.artifacts.calibration import LayerSensitivity
+from mc_cli.artifacts.scratch import InMemory
 from mc_cli.data.batches import Batch
 from mc_cli.models import experts
 from mc_cli.numerics.hessian import accumulate, shrink
@@ -71,15 +72,18 @@ class ExpertInputs:
         sensitivity: LayerSensitivity | None = None,
         module: Any = None,
         batch: Batch | None = None,
+        store: InMemory | None = None,
     ) -> None:
         """The inputs that were captured.
 
         batch        what the model was fed, where its tokens are of several kinds: padding is in nothing but `calls`
         sensitivity  how the loss reacts to errors of this layer, None where no backward pass was run
+        store        holds what there is of every token; None: memory
         module       the layer's experts, where router slots may share one: tokens are grouped by the expert that is run
         """
         self.block = block
         self.device = device
+        self.store = store or InMemory()
         self._inputs = capture.inputs
         routing = capture.index, capture.weights
         self._routing = routing if module is None else experts.stored_slots(module, *routing)
@@ -133,7 +137,7 @@ class ExpertInputs:
         for begin in range(0, len(tokens), TOKENS_AT_ONCE):
             piece = slice(begin, begin + TOKENS_AT_ONCE)
             chosen, routed = tokens[piece], weights[piece].to(self.device)
-            rows = self._inputs[chosen].to(self.device).float()
+            rows = self._rows(chosen)
             yield Chunk(rows, routed * self._attention[chosen].to(self.device), chosen, routed)
 
     def calls(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -143,6 +147,13 @@ class ExpertInputs:
             rows = slice(begin, begin + CALL_TOKENS)
             inputs = self._inputs[rows].to(self.device)
             yield rows, inputs, index[rows].to(self.device), weights[rows].to(self.device)
+            self.store.release(self._inputs[rows])
+
+    def _rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] float32, on the device: the inputs of these tokens."""
+        rows = self._inputs[tokens].to(self.device).float()
+        self.store.release(self._inputs)
+        return rows
 
     def squared_weights(self) -> torch.Tensor:
         """[tokens] float32, on the CPU: the sum of each token's squared routing weights."""
@@ -174,7 +185,7 @@ class ExpertInputs:
                 scales = token_scale[tokens]
         step = _step(len(tokens), limit)
         tokens, weights, scales = tokens[::step], weights[::step], scales[: len(tokens) : step]
-        inputs = self._inputs[tokens].to(self.device).float()
+        inputs = self._rows(tokens)
         scale = count / len(tokens)
         return Sample(inputs, weights.to(self.device), scale, scales.to(self.device), pooled=False, tokens=tokens)
 
@@ -191,7 +202,7 @@ class ExpertInputs:
         tokens = known if len(known) else tokens
         tokens = tokens[:: _step(len(tokens), limit)]
         scales = token_scale[tokens] if token_scale is not None and len(known) else torch.ones(len(tokens))
-        inputs = self._inputs[tokens].to(self.device).float()
+        inputs = self._rows(tokens)
         weights = torch.zeros(len(tokens), device=self.device)
         scale = count / max(1, len(tokens))
         return Sample(inputs, weights, scale, scales.to(self.device), pooled=False, tokens=tokens)

@@ -199,10 +199,15 @@ def run_up_to(
 
     with ExitStack() as stack:
         stack.callback(module.register_forward_pre_hook(stop).remove)
-        for rows in walk.batches():
+
+        def run(rows: slice) -> None:
+            nonlocal here
             here = rows
             with torch.no_grad(), suppress(_InputSeen):
                 walk.call_layer(walk.hidden[rows].to(walk.source.device), rows)
+            walk.store.release(walk.hidden[rows])
+
+        walk.each_batch(run)
 
 
 def _pieces(

@@ -38,10 +38,9 @@ DESCRIPTION = "for mlx-lm and other tools of Apple's MLX; plan and quantize with
 ENGINES = ("mlx-lm",)
 KEEPS = "one width for each layer and projection; no dropped, cut or shared experts"
 # What mlx-lm 0.32 names and computes as these checkpoints do.
-FAMILIES = ("deepseek_v2", "glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+FAMILIES = ("glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 # Entries of config.json, by model_type, that it takes for granted or does not read: what they have to be.
 _TAKEN = {
-    "deepseek_v2": {"norm_topk_prob": (False,)},
     "mixtral": {"sliding_window": (None,)},
     "olmoe": {"clip_qkv": (None,)},
     "qwen2_moe": {

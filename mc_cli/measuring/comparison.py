@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from mc_cli.artifacts.evaluation import AnswersResult, TextResult
+from mc_cli.artifacts.routes import Flip, LayerRoutes
 from mc_cli.data.kinds import IMAGE, PADDING, kind_masks
 from mc_cli.data.text import Windows
 from mc_cli.models.memory import release_freed_memory
 from mc_cli.parts import ExpertBlock
 from mc_cli.progress import Progress
 from mc_cli.walking.layerwise import LayerSource, LayerWalk
-from mc_cli.walking.routing import watching
+from mc_cli.walking.routing import RoutingCapture, watching
+
+_FLIPS = 20  # of a layer, that are told
 
 
 class _Sums:
@@ -54,14 +57,15 @@ class Compared:
     """Two models on the same windows.
 
     total, domains  predictions that count: all text, or answers where there are images
-    changes         MoE layer -> share of expert choices that differ;  changes_by_kind: the same by kind of token
+    routes          the routing of both per MoE layer
+    changes_by_kind kind of token -> MoE layer -> share of expert choices that differ, with images alone
     kinds           predictions by the kind of the predicted token, with images alone
     answers         whole answers given exactly, with images alone
     """
 
     total: TextResult
     domains: Mapping[str, TextResult]
-    changes: Mapping[int, float]
+    routes: Sequence[LayerRoutes]
     changes_by_kind: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     kinds: Mapping[str, TextResult] = field(default_factory=dict)
     answers: AnswersResult | None = None
@@ -82,16 +86,16 @@ def compare(
     images only those of answers.
     """
     walks = [LayerWalk(source, windows.batch, batch_size=batch_size) for source in (original, packed)]
-    changes: dict[int, float] = {}
+    routes: list[LayerRoutes] = []
     by_kind: dict[str, dict[int, float]] = {}
     masks = _kinds_of_real(windows)
     with progress.step("prune-eval: original and packed model", total=walks[0].num_layers + 1, unit="layer") as step:
         for layer in range(walks[0].num_layers):
-            chosen = [advance(walk, blocks.get(layer), layer) for walk in walks]
-            if chosen[0] is not None and chosen[1] is not None:
-                changes[layer] = changed_share(chosen[0], chosen[1])
+            seen = [advance(walk, blocks.get(layer), layer) for walk in walks]
+            if seen[0] is not None and seen[1] is not None:
+                routes.append(compared_routes(layer, seen[0], seen[1]))
                 for kind, mask in masks.items():
-                    by_kind.setdefault(kind, {})[layer] = changed_share(chosen[0][mask], chosen[1][mask])
+                    by_kind.setdefault(kind, {})[layer] = changed_share(seen[0].index[mask], seen[1].index[mask])
             step.advance(note=f"layer {layer}")
         total, domains = losses(walks[0], walks[1], windows)
         kinds: dict[str, TextResult] = {}
@@ -99,7 +103,7 @@ def compare(
         if windows.batch.kinds is not None:
             kinds, answers = losses_by_kind(walks[0], walks[1], windows)
         step.advance(note="head")
-    return Compared(total, domains, changes, by_kind, kinds, answers)
+    return Compared(total, domains, routes, by_kind, kinds, answers)
 
 
 def _kinds_of_real(windows: Windows) -> dict[str, torch.Tensor]:
@@ -110,25 +114,44 @@ def _kinds_of_real(windows: Windows) -> dict[str, torch.Tensor]:
     return kind_masks(kinds if real is None else kinds[real])
 
 
-def advance(walk: LayerWalk, block: ExpertBlock | None, layer: int) -> torch.Tensor | None:
-    """Runs one layer and returns the experts chosen [tokens, k], padding left out; None for a dense layer."""
-    walk.source.load(layer)
-    if block is None:
-        walk.run_layer(advance=True)
-        index = None
-    else:
-        with watching(walk.source.model, block, real=walk.inputs.real) as capture:
-            walk.run_layer(advance=True)
-        index = capture.index
-    walk.source.free(layer)
-    release_freed_memory()
-    return index
-
-
 def changed_share(one: torch.Tensor, other: torch.Tensor) -> float:
     """Share of chosen experts of `one` [tokens, k] that `other` did not choose for the same token, in any order."""
     kept = (one[:, :, None] == other[:, None, :]).any(-1)
     return 1.0 - float(kept.double().mean())
+
+
+def advance(walk: LayerWalk, block: ExpertBlock | None, layer: int) -> RoutingCapture | None:
+    """Runs one layer and returns what its router did, padding left out; None for a dense layer."""
+    walk.source.load(layer)
+    capture = None
+    if block is None:
+        walk.run_layer(advance=True)
+    else:
+        with watching(walk.source.model, block, real=walk.inputs.real) as capture:
+            walk.run_layer(advance=True)
+    walk.source.free(layer)
+    release_freed_memory()
+    return capture
+
+
+def compared_routes(layer: int, original: RoutingCapture, packed: RoutingCapture) -> LayerRoutes:
+    """Loads and information of both, and which choices differ, whatever the order of a token's experts."""
+    one, other = original.index, packed.index
+    changed, flips = changed_choices(one, other)
+    return LayerRoutes(layer, original.routes(), packed.routes(), changed, flips)
+
+
+def changed_choices(one: torch.Tensor, other: torch.Tensor) -> tuple[list[int], list[Flip]]:
+    """(tokens by how many experts of `one` [tokens, k] `other` did not choose, the most frequent single exchanges)."""
+    same = one[:, :, None] == other[:, None, :]
+    lost, gained = ~same.any(2), ~same.any(1)
+    counts = lost.sum(1)
+    single = counts == 1
+    pairs = torch.stack([one[single][lost[single]], other[single][gained[single]]], 1)
+    found, times = torch.unique(pairs, dim=0, return_counts=True)
+    order = torch.argsort(times, descending=True, stable=True)[:_FLIPS]
+    flips = [Flip(*map(int, found[place]), int(times[place])) for place in order.tolist()]
+    return torch.bincount(counts, minlength=one.shape[1] + 1).tolist(), flips
 
 
 @torch.no_grad()

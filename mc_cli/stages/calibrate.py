@@ -99,7 +99,8 @@ class Calibrate(Stage[StageFolder, _Ready, StageResult]):
         self.session.remember(settings.model, settings.revision)
         inputs = _inputs(settings, self.session, folder, ready.drawn, progress)
         _write_inventory(checkpoint, inventory, folder, progress, seen=inputs.kinds is not None)
-        walk = LayerWalk(checkpoint, inputs, batch_size=self.session.batch_size(inputs.length))
+        batch_size = self.session.batch_size(inputs.length)
+        walk = LayerWalk(checkpoint, inputs, batch_size=batch_size, store=checkpoint.store)
         sequences = min(-(-settings.gradient_tokens // inputs.length), inputs.rows)
         with ready.weights as weights:
             _forward(walk, checkpoint, inventory, folder, sequences, progress)
@@ -216,7 +217,7 @@ def _write_inventory(
     if checkpoint.unused:
         kinds = list(kinds_of(checkpoint.unused))
         folder.warn(
-            f"{artifact.LEFT_OUT} {len(checkpoint.unused)} tensors of the checkpoint that are not part of "
+            f"{artifact.LEFT_OUT} {len(checkpoint.unused)} {artifact.OF_THE_CLASS} "
             f"{type(checkpoint.model).__name__} ({', '.join(kinds[:8])}{' ...' if len(kinds) > 8 else ''}; for example "
             f"{checkpoint.unused[0]}). The config.json of every result does not count them.{_text_alone(checkpoint)}",
             progress,
@@ -256,7 +257,7 @@ def _forward(
         for layer in range(first, walk.num_layers):
             if gradient_sequences:
                 kept = {name: tensor[:gradient_sequences] for name, tensor in walk.state().items()}
-                write_state(folder.path(f"{RESUME}/{_inputs_file(layer)}"), kept)
+                write_state(folder.path(f"{RESUME}/{_inputs_file(layer)}"), kept, store=walk.store)
             checkpoint.load(layer)
             _forward_layer(walk, checkpoint, blocks.get(layer), folder)
             checkpoint.free(layer)
@@ -273,8 +274,12 @@ def _forward_layer(walk: LayerWalk, checkpoint: Checkpoint, block: ExpertBlock |
     with watching(checkpoint.model, block, real=real) as capture:
         walk.run_layer(advance=True)
     # Sequence by sequence: in float64 all hidden states would be four times as large.
-    energies = torch.stack([row.double().square().sum(-1) for row in walk.hidden])
-    energy = float((energies if real is None else energies.reshape(-1)[real]).mean())
+    energies = []
+    for row in walk.hidden:
+        energies.append(row.double().square().sum(-1))
+        walk.store.release(row)
+    by_token = torch.stack(energies)
+    energy = float((by_token if real is None else by_token.reshape(-1)[real]).mean())
     if kinds is not None:
         kinds = kinds.reshape(-1) if real is None else kinds.reshape(-1)[real]
     found = routing_statistics(capture, block, residual_energy=energy, kinds=kinds)
@@ -293,8 +298,9 @@ def _backward(
     """Gradient second moments of every MoE layer, from the last to the first that has experts."""
     blocks = {block.layer: block for block in inventory.expert_blocks}
     batch_size = max(1, min(walk.batch_size, GRADIENT_BATCH_TOKENS // walk.inputs.length))
-    walk = LayerWalk(checkpoint, walk.inputs.select(slice(sequences)), batch_size=batch_size)
-    gradients, layer = _gradient_start(walk, folder, sequences, settings)
+    final = walk.hidden[:sequences]
+    walk = LayerWalk(checkpoint, walk.inputs.select(slice(sequences)), batch_size=batch_size, store=walk.store)
+    gradients, layer = _gradient_start(walk, folder, final, settings)
     first = min(blocks)
     with progress.step(
         "calibrate: backward", total=walk.num_layers - first, unit="layer", done=walk.num_layers - 1 - layer
@@ -317,7 +323,7 @@ def _backward(
             if sensitivity is not None and covariance is not None:
                 write_tensors(folder.path(artifact.covariance_file(depth)), {"covariance": covariance})
                 write_tensors(folder.path(f"{RESUME}/sensitivity_{depth}.safetensors"), sensitivity.tensors())
-            save_state(folder, f"gradient_before_{depth}.safetensors", {"gradients": gradients})
+            save_state(folder, f"gradient_before_{depth}.safetensors", {"gradients": gradients}, walk.store)
             folder.path(f"{RESUME}/gradient_before_{depth + 1}.safetensors").unlink(missing_ok=True)
             step.advance(note=f"layer {depth}")
     merged: dict[str, torch.Tensor] = {}
@@ -342,13 +348,17 @@ def _require_finite_gradients(
         found["the gradients' covariance"] = covariance
     for what, tensor in found.items():
         if what != "the sensitivity `choice_cost`" and tensor.is_floating_point():
-            require_finite(tensor, f"{what} of layer {depth}", dtype=checkpoint.dtype, model=checkpoint.folder)
+            told, store = f"{what} of layer {depth}", checkpoint.store
+            require_finite(tensor, told, dtype=checkpoint.dtype, model=checkpoint.folder, store=store)
 
 
 def _gradient_start(
-    walk: LayerWalk, folder: StageFolder, sequences: int, settings: CalibrateSettings
+    walk: LayerWalk, folder: StageFolder, final: torch.Tensor, settings: CalibrateSettings
 ) -> tuple[torch.Tensor, int]:
-    """Gradients at the output of a layer, and that layer: the last one, or where an earlier run stopped."""
+    """Gradients at the output of a layer, and that layer: the last one, or where an earlier run stopped.
+
+    final   [sequences, length, hidden], the last layer's output
+    """
     depths = [
         int(match[1])
         for path in folder.path(RESUME).glob("*")
@@ -356,14 +366,14 @@ def _gradient_start(
     ]
     if depths:
         depth = min(depths)
-        return read_state(folder, f"gradient_before_{depth}.safetensors", "gradients"), depth - 1
-    final = read_state(folder, f"before_{walk.num_layers}.safetensors", "hidden")[:sequences]
+        return walk.store.keep(read_state(folder, f"gradient_before_{depth}.safetensors", "gradients")), depth - 1
     gradients = output_gradient(walk, final, samples=settings.gradient_samples, seed=settings.seed)
     require_finite(
         gradients,
         "the loss's gradients after the last layer",
         dtype=final.dtype,
         model=getattr(walk.source, "folder", None),
+        store=walk.store,
     )
     return gradients, walk.num_layers - 1
 

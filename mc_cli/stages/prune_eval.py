@@ -16,6 +16,7 @@ from mc_cli.artifacts.files import DigestCache, content_digest
 from mc_cli.artifacts.names import EVALUATION
 from mc_cli.artifacts.packed import StoredBytes
 from mc_cli.artifacts.quantization import read_report
+from mc_cli.artifacts.routes import ROUTES, write_routes
 from mc_cli.artifacts.store import StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.data import text
@@ -147,6 +148,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
                 batch_size=session.batch_size(windows.token_ids.shape[1]),
                 progress=run.progress,
             )
+        write_routes(folder.path(ROUTES), compared.routes)
         # A fitted policy is kept for later evaluations, with other inputs too.
         fitted = self._fitted(folder, ready.inventory, packed, run)
         with inputs_of(settings.activation_bits, session.device):
@@ -278,7 +280,7 @@ def _evaluation(
     return Evaluation(
         total=compared.total,
         domains=compared.domains,
-        router_changes=compared.changes,
+        router_changes={layer.layer: layer.changed_share for layer in compared.routes},
         router_changes_by_kind=compared.changes_by_kind,
         kinds=compared.kinds,
         answers=compared.answers,

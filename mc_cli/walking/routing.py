@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,11 @@ import torch
 from torch import nn
 
 from mc_cli.artifacts.calibration import QUANTILES, KindRouting, LayerRouting
+from mc_cli.artifacts.routes import Routes
+from mc_cli.artifacts.scratch import InMemory
 from mc_cli.data.kinds import kind_masks
 from mc_cli.errors import FamilyError
+from mc_cli.models.paged_experts import turns_of
 from mc_cli.parts import ExpertBlock
 
 
@@ -22,10 +26,24 @@ class RoutingCapture:
     index      [tokens, k] int64;  weights [tokens, k] float32;  probabilities: sums per expert, see LayerRouting
     """
 
-    def __init__(self, block: ExpertBlock, *, keep_inputs: bool, real: torch.Tensor | None = None) -> None:
-        """`real`: [tokens] bool, those that are kept; None: all."""
+    def __init__(
+        self,
+        block: ExpertBlock,
+        *,
+        keep_inputs: bool,
+        experts: Any = None,
+        store: InMemory | None = None,
+        real: torch.Tensor | None = None,
+    ) -> None:
+        """What is watched.
+
+        experts  the module, if its calls may take turns;  store: holds the inputs
+        real     [tokens] bool, those that are kept; None: all
+        """
         self._block = block
         self._keep_inputs = keep_inputs
+        self._experts = experts
+        self._store = store or InMemory()
         self._real = real
         self._inputs: list[torch.Tensor] = []
         self._index: list[torch.Tensor] = []
@@ -35,7 +53,12 @@ class RoutingCapture:
     @property
     def inputs(self) -> torch.Tensor:
         if len(self._inputs) > 1:
-            self._inputs = [torch.cat(self._inputs)]  # the chunks are not kept beside the whole
+            count = sum(map(len, self._inputs))
+            whole = self._store.empty((count, *self._inputs[0].shape[1:]), self._inputs[0].dtype)
+            for rows, piece in zip(whole.split([len(piece) for piece in self._inputs]), self._inputs, strict=True):
+                rows.copy_(piece)
+                self._store.release(rows, piece)
+            self._inputs = [whole]  # the chunks are not kept beside the whole
         return self._kept(self._inputs[0])
 
     @property
@@ -46,19 +69,42 @@ class RoutingCapture:
     def weights(self) -> torch.Tensor:
         return self._kept(torch.cat(self._weights))
 
+    @property
+    def _seen_before(self) -> bool:
+        """Whether the batch that runs was seen, and runs again as its experts have been computed meanwhile."""
+        turns = None if self._experts is None else turns_of(self._experts)
+        return turns is not None and turns.answered
+
     def on_experts(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Forward pre-hook of the experts module: (hidden states, index, weights)."""
+        if self._seen_before:
+            return
         hidden, index, weights = args[:3]
         if self._keep_inputs:
-            self._inputs.append(hidden.detach().reshape(-1, hidden.shape[-1]).cpu())
+            self._inputs.append(self._store.keep(hidden.detach().reshape(-1, hidden.shape[-1])))
         self._index.append(index.detach().reshape(-1, index.shape[-1]).cpu())
         self._weights.append(weights.detach().reshape(-1, weights.shape[-1]).float().cpu())
 
     def on_router(self, _: nn.Module, __: Any, output: Any) -> None:
         """Forward hook of the router: softmax over all experts of its raw logits, at the chosen experts."""
+        if self._seen_before:
+            return
         logits = output[0] if isinstance(output, (tuple, list)) else output
         probabilities = logits.detach().reshape(-1, logits.shape[-1]).float().softmax(-1).cpu()
         self._probabilities.append(probabilities)
+
+    def routes(self) -> Routes:
+        """How many tokens each expert gets, and what the choice tells of a token, in bits."""
+        counts = torch.bincount(self.index.reshape(-1), minlength=self._block.num_experts)
+        tokens, conditional = 0, 0.0
+        total = torch.zeros(self._block.num_experts, dtype=torch.float64)
+        kept = self._probabilities if self._real is None else [self._kept(torch.cat(self._probabilities))]
+        for part in kept:
+            tokens += len(part)
+            total += part.double().sum(0)
+            conditional += float(torch.special.entr(part.double()).sum())
+        entropy = float(torch.special.entr(total / tokens).sum())
+        return Routes(counts.tolist(), (entropy - conditional / tokens) / math.log(2), entropy / math.log(2))
 
     def probability_sums(self) -> torch.Tensor:
         """[experts] float64: over the tokens routed to an expert, the sum of its softmax probability before top-k."""
@@ -85,15 +131,22 @@ def require_every_token(path: str, wanted: int, found: int) -> None:
 
 @contextmanager
 def watching(
-    root: nn.Module, block: ExpertBlock, *, keep_inputs: bool = False, real: torch.Tensor | None = None
+    root: nn.Module,
+    block: ExpertBlock,
+    *,
+    keep_inputs: bool = False,
+    store: InMemory | None = None,
+    real: torch.Tensor | None = None,
 ) -> Iterator[RoutingCapture]:
     """Captures the routing of one layer while its forward runs inside the context; `root` is the whole model.
 
-    real  [tokens] bool, the tokens that are kept in order, as where the others are padding; None: all
+    store   holds the inputs; None: memory
+    real    [tokens] bool, the tokens that are kept in order, as where the others are padding; None: all
     """
-    capture = RoutingCapture(block, keep_inputs=keep_inputs, real=real)
+    experts = root.get_submodule(block.path)
+    capture = RoutingCapture(block, keep_inputs=keep_inputs, experts=experts, store=store, real=real)
     handles = [
-        root.get_submodule(block.path).register_forward_pre_hook(capture.on_experts),
+        experts.register_forward_pre_hook(capture.on_experts),
         root.get_submodule(block.router_path).register_forward_hook(capture.on_router),
     ]
     try:
