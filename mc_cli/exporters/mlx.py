@@ -40,7 +40,7 @@ KEEPS = "one width for each layer and projection; no dropped, cut or shared expe
 # What mlx-lm 0.32 names and computes as these checkpoints do.
 FAMILIES = ("glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 # Entries of config.json, by model_type, that it takes for granted or does not read: what they have to be.
-_TAKEN: dict[str, dict[str, tuple[Any, ...]]] = {
+_TAKEN: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "mixtral": {"sliding_window": (None,)},
     "olmoe": {"clip_qkv": (None,)},
     "qwen2_moe": {
@@ -117,7 +117,7 @@ def export(job: ExportJob) -> None:
         quantization |= {_place(path)[0]: _settings(matrix.encoding) for path, matrix in matrices.items()}
         job.advance("outside the layers" if part < 0 else f"layer {part}")
     writer.finish()
-    usual: dict[str, int] = max(quantization.values(), key=list(quantization.values()).count, default={})
+    usual: dict[str, Any] = max(quantization.values(), key=list(quantization.values()).count, default={})
     config_json = _as_published(job.original_config(), config)
     if quantization:
         config_json = {**config_json, "quantization": {**usual, "mode": "affine", **quantization}}

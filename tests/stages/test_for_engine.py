@@ -127,8 +127,6 @@ def test_what_does_not_go_together_is_refused() -> None:
         build("score", {**ENGINE, "bits": (0, 2, 4)})
     with pytest.raises(InputError, match="neither dropped, cut nor merged"):
         build("allocate", {**ENGINE, "cut_ratio": 0.2})
-    with pytest.raises(InputError, match="model.gguf"):
-        build("export", {"format": "mlx", "out": "model.gguf"})
 
 
 def test_formats_have_widths_of_their_own() -> None:
