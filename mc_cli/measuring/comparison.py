@@ -106,7 +106,7 @@ def changed_choices(one: torch.Tensor, other: torch.Tensor) -> tuple[list[int], 
     pairs = torch.stack([one[single][lost[single]], other[single][gained[single]]], 1)
     found, times = torch.unique(pairs, dim=0, return_counts=True)
     order = torch.argsort(times, descending=True, stable=True)[:_FLIPS]
-    flips = [Flip(*map(int, found[place]), int(times[place])) for place in order.tolist()]
+    flips = [Flip(int(found[place, 0]), int(found[place, 1]), int(times[place])) for place in order.tolist()]
     return torch.bincount(counts, minlength=one.shape[1] + 1).tolist(), flips
 
 
