@@ -71,8 +71,8 @@ class ExpertInputs:
         *,
         sensitivity: LayerSensitivity | None = None,
         module: Any = None,
-        batch: Batch | None = None,
         store: InMemory | None = None,
+        batch: Batch | None = None,
     ) -> None:
         """The inputs that were captured.
 

@@ -106,8 +106,8 @@ class LayerQuantizer:
             walk.source.device,
             sensitivity=sensitivity,
             module=module,
-            batch=walk.inputs,
             store=store,
+            batch=walk.inputs,
         )
         covariance = None if sensitivity is None else self._covariance_of(block.layer)
         counts = self._routing_counts.get(block.layer, ())

@@ -57,8 +57,8 @@ class Compared:
     """Two models on the same windows.
 
     total, domains  predictions that count: all text, or answers where there are images
-    routes          the routing of both per MoE layer
-    changes_by_kind kind of token -> MoE layer -> share of expert choices that differ, with images alone
+    routes          how both models route, of each MoE layer
+    changes_by_kind kind of token -> MoE layer -> share of expert choices that differ
     kinds           predictions by the kind of the predicted token, with images alone
     answers         whole answers given exactly, with images alone
     """
@@ -95,13 +95,12 @@ def compare(
             if seen[0] is not None and seen[1] is not None:
                 routes.append(compared_routes(layer, seen[0], seen[1]))
                 for kind, mask in masks.items():
-                    by_kind.setdefault(kind, {})[layer] = changed_share(seen[0].index[mask], seen[1].index[mask])
+                    changed = changed_share(seen[0].index[mask], seen[1].index[mask])
+                    by_kind.setdefault(kind, {})[layer] = changed
             step.advance(note=f"layer {layer}")
         total, domains = losses(walks[0], walks[1], windows)
-        kinds: dict[str, TextResult] = {}
-        answers: AnswersResult | None = None
-        if windows.batch.kinds is not None:
-            kinds, answers = losses_by_kind(walks[0], walks[1], windows)
+        seeing = windows.batch.kinds is not None
+        kinds, answers = losses_by_kind(walks[0], walks[1], windows) if seeing else ({}, None)
         step.advance(note="head")
     return Compared(total, domains, routes, by_kind, kinds, answers)
 
@@ -112,12 +111,6 @@ def _kinds_of_real(windows: Windows) -> dict[str, torch.Tensor]:
         return {}
     kinds, real = windows.batch.kinds.reshape(-1), windows.batch.real
     return kind_masks(kinds if real is None else kinds[real])
-
-
-def changed_share(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Share of chosen experts of `one` [tokens, k] that `other` did not choose for the same token, in any order."""
-    kept = (one[:, :, None] == other[:, None, :]).any(-1)
-    return 1.0 - float(kept.double().mean())
 
 
 def advance(walk: LayerWalk, block: ExpertBlock | None, layer: int) -> RoutingCapture | None:
@@ -141,6 +134,12 @@ def compared_routes(layer: int, original: RoutingCapture, packed: RoutingCapture
     return LayerRoutes(layer, original.routes(), packed.routes(), changed, flips)
 
 
+def changed_share(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Share of chosen experts of `one` [tokens, k] that `other` did not choose for the same token, in any order."""
+    kept = (one[:, :, None] == other[:, None, :]).any(-1)
+    return 1.0 - float(kept.double().mean())
+
+
 def changed_choices(one: torch.Tensor, other: torch.Tensor) -> tuple[list[int], list[Flip]]:
     """(tokens by how many experts of `one` [tokens, k] `other` did not choose, the most frequent single exchanges)."""
     same = one[:, :, None] == other[:, None, :]
@@ -150,7 +149,7 @@ def changed_choices(one: torch.Tensor, other: torch.Tensor) -> tuple[list[int], 
     pairs = torch.stack([one[single][lost[single]], other[single][gained[single]]], 1)
     found, times = torch.unique(pairs, dim=0, return_counts=True)
     order = torch.argsort(times, descending=True, stable=True)[:_FLIPS]
-    flips = [Flip(*map(int, found[place]), int(times[place])) for place in order.tolist()]
+    flips = [Flip(int(found[place, 0]), int(found[place, 1]), int(times[place])) for place in order.tolist()]
     return torch.bincount(counts, minlength=one.shape[1] + 1).tolist(), flips
 
 

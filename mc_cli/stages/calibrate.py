@@ -274,12 +274,12 @@ def _forward_layer(walk: LayerWalk, checkpoint: Checkpoint, block: ExpertBlock |
     with watching(checkpoint.model, block, real=real) as capture:
         walk.run_layer(advance=True)
     # Sequence by sequence: in float64 all hidden states would be four times as large.
-    energies = []
+    rows = []
     for row in walk.hidden:
-        energies.append(row.double().square().sum(-1))
+        rows.append(row.double().square().sum(-1))
         walk.store.release(row)
-    by_token = torch.stack(energies)
-    energy = float((by_token if real is None else by_token.reshape(-1)[real]).mean())
+    energies = torch.stack(rows)
+    energy = float((energies if real is None else energies.reshape(-1)[real]).mean())
     if kinds is not None:
         kinds = kinds.reshape(-1) if real is None else kinds.reshape(-1)[real]
     found = routing_statistics(capture, block, residual_energy=energy, kinds=kinds)

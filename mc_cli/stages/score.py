@@ -131,8 +131,8 @@ def _layers(
                     blocks[layer],
                     session.device,
                     sensitivity=sensitivity,
-                    batch=walk.inputs,
                     store=walk.store,
+                    batch=walk.inputs,
                 )
                 _score_channels(scorer, settings.unit, module, inputs, folder)
                 if settings.similarity:

@@ -35,9 +35,10 @@ class RoutingCapture:
         store: InMemory | None = None,
         real: torch.Tensor | None = None,
     ) -> None:
-        """What is watched.
+        """The capture of one layer.
 
-        experts  the module, if its calls may take turns;  store: holds the inputs
+        experts  the module that is watched, if its calls may take turns
+        store    holds the inputs
         real     [tokens] bool, those that are kept; None: all
         """
         self._block = block
@@ -98,8 +99,8 @@ class RoutingCapture:
         counts = torch.bincount(self.index.reshape(-1), minlength=self._block.num_experts)
         tokens, conditional = 0, 0.0
         total = torch.zeros(self._block.num_experts, dtype=torch.float64)
-        kept = self._probabilities if self._real is None else [self._kept(torch.cat(self._probabilities))]
-        for part in kept:
+        parts = self._probabilities if self._real is None else [self._kept(torch.cat(self._probabilities))]
+        for part in parts:
             tokens += len(part)
             total += part.double().sum(0)
             conditional += float(torch.special.entr(part.double()).sum())
