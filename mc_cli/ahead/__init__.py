@@ -27,6 +27,8 @@ from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.work_dir import FOLDERS, VARIANTS, WorkDir
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.data import text
+from mc_cli.data.inputs import POLICY_WITH_IMAGES
+from mc_cli.data.processors import sees
 from mc_cli.errors import InputError, Problems
 from mc_cli.exporters import check_model, exporter_from_name
 from mc_cli.kernels.compiled import check_inputs
@@ -180,7 +182,8 @@ class Look:
         if settings is None:
             return 0
         asked = settings.max_sequences * (settings.length or work.length)
-        limit = text_bytes(settings.data)
+        session = self.model()[0]
+        limit = None if session is not None and sees(session.config) else text_bytes(settings.data)
         there = None if limit is None else limit // 4
         return min(asked or there or work.tokens, there or asked or work.tokens)
 
@@ -222,12 +225,16 @@ class Look:
     def _texts(self, session: Session | None) -> None:
         """Texts that can be read, have the field, and are not asked for longer windows than the model has room for."""
         whole_run = "calibrate" in self._all
+        seeing = session is not None and sees(session.config)
+        seen = False
         for stage, flag in (("calibrate", "--data"), ("prune-eval", "--eval-data" if whole_run else "--data")):
             if stage not in self._todo:
                 continue
             settings = self._todo[stage]
             with self.problems.catching():
-                check_text(settings.data, split=settings.split, text_field=settings.text_field, flag=flag)
+                seen |= check_text(
+                    settings.data, split=settings.split, text_field=settings.text_field, flag=flag, images=seeing
+                )
             if session is not None:
                 with self.problems.catching():
                     length = text.fit_length(settings.length, session.config)
@@ -235,6 +242,8 @@ class Look:
                     if stride > length:
                         raise InputError(f"--stride {stride}: from 0 (no overlap) to the window's length, {length}.")
         prune = getattr(self._todo.get("prune-eval"), "prune", None)
+        if prune is not None and prune.policy and seen:
+            self.problems.refuse(POLICY_WITH_IMAGES)
         if prune is not None and prune.policy and prune.fit_data is not None:
             evaluated = self._todo["prune-eval"]
             with self.problems.catching():
@@ -341,7 +350,7 @@ class Look:
             length = 1 if done is None else int(done.settings.get("length") or 1)
             return (None if done is None else int(done.settings.get("sequences") or 0) * length), length
         length = text.fit_length(calibrate.length, session.config)
-        limit = text_bytes(calibrate.data)
+        limit = None if sees(session.config) else text_bytes(calibrate.data)  # images are tokens beside the text
         asked = calibrate.sequences * length
         return (asked if limit is None else min(asked, limit)), length
 

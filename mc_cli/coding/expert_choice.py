@@ -120,15 +120,16 @@ class ChoiceCosts:
                 handle.remove()
 
     @torch.no_grad()
-    def add(self, at_experts: torch.Tensor) -> None:
+    def add(self, at_experts: torch.Tensor, real: torch.Tensor | None = None) -> None:
         """Takes the cost of the near choices of the last forward into account.
 
         at_experts  [samples, ..., hidden]: gradients of sampled labels' losses at the experts' output
+        real        [tokens] bool, those that are no padding; None: all
         """
         found = self._margin()
         if found is None:
             return
-        weight = coefficient(found.margin, found.spread)
+        weight = _masked(coefficient(found.margin, found.spread), real)
         near = weight.nonzero()[:, 0]
         if not len(near):
             return
@@ -188,7 +189,8 @@ class ChoiceCosts:
                         walk.call_layer(hidden, rows)
                     found = self._margin()
                     assert found is not None
-                    root = (2 * self.cost * coefficient(found.margin.detach(), found.spread)).sqrt()
+                    near = coefficient(found.margin.detach(), found.spread)
+                    root = (2 * self.cost * _masked(near, walk.inputs.real_of(rows))).sqrt()
                     pull = torch.where(root > 0, root * found.margin, 0.0)
                     totals = [(pull * sign[rows].reshape(-1).to(pull)).sum() for sign in signs]
                 for sample, total in enumerate(totals):
@@ -228,6 +230,10 @@ class ChoiceCosts:
             if float((margin >= 0).float().mean()) >= _CONSISTENT:
                 return scores
         return None
+
+
+def _masked(weights: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    return weights if real is None else torch.where(real.to(weights.device), weights, 0.0)
 
 
 def _as_they_are(logits: torch.Tensor) -> torch.Tensor:

@@ -99,8 +99,16 @@ class LayerQuantizer:
             else:
                 rest = rest_of_layer(self._walk, experts.experts_at(model, block.path))
         sensitivity = self._sensitivities.get(block.layer)
-        device = self._walk.source.device
-        inputs = ExpertInputs(capture, block, device, sensitivity=sensitivity, module=module, store=store)
+        walk = self._walk
+        inputs = ExpertInputs(
+            capture,
+            block,
+            walk.source.device,
+            sensitivity=sensitivity,
+            module=module,
+            store=store,
+            batch=walk.inputs,
+        )
         covariance = None if sensitivity is None else self._covariance_of(block.layer)
         counts = self._routing_counts.get(block.layer, ())
         merged = merge_experts(module, inputs, self._plan, counts, stored)

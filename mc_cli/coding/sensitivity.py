@@ -19,6 +19,7 @@ from torch import nn
 
 from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.coding.expert_choice import ChoiceCosts
+from mc_cli.data.batches import Batch
 from mc_cli.errors import FamilyError
 from mc_cli.models.expert_gradients import GradientTurns
 from mc_cli.models.experts import taking_turns
@@ -34,10 +35,13 @@ def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, samples: int
 
     final_hidden  [sequences, length, hidden]
     samples       labels per token; the result is [samples, sequences, length, hidden], one gradient for each
+    Where the walk's inputs have `answers`, labels of these alone count, each so much that means over all tokens but
+    padding are in nats per answer token.
     Raises InputError or CheckpointError where the model says NaN or infinity of a token.
     """
     gradients = walk.store.empty((samples, *final_hidden.shape), final_hidden.dtype)
     generator = torch.Generator().manual_seed(seed)
+    wanted = _label_weights(walk.inputs)
     for row in range(len(final_hidden)):
         rows = slice(row, row + 1)
         with torch.enable_grad():
@@ -51,10 +55,21 @@ def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, samples: int
                 model=getattr(walk.source, "folder", None),
             )
             labels = torch.multinomial(probabilities, samples, replacement=True, generator=generator)
-            losses = (-log_probabilities.gather(1, labels.to(log_probabilities.device)).sum(0)).unbind()
+            found = -log_probabilities.gather(1, labels.to(log_probabilities.device))
+            if wanted is not None:
+                found = found * wanted[row].to(found.device)[:, None]
+            losses = found.sum(0).unbind()
         gradients[:, row] = _gradients(losses, hidden)[0][:, 0].to(gradients.device)
         walk.store.release(*(sample[row] for sample in gradients), final_hidden[rows])
     return gradients
+
+
+def _label_weights(inputs: Batch) -> torch.Tensor | None:
+    """[sequences, length] float32, of the label that each token predicts; None where all count alike."""
+    if inputs.answers is None:
+        return None
+    predicts = torch.nn.functional.pad(inputs.answers[:, 1:], (0, 1)).float()
+    return predicts * (inputs.real_tokens / predicts.sum().clamp_min(1)).sqrt()
 
 
 class LayerBackward(NamedTuple):
@@ -91,7 +106,7 @@ def backward_layer(
         if collector is not None:
             collector.add(found[1])
         if costs is not None:
-            costs.add(found[1])
+            costs.add(found[1], walk.inputs.real_of(rows))
         for sample, target in zip(found[0], before, strict=True):
             target[rows] = sample.to(before.device)
             walk.store.release(target[rows])
@@ -112,7 +127,8 @@ def backward_layer(
         costs.add_gradients(before, walk, layer_inputs, seed=seed)
     if collector is None:
         return LayerBackward(before)
-    return LayerBackward(before, *collector.result(costs.cost if costs is not None else None))
+    choice_cost = costs.cost if costs is not None else None
+    return LayerBackward(before, *collector.result(choice_cost, walk.inputs.real_tokens))
 
 
 def _forward(
@@ -204,10 +220,11 @@ class _Collector:
         self._square = squares.sum(0) if self._square is None else self._square + squares.sum(0)
         self._per_token.append(squares.sum(-1))
 
-    def result(self, choice_cost: float | None) -> tuple[LayerSensitivity, torch.Tensor]:
+    def result(self, choice_cost: float | None, tokens: int) -> tuple[LayerSensitivity, torch.Tensor]:
+        """`tokens`: how many are no padding, which has no gradient."""
         assert self._square is not None and self._covariance is not None
         per_token = torch.cat(self._per_token)
-        mean = per_token.mean().clamp(min=1e-300)
-        square, scale = (self._square / len(per_token)).float(), (per_token / mean).float()
+        mean = (per_token.mean() * (len(per_token) / tokens)).clamp(min=1e-300)
+        square, scale = (self._square / tokens).float(), (per_token / mean).float()
         sensitivity = LayerSensitivity(square, scale, choice_cost)
-        return sensitivity, (self._covariance / len(per_token)).cpu()
+        return sensitivity, (self._covariance / tokens).cpu()

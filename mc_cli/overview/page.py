@@ -37,6 +37,7 @@ from mc_cli.progress import Progress
 from mc_cli.reports.evaluation import evaluation_summary
 from mc_cli.reports.html import Section, page
 from mc_cli.reports.plan import plan_summary
+from mc_cli.reports.tables import PERPLEXITY
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _sections(found: Contents, unit_of: Any) -> Iterator[Section]:
     evaluation, plan = found.measured.evaluation, found.measured.plan
     assert plan is not None
     facts = evaluation_summary(evaluation, None)["facts"]
-    yield Section("summary", "Summary", facts={name: _text(value) for name, value in facts.items()})
+    yield Section("summary", "Summary", facts={name: _fact_text(name, value) for name, value in facts.items()})
     yield Section("size", "Size by role", figures=[size_chart(evaluation, unit_of)])
     tables = [
         entry for entry in evaluation_summary(evaluation, None)["tables"] if "bytes" not in entry["title"].lower()
@@ -214,6 +215,11 @@ def _repeat_section(found: Contents) -> Section:
         facts=facts,
         code=command_lines(found.work, found.manifests, found.model),
     )
+
+
+def _fact_text(name: str, value: Any) -> str:
+    """A fact of the summary; perplexities with as many decimals as everywhere."""
+    return f"{value:.{PERPLEXITY}f}" if name.startswith("perplexity") and isinstance(value, float) else _text(value)
 
 
 def _text(value: Any) -> str:

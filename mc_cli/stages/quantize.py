@@ -30,6 +30,7 @@ from mc_cli.artifacts.store import RESUME, StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.coding.layer_quantizer import LayerQuantizer
 from mc_cli.coding.layer_result import LayerResult
+from mc_cli.coding.linears import TokenMoments
 from mc_cli.coding.part_writer import PartWriter
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.data.batches import Batch, read_calibration
@@ -46,7 +47,6 @@ from mc_cli.models.packed_experts import share_slots
 from mc_cli.models.router_masks import drop_experts
 from mc_cli.models.session import Session, later_session
 from mc_cli.models.weight_digests import WeightDigests
-from mc_cli.numerics.hessian import accumulate
 from mc_cli.packed.packed_model import model_bytes, stored_sizes
 from mc_cli.parts import DROPPED, KEPT_BITS, ModelInventory, Role
 from mc_cli.progress import Progress, StageResult
@@ -300,14 +300,17 @@ def _head_and_rest(
         head = checkpoint.model.get_output_embeddings()
         hessian = torch.zeros((head.weight.shape[-1],) * 2, device=checkpoint.device)
 
+        moments, here = TokenMoments(walk, "the head", hessian), slice(0)
+
         def capture(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            accumulate(hessian, args[0].reshape(-1, args[0].shape[-1]))
+            moments.add(here, args[0])
 
         handle = head.register_forward_pre_hook(capture)
         for rows in walk.batches():
+            here = rows
             walk.logits(rows)
         handle.remove()
-        worker.linears.sharing_input(heads, hessian, walk.inputs.tokens, result)
+        worker.linears.sharing_input(heads, hessian, walk.inputs.real_tokens, result)
     writer.write(REST, parts, result)
 
 

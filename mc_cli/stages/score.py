@@ -126,7 +126,14 @@ def _layers(
                     walk.run_layer(advance=True)
                 module = model.get_submodule(blocks[layer].path)
                 sensitivity = ready.sensitivities.get(layer)
-                inputs = ExpertInputs(capture, blocks[layer], session.device, sensitivity=sensitivity, store=walk.store)
+                inputs = ExpertInputs(
+                    capture,
+                    blocks[layer],
+                    session.device,
+                    sensitivity=sensitivity,
+                    store=walk.store,
+                    batch=walk.inputs,
+                )
                 _score_channels(scorer, settings.unit, module, inputs, folder)
                 if settings.similarity:
                     measure_similarity(module, inputs).write(folder.path(similarity_file(layer)))

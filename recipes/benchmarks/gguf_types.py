@@ -1,11 +1,11 @@
 """Experts in one GGUF type, rounded by mc-cli and by llama.cpp with its importance matrix: KL on held-out text.
 
-    python recipes/benchmarks/gguf_types.py MODEL EXPORT --calibration text.jsonl --heldout text.jsonl [--windows 16]
+    python recipes/benchmarks/gguf_types.py MODEL EXPORT... --calibration text.jsonl --heldout text.jsonl [--windows 16]
 
-MODEL   the original checkpoint;  EXPORT  a directory of `mc-cli export --format gguf`, experts of one type
+MODEL   the original checkpoint;  EXPORT  directories of `mc-cli export --format gguf`, each with experts of one type
 llama.cpp's rounding is that of its own library, through llama-cpp-python; the importance matrix are the mean squares of
 inputs over the calibration text, as its own tool takes them. Both models get the same tensors beside the experts.
-Prints one JSON object.
+Prints one JSON object for each export.
 """
 
 from __future__ import annotations
@@ -29,7 +29,17 @@ from mc_cli.exporters.gguf_names import Names
 from mc_cli.measuring.logit_source import Reading
 
 # Types of llama.cpp's presets that `pure` gives to all tensors.
-PRESETS = {"Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ3_S": 26, "IQ4_XS": 30}
+PRESETS = {
+    "Q2_K": 10,
+    "Q3_K": 11,
+    "Q4_K": 14,
+    "IQ2_XXS": 19,
+    "IQ2_XS": 20,
+    "IQ3_XXS": 23,
+    "IQ3_S": 26,
+    "IQ2_S": 28,
+    "IQ4_XS": 30,
+}
 
 
 def windows(path: Path, tokenizer: Any, count: int, length: int) -> Tensor:
@@ -98,20 +108,19 @@ def quantized_by_llama_cpp(source: Path, target: Path, preset: int, importance: 
 
 
 @torch.no_grad()
-def divergence(original: Any, other: Any, tokens: Tensor) -> float:
-    """Mean KL of the next-token distributions, nats per token."""
+def divergence(expected: list[Tensor], other: Any, tokens: Tensor) -> float:
+    """Mean KL of the next-token distributions from `expected`, their logarithms, nats per token."""
     total = 0.0
-    for row in tokens:
-        expected = original(row[None], use_cache=False).logits[0].float().log_softmax(-1)
+    for row, wanted in zip(tokens, expected, strict=True):
         found = other(row[None], use_cache=False).logits[0].float().log_softmax(-1)
-        total += float((expected.exp() * (expected - found)).sum(-1).mean())
+        total += float((wanted.exp() * (wanted - found)).sum(-1).mean())
     return total / len(tokens)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("export", type=Path)
+    parser.add_argument("export", type=Path, nargs="+")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--heldout", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=16)
@@ -120,35 +129,46 @@ def main() -> None:
     original: Any = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(asked.model)
     names = Names(original.config, architecture_of(original.config))
-    ours = _Reader(asked.export, Reading(torch.float32, torch.device("cpu"))).model
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(asked.export / FILE).tensors}
-    kinds = {tensor.tensor_type.name for name, tensor in stored.items() if "_exps" in name}
-    if len(kinds) != 1:
-        raise SystemExit(f"{asked.export}: experts of several types, {', '.join(sorted(kinds))}; one is compared here")
-    (kind,) = kinds
     collected = Importance(original, names)
     for row in windows(asked.calibration, tokenizer, 48, asked.length):
         with torch.no_grad():
             original(row[None], use_cache=False)
     collected.remove()
     heldout = windows(asked.heldout, tokenizer, asked.windows, asked.length)
-    result: dict[str, Any] = {"type": kind, "tokens": heldout.numel(), "ours": divergence(original, ours, heldout)}
+    with torch.no_grad():
+        expected = [original(row[None], use_cache=False).logits[0].float().log_softmax(-1) for row in heldout]
     with tempfile.TemporaryDirectory() as folder:
-        dense, target = Path(folder, "dense.gguf"), Path(folder, "theirs.gguf")
+        dense = Path(folder, "dense.gguf")
         tied = set(original.all_tied_weights_keys or ())
         tensors = ((name, tensor, None) for name, tensor in original.state_dict().items() if name not in tied)
         write_gguf(dense, original.config, asked.model, tensors, title="original")
-        quantized_by_llama_cpp(dense, target, PRESETS[kind], collected.sums)
-        theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(target).tensors}
-        for name, parameter in ours.named_parameters():
-            written = names.place(name).names
-            if "_exps" in written[0]:
-                assert {theirs[each].tensor_type.name for each in written} == {kind}
-                parts = [torch.tensor(gguf.dequantize(theirs[each].data, theirs[each].tensor_type)) for each in written]
-                parameter.data = torch.cat(parts, -2).reshape(parameter.shape)
-    result["llama.cpp"] = divergence(original, ours, heldout)
+        for export in asked.export:
+            print(json.dumps(compared(export, dense, collected.sums, names, expected, heldout)), flush=True)
+
+
+def compared(
+    export: Path, dense: Path, importance: dict[str, Tensor], names: Names, expected: list[Tensor], heldout: Tensor
+) -> dict[str, Any]:
+    """KL of one export, and of the same model with the experts that llama.cpp rounds to its type."""
+    ours = _Reader(export, Reading(torch.float32, torch.device("cpu"))).model
+    stored = gguf.GGUFReader(export / FILE).tensors
+    kinds = {tensor.tensor_type.name for tensor in stored if "_exps" in tensor.name}
+    if len(kinds) != 1:
+        raise SystemExit(f"{export}: experts of several types, {', '.join(sorted(kinds))}; one is compared here")
+    (kind,) = kinds
+    result: dict[str, Any] = {"type": kind, "tokens": heldout.numel(), "ours": divergence(expected, ours, heldout)}
+    target = dense.with_name("theirs.gguf")
+    quantized_by_llama_cpp(dense, target, PRESETS[kind], importance)
+    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(target).tensors}
+    for name, parameter in ours.named_parameters():
+        place = names.place(name)
+        if "_exps" in place.names[0]:
+            assert {theirs[each].tensor_type.name for each in place.names} == {kind}
+            parts = [torch.tensor(gguf.dequantize(theirs[each].data, theirs[each].tensor_type)) for each in place.names]
+            parameter.data = place.joined(parts).reshape(parameter.shape)
+    result["llama.cpp"] = divergence(expected, ours, heldout)
     result["ratio"] = result["ours"] / result["llama.cpp"]
-    print(json.dumps(result))
+    return result
 
 
 if __name__ == "__main__":

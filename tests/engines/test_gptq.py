@@ -29,8 +29,9 @@ def test_gptqmodel_computes_what_was_packed(model_type: str, tiny_model: TinyMod
     with torch.no_grad():
         expected = load_packed(work / "packed", dtype=torch.float32)(TOKENS, use_cache=False).logits[0].float()
         engine = GPTQModel.load(str(tmp_path / "out"), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16)
+        engine.model.float()  # loaded in 16 bits alone; scales are the same numbers in 32
         found = engine.model(TOKENS, use_cache=False).logits[0].float()
     widths = {module.bits for module in engine.model.modules() if hasattr(module, "qweight")}
     assert widths == {2, 3, 4, 8}
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert float(errors.median()) < 2e-2, errors  # it computes in float16
+    assert float(errors.max()) < 1e-4, errors

@@ -63,7 +63,8 @@ def test_measures_are_those_of_loops_over_whole_models(tiny_model: TinyModel, tm
     packed_folder = pack_folder(folder, tmp_path / "packed", widths=(2, 3))
     checkpoint, blocks = opened(folder)
     source = PackedSource(packed_folder, dtype=torch.float32, device=CPU)
-    total, domains, routes = compare(checkpoint, source, WINDOWS, blocks, batch_size=2, progress=SilentProgress())
+    found = compare(checkpoint, source, WINDOWS, blocks, batch_size=2, progress=SilentProgress())
+    total, domains, routes = found.total, found.domains, found.routes
     changes = {layer.layer: layer.changed_share for layer in routes}
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     before, original = choices_and_logits(dense, blocks)
@@ -102,7 +103,8 @@ def test_model_does_not_differ_from_itself(tiny_model: TinyModel) -> None:
     folder = tiny_model("qwen3_moe")
     one, blocks = opened(folder)
     other, _ = opened(folder)
-    total, domains, routes = compare(one, other, WINDOWS, blocks, batch_size=3, progress=SilentProgress())
+    compared = compare(one, other, WINDOWS, blocks, batch_size=3, progress=SilentProgress())
+    total, domains, routes = compared.total, compared.domains, compared.routes
     for found in (total, *domains.values()):
         assert found.kl_divergence == 0.0 and found.same_top_token == 1.0 and found.original_loss == found.packed_loss
     assert {layer.changed_share for layer in routes} == {0.0}

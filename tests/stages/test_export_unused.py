@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mc_cli.artifacts.calibration import read_inventory
 from mc_cli.errors import InputError, StaleArtifactError
 from tests import tiny_chain, tiny_models
 from tests.families.contract import shapes
@@ -23,7 +25,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     published, _, beyond = as_published("deepseek_v3", folder)
     assert beyond
     data = tiny_chain.write_documents(folder / "text.jsonl", documents=8)
-    tiny_chain.run_calibrate(folder / "work", published, data, sequences=1)
+    facts = tiny_chain.run_calibrate(folder / "work", published, data, sequences=1).summary["facts"]
+    inventory = read_inventory(folder / "work" / "calibration" / "inventory.json")
+    assert re.fullmatch(r"FP8 with a scale for a block of 16 x 16 \(\d+\)", facts["stored as"])
+    assert facts["bytes in its files"] == inventory.file_bytes < facts["model bytes"]
     packed_work_dir(published, folder / "work")
     return folder
 
