@@ -33,10 +33,11 @@ from transformers.utils import logging as transformers_logging
 from mc_cli.artifacts.scratch import InMemory
 from mc_cli.errors import CheckpointError, listed
 from mc_cli.families import facts_of
-from mc_cli.models.conversion_targets import FusedSlice, Target, joined_rows
-from mc_cli.models.expert_gates import up_name
+from mc_cli.models.conversion_targets import FusedSlice, Target
+from mc_cli.models.expert_files import ExpertReader, FusedExperts
+from mc_cli.models.expert_gates import Experts, up_name
 from mc_cli.models.experts import find_experts
-from mc_cli.models.finite import damaged_weights, is_finite
+from mc_cli.models.finite import is_finite, weights_not_finite
 from mc_cli.models.inventory import find_decoder_layers, tied_tensors
 from mc_cli.models.memory import collector_paused
 from mc_cli.models.model_class import model_class
@@ -277,39 +278,30 @@ class Checkpoint:
     def _page_experts(self, part: int, where: str) -> set[str]:
         """The names of fused experts of a part that stay in its files, to be read expert by expert."""
         found: set[str] = set()
-        targets = {target.name: target for target in self._targets[part]}
-        root = self.model if part == REST else self.model.get_submodule(f"{self.layers_path}.{part}")
-        for path, module in find_experts(root):
-            prefix = path if part == REST else f"{self.layers_path}.{part}.{path}"
-            fused = {name: targets.get(f"{prefix}.{name}") for name in (up_name(module), "down_proj")}
+        for path, module in find_experts(self.model):
+            fused = self._fused_experts(path, module)
             size = sum(getattr(module, name).numel() * self.dtype.itemsize for name in fused)
-            if not self._pieces.experts_apart(size) or not all(self._by_expert(each) for each in fused.values()):
-                continue
-            reader = ExpertReader(self, {name: each for name, each in fused.items() if each is not None}, where)
-            setattr(module, PAGED, PagedWeights(reader.read, self.store))
-            found |= {f"{prefix}.{name}" for name in fused}
+            here = part_of(f"{path}.", self.layers_path) == part
+            if here and self._pieces.experts_apart(size) and all(fused.values()):
+                reader = ExpertReader(self.files, fused, self.dtype, self.device, where)
+                setattr(module, PAGED, PagedWeights(reader.read, self.store))
+                found |= {f"{path}.{name}" for name in fused}
+        return found
+
+    def _fused_experts(self, path: str, module: Experts) -> dict[str, FusedExperts | None]:
+        """Parameter of the experts module at `path` -> how its experts are stored; None if not one by one."""
+        targets = {target.name: target for target in self._targets[part_of(f"{path}.", self.layers_path)]}
+        found: dict[str, FusedExperts | None] = {}
+        for name in (up_name(module), "down_proj"):
+            target, shape = targets.get(f"{path}.{name}"), getattr(module, name).shape[1:]
+            alone = target is not None and target.by_expert and not self._is_kept_in_float32(target.name)
+            found[name] = FusedExperts(target, shape) if alone and target is not None else None
         return found
 
     @property
     def reads_experts(self) -> bool:
         """Whether the files allow that every layer's experts are read one by one."""
-        targets = {target.name: target for part in self._targets.values() for target in part}
-        fused = (f"{path}.{name}" for path, each in find_experts(self.model) for name in (up_name(each), "down_proj"))
-        return all(self._by_expert(targets.get(name)) for name in fused)
-
-    def _by_expert(self, target: Target | None) -> bool:
-        return target is not None and target.by_expert and not self._is_kept_in_float32(target.name)
-
-    def expert_of(self, target: Target, expert: int) -> torch.Tensor:
-        """One expert's part of a fused tensor, as the model lays it out, in its dtype."""
-        shape = self.model.get_parameter(target.name).shape[1:]
-        if not target.fuses_experts:
-            (stored,) = target.all_pieces
-            with self.files.reading([stored.key], {stored.key: self.dtype}) as slices:
-                return torch.empty(shape, dtype=self.dtype).copy_(slices[stored.key][expert])
-        keys = [target.pieces[pattern][expert].key for pattern in target.patterns]
-        with self.files.reading(keys) as slices:
-            return joined_rows([slices[key] for key in keys], torch.empty(shape, dtype=self.dtype))
+        return all(all(self._fused_experts(path, module).values()) for path, module in find_experts(self.model))
 
     def _readable(self, target: Target, slices: dict[str, Any]) -> dict[str, Any]:
         """The input of transformers' conversion for one tensor; experts are fused here, under the fused name."""
@@ -366,32 +358,6 @@ class Checkpoint:
         for module, buffers in kept:
             module._buffers.update(buffers)
             module.__dict__.pop(PAGED, None)
-
-
-class ExpertReader:
-    """Reads the experts of one layer; the first time each is looked at, whether its weights are finite."""
-
-    def __init__(self, checkpoint: Checkpoint, targets: Mapping[str, Target], where: str) -> None:
-        """`targets` by parameter of the experts module;  where: in words, for errors."""
-        self._checkpoint = checkpoint
-        self._targets = targets
-        self._where = where
-        self._checked: set[tuple[str, int]] = set()
-
-    def read(self, projection: str, expert: int) -> torch.Tensor:
-        """One expert's part of a fused parameter, on the device. Raises CheckpointError where it is not finite."""
-        target, checkpoint = self._targets[projection], self._checkpoint
-        try:
-            weight = checkpoint.expert_of(target, expert)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self._where}: cannot be read: {error}. Download the files again.") from error
-        if (projection, expert) not in self._checked:
-            if not is_finite(weight):
-                count = weight.numel() - int(weight.isfinite().sum())
-                wrong = [f"{target.name}: {count:,} of {weight.numel():,} values of expert {expert}"]
-                raise _not_finite(self._where, wrong, checkpoint.dtype)
-            self._checked.add((projection, expert))
-        return weight.to(checkpoint.device)
 
 
 def _in_natural_order(names: Iterable[str]) -> list[str]:
@@ -471,8 +437,4 @@ def _check_finite(root: nn.Module, where: str, dtype: torch.dtype) -> None:
         of_experts = f", experts {', '.join(which[:10])}" if len(counts) > 1 else ""
         wrong.append(f"{name}: {sum(counts):,} of {tensor.numel():,} values{of_experts}")
     if wrong:
-        raise _not_finite(where, wrong, dtype)
-
-
-def _not_finite(where: str, wrong: list[str], dtype: torch.dtype) -> CheckpointError:
-    return CheckpointError(f"{where}: weights that are NaN or infinite:\n{listed(wrong)}\n{damaged_weights(dtype)}")
+        raise weights_not_finite(where, wrong, dtype)

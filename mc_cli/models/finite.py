@@ -7,7 +7,7 @@ import math
 import torch
 
 from mc_cli.artifacts.scratch import InMemory
-from mc_cli.errors import CheckpointError, InputError, McError
+from mc_cli.errors import CheckpointError, InputError, McError, listed
 
 _AT_ONCE = 1 << 24  # numbers of a tensor that lies in a file
 _FLOAT16 = f"{torch.finfo(torch.float16).max:,.0f}"
@@ -57,6 +57,11 @@ def not_finite(what: str, count: int, of: int, dtype: torch.dtype, model: object
         f"{found}The weights that were read are finite.{wider} entry of config.json, such as an epsilon, a scale or a "
         "rope parameter, or a weight far out of range, is of another model or damaged: download both again."
     )
+
+
+def weights_not_finite(where: str, wrong: list[str], dtype: torch.dtype) -> CheckpointError:
+    """The error for weights of a layer, a line for each tensor."""
+    return CheckpointError(f"{where}: weights that are NaN or infinite:\n{listed(wrong)}\n{damaged_weights(dtype)}")
 
 
 def damaged_weights(dtype: torch.dtype) -> str:

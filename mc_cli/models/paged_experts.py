@@ -60,7 +60,7 @@ class PagedWeights:
 
 
 def paged_weights(module: Experts) -> PagedWeights | None:
-    """What stands for a module's fused weights; None where they are in memory."""
+    """The weights that stand for a fused module's; None where they are in memory."""
     found: PagedWeights | None = module.__dict__.get(PAGED)
     return found
 

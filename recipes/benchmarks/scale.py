@@ -192,7 +192,10 @@ def _rows(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> list
     for stage in stages:
         own = found[stage]["imported_bytes"]
         peak = predicted["peaks"][stage] + own
-        rows.append(_row(f"peak of {stage}", peak, found[stage]["peak_bytes"], "bytes", 1 + OFF_MEMORY))
+        row = _row(f"peak of {stage}", peak, found[stage]["peak_bytes"], "bytes", 1 + OFF_MEMORY)
+        if stage == "quantize":  # predicted of a layer that is coded whole, as many experts of one width at a time as fit
+            row["wrong"] = row["measured"] > (1 + OFF_MEMORY) * row["predicted"]
+        rows.append(row)
     for stage in stages:
         size = predicted["scratch"].get(stage, 0)
         rows.append(_row(f"scratch of {stage}", size, found[stage]["scratch_bytes"], "bytes", None))
