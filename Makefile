@@ -37,6 +37,7 @@ help:
 	@echo "make bench-kernels                      products with packed matrices beside torch's, at real sizes"
 	@echo "make test-ray executors on a Ray cluster, in an environment of its own"
 	@echo "make bench-estimates                    predicted memory and bytes beside measured ones"
+	@echo "make bench-scale SHAPE=mixtral-8x7b     a real model's layer under a limit of memory, beside what was predicted"
 	@echo "make faults   kills, pairs of runs, failing file calls and damaged files over all stages; counts in runs/faults.json"
 	@echo "make test-engine-gguf   exports in llama.cpp, in an environment of its own, where it is built"
 	@echo "make test-engine-formats   published formats, and exports, beside the library compressed-tensors, likewise"
@@ -194,7 +195,12 @@ faults: install-dev
 	$(BIN)/python -m tests.faults all --trials $(FAULTS_TRIALS) --seed $(FAULTS_SEED) --plan $(FAULTS_PLAN) --json runs/faults.json
 
 # Ratios against a baseline in the same run; see docs/results/ for figures and the options used there.
-.PHONY: bench-memory bench-quality bench-effort bench-search bench-pruning bench-kernels bench-decode bench-estimates
+.PHONY: bench-memory bench-quality bench-effort bench-search bench-pruning bench-kernels bench-decode bench-estimates bench-scale
+# One shape at a time, and some experts of it: a whole layer takes hours. SHAPE: mixtral-8x7b, qwen3-30b or deepseek-v3.
+SHAPE ?= qwen3-30b
+bench-scale: install
+	$(BIN)/python recipes/benchmarks/scale.py --shape $(SHAPE)
+
 bench-estimates: install
 	$(BIN)/python recipes/benchmarks/estimates.py
 

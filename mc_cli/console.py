@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
@@ -98,6 +98,7 @@ class _Count:
         self.started = time.monotonic()
         self.note = ""
         self.place = ""  # which stage of a run it is in
+        self.whole: Callable[[float], str] = lambda _: ""  # seconds left of this step -> words on the whole run
 
     @property
     def elapsed_s(self) -> float:
@@ -110,18 +111,24 @@ class _Count:
         rate = fresh / self.elapsed_s
         return f"{rate:.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}"
 
-    def left_text(self) -> str:
+    def left_texts(self) -> tuple[str, str]:
+        """The time left of this step, and of the whole run, as far as either can be told."""
         fresh = self.done - self.earlier
-        return f"{duration_text(self.elapsed_s / fresh * (self.total - self.done))} left" if fresh else ""
+        if not fresh or self.done >= self.total:
+            return "", ""
+        left = self.elapsed_s / fresh * (self.total - self.done)
+        return f"{duration_text(left)} left", self.whole(left)
 
     def line(self, limit: int = LINE) -> str:
         """The state in one line of at most `limit` characters: what matters least is left out where it is longer."""
-        left = self.left_text() if self.done < self.total else ""
+        left, whole = self.left_texts()
         memory = f"{size_text(peak_memory_bytes())} peak"
         for parts in (
-            (self.rate_text(), left, memory, self.note),
-            (self.rate_text(), left, memory),
-            (left, memory),
+            (self.rate_text(), left, whole, memory, self.note),
+            (self.rate_text(), left, whole, memory),
+            (left, whole, memory),
+            (left, whole),
+            (left,),
             (),
         ):
             text = ", ".join(part for part in (f"{self.done}/{self.total} {self.units}", *parts) if part)
@@ -156,6 +163,8 @@ class ConsoleProgress:
     ) -> None:
         self._stages = tuple(stages)
         self._at = -1  # the place in `stages` of the one that runs
+        self._expected: Mapping[str, float] = {}
+        self._begun: dict[int, float] = {}  # place of a stage -> when its first step began
         self.console = stderr_console()
         self._live = self.console.is_terminal if live is None else live
         self._interval_s = interval_s
@@ -169,6 +178,7 @@ class ConsoleProgress:
         """Shows one step while it runs, and a closing line where it is not inside another one."""
         count = _Count(title, total, unit, done)
         count.place = self._place_of(title)
+        count.whole = self._whole_text
         self._open(count)
         try:
             yield _Step(count, self)
@@ -179,6 +189,23 @@ class ConsoleProgress:
         if self._depth == 0:
             self.console.print(Text(count.closing_line(), style="dim"))
             self._last_line = -math.inf
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """Takes in how long each stage is expected to take, so that lines tell what is left of the whole run."""
+        self._expected = dict(seconds)
+
+    def _whole_text(self, step_left_s: float) -> str:
+        """The time left of all stages: later ones as expected, times how the ones so far have turned out."""
+        if self._at < 0 or any(stage not in self._expected for stage in self._stages):
+            return ""
+        now = time.monotonic()
+        ended = sorted(place for place in self._begun if place < self._at)
+        took = (self._begun[self._at] - self._begun[ended[0]]) if ended else 0.0
+        expected = sum(self._expected[self._stages[place]] for place in ended)
+        factor = took / expected if took and expected else 1.0
+        own = factor * self._expected[self._stages[self._at]] - (now - self._begun[self._at])
+        later = factor * sum(self._expected[stage] for stage in self._stages[self._at + 1 :])
+        return f"run {duration_text(max(step_left_s, own) + later)}"
 
     def warn(self, message: str) -> None:
         """Shows a warning above the bars."""
@@ -201,6 +228,7 @@ class ConsoleProgress:
         if self._at < 0 or self._stages[self._at] != stage:
             later = [place for place, name in enumerate(self._stages) if place > self._at and name == stage]
             self._at = later[0] if later else self._at
+        self._begun.setdefault(self._at, time.monotonic())
         return f"[{self._at + 1}/{len(self._stages)}] "
 
     def _open(self, count: _Count) -> None:

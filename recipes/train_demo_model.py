@@ -279,10 +279,10 @@ def build_optimizers(model: MixtralForCausalLM) -> list[torch.optim.Optimizer]:
     return [muon, adam]
 
 
-def record_routing(model: MixtralForCausalLM) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def record_routing(layers: torch.nn.ModuleList) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """A list that every forward pass fills with (router logits [T, E], chosen experts [T, K]) per layer; clear it."""
     routing = []
-    for layer in model.model.layers:
+    for layer in layers:
         layer.mlp.gate.register_forward_hook(lambda module, inputs, output: routing.append((output[0], output[2])))
     return routing
 
@@ -319,7 +319,7 @@ def run_progress(arguments: argparse.Namespace, token_count: int, duration_s: fl
 
 def train(model: MixtralForCausalLM, documents: list[torch.Tensor], arguments: argparse.Namespace) -> dict:
     """Train `model` in place; returns the loss curve (means over `log_every` steps), tokens and minutes."""
-    optimizers, routing = build_optimizers(model), record_routing(model)
+    optimizers, routing = build_optimizers(model), record_routing(model.model.layers)
     curve, losses, balances, token_count, start = [], [], [], 0, time.monotonic()
     for step, rows in enumerate(training_batches(documents, arguments.seed), start=1):
         duration_s = time.monotonic() - start
@@ -351,7 +351,7 @@ def train(model: MixtralForCausalLM, documents: list[torch.Tensor], arguments: a
 @torch.no_grad()
 def measure_heldout(model: MixtralForCausalLM, documents: dict[str, list[torch.Tensor]]) -> dict:
     """Held-out loss (nats per token), overall and per domain, and per layer each expert's fraction of the choices."""
-    routing, domain_loss, counts = record_routing(model), {}, {}
+    routing, domain_loss, counts = record_routing(model.model.layers), {}, {}
     layer_count, expert_count = model.config.num_hidden_layers, model.config.num_local_experts
     choices = torch.zeros(layer_count, expert_count)
     for domain, encoded in documents.items():
@@ -413,8 +413,11 @@ def save_model(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, re
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     config = json.loads((partial / "config.json").read_text())
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where readers before transformers 5 look for it
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if "rope_parameters" in config:
+        config["rope_theta"] = config["rope_parameters"][
+            "rope_theta"
+        ]  # where readers before transformers 5 look for it
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer_config = json.loads((partial / "tokenizer_config.json").read_text())
     tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 writes a name that 4 does not know
     (partial / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")

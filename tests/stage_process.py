@@ -93,7 +93,7 @@ def run_script(code: str, folder: Path, arguments: Sequence[str] = ("script",)) 
     arguments  its sys.argv. Raises AssertionError where it does not end.
     """
     texts = folder / "out.txt", folder / "err.txt"
-    process = _CONTEXT.Process(target=_run_script, args=(code, list(arguments), *texts))
+    process = _CONTEXT.Process(target=_run_script, args=(code, list(arguments), folder / "modules", *texts))
     process.start()
     process.join(_LONGEST_S)
     assert process.exitcode is not None, f"{arguments} does not end"
@@ -106,9 +106,11 @@ def run_whole(stage: Callable[..., Any], *args: Any, **settings: Any) -> None:
     assert outcome == Outcome(0), outcome
 
 
-def _run_script(code: str, arguments: list[str], out: Path, err: Path) -> None:
+def _run_script(code: str, arguments: list[str], modules: Path, out: Path, err: Path) -> None:
     import torch
+    from transformers import dynamic_module_utils
 
+    dynamic_module_utils.HF_MODULES_CACHE = str(modules)  # the environment was read when it was imported
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     for number, (name, path) in enumerate((("stdout", out), ("stderr", err)), 1):

@@ -27,12 +27,15 @@ from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.work_dir import FOLDERS, VARIANTS, WorkDir
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.data import text
+from mc_cli.data.inputs import POLICY_WITH_IMAGES
+from mc_cli.data.processors import sees
 from mc_cli.errors import InputError, Problems
 from mc_cli.exporters import check_model, exporter_from_name
 from mc_cli.kernels.compiled import check_inputs
 from mc_cli.measuring.policy_fitting import policy_names
 from mc_cli.models.companions import directory_bytes
-from mc_cli.models.memory import available_bytes, resident_bytes
+from mc_cli.models.memory import available_bytes, collector_paused, resident_bytes
+from mc_cli.models.pieces import Pieces
 from mc_cli.models.session import Session, first_session, later_session
 from mc_cli.parts import ModelInventory
 from mc_cli.reports.calibration import stored_facts
@@ -78,6 +81,7 @@ class Look:
     ) -> None:
         """`described`: a model of which only the description is here, not its files."""
         self._described = described
+        self._by_expert = True  # whether the files allow that experts are read one by one; known once they are opened
         self._known: tuple[Session | None, ModelInventory | None] | None = None
         self._all = stages
         self._todo = {stage: settings for stage, settings in stages.items() if stage in todo}
@@ -85,6 +89,7 @@ class Look:
         self._work = work
         self.problems = Problems()
 
+    @collector_paused()
     def outlook(self) -> Outlook:
         """All that can be told; what stands against it is in `problems`."""
         found = Outlook()
@@ -105,19 +110,18 @@ class Look:
             found.facts |= size.facts
             found.warnings += size.warnings
         if inventory is not None:
-            needs = self._needs(session, inventory, size)
+            work = self.workload(session, inventory, size)
+            needs = self._needs(session, inventory, size, {} if work is None else work.scratch_bytes)
             found.needs += needs
             for need in needs:
                 with self.problems.catching():
                     check_disk(need)
-            self._resources(found, session, inventory, size)
+            if work is not None:
+                self._resources(found, inventory, work)
         return found
 
-    def _resources(self, found: Outlook, session: Session | None, inventory: ModelInventory, size: Size | None) -> None:
+    def _resources(self, found: Outlook, inventory: ModelInventory, work: Workload) -> None:
         """Memory and time of the stages to do; a limit that one does not keep is among the problems."""
-        work = self.workload(session, inventory, size)
-        if work is None:
-            return
         needs = memory_needs(work, base_bytes=resident_bytes())
         found.memory = [need for need in needs if need.stage in self._todo]
         found.written = written_by(
@@ -128,6 +132,7 @@ class Look:
             tokens=work.tokens,
             length=work.length,
             packed_bytes=work.packed_bytes,
+            scratch=work.scratch_bytes,
         )
         machine = known_machine()
         if machine is not None:
@@ -167,6 +172,7 @@ class Look:
             quantizer=quantize.quantizer.quantizer,
             packed_bytes=0 if size is None else size.whole,
             workers=int(self._compute.workers) if self._compute.workers.isdigit() else 0,
+            pieces=Pieces(self._compute.max_memory_bytes if self._by_expert else None),
             config=text_config.to_dict(),
         )
 
@@ -176,7 +182,8 @@ class Look:
         if settings is None:
             return 0
         asked = settings.max_sequences * (settings.length or work.length)
-        limit = text_bytes(settings.data)
+        session = self.model()[0]
+        limit = None if session is not None and sees(session.config) else text_bytes(settings.data)
         there = None if limit is None else limit // 4
         return min(asked or there or work.tokens, there or asked or work.tokens)
 
@@ -203,7 +210,8 @@ class Look:
                 text.load_tokenizer(session.folder, trust_remote_code=self._compute.trust_remote_code)
         with self.problems.catching():
             if session is not None and "calibrate" in self._todo:
-                _, inventory = opened(session)
+                checkpoint, inventory = opened(session)
+                self._by_expert = checkpoint.reads_experts
             else:
                 inventory = self._noted_inventory()
         if session is not None and inventory is not None:
@@ -217,12 +225,16 @@ class Look:
     def _texts(self, session: Session | None) -> None:
         """Texts that can be read, have the field, and are not asked for longer windows than the model has room for."""
         whole_run = "calibrate" in self._all
+        seeing = session is not None and sees(session.config)
+        seen = False
         for stage, flag in (("calibrate", "--data"), ("prune-eval", "--eval-data" if whole_run else "--data")):
             if stage not in self._todo:
                 continue
             settings = self._todo[stage]
             with self.problems.catching():
-                check_text(settings.data, split=settings.split, text_field=settings.text_field, flag=flag)
+                seen |= check_text(
+                    settings.data, split=settings.split, text_field=settings.text_field, flag=flag, images=seeing
+                )
             if session is not None:
                 with self.problems.catching():
                     length = text.fit_length(settings.length, session.config)
@@ -230,6 +242,8 @@ class Look:
                     if stride > length:
                         raise InputError(f"--stride {stride}: from 0 (no overlap) to the window's length, {length}.")
         prune = getattr(self._todo.get("prune-eval"), "prune", None)
+        if prune is not None and prune.policy and seen:
+            self.problems.refuse(POLICY_WITH_IMAGES)
         if prune is not None and prune.policy and prune.fit_data is not None:
             evaluated = self._todo["prune-eval"]
             with self.problems.catching():
@@ -309,7 +323,9 @@ class Look:
             similarity=done.settings.get("similarity", False),
         )
 
-    def _needs(self, session: Session | None, inventory: ModelInventory, size: Size | None) -> list[Need]:
+    def _needs(
+        self, session: Session | None, inventory: ModelInventory, size: Size | None, scratch: Mapping[str, int]
+    ) -> list[Need]:
         tokens, length = None, 1
         with self.problems.catching():
             tokens, length = self._tokens(session)
@@ -323,6 +339,7 @@ class Look:
             tokens=tokens,
             length=length,
             packed_bytes=None if size is None else size.whole,
+            scratch=scratch,
         )
 
     def _tokens(self, session: Session | None) -> tuple[int | None, int]:
@@ -333,7 +350,7 @@ class Look:
             length = 1 if done is None else int(done.settings.get("length") or 1)
             return (None if done is None else int(done.settings.get("sequences") or 0) * length), length
         length = text.fit_length(calibrate.length, session.config)
-        limit = text_bytes(calibrate.data)
+        limit = None if sees(session.config) else text_bytes(calibrate.data)  # images are tokens beside the text
         asked = calibrate.sequences * length
         return (asked if limit is None else min(asked, limit)), length
 

@@ -77,12 +77,14 @@ def needs_of(
     tokens: int | None,
     length: int,
     packed_bytes: int | None,
+    scratch: Mapping[str, int],
 ) -> list[Need]:
     """The space to be free in the work directory and where export writes; one entry where both are on one disk.
 
     hidden_bytes   of one token's hidden state
     tokens         of calibration, at most; None: not known;  length   of one sequence
     packed_bytes   of the packed model; None: not known
+    scratch        stage -> bytes of its scratch files, which are there while it runs
     """
     written = written_by(
         todo,
@@ -92,6 +94,7 @@ def needs_of(
         tokens=tokens or 0,
         length=length,
         packed_bytes=packed_bytes or 0,
+        scratch=scratch,
     )
     inside = _in_work_dir(written, work)
     outside: dict[str, int] = {}
@@ -138,6 +141,7 @@ def written_by(
     tokens: int,
     length: int,
     packed_bytes: int,
+    scratch: Mapping[str, int],
 ) -> Written:
     """The bytes of each stage, for arguments as in `needs_of`. States are there twice while the next one is written."""
     stays: dict[str, int] = {}
@@ -159,6 +163,7 @@ def written_by(
         stays["quantize"] = packed_bytes
         states = 2 if todo["quantize"].quantizer.corrects_errors else 1
         running["quantize"] = 2 * states * tokens * hidden_bytes
+    running = {stage: size + scratch.get(stage, 0) for stage, size in running.items()}
     return Written(stays, running)
 
 

@@ -14,7 +14,9 @@ from typing import Any
 from mc_cli.ahead.workload import Workload
 from mc_cli.coding.expert_inputs import expert_chunks
 from mc_cli.errors import InputError, listed
-from mc_cli.models.memory import resident_bytes
+from mc_cli.models.memory import available_bytes, resident_bytes
+from mc_cli.models.pieces import Pieces
+from mc_cli.numerics.hessian import FLOAT64_LIMIT
 from mc_cli.parts import ExpertBlock
 from mc_cli.stages.calibrate import GRADIENT_BATCH_TOKENS
 
@@ -22,7 +24,7 @@ SPARE = 1.08  # what small tensors and holes in the heap add: 0 to 9 % of what a
 _COMPUTING = 60 << 20  # what libraries take once they compute: buffers, threads, a model's code; 8 to 99 MiB
 _FLOAT, _DOUBLE = 4, 8
 _LOGIT_COPIES = 5  # of one sequence, while labels are drawn: logits, their log, probabilities, gradients of two
-_COPIES_TO_FACTORIZE = 6  # damped, turned round, factor, identity, solution, and one for the library
+_COPIES_TO_FACTORIZE = 2  # the factor, and its inverse
 _RING_ROWS = 512  # rows whose errors are weighed together by the trellis quantizer, at most
 
 
@@ -57,7 +59,8 @@ def check_memory(needs: Sequence[MemoryNeed], limit: int, work: Workload) -> Non
     over = [need for need in needs if need.peak_bytes > limit]
     if over:
         raise InputError(
-            f"--max-memory {limit:,} bytes is less than is needed:\n{_lines(over)}\n{_remedy(limit, work)}"
+            f"--max-memory {limit:,} bytes is less than is needed even in pieces:\n{_lines(over)}\n"
+            f"{_remedy(limit, work)}"
         )
 
 
@@ -96,6 +99,10 @@ def _lighter(work: Workload) -> Iterator[tuple[str, Workload]]:
     """Settings in words, and the work with them; each on top of those before."""
     words: list[str] = []
     batch = max(work.length, 2048)
+    if not work.pieces.scratch:
+        limit = Pieces(available_bytes() or 0)
+        words, work = [f"--max-memory {limit.limit}"], replace(work, pieces=limit)
+        yield words[0], work
     for flag, changes in (
         (f"--batch-tokens {batch}", {"batch_tokens": min(work.batch_tokens, batch)}),
         ("--gradient-samples 1", {"samples": 1}),
@@ -144,6 +151,22 @@ def _need(stage: str, steps: _Steps, base_bytes: int) -> MemoryNeed:
     return MemoryNeed(stage, step, {"libraries": base_bytes + _COMPUTING, **whole})
 
 
+def _of_all_tokens(work: Workload, size: int) -> int:
+    """What there is of every token: in memory, or in scratch files, of which a batch at a time is in memory."""
+    return size * work.batch // max(1, work.tokens) if work.pieces.scratch else size
+
+
+def _expert_apart(work: Workload) -> dict[str, int]:
+    """One expert that is read by itself, and its tokens' inputs and sums; nothing where experts are in memory."""
+    apart = max(range(work.inventory.num_layers), key=work.apart_bytes)
+    block = work.block(apart)
+    if block is None or not work.apart_bytes(apart):
+        return {}
+    weights = block.weights_per_expert * work.itemsize
+    slots = 2 * work.batch * block.top_k // block.num_experts  # twice the mean: routers are not even
+    return {"an expert, with its files": 2 * weights, "its tokens": slots * work.hidden * (_FLOAT + work.itemsize)}
+
+
 def _loading(work: Workload, held: dict[str, int]) -> tuple[str, dict[str, int]]:
     layer = work.largest_layer
     files = {"its files, mapped": work.stored_bytes(layer)}
@@ -151,37 +174,37 @@ def _loading(work: Workload, held: dict[str, int]) -> tuple[str, dict[str, int]]
 
 
 def _calibrate(work: Workload) -> _Steps:
-    held = {"embedding and head": work.rest_bytes, "hidden states": work.hidden_bytes}
-    layer = work.layer_bytes(work.largest_layer)
+    held = {"embedding and head": work.rest_bytes, "hidden states": _of_all_tokens(work, work.hidden_bytes)}
+    layer, apart = work.layer_bytes(work.largest_layer), _expert_apart(work)
     yield _loading(work, held)
-    yield "forward", held | {"the layer": layer, "activations": _activations(work, work.batch)}
+    yield "forward", held | apart | {"the layer": layer, "activations": _activations(work, work.batch)}
     if not work.backward_tokens:
         return
-    beside = {"hidden states of the backward pass": work.gradient_bytes // work.samples}
+    scratch = work.pieces.scratch
+    batch = min(work.batch, max(1, GRADIENT_BATCH_TOKENS // work.length) * work.length)
+    part = batch if scratch else work.backward_tokens  # tokens whose states and gradients are in memory
+    states = part * work.hidden * work.itemsize
+    beside = {"hidden states of the backward pass": states}
     logits = _LOGIT_COPIES * work.length * work.vocabulary * _FLOAT
     yield (
         "gradients at the head",
-        held | beside | {"gradients": work.gradient_bytes, "logits of a sequence": logits},
+        held | beside | {"gradients": work.samples * states, "logits of a sequence": logits},
     )
-    inputs = work.gradient_bytes // work.samples
-    gradients = {"gradients": 2 * work.gradient_bytes, "inputs of the layer": inputs}
-    name, loaded = _loading(work, held | beside | {"gradients": work.gradient_bytes})
+    inputs = work.backward_tokens * work.hidden * work.itemsize
+    gradients = {"gradients": 2 * work.samples * states, "inputs of the layer": inputs}
+    name, loaded = _loading(work, held | beside | {"gradients": work.samples * states})
     yield f"{name} on the way back", loaded
-    batch = min(work.batch, max(1, GRADIENT_BATCH_TOKENS // work.length) * work.length)
-    yield (
-        "backward",
-        held | beside | gradients | {"the layer": layer, "activations": _kept_activations(work, batch)},
-    )
+    activations = _kept_activations(work, batch, of_experts=not apart)
+    yield "backward", held | beside | gradients | apart | {"the layer": layer, "activations": activations}
 
 
 def _score(work: Workload) -> _Steps:
-    held = {"embedding and head": work.rest_bytes, "hidden states": work.hidden_bytes}
+    hidden = _of_all_tokens(work, work.hidden_bytes)
+    held = {"embedding and head": work.rest_bytes, "hidden states": hidden}
     layer = {"the layer": work.layer_bytes(work.largest_layer)}
     yield _loading(work, held)
-    yield (
-        "the layer's inputs are kept",
-        held | layer | {"inputs of experts": 2 * work.hidden_bytes, "routing": _routing(work)},
-    )
+    kept = {"inputs of experts": 2 * hidden, "routing": _routing(work)} | _expert_apart(work)
+    yield "the layer's inputs are kept", held | layer | kept
     members, block = _chunk(work)
     up, down = (part.weight_count * _FLOAT * members for part in block.projections)
     squares = [part.in_features**2 * _FLOAT * members for part in block.projections]
@@ -189,31 +212,34 @@ def _score(work: Workload) -> _Steps:
         held
         | layer
         | {
-            "inputs of experts": work.hidden_bytes,
+            "inputs of experts": hidden,
             "routing": _routing(work),
             "weights of some experts": up + down,
             "second moments and their factors": 3 * sum(squares),
             "activations": work.loss_tokens * members * (block.channels + work.hidden) * _FLOAT,
         }
     )
-    yield "second moments are factorized", measured | {"codes on trial": up, "one in float64": _factorized(block)}
+    yield "second moments are factorized", measured | {"codes on trial": up, "copies": _factorized(block)}
     yield "experts are measured", measured | {"codes on trial": max(5 * up, up + 5 * down)}
 
 
 def _quantize(work: Workload) -> _Steps:
     walks = 2 if work.corrects else 1
-    held = {"embedding and head": work.rest_bytes, "hidden states": walks * work.hidden_bytes}
+    hidden = _of_all_tokens(work, work.hidden_bytes)
+    held = {"embedding and head": work.rest_bytes, "hidden states": walks * hidden}
     layer = {"the layer": work.layer_bytes(work.largest_layer)}
     yield _loading(work, held)
-    shares = {"inputs of experts": work.hidden_bytes, "routing": _routing(work)}
-    rest = (1 if work.corrects else 0) * work.hidden_bytes
+    apart = _expert_apart(work)
+    shares = {"inputs of experts": hidden, "routing": _routing(work)}
+    rest = (1 if work.corrects else 0) * hidden
     yield (
         "the layer's inputs are kept",
-        held | layer | {"inputs of experts": 2 * work.hidden_bytes, "output of the rest": rest},
+        held | layer | apart | {"inputs of experts": 2 * hidden, "output of the rest": rest},
     )
     members, block = _chunk(work)
     up, down = block.projections
     packed = sum(part.weight_count for part in block.projections) * block.num_experts // 2  # some 4 bits a weight
+    packed = 0 if work.pieces.scratch else packed
     for part, missing in ((up, 0), (down, rest)):
         weights = part.weight_count * _FLOAT * members
         rows = part.out_features * min(_RING_ROWS, part.out_features) * _FLOAT * members
@@ -229,8 +255,8 @@ def _quantize(work: Workload) -> _Steps:
                 "the packed layer": packed if part is down else packed // 2,
             }
         )
-        factor = _COPIES_TO_FACTORIZE * part.in_features**2 * _DOUBLE
-        yield f"second moments of {part.name} are factorized", coded | {"weights": 2 * weights, "in float64": factor}
+        factor = _factor_bytes(part.in_features)
+        yield f"second moments of {part.name} are factorized", coded | {"weights": 2 * weights, "copies": factor}
         more = {"weights and codes": 6 * weights, "feedback between rows": 2 * rows if work.corrects else 0}
         yield f"{part.name} is coded", coded | more
 
@@ -239,7 +265,7 @@ def _prune_eval(work: Workload) -> _Steps:
     batch = work.batch
     held = {"embedding and head": 2 * work.rest_bytes, "the layer": work.layer_bytes(work.largest_layer)}
     yield "logits", held | {"logits": 4 * work.length * work.vocabulary * _FLOAT}
-    yield "forward", held | {"activations": _activations(work, batch)}
+    yield "forward", held | _expert_apart(work) | {"activations": _activations(work, batch)}
 
 
 def _routing(work: Workload) -> int:
@@ -249,8 +275,13 @@ def _routing(work: Workload) -> int:
 
 
 def _factorized(block: ExpertBlock) -> int:
-    """Counts the float64 copies that one factor takes beside its matrix."""
-    return _COPIES_TO_FACTORIZE * max(part.in_features for part in block.projections) ** 2 * _DOUBLE
+    """Counts what the largest factor of a block takes beside its matrix."""
+    return _factor_bytes(max(part.in_features for part in block.projections))
+
+
+def _factor_bytes(in_features: int) -> int:
+    """Counts the copies that one factor takes beside its matrix, in float64 where that is computed in."""
+    return _COPIES_TO_FACTORIZE * in_features**2 * (_DOUBLE if in_features <= FLOAT64_LIMIT else _FLOAT)
 
 
 def _chunk(work: Workload) -> tuple[int, ExpertBlock]:
@@ -266,8 +297,8 @@ def _activations(work: Workload, batch: int) -> int:
     return (8 * batch * work.hidden + own * (2 * work.hidden + 4 * block.channels)) * work.itemsize
 
 
-def _kept_activations(work: Workload, batch: int) -> int:
-    """The same where all of it is kept for gradients."""
+def _kept_activations(work: Workload, batch: int, *, of_experts: bool) -> int:
+    """The same where all of it is kept for gradients; of experts that are read one by one only one's."""
     block = work.largest_block
-    slots = batch * block.top_k
+    slots = batch * block.top_k if of_experts else 2 * batch * block.top_k // block.num_experts
     return (16 * batch * work.hidden + slots * (3 * work.hidden + 5 * block.channels)) * work.itemsize

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from mc_cli.models.pieces import WHOLE, Pieces
 from mc_cli.parts import ExpertBlock, ModelInventory, Role
+
+_FLOAT = 4
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Workload:
     quantizer            by name
     packed_bytes         of the result
     workers              processes of this machine that jobs are handed to, 0 for none
+    pieces               what is in memory whole, and what in pieces or in scratch files
     config               entries of the model's text configuration
     """
 
@@ -43,6 +47,7 @@ class Workload:
     quantizer: str
     packed_bytes: int
     workers: int = 0
+    pieces: Pieces = WHOLE
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -68,15 +73,44 @@ class Workload:
     @property
     def largest_layer(self) -> int:
         """The layer that takes most memory."""
-        return max(range(self.inventory.num_layers), key=self._computed)
+        return max(range(self.inventory.num_layers), key=self.layer_bytes)
 
     def layer_bytes(self, layer: int) -> int:
-        """One layer as it is computed with."""
-        return self._computed(layer)
+        """As much of one layer as is in memory while it is computed with."""
+        return self._computed(layer) - self.apart_bytes(layer)
 
     def stored_bytes(self, layer: int) -> int:
-        """One layer as its files hold it, which are mapped while it is read."""
-        return self._sizes.get(layer, (0, 0))[1]
+        """As much of one layer's files as is mapped while it is read."""
+        computed, stored = self._sizes.get(layer, (0, 0))
+        return stored * self.layer_bytes(layer) // max(1, computed)
+
+    def apart_bytes(self, layer: int) -> int:
+        """The experts of a layer that are read one by one, as they are computed with; 0 where they are in memory."""
+        block = self.block(layer)
+        size = 0 if block is None else self.experts_bytes(block)
+        return size if self.pieces.experts_apart(size) else 0
+
+    def experts_bytes(self, block: ExpertBlock) -> int:
+        """All experts of a layer as they are computed with."""
+        return block.num_experts * block.weights_per_expert * self.itemsize
+
+    @property
+    def scratch_bytes(self) -> dict[str, int]:
+        """Stage -> the most bytes of its scratch files."""
+        if not self.pieces.scratch:
+            return {}
+        apart, hidden = max(map(self.apart_bytes, range(self.inventory.num_layers))), self.hidden_bytes
+        sums = self.tokens * self.hidden * _FLOAT if apart else 0
+        packed = self.largest_block.num_experts * self.largest_block.weights_per_expert // 2  # some 4 bits a weight
+        backward = self.backward_tokens * self.hidden
+        gradients = 2 * self.gradient_bytes + backward * self.itemsize
+        if apart:
+            gradients += (2 * _FLOAT + self.itemsize) * self.samples * backward
+        return {
+            "calibrate": max(2 * hidden + sums, hidden + gradients),
+            "score": 3 * hidden + sums + apart,
+            "quantize": 6 * hidden + sums + apart + packed,
+        }
 
     def block(self, layer: int) -> ExpertBlock | None:
         """The routed experts of a layer."""

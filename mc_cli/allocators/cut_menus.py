@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from mc_cli.allocators.channel_cuts import borders_of
 from mc_cli.allocators.problem import Budget, Choice, Unit
+from mc_cli.allocators.trust import trusted
 from mc_cli.artifacts.cut_measures import CutMeasures
 from mc_cli.artifacts.importance import LayerImportance
 from mc_cli.artifacts.plan import BlockBits, ExpertBits
@@ -80,19 +81,20 @@ def _entry(kept: int, channels: int, widths: dict[str, float]) -> ExpertBits:
 def cut_menu(
     block: ExpertBlock,
     cuts: CutMeasures,
+    counts: Sequence[int],
     *,
     family: str,
     widths: tuple[float, ...],
     group_size_limit: int,
 ) -> CutMenu:
-    """The menu of a layer, of what score measured."""
+    """The menu of a layer, of what score measured; `counts`: tokens of each expert, by which cuts are trusted."""
     up, down = (part.name for part in block.projections)
     places = np.flatnonzero(cuts.kept > 0)
     kept = cuts.kept[places]
     return CutMenu(
         channels=block.channels,
         kept=tuple(kept.tolist()),
-        loss=cuts.loss[:, places].astype(np.float64) * cuts.share_left[places],
+        loss=trusted(cuts.loss[:, places] * cuts.share_left[places], counts),
         shares={
             up: cuts.coded_up[:, places].astype(np.float64),
             down: cuts.coded_down[:, places].astype(np.float64),

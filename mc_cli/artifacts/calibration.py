@@ -1,6 +1,11 @@
 """`calibration/`: the token windows, what the model is made of, how it routes, and how its loss reacts.
 
 tokens.safetensors       token_ids [sequences, length] int64
+inputs.safetensors       where there are images: inputs.NAME, what the model's processor made beside the token ids;
+                           counts.NAME [sequences] int64, entries of each sequence; kinds [sequences, length] uint8, of
+                           each token: 0 text, 1 image, 2 special, 3 padding; answers [sequences, length] bool, tokens
+                           whose prediction is measured. Absent for text alone
+images.json              what became of rows with images; absent for text alone
 text.json                how rows became text; absent where each row gave the text in the field that was asked for
 inventory.json           every tensor with role, shape and bytes; every experts module
 routing/layer_NN.json    routing statistics of one MoE layer
@@ -16,7 +21,7 @@ gradients/layer_NNN.safetensors  covariance [hidden, hidden] float32: mean over 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
 
@@ -30,9 +35,12 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 TOKENS = "tokens.safetensors"
+INPUTS = "inputs.safetensors"
+IMAGES = "images.json"
 TEXT = "text.json"
 INVENTORY = "inventory.json"
 _BESIDE = "directory_bytes"  # of an inventory: it is about a folder that may change, not about the model
+OF_THE_CLASS = "tensors of the checkpoint that are not part of"  # and stands in it
 LEFT_OUT = "Left out of every result:"  # begins the warning on tensors that the model's class does not have
 SENSITIVITY = "sensitivity.safetensors"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -72,12 +80,22 @@ class LayerSensitivity:
 
 
 @dataclass(frozen=True)
+class KindRouting:
+    """Where the tokens of one kind went; sequences are indexed by expert."""
+
+    token_count: Annotated[int, Within(1)]
+    routing_count: Sequence[Annotated[int, Within(0)]]
+    routing_weight_sum: Sequence[float]
+
+
+@dataclass(frozen=True)
 class LayerRouting:
     """How the router of one layer spread the calibration tokens; sequences are indexed by expert.
 
     routing_weight_quantiles  per expert, at QUANTILES, of the weights its tokens carry; empty where it saw none
     weight_ratio_quantiles    per rank r >= 1, at QUANTILES, of weight(r) / weight(0) over tokens
     residual_energy           mean over tokens of the squared L2 norm of the layer's output
+    by_kind                   the same by kind of token, text, image or special; empty, and not written, for text alone
     """
 
     layer: Annotated[int, Within(0)]
@@ -89,10 +107,14 @@ class LayerRouting:
     routing_weight_quantiles: Sequence[Sequence[float]]
     weight_ratio_quantiles: Sequence[Sequence[float]]
     residual_energy: Annotated[float, Within(0)]
+    by_kind: Mapping[str, KindRouting] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Writes the JSON file in one atomic replace."""
-        write_json(path, {"schema": SCHEMA, "quantiles": list(QUANTILES), **asdict(self)})
+        content = {"schema": SCHEMA, "quantiles": list(QUANTILES), **asdict(self)}
+        if not self.by_kind:
+            del content["by_kind"]
+        write_json(path, content)
 
     @classmethod
     def read(cls, path: Path) -> LayerRouting:
@@ -113,6 +135,9 @@ class LayerRouting:
                 raise FieldError(
                     f"{name} has {len(getattr(self, name))} entries, routing_count {len(self.routing_count)}"
                 )
+        for kind, found in self.by_kind.items():
+            if {len(found.routing_count), len(found.routing_weight_sum)} != {len(self.routing_count)}:
+                raise FieldError(f"by_kind.{kind} is not of {len(self.routing_count)} experts")
         for name in ("routing_weight_quantiles", "weight_ratio_quantiles"):
             if any(len(row) not in (0, len(QUANTILES)) for row in getattr(self, name)):
                 raise FieldError(f"{name} has a row that is not of {len(QUANTILES)} quantiles")
@@ -159,6 +184,18 @@ def read_token_ids(calibration: Path, *, vocabulary: int) -> torch.Tensor:
     return found
 
 
+def read_inputs(calibration: Path) -> dict[str, torch.Tensor]:
+    """What the sequences hold beside their token ids; empty for text alone. Raises ArtifactError for a damaged file."""
+    path = calibration / INPUTS
+    if not path.exists():
+        return {}
+    found = read_tensors(path)
+    for name, tensor in found.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ArtifactError(f"{path}: {name} holds values that are not finite. {_REMEDY}")
+    return found
+
+
 class TextReport(TypedDict):
     """How rows became text."""
 
@@ -168,6 +205,32 @@ class TextReport(TypedDict):
     chats_rendered: int
     chats_refused: int
     example_of_refused: str
+
+
+class ImageReport(TypedDict):
+    """What became of rows with images.
+
+    cut       rows that lost text behind their last image, being longer than asked
+    left_out  rows whose images alone are longer
+    unmarked  chats of which the template does not tell where answers begin: all their text is measured
+    tokens    by kind, padding left out
+    """
+
+    rows: int
+    images: int
+    cut: int
+    left_out: int
+    unmarked: int
+    tokens: dict[str, int]
+
+
+def read_image_report(calibration: Path) -> ImageReport | None:
+    """What became of rows with images; None where there were none. Raises ArtifactError for a damaged file."""
+    path = calibration / IMAGES
+    if not path.exists():
+        return None
+    with reading(path, "a report of rows with images", _REMEDY):
+        return cast(ImageReport, read_as(ImageReport, read_json(path)))
 
 
 def read_text_report(calibration: Path) -> TextReport | None:

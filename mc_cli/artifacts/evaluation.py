@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from mc_cli.artifacts.calibration import TextReport
+from mc_cli.artifacts.calibration import ImageReport, TextReport
 from mc_cli.artifacts.fields import FieldError, Within, read_as, reading, take_schema
 from mc_cli.artifacts.files import read_json, write_json
 from mc_cli.errors import shown
@@ -33,6 +33,15 @@ class TextResult:
     packed_loss: Annotated[float, Within(0, _MOST_LOSS)]
     kl_divergence: float
     same_top_token: Annotated[float, Within(0, 1)]
+
+
+@dataclass(frozen=True)
+class AnswersResult:
+    """Answers given the image and the question: how many, and how many each model gives exactly by greedy decoding."""
+
+    answers: Annotated[int, Within(1)]
+    original_right: Annotated[int, Within(0)]
+    packed_right: Annotated[int, Within(0)]
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,8 @@ class Evaluation:
     stored      role -> bytes {codes, side, kept}, of the packed model; original: role -> bytes
     tasks       lm-eval's own results per model, empty without tasks
     pruning     every operating point of the policies that were measured, empty without a policy
+    answers     whole answers given exactly; kinds: predictions by the kind of the predicted token, questions' too;
+                router_changes_by_kind: kind of token -> layer -> share. With images alone: `total` is then of answers
     """
 
     total: TextResult
@@ -95,12 +106,16 @@ class Evaluation:
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     units: Mapping[str, str] = field(default_factory=lambda: dict(UNITS))
     pruning: Mapping[str, Any] = field(default_factory=dict)
+    answers: AnswersResult | None = None
+    kinds: Mapping[str, TextResult] = field(default_factory=dict)
+    router_changes_by_kind: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Writes the JSON file in one atomic replace."""
         content = {"schema": SCHEMA, **asdict(self)}
-        if not self.pruning:
-            del content["pruning"]
+        for name in ("pruning", "answers", "kinds", "router_changes_by_kind"):
+            if not getattr(self, name):
+                del content[name]
         write_json(path, content)
 
     @classmethod
@@ -126,6 +141,8 @@ class Evaluation:
                 read_as(kind, self.context.get(name), f"context.{name}")
         if "text" in self.context:
             read_as(TextReport, self.context["text"], "context.text")
+        if "images" in self.context:
+            read_as(ImageReport, self.context["images"], "context.images")
         if self.pruning:
             pruning: PruningFigures = read_as(PruningFigures, dict(self.pruning), "pruning")
             if not any(point.chosen and point.policy == pruning.policy for point in pruning.points):

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mc_cli.artifacts.damage import ALL_BYTES, RecordedFile, damaged_files, record_of
-from mc_cli.artifacts.files import content_digest, read_json, read_tensors, write_json, write_tensors
+from mc_cli.artifacts.files import content_digest, read_json, read_tensors, write_json
+from mc_cli.artifacts.scratch import InMemory
+from mc_cli.artifacts.streamed import Pieces, bytes_of, write_pieces
 from mc_cli.artifacts.strict_json import JsonError, parse_json
 from mc_cli.errors import ArtifactError, listed
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 _DIGEST, _FILES = "sha256", "files"
 _STATE = "state"  # the one entry of the metadata: safetensors writes several in any order, and bytes must not differ
+_HASHED = 1 << 24  # numbers at a time
 _ANEW = "Use --force to begin this stage anew."
 
 Recorded = dict[str, RecordedFile]  # file, relative to the stage's folder
@@ -33,14 +36,19 @@ def recorded(folder: Path, paths: Iterator[Path]) -> Recorded:
     return {path.relative_to(folder).as_posix(): record_of(path) for path in sorted(paths)}
 
 
-def write_state(path: Path, tensors: Mapping[str, torch.Tensor], files: Recorded | None = None) -> None:
+def write_state(
+    path: Path, tensors: Mapping[str, torch.Tensor], files: Recorded | None = None, store: InMemory | None = None
+) -> None:
     """Writes tensors for a resume.
 
     files   what was finished before, which a resume goes on with
+    store   that tensors may lie in: some of them at a time is in memory
     """
     text = json.dumps(files or {}, sort_keys=True)
+    release = (store or InMemory()).release
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_tensors(path, ready, {_STATE: json.dumps({_DIGEST: _digest(ready, text), _FILES: text})})
+    metadata = {_STATE: json.dumps({_DIGEST: _digest(ready, text, release), _FILES: text})}
+    write_pieces(path, {name: Pieces.of(tensor, after=release) for name, tensor in ready.items()}, metadata)
 
 
 def read_state(path: Path, folder: Path) -> dict[str, torch.Tensor]:
@@ -69,16 +77,16 @@ def read_state(path: Path, folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
-    import torch
-
+def _digest(
+    tensors: Mapping[str, torch.Tensor], text: str, after: Callable[[torch.Tensor], None] = lambda piece: None
+) -> str:
+    """Of all values; `after` is called with each piece that was read."""
     found = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
     for name, tensor in sorted(tensors.items()):
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        flat = tensor.reshape(-1)
-        if flat.numel() == 1:  # it may have any stride, and is contiguous with each
-            flat = flat.new_empty(1).copy_(flat)
-        found.update(flat.view(torch.uint8).numpy().data)
+        for flat in tensor.reshape(-1).split(_HASHED):
+            found.update(bytes_of(flat))
+            after(flat)
     return found.hexdigest()
 
 

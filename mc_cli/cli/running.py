@@ -103,10 +103,12 @@ def _run_plans(
 
     def head(outlook: Outlook) -> None:
         console.say_outlook(outlook)
+        drawn.expect(outlook.seconds)
         logbook.note("outlook", **outlook.plain())
 
     stages = [stage for number, plan in enumerate(plans) for stage in plan.stages if not number or stage not in SHARED]
-    progress = LoggedProgress(console.ConsoleProgress(stages=stages), logbook)
+    drawn = console.ConsoleProgress(stages=stages)
+    progress = LoggedProgress(drawn, logbook)
     made = chain.run_chains(plans, force_from=force_from, progress=progress, tell=tell, head=head)
     console.say_run([result for results in made for result in results])
     logbook.end(0)

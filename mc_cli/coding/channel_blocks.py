@@ -85,8 +85,11 @@ class Division:
         for expert in self.divided:
             move_channels(module, inputs, expert, self.rows, self._order(expert).to(inputs.device))
             left = self.kept(expert)
-            experts.expert_weight(module, up.name, expert)[self.rows[left:].flatten()] = 0
-            experts.expert_weight(module, down.name, expert)[:, left:] = 0
+            rows, columns = (experts.expert_weight(module, part.name, expert) for part in (up, down))
+            rows[self.rows[left:].flatten()] = 0
+            columns[:, left:] = 0
+            experts.put_expert_weight(module, up.name, expert, rows)
+            experts.put_expert_weight(module, down.name, expert, columns)
 
     def _order(self, expert: int) -> torch.Tensor:
         """int64 [channels]: those of stored blocks in order, then those that are cut."""

@@ -66,12 +66,12 @@ def move_channels(module: Any, inputs: ExpertInputs, expert: int, rows: torch.Te
     source = torch.empty(rows.numel(), dtype=torch.int64, device=rows.device)
     source[rows.flatten()] = rows[order].flatten()
     weight = experts.expert_weight(module, up, expert)
-    weight.copy_(weight[source])
+    experts.put_expert_weight(module, up, expert, weight[source])
     bias = experts.expert_bias(module, up, expert)
     if bias is not None:
         bias.copy_(bias[source])
     weight = experts.expert_weight(module, down, expert)
-    weight.copy_(weight[:, order])
+    experts.put_expert_weight(module, down, expert, weight[:, order])
 
 
 def channel_energy(module: Any, inputs: ExpertInputs, expert: int, rows: torch.Tensor) -> torch.Tensor | None:

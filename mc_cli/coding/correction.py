@@ -13,7 +13,7 @@ of single linears. The whole layer's output as the target is ours.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -54,11 +54,16 @@ class Shortfall:
         original  [sequences, length, hidden], the layer's output in the model that is not quantized
         rest      like it, `rest_of_layer`;  reach: `reach_of`, by which what is missing is divided
         """
-        self._missing = (original - rest).div_(reach).view(-1, original.shape[-1])
+        missing = inputs.store.empty(original.shape, original.dtype)
+        for row, (whole, without) in enumerate(zip(original, rest, strict=True)):
+            torch.sub(whole, without, out=missing[row]).div_(reach)
+            inputs.store.release(whole, without, missing[row])
+        self._missing = missing.view(-1, original.shape[-1])
         self._inputs = inputs
-        for rows, *call in inputs.calls():
-            with torch.no_grad():
-                self._missing[rows] -= module(*call).to(self._missing)
+        with torch.no_grad():
+            for rows, outputs in experts.outputs_in_turn(cast(Any, module), inputs.calls, inputs.store):
+                self._missing[rows] -= outputs.to(self._missing)
+                inputs.store.release(self._missing[rows])
         self._squared_weights = inputs.squared_weights()
         self._moments: dict[int, torch.Tensor] = {}
 
@@ -69,6 +74,7 @@ class Shortfall:
             self._moments[expert] = torch.zeros(shape, device=activated.device)
         total = self._squared_weights[chunk.tokens].clamp_min(torch.finfo(torch.float32).tiny).to(activated.device)
         missing = self._missing[chunk.tokens].to(activated.device).float()
+        self._inputs.store.release(self._missing)
         # attention * share * missing * routing weight, of which weights^2 holds attention and one weight squared
         pulled = missing * (chunk.weights * chunk.routing_weights / total)[:, None]
         self._moments[expert].addmm_(pulled.T, activated * chunk.weights[:, None])
@@ -91,10 +97,11 @@ def rest_of_layer(walk: LayerWalk, module: experts.Experts) -> torch.Tensor:
 
     module  the layer's experts, called as ever, so that what watches them sees every token; none is computed
     """
-    rest = torch.empty_like(walk.hidden)
+    rest = walk.store.empty(walk.hidden.shape, walk.hidden.dtype)
 
     def keep(rows: slice, output: torch.Tensor) -> None:
         rest[rows] = output.to(rest.device)
+        walk.store.release(rest[rows])
 
     with experts.nothing_computed(module):
         walk.run_layer(keep, advance=False)
@@ -105,8 +112,9 @@ def rest_of_layer(walk: LayerWalk, module: experts.Experts) -> torch.Tensor:
 def add_experts(rest: torch.Tensor, module: nn.Module, inputs: ExpertInputs, *, reach: float) -> torch.Tensor:
     """The layer's output: `rest`, in place, plus `reach` times what the experts give as they are now."""
     flat = rest.view(-1, rest.shape[-1])
-    for rows, *call in inputs.calls():
-        flat[rows] += (reach * module(*call)).to(flat)
+    for rows, outputs in experts.outputs_in_turn(cast(Any, module), inputs.calls, inputs.store):
+        flat[rows] += (reach * outputs).to(flat)
+        inputs.store.release(flat[rows])
     return rest
 
 

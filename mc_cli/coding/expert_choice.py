@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mc_cli.models.experts import experts_forward
+from mc_cli.artifacts.scratch import InMemory
+from mc_cli.models.experts import SlicedCall, experts_forward, outputs_in_turn
+from mc_cli.models.paged_experts import paged_weights
 from mc_cli.models.router_masks import CORRECTION_BIAS
 from mc_cli.parts import ExpertBlock
 from mc_cli.walking.layerwise import LayerWalk
@@ -49,6 +51,14 @@ class Margin(NamedTuple):
     spread: torch.Tensor  # [tokens], standard deviation of its scores
 
 
+class _Jumps(NamedTuple):
+    """Tokens of one batch that might choose otherwise: what is computed of them once experts take their turns."""
+
+    weight: torch.Tensor  # [tokens]
+    felt: torch.Tensor  # [samples, tokens, hidden]
+    call: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # inputs, index, weights
+
+
 def margin_of(scores: torch.Tensor, index: torch.Tensor, *, groups: int = 1) -> Margin:
     """The margins of scores [tokens, experts] under the choice `index` [tokens, k] int64.
 
@@ -72,7 +82,8 @@ def coefficient(margin: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
 class ChoiceCosts:
     """The router of the resident layer: what other choices cost, and how the layer's input bears on them."""
 
-    def __init__(self, model: nn.Module, block: ExpertBlock) -> None:
+    def __init__(self, model: nn.Module, block: ExpertBlock, store: InMemory | None = None) -> None:
+        """`store` holds what is kept of every token, where experts are not in memory."""
         self._experts: Any = model.get_submodule(block.path)
         self._router: nn.Module = model.get_submodule(block.router_path)
         self._block = block
@@ -81,6 +92,8 @@ class ChoiceCosts:
         self._logits: list[torch.Tensor] = []
         self._call: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._cost = self._weight = 0.0
+        self._store = store or InMemory()
+        self._later: list[_Jumps] = []
 
     @contextmanager
     def watching(self, *, up_to_experts: bool = False) -> Iterator[None]:
@@ -107,28 +120,50 @@ class ChoiceCosts:
                 handle.remove()
 
     @torch.no_grad()
-    def add(self, at_experts: torch.Tensor) -> None:
+    def add(self, at_experts: torch.Tensor, real: torch.Tensor | None = None) -> None:
         """Takes the cost of the near choices of the last forward into account.
 
         at_experts  [samples, ..., hidden]: gradients of sampled labels' losses at the experts' output
+        real        [tokens] bool, those that are no padding; None: all
         """
         found = self._margin()
         if found is None:
             return
-        weight = coefficient(found.margin, found.spread)
+        weight = _masked(coefficient(found.margin, found.spread), real)
         near = weight.nonzero()[:, 0]
         if not len(near):
             return
         hidden, index, weights = self._taken()
         last, following = found.last[near], found.following[near]
         share = (weights[near] * (index[near] == last[:, None])).sum(-1)
-        jump = experts_forward(
-            self._experts, hidden[near], torch.stack([last, following], -1), torch.stack([share, -share], -1)
-        )
-        moved = (at_experts.reshape(len(at_experts), -1, hidden.shape[-1])[:, near].float() * jump.float()).sum(-1)
-        # A mean over tokens: with few labels a token's own cost is mostly chance, and few would have all the weight.
-        self._cost += float((weight[near] * moved.square().mean(0)).double().sum()) / 2
+        call = hidden[near], torch.stack([last, following], -1), torch.stack([share, -share], -1)
+        felt = at_experts.reshape(len(at_experts), -1, hidden.shape[-1])[:, near]
         self._weight += float(weight.double().sum())
+        if paged_weights(self._experts) is None:
+            self._add(weight[near], felt, experts_forward(self._experts, *call))
+        else:
+            keep = self._store.keep
+            self._later.append(_Jumps(weight[near], keep(felt), (keep(call[0]), *call[1:])))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Adds what waits for experts that are not in memory; to be called once all batches have been taken."""
+        waiting, self._later = self._later, []
+
+        def calls() -> Iterator[SlicedCall]:
+            for number, jumps in enumerate(waiting):
+                yield slice(number, number + 1), *jumps.call
+
+        for rows, jump in outputs_in_turn(self._experts, calls, self._store):
+            jumps = waiting[rows.start]
+            self._add(jumps.weight, jumps.felt, jump)
+            self._store.release(jumps.felt, jumps.call[0])
+
+    def _add(self, weight: torch.Tensor, felt: torch.Tensor, jump: torch.Tensor) -> None:
+        """Adds the cost of tokens whose output would move by `jump` [tokens, hidden]; felt: gradients by sample."""
+        moved = (felt.float() * jump.float()).sum(-1)
+        # A mean over tokens: with few labels a token's own cost is mostly chance, and few would have all the weight.
+        self._cost += float((weight * moved.square().mean(0)).double().sum()) / 2
 
     @property
     def cost(self) -> float:
@@ -154,7 +189,8 @@ class ChoiceCosts:
                         walk.call_layer(hidden, rows)
                     found = self._margin()
                     assert found is not None
-                    root = (2 * self.cost * coefficient(found.margin.detach(), found.spread)).sqrt()
+                    near = coefficient(found.margin.detach(), found.spread)
+                    root = (2 * self.cost * _masked(near, walk.inputs.real_of(rows))).sqrt()
                     pull = torch.where(root > 0, root * found.margin, 0.0)
                     totals = [(pull * sign[rows].reshape(-1).to(pull)).sum() for sign in signs]
                 for sample, total in enumerate(totals):
@@ -194,6 +230,10 @@ class ChoiceCosts:
             if float((margin >= 0).float().mean()) >= _CONSISTENT:
                 return scores
         return None
+
+
+def _masked(weights: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    return weights if real is None else torch.where(real.to(weights.device), weights, 0.0)
 
 
 def _as_they_are(logits: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from mc_cli.artifacts.calibration import LayerSensitivity
+from mc_cli.artifacts.scratch import InMemory
+from mc_cli.data.batches import Batch
 from mc_cli.models import experts
 from mc_cli.numerics.hessian import accumulate, shrink
 from mc_cli.parts import ExpertBlock
-from mc_cli.walking.routing import RoutingCapture
+from mc_cli.walking.routing import RoutingCapture, require_every_token
 
 TOKENS_AT_ONCE = 512  # rows of an expert's input on the device at a time; more do not fit a processor's cache
 CALL_TOKENS = 4096  # tokens per call where all experts of a layer are called together
@@ -69,32 +71,46 @@ class ExpertInputs:
         *,
         sensitivity: LayerSensitivity | None = None,
         module: Any = None,
+        store: InMemory | None = None,
+        batch: Batch | None = None,
     ) -> None:
         """The inputs that were captured.
 
+        batch        what the model was fed, where its tokens are of several kinds: padding is in nothing but `calls`
         sensitivity  how the loss reacts to errors of this layer, None where no backward pass was run
+        store        holds what there is of every token; None: memory
         module       the layer's experts, where router slots may share one: tokens are grouped by the expert that is run
         """
         self.block = block
         self.device = device
+        self.store = store or InMemory()
         self._inputs = capture.inputs
         routing = capture.index, capture.weights
         self._routing = routing if module is None else experts.stored_slots(module, *routing)
-        self._chosen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {
-            expert: (tokens, weights)
-            for expert, tokens, weights in experts.routed_tokens(*self._routing, block.num_experts)
-        }
-        self._mean_weight = float(self._routing[1].mean())
+        self._real = None if batch is None else batch.real
+        if batch is not None and batch.kinds is not None:
+            require_every_token(block.path, batch.tokens, len(self._inputs))
+        self._chosen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for expert, tokens, weights in experts.routed_tokens(*self._routing, block.num_experts):
+            kept = slice(None) if self._real is None else self._real[tokens]
+            if len(tokens[kept]):
+                self._chosen[expert] = tokens[kept], weights[kept]
+        real_weights = self._routing[1] if self._real is None else self._routing[1][self._real]
+        self._mean_weight = float(real_weights.mean())
         self.sensitivity = sensitivity
         self._attention = torch.ones(len(self._routing[1]))
         if sensitivity is not None:
             tempered = sensitivity.token_scale.pow(TOKEN_SCALE_POWER)
-            self._attention[: len(tempered)] = (tempered / tempered.mean()).sqrt()
+            mean = tempered.mean() if self._real is None else tempered[self._real[: len(tempered)]].mean()
+            self._attention[: len(tempered)] = (tempered / mean).sqrt()
+        by_kind = None if batch is None else batch.weights()
+        if by_kind is not None:
+            self._attention *= by_kind.reshape(-1).sqrt()
 
     @property
     def token_count(self) -> int:
-        """Tokens that the layer saw."""
-        return len(self._inputs)
+        """Tokens that the layer saw, without padding."""
+        return len(self._inputs) if self._real is None else int(self._real.sum())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,16 +137,23 @@ class ExpertInputs:
         for begin in range(0, len(tokens), TOKENS_AT_ONCE):
             piece = slice(begin, begin + TOKENS_AT_ONCE)
             chosen, routed = tokens[piece], weights[piece].to(self.device)
-            rows = self._inputs[chosen].to(self.device).float()
+            rows = self._rows(chosen)
             yield Chunk(rows, routed * self._attention[chosen].to(self.device), chosen, routed)
 
     def calls(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """(tokens, inputs [n, hidden], index [n, k], weights [n, k]), in pieces: what the experts are called with."""
         index, weights = self._routing
-        for begin in range(0, self.token_count, CALL_TOKENS):
+        for begin in range(0, len(self._inputs), CALL_TOKENS):
             rows = slice(begin, begin + CALL_TOKENS)
             inputs = self._inputs[rows].to(self.device)
             yield rows, inputs, index[rows].to(self.device), weights[rows].to(self.device)
+            self.store.release(self._inputs[rows])
+
+    def _rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] float32, on the device: the inputs of these tokens."""
+        rows = self._inputs[tokens].to(self.device).float()
+        self.store.release(self._inputs)
+        return rows
 
     def squared_weights(self) -> torch.Tensor:
         """[tokens] float32, on the CPU: the sum of each token's squared routing weights."""
@@ -139,7 +162,8 @@ class ExpertInputs:
     def pool(self, limit: int = POOL_TOKENS) -> torch.Tensor:
         """[tokens, hidden] float32: tokens of the whole layer, evenly spaced, at most `limit`."""
         step = _step(self.token_count, limit)
-        return self._inputs[::step].to(self.device).float()
+        inputs = self._inputs[::step] if self._real is None else self._inputs[self._real.nonzero()[::step, 0]]
+        return inputs.to(self.device).float()
 
     def sample(self, expert: int, limit: int) -> Sample:
         """At most `limit` of the expert's tokens, evenly spaced.
@@ -161,7 +185,7 @@ class ExpertInputs:
                 scales = token_scale[tokens]
         step = _step(len(tokens), limit)
         tokens, weights, scales = tokens[::step], weights[::step], scales[: len(tokens) : step]
-        inputs = self._inputs[tokens].to(self.device).float()
+        inputs = self._rows(tokens)
         scale = count / len(tokens)
         return Sample(inputs, weights.to(self.device), scale, scales.to(self.device), pooled=False, tokens=tokens)
 
@@ -170,14 +194,15 @@ class ExpertInputs:
 
         They are taken from those with a known sensitivity, where there are any.
         """
-        tokens = (self._routing[0] != expert).all(-1).nonzero()[:, 0]
+        without = (self._routing[0] != expert).all(-1)
+        tokens = (without if self._real is None else without & self._real).nonzero()[:, 0]
         count = len(tokens)
         token_scale = None if self.sensitivity is None else self.sensitivity.token_scale
         known = tokens[tokens < len(token_scale)] if token_scale is not None else tokens[:0]
         tokens = known if len(known) else tokens
         tokens = tokens[:: _step(len(tokens), limit)]
         scales = token_scale[tokens] if token_scale is not None and len(known) else torch.ones(len(tokens))
-        inputs = self._inputs[tokens].to(self.device).float()
+        inputs = self._rows(tokens)
         weights = torch.zeros(len(tokens), device=self.device)
         scale = count / max(1, len(tokens))
         return Sample(inputs, weights, scale, scales.to(self.device), pooled=False, tokens=tokens)

@@ -8,6 +8,7 @@ output is the packed layer's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.artifacts.packed import KEPT, ExpertLayout, StoredBlock
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import MatrixReport
+from mc_cli.artifacts.streamed import Pieces
 from mc_cli.coding.channel_blocks import Division, Span
 from mc_cli.coding.channel_order import deal_channels
 from mc_cli.coding.correction import Shortfall, add_experts, reach_of, rest_of_layer
@@ -90,13 +92,23 @@ class LayerQuantizer:
         model = self._walk.source.model
         module = model.get_submodule(block.path)
         reach = None if original is None else reach_of(self._walk, module)
-        with watching(model, block, keep_inputs=True) as capture:
+        store = self._walk.store
+        with watching(model, block, keep_inputs=True, store=store) as capture:
             if original is None or reach is None:
                 run_up_to(self._walk, module)
             else:
                 rest = rest_of_layer(self._walk, experts.experts_at(model, block.path))
         sensitivity = self._sensitivities.get(block.layer)
-        inputs = ExpertInputs(capture, block, self._walk.source.device, sensitivity=sensitivity, module=module)
+        walk = self._walk
+        inputs = ExpertInputs(
+            capture,
+            block,
+            walk.source.device,
+            sensitivity=sensitivity,
+            module=module,
+            store=store,
+            batch=walk.inputs,
+        )
         covariance = None if sensitivity is None else self._covariance_of(block.layer)
         counts = self._routing_counts.get(block.layer, ())
         merged = merge_experts(module, inputs, self._plan, counts, stored)
@@ -277,7 +289,8 @@ class _Wave:
             assert not isinstance(unit, str)
             expert, span = unit.expert, self._division.spans[unit.expert][unit.block]
             self._put(expert, span, coded.decoded[slot])
-            tensors = {stored: tensor[slot].clone() for stored, tensor in coded.tensors.items()}
+            keep = view.inputs.store.keep
+            tensors = {stored: keep(tensor[slot].clone()) for stored, tensor in coded.tensors.items()}
             result.experts[name][expert, unit.block] = (coded.encoding.key, tensors)
             row = MatrixReport(
                 self._row_name(expert, span),
@@ -295,13 +308,15 @@ class _Wave:
 
     def _put(self, expert: int, span: Span, decoded: torch.Tensor) -> None:
         """Writes the decoded weights of a block where the module has them."""
-        weight = experts.expert_weight(self._view.module, self._part.name, expert)
-        if expert not in self._division.divided:
-            weight.copy_(decoded)
-        elif self._part is self._view.up:
-            weight[self._division.rows_of(span)] = decoded.to(weight.dtype)
-        else:
-            weight[:, span.begin : span.end] = decoded.to(weight.dtype)
+        module, name = self._view.module, self._part.name
+        if expert in self._division.divided:
+            weight = experts.expert_weight(module, name, expert)
+            if self._part is self._view.up:
+                weight[self._division.rows_of(span)] = decoded.to(weight.dtype)
+            else:
+                weight[:, span.begin : span.end] = decoded.to(weight.dtype)
+            decoded = weight
+        experts.put_expert_weight(module, name, expert, decoded)
 
     def _row_name(self, expert: int, span: Span) -> str:
         """The name of a report row; blocks of a divided expert have their number behind the projection."""
@@ -309,16 +324,24 @@ class _Wave:
         return f"{name}.{span.number}" if expert in self._division.divided else name
 
     def _keep(self, expert: int, span: Span, result: LayerResult) -> None:
-        """Keeps a block of one expert as it is in the checkpoint."""
-        weight = experts.expert_weight(self._view.module, self._part.name, expert)
-        if expert in self._division.divided:
-            up = self._part is self._view.up
-            weight = weight[self._division.rows_of(span)] if up else weight[:, span.begin : span.end]
-        name = self._row_name(expert, span)
+        """Keeps a block of one expert as it is in the checkpoint: its weights are taken once they are written."""
+        module, name, division = self._view.module, self._part.name, self._division
+        up = self._part is self._view.up
+        shape = self._view.inputs.block.shape_of(name, span.bits.channels)
+
+        def weight() -> Iterator[torch.Tensor]:
+            whole = experts.expert_weight(module, name, expert)
+            if expert not in division.divided:
+                yield whole
+            else:
+                yield whole[division.rows_of(span)] if up else whole[:, span.begin : span.end]
+
         moved = self._moved.get(expert)
-        row = MatrixReport(name, Role.EXPERT.value, "kept", weight.numel(), KEPT_BITS, correction=moved)
+        row_name = self._row_name(expert, span)
+        row = MatrixReport(row_name, Role.EXPERT.value, "kept", math.prod(shape), KEPT_BITS, correction=moved)
         result.report.append(row)
-        result.experts[self._part.name][expert, span.number] = (KEPT, {"weight": weight.clone()})
+        kept = Pieces(shape, getattr(module, name).dtype, weight)
+        result.experts[name][expert, span.number] = (KEPT, {"weight": kept})
 
     def _report_cut(self, expert: int, result: LayerResult) -> None:
         """A row for the channels of one expert that are cut away."""
@@ -335,11 +358,12 @@ class _Wave:
         """
         view, name = self._view, self._part.name
         slot = self._plan.slots_of(view.inputs.block.layer)[expert]
-        weight = experts.expert_weight(view.module, name, expert)
+        count = self._part.weight_count
         outcome, notes = ("pruned", ()) if slot is None else ("shared", (f"its slot runs expert {slot}",))
         row_name = f"{view.inputs.block.path}.{expert}.{name}"
-        result.report.append(MatrixReport(row_name, Role.EXPERT.value, outcome, weight.numel(), DROPPED, notes=notes))
-        weight.zero_()
+        result.report.append(MatrixReport(row_name, Role.EXPERT.value, outcome, count, DROPPED, notes=notes))
+        shape = (self._part.out_features, self._part.in_features)
+        experts.put_expert_weight(view.module, name, expert, torch.zeros(shape, device=view.inputs.device))
         bias = experts.expert_bias(view.module, name, expert)
         if bias is not None:
             bias.zero_()

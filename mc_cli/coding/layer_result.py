@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,10 +11,12 @@ import torch
 from mc_cli.artifacts.packed import ExpertLayout
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import MatrixReport
+from mc_cli.artifacts.streamed import Pieces
 from mc_cli.encodings import Encoding, encoding_for, family_of_role
 from mc_cli.parts import KEPT_BITS, Role, TensorPart
 
 PackedTensors = dict[str, torch.Tensor]  # stored part -> tensor of one matrix
+PackedPieces = Mapping[str, torch.Tensor | Pieces]  # the same; what is kept is read once it is written
 
 
 @dataclass
@@ -25,7 +28,7 @@ class LayerResult:
     """
 
     linears: dict[str, tuple[str, PackedTensors]] = field(default_factory=dict)
-    experts: dict[str, dict[tuple[int, int], tuple[str, PackedTensors]]] = field(default_factory=dict)
+    experts: dict[str, dict[tuple[int, int], tuple[str, PackedPieces]]] = field(default_factory=dict)
     layout: ExpertLayout | None = None
     output: torch.Tensor | None = None
     report: list[MatrixReport] = field(default_factory=list)

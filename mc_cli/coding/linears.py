@@ -19,6 +19,7 @@ from mc_cli.quantizers import Quantizer
 from mc_cli.quantizers.job import CodingJob, Executor, InputMoments
 from mc_cli.quantizers.rtn import RoundToNearest
 from mc_cli.walking.layerwise import LayerWalk
+from mc_cli.walking.routing import require_every_token
 
 # Weights of a head or embedding that are rounded at a time: 128 MiB in float32, and some times that meanwhile.
 _PIECE_WEIGHTS = 2**25
@@ -154,30 +155,59 @@ class LinearCoder:
         in_features = int(module.weight.shape[-1])
         hessian = torch.zeros((in_features, in_features), device=self._device)
         count = 0
+        moments = TokenMoments(self._walk, path, hessian)
 
-        def add(inputs: torch.Tensor) -> None:
+        def add(rows: slice, inputs: torch.Tensor) -> None:
             nonlocal count
-            rows = inputs.detach().reshape(-1, in_features)
-            accumulate(hessian, rows)
-            count += len(rows)
+            count += moments.add(rows, inputs)
 
         run_up_to(self._walk, module, add)
         return hessian, count
 
 
-def run_up_to(walk: LayerWalk, module: nn.Module, on_input: Callable[[torch.Tensor], None] | None = None) -> None:
+class TokenMoments:
+    """Second moments of a module's inputs, every token by its kind's weight where the walk's inputs have kinds."""
+
+    def __init__(self, walk: LayerWalk, path: str, hessian: torch.Tensor) -> None:
+        """`hessian`: [in, in] float32, which is added to;  `path`: the module's, for messages."""
+        self._batch, self._weights = walk.inputs, walk.inputs.weights()
+        self._path, self._hessian = path, hessian
+
+    def add(self, rows: slice, inputs: torch.Tensor) -> int:
+        """Adds inputs [..., in] of the batch `rows`; returns the number of tokens, without padding."""
+        flat = inputs.detach().reshape(-1, inputs.shape[-1])
+        if self._weights is None:
+            accumulate(self._hessian, flat)
+            return len(flat)
+        weights = self._weights[rows].reshape(-1)
+        require_every_token(self._path, len(weights), len(flat))
+        accumulate(self._hessian, flat * weights.sqrt().to(flat)[:, None])
+        real = self._batch.real_of(rows)
+        return len(flat) if real is None else int(real.sum())
+
+
+def run_up_to(
+    walk: LayerWalk, module: nn.Module, on_input: Callable[[slice, torch.Tensor], None] | None = None
+) -> None:
     """Runs all batches through the resident layer, each up to the point where it calls `module`."""
+    here = slice(0)
 
     def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if on_input is not None:
-            on_input(args[0])
+            on_input(here, args[0])
         raise _InputSeen
 
     with ExitStack() as stack:
         stack.callback(module.register_forward_pre_hook(stop).remove)
-        for rows in walk.batches():
+
+        def run(rows: slice) -> None:
+            nonlocal here
+            here = rows
             with torch.no_grad(), suppress(_InputSeen):
                 walk.call_layer(walk.hidden[rows].to(walk.source.device), rows)
+            walk.store.release(walk.hidden[rows])
+
+        walk.each_batch(run)
 
 
 def _pieces(

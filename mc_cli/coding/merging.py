@@ -86,7 +86,7 @@ def _merge(
         moments, products = _output_moments(module, inputs, centre, ups, downs, shares, merged_up)
         merged_down = fitted_towards(merged_down, moments, products, ridge=merging.number)
     for part, merged in ((up, merged_up), (down, merged_down)):
-        experts.expert_weight(module, part.name, centre).copy_(merged.to(stored))
+        experts.put_expert_weight(module, part.name, centre, merged.to(stored))
 
 
 def _on_shared_directions(matrices: torch.Tensor, shares: torch.Tensor, share: float) -> torch.Tensor:
@@ -136,7 +136,7 @@ def _share_magnitudes(
         first, second = experts.stacked_weights(module, part.name, list(pair))
         one, other, _ = shared_magnitudes(first, second, norms[0][place], norms[1][place], threshold=merging.number)
         for expert, merged in zip(pair, (one, other), strict=True):
-            experts.expert_weight(module, part.name, expert).copy_(merged.to(stored))
+            experts.put_expert_weight(module, part.name, expert, merged.to(stored))
 
 
 def _input_norms(module: Any, inputs: ExpertInputs, expert: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ Source: GEMQ (arXiv:2605.23078) for gradient-weighted errors; the sampled-label 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,12 @@ from torch import nn
 
 from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.coding.expert_choice import ChoiceCosts
+from mc_cli.data.batches import Batch
+from mc_cli.errors import FamilyError
+from mc_cli.models.expert_gradients import GradientTurns
+from mc_cli.models.experts import taking_turns
 from mc_cli.models.finite import require_finite
+from mc_cli.models.paged_experts import Suspended
 from mc_cli.numerics.hessian import accumulate
 from mc_cli.parts import ExpertBlock
 from mc_cli.walking.layerwise import LayerWalk
@@ -30,10 +35,13 @@ def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, samples: int
 
     final_hidden  [sequences, length, hidden]
     samples       labels per token; the result is [samples, sequences, length, hidden], one gradient for each
+    Where the walk's inputs have `answers`, labels of these alone count, each so much that means over all tokens but
+    padding are in nats per answer token.
     Raises InputError or CheckpointError where the model says NaN or infinity of a token.
     """
-    gradients = torch.empty((samples, *final_hidden.shape), dtype=final_hidden.dtype)
+    gradients = walk.store.empty((samples, *final_hidden.shape), final_hidden.dtype)
     generator = torch.Generator().manual_seed(seed)
+    wanted = _label_weights(walk.inputs)
     for row in range(len(final_hidden)):
         rows = slice(row, row + 1)
         with torch.enable_grad():
@@ -47,9 +55,21 @@ def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, samples: int
                 model=getattr(walk.source, "folder", None),
             )
             labels = torch.multinomial(probabilities, samples, replacement=True, generator=generator)
-            losses = (-log_probabilities.gather(1, labels.to(log_probabilities.device)).sum(0)).unbind()
+            found = -log_probabilities.gather(1, labels.to(log_probabilities.device))
+            if wanted is not None:
+                found = found * wanted[row].to(found.device)[:, None]
+            losses = found.sum(0).unbind()
         gradients[:, row] = _gradients(losses, hidden)[0][:, 0].to(gradients.device)
+        walk.store.release(*(sample[row] for sample in gradients), final_hidden[rows])
     return gradients
+
+
+def _label_weights(inputs: Batch) -> torch.Tensor | None:
+    """[sequences, length] float32, of the label that each token predicts; None where all count alike."""
+    if inputs.answers is None:
+        return None
+    predicts = torch.nn.functional.pad(inputs.answers[:, 1:], (0, 1)).float()
+    return predicts * (inputs.real_tokens / predicts.sum().clamp_min(1)).sqrt()
 
 
 class LayerBackward(NamedTuple):
@@ -76,30 +96,80 @@ def backward_layer(
     choices       whether what other choices of its router cost is added to the gradients at its input; `seed` draws it
     """
     collector = _Collector() if block is not None else None
-    costs = ChoiceCosts(walk.source.model, block) if block is not None and choices else None
-    before = torch.empty_like(gradients)
-    with ExitStack() as stack:
-        if block is not None and collector is not None:
-            stack.enter_context(_listening(walk, block, collector))
+    costs = ChoiceCosts(walk.source.model, block, walk.store) if block is not None and choices else None
+    before = walk.store.empty(gradients.shape, gradients.dtype)
+
+    def run(rows: slice) -> None:
+        hidden, totals = _forward(walk, layer_inputs, gradients, rows)
+        wanted = (hidden,) if collector is None else (hidden, collector.output())
+        found = _gradients(totals, *wanted)
+        if collector is not None:
+            collector.add(found[1])
         if costs is not None:
-            stack.enter_context(costs.watching())
-        for rows in walk.batches():
-            with torch.enable_grad():
-                hidden = layer_inputs[rows].to(walk.source.device).requires_grad_(True)
-                output = walk.call_layer(hidden, rows)
-                totals = [(output * sample[rows].to(output.device)).sum() for sample in gradients]
-            wanted = (hidden,) if collector is None else (hidden, collector.output())
-            found = _gradients(totals, *wanted)
-            if collector is not None:
-                collector.add(found[1])
+            costs.add(found[1], walk.inputs.real_of(rows))
+        for sample, target in zip(found[0], before, strict=True):
+            target[rows] = sample.to(before.device)
+            walk.store.release(target[rows])
+
+    with taking_turns(walk.paged_experts(), walk.store, GradientTurns) as all_turns:
+        _prepare(walk, layer_inputs, gradients, all_turns)
+        with ExitStack() as stack:
+            if block is not None and collector is not None:
+                stack.enter_context(_listening(walk, block, collector))
             if costs is not None:
-                costs.add(found[1])
-            before[:, rows] = found[0].to(before.device)
+                stack.enter_context(costs.watching())
+            for rows in walk.batches():
+                for turns in all_turns:
+                    turns.batch = rows.start
+                run(rows)
     if costs is not None:
+        costs.finish()
         costs.add_gradients(before, walk, layer_inputs, seed=seed)
     if collector is None:
         return LayerBackward(before)
-    return LayerBackward(before, *collector.result(costs.cost if costs is not None else None))
+    choice_cost = costs.cost if costs is not None else None
+    return LayerBackward(before, *collector.result(choice_cost, walk.inputs.real_tokens))
+
+
+def _forward(
+    walk: LayerWalk, layer_inputs: torch.Tensor, gradients: torch.Tensor, rows: slice
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(the layer's input, a leaf; per sample the output times its gradients) of one batch, with the graph between."""
+    with torch.enable_grad():
+        hidden = layer_inputs[rows].to(walk.source.device).requires_grad_(True)
+        output = walk.call_layer(hidden, rows)
+        totals = [(output * sample[rows].to(output.device)).sum() for sample in gradients]
+    for sample in gradients:
+        walk.store.release(sample[rows], layer_inputs[rows])
+    return hidden, totals
+
+
+def _prepare(
+    walk: LayerWalk, layer_inputs: torch.Tensor, gradients: torch.Tensor, all_turns: Sequence[GradientTurns]
+) -> None:
+    """Takes gradients through experts that are not in memory, for all batches, before anything else is done with them.
+
+    A layer has one module of experts; of several each would have to wait for the others.
+    """
+    if not all_turns:
+        return
+    if len(all_turns) > 1:
+        raise FamilyError(
+            f"Layer {walk.depth} has {len(all_turns)} modules of experts, whose gradients are taken with all of them "
+            "in memory. Give a larger --max-memory, or --gradient-tokens 0."
+        )
+    (turns,) = all_turns
+    for rows in walk.batches():
+        turns.batch = rows.start
+        with suppress(Suspended):
+            _forward(walk, layer_inputs, gradients, rows)
+    turns.compute()
+    for rows in walk.batches():
+        turns.batch = rows.start
+        _, totals = _forward(walk, layer_inputs, gradients, rows)
+        if turns.leaf is not None:
+            turns.take(_gradients(totals, turns.leaf)[0])
+    turns.compute_gradients()
 
 
 def _gradients(losses: Sequence[torch.Tensor], *of: torch.Tensor) -> list[torch.Tensor]:
@@ -150,10 +220,11 @@ class _Collector:
         self._square = squares.sum(0) if self._square is None else self._square + squares.sum(0)
         self._per_token.append(squares.sum(-1))
 
-    def result(self, choice_cost: float | None) -> tuple[LayerSensitivity, torch.Tensor]:
+    def result(self, choice_cost: float | None, tokens: int) -> tuple[LayerSensitivity, torch.Tensor]:
+        """`tokens`: how many are no padding, which has no gradient."""
         assert self._square is not None and self._covariance is not None
         per_token = torch.cat(self._per_token)
-        mean = per_token.mean().clamp(min=1e-300)
-        square, scale = (self._square / len(per_token)).float(), (per_token / mean).float()
+        mean = (per_token.mean() * (len(per_token) / tokens)).clamp(min=1e-300)
+        square, scale = (self._square / tokens).float(), (per_token / mean).float()
         sensitivity = LayerSensitivity(square, scale, choice_cost)
-        return sensitivity, (self._covariance / len(per_token)).cpu()
+        return sensitivity, (self._covariance / tokens).cpu()

@@ -8,14 +8,15 @@ and the model has to know of them.
 from __future__ import annotations
 
 from collections.abc import KeysView, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mc_cli.artifacts.calibration import read_token_ids
-from mc_cli.errors import ShapeError
+from mc_cli.artifacts.calibration import INPUTS, read_inputs, read_token_ids
+from mc_cli.data.kinds import KINDS, PADDING, token_weights
+from mc_cli.errors import ArtifactError, ShapeError
 
 TOKENS = "input_ids"
 
@@ -27,6 +28,8 @@ class Batch:
     inputs   name -> tensor; `input_ids` is [rows, length] int64, and there always
     counts   name -> entries of each row, for inputs of which a row has none, one or many in the first dimension, such
              as images or their patches; in the rows' order. Inputs that are not named here have one entry per row.
+    kinds    [rows, length] uint8, the place of each token's kind in KINDS; None: all are text
+    answers  [rows, length] bool, tokens whose prediction is measured; None: all but the first of a row
 
     >>> batch = Batch.of_text(torch.zeros(4, 16, dtype=torch.int64))
     >>> batch.rows, batch.length, batch.select(slice(0, 2)).tokens
@@ -35,6 +38,8 @@ class Batch:
 
     inputs: Mapping[str, Tensor]
     counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    kinds: Tensor | None = None
+    answers: Tensor | None = None
 
     def __post_init__(self) -> None:
         tokens = self.inputs.get(TOKENS)
@@ -51,6 +56,13 @@ class Batch:
                 raise ShapeError(
                     f"A batch of {self.rows} rows holds {wanted} entries of {name}, here {list(tensor.shape)}."
                 )
+        for mask, dtype in ((self.kinds, torch.uint8), (self.answers, torch.bool)):
+            if mask is not None and (mask.shape != tokens.shape or mask.dtype != dtype):
+                raise ShapeError(
+                    f"A mask of a batch is {list(tokens.shape)} {dtype}, here {list(mask.shape)} {mask.dtype}."
+                )
+        if self.kinds is not None and int(self.kinds.max()) >= len(KINDS):
+            raise ShapeError(f"Kinds of token are 0 to {len(KINDS) - 1}, here {int(self.kinds.max())}.")
 
     @classmethod
     def of_text(cls, token_ids: Tensor) -> Batch:
@@ -76,6 +88,27 @@ class Batch:
         """Tokens of all rows."""
         return self.rows * self.length
 
+    @property
+    def real(self) -> Tensor | None:
+        """[tokens] bool, row after row: all but padding; None where there is none."""
+        return self.real_of(slice(None))
+
+    def real_of(self, rows: slice) -> Tensor | None:
+        """The same of some rows, whose other inputs are not touched."""
+        if self.kinds is None:
+            return None
+        real = (self.kinds[rows] != PADDING).reshape(-1)
+        return None if bool(real.all()) else real
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens that are no padding."""
+        return self.tokens if self.real is None else int(self.real.sum())
+
+    def weights(self) -> Tensor | None:
+        """[rows, length] float32: how much each token counts in second moments; None where all count alike."""
+        return None if self.kinds is None else token_weights(self.kinds)
+
     def keys(self) -> KeysView[str]:
         return self.inputs.keys()
 
@@ -98,7 +131,8 @@ class Batch:
             if chosen:
                 inputs[name] = torch.cat(chosen)
                 counts[name] = tuple(self.counts[name][number] for number in numbers)
-        return Batch(inputs, counts)
+        kinds, answers = (None if mask is None else mask[rows] for mask in (self.kinds, self.answers))
+        return Batch(inputs, counts, kinds, answers)
 
     def text_alone(self) -> Batch:
         """The batch's rows with their token ids and nothing else."""
@@ -106,7 +140,14 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch with all tensors on `device`."""
-        return Batch({name: tensor.to(device) for name, tensor in self.inputs.items()}, self.counts)
+        return replace(self, inputs={name: tensor.to(device) for name, tensor in self.inputs.items()})
+
+    def stored(self) -> dict[str, Tensor]:
+        """What `read_calibration` takes from the file beside the token ids; empty for text alone."""
+        found = {f"inputs.{name}": tensor for name, tensor in self.inputs.items() if name != TOKENS}
+        found |= {f"counts.{name}": torch.tensor(counts) for name, counts in self.counts.items()}
+        masks = {"kinds": self.kinds, "answers": self.answers}
+        return found | {name: mask for name, mask in masks.items() if mask is not None}
 
 
 def read_calibration(calibration: Path, *, vocabulary: int) -> Batch:
@@ -114,4 +155,22 @@ def read_calibration(calibration: Path, *, vocabulary: int) -> Batch:
 
     vocabulary  how many ids the model knows
     """
-    return Batch.of_text(read_token_ids(calibration, vocabulary=vocabulary))
+    tokens = read_token_ids(calibration, vocabulary=vocabulary)
+    stored = read_inputs(calibration)
+    if not stored:
+        return Batch.of_text(tokens)
+    inputs, counts = (
+        {name.removeprefix(kind): tensor for name, tensor in stored.items() if name.startswith(kind)}
+        for kind in ("inputs.", "counts.")
+    )
+    try:
+        return Batch(
+            {TOKENS: tokens, **inputs},
+            {name: tuple(tensor.tolist()) for name, tensor in counts.items()},
+            stored.get("kinds"),
+            stored.get("answers"),
+        )
+    except ShapeError as error:
+        raise ArtifactError(
+            f"{calibration / INPUTS} does not fit the token ids: {error} Run calibrate --force."
+        ) from error

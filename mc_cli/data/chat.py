@@ -11,6 +11,7 @@ from typing import Any
 
 from mc_cli.artifacts.files import content_digest, read_text
 from mc_cli.artifacts.strict_json import JsonError, has_half_character, parse_json
+from mc_cli.data.pictures import PLACE, ImageSource, image_source
 from mc_cli.data.rendering import LimitError, Limits, RefusedError, TemplateProcess
 from mc_cli.errors import ArtifactError, InputError, shown
 
@@ -41,6 +42,8 @@ _ROLES = {
     "ipython": "ipython",
 }
 OWN_TEMPLATE = "the tokenizer's own"  # its name in the report
+_IMAGE_TYPES = ("image", "image_url", "input_image")  # of a part
+_IMAGE_KEYS = ("image", "image_url", "url", "path")  # where a part may hold its image
 _REMEDY = "Correct the row, name a field of text with --text-field, or leave the row out."
 
 
@@ -50,16 +53,25 @@ class Chat:
 
     kind    one of CHAT_FIELDS;  where    the row's place, for messages
     tools   JSON schemas of functions that may be called, where the row has them
+    images  in the order in which they stand in the messages, whose content is then a list of parts
     """
 
     kind: str
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Any] | None
     where: str
+    images: tuple[ImageSource, ...] = ()
 
 
-def chat_of_row(where: str, row: Mapping[str, Any]) -> Chat | None:
-    """The row's chat; None where it has none of CHAT_FIELDS. Raises InputError naming what is not a turn."""
+def chat_of_row(
+    where: str, row: Mapping[str, Any], *, images: Sequence[ImageSource] | None = None, folder: Path | None = None
+) -> Chat | None:
+    """The row's chat; None where it has none of CHAT_FIELDS. Raises InputError naming what is not a turn.
+
+    images  those beside the messages, which take the places that are marked in them, or the beginning of the first turn
+            of the user; None: parts that are no text are refused
+    folder  what paths of images in the messages are relative to
+    """
     kind = next((kind for kind, parts in CHAT_FIELDS.items() if all(part in row for part in parts)), None)
     if kind is None:
         return None
@@ -67,13 +79,69 @@ def chat_of_row(where: str, row: Mapping[str, Any]) -> Chat | None:
         turns: Sequence[Any] = [*_side(where, row, "prompt", "user"), *_side(where, row, "completion", "assistant")]
     else:
         turns = _turns(where, kind, row[kind])
-    messages = [_message(f"{where}, {kind}[{place}]", turn) for place, turn in enumerate(turns)]
+    seen = images is not None
+    messages = [_message(f"{where}, {kind}[{place}]", turn, seen=seen) for place, turn in enumerate(turns)]
     system = row.get("system")
     if isinstance(system, str) and system.strip() and (not messages or messages[0]["role"] != "system"):
         messages.insert(0, {"role": "system", "content": system})
     if not messages:
         raise InputError(f"{where}: {kind} holds no turn. {_REMEDY}")
-    return Chat(kind, messages, _tools(where, row.get("tools")), where)
+    found: tuple[ImageSource, ...] = ()
+    if images is not None:
+        found = _place_images(where, messages, turns, images, folder)
+    return Chat(kind, messages, _tools(where, row.get("tools")), where, found)
+
+
+def _place_images(
+    where: str,
+    messages: list[dict[str, Any]],
+    turns: Sequence[Any],
+    beside: Sequence[ImageSource],
+    folder: Path | None,
+) -> tuple[ImageSource, ...]:
+    """Puts a part of type image where each image stands, and gives them in order. Raises InputError for too many."""
+    found: list[ImageSource] = []
+    waiting = list(beside)
+    offset = len(messages) - len(turns)  # a system prompt that stands beside the turns
+    for message, turn in zip(messages[offset:], turns, strict=True):
+        content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
+        parts: list[dict[str, str]] = []
+        for part in content if isinstance(content, list) else [message["content"]]:
+            parts += _parts(where, part, waiting, found, folder)
+        if any(part["type"] == "image" for part in parts):
+            message["content"] = parts
+    if waiting:
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is None or found:
+            raise InputError(f"{where}: {len(waiting)} images have no place in the messages. {_REMEDY}")
+        text = [{"type": "text", "text": first["content"]}] if first["content"] else []
+        first["content"] = [*({"type": "image"} for _ in waiting), *text]
+        found = waiting
+    return tuple(found)
+
+
+def _parts(
+    where: str, part: object, waiting: list[ImageSource], found: list[ImageSource], folder: Path | None
+) -> list[dict[str, str]]:
+    """One part of a content as parts of text and images; a text may mark images with PLACE."""
+    if isinstance(part, Mapping) and _is_image(part):
+        value = next((part[name] for name in _IMAGE_KEYS if part.get(name) is not None), None)
+        if value is None and not waiting:
+            raise InputError(f"{where}: the messages have more places for images than the row has images. {_REMEDY}")
+        found.append(waiting.pop(0) if value is None else image_source(where, value, folder))
+        return [{"type": "image"}]
+    text = str(part["text"] if isinstance(part, Mapping) else part)
+    pieces = text.split(PLACE) if waiting else [text]
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(pieces):
+        if number:
+            if not waiting:
+                raise InputError(f"{where}: the texts have more {PLACE} than the row has images. {_REMEDY}")
+            found.append(waiting.pop(0))
+            parts.append({"type": "image"})
+        if piece.strip() or len(pieces) == 1:
+            parts.append({"type": "text", "text": piece.strip("\n") if len(pieces) > 1 else piece})
+    return parts
 
 
 def _side(where: str, row: Mapping[str, Any], name: str, role: str) -> Sequence[Any]:
@@ -92,8 +160,11 @@ def _turns(where: str, name: str, value: object) -> Sequence[Any]:
     return value
 
 
-def _message(where: str, turn: object) -> dict[str, Any]:
-    """One turn with `role` and `content`, from role/content or from/value; empty entries left out."""
+def _message(where: str, turn: object, *, seen: bool) -> dict[str, Any]:
+    """One turn with `role` and `content`, from role/content or from/value; empty entries left out.
+
+    seen  whether parts that are images are allowed; they are left out of the text
+    """
     if not isinstance(turn, Mapping):
         raise InputError(f"{where} is {shown(turn)}, not a turn with role and content. {_REMEDY}")
     shared = "role" not in turn and "from" in turn
@@ -110,14 +181,16 @@ def _message(where: str, turn: object) -> dict[str, Any]:
         raise InputError(f"{where} has the tool_calls {shown(rest['tool_calls'])}, not a list. {_REMEDY}")
     if rest.get("tool_calls"):
         rest["tool_calls"] = [_call(where, call) for call in rest["tool_calls"]]
-    return {"role": role, "content": _content(where, content), **rest}
+    return {"role": role, "content": _content(where, content, seen=seen), **rest}
 
 
-def _content(where: str, content: object) -> str:
+def _content(where: str, content: object, *, seen: bool) -> str:
     """The turn's text; parts are joined, as templates for text alone would print a list as Python does."""
     if content is None:
         return ""
     if isinstance(content, list):
+        if seen:
+            content = [part for part in content if not _is_image(part)]
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         other = next((part for part, text in zip(content, parts, strict=True) if not isinstance(text, str)), None)
         if other is not None or not all(isinstance(part, str) for part in parts):
@@ -128,6 +201,10 @@ def _content(where: str, content: object) -> str:
     if has_half_character(content):
         raise InputError(f"{where} holds half of a character (a lone surrogate), which no tokenizer reads. {_REMEDY}")
     return content
+
+
+def _is_image(part: object) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in _IMAGE_TYPES
 
 
 def _call(where: str, call: object) -> Any:
@@ -214,6 +291,27 @@ class Renderer:
 
     def __post_init__(self) -> None:
         self._process = TemplateProcess(self.tokenizer, self.limits)
+
+    def answers(self, chat: Chat, text: str) -> list[tuple[int, int]]:
+        """(begin, end) in the chat's `text` of what the assistant's turns are, the mark that ends them included.
+
+        A turn's answer is what the template adds behind its request for one. Empty where it writes turns otherwise
+        when others follow, or without a template.
+        """
+        spans = []
+        for place, message in enumerate(chat.messages):
+            if self.settings.plain or message["role"] != "assistant" or place == 0:
+                continue
+            template = self._template(chat)
+            try:
+                before = self._process.text(chat.messages[:place], chat.tools, template, prompted=True)
+                behind = self._process.text(chat.messages[: place + 1], chat.tools, template)
+            except (RefusedError, LimitError):
+                return []
+            if not text.startswith(before) or not text.startswith(behind) or len(behind) <= len(before):
+                return []
+            spans.append((len(before), len(behind)))
+        return spans
 
     def text(self, chat: Chat) -> str | None:
         """The chat's text with the special tokens that the template writes; None where the template refuses it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from mc_cli.artifacts.files import DigestCache, content_digest
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.artifacts.strict_json import JsonError, has_half_character, parse_json
 from mc_cli.data.chat import CHAT_FIELDS, Chat, chat_of_row
+from mc_cli.data.pictures import IMAGE_FIELDS, SUFFIXES, ImageSource, images_of_row
 from mc_cli.errors import InputError, shown
 
 ALL = "all"
+IMAGES_LEFT_OUT = ", its images left out"  # ends the kind of a row, for a model that reads none
 TEXT_FIELD = "text"  # where a row has it, it is taken; it is also what --text-field is unless given
 _SUFFIXES = (".txt", ".jsonl", ".parquet", ".json")
 _ALONE = ".json"  # read from a folder that holds no other kind: settings and records end so as well
@@ -26,11 +28,20 @@ class Document:
     """One text and the domain it is from (`all` where the source names none).
 
     chat    messages instead of a text; a chat template makes one of them
+    images  of a text, which may mark their places; those of a chat are in it
+    where   the row's place, where it has images
     """
 
     text: str
     domain: str = ALL
     chat: Chat | None = None
+    images: tuple[ImageSource, ...] = ()
+    where: str = ""
+
+    @property
+    def pictures(self) -> tuple[ImageSource, ...]:
+        """The images of the text or of the chat, in order."""
+        return self.images if self.chat is None else self.chat.images
 
 
 @dataclass
@@ -43,7 +54,9 @@ class Reading:
     @property
     def plain(self) -> bool:
         """Whether all rows gave a text as it stands, from files of plain text or the field that was asked for."""
-        return not any(name.startswith(("chat: ", "first text field: ")) for name in self.rows)
+        return not any(
+            name.startswith(("chat: ", "first text field: ")) or name.endswith(IMAGES_LEFT_OUT) for name in self.rows
+        )
 
 
 def resolve_data(data: str, *, flag: str = "--data") -> Path | None:
@@ -71,12 +84,33 @@ def resolve_data(data: str, *, flag: str = "--data") -> Path | None:
 
 
 def data_digest(
-    data: str, split: str, text_field: str, cache: DigestCache, *, template: str | None = None, flag: str = "--data"
+    data: str,
+    split: str,
+    text_field: str,
+    cache: DigestCache,
+    *,
+    template: str | None = None,
+    flag: str = "--data",
+    images: bool = False,
 ) -> str:
     """A digest of what --data holds: the files' contents, or the name and split of a datasets source.
 
     template  how chats are rendered where that is not the tokenizer's own way; None = by it
+    images    whether files of images that rows name are part of it
     """
+    path = resolve_data(data, flag=flag)
+    pictures = _picture_files(path) if images and path is not None else []
+    if pictures:
+        return content_digest(["images", *([file.name, cache.digest(file)] for file in pictures), template])
+    digest = _rows_digest(data, split, text_field, cache, template=template, flag=flag)
+    if not images or path is None:
+        return digest
+    documents = read_documents(data, split=split, text_field=text_field, flag=flag, images=True)
+    named = [cache.digest(source.path) for each in documents for source in each.pictures if source.path is not None]
+    return content_digest([digest, named]) if named else digest
+
+
+def _rows_digest(data: str, split: str, text_field: str, cache: DigestCache, *, template: str | None, flag: str) -> str:
     extra = {} if template is None else {"chat_template": template}
     path = resolve_data(data, flag=flag)
     if path is None:
@@ -90,7 +124,14 @@ def data_digest(
 
 
 def read_documents(
-    data: str, *, split: str, text_field: str, reading: Reading | None = None, flag: str = "--data"
+    data: str,
+    *,
+    split: str,
+    text_field: str,
+    reading: Reading | None = None,
+    flag: str = "--data",
+    images: bool = False,
+    beside: Path | None = None,
 ) -> list[Document]:
     """All documents of --data that are not empty, in order.
 
@@ -99,15 +140,26 @@ def read_documents(
 
     reading  is told how rows were read
     flag     what named the data, for messages
+    images   whether the rows' images are read, for a model that sees; else fields of images are left out
+    beside   the folder that paths of images are relative to; None: that of the file
     Raises InputError naming file and line of what cannot be read.
     """
     reading = Reading() if reading is None else reading
     path = resolve_data(data, flag=flag)
+
+    def rows(folder: Path | None) -> _Rows:
+        return _Rows(text_field, reading, images=images, folder=folder)
+
     if path is None or _is_saved_dataset(path):
-        found = list(_from_datasets(data, path, split, _Rows(text_field, reading), flag))
+        found = list(_from_datasets(data, path, split, rows(path), flag))
+    elif images and (pictures := _picture_files(path)):
+        reading.rows["file of an image"] += len(pictures)
+        found = [Document("", images=(ImageSource(str(file), path=file),), where=str(file)) for file in pictures]
     else:
-        found = [document for file in _files(path, flag) for document in _from_file(file, text_field, reading, flag)]
-    documents = [document for document in found if document.chat is not None or document.text.strip()]
+        found = [
+            document for file in _files(path, flag) for document in _from_file(file, rows(beside or file.parent), flag)
+        ]
+    documents = [d for d in found if d.chat is not None or d.text.strip() or d.images]
     reading.empty += len(found) - len(documents)
     if not documents:
         raise InputError(f"{flag} {data}: no text in it (field {text_field!r}).")
@@ -117,6 +169,16 @@ def read_documents(
 def _is_saved_dataset(path: Path) -> bool:
     """True for a folder that `datasets` wrote with save_to_disk: one split, or a dictionary of splits."""
     return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
+
+
+def _picture_files(path: Path) -> list[Path]:
+    """The images of a folder that holds no file of rows, or the one that `path` is."""
+    if not path.is_dir():
+        return [path] if path.suffix.lower() in SUFFIXES else []
+    files = sorted(file for file in path.iterdir() if not file.is_dir())
+    if any(file.suffix in _SUFFIXES for file in files):
+        return []
+    return [file for file in files if file.suffix.lower() in SUFFIXES]
 
 
 def _files(path: Path, flag: str) -> list[Path]:
@@ -136,11 +198,18 @@ def _files(path: Path, flag: str) -> list[Path]:
 class _Rows:
     """Turns the rows of one source into documents; what the first row is like decides what later ones may be."""
 
-    def __init__(self, text_field: str, reading: Reading) -> None:
-        self._text_field = text_field
+    def __init__(self, text_field: str, reading: Reading, *, images: bool = False, folder: Path | None = None) -> None:
+        self.text_field = text_field
         self._reading = reading
+        self._images = images
+        self._folder = folder
         self._first = True
         self._fallback: str | None = None  # the field taken where rows have no known one
+
+    def plain_text(self, path: Path) -> Document:
+        """A whole file as one document, whose domain is the file's name."""
+        self._reading.rows["file of plain text"] += 1
+        return Document(path.read_text(encoding="utf-8-sig"), path.stem)
 
     def document(self, where: str, row: object) -> Document:
         """One row's document. Raises InputError naming `where` and what the row holds instead of a text."""
@@ -150,29 +219,36 @@ class _Rows:
         if not isinstance(row, Mapping):
             raise self._error(where, f"not a JSON object, but {type(row).__name__} {shown(row)}")
         first, self._first = self._first, False
+        images = images_of_row(where, row, self._folder) if self._images else None
         name = self._field(row, first)
         if name is None:
-            chat = chat_of_row(where, row)
+            chat = chat_of_row(where, row, images=images, folder=self._folder)
             if chat is not None:
                 self._reading.rows[f"chat: {chat.kind}"] += 1
-                return Document("", _domain(row.get("domain")), chat)
+                return Document("", _domain(row.get("domain")), chat, where=where)
+            if images:
+                self._reading.rows["image without a text"] += 1
+                return Document("", _domain(row.get("domain")), images=tuple(images), where=where)
             held = ", ".join(shown(key) for key in list(row)[:8]) or "nothing"
             raise self._error(
-                where, f"no field {self._text_field!r}, nor one of {', '.join(CHAT_FIELDS)}; it has {held}"
+                where, f"no field {self.text_field!r}, nor one of {', '.join(CHAT_FIELDS)}; it has {held}"
             )
         if isinstance(row[name], list) and row[name] and all(isinstance(turn, Mapping) for turn in row[name]):
-            chat = chat_of_row(where, {**row, "messages": row[name]})
+            chat = chat_of_row(where, {**row, "messages": row[name]}, images=images, folder=self._folder)
             assert chat is not None
             self._reading.rows[f"chat: {name}"] += 1
-            return Document("", _domain(row.get("domain")), chat)
+            return Document("", _domain(row.get("domain")), chat, where=where)
         kind = f"first text field: {name}" if name == self._fallback else f"field {name}"
-        return self._text(where, kind, row[name], row.get("domain"), name)
+        if images is None and any(row.get(field) is not None for field in IMAGE_FIELDS if field != name):
+            kind += IMAGES_LEFT_OUT
+        found = self._text(where, kind, row[name], row.get("domain"), name)
+        return replace(found, images=tuple(images), where=where) if images else found
 
     def _field(self, row: Mapping[str, Any], first: bool) -> str | None:
         """The field that holds this row's text; None where it is a chat, or nothing that is known."""
-        if self._text_field in row:
-            return self._text_field
-        if self._text_field != TEXT_FIELD or any(all(part in row for part in kind) for kind in CHAT_FIELDS.values()):
+        if self.text_field in row:
+            return self.text_field
+        if self.text_field != TEXT_FIELD or any(all(part in row for part in kind) for kind in CHAT_FIELDS.values()):
             return None
         if first:
             texts = (name for name, value in row.items() if isinstance(value, str) and name not in _TAGS)
@@ -196,18 +272,16 @@ def _domain(value: object) -> str:
     return ALL if value is None else value if isinstance(value, str) else shown(value)
 
 
-def _from_file(path: Path, text_field: str, reading: Reading, flag: str) -> Iterator[Document]:
-    rows = _Rows(text_field, reading)
+def _from_file(path: Path, rows: _Rows, flag: str) -> Iterator[Document]:
     try:
         if path.suffix == ".txt":
-            reading.rows["file of plain text"] += 1
-            yield Document(path.read_text(encoding="utf-8-sig"), path.stem)
+            yield rows.plain_text(path)
         elif path.suffix == ".jsonl":
             yield from _from_jsonl(path, rows, flag)
         elif path.suffix == ".json":
             yield from _from_json(path, rows, flag)
         else:
-            yield from _from_parquet(path, rows, text_field, flag)
+            yield from _from_parquet(path, rows, flag)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{flag} {path} cannot be read: {error}.") from error
 
@@ -244,13 +318,13 @@ def _from_json(path: Path, rows: _Rows, flag: str) -> Iterator[Document]:
         yield rows.document(f"{flag} {path}, row {number}", row)
 
 
-def _from_parquet(path: Path, rows: _Rows, text_field: str, flag: str) -> Iterator[Document]:
+def _from_parquet(path: Path, rows: _Rows, flag: str) -> Iterator[Document]:
     import pyarrow.parquet
     from pyarrow import ArrowException
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_field(f"{flag} {path}", "column", text_field, file.schema_arrow.names)
+            _check_field(f"{flag} {path}", "column", rows.text_field, file.schema_arrow.names)
             number = 0
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
@@ -267,7 +341,7 @@ def _check_field(data: str, kind: str, text_field: str, names: list[str]) -> Non
 
 def _from_datasets(name: str, saved: Path | None, split: str, rows: _Rows, flag: str) -> Iterator[Document]:
     found: Any = _saved_rows(saved, split, flag) if saved is not None else _dataset_rows(name, split, flag)
-    _check_field(f"{flag} {name}", "field", rows._text_field, found.column_names)
+    _check_field(f"{flag} {name}", "field", rows.text_field, found.column_names)
     for number, row in enumerate(found, 1):
         yield rows.document(f"{flag} {name}, split {split}, row {number}", row)
 

@@ -60,12 +60,22 @@ class TemplateProcess:
         self._connection: Connection | None = None
         self._rows_bytes = self._texts_bytes = 0
 
-    def text(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, template: str) -> str:
-        """The row's text. Raises RefusedError where the template refuses it or fails, LimitError above."""
+    def text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None,
+        template: str,
+        *,
+        prompted: bool = False,
+    ) -> str:
+        """The row's text, with the request for an answer behind it if `prompted`.
+
+        Raises RefusedError where the template refuses it or fails, LimitError above.
+        """
         if not _APART:
-            return _rendered(self._tokenizer, list(messages), tools, template)
+            return _rendered(self._tokenizer, list(messages), tools, template, prompted)
         try:
-            row = json.dumps([list(messages), tools, template], default=str).encode()
+            row = json.dumps([list(messages), tools, template, prompted], default=str).encode()
         except (ValueError, RecursionError) as error:
             raise RefusedError(_reason(error)) from error
         size = len(row) - len(template)
@@ -148,9 +158,13 @@ def _serve(connection: Connection, tokenizer: Any, limits: Limits) -> None:
         connection.send_bytes(answer)
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None, template: str) -> str:
+def _rendered(
+    tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None, template: str, prompted: bool
+) -> str:
     try:
-        found = tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False)
+        found = tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=prompted
+        )
         if not isinstance(found, str):
             raise ValueError("the template makes no text")
         found.encode()  # half of a character is no text either

@@ -16,7 +16,7 @@ from mc_cli.artifacts.files import DigestCache, check_json_file
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.data.batches import Batch
 from mc_cli.data.chat import OWN_TEMPLATE, ChatSettings, Renderer
-from mc_cli.data.documents import Document, Reading, data_digest, read_documents
+from mc_cli.data.documents import IMAGES_LEFT_OUT, Document, Reading, data_digest, read_documents
 from mc_cli.data.tokenizing import token_ids
 from mc_cli.errors import CheckpointError, InputError, McError, shown
 from mc_cli.models.model_folder import config_file
@@ -44,7 +44,8 @@ class Windows:
     """Token windows of equal length and which of their predictions count.
 
     batch      what the model is fed: one row per window
-    fresh      [windows] int64: the last `fresh` predictions of a window are counted, the others are context only
+    fresh      [windows] int64: the last `fresh` predictions of a window are counted, the others are context only; where
+               the batch has `answers`, the number of these
     domains    one name per window
     too_short  domains that do not fill one window, and their tokens: they are not measured
     """
@@ -59,32 +60,56 @@ class Windows:
         """[windows, length] int64."""
         return self.batch.token_ids
 
+    def places(self, window: int) -> torch.Tensor:
+        """[fresh] int64: where the window's counted predictions are made, each of the token behind it."""
+        if self.batch.answers is not None:
+            return self.batch.answers[window, 1:].nonzero()[:, 0]
+        predictions = self.token_ids.shape[1] - 1
+        return torch.arange(predictions - int(self.fresh[window]), predictions)
+
     def labels(self, window: int) -> torch.Tensor:
         """[fresh] int64: the tokens that the window's counted predictions are of."""
-        return self.token_ids[window, 1:][-int(self.fresh[window]) :]
+        return self.token_ids[window, self.places(window) + 1]
 
 
 @dataclass
 class TextSource:
-    """The text that --data or a flag like it names, how it is read, and, after reading, how that went."""
+    """The text that --data or a flag like it names, how it is read, and, after reading, how that went.
+
+    images  whether images are read, for a model that sees
+    """
 
     data: str
     split: str
     text_field: str
     chat: ChatSettings = field(default_factory=ChatSettings)
     flag: str = "--data"
+    images: bool = False
     reading: Reading = field(default_factory=Reading)
     renderer: Renderer | None = None
 
     def digest(self, cache: DigestCache) -> str:
         """A digest of what is read and how."""
-        return data_digest(self.data, self.split, self.text_field, cache, template=self.chat.digest(), flag=self.flag)
+        return data_digest(
+            self.data,
+            self.split,
+            self.text_field,
+            cache,
+            template=self.chat.digest(),
+            flag=self.flag,
+            images=self.images,
+        )
 
     def documents(self, tokenizer: Any) -> list[Document]:
         """All documents; chats are rendered when they are encoded, by `self.renderer`."""
         self.renderer = Renderer(tokenizer, self.chat)
         return read_documents(
-            self.data, split=self.split, text_field=self.text_field, reading=self.reading, flag=self.flag
+            self.data,
+            split=self.split,
+            text_field=self.text_field,
+            reading=self.reading,
+            flag=self.flag,
+            images=self.images,
         )
 
     def report(self) -> TextReport | None:
@@ -119,7 +144,9 @@ def report_warnings(report: TextReport | None) -> list[str]:
     if report is None:
         return []
     found = []
-    for name in report["rows"]:
+    for name, count in report["rows"].items():
+        if name.endswith(IMAGES_LEFT_OUT):
+            found.append(f"{count:,} rows have images, which this model does not read: their texts alone are taken.")
         if name.startswith("first text field: "):
             field_name = name.removeprefix("first text field: ")
             found.append(

@@ -108,6 +108,38 @@ class GridEncoding(Encoding, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Grouped:
+    """Shared by encodings of `bits`-bit codes: `group_size` consecutive inputs of a row have one grid."""
+
+    bits: int
+    group_size: int
+
+    @property
+    def code_bits(self) -> float:
+        return float(self.bits)
+
+    @property
+    def basis(self) -> str:
+        return f"g{self.group_size}"
+
+    def groups_in(self, in_features: int) -> int:
+        """Groups of a row. Raises ShapeError where they do not divide it."""
+        if in_features % self.group_size:
+            raise ShapeError(f"group_size {self.group_size} does not divide in_features {in_features}")
+        return in_features // self.group_size
+
+
+def grouped_codes(encoding: GridEncoding, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
+    """float32 [..., out_features, groups, group_size]: the codes in `tensors`, whose parts are checked."""
+    from mc_cli.numerics.packing import unpack_codes
+
+    check_parts(encoding, tensors, in_features)
+    codes = unpack_codes(tensors["codes"], bits=encoding.bits, count=in_features)
+    grouped: torch.Tensor = codes.unflatten(-1, (-1, encoding.group_size)).float()
+    return grouped
+
+
 def has_grids(encoding: Encoding) -> TypeGuard[GridEncoding]:
     """Whether an encoding is one of grids."""
     return getattr(encoding, "rule", None) is not None

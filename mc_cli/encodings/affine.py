@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mc_cli import native
-from mc_cli.encodings import FASTEST, MOST, TensorSpec, check_parts
+from mc_cli.encodings import FASTEST, MOST, Grouped, TensorSpec, check_parts, grouped_codes
 from mc_cli.errors import McError, ShapeError
 
 if TYPE_CHECKING:
@@ -40,11 +40,8 @@ def from_key(key: str) -> AffineEncoding | None:
 
 
 @dataclass(frozen=True)
-class AffineEncoding:
+class AffineEncoding(Grouped):
     """Uniform grid of 2^bits levels per group of `group_size` consecutive inputs of a row."""
-
-    bits: int
-    group_size: int
 
     def __post_init__(self) -> None:
         """Raises ShapeError for widths and groups that the format does not have."""
@@ -57,14 +54,6 @@ class AffineEncoding:
     @property
     def key(self) -> str:
         return f"affine_b{self.bits}_g{self.group_size}"
-
-    @property
-    def code_bits(self) -> float:
-        return float(self.bits)
-
-    @property
-    def basis(self) -> str:
-        return f"g{self.group_size}"
 
     @property
     def rows_apart(self) -> bool:
@@ -84,9 +73,7 @@ class AffineEncoding:
 
     def tensor_specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """Shapes and dtypes of `codes`, `scales` and `zero_points`; ShapeError if the group does not divide."""
-        if in_features % self.group_size:
-            raise ShapeError(f"group_size {self.group_size} does not divide in_features {in_features}")
-        groups = in_features // self.group_size
+        groups = self.groups_in(in_features)
         return {
             "codes": TensorSpec((out_features, -(-in_features // 8) * self.bits), "uint8"),
             "scales": TensorSpec((out_features, groups), "float16"),
@@ -103,11 +90,7 @@ class AffineEncoding:
 
     def dequantize_in_torch(self, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
         """`dequantize` on any device, with temporary tensors several times the size of the result."""
-        from mc_cli.numerics.packing import unpack_codes
-
-        check_parts(self, tensors, in_features)
-        codes = unpack_codes(tensors["codes"], bits=self.bits, count=in_features)
-        grouped: torch.Tensor = codes.unflatten(-1, (-1, self.group_size)).float()
+        grouped = grouped_codes(self, tensors, in_features)
         zero_points = tensors["zero_points"].float() / self.zero_point_denominator
         grouped.sub_(zero_points.unsqueeze(-1)).mul_(tensors["scales"].float().unsqueeze(-1))
         return grouped.flatten(-2)

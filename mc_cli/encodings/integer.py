@@ -14,8 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mc_cli.encodings import TensorSpec, check_parts
-from mc_cli.errors import ShapeError
+from mc_cli.encodings import Grouped, TensorSpec, grouped_codes
 
 if TYPE_CHECKING:
     import torch
@@ -51,11 +50,8 @@ def encoding_at(bits: float, out_features: int, in_features: int, *, group_size_
 
 
 @dataclass(frozen=True)
-class IntegerEncoding:
+class IntegerEncoding(Grouped):
     """2^bits levels per group of `group_size` consecutive inputs of a row, zero among them."""
-
-    bits: int
-    group_size: int
 
     @property
     def key(self) -> str:
@@ -65,14 +61,6 @@ class IntegerEncoding:
     def symmetric(self) -> bool:
         """Whether the zero point is the middle code of all groups, and not stored."""
         return self.bits in SYMMETRIC
-
-    @property
-    def code_bits(self) -> float:
-        return float(self.bits)
-
-    @property
-    def basis(self) -> str:
-        return f"g{self.group_size}"
 
     @property
     def rows_apart(self) -> bool:
@@ -87,9 +75,7 @@ class IntegerEncoding:
 
     def tensor_specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """Shapes and dtypes of the stored parts. Raises ShapeError where groups do not divide a row."""
-        if in_features % self.group_size:
-            raise ShapeError(f"group_size {self.group_size} does not divide in_features {in_features}")
-        groups = in_features // self.group_size
+        groups = self.groups_in(in_features)
         specs = {
             "codes": TensorSpec((out_features, in_features // 8 * self.bits), "uint8"),
             "scales": TensorSpec((out_features, groups), "bfloat16"),
@@ -98,11 +84,7 @@ class IntegerEncoding:
 
     def dequantize(self, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
         """float32 [..., out_features, in_features]."""
-        from mc_cli.numerics.packing import unpack_codes
-
-        check_parts(self, tensors, in_features)
-        codes = unpack_codes(tensors["codes"], bits=self.bits, count=in_features)
-        grouped: torch.Tensor = codes.unflatten(-1, (-1, self.group_size)).float()
+        grouped = grouped_codes(self, tensors, in_features)
         if self.symmetric:
             grouped.sub_(2.0 ** (self.bits - 1))
         else:

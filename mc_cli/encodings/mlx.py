@@ -16,8 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mc_cli.encodings import TensorSpec, check_parts
-from mc_cli.errors import ShapeError
+from mc_cli.encodings import Grouped, TensorSpec, grouped_codes
 
 if TYPE_CHECKING:
     import torch
@@ -46,23 +45,12 @@ def encoding_at(bits: float, out_features: int, in_features: int, *, group_size_
 
 
 @dataclass(frozen=True)
-class MlxEncoding:
+class MlxEncoding(Grouped):
     """2^bits levels per group of `group_size` consecutive inputs of a row."""
-
-    bits: int
-    group_size: int
 
     @property
     def key(self) -> str:
         return f"mlx_b{self.bits}_g{self.group_size}"
-
-    @property
-    def code_bits(self) -> float:
-        return float(self.bits)
-
-    @property
-    def basis(self) -> str:
-        return f"g{self.group_size}"
 
     @property
     def rows_apart(self) -> bool:
@@ -77,9 +65,7 @@ class MlxEncoding:
 
     def tensor_specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """Shapes and dtypes of `codes`, `scales` and `biases`. Raises ShapeError where groups do not divide a row."""
-        if in_features % self.group_size:
-            raise ShapeError(f"group_size {self.group_size} does not divide in_features {in_features}")
-        groups = in_features // self.group_size
+        groups = self.groups_in(in_features)
         return {
             "codes": TensorSpec((out_features, in_features // 8 * self.bits), "uint8"),
             "scales": TensorSpec((out_features, groups), "bfloat16"),
@@ -88,10 +74,6 @@ class MlxEncoding:
 
     def dequantize(self, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
         """float32 [..., out_features, in_features]."""
-        from mc_cli.numerics.packing import unpack_codes
-
-        check_parts(self, tensors, in_features)
-        codes = unpack_codes(tensors["codes"], bits=self.bits, count=in_features)
-        grouped: torch.Tensor = codes.unflatten(-1, (-1, self.group_size)).float()
+        grouped = grouped_codes(self, tensors, in_features)
         grouped.mul_(tensors["scales"].float().unsqueeze(-1)).add_(tensors["biases"].float().unsqueeze(-1))
         return grouped.flatten(-2)

@@ -3,14 +3,14 @@
 An exporter file defines `NAME`, `DESCRIPTION`, `CARRIES_POLICY`, `export(job)`, which writes a directory that its users
 load without further steps, and `open(directory, reading)`, which reads it as they do and gives logits. `DEQUANTIZES =
 True` says that it holds plain numbers in the model's own dtype, and is as large as the original. `ENGINES` names the
-engines that load it, `KEEPS` says what is left in it of a plan; `check(config)` raises a McError for a model that it
-cannot hold, so that this is known before hours of work. Writing knows files only; what needs a live model comes with
-the job. Reading may use any engine, and nothing else knows which.
+engines that load it, `KEEPS` says what is left in it of a plan; `KEEPS_UNUSED = True` says that it writes `job.unused`;
+`check(config)` raises a McError for a model that it cannot hold, so that this is known before hours of work. Writing
+knows files only; what needs a live model comes with the job. Reading may use any engine, and nothing else knows which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,7 +30,7 @@ _REGISTRY = Registry(
     marker="export",
     name_of=lambda module: module.NAME,
     required=("NAME", "DESCRIPTION", "CARRIES_POLICY", "open"),
-    facts={"DEQUANTIZES": False, "ENGINES": (), "KEEPS": "not stated", "check": None},
+    facts={"DEQUANTIZES": False, "ENGINES": (), "KEEPS": "not stated", "KEEPS_UNUSED": False, "check": None},
 )
 
 
@@ -48,6 +48,7 @@ class ExportJob:
     original_config: Callable[[], Mapping[str, Any]]  # config.json that goes with the dequantized tensors
     advance: Callable[[str], None]  # one more part is written
     pruning: tuple[Pruning, Mapping[str, torch.Tensor]] | None = None  # the policy to carry, and what it learned
+    unused: Callable[[], Iterable[tuple[str, torch.Tensor]]] = tuple  # what the original holds beside the model
     auto_class: str = "AutoModelForCausalLM"  # the class of transformers that loads the whole model
     warn: Callable[[str], None] = lambda sentence: None  # told to the user, and kept in the record
     record_bytes: int = 0  # to leave in the metadata of a file that is to be the whole export, see export_record.py
@@ -105,6 +106,11 @@ def check_model(name: str, config: Any) -> None:
 def dequantizes(name: str) -> bool:
     """Whether the exporter writes plain numbers, as large as the original; False for a name that nobody knows."""
     return name in _REGISTRY.modules and bool(_REGISTRY.fact(_REGISTRY.modules[name], "DEQUANTIZES"))
+
+
+def keeps_unused(name: str) -> bool:
+    """Whether the exporter copies what a checkpoint holds beside the model."""
+    return bool(_REGISTRY.fact(exporter_from_name(name), "KEEPS_UNUSED"))
 
 
 @dataclass(frozen=True)

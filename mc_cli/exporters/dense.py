@@ -14,6 +14,7 @@ from mc_cli.measuring.logit_source import LogitSource, Reading
 NAME = "dense"
 CARRIES_POLICY = False
 DEQUANTIZES = True
+KEEPS_UNUSED = True
 ENGINES = ("transformers", "vLLM", "any that reads the original")
 KEEPS = "the values, at 16 bits a weight; dropped experts and cuts where config.json can say them"
 DESCRIPTION = (
@@ -46,6 +47,8 @@ def export(job: ExportJob) -> None:
         for name, tensor in job.original_tensors(part).items():
             writer.add(name, tensor)
         job.advance("outside the layers" if part < 0 else f"layer {part}")
+    for name, tensor in job.unused():
+        writer.add(name, tensor)
     writer.finish()
     title = f"{job.card.base_model or job.card.model_type}, quantized by mc-cli and written out dense"
     card = model_card(

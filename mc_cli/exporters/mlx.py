@@ -38,10 +38,9 @@ DESCRIPTION = "for mlx-lm and other tools of Apple's MLX; plan and quantize with
 ENGINES = ("mlx-lm",)
 KEEPS = "one width for each layer and projection; no dropped, cut or shared experts"
 # What mlx-lm 0.32 names and computes as these checkpoints do.
-FAMILIES = ("deepseek_v2", "glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+FAMILIES = ("glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 # Entries of config.json, by model_type, that it takes for granted or does not read: what they have to be.
-_TAKEN = {
-    "deepseek_v2": {"norm_topk_prob": (False,)},
+_TAKEN: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "mixtral": {"sliding_window": (None,)},
     "olmoe": {"clip_qkv": (None,)},
     "qwen2_moe": {
@@ -73,7 +72,7 @@ def check(config: Any) -> None:
             f"{', '.join(FAMILIES)}. Other formats: mc-cli export --list."
         )
     missing = object()
-    taken = {"hidden_act": ("silu",), **_TAKEN.get(config.model_type, {})}
+    taken: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), **_TAKEN.get(config.model_type, {})}
     wrong = [
         f"{name} is {found!r:.60}, there {wanted[0]!r}"
         for name, wanted in taken.items()
@@ -118,7 +117,7 @@ def export(job: ExportJob) -> None:
         quantization |= {_place(path)[0]: _settings(matrix.encoding) for path, matrix in matrices.items()}
         job.advance("outside the layers" if part < 0 else f"layer {part}")
     writer.finish()
-    usual = max(quantization.values(), key=list(quantization.values()).count, default={})
+    usual: dict[str, Any] = max(quantization.values(), key=list(quantization.values()).count, default={})
     config_json = _as_published(job.original_config(), config)
     if quantization:
         config_json = {**config_json, "quantization": {**usual, "mode": "affine", **quantization}}
@@ -128,7 +127,7 @@ def export(job: ExportJob) -> None:
     write_text(job.target / "README.md", card)
 
 
-def _as_published(entries: dict[str, Any], config: Any) -> dict[str, Any]:
+def _as_published(entries: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """config.json with the names that mlx-lm reads, also where transformers 5 has written it under its own."""
     found = dict(entries)
     for alias, name in config.attribute_map.items():

@@ -58,7 +58,12 @@ class _Whole:
         except Exception as error:  # transformers may raise anything at a directory that it cannot load
             raise ArtifactError(f"{directory} cannot be loaded: {type(error).__name__}: {error}") from error
         model, info = loaded
-        problems = [f"{name}: {kind.replace('_', ' ')}" for kind, names in info.items() for name in _names(names)]
+        problems = [
+            f"{name}: {kind.replace('_', ' ')}"
+            for kind, names in info.items()
+            for name in _names(names)
+            if kind != "unexpected_keys" or name not in reading.beyond
+        ]
         _raise_if_any(directory, problems + _misnamed(config, model))
         layers_path = find_decoder_layers(model)
         for part in (REST, *range(len(model.get_submodule(layers_path)))):
@@ -101,7 +106,9 @@ def _layered(directory: Path, reading: Reading) -> LogitSource:
             pruning = source.layout.pruning, dict(source.files.read(learned))
     else:
         source = Checkpoint(directory, config, dtype=reading.dtype, device=reading.device)
-        _raise_if_any(directory, [f"{name}: not part of the model" for name in source.unused])
+        _raise_if_any(
+            directory, [f"{name}: not part of the model" for name in source.unused if name not in reading.beyond]
+        )
     _raise_if_any(directory, _misnamed(config, source.model))
     return Walked(source, pruning, reading.look)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,7 @@ class FamilyFacts:
     adopts   classes that do not use transformers' experts interface, and how they are brought to it
     names    pattern at a name's beginning -> replacement, where transformers writes a tensor under another name than
              it is published with; the first match wins
+    read_as  the model type of transformers that the family is, where its own name is not one; results bear that name
     refused  why the family is not compressed, to follow its name; empty for all others
     """
 
@@ -100,6 +101,7 @@ class FamilyFacts:
     apart: tuple[str, ...] = ()
     adopts: tuple[Adopted, ...] = ()
     names: tuple[tuple[str, str], ...] = ()
+    read_as: str = ""
     refused: str = ""
 
     def role_of(self, name: str) -> Role | None:
@@ -128,6 +130,15 @@ def facts_for(model_type: str) -> FamilyFacts:
     """The facts of one model type; the default facts where the family has no file."""
     module = _REGISTRY.modules.get(model_type)
     return FamilyFacts(model_type) if module is None else module.FAMILY
+
+
+def in_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the model type that transformers has for the family, and without code in the place of that."""
+    model_type = config.get("model_type")
+    read_as = facts_for(model_type).read_as if isinstance(model_type, str) else ""
+    if not read_as:
+        return dict(config)
+    return {**{name: value for name, value in config.items() if name != "auto_map"}, "model_type": read_as}
 
 
 def facts_of(config: Any) -> FamilyFacts:

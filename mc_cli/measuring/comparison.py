@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from mc_cli.artifacts.evaluation import TextResult
+from mc_cli.artifacts.evaluation import AnswersResult, TextResult
+from mc_cli.artifacts.routes import Flip, LayerRoutes
+from mc_cli.data.kinds import IMAGE, PADDING, kind_masks
 from mc_cli.data.text import Windows
 from mc_cli.models.memory import release_freed_memory
 from mc_cli.parts import ExpertBlock
 from mc_cli.progress import Progress
 from mc_cli.walking.layerwise import LayerSource, LayerWalk
-from mc_cli.walking.routing import watching
+from mc_cli.walking.routing import RoutingCapture, watching
+
+_FLIPS = 20  # of a layer, that are told
 
 
 class _Sums:
@@ -47,6 +52,25 @@ class _Sums:
         )
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Two models on the same windows.
+
+    total, domains  predictions that count: all text, or answers where there are images
+    routes          how both models route, of each MoE layer
+    changes_by_kind kind of token -> MoE layer -> share of expert choices that differ
+    kinds           predictions by the kind of the predicted token, with images alone
+    answers         whole answers given exactly, with images alone
+    """
+
+    total: TextResult
+    domains: Mapping[str, TextResult]
+    routes: Sequence[LayerRoutes]
+    changes_by_kind: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    kinds: Mapping[str, TextResult] = field(default_factory=dict)
+    answers: AnswersResult | None = None
+
+
 def compare(
     original: LayerSource,
     packed: LayerSource,
@@ -55,37 +79,59 @@ def compare(
     *,
     batch_size: int,
     progress: Progress,
-) -> tuple[TextResult, dict[str, TextResult], dict[int, float]]:
-    """(all text, per domain, router changes per MoE layer); both models see the same windows.
+) -> Compared:
+    """Both models see the same windows.
 
-    Only the last `fresh` predictions of each window count, so overlapping windows count every token once.
+    Only the last `fresh` predictions of each window count, so overlapping windows count every token once; in rows with
+    images only those of answers.
     """
     walks = [LayerWalk(source, windows.batch, batch_size=batch_size) for source in (original, packed)]
-    changes: dict[int, float] = {}
+    routes: list[LayerRoutes] = []
+    by_kind: dict[str, dict[int, float]] = {}
+    masks = _kinds_of_real(windows)
     with progress.step("prune-eval: original and packed model", total=walks[0].num_layers + 1, unit="layer") as step:
         for layer in range(walks[0].num_layers):
-            chosen = [advance(walk, blocks.get(layer), layer) for walk in walks]
-            if chosen[0] is not None and chosen[1] is not None:
-                changes[layer] = changed_share(chosen[0], chosen[1])
+            seen = [advance(walk, blocks.get(layer), layer) for walk in walks]
+            if seen[0] is not None and seen[1] is not None:
+                routes.append(compared_routes(layer, seen[0], seen[1]))
+                for kind, mask in masks.items():
+                    changed = changed_share(seen[0].index[mask], seen[1].index[mask])
+                    by_kind.setdefault(kind, {})[layer] = changed
             step.advance(note=f"layer {layer}")
         total, domains = losses(walks[0], walks[1], windows)
+        seeing = windows.batch.kinds is not None
+        kinds, answers = losses_by_kind(walks[0], walks[1], windows) if seeing else ({}, None)
         step.advance(note="head")
-    return total, domains, changes
+    return Compared(total, domains, routes, by_kind, kinds, answers)
 
 
-def advance(walk: LayerWalk, block: ExpertBlock | None, layer: int) -> torch.Tensor | None:
-    """Runs one layer and returns the experts chosen [tokens, k], None for a dense layer."""
+def _kinds_of_real(windows: Windows) -> dict[str, torch.Tensor]:
+    """Kind -> mask of the tokens that are no padding, row after row; empty for text alone."""
+    if windows.batch.kinds is None:
+        return {}
+    kinds, real = windows.batch.kinds.reshape(-1), windows.batch.real
+    return kind_masks(kinds if real is None else kinds[real])
+
+
+def advance(walk: LayerWalk, block: ExpertBlock | None, layer: int) -> RoutingCapture | None:
+    """Runs one layer and returns what its router did, padding left out; None for a dense layer."""
     walk.source.load(layer)
+    capture = None
     if block is None:
         walk.run_layer(advance=True)
-        index = None
     else:
-        with watching(walk.source.model, block) as capture:
+        with watching(walk.source.model, block, real=walk.inputs.real) as capture:
             walk.run_layer(advance=True)
-        index = capture.index
     walk.source.free(layer)
     release_freed_memory()
-    return index
+    return capture
+
+
+def compared_routes(layer: int, original: RoutingCapture, packed: RoutingCapture) -> LayerRoutes:
+    """Loads and information of both, and which choices differ, whatever the order of a token's experts."""
+    one, other = original.index, packed.index
+    changed, flips = changed_choices(one, other)
+    return LayerRoutes(layer, original.routes(), packed.routes(), changed, flips)
 
 
 def changed_share(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -94,16 +140,65 @@ def changed_share(one: torch.Tensor, other: torch.Tensor) -> float:
     return 1.0 - float(kept.double().mean())
 
 
+def changed_choices(one: torch.Tensor, other: torch.Tensor) -> tuple[list[int], list[Flip]]:
+    """(tokens by how many experts of `one` [tokens, k] `other` did not choose, the most frequent single exchanges)."""
+    same = one[:, :, None] == other[:, None, :]
+    lost, gained = ~same.any(2), ~same.any(1)
+    counts = lost.sum(1)
+    single = counts == 1
+    pairs = torch.stack([one[single][lost[single]], other[single][gained[single]]], 1)
+    found, times = torch.unique(pairs, dim=0, return_counts=True)
+    order = torch.argsort(times, descending=True, stable=True)[:_FLIPS]
+    flips = [Flip(int(found[place, 0]), int(found[place, 1]), int(times[place])) for place in order.tolist()]
+    return torch.bincount(counts, minlength=one.shape[1] + 1).tolist(), flips
+
+
 @torch.no_grad()
 def losses(original: LayerWalk, packed: LayerWalk, windows: Windows) -> tuple[TextResult, dict[str, TextResult]]:
     """(all text, per domain) of two walks over the same windows that have both passed the last layer."""
     sums: dict[str, _Sums] = {}
     for row in range(windows.batch.rows):
         rows = slice(row, row + 1)
-        labels = windows.labels(row)
-        logits = [walk.head(rows, walk.hidden[rows])[0, :-1][-len(labels) :] for walk in (original, packed)]
+        places, labels = windows.places(row), windows.labels(row)
+        logits = [walk.head(rows, walk.hidden[rows])[0][places] for walk in (original, packed)]
         sums.setdefault(windows.domains[row], _Sums()).add(logits[0], logits[1], labels.to(logits[0].device))
     total = _Sums()
     for domain in sums.values():
         total.merge(domain)
     return total.result(), {name: domain.result() for name, domain in sorted(sums.items())}
+
+
+@torch.no_grad()
+def losses_by_kind(
+    original: LayerWalk, packed: LayerWalk, windows: Windows
+) -> tuple[dict[str, TextResult], AnswersResult]:
+    """(predictions by the kind of the predicted token, whole answers) of rows with images, walked as above.
+
+    Tokens that stand for images are predicted by nobody. An answer is a run of tokens that is measured; greedy decoding
+    gives it exactly where each of its tokens is the likeliest after those before it.
+    """
+    batch = windows.batch
+    assert batch.kinds is not None and batch.answers is not None
+    sums: dict[str, _Sums] = {}
+    answers, right = 0, [0, 0]
+    for row in range(batch.rows):
+        rows, labels = slice(row, row + 1), batch.token_ids[row, 1:]
+        logits = [walk.head(rows, walk.hidden[rows])[0, :-1] for walk in (original, packed)]
+        labels = labels.to(logits[0].device)
+        shown = (batch.kinds[row, 1:] != IMAGE) & (batch.kinds[row, 1:] != PADDING)
+        for kind, mask in kind_masks(batch.kinds[row, 1:]).items():
+            if bool((mask & shown).any()):
+                sums.setdefault(kind, _Sums()).add(logits[0][mask], logits[1][mask], labels[mask])
+        hits = [(each.argmax(-1) == labels).cpu() for each in logits]
+        for run in _runs(batch.answers[row, 1:]):
+            answers += 1
+            for model, hit in enumerate(hits):
+                right[model] += int(hit[run].all())
+    return {kind: found.result() for kind, found in sums.items()}, AnswersResult(answers, *right)
+
+
+def _runs(mask: torch.Tensor) -> list[slice]:
+    """The runs of True in a mask [tokens]."""
+    padded = torch.nn.functional.pad(mask.int(), (1, 1)).diff()
+    begins, ends = ((padded == sign).nonzero()[:, 0].tolist() for sign in (1, -1))
+    return [slice(begin, end) for begin, end in zip(begins, ends, strict=True)]

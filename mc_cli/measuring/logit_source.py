@@ -37,6 +37,7 @@ class Reading:
     look           called with each part once its stored tensors are in memory: the number of a decoder layer, or REST,
                    and the tensors by their names in transformers' module tree, tied ones left out. A reader whose
                    engine does not show them calls nothing, and logits alone are compared.
+    beyond         names of stored tensors that are no part of the model, and are not asked for
     """
 
     dtype: torch.dtype
@@ -44,6 +45,7 @@ class Reading:
     free_bytes: int | None = None
     trust_remote_code: bool = False
     look: Look = _look_away
+    beyond: frozenset[str] = frozenset()
 
 
 class LogitSource(Protocol):

@@ -30,13 +30,19 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from mc_cli.artifacts.scratch import InMemory
 from mc_cli.errors import CheckpointError, listed
 from mc_cli.families import facts_of
-from mc_cli.models.conversion_targets import FusedSlice, Target
+from mc_cli.models.conversion_targets import FusedSlice, Target, joined_rows
+from mc_cli.models.expert_gates import up_name
+from mc_cli.models.experts import find_experts
 from mc_cli.models.finite import damaged_weights, is_finite
 from mc_cli.models.inventory import find_decoder_layers, tied_tensors
+from mc_cli.models.memory import collector_paused
 from mc_cli.models.model_class import model_class
 from mc_cli.models.model_folder import config_file, read_config
+from mc_cli.models.paged_experts import PAGED, PagedWeights
+from mc_cli.models.pieces import WHOLE, Pieces
 from mc_cli.models.skeleton import build_skeleton, initialise, non_persistent_buffers, rebuild_buffers
 from mc_cli.models.tensor_files import TensorFiles
 from mc_cli.sources import layouts_of
@@ -68,14 +74,31 @@ class Checkpoint:
     model          the skeleton; `load` and `free` fill and empty its parts
     layers_path    module path of the decoder layers
     stored_dtypes  module-tree name -> dtype of the tensor when it is kept as it is
+    store          where tensors lie that are not needed all the time
     text_alone     whether the checkpoint is of a model for images or sound, of which this is the text part
     not_read       weight files beside those that are read
     unused         keys that the model's class has no place for, such as the layers of multi-token prediction
+    unplaced       names that transformers looks for unused keys under, and finds none
     activations    keys of scales for activations or the cache, which a quantized checkpoint may hold
     stored_sizes   module-tree name -> bytes in the files, where the tensor is stored in codes
     """
 
-    def __init__(self, folder: Path, config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    @collector_paused()
+    def __init__(
+        self,
+        folder: Path,
+        config: PretrainedConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        pieces: Pieces = WHOLE,
+        store: InMemory | None = None,
+    ) -> None:
+        """Reads the headers.
+
+        pieces  says which layers' experts are read one by one, when they are asked for
+        store   for weights that are written over such experts, and for what a stage keeps beside the model
+        """
         transformers_logging.disable_progress_bar()
         self.folder = folder
         self.device = device
@@ -83,6 +106,8 @@ class Checkpoint:
         quantization = quantization_entry(config)
         layouts_of(folder, quantization)
         self._quantized = quantization is not None
+        self._pieces = pieces
+        self.store = store or InMemory()
         self.text_alone = not model_class(config).whole
         self.files = TensorFiles(folder, quantization, named=getattr(config, "transformers_weights", None))
         _check_counts(folder, config, self.files.tensors)
@@ -92,6 +117,7 @@ class Checkpoint:
         self.not_read = self.files.not_read
         self.unused: list[str] = []
         self.activations: list[str] = []
+        self.unplaced: set[str] = set()
         self.stored_sizes: dict[str, int] = {}
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         self._targets: dict[int, list[Target]] = defaultdict(list)
@@ -114,6 +140,7 @@ class Checkpoint:
                 name, pattern = rename_source_key(key, [], [], prefix, known)
             if name not in known:
                 (self.activations if self._is_of_activations(key) else self.unused).append(key)
+                self.unplaced.add(name)
                 continue
             converter = by_pattern[pattern] if pattern is not None else None
             targets.setdefault(name, Target(name, converter)).pieces[pattern].append(tensor)
@@ -227,15 +254,17 @@ class Checkpoint:
     def load(self, part: int) -> None:
         """Materialises one decoder layer, or REST, on the device. Raises CheckpointError on non-finite weights."""
         where = f"{self.folder}, {'outside the layers' if part == REST else f'layer {part}'}"
-        kept = {target.name: self._is_kept_in_float32(target.name) for target in self._targets[part]}
+        apart = self._page_experts(part, where)
+        targets = [target for target in self._targets[part] if target.name not in apart]
+        kept = {target.name: self._is_kept_in_float32(target.name) for target in targets}
         dtypes = {
             piece.key: torch.float32 if kept[target.name] else self.dtype
-            for target in self._targets[part]
+            for target in targets
             for piece in target.all_pieces
         }
         with self.files.reading(dtypes, dtypes) as slices:
             readable: dict[str, Any] = {}
-            for target in self._targets[part]:
+            for target in targets:
                 readable |= self._readable(target, slices)
             self._convert(readable | self._derive(part), where)
         root = self.model if part == REST else self.model.get_submodule(f"{self.layers_path}.{part}")
@@ -244,6 +273,43 @@ class Checkpoint:
             self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         root.requires_grad_(False)
         _check_finite(root, where, self.dtype)
+
+    def _page_experts(self, part: int, where: str) -> set[str]:
+        """The names of fused experts of a part that stay in its files, to be read expert by expert."""
+        found: set[str] = set()
+        targets = {target.name: target for target in self._targets[part]}
+        root = self.model if part == REST else self.model.get_submodule(f"{self.layers_path}.{part}")
+        for path, module in find_experts(root):
+            prefix = path if part == REST else f"{self.layers_path}.{part}.{path}"
+            fused = {name: targets.get(f"{prefix}.{name}") for name in (up_name(module), "down_proj")}
+            size = sum(getattr(module, name).numel() * self.dtype.itemsize for name in fused)
+            if not self._pieces.experts_apart(size) or not all(self._by_expert(each) for each in fused.values()):
+                continue
+            reader = ExpertReader(self, {name: each for name, each in fused.items() if each is not None}, where)
+            setattr(module, PAGED, PagedWeights(reader.read, self.store))
+            found |= {f"{prefix}.{name}" for name in fused}
+        return found
+
+    @property
+    def reads_experts(self) -> bool:
+        """Whether the files allow that every layer's experts are read one by one."""
+        targets = {target.name: target for part in self._targets.values() for target in part}
+        fused = (f"{path}.{name}" for path, each in find_experts(self.model) for name in (up_name(each), "down_proj"))
+        return all(self._by_expert(targets.get(name)) for name in fused)
+
+    def _by_expert(self, target: Target | None) -> bool:
+        return target is not None and target.by_expert and not self._is_kept_in_float32(target.name)
+
+    def expert_of(self, target: Target, expert: int) -> torch.Tensor:
+        """One expert's part of a fused tensor, as the model lays it out, in its dtype."""
+        shape = self.model.get_parameter(target.name).shape[1:]
+        if not target.fuses_experts:
+            (stored,) = target.all_pieces
+            with self.files.reading([stored.key], {stored.key: self.dtype}) as slices:
+                return torch.empty(shape, dtype=self.dtype).copy_(slices[stored.key][expert])
+        keys = [target.pieces[pattern][expert].key for pattern in target.patterns]
+        with self.files.reading(keys) as slices:
+            return joined_rows([slices[key] for key in keys], torch.empty(shape, dtype=self.dtype))
 
     def _readable(self, target: Target, slices: dict[str, Any]) -> dict[str, Any]:
         """The input of transformers' conversion for one tensor; experts are fused here, under the fused name."""
@@ -299,6 +365,33 @@ class Checkpoint:
         root.to("meta")
         for module, buffers in kept:
             module._buffers.update(buffers)
+            module.__dict__.pop(PAGED, None)
+
+
+class ExpertReader:
+    """Reads the experts of one layer; the first time each is looked at, whether its weights are finite."""
+
+    def __init__(self, checkpoint: Checkpoint, targets: Mapping[str, Target], where: str) -> None:
+        """`targets` by parameter of the experts module;  where: in words, for errors."""
+        self._checkpoint = checkpoint
+        self._targets = targets
+        self._where = where
+        self._checked: set[tuple[str, int]] = set()
+
+    def read(self, projection: str, expert: int) -> torch.Tensor:
+        """One expert's part of a fused parameter, on the device. Raises CheckpointError where it is not finite."""
+        target, checkpoint = self._targets[projection], self._checkpoint
+        try:
+            weight = checkpoint.expert_of(target, expert)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._where}: cannot be read: {error}. Download the files again.") from error
+        if (projection, expert) not in self._checked:
+            if not is_finite(weight):
+                count = weight.numel() - int(weight.isfinite().sum())
+                wrong = [f"{target.name}: {count:,} of {weight.numel():,} values of expert {expert}"]
+                raise _not_finite(self._where, wrong, checkpoint.dtype)
+            self._checked.add((projection, expert))
+        return weight.to(checkpoint.device)
 
 
 def _in_natural_order(names: Iterable[str]) -> list[str]:
@@ -378,4 +471,8 @@ def _check_finite(root: nn.Module, where: str, dtype: torch.dtype) -> None:
         of_experts = f", experts {', '.join(which[:10])}" if len(counts) > 1 else ""
         wrong.append(f"{name}: {sum(counts):,} of {tensor.numel():,} values{of_experts}")
     if wrong:
-        raise CheckpointError(f"{where}: weights that are NaN or infinite:\n{listed(wrong)}\n{damaged_weights(dtype)}")
+        raise _not_finite(where, wrong, dtype)
+
+
+def _not_finite(where: str, wrong: list[str], dtype: torch.dtype) -> CheckpointError:
+    return CheckpointError(f"{where}: weights that are NaN or infinite:\n{listed(wrong)}\n{damaged_weights(dtype)}")

@@ -12,6 +12,8 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from mc_cli.sources.layout import StoredTensor
 
+_FUSED_DIMS = 3  # of the experts of a layer in one tensor
+
 
 @dataclass
 class Target:
@@ -61,6 +63,14 @@ class Target:
             lost += [f"{before}.{expert}.{after}" for expert in range(num_experts) if expert not in there]
         return lost
 
+    @property
+    def by_expert(self) -> bool:
+        """True where one expert can be read without the others: stored apart, or fused as the model has them."""
+        stored = self.all_pieces
+        return self.fuses_experts or (
+            self.converter is None and len(stored) == 1 and len(stored[0].shape) == _FUSED_DIMS
+        )
+
     def fits(self, wanted: tuple[int, ...]) -> bool:
         """Whether the stored shapes give a tensor of shape `wanted`, as far as the headers tell."""
         if self.fuses_experts:
@@ -88,9 +98,15 @@ class FusedSlice:
     def __getitem__(self, index: Any) -> torch.Tensor:
         fused = torch.empty(self._shape, dtype=self._dtype)
         for expert in range(self._shape[0]):
-            begin = 0
-            for parts in self._rows:
-                part = parts[expert][...]
-                fused[expert, begin : begin + len(part)] = part
-                begin += len(part)
+            joined_rows([parts[expert] for parts in self._rows], fused[expert])
         return fused[index]
+
+
+def joined_rows(parts: list[Any], whole: torch.Tensor) -> torch.Tensor:
+    """`whole` [rows, columns] with the stored tensors of one expert below each other."""
+    begin = 0
+    for stored in parts:
+        part = stored[...]
+        whole[begin : begin + len(part)] = part
+        begin += len(part)
+    return whole

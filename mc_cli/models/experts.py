@@ -10,15 +10,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from mc_cli.artifacts.scratch import InMemory
 from mc_cli.kernels.with_gradients import product
 from mc_cli.models.expert_banks import banks_of, output_of, runs_packed
 from mc_cli.models.expert_gates import Experts, activate, up_name
+from mc_cli.models.expert_gradients import differentiable_total
 from mc_cli.models.half_experts import first_only, gives_halves, whole_only
 from mc_cli.models.packed_experts import (
     attach_packed,
@@ -30,6 +32,7 @@ from mc_cli.models.packed_experts import (
     stored_slots,
     whole_weight,
 )
+from mc_cli.models.paged_experts import TURNS, Turns, paged_weights, routed_tokens, turns_of
 from mc_cli.parts import Projection
 
 __all__ = [
@@ -42,6 +45,7 @@ __all__ = [
     "expert_of_slot",
     "experts_forward",
     "is_packed",
+    "routed_tokens",
     "share_slots",
     "stored_parts",
     "stored_slots",
@@ -67,6 +71,8 @@ class ExpertCall:
     parts: tuple[torch.Tensor, ...] = ()  # what each of the expert's blocks gives, like `outputs`; before any norm
 
 
+SlicedCall = tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]  # tokens, inputs, index, weights
+AnyTurns = TypeVar("AnyTurns", bound=Turns)
 Observer = Callable[[Experts, ExpertCall], None]
 
 
@@ -120,9 +126,20 @@ def hidden_size_of(module: Experts) -> int:
 
 
 def expert_weight(module: Experts, projection: str, expert: int) -> torch.Tensor:
-    """A view of one dense expert's weight, upright [out_features, in_features]."""
-    weight = getattr(module, projection)[expert]
+    """One dense expert's weight, upright [out_features, in_features]: to be read; `put_expert_weight` changes it."""
+    paged = paged_weights(module)
+    weight = getattr(module, projection)[expert] if paged is None else paged.get(projection, expert)
     return weight.T if module.is_transposed else weight
+
+
+def put_expert_weight(module: Experts, projection: str, expert: int, weight: torch.Tensor) -> None:
+    """Puts an upright weight in the place of a dense expert's, in the dtype that the module computes in."""
+    paged = paged_weights(module)
+    if paged is None:
+        expert_weight(module, projection, expert).copy_(weight)
+        return
+    laid_out = weight.T if module.is_transposed else weight
+    paged.put(projection, expert, laid_out, getattr(module, projection).dtype)
 
 
 def expert_bias(module: Experts, projection: str, expert: int) -> torch.Tensor | None:
@@ -191,7 +208,14 @@ def experts_forward(
         top_k_index, top_k_weights = pruner(module, flat, top_k_index, top_k_weights)
     halves = gives_halves(pruner)
     top_k_index, top_k_weights = stored_slots(module, top_k_index, top_k_weights)
+    turns = turns_of(module)
+    if turns is not None and _observer(module) is None and bool((top_k_index < module.num_experts).any()):
+        total = turns.total(flat, top_k_index, top_k_weights)
+        return total.to(hidden_states.dtype).reshape(hidden_states.shape)
     alone = _observer(module) is None and not getattr(module, LOW_RANK, None)
+    if alone and not halves and _wants_gradients_alone(module, flat, top_k_weights):
+        total = differentiable_total(weighted_output, module, flat, top_k_index, top_k_weights)
+        return total.to(hidden_states.dtype).reshape(hidden_states.shape)
     banks = None
     if alone and runs_packed(module, flat) and not _learns(module, flat, top_k_weights):
         banks = banks_of(module)
@@ -257,8 +281,58 @@ def _add_experts(
         total.index_add_(0, token_index, (outputs * weights[:, None]).to(total.dtype))
 
 
+def weighted_output(module: Experts, expert: int, inputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """[tokens, hidden] that one dense expert adds at its tokens; inputs [tokens, hidden], routing weights [tokens]."""
+    activated = activate(module, project(module, up_name(module), expert, inputs))
+    outputs = project(module, "down_proj", expert, activated)
+    if module.has_post_expert_norm:
+        outputs = module.post_expert_norm(outputs)
+    return outputs * weights[:, None]
+
+
+@contextlib.contextmanager
+def taking_turns(modules: Sequence[Experts], store: InMemory, kind: type[AnyTurns]) -> Iterator[list[AnyTurns]]:
+    """Context in which experts that are not in memory note the calls of all batches before they are computed."""
+    found = [kind(module, store, weighted_output) for module in modules]
+    for turns in found:
+        setattr(turns.module, TURNS, turns)
+    try:
+        yield found
+    finally:
+        for turns in found:
+            delattr(turns.module, TURNS)
+
+
+def outputs_in_turn(
+    module: Experts,
+    calls: Callable[[], Iterator[SlicedCall]],
+    store: InMemory,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows, [tokens, hidden] that the experts give) for each call: its rows, inputs, index and weights.
+
+    Experts that are not in memory are computed one after another, each for all calls.
+    """
+    if paged_weights(module) is None:
+        for rows, *call in calls():
+            yield rows, module(*call)
+        return
+    turns = Turns(module, store, weighted_output)
+    for rows, flat, index, weights in calls():
+        turns.note(rows.start, flat, *stored_slots(module, index, weights))
+    turns.compute()
+    for rows, flat, _, _ in calls():
+        yield rows, turns.answer(rows.start).to(flat)
+
+
 def _observer(module: Experts) -> Observer | None:
     return getattr(module, "_mc_observer", None)
+
+
+def _wants_gradients_alone(module: Experts, flat: torch.Tensor, top_k_weights: torch.Tensor) -> bool:
+    """Whether gradients are wanted of the inputs of dense experts, and of nothing in them."""
+    if is_packed(module) or not torch.is_grad_enabled() or not (flat.requires_grad or top_k_weights.requires_grad):
+        return False
+    return not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _learns(module: Experts, flat: torch.Tensor, top_k_weights: torch.Tensor) -> bool:
@@ -267,22 +341,6 @@ def _learns(module: Experts, flat: torch.Tensor, top_k_weights: torch.Tensor) ->
         return False
     wanted = flat.requires_grad or top_k_weights.requires_grad
     return wanted or any(parameter.requires_grad for parameter in module.parameters())
-
-
-def routed_tokens(
-    top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """(expert, token indices, routing weights) of every expert that was chosen, ascending by expert."""
-    flat = top_k_index.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat.clamp(max=num_experts), minlength=num_experts + 1)[:num_experts].tolist()
-    weights = top_k_weights.reshape(-1)
-    begin = 0
-    for expert, count in enumerate(counts):
-        if count:
-            chosen = order[begin : begin + count]
-            yield expert, chosen // top_k_index.shape[-1], weights[chosen]
-            begin += count
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

@@ -6,26 +6,39 @@ import math
 
 import torch
 
+from mc_cli.artifacts.scratch import InMemory
 from mc_cli.errors import CheckpointError, InputError, McError
 
+_AT_ONCE = 1 << 24  # numbers of a tensor that lies in a file
 _FLOAT16 = f"{torch.finfo(torch.float16).max:,.0f}"
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are finite. One pass without temporaries: 20 times as fast as `isfinite` on a CPU."""
+def is_finite(tensor: torch.Tensor, store: InMemory | None = None) -> bool:
+    """Whether all values are finite. One pass without temporaries: 20 times as fast as `isfinite` on a CPU.
+
+    store   that the tensor may lie in: some of it at a time is in memory
+    """
     if tensor.numel() == 0:
         return True
-    return all(math.isfinite(float(extreme)) for extreme in tensor.detach().aminmax())
+    tensor = tensor.detach()
+    for piece in (tensor,) if store is None or not tensor.is_contiguous() else tensor.view(-1).split(_AT_ONCE):
+        if not all(math.isfinite(float(extreme)) for extreme in piece.aminmax()):
+            return False
+        if store is not None:
+            store.release(piece)
+    return True
 
 
-def require_finite(tensor: torch.Tensor, what: str, *, dtype: torch.dtype, model: object = None) -> None:
+def require_finite(
+    tensor: torch.Tensor, what: str, *, dtype: torch.dtype, model: object = None, store: InMemory | None = None
+) -> None:
     """Raises InputError or CheckpointError where `tensor` holds numbers that are NaN or infinite.
 
     what   what it is, with its layer; the sentence begins with it
     dtype  that the model computes in, which `tensor` need not have
-    model  where the model lies, for the message
+    model  where the model lies, for the message;  store: that the tensor may lie in
     """
-    if not is_finite(tensor):
+    if not is_finite(tensor, store):
         raise not_finite(what, tensor.numel() - int(tensor.isfinite().sum()), tensor.numel(), dtype, model)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import mmap
 import os
 import sys
@@ -84,6 +85,21 @@ def release_freed_memory() -> None:
     trim = _c_function("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Context in which Python looks for no garbage in cycles: for making tens of thousands of small objects that stay.
+
+    Every so many of them it would look at all objects of the process, and libraries have a million.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def read_ahead(paths: Iterable[Path]) -> None:

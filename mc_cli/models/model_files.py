@@ -14,6 +14,7 @@ from mc_cli.artifacts.files import copy_file, read_json, write_json
 from mc_cli.artifacts.front_matter import CARD, front_matter
 from mc_cli.artifacts.places import require_inside
 from mc_cli.errors import FamilyError, InputError, listed
+from mc_cli.families import in_transformers
 from mc_cli.models.companions import MODEL_FILES, companion_files
 from mc_cli.models.model_class import model_class
 
@@ -94,6 +95,7 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Left out are entries that describe the original's weights, parts for images or sound where the causal language
     model is one part of such a model, and layers of multi-token prediction, which that class does not have.
     """
+    config = in_transformers(config)
     if has_own_code(config):
         return _without_prediction(_without(config, _OF_THE_ORIGINAL[:-1]))
     plain = _of_the_class(_without(config, _OF_THE_ORIGINAL))
@@ -128,6 +130,15 @@ def _without_prediction(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(plain.get("text_config"), dict):
         plain["text_config"] = _without_prediction(plain["text_config"])
     return plain
+
+
+def with_counts_of(plain: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
+    """`plain` with the numbers of layers of multi-token prediction that the original's config.json has."""
+    found = {**plain, **{name: value for name, value in original.items() if _counts(name, value)}}
+    inner, outer = found.get("text_config"), original.get("text_config")
+    if isinstance(inner, dict) and isinstance(outer, dict):
+        found["text_config"] = with_counts_of(inner, outer)
+    return found
 
 
 def _counts(name: str, value: object) -> bool:

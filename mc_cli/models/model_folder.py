@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from mc_cli.artifacts.places import require_inside, require_ordinary
 from mc_cli.errors import CheckpointError, FamilyError, InputError, first_line, listed
-from mc_cli.families import CONTRACT_TESTED
+from mc_cli.families import CONTRACT_TESTED, in_transformers
 
 LEAST_TRANSFORMERS, BELOW_TRANSFORMERS = (5, 16, 1), (5, 24)  # as pyproject.toml has it
 # Files of a model that are read, here or by transformers.
@@ -54,6 +54,9 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{path} names no model_type: it is not the configuration of a transformers model.")
+    known = in_transformers(raw)
+    if known["model_type"] != model_type:
+        return _read_as(known, folder, path)
     code = raw.get("auto_map") or {}
     if not isinstance(code, dict):
         raise CheckpointError(f"{path}: auto_map is {code!r:.80}, not an object of class names. Download it again.")
@@ -74,6 +77,21 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
         text = config.get_text_config()
     except Exception as error:  # validation raises many types, custom code any
         raise CheckpointError(f"{path} (model_type {model_type!r}) cannot be used: {first_line(error)}") from error
+    return _checked(config, text, path)
+
+
+def _read_as(raw: dict[str, Any], folder: Path, path: Path) -> PretrainedConfig:
+    """The configuration of a family that transformers has under another name."""
+    kind = CONFIG_MAPPING[raw["model_type"]]
+    try:
+        config = kind.from_dict(kind._decode_special_floats(raw))
+    except Exception as error:  # as above
+        raise CheckpointError(f"{path} cannot be read as {raw['model_type']!r}: {first_line(error)}") from error
+    config.name_or_path = str(folder)
+    return _checked(config, config.get_text_config(), path)
+
+
+def _checked(config: PretrainedConfig, text: object, path: Path) -> PretrainedConfig:
     if not isinstance(text, PretrainedConfig):
         raise CheckpointError(
             f"{path}: text_config is {text!r:.80}, not the configuration of a model. Download it again."

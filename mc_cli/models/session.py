@@ -15,11 +15,13 @@ from mc_cli.artifacts.files import DigestCache, content_digest, read_json, remem
 from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.names import DIGESTS, POINTER
 from mc_cli.artifacts.places import require_ordinary
+from mc_cli.artifacts.scratch import InMemory, Scratch
 from mc_cli.artifacts.store import RESUME, StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError, listed
 from mc_cli.models.checkpoint import Checkpoint, read_config
 from mc_cli.models.model_name import resolve_model
+from mc_cli.models.pieces import Pieces
 from mc_cli.models.weight_digests import RECORD, SUFFIX, WeightDigests, Weights, changed_files, header_digest
 from mc_cli.settings import RunSettings
 
@@ -66,7 +68,9 @@ class Session:
 
     def open_checkpoint(self) -> Checkpoint:
         """The checkpoint over a skeleton on the session's device."""
-        return Checkpoint(self.folder, self.config, dtype=self.dtype, device=self.device)
+        pieces = Pieces(self.compute.max_memory_bytes)
+        store = Scratch(self.work_dir) if pieces.scratch else InMemory()
+        return Checkpoint(self.folder, self.config, dtype=self.dtype, device=self.device, pieces=pieces, store=store)
 
     def model_digest(self) -> str:
         """One digest over config, tokenizer, and names, sizes and headers of the weights, which are not read."""
@@ -99,7 +103,7 @@ class Session:
         A calibration of an earlier version has no record of the weights; it is identified as that version did.
         """
         manifest = require_done(WorkDir(self.work_dir), "calibrate")
-        weights = self._recorded_weights(manifest)
+        weights = self._recorded(manifest)
         identity = {"model": manifest.inputs["model"]}
         return identity if weights is None else {**identity, "weights": weights.digest}
 
@@ -112,8 +116,11 @@ class Session:
             return {"model": self._whole_digest() or done.inputs["model"]}
         return {"model": self.model_digest()}
 
-    def _recorded_weights(self, manifest: Manifest) -> Weights | None:
+    def recorded_weights(self) -> Weights | None:
         """The weights that calibrate read; None from an earlier version. Raises ArtifactError for a damaged record."""
+        return self._recorded(require_done(WorkDir(self.work_dir), "calibrate"))
+
+    def _recorded(self, manifest: Manifest) -> Weights | None:
         if RECORD not in manifest.outputs:
             return None
         wrong = damaged_files(self._calibration, {RECORD: manifest.outputs[RECORD]}, up_to_bytes=ALL_BYTES)
@@ -130,7 +137,7 @@ class Session:
 
     def check_weights(self) -> None:
         """Raises StaleArtifactError where the weights are not those of a finished calibration, changed files read."""
-        weights = self._recorded_weights(require_done(WorkDir(self.work_dir), "calibrate"))
+        weights = self.recorded_weights()
         wrong = changed_files(self.folder, weights.digests if weights else {}, self.digests(), read=True)
         if wrong:
             raise StaleArtifactError(
@@ -145,7 +152,7 @@ class Session:
         """
         weights: Weights | None = None
         if folder is None or folder.folder != self._calibration:
-            weights = self._recorded_weights(require_done(WorkDir(self.work_dir), "calibrate"))
+            weights = self.recorded_weights()
         names = {file for tensor in checkpoint.files.tensors.values() for file in tensor.files}
         found = WeightDigests(
             self.folder,
@@ -169,7 +176,7 @@ class Session:
         Raises InputError where it has not run, StaleArtifactError where the model's files are not those it read.
         """
         manifest = require_done(WorkDir(self.work_dir), "calibrate")
-        weights = self._recorded_weights(manifest)
+        weights = self._recorded(manifest)
         now = self._whole_digest() if weights is None else self.model_digest()
         known = changed_files(self.folder, weights.digests if weights else {}, self.digests(), read=False)
         if now not in (None, manifest.inputs["model"]) or known:

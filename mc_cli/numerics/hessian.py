@@ -116,13 +116,17 @@ def _invert_into(factor: Tensor, hessian: Tensor, added: float) -> bool:
     backwards. That takes one factorisation and one triangular solve, and never the inverse of the Hessian itself.
     """
     dtype = torch.float64 if len(hessian) <= FLOAT64_LIMIT else torch.float32
-    damped = hessian.to(dtype, copy=True)
-    damped.diagonal().add_(added)
-    lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    # Column by column, as the library wants it: so it works in place, with matrices that may take gigabytes.
+    lower = torch.empty_like(hessian, dtype=dtype, memory_format=torch.contiguous_format).mT
+    lower.copy_(hessian.flip(0, 1)).diagonal().add_(added)
+    info = torch.zeros((), dtype=torch.int32, device=hessian.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
     if int(info):
         return False
-    identity = torch.eye(len(hessian), dtype=dtype, device=hessian.device)
-    factor.copy_(torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1))
+    inverse = torch.eye(len(hessian), dtype=dtype, device=hessian.device).mT
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    factor.copy_(inverse.flip(0, 1))
     return bool(torch.isfinite(factor).all())
 
 

@@ -13,6 +13,7 @@ from mc_cli.artifacts.calibration import LayerRouting, routing_file
 from mc_cli.artifacts.files import read_json
 from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.names import POINTER
+from mc_cli.artifacts.routes import ROUTES, LayerRoutes, read_routes
 from mc_cli.artifacts.work_dir import POLICY_STAGE, STAGE_FOLDERS, WorkDir
 from mc_cli.errors import BudgetError, InputError
 from mc_cli.overview.commands import command_lines
@@ -21,9 +22,12 @@ from mc_cli.overview.curve_report import curve_chart, expectation_sentence, meas
 from mc_cli.overview.expectation import Expectation, expectation_of
 from mc_cli.overview.page_figures import (
     bits_map,
+    changed_table,
     domain_chart,
+    flips_table,
     front_chart,
     load_charts,
+    route_charts,
     router_chart,
     size_chart,
     spectrum_chart,
@@ -33,6 +37,7 @@ from mc_cli.progress import Progress
 from mc_cli.reports.evaluation import evaluation_summary
 from mc_cli.reports.html import Section, page
 from mc_cli.reports.plan import plan_summary
+from mc_cli.reports.tables import PERPLEXITY
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Contents:
     curve: Curve | None  # None where the scores hold no predicted losses
     expectation: Expectation
     routing: tuple[LayerRouting, ...]
+    routes: tuple[LayerRoutes, ...]  # on held-out text, of both models; empty where an earlier version evaluated
     manifests: Mapping[str, Manifest]
     model: str
     left_out: tuple[str, ...]
@@ -93,6 +99,7 @@ def read_contents(work: WorkDir, progress: Progress) -> Contents:
         curve=curve,
         expectation=expectation_of(pairs),
         routing=tuple(routing),
+        routes=read_routes(work.folder("prune-eval") / ROUTES),
         manifests={stage: manifest for stage, manifest in manifests.items() if manifest is not None},
         model=_model_name(work, scores),
         left_out=(*told, *left_out),
@@ -119,7 +126,7 @@ def _sections(found: Contents, unit_of: Any) -> Iterator[Section]:
     evaluation, plan = found.measured.evaluation, found.measured.plan
     assert plan is not None
     facts = evaluation_summary(evaluation, None)["facts"]
-    yield Section("summary", "Summary", facts={name: _text(value) for name, value in facts.items()})
+    yield Section("summary", "Summary", facts={name: _fact_text(name, value) for name, value in facts.items()})
     yield Section("size", "Size by role", figures=[size_chart(evaluation, unit_of)])
     tables = [
         entry for entry in evaluation_summary(evaluation, None)["tables"] if "bytes" not in entry["title"].lower()
@@ -136,15 +143,7 @@ def _sections(found: Contents, unit_of: Any) -> Iterator[Section]:
         ],
         figures=[spectrum_chart(found.scores.importance)],
     )
-    yield Section(
-        "routing",
-        "Routing",
-        [
-            "How evenly each layer's router spread the calibration tokens, before compression, and how often the "
-            "packed model chooses another expert on held-out text. The load after compression is not recorded."
-        ],
-        figures=[*load_charts(found.routing), router_chart(evaluation)],
-    )
+    yield _routing_section(found)
     if evaluation.pruning:
         yield Section(
             "skipping",
@@ -154,6 +153,32 @@ def _sections(found: Contents, unit_of: Any) -> Iterator[Section]:
         )
     yield _warnings_section(found)
     yield _repeat_section(found)
+
+
+def _routing_section(found: Contents) -> Section:
+    """The load of the experts and the routers' choices, before and after where the evaluation has both."""
+    if not found.routes:
+        sentence = (
+            "How evenly each layer's router spread the calibration tokens, before compression, and how often the "
+            "packed model chooses another expert on held-out text. An earlier version evaluated, which did not record "
+            "the load after compression: run prune-eval with --force."
+        )
+        charts = [*load_charts(found.routing), router_chart(found.measured.evaluation)]
+        return Section("routing", "Routing", [sentence], figures=charts)
+    sentences = [
+        "On held-out text, before and after compression: how evenly each layer's router spreads the tokens over its "
+        "experts, and how much its choice tells of the token, which is the mutual information of tokens and experts "
+        "under the softmax of its logits. Where both hardly move, the routers still do what they did.",
+        "A choice has flipped where a token goes to another expert than in the original. Which one became which is "
+        "told of tokens that exchanged one expert alone.",
+    ]
+    return Section(
+        "routing",
+        "Routing",
+        sentences,
+        figures=[*route_charts(found.routes), router_chart(found.measured.evaluation)],
+        tables=[changed_table(found.routes), flips_table(found.routes)],
+    )
 
 
 def _curve_section(found: Contents, unit_of: Any) -> Section:
@@ -190,6 +215,11 @@ def _repeat_section(found: Contents) -> Section:
         facts=facts,
         code=command_lines(found.work, found.manifests, found.model),
     )
+
+
+def _fact_text(name: str, value: Any) -> str:
+    """A fact of the summary; perplexities with as many decimals as everywhere."""
+    return f"{value:.{PERPLEXITY}f}" if name.startswith("perplexity") and isinstance(value, float) else _text(value)
 
 
 def _text(value: Any) -> str:

@@ -9,12 +9,15 @@ from mc_cli.artifacts.calibration import LayerRouting
 from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.plan import Plan, mean_bits
+from mc_cli.artifacts.routes import LayerRoutes
 from mc_cli.overview.routing import spread_of
 from mc_cli.parts import DROPPED
 from mc_cli.reports.charts import BARS, LINE, POINTS, STARS, Chart, Heat, Series
+from mc_cli.reports.tables import table
 
 _AT = 2  # bits at which experts are compared, where that was scored
 _UNIT = "nats per token"
+_FLIPS = 20  # that are shown
 
 
 def size_chart(evaluation: Evaluation, unit_of: Callable[[float], tuple[str, int]]) -> Chart:
@@ -80,6 +83,55 @@ def load_charts(routing: Sequence[LayerRouting]) -> list[Chart]:
         Series("entropy of the shares (1 is even)", places, [spread.entropy for spread in spreads]),
     ]
     return [Chart("Load of the experts before compression", "layer", "0 to 1", series)]
+
+
+def route_charts(layers: Sequence[LayerRoutes]) -> list[Chart]:
+    """Spread of the load, and what the routers' choices tell of a token, of the original and of the packed model."""
+    places = [layer.layer for layer in layers]
+    sides = {"before": [layer.original for layer in layers], "after": [layer.packed for layer in layers]}
+    spreads = {name: [spread_of(routes.counts) for routes in rows] for name, rows in sides.items()}
+    figures: dict[str, tuple[str, dict[str, list[float]]]] = {
+        "Gini coefficient of the load (0 is even)": (
+            "0 to 1",
+            {name: [spread.gini for spread in rows] for name, rows in spreads.items()},
+        ),
+        "Least over most used expert (1 is even)": (
+            "0 to 1",
+            {name: [spread.least_most for spread in rows] for name, rows in spreads.items()},
+        ),
+        "Entropy of the load's shares (1 is even)": (
+            "0 to 1",
+            {name: [spread.entropy for spread in rows] for name, rows in spreads.items()},
+        ),
+        "What a router's choice tells of the token, I(X;T)": (
+            "bits",
+            {name: [routes.information for routes in rows] for name, rows in sides.items()},
+        ),
+    }
+    return [
+        Chart(title, "layer", unit, [Series(name, places, values) for name, values in sides.items()])
+        for title, (unit, sides) in figures.items()
+    ]
+
+
+def flips_table(layers: Sequence[LayerRoutes]) -> dict[str, Any]:
+    """The most frequent exchanges of one expert for another, of all layers."""
+    rows = [
+        [layer.layer, flip.original, flip.packed, flip.tokens, 100 * flip.tokens / sum(layer.changed)]
+        for layer in layers
+        for flip in layer.flips
+    ]
+    rows.sort(key=lambda row: (-row[3], *row[:3]))
+    columns = ["layer", "expert before", "expert after", "tokens", "% of the tokens"]
+    return table("Choices that flipped most often", columns, rows[:_FLIPS], digits={"% of the tokens": 3})
+
+
+def changed_table(layers: Sequence[LayerRoutes]) -> dict[str, Any]:
+    """How many of their experts tokens have exchanged, by layer."""
+    most = max(len(layer.changed) for layer in layers)
+    columns = ["layer", *(f"{number} of {most - 1} others" if number else "the same" for number in range(most))]
+    rows = [[layer.layer, *layer.changed, *[0] * (most - len(layer.changed))] for layer in layers]
+    return table("Tokens by how many of their experts changed", columns, rows)
 
 
 def router_chart(evaluation: Evaluation) -> Chart:

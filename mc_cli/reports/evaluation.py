@@ -10,11 +10,13 @@ from mc_cli.artifacts.evaluation import Evaluation, TextResult
 from mc_cli.reports.tables import PERPLEXITY, summary, table
 
 
-def evaluation_summary(evaluation: Evaluation, text: str | None) -> dict[str, Any]:
-    """Everything that an evaluation measured; `text`: how rows became text, None where they were plain."""
+def evaluation_summary(evaluation: Evaluation, text: str | None, *, images: str | None = None) -> dict[str, Any]:
+    """Everything that an evaluation measured.
+
+    text  how rows became text, None where they were plain;  images: what became of rows with images, None without any
+    """
     facts = _facts(evaluation)
-    if text is not None:
-        facts["text"] = text
+    facts |= {name: line for name, line in (("text", text), ("images", images)) if line is not None}
     tables = [
         _texts_table(evaluation),
         _bytes_table(evaluation),
@@ -31,6 +33,14 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
     before = sum(evaluation.original_bytes.values())
     after = sum(sum(parts.values()) for parts in evaluation.stored_bytes.values())
     changes = evaluation.router_changes
+    answers = {}
+    if evaluation.answers is not None:
+        found = evaluation.answers
+        answers = {
+            "answers right before": f"{found.original_right:,} of {found.answers:,} "
+            f"({100 * found.original_right / found.answers:.2f} %)",
+            "answers right after": f"{found.packed_right:,} ({100 * found.packed_right / found.answers:.2f} %)",
+        }
     files = evaluation.context.get("original_file_bytes")
     coded = {} if files is None else {"bytes of its files": files, "times smaller than these": round(files / after, 3)}
     return {
@@ -44,6 +54,11 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
         "perplexity after": round(math.exp(evaluation.total.packed_loss), 4),
         "router choices changed": f"{100 * sum(changes.values()) / len(changes):.2f} % "
         f"(worst layer {100 * max(changes.values()):.2f} %)",
+        **answers,
+        **{
+            f"router choices changed, {kind} tokens": f"{100 * sum(found.values()) / len(found):.2f} %"
+            for kind, found in evaluation.router_changes_by_kind.items()
+        },
     }
 
 
@@ -51,7 +66,8 @@ def _texts_table(evaluation: Evaluation) -> dict[str, Any]:
     """One row per domain and one of all; where there is one domain, that of all."""
     context, domains = evaluation.context, evaluation.domains
     rows = [_row(name, entry) for name, entry in domains.items()] if len(domains) > 1 else []
-    rows.append(_row("all", evaluation.total))
+    rows.append(_row("all answers" if evaluation.kinds else "all", evaluation.total))
+    rows += [_row(f"{kind} tokens, questions too", entry) for kind, entry in evaluation.kinds.items()]
     columns = ["text", "tokens", "perplexity before", "after", "loss gap (nats)", "KL (nats)", "same top token %"]
     title = f"Original and packed model, context {context['length']}, stride {context['stride']}"
     if context.get("activation_bits") == 8:

@@ -298,7 +298,7 @@ class AllocateSettings(StageSettings):
                 "or --drop-ratio (share of whole experts); the last two with a budget or alone."
             )
         yield from map(InputError, merge_problems(self))
-        if self.halves and (not self._is_plain or self.method == CAMERA_Q):
+        if self.halves and (not self.is_plain or self.method == CAMERA_Q):
             yield InputError(
                 "--halves divides whole experts by a budget's widths: leave it out with what cuts or merges."
             )
@@ -371,14 +371,14 @@ class AllocateSettings(StageSettings):
         return not any(getattr(self, name) is not None for name in TARGETS if name not in shares)
 
     @property
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether experts stay as they are but for their widths."""
         return self.cut_ratio is None and self.drop_ratio is None and self.experts_left is None
 
     @property
     def is_by_scores(self) -> bool:
         """Whether scores alone say what is cut, merged, dropped or grouped, without a programme over costs."""
-        return not self._is_plain or self.method == CAMERA_Q
+        return not self.is_plain or self.method == CAMERA_Q
 
     @property
     def width_left(self) -> float:

@@ -48,8 +48,9 @@ class RunSettings(Settings):
     max_memory_bytes: int | None = setting(
         None,
         Flag(
-            "The most memory that a stage may take, for example 8GiB: more is refused before the work begins, with the "
-            "settings that would fit.",
+            "The most memory that a stage may take, for example 8GiB. Large layers are read expert by expert, and what "
+            "is kept of tokens lies in scratch files of the work directory; results are the same bytes. What does not "
+            "fit even so is refused before the work begins, with the settings that would.",
             COMPUTING,
             option="--max-memory",
             metavar="SIZE",

@@ -54,6 +54,14 @@ class ExportSettings(StageSettings):
             most=LARGEST_SIZE,
         ),
     )
+    keep_unused: bool = setting(
+        False,
+        Flag(
+            "With --format dense: also copy what the original holds beside the model, such as layers of multi-token "
+            "prediction and extra heads, at 16 bits and under its own names.",
+            _OUTPUT,
+        ),
+    )
     push_to_hub: str | None = setting(
         None,
         Flag(

@@ -7,8 +7,8 @@ from typing import Any
 from mc_cli.errors import InputError
 
 DATA = (
-    "Text: a .txt, .jsonl, .json or .parquet file, a folder of them, a `datasets` name (NAME or NAME:CONFIG), or "
-    "bundled:"
+    "Text, or for a model that sees rows with images: a .txt, .jsonl, .json or .parquet file, a folder of them, a "
+    "`datasets` name (NAME or NAME:CONFIG), or bundled:"
 )
 SPLIT = "Split of a `datasets` name; files have none."
 TEXT_FIELD = (

@@ -167,8 +167,10 @@ class DecodedSlice:
         shape = self._tensor.shape
         if len(shape) == 2:
             return self._matrix({name: piece[...] for name, piece in self._pieces.items()})[index]
-        stack = torch.empty(shape, dtype=self._dtype)
         parts = {name: self._of_matrix(name) for name in self._pieces}
+        if isinstance(index, int):
+            return self._matrix({name: part(index) for name, part in parts.items()}).to(self._dtype)
+        stack = torch.empty(shape, dtype=self._dtype)
         for place in range(shape[0]):
             stack[place] = self._matrix({name: part(place) for name, part in parts.items()})
         return stack[index]

@@ -19,6 +19,7 @@ from mc_cli.allocators.halves import halved, require_halves, sized_in_halves
 from mc_cli.allocators.merged_widths import merged_widths_plan
 from mc_cli.allocators.merging import merge_plan, merges_of
 from mc_cli.allocators.programme import METHOD, programme
+from mc_cli.allocators.trust import with_trusted_drops
 from mc_cli.allocators.whole_drops import drop_plan, require_a_drop
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.channel_measures import ChannelMeasures, channel_file
@@ -208,12 +209,12 @@ def read_channels(work: WorkDir, block: ExpertBlock) -> ChannelMeasures:
 
 def read_cuts(work: WorkDir, inventory: ModelInventory) -> dict[int, CutMeasures]:
     """Layer -> measures of cuts, of the layers in which score made them."""
-    folder, found = work.folder("score"), {}
-    for block in inventory.expert_blocks:
-        path, shape = folder / cut_file(block.layer), {"num_experts": block.num_experts, "channels": block.channels}
-        if path.exists():
-            found[block.layer] = CutMeasures.read(path, **shape)
-    return found
+    paths = {block: work.folder("score") / cut_file(block.layer) for block in inventory.expert_blocks}
+    return {
+        block.layer: CutMeasures.read(path, num_experts=block.num_experts, channels=block.channels)
+        for block, path in paths.items()
+        if path.exists()
+    }
 
 
 def scoring_quantizer(work: WorkDir) -> QuantizerSettings:
@@ -227,8 +228,7 @@ def may_cut(settings: AllocateSettings) -> bool:
     """Whether the plan may cut channels: the programme over the whole model, for no engine, without floors."""
     if not settings.cuts or settings.floors or settings.halves or settings.engine is not None:
         return False
-    structure = (settings.cut_ratio, settings.drop_ratio, settings.experts_left)
-    return all(share is None for share in structure) and settings.method == METHOD
+    return settings.is_plain and settings.method == METHOD
 
 
 def experts_gone(
@@ -313,6 +313,7 @@ def _allocated(
     quantizer: QuantizerSettings,
 ) -> tuple[Plan, tuple[Considered, ...]]:
     """The plan of a strategy; where there are measures of cuts, of the programme over widths, cuts and drops."""
+    importance = with_trusted_drops(importance) if cuts else importance
     shared: dict[str, Any] = {"budget": budget_of(settings, inventory, others), "role_bits": role_bits}
     solving: dict[str, Any] = {"time_limit_s": settings.time_limit_s, "gap": settings.gap}
     plain = partial(
@@ -330,7 +331,7 @@ def _allocated(
         **solving,
     )
     widths = settings.bits or importance.candidate_bits
-    menus = _menus(inventory, cuts, quantizer, widths)
+    menus = _menus(inventory, cuts, importance, quantizer, widths)
     if not menus:
         return plain(), ()
     found = programme(importance, menus, widths, plain, SolverSettings(**solving), **shared)
@@ -339,12 +340,17 @@ def _allocated(
 
 
 def _menus(
-    inventory: ModelInventory, cuts: Cuts, quantizer: QuantizerSettings, widths: tuple[float, ...]
+    inventory: ModelInventory,
+    cuts: Cuts,
+    importance: Importance,
+    quantizer: QuantizerSettings,
+    widths: tuple[float, ...],
 ) -> dict[int, CutMenu]:
     """Layer -> what its experts may be cut to, of the layers in which there is anything to cut."""
+    counts = {layer.layer: layer.routing_count for layer in importance.layers}
     coded: dict[str, Any] = {"family": quantizer.family, "widths": widths, "group_size_limit": quantizer.group_size}
     blocks = [block for block in inventory.expert_blocks if block.layer in cuts]
-    menus = {block.layer: cut_menu(block, cuts[block.layer], **coded) for block in blocks}
+    menus = {block.layer: cut_menu(block, cuts[block.layer], counts[block.layer], **coded) for block in blocks}
     return {layer: menu for layer, menu in menus.items() if menu.kept}
 
 

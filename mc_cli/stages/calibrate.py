@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +25,10 @@ from mc_cli.coding.sensitivity import backward_layer, output_gradient
 from mc_cli.data import text
 from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.data.chat import ChatSettings
+from mc_cli.data.image_rows import images_line, images_warnings
+from mc_cli.data.inputs import Drawn, Feeder
+from mc_cli.data.kinds import kind_masks
+from mc_cli.data.processors import sees
 from mc_cli.errors import ArtifactError
 from mc_cli.models.checkpoint import Checkpoint
 from mc_cli.models.finite import require_finite
@@ -52,12 +56,12 @@ _GRADIENTS = re.compile(r"gradient_before_([0-9]+)\.safetensors")
 
 @dataclass(frozen=True)
 class _Ready:
-    """Everything read before the first forward; `drawn`: windows of tokens, None where an earlier run wrote them."""
+    """Everything read before the first forward; `drawn`: the sequences, None where an earlier run wrote them."""
 
     checkpoint: Checkpoint
     inventory: ModelInventory
     weights: WeightDigests
-    drawn: tuple[Batch, artifact.TextReport | None] | None
+    drawn: Drawn[Batch] | None
 
 
 class Calibrate(Stage[StageFolder, _Ready, StageResult]):
@@ -70,7 +74,7 @@ class Calibrate(Stage[StageFolder, _Ready, StageResult]):
     def folder(self) -> StageFolder:
         """Made from the model and the text."""
         settings = replace(self.settings, length=text.fit_length(self.settings.length, self.session.config))
-        data = _source(settings).digest(self.session.digests())
+        data = _source(settings, self.session).digest(self.session.digests())
         resolved = {**settings.resolved(), "dtype": self.session.dtype_name}
         return StageFolder(self.work, STAGE, resolved, {**self.session.calibrate_inputs(), "data": data})
 
@@ -87,15 +91,16 @@ class Calibrate(Stage[StageFolder, _Ready, StageResult]):
         checkpoint, inventory = opened(self.session)
         weights = self.session.digesting(checkpoint, folder)
         written = folder.path(artifact.TOKENS).exists() and not run.force
-        return _Ready(checkpoint, inventory, weights, None if written else _windows(self.settings, self.session))
+        return _Ready(checkpoint, inventory, weights, None if written else _drawn(self.settings, self.session))
 
     def do(self, folder: StageFolder, ready: _Ready, run: Run) -> None:
         """Tokens, inventory, the way forward, the way back, and what experts lack."""
         settings, inventory, checkpoint, progress = self.settings, ready.inventory, ready.checkpoint, run.progress
         self.session.remember(settings.model, settings.revision)
         inputs = _inputs(settings, self.session, folder, ready.drawn, progress)
-        _write_inventory(checkpoint, inventory, folder, progress)
-        walk = LayerWalk(checkpoint, inputs, batch_size=self.session.batch_size(inputs.length))
+        _write_inventory(checkpoint, inventory, folder, progress, seen=inputs.kinds is not None)
+        batch_size = self.session.batch_size(inputs.length)
+        walk = LayerWalk(checkpoint, inputs, batch_size=batch_size, store=checkpoint.store)
         sequences = min(-(-settings.gradient_tokens // inputs.length), inputs.rows)
         with ready.weights as weights:
             _forward(walk, checkpoint, inventory, folder, sequences, progress)
@@ -103,7 +108,8 @@ class Calibrate(Stage[StageFolder, _Ready, StageResult]):
                 _backward(walk, checkpoint, inventory, folder, sequences, settings, progress)
             weights.finish().write(folder.folder)
         unexplained = unexplained_choices(artifact.read_sensitivities(folder.folder, inventory))
-        for message in unexplained + starved_experts(read_routing(folder.folder, inventory), inventory):
+        routing = read_routing(folder.folder, inventory)
+        for message in [*unexplained, *starved_experts(routing, inventory), *starved_by_kind(routing)]:
             folder.warn(message, progress)
 
     def result(self, folder: StageFolder, *, ran: bool) -> StageResult:
@@ -111,48 +117,55 @@ class Calibrate(Stage[StageFolder, _Ready, StageResult]):
         inventory = artifact.read_inventory(folder.path(artifact.INVENTORY))
         report = artifact.read_text_report(folder.folder)
         read = text.report_line(report) if report else None
-        summary = calibration_summary(inventory, read_routing(folder.folder, inventory), read)
+        images = artifact.read_image_report(folder.folder)
+        kinds = None
+        if images is not None:
+            kinds = read_calibration(folder.folder, vocabulary=self.session.vocabulary).kinds
+        summary = calibration_summary(
+            inventory,
+            read_routing(folder.folder, inventory),
+            read,
+            images=None if images is None else images_line(images),
+            felt=felt_by_kind(artifact.read_sensitivities(folder.folder, inventory), kinds),
+        )
         return StageResult(STAGE, folder.folder, ran, summary, folder.recorded_warnings())
 
 
 plan_stage, run = Plans(Calibrate), Runs(Calibrate)
 
 
-def _source(settings: CalibrateSettings) -> text.TextSource:
+def _source(settings: CalibrateSettings, session: Session) -> text.TextSource:
     chat = ChatSettings(settings.chat_template, settings.no_chat_template)
-    return text.TextSource(settings.data, settings.split, settings.text_field, chat)
+    return text.TextSource(settings.data, settings.split, settings.text_field, chat, images=sees(session.config))
 
 
-def _windows(settings: CalibrateSettings, session: Session) -> tuple[Batch, artifact.TextReport | None]:
-    """Windows of calibration tokens, drawn from the text, and how it was read."""
-    tokenizer = text.load_tokenizer(session.folder, trust_remote_code=session.compute.trust_remote_code)
-    source = _source(settings)
-    windows = text.calibration_windows(
-        source.documents(tokenizer),
-        tokenizer,
-        sequences=settings.sequences,
-        length=text.fit_length(settings.length, session.config),
-        seed=settings.seed,
-        renderer=source.renderer,
+def _drawn(settings: CalibrateSettings, session: Session) -> Drawn[Batch]:
+    """Calibration sequences drawn from the data, and how it was read."""
+    source, trusted = _source(settings, session), session.compute.trust_remote_code
+    return Feeder(session.folder, session.config, session.vocabulary, source, trusted).calibration(
+        sequences=settings.sequences, length=text.fit_length(settings.length, session.config), seed=settings.seed
     )
-    text.check_vocabulary(windows.token_ids, session.vocabulary)
-    return windows, source.report()
 
 
 def _inputs(
     settings: CalibrateSettings,
     session: Session,
     folder: StageFolder,
-    drawn: tuple[Batch, artifact.TextReport | None] | None,
+    drawn: Drawn[Batch] | None,
     progress: Progress,
 ) -> Batch:
-    """The windows of calibration tokens, written once; None: those written before. A shortfall of text is a warning."""
+    """The calibration sequences, written once; None: those written before. A shortfall of data is a warning."""
     if drawn is not None:
-        windows, report = drawn
-        if report is not None:
-            write_json(folder.path(artifact.TEXT), report)
-        write_tensors(folder.path(artifact.TOKENS), {"token_ids": windows.token_ids})
+        for name, report in ((artifact.TEXT, drawn.text), (artifact.IMAGES, drawn.images)):
+            if report is not None:
+                write_json(folder.path(name), report)
+        stored = drawn.made.stored()
+        if stored:
+            write_tensors(folder.path(artifact.INPUTS), stored)
+        write_tensors(folder.path(artifact.TOKENS), {"token_ids": drawn.made.token_ids})
     for message in text.report_warnings(artifact.read_text_report(folder.folder)):
+        folder.warn(message, progress)
+    for message in images_warnings(artifact.read_image_report(folder.folder)):
         folder.warn(message, progress)
     inputs = read_calibration(folder.folder, vocabulary=session.vocabulary)
     if inputs.rows < settings.sequences:
@@ -182,15 +195,16 @@ def opened(session: Session) -> tuple[Checkpoint, ModelInventory]:
 
 
 def _write_inventory(
-    checkpoint: Checkpoint, inventory: ModelInventory, folder: StageFolder, progress: Progress
+    checkpoint: Checkpoint, inventory: ModelInventory, folder: StageFolder, progress: Progress, *, seen: bool
 ) -> None:
+    """Writes what the model is made of, with warnings; `seen`: whether the sequences have images."""
     if not inventory.contract_tested:
         folder.warn(
             f"model_type {inventory.model_type!r} is reached through transformers' experts interface but has no "
             "contract test here; compare the exported model with the original before relying on it.",
             progress,
         )
-    beside_text = not_covered(inventory)
+    beside_text = not_covered(inventory, seen=seen)
     if beside_text is not None:
         folder.warn(beside_text, progress)
     if checkpoint.not_read:
@@ -203,7 +217,7 @@ def _write_inventory(
     if checkpoint.unused:
         kinds = list(kinds_of(checkpoint.unused))
         folder.warn(
-            f"{artifact.LEFT_OUT} {len(checkpoint.unused)} tensors of the checkpoint that are not part of "
+            f"{artifact.LEFT_OUT} {len(checkpoint.unused)} {artifact.OF_THE_CLASS} "
             f"{type(checkpoint.model).__name__} ({', '.join(kinds[:8])}{' ...' if len(kinds) > 8 else ''}; for example "
             f"{checkpoint.unused[0]}). The config.json of every result does not count them.{_text_alone(checkpoint)}",
             progress,
@@ -243,7 +257,7 @@ def _forward(
         for layer in range(first, walk.num_layers):
             if gradient_sequences:
                 kept = {name: tensor[:gradient_sequences] for name, tensor in walk.state().items()}
-                write_state(folder.path(f"{RESUME}/{_inputs_file(layer)}"), kept)
+                write_state(folder.path(f"{RESUME}/{_inputs_file(layer)}"), kept, store=walk.store)
             checkpoint.load(layer)
             _forward_layer(walk, checkpoint, blocks.get(layer), folder)
             checkpoint.free(layer)
@@ -256,11 +270,20 @@ def _forward_layer(walk: LayerWalk, checkpoint: Checkpoint, block: ExpertBlock |
     if block is None:
         walk.run_layer(advance=True)
         return
-    with watching(checkpoint.model, block) as capture:
+    real, kinds = walk.inputs.real, walk.inputs.kinds
+    with watching(checkpoint.model, block, real=real) as capture:
         walk.run_layer(advance=True)
     # Sequence by sequence: in float64 all hidden states would be four times as large.
-    energy = float(torch.stack([row.double().square().sum(-1) for row in walk.hidden]).mean())
-    routing_statistics(capture, block, residual_energy=energy).write(folder.path(artifact.routing_file(block.layer)))
+    rows = []
+    for row in walk.hidden:
+        rows.append(row.double().square().sum(-1))
+        walk.store.release(row)
+    energies = torch.stack(rows)
+    energy = float((energies if real is None else energies.reshape(-1)[real]).mean())
+    if kinds is not None:
+        kinds = kinds.reshape(-1) if real is None else kinds.reshape(-1)[real]
+    found = routing_statistics(capture, block, residual_energy=energy, kinds=kinds)
+    found.write(folder.path(artifact.routing_file(block.layer)))
 
 
 def _backward(
@@ -275,8 +298,9 @@ def _backward(
     """Gradient second moments of every MoE layer, from the last to the first that has experts."""
     blocks = {block.layer: block for block in inventory.expert_blocks}
     batch_size = max(1, min(walk.batch_size, GRADIENT_BATCH_TOKENS // walk.inputs.length))
-    walk = LayerWalk(checkpoint, walk.inputs.select(slice(sequences)), batch_size=batch_size)
-    gradients, layer = _gradient_start(walk, folder, sequences, settings)
+    final = walk.hidden[:sequences]
+    walk = LayerWalk(checkpoint, walk.inputs.select(slice(sequences)), batch_size=batch_size, store=walk.store)
+    gradients, layer = _gradient_start(walk, folder, final, settings)
     first = min(blocks)
     with progress.step(
         "calibrate: backward", total=walk.num_layers - first, unit="layer", done=walk.num_layers - 1 - layer
@@ -299,7 +323,7 @@ def _backward(
             if sensitivity is not None and covariance is not None:
                 write_tensors(folder.path(artifact.covariance_file(depth)), {"covariance": covariance})
                 write_tensors(folder.path(f"{RESUME}/sensitivity_{depth}.safetensors"), sensitivity.tensors())
-            save_state(folder, f"gradient_before_{depth}.safetensors", {"gradients": gradients})
+            save_state(folder, f"gradient_before_{depth}.safetensors", {"gradients": gradients}, walk.store)
             folder.path(f"{RESUME}/gradient_before_{depth + 1}.safetensors").unlink(missing_ok=True)
             step.advance(note=f"layer {depth}")
     merged: dict[str, torch.Tensor] = {}
@@ -324,13 +348,17 @@ def _require_finite_gradients(
         found["the gradients' covariance"] = covariance
     for what, tensor in found.items():
         if what != "the sensitivity `choice_cost`" and tensor.is_floating_point():
-            require_finite(tensor, f"{what} of layer {depth}", dtype=checkpoint.dtype, model=checkpoint.folder)
+            told, store = f"{what} of layer {depth}", checkpoint.store
+            require_finite(tensor, told, dtype=checkpoint.dtype, model=checkpoint.folder, store=store)
 
 
 def _gradient_start(
-    walk: LayerWalk, folder: StageFolder, sequences: int, settings: CalibrateSettings
+    walk: LayerWalk, folder: StageFolder, final: torch.Tensor, settings: CalibrateSettings
 ) -> tuple[torch.Tensor, int]:
-    """Gradients at the output of a layer, and that layer: the last one, or where an earlier run stopped."""
+    """Gradients at the output of a layer, and that layer: the last one, or where an earlier run stopped.
+
+    final   [sequences, length, hidden], the last layer's output
+    """
     depths = [
         int(match[1])
         for path in folder.path(RESUME).glob("*")
@@ -338,14 +366,14 @@ def _gradient_start(
     ]
     if depths:
         depth = min(depths)
-        return read_state(folder, f"gradient_before_{depth}.safetensors", "gradients"), depth - 1
-    final = read_state(folder, f"before_{walk.num_layers}.safetensors", "hidden")[:sequences]
+        return walk.store.keep(read_state(folder, f"gradient_before_{depth}.safetensors", "gradients")), depth - 1
     gradients = output_gradient(walk, final, samples=settings.gradient_samples, seed=settings.seed)
     require_finite(
         gradients,
         "the loss's gradients after the last layer",
         dtype=final.dtype,
         model=getattr(walk.source, "folder", None),
+        store=walk.store,
     )
     return gradients, walk.num_layers - 1
 
@@ -396,6 +424,33 @@ def starved_experts(routing: list[LayerRouting], inventory: ModelInventory) -> l
             "they will be rounded with the layer's pooled statistics. More varied text would help."
         )
     return messages
+
+
+def starved_by_kind(routing: Sequence[LayerRouting]) -> list[str]:
+    """A warning per kind of token that some experts never saw, though others did."""
+    messages = []
+    for kind in ("text", "image"):
+        rows = [(layer.layer, layer.by_kind[kind]) for layer in routing if kind in layer.by_kind]
+        unseen = [f"{layer}.{e}" for layer, found in rows for e, count in enumerate(found.routing_count) if count == 0]
+        if unseen:
+            messages.append(
+                f"{len(unseen)} experts saw no {kind} token (layer.expert: {_shown(unseen)}): how they answer to "
+                "one is not covered."
+            )
+    return messages
+
+
+def felt_by_kind(
+    sensitivities: Mapping[int, LayerSensitivity], kinds: torch.Tensor | None
+) -> dict[int, dict[str, float]]:
+    """Layer -> kind of token -> mean sensitivity over that of all tokens; empty without images or a backward pass."""
+    found: dict[int, dict[str, float]] = {}
+    for layer, sensitivity in ({} if kinds is None else sensitivities).items():
+        assert kinds is not None
+        scale = sensitivity.token_scale
+        masks = kind_masks(kinds.reshape(-1)[: len(scale)])
+        found[layer] = {kind: float(scale[mask].mean()) for kind, mask in masks.items()}
+    return found
 
 
 def _shown(experts: list[str]) -> str:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mc_cli import __version__
-from mc_cli.artifacts.calibration import LEFT_OUT
+from mc_cli.artifacts.calibration import LEFT_OUT, OF_THE_CLASS
 from mc_cli.artifacts.damage import ALL_BYTES
 from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.export_record import STAGE, ExportRecord
@@ -31,14 +31,15 @@ from mc_cli.artifacts.pruning import Pruning, read_pruning
 from mc_cli.artifacts.store import require_done, verify_stages
 from mc_cli.artifacts.work_dir import POLICY_STAGE, STAGE_FOLDERS, VARIANTS, WorkDir
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError
-from mc_cli.exporters import ExportJob, dequantizes, exporter_from_name
+from mc_cli.exporters import ExportJob, dequantizes, exporter_from_name, keeps_unused
 from mc_cli.exporters.hub import push
 from mc_cli.exporters.model_card import CardFacts
 from mc_cli.measuring.logit_source import Reading
 from mc_cli.measuring.readback import ReadBack, read_back
 from mc_cli.models.model_class import model_class
 from mc_cli.models.model_files import copy_model_files, original_card
-from mc_cli.models.session import device_named, dtype_named
+from mc_cli.models.session import device_named, dtype_named, later_session
+from mc_cli.models.unused_tensors import UnusedTensors
 from mc_cli.packed.dense_tensors import DenseTensors, weight_dtype
 from mc_cli.packed.packed_files import PackedFiles, open_packed
 from mc_cli.packed.packed_model import part_numbers, read_packed_config, stored_sizes
@@ -59,6 +60,7 @@ class _Ready:
     stages: Mapping[str, Mapping[str, Any]]
     card: CardFacts
     pruning: tuple[Pruning, Mapping[str, torch.Tensor]] | None
+    unused: UnusedTensors | None = None
 
 
 class Export(Stage[ExportFolder, _Ready, StageResult]):
@@ -75,6 +77,12 @@ class Export(Stage[ExportFolder, _Ready, StageResult]):
         if evaluated is not None:
             inputs["prune-eval"] = evaluated.fingerprint
         resolved = {name: value for name, value in self.settings.resolved().items() if name != "out"}
+        if not resolved["keep_unused"]:  # as earlier versions noted it
+            del resolved["keep_unused"]
+        elif not keeps_unused(self.settings.format):
+            raise InputError(
+                f"--keep-unused: --format {self.settings.format} holds the model alone. Use it with --format dense."
+            )
         target = export_target(self.settings.out)
         for taken in (self.work.folder("quantize").resolve(), (self.work.path / VARIANTS).resolve()):
             if target == taken or taken in target.parents or target in taken.parents:
@@ -94,10 +102,15 @@ class Export(Stage[ExportFolder, _Ready, StageResult]):
         files = open_packed(self.work.folder("quantize"))
         evaluation = _evaluation(self.work, folder, run.progress)
         card = _card(self.work, files, stages, evaluation, self.compute)
+        unused = None
+        if self.settings.keep_unused:
+            unused = UnusedTensors(later_session(self.work.path, self.compute))
+            card = replace(card, left_out=tuple(text for text in card.left_out if OF_THE_CLASS not in text))
+            folder.warn(_kept_beside(unused), run.progress)
         for sentence in card.left_out:
             folder.warn(sentence, run.progress)
         pruning = _pruning(self.settings, self.work, evaluation, folder, run.progress)
-        return _Ready(files, stages, card, pruning)
+        return _Ready(files, stages, card, pruning, unused)
 
     @contextmanager
     def guarding(self, folder: ExportFolder) -> Iterator[None]:
@@ -150,7 +163,7 @@ def _remember(work: WorkDir, folder: ExportFolder, progress: Progress) -> None:
 def _write_and_read_back(
     settings: ExportSettings, compute: RunSettings, folder: ExportFolder, ready: _Ready, progress: Progress
 ) -> ReadBack:
-    files, pruning = ready.files, ready.pruning
+    files, pruning, unused = ready.files, ready.pruning, ready.unused
     trusted = compute.trust_remote_code
     config = read_packed_config(files, trust_remote_code=trusted)
     parts = part_numbers(config)
@@ -169,7 +182,8 @@ def _write_and_read_back(
             shard_bytes=settings.shard_bytes,
             card=ready.card,
             original_tensors=lambda part: dense().original(part),
-            original_config=lambda: dense().config_json(),
+            original_config=lambda: unused.config(dense().config_json()) if unused else dense().config_json(),
+            unused=lambda: unused.tensors(stored) if unused else (),
             advance=lambda note: step.advance(note=note),
             pruning=pruning,
             auto_class=model_class(config).auto_name,
@@ -182,7 +196,7 @@ def _write_and_read_back(
             folder.partial,
             files.folder,
             exporter.open,
-            Reading(dtype, device, trust_remote_code=trusted),
+            Reading(dtype, device, trust_remote_code=trusted, beyond=unused.unplaced if unused else frozenset()),
             dequantized=dequantizes(settings.format),
             pruning=pruning,
         )
@@ -258,6 +272,15 @@ def _left_out(work: WorkDir) -> tuple[str, ...]:
     """The warnings of calibrate about tensors that no stage takes along."""
     calibrated = Manifest.read(work.folder("calibrate"))
     return tuple(text for text in (calibrated.warnings if calibrated else ()) if text.startswith(LEFT_OUT))
+
+
+def _kept_beside(unused: UnusedTensors) -> str:
+    """What the directory holds beside the model."""
+    return (
+        f"{len(unused.names)} tensors that transformers does not read are copied from the original"
+        + (f" ({unused.names[0]} for example)" if unused.names else "")
+        + ": they are not compressed, and were made for the original's hidden states."
+    )
 
 
 def expert_code_bits(layout: PackedLayout) -> tuple[float, int]:

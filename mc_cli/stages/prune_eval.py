@@ -10,19 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from mc_cli.artifacts import calibration as calibration_artifact
-from mc_cli.artifacts.calibration import TextReport
-from mc_cli.artifacts.evaluation import Evaluation, TextResult
+from mc_cli.artifacts.calibration import ImageReport, TextReport
+from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.files import DigestCache, content_digest
 from mc_cli.artifacts.names import EVALUATION
 from mc_cli.artifacts.packed import StoredBytes
 from mc_cli.artifacts.quantization import read_report
+from mc_cli.artifacts.routes import ROUTES, write_routes
 from mc_cli.artifacts.store import StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.data import text
+from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.data.chat import ChatSettings
-from mc_cli.errors import MissingDependencyError
+from mc_cli.data.image_rows import images_line, images_warnings
+from mc_cli.data.inputs import POLICY_WITH_IMAGES, Drawn, Feeder
+from mc_cli.data.processors import sees
+from mc_cli.errors import InputError, MissingDependencyError
 from mc_cli.kernels.compiled import check_inputs, inputs_of
-from mc_cli.measuring.comparison import compare
+from mc_cli.measuring.comparison import Compared, compare
 from mc_cli.measuring.lm_eval_tasks import Tasks, find_tasks, run_tasks
 from mc_cli.measuring.policy_fitting import (
     FitPolicies,
@@ -55,6 +60,7 @@ class _Ready:
     inventory: ModelInventory
     windows: text.Windows
     report: TextReport | None  # how the text's rows were read
+    images: ImageReport | None  # what became of rows with images
     tasks: Tasks | None
     original: Checkpoint
 
@@ -72,7 +78,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
         self.session.calibrated()
         inputs = {
             **self.session.model_inputs(),
-            "data": _source(settings).digest(self.session.digests()),
+            "data": _source(settings, self.session).digest(self.session.digests()),
             "quantize": require_done(self.work, "quantize").fingerprint,
         }
         if settings.prune.policy:
@@ -88,11 +94,13 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
         """The text, the tasks, and the checkpoint's headers."""
         inventory = calibration_artifact.read_inventory(self.work.folder("calibrate") / calibration_artifact.INVENTORY)
         tasks = find_tasks(self.settings)
-        windows, report = _read_heldout(self.settings, self.session)
-        _warn_of_text(folder, windows, report, run.progress)
-        text.check_vocabulary(windows.token_ids, self.session.vocabulary)
+        drawn = _drawn(self.settings, self.session)
+        if self.settings.prune.policy:
+            calibrated = read_calibration(self.work.folder("calibrate"), vocabulary=self.session.vocabulary)
+            _require_text_alone(drawn.made.batch, calibrated)
+        _warn_of_text(folder, drawn, run.progress)
         check_inputs(self.settings.activation_bits, self.session.device)
-        return _Ready(inventory, windows, report, tasks, self.session.open_checkpoint())
+        return _Ready(inventory, drawn.made, drawn.text, drawn.images, tasks, self.session.open_checkpoint())
 
     def do(self, folder: StageFolder, ready: _Ready, run: Run) -> None:
         """Measures both models, then what skips experts."""
@@ -107,15 +115,21 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
         with self.session.digesting(ready.original, None) as weights:
             evaluation = self._measured(folder, ready, run)
             weights.finish()
-        if ready.report is not None:
-            evaluation = replace(evaluation, context={**evaluation.context, "text": ready.report})
+        reports = {"text": ready.report, "images": ready.images}
+        found = {name: report for name, report in reports.items() if report is not None}
+        if found:
+            evaluation = replace(evaluation, context={**evaluation.context, **found})
         evaluation.write(folder.path(EVALUATION))
 
     def result(self, folder: StageFolder, *, ran: bool) -> StageResult:
         """Loss, perplexity and bytes before and after."""
         evaluation = Evaluation.read(folder.path(EVALUATION))
-        rows = evaluation.context.get("text")
-        summary = evaluation_summary(evaluation, None if rows is None else text.report_line(rows))
+        rows, images = evaluation.context.get("text"), evaluation.context.get("images")
+        summary = evaluation_summary(
+            evaluation,
+            None if rows is None else text.report_line(rows),
+            images=None if images is None else images_line(images),
+        )
         return StageResult(STAGE, folder.folder, ran, summary, folder.recorded_warnings())
 
     def _measured(self, folder: StageFolder, ready: _Ready, run: Run) -> Evaluation:
@@ -126,7 +140,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
         packed_folder = self.work.folder("quantize")
         packed = PackedSource(packed_folder, dtype=session.dtype, device=session.device, trust_remote_code=trusted)
         with inputs_of(settings.activation_bits, session.device):
-            total, domains, changes = compare(
+            compared = compare(
                 ready.original,
                 packed,
                 windows,
@@ -134,6 +148,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
                 batch_size=session.batch_size(windows.token_ids.shape[1]),
                 progress=run.progress,
             )
+        write_routes(folder.path(ROUTES), compared.routes)
         # A fitted policy is kept for later evaluations, with other inputs too.
         fitted = self._fitted(folder, ready.inventory, packed, run)
         with inputs_of(settings.activation_bits, session.device):
@@ -142,13 +157,11 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
             tasks = ready.tasks
             results = run_tasks(tasks, settings, session, packed_folder, run.progress, pruning=ships) if tasks else {}
         stored = stored_sizes(packed_folder, trust_remote_code=trusted)
-        evaluation = _evaluation(
-            settings, packed_folder, stored, ready.inventory, windows, total, domains, changes, results
-        )
+        evaluation = _evaluation(settings, packed_folder, stored, ready.inventory, windows, compared, results)
         return replace(evaluation, pruning=pruning)
 
     def _fitting_inputs(self) -> dict[str, str]:
-        source = fitting_source(self.settings.prune, _source(self.settings))
+        source = fitting_source(self.settings.prune, _source(self.settings, self.session))
         return fitting_inputs(self.settings.prune, self.session, self.work, source)
 
     def _fitted(
@@ -157,7 +170,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
         """The policies in `pruning/`, fitted if they are not yet there; None without a policy."""
         if not self.settings.prune.policy:
             return None
-        source = fitting_source(self.settings.prune, _source(self.settings))
+        source = fitting_source(self.settings.prune, _source(self.settings, self.session))
         stage = FitPolicies(self.settings.prune, self.session, self.work, inventory, packed, source)
         fitted = run_stage(stage, force=run.force, progress=run.progress)
         for warning in fitted.warnings:
@@ -207,9 +220,16 @@ def _tasks_digest(folder: Path, cache: DigestCache) -> str:
     return content_digest([[str(path.relative_to(folder)), cache.digest(path)] for path in files])
 
 
-def _warn_of_text(folder: StageFolder, windows: text.Windows, report: TextReport | None, progress: Progress) -> None:
+def _require_text_alone(*batches: Batch) -> None:
+    """Raises InputError for images where a policy is fitted or measured."""
+    if any(batch.kinds is not None for batch in batches):
+        raise InputError(POLICY_WITH_IMAGES)
+
+
+def _warn_of_text(folder: StageFolder, drawn: Drawn[text.Windows], progress: Progress) -> None:
     """Warnings about rows, about text that was calibrated on, and about domains too short to be measured."""
-    for message in text.report_warnings(report):
+    windows = drawn.made
+    for message in [*text.report_warnings(drawn.text), *images_warnings(drawn.images)]:
         folder.warn(message, progress)
     if require_done(folder.work, "calibrate").inputs["data"] == folder.inputs["data"]:
         folder.warn(
@@ -225,29 +245,24 @@ def _warn_of_text(folder: StageFolder, windows: text.Windows, report: TextReport
         )
 
 
-def _source(settings: EvaluateSettings) -> text.TextSource:
+def _source(settings: EvaluateSettings, session: Session) -> text.TextSource:
     chat = ChatSettings(settings.chat_template, settings.no_chat_template)
-    return text.TextSource(settings.data, settings.split, settings.text_field, chat)
+    return text.TextSource(settings.data, settings.split, settings.text_field, chat, images=sees(session.config))
 
 
 def heldout_windows(settings: EvaluateSettings, session: Session) -> text.Windows:
     """The windows of held-out text, as long as the model allows. Raises InputError where there is too little of it."""
-    return _read_heldout(settings, session)[0]
+    return _drawn(settings, session).made
 
 
-def _read_heldout(settings: EvaluateSettings, session: Session) -> tuple[text.Windows, TextReport | None]:
-    """The windows of held-out text, and how its rows became text; None where they are plain."""
-    tokenizer = text.load_tokenizer(session.folder, trust_remote_code=session.compute.trust_remote_code)
-    source = _source(settings)
-    windows = text.evaluation_windows(
-        source.documents(tokenizer),
-        tokenizer,
+def _drawn(settings: EvaluateSettings, session: Session) -> Drawn[text.Windows]:
+    """The windows of held-out data, and how it was read."""
+    source, trusted = _source(settings, session), session.compute.trust_remote_code
+    return Feeder(session.folder, session.config, session.vocabulary, source, trusted).evaluation(
         length=text.fit_length(settings.length, session.config),
         stride=settings.stride,
         max_sequences=settings.max_sequences,
-        renderer=source.renderer,
     )
-    return windows, source.report()
 
 
 def _evaluation(
@@ -256,18 +271,19 @@ def _evaluation(
     stored: dict[Role, StoredBytes],
     inventory: ModelInventory,
     windows: text.Windows,
-    total: TextResult,
-    domains: dict[str, TextResult],
-    changes: dict[int, float],
+    compared: Compared,
     tasks: dict[str, Any],
 ) -> Evaluation:
     rows = [row for path in sorted((packed_folder / "report").glob("*.json")) for row in read_report(path)]
     code_bits = sum(row.weight_count * row.bits for row in rows if row.role == Role.EXPERT.value)
     length = int(windows.token_ids.shape[1])
     return Evaluation(
-        total=total,
-        domains=domains,
-        router_changes=changes,
+        total=compared.total,
+        domains=compared.domains,
+        router_changes={layer.layer: layer.changed_share for layer in compared.routes},
+        router_changes_by_kind=compared.changes_by_kind,
+        kinds=compared.kinds,
+        answers=compared.answers,
         context={
             "length": length,
             "stride": settings.stride or length,

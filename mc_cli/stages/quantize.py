@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import nn
 from mc_cli.allocators.stacks import check_alike
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.calibration import LayerSensitivity
-from mc_cli.artifacts.files import file_digest, read_json, write_json, write_tensors
+from mc_cli.artifacts.files import file_digest, read_json, write_json
 from mc_cli.artifacts.names import COVERAGE, PLAN
 from mc_cli.artifacts.packed import LAYOUT, ExpertLayout, PackedLayout, part_file, part_name
 from mc_cli.artifacts.places import require_ordinary
@@ -27,9 +27,11 @@ from mc_cli.artifacts.plan import Plan, widths_by_block
 from mc_cli.artifacts.quantization import Coverage, MatrixReport, read_report, write_report
 from mc_cli.artifacts.sizes import SIZES, write_sizes
 from mc_cli.artifacts.store import RESUME, StageFolder, require_done
+from mc_cli.artifacts.streamed import Pieces, write_pieces
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.coding.layer_quantizer import LayerQuantizer
 from mc_cli.coding.layer_result import LayerResult
+from mc_cli.coding.linears import TokenMoments
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.encodings import family_of_role
@@ -45,7 +47,6 @@ from mc_cli.models.packed_experts import share_slots
 from mc_cli.models.router_masks import drop_experts
 from mc_cli.models.session import Session, later_session
 from mc_cli.models.weight_digests import WeightDigests
-from mc_cli.numerics.hessian import accumulate
 from mc_cli.packed.packed_model import model_bytes, stored_sizes
 from mc_cli.parts import DROPPED, KEPT_BITS, ModelInventory, Role, TensorPart
 from mc_cli.progress import Progress, StageResult
@@ -117,7 +118,8 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
         """The embedding, every layer, the head and the rest; then the account of it all."""
         checkpoint, inventory, plan, quantizer = ready.checkpoint, ready.inventory, ready.plan, self.settings.quantizer
         run_our_experts(checkpoint.model)
-        walk = LayerWalk(checkpoint, ready.inputs, batch_size=self.session.batch_size(ready.inputs.length))
+        batch_size = self.session.batch_size(ready.inputs.length)
+        walk = LayerWalk(checkpoint, ready.inputs, batch_size=batch_size, store=checkpoint.store)
         writer = _Writer(folder, checkpoint, inventory, self.session)
         original = walk.twin() if quantizer.corrects_errors else None
         with ready.weights as weights, executor_for(self.session.compute, self.session.device) as executor:
@@ -298,14 +300,17 @@ def _head_and_rest(
         head = checkpoint.model.get_output_embeddings()
         hessian = torch.zeros((head.weight.shape[-1],) * 2, device=checkpoint.device)
 
+        moments, here = TokenMoments(walk, "the head", hessian), slice(0)
+
         def capture(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            accumulate(hessian, args[0].reshape(-1, args[0].shape[-1]))
+            moments.add(here, args[0])
 
         handle = head.register_forward_pre_hook(capture)
         for rows in walk.batches():
+            here = rows
             walk.logits(rows)
         handle.remove()
-        worker.linears.sharing_input(heads, hessian, walk.inputs.tokens, result)
+        worker.linears.sharing_input(heads, hessian, walk.inputs.real_tokens, result)
     writer.write(REST, parts, result)
 
 
@@ -317,18 +322,19 @@ class _Writer:
     ) -> None:
         self._folder = folder
         self._model = checkpoint.model
+        self._store = checkpoint.store
         self._compute_dtype = session.dtype
 
     def write(self, part: int, parts: list[TensorPart], result: LayerResult) -> None:
         """`part`: the decoder layer, or REST;  parts: its tensors in the checkpoint."""
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, Pieces] = {}
         replaced = {f"{path}.weight" for path in result.linears}
         state = self._model.state_dict()
         for each in parts:
             if each.role is not Role.EXPERT and each.name not in replaced:
-                tensors[each.name] = self._kept(state[each.name], each.dtype)
+                tensors[each.name] = Pieces.of(self._kept(state[each.name], each.dtype))
         for path, (_, packed) in result.linears.items():
-            tensors |= {f"{path}.{stored}": tensor for stored, tensor in packed.items()}
+            tensors |= {f"{path}.{stored}": Pieces.of(tensor) for stored, tensor in packed.items()}
         if result.layout is not None:
             dtype = next(each.dtype for each in parts if each.role is Role.EXPERT)
             tensors |= self._stacked(result, dtype)
@@ -337,7 +343,7 @@ class _Writer:
         )
         write_json(self._folder.path(f"{RESUME}/layout_{part_name(part)}.json"), layout.to_json())
         write_report(self._folder.path(f"report/{part_name(part)}.json"), result.report)
-        write_tensors(self._folder.path(part_file(part)), tensors)
+        write_pieces(self._folder.path(part_file(part)), tensors)
 
     def _kept(self, tensor: torch.Tensor, stored: str) -> torch.Tensor:
         """The tensor in the checkpoint's dtype: exact, unless computing was narrower than storing, then as computed."""
@@ -346,17 +352,33 @@ class _Writer:
             return tensor
         return tensor.to(dtype)
 
-    def _stacked(self, result: LayerResult, dtype: str) -> dict[str, torch.Tensor]:
+    def _stacked(self, result: LayerResult, dtype: str) -> dict[str, Pieces]:
+        """The matrices of each stack behind each other: never all in memory."""
         assert result.layout is not None
         tensors = {}
         for projection in result.layout.projections:
             for stack in result.layout.stacks(projection):
                 packed = [result.experts[projection][member][1] for member in stack.members]
-                for stored in packed[0]:
-                    together = torch.stack([entry[stored] for entry in packed])
+                for stored, first in packed[0].items():
                     name = f"{result.layout.path}.{stack.name(stored)}"
-                    tensors[name] = self._kept(together, dtype) if stored == "weight" else together
+                    kept = dtype if stored == "weight" else None
+                    tensors[name] = self._stack([entry[stored] for entry in packed], first, kept)
         return tensors
+
+    def _stack(
+        self, members: Sequence[torch.Tensor | Pieces], first: torch.Tensor | Pieces, kept: str | None
+    ) -> Pieces:
+        """One tensor of several matrices like the `first`; kept: the checkpoint's dtype, where they are weights."""
+
+        def pieces() -> Iterator[torch.Tensor]:
+            for member in members:
+                whole = member if isinstance(member, Pieces) else Pieces.of(member, after=self._store.release)
+                for piece in whole.pieces():
+                    yield piece if kept is None else self._kept(piece, kept)
+
+        sample = torch.empty(0, dtype=first.dtype)
+        stored = sample if kept is None else self._kept(sample, kept)
+        return Pieces((len(members), *first.shape), stored.dtype, pieces)
 
 
 def _account(

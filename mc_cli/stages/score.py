@@ -84,7 +84,7 @@ class Score(Stage[StageFolder, _Ready, StageResult]):
             inventory,
             checkpoint,
             weights,
-            walk=LayerWalk(checkpoint, batch, batch_size=self.session.batch_size(batch.length)),
+            walk=LayerWalk(checkpoint, batch, batch_size=self.session.batch_size(batch.length), store=checkpoint.store),
             quantizer=quantizer_for(self.settings.quantizer),
             sensitivities=calibration_artifact.read_sensitivities(calibration, inventory),
         )
@@ -122,11 +122,18 @@ def _layers(
         for layer in range(first, walk.num_layers):
             ready.checkpoint.load(layer)
             if layer in blocks:
-                with watching(model, blocks[layer], keep_inputs=True) as capture:
+                with watching(model, blocks[layer], keep_inputs=True, store=walk.store) as capture:
                     walk.run_layer(advance=True)
                 module = model.get_submodule(blocks[layer].path)
                 sensitivity = ready.sensitivities.get(layer)
-                inputs = ExpertInputs(capture, blocks[layer], session.device, sensitivity=sensitivity)
+                inputs = ExpertInputs(
+                    capture,
+                    blocks[layer],
+                    session.device,
+                    sensitivity=sensitivity,
+                    store=walk.store,
+                    batch=walk.inputs,
+                )
                 _score_channels(scorer, settings.unit, module, inputs, folder)
                 if settings.similarity:
                     measure_similarity(module, inputs).write(folder.path(similarity_file(layer)))

@@ -17,10 +17,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from mc_cli.artifacts.scratch import InMemory
 from mc_cli.data.batches import Batch
 from mc_cli.errors import CheckpointError, FamilyError, InputError, first_line
 from mc_cli.models.checkpoint import REST
+from mc_cli.models.experts import Experts, find_experts, taking_turns
 from mc_cli.models.finite import require_finite
+from mc_cli.models.paged_experts import Suspended, Turns, paged_weights
 from mc_cli.walking.recording import LayerCall, NotLayerwise, Recording, same_arguments, stand_ins
 
 _PACKAGE = Path(__file__).parents[1]
@@ -53,8 +56,10 @@ class LayerWalk:
                 Gradients take it as given
     """
 
-    def __init__(self, source: LayerSource, inputs: Batch, *, batch_size: int) -> None:
+    def __init__(self, source: LayerSource, inputs: Batch, *, batch_size: int, store: InMemory | None = None) -> None:
+        """Runs the embeddings. `store` holds what there is of every token; None: the source's, if it has one."""
         self.source = source
+        self.store = store or getattr(source, "store", None) or InMemory()
         self.inputs = inputs
         self.batch_size = batch_size
         self.depth = 0
@@ -77,7 +82,7 @@ class LayerWalk:
     def twin(self) -> LayerWalk:
         """Another walk over the same sequences, from where this one is; each advances by itself."""
         other = copy.copy(self)
-        other.hidden = self.hidden.clone()
+        other.hidden = self.store.copy(self.hidden)
         return other
 
     def embed_again(self) -> None:
@@ -96,7 +101,7 @@ class LayerWalk:
                 f"saved hidden states have shape {tuple(hidden.shape)} {hidden.dtype}, this run needs "
                 f"{tuple(self.hidden.shape)} {self.hidden.dtype}. Use --force to start the stage anew."
             )
-        self.hidden, self.depth, self.handed = hidden, depth, handed
+        self.hidden, self.depth, self.handed = self.store.keep(hidden), depth, handed
 
     def advance_to(self, hidden: torch.Tensor) -> None:
         """Goes on behind the resident layer, whose output `hidden` is, and which has run."""
@@ -110,20 +115,49 @@ class LayerWalk:
         advance    replaces the hidden states by the outputs, and moves on by one layer
         """
         layer = self.layers[self.depth]
-        handed = []
-        for rows in self.batches():
+        handed: dict[int, torch.Tensor] = {}
+
+        def run(rows: slice) -> None:
             output, beside = self._call(layer, self.hidden[rows].to(self.source.device), rows)
             self._require_finite(output, f"the hidden states that leave layer {self.depth}")
             if beside is not None:
-                handed.append(beside.to(self.hidden.device))
+                handed[rows.start] = beside.to(self.hidden.device)
             if on_batch is not None:
                 on_batch(rows, output)
             if advance:
                 self.hidden[rows] = output.to(self.hidden.device)
-        self._to_hand = torch.cat(handed) if handed else None
+            self.store.release(self.hidden[rows])
+
+        self.each_batch(run)
+        self._to_hand = torch.cat([handed[begin] for begin in sorted(handed)]) if handed else None
         if advance:
             self.depth += 1
             self.handed = self._to_hand
+
+    def paged_experts(self) -> list[Experts]:
+        """The experts modules of the resident layer whose weights are not in memory."""
+        return [module for _, module in find_experts(self.layers[self.depth]) if paged_weights(module) is not None]
+
+    def each_batch(self, run: Callable[[slice], None]) -> None:
+        """Calls `run` with the rows of every batch; it runs the resident layer, and then does what it does.
+
+        Where the layer's experts are not in memory, `run` is called until all that it calls of them is known, and must
+        not do anything before the layer has given its output: its first calls end in the middle.
+        """
+        waiting = list(self.batches())
+        with taking_turns(self.paged_experts(), self.store, Turns) as all_turns:
+            while waiting:
+                ended = []
+                for rows in waiting:
+                    for turns in all_turns:
+                        turns.batch = rows.start
+                    try:
+                        run(rows)
+                    except Suspended:
+                        ended.append(rows)
+                for turns in all_turns:
+                    turns.compute()
+                waiting = ended
 
     def _call(self, layer: nn.Module, hidden: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(what goes to the next layer or the norm, the second value that goes with it) for one batch."""
@@ -140,7 +174,8 @@ class LayerWalk:
         return output if call.added is None else output + call.added.to(output), beside[0].detach() if beside else None
 
     def _require_finite(self, tensor: torch.Tensor, what: str) -> None:
-        require_finite(tensor, what, dtype=self.hidden.dtype, model=getattr(self.source, "folder", None))
+        model = getattr(self.source, "folder", None)
+        require_finite(tensor, what, dtype=self.hidden.dtype, model=model, store=self.store)
 
     @contextlib.contextmanager
     def _blaming_config(self, what: str) -> Iterator[None]:
@@ -204,8 +239,9 @@ class LayerWalk:
         for rows in self.batches():
             first, arguments = self._record(recording, rows)
             if hidden is None:
-                hidden = torch.empty((self.inputs.rows, *first.shape[1:]), dtype=first.dtype)
+                hidden = self.store.empty((self.inputs.rows, *first.shape[1:]), first.dtype)
             hidden[rows] = first.to(hidden.device)
+            self.store.release(hidden[rows])
             same_length = -(rows.stop - rows.start)
             if same_length not in kept:
                 kept[same_length] = arguments

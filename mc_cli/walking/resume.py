@@ -10,6 +10,7 @@ import torch
 
 from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX
 from mc_cli.artifacts.manifest import BEGUN, MANIFEST
+from mc_cli.artifacts.scratch import InMemory
 from mc_cli.artifacts.states import read_state as read_tensors_of
 from mc_cli.artifacts.states import recorded, write_state
 from mc_cli.artifacts.store import RESUME, StageFolder
@@ -27,7 +28,7 @@ def save_progress(folder: StageFolder, walk: LayerWalk, original: LayerWalk | No
     original  a walk at the same depth that is to go on with it
     """
     name = f"before_{walk.depth}.safetensors"
-    save_state(folder, name, walk.state() | ({} if original is None else original.state("original")))
+    save_state(folder, name, walk.state() | ({} if original is None else original.state("original")), walk.store)
     path = folder.path(f"{RESUME}/{name}")
     for other in path.parent.glob("before_*.safetensors"):
         if other != path:
@@ -60,9 +61,9 @@ def restore_progress(folder: StageFolder, walk: LayerWalk, original: LayerWalk |
     return depth
 
 
-def save_state(folder: StageFolder, file: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Keeps tensors for a resume, with the digests of everything that is finished by now."""
-    write_state(folder.path(f"{RESUME}/{file}"), tensors, recorded(folder.folder, _finished(folder.folder)))
+def save_state(folder: StageFolder, file: str, tensors: Mapping[str, torch.Tensor], store: InMemory) -> None:
+    """Keeps tensors, which may lie in `store`, for a resume, with the digests of all that is finished by now."""
+    write_state(folder.path(f"{RESUME}/{file}"), tensors, recorded(folder.folder, _finished(folder.folder)), store)
 
 
 def _finished(folder: Path) -> Iterator[Path]:

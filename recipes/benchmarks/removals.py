@@ -2,9 +2,10 @@
 
 Nothing is coded, and nothing makes good for what is gone. The model is calibrated and scored once. On windows of
 held-out text, in float32, the loss and the KL divergence from the original are then measured
-  channels   without one channel, so many times, of experts drawn at random (--channels)
-  experts    without one expert, which its router then does not choose, every one of them (--experts)
-  layers     without all channels of a layer's experts beyond a border, and so in all layers at once (--layers)
+  channels   without one channel, so many times (--channels), of experts drawn at random
+  experts    without one expert, which its router then does not choose, every one of them
+  layers     without all channels of a layer's experts beyond a border, and so in all layers at once
+  plans      without the channels that the plan of --size cuts, and so for thirds of its cut experts by their tokens
 For channels and experts the Spearman correlation of each score with that is printed; for layers, the sum of the costs
 that score measured for each expert alone beside the truth. All figures are written as JSON; rows that --out has already
 are not measured again.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,14 @@ from mc_cli.models.inventory import router_path_of
 from mc_cli.models.router_masks import mask_router
 from mc_cli.models.session import later_session
 from mc_cli.parts import DROPPED, ExpertBlock
-from mc_cli.settings import EvaluateSettings, QuantizerSettings, RunSettings, ScoreSettings
+from mc_cli.settings import AllocateSettings, EvaluateSettings, QuantizerSettings, RunSettings, ScoreSettings
 from mc_cli.stages.allocate import read_channels, read_cuts
 from mc_cli.stages.prune_eval import heldout_windows
 from mc_cli.walking.layerwise import LayerWalk
 
 OURS = "ours: predicted loss"
 EXPERT_SCORES = {"reap": "output_norm_mean", "frequency": "routing_count", "router weight": "routing_weight_sum"}
-UNITS = ("channels", "experts", "layers")
+UNITS = ("channels", "experts", "layers", "plans")
 
 
 def main() -> None:
@@ -65,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--loss-tokens", type=int, default=ScoreSettings.loss_tokens)
     parser.add_argument("--units", nargs="+", choices=UNITS, default=list(UNITS))
     parser.add_argument("--channels", type=int, default=300, help="channels drawn over all layers and experts")
+    parser.add_argument("--size", type=float, default=1.5, help="of the plan: stored bits per expert weight")
     return parser.parse_args()
 
 
@@ -141,6 +143,7 @@ def points(arguments: argparse.Namespace, seeded: Calibrated, sweep: Sweep) -> I
         "channels": lambda: without_each_channel(arguments, original, work, blocks, sweep, seeded.seed),
         "experts": lambda: without_each_expert(original, blocks, seeded, sweep),
         "layers": lambda: without_the_rest(original, blocks, cuts, sweep, seeded.seed),
+        "plans": lambda: without_what_is_planned(arguments.size, original, blocks, cuts, seeded, sweep),
     }
     for unit in arguments.units:
         yield from ((unit, row) for row in makers[unit]())
@@ -206,13 +209,53 @@ def without_the_rest(
                     found = original.lost(block.layer)
                 yield key | found | {"predicted": float(cuts.loss[:, place].sum(dtype=np.float64))}
         if sweep.lacks(seed, unit="layers", layer=-1, kept=border):
-            for context in contexts:
-                context.__enter__()
-            found = original.lost(0)
-            for context in contexts:
-                context.__exit__(None, None, None)
+            with ExitStack() as every:
+                for context in contexts:
+                    every.enter_context(context)
+                found = original.lost(0)
             together = sum(float(cuts.loss[:, place].sum(dtype=np.float64)) for cuts in measured.values())
             yield {"layer": -1, "kept": border} | found | {"predicted": together}
+
+
+def without_what_is_planned(
+    size: float,
+    original: Original,
+    blocks: tuple[ExpertBlock, ...],
+    measured: dict[int, CutMeasures],
+    seeded: Calibrated,
+    sweep: Sweep,
+) -> Iterator[Row]:
+    """One row for all experts that a plan of widths and cuts cuts, and one for each third of them by their tokens."""
+    widths = QuantizerSettings().candidate_widths()
+    plan = seeded.allocate(AllocateSettings(target_stored_bits=size, bits=widths))
+    if plan.channel_order is None:
+        return
+    tokens = {layer.layer: layer.routing_count for layer in Importance.read(seeded.folder("score") / IMPORTANCE).layers}
+    found = []
+    for block in blocks:
+        for expert, entry in enumerate(plan.expert_bits[block.layer]):
+            if isinstance(entry, tuple) and len(entry) > 1:
+                found.append((tokens[block.layer][expert], block, expert, entry[0].channels))
+    found.sort(key=lambda one: one[0])
+    thirds = [found[len(found) * part // 3 : len(found) * (part + 1) // 3] for part in range(3)]
+    for name, group in (("all", found), ("fewest tokens", thirds[0]), ("middle", thirds[1]), ("most", thirds[2])):
+        if not group or not sweep.lacks(seeded.seed, unit="plans", size=size, group=name):
+            continue
+        predicted = 0.0
+        with ExitStack() as gone:
+            for block in blocks:
+                cuts, order = measured[block.layer], plan.channel_order.layers[block.layer]
+                own = [(expert, kept) for _, of, expert, kept in group if of is block]
+                gone.enter_context(original.without_channels(block, {one: order[one, kept:] for one, kept in own}))
+                for one, kept in own:
+                    place = cuts.kept.tolist().index(kept)
+                    predicted += float(cuts.loss[one, place]) * float(cuts.share_left[place])
+            lost = original.lost(0)
+        yield (
+            {"size": size, "group": name, "experts": len(group), "most_tokens": group[-1][0]}
+            | lost
+            | {"predicted": predicted}
+        )
 
 
 def spearman(left: list[float], right: list[float]) -> float:
@@ -247,6 +290,14 @@ def show(rows: list[Row]) -> None:
         for row in [row for row in own if row["unit"] == "layers"]:
             place = "all" if row["layer"] < 0 else str(row["layer"])
             table.add_row(place, str(row["kept"]), *(f"{row[name]:.5f}" for name in ("predicted", "kl", "gap")))
+        if table.row_count:
+            console.print(table)
+        table = Table(title=f"{model}: without the channels that a plan cuts, by tokens of their experts")
+        for name in ("size", "group", "experts", "predicted", "kl", "gap"):
+            table.add_column(name, justify="left" if name == "group" else "right")
+        for row in [row for row in own if row["unit"] == "plans"]:
+            told = [f"{row[name]:.5f}" for name in ("predicted", "kl", "gap")]
+            table.add_row(str(row["size"]), row["group"], str(row["experts"]), *told)
         if table.row_count:
             console.print(table)
 

@@ -201,13 +201,16 @@ def test_a_token_reads_its_experts_and_all_of_the_rest(tiny_model: TinyModel) ->
     assert read.packed == pytest.approx(size.facts["predicted expert bytes"] * block.top_k / block.num_experts, abs=1)
 
 
-def test_a_limit_of_memory_is_kept_or_refused_before_any_work(tmp_path: Path) -> None:
+def test_a_limit_of_memory_is_kept_or_refused_before_any_work(tmp_path: Path, much_room: None) -> None:
     folder = sparse_models.mixtral(tmp_path / "model", num_hidden_layers=2, shards=2)
     whole = ("run", "--model", folder, "--data", "bundled:calibration", "--target-stored-bits", "2.5")
     whole += ("-w", tmp_path / "w", "--out", tmp_path / "o")
     needed = found_by(folder, "--target-stored-bits", "2.5")["memory"]
     most = max(need["peak_bytes"] for need in needed)
-    for limit, words in ((most - 2**30, r"--[a-z]+.* would fit\."), (2**30, "No setting makes it fit")):
+    pieces = found_by(folder, "--target-stored-bits", "2.5", "--max-memory", str(2**30))["memory"]
+    least = max(need["peak_bytes"] for need in pieces)
+    assert least < most / 2
+    for limit, words in ((least - 2**29, r"--[a-z]+.* would fit\."), (2**30, "No setting makes it fit")):
         for more in (("--dry-run",), ()):
             arguments = [*map(str, whole), "--max-memory", str(limit), *more]
             result = CliRunner().invoke(cli.app, arguments)
@@ -215,8 +218,9 @@ def test_a_limit_of_memory_is_kept_or_refused_before_any_work(tmp_path: Path) ->
             assert result.exit_code == 1 and f"--max-memory {limit:,} bytes is less than is needed" in said
             assert re.search(words, said), said
     assert not (tmp_path / "w" / "calibration").exists()
-    fits = CliRunner().invoke(cli.app, [*map(str, whole), "--max-memory", str(most + 2**30), "--dry-run"])
-    assert "--max-memory" not in fits.stderr
+    for limit in (least + 2**30, most + 2**30):
+        fits = CliRunner().invoke(cli.app, [*map(str, whole), "--max-memory", str(limit), "--dry-run"])
+        assert "--max-memory" not in fits.stderr
 
 
 def test_memory_grows_with_what_it_is_made_of(tiny_model: TinyModel) -> None:

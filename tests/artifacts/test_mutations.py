@@ -23,7 +23,7 @@ from mc_cli.artifacts.quantization import Coverage, read_report, write_report
 from mc_cli.artifacts.sizes import read_sizes, write_sizes
 from mc_cli.errors import BudgetError, InputError, McError
 from mc_cli.parts import Role
-from mc_cli.recipe import plan_run, read_recipe
+from mc_cli.recipe import plan_runs, read_recipe
 from tests.artifacts.test_calibration import INVENTORY, ROUTING
 from tests.artifacts.test_evaluation import EVALUATION, ROWS
 from tests.artifacts.test_importance import importance_of
@@ -142,7 +142,7 @@ def test_mutated_recipes_are_refused_by_name_or_read(tmp_path: Path) -> None:
             data = flipped(RECIPE.encode(), draw)
         path.write_bytes(data)
         if not _refused(lambda: read_recipe(path), path, data):
-            _refused(lambda: plan_run(read_recipe(path)), path, data, anywhere=("--", "allocate needs", "run lacks"))
+            _refused(lambda: plan_runs(read_recipe(path)), path, data, anywhere=("--", "allocate needs", "run lacks"))
 
 
 def _refused(read: Callable[[], object], path: Path, data: bytes, *, anywhere: tuple[str, ...] = ()) -> bool:

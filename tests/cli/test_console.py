@@ -77,7 +77,7 @@ def test_warnings_and_inner_steps_on_a_live_terminal(capsys: pytest.CaptureFixtu
         outer.advance(note="layer 0")
     said = capsys.readouterr().err
     assert "Warning: thin [red]text" in said
-    assert "outer [bold]: 1/1 layer in 00:00" in said
+    assert "outer [bold]: 1/1 layer in 00:0" in said
 
 
 def test_lines_of_a_run_say_which_stage_of_how_many_and_fit_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,6 +89,26 @@ def test_lines_of_a_run_say_which_stage_of_how_many_and_fit_80_columns(capsys: p
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[0] for line in lines[::3]] == ["[1/5]", "[1/5]", "[3/5]", "[4/5]"]
     assert max(map(len, lines[1::3])) <= 80 and all("1/1000 layers" in line for line in lines[1::3])
+
+
+def test_lines_of_a_run_tell_what_is_left_of_all_stages(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    progress = ConsoleProgress(live=False, interval_s=0, stages=["calibrate", "score", "quantize", "quantize"])
+    progress.expect({"calibrate": 10.0, "score": 20.0, "quantize": 30.0})
+    with progress.step("calibrate: forward", total=4, unit="layer") as step:
+        now = 2.0
+        step.advance()  # 8 s of 10 are expected to be left, 6 of the step
+    now = 20.0  # calibrate has taken twice as long as was expected
+    with progress.step("score", total=2, unit="layer") as step:
+        now = 60.0
+        step.advance()  # 40 s left of the step, which is more than was expected of all of it
+    lines = [line for line in capsys.readouterr().err.splitlines() if " left" in line]
+    assert "00:06 left, run 01:28, " in lines[0]
+    assert "00:40 left, run 02:40, " in lines[1]
+    assert max(map(len, lines)) <= 80
 
 
 def test_no_closing_line_after_a_failure(capsys: pytest.CaptureFixture[str]) -> None:

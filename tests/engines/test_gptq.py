@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # GPTQModel compiles its decoding, which takes minutes
 from gptqmodel import BACKEND, GPTQModel
 
 from mc_cli.exporters.gptq import FAMILIES
@@ -25,7 +28,10 @@ def test_gptqmodel_computes_what_was_packed(model_type: str, tiny_model: TinyMod
     do_export(work, tmp_path / "out", "gptq")
     with torch.no_grad():
         expected = load_packed(work / "packed", dtype=torch.float32)(TOKENS, use_cache=False).logits[0].float()
-        engine = GPTQModel.load(str(tmp_path / "out"), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float32)
+        engine = GPTQModel.load(str(tmp_path / "out"), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16)
+        engine.model.float()  # loaded in 16 bits alone; scales are the same numbers in 32
         found = engine.model(TOKENS, use_cache=False).logits[0].float()
+    widths = {module.bits for module in engine.model.modules() if hasattr(module, "qweight")}
+    assert widths == {2, 3, 4, 8}
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert float(errors.median()) < 1e-3, errors
+    assert float(errors.max()) < 1e-4, errors

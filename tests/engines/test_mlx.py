@@ -11,6 +11,7 @@ import torch
 from mlx_lm.generate import generate
 from mlx_lm.utils import load, load_model
 
+from mc_cli.exporters.mlx import FAMILIES
 from mc_cli.packed.loading import load_packed
 from mc_cli.parts import Role
 from tests.conftest import TinyModel
@@ -26,7 +27,7 @@ def test_mlx_computes_what_was_packed(width: int, tiny_model: TinyModel, tmp_pat
     compare("mixtral", width, tiny_model, tmp_path)
 
 
-@pytest.mark.parametrize("model_type", sorted(SIZES))
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_mlx_runs_the_family(model_type: str, tiny_model: TinyModel, tmp_path: Path) -> None:
     compare(model_type, 4, tiny_model, tmp_path)
 

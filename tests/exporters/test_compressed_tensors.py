@@ -20,10 +20,9 @@ from tests.packed_folders import packed_work_dir
 
 FORMAT = "compressed-tensors"
 # hidden and expert widths have one group size, as all experts' matrices must
-ALIKE = {
-    name: {**sizes, "hidden_size": 32 if "moe_intermediate_size" in sizes else 64} for name, sizes in SIZES.items()
-}
+ALIKE = {name: {**sizes, "moe_intermediate_size": 64} for name, sizes in SIZES.items()}
 ALIKE["mixtral"] = {**SIZES["mixtral"], "intermediate_size": 128}
+ALIKE["olmoe"] = {**SIZES["olmoe"], "intermediate_size": 64}
 
 
 @pytest.fixture(scope="module")

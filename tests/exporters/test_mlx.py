@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from mc_cli.artifacts.files import read_json
 from mc_cli.errors import FamilyError, InputError
+from mc_cli.exporters.mlx import FAMILIES
 from mc_cli.parts import Role
 from tests.conftest import TinyModel
 from tests.exporters.foreign_formats import SIZES, Packed, decoded_experts, do_export
@@ -43,7 +44,7 @@ def dequantized(tensors: dict[str, torch.Tensor], path: str, bits: int, group: i
     return scales * torch.from_numpy(codes).double() + biases
 
 
-@pytest.mark.parametrize("model_type", sorted(SIZES))
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_an_export_is_the_packed_model(model_type: str, work_dir: Packed, tmp_path: Path) -> None:
     work = work_dir(model_type)
     found = do_export(work, tmp_path / "out", "mlx").summary["read_back"]

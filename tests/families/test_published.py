@@ -20,11 +20,10 @@ from tests import tiny_models
 from tests.families.contract import ROUNDING, TOKENS, relative, shapes, walked_logits, whole_logits
 from tests.families.tiny_families import build_tiny_family
 from tests.packed_folders import packed_work_dir
-from tests.sources.published import FORMATS, Published, write_published
+from tests.sources.published import FORMATS, FP4_VALUES, write_published
 from tests.tiny_chain import run_export
 
 CPU = torch.device("cpu")
-PLAIN = Published({}, lambda key, shape, draw: ({}, torch.empty(0)))
 WIDE = {"moe_intermediate_size": 32, "intermediate_size": 64}
 # family -> format, the matrices in codes, changes of the tiny config, and a pattern of names that the hub's files have
 HUB: dict[str, tuple[str, str, dict[str, Any], str]] = {
@@ -42,6 +41,7 @@ HUB: dict[str, tuple[str, str, dict[str, Any], str]] = {
         WIDE,
         r"layers\.2\.ffn\.experts\.7\.w1\.scale",
     ),
+    "gpt_oss": ("", "", {"intermediate_size": 64}, r"model\.layers\.1\.mlp\.experts\.gate_up_proj_blocks"),
     "glm4_moe": ("", "", {"num_nextn_predict_layers": 1}, r"model\.layers\.2\.mlp\.shared_experts\.up_proj\.weight"),
     "minimax_m2": (
         "fp8, weight_scale_inv",
@@ -54,6 +54,12 @@ HUB: dict[str, tuple[str, str, dict[str, Any], str]] = {
         r"language_model.*\.experts\..*_proj\.weight$",
         WIDE,
         r"language_model\.model\.layers\.1\.mlp\.experts\.7\.down_proj\.weight_packed",
+    ),
+    "kimi_k2": (
+        "int4 by group",
+        r"\.experts\..*_proj\.weight$",
+        WIDE,
+        r"model\.layers\.2\.mlp\.experts\.7\.down_proj\.weight_packed",
     ),
     "mistral_large4": (
         "fp8, qscale_weight",
@@ -80,15 +86,36 @@ def prediction_layer(folder: Path, layers: int) -> dict[str, torch.Tensor]:
 def as_published(family: str, folder: Path) -> tuple[Path, Path, int]:
     """(checkpoint in the hub's layout, plain one of the same values without prediction layers, tensors beyond it)."""
     name, only, changes, _ = HUB[family]
-    build = build_tiny_family if family not in tiny_models.CONFIGS else tiny_models.build_tiny
-    source = build(family, folder / "source", **changes)
+    model_type = {"kimi_k2": "deepseek_v3"}.get(family, family)
+    build = build_tiny_family if model_type not in tiny_models.CONFIGS else tiny_models.build_tiny
+    source = build(model_type, folder / "source", **changes)
     layers = read_config(source).get_text_config().num_hidden_layers
     extra = prediction_layer(source, layers) if "num_nextn_predict_layers" in changes else {}
+    if family == "gpt_oss":
+        return tiny_models.to_mxfp4(source, folder / "published"), _mxfp4_values(folder), 0
     if name:
         written = write_published(source, folder, FORMATS[name], only=only, extra=extra)
+        if model_type != family:  # its name and its own code, which transformers does not have
+            code = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+            tiny_models.with_config(written.folder, model_type=family, auto_map=code)
         return written.folder, written.plain, len(extra)
     tensors = tiny_models.read_tensors(source)
     return tiny_models.with_tensors(source, folder / "published", {**tensors, **extra}), source, len(extra)
+
+
+def _mxfp4_values(folder: Path) -> Path:
+    """A plain copy of gpt-oss' layout: [experts, out_features, groups, 16] bytes become [experts, inputs, outputs]."""
+    plain: dict[str, torch.Tensor] = {}
+    stored = tiny_models.read_tensors(folder / "published")
+    for key, tensor in stored.items():
+        if not key.endswith(("_blocks", "_scales")):
+            plain[key] = tensor
+        elif key.endswith("_blocks"):
+            name, codes = key.removesuffix("_blocks"), tensor.long()
+            pairs = torch.stack((FP4_VALUES[codes % 16], FP4_VALUES[codes // 16]), dim=-1).flatten(-2)
+            powers = 2.0 ** (stored[f"{name}_scales"].double() - 127)
+            plain[name] = (pairs * powers[..., None]).flatten(-2).transpose(1, 2).to(torch.bfloat16)
+    return tiny_models.with_tensors(folder / "source", folder / "plain", plain)
 
 
 def dtypes(folder: Path) -> dict[str, str]:
@@ -118,3 +145,4 @@ def test_the_hubs_layout_loads_and_comes_back(family: str, tmp_path: Path) -> No
     config = json.loads((tmp_path / "dense" / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in json.dumps(config)
     assert not config.get("num_nextn_predict_layers")
+    assert "auto_map" not in config and config["model_type"] == read_config(plain).model_type

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mc_cli.artifacts.evaluation import TextResult
+from mc_cli.artifacts.routes import LayerRoutes, Routes
 from mc_cli.data.batches import Batch
 from mc_cli.data.text import Windows
-from mc_cli.measuring.comparison import changed_share, compare
+from mc_cli.measuring.comparison import changed_choices, compare
 from mc_cli.models.checkpoint import Checkpoint, read_config
 from mc_cli.models.experts import IMPLEMENTATION
 from mc_cli.models.inventory import take_inventory
@@ -22,6 +25,7 @@ from mc_cli.packed.loading import load_packed
 from mc_cli.packed.packed_model import PackedSource
 from mc_cli.parts import ExpertBlock
 from mc_cli.progress import SilentProgress
+from mc_cli.walking.routing import RoutingCapture
 from tests.conftest import TinyModel
 from tests.packed_folders import pack_folder
 
@@ -59,7 +63,9 @@ def test_measures_are_those_of_loops_over_whole_models(tiny_model: TinyModel, tm
     packed_folder = pack_folder(folder, tmp_path / "packed", widths=(2, 3))
     checkpoint, blocks = opened(folder)
     source = PackedSource(packed_folder, dtype=torch.float32, device=CPU)
-    total, domains, changes = compare(checkpoint, source, WINDOWS, blocks, batch_size=2, progress=SilentProgress())
+    found = compare(checkpoint, source, WINDOWS, blocks, batch_size=2, progress=SilentProgress())
+    total, domains, routes = found.total, found.domains, found.routes
+    changes = {layer.layer: layer.changed_share for layer in routes}
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     before, original = choices_and_logits(dense, blocks)
     after, packed = choices_and_logits(load_packed(packed_folder), blocks)
@@ -82,6 +88,10 @@ def test_measures_are_those_of_loops_over_whole_models(tiny_model: TinyModel, tm
     for layer, share in changes.items():
         assert share == pytest.approx(share_of_changes(before[layer], after[layer]))
     assert max(changes.values()) > 0
+    for layer in routes:
+        for found, chosen in ((layer.original, before[layer.layer]), (layer.packed, after[layer.layer])):
+            experts = list(range(blocks[layer.layer].num_experts))
+            assert found.counts == [chosen.reshape(-1).tolist().count(expert) for expert in experts]
 
 
 def share_of_changes(one: Tensor, other: Tensor) -> float:
@@ -93,28 +103,60 @@ def test_model_does_not_differ_from_itself(tiny_model: TinyModel) -> None:
     folder = tiny_model("qwen3_moe")
     one, blocks = opened(folder)
     other, _ = opened(folder)
-    total, domains, changes = compare(one, other, WINDOWS, blocks, batch_size=3, progress=SilentProgress())
+    compared = compare(one, other, WINDOWS, blocks, batch_size=3, progress=SilentProgress())
+    total, domains, routes = compared.total, compared.domains, compared.routes
     for found in (total, *domains.values()):
         assert found.kl_divergence == 0.0 and found.same_top_token == 1.0 and found.original_loss == found.packed_loss
-    assert set(changes.values()) == {0.0}
+    assert {layer.changed_share for layer in routes} == {0.0}
+    assert all(layer.original == layer.packed and not layer.flips for layer in routes)
     assert total == TextResult(49, total.original_loss, total.original_loss, 0.0, 1.0)
 
 
+def share_of(changed: list[int]) -> float:
+    return LayerRoutes(0, Routes([0], 0, 0), Routes([0], 0, 0), changed, ()).changed_share
+
+
 @pytest.mark.parametrize(
-    ("one", "other", "share"),
+    ("one", "other", "share", "flips"),
     [
-        ([[0, 1], [2, 3]], [[1, 0], [3, 2]], 0.0),  # the order of ranks does not matter
-        ([[0, 1], [2, 3]], [[0, 2], [2, 3]], 0.25),
-        ([[0, 1]], [[2, 3]], 1.0),
-        ([[5], [6], [7]], [[5], [7], [6]], 2 / 3),  # each token by itself
+        ([[0, 1], [2, 3]], [[1, 0], [3, 2]], 0.0, []),  # the order of ranks does not matter
+        ([[0, 1], [2, 3]], [[0, 2], [2, 3]], 0.25, [(1, 2, 1)]),
+        ([[0, 1]], [[2, 3]], 1.0, []),  # which became which nobody can tell
+        ([[5], [6], [7], [5]], [[5], [7], [6], [7]], 0.75, [(5, 7, 1), (6, 7, 1), (7, 6, 1)]),
+        ([[5], [6], [6]], [[5], [7], [7]], 2 / 3, [(6, 7, 2)]),
     ],
 )
-def test_changed_share(one: list[list[int]], other: list[list[int]], share: float) -> None:
-    assert changed_share(torch.tensor(one), torch.tensor(other)) == pytest.approx(share)
+def test_changed_choices(
+    one: list[list[int]], other: list[list[int]], share: float, flips: list[tuple[int, int, int]]
+) -> None:
+    changed, found = changed_choices(torch.tensor(one), torch.tensor(other))
+    assert sum(changed) == len(one) and len(changed) == len(one[0]) + 1
+    assert share_of(changed) == pytest.approx(share)
     assert share_of_changes(torch.tensor(one), torch.tensor(other)) == pytest.approx(share)
+    assert [(flip.original, flip.packed, flip.tokens) for flip in found] == flips
 
 
-def test_changed_share_of_random_choices_is_that_of_a_loop() -> None:
+def test_changes_of_random_choices_are_those_of_a_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     one, other = (torch.stack([torch.randperm(16, generator=generator)[:4] for _ in range(200)]) for _ in range(2))
-    assert changed_share(one, other) == pytest.approx(share_of_changes(one, other))
+    changed, flips = changed_choices(one, other)
+    assert share_of(changed) == pytest.approx(share_of_changes(one, other))
+    pairs = [(set(a), set(b)) for a, b in zip(one.tolist(), other.tolist(), strict=True)]
+    exchanged = Counter((*(a - b), *(b - a)) for a, b in pairs if len(a - b) == 1)
+    assert all(exchanged[flip.original, flip.packed] == flip.tokens for flip in flips)
+    assert sum(flip.tokens for flip in flips) == sum(sorted(exchanged.values())[-20:])
+
+
+def test_information_is_that_of_the_definition() -> None:
+    logits = torch.randn(40, 8, generator=torch.Generator().manual_seed(3)) * 2
+    capture = RoutingCapture(ExpertBlock(0, "experts", "router", 8, 2, ()), keep_inputs=False)
+    for rows in (logits[:7], logits[7:]):
+        capture.on_router(torch.nn.Identity(), None, rows)
+        capture.on_experts(torch.nn.Identity(), (rows, rows.topk(2).indices, rows.topk(2).values))
+    found = capture.routes()
+    gate = np.exp(logits.double().numpy()) / np.exp(logits.double().numpy()).sum(1, keepdims=True)
+    mean = gate.mean(0)
+    divergences = (gate * np.log2(gate / mean)).sum(1)  # I(X;T) as the mean divergence from what all tokens do
+    assert found.information == pytest.approx(divergences.mean(), rel=1e-5)
+    assert found.gate_entropy == pytest.approx(-(mean * np.log2(mean)).sum(), rel=1e-5)
+    assert sum(found.counts) == 80

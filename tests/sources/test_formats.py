@@ -208,3 +208,9 @@ def test_codes_of_a_checkpoint_that_says_nothing_of_them(tmp_path: Path) -> None
     stored, _ = fp8_blocks("weight_scale_inv")(ATTENTION, (40, 64), Draw(0))
     with pytest.raises(CheckpointError, match=r"(?s)1 quantized tensors without scales.*config.json is not there"):
         opened(tmp_path, stored, None)
+
+
+def test_the_page_on_sources_names_every_format() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "sources.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `([\w-]+)`", page, re.MULTILINE))
+    assert named == {method for source in source_formats() for method in source.methods}

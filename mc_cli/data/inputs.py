@@ -1,0 +1,93 @@
+"""What a stage is fed: windows of text, or rows with images, whichever the data holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from mc_cli.artifacts.calibration import ImageReport, TextReport
+from mc_cli.data import text
+from mc_cli.data.batches import Batch
+from mc_cli.data.chat import Renderer
+from mc_cli.data.documents import Document
+from mc_cli.data.image_rows import RowMaker, calibration_rows, evaluation_rows, has_images
+from mc_cli.data.processors import load_processor
+
+POLICY_WITH_IMAGES = (
+    "--policy with images: policies are fitted and measured on text alone. Leave --policy out, or calibrate and "
+    "evaluate on text."
+)
+_Made = TypeVar("_Made", Batch, text.Windows)
+
+
+@dataclass(frozen=True)
+class Drawn(Generic[_Made]):
+    """What was made of the data, and how it was read.
+
+    text    how rows became text; None where they are plain
+    images  what became of rows with images; None where there are none
+    """
+
+    made: _Made
+    text: TextReport | None
+    images: ImageReport | None
+
+
+@dataclass(frozen=True)
+class Feeder:
+    """A model folder with its config, and the data that it is fed."""
+
+    folder: Path
+    config: Any
+    vocabulary: int
+    source: text.TextSource
+    trust_remote_code: bool
+
+    def calibration(self, *, sequences: int, length: int, seed: int) -> Drawn[Batch]:
+        """Sequences to calibrate on. Raises InputError where there is too little, CheckpointError for odd token ids."""
+        tokenizer, documents = self._documents()
+        if has_images(documents):
+            maker = self._maker(tokenizer)
+            batch = calibration_rows(documents, maker, sequences=sequences, length=length, seed=seed)
+            return self._drawn(batch, batch, maker)
+        renderer = self.source.renderer
+        batch = text.calibration_windows(
+            documents, tokenizer, sequences=sequences, length=length, seed=seed, renderer=renderer
+        )
+        return self._drawn(batch, batch, None)
+
+    def evaluation(self, *, length: int, stride: int, max_sequences: int) -> Drawn[text.Windows]:
+        """Windows to measure on; rows with images are measured by their answers, and `stride` is nothing to them."""
+        tokenizer, documents = self._documents()
+        if has_images(documents):
+            maker = self._maker(tokenizer)
+            windows = evaluation_rows(documents, maker, length=length, max_sequences=max_sequences)
+            return self._drawn(windows, windows.batch, maker)
+        windows = text.evaluation_windows(
+            documents,
+            tokenizer,
+            length=length,
+            stride=stride,
+            max_sequences=max_sequences,
+            renderer=self.source.renderer,
+        )
+        return self._drawn(windows, windows.batch, None)
+
+    def _documents(self) -> tuple[Any, list[Document]]:
+        tokenizer = text.load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+        return tokenizer, self.source.documents(tokenizer)
+
+    def _maker(self, tokenizer: Any) -> RowMaker:
+        """Makes rows; the chat template is the tokenizer's, or where it has none the processor's."""
+        processor = load_processor(
+            self.folder, trust_remote_code=self.trust_remote_code, remedy="give text without images with --data."
+        )
+        if getattr(tokenizer, "chat_template", None) is None:
+            tokenizer.chat_template = getattr(processor, "chat_template", None)
+        self.source.renderer = Renderer(tokenizer, self.source.chat)
+        return RowMaker(processor, self.source.renderer, self.config)
+
+    def _drawn(self, made: _Made, batch: Batch, maker: RowMaker | None) -> Drawn[_Made]:
+        text.check_vocabulary(batch.token_ids, self.vocabulary)
+        return Drawn(made, self.source.report(), None if maker is None else maker.report)

@@ -1,0 +1,161 @@
+"""The chain on rows with images, against a tiny model as transformers runs it, row by row and without padding."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mc_cli.artifacts.calibration import LayerRouting, read_inventory, read_sensitivities, routing_file
+from mc_cli.artifacts.evaluation import Evaluation
+from mc_cli.coding.linears import TokenMoments
+from mc_cli.data.batches import Batch, read_calibration
+from mc_cli.data.kinds import IMAGE, PADDING, token_weights
+from mc_cli.data.pictures import image_source
+from mc_cli.errors import InputError
+from mc_cli.models.checkpoint import Checkpoint, read_config
+from mc_cli.settings import PruneSettings
+from mc_cli.walking.layerwise import LayerWalk
+from tests.tiny_chain import run_allocate, run_calibrate, run_export, run_prune_eval, run_quantize, run_score
+from tests.tiny_vision import asked, build_tiny_vision, noise, turns, uri, write_rows
+
+
+class Chain(NamedTuple):
+    folder: Path
+    work: Path
+    heldout: Path
+    model: Any
+    batch: Batch
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """A few conversations, one of them without an image, and as many questions that are held out."""
+    folder = tmp_path_factory.mktemp("images")
+    source, work = build_tiny_vision(folder / "model"), folder / "work"
+    rows = [asked(seed, question, "a red ring") for seed, question in enumerate(("what?", "which one is it?", "and?"))]
+    both = [{"type": "image", "image": uri(noise(seed))} for seed in (7, 8)]
+    told = turns("a red ring is at the top. what is there?", "a ring")
+    data = write_rows(folder / "data.jsonl", *rows, turns(both, "two"), told)
+    heldout = write_rows(folder / "heldout.jsonl", *(asked(20 + seed, "so " * seed, "yes") for seed in range(3)))
+    run_calibrate(work, source, data, length=96, gradient_tokens=10_000)
+    run_score(work, bits=(2, 3), loss_tokens=32)
+    run_allocate(work, target_stored_bits=2.8)
+    run_quantize(work)
+    run_prune_eval(work, heldout, length=96, stride=0)
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+    vocabulary = model.config.text_config.vocab_size
+    return Chain(source, work, heldout, model, read_calibration(work / "calibration", vocabulary=vocabulary))
+
+
+def unpadded(batch: Batch) -> Iterator[dict[str, torch.Tensor]]:
+    """The model's inputs of each row, without padding."""
+    assert batch.kinds is not None
+    for row in range(batch.rows):
+        one = batch.select(slice(row, row + 1))
+        length = int((batch.kinds[row] != PADDING).sum())
+        yield {**one.inputs, "input_ids": one.token_ids[:, :length]}
+
+
+def test_routing_is_that_of_whole_rows_by_kind_of_token(chain: Chain) -> None:
+    batch, layers = chain.batch, chain.model.model.language_model.layers
+    assert batch.kinds is not None and batch.real is not None
+    chosen: list[list[torch.Tensor]] = [[] for _ in layers]
+    handles = [
+        layer.mlp.experts.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[1]))
+        for layer, seen in zip(layers, chosen, strict=True)
+    ]
+    with torch.no_grad():
+        for inputs in unpadded(batch):
+            chain.model(**inputs)
+    for handle in handles:
+        handle.remove()
+    kinds = batch.kinds[batch.kinds != PADDING]
+    for number, seen in enumerate(chosen):
+        index = torch.cat(seen)
+        found = LayerRouting.read(chain.work / "calibration" / routing_file(number))
+        assert found.token_count == len(index) == batch.real_tokens
+        assert list(found.routing_count) == torch.bincount(index.reshape(-1), minlength=8).tolist()
+        images = torch.bincount(index[kinds == IMAGE].reshape(-1), minlength=8).tolist()
+        assert list(found.by_kind["image"].routing_count) == images
+        assert sum(entry.token_count for entry in found.by_kind.values()) == found.token_count
+
+
+def test_sensitivities_are_of_answers_alone(chain: Chain) -> None:
+    """An error at a token that no answer looks back to costs nothing: padding, and what is behind the last answer."""
+    inventory = read_inventory(chain.work / "calibration" / "inventory.json")
+    kinds, answers = chain.batch.kinds, chain.batch.answers
+    assert kinds is not None and answers is not None
+    last = torch.stack([answer.nonzero()[-1, 0] for answer in answers])  # predicted from the token in front of it
+    behind = torch.arange(answers.shape[1])[None] >= last[:, None]
+    for sensitivity in read_sensitivities(chain.work / "calibration", inventory).values():
+        scale = sensitivity.token_scale.reshape(kinds.shape)
+        assert bool((scale[kinds == PADDING] == 0).all())
+        assert float(scale[kinds != PADDING].mean()) == pytest.approx(1, rel=1e-4)
+    # Nothing chooses experts behind the last layer, so that answers are all that is felt there.
+    assert bool((scale[behind] == 0).all())
+
+
+def test_moments_weigh_tokens_by_their_kind(chain: Chain) -> None:
+    config: Any = read_config(chain.folder)
+    source = Checkpoint(chain.folder, config, dtype=torch.float32, device=torch.device("cpu"))
+    walk = LayerWalk(source, chain.batch, batch_size=2)
+    hessian = torch.zeros(64, 64)
+    moments = TokenMoments(walk, "a module", hessian)
+    counted = sum(moments.add(rows, walk.hidden[rows]) for rows in walk.batches())
+    assert chain.batch.kinds is not None and counted == chain.batch.real_tokens
+    weights = token_weights(chain.batch.kinds).double()
+    wanted = torch.einsum("rl,rlf,rlg->fg", weights, walk.hidden.double(), walk.hidden.double())
+    assert torch.allclose(hessian.double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_loss_and_right_answers_are_those_of_whole_models(chain: Chain, tmp_path: Path) -> None:
+    found = Evaluation.read(chain.work / "evaluation" / "eval.json")
+    run_export(chain.work, tmp_path / "out", "transformers")
+    packed = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    losses, right = [0.0, 0.0], [0, 0]
+    tokens = answers = 0
+    for line in chain.heldout.read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        image = image_source("row", messages[0]["content"][0]["image"], None).picture()
+        text = processor.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
+        asked = processor(images=[image], text=text, return_tensors="pt", add_special_tokens=False)
+        wanted = processor.tokenizer(f"{messages[1]['content']}<|end|>", add_special_tokens=False, return_tensors="pt")
+        wanted = wanted["input_ids"]
+        tokens, answers = tokens + wanted.shape[1], answers + 1
+        for number, model in enumerate((chain.model, packed)):
+            inputs = {**asked, "input_ids": torch.cat([asked["input_ids"], wanted], 1)}
+            del inputs["attention_mask"]
+            with torch.no_grad():
+                logits = model(**inputs).logits[0, asked["input_ids"].shape[1] - 1 : -1]
+                given = model.generate(**asked, max_new_tokens=wanted.shape[1], do_sample=False)
+            losses[number] += float(torch.nn.functional.cross_entropy(logits, wanted[0], reduction="sum"))
+            right[number] += torch.equal(given[0, asked["input_ids"].shape[1] :], wanted[0])
+    assert found.answers is not None and found.total.tokens == tokens
+    assert found.total.original_loss == pytest.approx(losses[0] / tokens, rel=1e-4)
+    assert found.total.packed_loss == pytest.approx(losses[1] / tokens, rel=1e-3)
+    assert (found.answers.answers, found.answers.original_right, found.answers.packed_right) == (answers, *right)
+    assert set(found.kinds) == {"text", "special"} and set(found.router_changes_by_kind) == {"text", "image", "special"}
+
+
+def test_dense_export_sees_what_the_packed_model_sees(chain: Chain, tmp_path: Path) -> None:
+    logits = []
+    for format in ("transformers", "dense"):
+        run_export(chain.work, tmp_path / format, format)
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / format, dtype=torch.float32).eval()
+        assert AutoProcessor.from_pretrained(tmp_path / format).image_token == "<image>"
+        with torch.no_grad():
+            logits.append(torch.cat([model(**inputs).logits[0] for inputs in unpadded(chain.batch)]))
+    off = (logits[0] - logits[1]).norm(dim=-1) / logits[1].norm(dim=-1)
+    assert float(off.median()) < 0.02  # the dense weights are rounded to bfloat16
+
+
+def test_policies_with_images_are_refused(chain: Chain) -> None:
+    with pytest.raises(InputError, match="--policy with images"):
+        run_prune_eval(chain.work, chain.heldout, variant="main", force=True, prune=PruneSettings(policy=("odp",)))
