@@ -195,7 +195,7 @@ def _rows(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> list
         row = _row(f"peak of {stage}", peak, found[stage]["peak_bytes"], "bytes", 1 + OFF_MEMORY)
         if (
             stage == "quantize"
-        ):  # predicted of a layer that is coded whole, as many experts of one width at a time as fit
+        ):  # predicted: a layer coded whole, as many experts at a time as fit
             row["wrong"] = row["measured"] > (1 + OFF_MEMORY) * row["predicted"]
         rows.append(row)
     for stage in stages:
