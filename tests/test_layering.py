@@ -36,7 +36,7 @@ LAYERS = (
     ("targets", "overview"),
     ("recipe", "status", "help"),
     ("chain", "console", "logbook", "verify"),
-    ("door",),
+    ("door", "console_progress"),
     ("failures",),
     ("cli",),
 )

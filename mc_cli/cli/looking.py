@@ -36,6 +36,7 @@ def curve(
     with telling_errors(debug=debug):
         prepare_libraries(debug=debug)
         from mc_cli import console
+        from mc_cli.console_progress import ConsoleProgress
         from mc_cli.overview.curve import curve_of, largest_within
         from mc_cli.overview.curve_report import curve_chart, curve_summary
         from mc_cli.overview.expectation import expectation_of
@@ -48,7 +49,7 @@ def curve(
             check_figure_path(out)
         scores = read_scores(WorkDir(work_dir))
         measured, left_out = read_measured(work_dir)
-        found = curve_of(scores, asked, console.ConsoleProgress())
+        found = curve_of(scores, asked, ConsoleProgress())
         best = None
         if room is not None:
             try:
@@ -123,6 +124,7 @@ def report(
         prepare_libraries(debug=debug)
         from mc_cli import console
         from mc_cli.artifacts.files import write_text
+        from mc_cli.console_progress import ConsoleProgress
         from mc_cli.overview.page import report_page
         from mc_cli.reports.drawing import require_matplotlib
 
@@ -130,5 +132,5 @@ def report(
             raise InputError(f"--out {out}: the page is one file. Name one that ends in .html.")
         require_matplotlib()
         work = WorkDir(work_dir, variant)
-        write_text(out, report_page(work, console.ConsoleProgress(), unit_of=console.size_unit))
+        write_text(out, report_page(work, ConsoleProgress(), unit_of=console.size_unit))
         print(f"{out}: {out.stat().st_size:,} bytes")

@@ -32,6 +32,7 @@ def run_stage(stage: str, given: Mapping[str, Any]) -> None:
     with telling_errors(debug=given["debug"], work_dir=work_dir) as listeners:
         prepare_libraries(debug=given["debug"])
         from mc_cli import chain, console
+        from mc_cli.console_progress import ConsoleProgress
         from mc_cli.logbook import Logbook, LoggedProgress
 
         work = WorkDir(work_dir, given.get("variant", MAIN))
@@ -41,7 +42,7 @@ def run_stage(stage: str, given: Mapping[str, Any]) -> None:
         chain.check_stage(stage, settings, compute, work, force=given["force"])
         logbook = Logbook(given["log_file"])
         listeners.append(logbook.end)
-        progress = LoggedProgress(console.ConsoleProgress(), logbook)
+        progress = LoggedProgress(ConsoleProgress(), logbook)
         result = chain.run_stage(stage, settings, compute, work, force=given["force"], progress=progress)
         _tell_end(result)
         logbook.stage(result)
@@ -90,6 +91,7 @@ def _run_plans(
 ) -> None:
     prepare_libraries(debug=given["debug"])
     from mc_cli import chain, console
+    from mc_cli.console_progress import ConsoleProgress
     from mc_cli.logbook import Logbook, LoggedProgress
 
     if given["dry_run"]:
@@ -107,7 +109,7 @@ def _run_plans(
         logbook.note("outlook", **outlook.plain())
 
     stages = [stage for number, plan in enumerate(plans) for stage in plan.stages if not number or stage not in SHARED]
-    drawn = console.ConsoleProgress(stages=stages)
+    drawn = ConsoleProgress(stages=stages)
     progress = LoggedProgress(drawn, logbook)
     made = chain.run_chains(plans, force_from=force_from, progress=progress, tell=tell, head=head)
     console.say_run([result for results in made for result in results])

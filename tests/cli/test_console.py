@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from mc_cli import console
-from mc_cli.console import ConsoleProgress
+from mc_cli import console, console_progress
+from mc_cli.console_progress import ConsoleProgress
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_lines_of_a_run_tell_what_is_left_of_all_stages(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    monkeypatch.setattr(console_progress.time, "monotonic", lambda: now)
     progress = ConsoleProgress(live=False, interval_s=0, stages=["calibrate", "score", "quantize", "quantize"])
     progress.expect({"calibrate": 10.0, "score": 20.0, "quantize": 30.0})
     with progress.step("calibrate: forward", total=4, unit="layer") as step:
