@@ -193,9 +193,7 @@ def _rows(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> list
         own = found[stage]["imported_bytes"]
         peak = predicted["peaks"][stage] + own
         row = _row(f"peak of {stage}", peak, found[stage]["peak_bytes"], "bytes", 1 + OFF_MEMORY)
-        if (
-            stage == "quantize"
-        ):  # predicted: a layer coded whole, as many experts at a time as fit
+        if stage == "quantize":  # predicted: a layer coded whole, as many experts at a time as fit
             row["wrong"] = row["measured"] > (1 + OFF_MEMORY) * row["predicted"]
         rows.append(row)
     for stage in stages:
