@@ -110,7 +110,11 @@ def _run_script(code: str, arguments: list[str], modules: Path, out: Path, err: 
     import torch
     from transformers import dynamic_module_utils
 
-    dynamic_module_utils.HF_MODULES_CACHE = str(modules)  # the environment was read when it was imported
+    # The environment was read when it was imported; the parent's own modules may be in its path, which is handed on.
+    modules.mkdir(exist_ok=True)
+    (modules / "__init__.py").touch()
+    sys.path.insert(0, str(modules))
+    dynamic_module_utils.HF_MODULES_CACHE = str(modules)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     for number, (name, path) in enumerate((("stdout", out), ("stderr", err)), 1):

@@ -10,13 +10,13 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from mc_cli.artifacts import streamed
 from mc_cli.artifacts.files import PARTIAL_SUFFIX
 from mc_cli.artifacts.store import RESUME, STAGE_FOLDERS
 from mc_cli.errors import ArtifactError, StaleArtifactError
@@ -214,11 +214,11 @@ def test_full_disk_is_told_in_one_paragraph_and_loses_nothing(
     work_dir, run, args, settings = stage_call("quantize", finished, tmp_path)
     undisturbed = finished / "work" / "packed"
 
-    def refuse_tensors(_: Any, path: Path, **__: Any) -> None:
-        if path.name == "layer_002.safetensors":
-            Path(path).write_bytes(b"begun")
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        real_save(_, path, **__)
+    def refuse_tensors(file: BinaryIO, name: str, tensor: Any) -> None:
+        if "layer_002.safetensors" in file.name:
+            file.write(b"begun")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real_write(file, name, tensor)
 
     def refuse_text(path: Path, text: str, **options: Any) -> int:
         if path.name == "layer_002.json":
@@ -226,11 +226,11 @@ def test_full_disk_is_told_in_one_paragraph_and_loses_nothing(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real_text(path, text, **options)
 
-    real_save, real_text = safetensors.torch.save_file, Path.write_text
+    real_write, real_text = streamed._write, Path.write_text
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", refuse_tensors)
-        if failing == "text":
-            patch.setattr(safetensors.torch, "save_file", real_save)
+        if failing == "tensors":
+            patch.setattr(streamed, "_write", refuse_tensors)
+        else:
             patch.setattr(Path, "write_text", refuse_text)
         with pytest.raises(ArtifactError) as raised:
             run(*args, **settings)

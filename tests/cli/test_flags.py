@@ -106,7 +106,7 @@ def test_a_stage_offers_its_fields_and_nothing_unused(stage: str) -> None:
 
 def test_run_sets_every_field_of_every_stage() -> None:
     asked = {parameter.name for parameter in GROUP.commands["run"].params}
-    assert asked == set(run_flags()) | WORDS | {"recipe", "force_from", "effort", "variant"}
+    assert asked == set(run_flags()) | WORDS | {"recipe", "force_from", "effort", "variant", "only"}
     reached = {(section, flag.field) for targets in run_flags().values() for section, flag in targets}
     everything = {(section, flag.field) for section in SECTIONS for flag in flags_of(section)}
     assert everything - reached == RUN_LEAVES_OUT
