@@ -84,7 +84,7 @@ class Model:
 
     @cached_property
     def parameters(self) -> int:
-        """Of all tensors that a checkpoint holds."""
+        """Bytes of all tensors that a checkpoint holds."""
         return sum(math.prod(part.shape) for part in self.inventory.tensors)
 
     @cached_property
@@ -133,7 +133,7 @@ def model_of(name: str, facts: dict[str, Any]) -> Model:
 
 
 def fit_of(model: Model, memory: int) -> Fit:
-    """What fits a memory of so many GiB beside keys, values and the rest."""
+    """Finds the size that fits a memory of so many GiB beside keys, values and the rest."""
     room = memory * GIB - model.cache - BASE
     if model.original_bytes <= room:
         return Fit(memory, words=_NEEDLESS)
@@ -150,7 +150,7 @@ def fit_of(model: Model, memory: int) -> Fit:
 
 
 def sized(model: Model, size: int) -> Size:
-    """What a target of so many bytes leads to. Raises BudgetError where it cannot be met."""
+    """Plans a target of so many bytes. Raises BudgetError where it cannot be met."""
     score = ScoreSettings(bits=QuantizerSettings().candidate_widths())
     return reachable_size(AllocateSettings(target_size_bytes=size), score, model.inventory)
 
@@ -185,7 +185,7 @@ def shown(size: int) -> str:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run takes: bytes of memory and of disk beside the result, hours of what all sizes share and of each."""
+    """The cost of a run: bytes of memory and of disk beside the result, hours of what all sizes share and of each."""
 
     peak: int
     scratch: int

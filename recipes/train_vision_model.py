@@ -293,7 +293,7 @@ def train(model: LlavaForConditionalGeneration, rows: Rows, arguments: argparse.
 
 @torch.no_grad()
 def measure_heldout(model: LlavaForConditionalGeneration, rows: Rows, count: int = 400) -> dict:
-    """Of `count` unseen scenes with one question each: exactly right answers by kind of question, greedy decoding.
+    """Asks one question on each of `count` unseen scenes: exactly right answers by kind of question, greedy decoding.
 
     Greedy decoding gives an answer exactly when every token of it is the likeliest after those before it.
     """

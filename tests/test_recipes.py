@@ -25,7 +25,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 FACTS: dict[str, dict[str, Any]] = json.loads((RECIPES / "facts.json").read_text(encoding="utf-8"))
 SECONDS = 5.0
 TOKENS = 8
-# What makes a model of one layer with two experts out of a configuration; each token goes to one of them.
+# Entries that make a model of one layer with two experts out of a configuration; each token goes to one of them.
 CUT = {
     "num_hidden_layers": 1,
     "num_local_experts": 2,

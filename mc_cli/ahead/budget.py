@@ -134,7 +134,7 @@ def _asked(
         "floors": floors_of(settings),
         "dropped": gone,
         "menus": {layer: menu for layer, menu in menus.items() if menu.kept},
-        # Of one layer of each kind the ends are the same, whichever experts are alike.
+        # The ends of one layer of each kind are the same, whichever experts are alike.
         "alike": PER_PROJECTION if settings.engine is not None and ENGINES[settings.engine].alike else None,
     }
 

@@ -152,7 +152,7 @@ def _need(stage: str, steps: _Steps, base_bytes: int) -> MemoryNeed:
 
 
 def _of_all_tokens(work: Workload, size: int) -> int:
-    """What there is of every token: in memory, or in scratch files, of which a batch at a time is in memory."""
+    """Counts what there is of every token: in memory, or in scratch files, of which a batch at a time is in memory."""
     return size * work.batch // max(1, work.tokens) if work.pieces.scratch else size
 
 

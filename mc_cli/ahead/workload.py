@@ -76,11 +76,11 @@ class Workload:
         return max(range(self.inventory.num_layers), key=self.layer_bytes)
 
     def layer_bytes(self, layer: int) -> int:
-        """As much of one layer as is in memory while it is computed with."""
+        """Bytes of one layer that are in memory while it is computed with."""
         return self._computed(layer) - self.apart_bytes(layer)
 
     def stored_bytes(self, layer: int) -> int:
-        """As much of one layer's files as is mapped while it is read."""
+        """Bytes of one layer's files that are mapped while it is read."""
         computed, stored = self._sizes.get(layer, (0, 0))
         return stored * self.layer_bytes(layer) // max(1, computed)
 

@@ -139,7 +139,7 @@ class Merge:
 def merges_of(
     settings: AllocateSettings, inventory: ModelInventory, similarity_of: Callable[[ExpertBlock], ExpertSimilarity]
 ) -> list[Merge]:
-    """What becomes one in each layer, as asked; `similarity_of` reads one layer's measures.
+    """Finds what becomes one in each layer, as asked; `similarity_of` reads one layer's measures.
 
     Raises InputError, BudgetError and PlanError naming every layer whose experts cannot be merged, or not so far.
     """

@@ -185,7 +185,7 @@ def read_token_ids(calibration: Path, *, vocabulary: int) -> torch.Tensor:
 
 
 def read_inputs(calibration: Path) -> dict[str, torch.Tensor]:
-    """What the sequences hold beside their token ids; empty for text alone. Raises ArtifactError for a damaged file."""
+    """Reads what is beside the token ids; empty for text alone. Raises ArtifactError for a damaged file."""
     path = calibration / INPUTS
     if not path.exists():
         return {}
@@ -208,7 +208,7 @@ class TextReport(TypedDict):
 
 
 class ImageReport(TypedDict):
-    """What became of rows with images.
+    """Counts of rows with images, and what became of them.
 
     cut       rows that lost text behind their last image, being longer than asked
     left_out  rows whose images alone are longer
@@ -225,7 +225,7 @@ class ImageReport(TypedDict):
 
 
 def read_image_report(calibration: Path) -> ImageReport | None:
-    """What became of rows with images; None where there were none. Raises ArtifactError for a damaged file."""
+    """Reads what became of rows with images; None where there were none. Raises ArtifactError for a damaged file."""
     path = calibration / IMAGES
     if not path.exists():
         return None

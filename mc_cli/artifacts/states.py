@@ -80,7 +80,7 @@ def read_state(path: Path, folder: Path) -> dict[str, torch.Tensor]:
 def _digest(
     tensors: Mapping[str, torch.Tensor], text: str, after: Callable[[torch.Tensor], None] = lambda piece: None
 ) -> str:
-    """Of all values; `after` is called with each piece that was read."""
+    """Digest of all values; `after` is called with each piece that was read."""
     found = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
     for name, tensor in sorted(tensors.items()):
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

@@ -1,4 +1,4 @@
-"""What coding costs of the channels that a cut leaves, beside what coding the whole expert costs.
+"""The cost of coding the channels that a cut leaves, beside that of coding the whole expert.
 
 An expert's unimportant channels help to code the others: rotations spread them among each other, the search takes bits
 from unimportant rows for important neighbours, and errors are fed into inputs that carry little. Where channels differ

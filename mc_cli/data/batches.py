@@ -143,7 +143,7 @@ class Batch:
         return replace(self, inputs={name: tensor.to(device) for name, tensor in self.inputs.items()})
 
     def stored(self) -> dict[str, Tensor]:
-        """What `read_calibration` takes from the file beside the token ids; empty for text alone."""
+        """Tensors that `read_calibration` takes from the file beside the token ids; empty for text alone."""
         found = {f"inputs.{name}": tensor for name, tensor in self.inputs.items() if name != TOKENS}
         found |= {f"counts.{name}": torch.tensor(counts) for name, counts in self.counts.items()}
         masks = {"kinds": self.kinds, "answers": self.answers}

@@ -29,7 +29,7 @@ _ERRORS = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeE
 
 
 def images_line(report: ImageReport) -> str:
-    """What was read, in one line."""
+    """Says in one line what was read."""
     tokens = ", ".join(f"{count:,} {kind}" for kind, count in report["tokens"].items())
     return f"{report['rows']:,} rows with {report['images']:,} images; tokens: {tokens}"
 

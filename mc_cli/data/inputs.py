@@ -1,4 +1,4 @@
-"""What a stage is fed: windows of text, or rows with images, whichever the data holds."""
+"""Inputs of a stage: windows of text, or rows with images, whichever the data holds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Made = TypeVar("_Made", Batch, text.Windows)
 
 @dataclass(frozen=True)
 class Drawn(Generic[_Made]):
-    """What was made of the data, and how it was read.
+    """Holds what was made of the data, and how it was read.
 
     text    how rows became text; None where they are plain
     images  what became of rows with images; None where there are none

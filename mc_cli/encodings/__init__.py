@@ -104,7 +104,7 @@ class GridEncoding(Encoding, Protocol):
 
     @property
     def rule(self) -> GridRule:
-        """What the grids can be."""
+        """The rule of its grids."""
         ...
 
 

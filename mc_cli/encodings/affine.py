@@ -61,7 +61,7 @@ class AffineEncoding(Grouped):
 
     @property
     def rule(self) -> Any:
-        """What its grids can be."""
+        """The rule of its grids."""
         from mc_cli.numerics.grid_rules import FRACTIONS
 
         return FRACTIONS

@@ -68,7 +68,7 @@ class IntegerEncoding(Grouped):
 
     @property
     def rule(self) -> Any:
-        """What its grids can be."""
+        """The rule of its grids."""
         from mc_cli.numerics.grid_rules import MIDDLE_ZERO, WHOLE_ZEROS
 
         return MIDDLE_ZERO if self.symmetric else WHOLE_ZEROS

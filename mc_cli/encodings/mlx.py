@@ -58,7 +58,7 @@ class MlxEncoding(Grouped):
 
     @property
     def rule(self) -> Any:
-        """What its grids can be."""
+        """The rule of its grids."""
         from mc_cli.numerics.grid_rules import BIASES
 
         return BIASES

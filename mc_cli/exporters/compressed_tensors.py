@@ -40,7 +40,7 @@ _OPENING = (
     "A Mixture-of-Experts language model in the format compressed-tensors, rounded by mc-cli: integers chosen under "
     "error feedback on the symmetric grids that the format has."
 )
-_LOADING = """\\
+_LOADING = """\
 ```sh
 vllm serve PATH
 ```"""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,17 @@ from torch import Tensor
 from mc_cli.artifacts.files import write_json, write_text
 from mc_cli.encodings import Encoding
 from mc_cli.encodings.integer import IntegerEncoding
-from mc_cli.errors import FamilyError
 from mc_cli.exporters import ExportJob
 from mc_cli.exporters.decoded import DecodedModel, StoredFiles
 from mc_cli.exporters.model_card import model_card
-from mc_cli.exporters.packed_checkpoint import ExpertPath, Matrix, PackedCheckpoint, check_layout, expert_leaves
+from mc_cli.exporters.packed_checkpoint import (
+    ExpertPath,
+    Matrix,
+    PackedCheckpoint,
+    check_layout,
+    expert_leaves,
+    require_family,
+)
 from mc_cli.exporters.shards import ShardWriter
 from mc_cli.measuring.logit_source import LogitSource, Reading
 from mc_cli.models.model_folder import read_config
@@ -59,11 +65,7 @@ print(model.tokenizer.decode(model.generate("Once upon a time")[0]))
 
 def check(config: Any) -> None:
     """Raises FamilyError for a model that GPTQModel does not run, or names otherwise."""
-    if config.model_type not in FAMILIES:
-        raise FamilyError(
-            f"model_type {config.model_type!r} cannot be exported as GPTQ: its names there are known for "
-            f"{', '.join(FAMILIES)}. Other formats: mc-cli export --list."
-        )
+    require_family(config, FAMILIES, "as GPTQ")
     expert_leaves(config, "GPTQ")
 
 
@@ -108,27 +110,24 @@ def export(job: ExportJob) -> None:
 
 
 def _there(name: str, model_type: str) -> str:
-    """What GPTQModel calls a tensor or module of the original checkpoint."""
+    """GPTQModel's name of a tensor or module of the original checkpoint."""
     before = _RENAMED.get(model_type)
-    if before is None:
-        return name
-    path, weight = name.removesuffix(".weight"), ".weight" if name.endswith(".weight") else ""
-    expert = ExpertPath.of(path)
-    if expert is not None:
-        path = f"{expert.experts}.{expert.number}.{expert.projection}"
-    return f"{path}{weight}".replace(f".{before}.", ".mlp.")
+    return name if before is None else _with_leaf(name, lambda leaf: leaf).replace(f".{before}.", ".mlp.")
 
 
 def _back(name: str, model_type: str, leaves: Mapping[str, str]) -> str:
-    """What the original checkpoint calls a tensor."""
+    """The original checkpoint's name of a tensor."""
     before = _RENAMED.get(model_type)
-    if before is None:
-        return name
-    path, weight = name.removesuffix(".weight"), ".weight" if name.endswith(".weight") else ""
+    return name if before is None else _with_leaf(name, leaves.__getitem__).replace(".mlp.", f".{before}.")
+
+
+def _with_leaf(name: str, leaf_of: Callable[[str], str]) -> str:
+    """A name with what an expert's projection is called there: `leaf_of` takes gate_proj, up_proj or down_proj."""
+    path = name.removesuffix(".weight")
     expert = ExpertPath.of(path)
-    if expert is not None:
-        path = f"{expert.experts}.{expert.number}.{leaves[expert.projection]}"
-    return f"{path}{weight}".replace(".mlp.", f".{before}.")
+    if expert is None:
+        return name
+    return f"{expert.experts}.{expert.number}.{leaf_of(expert.projection)}{name[len(path) :]}"
 
 
 def _written(matrix: Matrix) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from mc_cli.exporters.packed_checkpoint import (
     PackedCheckpoint,
     check_layout,
     expert_leaves,
+    require_family,
 )
 from mc_cli.exporters.shards import ShardWriter
 from mc_cli.measuring.logit_source import LogitSource, Reading
@@ -37,7 +38,7 @@ CARRIES_POLICY = False
 DESCRIPTION = "for mlx-lm and other tools of Apple's MLX; plan and quantize with --for mlx"
 ENGINES = ("mlx-lm",)
 KEEPS = "one width for each layer and projection; no dropped, cut or shared experts"
-# What mlx-lm 0.32 names and computes as these checkpoints do.
+# Families that mlx-lm 0.32 names and computes as these checkpoints do.
 FAMILIES = ("glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 # Entries of config.json, by model_type, that it takes for granted or does not read: what they have to be.
 _TAKEN: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
@@ -58,7 +59,7 @@ _OPENING = (
     "A Mixture-of-Experts language model in MLX's format, rounded by mc-cli: scales and biases searched as the format "
     "stores them, codes found under error feedback, widths chosen layer by layer."
 )
-_LOADING = """\\
+_LOADING = """\
 ```sh
 mlx_lm.generate --model PATH --prompt "Once upon a time"
 ```"""
@@ -66,11 +67,7 @@ mlx_lm.generate --model PATH --prompt "Once upon a time"
 
 def check(config: Any) -> None:
     """Raises FamilyError for a model that mlx-lm does not run, or names otherwise."""
-    if config.model_type not in FAMILIES:
-        raise FamilyError(
-            f"model_type {config.model_type!r} cannot be exported for MLX: its names there are known for "
-            f"{', '.join(FAMILIES)}. Other formats: mc-cli export --list."
-        )
+    require_family(config, FAMILIES, "for MLX")
     missing = object()
     taken: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), **_TAKEN.get(config.model_type, {})}
     wrong = [

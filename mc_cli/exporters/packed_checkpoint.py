@@ -7,7 +7,7 @@ parts lie by rows, so that what takes weights apart takes parts apart.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +137,15 @@ class PackedCheckpoint:
             yield path, part
 
 
+def require_family(config: Any, families: Sequence[str], how: str) -> None:
+    """Raises FamilyError for a model of none of the families; `how`: "as GPTQ" and the like."""
+    if config.model_type not in families:
+        raise FamilyError(
+            f"model_type {config.model_type!r} cannot be exported {how}: its names there are known for "
+            f"{', '.join(families)}. Other formats: mc-cli export --list."
+        )
+
+
 def expert_leaves(config: Any, format: str) -> dict[str, str]:
     """gate_proj, up_proj and down_proj -> what the original checkpoint calls them.
 
@@ -155,7 +164,7 @@ def expert_leaves(config: Any, format: str) -> dict[str, str]:
 
 
 def expert_problems(block: ExpertLayout, holds: Callable[[Encoding], bool], *, stacked: str = "") -> Iterator[str]:
-    """What of a layer's experts a format cannot hold, in phrases.
+    """Finds what a format cannot hold of a layer's experts, in phrases.
 
     holds    whether it has an encoding
     stacked  the format's name where it has one tensor for all experts of a projection

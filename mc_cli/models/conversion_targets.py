@@ -1,4 +1,4 @@
-"""What one tensor of the model is made of: stored tensors, renamed, stacked over the experts, joined."""
+"""The parts of one tensor of the model: stored tensors, renamed, stacked over the experts, joined."""
 
 from __future__ import annotations
 

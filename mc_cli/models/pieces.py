@@ -1,4 +1,4 @@
-"""What is in memory whole, and what in pieces, where a limit is set: one rule, which predictions follow too."""
+"""One rule for what is in memory whole and what in pieces, where a limit is set; predictions follow it too."""
 
 from __future__ import annotations
 

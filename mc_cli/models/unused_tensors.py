@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the model that its class makes of it, such as layers of multi-token prediction."""
+"""Tensors of a checkpoint beside the model that its class makes of it, such as layers of multi-token prediction."""
 
 from __future__ import annotations
 

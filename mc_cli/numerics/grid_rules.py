@@ -19,7 +19,7 @@ LARGEST_SHORT = 65280.0  # the largest bfloat16 that float16 holds as well
 
 
 class GridRule(Protocol):
-    """What scales and zero points of one format can be. Grids are [...], float32 but exactly what is stored."""
+    """Rules for the scales and zero points of one format. Grids are [...], float32 but exactly what is stored."""
 
     def covering(self, low: Tensor, high: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
         """(scales, zero points), not rounded yet, with which 2^bits levels reach from `low` <= 0 to `high` >= 0."""

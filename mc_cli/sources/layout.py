@@ -77,7 +77,7 @@ class Layout:
         return key if self.becomes is None else key.removesuffix(self.codes) + self.becomes
 
     def stem(self, key: str) -> str | None:
-        """What is before the codes' ending; None where the key has another."""
+        """The key without the codes' ending; None where the key has another."""
         return key.removesuffix(self.codes) if key.endswith(self.codes) else None
 
     def find(self, header: Header, headers: Mapping[str, Header]) -> dict[str, Header] | None:

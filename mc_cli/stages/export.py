@@ -275,7 +275,7 @@ def _left_out(work: WorkDir) -> tuple[str, ...]:
 
 
 def _kept_beside(unused: UnusedTensors) -> str:
-    """What the directory holds beside the model."""
+    """Names what the directory holds beside the model."""
     return (
         f"{len(unused.names)} tensors that transformers does not read are copied from the original"
         + (f" ({unused.names[0]} for example)" if unused.names else "")

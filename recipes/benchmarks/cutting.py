@@ -1,4 +1,4 @@
-"""What cutting channels costs, score by score: loss and KL divergence on held-out text, with and without the refit.
+"""Measures the cost of cutting channels, score by score: loss and KL on held-out text, with and without the refit.
 
 For every seed the model is calibrated on windows of --data that the seed draws, and every channel is measured once.
 Then each score cuts each ratio of channels in every layer (--scope global: of the whole model), at 16 bits, so that
@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
 
 
 def point(arguments: argparse.Namespace, seeded: Calibrated, name: str, ratio: float, refit: str) -> Row:
-    """What one score loses at one ratio; without figures where that share of the experts is none, or too many."""
+    """Measures one score at one ratio; without figures where that share of the experts is none, or too many."""
     seeded.calibrate(SCORED)
     asked: dict[str, Any] = {"method": name, "scope": arguments.scope, "seed": seeded.seed}
     if name == REAP:

@@ -1,4 +1,4 @@
-"""What unequal experts, experts in blocks and shared router slots cost in time, beside equal experts of the same bytes.
+"""Times unequal experts, experts in blocks and shared router slots beside equal experts of the same bytes.
 
 One block of experts with random codes of one width, a token at a time. Ways take turns token by token; a token of each
 has the same bytes to read:

@@ -41,7 +41,7 @@ _OF_A_PLAN = ("expert_bits", "role_bits", "slots", "merging", "channel_order", "
 
 @dataclass(frozen=True)
 class Way:
-    """What allocate is asked for beside the size.
+    """A request to allocate beside the size.
 
     beside     the name of a work directory of its own, for what is scored in another way
     one_width  whether every width is tried alone, and the one taken that is predicted best
@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
 
 
 def point(sweep: Sweep, seeded: Calibrated, way: Way, size: float) -> Row:
-    """What one way loses at one size."""
+    """Measures one way at one size."""
     work = seeded.beside(way.beside) if way.beside else seeded
     work.calibrate(scored(way, sweep.arguments.loss_tokens))
     try:
@@ -106,7 +106,7 @@ def point(sweep: Sweep, seeded: Calibrated, way: Way, size: float) -> Row:
 
 
 def scored(way: Way, loss_tokens: int) -> ScoreSettings:
-    """What the way goes by. CAMERA-Q looks at channels alone, so that one width is enough."""
+    """Scores that the way goes by. CAMERA-Q looks at channels alone, so that one width is enough."""
     if way.quantizer is GPTQ:
         return ScoreSettings(bits=(2,), quantizer=GPTQ, loss_tokens=64, unit="channel")
     if way.beside:
@@ -115,7 +115,7 @@ def scored(way: Way, loss_tokens: int) -> ScoreSettings:
 
 
 def asked(work: Calibrated, way: Way, size: float) -> dict[str, Any]:
-    """What allocate is asked for. Raises BudgetError where no single width reaches the size."""
+    """Builds the request to allocate. Raises BudgetError where no single width reaches the size."""
     if not way.one_width:
         return way.asked
     found: dict[float, float] = {}

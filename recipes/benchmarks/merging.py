@@ -1,4 +1,4 @@
-"""What merging experts costs, method by method: loss and KL divergence on held-out text, with and without the refit.
+"""Measures the cost of merging experts, method by method: loss and KL on held-out text, with and without the refit.
 
 For every seed the model is calibrated on windows of --data that the seed draws, and experts are compared once. Then
 each method leaves each share of every layer's experts, at 16 bits, so that nothing but the merging is measured. With
@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
 
 
 def point(seeded: Calibrated, method: str, share: float, refit: str) -> Row:
-    """What one method loses at one share, with the refit or without it."""
+    """Measures one method at one share, with the refit or without it."""
     seeded.calibrate(SCORED)
     plan = seeded.allocate(AllocateSettings(merge=method, experts_left=share, seed=seeded.seed))
     found, _ = seeded.measure(UNCODED[refit])

@@ -58,7 +58,7 @@ class Contender:
 
     @property
     def calibration(self) -> dict[str, Any]:
-        """What calibrate is asked for otherwise than usual."""
+        """Settings of calibrate that are not the usual ones."""
         return {"gradient_tokens": 0} if self.plain else {}
 
 

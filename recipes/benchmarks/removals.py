@@ -97,7 +97,7 @@ class Original:
         self._end = walk
 
     def lost(self, first: int) -> Row:
-        """What is lost with weights as they are now, those before layer `first` as ever: nats per token."""
+        """Measures the loss with weights as they are now, those before layer `first` as ever: nats per token."""
         walk = self._starts[first].twin()
         for _ in range(first, walk.num_layers):
             walk.run_layer(advance=True)

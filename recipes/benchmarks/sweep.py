@@ -117,7 +117,7 @@ class Calibrated:
 
 
 def losses(found: Evaluation) -> Row:
-    """What a row says of an evaluation: nats per token, tokens, stored bits per original expert weight."""
+    """Makes a row of an evaluation: nats per token, tokens, stored bits per original expert weight."""
     total = found.total
     return {
         "stored_bits": found.expert_stored_bits,
@@ -144,7 +144,7 @@ class Sweep:
             yield (Calibrated(self.arguments, seed, folder / f"seed{seed}") for seed in self.arguments.seeds)
 
     def _setting(self, seed: int) -> Row:
-        """What tells the rows of one model, text and seed from others in the same file."""
+        """The key that tells rows of one model, text and seed from others in the same file."""
         given = self.arguments
         of_text = {"sequences": given.sequences, "length": given.length, "gradient_tokens": given.gradient_tokens}
         return {"model": Path(given.model).name, **of_text, "windows": given.max_windows, "seed": seed}

@@ -1,4 +1,4 @@
-"""What a compressed model still sees: answers about held-out images, calibrated with images or text, or uniform.
+"""Measures what a compressed model still sees: answers on held-out images, calibrated with images or text, or uniform.
 
 For every seed each contender is calibrated and scored once, and at every target allocated, quantized and measured on
 held-out questions about images: exact answers, loss and KL divergence on their tokens, router changes by kind of token.

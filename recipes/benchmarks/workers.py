@@ -51,7 +51,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one thread: float32 products and float64 factorizations (operations a second), search, disk."""
+    """Rates of one thread: float32 products and float64 factorizations (operations a second), search, disk."""
 
     product_flops: float
     factor_flops: float

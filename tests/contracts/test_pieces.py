@@ -27,7 +27,7 @@ IN_PIECES = replace(tiny_chain.COMPUTE, max_memory_bytes=1)
 
 
 def contents(work_dir: Path) -> dict[str, bytes]:
-    """What stages write, but for manifests, which have times."""
+    """Digests of what stages write, but for manifests, which have times."""
     found = {}
     for path in sorted(work_dir.rglob("*")):
         name = path.relative_to(work_dir).as_posix()

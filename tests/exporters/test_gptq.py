@@ -32,7 +32,7 @@ def work_dir(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def settings_of(config: dict[str, Any], path: str) -> dict[str, Any]:
-    """What holds for a module: the first pattern of `dynamic` that matches, over the usual settings."""
+    """The settings of a module: the first pattern of `dynamic` that matches, over the usual settings."""
     for pattern, override in config["dynamic"].items():
         if re.match(pattern.removeprefix("+:").removeprefix("-:"), path):
             assert pattern.startswith("+:"), f"{path} is packed, but {pattern} leaves it out"

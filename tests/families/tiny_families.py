@@ -265,7 +265,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "llava@mixtral": {"text_config": _MIXTRAL, "vision_config": _CLIP},
 }
 
-# What `save_pretrained` writes -> what the hub's files have, where the two differ.
+# Names as `save_pretrained` writes them -> those of the hub's files, where the two differ.
 HUB_NAMES: dict[str, dict[str, str]] = {
     "deepseek_v4": {
         "model.hc_head.": "hc_head.",

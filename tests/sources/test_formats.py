@@ -89,7 +89,7 @@ def test_stacks_are_decoded_matrix_by_matrix_and_rounded_once(tmp_path: Path) ->
             assert found.dtype == dtype and torch.equal(found, exact.to(dtype))
 
 
-# What is refused, by name and before a weight is read.
+# Refusals, by name and before a weight is read.
 
 
 def dropped(ending: str) -> Callable[[dict[str, torch.Tensor]], object]:

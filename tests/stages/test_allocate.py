@@ -45,7 +45,7 @@ def plan_of(work_dir: Path) -> Plan:
 
 
 def beside_tensors(work_dir: Path) -> int:
-    """What allocate takes a directory to hold beside its tensors."""
+    """Bytes that allocate takes a directory to hold beside its tensors."""
     inventory = read_inventory(work_dir / "calibration" / INVENTORY)
     return with_directory(inventory, WorkDir(work_dir)).directory_bytes
 
