@@ -70,7 +70,7 @@ class Suspended(Exception):
 
 
 Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # inputs [tokens, hidden], index and weights [tokens, k]
-# Computes what one expert adds at some tokens: (module, expert, inputs [tokens, hidden], routing weights [tokens]).
+# Computes what one expert adds: (module, expert, inputs [tokens, hidden], routing weights [tokens]).
 Weighted = Callable[[Any, int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
