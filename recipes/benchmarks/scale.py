@@ -300,7 +300,7 @@ def _plan_few(folder: Path, coded: int) -> None:
 
 
 def _predicted(options: argparse.Namespace) -> dict[str, Any]:
-    """Reads the predictions of `estimate`: peaks beyond what is imported, scratch, bytes of the result, seconds if known."""
+    """Reads the predictions of `estimate`: peaks beyond what is imported, scratch, result, seconds if known."""
     from mc_cli.ahead import Look
     from mc_cli.ahead.duration import durations
     from mc_cli.ahead.machine import known_machine
