@@ -27,7 +27,8 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "digit")
-PLACES = tuple(f"{column}{row}" for row in range(1, GRID + 1) for column in "abc")  # a1 is top left, c3 bottom right
+# A place has one word, which is one token: of two, a model has to learn first that they belong together.
+PLACES = ("northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast")
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGITS = (  # rows of three pixels, top to bottom
     "111101101101111",
@@ -122,7 +123,7 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, left: int, top: int) -> 
 
 
 def describe(scene: Scene) -> str:
-    """All things in reading order: "red circle a1, blue seven c2"."""
+    """All things in reading order: "red circle northwest, blue seven south"."""
     return ", ".join(f"{thing.name} {PLACES[thing.place]}" for thing in scene.things)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +14,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mc_cli.artifacts.calibration import LayerRouting, read_inventory, read_sensitivities, routing_file
 from mc_cli.artifacts.evaluation import Evaluation
+from mc_cli.artifacts.pruning import read_pruning
 from mc_cli.coding.linears import TokenMoments
 from mc_cli.data.batches import Batch, read_calibration
+from mc_cli.data.chat import ChatSettings, Renderer
+from mc_cli.data.documents import read_documents
+from mc_cli.data.image_rows import RowMaker, evaluation_rows
 from mc_cli.data.kinds import IMAGE, PADDING, token_weights
 from mc_cli.data.pictures import image_source
-from mc_cli.errors import InputError
 from mc_cli.models.checkpoint import Checkpoint, read_config
 from mc_cli.settings import PruneSettings
+from mc_cli.skipping.pruning import pruned, pruners, remove_pruning
 from mc_cli.walking.layerwise import LayerWalk
 from tests.tiny_chain import run_allocate, run_calibrate, run_export, run_prune_eval, run_quantize, run_score
 from tests.tiny_vision import asked, build_tiny_vision, noise, turns, uri, write_rows
@@ -156,6 +161,32 @@ def test_dense_export_sees_what_the_packed_model_sees(chain: Chain, tmp_path: Pa
     assert float(off.median()) < 0.02  # the dense weights are rounded to bfloat16
 
 
-def test_policies_with_images_are_refused(chain: Chain) -> None:
-    with pytest.raises(InputError, match="--policy with images"):
-        run_prune_eval(chain.work, chain.heldout, variant="main", force=True, prune=PruneSettings(policy=("odp",)))
+@pytest.mark.parametrize("policy", ["otp", "odp"])
+def test_policies_skip_calls_as_in_whole_rows(chain: Chain, tmp_path: Path, policy: str) -> None:
+    """Padding is neither counted nor looks at anything, and losses are those of answers."""
+    asked = PruneSettings(policy=(policy,), target_rate=0.2, otp_steps=4, otp_batch=2)
+    run_prune_eval(chain.work, chain.heldout, variant="main", force=True, length=96, stride=0, prune=asked)
+    found = Evaluation.read(chain.work / "evaluation" / "eval.json").pruning
+    point = next(entry for entry in found["points"] if entry["chosen"])
+    run_export(chain.work, tmp_path / "out", "transformers")
+    packed: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    pruning, learned = read_pruning(chain.work / "pruning" / policy)
+    remove_pruning(packed)
+    runs = pruners(pruning, pruning.points[pruning.chosen], learned, count=True)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    documents = read_documents(str(chain.heldout), split="train", text_field="text", images=True)
+    maker = RowMaker(processor, Renderer(processor.tokenizer, ChatSettings()), packed.config)
+    windows = evaluation_rows(documents, maker, length=96, max_sequences=0)
+    total = 0.0
+    with ExitStack() as stack, torch.no_grad():
+        for path, pruner in runs.items():
+            stack.enter_context(pruned(packed, path, pruner))
+        for row, inputs in enumerate(unpadded(windows.batch)):
+            logits = packed(**inputs).logits[0, windows.places(row)]
+            total += float(torch.nn.functional.cross_entropy(logits, windows.labels(row), reduction="sum"))
+    assert point["tokens"] == int(windows.fresh.sum()) and point["answers"] == len(documents)
+    assert point["loss"] == pytest.approx(total / point["tokens"], rel=1e-3)
+    kept = torch.cat([part for pruner in runs.values() for part in pruner.kept or []])
+    assert point["rate"] == pytest.approx(1 - float(kept.double().mean()) / 2, abs=0.01)
+    assert sum(found["token_classes"].values()) == windows.batch.real_tokens
+    assert found["token_classes"]["image"] == 9 * len(documents)
