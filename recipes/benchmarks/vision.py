@@ -3,11 +3,10 @@
 For every seed each contender is calibrated and scored once, and at every target allocated, quantized and measured on
 held-out questions about images: exact answers, loss and KL divergence on their tokens, router changes by kind of token.
 "equal tokens" counts a token of an image as much as one of text in second moments (BALANCE 0 in mc_cli/data/kinds.py);
-"text alone" is calibrated on the same conversations with the scene told in words. Runs that are already in the output
-file are not repeated.
+"text alone" is calibrated on the same kind of conversations with the scene told in words. For the first contender otp
+is trained as well, to skip a share of the expert calls. Runs that are already in the output file are not repeated.
 
-    python recipes/train_vision_model.py --out runs/demo-vision --data-out runs/scenes --steps 3000
-    python recipes/benchmarks/vision.py --out runs/vision.json --seeds 0
+    python recipes/benchmarks/vision.py --out runs/vision.json --seeds 0 1 2
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from mc_cli.settings import (
     AllocateSettings,
     CalibrateSettings,
     EvaluateSettings,
+    PruneSettings,
     QuantizerSettings,
     QuantizeSettings,
     RunSettings,
@@ -82,10 +82,10 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="runs/demo-vision", help="of recipes/train_vision_model.py, as all of these")
-    parser.add_argument("--data", default="runs/scenes/calibration.jsonl")
-    parser.add_argument("--text", default="runs/scenes/text.jsonl")
-    parser.add_argument("--heldout", default="runs/scenes/heldout.jsonl")
+    parser.add_argument("--model", default="bundled:demo-vision")
+    parser.add_argument("--data", default="bundled:scenes")
+    parser.add_argument("--text", default="bundled:scenes-told")
+    parser.add_argument("--heldout", default="bundled:scenes-heldout")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/vision"))
     parser.add_argument("--out", type=Path, default=Path("runs/vision.json"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -95,6 +95,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--questions", type=int, default=0, help="held-out rows, 0 for all")
     parser.add_argument("--loss-tokens", type=int, default=ScoreSettings.loss_tokens)
+    parser.add_argument("--skip", type=float, default=0.2, help="share of expert calls that otp skips, 0 for none")
     parser.add_argument("--only", nargs="+", help="contenders by name")
     parsed = parser.parse_args()
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
@@ -125,12 +126,16 @@ def measure(arguments: argparse.Namespace, contender: Contender, seed: int, targ
         forced = {**QUIET, "force": True}
         allocate.run(planned, compute, work_dir, **forced)
         quantize.run(QuantizeSettings(quantizer=quantizer), compute, work_dir, **forced)
-        looked = EvaluateSettings(data=arguments.heldout, max_sequences=arguments.questions)
+        skips = arguments.skip > 0 and contender is CONTENDERS[0]
+        prune = PruneSettings(policy=("otp",), target_rate=arguments.skip) if skips else PruneSettings()
+        looked = EvaluateSettings(data=arguments.heldout, max_sequences=arguments.questions, prune=prune)
         prune_eval.run(looked, compute, work_dir, **forced)
     finally:
         kinds.BALANCE = BALANCE
     found = Evaluation.read(work_dir / "evaluation" / "eval.json")
     assert found.answers is not None
+    chosen = [point for point in found.pruning.get("points", ()) if point["chosen"]]
+    skipped = [{name: point[name] for name in ("rate", "answers_right", "loss", "kl_packed")} for point in chosen]
     return {
         "stored_bits": found.expert_stored_bits,
         "expert_bytes": sum(found.stored_bytes["expert"].values()),
@@ -141,6 +146,7 @@ def measure(arguments: argparse.Namespace, contender: Contender, seed: int, targ
         "router_changes": {
             kind: statistics.mean(layers.values()) for kind, layers in found.router_changes_by_kind.items()
         },
+        **({"otp": skipped[0]} if skipped else {}),
     }
 
 
