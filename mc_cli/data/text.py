@@ -85,8 +85,10 @@ class Windows:
     def right_answers(self, window: int, likeliest: torch.Tensor) -> int:
         """How many answers greedy decoding gives exactly: each token is the likeliest after those before it.
 
-        likeliest  [fresh] int64, of the window's counted predictions
+        likeliest  [fresh] int64, of the window's counted predictions; text has no answers
         """
+        if self.batch.answers is None:
+            return 0
         hits = likeliest.cpu() == self.labels(window)
         return sum(int(answer.all()) for answer in hits.split(self.answers(window)) if len(answer))
 
