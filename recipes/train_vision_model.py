@@ -63,6 +63,8 @@ TEXT_FRACTION = 0.25  # of the rows, told in words
 # Of the rows with images, those that ask for a description first: the densest thing to learn from. Each word of one is
 # found by the words before it, so that descriptions in several orders teach what questions ask for.
 DESCRIBED_FRACTION = 0.6
+# Kinds of questions that are learned last, which half of the rows ask before others.
+PRACTISED = ("colour", "where", "relation", "count")
 OTHER_WEIGHT = 0.1  # of tokens that are not answers, in the loss
 # What the tower gives for a token of an image is taught to name place, colour and shape, a third each, by the decoder's
 # embeddings. Without it the decoder learns for a long time which answers are likely before it looks, and while it does,
@@ -81,6 +83,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data-out", type=Path, help="folder for calibration.jsonl, text.jsonl and heldout.jsonl")
     parser.add_argument(
         "--start", type=Path, help="a folder of this script's making, whose decoder training goes on from"
+    )
+    parser.add_argument("--rate", type=float, default=1.0, help="learning rates, as a share of the usual ones")
+    parser.add_argument(
+        "--described",
+        type=float,
+        default=DESCRIBED_FRACTION,
+        help="share of rows with images that ask for descriptions",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="stop training after this many minutes")
@@ -186,7 +195,8 @@ class Rows:
     """Rows of LENGTH tokens of drawn scenes, made without the processor, whose image part would take most of the time;
     `check` shows that both give the same."""
 
-    def __init__(self, processor: LlavaProcessor):
+    def __init__(self, processor: LlavaProcessor, described: float):
+        self.described = described
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.special = {name: self.tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
         self.ids: dict[str, list[int]] = {}
@@ -199,9 +209,12 @@ class Rows:
     def row(self, source: random.Random) -> tuple[list[int], list[float], drawn_scenes.Scene | None]:
         """(token ids, weight of each in the loss, the scene where its image is shown)"""
         scene = drawn_scenes.random_scene(source)
-        asked = [(question, answer) for _, question, answer in drawn_scenes.questions(scene, source)]
+        found = drawn_scenes.questions(scene, source)
+        if source.random() < 0.5:
+            found.sort(key=lambda each: each[0] not in PRACTISED)
+        asked = [(question, answer) for _, question, answer in found]
         seen = source.random() >= TEXT_FRACTION
-        if seen and source.random() < DESCRIBED_FRACTION:
+        if seen and source.random() < self.described:
             asked.insert(0, source.choice(list(drawn_scenes.descriptions(scene).items())))
         ids, weights = [], []
         for number, (question, answer) in enumerate(asked):
@@ -354,7 +367,7 @@ def train(model: LlavaForConditionalGeneration, rows: Rows, arguments: argparse.
         (loss + BALANCE_WEIGHT * balance_loss(routing)).backward()
         means = by_token[wanted == 1].mean(), by_token[wanted == OTHER_WEIGHT].mean(), naming
         losses.append([mean.item() for mean in means])
-        step_all(optimizers, rate_at(step, progress))
+        step_all(optimizers, arguments.rate * rate_at(step, progress))
 
 
 @torch.no_grad()
@@ -396,7 +409,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     processor = build_processor()
-    rows = Rows(processor)
+    rows = Rows(processor, arguments.described)
     rows.check()
     model = build_model(processor.tokenizer, arguments.seed)
     print(f"{sum(parameter.numel() for parameter in model.parameters())} parameters", flush=True)

@@ -4,7 +4,7 @@ For every seed each contender is calibrated and scored once, and at every target
 held-out questions about images: exact answers, loss and KL divergence on their tokens, router changes by kind of token.
 "equal tokens" counts a token of an image as much as one of text in second moments (BALANCE 0 in mc_cli/data/kinds.py);
 "text alone" is calibrated on the same kind of conversations with the scene told in words. For the first contender otp
-is trained as well, to skip a share of the expert calls. Runs that are already in the output file are not repeated.
+is trained as well at one target, to skip a share of the expert calls. Runs that are already in the output file are not repeated.
 
     python recipes/benchmarks/vision.py --out runs/vision.json --seeds 0 1 2 --publish docs/results/data/vision.json
 """
@@ -98,6 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=0, help="held-out rows, 0 for all")
     parser.add_argument("--loss-tokens", type=int, default=ScoreSettings.loss_tokens)
     parser.add_argument("--skip", type=float, default=0.2, help="share of expert calls that otp skips, 0 for none")
+    parser.add_argument("--skip-at", type=float, nargs="+", default=[2.5], help="targets at which it does")
     parser.add_argument("--publish", type=Path, help="file for the tables of docs/results")
     parser.add_argument("--machine", default="xeon", help="its name in docs/results/history.md, with --publish")
     parser.add_argument("--only", nargs="+", help="contenders by name")
@@ -130,7 +131,7 @@ def measure(arguments: argparse.Namespace, contender: Contender, seed: int, targ
         forced = {**QUIET, "force": True}
         allocate.run(planned, compute, work_dir, **forced)
         quantize.run(QuantizeSettings(quantizer=quantizer), compute, work_dir, **forced)
-        skips = arguments.skip > 0 and contender is CONTENDERS[0]
+        skips = arguments.skip > 0 and contender is CONTENDERS[0] and target in arguments.skip_at
         prune = PruneSettings(policy=("otp",), target_rate=arguments.skip) if skips else PruneSettings()
         looked = EvaluateSettings(data=arguments.heldout, max_sequences=arguments.questions, prune=prune)
         prune_eval.run(looked, compute, work_dir, **forced)
