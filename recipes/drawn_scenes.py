@@ -191,8 +191,8 @@ def _attributes(scene: Scene) -> list[tuple[str, str, str]]:
     asked = []
     for thing in scene.things:
         if _unique(scene, thing, "shape"):
-            asked.append(("colour", f"what colour is the {thing.shape}?", thing.colour))
-            asked.append(("where", f"where is the {thing.shape}?", PLACES[thing.place]))
+            asked.append(("colour by shape", f"what colour is the {thing.shape}?", thing.colour))
+            asked.append(("where by shape", f"where is the {thing.shape}?", PLACES[thing.place]))
             if thing.is_digit:
                 asked.append(("digit", "which digit?", NUMBERS[thing.value] if thing.value else "zero"))
         if _unique(scene, thing, "colour"):
@@ -233,9 +233,15 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def chat_row(scene: Scene, source: random.Random, turns: int, *, seen: bool) -> dict[str, object]:
-    """A conversation of up to `turns` questions about the scene: seen as an image, or told in words."""
-    asked = [(question, answer) for _, question, answer in questions(scene, source)[:turns]]
+def chat_row(
+    scene: Scene, source: random.Random, turns: int, *, seen: bool, without: tuple[str, ...] = ()
+) -> dict[str, object]:
+    """A conversation of up to `turns` questions about the scene, seen as an image or told in words.
+
+    without   kinds of questions that are not asked
+    """
+    found = questions(scene, source)
+    asked = [(question, answer) for kind, question, answer in found if kind not in without][:turns]
     if seen:
         first: object = [{"type": "image", "image": data_uri(draw(scene))}, {"type": "text", "text": asked[0][0]}]
     else:

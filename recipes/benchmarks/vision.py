@@ -4,7 +4,8 @@ For every seed each contender is calibrated and scored once, and at every target
 held-out questions about images: exact answers, loss and KL divergence on their tokens, router changes by kind of token.
 "equal tokens" counts a token of an image as much as one of text in second moments (BALANCE 0 in mc_cli/data/kinds.py);
 "text alone" is calibrated on the same kind of conversations with the scene told in words. For the first contender otp
-is trained as well at one target, to skip a share of the expert calls. Runs that are already in the output file are not repeated.
+is trained as well at one target, to skip a share of the expert calls. Runs that are already in the output file are not
+repeated.
 
     python recipes/benchmarks/vision.py --out runs/vision.json --seeds 0 1 2 --publish docs/results/data/vision.json
 """
