@@ -119,6 +119,7 @@ def test_the_wheel_serves_every_python_of_its_platform(distributions: dict[str, 
         metadata = message_from_bytes(archive.read(record))
     wanted = {STARTUP, "mc_cli/py.typed", "mc_cli/__main__.py", "mc_cli/native/trellis.c", "mc_cli/native/compiler.h"}
     assert wanted <= names
+    assert {"mc_cli/bundled/demo-vision/model.safetensors", "mc_cli/bundled/scenes/heldout.jsonl"} <= names
     assert ("mc_cli/native/_library.so" in names) == (native.library() is not None)
     assert {name.partition("/")[0] for name in names} == {STARTUP, "mc_cli", record.partition("/")[0]}
     assert metadata["Name"] == DISTRIBUTION
