@@ -113,6 +113,11 @@ def keeps_unused(name: str) -> bool:
     return bool(_REGISTRY.fact(exporter_from_name(name), "KEEPS_UNUSED"))
 
 
+def engines_of(name: str) -> tuple[str, ...]:
+    """The engines that load a format; none for one that nobody knows, or that does not say."""
+    return tuple(_REGISTRY.fact(_REGISTRY.modules[name], "ENGINES")) if name in _REGISTRY.modules else ()
+
+
 @dataclass(frozen=True)
 class ListedFormat:
     """One format as `export --list` tells it. engines: those that load it;  keeps: what is left of a plan."""

@@ -287,3 +287,14 @@ def test_a_pipe_is_not_waited_for(exported: Any, tmp_path: Path) -> None:
     os.mkfifo(folder / "model.safetensors")
     with pytest.raises(InputError, match="is a pipe"):
         load_packed(folder)
+
+
+def test_a_plain_model_that_lacks_tensors_is_not_filled_with_random_ones(tiny_model: TinyModel, tmp_path: Path) -> None:
+    name = "model.layers.0.input_layernorm.weight"
+
+    def renamed(tensors: Tensors) -> None:
+        tensors[name.replace("norm", "nrom")] = tensors.pop(name)
+
+    folder = changed(tiny_model("mixtral"), tmp_path / "model", renamed)
+    with pytest.raises(CheckpointError, match=f"lack 1 tensors of the model:\n  {name}"):
+        load_model(folder, COMPUTE)
