@@ -143,6 +143,13 @@ def test_config_without_model_type(mixtral: Path) -> None:
     assert "model_type" in message_of(CheckpointError, lambda: read_config(mixtral))
 
 
+@pytest.mark.parametrize("named", [True, "MixtralForCausalLM", [7], {"name": "MixtralForCausalLM"}])
+def test_architectures_that_are_no_list_of_names(mixtral: Path, named: object) -> None:
+    tiny_models.with_config(mixtral, architectures=named)
+    message = message_of(CheckpointError, lambda: read_config(mixtral))
+    assert "architectures is" in message and "config.json" in message
+
+
 def test_unknown_model_type_names_the_nearest_and_what_is_supported(mixtral: Path) -> None:
     tiny_models.with_config(mixtral, model_type="mixtrall")
     message = message_of(FamilyError, lambda: read_config(mixtral))
@@ -299,6 +306,14 @@ def test_missing_experts_are_named_as_on_disk(mixtral: Path) -> None:
     folder = changed(mixtral, lambda tensors: [tensors.pop(key) for key in lost])
     message = message_of(CheckpointError, lambda: open_all(folder))
     assert "lacks 3 tensors of experts" in message and all(key in message for key in lost)
+
+
+def test_a_tensor_of_an_expert_that_is_named_otherwise_than_the_others(mixtral: Path) -> None:
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    other = name.replace("w3.weight", "w3/weight")  # transformers' patterns take it for the same
+    folder = changed(mixtral, lambda tensors: tensors.update({other: tensors.pop(name)}))
+    message = message_of(CheckpointError, lambda: open_all(folder))
+    assert "not named like those of the other experts" in message and other in message
 
 
 def test_one_projection_of_all_experts_is_missing(mixtral: Path) -> None:
