@@ -21,8 +21,11 @@ from mc_cli.packed.packed_files import stored_tensors, weight_files
 
 
 @contextmanager
-def decoding(directory: Path) -> Iterator[None]:
-    """Turns what libraries say of files that were changed after export into one error that names the directory."""
+def decoding(place: Path) -> Iterator[None]:
+    """Turns what libraries say of files that were changed after export into one error that names the place.
+
+    place  the directory, or the one file that it is about
+    """
     try:
         yield
     except McError:
@@ -31,7 +34,7 @@ def decoding(directory: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "memory" in str(error):  # of the machine, not of the files
             raise
         raise ArtifactError(
-            f"{directory} is not as export wrote it ({type(error).__name__}: {first_line(error)}) Export it again."
+            f"{place} is not as export wrote it ({type(error).__name__}: {first_line(error)}) Export it again."
         ) from error
 
 

@@ -169,7 +169,7 @@ def _add(gguf: Any, writer: Any, name: str, tensor: Tensor, kind: GgufEncoding |
 
 def open(directory: Path, reading: Reading) -> LogitSource:
     """The file as the `gguf` package decodes it, computed by transformers."""
-    with decoding(directory):
+    with decoding(directory / FILE):
         return _Reader(directory, reading)
 
 

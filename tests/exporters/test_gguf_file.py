@@ -163,5 +163,5 @@ def test_a_file_that_is_cut_short_is_one_error_that_names_it(work: Path, tmp_pat
     do_export(work, tmp_path / "folder")
     path = tmp_path / "folder" / "model.gguf"
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(ArtifactError, match="folder is not as export wrote it"):
+    with pytest.raises(ArtifactError, match=r"folder/model\.gguf is not as export wrote it"):
         exporter_from_name("gguf").open(tmp_path / "folder", Reading(torch.float32, torch.device("cpu")))

@@ -206,6 +206,14 @@ def test_experts_that_cannot_be_reached(tiny_model: TinyModel, model_type: str, 
     assert all(family in message for family in CONTRACT_TESTED)
 
 
+@pytest.mark.parametrize(("groups", "used"), [(3, 1), (2, 0), (2, 3), (8, 1)])
+def test_groups_of_experts_that_do_not_fit(tiny_model: TinyModel, tmp_path: Path, groups: int, used: int) -> None:
+    folder = shutil.copytree(tiny_model("deepseek_v3"), tmp_path / "model")
+    tiny_models.with_config(folder, n_group=groups, topk_group=used)
+    message = message_of(CheckpointError, lambda: open_all(folder))
+    assert f"{groups} groups" in message and "n_group" in message
+
+
 def test_model_type_that_continues_no_text(tmp_path: Path) -> None:
     transformers.SwitchTransformersConfig().save_pretrained(tmp_path)
     message = message_of(FamilyError, lambda: open_all(tmp_path))
