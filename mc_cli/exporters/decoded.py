@@ -33,8 +33,9 @@ def decoding(place: Path) -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, RuntimeError) and "memory" in str(error):  # of the machine, not of the files
             raise
+        files = " (config.json, model.safetensors)" if place.is_dir() else ""
         raise ArtifactError(
-            f"{place} is not as export wrote it ({type(error).__name__}: {first_line(error)}) Export it again."
+            f"{place}{files} is not as export wrote it ({type(error).__name__}: {first_line(error)}) Export it again."
         ) from error
 
 
