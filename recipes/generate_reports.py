@@ -113,6 +113,11 @@ def side_by_side() -> str:
         "`mc-cli report`, and name every setting. What is measured is held-out text, which nothing was calibrated on.",
         "Bytes are those of all stored tensors. `make docs` writes all of this from `data/`.",
         "",
+        "```sh",
+        "mc-cli run --model DIR --data calibration.jsonl --eval-data validation --sequences 64 --length 256 \\",
+        "    --eval-length 256 --max-sequences 64 --target-stored-bits 2,2.5,3 -w runs/NAME --out OUT",
+        "```",
+        "",
         f"| {' | '.join(columns)} | page |",
         f"|{'---|' * (len(columns) + 1)}",
     ]
@@ -120,10 +125,7 @@ def side_by_side() -> str:
         page = f"[{page_of(work).name}]({page_of(work).name})" if work.variant == SHOWN else ""
         lines.append(f"| {' | '.join(map(_cell, row))} | {page} |")
     figure = ["", f"![Loss over size, measured]({FIGURE})", ""]
-    shots = sorted(path.name for path in REPORTS.glob("*.png"))
-    seen = [f"![{name.removesuffix('.png')}]({name})" for name in shots]
-    told = ["", "As a browser shows the first page, at the width of a desk and of a phone:", "", *seen] if shots else []
-    return "\n".join([*lines, *figure, *told]).rstrip("\n") + "\n"
+    return "\n".join([*lines, *figure]).rstrip("\n") + "\n"
 
 
 def _cell(value: object) -> str:
