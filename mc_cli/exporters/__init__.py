@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mc_cli.artifacts.packed import CONFIG_FOLDER
 from mc_cli.artifacts.pruning import Pruning
-from mc_cli.exporters.model_card import CardFacts
-from mc_cli.measuring.logit_source import LogitSource, Reading
 from mc_cli.registry import Registry
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # so that facts of formats are told without torch
     import torch
+
+    from mc_cli.exporters.model_card import CardFacts
+    from mc_cli.measuring.logit_source import LogitSource, Reading
 
 _REGISTRY = Registry(
     "export format",
