@@ -94,6 +94,7 @@ def generate(
     begun = time.monotonic()
     network = load_model(folder, compute)
     loaded = time.monotonic()
+    _check_token_ids(folder, network.generation_config)
     torch.manual_seed(seed)
     show(prompt)
     streamer = _Pieces(tokenizer, show)
@@ -120,6 +121,22 @@ def generate(
         load_s=loaded - begun,
         generate_s=time.monotonic() - loaded,
     )
+
+
+def _check_token_ids(folder: Path, config: Any) -> None:
+    """Raises CheckpointError where generation_config.json names tokens by what is no number of one."""
+    named = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    wrong = [
+        f"{name} is {shown(value)}"
+        for name, value in named.items()
+        for each in (value if isinstance(value, list) else [value])
+        if each is not None and (not isinstance(each, int) or abs(each) >= 1 << 63)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{folder / 'generation_config.json'}: {', '.join(wrong)}, and tokens are whole numbers. Mend it, copy it or "
+            "download it again."
+        )
 
 
 def load_model(folder: Path, compute: RunSettings) -> Any:
