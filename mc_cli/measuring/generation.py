@@ -134,8 +134,8 @@ def _check_token_ids(folder: Path, config: Any) -> None:
     ]
     if wrong:
         raise CheckpointError(
-            f"{folder / 'generation_config.json'}: {', '.join(wrong)}, and tokens are whole numbers. Mend it, copy it or "
-            "download it again."
+            f"{folder / 'generation_config.json'}: {', '.join(wrong)}, and tokens are whole numbers. Mend it, or "
+            "copy or download it again."
         )
 
 
