@@ -21,10 +21,13 @@ class Role(enum.StrEnum):
     ROUTER = "router"
     HEAD = "head"
     EMBEDDING = "embedding"
-    VISION = "vision"  # towers that read images or video: always kept
-    AUDIO = "audio"  # towers that read sound: always kept
-    PROJECTOR = "projector"  # what takes a tower's features to the decoder's hidden states: always kept
+    VISION = "vision"  # towers that read images or video
+    AUDIO = "audio"  # towers that read sound
+    PROJECTOR = "projector"  # what takes a tower's features to the decoder's hidden states
     OTHER = "other"  # norms, convolutions, scalars: always kept
+
+
+BESIDE_TEXT = (Role.VISION, Role.AUDIO, Role.PROJECTOR)  # what is not the text decoder of a model that sees or hears
 
 
 def read_width(text: str | float) -> float:

@@ -27,7 +27,16 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "digit")
-PLACES = tuple(f"{column}{row}" for row in range(1, GRID + 1) for column in "abc")  # a1 is top left, c3 bottom right
+# A place has one word, which is one token: of two, a model has to learn first that they belong together.
+PLACES = ("northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast")
+_WORDS = (
+    "tango kilo uniform lima yankee golf bravo november delta whiskey juliet oscar victor charlie roger hotel papa "
+    "sierra over india zulu quebec wilco echo mike foxtrot romeo alpha mayday xray"
+)
+# What a shape of a colour means is a table to be known by heart: nothing about its look tells the word.
+MEANINGS = dict(
+    zip(((colour, shape) for shape in SHAPES[:-1] for colour in COLOURS), _WORDS.split(), strict=True),
+)
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGITS = (  # rows of three pixels, top to bottom
     "111101101101111",
@@ -56,6 +65,11 @@ class Thing:
     @property
     def name(self) -> str:
         return f"{self.colour} {NUMBERS[self.value] if self.value else 'zero'}" if self.is_digit else self.kind
+
+    @property
+    def meaning(self) -> str:
+        """The word that the table has for it; a digit is its own."""
+        return self.name.split()[1] if self.is_digit else MEANINGS[self.colour, self.shape]
 
     @property
     def is_digit(self) -> bool:
@@ -122,8 +136,19 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, left: int, top: int) -> 
 
 
 def describe(scene: Scene) -> str:
-    """All things in reading order: "red circle a1, blue seven c2"."""
-    return ", ".join(f"{thing.name} {PLACES[thing.place]}" for thing in scene.things)
+    """All things in reading order: "northwest red circle, south blue seven"."""
+    return ", ".join(f"{PLACES[thing.place]} {thing.name}" for thing in scene.things)
+
+
+def descriptions(scene: Scene) -> dict[str, str]:
+    """Request -> all things in reading order, told from one side or another."""
+    words = [(PLACES[thing.place], *thing.name.split(), thing.meaning) for thing in scene.things]
+    return {
+        "describe.": describe(scene),
+        "describe shape.": ", ".join(f"{shape} {colour} {place}" for place, colour, shape, _ in words),
+        "describe colour.": ", ".join(f"{colour} {shape} {place}" for place, colour, shape, _ in words),
+        "describe meaning.": ", ".join(f"{place} {meaning}" for place, _, _, meaning in words),
+    }
 
 
 def questions(scene: Scene, source: random.Random) -> list[tuple[str, str, str]]:
@@ -155,6 +180,7 @@ def _places(scene: Scene, source: random.Random) -> list[tuple[str, str, str]]:
     held = {thing.place: thing for thing in scene.things}
     chosen = [source.choice(list(held)), source.choice(list(held)), source.randrange(len(PLACES))]
     asked = [("what", f"what is at {PLACES[p]}?", held[p].name if p in held else "nothing") for p in chosen]
+    asked += [("meaning", f"what does {PLACES[p]} mean?", held[p].meaning) for p in chosen[:2] if not held[p].is_digit]
     for thing in scene.things:
         if _unique(scene, thing, "kind"):
             asked.append(("where", f"where is the {thing.kind}?", PLACES[thing.place]))
@@ -165,8 +191,8 @@ def _attributes(scene: Scene) -> list[tuple[str, str, str]]:
     asked = []
     for thing in scene.things:
         if _unique(scene, thing, "shape"):
-            asked.append(("colour", f"what colour is the {thing.shape}?", thing.colour))
-            asked.append(("where", f"where is the {thing.shape}?", PLACES[thing.place]))
+            asked.append(("colour by shape", f"what colour is the {thing.shape}?", thing.colour))
+            asked.append(("where by shape", f"where is the {thing.shape}?", PLACES[thing.place]))
             if thing.is_digit:
                 asked.append(("digit", "which digit?", NUMBERS[thing.value] if thing.value else "zero"))
         if _unique(scene, thing, "colour"):
@@ -207,9 +233,15 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def chat_row(scene: Scene, source: random.Random, turns: int, *, seen: bool) -> dict[str, object]:
-    """A conversation of up to `turns` questions about the scene: seen as an image, or told in words."""
-    asked = [(question, answer) for _, question, answer in questions(scene, source)[:turns]]
+def chat_row(
+    scene: Scene, source: random.Random, turns: int, *, seen: bool, without: tuple[str, ...] = ()
+) -> dict[str, object]:
+    """A conversation of up to `turns` questions about the scene, seen as an image or told in words.
+
+    without   kinds of questions that are not asked
+    """
+    found = questions(scene, source)
+    asked = [(question, answer) for kind, question, answer in found if kind not in without][:turns]
     if seen:
         first: object = [{"type": "image", "image": data_uri(draw(scene))}, {"type": "text", "text": asked[0][0]}]
     else:

@@ -242,10 +242,12 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalized, matrix by matrix (Jordan et al. 2024).
 
     A parameter [experts, rows, columns] counts as one matrix per expert, and a fused gate-and-up projection as two.
+    They are orthogonalized in `dtype`: bfloat16 is twice as fast where the CPU has products of it.
     """
 
-    def __init__(self, parameters, *, lr: float, momentum: float, weight_decay: float):
+    def __init__(self, parameters, *, lr: float, momentum: float, weight_decay: float, dtype: torch.dtype):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -255,12 +257,12 @@ class Muon(torch.optim.Optimizer):
                 momentum_buffer.lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(momentum_buffer, group["momentum"])
                 rows, columns = update.shape[-2] // group["parts"], update.shape[-1]
-                update = orthogonalize(update.reshape(-1, rows, columns)).reshape(parameter.shape)
+                update = orthogonalize(update.reshape(-1, rows, columns).to(self.dtype)).reshape(parameter.shape)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+                parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
 
-def build_optimizers(model: MixtralForCausalLM) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: MixtralForCausalLM, dtype: torch.dtype = torch.float32) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings, norms and routers."""
     matrices, fused, rest = [], [], []
     for name, parameter in model.named_parameters():
@@ -271,7 +273,7 @@ def build_optimizers(model: MixtralForCausalLM) -> list[torch.optim.Optimizer]:
         else:
             matrices.append(parameter)
     groups = [{"params": matrices}, {"params": fused, "parts": 2}]
-    muon = Muon(groups, lr=MUON_LEARNING_RATE, momentum=MUON_MOMENTUM, weight_decay=WEIGHT_DECAY)
+    muon = Muon(groups, lr=MUON_LEARNING_RATE, momentum=MUON_MOMENTUM, weight_decay=WEIGHT_DECAY, dtype=dtype)
     adam = torch.optim.AdamW(rest, lr=ADAM_LEARNING_RATE, betas=ADAM_BETAS, weight_decay=0.0)
     for optimizer in (muon, adam):
         for group in optimizer.param_groups:

@@ -27,7 +27,6 @@ from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.work_dir import FOLDERS, VARIANTS, WorkDir
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.data import text
-from mc_cli.data.inputs import POLICY_WITH_IMAGES
 from mc_cli.data.processors import sees
 from mc_cli.errors import InputError, Problems
 from mc_cli.exporters import check_model, exporter_from_name
@@ -226,13 +225,12 @@ class Look:
         """Texts that can be read, have the field, and are not asked for longer windows than the model has room for."""
         whole_run = "calibrate" in self._all
         seeing = session is not None and sees(session.config)
-        seen = False
         for stage, flag in (("calibrate", "--data"), ("prune-eval", "--eval-data" if whole_run else "--data")):
             if stage not in self._todo:
                 continue
             settings = self._todo[stage]
             with self.problems.catching():
-                seen |= check_text(
+                check_text(
                     settings.data, split=settings.split, text_field=settings.text_field, flag=flag, images=seeing
                 )
             if session is not None:
@@ -242,12 +240,16 @@ class Look:
                     if stride > length:
                         raise InputError(f"--stride {stride}: from 0 (no overlap) to the window's length, {length}.")
         prune = getattr(self._todo.get("prune-eval"), "prune", None)
-        if prune is not None and prune.policy and seen:
-            self.problems.refuse(POLICY_WITH_IMAGES)
         if prune is not None and prune.policy and prune.fit_data is not None:
             evaluated = self._todo["prune-eval"]
             with self.problems.catching():
-                check_text(prune.fit_data, split=evaluated.split, text_field=evaluated.text_field, flag="--fit-data")
+                check_text(
+                    prune.fit_data,
+                    split=evaluated.split,
+                    text_field=evaluated.text_field,
+                    flag="--fit-data",
+                    images=seeing,
+                )
 
     def _names(self, session: Session | None) -> None:
         """Names that only a late stage looks up: quantizers, policies, lm-eval tasks, formats."""

@@ -67,6 +67,8 @@ class PruningPoint:
     predicted_loss: float | None = None
     thresholds: Sequence[float] = ()
     on_front: bool = False
+    answers: int = 0
+    answers_right: int = 0
 
 
 @dataclass(frozen=True)

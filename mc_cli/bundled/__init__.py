@@ -1,4 +1,4 @@
-"""Data that ships with the package: a small trained MoE, text to calibrate it on, and text to measure it on."""
+"""Data that ships with the package: small trained MoEs, one of text and one that sees, and rows to try them on."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ BUNDLED = {
     "demo-moe": "demo-moe",
     "calibration": "text/calibration.jsonl",
     "heldout": "text/heldout.jsonl",
+    "demo-vision": "demo-vision",
+    "scenes": "scenes/calibration.jsonl",
+    "scenes-told": "scenes/text.jsonl",
+    "scenes-heldout": "scenes/heldout.jsonl",
 }
 
 
 def bundled_path(name: str) -> Path:
-    """The path of the bundled model folder "demo-moe", or of the text file "calibration" or "heldout".
+    """The path of a bundled folder or file, by its name in BUNDLED.
 
+    demo-moe     text, with the rows "calibration" and "heldout"
+    demo-vision  images and text, with "scenes", "scenes-told" (the same kind of scenes in words) and "scenes-heldout"
     Raises InputError if `name` is none of these, or if the installation lacks the data.
     """
     from mc_cli.errors import InputError
@@ -24,6 +30,7 @@ def bundled_path(name: str) -> Path:
     if not path.exists():
         raise InputError(
             f"the bundled {name!r} is missing from this installation: no {path}\n"
-            "Install mixture-compressor again, or rebuild the data with recipes/train_demo_model.py."
+            "Install mixture-compressor again, or rebuild the data with recipes/train_demo_model.py or "
+            "recipes/train_vision_model.py."
         )
     return path

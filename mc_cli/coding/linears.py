@@ -1,8 +1,11 @@
-"""Quantizing what is no expert: linears that share an input share one Hessian; the embedding is rounded by itself."""
+"""Quantizing what is no expert: linears that share an input share one Hessian; the embedding is rounded by itself.
+
+Towers and projectors are packed before the layers, on images that pass them whole.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -14,7 +17,7 @@ from mc_cli.artifacts.quantization import MatrixReport
 from mc_cli.coding.layer_result import LayerResult, PackedTensors, measured, planned_encoding
 from mc_cli.encodings import Encoding, has_grids
 from mc_cli.numerics.hessian import accumulate
-from mc_cli.parts import KEPT_BITS, Role, TensorPart
+from mc_cli.parts import BESIDE_TEXT, KEPT_BITS, Role, TensorPart
 from mc_cli.quantizers import Quantizer
 from mc_cli.quantizers.job import CodingJob, Executor, InputMoments
 from mc_cli.quantizers.rtn import RoundToNearest
@@ -23,6 +26,9 @@ from mc_cli.walking.routing import require_every_token
 
 # Weights of a head or embedding that are rounded at a time: 128 MiB in float32, and some times that meanwhile.
 _PIECE_WEIGHTS = 2**25
+
+
+_MOMENT_BYTES = 2**29  # second moments of towers' inputs that are taken in one pass
 
 
 class _InputSeen(Exception):
@@ -61,13 +67,48 @@ class LinearCoder:
             encoding = planned_encoding(self._plan, self._plan.role_bits[part.role], *part.shape)
             self._pack(path, part, self._quantizer, moments, encoding, tokens, result)
 
-    def embedding(self, tensors: Sequence[TensorPart]) -> LayerResult:
+    def towers(self, tensors: Sequence[TensorPart], result: LayerResult) -> None:
+        """Packs the planned linears of towers and projectors, in the order of their names.
+
+        They run before the decoder's layers, all of them for every image. So second moments of many are taken in one
+        pass over the images, as many as fit `_MOMENT_BYTES`; the next ones are taken on what is quantized by then.
+        """
+        wanted = {path: part for part in tensors if part.role in BESIDE_TEXT and (path := self._packable(part))}
+        for paths in _fitting(wanted):
+            found = self._passing_moments({path: wanted[path].shape[1] for path in paths})
+            for path in paths:
+                hessian, tokens = found[path]
+                if tokens:
+                    self.sharing_input([(path, wanted[path])], hessian, tokens, result)
+                else:
+                    result.report_kept(wanted[path], "its module is never called, so it has no calibration inputs")
+
+    def _passing_moments(self, features: Mapping[str, int]) -> dict[str, tuple[torch.Tensor, int]]:
+        """Path -> (Hessian [in, in] float32, tokens) of modules that run before the layers; features: of each, `in`."""
+        found = {path: (torch.zeros((size, size), device=self._device), 0) for path, size in features.items()}
+
+        def hook(path: str) -> Any:
+            def add(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                hessian, tokens = found[path]
+                flat = args[0].detach().reshape(-1, args[0].shape[-1])
+                accumulate(hessian, flat)
+                found[path] = (hessian, tokens + len(flat))
+
+            return add
+
+        with ExitStack() as stack:
+            for path in features:
+                module = self._model.get_submodule(path)
+                stack.callback(module.register_forward_pre_hook(hook(path)).remove)
+            self._walk.embed_again()
+        return found
+
+    def embedding(self, tensors: Sequence[TensorPart], result: LayerResult) -> None:
         """Rounds the token embedding among `tensors` to its plan's width, if it has one; its weight is replaced.
 
         Its inputs are single rows, all of whose weights count alike: there is no Hessian to feed errors back by, and a
         tied head's would help neither at 6 bits nor at 8. Only encodings that are no grids go to the quantizer.
         """
-        result = LayerResult()
         bits = self._plan.role_bits.get(Role.EMBEDDING, KEPT_BITS)
         for part in tensors:
             path, _, leaf = part.name.rpartition(".")
@@ -80,7 +121,6 @@ class LinearCoder:
             alike = InputMoments(torch.eye(part.shape[1], device=self._device)[None])
             nearest = RoundToNearest(clip_search=True) if has_grids(encoding) else self._quantizer
             self._pack(path, part, nearest, alike, encoding, None, result)
-        return result
 
     def _pack(
         self,
@@ -208,6 +248,21 @@ def run_up_to(
             walk.store.release(walk.hidden[rows])
 
         walk.each_batch(run)
+
+
+def _fitting(parts: Mapping[str, TensorPart]) -> Iterator[list[str]]:
+    """The paths in order, those together whose second moments fit `_MOMENT_BYTES`; always one at least."""
+    paths: list[str] = []
+    room = _MOMENT_BYTES
+    for path, part in parts.items():
+        size = 4 * part.shape[1] ** 2
+        if paths and size > room:
+            yield paths
+            paths, room = [], _MOMENT_BYTES
+        paths.append(path)
+        room -= size
+    if paths:
+        yield paths
 
 
 def _pieces(

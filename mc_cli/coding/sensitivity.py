@@ -66,9 +66,9 @@ def output_gradient(walk: LayerWalk, final_hidden: torch.Tensor, *, samples: int
 
 def _label_weights(inputs: Batch) -> torch.Tensor | None:
     """[sequences, length] float32, of the label that each token predicts; None where all count alike."""
-    if inputs.answers is None:
+    if inputs.predicting is None:
         return None
-    predicts = torch.nn.functional.pad(inputs.answers[:, 1:], (0, 1)).float()
+    predicts = inputs.predicting.float()
     return predicts * (inputs.real_tokens / predicts.sum().clamp_min(1)).sqrt()
 
 

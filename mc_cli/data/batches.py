@@ -105,6 +105,11 @@ class Batch:
         """Tokens that are no padding."""
         return self.tokens if self.real is None else int(self.real.sum())
 
+    @property
+    def predicting(self) -> Tensor | None:
+        """[rows, length] bool: tokens behind which a token of an answer stands; None without answers."""
+        return None if self.answers is None else torch.nn.functional.pad(self.answers[:, 1:], (0, 1))
+
     def weights(self) -> Tensor | None:
         """[rows, length] float32: how much each token counts in second moments; None where all count alike."""
         return None if self.kinds is None else token_weights(self.kinds)

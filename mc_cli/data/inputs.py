@@ -14,10 +14,6 @@ from mc_cli.data.documents import Document
 from mc_cli.data.image_rows import RowMaker, calibration_rows, evaluation_rows, has_images
 from mc_cli.data.processors import load_processor
 
-POLICY_WITH_IMAGES = (
-    "--policy with images: policies are fitted and measured on text alone. Leave --policy out, or calibrate and "
-    "evaluate on text."
-)
 _Made = TypeVar("_Made", Batch, text.Windows)
 
 

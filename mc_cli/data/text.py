@@ -71,6 +71,27 @@ class Windows:
         """[fresh] int64: the tokens that the window's counted predictions are of."""
         return self.token_ids[window, self.places(window) + 1]
 
+    def answers(self, window: int) -> list[int]:
+        """How many of the window's counted predictions are of each of its answers, in order; [] for text.
+
+        An answer is a run of tokens that is measured.
+        """
+        if self.batch.answers is None:
+            return []
+        padded = torch.nn.functional.pad(self.batch.answers[window, 1:].int(), (1, 1)).diff()
+        begins, ends = ((padded == sign).nonzero()[:, 0] for sign in (1, -1))
+        return [int(count) for count in ends - begins]
+
+    def right_answers(self, window: int, likeliest: torch.Tensor) -> int:
+        """How many answers greedy decoding gives exactly: each token is the likeliest after those before it.
+
+        likeliest  [fresh] int64, of the window's counted predictions; text has no answers
+        """
+        if self.batch.answers is None:
+            return 0
+        hits = likeliest.cpu() == self.labels(window)
+        return sum(int(answer.all()) for answer in hits.split(self.answers(window)) if len(answer))
+
 
 @dataclass
 class TextSource:

@@ -174,11 +174,10 @@ def losses_by_kind(
 ) -> tuple[dict[str, TextResult], AnswersResult]:
     """(predictions by the kind of the predicted token, whole answers) of rows with images, walked as above.
 
-    Tokens that stand for images are predicted by nobody. An answer is a run of tokens that is measured; greedy decoding
-    gives it exactly where each of its tokens is the likeliest after those before it.
+    Tokens that stand for images are predicted by nobody.
     """
     batch = windows.batch
-    assert batch.kinds is not None and batch.answers is not None
+    assert batch.kinds is not None
     sums: dict[str, _Sums] = {}
     answers, right = 0, [0, 0]
     for row in range(batch.rows):
@@ -189,16 +188,7 @@ def losses_by_kind(
         for kind, mask in kind_masks(batch.kinds[row, 1:]).items():
             if bool((mask & shown).any()):
                 sums.setdefault(kind, _Sums()).add(logits[0][mask], logits[1][mask], labels[mask])
-        hits = [(each.argmax(-1) == labels).cpu() for each in logits]
-        for run in _runs(batch.answers[row, 1:]):
-            answers += 1
-            for model, hit in enumerate(hits):
-                right[model] += int(hit[run].all())
+        answers += len(windows.answers(row))
+        for model, each in enumerate(logits):
+            right[model] += windows.right_answers(row, each[windows.places(row)].argmax(-1))
     return {kind: found.result() for kind, found in sums.items()}, AnswersResult(answers, *right)
-
-
-def _runs(mask: torch.Tensor) -> list[slice]:
-    """The runs of True in a mask [tokens]."""
-    padded = torch.nn.functional.pad(mask.int(), (1, 1)).diff()
-    begins, ends = ((padded == sign).nonzero()[:, 0].tolist() for sign in (1, -1))
-    return [slice(begin, end) for begin, end in zip(begins, ends, strict=True)]

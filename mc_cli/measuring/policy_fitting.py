@@ -27,6 +27,8 @@ from mc_cli.artifacts.work_dir import POLICY_STAGE, WorkDir
 from mc_cli.data import text
 from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.data.documents import ALL, Reading
+from mc_cli.data.image_rows import images_warnings
+from mc_cli.data.inputs import Feeder
 from mc_cli.errors import InputError, listed
 from mc_cli.models.memory import available_bytes
 from mc_cli.models.session import Session
@@ -254,17 +256,12 @@ def _inputs(
     if source is None:
         found = calibrated.select(slice(settings.fit_sequences))
     else:
-        tokenizer = text.load_tokenizer(session.folder, trust_remote_code=session.compute.trust_remote_code)
-        found = text.calibration_windows(
-            source.documents(tokenizer),
-            tokenizer,
-            sequences=settings.fit_sequences,
-            length=calibrated.length,
-            seed=settings.policy_seed,
-            renderer=source.renderer,
+        trusted = session.compute.trust_remote_code
+        drawn = Feeder(session.folder, session.config, session.vocabulary, source, trusted).calibration(
+            sequences=settings.fit_sequences, length=calibrated.length, seed=settings.policy_seed
         )
-        text.check_vocabulary(found.token_ids, session.vocabulary)
-        for message in text.report_warnings(source.report()):
+        found = drawn.made
+        for message in [*text.report_warnings(drawn.text), *images_warnings(drawn.images)]:
             folder.warn(f"--fit-data: {message}", progress)
     if found.rows < 2:
         raise InputError(
@@ -309,13 +306,18 @@ def _chosen(job: _Job, pruning: Pruning, learned: Mapping[str, Tensor]) -> Pruni
 
 def _checked(job: _Job, pruning: Pruning, learned: Mapping[str, Tensor]) -> Pruning:
     """The policy with every point's rise of perplexity on windows that no threshold was fitted on."""
-    count, length = job.check_inputs.rows, job.check_inputs.length
-    windows = text.Windows(job.check_inputs, torch.full((count,), length - 1), (ALL,) * count)
+    inputs = job.check_inputs
+    fresh = torch.full((inputs.rows,), inputs.length - 1) if inputs.answers is None else inputs.answers[:, 1:].sum(-1)
+    windows = text.Windows(inputs, fresh, (ALL,) * inputs.rows)
+    made = {
+        str(number): pruners(pruning, point, learned, count=True, real=inputs.real)
+        for number, point in enumerate(pruning.points)
+    }
     found = compare_points(
         job.source,
         windows,
         job.blocks,
-        {str(number): pruners(pruning, point, learned, count=True) for number, point in enumerate(pruning.points)},
+        made,
         batch_size=job.batch_size,
         progress=job.progress,
         title=f"prune-eval: check {pruning.policy}",

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from mc_cli.artifacts.packed import encoding_of
 from mc_cli.artifacts.pruning import OperatingPoint, Pruning
+from mc_cli.data.kinds import IMAGE, MEASURED, PADDING
 from mc_cli.data.text import Windows
 from mc_cli.data.token_classes import token_classes
 from mc_cli.measuring.policy_fitting import FittedPolicies
@@ -35,6 +38,7 @@ UNITS = {
     "activated_parameters": "the same in weights",
     "on_front": "no other point of this evaluation drops as many calls at a smaller or equal loss",
 }
+ANSWER_UNITS = {"answers": "whole answers about images; answers_right: those that greedy decoding gives exactly"}
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,15 @@ def evaluate_policies(
         if sweep or number == pruning.chosen
     }
     blocks = {block.layer: block for block in inventory.expert_blocks}
-    runs = {
-        key: pruners(*_at(fitted, entry), fitted.policies[entry.policy][1], count=True) for key, entry in named.items()
-    }
     ships = next(iter(fitted.policies))
-    runs[UNPRUNED] = pruners(*_nothing_dropped(fitted.policies[ships][0]), fitted.policies[ships][1], count=True)
-    ships_layers = fitted.policies[ships][0].layers
-    classes = token_classes(windows.token_ids, tokenizer)
+    whole, learned = fitted.policies[ships]
+    real = windows.batch.real
+    runs = {
+        key: pruners(*_at(fitted, entry), fitted.policies[entry.policy][1], count=True, real=real)
+        for key, entry in named.items()
+    }
+    runs[UNPRUNED] = pruners(*_nothing_dropped(whole), learned, count=True, real=real)
+    classes = _classes(windows, tokenizer)
     found = compare_points(
         packed,
         windows,
@@ -93,13 +99,23 @@ def evaluate_policies(
         row["on_front"] = _on_front(row, rows)
     return {
         "policy": ships,
-        "experts_dropped": {str(layer.layer): list(layer.dropped) for layer in ships_layers if layer.dropped},
+        "experts_dropped": {str(layer.layer): list(layer.dropped) for layer in whole.layers if layer.dropped},
         "fit": fitted.fingerprint,
-        "units": UNITS,
+        "units": UNITS if found.answers is None else UNITS | ANSWER_UNITS,
         "unpruned": _measured(found.points[UNPRUNED], found, bytes_of),
         "points": rows,
         "token_classes": {name: int(mask.sum()) for name, mask in classes.items()},
     }
+
+
+def _classes(windows: Windows, tokenizer: Any) -> dict[str, Tensor]:
+    """Class of tokens -> bool mask [windows, length]: by how text is written, and images apart; padding is in none."""
+    classes, kinds = token_classes(windows.token_ids, tokenizer), windows.batch.kinds
+    if kinds is None:
+        return classes
+    found = {name: mask & (kinds != IMAGE) & (kinds != PADDING) for name, mask in classes.items()}
+    found[MEASURED[IMAGE]] = kinds == IMAGE
+    return {name: mask for name, mask in found.items() if bool(mask.any())}
 
 
 def _at(fitted: FittedPolicies, entry: _Named) -> tuple[Pruning, OperatingPoint]:
@@ -139,6 +155,7 @@ def _measured(result: PointResult, found: PrunedComparison, bytes_of: _Bytes) ->
         "experts_by_class": dict(result.experts_by_class),
         "activated_bytes": stored,
         "activated_parameters": weights,
+        **({} if result.answers_right is None else {"answers": found.answers, "answers_right": result.answers_right}),
     }
 
 

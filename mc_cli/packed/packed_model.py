@@ -60,14 +60,13 @@ def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict
     packed: dict[str, str] = {}
     for block in layout.experts:
         parts = pack_experts(model.get_submodule(block.path), block, dtype=kept_dtype)
-        around = model.get_submodule(block.path.rpartition(".")[0])
-        if not around._buffers:  # some families initialise the experts' weights with the block around them
-            around._is_hf_initialized = True
+        _initialised_around(model, block.path)
         packed |= {f"{block.path}.{name}": part for name, part in parts.items()}
     for path, key in layout.linears.items():
         encoding = encoding_of(key)
         assert encoding is not None  # _check_linears
         parts = pack_weight(model.get_submodule(path), encoding, dtype=kept_dtype)
+        _initialised_around(model, path)
         packed |= {f"{path}.{name}": part for name, part in parts.items()}
     embedding = model.get_input_embeddings()
     if path_of(model, embedding) in layout.linears:
@@ -81,6 +80,16 @@ def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict
     drop_experts(model, {block.path: block.dropped for block in layout.experts})
     run_our_experts(model)
     return packed
+
+
+def _initialised_around(model: Any, path: str) -> None:
+    """Keeps transformers from initialising a packed weight with the module around it, as some families and towers do.
+
+    One with buffers, which are not stored, is left to it.
+    """
+    around = model.get_submodule(path.rpartition(".")[0])
+    if not around._buffers:
+        around._is_hf_initialized = True
 
 
 def _forget_tie(model: Any, name: str) -> None:

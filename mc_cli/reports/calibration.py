@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mc_cli.artifacts.calibration import LayerRouting
-from mc_cli.parts import ModelInventory, Role
+from mc_cli.parts import BESIDE_TEXT, ModelInventory, Role
 from mc_cli.reports.tables import summary, table
-
-_BESIDE_TEXT = (Role.VISION, Role.AUDIO, Role.PROJECTOR)
 
 
 def calibration_summary(
@@ -72,7 +70,7 @@ def not_covered(inventory: ModelInventory, *, seen: bool = False) -> str | None:
     """A warning on what calibration does not measure of a model that reads images or sound; `seen`: it had images."""
     if seen:
         return None
-    beside = {role: size for role, size in inventory.bytes_by_role().items() if role in _BESIDE_TEXT}
+    beside = {role: size for role, size in inventory.bytes_by_role().items() if role in BESIDE_TEXT}
     if not beside:
         return None
     kept = ", ".join(f"{role.value} {size:,} bytes" for role, size in beside.items())

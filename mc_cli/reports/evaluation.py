@@ -86,7 +86,17 @@ def _pruning_facts(pruning: Mapping[str, Any]) -> dict[str, Any]:
         "the packed model)",
         "experts per token and layer": f"{chosen['experts_per_token']:.3f} of {whole['experts_per_token']:.3f}",
         "activated bytes per token": f"{chosen['activated_bytes']:,.0f} of {whole['activated_bytes']:,.0f}",
+        **_answers_fact(chosen, whole),
     }
+
+
+def _answers_fact(chosen: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, str]:
+    """Right answers about images with the policy; nothing for text."""
+    if not chosen.get("answers"):
+        return {}
+    share = 100 * chosen["answers_right"] / chosen["answers"]
+    right = f"{chosen['answers_right']:,} of {chosen['answers']:,} ({share:.2f} %)"
+    return {"answers right with the policy": f"{right}, without it {whole['answers_right']:,}"}
 
 
 def _pruning_tables(evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mc_cli.errors import InputError, McError, MissingFlagsError
-from mc_cli.parts import DROPPED, KEPT_BITS, Role
+from mc_cli.parts import BESIDE_TEXT, DROPPED, KEPT_BITS, Role
 from mc_cli.settings import texts
 from mc_cli.settings.declared import Flag, StageSettings, setting
 from mc_cli.settings.engines import ENGINES, engine_flag, role_conflicts, width_conflicts
@@ -273,6 +273,7 @@ class AllocateSettings(StageSettings):
         None, _part("Token embedding, and a head that is tied to it", _beside(EMBEDDING_BESIDE))
     )
     router_bits: int = setting(KEPT_BITS, _part("Routers"))
+    vision_bits: int = setting(KEPT_BITS, _part("Towers for images and sound, and their projectors"))
 
     engine: str | None = setting(None, engine_flag(_METHOD))
 
@@ -286,6 +287,8 @@ class AllocateSettings(StageSettings):
             )
         yield from width_conflicts(self.engine, [bits for bits in self.bits or () if bits != DROPPED], "--bits")
         yield from role_conflicts(self.engine, self._given_beside)
+        if self.engine is not None and self.vision_bits != KEPT_BITS:
+            yield InputError(f"--vision-bits {self.vision_bits}: {self.engine} keeps that at 16 bits. Leave it out.")
         given = [name for name in TARGETS if getattr(self, name) is not None]
         yield from map(InputError, self._drop_problems(given))
         budgets = [name for name in given if name != "experts_left"]
@@ -393,6 +396,7 @@ class AllocateSettings(StageSettings):
         left_out |= {"engine"} if self.engine is None else set()
         left_out |= {"experts_left", "merge", "merge_rank"} if self.experts_left is None else set()
         left_out |= {name for name in ("halves", "figures") if not getattr(self, name)}
+        left_out |= {"vision_bits"} if self.vision_bits == KEPT_BITS else set()
         left_out |= {"drop_ratio"} if self.drop_ratio is None else set()
         left_out |= {"scope"} if self.cut_ratio is None and self.drop_ratio is None else set()
         return {name: value for name, value in plain.items() if name not in left_out}
@@ -424,4 +428,5 @@ class AllocateSettings(StageSettings):
             usual = next(bits for above, bits in beside if mean_bits > above)
             return usual if engine is None else engine.beside(role, common or usual)
 
-        return {role: width(role, given) for role, given in self._given_beside.items()}
+        towers = {} if self.vision_bits == KEPT_BITS else dict.fromkeys(BESIDE_TEXT, self.vision_bits)
+        return {role: width(role, given) for role, given in self._given_beside.items()} | towers

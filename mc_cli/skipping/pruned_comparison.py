@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mc_cli.data.batches import Batch
 from mc_cli.data.text import Windows
 from mc_cli.models.memory import release_freed_memory
 from mc_cli.parts import ExpertBlock
@@ -34,6 +35,8 @@ class PointResult:
     experts_by_class     name of a token class -> mean over its tokens and the layers
     expert_calls         layer -> [experts] calls per token
     rate                 share of all expert calls that were skipped
+    answers_right        whole answers given exactly, of rows with images; None for text
+    Padding is in no figure.
     """
 
     tokens: int
@@ -42,6 +45,7 @@ class PointResult:
     kl_packed: float
     kl_original: float | None
     rate: float
+    answers_right: int | None
     experts_per_token: Mapping[int, float]
     experts_by_class: Mapping[str, float]
     expert_calls: Mapping[int, Tensor]
@@ -49,11 +53,12 @@ class PointResult:
 
 @dataclass(frozen=True)
 class PrunedComparison:
-    """The unpruned packed model's loss and every point's result."""
+    """The unpruned packed model's loss and every point's result. answers: how many there are, with images alone."""
 
     packed_loss: float
     original_loss: float | None
     points: Mapping[str, PointResult]
+    answers: int | None = None
 
 
 Run = Mapping[str, LayerPruner]  # experts path -> pruner, made with `count`
@@ -93,10 +98,14 @@ def compare_points(
             _walk([*pairs, *zip(walks, (runs[name] for name in group), strict=True)], blocks, step)
             sums = _losses(references, walks, windows)
             for name, walk_sums in zip(group, sums[1:], strict=True):
-                found[name] = _result(walk_sums, sums[0], runs[name], blocks, classes or {})
+                found[name] = _result(walk_sums, sums[0], runs[name], blocks, classes or {}, windows.batch)
             losses = sums[0]
         step.advance(note="head")
-    return PrunedComparison(losses.references[0], losses.references[1] if original is not None else None, found)
+    answers = None
+    if windows.batch.answers is not None:
+        answers = sum(len(windows.answers(row)) for row in range(windows.batch.rows))
+    original_loss = losses.references[1] if original is not None else None
+    return PrunedComparison(losses.references[0], original_loss, found, answers)
 
 
 def _walk(walks: Sequence[tuple[LayerWalk, Run | None]], blocks: Mapping[int, ExpertBlock], step: object) -> None:
@@ -120,6 +129,7 @@ class _Sums:
     def __init__(self, references: int) -> None:
         self.tokens = 0
         self.loss = 0.0
+        self.right = 0
         self.squared_change = 0.0
         self.divergences = [0.0] * references
         self.reference_losses = [0.0] * references
@@ -134,15 +144,16 @@ def _losses(references: Sequence[LayerWalk], walks: Sequence[LayerWalk], windows
     """Sums of the references themselves, then of every walk."""
     sums = [_Sums(len(references)) for _ in range(len(walks) + 1)]
     for row in range(windows.batch.rows):
-        rows, fresh = slice(row, row + 1), int(windows.fresh[row])
+        rows, places = slice(row, row + 1), windows.places(row)
         at = windows.labels(row)[:, None].to(references[0].source.device)
-        known = [_log_probabilities(walk, rows, fresh) for walk in references]
-        sums[0].tokens += fresh
+        known = [_log_probabilities(walk, rows, places) for walk in references]
+        sums[0].tokens += len(places)
         for number, reference in enumerate(known):
             sums[0].reference_losses[number] -= float(reference.gather(1, at).double().sum())
         for entry, walk in zip(sums[1:], walks, strict=True):
-            other = _log_probabilities(walk, rows, fresh)
-            entry.tokens += fresh
+            other = _log_probabilities(walk, rows, places)
+            entry.tokens += len(places)
+            entry.right += windows.right_answers(row, other.argmax(-1))
             entry.loss -= float(other.gather(1, at).double().sum())
             entry.squared_change += float((other - known[0]).gather(1, at).double().square().sum())
             for number, reference in enumerate(known):
@@ -150,19 +161,25 @@ def _losses(references: Sequence[LayerWalk], walks: Sequence[LayerWalk], windows
     return sums
 
 
-def _log_probabilities(walk: LayerWalk, rows: slice, fresh: int) -> Tensor:
-    return walk.head(rows, walk.hidden[rows])[0, :-1][-fresh:].float().log_softmax(-1)
+def _log_probabilities(walk: LayerWalk, rows: slice, places: Tensor) -> Tensor:
+    return walk.head(rows, walk.hidden[rows])[0][places].float().log_softmax(-1)
 
 
 def _result(
-    sums: _Sums, unpruned: _Sums, run: Run, blocks: Mapping[int, ExpertBlock], classes: Mapping[str, Tensor]
+    sums: _Sums,
+    unpruned: _Sums,
+    run: Run,
+    blocks: Mapping[int, ExpertBlock],
+    classes: Mapping[str, Tensor],
+    batch: Batch,
 ) -> PointResult:
     kept = {
         layer: torch.cat(run[block.path].kept or []).double() for layer, block in blocks.items() if block.path in run
     }
     calls = sum(len(counts) * run[blocks[layer].path].layer.top_k for layer, counts in kept.items())
     per_token = sum(kept.values()) / max(1, len(kept))
-    flat = {name: mask.reshape(-1) for name, mask in classes.items()}
+    real = slice(None) if batch.real is None else batch.real
+    flat = {name: mask.reshape(-1)[real] for name, mask in classes.items()}
     assert isinstance(per_token, Tensor)
     loss = sums.loss / max(1, sums.tokens)
     variance = sums.squared_change / max(1, sums.tokens) - (loss - unpruned.references[0]) ** 2
@@ -173,6 +190,7 @@ def _result(
         kl_packed=sums.divergences[0] / max(1, sums.tokens),
         kl_original=sums.divergences[1] / max(1, sums.tokens) if len(sums.divergences) > 1 else None,
         rate=1.0 - sum(float(counts.sum()) for counts in kept.values()) / calls,
+        answers_right=None if batch.answers is None else sums.right,
         experts_per_token={layer: float(counts.mean()) for layer, counts in kept.items()},
         experts_by_class={name: float(per_token[mask].mean()) for name, mask in flat.items() if mask.any()},
         expert_calls={layer: _calls(run[blocks[layer].path]) / len(counts) for layer, counts in kept.items()},

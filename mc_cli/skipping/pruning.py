@@ -58,6 +58,7 @@ class LayerPruner:
               A slot that runs half of its expert counts half
 
     tensors   the policy's learned tensors by name; None: they are attributes of the experts module
+    real      [tokens] bool of all forwards, one behind the other: what is no padding, which is not counted; None: all
     """
 
     def __init__(
@@ -68,15 +69,18 @@ class LayerPruner:
         *,
         tensors: Mapping[str, Tensor] | None = None,
         count: bool = False,
+        real: Tensor | None = None,
     ) -> None:
         self.policy = policy_from_name(pruning.policy)
         self.layer = layer
         self.threshold = threshold
         self.dropped = (layer.router_path, layer.dropped) if layer.dropped else None
         self.halves = runs_halves(self.policy)
-        self.watch = AttentionWatch() if self.policy.WATCHES_ATTENTION else None
+        self.watch = AttentionWatch(real) if self.policy.WATCHES_ATTENTION else None
         self.kept: list[Tensor] | None = [] if count else None
         self.calls: Tensor | None = None
+        self._real = real
+        self._seen = 0  # tokens of the forwards before
         self._seed = pruning.seed
         self._tensors = tensors
         self._bound: _Bound | None = None
@@ -104,6 +108,10 @@ class LayerPruner:
 
     def _count(self, kept: list[Tensor], index: Tensor, experts: int) -> None:
         """Notes what is computed of the slots [tokens, k] that are left."""
+        if self._real is not None:
+            real = self._real[self._seen : self._seen + len(index)]
+            self._seen += len(index)
+            index = index[real.to(index.device)]
         mask = index < experts
         calls = torch.bincount(index[mask], minlength=experts).cpu()
         if self.halves:
@@ -140,12 +148,25 @@ class LayerPruner:
 
 
 def pruners(
-    pruning: Pruning, point: OperatingPoint, tensors: Mapping[str, Tensor] | None = None, *, count: bool = False
+    pruning: Pruning,
+    point: OperatingPoint,
+    tensors: Mapping[str, Tensor] | None = None,
+    *,
+    count: bool = False,
+    real: Tensor | None = None,
 ) -> dict[str, LayerPruner]:
-    """Experts path -> pruner of its layer. tensors: learned ones by full name; None: the modules hold them."""
+    """Experts path -> pruner of its layer; the arguments are those of LayerPruner.
+
+    tensors  learned ones by full name; None: the modules hold them
+    """
     return {
         layer.path: LayerPruner(
-            pruning, layer, threshold, tensors=None if tensors is None else of_layer(tensors, layer), count=count
+            pruning,
+            layer,
+            threshold,
+            tensors=None if tensors is None else of_layer(tensors, layer),
+            count=count,
+            real=real,
         )
         for layer, threshold in zip(pruning.layers, point.thresholds, strict=True)
     }

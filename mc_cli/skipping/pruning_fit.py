@@ -97,7 +97,7 @@ def fit_policies(
             "This model's routers choose one expert per token, and a token's best expert is never skipped: there is "
             "nothing to prune per token. Run prune-eval without --policy."
         )
-    return {part.name: _finished(part, settings, inputs.tokens, nats=nats) for part in growing}
+    return {part.name: _finished(part, settings, inputs.real_tokens, nats=nats) for part in growing}
 
 
 def _add_layer(part: _Growing, sample: LayerSample, learned: Mapping[str, Tensor], settings: FitSettings) -> None:

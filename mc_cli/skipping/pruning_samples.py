@@ -31,7 +31,7 @@ _SAME_SUM = 1e-2
 class LayerSample:
     """One MoE layer on the fitting tokens.
 
-    routed       all tokens, on the CPU; `received` estimated with `prior`
+    routed       all tokens but padding, on the CPU; `received` estimated with `prior`
     prior        mean attention received relative to a uniform look; None where nothing could be watched
     renormalise  the router's weights have the same sum for every token
     costs        [tokens, k] float32: of keeping the best 1, ..., k slots alone; the last column is zero
@@ -53,9 +53,16 @@ class LayerSample:
 class _Capture:
     """Stands where a pruner does, skips nothing, and notes the routing and each slot's output."""
 
-    def __init__(self, watch: bool, dropped: tuple[str, Sequence[int]] | None, *, halves: bool = False) -> None:
+    def __init__(
+        self,
+        watch: bool,
+        dropped: tuple[str, Sequence[int]] | None,
+        *,
+        halves: bool = False,
+        real: Tensor | None = None,
+    ) -> None:
         self.dropped = dropped
-        self.watch = AttentionWatch() if watch else None
+        self.watch = AttentionWatch(real) if watch else None
         self.routed: list[Routed] = []
         self.looks: list[tuple[Tensor, Tensor]] = []
         self._index: Tensor | None = None
@@ -112,7 +119,8 @@ def sample_layers(
             walk.run_layer(advance=True)
         else:
             gone = (dropped or {}).get(layer)
-            capture = _Capture(watch, (block.router_path, gone) if gone else None, halves=bool(margins))
+            without = (block.router_path, gone) if gone else None
+            capture = _Capture(watch, without, halves=bool(margins), real=inputs.real)
             yield _sample(walk, block, scales[layer].to(source.device), capture, margins)
         source.free(layer)
         release_freed_memory()
@@ -141,17 +149,19 @@ def _sample(
             walk.run_layer(on_batch, advance=True)
     finally:
         del module._mc_observer
-    weights = torch.cat([batch.weights for batch in capture.routed])
+    real = slice(None) if walk.inputs.real is None else walk.inputs.real
+    weights = torch.cat([batch.weights for batch in capture.routed])[real]
     renormalise = weights_are_normalised(weights)
     prior, received = _received(capture)
     routed = Routed(
-        torch.cat([batch.hidden for batch in capture.routed]),
-        torch.cat([batch.index for batch in capture.routed]),
+        torch.cat([batch.hidden for batch in capture.routed])[real],
+        torch.cat([batch.index for batch in capture.routed])[real],
         weights,
-        received,
+        None if received is None else received[real],
     )
-    by_margin = {margin: torch.cat(found) for margin, found in half_costs.items()}
-    return LayerSample(block, routed, prior, renormalise, torch.cat(costs, dim=1)[int(renormalise)], by_margin)
+    by_margin = {margin: torch.cat(found)[real] for margin, found in half_costs.items()}
+    nested = torch.cat(costs, dim=1)[int(renormalise)][real]
+    return LayerSample(block, routed, prior, renormalise, nested, by_margin)
 
 
 def _received(capture: _Capture) -> tuple[float | None, Tensor | None]:

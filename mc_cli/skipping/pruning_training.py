@@ -157,6 +157,7 @@ class _TrainingPruner:
         self.renormalise = renormalise
         self.temperature = temperature
         self.offset = offset
+        self.real: Tensor | None = None  # [tokens] bool, what is no padding; None: all
         self.noise: Tensor | None = None
         self.generator: torch.Generator | None = None
         self.kept: Tensor | None = None
@@ -170,7 +171,7 @@ class _TrainingPruner:
         bias = self.router[otp.BIAS] + self.offset
         logits = otp.count_logits(otp.features(routed), self.router[otp.WEIGHT], bias)
         counts = otp.drawn_counts(logits, self.noise, self.temperature)
-        self.kept = otp.kept_share(counts)
+        self.kept = otp.kept_share(counts if self.real is None else counts[self.real])
         return routed.index, otp.mixed_weights(flat, counts, renormalise=self.renormalise)
 
 
@@ -179,6 +180,7 @@ def distillation_loss(
 ) -> tuple[Tensor, Tensor]:
     """(KL(teacher || pruned model) in nats per token, mean kept share over the layers), both with gradients.
 
+    With answers the divergence is that of their tokens alone.
     teacher  [sequences, length, vocabulary] log-probabilities of the unpruned model
     """
     with ExitStack() as stack:
@@ -186,7 +188,8 @@ def distillation_loss(
             stack.enter_context(pruned(model, path, pruner))
         logits = model(**batch, use_cache=False).logits
     student = logits.to(teacher.dtype).log_softmax(-1)
-    divergence = (teacher.exp() * (teacher - student)).sum(-1).mean()
+    divergence = (teacher.exp() * (teacher - student)).sum(-1)
+    divergence = divergence.mean() if batch.predicting is None else divergence[batch.predicting].mean()
     shares = [pruner.kept for pruner in pruners.values() if pruner.kept is not None]
     return divergence, torch.stack(shares).mean()
 
@@ -276,6 +279,7 @@ def _train_step(
             dropped=(layer.router_path, layer.dropped) if layer.dropped else None,
         )
         pruners[layer.path].generator = generator
+        pruners[layer.path].real = None if batch.real is None else batch.real.to(model.device)
     divergence, kept = distillation_loss(model, batch, teacher, pruners)
     gradients = torch.autograd.grad(divergence + target.price * kept, [state.routers[name] for name in names])
     state.routers = {name: state.routers[name].detach() for name in names}

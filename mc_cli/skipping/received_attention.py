@@ -56,6 +56,7 @@ def received_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    viewers: Tensor | None = None,
     block_rows: int = _BLOCK_ROWS,
 ) -> Received:
     """The attention that the last tokens of `key`, those of this forward, receive from the queries behind them.
@@ -63,14 +64,15 @@ def received_attention(
     query  [batch, heads, tokens, head_dim];  key [batch, key heads, past + tokens, head_dim]
     mask   None for causal; [batch or 1, heads or 1, tokens, past + tokens], bool (True = seen) or added to the logits
     sinks  [heads] logits of a place that no token has, which takes its share of each row
-    Rows of padding tokens are left out: they see tokens behind themselves, or not themselves.
+    viewers  [batch, tokens] bool: whose looks count; None: all
+    Rows of padding tokens are left out where the mask shows them: they see tokens behind themselves, or not themselves.
     """
     batch, heads, tokens, features = query.shape
     past = key.shape[-2] - tokens
     key = key.repeat_interleave(heads // key.shape[1], dim=1)
     scale = features**-0.5 if scaling is None else scaling
     looks = torch.zeros(batch, tokens, device=query.device)
-    viewers = torch.zeros(batch, tokens, device=query.device)
+    counts = torch.zeros(batch, tokens, device=query.device)
     for begin in range(0, tokens, block_rows):
         rows = slice(begin, min(begin + block_rows, tokens))
         seen = _seen(mask, rows, past, key.shape[-2], query.device)
@@ -82,31 +84,34 @@ def received_attention(
             beside = sinks.float().reshape(1, -1, 1, 1).expand(batch, heads, logits.shape[2], 1)
             logits = torch.cat([logits, beside], dim=-1)
         attention = logits.softmax(-1).nan_to_num()[..., : key.shape[-2]].mean(1)
-        found = _columns(attention, seen.any(1).expand(batch, -1, -1), rows, past)
+        found = _columns(attention, seen.any(1).expand(batch, -1, -1), rows, past, viewers)
         looks += found.looks
-        viewers += found.viewers
-    return Received(looks, viewers)
+        counts += found.viewers
+    return Received(looks, counts)
 
 
 @torch.no_grad()
-def received_of_map(attention: Tensor, mask: Tensor | None = None) -> Received:
+def received_of_map(attention: Tensor, mask: Tensor | None = None, viewers: Tensor | None = None) -> Received:
     """The received attention from a map [batch, heads, tokens, past + tokens] that a family has made itself.
 
     mask   as the family was given it; without one every place in a causal row counts as seen
+    viewers  [batch, tokens] bool: whose looks count; None: all
     """
     tokens, past = attention.shape[-2], attention.shape[-1] - attention.shape[-2]
     seen = _seen(mask, slice(0, tokens), past, attention.shape[-1], attention.device)
     seen = seen.any(1).expand(len(attention), -1, -1)
-    return _columns(attention.float().mean(1), seen, slice(0, tokens), past)
+    return _columns(attention.float().mean(1), seen, slice(0, tokens), past, viewers)
 
 
-def _columns(attention: Tensor, seen: Tensor, rows: slice, past: int) -> Received:
-    """Adds up columns of some rows of a map; attention, seen [batch, rows, past + tokens]."""
+def _columns(attention: Tensor, seen: Tensor, rows: slice, past: int, viewers: Tensor | None) -> Received:
+    """Adds up columns of some rows of a map; attention, seen [batch, rows, past + tokens]; viewers as above."""
     total = seen.shape[-1]
     own = torch.arange(rows.start, rows.stop, device=attention.device) + past  # the rows' own columns
     places = torch.arange(total, device=attention.device)
     sees_ahead = (seen & (places > own[:, None])).any(-1)
     real = seen.gather(-1, own[None, :, None].expand(len(seen), -1, 1))[..., 0] & ~sees_ahead
+    if viewers is not None:
+        real = real & viewers[:, rows]
     counts = seen & (places < own[:, None]) & real[..., None]
     weighed = attention * counts * seen.sum(-1, keepdim=True)
     return Received(weighed.sum(1)[:, past:], counts.float().sum(1)[:, past:])
@@ -127,9 +132,12 @@ class AttentionWatch:
     received  of this forward; None before its attention has run, and where nobody could look:
     alone     how many sequences there are, each with a single token, as while decoding; 0 = others, or not run yet
     maps      what makes them of whole attention maps, for families whose own code has them
+    real      [tokens] bool of all forwards, one behind the other: what is no padding; padding looks at nothing
     """
 
-    def __init__(self) -> None:
+    def __init__(self, real: Tensor | None = None) -> None:
+        self._real = real
+        self._seen = 0  # tokens of the forwards before
         self.received: Received | None = None
         self.alone = 0
         self.maps: _MapHooks | None = None
@@ -137,7 +145,15 @@ class AttentionWatch:
     def take(self) -> Received | None:
         """The attention received in this forward; a second call gives None."""
         received, self.received, self.alone = self.received, None, 0
+        if received is not None:
+            self._seen += received.looks.numel()
         return received
+
+    def viewers(self, batch: int, tokens: int, device: torch.device) -> Tensor | None:
+        """[batch, tokens] bool of the forward that runs: who is no padding; None: all."""
+        if self._real is None:
+            return None
+        return self._real[self._seen : self._seen + batch * tokens].reshape(batch, tokens).to(device)
 
     def estimate(self, tokens: int, prior: float) -> Tensor | float | None:
         """[tokens] float32, one number where it is the same for all; None where these tokens were not watched.
@@ -184,7 +200,9 @@ class _MapHooks:
         if _holds_map(output):
             mask = kwargs.get("attention_mask")
             mask = mask if isinstance(mask, Tensor) and mask.ndim == 4 else None
-            self._watch.received = received_of_map(output[1], mask)
+            attention = output[1]
+            viewers = self._watch.viewers(len(attention), attention.shape[-2], attention.device)
+            self._watch.received = received_of_map(attention, mask, viewers)
             self.served = True
 
 
@@ -261,7 +279,10 @@ def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
             else:
                 mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 else None
                 scaling, softcap, sinks = (kwargs.get(name) for name in ("scaling", "softcap", "s_aux"))
-                watch.received = received_attention(query, key, mask, scaling=scaling, softcap=softcap, sinks=sinks)
+                viewers = watch.viewers(query.shape[0], query.shape[-2], query.device)
+                watch.received = received_attention(
+                    query, key, mask, scaling=scaling, softcap=softcap, sinks=sinks, viewers=viewers
+                )
         return function(module, query, key, value, attention_mask, **kwargs)
 
     setattr(attend, _WATCHED_MARK, True)

@@ -38,7 +38,7 @@ from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.encodings import encoding_for, family_of_role, stored_bytes
 from mc_cli.errors import InputError, MissingDependencyError, PlanError, ShapeError
 from mc_cli.models.companions import directory_bytes, noted_folder
-from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role, TensorPart
+from mc_cli.parts import BESIDE_TEXT, DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role, TensorPart
 from mc_cli.policies.static_experts import experts_to_drop
 from mc_cli.progress import StageResult
 from mc_cli.reports.figures import FIGURES, draw, figures_of
@@ -374,6 +374,10 @@ def beside_experts(
     Raises PlanError for a width of its own of a tied head.
     """
     role_bits, others = _widths_beside(settings, inventory, quantizer)
+    if settings.vision_bits != KEPT_BITS and not {part.role for part in inventory.tensors} & set(BESIDE_TEXT):
+        raise PlanError(
+            f"--vision-bits {settings.vision_bits}: {inventory.model_type} has no tower and no projector. Leave it out."
+        )
     if inventory.tied_head and settings.head_bits not in (None, role_bits[Role.EMBEDDING]):
         raise PlanError(
             f"--head-bits {settings.head_bits}: this model's head is tied to its embedding, which gets "

@@ -20,12 +20,11 @@ from mc_cli.artifacts.routes import ROUTES, write_routes
 from mc_cli.artifacts.store import StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.data import text
-from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.data.chat import ChatSettings
 from mc_cli.data.image_rows import images_line, images_warnings
-from mc_cli.data.inputs import POLICY_WITH_IMAGES, Drawn, Feeder
+from mc_cli.data.inputs import Drawn, Feeder
 from mc_cli.data.processors import sees
-from mc_cli.errors import InputError, MissingDependencyError
+from mc_cli.errors import MissingDependencyError
 from mc_cli.kernels.compiled import check_inputs, inputs_of
 from mc_cli.measuring.comparison import Compared, compare
 from mc_cli.measuring.lm_eval_tasks import Tasks, find_tasks, run_tasks
@@ -95,9 +94,6 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
         inventory = calibration_artifact.read_inventory(self.work.folder("calibrate") / calibration_artifact.INVENTORY)
         tasks = find_tasks(self.settings)
         drawn = _drawn(self.settings, self.session)
-        if self.settings.prune.policy:
-            calibrated = read_calibration(self.work.folder("calibrate"), vocabulary=self.session.vocabulary)
-            _require_text_alone(drawn.made.batch, calibrated)
         _warn_of_text(folder, drawn, run.progress)
         check_inputs(self.settings.activation_bits, self.session.device)
         return _Ready(inventory, drawn.made, drawn.text, drawn.images, tasks, self.session.open_checkpoint())
@@ -218,12 +214,6 @@ def _tasks_digest(folder: Path, cache: DigestCache) -> str:
     """A digest of the local task files; lm-eval's own are pinned by its version."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".yml", ".py"))
     return content_digest([[str(path.relative_to(folder)), cache.digest(path)] for path in files])
-
-
-def _require_text_alone(*batches: Batch) -> None:
-    """Raises InputError for images where a policy is fitted or measured."""
-    if any(batch.kinds is not None for batch in batches):
-        raise InputError(POLICY_WITH_IMAGES)
 
 
 def _warn_of_text(folder: StageFolder, drawn: Drawn[text.Windows], progress: Progress) -> None:

@@ -48,7 +48,7 @@ from mc_cli.models.router_masks import drop_experts
 from mc_cli.models.session import Session, later_session
 from mc_cli.models.weight_digests import WeightDigests
 from mc_cli.packed.packed_model import model_bytes, stored_sizes
-from mc_cli.parts import DROPPED, KEPT_BITS, ModelInventory, Role
+from mc_cli.parts import BESIDE_TEXT, DROPPED, KEPT_BITS, ModelInventory, Role
 from mc_cli.progress import Progress, StageResult
 from mc_cli.registry import widths_of
 from mc_cli.reports.packed import packed_summary
@@ -58,7 +58,10 @@ from mc_cli.walking.layerwise import LayerWalk
 from mc_cli.walking.resume import restore_progress, save_progress
 
 STAGE = "quantize"
-_PLANNED_ROLES = (Role.ATTENTION, Role.SHARED, Role.DENSE, Role.ROUTER, Role.HEAD, Role.EMBEDDING)
+_PLANNED_ROLES = (
+    *(Role.ATTENTION, Role.SHARED, Role.DENSE, Role.ROUTER, Role.HEAD, Role.EMBEDDING),
+    *BESIDE_TEXT,
+)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
         checkpoint = self.session.open_checkpoint()
         weights = self.session.digesting(checkpoint, folder)
         inputs = read_calibration(calibration, vocabulary=self.session.vocabulary)
+        _check_towers(plan, seen=inputs.kinds is not None)
         sensitivities = calibration_artifact.read_sensitivities(calibration, inventory)
         if self.settings.quantizer.joins_rows and sensitivities and not _has_covariances(calibration, inventory):
             folder.warn(
@@ -133,7 +137,9 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
                 covariance_of=partial(calibration_artifact.read_covariance, self.work.folder("calibrate")),
                 routing_counts=_routing_counts(plan, self.work.folder("calibrate")),
             )
-            rest = worker.linears.embedding(inventory.tensors)
+            rest = LayerResult()
+            worker.linears.towers(inventory.tensors, rest)
+            worker.linears.embedding(inventory.tensors, rest)
             if rest.linears:
                 walk.embed_again()
             _layers(walk, original, checkpoint, inventory, plan, worker, writer, folder, run.progress)
@@ -150,6 +156,16 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
 
 
 plan_stage, run = Plans(Quantize), Runs(Quantize)
+
+
+def _check_towers(plan: Plan, *, seen: bool) -> None:
+    """Raises PlanError for towers to be coded where no image was seen."""
+    asked = sorted({plan.role_bits[role] for role in BESIDE_TEXT if plan.role_bits.get(role, KEPT_BITS) != KEPT_BITS})
+    if asked and not seen:
+        raise PlanError(
+            f"The plan has towers and projectors of {asked[0]:g} bits (--vision-bits), but calibrate was given text "
+            "alone, which does not pass them. Run calibrate on rows with images, or allocate without --vision-bits."
+        )
 
 
 def _routing_counts(plan: Plan, calibration: Path) -> dict[int, Sequence[int]]:

@@ -3,11 +3,11 @@
 For every seed each contender is calibrated and scored once, and at every target allocated, quantized and measured on
 held-out questions about images: exact answers, loss and KL divergence on their tokens, router changes by kind of token.
 "equal tokens" counts a token of an image as much as one of text in second moments (BALANCE 0 in mc_cli/data/kinds.py);
-"text alone" is calibrated on the same conversations with the scene told in words. Runs that are already in the output
-file are not repeated.
+"text alone" is calibrated on the same kind of conversations with the scene told in words. For the first contender otp
+is trained as well at one target, to skip a share of the expert calls. Runs that are already in the output file are not
+repeated.
 
-    python recipes/train_vision_model.py --out runs/demo-vision --data-out runs/scenes --steps 3000
-    python recipes/benchmarks/vision.py --out runs/vision.json --seeds 0
+    python recipes/benchmarks/vision.py --out runs/vision.json --seeds 0 1 2 --publish docs/results/data/vision.json
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from mc_cli.settings import (
     AllocateSettings,
     CalibrateSettings,
     EvaluateSettings,
+    PruneSettings,
     QuantizerSettings,
     QuantizeSettings,
     RunSettings,
@@ -78,14 +79,16 @@ def main() -> None:
                 write(arguments, rows)
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     show(rows)
+    if arguments.publish is not None:
+        publish(arguments, rows)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="runs/demo-vision", help="of recipes/train_vision_model.py, as all of these")
-    parser.add_argument("--data", default="runs/scenes/calibration.jsonl")
-    parser.add_argument("--text", default="runs/scenes/text.jsonl")
-    parser.add_argument("--heldout", default="runs/scenes/heldout.jsonl")
+    parser.add_argument("--model", default="bundled:demo-vision")
+    parser.add_argument("--data", default="bundled:scenes")
+    parser.add_argument("--text", default="bundled:scenes-told")
+    parser.add_argument("--heldout", default="bundled:scenes-heldout")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/vision"))
     parser.add_argument("--out", type=Path, default=Path("runs/vision.json"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -95,6 +98,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--questions", type=int, default=0, help="held-out rows, 0 for all")
     parser.add_argument("--loss-tokens", type=int, default=ScoreSettings.loss_tokens)
+    parser.add_argument("--skip", type=float, default=0.2, help="share of expert calls that otp skips, 0 for none")
+    parser.add_argument("--skip-at", type=float, nargs="+", default=[2.5], help="targets at which it does")
+    parser.add_argument("--publish", type=Path, help="file for the tables of docs/results")
+    parser.add_argument("--machine", default="xeon", help="its name in docs/results/history.md, with --publish")
     parser.add_argument("--only", nargs="+", help="contenders by name")
     parsed = parser.parse_args()
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
@@ -125,12 +132,16 @@ def measure(arguments: argparse.Namespace, contender: Contender, seed: int, targ
         forced = {**QUIET, "force": True}
         allocate.run(planned, compute, work_dir, **forced)
         quantize.run(QuantizeSettings(quantizer=quantizer), compute, work_dir, **forced)
-        looked = EvaluateSettings(data=arguments.heldout, max_sequences=arguments.questions)
+        skips = arguments.skip > 0 and contender is CONTENDERS[0] and target in arguments.skip_at
+        prune = PruneSettings(policy=("otp",), target_rate=arguments.skip) if skips else PruneSettings()
+        looked = EvaluateSettings(data=arguments.heldout, max_sequences=arguments.questions, prune=prune)
         prune_eval.run(looked, compute, work_dir, **forced)
     finally:
         kinds.BALANCE = BALANCE
     found = Evaluation.read(work_dir / "evaluation" / "eval.json")
     assert found.answers is not None
+    chosen = [point for point in found.pruning.get("points", ()) if point["chosen"]]
+    skipped = [{name: point[name] for name in ("rate", "answers_right", "loss", "kl_packed")} for point in chosen]
     return {
         "stored_bits": found.expert_stored_bits,
         "expert_bytes": sum(found.stored_bytes["expert"].values()),
@@ -141,6 +152,7 @@ def measure(arguments: argparse.Namespace, contender: Contender, seed: int, targ
         "router_changes": {
             kind: statistics.mean(layers.values()) for kind, layers in found.router_changes_by_kind.items()
         },
+        **({"otp": skipped[0]} if skipped else {}),
     }
 
 
@@ -149,6 +161,49 @@ def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     about = {"arguments": plain, "commit": commit.stdout.strip(), "machine": platform.machine()}
     arguments.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+
+def publish(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Writes the tables of docs/results/vision.md; their figures are means over seeds, in brackets least and most."""
+    seeds = " ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+    origin = {
+        "commit": json.loads(arguments.out.read_text())["commit"],
+        "machine": arguments.machine,
+        "command": f"python recipes/benchmarks/vision.py --out runs/vision.json --seeds {seeds}",
+        "seeds": seeds,
+        "data": f"bundled:demo-vision; {arguments.sequences} conversations to calibrate on; {rows[0]['answers']:,} "
+        "held-out questions about unseen images",
+    }
+    compared, skipped = [], []
+    for target in sorted({row["target"] for row in rows}):
+        for contender in CONTENDERS:
+            chosen = [row for row in rows if row["target"] == target and row["contender"] == contender.name]
+            if not chosen:
+                continue
+            lost = [100 * (row["original_right"] - row["packed_right"]) / row["answers"] for row in chosen]
+            right = [100 * row["packed_right"] / row["answers"] for row in chosen]
+            size = f"{statistics.mean(row['expert_bytes'] for row in chosen):,.0f}"
+            losses = [_spread([row[name] for row in chosen], 4) for name in ("gap", "kl")]
+            cells = [f"{target:.2f}", contender.name, size, _spread(right, 1), _spread(lost, 2), *losses]
+            compared.append({"cells": cells, **origin})
+            cuts = [row for row in chosen if "otp" in row]
+            if cuts:
+                beside = [100 * (row["packed_right"] - row["otp"]["answers_right"]) / row["answers"] for row in cuts]
+                rate, kl = ([row["otp"][name] for row in cuts] for name in ("rate", "kl_packed"))
+                cells = [f"{target:.2f}", _spread([100 * each for each in rate], 1), _spread(beside, 2), _spread(kl, 4)]
+                skipped.append({"cells": cells, **origin})
+    columns = ["stored bits", "calibrated and coded", "bytes of experts", "answers right %", "lost", "loss gap", "KL"]
+    otp = ["stored bits", "calls skipped %", "answers lost beside the packed model", "KL beside it"]
+    tables = {"answers": {"columns": columns, "rows": compared}, "otp": {"columns": otp, "rows": skipped}}
+    kept = json.loads(arguments.publish.read_text()) if arguments.publish.exists() else {"findings": {}}
+    content = {**kept, "tables": {**kept.get("tables", {}), **tables}}
+    arguments.publish.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _spread(values: list[float], digits: int) -> str:
+    """The mean, and least and most in brackets where there are several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
 
 def show(rows: list[dict[str, Any]]) -> None:

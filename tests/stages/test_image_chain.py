@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +14,24 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mc_cli.artifacts.calibration import LayerRouting, read_inventory, read_sensitivities, routing_file
 from mc_cli.artifacts.evaluation import Evaluation
+from mc_cli.artifacts.pruning import read_pruning
+from mc_cli.artifacts.quantization import read_report
+from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.coding.linears import TokenMoments
 from mc_cli.data.batches import Batch, read_calibration
+from mc_cli.data.chat import ChatSettings, Renderer
+from mc_cli.data.documents import read_documents
+from mc_cli.data.image_rows import RowMaker, evaluation_rows
 from mc_cli.data.kinds import IMAGE, PADDING, token_weights
 from mc_cli.data.pictures import image_source
-from mc_cli.errors import InputError
+from mc_cli.errors import PlanError
 from mc_cli.models.checkpoint import Checkpoint, read_config
-from mc_cli.settings import PruneSettings
+from mc_cli.packed.packed_model import stored_sizes
+from mc_cli.parts import Role
+from mc_cli.progress import SilentProgress
+from mc_cli.settings import ExportSettings, PruneSettings, QuantizerSettings, RunSettings
+from mc_cli.skipping.pruning import pruned, pruners, remove_pruning
+from mc_cli.stages import export
 from mc_cli.walking.layerwise import LayerWalk
 from tests.tiny_chain import run_allocate, run_calibrate, run_export, run_prune_eval, run_quantize, run_score
 from tests.tiny_vision import asked, build_tiny_vision, noise, turns, uri, write_rows
@@ -156,6 +168,74 @@ def test_dense_export_sees_what_the_packed_model_sees(chain: Chain, tmp_path: Pa
     assert float(off.median()) < 0.02  # the dense weights are rounded to bfloat16
 
 
-def test_policies_with_images_are_refused(chain: Chain) -> None:
-    with pytest.raises(InputError, match="--policy with images"):
-        run_prune_eval(chain.work, chain.heldout, variant="main", force=True, prune=PruneSettings(policy=("odp",)))
+@pytest.mark.parametrize("policy", ["otp", "odp"])
+def test_policies_skip_calls_as_in_whole_rows(chain: Chain, tmp_path: Path, policy: str) -> None:
+    """Padding is neither counted nor looks at anything, and losses are those of answers."""
+    asked = PruneSettings(policy=(policy,), target_rate=0.2, otp_steps=4, otp_batch=2)
+    run_prune_eval(chain.work, chain.heldout, variant="main", force=True, length=96, stride=0, prune=asked)
+    found = Evaluation.read(chain.work / "evaluation" / "eval.json").pruning
+    point = next(entry for entry in found["points"] if entry["chosen"])
+    run_export(chain.work, tmp_path / "out", "transformers")
+    packed: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    pruning, learned = read_pruning(chain.work / "pruning" / policy)
+    remove_pruning(packed)
+    runs = pruners(pruning, pruning.points[pruning.chosen], learned, count=True)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    documents = read_documents(str(chain.heldout), split="train", text_field="text", images=True)
+    maker = RowMaker(processor, Renderer(processor.tokenizer, ChatSettings()), packed.config)
+    windows = evaluation_rows(documents, maker, length=96, max_sequences=0)
+    total = 0.0
+    with ExitStack() as stack, torch.no_grad():
+        for path, pruner in runs.items():
+            stack.enter_context(pruned(packed, path, pruner))
+        for row, inputs in enumerate(unpadded(windows.batch)):
+            logits = packed(**inputs).logits[0, windows.places(row)]
+            total += float(torch.nn.functional.cross_entropy(logits, windows.labels(row), reduction="sum"))
+    assert point["tokens"] == int(windows.fresh.sum()) and point["answers"] == len(documents)
+    assert point["loss"] == pytest.approx(total / point["tokens"], rel=1e-3)
+    kept = torch.cat([part for pruner in runs.values() for part in pruner.kept or []])
+    assert point["rate"] == pytest.approx(1 - float(kept.double().mean()) / 2, abs=0.01)
+    assert sum(found["token_classes"].values()) == windows.batch.real_tokens
+    assert found["token_classes"]["image"] == 9 * len(documents)
+
+
+def test_towers_are_packed_where_asked(chain: Chain, tmp_path: Path) -> None:
+    """Each linear of tower and projector, by its inputs on all images; kept by default, refused without images."""
+    coded = {"quantizer": QuantizerSettings(quantizer="gptq")}
+    seen = {"vision": 0, "projector": 0}
+    assert not {row.role for row in read_report(chain.work / "packed" / "report" / "rest.json")} & seen.keys()
+    run_score(chain.work, bits=(2, 3), loss_tokens=32, force=True, **coded)
+    run_allocate(chain.work, variant="eyes", target_stored_bits=2.8, vision_bits=4)
+    run_quantize(chain.work, variant="eyes", **coded)
+    folder = WorkDir(chain.work, "eyes").folder("quantize")
+    images = int(chain.batch.inputs["pixel_values"].shape[0])
+    for row in read_report(folder / "report" / "rest.json"):
+        if row.role in seen:
+            seen[row.role] += 1
+            assert (row.outcome, row.bits) == ("quantized", 4)
+            assert row.tokens == images * (9 if row.role == "projector" else 10)
+    assert seen == {"vision": 12, "projector": 2}
+    stored = stored_sizes(folder)
+    assert stored[Role.VISION].codes > 0 and stored[Role.PROJECTOR].codes > 0
+    export.run(
+        ExportSettings(format="transformers", out=str(tmp_path / "out")),
+        RunSettings(device="cpu"),
+        chain.work,
+        variant="eyes",
+        force=False,
+        progress=SilentProgress(),
+    )
+    packed = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    pixels = chain.batch.inputs["pixel_values"]
+    with torch.no_grad():
+        both = [each.model.get_image_features(pixel_values=pixels).pooler_output for each in (packed, chain.model)]
+    features = [torch.cat(list(each)) for each in both]
+    assert 0.01 < float((features[0] - features[1]).norm() / features[1].norm()) < 0.3
+    told = write_rows(
+        tmp_path / "told.jsonl", *(turns(f"a red ring. what is there {'?' * n}", "a ring") for n in range(9))
+    )
+    run_calibrate(tmp_path / "work", chain.folder, told, length=24, gradient_tokens=24)
+    run_score(tmp_path / "work", bits=(2, 3), loss_tokens=24)
+    run_allocate(tmp_path / "work", target_stored_bits=2.8, vision_bits=4)
+    with pytest.raises(PlanError, match="text alone"):
+        run_quantize(tmp_path / "work")
