@@ -166,6 +166,7 @@ docs: install-dev
 	$(BIN)/python recipes/generate_cli_docs.py
 	$(BIN)/python recipes/generate_results.py
 	$(BIN)/python recipes/generate_recipes.py
+	$(BIN)/python recipes/generate_reports.py
 
 # The wheel is made from the source distribution, so that nothing lying about in the checkout gets into it. Each of the
 # two greps stops the target: without a C compiler the library is left out, which only an installation may accept.

@@ -113,12 +113,15 @@ def load(
 
     device, dtype      as `--device` and `--dtype` of the command line
     trust_remote_code  runs Python code of the model's own, which only such models need
-    Raises InputError for what is no model folder, CheckpointError or ArtifactError for a damaged one.
+    Raises InputError for what is no model folder, and for an export that transformers does not load; CheckpointError or
+    ArtifactError for a damaged one.
 
     >>> model = mc_cli.load("demo-2.5")  # doctest: +SKIP
     """
+    from mc_cli.exporters.engines import check_engine
     from mc_cli.measuring.generation import load_model
 
+    check_engine(fspath(directory), "transformers")
     compute = RunSettings(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     model: PreTrainedModel = load_model(Path(fspath(directory)), compute)
     return model

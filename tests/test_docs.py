@@ -49,7 +49,7 @@ def our_flags() -> set[str]:
     return OF_OTHERS | {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
 
 
-@pytest.mark.parametrize("generator", ["generate_cli_docs.py", "generate_results.py"])
+@pytest.mark.parametrize("generator", ["generate_cli_docs.py", "generate_results.py", "generate_reports.py"])
 def test_pages_are_what_the_generators_write(generator: str) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "recipes" / generator, "--check"], capture_output=True, text=True, check=False

@@ -7,7 +7,7 @@ Killing the process at any moment leaves one of them: what is being removed lies
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -310,8 +310,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def require_done(work: WorkDir, stage: str) -> Manifest:
+def require_done(work: WorkDir, stage: str, *, only: Collection[str] | None = None) -> Manifest:
     """The manifest of a finished earlier stage, made from what the stages before it are now, with all its files.
+
+    only   names of the files that are read, None for all: what only looks at results reads no weights, and works on a
+           copy that leaves the large files out
 
     Raises InputError naming the command to run where it is not finished, StaleArtifactError where a stage that it read
     has been made anew since, ArtifactError where a file is gone or of another size.
@@ -331,7 +334,7 @@ def require_done(work: WorkDir, stage: str) -> Manifest:
                 f"{folder} was made from an earlier run of {name}, which has been made anew since. "
                 f"Run `{work.command(stage)} --force` first."
             )
-    verify_stages(work, [stage], up_to_bytes=0)
+    verify_stages(work, [stage], up_to_bytes=0, only=only)
     return manifest
 
 
@@ -347,10 +350,13 @@ def _other_variants(work: WorkDir, stage: str) -> str:
     return f": {work.path} has no variant {work.variant!r} yet, it {known}"
 
 
-def verify_stages(work: WorkDir, stages: Iterable[str], *, up_to_bytes: float) -> None:
+def verify_stages(
+    work: WorkDir, stages: Iterable[str], *, up_to_bytes: float, only: Collection[str] | None = None
+) -> None:
     """Raises ArtifactError, naming all files that are not as the finished stages wrote them, and what to do.
 
     up_to_bytes   contents of files up to this size are compared, of larger ones only the size
+    only          names of the files that are looked at, None for all
     """
     wrong: list[str] = []
     commands: list[str] = []
@@ -359,7 +365,8 @@ def verify_stages(work: WorkDir, stages: Iterable[str], *, up_to_bytes: float) -
         manifest = Manifest.read(folder)
         if manifest is None:
             continue
-        found = damaged_files(folder, manifest.outputs, up_to_bytes=up_to_bytes)
+        outputs = {name: file for name, file in manifest.outputs.items() if only is None or name in only}
+        found = damaged_files(folder, outputs, up_to_bytes=up_to_bytes)
         if stage == "quantize" and up_to_bytes:  # readers list its folder
             found += unexpected_files(folder, manifest.outputs, ignored=(MANIFEST, BEGUN, RESUME))
         if found:

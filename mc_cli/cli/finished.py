@@ -27,8 +27,10 @@ def generate(given: Mapping[str, Any]) -> None:
         bits = ACTIVATION_BITS.checked(given["activation_bits"])
         prepare_libraries(debug=given["debug"])
         from mc_cli import console
+        from mc_cli.exporters.engines import check_engine
         from mc_cli.measuring.requests import check_generation
 
+        check_engine(given["model"], "transformers")
         folder = check_generation(given["model"], given["prompt"], given["seed"])
         from mc_cli.kernels.compiled import inputs_of
         from mc_cli.measuring.generation import generate
@@ -93,10 +95,13 @@ def bench(given: Mapping[str, Any]) -> None:
         bits = ACTIVATION_BITS.checked(given["activation_bits"])
         prepare_libraries(debug=given["debug"])
         from mc_cli import console
+        from mc_cli.exporters.engines import check_engine
         from mc_cli.measuring.requests import check_speed
         from mc_cli.measuring.speed import measure, reading_rate
         from mc_cli.models.model_name import resolve_model
 
+        for name in filter(None, (given["model"], given["beside"])):
+            check_engine(name, "transformers")
         wanted = {name: given[name] for name in ("prompt_tokens", "new_tokens", "threads")}
         cases = [(resolve_model(given["model"], asked_as="DIR"), compute.dtype)]
         if given["beside"]:
@@ -154,11 +159,13 @@ def serve(given: Mapping[str, Any]) -> None:
         prepare_libraries(debug=given["debug"])
         from mc_cli import console
         from mc_cli.errors import Problems
+        from mc_cli.exporters.engines import check_engine
         from mc_cli.measuring.requests import check_served
-        from mc_cli.serving.server import Server, check_port, engine_named, run_server
+        from mc_cli.serving.server import NAMES, Server, check_port, engine_named, run_server
 
         problems = Problems()
         with problems.catching():
+            check_engine(given["model"], *NAMES.get(given["engine"], NAMES["auto"]))
             folder = check_served(given["model"], given["dtype"])
         with problems.catching():
             engine = engine_named(given["engine"])

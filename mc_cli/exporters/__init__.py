@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mc_cli.artifacts.packed import CONFIG_FOLDER
 from mc_cli.artifacts.pruning import Pruning
-from mc_cli.exporters.model_card import CardFacts
-from mc_cli.measuring.logit_source import LogitSource, Reading
 from mc_cli.registry import Registry
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # so that facts of formats are told without torch
     import torch
+
+    from mc_cli.exporters.model_card import CardFacts
+    from mc_cli.measuring.logit_source import LogitSource, Reading
 
 _REGISTRY = Registry(
     "export format",
@@ -111,6 +112,11 @@ def dequantizes(name: str) -> bool:
 def keeps_unused(name: str) -> bool:
     """Whether the exporter copies what a checkpoint holds beside the model."""
     return bool(_REGISTRY.fact(exporter_from_name(name), "KEEPS_UNUSED"))
+
+
+def engines_of(name: str) -> tuple[str, ...]:
+    """The engines that load a format; none for one that nobody knows, or that does not say."""
+    return tuple(_REGISTRY.fact(_REGISTRY.modules[name], "ENGINES")) if name in _REGISTRY.modules else ()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mc_cli.artifacts.packed import KEPT, PackedLayout
 from mc_cli.encodings import Encoding, encoding_from_key
 from mc_cli.encodings.integer import IntegerEncoding
 from mc_cli.exporters import ExportJob
-from mc_cli.exporters.decoded import WalkedCheckpoint
+from mc_cli.exporters.decoded import WalkedCheckpoint, decoding
 from mc_cli.exporters.model_card import model_card
 from mc_cli.exporters.packed_checkpoint import ExpertPath, Matrix, PackedCheckpoint, check_layout, expert_leaves
 from mc_cli.exporters.shards import ShardWriter
@@ -140,4 +140,5 @@ def _quantization(groups: dict[tuple[bool, IntegerEncoding], list[str]], plain: 
 
 def open(directory: Path, reading: Reading) -> LogitSource:
     """The directory as mc-cli reads published checkpoints of this format, a layer at a time."""
-    return WalkedCheckpoint(directory, reading, method="weights as compressed-tensors decodes them")
+    with decoding(directory):
+        return WalkedCheckpoint(directory, reading, method="weights as compressed-tensors decodes them")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,31 @@ from torch import Tensor
 
 from mc_cli.artifacts.files import read_json
 from mc_cli.data.batches import Batch
-from mc_cli.errors import ArtifactError, listed
+from mc_cli.errors import ArtifactError, McError, first_line, listed
 from mc_cli.measuring.logit_source import Reading, Walked
 from mc_cli.models.checkpoint import Checkpoint
 from mc_cli.models.model_class import model_class
 from mc_cli.models.model_folder import read_config
 from mc_cli.packed.packed_files import stored_tensors, weight_files
+
+
+@contextmanager
+def decoding(place: Path) -> Iterator[None]:
+    """Turns what libraries say of files that were changed after export into one error that names the place.
+
+    place  the directory, or the one file that it is about
+    """
+    try:
+        yield
+    except McError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):  # of the machine, not of the files
+            raise
+        files = " (config.json, model.safetensors)" if place.is_dir() else ""
+        raise ArtifactError(
+            f"{place}{files} is not as export wrote it ({type(error).__name__}: {first_line(error)}) Export it again."
+        ) from error
 
 
 class StoredFiles:

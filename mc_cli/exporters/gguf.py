@@ -15,11 +15,13 @@ from torch import Tensor
 from mc_cli.artifacts.export_record import RECORD_KEY
 from mc_cli.artifacts.files import write_bytes_with, write_json, write_text
 from mc_cli.artifacts.packed import KEPT
+from mc_cli.artifacts.places import file_inside
 from mc_cli.data.batches import Batch
 from mc_cli.encodings import Encoding, encoding_from_key
 from mc_cli.encodings.gguf import GgufEncoding
 from mc_cli.errors import ArtifactError, listed
 from mc_cli.exporters import ExportJob
+from mc_cli.exporters.decoded import decoding
 from mc_cli.exporters.gguf_architectures import architecture_of, differences, gguf_package, write_metadata
 from mc_cli.exporters.gguf_names import ROWS, TURNED, Names
 from mc_cli.exporters.gguf_tokenizer import write_tokenizer
@@ -167,7 +169,8 @@ def _add(gguf: Any, writer: Any, name: str, tensor: Tensor, kind: GgufEncoding |
 
 def open(directory: Path, reading: Reading) -> LogitSource:
     """The file as the `gguf` package decodes it, computed by transformers."""
-    return _Reader(directory, reading)
+    with decoding(directory / FILE):
+        return _Reader(directory, reading)
 
 
 class _Reader:
@@ -179,7 +182,7 @@ class _Reader:
         gguf = gguf_package()
         config = read_config(directory)
         names = Names(config, architecture_of(config))
-        self._stored = {tensor.name: tensor for tensor in gguf.GGUFReader(directory / FILE).tensors}
+        self._stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file_inside(directory, FILE)).tensors}
         model: Any = build_skeleton(config, dtype=reading.dtype)
         tied = tied_tensors(model)
         places = {name: names.place(name) for name in model.state_dict() if name not in tied}

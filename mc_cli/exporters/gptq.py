@@ -20,7 +20,7 @@ from mc_cli.artifacts.files import write_json, write_text
 from mc_cli.encodings import Encoding
 from mc_cli.encodings.integer import IntegerEncoding
 from mc_cli.exporters import ExportJob
-from mc_cli.exporters.decoded import DecodedModel, StoredFiles
+from mc_cli.exporters.decoded import DecodedModel, StoredFiles, decoding
 from mc_cli.exporters.model_card import model_card
 from mc_cli.exporters.packed_checkpoint import (
     ExpertPath,
@@ -205,10 +205,11 @@ def _patterns(settings: Mapping[str, Settings]) -> dict[str, Settings]:
 
 def open(directory: Path, reading: Reading) -> LogitSource:
     """The directory as config.json says that it is packed, computed by transformers."""
-    config = read_config(directory)
-    leaves = expert_leaves(config, "GPTQ")
-    named = ((_back(name, config.model_type, leaves), tensor) for name, tensor in _decoded(StoredFiles(directory)))
-    return DecodedModel(directory, reading, named, method="weights as GPTQ's format has them")
+    with decoding(directory):
+        config = read_config(directory)
+        leaves = expert_leaves(config, "GPTQ")
+        named = ((_back(name, config.model_type, leaves), tensor) for name, tensor in _decoded(StoredFiles(directory)))
+        return DecodedModel(directory, reading, named, method="weights as GPTQ's format has them")
 
 
 def _decoded(files: StoredFiles) -> Iterator[tuple[str, Tensor]]:

@@ -18,7 +18,7 @@ from mc_cli.encodings import Encoding
 from mc_cli.encodings.mlx import MlxEncoding
 from mc_cli.errors import FamilyError, listed
 from mc_cli.exporters import ExportJob
-from mc_cli.exporters.decoded import DecodedModel, StoredFiles
+from mc_cli.exporters.decoded import DecodedModel, StoredFiles, decoding
 from mc_cli.exporters.model_card import model_card
 from mc_cli.exporters.packed_checkpoint import (
     ExpertPath,
@@ -177,9 +177,10 @@ def _settings(encoding: Encoding) -> dict[str, int]:
 
 def open(directory: Path, reading: Reading) -> LogitSource:
     """The directory as config.json says that it is packed, computed by transformers."""
-    files = StoredFiles(directory)
-    leaves = expert_leaves(read_config(directory), "MLX")
-    return DecodedModel(directory, reading, _decoded(files, leaves), method="weights as MLX decodes them")
+    with decoding(directory):
+        files = StoredFiles(directory)
+        leaves = expert_leaves(read_config(directory), "MLX")
+        return DecodedModel(directory, reading, _decoded(files, leaves), method="weights as MLX decodes them")
 
 
 def _decoded(files: StoredFiles, leaves: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:

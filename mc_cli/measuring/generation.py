@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 import mc_cli  # noqa: F401  teaches transformers to load packed directories
 from mc_cli.data.text import load_tokenizer
-from mc_cli.errors import CheckpointError, InputError, McError, about, first_line, shown
+from mc_cli.errors import CheckpointError, InputError, McError, about, first_line, listed, shown
 from mc_cli.measuring.requests import check_generation, check_positions
 from mc_cli.measuring.seeing import seen_inputs
 from mc_cli.models.memory import large_blocks_mapped
@@ -94,6 +94,7 @@ def generate(
     begun = time.monotonic()
     network = load_model(folder, compute)
     loaded = time.monotonic()
+    _check_token_ids(folder, network.generation_config)
     torch.manual_seed(seed)
     show(prompt)
     streamer = _Pieces(tokenizer, show)
@@ -122,6 +123,22 @@ def generate(
     )
 
 
+def _check_token_ids(folder: Path, config: Any) -> None:
+    """Raises CheckpointError where generation_config.json names tokens by what is no number of one."""
+    named = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    wrong = [
+        f"{name} is {shown(value)}"
+        for name, value in named.items()
+        for each in (value if isinstance(value, list) else [value])
+        if each is not None and (not isinstance(each, int) or abs(each) >= 1 << 63)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{folder / 'generation_config.json'}: {', '.join(wrong)}, and tokens are whole numbers. Mend it, or "
+            "copy or download it again."
+        )
+
+
 def load_model(folder: Path, compute: RunSettings) -> Any:
     """The model, in float32 on a CPU and in its own dtype on a GPU unless asked otherwise; in evaluation mode."""
     check_model_folder(folder)
@@ -133,8 +150,12 @@ def load_model(folder: Path, compute: RunSettings) -> Any:
         transformers_logging.disable_progress_bar()
     try:
         with about(folder / "config.json"):  # where it says what is to be built of the files, and how
-            network: Any = model_class(config).auto.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=compute.trust_remote_code, use_safetensors=True
+            loaded: Any = model_class(config).auto.from_pretrained(
+                folder,
+                dtype=dtype,
+                trust_remote_code=compute.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
             )
     except McError:
         raise
@@ -152,9 +173,16 @@ def load_model(folder: Path, compute: RunSettings) -> Any:
         ) from error
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(
-            f"{folder} cannot be loaded as the causal language model that its config.json describes "
-            f"({type(error).__name__}: {shown(str(error), 300)})."
+            f"{folder} cannot be loaded as the causal language model that its config.json and generation_config.json "
+            f"describe ({type(error).__name__}: {shown(str(error), 300)})."
         ) from error
+    network, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers warns, and goes on with random weights in their place
+        raise CheckpointError(
+            f"{folder}: its safetensors files lack {len(missing)} tensors of the model:\n{listed(missing)}\nCopy, "
+            "download or make the directory again."
+        )
     return network.to(device).eval()
 
 

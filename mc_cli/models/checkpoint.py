@@ -146,6 +146,7 @@ class Checkpoint:
             converter = by_pattern[pattern] if pattern is not None else None
             targets.setdefault(name, Target(name, converter)).pieces[pattern].append(tensor)
             self.stored_dtypes[name] = tensor.dtype or dequantized
+        self._check_names(targets)
         self._check_twice(targets)
         self._check_tied(targets)
         self._check_complete(targets, known)
@@ -158,6 +159,15 @@ class Checkpoint:
 
     def _is_of_activations(self, key: str) -> bool:
         return self._quantized and key.endswith(ACTIVATION_ENDINGS)
+
+    def _check_names(self, targets: dict[str, Target]) -> None:
+        """Raises CheckpointError for tensors of experts that are named otherwise than those of the other experts."""
+        misnamed = [key for target in targets.values() for key in target.misnamed]
+        if misnamed:
+            raise CheckpointError(
+                f"{self.folder}: the files hold {len(misnamed)} tensors that are not named like those of the other "
+                f"experts:\n{listed(misnamed)}\nCopy or download the files again."
+            )
 
     def _check_twice(self, targets: dict[str, Target]) -> None:
         """Raises CheckpointError for tensors that are there under two names, or fused and apart: they may differ."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,20 @@ class Target:
             len(pieces) > len({_expert_of(piece.key) for piece in pieces}) for pieces in self.pieces.values()
         )
 
+    @property
+    def misnamed(self) -> list[str]:
+        """Keys that differ from those of the other experts in more than the number.
+
+        transformers' patterns take any character for a dot, and what is not named alike is sorted to another place.
+        """
+        found = []
+        if self.fuses_experts:
+            for pieces in self.pieces.values():
+                ways = Counter(_number_apart(piece.key) for piece in pieces)
+                usual = ways.most_common(1)[0][0]
+                found += [piece.key for piece in pieces if _number_apart(piece.key) != usual]
+        return found
+
     def lost_experts(self, num_experts: int) -> list[str]:
         """Keys of the experts' tensors that are missing among the pieces of a pattern."""
         lost = []
@@ -84,6 +98,12 @@ class Target:
 def _expert_of(key: str) -> int:
     """The expert that a tensor of one expert belongs to."""
     return int(re.findall(r"\.(\d+)\.", key)[-1])
+
+
+def _number_apart(key: str) -> tuple[str, str]:
+    """What stands before and behind the expert's number."""
+    number = list(re.finditer(r"\.(\d+)\.", key))[-1]
+    return key[: number.start()], key[number.end() :]
 
 
 class FusedSlice:

@@ -130,6 +130,12 @@ def _expert_block(layers_path: str, index: int, layer: nn.Module, config: Any) -
             "The number of experts per token has to be from 1 to that; config.json may be of another model."
         )
     groups, groups_used = _router_groups(getattr(parent, router))
+    if num_experts % groups or not 1 <= groups_used <= groups or top_k > groups_used * (num_experts // groups):
+        raise CheckpointError(
+            f"{config_file(config)}: the router of {prefix}{path} has {groups} groups, and sends each token to {top_k} "
+            f"experts of {groups_used} of them (n_group, topk_group). That does not fit its {num_experts} experts: "
+            "groups have to be equal, and large enough; config.json may be of another model."
+        )
     return ExpertBlock(
         layer=index,
         path=prefix + path,

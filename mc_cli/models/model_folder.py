@@ -14,7 +14,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from mc_cli.artifacts.places import require_inside, require_ordinary
-from mc_cli.errors import CheckpointError, FamilyError, InputError, first_line, listed
+from mc_cli.errors import CheckpointError, FamilyError, InputError, first_line, listed, shown
 from mc_cli.families import CONTRACT_TESTED, in_transformers
 
 LEAST_TRANSFORMERS, BELOW_TRANSFORMERS = (5, 16, 1), (5, 24)  # as pyproject.toml has it
@@ -54,6 +54,11 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{path} names no model_type: it is not the configuration of a transformers model.")
+    named = raw.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise CheckpointError(
+            f"{path}: architectures is {shown(named, 80)}, not a list of class names. Download it again."
+        )
     known = in_transformers(raw)
     if known["model_type"] != model_type:
         return _read_as(known, folder, path)

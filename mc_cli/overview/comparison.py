@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,29 @@ def compare(sources: Sequence[Path]) -> tuple[list[Compared], list[str]]:
             found += results
             warnings += told
     problems.tell()
+    found = _told_apart(found)
     return found, warnings + _unmeasured(found) + _other_texts(found)
+
+
+def _told_apart(found: Sequence[Compared]) -> list[Compared]:
+    """The results, those of one name with as many of the folders above them as tell them apart."""
+    return [
+        replace(entry, name=_own_name(entry, [other for other in found if other.name == entry.name])) for entry in found
+    ]
+
+
+def _own_name(entry: Compared, namesakes: Sequence[Compared]) -> str:
+    """`a/o` for `o` where there is also one in `b/o`; the name as it is where no folder tells them apart."""
+    ends = [[*_folders_above(other), other.name] for other in namesakes]
+    mine = [*_folders_above(entry), entry.name]
+    for length in range(1, len(mine) + 1):
+        if sum(end[-length:] == mine[-length:] for end in ends) == 1:
+            return "/".join(mine[-length:])
+    return entry.name
+
+
+def _folders_above(entry: Compared) -> tuple[str, ...]:
+    return Path(entry.source).resolve().parent.parts[1:]
 
 
 def _unmeasured(found: Sequence[Compared]) -> list[str]:

@@ -125,12 +125,11 @@ def _model_name(work: WorkDir, scores: Scores) -> str:
 def _sections(found: Contents, unit_of: Any) -> Iterator[Section]:
     evaluation, plan = found.measured.evaluation, found.measured.plan
     assert plan is not None
-    facts = evaluation_summary(evaluation, None)["facts"]
-    yield Section("summary", "Summary", facts={name: _fact_text(name, value) for name, value in facts.items()})
+    summary = evaluation_summary(evaluation, None)
+    facts = {name: _fact_text(name, value) for name, value in summary["facts"].items()}
+    yield Section("summary", "Summary", facts=facts)
     yield Section("size", "Size by role", figures=[size_chart(evaluation, unit_of)])
-    tables = [
-        entry for entry in evaluation_summary(evaluation, None)["tables"] if "bytes" not in entry["title"].lower()
-    ]
+    tables = [entry for entry in summary["tables"] if "bytes" not in entry["title"].lower()]
     yield Section("quality", "Quality on held-out text", figures=[domain_chart(evaluation)], tables=tables[:1])
     yield _curve_section(found, unit_of)
     yield Section("widths", "Widths", figures=[bits_map(plan)], facts=_plan_facts(plan_summary(plan)["facts"]))

@@ -74,10 +74,13 @@ def require_work_dir(path: Path) -> None:
 
 
 def read_scores(work: WorkDir) -> Scores:
-    """Reads the results of calibrate and score. Raises ArtifactError where they are not done."""
+    """Reads the results of calibrate and score. Raises ArtifactError where they are not done.
+
+    Tensors that calibrate keeps for other stages may be left out of a copy.
+    """
     require_work_dir(work.path)
-    for stage in ("calibrate", "score"):
-        require_done(work, stage)
+    require_done(work, "calibrate", only=(calibration_artifact.INVENTORY,))
+    require_done(work, "score")
     inventory = calibration_artifact.read_inventory(work.folder("calibrate") / calibration_artifact.INVENTORY)
     importance = Importance.read(work.folder("score") / IMPORTANCE)
     return Scores(importance, with_directory(inventory, work), scoring_quantizer(work), read_cuts(work, inventory))

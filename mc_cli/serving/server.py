@@ -23,6 +23,7 @@ from mc_cli.errors import InputError, McError, MissingDependencyError, shown
 
 AUTO, TRANSFORMERS, VLLM = "auto", "transformers", "vllm"
 ENGINES = (AUTO, TRANSFORMERS, VLLM)
+NAMES = {TRANSFORMERS: ("transformers",), VLLM: ("vLLM",), AUTO: ("transformers", "vLLM")}  # as formats name engines
 # The package that an engine's server imports, and the extra that installs it.
 _NEEDS = {VLLM: ("vllm",), TRANSFORMERS: ("fastapi", "uvicorn", "openai", "accelerate")}
 _EXTRAS = {VLLM: "vllm", TRANSFORMERS: "serve"}

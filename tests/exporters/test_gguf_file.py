@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from mc_cli import door
 from mc_cli.artifacts.export_record import RECORD_KEY, ExportRecord
 from mc_cli.artifacts.exported_file import ExportFile
 from mc_cli.artifacts.gguf_header import text_place
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError
+from mc_cli.exporters import exporter_from_name
+from mc_cli.exporters.engines import check_engine
+from mc_cli.measuring.logit_source import Reading
 from mc_cli.progress import SilentProgress, StageResult
 from mc_cli.settings import ExportSettings, RunSettings
 from mc_cli.stages import export
@@ -136,3 +141,27 @@ def test_a_file_needs_its_format_and_is_not_sent() -> None:
         ExportSettings(out="model.gguf")
     with pytest.raises(InputError, match="one file"):
         ExportSettings(out="model.gguf", format="gguf", push_to_hub="me/model")
+
+
+def test_a_command_that_needs_transformers_refuses_it_at_once_and_names_the_engine(work: Path, tmp_path: Path) -> None:
+    do_export(work, tmp_path / "model.gguf")
+    do_export(work, tmp_path / "folder")
+    for name in ("model.gguf", "folder"):
+        with pytest.raises(InputError, match=r"in the format gguf, for llama\.cpp: transformers and vLLM cannot load"):
+            check_engine(tmp_path / name, "transformers", "vLLM")
+    with pytest.raises(InputError, match="format gguf"):
+        door.load(tmp_path / "folder")
+    check_engine(tmp_path / "folder", "llama.cpp")
+    check_engine(tmp_path / "nothing", "transformers")
+    record = tmp_path / "folder" / "mc_cli.json"
+    record.write_text(record.read_text(encoding="utf-8").replace("gguf", "nobodys"), encoding="utf-8")
+    check_engine(tmp_path / "folder", "transformers")  # a damaged record is for `verify` to tell of
+
+
+@pytest.mark.parametrize("cut", [0, 100, 4000])
+def test_a_file_that_is_cut_short_is_one_error_that_names_it(work: Path, tmp_path: Path, cut: int) -> None:
+    do_export(work, tmp_path / "folder")
+    path = tmp_path / "folder" / "model.gguf"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ArtifactError, match=r"folder/model\.gguf is not as export wrote it"):
+        exporter_from_name("gguf").open(tmp_path / "folder", Reading(torch.float32, torch.device("cpu")))

@@ -31,13 +31,38 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     }.items()
 }
 STAGES = tuple(COMMANDS)
-# Requests to allocate: they decide which plan, and so which packed files, the other stages meet.
-PLANS: dict[str, tuple[str, ...]] = {
-    name: tuple(line.split())
-    for name, line in {
-        "widths": " ".join(COMMANDS["allocate"]),
-        "cuts": "allocate -w w --method heapr --cut-ratio 0.25 --bits 0,3 --uniform-width --figures",
-        "merged": "allocate -w w --merge sub-moe --experts-left 0.75 --bits 3",
+# Target of --for -> the format that it is exported in, the widths that are scored, the target of allocate.
+ENGINES = {
+    "llama.cpp": ("gguf", "4.5,8", "5"),
+    "mlx": ("mlx", "2,3,4", "3.5"),
+    "gptq": ("gptq", "2,3,4", "3.5"),
+    "compressed-tensors": ("compressed-tensors", "4,8 --group-size 32", "5"),
+}
+
+
+def _packed_for(target: str, file_format: str, widths: str, bits: str) -> dict[str, str]:
+    """Commands that pack for an engine. A policy is not carried by its format, so that none is learned."""
+    return {
+        "score": f"score -w w --for {target} --bits {widths} --loss-tokens 64 --batch-tokens 48",
+        "allocate": f"allocate -w w --for {target} --target-stored-bits {bits}",
+        "prune-eval": "prune-eval -w w --data held.jsonl --length 24 --max-sequences 4 --batch-tokens 48",
+        "export": f"export -w w --format {file_format} --out o",
+    }
+
+
+# Plans, and engines to pack for: other words for some of the commands. They decide which files the stages meet.
+PLANS: dict[str, dict[str, tuple[str, ...]]] = {
+    name: {stage: tuple(line.split()) for stage, line in lines.items()}
+    for name, lines in {
+        "widths": {},
+        "cuts": {"allocate": "allocate -w w --method heapr --cut-ratio 0.25 --bits 0,3 --uniform-width --figures"},
+        "merged": {"allocate": "allocate -w w --merge sub-moe --experts-left 0.75 --bits 3"},
+        "halves": {
+            "allocate": "allocate -w w --target-stored-bits 2.5 --halves",
+            "prune-eval": "prune-eval -w w --data held.jsonl --length 24 --max-sequences 4 --policy dualsparse "
+            "--fit-sequences 4 --rates 0.2 --target-rate 0.2 --batch-tokens 48",
+        },
+        **{target: _packed_for(target, *chosen) for target, chosen in ENGINES.items()},
     }.items()
 }
 FINISHED = "finished"
@@ -103,7 +128,16 @@ class Base:
     @property
     def commands(self) -> dict[str, tuple[str, ...]]:
         """Stage -> its command with this plan."""
-        return {**COMMANDS, "allocate": PLANS[self.plan]}
+        return {**COMMANDS, **PLANS[self.plan]}
+
+    @property
+    def for_transformers(self) -> bool:
+        """Whether transformers loads the packed export, so that `generate` reads it."""
+        return self.plan not in ENGINES
+
+    def logits_of(self, name: str) -> Callable[[], None]:
+        """What computes with an export as its users do, and prints a digest of it."""
+        return logits_of(name) if self.for_transformers or name != "o" else logits_read_by(ENGINES[self.plan][0], name)
 
     def after(self, stage: str) -> Tree:
         """The tree once `stage` has been run."""
@@ -134,11 +168,12 @@ def build(folder: Path, plan: str) -> Base:
         _keep(base, stage)
         base.calls[stage] = _measured(base, stage).calls
     _keep(base, FINISHED)
-    outcome = run(GENERATE, base.live)
-    assert outcome.status == 0, outcome.err
-    base.generated = outcome.out
+    if base.for_transformers:
+        outcome = run(GENERATE, base.live)
+        assert outcome.status == 0, outcome.err
+        base.generated = outcome.out
     for name in ("o", "d"):
-        outcome = run(logits_of(name), base.live)
+        outcome = run(base.logits_of(name), base.live)
         assert outcome.status == 0, outcome.err
         base.logits[name] = outcome.out
     preload(base.modules)
@@ -166,6 +201,29 @@ def logits_of(name: str) -> Callable[[], None]:
         except Exception as error:  # judged by what `generate` says of it; here only another result counts
             print(f"refused: {type(error).__name__}")
             return
+        print(hashlib.sha256(logits.numpy().tobytes()).hexdigest())
+
+    return call
+
+
+def logits_read_by(file_format: str, name: str) -> Callable[[], None]:
+    """Opens the export `name` with the reader of its format, as a command would, and prints a digest of its logits."""
+
+    def call() -> None:
+        import torch
+        import typer
+
+        from mc_cli.data.batches import Batch
+        from mc_cli.exporters import exporter_from_name
+        from mc_cli.failures import telling_errors
+        from mc_cli.measuring.logit_source import Reading
+
+        try:
+            with telling_errors(debug=False):
+                opened = exporter_from_name(file_format).open(Path(name), Reading(torch.float32, torch.device("cpu")))
+                logits = opened.logits(Batch.of_text(torch.arange(3, 40)[None]))
+        except typer.Exit as error:
+            raise SystemExit(error.exit_code) from error
         print(hashlib.sha256(logits.numpy().tobytes()).hexdigest())
 
     return call

@@ -47,6 +47,12 @@ JUSTIFIED = (
     ),
     Justified(
         ("export",),
+        ("o/model.gguf",),
+        ("(bytes)",),
+        "a GGUF file is llama.cpp's to load, which hashes no weights either; `status --verify` reports it",
+    ),
+    Justified(
+        ("export",),
         ("d/model.safetensors",),
         ("data.*", "gone.*"),
         "a dense export is transformers' to load, which warns of tensors that are gone; `status --verify` reports it",

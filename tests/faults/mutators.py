@@ -51,12 +51,17 @@ def mutate(folder: Path, name: str, chance: random.Random) -> Mutation:
         ways += [_damage_header] * 3 + [_damage_values] * 3
     before = path.read_bytes()
     for _ in range(8):  # a change that changes nothing is drawn again
-        after, what = chance.choice(ways)(before, chance)
+        try:
+            after, what = chance.choice(ways)(before, chance)
+        except (
+            ValueError
+        ):  # a stage that was killed leaves the beginning of a file, of which bytes alone can be damaged
+            continue
         if after != before:
             path.write_bytes(after)
             return Mutation((name,), what)
-    path.write_bytes(before[:-1])
-    return Mutation((name,), "the last byte cut off")
+    path.write_bytes(before[:-1] if before else b"\0")
+    return Mutation((name,), "the last byte cut off" if before else "a byte in an empty file")
 
 
 # Other things at the name

@@ -22,7 +22,7 @@ from tests.faults.trees import compare, tree_of
 from tests.faults.trial import random_of
 
 ROOT = Path(__file__).parent.parent.parent
-SEED, TRIALS = 7, 42
+SEED, TRIALS = 7, 24
 needs_compiler = pytest.mark.skipif(
     not sys.platform.startswith("linux") or shutil.which("cc") is None,
     reason="stands between a process and Linux's C library",

@@ -143,6 +143,13 @@ def test_config_without_model_type(mixtral: Path) -> None:
     assert "model_type" in message_of(CheckpointError, lambda: read_config(mixtral))
 
 
+@pytest.mark.parametrize("named", [True, "MixtralForCausalLM", [7], {"name": "MixtralForCausalLM"}])
+def test_architectures_that_are_no_list_of_names(mixtral: Path, named: object) -> None:
+    tiny_models.with_config(mixtral, architectures=named)
+    message = message_of(CheckpointError, lambda: read_config(mixtral))
+    assert "architectures is" in message and "config.json" in message
+
+
 def test_unknown_model_type_names_the_nearest_and_what_is_supported(mixtral: Path) -> None:
     tiny_models.with_config(mixtral, model_type="mixtrall")
     message = message_of(FamilyError, lambda: read_config(mixtral))
@@ -197,6 +204,14 @@ def test_experts_that_cannot_be_reached(tiny_model: TinyModel, model_type: str, 
     message = message_of(FamilyError, lambda: open_all(tiny_model(model_type)))
     assert repr(model_type) in message and reason in message
     assert all(family in message for family in CONTRACT_TESTED)
+
+
+@pytest.mark.parametrize(("groups", "used"), [(3, 1), (2, 0), (2, 3), (8, 1)])
+def test_groups_of_experts_that_do_not_fit(tiny_model: TinyModel, tmp_path: Path, groups: int, used: int) -> None:
+    folder = shutil.copytree(tiny_model("deepseek_v3"), tmp_path / "model")
+    tiny_models.with_config(folder, n_group=groups, topk_group=used)
+    message = message_of(CheckpointError, lambda: open_all(folder))
+    assert f"{groups} groups" in message and "n_group" in message
 
 
 def test_model_type_that_continues_no_text(tmp_path: Path) -> None:
@@ -299,6 +314,14 @@ def test_missing_experts_are_named_as_on_disk(mixtral: Path) -> None:
     folder = changed(mixtral, lambda tensors: [tensors.pop(key) for key in lost])
     message = message_of(CheckpointError, lambda: open_all(folder))
     assert "lacks 3 tensors of experts" in message and all(key in message for key in lost)
+
+
+def test_a_tensor_of_an_expert_that_is_named_otherwise_than_the_others(mixtral: Path) -> None:
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    other = name.replace("w3.weight", "w3/weight")  # transformers' patterns take it for the same
+    folder = changed(mixtral, lambda tensors: tensors.update({other: tensors.pop(name)}))
+    message = message_of(CheckpointError, lambda: open_all(folder))
+    assert "not named like those of the other experts" in message and other in message
 
 
 def test_one_projection_of_all_experts_is_missing(mixtral: Path) -> None:

@@ -43,6 +43,17 @@ def test_other_texts_are_told() -> None:
     assert "as a: b." in told
 
 
+def test_results_of_one_name_are_called_by_the_folders_that_tell_them_apart(tmp_path: Path) -> None:
+    row = [{"contender": "o", "gap": 0.1, "kl": 0.1}]
+    places = [tmp_path / "a" / "runs", tmp_path / "b" / "runs"]
+    for place in places:
+        place.mkdir(parents=True)
+    found, _ = compare(
+        [written(place / "figures.json", row) for place in places] + [written(tmp_path / "f.json", ROWS)]
+    )
+    assert [entry.name for entry in found] == ["a/runs/o", "b/runs/o", "ours", "theirs"]
+
+
 def test_the_figure_is_over_bytes_where_all_have_them(tmp_path: Path) -> None:
     found, _ = compare([written(tmp_path / "figures.json", ROWS)])
     whole = comparison_chart(found[:1], unit=("B", 1))

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from mc_cli.artifacts.packed import PackedLayout
 from mc_cli.artifacts.pruning import OperatingPoint, PrunedLayer, Pruning
 from mc_cli.errors import ArtifactError, CheckpointError, InputError, McError
-from mc_cli.measuring.generation import load_model
+from mc_cli.measuring.generation import generate, load_model
 from mc_cli.packed.loading import load_packed
 from mc_cli.progress import SilentProgress
 from mc_cli.settings import ExportSettings, RunSettings
@@ -287,3 +287,27 @@ def test_a_pipe_is_not_waited_for(exported: Any, tmp_path: Path) -> None:
     os.mkfifo(folder / "model.safetensors")
     with pytest.raises(InputError, match="is a pipe"):
         load_packed(folder)
+
+
+def test_a_plain_model_that_lacks_tensors_is_not_filled_with_random_ones(tiny_model: TinyModel, tmp_path: Path) -> None:
+    name = "model.layers.0.input_layernorm.weight"
+
+    def renamed(tensors: Tensors) -> None:
+        tensors[name.replace("norm", "nrom")] = tensors.pop(name)
+
+    folder = changed(tiny_model("mixtral"), tmp_path / "model", renamed)
+    with pytest.raises(CheckpointError, match=f"lack 1 tensors of the model:\n  {name}"):
+        load_model(folder, COMPUTE)
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("value", [1e300, "x", [2, 0.5]])
+def test_tokens_that_are_no_whole_numbers_are_told_before_generating(
+    tiny_model: TinyModel, tmp_path: Path, name: str, value: object
+) -> None:
+    folder = shutil.copytree(tiny_model("mixtral"), tmp_path / "model")
+    path = folder / "generation_config.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**content, name: value}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        generate(str(folder), "the rain", compute=COMPUTE, max_new_tokens=2, show=lambda text: None)
