@@ -165,12 +165,11 @@ def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 def publish(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Writes the tables of docs/results/vision.md; their figures are means over seeds, in brackets least and most."""
-    seeds = " ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
-    origin = {
+    every = " ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+    common = {
         "commit": json.loads(arguments.out.read_text())["commit"],
         "machine": arguments.machine,
-        "command": f"python recipes/benchmarks/vision.py --out runs/vision.json --seeds {seeds}",
-        "seeds": seeds,
+        "command": f"python recipes/benchmarks/vision.py --out runs/vision.json --seeds {every}",
         "data": f"bundled:demo-vision; {arguments.sequences} conversations to calibrate on; {rows[0]['answers']:,} "
         "held-out questions about unseen images",
     }
@@ -180,20 +179,32 @@ def publish(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             chosen = [row for row in rows if row["target"] == target and row["contender"] == contender.name]
             if not chosen:
                 continue
+            seeds = " ".join(str(row["seed"]) for row in chosen)
+            origin = {**common, "seeds": seeds}
             lost = [100 * (row["original_right"] - row["packed_right"]) / row["answers"] for row in chosen]
             right = [100 * row["packed_right"] / row["answers"] for row in chosen]
             size = f"{statistics.mean(row['expert_bytes'] for row in chosen):,.0f}"
-            losses = [_spread([row[name] for row in chosen], 4) for name in ("gap", "kl")]
-            cells = [f"{target:.2f}", contender.name, size, _spread(right, 1), _spread(lost, 2), *losses]
+            losses = [_spread([row[name] for row in chosen], 5) for name in ("gap", "kl")]
+            cells = [f"{target:.2f}", contender.name, size, _spread(right, 1), _spread(lost, 2), *losses, seeds]
             compared.append({"cells": cells, **origin})
             cuts = [row for row in chosen if "otp" in row]
             if cuts:
                 beside = [100 * (row["packed_right"] - row["otp"]["answers_right"]) / row["answers"] for row in cuts]
                 rate, kl = ([row["otp"][name] for row in cuts] for name in ("rate", "kl_packed"))
-                cells = [f"{target:.2f}", _spread([100 * each for each in rate], 1), _spread(beside, 2), _spread(kl, 4)]
-                skipped.append({"cells": cells, **origin})
-    columns = ["stored bits", "calibrated and coded", "bytes of experts", "answers right %", "lost", "loss gap", "KL"]
-    otp = ["stored bits", "calls skipped %", "answers lost beside the packed model", "KL beside it"]
+                cells = [f"{target:.2f}", _spread([100 * each for each in rate], 1), _spread(beside, 2), _spread(kl, 5)]
+                seeds = " ".join(str(row["seed"]) for row in cuts)
+                skipped.append({"cells": [*cells, seeds], **common, "seeds": seeds})
+    columns = [
+        "stored bits",
+        "calibrated and coded",
+        "bytes of experts",
+        "answers right %",
+        "lost",
+        "loss gap",
+        "KL",
+        "seeds",
+    ]
+    otp = ["stored bits", "calls skipped %", "answers lost beside the packed model", "KL beside it", "seeds"]
     tables = {"answers": {"columns": columns, "rows": compared}, "otp": {"columns": otp, "rows": skipped}}
     kept = json.loads(arguments.publish.read_text()) if arguments.publish.exists() else {"findings": {}}
     content = {**kept, "tables": {**kept.get("tables", {}), **tables}}
