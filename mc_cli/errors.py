@@ -141,9 +141,12 @@ def first_line(error: Exception) -> str:
 SHOWN = 20  # offenders of one kind that a message names
 
 
+_LONGEST_LINE = 500  # characters of an offender: a path and a name, and no value that somebody made long
+
+
 def listed(offenders: Iterable[str], limit: int = SHOWN) -> str:
     """All offenders, one indented line each; past `limit` the rest is counted, so that a message stays readable."""
-    lines = list(offenders)
+    lines = [line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]} ..." for line in offenders]
     shown = [f"  {line}" for line in lines[:limit]]
     if len(lines) > limit:
         shown.append(f"  ... and {len(lines) - limit} more")

@@ -58,7 +58,7 @@ RANKED = (
     *((method, None, 0) for method in ("layerwise", "frequency", "hessian", "routing-weight")),
     ("pmq", (1, 2, 3), 0),
     ("uniform", (2, 3), 0),
-    *(("random", None, seed) for seed in range(8)),
+    *(("random", None, seed) for seed in range(10)),
 )
 
 

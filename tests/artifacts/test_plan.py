@@ -224,6 +224,12 @@ def test_blocks_and_slots_that_cannot_be_are_named(tmp_path: Path, changes, expe
     assert expected in str(caught.value)
 
 
+def test_a_long_value_of_a_plan_is_told_by_its_beginning():
+    with pytest.raises(PlanError, match="model_type: plan xxx") as caught:
+        plan_of(model_type="x" * 100_000).check_against(inventory_of())
+    assert len(str(caught.value)) < 1000
+
+
 def test_blocks_and_slots_that_do_not_fit_the_model_are_named():
     divided = (BlockBits(16, 2), BlockBits(8, 0))
     plan = plan_of(expert_bits={1: (2, divided, (BlockBits(32, {"up": 2}),), 0), 3: (1,) * 4}, slots={1: (0, 1, 2, 0)})

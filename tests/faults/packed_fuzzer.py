@@ -24,6 +24,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -103,11 +104,14 @@ class Model:
     def _layout(self, draw: random.Random) -> PackedLayout:
         blocks = []
         one_kind = draw.random() < 0.6  # so that there are banks
+        halved = draw.random() < 0.25 and self.config.model_type != "gpt_oss"  # biases belong to whole experts
         for path, module in experts.find_experts(self.skeleton):
             shapes = {part.name: (part.out_features, part.in_features) for part in experts.projections_of(module)}
             gone = set(draw.sample(range(module.num_experts), draw.choice((0, 0, 1))))
             rows = {}
             for projection, (_, columns) in shapes.items():
+                if halved and projection == list(shapes)[-1]:
+                    columns //= 2
                 keys = [key for key in (TRELLIS if draw.random() < 0.5 else AFFINE) if columns % size_of(key) == 0]
                 if one_kind:
                     size = size_of(draw.choice(keys))
@@ -117,7 +121,8 @@ class Model:
                 rows[projection] = tuple(
                     None if expert in gone else draw.choice(keys) for expert in range(module.num_experts)
                 )
-            blocks.append(ExpertLayout.of_whole(path, shapes, rows))
+            whole = ExpertLayout.of_whole(path, shapes, rows)
+            blocks.append(in_halves(whole) if halved else whole)
         linears = {}
         for path, module in self.skeleton.named_modules():
             if isinstance(module, torch.nn.Linear) and path != "lm_head" and draw.random() < 0.7:
@@ -128,8 +133,9 @@ class Model:
         return PackedLayout(tuple(blocks), linears, pruning=self._policy(draw, blocks))
 
     def _policy(self, draw: random.Random, blocks: list[ExpertLayout]) -> Pruning | None:
-        whole = [name for name, policy in policies().items() if not runs_halves(policy)]  # experts here have one block
-        name = draw.choice([*whole, None])
+        halved = not any(block.without_halves for block in blocks)
+        fitting = [name for name, policy in policies().items() if halved or not runs_halves(policy)]
+        name = draw.choice([*fitting, None])
         if name is None:
             return None
         layers = []
@@ -140,6 +146,15 @@ class Model:
             layers.append(PrunedLayer(number, block.path, top_k, draw.random() < 0.5, None, numbers, shapes))
         points = [OperatingPoint(rate, (rate,) * len(layers)) for rate in (0.0, 0.3)]
         return Pruning(name, 0, tuple(layers), tuple(points), draw.randrange(2))
+
+
+def in_halves(layout: ExpertLayout) -> ExpertLayout:
+    """The same experts, each in two blocks of as many channels."""
+    experts = tuple(
+        tuple(replace(block, channels=block.channels // 2) for block in blocks for _ in range(2))
+        for blocks in layout.experts
+    )
+    return replace(layout, experts=experts)
 
 
 def size_of(key: str) -> int:
