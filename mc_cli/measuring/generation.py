@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import TextStreamer
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +30,7 @@ from mc_cli.packed.stored_tensors import check_layer_count
 from mc_cli.settings import RunSettings
 
 # RuntimeErrors of loading that are not about tensors and config.json that do not fit each other.
+_MATRIX_DIMS = 2  # tensors of more are stacked experts
 _NOT_OF_THE_FILES = ("out of memory", "allocate memory", "not enough memory", "CUDA", "unable to open file")
 
 
@@ -94,7 +96,6 @@ def generate(
     begun = time.monotonic()
     network = load_model(folder, compute)
     loaded = time.monotonic()
-    _check_token_ids(folder, network.generation_config)
     torch.manual_seed(seed)
     show(prompt)
     streamer = _Pieces(tokenizer, show)
@@ -121,22 +122,6 @@ def generate(
         load_s=loaded - begun,
         generate_s=time.monotonic() - loaded,
     )
-
-
-def _check_token_ids(folder: Path, config: Any) -> None:
-    """Raises CheckpointError where generation_config.json names tokens by what is no number of one."""
-    named = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    wrong = [
-        f"{name} is {shown(value)}"
-        for name, value in named.items()
-        for each in (value if isinstance(value, list) else [value])
-        if each is not None and (not isinstance(each, int) or abs(each) >= 1 << 63)
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{folder / 'generation_config.json'}: {', '.join(wrong)}, and tokens are whole numbers. Mend it, or "
-            "copy or download it again."
-        )
 
 
 def load_model(folder: Path, compute: RunSettings) -> Any:
@@ -197,6 +182,30 @@ def _check_weight_files(folder: Path, config: Any) -> None:
         raise CheckpointError(
             f"{folder} lacks {missing}: weights are read from safetensors files alone. Convert other formats with "
             "`save_pretrained`, or copy, download or make the directory again."
+        )
+    if getattr(config, "quantization_config", None) is None:
+        _check_floats(folder, paths)
+
+
+def _check_floats(folder: Path, paths: Sequence[Path]) -> None:
+    """Raises CheckpointError for weights that are stored as integers: transformers takes these for their values.
+
+    A file that is damaged is left to loading, which says so.
+    """
+    wrong = []
+    with suppress(SafetensorError), ExitStack() as stack:
+        for path in paths:
+            handle = stack.enter_context(safe_open(path, "pt"))
+            for name in handle.keys():  # noqa: SIM118 a handle is no mapping
+                stored = handle.get_slice(name)
+                if stored.get_dtype()[0] in "IU" and (
+                    name.endswith("weight") or len(stored.get_shape()) > _MATRIX_DIMS
+                ):
+                    wrong.append(f"{name}: {stored.get_dtype()}")
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: its safetensors files hold {len(wrong)} weights as integers:\n{listed(wrong)}\nThey are "
+            "damaged, or quantized in a way that config.json does not name. Copy, download or make the directory again."
         )
 
 

@@ -24,6 +24,7 @@ _LARGEST_JSON, _LARGEST_INDEX = 64 << 20, 256 << 20
 _LARGEST_CONFIG = 8 << 20
 _LIMITS = ((r"layers?$|^depth$|^num_labels$", 1 << 14), (r"experts?$|^experts_per_", 1 << 20))
 _LARGEST_NUMBER = 1 << 62
+_TOKENS_AT_MOST = 1 << 31
 _MOST_ENTRIES = 1 << 15  # config classes copy all of them several times
 _ENDLESS = re.compile(r"limit|clamp|clip|max|range")  # entries that may be infinite, such as a limit of time steps
 SUPPORTED = f"Contract-tested families: {', '.join(CONTRACT_TESTED)}."
@@ -152,10 +153,33 @@ def check_files(folder: Path) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "added_tokens.json"):
         if (folder / name).exists():
             read_model_json(folder / name)
+    _check_token_ids(folder / "generation_config.json")
     path = folder / "tokenizer_config.json"
     limit = read_model_json(path).get("model_max_length") if path.exists() else None
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0):
         raise CheckpointError(f"{path}: model_max_length is {limit!r:.80}, not a number of tokens. Download it again.")
+
+
+def _check_token_ids(path: Path) -> None:
+    """Raises CheckpointError where generation_config.json names tokens by what is no number of one."""
+    content = read_model_json(path) if path.exists() else {}
+    wrong = [
+        f"{name} is {shown(content[name])}"
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        if not all(_is_token(each) for each in _as_list(content.get(name)))
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{path}: {', '.join(wrong)}, and tokens are whole numbers. Mend it, or copy or download it again."
+        )
+
+
+def _as_list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _TOKENS_AT_MOST
 
 
 def read_model_json(path: Path) -> dict[str, Any]:

@@ -311,3 +311,14 @@ def test_tokens_that_are_no_whole_numbers_are_told_before_generating(
     path.write_text(json.dumps({**content, name: value}), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         generate(str(folder), "the rain", compute=COMPUTE, max_new_tokens=2, show=lambda text: None)
+
+
+def test_integers_are_not_taken_for_weights(tiny_model: TinyModel, tmp_path: Path) -> None:
+    name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+
+    def reread(tensors: Tensors) -> None:
+        tensors[name] = tensors[name].view(torch.int16)
+
+    folder = changed(tiny_model("mixtral"), tmp_path / "model", reread)
+    with pytest.raises(CheckpointError, match=f"1 weights as integers:\n  {name}: I16"):
+        load_model(folder, COMPUTE)
