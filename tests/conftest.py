@@ -35,16 +35,9 @@ TinyModel = Callable[..., Path]
 LONG = (
     "tests/faults/",
     "tests/installation/",
-    "tests/contracts/",
+    "tests/contracts/test_extensions.py",
     "tests/cli/test_whole_chain.py",
     "tests/test_resume.py",
-    "tests/stages/test_prune_policies.py",
-    "tests/quantizers/test_trellis.py",
-    "tests/test_recipes.py",
-    "tests/models/test_weight_digests.py",
-    "tests/test_export_killed.py",
-    "tests/executors/",
-    "tests/kernels/",
     "tests/serving/",
     "tests/ahead/",
 )
