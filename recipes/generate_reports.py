@@ -28,6 +28,7 @@ from mc_cli.overview.comparison_report import comparison_chart, comparison_table
 from mc_cli.overview.page import report_page
 from mc_cli.progress import SilentProgress
 from mc_cli.reports.drawing import write_figure
+from mc_cli.reports.html import cell_text
 
 REPORTS = Path(__file__).resolve().parent.parent / "docs" / "reports"
 DATA = REPORTS / "data"
@@ -106,6 +107,7 @@ def side_by_side() -> str:
     found, _ = compare(list(dict.fromkeys(work.path for work in works())))
     content = comparison_table(found)
     columns = [column["name"] for column in content["columns"]]
+    digits = [column.get("digits") for column in content["columns"]]
     lines = [
         "# Reports of whole runs",
         "",
@@ -123,15 +125,9 @@ def side_by_side() -> str:
     ]
     for work, row in zip(works(), content["rows"], strict=True):
         page = f"[{page_of(work).name}]({page_of(work).name})" if work.variant == SHOWN else ""
-        lines.append(f"| {' | '.join(map(_cell, row))} | {page} |")
+        lines.append(f"| {' | '.join(map(cell_text, row, digits))} | {page} |")
     figure = ["", f"![Loss over size, measured]({FIGURE})", ""]
     return "\n".join([*lines, *figure]).rstrip("\n") + "\n"
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.5g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def draw() -> None:

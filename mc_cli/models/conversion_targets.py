@@ -101,7 +101,7 @@ def _expert_of(key: str) -> int:
 
 
 def _number_apart(key: str) -> tuple[str, str]:
-    """What stands before and behind the expert's number."""
+    """The key's text before the expert's number, and behind it."""
     number = list(re.finditer(r"\.(\d+)\.", key))[-1]
     return key[: number.start()], key[number.end() :]
 
