@@ -71,6 +71,18 @@ def coded_left(by: Forecasts, order: torch.Tensor, borders: list[int]) -> tuple[
     return ratios[0], ratios[1]
 
 
+@torch.no_grad()
+def coded_whole(by: Forecasts, members: list[int]) -> npt.NDArray[np.float64]:
+    """[2, members]: what coding the up and the down projection of whole experts costs at the trial's width.
+
+    Infinite where they cannot be coded. Experts are as they are in the view's module; not more than fit memory.
+    """
+    channels = by.view.inputs.block.channels
+    return _Trial(
+        by, torch.arange(channels, device=by.view.inputs.device).expand(by.view.inputs.block.num_experts, -1), members
+    ).costs(channels)
+
+
 class _Trial:
     """Some experts of a layer, and what is the same at all borders."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -106,6 +107,21 @@ class ExpertInputs:
         by_kind = None if batch is None else batch.weights()
         if by_kind is not None:
             self._attention *= by_kind.reshape(-1).sqrt()
+
+    def joined(self, first: int, second: int) -> ExpertInputs:
+        """The same inputs with two experts as one, the first of them: their tokens are its, their weights add up."""
+        index, weights = self._routing
+        theirs = (index == first) | (index == second)
+        again = theirs & (theirs.cumsum(-1) > 1)
+        total = (weights * theirs).sum(-1).to(weights.dtype)
+        index = torch.where(theirs, first, index).masked_fill(again, self.block.num_experts)
+        found = copy(self)
+        found._routing = index, torch.where(theirs, total[:, None], weights).masked_fill(again, 0)
+        found._chosen = {expert: chosen for expert, chosen in self._chosen.items() if expert not in (first, second)}
+        tokens = (theirs.any(-1) if self._real is None else theirs.any(-1) & self._real).nonzero()[:, 0]
+        if len(tokens):
+            found._chosen[first] = tokens, total[tokens]
+        return found
 
     @property
     def token_count(self) -> int:

@@ -19,6 +19,9 @@ from mc_cli.artifacts.calibration import LayerRouting
 from mc_cli.artifacts.channel_measures import ChannelMeasures
 from mc_cli.artifacts.cut_measures import CutMeasures
 from mc_cli.artifacts.importance import LayerImportance, ProjectionImportance
+from mc_cli.artifacts.merging import Merging
+from mc_cli.artifacts.pair_measures import PairMeasures
+from mc_cli.artifacts.similarity import ExpertSimilarity
 from mc_cli.coding.channel_measuring import measure_channels
 from mc_cli.coding.channel_order import deal_channels
 from mc_cli.coding.cut_coding import Forecasts
@@ -26,6 +29,7 @@ from mc_cli.coding.cut_measuring import measure_cuts
 from mc_cli.coding.expert_inputs import ExpertInputs, Sample, expert_activations, expert_chunks, expert_down
 from mc_cli.coding.expert_view import ExpertView
 from mc_cli.coding.output_error import output_norm_mean, predicted_loss, squared_output_error
+from mc_cli.coding.pair_measuring import measure_pairs
 from mc_cli.coding.rerouting import Rerouting
 from mc_cli.coding.trial import share_left
 from mc_cli.encodings import Encoding, deals_channels, encoding_for, stored_bytes
@@ -61,13 +65,30 @@ class LayerScorer:
 
     def cuts(self, module: Any, inputs: ExpertInputs, measures: ChannelMeasures) -> CutMeasures:
         """The cost of cutting each expert to fewer channels, by their `measures`; before `score`, as `channels`."""
+        order = torch.from_numpy(cutting_order(measures)).to(inputs.device)
+        refitted = self._settings.quantizer.corrects_errors
+        return measure_cuts(self._forecasts(module, inputs), order, refitted=refitted)
+
+    def pairs(self, module: Any, inputs: ExpertInputs, similarity: ExpertSimilarity) -> PairMeasures:
+        """The cost of merging the nearest pairs of experts; before `score`, as `channels`."""
+        settings = self._settings
+        return measure_pairs(
+            self._forecasts(module, inputs),
+            similarity,
+            Merging.standard(settings.pair_merge),
+            most=settings.pairs,
+            refitted=settings.quantizer.corrects_errors,
+        )
+
+    def _forecasts(self, module: Any, inputs: ExpertInputs) -> Forecasts:
+        """The means of coding experts of one resident layer on trial."""
         routing = LayerRouting.read(self._calibration / calibration_artifact.routing_file(inputs.block.layer))
 
         def cost(difference: torch.Tensor, sample: Sample) -> float:
             return self._predicted(difference, sample.weights, sample, inputs, routing)
 
         settings = self._settings.quantizer
-        forecasts = Forecasts(
+        return Forecasts(
             view=ExpertView(module, inputs, self._quantizer, settings.shrinkage),
             executor=self._executor,
             width=self._middle_width,
@@ -76,8 +97,6 @@ class LayerScorer:
             tokens=self._settings.loss_tokens,
             cost=cost,
         )
-        order = torch.from_numpy(cutting_order(measures)).to(inputs.device)
-        return measure_cuts(forecasts, order, refitted=settings.corrects_errors)
 
     @property
     def _middle_width(self) -> float:

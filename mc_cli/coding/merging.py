@@ -44,7 +44,7 @@ def merge_experts(
     clusters = plan.clusters(layer)
     for centre, members in clusters.items():
         shares = member_shares(plan.merging, [counts[expert] for expert in members])
-        _merge(module, inputs, centre, list(members), shares, plan.merging, stored)
+        put_merged(module, inputs, centre, list(members), shares, plan.merging, stored)
     return frozenset(clusters)
 
 
@@ -61,7 +61,7 @@ def member_shares(merging: Merging, counts: Sequence[int]) -> torch.Tensor:
     return tokens / tokens.sum()
 
 
-def _merge(
+def put_merged(
     module: Any,
     inputs: ExpertInputs,
     centre: int,
@@ -70,6 +70,10 @@ def _merge(
     merging: Merging,
     stored: torch.dtype,
 ) -> None:
+    """Writes the merged weights of some experts into `centre`, one of them, by any method but puzzle.
+
+    inputs  by stored expert, as for `merge_experts`;  shares [members] float64, of sum 1
+    """
     up, down = inputs.block.projections
     ups, downs = (experts.stacked_weights(module, part.name, members).double() for part in (up, down))
     if merging.method == SUB_MOE:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from mc_cli.artifacts.similarity import ExpertSimilarity
@@ -16,6 +17,7 @@ from mc_cli.models import experts
 
 SAMPLE_TOKENS = 1024  # of the whole layer, evenly spaced
 _TOKENS_AT_ONCE = 64  # with the outputs of all experts
+_PARTNERS = 4  # of one expert, in pairs that are measured
 _ROWS_AT_ONCE = 64  # of all experts' up projections
 
 
@@ -40,6 +42,29 @@ def measure_similarity(module: Any, inputs: ExpertInputs) -> ExpertSimilarity:
         output_cosine=(cosines / len(sample)).cpu().numpy(),
         weight_products=_weight_products(module, inputs).cpu().numpy(),
     )
+
+
+def nearest_pairs(similarity: ExpertSimilarity, most: int) -> list[tuple[int, int]]:
+    """At most so many pairs of experts, those first whose outputs lose least when their mean stands for both.
+
+    That is their squared distance times n m / (n + m), for n and m routed tokens. An expert is in at most `_PARTNERS`
+    pairs, so that a rarely used one, which is cheap to join to any other, does not take all places. Of equally near
+    pairs the first come first.
+    """
+    products = similarity.output_products
+    squares = products.diagonal()
+    counts = np.maximum(similarity.routing_count.astype(np.float64), 1)
+    distances = (squares[:, None] + squares[None] - 2 * products).clip(min=0)
+    distances *= counts[:, None] * counts[None] / (counts[:, None] + counts[None])
+    first, second = np.triu_indices(len(squares), k=1)
+    partners = np.zeros(len(squares), dtype=int)
+    found: list[tuple[int, int]] = []
+    for place in np.argsort(distances[first, second], kind="stable"):
+        pair = int(first[place]), int(second[place])
+        if len(found) < most and max(partners[list(pair)]) < _PARTNERS:
+            partners[list(pair)] += 1
+            found.append(pair)
+    return sorted(found)
 
 
 def _output(module: Any, inputs: ExpertInputs, expert: int, rows: torch.Tensor) -> torch.Tensor:

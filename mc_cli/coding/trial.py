@@ -34,7 +34,9 @@ def share_left(
     The fit is made on half of the expert's tokens and judged on the other half, both ways.
     1 where the expert has no tokens, or the forecast no error.
     """
-    halves = (_Half(down), _Half(down))
+    hidden, channels = down.shape
+    halves = (Half(hidden, channels, down.device), Half(hidden, channels, down.device))
+    forecast_errors = [torch.zeros(len(down), dtype=torch.float64, device=down.device) for _ in halves]
     border = inputs.count(expert, limit=TRIAL_TOKENS) // 2
     seen = 0
     for chunk in inputs.chunks(expert, limit=TRIAL_TOKENS):
@@ -43,12 +45,14 @@ def share_left(
             for up in (original, forecast, shipped)
         ]
         cut = max(0, border - seen)
-        halves[0].add(*(rows[:cut] for rows in activated))
-        halves[1].add(*(rows[cut:] for rows in activated))
+        for number, rows in enumerate((slice(cut), slice(cut, None))):
+            whole, forecast_rows, shipped_rows = (each[rows] for each in activated)
+            halves[number].add(shipped_rows, (whole - shipped_rows) @ down.T)
+            forecast_errors[number] += ((whole - forecast_rows) @ down.T).square().sum(0, dtype=torch.float64)
         seen += len(chunk.inputs)
     felt = torch.ones(len(down)) if inputs.sensitivity is None else inputs.sensitivity.gradient_square
     felt = felt.to(down.device, torch.float64)
-    forecast_loss = sum(float(felt @ half.forecast) for half in halves)
+    forecast_loss = sum(float(felt @ errors) for errors in forecast_errors)
     if forecast_loss <= 0:
         return 1.0
     steps = [half.step(trusted=inputs.count(expert)) for half in halves]
@@ -56,24 +60,19 @@ def share_left(
     return left / forecast_loss
 
 
-class _Half:
-    """Sums over one half of the tokens."""
+class Half:
+    """Sums over one half of an expert's tokens, for a fit that is made on one half and judged on the other."""
 
-    def __init__(self, down: torch.Tensor) -> None:
-        hidden, channels = down.shape
-        self._down = down
-        self._hessian = torch.zeros((channels, channels), device=down.device)
-        self._moments = torch.zeros_like(down)
-        self._shipped = torch.zeros(hidden, dtype=torch.float64, device=down.device)
-        self.forecast = torch.zeros_like(self._shipped)  # [hidden] squared errors
+    def __init__(self, hidden: int, channels: int, device: torch.device) -> None:
+        self._hessian = torch.zeros((channels, channels), device=device)
+        self._moments = torch.zeros((hidden, channels), device=device)
+        self.missing = torch.zeros(hidden, dtype=torch.float64, device=device)  # squares
 
-    def add(self, original: torch.Tensor, forecast: torch.Tensor, shipped: torch.Tensor) -> None:
-        """Activations [n, channels] of the same tokens, weighted."""
-        missing = (original - shipped) @ self._down.T
-        self.forecast += ((original - forecast) @ self._down.T).square().sum(0, dtype=torch.float64)
-        self._shipped += missing.square().sum(0, dtype=torch.float64)
-        self._moments.addmm_(missing.T, shipped)
-        accumulate(self._hessian, shipped)
+    def add(self, activated: torch.Tensor, missing: torch.Tensor) -> None:
+        """Activations [n, channels] and what is missing of the outputs [n, hidden] at the same tokens, weighted."""
+        self.missing += missing.square().sum(0, dtype=torch.float64)
+        self._moments.addmm_(missing.T, activated)
+        accumulate(self._hessian, activated)
 
     def step(self, *, trusted: int) -> torch.Tensor:
         """[hidden, channels]: the correction that these tokens ask for, trusted as so many are."""
@@ -83,4 +82,4 @@ class _Half:
         """float64 [hidden]: squared errors with `step` added to the down projection."""
         step = step.double()
         taken = step * (2 * self._moments.double() - step @ self._hessian.double())
-        return self._shipped - taken.sum(-1)
+        return self.missing - taken.sum(-1)

@@ -171,6 +171,14 @@ class AllocateSettings(StageSettings):
             _METHOD,
         ),
     )
+    merges: bool = setting(
+        True,
+        Flag(
+            "Where score measured pairs of experts, method global may merge some if that is clearly cheaper than fewer "
+            "bits.",
+            _METHOD,
+        ),
+    )
     merge: str | None = setting(
         None,
         Flag(
@@ -391,7 +399,7 @@ class AllocateSettings(StageSettings):
     def resolved(self) -> dict[str, Any]:
         """Plain JSON values of all fields that change the result; those of cuts, drops and such only where asked."""
         plain = super().resolved()
-        left_out = {"cuts"} if self.cuts else set()
+        left_out = {name for name in ("cuts", "merges") if getattr(self, name)}
         left_out |= {"cut_ratio", "uniform_width"} if self.cut_ratio is None else set()
         left_out |= {"engine"} if self.engine is None else set()
         left_out |= {"experts_left", "merge", "merge_rank"} if self.experts_left is None else set()

@@ -11,6 +11,7 @@ from mc_cli.parts import DROPPED
 from mc_cli.registry import widths_of
 from mc_cli.settings.declared import Flag, StageSettings, setting
 from mc_cli.settings.engines import engine_flag, quantizer_conflict, width_conflicts, widths_to_score
+from mc_cli.settings.merge import MERGES, PUZZLE, SUB_MOE
 from mc_cli.settings.quantizer import QuantizerSettings
 from mc_cli.settings.written import parse_bits_list
 
@@ -56,11 +57,33 @@ class ScoreSettings(StageSettings):
         ),
     )
 
+    pairs: int = setting(
+        0,
+        Flag(
+            "Pairs of experts per layer, the nearest ones, for which score measures what one stored expert in place of "
+            "both costs: allocate merges some where that is clearly cheaper than fewer bits.",
+            _SCORE,
+            metavar="COUNT",
+            least=0,
+        ),
+    )
+    pair_merge: str = setting(
+        SUB_MOE,
+        Flag(
+            "With --pairs, how two experts become one: sub-moe, mergemoe or average, as --merge of allocate.",
+            _SCORE,
+            metavar="NAME",
+            known=tuple(name for name in MERGES if name != PUZZLE),
+        ),
+    )
+
     engine: str | None = setting(None, engine_flag(_SCORE))
 
     def resolved(self) -> dict[str, Any]:
         """Plain JSON values of all fields that change the result; of what is measured besides, only what was asked."""
-        usual = {"unit": EXPERT, "similarity": False, "engine": None}
+        usual = {"unit": EXPERT, "similarity": False, "pairs": 0, "engine": None}
+        if not self.pairs:
+            usual["pair_merge"] = self.pair_merge
         return {name: value for name, value in super().resolved().items() if name not in usual or usual[name] != value}
 
     def __post_init__(self) -> None:
@@ -73,6 +96,10 @@ class ScoreSettings(StageSettings):
         if conflict := quantizer_conflict(self.engine, self.quantizer.quantizer):
             yield conflict
         yield from width_conflicts(self.engine, self.bits, "--bits")
+        if self.engine is not None and self.pairs:
+            yield InputError(f"--pairs {self.pairs}: experts are not merged for {self.engine}. Leave it out.")
+        if not self.pairs and self.pair_merge != SUB_MOE:
+            yield InputError(f"--pair-merge {self.pair_merge} is about pairs to merge: say how many with --pairs.")
         known = widths_of(self.quantizer.family)
         wrong = [width for width in self.bits if width != DROPPED and width not in known]
         if wrong:

@@ -17,12 +17,14 @@ from mc_cli.artifacts.cut_measures import cut_file
 from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.importance import Importance, LayerImportance
 from mc_cli.artifacts.names import IMPORTANCE
+from mc_cli.artifacts.pair_measures import pair_file
 from mc_cli.artifacts.similarity import similarity_file
 from mc_cli.artifacts.store import RESUME, StageFolder
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.coding.cut_measuring import can_be_cut
 from mc_cli.coding.expert_inputs import ExpertInputs
 from mc_cli.coding.layer_scorer import LayerScorer
+from mc_cli.coding.pair_measuring import can_be_merged
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.coding.rerouting import Rerouting
 from mc_cli.coding.similarity import measure_similarity
@@ -135,8 +137,7 @@ def _layers(
                     batch=walk.inputs,
                 )
                 _score_channels(scorer, settings.unit, module, inputs, folder)
-                if settings.similarity:
-                    measure_similarity(module, inputs).write(folder.path(similarity_file(layer)))
+                _score_likeness(scorer, settings, module, inputs, folder)
                 rerouting = Rerouting(model, blocks[layer], inputs) if DROPPED in settings.bits else None
                 scored = scorer.score(module, inputs, rerouting)
                 write_json(folder.path(_layer_file(layer)), asdict(scored))
@@ -160,6 +161,21 @@ def _score_channels(scorer: LayerScorer, unit: str, module: Any, inputs: ExpertI
         scorer.cuts(module, inputs, channels).write(folder.path(cut_file(layer)))
 
 
+def _score_likeness(
+    scorer: LayerScorer, settings: ScoreSettings, module: Any, inputs: ExpertInputs, folder: StageFolder
+) -> None:
+    """Measures how alike one resident layer's experts are, and what merging pairs costs, where that is asked for."""
+    layer = inputs.block.layer
+    merges = settings.pairs > 0 and can_be_merged(module, inputs)
+    if not settings.similarity and not merges:
+        return
+    similarity = measure_similarity(module, inputs)
+    if settings.similarity:
+        similarity.write(folder.path(similarity_file(layer)))
+    if merges:
+        scorer.pairs(module, inputs, similarity).write(folder.path(pair_file(layer)))
+
+
 def _layer_file(layer: int) -> str:
     return f"{RESUME}/layer_{layer:03d}.json"
 
@@ -177,6 +193,14 @@ def _merge(
             f"experts of {len(uncut)} layers cannot lose channels, as biases or norms belong to the whole expert or "
             "the activation mixes channels: they can be kept whole or dropped "
             f"(layers {', '.join(map(str, uncut[:8]))}{' ...' if len(uncut) > 8 else ''}).",
+            progress,
+        )
+    apart = [block.layer for block in inventory.expert_blocks if not folder.path(pair_file(block.layer)).exists()]
+    if settings.pairs and apart:
+        folder.warn(
+            f"no pairs were measured in {len(apart)} layers, whose experts have biases or norms of their own or an "
+            "activation that mixes channels, or whose routers choose groups: no expert is merged there "
+            f"(layers {', '.join(map(str, apart[:8]))}{' ...' if len(apart) > 8 else ''}).",
             progress,
         )
     unseen = [
