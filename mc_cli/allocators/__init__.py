@@ -15,6 +15,7 @@ from typing import Any
 from mc_cli.allocators import stacks
 from mc_cli.allocators.channel_score import channel_scores
 from mc_cli.allocators.cut_menus import CutMenu, menu_units, whole_choice
+from mc_cli.allocators.merged_pairs import PairMenu, with_pairs
 from mc_cli.allocators.problem import BUDGET_UNITS, AllocationProblem, Budget, Choice, Floor, Survivors, Unit
 from mc_cli.allocators.report import make_plan
 from mc_cli.allocators.strategy import Assignment, CostSettings, SolverSettings, Strategy
@@ -32,6 +33,7 @@ __all__ = [
     "Choice",
     "CutMenu",
     "Floor",
+    "PairMenu",
     "SolverSettings",
     "Strategy",
     "Survivors",
@@ -82,6 +84,7 @@ def allocate(
     solver: str | None = None,
     group_size_limit: int = 128,
     menus: Mapping[int, CutMenu] | None = None,
+    pairs: Mapping[int, PairMenu] | None = None,
     dropped: Mapping[int, Collection[int]] | None = None,
     alike: str | None = None,
 ) -> Plan:
@@ -95,6 +98,7 @@ def allocate(
     gap, time_limit_s, solver   see SolverSettings
     group_size_limit   at which importance was measured; handed on to the plan
     menus    layer -> what its experts may be cut to, for strategies that split experts; None = none is cut
+    pairs    layer -> experts that may become one, where every layer has a menu of cuts; None = none does
     dropped  layer -> experts that are dropped whatever it costs; None = none but those that the strategy drops
     alike    which experts get one width together, see `settings.Engine`; the plan's objective says what that costs
     Equal arguments give an equal plan, unless the time limit stops the solver.
@@ -106,6 +110,7 @@ def allocate(
     widths = _candidates(importance, strategy, candidate_bits)
     problem = build_problem(importance, strategy, budget, widths, _floors(strategy, floors), settings, menus)
     problem = without_experts(problem, importance, dropped or {})
+    problem = with_pairs(problem, importance, pairs, widths) if pairs else problem
     solving = SolverSettings(gap, time_limit_s, solver)
     free = strategy.assign(problem, solving)
     _check_assignment(strategy, problem, free)
@@ -151,6 +156,7 @@ def _check_assignment(strategy: Strategy, problem: AllocationProblem, assignment
                 for served in problem.served(group)
             )
             wrong += [] if kept else [f"layer {units[group[0]].layer}: below its floors ({'; '.join(problem.rules)})"]
+        wrong += [f"{units[tie.first[0]]}: merged alone" for tie in problem.ties if not tie.holds(picks)]
     if wrong:
         raise ExtensionError(
             f"What method {strategy.name} assigns is no plan:\n{listed(wrong)}\nThis is a defect of the method."

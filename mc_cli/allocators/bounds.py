@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -36,12 +36,14 @@ class Table:
     cost    infinite where a unit has no such choice, or the choice alone is over the limit
     size    int64, what the choice takes beyond the unit's smallest choice
     limit   what all units together may take beyond their smallest choices
+    ties    [ties, 4]: a unit, its choice, and the unit and the choice that go with it
     """
 
     cost: Floats
     size: Ints
     limit: int
     floors: tuple[FloorRow, ...] = ()
+    ties: Ints = field(default_factory=lambda: np.zeros((0, 4), np.int64))
 
     @classmethod
     def of(cls, problem: AllocationProblem) -> Table:
@@ -57,11 +59,26 @@ class Table:
         size = np.where(present, size - smallest[:, None], 0)
         step = int(np.gcd.reduce(size, axis=None)) or 1
         limit = (problem.limit - int(smallest.sum())) // step * step
-        return cls(np.where(size <= limit, cost, np.inf), size, limit, _floor_rows(problem, shape[1]))
+        ties = np.array([(*tie.first, *tie.second) for tie in problem.ties], np.int64).reshape(-1, 4)
+        cost = _possible_ties(np.where(size <= limit, cost, np.inf), ties)
+        return cls(cost, size, limit, _floor_rows(problem, shape[1]), ties)
 
     @cached_property
     def positions(self) -> Ints:
         return np.arange(len(self.cost))
+
+    @property
+    def may_fit(self) -> bool:
+        """False where the smallest choices that can be taken are over the limit: ties can lead to that."""
+        return int(np.where(np.isfinite(self.cost), self.size, self.limit + 1).min(axis=1).sum()) <= self.limit
+
+    @cached_property
+    def tied(self) -> Bools:
+        """[units, choices]: those that another unit's choice goes with."""
+        found = np.zeros(self.cost.shape, bool)
+        for unit, choice in (self.ties[:, :2].T, self.ties[:, 2:].T):
+            found[unit, choice] = True
+        return found
 
     def penalised(self, multipliers: Multipliers) -> Floats:
         """Cost plus the price of what the choice takes, minus the worth of the floors it serves."""
@@ -85,8 +102,11 @@ class Table:
         return list(found.values())
 
     def keeps(self, picks: Ints) -> bool:
-        """Whether one choice per unit is within the limit and above every floor."""
+        """Whether one choice per unit is within the limit, above every floor, and takes what is tied together."""
         if self.total(picks)[1] > self.limit:
+            return False
+        one, choice, other, tied = self.ties.T
+        if ((picks[one] == choice) != (picks[other] == tied)).any():
             return False
         return all(row.members[np.arange(len(row.units)), picks[row.units]].sum() >= row.count for row in self.floors)
 
@@ -101,6 +121,15 @@ class Multipliers:
 
     budget: float
     floors: tuple[float, ...] = ()
+
+
+def _possible_ties(cost: Floats, ties: Ints) -> Floats:
+    """The costs, infinite for a choice that goes with one that cannot be taken."""
+    one, choice, other, tied = ties.T
+    impossible = np.isinf(cost[one, choice]) | np.isinf(cost[other, tied])
+    cost[one[impossible], choice[impossible]] = np.inf
+    cost[other[impossible], tied[impossible]] = np.inf
+    return cost
 
 
 def _floor_rows(problem: AllocationProblem, options: int) -> tuple[FloorRow, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pulp
 
-from mc_cli.allocators.bounds import Bools, Floats, Ints, Table
+from mc_cli.allocators.bounds import Bools, Ints, Table
 from mc_cli.allocators.milp import Outcome, choose_solver, run_solver
 from mc_cli.allocators.strategy import SolverSettings
 from mc_cli.errors import SolverError
@@ -30,13 +30,13 @@ class Found:
 
 
 def solve_core(
-    table: Table, undecided: Bools, reduced: Floats, *, tolerance: float, unit: float, settings: SolverSettings
+    table: Table, undecided: Bools, start: Ints, *, tolerance: float, unit: float, settings: SolverSettings
 ) -> Found | None:
-    """The best assignment among the undecided choices; None where there is none within limit and floors.
+    """The best assignment among the undecided choices; None where there is none within limit, floors and ties.
 
+    start       of every unit one of its undecided choices; one without others keeps it
     tolerance   in the unit of the costs; `unit` is the cost that the solver gets to see as 1
     """
-    start = np.argmin(reduced, axis=1)
     model, variables = _build(table, undecided, start, unit)
     outcome = Outcome(choose_solver(settings.name), pulp.LpSolutionOptimal, 0.0)
     for _ in range(CUTS):
@@ -82,6 +82,7 @@ def _build(table: Table, undecided: Bools, start: Ints, unit: float) -> tuple[pu
     model.setObjective(pulp.LpAffineExpression(objective))
     model.addConstraint(pulp.LpAffineExpression(sizes) <= left / step, "budget")
     _add_floors(model, table, variables, start, is_free)
+    _add_ties(model, table, variables, start)
     return model, variables
 
 
@@ -116,6 +117,18 @@ def _add_floors(model: pulp.LpProblem, table: Table, variables: Variables, start
             ]
         if served < row.count or terms:
             model.addConstraint(pulp.LpAffineExpression(terms) >= row.count - served, f"floor_{number}")
+
+
+def _add_ties(model: pulp.LpProblem, table: Table, variables: Variables, start: Ints) -> None:
+    """Choices that are tied are equal; where one is decided, the other is what that is."""
+    for number, (one, choice, other, tied) in enumerate(table.ties.tolist()):
+        first, second = variables.get((one, choice)), variables.get((other, tied))
+        if first is None and second is None:
+            continue
+        decided = (start[one] if first is None else start[other]) == (choice if first is None else tied)
+        ends: list[tuple[pulp.LpVariable, float]] = [(first, 1)] if first is not None else []
+        ends += [(second, -1 if ends else 1)] if second is not None else []
+        model.addConstraint(pulp.LpAffineExpression(ends) == (0 if len(ends) == 2 else int(decided)), f"tie_{number}")
 
 
 def _read(variables: Variables, start: Ints, outcome: Outcome, settings: SolverSettings) -> Ints:

@@ -44,6 +44,11 @@ class CutMenu:
     shares: Mapping[str, Floats]
     stored_bytes: Mapping[str, Mapping[float, tuple[int | None, ...]]]
 
+    @classmethod
+    def whole(cls, layer: LayerImportance) -> CutMenu:
+        """The menu of a layer whose experts are not cut."""
+        return cls(channels=0, kept=(), loss=np.zeros((layer.num_experts, 0)), shares={}, stored_bytes={})
+
     def sizes(self, block_shapes: Mapping[str, int], widths: tuple[float, ...]) -> Iterator[tuple[int, Choice]]:
         """(cut, the choice without its cost) of all cuts and widths that can be coded.
 

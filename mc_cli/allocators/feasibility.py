@@ -88,8 +88,20 @@ def _served(best: Sizes, serves: tuple[bool, ...], unreachable: int) -> Sizes:
 
 
 def check_budget(problem: AllocationProblem) -> None:
-    """Raises BudgetError where the budget of the whole problem is less than its units take at the least."""
-    check_range(problem, size_range(problem), problem.weight_count, problem.limit)
+    """Raises BudgetError where the budget of the whole problem is less than its units take at the least.
+
+    Ties are left out of account: what is found to be out of reach is, but not all that is.
+    """
+    ends = size_range(problem)
+    if problem.ties and problem.limit < ends[0]:
+        raise out_of_reach(problem)
+    check_range(problem, ends, problem.weight_count, problem.limit)
+
+
+def out_of_reach(problem: AllocationProblem) -> BudgetError:
+    """The error for a budget that merging cannot reach either; what it names is reached without merging."""
+    least, most = (problem.budget.amount_of(end, problem.weight_count) for end in size_range(problem.untied()))
+    return _too_small(problem, least, most)
 
 
 def check_range(problem: AllocationProblem, ends: tuple[int, int], weights: int, limit: float | Fraction) -> None:

@@ -12,7 +12,7 @@ def polish(table: Table, picks: Ints) -> Ints:
 
     First every unit takes its smallest choice that costs no more; then what is left of the limit goes to the largest
     improvements that fit; last, units with equal choices are ordered, wider first (within a layer where floors hold).
-    Floors stay kept.
+    Floors stay kept, and so do choices that are tied.
     """
     state = _State(table, picks.copy())
     _drop_useless_size(state)
@@ -36,7 +36,9 @@ class _State:
                 self.floors_of.setdefault(unit, []).append((number, inside))
 
     def try_pick(self, unit: int, option: int) -> bool:
-        """Takes the option if limit and floors allow it."""
+        """Takes the option if limit, floors and ties allow it."""
+        if self.table.tied[unit, [option, self.picks[unit]]].any():
+            return False  # it would have to go with another unit's
         size = int(self.table.size[unit, option] - self.table.size[unit, self.picks[unit]])
         if size > self.left:
             return False
@@ -86,7 +88,7 @@ def _use_what_is_left(state: _State) -> None:
 def _order_equals(state: _State) -> None:
     table = state.table
     groups: dict[tuple[object, ...], list[int]] = {}
-    for unit in range(len(state.picks)):
+    for unit in np.flatnonzero(~table.tied.any(axis=1)).tolist():
         served = tuple(
             (number, table.floors[number].members[at].tobytes()) for number, at in state.floors_of.get(unit, ())
         )

@@ -30,6 +30,7 @@ class Choice:
     bits    0: the expert is dropped
     widths  of the unit's projections by name, where they differ in width; `bits` is then their mean over the weights
     entry   what a plan says of an expert that is neither whole nor dropped; None: `widths` or `bits` say it
+    runs    the expert that the router's slot runs, where two share one; None: its own
     """
 
     bits: float
@@ -38,6 +39,7 @@ class Choice:
     cost: float
     widths: tuple[tuple[str, float], ...] = ()
     entry: ExpertBits | None = field(default=None, hash=False)  # it may hold a dict
+    runs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -175,11 +177,28 @@ class Served:
 
 
 @dataclass(frozen=True)
+class Tie:
+    """Choices of two units that are taken together or not at all: one stored expert, half of which each has.
+
+    first, second   (position of a unit, index of its choice); a choice is in one tie at most
+    """
+
+    first: tuple[int, int]
+    second: tuple[int, int]
+
+    def holds(self, picks: Sequence[int]) -> bool:
+        """Whether both are taken, or neither."""
+        (one, choice), (other, tied) = self.first, self.second
+        return (picks[one] == choice) == (picks[other] == tied)
+
+
+@dataclass(frozen=True)
 class AllocationProblem:
     """Choose one width per unit: within the budget, above the floors, at the least total cost.
 
     limit      what all units together may take, in the unit of `budget.size`
     survivors  floors of what may be dropped; units are whole experts where there are any
+    ties       of experts that two router slots share; every unit has choices that are in none
     """
 
     units: tuple[Unit, ...]
@@ -187,6 +206,7 @@ class AllocationProblem:
     limit: int
     floors: tuple[Floor, ...] = ()
     survivors: tuple[Survivors, ...] = ()
+    ties: tuple[Tie, ...] = ()
 
     @classmethod
     def of(
@@ -243,8 +263,21 @@ class AllocationProblem:
         return words
 
     def part(self, positions: Iterable[int], limit: int) -> AllocationProblem:
-        """The problem of some of the units, with a limit of its own."""
+        """The problem of some of the units, with a limit of its own; not of units that are tied."""
+        assert not self.ties
         return replace(self, units=tuple(self.units[position] for position in positions), limit=limit)
+
+    def untied(self) -> AllocationProblem:
+        """The problem without the choices that are in ties."""
+        tied = {place for tie in self.ties for place in (tie.first, tie.second)}
+        units = (
+            replace(
+                unit,
+                choices=tuple(choice for index, choice in enumerate(unit.choices) if (position, index) not in tied),
+            )
+            for position, unit in enumerate(self.units)
+        )
+        return replace(self, units=tuple(units), ties=())
 
     def size(self, picks: Iterable[int]) -> int:
         """The size of the choices with those indices, one per unit, together."""

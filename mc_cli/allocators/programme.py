@@ -1,8 +1,8 @@
-"""One programme of widths, cuts and drops, beside the best that each of them gives alone at the same size.
+"""One programme of widths, cuts, drops and merged pairs, beside the best that each gives alone at the same size.
 
-The plain plan of widths stays as it is unless cutting is expected to be clearly better. Costs are predictions, measured
-for one expert at a time: they leave out that experts stand in for each other, so what is saved on paper has to be more
-than such errors are.
+The plain plan of widths stays as it is unless cutting is expected to be clearly better, and neither gives way to
+merging unless that is. Costs are predictions, measured for one expert, or one pair, at a time: they leave out that
+experts stand in for each other, so what is saved on paper has to be more than such errors are.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from mc_cli.allocators import Budget, CutMenu, allocate, build_problem, strategy_named
+from mc_cli.allocators import Budget, CutMenu, PairMenu, allocate, build_problem, strategy_named
+from mc_cli.allocators.merged_pairs import with_pairs
 from mc_cli.allocators.solver import solve
 from mc_cli.allocators.strategy import SolverSettings
 from mc_cli.artifacts.considered import Considered
 from mc_cli.artifacts.importance import Importance
+from mc_cli.artifacts.merging import Merging
 from mc_cli.artifacts.plan import Plan
 from mc_cli.errors import BudgetError
 from mc_cli.parts import DROPPED, Role
@@ -28,7 +30,9 @@ CLEARLY = 0.25
 # that are drawn to the mean (trust.py) it was the same as without cuts, where it was predicted to fall by 19 %.
 SMALL_EXPERTS = 128
 _PLAIN, _DROPPED, _CUT = "plain widths", "dropped experts and widths", "cut channels and one width"
+_CUTS, _MERGED = "cut channels, dropped experts and widths", "merged pairs and widths"
 _ALL = "one programme of all"
+_Menus = Mapping[int, CutMenu]  # by layer
 
 
 @dataclass(frozen=True)
@@ -40,91 +44,139 @@ class Programme:
     considered: tuple[Considered, ...]
 
 
+@dataclass(frozen=True)
+class _Request:
+    """The request to spend a budget on experts, as `programme` takes it."""
+
+    importance: Importance
+    candidate_bits: tuple[float, ...]
+    budget: Budget
+    role_bits: Mapping[Role, int]
+    solving: SolverSettings
+    pairs: Mapping[int, PairMenu]
+    merging: Merging | None
+
+    def plan(self, menus: _Menus, *, merged: bool) -> Plan:
+        """The plan of least predicted loss. Raises BudgetError."""
+        plan = allocate(
+            self.importance,
+            budget=self.budget,
+            role_bits=self.role_bits,
+            candidate_bits=self.candidate_bits,
+            gap=self.solving.gap,
+            time_limit_s=self.solving.time_limit_s,
+            menus=self._every(menus) if merged else menus,
+            pairs=self.pairs if merged else None,
+        )
+        return replace(plan, merging=self.merging if plan.slots else None)
+
+    def value(self, menus: _Menus, widths: tuple[float, ...], *, merged: bool = False) -> float | None:
+        """The least predicted loss within the budget; None where it cannot be met."""
+        menus = self._every(menus) if merged else menus
+        problem = build_problem(self.importance, strategy_named(METHOD), self.budget, widths, menus=menus)
+        problem = with_pairs(problem, self.importance, self.pairs, widths) if merged else problem
+        try:
+            return problem.value(solve(problem, self.solving).picks)
+        except BudgetError:
+            return None
+
+    def _every(self, menus: _Menus) -> _Menus:
+        """Menus of all layers, so that units are whole experts: without cuts where there are none."""
+        return {layer.layer: menus.get(layer.layer, CutMenu.whole(layer)) for layer in self.importance.layers}
+
+
 def programme(
     importance: Importance,
-    menus: Mapping[int, CutMenu],
+    menus: _Menus,
     candidate_bits: tuple[float, ...],
     plain: Callable[[], Plan],
     solving: SolverSettings,
     *,
     budget: Budget,
     role_bits: Mapping[Role, int],
+    pairs: Mapping[int, PairMenu] | None = None,
+    merging: Merging | None = None,
 ) -> Programme:
-    """The plan of least predicted loss, or the plain one where that is not clearly better or experts are small.
+    """The plan of least predicted loss, or a simpler one where that is not clearly better, or experts are small.
 
     menus      layer -> cuts;  plain: makes the plan of widths, and may raise BudgetError
     role_bits  widths of the other roles, handed on to the plan
-    Raises BudgetError where not even cuts meet the budget, saying what can be reached.
+    pairs      layer -> experts that may become one, by `merging`; None: none do
+    Raises BudgetError where neither cuts nor merging meet the budget, saying what can be reached.
     """
+    asked = _Request(importance, candidate_bits, budget, role_bits, solving, pairs or {}, merging)
     try:
         today: Plan | None = plain()
     except BudgetError:
+        if not menus and not asked.pairs:
+            raise
         today = None
-    plan = allocate(
-        importance,
-        budget=budget,
-        role_bits=role_bits,
-        candidate_bits=candidate_bits,
-        gap=solving.gap,
-        time_limit_s=solving.time_limit_s,
-        menus=menus,
-    )
-    value = float(plan.objective["value"])
-    known_to_pay = all(menu.channels > SMALL_EXPERTS for menu in menus.values())
-    cuts = today is None or (known_to_pay and value <= (1 - CLEARLY) * float(today.objective["value"]))
-    if today is None or cuts:
-        chosen, plan = _ALL, replace(plan, objective={**plan.objective, "formula": _FORMULA})
-    else:
-        chosen, plan = _DROPPED if DROPPED in candidate_bits else _PLAIN, today
-    ways = [*_pure(importance, menus, budget, candidate_bits, solving), Considered(_ALL, value)]
+    whole = _DROPPED if DROPPED in asked.candidate_bits else _PLAIN
+    apart, plan, cuts = _without_merging(asked, menus, today)
+    chosen = (_CUTS if asked.pairs else _ALL) if cuts else whole
+    ways = _pure(asked, menus)
+    if menus:
+        ways.append(Considered(_CUTS if asked.pairs else _ALL, apart))
+    if asked.pairs:
+        values = {_MERGED: asked.value({}, asked.candidate_bits, merged=True)}
+        if menus:
+            values[_ALL] = asked.value(menus, asked.candidate_bits, merged=True)
+        best = _ALL if cuts or (plan is None and menus) else _MERGED
+        if plan is None or _clearly(values[best], plan):
+            chosen, cuts, plan = best, best == _ALL, asked.plan(menus if best == _ALL else {}, merged=True)
+        ways += [Considered(way, value) for way, value in values.items()]
+    assert plan is not None
+    if cuts or plan.slots:
+        plan = replace(plan, objective={**plan.objective, "formula": _MERGED_FORMULA if plan.slots else _FORMULA})
     return Programme(plan, cuts, tuple(replace(way, chosen=way.strategy == chosen) for way in ways))
 
 
-def _pure(
-    importance: Importance,
-    menus: Mapping[int, CutMenu],
-    budget: Budget,
-    candidate_bits: tuple[float, ...],
-    solving: SolverSettings,
-) -> list[Considered]:
+def _without_merging(asked: _Request, menus: _Menus, today: Plan | None) -> tuple[float | None, Plan | None, bool]:
+    """(predicted loss of cuts, drops and widths, the plan that would be chosen, whether channels are cut in it).
+
+    None where the budget is not met: it is met, or BudgetError raised, where there are no pairs.
+    """
+    if not menus:
+        return None, today, False
+    try:
+        plan = asked.plan(menus, merged=False)
+    except BudgetError:
+        if not asked.pairs:
+            raise
+        return None, today, False
+    value = float(plan.objective["value"])
+    known_to_pay = all(menu.channels > SMALL_EXPERTS for menu in menus.values())
+    cuts = today is None or (known_to_pay and _clearly(value, today))
+    return value, plan if cuts else today, cuts
+
+
+def _clearly(value: float | None, than: Plan) -> bool:
+    """Whether a predicted loss is clearly below that of a plan."""
+    return value is not None and value <= (1 - CLEARLY) * float(than.objective["value"])
+
+
+def _pure(asked: _Request, menus: _Menus) -> list[Considered]:
     """The best that widths alone, widths with dropped experts, and cuts with one width are predicted to reach."""
-    widths = tuple(bits for bits in candidate_bits if bits != DROPPED)
-    found = [Considered(_PLAIN, _value(importance, {}, budget, widths, solving))]
-    if DROPPED in candidate_bits:
-        found.append(Considered(_DROPPED, _value(importance, {}, budget, candidate_bits, solving)))
-    return [*found, _one_width(importance, menus, budget, widths, solving)]
+    widths = tuple(bits for bits in asked.candidate_bits if bits != DROPPED)
+    found = [Considered(_PLAIN, asked.value({}, widths))]
+    if DROPPED in asked.candidate_bits:
+        found.append(Considered(_DROPPED, asked.value({}, asked.candidate_bits)))
+    return [*found, _one_width(asked, menus, widths)] if menus else found
 
 
 _FORMULA = (
     "sum over experts of what cutting channels costs, and of the part of their projections' "
     "predicted_loss_by_bits[bits] that falls to the others; or of what dropping the expert costs"
 )
+_MERGED_FORMULA = (
+    f"{_FORMULA}; or of what storing one expert in place of two costs, and of the part of both experts' "
+    "predicted_loss_by_bits[bits] that falls to it"
+)
 
 
-def _value(
-    importance: Importance,
-    menus: Mapping[int, CutMenu],
-    budget: Budget,
-    candidate_bits: tuple[float, ...],
-    solving: SolverSettings,
-) -> float | None:
-    """The least predicted loss within the budget; None where it cannot be met."""
-    problem = build_problem(importance, strategy_named(METHOD), budget, candidate_bits, menus=menus)
-    try:
-        return problem.value(solve(problem, solving).picks)
-    except BudgetError:
-        return None
-
-
-def _one_width(
-    importance: Importance,
-    menus: Mapping[int, CutMenu],
-    budget: Budget,
-    widths: tuple[float, ...],
-    solving: SolverSettings,
-) -> Considered:
+def _one_width(asked: _Request, menus: _Menus, widths: tuple[float, ...]) -> Considered:
     """Channels cut where that costs least, and all that are left at one width: the best width."""
-    tried = {bits: _value(importance, menus, budget, (bits,), solving) for bits in widths}
+    tried = {bits: asked.value(menus, (bits,)) for bits in widths}
     reached = {bits: value for bits, value in tried.items() if value is not None}
     if not reached:
         return Considered(_CUT, None)

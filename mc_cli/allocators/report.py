@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mc_cli.allocators.costs import predicted_loss
+from mc_cli.allocators.merged_pairs import slots_of
 from mc_cli.allocators.problem import AllocationProblem, Choice
 from mc_cli.allocators.strategy import Assignment, CostSettings, Strategy
 from mc_cli.artifacts.importance import Importance, LayerImportance
@@ -34,6 +35,7 @@ def make_plan(
         objective=_objective(importance, strategy, problem, assignment, expert_bits, settings),
         solver=_solver(problem, assignment),
         warnings=_warnings(problem, assignment),
+        slots=slots_of(problem, assignment.picks),
     )
 
 
@@ -100,7 +102,10 @@ def _objective(
     }
     if strategy.uses_seed:
         report["seed"] = settings.seed
-    loss = predicted_loss_of(importance, expert_bits)
+    merges = any(
+        unit.choices[pick].runs is not None for unit, pick in zip(problem.units, assignment.picks, strict=True)
+    )
+    loss = None if merges else predicted_loss_of(importance, expert_bits)
     if loss is not None:
         report["predicted_loss"] = loss
         report["predicted_loss_unit"] = _loss_unit(importance)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mc_cli.allocators.bounds import Bools, Floats, Table, best_multipliers, cost_spread
+from mc_cli.allocators.bounds import Bools, Floats, Ints, Table, best_multipliers, cost_spread
 from mc_cli.allocators.core import Found, solve_core
-from mc_cli.allocators.feasibility import check_budget
+from mc_cli.allocators.feasibility import check_budget, out_of_reach
 from mc_cli.allocators.polish import polish
 from mc_cli.allocators.problem import AllocationProblem
 from mc_cli.allocators.strategy import Assignment, SolverSettings
@@ -35,8 +35,10 @@ def solve(problem: AllocationProblem, settings: SolverSettings, *, default_gap: 
     check_budget(problem)
     gap = default_gap if settings.gap is None else settings.gap
     table = Table.of(problem)
+    if not table.may_fit:
+        raise out_of_reach(problem)
     ground = _Ground.of(table)
-    found = _search(table, ground, gap, settings)
+    found = _search(problem, table, ground, gap, settings)
     picks = tuple(polish(table, found.picks).tolist())
     value = problem.value(picks)
     within_gap = value - found.bound <= gap * abs(value)
@@ -55,12 +57,14 @@ class _Ground:
 
     bound        no assignment costs less
     reduced      [units, choices] by how much more any assignment with that choice costs; infinite where there is none
+    start        [units] of each the choice of the least reduced cost, one without a tie where there is any
     step_price   what the largest step of size is worth near the optimum; 0 where the budget does not bind
     rounding     a difference of values that double precision does not tell from 0
     """
 
     bound: float
     reduced: Floats
+    start: Ints
     step_price: float
     rounding: float
 
@@ -70,13 +74,25 @@ class _Ground:
         bound = table.bound(multipliers)
         reduced = table.penalised(multipliers)
         reduced -= reduced.min(axis=1, keepdims=True)
+        reduced = _reduced_together(table, reduced)
+        alone = np.where(table.tied, np.inf, reduced)
+        start = np.where(np.isfinite(alone.min(axis=1)), alone.argmin(axis=1), reduced.argmin(axis=1))
         rounding = 1e-13 * (abs(bound) + multipliers.budget * table.limit)
-        return cls(bound, reduced, multipliers.budget * float(table.size.max()), rounding)
+        return cls(bound, reduced, start, multipliers.budget * float(table.size.max()), rounding)
 
     def radius(self, choices: int) -> float:
         """The reduced cost within which about that many choices lie, beside each unit's best one."""
         beside = np.sort(self.reduced[np.isfinite(self.reduced)])[len(self.reduced) :]
         return float(beside[min(choices, len(beside)) - 1]) if len(beside) else 0.0
+
+
+def _reduced_together(table: Table, reduced: Floats) -> Floats:
+    """Reduced costs in which what is tied has that of both: neither is taken without the other."""
+    one, choice, other, tied = table.ties.T
+    both = reduced[one, choice] + reduced[other, tied]
+    reduced[one, choice] = both
+    reduced[other, tied] = both
+    return reduced
 
 
 @dataclass(frozen=True)
@@ -92,13 +108,15 @@ class _Core:
     choices: int = CORE_CHOICES
 
     def undecided(self, ground: _Ground) -> Bools:
-        return ground.reduced <= self.radius
+        undecided = ground.reduced <= self.radius
+        undecided[np.arange(len(undecided)), ground.start] = True
+        return undecided
 
     def is_whole(self, ground: _Ground) -> bool:
         return bool((self.undecided(ground) == np.isfinite(ground.reduced)).all())
 
 
-def _search(table: Table, ground: _Ground, gap: float, settings: SolverSettings) -> Found:
+def _search(problem: AllocationProblem, table: Table, ground: _Ground, gap: float, settings: SolverSettings) -> Found:
     """The best assignment of programmes whose radius grows until the rest is proven to hold no better one."""
     # Costs of different layers may differ a million-fold; near the optimum all are compared with the price of a step.
     core: _Core | None = _Core(ground.radius(CORE_CHOICES), ground.step_price or cost_spread(table), CORE_CHOICES)
@@ -106,7 +124,7 @@ def _search(table: Table, ground: _Ground, gap: float, settings: SolverSettings)
     while core is not None:
         undecided, tolerance = core.undecided(ground), gap * abs(ground.bound)
         try:
-            found = solve_core(table, undecided, ground.reduced, tolerance=tolerance, unit=core.unit, settings=settings)
+            found = solve_core(table, undecided, ground.start, tolerance=tolerance, unit=core.unit, settings=settings)
         except SolverError:
             if best is None:
                 raise
@@ -114,6 +132,8 @@ def _search(table: Table, ground: _Ground, gap: float, settings: SolverSettings)
         if found is not None:
             best = _better(best, found, ground, core)
         core = _next_core(ground, core, found, best, gap)
+    if best is None and len(table.ties):
+        raise out_of_reach(problem)
     if best is None:
         raise SolverError("The solver found no assignment, though the budget is feasible. Please report this.")
     return best

@@ -33,6 +33,15 @@ def trusted(losses: npt.NDArray[Any], counts: Sequence[int] | npt.NDArray[Any]) 
     return drawn
 
 
+def tokens_drawn(counts: Sequence[int] | npt.NDArray[Any]) -> Floats:
+    """Tokens of each expert of a layer drawn to their mean, as far as so many are not to be trusted.
+
+    For costs that are sums over an expert's tokens, where each token's is known: that of an expert whose copy there is
+    stays nothing.
+    """
+    return trusted(np.asarray(counts, dtype=np.float64), counts)
+
+
 def with_trusted_drops(importance: Importance) -> Importance:
     """The measures with the costs of dropping experts drawn to their layer's mean, where they were measured."""
     layers = []

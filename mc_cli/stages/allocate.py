@@ -18,6 +18,7 @@ from mc_cli.allocators.cut_menus import CutMenu, cut_menu
 from mc_cli.allocators.halves import halved, require_halves, sized_in_halves
 from mc_cli.allocators.merged_widths import merged_widths_plan
 from mc_cli.allocators.merging import merge_plan, merges_of
+from mc_cli.allocators.pairs_measured import NO_PAIRS, MeasuredPairs, read_pairs
 from mc_cli.allocators.programme import METHOD, programme
 from mc_cli.allocators.trust import with_trusted_drops
 from mc_cli.allocators.whole_drops import drop_plan, require_a_drop
@@ -99,7 +100,8 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
                     require_halves(inventory)
                     importance = sized_in_halves(importance, inventory, quantizer)
                 cuts = read_cuts(self.work, inventory) if may_cut(settings) else {}
-                plan, considered = plan_of(settings, importance, inventory, quantizer, cuts)
+                pairs = read_pairs(self.work, importance) if may_merge(settings) else NO_PAIRS
+                plan, considered = plan_of(settings, importance, inventory, quantizer, cuts, pairs)
                 plan = halved(plan, inventory, self._channels) if settings.halves else plan
             step.advance()
         plan.check_against(inventory)
@@ -225,8 +227,18 @@ def scoring_quantizer(work: WorkDir) -> QuantizerSettings:
 
 
 def may_cut(settings: AllocateSettings) -> bool:
-    """Whether the plan may cut channels: the programme over the whole model, for no engine, without floors."""
-    if not settings.cuts or settings.floors or settings.halves or settings.engine is not None:
+    """Whether the plan may cut channels."""
+    return settings.cuts and _is_programme(settings)
+
+
+def may_merge(settings: AllocateSettings) -> bool:
+    """Whether the plan may merge pairs of experts."""
+    return settings.merges and _is_programme(settings)
+
+
+def _is_programme(settings: AllocateSettings) -> bool:
+    """Whether one programme over the whole model is asked for, for no engine, without floors."""
+    if settings.floors or settings.halves or settings.engine is not None:
         return False
     return settings.is_plain and settings.method == METHOD
 
@@ -280,15 +292,17 @@ def plan_of(
     inventory: ModelInventory,
     quantizer: QuantizerSettings,
     cuts: Cuts,
+    pairs: MeasuredPairs = NO_PAIRS,
 ) -> tuple[Plan, tuple[Considered, ...]]:
     """(the plan that allocate would write for a target, what else was considered); nothing is written.
 
     cuts   of the layers in which score measured them, where the plan may cut channels
+    pairs  of experts that may become one
     Raises BudgetError for a target out of reach, InputError for what the method cannot use.
     """
     role_bits, others = beside_experts(settings, inventory, quantizer)
     measured = cuts if may_cut(settings) else {}
-    plan, considered = _allocated(settings, importance, role_bits, others, measured, inventory, quantizer)
+    plan, considered = _allocated(settings, importance, role_bits, others, measured, pairs, inventory, quantizer)
     return _completed(plan, settings, inventory, quantizer, others), considered
 
 
@@ -309,11 +323,12 @@ def _allocated(
     role_bits: Mapping[Role, int],
     others: int,
     cuts: Cuts,
+    pairs: MeasuredPairs,
     inventory: ModelInventory,
     quantizer: QuantizerSettings,
 ) -> tuple[Plan, tuple[Considered, ...]]:
-    """The plan of a strategy; where there are measures of cuts, of the programme over widths, cuts and drops."""
-    importance = with_trusted_drops(importance) if cuts else importance
+    """The plan of a strategy; where cuts or pairs were measured, of the programme over widths, drops and these."""
+    importance = with_trusted_drops(importance) if cuts or pairs.menus else importance
     shared: dict[str, Any] = {"budget": budget_of(settings, inventory, others), "role_bits": role_bits}
     solving: dict[str, Any] = {"time_limit_s": settings.time_limit_s, "gap": settings.gap}
     plain = partial(
@@ -332,8 +347,9 @@ def _allocated(
     )
     widths = settings.bits or importance.candidate_bits
     menus = _menus(inventory, cuts, importance, quantizer, widths)
-    if not menus:
+    if not menus and not pairs.menus:
         return plain(), ()
+    shared |= {"pairs": pairs.menus, "merging": pairs.merging}
     found = programme(importance, menus, widths, plain, SolverSettings(**solving), **shared)
     plan = replace(found.plan, channel_order=_order(inventory, cuts)) if found.cuts else found.plan
     return plan, found.considered

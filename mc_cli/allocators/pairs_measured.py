@@ -1,0 +1,42 @@
+"""Pairs of experts that score measured, as the programme takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mc_cli.allocators.merged_pairs import PairMenu, pair_menu
+from mc_cli.artifacts.fields import read_as, reading
+from mc_cli.artifacts.importance import Importance
+from mc_cli.artifacts.manifest import MANIFEST
+from mc_cli.artifacts.merging import Merging
+from mc_cli.artifacts.pair_measures import PairMeasures, pair_file
+from mc_cli.artifacts.store import require_done
+from mc_cli.artifacts.work_dir import WorkDir
+
+
+@dataclass(frozen=True)
+class MeasuredPairs:
+    """Layer -> pairs that may become one, and how; none where nothing was measured."""
+
+    menus: Mapping[int, PairMenu] = field(default_factory=dict)
+    merging: Merging | None = None
+
+
+NO_PAIRS = MeasuredPairs()
+
+
+def read_pairs(work: WorkDir, importance: Importance) -> MeasuredPairs:
+    """The pairs of all layers in which score measured any. Raises ArtifactError for files that say no such thing."""
+    folder = work.folder("score")
+    paths = {layer: folder / pair_file(layer.layer) for layer in importance.layers if layer.projections}
+    menus = {
+        layer.layer: pair_menu(layer, PairMeasures.read(path, num_experts=layer.num_experts))
+        for layer, path in paths.items()
+        if path.exists()
+    }
+    if not menus:
+        return NO_PAIRS
+    with reading(folder / MANIFEST, "a manifest of score", "Run score --force."):
+        method = read_as(str, require_done(work, "score").settings.get("pair_merge"), "settings.pair_merge")
+    return MeasuredPairs(menus, Merging.standard(method))
