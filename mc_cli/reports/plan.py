@@ -20,20 +20,24 @@ def plan_summary(plan: Plan, considered: Sequence[Considered] = ()) -> dict[str,
     """
     matrices = {layer: _matrix_widths(row) for layer, row in sorted(plan.expert_bits.items())}
     widths = sorted({bits for row in matrices.values() for bits in row})
-    rows = [[layer, *(row.count(bits) for bits in widths)] for layer, row in matrices.items()]
+    shared = {layer: sum(slot != expert for slot, expert in enumerate(table)) for layer, table in plan.slots.items()}
+    rows = [
+        [layer, *(row.count(bits) - (shared.get(layer, 0) if bits == DROPPED else 0) for bits in widths)]
+        for layer, row in matrices.items()
+    ]
     facts = plan_facts(plan)
     whole = {name: dict(getattr(plan, name)) for name in ("budget", "solver", "objective")}
     ways = [_ways(considered)] if considered else []
+    if considered and plan.slots:
+        ways = [_merged_table(plan), *ways]
     if plan.channel_order is not None and plan.budget.get("kind") != "cut_ratio":
         return summary(facts, _inside(plan, widths), *ways, **whole)
     if plan.channel_order is not None:
         kept = _channels_kept(plan, {layer: order.shape[1] for layer, order in plan.channel_order.layers.items()})
         columns = ["layer", "experts", "fewest", "mean", "most", "without any"]
         return summary(facts, table("Channels that experts keep", columns, kept), **whole)
-    if plan.merging is not None:
-        columns = ["layer", "experts", "left", "largest", "experts that became one"]
-        title = "Pairs that share magnitudes" if plan.merging.pairs else "Clusters of merged experts"
-        return summary(facts, table(title, columns, _clusters(plan)), **whole)
+    if plan.merging is not None and not considered:
+        return summary(facts, _merged_table(plan), **whole)
     title = "Experts per width (an expert whose projections differ counts once for each)"
     columns = ["layer", *(f"at {bits} bits" if bits else "dropped" for bits in widths)]
     histogram = width_histogram([bits for row in matrices.values() for bits in row], widths)
@@ -66,7 +70,8 @@ def _inside(plan: Plan, widths: Sequence[float]) -> dict[str, Any]:
         cut = [0 < kept < channels for kept in left]
         counts = [_matrix_widths(row).count(bits) for bits in coded]
         kept = f"{sum(left) / (channels * len(row)):.0%}"
-        rows.append([layer, left.count(channels), sum(cut), left.count(0), kept, *counts])
+        dropped = len(plan.dropped(layer))
+        rows.append([layer, left.count(channels), sum(cut), dropped, kept, *counts])
     columns = ["layer", "whole", "cut", "dropped", "channels kept", *(f"at {bits} bits" for bits in coded)]
     return table("Experts, and how many of their matrices have each width", columns, rows)
 
@@ -88,6 +93,14 @@ def merged_groups(plan: Plan, layer: int) -> list[tuple[int, ...]]:
     if plan.merging is not None and plan.merging.pairs:
         return list(plan.merging.pairs.get(layer, ()))
     return list(plan.clusters(layer).values())
+
+
+def _merged_table(plan: Plan) -> dict[str, Any]:
+    """Which experts of every layer became one, or share magnitudes."""
+    assert plan.merging is not None
+    columns = ["layer", "experts", "left", "largest", "experts that became one"]
+    title = "Pairs that share magnitudes" if plan.merging.pairs else "Clusters of merged experts"
+    return table(title, columns, _clusters(plan))
 
 
 def _clusters(plan: Plan) -> list[list[Any]]:

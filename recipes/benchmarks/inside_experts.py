@@ -7,6 +7,7 @@ Then every way makes its plan for every size, which is quantized as scored and m
   cut        channels cut, and one width for all that are left: the one that is predicted best
   cuts       widths, and channels cut where that costs less: the default of run, where width 0 is not scored
   programme  the default of allocate where width 0 was scored too: whole experts may be dropped as well
+  pairs      the same with pairs of experts that may become one (--pairs of score); equal to programme where none pays
   reap       a quarter of the experts dropped, those with the lowest REAP scores, and widths for the rest
   merged     a quarter of the experts merged into others by Sub-MoE, and widths for those that are stored
   camera-q   three groups of channels by energy, with affine codes by GPTQ
@@ -44,6 +45,7 @@ class Way:
     """A request to allocate beside the size.
 
     beside     the name of a work directory of its own, for what is scored in another way
+    pairs      of experts per layer of which merging is measured
     one_width  whether every width is tried alone, and the one taken that is predicted best
     """
 
@@ -51,6 +53,7 @@ class Way:
     beside: str = ""
     quantizer: QuantizerSettings = TRELLIS
     one_width: bool = False
+    pairs: int = 0
 
 
 WAYS = {
@@ -59,6 +62,7 @@ WAYS = {
     "cut": Way({}, one_width=True),
     "cuts": Way({"bits": WIDTHS}),
     "programme": Way({}),
+    "pairs": Way({}, beside="pairs", pairs=64),
     "reap": Way({"method": "reap", "drop_ratio": 0.25, "bits": WIDTHS}),
     "merged": Way({"merge": SUB_MOE, "experts_left": 0.75, "bits": WIDTHS}, beside="similar"),
     CAMERA_Q: Way({"method": CAMERA_Q}, beside="gptq", quantizer=GPTQ),
@@ -109,6 +113,8 @@ def scored(way: Way, loss_tokens: int) -> ScoreSettings:
     """Scores that the way goes by. CAMERA-Q looks at channels alone, so that one width is enough."""
     if way.quantizer is GPTQ:
         return ScoreSettings(bits=(2,), quantizer=GPTQ, loss_tokens=64, unit="channel")
+    if way.pairs:
+        return ScoreSettings(bits=(0, *WIDTHS), loss_tokens=loss_tokens, unit="channel", pairs=way.pairs)
     if way.beside:
         return ScoreSettings(bits=WIDTHS, loss_tokens=loss_tokens, similarity=True)
     return ScoreSettings(bits=(0, *WIDTHS), loss_tokens=loss_tokens, unit="channel")
