@@ -29,10 +29,10 @@ NO_PAIRS = MeasuredPairs()
 def read_pairs(work: WorkDir, importance: Importance) -> MeasuredPairs:
     """The pairs of all layers in which score measured any. Raises ArtifactError for files that say no such thing."""
     folder = work.folder("score")
-    paths = {layer: folder / pair_file(layer.layer) for layer in importance.layers if layer.projections}
+    measured = [(layer, folder / pair_file(layer.layer)) for layer in importance.layers if layer.projections]
     menus = {
         layer.layer: pair_menu(layer, PairMeasures.read(path, num_experts=layer.num_experts))
-        for layer, path in paths.items()
+        for layer, path in measured
         if path.exists()
     }
     if not menus:
