@@ -119,7 +119,7 @@ def _point(scores: Scores, settings: AllocateSettings, method: str) -> Point:
     asked = AllocateSettings(
         target_stored_bits=settings.target_stored_bits, target_size_bytes=settings.target_size_bytes, method=method
     )
-    plan, _ = plan_of(asked, scores.importance, scores.inventory, scores.quantizer, scores.cuts)
+    plan, _ = plan_of(asked, scores.importance, scores.inventory, scores.quantizer, scores.cuts, scores.pairs)
     return point_of(plan)
 
 

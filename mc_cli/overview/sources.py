@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mc_cli.allocators.programme import METHOD
+from mc_cli.allocators.pairs_measured import NO_PAIRS, MeasuredPairs, read_pairs
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.importance import Importance
@@ -30,6 +31,7 @@ class Scores:
     inventory: ModelInventory
     quantizer: QuantizerSettings
     cuts: Cuts = field(default_factory=dict)
+    pairs: MeasuredPairs = NO_PAIRS
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Measured:
 def predicted_loss_of(plan: Plan) -> float | None:
     """Nats per token that a plan is predicted to cost; None where its scores do not tell.
 
-    Of a plan that cuts channels within the programme over the whole model, it is the programme's own value.
+    Of a plan that cuts channels or merges pairs within the programme over the whole model, it is the programme's own value.
     """
     value = plan.objective.get("predicted_loss")
     if value is None and plan.method == METHOD:
@@ -83,7 +85,8 @@ def read_scores(work: WorkDir) -> Scores:
     require_done(work, "score")
     inventory = calibration_artifact.read_inventory(work.folder("calibrate") / calibration_artifact.INVENTORY)
     importance = Importance.read(work.folder("score") / IMPORTANCE)
-    return Scores(importance, with_directory(inventory, work), scoring_quantizer(work), read_cuts(work, inventory))
+    measured = read_cuts(work, inventory), read_pairs(work, importance)
+    return Scores(importance, with_directory(inventory, work), scoring_quantizer(work), *measured)
 
 
 def read_measured(path: Path) -> tuple[list[Measured], list[str]]:

@@ -293,12 +293,12 @@ def plan_of(
     """(the plan that allocate would write for a target, what else was considered); nothing is written.
 
     cuts   of the layers in which score measured them, where the plan may cut channels
-    pairs  of experts that may become one
+    pairs  of experts, where the plan may merge some
     Raises BudgetError for a target out of reach, InputError for what the method cannot use.
     """
     role_bits, others = beside_experts(settings, inventory, quantizer)
-    measured = cuts if may_cut(settings) else {}
-    plan, considered = _allocated(settings, importance, role_bits, others, measured, pairs, inventory, quantizer)
+    cuts, pairs = cuts if may_cut(settings) else {}, pairs if may_merge(settings) else NO_PAIRS
+    plan, considered = _allocated(settings, importance, role_bits, others, cuts, pairs, inventory, quantizer)
     return _completed(plan, settings, inventory, quantizer, others), considered
 
 
