@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mc_cli.allocators.programme import METHOD
 from mc_cli.allocators.pairs_measured import NO_PAIRS, MeasuredPairs, read_pairs
+from mc_cli.allocators.programme import METHOD
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.importance import Importance
@@ -61,7 +61,7 @@ class Measured:
 def predicted_loss_of(plan: Plan) -> float | None:
     """Nats per token that a plan is predicted to cost; None where its scores do not tell.
 
-    Of a plan that cuts channels or merges pairs within the programme over the whole model, it is the programme's own value.
+    It is the programme's own value for a plan in which the programme over the whole model cuts channels or merges pairs.
     """
     value = plan.objective.get("predicted_loss")
     if value is None and plan.method == METHOD:

@@ -180,7 +180,7 @@ def test_a_size_that_merging_cannot_reach_either_is_refused() -> None:
     layer = importance.layers[0]
     menus = {0: pair_menu(layer, measured(layer, 0, 0.1))}
     widths = tuple(bits for bits in importance.candidate_bits if bits)
-    for bits, reached in ((0.45, False), (0.6, True)):
+    for bits, reached in ((0.6, False), (0.8, True)):
         budget = Budget("stored_bits", bits)
 
         def plain(budget: Budget = budget) -> Plan:
