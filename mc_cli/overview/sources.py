@@ -61,7 +61,7 @@ class Measured:
 def predicted_loss_of(plan: Plan) -> float | None:
     """Nats per token that a plan is predicted to cost; None where its scores do not tell.
 
-    It is the programme's own value for a plan in which the programme over the whole model cuts channels or merges pairs.
+    It is the programme's own value for a plan in which one over the whole model cuts channels or merges pairs.
     """
     value = plan.objective.get("predicted_loss")
     if value is None and plan.method == METHOD:
