@@ -39,18 +39,18 @@ class PairMenu:
     shares: Mapping[str, tuple[float, ...]]
 
 
-def pair_menu(layer: LayerImportance, measures: PairMeasures) -> PairMenu:
+def pair_menu(layer: LayerImportance, measures: PairMeasures, hedge: float) -> PairMenu:
     """The menu of a layer, of what score measured.
 
     Of a pair the expert with more calibration tokens is stored. What merging costs grows with the use of the less used
-    one, and that is drawn to the layer's mean: other text reaches an expert more that few calibration tokens reached.
+    one, and that is drawn to the layer's mean by `hedge` (see trust.py), never below what was measured.
     """
     counts = np.asarray(layer.routing_count, dtype=np.float64)
     pairs: list[Pair] = [
         (first, second) if counts[first] >= counts[second] else (second, first)
         for first, second in measures.pairs.tolist()
     ]
-    grown = tokens_drawn(counts) / np.maximum(counts, 1)
+    grown = tokens_drawn(counts, hedge) / np.maximum(counts, 1)
     fewer = [second for _, second in pairs]
     loss = measures.loss.astype(np.float64) * measures.share_left * np.maximum(grown[fewer], 1)
     up, down = (part.name for part in layer.projections)

@@ -19,8 +19,13 @@ from mc_cli.artifacts.work_dir import WorkDir
 class MeasuredPairs:
     """Layer -> pairs that may become one, and how; none where nothing was measured."""
 
-    menus: Mapping[int, PairMenu] = field(default_factory=dict)
+    measures: Mapping[int, PairMeasures] = field(default_factory=dict)
     merging: Merging | None = None
+
+    def menus(self, importance: Importance, hedge: float) -> dict[int, PairMenu]:
+        """What these pairs cost, by layer; `hedge` as in trust.py."""
+        layers = [layer for layer in importance.layers if layer.layer in self.measures]
+        return {layer.layer: pair_menu(layer, self.measures[layer.layer], hedge) for layer in layers}
 
 
 NO_PAIRS = MeasuredPairs()
@@ -30,13 +35,11 @@ def read_pairs(work: WorkDir, importance: Importance) -> MeasuredPairs:
     """The pairs of all layers in which score measured any. Raises ArtifactError for files that say no such thing."""
     folder = work.folder("score")
     measured = [(layer, folder / pair_file(layer.layer)) for layer in importance.layers if layer.projections]
-    menus = {
-        layer.layer: pair_menu(layer, PairMeasures.read(path, num_experts=layer.num_experts))
-        for layer, path in measured
-        if path.exists()
+    measures = {
+        layer.layer: PairMeasures.read(path, num_experts=layer.num_experts) for layer, path in measured if path.exists()
     }
-    if not menus:
+    if not measures:
         return NO_PAIRS
     with reading(folder / MANIFEST, "a manifest of score", "Run score --force."):
         method = read_as(str, require_done(work, "score").settings.get("pair_merge"), "settings.pair_merge")
-    return MeasuredPairs(menus, Merging.standard(method))
+    return MeasuredPairs(measures, Merging.standard(method))

@@ -21,7 +21,7 @@ from mc_cli.allocators.merging import merge_plan, merges_of
 from mc_cli.allocators.pairs_measured import NO_PAIRS, MeasuredPairs, read_pairs
 from mc_cli.allocators.programme import METHOD, programme
 from mc_cli.allocators.target import beside_experts, budget_of, floors_of
-from mc_cli.allocators.trust import with_trusted_drops
+from mc_cli.allocators.trust import hedged
 from mc_cli.allocators.whole_drops import drop_plan, require_a_drop
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.channel_measures import ChannelMeasures, channel_file
@@ -179,7 +179,8 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
         if self.settings.has_one_width:
             return merge_plan(self.settings, inventory, quantizer, merges, role_bits)
         budget = budget_of(self.settings, inventory, others)
-        return merged_widths_plan(self.settings, self._importance(), merges, role_bits, budget)
+        importance = hedged(self._importance(), self.settings.hedge)
+        return merged_widths_plan(self.settings, importance, merges, role_bits, budget)
 
     def _importance(self) -> Importance:
         return Importance.read(self.work.folder("score") / IMPORTANCE)
@@ -266,7 +267,7 @@ def _without_experts(
         return drop_plan(settings, inventory, quantizer, gone, value, role_bits)
     widths = tuple(bits for bits in settings.bits or importance.candidate_bits if bits != DROPPED)
     plan = allocate(
-        importance,
+        hedged(importance, settings.hedge),
         method=METHOD,
         budget=budget_of(settings, inventory, others),
         role_bits=role_bits,
@@ -324,7 +325,7 @@ def _allocated(
     quantizer: QuantizerSettings,
 ) -> tuple[Plan, tuple[Considered, ...]]:
     """The plan of a strategy; where cuts or pairs were measured, of the programme over widths, drops and these."""
-    importance = with_trusted_drops(importance) if cuts or pairs.menus else importance
+    importance = hedged(importance, settings.hedge)
     shared: dict[str, Any] = {"budget": budget_of(settings, inventory, others), "role_bits": role_bits}
     solving: dict[str, Any] = {"time_limit_s": settings.time_limit_s, "gap": settings.gap}
     plain = partial(
@@ -342,16 +343,17 @@ def _allocated(
         **solving,
     )
     widths = settings.bits or importance.candidate_bits
-    menus = _menus(inventory, cuts, importance, quantizer, widths)
-    if not menus and not pairs.menus:
+    menus = _menus(settings, inventory, cuts, importance, quantizer, widths)
+    if not menus and not pairs.measures:
         return plain(), ()
-    shared |= {"pairs": pairs.menus, "merging": pairs.merging}
+    shared |= {"pairs": pairs.menus(importance, settings.hedge), "merging": pairs.merging}
     found = programme(importance, menus, widths, plain, SolverSettings(**solving), **shared)
     plan = replace(found.plan, channel_order=_order(inventory, cuts)) if found.cuts else found.plan
     return plan, found.considered
 
 
 def _menus(
+    settings: AllocateSettings,
     inventory: ModelInventory,
     cuts: Cuts,
     importance: Importance,
@@ -360,7 +362,12 @@ def _menus(
 ) -> dict[int, CutMenu]:
     """Layer -> what its experts may be cut to, of the layers in which there is anything to cut."""
     counts = {layer.layer: layer.routing_count for layer in importance.layers}
-    coded: dict[str, Any] = {"family": quantizer.family, "widths": widths, "group_size_limit": quantizer.group_size}
+    coded: dict[str, Any] = {
+        "hedge": settings.hedge,
+        "family": quantizer.family,
+        "widths": widths,
+        "group_size_limit": quantizer.group_size,
+    }
     blocks = [block for block in inventory.expert_blocks if block.layer in cuts]
     menus = {block.layer: cut_menu(block, cuts[block.layer], counts[block.layer], **coded) for block in blocks}
     return {layer: menu for layer, menu in menus.items() if menu.kept}

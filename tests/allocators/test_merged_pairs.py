@@ -119,7 +119,7 @@ def test_the_programme_finds_what_trying_every_plan_finds(seed: int, bits: float
     importance = droppable(layers=1, seed=seed)
     layer = importance.layers[0]
     measures = measured(layer, seed, price)
-    found = made(importance, {0: pair_menu(layer, measures)}, bits)
+    found = made(importance, {0: pair_menu(layer, measures, hedge=0)}, bits)
     limit = math.floor(bits * layer.weights_per_expert * 4 / 8)
     values = {way.strategy: way.predicted_loss for way in found.considered}
     assert values[_MERGED] == pytest.approx(least_loss(layer, measures, limit), rel=1e-5)
@@ -140,7 +140,7 @@ def test_merging_is_chosen_where_it_is_clearly_better_and_the_plan_is_read_back(
     layer = importance.layers[0]
     nothing, ones = np.zeros(1, np.float32), np.ones(1, np.float32)
     measures = PairMeasures(np.array([[0, 1]]), nothing, ones, ones / 2, ones / 2)
-    found = made(importance, {0: pair_menu(layer, measures)}, 1.2)
+    found = made(importance, {0: pair_menu(layer, measures, hedge=0)}, 1.2)
     stored = max((0, 1), key=lambda expert: layer.routing_count[expert])
     assert found.plan.clusters(0) == {stored: (0, 1)}
     assert found.plan.expert_bits[0][1 - stored] == 0 and found.plan.dropped(0) == tuple(
@@ -151,7 +151,7 @@ def test_merging_is_chosen_where_it_is_clearly_better_and_the_plan_is_read_back(
     assert again.slots == found.plan.slots and again.merging == found.plan.merging
     assert again.expert_bits == found.plan.expert_bits
     dear = PairMeasures(np.array([[0, 1]]), ones * 1e6, ones, ones, ones)
-    plain = made(importance, {0: pair_menu(layer, dear)}, 1.2)
+    plain = made(importance, {0: pair_menu(layer, dear, hedge=0)}, 1.2)
     assert not plain.plan.slots and plain.plan.merging is None
     before = allocate(importance, budget=Budget("stored_bits", 1.2), role_bits={}, gap=0.0)
     assert plain.plan == before
@@ -178,7 +178,7 @@ def test_merging_competes_with_cuts(tmp_path: Path) -> None:
 def test_a_size_that_merging_cannot_reach_either_is_refused() -> None:
     importance = droppable(layers=1, seed=0)
     layer = importance.layers[0]
-    menus = {0: pair_menu(layer, measured(layer, 0, 0.1))}
+    menus = {0: pair_menu(layer, measured(layer, 0, 0.1), hedge=0)}
     widths = tuple(bits for bits in importance.candidate_bits if bits)
     for bits, reached in ((0.6, False), (0.8, True)):
         budget = Budget("stored_bits", bits)
