@@ -65,8 +65,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mc-memory-", dir=options.scratch) as scratch:
         folder = Path(scratch)
         towers = int(_in_child("build", folder, shape)["towers"])
-        peaks = {(stage, kind): _in_child(f"{stage} {kind}", folder, shape) for kind in INPUTS for stage in STAGES}
-    rows = [_row(stage, *(peaks[stage, kind] for kind in INPUTS), towers) for stage in STAGES]
+        stages = [stage for stage in STAGES if stage in options.stages]
+        peaks = {(stage, kind): _in_child(f"{stage} {kind}", folder, shape) for stage in stages for kind in INPUTS}
+    rows = [_row(stage, *(peaks[stage, kind] for kind in INPUTS), towers) for stage in stages]
     _print_table(rows, towers)
     if options.out:
         figures = {"shape": asdict(shape), "towers": towers, "threads": os.environ.get("OMP_NUM_THREADS", "all")}
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=Shape.rows)
     parser.add_argument("--length", type=int, default=Shape.length)
     parser.add_argument("--layers", type=int, default=Shape.layers)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="the first so many of these")
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--scratch", help="folder for the checkpoint; it is removed at the end")
     for name in ("--child", "--folder", "--shape"):
