@@ -60,7 +60,7 @@ def test_a_task_with_images_counts_the_answers_that_prune_eval_counts(tmp_path: 
     assert right["packed"] != right["original"]  # else the test could not tell them apart
     for model, count in right.items():
         results = found.tasks[model]["results"]
-        assert results["drawn_scenes"]["exact_match,none"] == pytest.approx(count / QUESTIONS)
+        assert results["drawn_scenes"]["exact_match,stripped"] == pytest.approx(count / QUESTIONS)
         assert 0 <= results["minimal_pairs"]["acc,none"] <= 1
 
 
