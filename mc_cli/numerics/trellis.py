@@ -25,6 +25,7 @@ from mc_cli.errors import McError, ShapeError
 from mc_cli.numerics.trellis_code import STATE_BITS, code_values
 
 LARGEST_RATE = 5
+_MOST_LEVELS = 128  # as in native/trellis_quick.h
 _WARM_UP = 48  # weights on either side of the seam from which the bits that cross it are chosen
 PIECE = 32  # weights between two looks at the errors so far, where errors are fed back; as in native/trellis.c
 _UNSETTLED = 12  # weights before such a look whose codes are still likely to change; as in native/trellis.c
@@ -171,14 +172,12 @@ def encode_panel(
     assert codes.is_contiguous() and values.is_contiguous() and (errors is None or errors.is_contiguous())
     if factor is not None:
         factor = (factor[:1] if factor.stride(0) == 0 else factor).contiguous()
-    levels = places = None
-    if quick:
-        levels, places = _levels_of_rate(rate) if table is None else _levels(table)
+    levels, places = _levels(rate, table) if quick else (None, None)
     table = (code_values(rate) if table is None else table).contiguous()
     failed = native.routine("mc_trellis_encode")(
         targets=targets.data_ptr(),
-        factor=None if factor is None else factor.data_ptr(),
-        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in kept.items()},
+        factor=_address(factor),
+        **{name: _address(tensor) for name, tensor in kept.items()},
         values=table.data_ptr(),
         factors=1 if factor is None else len(factor),
         batch=batch,
@@ -191,30 +190,41 @@ def encode_panel(
         length=length,
         numerator=rate.numerator,
         denominator=rate.denominator,
-        levels=None if levels is None else levels.data_ptr(),
-        places=None if places is None else places.data_ptr(),
+        levels=_address(levels),
+        places=_address(places),
         level_count=0 if levels is None else len(levels),
         path=path,
         threads=torch.get_num_threads(),
         codes=codes.data_ptr(),
         decoded=values.data_ptr(),
-        errors=None if errors is None else errors.data_ptr(),
+        errors=_address(errors),
     )
-    if failed == 2 and levels is not None:
-        raise ShapeError(f"the quick search takes tables of up to 128 different values, this one has {len(levels)}")
     if failed:
         raise McError(f"No memory left for the trellis search of sequences of {length} weights.")
 
 
-def _levels(table: Tensor) -> tuple[Tensor, Tensor]:
-    """(float32 [n], the different values in ascending order; uint8 [4096], by window, which of them it stands for)."""
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _levels(rate: Fraction, table: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(float32 [n], the different values in ascending order; uint8 [4096], by window, which of them it stands for).
+
+    Raises ShapeError where the quick search has no room for so many.
+    """
+    if table is None:
+        return _levels_of_rate(rate)
     levels, places = torch.unique(table, return_inverse=True)
+    if len(levels) > _MOST_LEVELS:
+        raise ShapeError(
+            f"the quick search takes tables of up to {_MOST_LEVELS} different values, this one has {len(levels)}"
+        )
     return levels, places.to(torch.uint8)
 
 
 @functools.cache
 def _levels_of_rate(rate: Fraction) -> tuple[Tensor, Tensor]:
-    return _levels(code_values(rate))
+    return _levels(rate, code_values(rate))
 
 
 def _encode_compiled(

@@ -60,7 +60,7 @@ class Way:
 
 
 QUICK = ("--search", "quick")
-UNIFORM = {"allocate": ("--method", "uniform")}
+UNIFORM: dict[str, tuple[str, ...]] = {"allocate": ("--method", "uniform")}
 WAYS = {
     "fast": Way({"score": flags("fast", "score"), "allocate": (), "quantize": QUICK}, "fast"),
     "default": Way({"score": (), "allocate": (), "quantize": ()}),
