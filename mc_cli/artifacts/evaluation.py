@@ -69,6 +69,8 @@ class PruningPoint:
     on_front: bool = False
     answers: int = 0
     answers_right: int = 0
+    rate_by_kind: Mapping[str, float] = field(default_factory=dict)  # kind of token -> share of its calls dropped
+    thresholds_by_kind: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ class OperatingPoint:
 
     rate             share of expert calls dropped on the tokens that thresholds were fitted on
     thresholds       one per layer, in the order of `layers`
+    by_kind          kind of token -> the same of its tokens; `thresholds` are then of tokens whose kind is not known,
+                     and skip least. Empty: all kinds share `thresholds`
     predicted_loss   nats per token from the layers' sensitivities; None where a policy has no such prediction
     checked_increase relative rise of perplexity over the unpruned packed model on calibration tokens that no threshold
                      was fitted on; None where it was not measured
@@ -71,18 +73,24 @@ class OperatingPoint:
     predicted_loss: float | None = None
     checked_increase: float | None = None
     checked_limit: float | None = None
+    by_kind: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """A policy with everything that running it needs but its tensors."""
+    """A policy with everything that running it needs but its tensors.
+
+    chosen       index into points: what applies unless told otherwise
+    kind_tokens  kind of token -> the numbers of its tokens, all others are text; empty where kinds share thresholds
+    """
 
     policy: str
     seed: int
     layers: tuple[PrunedLayer, ...]
     points: tuple[OperatingPoint, ...]
-    chosen: int  # index into points: what applies unless told otherwise
+    chosen: int
     notes: tuple[str, ...] = ()
+    kind_tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def at_rate(self, rate: float | None) -> OperatingPoint:
         """The chosen point, or the one with this rate; between two points their thresholds are interpolated.
@@ -105,12 +113,19 @@ class Pruning:
             )
         low, high = below[-1], above[0]
         share = (rate - low.rate) / (high.rate - low.rate)
-        pairs = zip(low.thresholds, high.thresholds, strict=True)
-        return OperatingPoint(rate, tuple(first + share * (second - first) for first, second in pairs))
+
+        def between(first: Sequence[float], second: Sequence[float]) -> tuple[float, ...]:
+            return tuple(begin + share * (end - begin) for begin, end in zip(first, second, strict=True))
+
+        kinds = {kind: between(values, high.by_kind[kind]) for kind, values in low.by_kind.items()}
+        return OperatingPoint(rate, between(low.thresholds, high.thresholds), by_kind=kinds)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # lists, as they come back
+        for entry, name in ((plain, "kind_tokens"), *((point, "by_kind") for point in plain["points"])):
+            if not entry[name]:
+                del entry[name]
         return {"schema": SCHEMA, **plain}
 
     @classmethod
@@ -129,6 +144,7 @@ class Pruning:
             points=tuple(OperatingPoint(**entry) for entry in content["points"]),
             chosen=content["chosen"],
             notes=tuple(content["notes"]),
+            kind_tokens=content.get("kind_tokens", {}),
         )
 
     def tensor_names(self) -> dict[str, tuple[int, ...]]:
@@ -143,7 +159,7 @@ class Pruning:
 def _problems(content: Any) -> list[str]:
     """Problems of a policy's JSON, a line each."""
     names = {"schema", "policy", "seed", "layers", "points", "chosen", "notes"}
-    if not isinstance(content, Mapping) or content.keys() != names or content["schema"] != SCHEMA:
+    if not isinstance(content, Mapping) or content.keys() - {"kind_tokens"} != names or content["schema"] != SCHEMA:
         found = sorted(map(str, content)) if isinstance(content, Mapping) else content
         schema = content.get("schema") if isinstance(content, Mapping) else None
         return [f"policy: schema {shown(schema)} with the entries {shown(found)}, not {SCHEMA} with {sorted(names)}"]
@@ -153,6 +169,7 @@ def _problems(content: Any) -> list[str]:
     checks = [("policy", content["policy"], _is_name), ("seed", content["seed"], _is_whole)]
     checks += [("chosen", content["chosen"], lambda value: _is_whole(value) and 0 <= value < len(points))]
     checks += [("notes", content["notes"], lambda value: isinstance(value, list) and all(map(_is_text, value)))]
+    checks += [("kind_tokens", content.get("kind_tokens", {}), _are_numbers_by_kind)]
     problems = [f"{name}: {shown(value)}" for name, value, fits in checks if not fits(value)]
     for kind, entries, fields in (("layers", layers, _LAYER), ("points", points, _POINT)):
         required = {
@@ -170,10 +187,25 @@ def _problems(content: Any) -> list[str]:
             thresholds = entry.get("thresholds", ())
             if kind == "points" and isinstance(thresholds, list) and len(thresholds) != len(layers):
                 problems.append(f"points[{number}]: {len(thresholds)} thresholds for {len(layers)} layers")
+            if kind == "points" and not problems:
+                problems += _kind_problems(number, entry, points[0], len(layers))
     if not problems:
         for name in ("path", "layer"):
             twice = [value for value, count in Counter(layer[name] for layer in layers).items() if count > 1]
             problems += [f"layers: the {name} {shown(value)} is there twice" for value in twice]
+    return problems
+
+
+def _kind_problems(number: int, point: Mapping[str, Any], first: Mapping[str, Any], layers: int) -> list[str]:
+    """Problems of a point's thresholds by kind: all points have them of the same kinds, one per layer."""
+    by_kind = point.get("by_kind", {})
+    problems = [
+        f"points[{number}].by_kind.{kind}: {len(values)} thresholds for {layers} layers"
+        for kind, values in by_kind.items()
+        if len(values) != layers
+    ]
+    if by_kind.keys() != first.get("by_kind", {}).keys():
+        problems.append(f"points[{number}].by_kind: of {shown(sorted(by_kind))}, unlike the first point's")
     return problems
 
 
@@ -219,6 +251,18 @@ def _are_shapes(value: Any) -> bool:
     )
 
 
+def _are_numbers_by_kind(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        _is_name(kind) and isinstance(numbers, list) and all(map(_is_count, numbers)) for kind, numbers in value.items()
+    )
+
+
+def _are_thresholds_by_kind(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        _is_name(kind) and isinstance(values, list) and all(map(_is_number, values)) for kind, values in value.items()
+    )
+
+
 _LARGEST = 3e38  # about the largest float32: decisions are made in it
 _LAYER: dict[str, Callable[[Any], bool]] = {
     "layer": _is_count,
@@ -237,6 +281,7 @@ _POINT: dict[str, Callable[[Any], bool]] = {
     "predicted_loss": _is_number_or_none,
     "checked_increase": _is_number_or_none,
     "checked_limit": _is_number_or_none,
+    "by_kind": _are_thresholds_by_kind,
 }
 
 

@@ -89,6 +89,11 @@ class Batch:
         return self.rows * self.length
 
     @property
+    def flat_kinds(self) -> Tensor | None:
+        """[tokens] uint8, row after row; None where all tokens are text."""
+        return None if self.kinds is None else self.kinds.reshape(-1)
+
+    @property
     def real(self) -> Tensor | None:
         """[tokens] bool, row after row: all but padding; None where there is none."""
         return self.real_of(slice(None))

@@ -302,7 +302,7 @@ class Renderer:
         for place, message in enumerate(chat.messages):
             if self.settings.plain or message["role"] != "assistant" or place == 0:
                 continue
-            template = self._template(chat)
+            template = self.template(chat)
             try:
                 before = self._process.text(chat.messages[:place], chat.tools, template, prompted=True)
                 behind = self._process.text(chat.messages[: place + 1], chat.tools, template)
@@ -321,7 +321,7 @@ class Renderer:
         if self.settings.plain:
             self.rendered += 1
             return "".join(map(_plain_turn, chat.messages))
-        template = self._template(chat)
+        template = self.template(chat)
         try:
             found = self._process.text(chat.messages, chat.tools, template)
         except RefusedError as error:
@@ -336,18 +336,7 @@ class Renderer:
         self.rendered += 1
         return found
 
-    def name(self) -> str:
-        """The template's name in the report."""
-        return "none: the turns' texts" if self.settings.plain else self.settings.template or OWN_TEMPLATE
-
-    def _source(self) -> str:
-        """Where the template is, for messages."""
-        if self.settings.template is not None:
-            return f"--chat-template {self.settings.template}"
-        folder = getattr(self.tokenizer, "name_or_path", "")
-        return f"the chat template of {folder} (chat_template.jinja, or in tokenizer_config.json)"
-
-    def _template(self, chat: Chat) -> str:
+    def template(self, chat: Chat) -> str:
         """The template's text. Raises InputError saying which there are."""
         own = getattr(self.tokenizer, "chat_template", None)
         named = own if isinstance(own, Mapping) else {}
@@ -372,6 +361,17 @@ class Renderer:
                 "one with --chat-template."
             )
         return str(named[name])
+
+    def name(self) -> str:
+        """The template's name in the report."""
+        return "none: the turns' texts" if self.settings.plain else self.settings.template or OWN_TEMPLATE
+
+    def _source(self) -> str:
+        """Where the template is, for messages."""
+        if self.settings.template is not None:
+            return f"--chat-template {self.settings.template}"
+        folder = getattr(self.tokenizer, "name_or_path", "")
+        return f"the chat template of {folder} (chat_template.jinja, or in tokenizer_config.json)"
 
 
 def _plain_turn(message: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from mc_cli.data.pictures import PLACE
 from mc_cli.data.text import Windows
 from mc_cli.errors import InputError, first_line
 
+_SIZES = ("image_sizes", "pixel_attention_mask")  # inputs by which a model knows where an image in a frame ends
 _NOT_FED = ("attention_mask", "offset_mapping", "text_replacement_offsets")  # made beside the model's inputs
 _ERRORS = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, StopIteration)
 
@@ -63,6 +64,27 @@ class _Row:
     per_token: dict[str, Tensor]
     others: dict[str, Tensor]
     domain: str
+
+
+def padded_alike(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Images of several calls of a processor in frames of one size, zeros behind them, as one call would have them.
+
+    tensors  [images, ...] each, of as many dimensions
+    """
+    if len({tensor.ndim for tensor in tensors}) != 1:
+        return list(tensors)
+    largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    found = []
+    for tensor in tensors:
+        missing = [size - own for size, own in zip(largest, tensor.shape[1:], strict=True)]
+        found.append(torch.nn.functional.pad(tensor, [side for gap in reversed(missing) for side in (0, gap)]))
+    return found
+
+
+def special_numbers(tokenizer: Any) -> list[int]:
+    """Numbers of a tokenizer's special tokens, added ones included, in order."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return sorted({*tokenizer.all_special_ids, *(token for token, each in added.items() if each.special)})
 
 
 def has_images(documents: Iterable[Document]) -> bool:
@@ -109,9 +131,7 @@ class RowMaker:
         known = [*getattr(processor, "image_token_ids", [None])]
         known += [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
         self._image_ids = torch.tensor(sorted({token for token in known if isinstance(token, int)}), dtype=torch.int64)
-        added = getattr(self._tokenizer, "added_tokens_decoder", {})
-        special = {*self._tokenizer.all_special_ids, *(token for token, each in added.items() if each.special)}
-        self._special_ids = torch.tensor(sorted(special), dtype=torch.int64)
+        self._special_ids = torch.tensor(special_numbers(self._tokenizer), dtype=torch.int64)
 
     def row(self, document: Document, length: int) -> _Row | None:
         """A document's row; None where it is left out."""
@@ -161,6 +181,8 @@ class RowMaker:
         counts: dict[str, tuple[int, ...]] = {}
         for name in sorted({name for row in rows for name in row.others}):
             held = [row.others[name] for row in rows if name in row.others]
+            if any(name in row.others for row in rows for name in _SIZES):
+                held = padded_alike(held)
             if len({tensor.shape[1:] for tensor in held}) > 1:
                 shapes = ", ".join(sorted({str(list(tensor.shape)) for tensor in held})[:3])
                 raise InputError(

@@ -1,11 +1,12 @@
-"""Doge: an expert is one row of two embeddings."""
+"""Doge: an expert is one row of two embeddings, chosen by scores that are mixed over tokens."""
 
 from mc_cli.families import FamilyFacts
 
 FAMILY = FamilyFacts(
     "doge",
     refused=(
-        "has experts of one channel each, rows of two embeddings that are looked up per token, in code that does not "
-        "use transformers' experts interface"
+        "has experts of one channel each, rows of two embeddings, and where a token is sent depends on the tokens "
+        "behind it: transformers' code splits the router's scores over tokens, so that no text measures what "
+        "generation uses"
     ),
 )

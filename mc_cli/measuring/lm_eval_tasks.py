@@ -1,10 +1,13 @@
-"""lm-eval tasks on the original and on the packed model: by name, or from local YAML files."""
+"""lm-eval tasks on the original and on the packed model: by name, or from local YAML files.
+
+Tasks with images are run by lm-eval's `hf-multimodal` class over the model and its own processor, all others by `hf`.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ from torch import Tensor
 
 from mc_cli.artifacts.pruning import Pruning
 from mc_cli.data import text
-from mc_cli.errors import InputError, MissingDependencyError
+from mc_cli.data.chat import Chat, ChatSettings, Renderer
+from mc_cli.data.processors import load_processor, sees
+from mc_cli.errors import InputError, MissingDependencyError, first_line
 from mc_cli.models.model_class import model_class
 from mc_cli.models.session import Session
 from mc_cli.packed.loading import load_packed
@@ -20,13 +25,25 @@ from mc_cli.progress import Progress
 from mc_cli.settings import EvaluateSettings
 from mc_cli.skipping.pruning import apply_pruning
 
+_ANSWER_TOKENS = 256  # lm-eval's own, where a task does not say how long answers may be
+
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks that lm-eval knows, found before any model is loaded."""
+    """Tasks that lm-eval knows, found before any model is loaded.
+
+    names     of tasks, groups and tags
+    pictured  those among them whose questions come with images
+    """
 
     names: tuple[str, ...]
     manager: Any
+    pictured: tuple[str, ...] = ()
+
+    @property
+    def text_names(self) -> list[str]:
+        """Those without images."""
+        return [name for name in self.names if name not in self.pictured]
 
 
 def find_tasks(settings: EvaluateSettings) -> Tasks | None:
@@ -59,6 +76,60 @@ def find_tasks(settings: EvaluateSettings) -> Tasks | None:
         f"--tasks: unknown to lm-eval: {', '.join(unknown)}. Local task files are found with --include-path "
         "FOLDER; names are listed by `lm-eval ls tasks`."
     )
+
+
+def ready_tasks(settings: EvaluateSettings, session: Session) -> Tasks | None:
+    """The tasks that the settings name with their data loaded once, None without any.
+
+    Raises InputError, before anything is measured, for data that cannot be loaded and for tasks with images that
+    lm-eval or the model cannot run; else what `find_tasks` and `load_processor` raise.
+    """
+    tasks = find_tasks(settings)
+    if tasks is None:
+        return None
+    pictured = []
+    for name in tasks.names:
+        try:
+            leaves = tasks.manager.load([name])["tasks"].values()
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"--tasks {name}: lm-eval cannot load its data: {first_line(error)} Get the data first, or leave the "
+                "task out."
+            ) from error
+        seen = [leaf for leaf in leaves if getattr(leaf, "MULTIMODAL", False)]
+        for leaf in seen:
+            _check_pictured(leaf, session, text.fit_length(settings.length, session.config))
+        pictured += [name] if seen else []
+    if pictured:
+        load_processor(
+            session.folder,
+            trust_remote_code=session.compute.trust_remote_code,
+            remedy=f"leave {', '.join(pictured)} out of --tasks.",
+        )
+    return replace(tasks, pictured=tuple(pictured))
+
+
+def _check_pictured(task: Any, session: Session, length: int) -> None:
+    """Raises InputError where a task with images cannot be run: by its kind, by the model, by its answers' length."""
+    name, config = task.task_name, task.config
+    if not sees(session.config):
+        raise InputError(
+            f"--tasks {name}: its questions come with images, and the model in {session.folder} reads text alone. "
+            "Leave the task out."
+        )
+    if config.doc_to_audio:
+        raise InputError(f"--tasks {name}: its questions come with sound, which no stage feeds. Leave the task out.")
+    if task.OUTPUT_TYPE != "generate_until":
+        raise InputError(
+            f"--tasks {name}: its output_type is {task.OUTPUT_TYPE}, and with images lm-eval runs generate_until "
+            "alone. Use a variant of the task whose answers are generated."
+        )
+    answer = int((config.generation_kwargs or {}).get("max_gen_toks", _ANSWER_TOKENS))
+    if answer >= length:
+        raise InputError(
+            f"--tasks {name}: answers of {answer} tokens leave no room for questions in windows of {length}. Give "
+            "max_gen_toks under generation_kwargs of the task's file, or a larger --length."
+        )
 
 
 def run_tasks(
@@ -105,19 +176,37 @@ def _packed(session: Session, packed_folder: Path) -> Any:
 
 
 def _evaluate(model: Any, tasks: Tasks, settings: EvaluateSettings, session: Session) -> dict[str, Any]:
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-
-    tokenizer = text.load_tokenizer(session.folder, trust_remote_code=session.compute.trust_remote_code)
-    length = text.fit_length(settings.length, session.config)
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=session.batch_size(length), max_length=length)
+    """Results of both kinds of tasks, by lm-eval's own words."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    found: dict[str, Any] = {}
+    if tasks.text_names:
+        found = _run(_reader(model, settings, session), tasks.text_names, tasks, settings)
+    if tasks.pictured:
+        seer, templated = _seer(model, settings, session)
+        try:
+            others = _run(seer, tasks.pictured, tasks, settings, apply_chat_template=templated)
+        except ValueError as error:
+            raise InputError(
+                f"--tasks {', '.join(tasks.pictured)}: the model cannot be run on a question with its images: "
+                f"{first_line(error)} Where images are more tokens than fit, give a larger --length or smaller images."
+            ) from error
+        for part, entries in others.items():
+            found.setdefault(part, {}).update(entries)
+    return found
+
+
+def _run(
+    model: Any, names: Sequence[str], tasks: Tasks, settings: EvaluateSettings, *, apply_chat_template: bool = False
+) -> dict[str, Any]:
+    import lm_eval
+
     found = lm_eval.simple_evaluate(
-        model=wrapped,
-        tasks=list(tasks.names),
+        model=model,
+        tasks=list(names),
         task_manager=tasks.manager,
         limit=settings.task_limit,
         log_samples=False,
+        apply_chat_template=apply_chat_template,
         random_seed=0,
         numpy_random_seed=0,
         torch_random_seed=0,
@@ -125,6 +214,40 @@ def _evaluate(model: Any, tasks: Tasks, settings: EvaluateSettings, session: Ses
     )
     kept = ("results", "versions", "n-shot", "n-samples", "higher_is_better", "group_subtasks")
     return {name: _plain(found[name]) for name in kept if name in found}
+
+
+def _reader(model: Any, settings: EvaluateSettings, session: Session) -> Any:
+    """lm-eval's class for models that are asked with text."""
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = text.load_tokenizer(session.folder, trust_remote_code=session.compute.trust_remote_code)
+    length = text.fit_length(settings.length, session.config)
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=session.batch_size(length), max_length=length)
+
+
+def _seer(model: Any, settings: EvaluateSettings, session: Session) -> tuple[Any, bool]:
+    """(lm-eval's class for models that see, whether questions go through the chat template).
+
+    They do where the model has a template, as rows with images do in every stage.
+    """
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+
+    trusted, length = session.compute.trust_remote_code, text.fit_length(settings.length, session.config)
+    model.name_or_path = str(session.folder)  # where the class looks for a processor
+    seer = HFMultimodalLM(
+        pretrained=model,
+        batch_size=session.batch_size(length),
+        max_length=length,
+        trust_remote_code=trusted,
+        convert_img_format=True,
+    )
+    own = getattr(seer.processor, "chat_template", None) or getattr(seer.tokenizer, "chat_template", None)
+    if settings.no_chat_template or (own is None and settings.chat_template is None):
+        return seer, False
+    seer.tokenizer.chat_template = own
+    renderer = Renderer(seer.tokenizer, ChatSettings(settings.chat_template))
+    seer.processor.chat_template = renderer.template(Chat("messages", (), None, "--tasks"))
+    return seer, True
 
 
 def _plain(value: Any) -> Any:

@@ -95,7 +95,9 @@ class Walked:
     def logits(self, batch: Batch) -> Tensor:
         source, pruning = self._source, self._pruning
         walk = LayerWalk(source, batch, batch_size=1)
-        of_layer = {} if pruning is None else pruners(pruning[0], pruning[0].at_rate(None), pruning[1])
+        of_layer = (
+            {} if pruning is None else pruners(pruning[0], pruning[0].at_rate(None), pruning[1], kinds=batch.flat_kinds)
+        )
         for layer in range(walk.num_layers):
             source.load(layer)
             with ExitStack() as stack:

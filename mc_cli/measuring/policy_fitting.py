@@ -38,6 +38,7 @@ from mc_cli.policies import LayerValues, dualsparse, odp, otp, policy_from_name,
 from mc_cli.policies.static_experts import experts_to_drop
 from mc_cli.progress import Progress
 from mc_cli.settings import FREQUENCY, REAP, ROUTER_WEIGHT, PruneSettings
+from mc_cli.skipping.kind_costs import costs_of_kinds
 from mc_cli.skipping.pruned_comparison import compare_points
 from mc_cli.skipping.pruning import pruners
 from mc_cli.skipping.pruning_fit import (
@@ -84,6 +85,8 @@ class _Job:
     dropped: Mapping[int, Sequence[int]]
     fit_inputs: Batch
     check_inputs: Batch
+    kind_scales: Mapping[int, Mapping[str, float]]  # those two are of thresholds by kind of token; see FitSettings
+    kind_tokens: Mapping[str, Sequence[int]]
     progress: Progress
 
     @property
@@ -201,6 +204,7 @@ def _job(stage: FitPolicies, folder: StageFolder, progress: Progress) -> _Job:
             progress,
         )
     inputs = _inputs(stage.settings, stage.session, calibration, stage.text_source, folder, progress)
+    felt, numbers = costs_of_kinds(inputs, stage.session, calibration, stage.inventory)
     held = max(1, inputs.rows // _CHECK_SHARE)
     return _Job(
         settings=stage.settings,
@@ -214,6 +218,8 @@ def _job(stage: FitPolicies, folder: StageFolder, progress: Progress) -> _Job:
         dropped=_dropped(stage.settings, stage.work, blocks),
         fit_inputs=inputs.select(slice(0, -held)),
         check_inputs=inputs.select(slice(-held, None)),
+        kind_scales=felt,
+        kind_tokens=numbers,
         progress=progress,
     )
 
@@ -274,7 +280,15 @@ def _inputs(
 def _fit_settings(job: _Job) -> FitSettings:
     asked = () if job.settings.target_rate is None else (job.settings.target_rate,)
     rates = tuple(sorted({*job.settings.rates, *asked}))
-    return FitSettings(rates, job.settings.protect, job.settings.policy_seed, job.dropped)
+    settings = job.settings
+    return FitSettings(
+        rates,
+        settings.protect,
+        settings.policy_seed,
+        job.dropped,
+        kind_scales=job.kind_scales,
+        kind_tokens=job.kind_tokens,
+    )
 
 
 def _fitted(
@@ -310,7 +324,7 @@ def _checked(job: _Job, pruning: Pruning, learned: Mapping[str, Tensor]) -> Prun
     fresh = torch.full((inputs.rows,), inputs.length - 1) if inputs.answers is None else inputs.answers[:, 1:].sum(-1)
     windows = text.Windows(inputs, fresh, (ALL,) * inputs.rows)
     made = {
-        str(number): pruners(pruning, point, learned, count=True, real=inputs.real)
+        str(number): pruners(pruning, point, learned, count=True, kinds=inputs.flat_kinds)
         for number, point in enumerate(pruning.points)
     }
     found = compare_points(
@@ -339,7 +353,9 @@ def _trained(job: _Job, folder: StageFolder) -> Routers:
     settings = job.settings
     rates = _TRAINING_RATES if settings.target_rate is None else (settings.target_rate,)
     start = folder.path(f"{RESUME}/{ROUTERS}")
-    guide = _fitted(job, [odp.NAME], {}, replace(_fit_settings(job), rates=_guide_rates(rates), protect=0.0))[odp.NAME]
+    guide = _fitted(
+        job, [odp.NAME], {}, replace(_fit_settings(job), rates=_guide_rates(rates), protect=0.0, kind_scales={})
+    )[odp.NAME]
     routers, offsets = _layer_routers(job, guide, rates)
     needed = job.weight_count * job.session.dtype.itemsize
     free = available_bytes(job.session.device)

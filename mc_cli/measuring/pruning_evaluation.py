@@ -38,7 +38,11 @@ UNITS = {
     "activated_parameters": "the same in weights",
     "on_front": "no other point of this evaluation drops as many calls at a smaller or equal loss",
 }
-ANSWER_UNITS = {"answers": "whole answers about images; answers_right: those that greedy decoding gives exactly"}
+ANSWER_UNITS = {
+    "answers": "whole answers about images; answers_right: those that greedy decoding gives exactly",
+    "rate_by_kind": "share of the routed expert calls of a kind of token dropped on this text",
+    "thresholds_by_kind": "keep scores by kind of token and layer; thresholds: of tokens whose kind is not known",
+}
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,12 @@ def evaluate_policies(
     blocks = {block.layer: block for block in inventory.expert_blocks}
     ships = next(iter(fitted.policies))
     whole, learned = fitted.policies[ships]
-    real = windows.batch.real
+    kinds = windows.batch.flat_kinds
     runs = {
-        key: pruners(*_at(fitted, entry), fitted.policies[entry.policy][1], count=True, real=real)
+        key: pruners(*_at(fitted, entry), fitted.policies[entry.policy][1], count=True, kinds=kinds)
         for key, entry in named.items()
     }
-    runs[UNPRUNED] = pruners(*_nothing_dropped(whole), learned, count=True, real=real)
+    runs[UNPRUNED] = pruners(*_nothing_dropped(whole), learned, count=True, kinds=kinds)
     classes = _classes(windows, tokenizer)
     found = compare_points(
         packed,
@@ -129,12 +133,14 @@ def _nothing_dropped(pruning: Pruning) -> tuple[Pruning, OperatingPoint]:
 
 
 def _row(entry: _Named, result: PointResult, found: PrunedComparison, bytes_of: _Bytes) -> dict[str, Any]:
+    by_kind = entry.point.by_kind
     return {
         "policy": entry.policy,
         "chosen": entry.chosen,
         "fitted_rate": entry.point.rate,
         "predicted_loss": entry.point.predicted_loss,
         "thresholds": list(entry.point.thresholds),
+        **({"thresholds_by_kind": {kind: list(each) for kind, each in by_kind.items()}} if by_kind else {}),
         **_measured(result, found, bytes_of),
     }
 
@@ -153,6 +159,7 @@ def _measured(result: PointResult, found: PrunedComparison, bytes_of: _Bytes) ->
         "experts_per_token": sum(result.experts_per_token.values()) / len(result.experts_per_token),
         "experts_by_layer": {str(layer): mean for layer, mean in result.experts_per_token.items()},
         "experts_by_class": dict(result.experts_by_class),
+        **({"rate_by_kind": dict(result.rate_by_kind)} if result.rate_by_kind else {}),
         "activated_bytes": stored,
         "activated_parameters": weights,
         **({} if result.answers_right is None else {"answers": found.answers, "answers_right": result.answers_right}),

@@ -54,6 +54,11 @@ class Routed:
     weights: Tensor
     received: Tensor | float | None = None
 
+    def at(self, places: Tensor) -> Routed:
+        """Some of the tokens, by their places, [n] int64."""
+        received = self.received[places] if isinstance(self.received, Tensor) else self.received
+        return Routed(self.hidden[places], self.index[places], self.weights[places], received)
+
 
 @dataclass(frozen=True)
 class LayerValues:

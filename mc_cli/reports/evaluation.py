@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -130,7 +131,18 @@ def _pruning_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
         for name, mean in chosen[key].items()
     ]
     title = "Experts per token with the policy that ships"
-    return [whole_table, table(title, ["where", "with it", "without"], parts, left=1)]
+    return [whole_table, table(title, ["where", "with it", "without"], parts, left=1), *_kind_tables(chosen)]
+
+
+def _kind_tables(chosen: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Skipped calls and thresholds by kind of token; nothing for text."""
+    rates, thresholds = chosen.get("rate_by_kind", {}), chosen.get("thresholds_by_kind", {})
+    rows = []
+    for kind, rate in rates.items():
+        each = thresholds.get(kind, chosen["thresholds"])
+        rows.append([kind, round(100 * rate, 2), *(round(pick(each), 4) for pick in (min, statistics.median, max))])
+    columns = ["tokens", "calls dropped %", "lowest threshold", "median of layers", "highest"]
+    return [table("Kinds of token with the policy that ships", columns, rows, left=1)] if rows else []
 
 
 def _row(name: str, entry: TextResult) -> list[Any]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from mc_cli.data.batches import Batch
+from mc_cli.data.kinds import kind_masks
 from mc_cli.data.text import Windows
 from mc_cli.models.memory import release_freed_memory
 from mc_cli.parts import ExpertBlock
@@ -35,6 +36,7 @@ class PointResult:
     experts_by_class     name of a token class -> mean over its tokens and the layers
     expert_calls         layer -> [experts] calls per token
     rate                 share of all expert calls that were skipped
+    rate_by_kind         kind of token -> the same share of its calls, of rows with images
     answers_right        whole answers given exactly, of rows with images; None for text
     Padding is in no figure.
     """
@@ -49,6 +51,7 @@ class PointResult:
     experts_per_token: Mapping[int, float]
     experts_by_class: Mapping[str, float]
     expert_calls: Mapping[int, Tensor]
+    rate_by_kind: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,16 @@ def _result(
         experts_per_token={layer: float(counts.mean()) for layer, counts in kept.items()},
         experts_by_class={name: float(per_token[mask].mean()) for name, mask in flat.items() if mask.any()},
         expert_calls={layer: _calls(run[blocks[layer].path]) / len(counts) for layer, counts in kept.items()},
+        rate_by_kind={} if batch.flat_kinds is None else _rates(kept, run, blocks, batch.flat_kinds[real]),
     )
+
+
+def _rates(kept: Mapping[int, Tensor], run: Run, blocks: Mapping[int, ExpertBlock], kinds: Tensor) -> dict[str, float]:
+    """Kind of token -> share of its calls that were skipped; kinds [tokens] uint8 of those that were counted."""
+    slots = sum(run[blocks[layer].path].layer.top_k for layer in kept)
+    computed = sum(kept.values())
+    assert isinstance(computed, Tensor)
+    return {kind: 1.0 - float(computed[mask].mean()) / slots for kind, mask in kind_masks(kinds).items()}
 
 
 def _calls(pruner: LayerPruner) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer, Pruning
+from mc_cli.data.kinds import MEASURED, PADDING
 from mc_cli.errors import ArtifactError, listed, shown
 from mc_cli.models.experts import PRUNER, Experts, hidden_size_of, is_standard_experts
 from mc_cli.models.inventory import router_path_of, top_k_of
@@ -33,19 +34,24 @@ from mc_cli.policies import (
     runs_halves,
 )
 from mc_cli.skipping.received_attention import AttentionWatch, watch_attention
+from mc_cli.skipping.token_kinds import GivenKinds, Parts, TokenKinds, WalkedKinds
 
 _HANDLES = "_mc_pruning_handles"
+_ANY = ""  # stands for a kind of token where kinds share a threshold, or are not known
 
 
 @dataclass(frozen=True)
 class _Bound:
-    """State that a pruner needs in every forward. held: learned tensors that the experts module has, by attribute."""
+    """State that a pruner needs in every forward.
+
+    held   learned tensors that the experts module has, by attribute
+    rules  kind of token -> its cut and, where there is one, its compiled rule; ANY: of tokens whose kind is not known
+    """
 
     device: torch.device
     held: Sequence[tuple[str, Tensor]]
     values: LayerValues
-    cut: Cut
-    rule: CompiledRule | None
+    rules: Mapping[str, tuple[Cut, CompiledRule | None]]
 
     def fits(self, module: Experts) -> bool:
         return not self.held or all(getattr(module, name) is tensor for name, tensor in self.held)
@@ -57,8 +63,10 @@ class LayerPruner:
     kept      with `count`: per forward, [tokens] slots kept;  calls: [experts] how often each expert was computed.
               A slot that runs half of its expert counts half
 
+    by_kind   kind of token -> its threshold; `threshold` is then of tokens whose kind is not known
     tensors   the policy's learned tensors by name; None: they are attributes of the experts module
-    real      [tokens] bool of all forwards, one behind the other: what is no padding, which is not counted; None: all
+    kinds     [tokens] uint8 of all forwards, one behind the other: padding is not counted; or what tells the kinds of
+              each forward; None: none is padding, and kinds are not known
     """
 
     def __init__(
@@ -67,18 +75,22 @@ class LayerPruner:
         layer: PrunedLayer,
         threshold: float,
         *,
+        by_kind: Mapping[str, float] | None = None,
         tensors: Mapping[str, Tensor] | None = None,
         count: bool = False,
-        real: Tensor | None = None,
+        kinds: Tensor | GivenKinds | None = None,
     ) -> None:
         self.policy = policy_from_name(pruning.policy)
         self.layer = layer
-        self.threshold = threshold
+        self.thresholds = {_ANY: threshold, **(by_kind or {})}
+        real = kinds != PADDING if isinstance(kinds, Tensor) else None
+        real = None if real is None or bool(real.all()) else real
         self.dropped = (layer.router_path, layer.dropped) if layer.dropped else None
         self.halves = runs_halves(self.policy)
         self.watch = AttentionWatch(real) if self.policy.WATCHES_ATTENTION else None
         self.kept: list[Tensor] | None = [] if count else None
         self.calls: Tensor | None = None
+        self._kinds: TokenKinds | None = WalkedKinds(kinds) if isinstance(kinds, Tensor) else kinds
         self._real = real
         self._seen = 0  # tokens of the forwards before
         self._seed = pruning.seed
@@ -100,11 +112,25 @@ class LayerPruner:
             index = index.masked_fill(index == expert, module.num_experts)
         routed = Routed(hidden, index, weights, self._received(len(weights)))
         bound = self._bound_to(module, hidden.device)
-        found = None if bound.rule is None else bound.rule(routed)
-        kept_index, kept_weights = found or kept_slots(self.policy, routed, bound.values, bound.cut)
+        parts = None
+        if len(bound.rules) > 1 and self._kinds is not None:
+            parts = self._kinds.parts(len(weights), hidden.device)
+        kept_index, kept_weights = self._decided(routed, bound, parts)
         if self.kept is not None:
             self._count(self.kept, kept_index, module.num_experts)
         return kept_index, kept_weights
+
+    def _decided(self, routed: Routed, bound: _Bound, parts: Parts | None) -> tuple[Tensor, Tensor]:
+        """(index, weights) of what stays, by the threshold of each token's kind."""
+        if parts is None or len(parts) == 1:
+            kind = _ANY if parts is None else next(iter(parts))
+            cut, rule = bound.rules.get(kind, bound.rules[_ANY])
+            found = None if rule is None else rule(routed)
+            return found or kept_slots(self.policy, routed, bound.values, cut)
+        index, weights = torch.empty_like(routed.index), torch.empty_like(routed.weights)
+        for kind, places in parts.items():
+            index[places], weights[places] = self._decided(routed.at(places), bound, {kind: places})
+        return index, weights
 
     def _count(self, kept: list[Tensor], index: Tensor, experts: int) -> None:
         """Notes what is computed of the slots [tokens, k] that are left."""
@@ -143,8 +169,11 @@ class LayerPruner:
         else:
             tensors = {name: tensor.to(device) for name, tensor in self._tensors.items()}
         values = LayerValues(self.layer.layer, self._seed, self.layer.numbers, tensors)
-        cut = Cut(self.threshold, module.num_experts, self.layer.renormalise)
-        return _Bound(device, held, values, cut, compiled_rule(self.policy, values, cut))
+        rules = {}
+        for kind, threshold in self.thresholds.items():
+            cut = Cut(threshold, module.num_experts, self.layer.renormalise)
+            rules[kind] = cut, compiled_rule(self.policy, values, cut)
+        return _Bound(device, held, values, rules)
 
 
 def pruners(
@@ -153,7 +182,7 @@ def pruners(
     tensors: Mapping[str, Tensor] | None = None,
     *,
     count: bool = False,
-    real: Tensor | None = None,
+    kinds: Tensor | GivenKinds | None = None,
 ) -> dict[str, LayerPruner]:
     """Experts path -> pruner of its layer; the arguments are those of LayerPruner.
 
@@ -164,11 +193,12 @@ def pruners(
             pruning,
             layer,
             threshold,
+            by_kind={kind: values[number] for kind, values in point.by_kind.items()},
             tensors=None if tensors is None else of_layer(tensors, layer),
             count=count,
-            real=real,
+            kinds=kinds,
         )
-        for layer, threshold in zip(pruning.layers, point.thresholds, strict=True)
+        for number, (layer, threshold) in enumerate(zip(pruning.layers, point.thresholds, strict=True))
     }
 
 
@@ -206,8 +236,12 @@ def apply_pruning(
         return
     pruning = pruning_for(model, pruning)
     check_policy(model, pruning)
-    for path, pruner in pruners(pruning, pruning.at_rate(rate), tensors).items():
+    kinds = GivenKinds(pruning.kind_tokens) if pruning.kind_tokens else None
+    for path, pruner in pruners(pruning, pruning.at_rate(rate), tensors, kinds=kinds).items():
         setattr(model.get_submodule(path), _HANDLES, _put_on(model, path, pruner))
+    if kinds is not None:
+        first = pruning.layers[0].path
+        getattr(model.get_submodule(first), _HANDLES).extend(kinds.watch(model, first))
 
 
 def remove_pruning(model: nn.Module) -> None:
@@ -243,6 +277,9 @@ def check_policy(model: Any, pruning: Pruning) -> None:
         )
     modules = dict(model.named_modules())
     problems = []
+    unknown = {*pruning.kind_tokens, *pruning.points[0].by_kind} - {*MEASURED}
+    if unknown:
+        problems.append(f"kinds of token: {shown(sorted(unknown))}, known are {', '.join(MEASURED)}")
     for layer in pruning.layers:
         module: Any = modules.get(layer.path)
         if module is None or not is_standard_experts(module):

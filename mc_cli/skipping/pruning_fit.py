@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, PrunedLayer, Pruning
 from mc_cli.data.batches import Batch
+from mc_cli.data.kinds import kind_masks
 from mc_cli.errors import InputError
 from mc_cli.parts import ExpertBlock
 from mc_cli.policies import (
@@ -26,9 +27,11 @@ from mc_cli.policies import (
 from mc_cli.progress import Progress
 from mc_cli.skipping.pruning_samples import LayerSample, sample_layers
 from mc_cli.skipping.pruning_thresholds import (
+    Fitted,
     LayerCurve,
     largest_rate,
     layer_curve,
+    merged_curve,
     shared_threshold,
     spread_thresholds,
 )
@@ -37,22 +40,36 @@ from mc_cli.walking.layerwise import LayerSource
 
 @dataclass
 class _Growing:
-    """One policy while the layers go by."""
+    """One policy while the layers go by.
+
+    kind_curves  kind of token -> a curve per layer; empty where kinds share thresholds
+    """
 
     name: str
     layers: list[PrunedLayer] = field(default_factory=list)
     curves: list[LayerCurve] = field(default_factory=list)
+    kind_curves: dict[str, list[LayerCurve]] = field(default_factory=dict)
     half_curves: dict[float, list[LayerCurve]] = field(default_factory=dict)  # of a policy of halves, by margin
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """rates: shares of expert calls to find thresholds for. protect: share of tokens that ODP spares."""
+    """Settings of a fit.
+
+    rates        shares of expert calls to find thresholds for
+    protect      share of tokens that ODP spares
+    dropped      layer -> experts that are not chosen at all
+    kind_scales  layer -> kind of token -> what an error at its tokens costs over one at the mean token; empty: kinds
+                 share thresholds
+    kind_tokens  as in `Pruning`
+    """
 
     rates: tuple[float, ...]
     protect: float
     seed: int
-    dropped: Mapping[int, Sequence[int]] = field(default_factory=dict)  # layer -> experts that are not chosen at all
+    dropped: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    kind_scales: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    kind_tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def fit_policies(
@@ -124,22 +141,28 @@ def _add_layer(part: _Growing, sample: LayerSample, learned: Mapping[str, Tensor
         return
     scores = checked_scores(policy, sample.routed, LayerValues(layer.layer, settings.seed, numbers, tensors))
     part.layers.append(layer)
-    part.curves.append(layer_curve(scores, sample.routed.weights, sample.costs))
+    if not settings.kind_scales or sample.kinds is None:
+        part.curves.append(layer_curve(scores, sample.routed.weights, sample.costs))
+        return
+    for kind, mask in kind_masks(sample.kinds).items():
+        costs = sample.costs[mask] * settings.kind_scales[layer.layer][kind]
+        part.kind_curves.setdefault(kind, []).append(layer_curve(scores[mask], sample.routed.weights[mask], costs))
 
 
 def _finished(part: _Growing, settings: FitSettings, tokens: int, *, nats: bool) -> Pruning:
     policy = policy_from_name(part.name)
     if runs_halves(policy):
         _choose_margin(part, settings.rates)
-    limit = largest_rate(part.curves)
+    limit = largest_rate([*part.curves, *(curve for curves in part.kind_curves.values() for curve in curves)])
     points: list[OperatingPoint] = []
     for rate in sorted(settings.rates):
         if rate > limit + 1e-3:
             continue
-        fitted = (spread_thresholds if policy.THRESHOLDS == SPREAD else shared_threshold)(part.curves, rate)
+        fitted, by_kind = _thresholds(part, rate)
         if points and fitted.rate <= points[-1].rate:
             continue  # whole steps of a coarse policy: the same point again
-        points.append(OperatingPoint(fitted.rate, fitted.thresholds, fitted.cost / tokens if nats else None))
+        predicted = fitted.cost / tokens if nats else None
+        points.append(OperatingPoint(fitted.rate, fitted.thresholds, predicted, by_kind=by_kind))
     if not drops_calls(policy):
         points = [OperatingPoint(0.0, (0.0,) * len(part.layers), 0.0 if nats else None)]
     notes = []
@@ -159,7 +182,28 @@ def _finished(part: _Growing, settings: FitSettings, tokens: int, *, nats: bool)
             f"policy {part.name}: no rate of {', '.join(f'{rate:g}' for rate in settings.rates)} can be reached; at "
             f"most {limit:.3f} of the expert calls can be skipped here. Ask for a smaller --target-rate."
         )
-    return Pruning(part.name, settings.seed, tuple(part.layers), tuple(points), 0, tuple(notes))
+    numbers = settings.kind_tokens if part.kind_curves and drops_calls(policy) else {}
+    return Pruning(part.name, settings.seed, tuple(part.layers), tuple(points), 0, tuple(notes), numbers)
+
+
+def _thresholds(part: _Growing, rate: float) -> tuple[Fitted, dict[str, tuple[float, ...]]]:
+    """(thresholds of the layers at a rate, those by kind of token).
+
+    With kinds, calls are skipped where they cost least over all layers and kinds, or over the kinds where layers share
+    a threshold. A token whose kind is not known then has the lowest of its layer's.
+    """
+    spread = policy_from_name(part.name).THRESHOLDS == SPREAD
+    if not part.kind_curves:
+        return (spread_thresholds if spread else shared_threshold)(part.curves, rate), {}
+    kinds, layers = list(part.kind_curves), len(part.layers)
+    if spread:
+        fitted = spread_thresholds([curve for kind in kinds for curve in part.kind_curves[kind]], rate)
+        each = [fitted.thresholds[number * layers : (number + 1) * layers] for number in range(len(kinds))]
+    else:
+        fitted = spread_thresholds([merged_curve(part.kind_curves[kind]) for kind in kinds], rate)
+        each = [(threshold,) * layers for threshold in fitted.thresholds]
+    lowest = tuple(min(values) for values in zip(*each, strict=True))
+    return replace(fitted, thresholds=lowest), dict(zip(kinds, each, strict=True))
 
 
 def _choose_margin(part: _Growing, rates: Sequence[float]) -> None:

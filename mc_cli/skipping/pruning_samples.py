@@ -35,6 +35,7 @@ class LayerSample:
     prior        mean attention received relative to a uniform look; None where nothing could be watched
     renormalise  the router's weights have the same sum for every token
     costs        [tokens, k] float32: of keeping the best 1, ..., k slots alone; the last column is zero
+    kinds        [tokens] uint8, each token's kind; None: all are text
     half_costs   margin of dualsparse -> [tokens, 2 k]: the same of halves in the order of its `half_scores`
     """
 
@@ -44,6 +45,7 @@ class LayerSample:
     renormalise: bool
     costs: Tensor
     half_costs: Mapping[float, Tensor] = field(default_factory=dict)
+    kinds: Tensor | None = None
 
     @property
     def top_k(self) -> int:
@@ -161,7 +163,10 @@ def _sample(
     )
     by_margin = {margin: torch.cat(found)[real] for margin, found in half_costs.items()}
     nested = torch.cat(costs, dim=1)[int(renormalise)][real]
-    return LayerSample(block, routed, prior, renormalise, nested, by_margin)
+    kinds = walk.inputs.flat_kinds
+    return LayerSample(
+        block, routed, prior, renormalise, nested, by_margin, kinds=None if kinds is None else kinds[real]
+    )
 
 
 def _received(capture: _Capture) -> tuple[float | None, Tensor | None]:

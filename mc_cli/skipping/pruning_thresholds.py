@@ -2,7 +2,8 @@
 
 Spreading: in each layer, slots sorted by keep score give a curve of summed cost over skipped calls. The lower convex
 hulls of all layers' curves are taken together, cheapest slope first, until enough calls are skipped: the best that
-per-layer thresholds can do, up to the corners of the hulls, if layers' costs add up.
+per-layer thresholds can do, up to the corners of the hulls, if layers' costs add up. Where kinds of token have
+thresholds of their own, each kind of a layer, or each kind of all layers, has such a curve.
 """
 
 from __future__ import annotations
@@ -112,6 +113,19 @@ def shared_threshold(curves: Sequence[LayerCurve], rate: float) -> Fitted:
     )
     fitted = _fitted(curves, [_place(curve, candidates[nearest]) for curve in curves])
     return Fitted((float(candidates[nearest]),) * len(curves), fitted.rate, fitted.cost)
+
+
+def merged_curve(curves: Sequence[LayerCurve]) -> LayerCurve:
+    """The effect of one threshold that all the layers share; thresholds that skip no more than the one below go."""
+    thresholds = torch.cat([curve.thresholds for curve in curves]).unique()
+    skipped = torch.zeros(len(thresholds), dtype=torch.int64)
+    cost = torch.zeros(len(thresholds), dtype=torch.float64)
+    for curve in curves:
+        places = (torch.searchsorted(curve.thresholds, thresholds, right=True) - 1).clamp(min=0)
+        skipped += curve.skipped[places]
+        cost += curve.cost[places]
+    steps = torch.cat([torch.ones(1, dtype=torch.bool), skipped[1:] > skipped[:-1]])
+    return LayerCurve(thresholds[steps], skipped[steps], cost[steps], sum(curve.calls for curve in curves))
 
 
 def largest_rate(curves: Sequence[LayerCurve]) -> float:

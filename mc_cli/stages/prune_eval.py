@@ -27,7 +27,7 @@ from mc_cli.data.processors import sees
 from mc_cli.errors import MissingDependencyError
 from mc_cli.kernels.compiled import check_inputs, inputs_of
 from mc_cli.measuring.comparison import Compared, compare
-from mc_cli.measuring.lm_eval_tasks import Tasks, find_tasks, run_tasks
+from mc_cli.measuring.lm_eval_tasks import Tasks, ready_tasks, run_tasks
 from mc_cli.measuring.policy_fitting import (
     FitPolicies,
     FittedPolicies,
@@ -92,7 +92,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
     def ready(self, folder: StageFolder, run: Run) -> _Ready:
         """The text, the tasks, and the checkpoint's headers."""
         inventory = calibration_artifact.read_inventory(self.work.folder("calibrate") / calibration_artifact.INVENTORY)
-        tasks = find_tasks(self.settings)
+        tasks = ready_tasks(self.settings, self.session)
         drawn = _drawn(self.settings, self.session)
         _warn_of_text(folder, drawn, run.progress)
         check_inputs(self.settings.activation_bits, self.session.device)

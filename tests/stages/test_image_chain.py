@@ -31,6 +31,7 @@ from mc_cli.parts import Role
 from mc_cli.progress import SilentProgress
 from mc_cli.settings import ExportSettings, PruneSettings, QuantizerSettings, RunSettings
 from mc_cli.skipping.pruning import pruned, pruners, remove_pruning
+from mc_cli.skipping.token_kinds import GivenKinds
 from mc_cli.stages import export
 from mc_cli.walking.layerwise import LayerWalk
 from tests.tiny_chain import run_allocate, run_calibrate, run_export, run_prune_eval, run_quantize, run_score
@@ -170,7 +171,7 @@ def test_dense_export_sees_what_the_packed_model_sees(chain: Chain, tmp_path: Pa
 
 @pytest.mark.parametrize("policy", ["otp", "odp"])
 def test_policies_skip_calls_as_in_whole_rows(chain: Chain, tmp_path: Path, policy: str) -> None:
-    """Padding is neither counted nor looks at anything, and losses are those of answers."""
+    """Padding is neither counted nor looks at anything, losses are those of answers, kinds have thresholds apart."""
     asked = PruneSettings(policy=(policy,), target_rate=0.2, otp_steps=4, otp_batch=2)
     run_prune_eval(chain.work, chain.heldout, variant="main", force=True, length=96, stride=0, prune=asked)
     found = Evaluation.read(chain.work / "evaluation" / "eval.json").pruning
@@ -178,19 +179,31 @@ def test_policies_skip_calls_as_in_whole_rows(chain: Chain, tmp_path: Path, poli
     run_export(chain.work, tmp_path / "out", "transformers")
     packed: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     pruning, learned = read_pruning(chain.work / "pruning" / policy)
-    remove_pruning(packed)
-    runs = pruners(pruning, pruning.points[pruning.chosen], learned, count=True)
+    kinds = GivenKinds(pruning.kind_tokens)
+    runs = pruners(pruning, pruning.points[pruning.chosen], learned, count=True, kinds=kinds)
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     documents = read_documents(str(chain.heldout), split="train", text_field="text", images=True)
     maker = RowMaker(processor, Renderer(processor.tokenizer, ChatSettings()), packed.config)
     windows = evaluation_rows(documents, maker, length=96, max_sequences=0)
-    total = 0.0
-    with ExitStack() as stack, torch.no_grad():
-        for path, pruner in runs.items():
-            stack.enter_context(pruned(packed, path, pruner))
+
+    @torch.no_grad()
+    def loss() -> float:
+        total = 0.0
         for row, inputs in enumerate(unpadded(windows.batch)):
             logits = packed(**inputs).logits[0, windows.places(row)]
             total += float(torch.nn.functional.cross_entropy(logits, windows.labels(row), reduction="sum"))
+        return total
+
+    as_loaded = loss()
+    remove_pruning(packed)
+    with ExitStack() as stack:
+        stack.enter_context(kinds.watching(packed, next(iter(runs))))
+        for path, pruner in runs.items():
+            stack.enter_context(pruned(packed, path, pruner))
+        total = loss()
+    assert as_loaded == pytest.approx(total, rel=1e-6)
+    assert set(point["thresholds_by_kind"]) == set(point["rate_by_kind"]) == {"text", "image", "special"}
+    assert point["rate_by_kind"]["image"] > point["rate"]  # behind the last layer nothing is felt of an image's tokens
     assert point["tokens"] == int(windows.fresh.sum()) and point["answers"] == len(documents)
     assert point["loss"] == pytest.approx(total / point["tokens"], rel=1e-3)
     kept = torch.cat([part for pruner in runs.values() for part in pruner.kept or []])

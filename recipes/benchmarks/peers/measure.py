@@ -23,7 +23,7 @@ from rich.table import Table
 from mc_cli.data import text
 from mc_cli.errors import InputError
 from mc_cli.measuring.comparison import losses
-from mc_cli.measuring.lm_eval_tasks import Tasks, evaluate_folder, find_tasks
+from mc_cli.measuring.lm_eval_tasks import Tasks, evaluate_folder, ready_tasks
 from mc_cli.models.experts import IMPLEMENTATION
 from mc_cli.models.inventory import take_inventory
 from mc_cli.models.session import Session, first_session
@@ -46,7 +46,7 @@ def main() -> None:
         include_path=given.include_path,
     )
     session = first_session(given.out.parent, given.model, None, RunSettings())
-    tasks = find_tasks(settings)
+    tasks = ready_tasks(settings, session)
     windows = heldout_windows(settings, session)
     original: LayerWalk | None = None  # walked once for all folders, and only if one is to be measured
     for folder in given.folders:
