@@ -90,6 +90,8 @@ class LayerImportance:
     groups_used: Annotated[int, Within(1)] = 1
     up_share_left: float = 1.0
     blocks: tuple[BlockImportance, ...] = ()  # in channel order; all of an expert's or none
+    # Widths whose losses were not measured: on a line between neighbours, in the logarithm of the loss over bits.
+    interpolated_bits: tuple[Annotated[float, Within(0, 16)], ...] = ()
 
     def __post_init__(self) -> None:
         for name in _PER_EXPERT:
@@ -213,8 +215,9 @@ class Importance:
         self.check()
         content = asdict(self)
         for layer in content["layers"]:
-            if not layer["blocks"]:
-                del layer["blocks"]
+            for name in ("blocks", "interpolated_bits"):
+                if not layer[name]:
+                    del layer[name]
         write_json(path, {"schema": SCHEMA, **content})
 
     @classmethod

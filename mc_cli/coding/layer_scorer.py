@@ -28,6 +28,7 @@ from mc_cli.coding.cut_coding import Forecasts
 from mc_cli.coding.cut_measuring import measure_cuts
 from mc_cli.coding.expert_inputs import ExpertInputs, Sample, expert_activations, expert_chunks, expert_down
 from mc_cli.coding.expert_view import ExpertView
+from mc_cli.coding.interpolation import fill_between, measured_widths
 from mc_cli.coding.output_error import output_norm_mean, predicted_loss, squared_output_error
 from mc_cli.coding.pair_measuring import measure_pairs
 from mc_cli.coding.rerouting import Rerouting
@@ -48,6 +49,7 @@ class LayerScorer:
         self._executor = executor
         self._calibration = calibration
         self._widths = tuple(width for width in settings.bits if width != DROPPED)
+        self._measured = measured_widths(self._widths) if settings.interpolate else self._widths
         self._has_sensitivity = (calibration / calibration_artifact.SENSITIVITY).exists()
 
     @property
@@ -117,6 +119,9 @@ class LayerScorer:
         up, down = (part.name for part in block.projections)
         for row in rows:
             _scale_up_cost(row, up, down, left)
+            if self._settings.interpolate:
+                for name in ("loss", "predicted", up, down):
+                    fill_between(row[name], self._widths)
         bits, widths, names = self._settings.bits, self._widths, [part.name for part in block.projections]
         sizes = {part.name: {width: self._stored_bytes(part, width) for width in widths} for part in block.projections}
         return LayerImportance(
@@ -143,6 +148,7 @@ class LayerScorer:
             router_groups=block.router_groups,
             groups_used=block.groups_used,
             up_share_left=left,
+            interpolated_bits=tuple(width for width in self._widths if width not in self._measured),
         )
 
     def _share_left(self, view: ExpertView) -> float:
@@ -183,7 +189,7 @@ class LayerScorer:
                 changes = [(own, samples[slot]), (rerouting.change(expert, others), others)]
                 rows[slot]["loss"][DROPPED], rows[slot]["predicted"][DROPPED] = self._dropped(changes, inputs, routing)
         forecasts = self._executor.map(self._jobs(view, members, weights))
-        for width in self._widths:
+        for width in self._measured:
             up_new, down_new = next(forecasts).decoded, next(forecasts).decoded
             for slot, expert in enumerate(members):
                 sample, row = samples[slot], rows[slot]
@@ -208,7 +214,7 @@ class LayerScorer:
             down.name: view.down_moments(members, weights[up.name]),
         }
         importance = {part.name: view.importance(part, members) for part in (up, down)}
-        for width in self._widths:
+        for width in self._measured:
             for part in (up, down):
                 name, encoding = part.name, self._encoding(part, width)
                 yield view.forecast(

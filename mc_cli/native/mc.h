@@ -91,11 +91,13 @@ MC_EXPORT int mc_trellis_matrix(const uint8_t *codes, const uint16_t *scales, co
                                 int inputs, int outputs, int length, int planes, int path, int threads, float *out);
 
 /* Codes `count` inputs of a batch of matrices, each with its share of the errors of those before it; see Search in
- * trellis.c for the arguments. path < 0: the fastest. Returns 0, or 1 without memory. */
+ * trellis.c for the arguments. levels: not NULL for the quick search. path < 0: the fastest. Returns 0, 1 without memory,
+ * or 2 where there are more levels than the quick search takes. */
 MC_EXPORT int mc_trellis_encode(const float *targets, const float *factor, const float *scales, const int64_t *members,
                                 const float *weights, const float *feedback, const float *values, int factors,
                                 int batch, int first, int count, int inputs, int outputs, int groups, int rings,
-                                int length, int numerator, int denominator, int path, int threads, uint8_t *codes,
+                                int length, int numerator, int denominator, const float *levels,
+                                const uint8_t *places, int level_count, int path, int threads, uint8_t *codes,
                                 float *decoded, float *errors);
 
 /* Scores of odp: the largest share from a slot to the last; infinite for spared tokens.

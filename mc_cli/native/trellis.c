@@ -4,18 +4,19 @@
  * floor(i * rate) decides weight i. States here are windows with the first bit highest, so that one step of the
  * sequence shifts a state to the left. */
 
-#include "product.h"
 #include "threads.h"
+#include "trellis_quick.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
 
-#define STATE_BITS 12
-#define STATES (1 << STATE_BITS)
 #define WARM_UP 48 /* weights on either side of the seam from which its bits are guessed */
+#define QUICK_WARM_UP 36
+#define QUICK_UNITS 3 /* of cost in the usual error of a weight of usual importance */
 #define PIECE 32 /* weights between two looks at the errors so far, where errors are fed back */
 #define UNSETTLED 12 /* weights before such a look whose codes are still likely to change */
 #define SMALLEST_SCALE 1e-12f
+#define SMALLEST_WEIGHT 1e-30f
 
 /* One step of k bits: costs of reaching every state next, and which of the 2^k states before each was best.
  *
@@ -144,7 +145,9 @@ typedef struct {
     uint8_t *from;   /* [length][STATES / 2] */
     uint16_t *state; /* [length] */
     float *wanted, *aim, *fed, *decoded; /* [rows]: targets; targets with what errors owe them; errors counted in; found */
+    float *before;   /* [2][rows]: aim and fed as they were before the quick search of a ring */
     float *errors;   /* [count][rows], of the inputs of the panel */
+    Quick *quick;    /* NULL: the full search */
 } Scratch;
 
 /* The panel: inputs `first` to first + count - 1 of matrices that have `inputs`, held as [input][output]. */
@@ -156,8 +159,11 @@ typedef struct {
     const float *weights;   /* [batch][groups][rows]; NULL: ones */
     const float *feedback;  /* [batch][groups][rows][rows]; NULL: nothing */
     const float *values;    /* [STATES] by window with the first bit LOWEST */
+    const float *levels;    /* [level_count] for the quick search: the different values, ascending; NULL: the full one */
+    const uint8_t *places;  /* [STATES] by window, where its value is among the levels */
+    int level_count, path;
     int factors; /* one for all matrices, or as many as those */
-    int batch, first, count, inputs, outputs, groups, rings, length, pieces;
+    int batch, first, count, inputs, outputs, groups, rings, length, pieces, numerator, denominator;
     StepOf *const *steps;
     uint8_t *codes; /* [batch][outputs / length][inputs][bytes] */
     float *decoded; /* [batch][inputs][outputs], in units of the scales */
@@ -171,6 +177,7 @@ INLINE int step_bits(const Search *search, int i) { return search->offsets[i + 1
 
 /* Costs at the first weight of a path: of any state (overlap < 0), or of those that begin with the bits `overlap`. */
 INLINE void begin_path(Scratch *s, float target, float weight, int last_bits, int overlap) {
+    if (s->quick) { mc_quick_begin(s->quick, target, weight, last_bits, overlap); return; }
     for (int state = 0; state < STATES; state++) {
         const float miss = s->values[state] - target;
         s->cost[0][state] = (overlap < 0 || state >> last_bits == overlap) ? weight * miss * miss : 1e30f;
@@ -179,24 +186,35 @@ INLINE void begin_path(Scratch *s, float target, float weight, int last_bits, in
 
 /* Costs at weight n of a path, from those at the one before, which lie in cost[(n - 1) % 2]. */
 INLINE void advance(Scratch *s, const Search *search, int n, int bits, float target, float weight) {
+    if (s->quick) {
+        mc_quick_advance(s->quick, n, bits, target, weight, s->from + (size_t)n * (STATES / 2));
+        return;
+    }
     const Step step = {s->cost[(n - 1) & 1], s->cost[n & 1], s->from + (size_t)n * (STATES / 2), s->values,
                        weight, -2 * weight * target, weight * target * target};
     search->steps[bits - 1](&step);
+}
+
+/* The first of the cheapest states at weight n, of those that lie `apart` from `first` on. */
+INLINE int cheapest(const Scratch *s, int n, int apart, int first) {
+    if (s->quick) return mc_quick_cheapest(s->quick, n, apart, first);
+    const int32_t *cost = (const int32_t *)s->cost[n & 1]; /* floats >= 0 are ordered as their bits are */
+    int state = first;
+    if (apart > 1) {
+        for (int other = first; other < STATES; other += apart) state = cost[other] < cost[state] ? other : state;
+        return state;
+    }
+    int32_t least = INT32_MAX;
+    for (int other = 0; other < STATES; other++) least = cost[other] < least ? cost[other] : least;
+    while (cost[state] != least) state++;
+    return state;
 }
 
 /* state[0 .. count - 1] of the best path over the `count` weights from `first` on: to any state (overlap < 0), or to
  * one that ends with the bits `overlap`. The first `known` are of an earlier look at the same path: where both meet they
  * stay one. Returns the first weight whose state may have changed. */
 INLINE int trace_back(Scratch *s, const Search *search, int first, int count, int last_bits, int overlap, int known) {
-    const int32_t *cost = (const int32_t *)s->cost[(count - 1) & 1]; /* floats >= 0 are ordered as their bits are */
-    const int mask = overlap < 0 ? 0 : (STATES >> last_bits) - 1, ends = overlap < 0 ? 0 : overlap;
-    int32_t least = INT32_MAX;
-    for (int other = 0; other < STATES; other++) {
-        const int32_t reached = (other & mask) == ends ? cost[other] : INT32_MAX;
-        least = reached < least ? reached : least;
-    }
-    int state = 0;
-    while ((state & mask) != ends || cost[state] != least) state++;
+    int state = overlap < 0 ? cheapest(s, count - 1, 1, 0) : cheapest(s, count - 1, STATES >> last_bits, overlap);
     for (int n = count - 1; n >= 0; n--) {
         if (n < known && s->state[n] == state) return n + 1;
         s->state[n] = (uint16_t)state;
@@ -211,7 +229,7 @@ INLINE int trace_back(Scratch *s, const Search *search, int first, int count, in
 /* The bits that the states before and after the seam share, from the best path over the weights around it. */
 INLINE int seam_bits(Scratch *s, const Search *search, const float *targets, const float *weights) {
     const int length = search->length, last_bits = step_bits(search, length - 1);
-    const int before = 2 * WARM_UP < length ? WARM_UP : length / 2;
+    const int wanted = s->quick ? QUICK_WARM_UP : WARM_UP, before = 2 * wanted < length ? wanted : length / 2;
     int i = length - before;
     begin_path(s, targets[i], weights ? weights[i] : 1.0f, last_bits, -1);
     for (int n = 1; n < 2 * before; n++) {
@@ -244,7 +262,7 @@ INLINE uint32_t reversed(uint32_t x) {
 }
 
 static void free_scratch(Scratch *s) {
-    if (s) { free(s->from); free(s->state); free(s->wanted); free(s->errors); }
+    if (s) { free(s->from); free(s->state); free(s->wanted); free(s->errors); free(s->quick); }
     free(s);
 }
 
@@ -254,12 +272,22 @@ static Scratch *new_scratch(const Search *search) {
     const size_t rows = (size_t)search->rings * search->length;
     s->from = aligned_alloc(64, (size_t)search->length * (STATES / 2));
     s->state = malloc(sizeof(uint16_t) * (size_t)search->length);
-    s->wanted = malloc(4 * sizeof(float) * rows);
+    s->wanted = malloc(6 * sizeof(float) * rows);
     s->errors = malloc(sizeof(float) * rows * (size_t)search->count);
-    if (!s->from || !s->state || !s->wanted || !s->errors) { free_scratch(s); return NULL; }
+    s->quick = search->levels ? aligned_alloc(64, (sizeof(Quick) + 63) / 64 * 64) : NULL;
+    if (!s->from || !s->state || !s->wanted || !s->errors || (search->levels && !s->quick)) {
+        free_scratch(s);
+        return NULL;
+    }
+    if (s->quick) {
+        uint8_t places[STATES];
+        for (int state = 0; state < STATES; state++) places[state] = search->places[reversed((uint32_t)state)];
+        mc_quick_init(s->quick, search->levels, search->level_count, places, search->path);
+    }
     s->aim = s->wanted + rows;
     s->fed = s->aim + rows;
     s->decoded = s->fed + rows;
+    s->before = s->decoded + rows;
     for (int state = 0; state < STATES; state++) s->values[state] = search->values[reversed((uint32_t)state)];
     return s;
 }
@@ -277,36 +305,64 @@ INLINE void store_ring(const Scratch *s, const Search *search, uint8_t *out, flo
     }
 }
 
-/* The rings of one input's weights of a group, one after the other; codes lie `pitch` bytes apart, ring by ring.
+/* Units of the quick search's costs in a squared error of weight 1: see trellis_quick.c for how many a usual error is.
+ * Errors are about 1.12 * 4^-rate, and not much below 0.0005 for want of finer levels. */
+INLINE float units_of(const Search *search, const float *weights) {
+    float usual = 1.12f, sum = 0;
+    for (int half = 0; half < 2 * search->numerator / search->denominator; half++) usual /= 2;
+    for (int i = 0; i < search->length; i++) sum += weights ? weights[i] : 1.0f;
+    const float mean = sum / (float)search->length;
+    return QUICK_UNITS / ((usual + 0.0005f) * (mean > SMALLEST_WEIGHT ? mean : SMALLEST_WEIGHT));
+}
+
+/* One ring's path, from targets with all that earlier rings owe. Returns 0 where it does not begin with the bits that it
+ * ends with: to the quick search, paths that are far too bad are all alike.
  *
  * Errors are fed back without a second search: every PIECE weights the best path so far is traced back, and what its
  * errors, but for the UNSETTLED last ones, owe to the weights ahead is taken from their targets. The path is not held
  * to; where a later look finds another one, the difference is made good. Holding to it, in pieces of 64 weights with 32
  * more looked at ahead, costs 1.5 % of the error at 2 bits. */
+INLINE int search_ring(const Search *search, Scratch *s, const float *weights, const float *feedback, int ring) {
+    const int length = search->length, rows = search->rings * length, last_bits = step_bits(search, length - 1);
+    const int start = ring * length;
+    const float *t = s->aim + start, *w = weights ? weights + start : NULL;
+    if (s->quick) s->quick->units = units_of(search, w);
+    const int overlap = seam_bits(s, search, t, w);
+    int looked_at = 0, counted = 0; /* weights of the path that is in state[]; those whose errors are fed back */
+    begin_path(s, t[0], w ? w[0] : 1.0f, last_bits, overlap);
+    for (int n = 1; n < length; n++) {
+        if (feedback && n % PIECE == 0) {
+            const int changed = trace_back(s, search, 0, n, last_bits, -1, looked_at);
+            feed_back(s, feedback, rows, start, changed < counted ? changed : counted, n - UNSETTLED, start + n);
+            looked_at = n;
+            counted = n - UNSETTLED;
+        }
+        advance(s, search, n, step_bits(search, n - 1), t[n], w ? w[n] : 1.0f);
+    }
+    const int changed = trace_back(s, search, 0, length, last_bits, overlap, looked_at);
+    if (s->state[0] >> last_bits != overlap) return 0;
+    if (feedback)
+        feed_back(s, feedback, rows, start, changed < counted ? changed : counted, length, start + length);
+    return 1;
+}
+
+/* The rings of one input's weights of a group, one after the other; codes lie `pitch` bytes apart, ring by ring. */
 INLINE void search_rings(const Search *search, Scratch *s, const float *weights, const float *feedback,
                          const int64_t *members, uint8_t *codes, size_t pitch) {
-    const int length = search->length, rows = search->rings * length, last_bits = step_bits(search, length - 1);
+    const size_t length = (size_t)search->length, rows = (size_t)search->rings * length;
     memcpy(s->aim, s->wanted, sizeof(float) * rows);
     memset(s->fed, 0, sizeof(float) * rows);
     for (int ring = 0; ring < search->rings; ring++) {
-        const int start = ring * length;
-        const float *t = s->aim + start, *w = weights ? weights + start : NULL;
-        const int overlap = seam_bits(s, search, t, w);
-        int looked_at = 0, counted = 0; /* weights of the path that is in state[]; those whose errors are fed back */
-        begin_path(s, t[0], w ? w[0] : 1.0f, last_bits, overlap);
-        for (int n = 1; n < length; n++) {
-            if (feedback && n % PIECE == 0) {
-                const int changed = trace_back(s, search, 0, n, last_bits, -1, looked_at);
-                feed_back(s, feedback, rows, start, changed < counted ? changed : counted, n - UNSETTLED, start + n);
-                looked_at = n;
-                counted = n - UNSETTLED;
-            }
-            advance(s, search, n, step_bits(search, n - 1), t[n], w ? w[n] : 1.0f);
+        if (s->quick) memcpy(s->before, s->aim, 2 * sizeof(float) * rows);
+        if (!search_ring(search, s, weights, feedback, ring)) {
+            Quick *quick = s->quick;
+            s->quick = NULL;
+            memcpy(s->aim, s->before, 2 * sizeof(float) * rows);
+            search_ring(search, s, weights, feedback, ring);
+            s->quick = quick;
         }
-        const int changed = trace_back(s, search, 0, length, last_bits, overlap, looked_at);
-        if (feedback)
-            feed_back(s, feedback, rows, start, changed < counted ? changed : counted, length, start + length);
-        store_ring(s, search, codes + (size_t)(members[start] / length) * pitch, s->decoded + start);
+        const size_t start = (size_t)ring * length;
+        store_ring(s, search, codes + ((size_t)members[start] / length) * pitch, s->decoded + start);
     }
 }
 
@@ -362,12 +418,16 @@ VERSIONS static void search_piece(void *context, int piece) {
 int mc_trellis_encode(const float *targets, const float *factor, const float *scales, const int64_t *members,
                       const float *weights, const float *feedback, const float *values, int factors, int batch,
                       int first, int count, int inputs, int outputs, int groups, int rings, int length, int numerator,
-                      int denominator, int path, int threads, uint8_t *codes, float *decoded, float *errors) {
-    const int all = batch * groups;
+                      int denominator, const float *levels, const uint8_t *places, int level_count, int path,
+                      int threads, uint8_t *codes, float *decoded, float *errors) {
+    const int all = batch * groups, known = known_path(path < 0 ? mc_best_path() : path);
+    if (level_count > MOST_LEVELS) return 2;
     Search search = {.targets = targets, .factor = factor, .scales = scales, .members = members, .weights = weights,
                      .feedback = feedback, .values = values, .factors = factors, .batch = batch, .first = first,
                      .count = count, .inputs = inputs, .outputs = outputs, .groups = groups, .rings = rings,
-                     .length = length, .steps = paths[known_path(path < 0 ? mc_best_path() : path)], .codes = codes,
+                     .length = length, .steps = paths[known], .codes = codes,
+                     .levels = levels, .places = places, .level_count = level_count, .path = known,
+                     .numerator = numerator, .denominator = denominator,
                      .pieces = all < threads ? all : threads, /* all groups take as long; scratch has its price */
                      .decoded = decoded, .errors = errors, .offsets = malloc(sizeof(int) * ((size_t)length + 1))};
     if (!search.offsets) return 1;

@@ -25,6 +25,7 @@ from mc_cli.errors import McError, ShapeError
 from mc_cli.numerics.trellis_code import STATE_BITS, code_values
 
 LARGEST_RATE = 5
+_MOST_LEVELS = 128  # as in native/trellis_quick.h
 _WARM_UP = 48  # weights on either side of the seam from which the bits that cross it are chosen
 PIECE = 32  # weights between two looks at the errors so far, where errors are fed back; as in native/trellis.c
 _UNSETTLED = 12  # weights before such a look whose codes are still likely to change; as in native/trellis.c
@@ -44,23 +45,36 @@ def check_rate(length: int, rate: Fraction) -> None:
 
 
 def encode(
-    targets: Tensor, rate: Fraction, weights: Tensor | None = None, table: Tensor | None = None
+    targets: Tensor,
+    rate: Fraction,
+    weights: Tensor | None = None,
+    table: Tensor | None = None,
+    *,
+    quick: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(codes uint8 [sequences, length * rate / 8], values float32 [sequences, length]) of least squared error.
 
     targets  float32 [sequences, length]
     weights  float32 like targets, of each squared error; None for ones
     table    float32 [4096], the value of every window, for trials of other codes; None for the code of that rate
+    quick    costs are bytes (native/trellis_quick.c): about twice as fast, for squared errors of about a percent more.
+             Only the compiled search knows it: torch's is the full one
     The bits that cross the seam of the ring are chosen first, from the weights around it; given them the search is
     exact. Compiled on a CPU; torch where the compiled routines are missing, and on a GPU.
     """
     grouped = None if weights is None else weights[:, None]
-    codes, values = encode_together(targets[:, None], rate, grouped, None, table)
+    codes, values = encode_together(targets[:, None], rate, grouped, None, table, quick=quick)
     return codes[:, 0], values[:, 0]
 
 
 def encode_together(
-    targets: Tensor, rate: Fraction, weights: Tensor | None, feedback: Tensor | None, table: Tensor | None = None
+    targets: Tensor,
+    rate: Fraction,
+    weights: Tensor | None,
+    feedback: Tensor | None,
+    table: Tensor | None = None,
+    *,
+    quick: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(codes uint8 [groups, rings, length * rate / 8], values float32 like targets), rings after rings in a group.
 
@@ -75,7 +89,7 @@ def encode_together(
     """
     check_rate(targets.shape[-1], rate)
     if is_compiled(targets):
-        return _encode_compiled(targets, rate, weights, feedback, table)
+        return _encode_compiled(targets, rate, weights, feedback, table, quick)
     at_once = _SEQUENCES_AT_ONCE.get(targets.device.type, 256)
     parts = [
         encode_in_torch(
@@ -131,6 +145,7 @@ def encode_panel(
     errors: Tensor | None,
     path: int = -1,
     table: Tensor | None = None,
+    quick: bool = False,
 ) -> None:
     """Codes inputs `first` to first + n - 1 of a batch of matrices in turn, each with its share of the earlier errors.
 
@@ -145,7 +160,7 @@ def encode_panel(
     errors    float32 [B, in, out], likewise: targets less what is owed and what the values stand for, over the factor's
               diagonal. None where there is no factor
     path      of the processor, as in `kernels/trellis.py`; -1 for the best
-    table     as in `encode`
+    table, quick  as in `encode`
     """
     batch, count, outputs = targets.shape
     groups, rows = members.shape
@@ -157,11 +172,12 @@ def encode_panel(
     assert codes.is_contiguous() and values.is_contiguous() and (errors is None or errors.is_contiguous())
     if factor is not None:
         factor = (factor[:1] if factor.stride(0) == 0 else factor).contiguous()
+    levels, places = _levels(rate, table) if quick else (None, None)
     table = (code_values(rate) if table is None else table).contiguous()
     failed = native.routine("mc_trellis_encode")(
         targets=targets.data_ptr(),
-        factor=None if factor is None else factor.data_ptr(),
-        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in kept.items()},
+        factor=_address(factor),
+        **{name: _address(tensor) for name, tensor in kept.items()},
         values=table.data_ptr(),
         factors=1 if factor is None else len(factor),
         batch=batch,
@@ -174,18 +190,50 @@ def encode_panel(
         length=length,
         numerator=rate.numerator,
         denominator=rate.denominator,
+        levels=_address(levels),
+        places=_address(places),
+        level_count=0 if levels is None else len(levels),
         path=path,
         threads=torch.get_num_threads(),
         codes=codes.data_ptr(),
         decoded=values.data_ptr(),
-        errors=None if errors is None else errors.data_ptr(),
+        errors=_address(errors),
     )
     if failed:
         raise McError(f"No memory left for the trellis search of sequences of {length} weights.")
 
 
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _levels(rate: Fraction, table: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(float32 [n], the different values in ascending order; uint8 [4096], by window, which of them it stands for).
+
+    Raises ShapeError where the quick search has no room for so many.
+    """
+    if table is None:
+        return _levels_of_rate(rate)
+    levels, places = torch.unique(table, return_inverse=True)
+    if len(levels) > _MOST_LEVELS:
+        raise ShapeError(
+            f"the quick search takes tables of up to {_MOST_LEVELS} different values, this one has {len(levels)}"
+        )
+    return levels, places.to(torch.uint8)
+
+
+@functools.cache
+def _levels_of_rate(rate: Fraction) -> tuple[Tensor, Tensor]:
+    return _levels(rate, code_values(rate))
+
+
 def _encode_compiled(
-    targets: Tensor, rate: Fraction, weights: Tensor | None, feedback: Tensor | None, table: Tensor | None
+    targets: Tensor,
+    rate: Fraction,
+    weights: Tensor | None,
+    feedback: Tensor | None,
+    table: Tensor | None,
+    quick: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, rings, length = targets.shape
     codes = torch.empty((batch, rings, 1, int(length * rate) // 8), dtype=torch.uint8)
@@ -204,6 +252,7 @@ def _encode_compiled(
         values=values,
         errors=None,
         table=table,
+        quick=quick,
     )
     return codes[:, :, 0], values.view(targets.shape)
 

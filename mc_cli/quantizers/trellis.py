@@ -22,10 +22,11 @@ from mc_cli.quantizers.gptq import Gptq
 
 NAME = "trellis"
 FAMILY = "trellis"
-SETTINGS = ("damping", "activation_order", "sweeps")
+SETTINGS = ("damping", "activation_order", "sweeps", "search")
 CORRECTS_ERRORS = True
 JOINS_ROWS = True
 _LARGEST_SCALE = 65504.0  # float16 holds no more
+_QUICK = "quick"  # of --search
 _NOISE_SEED = 0
 _MOST_GAIN = 1.5  # the largest factor on scales; a code of 1 bit takes 1.4 at most
 LARGEST_GROUP = 3  # rings of 256 rows: what feeding back costs grows with their number
@@ -49,12 +50,15 @@ class Trellis:
     damping   fraction of the mean Hessian diagonal added before inverting
     sweeps    rounds after the first in which every input is coded again, given all others: 2 to 3 % less error for
               three times the work. Errors are not fed into later rows then: a sweep would undo it
+    search    "full", or "quick": costs are bytes, see native/trellis_quick.c. Where nothing is compiled, and on a GPU,
+              the full one serves, and a note says so
     Widths above 5 bits, which have affine grids, are left to `gptq`.
     """
 
     damping: float = 0.01
     activation_order: bool = True  # for affine grids alone; rotated inputs are all about equally active
     sweeps: int = 0
+    search: str = "full"
 
     name = NAME
 
@@ -98,11 +102,11 @@ class Trellis:
         """
         if not isinstance(encoding, TrellisEncoding):
             return self._affine().quantize(weight, prepared, encoding)
-        coder = _Coder(weight, prepared, encoding, row_importance)
+        coder = _Coder(weight, prepared, encoding, row_importance, quick=self.search == _QUICK)
         coder.code()
         for _ in range(self.sweeps):
             coder.sweep()
-        notes = _group_notes(row_importance, weight) + coder.lengthen()
+        notes = _group_notes(row_importance, weight) + coder.lengthen() + coder.search_notes()
         return result_of(weight, prepared, encoding, coder.tensors(), notes)
 
     def forecast(
@@ -114,7 +118,7 @@ class Trellis:
         """
         if not isinstance(encoding, TrellisEncoding):
             return self._affine().forecast(weight, prepared, encoding)
-        coder = _Coder(weight, prepared, encoding, row_importance)
+        coder = _Coder(weight, prepared, encoding, row_importance, quick=self.search == _QUICK)
         coder.draw()
         coder.lengthen()
         return rotate_back(coder.matrix(), encoding.block)
@@ -132,6 +136,8 @@ class _Coder:
         prepared: Prepared,
         encoding: TrellisEncoding,
         importance: Tensor | RowHessian | None,
+        *,
+        quick: bool,
     ) -> None:
         if weight.ndim != 3:
             raise ShapeError(f"weights come as [batch, out_features, in_features], not {tuple(weight.shape)}")
@@ -142,6 +148,7 @@ class _Coder:
             raise McError("Weights that are not finite cannot be quantized.")
         batch = len(weight)
         self._encoding = encoding
+        self._quick = quick
         self._hessian = prepared.target.expand(batch, -1, -1)
         self._factor = prepared.inverse_cholesky.expand(batch, -1, -1)
         self._outputs = weight.shape[1]
@@ -195,13 +202,16 @@ class _Coder:
             codes=self._codes,
             values=self._values,
             errors=errors,
+            quick=self._quick,
         )
 
     def best_codes(self, position: int, column: Tensor) -> Tensor:
         """Codes one input's weights [B, out]; returns what they stand for."""
         wanted = column / self._divisors()
         if self._row_hessian is None or self._fed is None:
-            codes, values = trellis.encode(self._as_sequences(wanted), self._encoding.rate, self._weights())
+            codes, values = trellis.encode(
+                self._as_sequences(wanted), self._encoding.rate, self._weights(), quick=self._quick
+            )
         else:
             codes, values = self._grouped_codes(self._row_hessian, wanted, *self._fed)
         self._keep(position, codes, values)
@@ -252,7 +262,7 @@ class _Coder:
         sample = torch.arange(0, count, max(1, count // _SAMPLED_INPUTS), device=self._columns.device)
         wanted = (self._columns[:, sample] / self._divisors()[:, None]).transpose(0, 1).contiguous()
         weights = self._weights().repeat(len(sample), 1)
-        _, values = trellis.encode(self._as_sequences(wanted), self._encoding.rate, weights)
+        _, values = trellis.encode(self._as_sequences(wanted), self._encoding.rate, weights, quick=self._quick)
         values = values.view_as(wanted)
         # Rows of similar weight are pooled: a few inputs say little of one row. The error is that after the best scale.
         order = self._row_weights().argsort(-1)
@@ -273,7 +283,7 @@ class _Coder:
             old = self._values[:, position]
             wanted = old + pull / (diagonal[:, position, None].clamp_min(1e-30) * self._divisors())
             target = self._as_sequences(wanted)
-            codes, values = trellis.encode(target, self._encoding.rate, weights)
+            codes, values = trellis.encode(target, self._encoding.rate, weights, quick=self._quick)
             before = self._as_sequences(old)
             gain = (weights * ((target - before).square() - (target - values).square())).sum(-1)
             better = gain > 0
@@ -301,6 +311,15 @@ class _Coder:
             f"item {item}: its codes lack {1 - 1 / lacking:.0%} of its length, {1 - 1 / _MOST_GAIN:.0%} is made up for"
             for item, lacking in enumerate(gain.tolist())
             if lacking > _MOST_GAIN
+        )
+
+    def search_notes(self) -> tuple[str, ...]:
+        """A note for every item where the quick search was asked for and is not to be had."""
+        if not self._quick or trellis.is_compiled(self._columns):
+            return ()
+        return tuple(
+            f"item {item}: the quick search is compiled and for the processor: the full one served"
+            for item in range(len(self._values))
         )
 
     def matrix(self) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 from mc_cli.errors import InputError, McError, Problems, shown
@@ -125,10 +125,15 @@ class StageSettings(Settings):
 
     def resolved(self) -> dict[str, Any]:
         """Plain JSON values of all fields that change the result."""
-        return {name: _plain(value) for name, value in asdict(self).items() if name not in self.not_fingerprinted}
+        named = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
+        return {name: _plain(value) for name, value in named if name not in self.not_fingerprinted}
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, StageSettings):
+        return value.resolved()
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     if isinstance(value, dict):

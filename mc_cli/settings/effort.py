@@ -7,7 +7,7 @@ from typing import Any
 EFFORTS: dict[str, dict[str, dict[str, Any]]] = {  # name -> section -> settings
     "fast": {
         "calibrate": {"sequences": 64, "gradient_tokens": 8192, "gradient_samples": 1},
-        "score": {"loss_tokens": 512},
+        "score": {"loss_tokens": 512, "interpolate": True, "search": "quick"},
     },
     "default": {},
     # No sweeps: errors fed into later rows, which they would undo, are worth more.

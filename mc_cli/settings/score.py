@@ -76,12 +76,19 @@ class ScoreSettings(StageSettings):
             known=tuple(name for name in MERGES if name != PUZZLE),
         ),
     )
+    interpolate: bool = setting(
+        False,
+        Flag(
+            "Measure every second width, and take the losses of those between from a line through their logarithms.",
+            _SCORE,
+        ),
+    )
 
     engine: str | None = setting(None, engine_flag(_SCORE))
 
     def resolved(self) -> dict[str, Any]:
         """Plain JSON values of all fields that change the result; of what is measured besides, only what was asked."""
-        usual = {"unit": EXPERT, "similarity": False, "pairs": 0, "engine": None}
+        usual = {"unit": EXPERT, "similarity": False, "pairs": 0, "interpolate": False, "engine": None}
         if not self.pairs:
             usual["pair_merge"] = self.pair_merge
         return {name: value for name, value in super().resolved().items() if name not in usual or usual[name] != value}

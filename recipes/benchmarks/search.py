@@ -1,7 +1,9 @@
 """The trellis search: time per weight at every rate, on each path of this processor, beside the search in torch.
 
-Rings of 256 normally distributed weights, each error weighed; with errors fed back, and without. Paths take turns;
-figures are medians over the turns. `torch` is what serves where nothing is compiled.
+Inputs of a matrix of 256 outputs, a ring each, of normally distributed weights, each error weighed; with errors fed
+back, and without. Ways take turns; figures are medians over the turns, in time of the processor, so that they are of
+use with one thread. `quick` is `--search quick` on the best path, with its weighted squared error relative to the full
+search's. `torch` is what serves where nothing is compiled.
 
     python recipes/benchmarks/search.py --threads 1
 """
@@ -23,6 +25,7 @@ from mc_cli.numerics.trellis import encode_in_torch, encode_panel
 
 LENGTH = 256
 VECTORS = 2  # of PATHS: those from here on search alike
+Way = tuple[int | None, bool]  # path, None for torch; whether the search is quick
 RATES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 
 
@@ -32,42 +35,62 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--rings", type=int, default=128)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--without-torch", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    paths = [path for path in PATHS if path <= min(best_path(), VECTORS)]
+    ways: list[Way] = [(path, False) for path in PATHS if path <= min(best_path(), VECTORS)]
+    names = [PATHS[path] for path, _ in ways if path is not None]
+    ways.append((ways[-1][0], True))
+    if not arguments.without_torch:
+        ways.append((None, False))
     table = Table(title=f"Nanoseconds per weight, {arguments.threads} threads; with errors fed back / without")
-    for name in ("bits", *(PATHS[path] for path in paths), "torch", "torch / best"):
+    for name in ("bits", *names, "quick", *(() if arguments.without_torch else ("torch",)), "error, quick / full"):
         table.add_column(name, justify="right")
     for bits in arguments.rates:
-        found = row(Fraction(bits), paths, arguments)
-        best, last = found[-2][1], found[-1][1]
-        table.add_row(f"{bits:g}", *(f"{fed:.0f} / {alone:.0f}" for fed, alone in found), f"{last / best:.0f}")
-    Console(width=120).print(table)
+        found, errors = row(Fraction(bits), ways, arguments)
+        cells = [f"{found[way, True]:.0f} / {found[way, False]:.0f}" for way in ways]
+        quick = next(place for place, (_, quick) in enumerate(ways) if quick)
+        share = [errors[ways[quick], fed] / errors[ways[quick - 1], fed] for fed in (True, False)]
+        table.add_row(f"{bits:g}", *cells, f"{share[0]:.4f} / {share[1]:.4f}")
+    Console(width=140).print(table)
 
 
-def row(rate: Fraction, paths: list[int], arguments: argparse.Namespace) -> list[tuple[float, float]]:
-    """(with feedback, without) nanoseconds per weight of every path, then of torch."""
+def row(
+    rate: Fraction, ways: list[Way], arguments: argparse.Namespace
+) -> tuple[dict[tuple[Way, bool], float], dict[tuple[Way, bool], float]]:
+    """(nanoseconds per weight, weighted squared error) of every way, with errors fed back and without."""
     generator = torch.Generator().manual_seed(0)
-    targets = torch.randn(arguments.rings, 1, LENGTH, generator=generator)
-    weights = 0.5 + torch.rand(arguments.rings, 1, LENGTH, generator=generator)
-    owed = torch.triu(0.02 * torch.randn(LENGTH, LENGTH, generator=generator), 1).repeat(arguments.rings, 1, 1)
-    ways = [(path, feedback) for path in (*paths, None) for feedback in (owed, None)]
-    times: dict[int, list[float]] = {place: [] for place in range(len(ways))}
+    targets = torch.randn(arguments.rings, LENGTH, generator=generator)
+    weights = 0.5 + torch.rand(1, 1, LENGTH, generator=generator)
+    owed = torch.triu(0.02 * torch.randn(1, LENGTH, LENGTH, generator=generator), 1)
+    times: dict[tuple[Way, bool], list[float]] = {(way, fed): [] for way in ways for fed in (True, False)}
+    errors: dict[tuple[Way, bool], float] = {}
     for _ in range(arguments.turns):
-        for place, (path, feedback) in enumerate(ways):
-            begun = time.perf_counter()
-            search(targets, weights, feedback, rate, path)
-            times[place].append(1e9 * (time.perf_counter() - begun) / targets.numel())
-    medians = [statistics.median(times[place]) for place in range(len(ways))]
-    return list(zip(medians[::2], medians[1::2], strict=True))
+        for way, fed in times:
+            begun = time.process_time()
+            values = search(targets, weights, owed if fed else None, rate, way)
+            times[way, fed].append(1e9 * (time.process_time() - begun) / targets.numel())
+            errors[way, fed] = felt(values - targets, weights[0], owed if fed else None)
+    return {key: statistics.median(spent) for key, spent in times.items()}, errors
 
 
-def search(targets: Tensor, weights: Tensor, feedback: Tensor | None, rate: Fraction, path: int | None) -> None:
+def felt(misses: Tensor, weights: Tensor, owed: Tensor | None) -> float:
+    """The loss that feeding back makes small: each error with what earlier ones owe it, squared and weighed."""
+    if owed is not None:
+        misses = misses + misses @ owed[0]
+    return float((weights * misses.square()).sum())
+
+
+def search(targets: Tensor, weights: Tensor, feedback: Tensor | None, rate: Fraction, way: Way) -> Tensor:
+    """The values found, like `targets`."""
+    path, quick = way
+    count = len(targets)
     if path is None:
-        encode_in_torch(targets, rate, weights, feedback)
-        return
+        each = (weights.expand(count, 1, LENGTH), None if feedback is None else feedback.expand(count, LENGTH, LENGTH))
+        return encode_in_torch(targets[:, None], rate, *each)[1][:, 0]
+    values = torch.empty((1, count, LENGTH))
     encode_panel(
-        targets.flatten(1)[:, None],
+        targets[None],
         0,
         rate,
         factor=None,
@@ -75,12 +98,14 @@ def search(targets: Tensor, weights: Tensor, feedback: Tensor | None, rate: Frac
         members=torch.arange(LENGTH)[None],
         rings=1,
         weights=weights,
-        feedback=feedback,
-        codes=torch.empty((len(targets), 1, 1, int(LENGTH * rate) // 8), dtype=torch.uint8),
-        values=torch.empty((len(targets), 1, LENGTH)),
+        feedback=None if feedback is None else feedback[None],
+        codes=torch.empty((1, 1, count, int(LENGTH * rate) // 8), dtype=torch.uint8),
+        values=values,
         errors=None,
         path=path,
+        quick=quick,
     )
+    return values[0]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from mc_cli.errors import ArtifactError
 
 # Fields of a layer that are no measures.
 FACTS = {
+    "interpolated_bits",
     "blocks",
     "layer",
     "weights_per_expert",

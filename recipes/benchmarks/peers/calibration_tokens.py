@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from mc_cli.data import text
-from mc_cli.models.model_folder import resolve_model
+from mc_cli.data.batches import TOKENS
+from mc_cli.models.model_name import resolve_model
 from mc_cli.settings import CalibrateSettings
 
 
@@ -28,13 +29,16 @@ def main() -> None:
     settings = CalibrateSettings(
         model=given.model, data=given.data, sequences=given.sequences, length=given.length, seed=given.seed
     )
+    tokenizer = text.load_tokenizer(resolve_model(given.model))
+    source = text.TextSource(settings.data, settings.split, settings.text_field)
     windows = text.calibration_windows(
-        text.read_documents(settings.data, split=settings.split, text_field=settings.text_field),
-        text.load_tokenizer(resolve_model(given.model)),
+        source.documents(tokenizer),
+        tokenizer,
         sequences=settings.sequences,
         length=settings.length,
         seed=settings.seed,
-    ).token_ids
+        renderer=source.renderer,
+    ).inputs[TOKENS]
     given.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({"token_ids": windows, "seed": torch.tensor(settings.seed)}, given.out)
     print(f"{given.out}: {tuple(windows.shape)} tokens")
