@@ -17,7 +17,9 @@ from mc_cli.errors import McError
 from mc_cli.executors.parcels import KNOWN_MOMENTS, Desk, Parcel, Parcels, opened, packed, unpacked
 from mc_cli.quantizers.job import Coded, CodingJob
 
-_CONTEXT = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+# A fork of a process with threads may hang. Where there is a server to fork from, it imports once for all of them.
+_FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+_CONTEXT = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
 _TRIES = 3  # of one job, in processes that died over it
 _END_S = 5.0
 
@@ -79,6 +81,8 @@ class Processes:
         self._count, self._threads = count, threads
         self._workers: list[_Worker] = []
         self._parcels = Parcels()
+        if _FORKS:  # of no effect once the server runs
+            multiprocessing.set_forkserver_preload([__name__])
 
     def __enter__(self) -> Processes:
         return self

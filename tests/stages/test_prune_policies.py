@@ -25,30 +25,25 @@ from mc_cli.settings import ExportSettings, PruneSettings, RunSettings
 from mc_cli.skipping import pruning_training
 from mc_cli.skipping.pruning import apply_pruning
 from mc_cli.stages import export
-from tests.conftest import TinyModel
+from tests.conftest import ScoredWork
 from tests.tiny_chain import (
     LENGTH,
     run_allocate,
-    run_calibrate,
     run_prune_eval,
     run_quantize,
-    run_score,
     write_documents,
 )
 
 
 @pytest.fixture(scope="module")
-def quantized(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def quantized(scored_work: ScoredWork, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`quantized(family)`: a folder with `work`, up to quantize, and `other.jsonl`, held-out text."""
     made: dict[str, Path] = {}
 
     def folder_of(family: str) -> Path:
         if family not in made:
             folder = tmp_path_factory.mktemp(family)
-            run_calibrate(
-                folder / "work", tiny_model(family), write_documents(folder / "text.jsonl", documents=40), sequences=16
-            )
-            run_score(folder / "work", bits=(2, 4))
+            scored_work(folder, family, documents=40, calibrate={"sequences": 16}, bits=(2, 4))
             run_allocate(folder / "work", target_stored_bits=4.0)
             run_quantize(folder / "work")
             write_documents(folder / "other.jsonl", documents=10, offset=80)
