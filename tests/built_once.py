@@ -6,7 +6,8 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,17 @@ class BuiltOnce:
         """The folder of `what`, filled by `make(folder)` where no process has done so before. Not to be changed."""
         folder = self._place / hashlib.sha256(what.encode()).hexdigest()[:20]
         done = folder.with_suffix(".done")
-        with folder.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self.alone(folder.name):
             if not done.exists():
                 shutil.rmtree(folder, ignore_errors=True)  # a test that failed over it has left something
                 folder.mkdir()
                 make(folder)
                 done.write_text(what, encoding="utf-8")
         return folder
+
+    @contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """No other process is here at the same time, under the same name."""
+        with (self._place / f"{what}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
