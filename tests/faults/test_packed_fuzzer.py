@@ -11,7 +11,7 @@ import pytest
 from mc_cli import native
 from tests.faults.sanitized import build, environment
 
-COUNT = 250
+COUNT = 150
 
 
 @pytest.fixture(scope="module")

@@ -166,17 +166,14 @@ def _answer(request: urllib.request.Request, server: subprocess.Popen[bytes]) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_uninstalled_it_is_gone(
-    kind: str, sources: Path, exported: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_uninstalled_it_is_gone(kind: str, sources: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """What loading says then is in the test below, and in tests/packed/test_plugin.py."""
     environment = new_environment(tmp_path / kind)
     install(environment, kind, sources, request)
     assert (environment.packages / STARTUP).is_file()
     environment.pip("uninstall", "--quiet", "--yes", DISTRIBUTION)
     assert not [path.name for path in environment.packages.iterdir() if "mixture" in path.name or "mc_cli" in path.name]
     assert environment.run("-c", WAITING) == "0\n"
-    if kind == "wheel":
-        _loading_stops(environment, exported)
 
 
 def test_a_line_without_its_package_is_silent(exported: Path, installed: Installed, tmp_path: Path) -> None:
