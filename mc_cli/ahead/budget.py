@@ -16,6 +16,7 @@ from mc_cli.allocators.feasibility import check_budget, check_range, size_range
 from mc_cli.allocators.halves import require_halves, sized_in_halves
 from mc_cli.allocators.merging import shapes_merged, stored_counts
 from mc_cli.allocators.programme import METHOD
+from mc_cli.allocators.target import beside_experts, budget_of, floors_of, other_bytes
 from mc_cli.allocators.whole_drops import drop_plan
 from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
 from mc_cli.artifacts.plan import Plan
@@ -33,7 +34,7 @@ from mc_cli.settings import (
     QuantizerSettings,
     ScoreSettings,
 )
-from mc_cli.stages.allocate import beside_experts, budget_of, experts_gone, floors_of, may_cut, other_bytes
+from mc_cli.stages.allocate import experts_gone, may_cut
 
 
 @dataclass(frozen=True)

@@ -83,18 +83,19 @@ def cut_menu(
     cuts: CutMeasures,
     counts: Sequence[int],
     *,
+    hedge: float,
     family: str,
     widths: tuple[float, ...],
     group_size_limit: int,
 ) -> CutMenu:
-    """The menu of a layer, of what score measured; `counts`: tokens of each expert, by which cuts are trusted."""
+    """The menu of a layer, of what score measured; counts, hedge: see `trust.trusted`, by which cuts are priced."""
     up, down = (part.name for part in block.projections)
     places = np.flatnonzero(cuts.kept > 0)
     kept = cuts.kept[places]
     return CutMenu(
         channels=block.channels,
         kept=tuple(kept.tolist()),
-        loss=trusted(cuts.loss[:, places] * cuts.share_left[places], counts),
+        loss=trusted(cuts.loss[:, places] * cuts.share_left[places], counts, hedge),
         shares={
             up: cuts.coded_up[:, places].astype(np.float64),
             down: cuts.coded_down[:, places].astype(np.float64),

@@ -210,6 +210,17 @@ class AllocateSettings(StageSettings):
             default="the method's own, else those that were scored",
         ),
     )
+    hedge: float = setting(
+        0.5,
+        Flag(
+            "Share of other text that plans are made for beside the calibration text, taken to use a layer's experts "
+            "alike. 0: calibration text alone.",
+            _METHOD,
+            metavar="SHARE",
+            fits=lambda share: 0 <= share < 1,
+            says="a share of the text, from 0 to below 1.",
+        ),
+    )
     floors: tuple[tuple[int, int], ...] | None = setting(
         None,
         Flag(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mc_cli.allocators import Budget, Floor, SolverSettings, allocate
+from mc_cli.allocators import SolverSettings, allocate
 from mc_cli.allocators.channel_cuts import cut_plan
 from mc_cli.allocators.channel_groups import grouped_plan
 from mc_cli.allocators.cut_menus import CutMenu, cut_menu
@@ -19,7 +19,8 @@ from mc_cli.allocators.halves import halved, require_halves, sized_in_halves
 from mc_cli.allocators.merged_widths import merged_widths_plan
 from mc_cli.allocators.merging import merge_plan, merges_of
 from mc_cli.allocators.programme import METHOD, programme
-from mc_cli.allocators.trust import with_trusted_drops
+from mc_cli.allocators.target import beside_experts, budget_of, floors_of
+from mc_cli.allocators.trust import hedged
 from mc_cli.allocators.whole_drops import drop_plan, require_a_drop
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.channel_measures import ChannelMeasures, channel_file
@@ -35,10 +36,9 @@ from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.similarity import ExpertSimilarity, similarity_file
 from mc_cli.artifacts.store import StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
-from mc_cli.encodings import encoding_for, family_of_role, stored_bytes
-from mc_cli.errors import InputError, MissingDependencyError, PlanError, ShapeError
+from mc_cli.errors import InputError, MissingDependencyError
 from mc_cli.models.companions import directory_bytes, noted_folder
-from mc_cli.parts import BESIDE_TEXT, DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role, TensorPart
+from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role
 from mc_cli.policies.static_experts import experts_to_drop
 from mc_cli.progress import StageResult
 from mc_cli.reports.figures import FIGURES, draw, figures_of
@@ -49,7 +49,6 @@ from mc_cli.settings import (
     FREQUENCY,
     REAP,
     ROUTER_WEIGHT,
-    WIDTH_BORDERS,
     AllocateSettings,
     QuantizerSettings,
     RunSettings,
@@ -58,9 +57,6 @@ from mc_cli.stage import Plans, Run, Runs, Stage
 
 STAGE = "allocate"
 
-# A safetensors header spends about this much per tensor beside its name; counted so that --target-size holds for files.
-_HEADER_BYTES_PER_TENSOR = 96
-_HEADER_BYTES_PER_FILE = 64
 _UNCOUNTED = (
     "--target-size counts the tensors alone here: the model's folder is not where calibrate found it, so that nobody "
     "knows how large its tokenizer and other files are."
@@ -181,7 +177,8 @@ class Allocate(Stage[StageFolder, _Ready, StageResult]):
         if self.settings.has_one_width:
             return merge_plan(self.settings, inventory, quantizer, merges, role_bits)
         budget = budget_of(self.settings, inventory, others)
-        return merged_widths_plan(self.settings, self._importance(), merges, role_bits, budget)
+        importance = hedged(self._importance(), self.settings.hedge)
+        return merged_widths_plan(self.settings, importance, merges, role_bits, budget)
 
     def _importance(self) -> Importance:
         return Importance.read(self.work.folder("score") / IMPORTANCE)
@@ -258,7 +255,7 @@ def _without_experts(
         return drop_plan(settings, inventory, quantizer, gone, value, role_bits)
     widths = tuple(bits for bits in settings.bits or importance.candidate_bits if bits != DROPPED)
     plan = allocate(
-        importance,
+        hedged(importance, settings.hedge),
         method=METHOD,
         budget=budget_of(settings, inventory, others),
         role_bits=role_bits,
@@ -313,7 +310,7 @@ def _allocated(
     quantizer: QuantizerSettings,
 ) -> tuple[Plan, tuple[Considered, ...]]:
     """The plan of a strategy; where there are measures of cuts, of the programme over widths, cuts and drops."""
-    importance = with_trusted_drops(importance) if cuts else importance
+    importance = hedged(importance, settings.hedge)
     shared: dict[str, Any] = {"budget": budget_of(settings, inventory, others), "role_bits": role_bits}
     solving: dict[str, Any] = {"time_limit_s": settings.time_limit_s, "gap": settings.gap}
     plain = partial(
@@ -331,7 +328,7 @@ def _allocated(
         **solving,
     )
     widths = settings.bits or importance.candidate_bits
-    menus = _menus(inventory, cuts, importance, quantizer, widths)
+    menus = _menus(settings, inventory, cuts, importance, quantizer, widths)
     if not menus:
         return plain(), ()
     found = programme(importance, menus, widths, plain, SolverSettings(**solving), **shared)
@@ -340,6 +337,7 @@ def _allocated(
 
 
 def _menus(
+    settings: AllocateSettings,
     inventory: ModelInventory,
     cuts: Cuts,
     importance: Importance,
@@ -348,7 +346,12 @@ def _menus(
 ) -> dict[int, CutMenu]:
     """Layer -> what its experts may be cut to, of the layers in which there is anything to cut."""
     counts = {layer.layer: layer.routing_count for layer in importance.layers}
-    coded: dict[str, Any] = {"family": quantizer.family, "widths": widths, "group_size_limit": quantizer.group_size}
+    coded: dict[str, Any] = {
+        "hedge": settings.hedge,
+        "family": quantizer.family,
+        "widths": widths,
+        "group_size_limit": quantizer.group_size,
+    }
     blocks = [block for block in inventory.expert_blocks if block.layer in cuts]
     menus = {block.layer: cut_menu(block, cuts[block.layer], counts[block.layer], **coded) for block in blocks}
     return {layer: menu for layer, menu in menus.items() if menu.kept}
@@ -363,92 +366,3 @@ def _order(inventory: ModelInventory, cuts: Cuts) -> ChannelOrder:
         return np.tile(np.arange(block.channels, dtype=np.int32), (block.num_experts, 1))
 
     return ChannelOrder({block.layer: rows(block) for block in inventory.expert_blocks})
-
-
-def beside_experts(
-    settings: AllocateSettings, inventory: ModelInventory, quantizer: QuantizerSettings
-) -> tuple[dict[Role, int], int]:
-    """(width per role, file bytes of all that is not a routed expert weight).
-
-    For a size in bytes: the widest that still leave the experts the mean width beside which they are the right ones.
-    Raises PlanError for a width of its own of a tied head.
-    """
-    role_bits, others = _widths_beside(settings, inventory, quantizer)
-    if settings.vision_bits != KEPT_BITS and not {part.role for part in inventory.tensors} & set(BESIDE_TEXT):
-        raise PlanError(
-            f"--vision-bits {settings.vision_bits}: {inventory.model_type} has no tower and no projector. Leave it out."
-        )
-    if inventory.tied_head and settings.head_bits not in (None, role_bits[Role.EMBEDDING]):
-        raise PlanError(
-            f"--head-bits {settings.head_bits}: this model's head is tied to its embedding, which gets "
-            f"{role_bits[Role.EMBEDDING]} bits here. Give --embedding-bits for both."
-        )
-    return role_bits, others
-
-
-def _widths_beside(
-    settings: AllocateSettings, inventory: ModelInventory, quantizer: QuantizerSettings
-) -> tuple[dict[Role, int], int]:
-
-    def widths(mean_bits: float) -> dict[Role, int]:
-        found = settings.role_bits(mean_bits)
-        if inventory.tied_head:
-            del found[Role.HEAD]  # no matrix of its own
-        return found
-
-    asked = settings.width_left if settings.has_one_width else settings.target_stored_bits or settings.target_bits
-    if asked is not None:
-        role_bits = widths(asked)
-        return role_bits, other_bytes(inventory, role_bits, quantizer)
-    for border in WIDTH_BORDERS:
-        role_bits = widths(math.nextafter(border, math.inf))
-        others = other_bytes(inventory, role_bits, quantizer)
-        left = (settings.target_size_bytes or 0) - inventory.directory_bytes - others
-        if 8 * left > border * inventory.expert_weight_count:
-            break
-    return role_bits, others
-
-
-def floors_of(settings: AllocateSettings) -> list[Floor] | None:
-    """The floors asked for; None = the method's own."""
-    return None if settings.floors is None else [Floor(bits, count) for bits, count in settings.floors]
-
-
-def budget_of(settings: AllocateSettings, inventory: ModelInventory, others: int) -> Budget:
-    """The budget of the routed experts, beside `others` bytes of all other tensors.
-
-    A size is that of a whole directory: what lies in it beside the tensors is taken off, as far as that is known.
-    """
-    if settings.target_stored_bits is not None:
-        return Budget("stored_bits", settings.target_stored_bits)
-    if settings.target_bits is not None:
-        return Budget("code_bits", settings.target_bits)
-    assert settings.target_size_bytes is not None
-    taken = others + inventory.directory_bytes
-    return Budget("expert_bytes", settings.target_size_bytes - taken, other_bytes=taken)
-
-
-def other_bytes(inventory: ModelInventory, role_bits: Mapping[Role, float], quantizer: QuantizerSettings) -> int:
-    """File bytes of all that is not a routed expert weight, at the roles' widths, headers included (rounded up)."""
-    total = 0
-    names = 0
-    for part in inventory.tensors:
-        names += len(part.name) + 3 * _HEADER_BYTES_PER_TENSOR
-        if part.role is not Role.EXPERT:
-            total += _part_bytes(part, role_bits.get(part.role, KEPT_BITS), quantizer)
-    # Every width of every projection may occur in a layer: three stacked tensors each.
-    stacked = sum(
-        len(block.projections) * 5 * 3 * (len(block.path) + 2 * _HEADER_BYTES_PER_TENSOR)
-        for block in inventory.expert_blocks
-    )
-    return total + names + stacked + (inventory.num_layers + 1) * _HEADER_BYTES_PER_FILE
-
-
-def _part_bytes(part: TensorPart, bits: float, quantizer: QuantizerSettings) -> int:
-    if bits == KEPT_BITS or not part.packable:
-        return part.size_bytes
-    family, limit = family_of_role(part.role, quantizer.family), quantizer.group_size
-    try:
-        return stored_bytes(encoding_for(family, bits, *part.shape, group_size_limit=limit), *part.shape)
-    except ShapeError as error:
-        raise ShapeError(f"{part.name}: {error}. Keep it with --{part.role.value}-bits 16.") from error

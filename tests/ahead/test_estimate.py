@@ -22,11 +22,11 @@ from mc_cli.ahead.memory import memory_needs
 from mc_cli.ahead.workload import Workload
 from mc_cli.allocators import feasible_problem
 from mc_cli.allocators.feasibility import size_range
+from mc_cli.allocators.target import beside_experts, budget_of
 from mc_cli.models.checkpoint import Checkpoint, read_config
 from mc_cli.models.inventory import take_inventory
 from mc_cli.parts import ModelInventory, Role
 from mc_cli.settings import AllocateSettings, ScoreSettings
-from mc_cli.stages.allocate import beside_experts, budget_of
 from mc_cli.walking import resume
 from tests import sparse_models
 from tests.conftest import TinyModel

@@ -15,7 +15,6 @@ from mc_cli.ahead.budget import planned_size
 from mc_cli.allocators import Budget, CutMenu, Floor, SolverSettings, allocate
 from mc_cli.allocators.cut_menus import cut_menu, menu_of_shapes, menu_units
 from mc_cli.allocators.programme import _ALL, _CUT, _DROPPED, _PLAIN, CLEARLY, Programme, programme
-from mc_cli.allocators.trust import TRUSTED_TOKENS, trusted, with_trusted_drops
 from mc_cli.artifacts.cut_measures import CutMeasures
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.plan import BlockBits, Plan
@@ -76,7 +75,7 @@ def menus_of(importance: Importance, seed: int = 0, price: float = 0.3) -> dict[
     experts = importance.layers[0].num_experts
     blocks = inventory_of(CHANNELS, len(importance.layers), experts).expert_blocks
     return {
-        block.layer: cut_menu(block, cuts_of(block.layer, experts, seed, price), [10**12] * experts, **BITS)
+        block.layer: cut_menu(block, cuts_of(block.layer, experts, seed, price), [10**12] * experts, hedge=0, **BITS)
         for block in blocks
     }
 
@@ -229,24 +228,6 @@ def test_what_shapes_tell_is_what_a_menu_has() -> None:
     assert menu_of_shapes(block, **BITS).stored_bytes == menus_of(scored(experts=4))[0].stored_bytes
     half = menu_of_shapes(block, family="affine", widths=(1.5, 2), group_size_limit=128)
     assert set(half.stored_bytes["down_proj"][1.5]) == {None}
-
-
-def test_costs_of_experts_with_few_tokens_are_drawn_to_their_layers_mean() -> None:
-    losses = np.array([[1.0, 4.0], [3.0, 8.0], [8.0, 0.0], [0.0, 0.0]])
-    found = trusted(losses, [10**15, int(TRUSTED_TOKENS), 0, int(3 * TRUSTED_TOKENS)])
-    np.testing.assert_allclose(found, [[1, 4], [3, 5.5], [3, 3], [0.75, 0.75]])
-    importance = scored(2, 4)
-    layers = [
-        dataclasses.replace(
-            layer,
-            routing_count=[0] * 4,
-            predicted_loss_by_bits={**layer.predicted_loss_by_bits, 0: [1.0, 2.0, 3.0, 6.0]},
-        )
-        for layer in importance.layers
-    ]
-    drawn = with_trusted_drops(dataclasses.replace(importance, layers=tuple(layers)))
-    assert [layer.predicted_loss_by_bits[0] for layer in drawn.layers] == [(3.0,) * 4] * 2
-    assert drawn.layers[0].predicted_loss_by_bits[1] == importance.layers[0].predicted_loss_by_bits[1]
 
 
 def test_measures_of_cuts_are_read_back_and_checked(tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""What a target leaves to the routed experts: widths and bytes of all that stands beside them, and the budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from mc_cli.allocators import Budget, Floor
+from mc_cli.encodings import encoding_for, family_of_role, stored_bytes
+from mc_cli.errors import PlanError, ShapeError
+from mc_cli.parts import BESIDE_TEXT, KEPT_BITS, ModelInventory, Role, TensorPart
+from mc_cli.settings import WIDTH_BORDERS, AllocateSettings, QuantizerSettings
+
+# A safetensors header spends about this much per tensor beside its name; counted so that --target-size holds for files.
+_HEADER_BYTES_PER_TENSOR = 96
+_HEADER_BYTES_PER_FILE = 64
+
+
+def beside_experts(
+    settings: AllocateSettings, inventory: ModelInventory, quantizer: QuantizerSettings
+) -> tuple[dict[Role, int], int]:
+    """(width per role, file bytes of all that is not a routed expert weight).
+
+    For a size in bytes: the widest that still leave the experts the mean width beside which they are the right ones.
+    Raises PlanError for a width of its own of a tied head.
+    """
+    role_bits, others = _widths_beside(settings, inventory, quantizer)
+    if settings.vision_bits != KEPT_BITS and not {part.role for part in inventory.tensors} & set(BESIDE_TEXT):
+        raise PlanError(
+            f"--vision-bits {settings.vision_bits}: {inventory.model_type} has no tower and no projector. Leave it out."
+        )
+    if inventory.tied_head and settings.head_bits not in (None, role_bits[Role.EMBEDDING]):
+        raise PlanError(
+            f"--head-bits {settings.head_bits}: this model's head is tied to its embedding, which gets "
+            f"{role_bits[Role.EMBEDDING]} bits here. Give --embedding-bits for both."
+        )
+    return role_bits, others
+
+
+def _widths_beside(
+    settings: AllocateSettings, inventory: ModelInventory, quantizer: QuantizerSettings
+) -> tuple[dict[Role, int], int]:
+
+    def widths(mean_bits: float) -> dict[Role, int]:
+        found = settings.role_bits(mean_bits)
+        if inventory.tied_head:
+            del found[Role.HEAD]  # no matrix of its own
+        return found
+
+    asked = settings.width_left if settings.has_one_width else settings.target_stored_bits or settings.target_bits
+    if asked is not None:
+        role_bits = widths(asked)
+        return role_bits, other_bytes(inventory, role_bits, quantizer)
+    for border in WIDTH_BORDERS:
+        role_bits = widths(math.nextafter(border, math.inf))
+        others = other_bytes(inventory, role_bits, quantizer)
+        left = (settings.target_size_bytes or 0) - inventory.directory_bytes - others
+        if 8 * left > border * inventory.expert_weight_count:
+            break
+    return role_bits, others
+
+
+def floors_of(settings: AllocateSettings) -> list[Floor] | None:
+    """The floors asked for; None = the method's own."""
+    return None if settings.floors is None else [Floor(bits, count) for bits, count in settings.floors]
+
+
+def budget_of(settings: AllocateSettings, inventory: ModelInventory, others: int) -> Budget:
+    """The budget of the routed experts, beside `others` bytes of all other tensors.
+
+    A size is that of a whole directory: what lies in it beside the tensors is taken off, as far as that is known.
+    """
+    if settings.target_stored_bits is not None:
+        return Budget("stored_bits", settings.target_stored_bits)
+    if settings.target_bits is not None:
+        return Budget("code_bits", settings.target_bits)
+    assert settings.target_size_bytes is not None
+    taken = others + inventory.directory_bytes
+    return Budget("expert_bytes", settings.target_size_bytes - taken, other_bytes=taken)
+
+
+def other_bytes(inventory: ModelInventory, role_bits: Mapping[Role, float], quantizer: QuantizerSettings) -> int:
+    """File bytes of all that is not a routed expert weight, at the roles' widths, headers included (rounded up)."""
+    total = 0
+    names = 0
+    for part in inventory.tensors:
+        names += len(part.name) + 3 * _HEADER_BYTES_PER_TENSOR
+        if part.role is not Role.EXPERT:
+            total += _part_bytes(part, role_bits.get(part.role, KEPT_BITS), quantizer)
+    # Every width of every projection may occur in a layer: three stacked tensors each.
+    stacked = sum(
+        len(block.projections) * 5 * 3 * (len(block.path) + 2 * _HEADER_BYTES_PER_TENSOR)
+        for block in inventory.expert_blocks
+    )
+    return total + names + stacked + (inventory.num_layers + 1) * _HEADER_BYTES_PER_FILE
+
+
+def _part_bytes(part: TensorPart, bits: float, quantizer: QuantizerSettings) -> int:
+    if bits == KEPT_BITS or not part.packable:
+        return part.size_bytes
+    family, limit = family_of_role(part.role, quantizer.family), quantizer.group_size
+    try:
+        return stored_bytes(encoding_for(family, bits, *part.shape, group_size_limit=limit), *part.shape)
+    except ShapeError as error:
+        raise ShapeError(f"{part.name}: {error}. Keep it with --{part.role.value}-bits 16.") from error
