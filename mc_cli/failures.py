@@ -24,6 +24,9 @@ from mc_cli.registry import BROUGHT
 _NOT_MAPPED = re.compile(r"unable to (?:open|mmap|stat|seek)\b[^<]*<([^>]*)>.*\((\d+)\)", re.DOTALL)
 ERROR, INTERRUPTED = 1, 130
 _AGAIN_S = 0.05
+# The longest path that a system takes has 4,096 characters, of which more than this tell nobody more.
+_WORD_HEAD, _WORD_TAIL = 300, 100
+_LONG_WORD = re.compile(r"\S{500,}")
 _FULL = "No space left on device"  # safetensors reports a full disk in an error of its own, by these words
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -120,7 +123,11 @@ def interrupted_message(work_dir: Path | None) -> str:
 
 
 def error_message(error: Exception) -> str:
-    """The paragraph for an error: what, where, and what to do."""
+    """The paragraph for an error: what, where, and what to do. Words that nobody would read to their end are cut."""
+    return _LONG_WORD.sub(lambda word: f"{word[0][:_WORD_HEAD]}...{word[0][-_WORD_TAIL:]}", _whole_message(error))
+
+
+def _whole_message(error: Exception) -> str:
     if isinstance(error, McError):
         return str(error)
     text = str(error)

@@ -75,6 +75,8 @@ class _StrictLoader(_fastest_loader()):  # type: ignore[misc]
             raise yaml.composer.ComposerError(None, None, f"more than {DEPTH} levels", mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
+        if isinstance(node, yaml.ScalarNode) and "\0" in node.value:  # no path, name or number has one
+            raise yaml.composer.ComposerError(None, None, "a text with a NUL character", mark)
         if len(self._entries) > self._most:  # stops a long mapping before it ends
             raise yaml.composer.ComposerError(None, None, f"more than {self._most:,} entries", mark)
         if id(node) not in self._entries:

@@ -7,9 +7,8 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +41,7 @@ from mc_cli.packed.packable import require_packable
 from mc_cli.parts import ExpertBlock, ModelInventory
 from mc_cli.progress import Progress, StageResult
 from mc_cli.reports.calibration import calibration_summary, not_covered
+from mc_cli.reports.shortages import starved_by_kind, starved_experts, unexplained_choices
 from mc_cli.settings import CalibrateSettings, RunSettings
 from mc_cli.stage import Plans, Run, Runs, Stage
 from mc_cli.walking.layerwise import LayerWalk
@@ -387,59 +387,6 @@ def read_routing(folder: Path, inventory: ModelInventory) -> list[LayerRouting]:
     return [LayerRouting.read(folder / artifact.routing_file(block.layer)) for block in inventory.expert_blocks]
 
 
-def unexplained_choices(sensitivities: Mapping[int, LayerSensitivity]) -> list[str]:
-    """A warning if there are routers whose choices their scores do not explain."""
-    layers = [str(layer) for layer, found in sensitivities.items() if math.isnan(found.choice_cost or 0.0)]
-    if not layers:
-        return []
-    return [
-        f"the routers of {len(layers)} layers choose by something else than their scores and biases "
-        f"({_shown(layers)}): what it costs that they choose other experts is not in the layers' sensitivities."
-    ]
-
-
-def starved_experts(routing: list[LayerRouting], inventory: ModelInventory) -> list[str]:
-    """A warning per kind of shortage: experts with fewer tokens than their widest input has features.
-
-    Below that the expert's own Hessian cannot have full rank, and quantize leans on the layer's pooled one.
-    """
-    never, starved, needed = [], [], 0
-    for block, layer in zip(inventory.expert_blocks, routing, strict=True):
-        width = max(projection.in_features for projection in block.projections)
-        for expert, count in enumerate(layer.routing_count):
-            if count == 0:
-                never.append(f"{block.layer}.{expert}")
-            elif count < width:
-                starved.append(f"{block.layer}.{expert}")
-                needed = max(needed, -(-layer.token_count * width // count) - layer.token_count)
-    messages = []
-    if starved:
-        messages.append(
-            f"{len(starved)} experts saw fewer tokens than their input has features (layer.expert: {_shown(starved)}); "
-            f"about {needed:,} more calibration tokens would give each enough."
-        )
-    if never:
-        messages.append(
-            f"{len(never)} experts saw no calibration token (layer.expert: {_shown(never)}); "
-            "they will be rounded with the layer's pooled statistics. More varied text would help."
-        )
-    return messages
-
-
-def starved_by_kind(routing: Sequence[LayerRouting]) -> list[str]:
-    """A warning per kind of token that some experts never saw, though others did."""
-    messages = []
-    for kind in ("text", "image"):
-        rows = [(layer.layer, layer.by_kind[kind]) for layer in routing if kind in layer.by_kind]
-        unseen = [f"{layer}.{e}" for layer, found in rows for e, count in enumerate(found.routing_count) if count == 0]
-        if unseen:
-            messages.append(
-                f"{len(unseen)} experts saw no {kind} token (layer.expert: {_shown(unseen)}): how they answer to "
-                "one is not covered."
-            )
-    return messages
-
-
 def felt_by_kind(
     sensitivities: Mapping[int, LayerSensitivity], kinds: torch.Tensor | None
 ) -> dict[int, dict[str, float]]:
@@ -451,7 +398,3 @@ def felt_by_kind(
         masks = kind_masks(kinds.reshape(-1)[: len(scale)])
         found[layer] = {kind: float(scale[mask].mean()) for kind, mask in masks.items()}
     return found
-
-
-def _shown(experts: list[str]) -> str:
-    return ", ".join(experts[:8]) + (" ..." if len(experts) > 8 else "")

@@ -68,6 +68,7 @@ def test_json_within_its_bounds() -> None:
         ("a: 0b" + "1" * 5000, "5,002 digits"),
         ("a: 2001-99-99", "not of its type"),
         ("a: !!int ''", "not of its type"),
+        ('export: {out: "runs\\0x"}', "NUL character"),
         ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
     ],
 )

@@ -12,6 +12,7 @@ import weakref
 import pytest
 import typer
 
+from mc_cli.errors import McError
 from mc_cli.failures import error_message, telling_errors
 
 
@@ -26,6 +27,12 @@ def test_a_file_that_torch_cannot_map_is_named_and_no_defect() -> None:
 
 def test_other_runtime_errors_stay_defects() -> None:
     assert "defect" in error_message(RuntimeError("shapes do not fit"))
+
+
+def test_words_without_end_are_cut_and_usual_paths_are_not() -> None:
+    path = "/data/" + "a" * 200 + "/model.safetensors"
+    message = error_message(McError(f"{path}: no such file; found {'x' * 9000}END."))
+    assert path in message and message.endswith("xEND.") and len(message) < 700
 
 
 class Interrupted:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from mc_cli.artifacts.calibration import LayerSensitivity, read_covariance, read_inventory, read_sensitivities
 from mc_cli.coding.expert_choice import ERROR, KERNEL, coefficient, margin_of
 from mc_cli.parts import ExpertBlock
-from mc_cli.stages.calibrate import unexplained_choices
+from mc_cli.reports.shortages import unexplained_choices
 from tests.conftest import TinyModel
 from tests.tiny_chain import LENGTH, run_calibrate, write_documents
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from mc_cli.artifacts.calibration import LayerRouting, read_inventory, routing_file
 from mc_cli.errors import CheckpointError, InputError
 from mc_cli.parts import ExpertBlock, ModelInventory, Projection
-from mc_cli.stages.calibrate import starved_experts
+from mc_cli.reports.shortages import starved_experts
 from tests.conftest import TinyModel
 from tests.tiny_chain import LENGTH, run_calibrate, write_documents
 
