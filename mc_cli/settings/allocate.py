@@ -14,7 +14,7 @@ from mc_cli.settings.declared import Flag, StageSettings, setting
 from mc_cli.settings.engines import ENGINES, engine_flag, role_conflicts, width_conflicts
 from mc_cli.settings.merge import MERGES, merge_problems
 from mc_cli.settings.prune import FREQUENCY, GLOBAL, PER_LAYER, REAP, ROUTER_WEIGHT
-from mc_cli.settings.written import parse_bits_list, parse_file_size, parse_floors
+from mc_cli.settings.written import as_written, parse_bits_list, parse_file_size, parse_floors
 
 # (above this many bits per expert weight, width of what is computed for every token): measured, see docs/results.md.
 BESIDE = ((2.75, 8), (2.5, 6), (-1.0, 5))
@@ -287,6 +287,11 @@ class AllocateSettings(StageSettings):
     vision_bits: int = setting(KEPT_BITS, _part("Towers for images and sound, and their projectors"))
 
     engine: str | None = setting(None, engine_flag(_METHOD))
+
+    def __post_init__(self) -> None:
+        if self.bits is not None:
+            object.__setattr__(self, "bits", as_written(self.bits))
+        super().__post_init__()
 
     def _conflicts(self) -> Iterator[McError]:
         asked = (self.cut_ratio, self.drop_ratio, self.experts_left)

@@ -12,7 +12,7 @@ from mc_cli.registry import widths_of
 from mc_cli.settings.declared import Flag, StageSettings, setting
 from mc_cli.settings.engines import engine_flag, quantizer_conflict, width_conflicts, widths_to_score
 from mc_cli.settings.quantizer import QuantizerSettings
-from mc_cli.settings.written import parse_bits_list
+from mc_cli.settings.written import as_written, parse_bits_list
 
 _SCORE = "Measures"
 # Units that are measured: experts and their projections; channels besides; or channels where they can be cut.
@@ -66,6 +66,7 @@ class ScoreSettings(StageSettings):
     def __post_init__(self) -> None:
         if not self.bits:
             object.__setattr__(self, "bits", widths_to_score(self.engine, self.quantizer))
+        object.__setattr__(self, "bits", as_written(self.bits))
         super().__post_init__()
 
     def _conflicts(self) -> Iterator[McError]:

@@ -78,6 +78,11 @@ def parse_bits_list(text: str) -> tuple[float, ...]:
     return widths
 
 
+def as_written(bits: tuple[float, ...]) -> tuple[float, ...]:
+    """The widths with whole ones as ints, which files and flags give: Python's callers may say 2.0."""
+    return tuple(read_width(width) for width in bits)
+
+
 def parse_floors(texts: list[str]) -> tuple[tuple[int, int], ...]:
     """(width, experts) pairs of texts like `3:1`; `none` alone is no floor. Raises InputError for anything else."""
     if texts == ["none"]:

@@ -29,10 +29,11 @@ UNIFORM = "uniform"
 def main() -> None:
     arguments = parse()
     sweep = Sweep(arguments)
+    sizes = [int(size) if size.is_integer() else size for size in arguments.sizes]
     kinds: list[float | str] = [*arguments.shares, UNIFORM]
     with sweep.seeds() as seeds:
         for seeded in seeds:
-            for size, share in product(arguments.sizes, kinds):
+            for size, share in product(sizes, kinds):
                 if sweep.lacks(seeded.seed, size=size, hedge=share, whole=arguments.whole):
                     row = {"size": size, "hedge": share, "whole": arguments.whole}
                     sweep.add(seeded.seed, row | point(seeded, size, share, whole=arguments.whole))

@@ -17,7 +17,7 @@ from mc_cli.flags import build
 from mc_cli.parts import Role
 from mc_cli.progress import SilentProgress
 from mc_cli.recipe import Recipe, plan_run
-from mc_cli.settings import ENGINES, ExportSettings, RunSettings, ScoreSettings
+from mc_cli.settings import ENGINES, AllocateSettings, ExportSettings, RunSettings, ScoreSettings
 from mc_cli.stages import allocate, export, quantize, score
 from tests.conftest import TinyModel
 from tests.tiny_chain import COMPUTE, run_calibrate, run_export, write_documents
@@ -152,6 +152,11 @@ def test_formats_have_widths_of_their_own() -> None:
     ):
         with pytest.raises(InputError, match=words):
             build("allocate", {**budget, "engine": engine, **given})
+
+
+def test_whole_widths_are_ints_whoever_gives_them() -> None:
+    for settings in (ScoreSettings(bits=(1.5, 2.0)), AllocateSettings(target_bits=2.0, bits=(1.5, 2.0))):
+        assert [repr(width) for width in settings.bits or ()] == ["1.5", "2"]
 
 
 def test_without_an_engine_nothing_of_it_is_in_fingerprints() -> None:
