@@ -211,10 +211,10 @@ class AllocateSettings(StageSettings):
         ),
     )
     hedge: float = setting(
-        0.5,
+        0.0,
         Flag(
-            "Share of other text that plans are made for beside the calibration text, taken to use a layer's experts "
-            "alike. 0: calibration text alone.",
+            "Share of text of other kinds that the plan is made for beside text like the calibration's, taken to use a "
+            "layer's experts alike.",
             _METHOD,
             metavar="SHARE",
             fits=lambda share: 0 <= share < 1,

@@ -14,7 +14,7 @@ from tests.allocators.cases import made_up_importance
 from tests.allocators.test_dropping import droppable
 
 BUDGET = Budget("code_bits", 2.25)
-MANY = 10**12  # tokens
+MANY = 10**15  # tokens
 
 
 def test_costs_of_few_tokens_or_of_other_text_are_drawn_to_the_mean() -> None:
