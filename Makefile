@@ -59,9 +59,12 @@ $(VENV)/.installed: pyproject.toml setup.py mixture_compressor.pth $(wildcard mc
 	$(BIN)/python -m pip install --quiet -e '.[compress]'
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
-	@touch $@
+# All that `install` does and more: the library is compiled once, not for each of the two.
+$(VENV)/.installed-dev: pyproject.toml setup.py mixture_compressor.pth $(wildcard mc_cli/native/*.[ch]) | $(BIN)/python
+	@$(BIN)/python -m pip uninstall --quiet --yes mc-cli 2>/dev/null
+	$(BIN)/python -m pip install --quiet $(TORCH) $(PIP_FLAGS)
+	$(BIN)/python -m pip install --quiet -e '.[dev]' $(PIP_FLAGS)
+	@touch $(VENV)/.installed $@
 
 demo: install
 	$(BIN)/mc-cli run recipes/demo.yaml

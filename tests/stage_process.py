@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pkgutil
 import random
 import resource
 import signal
@@ -11,15 +12,46 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from mc_cli import allocators, families
+
+# What stages import, the libraries' late imports too: seconds in every process that finds them wanting.
+_PRELOADED = [
+    "mc_cli.cli",
+    "mc_cli.chain",
+    *(f"mc_cli.stages.{name}" for name in ("calibrate", "score", "allocate", "quantize", "prune_eval", "export")),
+    *(
+        f"{package.__name__}.{module.name}"
+        for package in (allocators, families)
+        for module in pkgutil.iter_modules(package.__path__)
+    ),
+    "encodings.utf_8_sig",
+    "mc_cli.executors.processes",
+    "mc_cli.exporters.transformers",
+    "tokenizers.implementations",
+    "transformers.convert_slow_tokenizer",
+    "transformers.generation.utils",
+    "transformers.integrations.mistral",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.encoder_decoder.configuration_encoder_decoder",
+    "transformers.models.mixtral.modeling_mixtral",
+    "transformers.processing_utils",
+    "transformers.tokenization_utils_tokenizers",
+    "transformers.utils.chat_parsing",
+]
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["mc_cli.cli", "mc_cli.chain", "mc_cli.stages.calibrate", "mc_cli.stages.score", "mc_cli.stages.quantize"]
-)
+_CONTEXT.set_forkserver_preload(_PRELOADED)
 _LONGEST_S = 120.0
+
+
+def start_server() -> None:
+    """Starts what processes are forked from, before others ask for one that has imported less: there is one alone."""
+    forkserver.ensure_running()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tests.packed_folders import packed_work_dir
 from tests.stage_process import Outcome, StageProcess
 
 CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "chmod", "open", "ftruncate")
-KILLS = int(os.environ.get("MC_KILLS", "3"))  # of each kind, at moments drawn by the seed
+KILLS = int(os.environ.get("MC_KILLS", "2"))  # of each kind, at moments drawn by the seed
 SEED = int(os.environ.get("MC_KILL_SEED", "1"))
 
 

@@ -11,13 +11,19 @@ import signal
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mc_cli.errors import McError
 from mc_cli.executors.parcels import KNOWN_MOMENTS, Desk, Parcel, Parcels, opened, packed, unpacked
 from mc_cli.quantizers.job import Coded, CodingJob
 
-_CONTEXT = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+if TYPE_CHECKING:  # not every system has the first
+    from multiprocessing.context import ForkServerContext, SpawnContext
+
+# A fork of a process with threads may hang. Where there is a server to fork from, it imports once for all of them.
+_FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+_CONTEXT: ForkServerContext | SpawnContext
+_CONTEXT = multiprocessing.get_context("forkserver") if _FORKS else multiprocessing.get_context("spawn")
 _TRIES = 3  # of one job, in processes that died over it
 _END_S = 5.0
 
@@ -79,6 +85,8 @@ class Processes:
         self._count, self._threads = count, threads
         self._workers: list[_Worker] = []
         self._parcels = Parcels()
+        if _FORKS:  # of no effect once the server runs
+            multiprocessing.set_forkserver_preload([__name__])
 
     def __enter__(self) -> Processes:
         return self

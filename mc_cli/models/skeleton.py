@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from mc_cli.errors import CheckpointError, first_line, listed
 from mc_cli.models.adopted_experts import adopt_experts
@@ -24,9 +25,10 @@ def build_skeleton(config: PretrainedConfig, *, dtype: torch.dtype) -> PreTraine
     Raises FamilyError if there is no language model for this config, CheckpointError if its entries do not fit.
     """
     kind = model_class(config)
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():  # weights that are nowhere would be drawn by slow, unused code
         try:
             model = kind.auto.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=kind.custom)
+            model.tie_weights(recompute_mapping=False)  # which building does as the last part of what is left out
         except Exception as error:  # a model's constructor may raise anything at entries that do not fit each other
             raise CheckpointError(
                 f"{config_file(config)} (model_type {config.model_type!r}) describes a model that cannot be built: "

@@ -21,9 +21,9 @@ from mc_cli.artifacts.packed import read_layout
 from mc_cli.errors import InputError
 from mc_cli.models import tensor_files
 from tests import sparse_models
-from tests.conftest import TinyModel
+from tests.conftest import ScoredWork, TinyModel
 from tests.stage_process import run_command
-from tests.tiny_chain import run_allocate, run_calibrate, run_quantize, run_score, write_documents
+from tests.tiny_chain import run_allocate, run_quantize
 
 Run = Callable[..., Result]
 SECONDS = 3.0
@@ -218,12 +218,10 @@ def test_all_that_the_settings_refuse_is_told_at_once(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def chain(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chain(scored_work: ScoredWork, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A work directory with everything up to quantize."""
     folder = tmp_path_factory.mktemp("chain")
-    data = write_documents(folder / "text.jsonl", documents=24)
-    run_calibrate(folder / "work", tiny_model("mixtral"), data)
-    run_score(folder / "work", bits=(1, 2, 3))
+    scored_work(folder, "mixtral", bits=(1, 2, 3))
     run_allocate(folder / "work", target_stored_bits=3.0)
     run_quantize(folder / "work")
     return folder

@@ -80,7 +80,7 @@ def test_a_signal_stops_a_stage_which_goes_on_after_it(
 ) -> None:
     data = write_documents(tmp_path / "text.jsonl", documents=40)
     log = tmp_path / "log.jsonl"
-    command = [sys.executable, "-m", "mc_cli", "calibrate", "--model", str(tiny_model("mixtral", num_hidden_layers=12))]
+    command = [sys.executable, "-m", "mc_cli", "calibrate", "--model", str(tiny_model("mixtral", num_hidden_layers=6))]
     command += ["--data", str(data), "-w", str(tmp_path / "w"), "--sequences", "24", "--length", "24"]
     command += ["--log-file", str(log), "--gradient-tokens", "0", "--batch-tokens", "24"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -35,7 +35,7 @@ from mc_cli.quantizers import Prepared, QuantizedLinear, quantizer_from_name
 from mc_cli.settings import QuantizerSettings
 from mc_cli.stages import quantize
 from mc_cli.walking.layerwise import LayerWalk
-from tests.conftest import TinyModel
+from tests.conftest import ScoredWork, TinyModel
 from tests.dense_twin import PRODUCTS, decoded_products, dense_twin, read_packed
 from tests.tiny_chain import run_allocate, run_calibrate, run_prune_eval, run_quantize, run_score, write_documents
 
@@ -284,12 +284,12 @@ def test_quantizer_gets_the_settings() -> None:
 
 
 @pytest.fixture(scope="module", params=["mixtral", "gpt_oss", "qwen2_moe"])
-def allocated(request: pytest.FixtureRequest, tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def allocated(
+    request: pytest.FixtureRequest, scored_work: ScoredWork, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A work directory that is ready to be quantized; `model.json` in it names the checkpoint."""
     folder = tmp_path_factory.mktemp(f"allocated-{request.param}")
-    data = write_documents(folder / "text.jsonl", documents=24)
-    run_calibrate(folder / "work", tiny_model(request.param), data)
-    run_score(folder / "work", bits=(2, 4))
+    scored_work(folder, request.param, bits=(2, 4))
     run_allocate(folder / "work", target_stored_bits=3.9)
     return folder / "work"
 

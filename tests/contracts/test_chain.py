@@ -26,15 +26,13 @@ from mc_cli.packed.packed_model import PackedSource
 from mc_cli.parts import ModelInventory, Role
 from mc_cli.stages import quantize
 from mc_cli.walking.layerwise import LayerWalk
-from tests.conftest import TinyModel
+from tests.conftest import ScoredWork
 from tests.dense_twin import PRODUCTS, PackedMatrices, decoded_products, dense_twin, read_packed
 from tests.tiny_chain import (
     EVALUATE,
     run_allocate,
-    run_calibrate,
     run_prune_eval,
     run_quantize,
-    run_score,
     write_documents,
 )
 
@@ -82,14 +80,12 @@ class Chain:
 
 @pytest.fixture(scope="module", params=CONTRACT_TESTED)
 def chain(
-    request: pytest.FixtureRequest, tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, scored_work: ScoredWork, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Chain]:
     folder = tmp_path_factory.mktemp(f"chain-{request.param}")
-    model = tiny_model(request.param)
+    model = scored_work(folder, request.param)
     work_dir = folder / "work"
     held_out = write_documents(folder / "held-out.jsonl", documents=6, offset=900)
-    run_calibrate(work_dir, model, write_documents(folder / "text.jsonl", documents=30))
-    run_score(work_dir)
     run_allocate(work_dir)
     states: dict[int, torch.Tensor] = {}
     with pytest.MonkeyPatch.context() as patch:

@@ -26,9 +26,9 @@ from mc_cli.packed.loading import load_packed
 from mc_cli.progress import StageResult
 from mc_cli.recipe import Recipe, plan_run
 from mc_cli.settings import AllocateSettings, QuantizerSettings, ScoreSettings
-from tests.conftest import TinyModel
+from tests.conftest import ScoredWork
 from tests.dense_twin import logits_of
-from tests.tiny_chain import LENGTH, run_allocate, run_calibrate, run_export, run_quantize, run_score, write_documents
+from tests.tiny_chain import LENGTH, run_allocate, run_export, run_quantize, run_score
 
 CHANNELS = 96
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -60,17 +60,15 @@ class Scored:
 
 
 @pytest.fixture(scope="module")
-def scored(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def scored(scored_work: ScoredWork, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`scored(family)`: a work directory with measures of channels, made once."""
     made: dict[str, Scored] = {}
 
     def of(family: str) -> Scored:
         if family not in made:
             folder = tmp_path_factory.mktemp(f"cutting-{family}")
-            model = tiny_model(family, **FAMILIES[family])
-            data = write_documents(folder / "text.jsonl", documents=30)
-            run_calibrate(folder / "work", model, data, gradient_tokens=7 * LENGTH)
-            run_score(folder / "work", bits=(2, 4), unit="channel")
+            every = {"gradient_tokens": 7 * LENGTH}
+            model = scored_work(folder, family, config=FAMILIES[family], calibrate=every, bits=(2, 4), unit="channel")
             made[family] = Scored(family, model, folder / "work")
         return made[family]
 

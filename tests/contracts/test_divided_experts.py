@@ -26,15 +26,13 @@ from mc_cli.packed.loading import load_packed
 from mc_cli.packed.packed_modules import unpack_all
 from mc_cli.settings import QuantizerSettings, RunSettings
 from mc_cli.status import DONE, work_dir_status
-from tests.conftest import TinyModel
+from tests.conftest import ScoredWork
 from tests.dense_twin import PRODUCTS, decoded_products, dense_twin, logits_of
 from tests.tiny_chain import (
     run_allocate,
-    run_calibrate,
     run_export,
     run_prune_eval,
     run_quantize,
-    run_score,
     write_documents,
 )
 
@@ -88,15 +86,13 @@ class Dividing:
 
 @pytest.fixture(scope="module", params=[(family, name) for family in FAMILIES for name in QUANTIZERS], ids="-".join)
 def dividing(
-    request: pytest.FixtureRequest, tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, scored_work: ScoredWork, tmp_path_factory: pytest.TempPathFactory
 ) -> Dividing:
     family, encodings = request.param
     folder = tmp_path_factory.mktemp(f"dividing-{family}-{encodings}")
-    model = tiny_model(family, **FAMILIES[family])
     work_dir = folder / "work"
     quantizer = QuantizerSettings(quantizer=QUANTIZERS[encodings])
-    run_calibrate(work_dir, model, write_documents(folder / "text.jsonl", documents=30))
-    run_score(work_dir, bits=(2, 4), quantizer=quantizer)
+    model = scored_work(folder, family, config=FAMILIES[family], bits=(2, 4), quantizer=quantizer)
     run_allocate(work_dir, target_stored_bits=6.0)
     plan = Plan.read(work_dir / "plan" / "plan.yaml")
     coded = tuple(blocks((32, 4), (64, 2)) if expert == 4 else entry for expert, entry in enumerate(ROW))

@@ -30,16 +30,14 @@ from mc_cli.packed.dense_tensors import load_dense
 from mc_cli.packed.loading import load_packed
 from mc_cli.settings import PruneSettings, RunSettings
 from mc_cli.status import DONE, work_dir_status
-from tests.conftest import TinyModel
+from tests.conftest import ScoredWork
 from tests.dense_twin import PRODUCTS, decoded_products, dense_twin, logits_of
 from tests.tiny_chain import (
     EVALUATE,
     run_allocate,
-    run_calibrate,
     run_export,
     run_prune_eval,
     run_quantize,
-    run_score,
     write_documents,
 )
 
@@ -85,13 +83,11 @@ def dropped_in(family: str, place: int) -> tuple[int, ...]:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def dropping(
-    request: pytest.FixtureRequest, tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, scored_work: ScoredWork, tmp_path_factory: pytest.TempPathFactory
 ) -> Dropping:
     folder = tmp_path_factory.mktemp(f"dropping-{request.param}")
-    model = tiny_model(request.param, **FAMILIES[request.param])
+    model = scored_work(folder, request.param, config=FAMILIES[request.param], bits=(0, 2, 4))
     work_dir = folder / "work"
-    run_calibrate(work_dir, model, write_documents(folder / "text.jsonl", documents=30))
-    run_score(work_dir, bits=(0, 2, 4))
     run_allocate(work_dir, target_stored_bits=3.0)
     plan = Plan.read(work_dir / "plan" / "plan.yaml")
     widths = {

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,19 @@ DROPPED = {"deepseek_v2": (3, 7)}
 WorkDir = Callable[..., Path]
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A finished export, not to be changed, and what the stage said of it."""
+
+    work: Path
+    out: Path
+    result: StageResult
+
+    def copy(self, out: Path) -> Path:
+        """The directory at a place where it may be changed."""
+        return Path(shutil.copytree(self.out, out))
+
+
 @pytest.fixture(scope="module")
 def work_dir(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> WorkDir:
     """`work_dir(model_type, **options)`: a work directory with a packed model, made once. Read only."""
@@ -64,6 +78,25 @@ def work_dir(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) ->
     return folder_of
 
 
+@pytest.fixture(scope="module")
+def exported(work_dir: WorkDir, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+    """`exported(format, model_type, **options)`: an export of that work directory, made once."""
+    made: dict[str, Exported] = {}
+
+    def export_of(format: str, model_type: str = "mixtral", **options: Any) -> Exported:
+        key = f"{format} {model_type} {options}"
+        if key not in made:
+            work, out = work_dir(model_type, **options), tmp_path_factory.mktemp("exported") / "out"
+            made[key] = Exported(work, out, do_export(work, out, format))
+        return made[key]
+
+    return export_of
+
+
+def dropped_of(model_type: str) -> tuple[int, ...]:
+    return DROPPED.get(model_type, (3,))
+
+
 def do_export(work: Path, out: Path, format: str = "transformers", *, force: bool = False) -> StageResult:
     settings = ExportSettings(format=format, out=str(out), shard_bytes=SHARD_BYTES)
     return export.run(settings, RunSettings(), work, force=force, progress=SilentProgress())
@@ -77,12 +110,11 @@ def logits_of(model: Any) -> torch.Tensor:
 @every_family
 @every_format
 def test_an_export_loads_and_is_the_packed_model(
-    format: str, model_type: str, work_dir: WorkDir, tmp_path: Path
+    format: str, model_type: str, exported: Callable[..., Exported]
 ) -> None:
-    out = tmp_path / "out"
-    dropped = DROPPED.get(model_type, (3,))
-    work = work_dir(model_type, pruned=dropped)
-    result = do_export(work, out, format)
+    dropped = dropped_of(model_type)
+    made = exported(format, model_type, pruned=dropped)
+    work, out, result = made.work, made.out, made.result
     assert result.ran and result.folder == out
     found = result.summary["read_back"]
     assert found["method"] == "whole model" and found["generated_tokens"] > 0
@@ -104,12 +136,12 @@ def test_an_export_loads_and_is_the_packed_model(
 
 
 @every_family
-def test_the_base_model_of_a_packed_export_loads(model_type: str, work_dir: WorkDir, tmp_path: Path) -> None:
+def test_the_base_model_of_a_packed_export_loads(model_type: str, exported: Callable[..., Exported]) -> None:
     """AutoModel has no head, and names its modules without the causal model's prefix."""
     head = {"role_bits": {**LINEAR_BITS, Role.HEAD: 4}} if model_type in ("mixtral", "qwen3_moe") else {}
-    do_export(work_dir(model_type, pruned=(3,), **head), tmp_path / "out")
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    base, info = AutoModel.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    out = exported("transformers", model_type, pruned=dropped_of(model_type), **head).out
+    whole = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    base, info = AutoModel.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"], info
     assert all("lm_head" in name for name in info["unexpected_keys"]), info
     assert isinstance(base, type(whole.base_model))
@@ -133,11 +165,11 @@ def test_a_dense_export_of_kept_weights_is_the_original(
 @every_format
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "qwen3_next", "ernie4_5_moe", "deepseek_v3"])
 def test_a_model_larger_than_memory_is_read_back_layer_by_layer(
-    model_type: str, format: str, work_dir: WorkDir, tmp_path: Path
+    model_type: str, format: str, exported: Callable[..., Exported]
 ) -> None:
-    work, out = work_dir(model_type), tmp_path / "out"
-    whole = do_export(work, out, format).summary["read_back"]
-    layered = read_again(out, work / "packed", format, free_bytes=0)
+    made = exported(format, model_type, pruned=dropped_of(model_type))
+    whole = made.result.summary["read_back"]
+    layered = read_again(made.out, made.work / "packed", format, free_bytes=0)
     assert layered.method == "layer by layer" and layered.generated_tokens == 0
     assert layered.tensors == whole["tensors"]
     assert math.isclose(layered.logit_error_median, whole["logit_error_median"], abs_tol=1e-4)
@@ -174,36 +206,36 @@ WRONG = {
 @pytest.mark.parametrize(("format", "name"), WRONG)
 @pytest.mark.parametrize("free_bytes", [None, 0])
 def test_one_wrong_value_is_found(
-    format: str, name: str, free_bytes: int | None, work_dir: WorkDir, tmp_path: Path
+    format: str, name: str, free_bytes: int | None, exported: Callable[..., Exported], tmp_path: Path
 ) -> None:
-    work, out = work_dir(), tmp_path / "out"
-    do_export(work, out, format)
+    made = exported(format)
+    out = made.copy(tmp_path / "out")
     change_tensor(out, name)
     with pytest.raises(ArtifactError, match="1 differences") as error:
-        read_again(out, work / "packed", format, free_bytes=free_bytes)
+        read_again(out, made.work / "packed", format, free_bytes=free_bytes)
     assert f"{WRONG[format, name] or name}: other values" in str(error.value)
 
 
 @every_format
-def test_a_lost_shard_is_found(format: str, work_dir: WorkDir, tmp_path: Path) -> None:
-    work, out = work_dir(), tmp_path / "out"
-    do_export(work, out, format)
+def test_a_lost_shard_is_found(format: str, exported: Callable[..., Exported], tmp_path: Path) -> None:
+    made = exported(format)
+    out = made.copy(tmp_path / "out")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     lost = index["weight_map"]["model.norm.weight"]
     index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != lost}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ArtifactError, match=r"model\.norm\.weight: missing"):
-        read_again(out, work / "packed", format)
+        read_again(out, made.work / "packed", format)
 
 
-def test_other_logits_are_found(work_dir: WorkDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_logits_are_found(exported: Callable[..., Exported], tmp_path: Path) -> None:
     """All tensors may agree and the model still compute something else: another activation, for example."""
-    work, out = work_dir(), tmp_path / "out"
-    do_export(work, out, "dense")
+    made = exported("dense")
+    out = made.copy(tmp_path / "out")
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
     with pytest.raises(ArtifactError, match="logits differ from the packed model's"):
-        read_again(out, work / "packed", "dense")
+        read_again(out, made.work / "packed", "dense")
 
 
 # Leftovers
@@ -272,6 +304,7 @@ def test_replacing_survives_a_kill_between_its_two_renames(
 def test_done_stale_damaged_and_forced(work_dir: WorkDir, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = do_export(work_dir(), out)
+    assert first.ran
     before = (out / RECORD).read_bytes()
     again = do_export(work_dir(), out)
     assert not again.ran and again.summary == first.summary and (out / RECORD).read_bytes() == before
@@ -351,35 +384,34 @@ def test_a_packed_folder_that_is_not_whole_is_refused(work_dir: WorkDir, tmp_pat
 # The export's own description
 
 
-def test_the_record_names_origin_and_every_file(work_dir: WorkDir, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    do_export(work_dir(), out)
+def test_the_record_names_origin_and_every_file(exported: Callable[..., Exported]) -> None:
+    made = exported("transformers")
+    out = made.out
     record = json.loads((out / RECORD).read_text())
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert record["outputs"].keys() == files - {RECORD}
     for name, facts in record["outputs"].items():
         content = (out / name).read_bytes()
         assert facts == {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
-    packed = json.loads((work_dir() / "packed" / "manifest.json").read_text())
+    packed = json.loads((made.work / "packed" / "manifest.json").read_text())
     assert record["inputs"] == {"quantize": packed["fingerprint"]}
     assert record["stages"]["quantize"]["settings"] == packed["settings"]
     assert record["read_back"]["method"] == "whole model"
 
 
 @every_format
-def test_no_place_of_this_machine_is_written(format: str, work_dir: WorkDir, tmp_path: Path) -> None:
-    do_export(work_dir(), tmp_path / "out", format)
-    for path in (tmp_path / "out").iterdir():
+def test_no_place_of_this_machine_is_written(format: str, exported: Callable[..., Exported]) -> None:
+    made = exported(format)
+    for path in made.out.iterdir():
         content = path.read_bytes()
-        assert str(tmp_path).encode() not in content and str(work_dir()).encode() not in content, path
+        assert str(made.out.parent).encode() not in content and str(made.work).encode() not in content, path
 
 
 @every_format
-def test_the_tokenizer_comes_along(format: str, work_dir: WorkDir, tiny_model: TinyModel, tmp_path: Path) -> None:
-    do_export(work_dir(), tmp_path / "out", format)
+def test_the_tokenizer_comes_along(format: str, exported: Callable[..., Exported], tiny_model: TinyModel) -> None:
     text = "hello world"
     expected = AutoTokenizer.from_pretrained(tiny_model("mixtral"))(text)["input_ids"]
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"] == expected
+    assert AutoTokenizer.from_pretrained(exported(format).out)(text)["input_ids"] == expected
 
 
 def evaluate(work: Path, quantize_fingerprint: str) -> None:

@@ -30,15 +30,13 @@ from mc_cli.policies import Cut, LayerValues, Routed, dualsparse, kept_slots
 from mc_cli.settings import AllocateSettings, PruneSettings, ScoreSettings
 from mc_cli.skipping.pruning import apply_pruning, pruned, pruners
 from mc_cli.skipping.pruning_samples import halved_costs, nested_costs
-from tests.conftest import TinyModel
+from tests.conftest import ScoredWork, TinyModel
 from tests.dense_twin import PRODUCTS, decoded_products, dense_twin, logits_of
 from tests.tiny_chain import (
     run_allocate,
-    run_calibrate,
     run_export,
     run_prune_eval,
     run_quantize,
-    run_score,
     write_documents,
 )
 
@@ -50,8 +48,6 @@ class Chain:
 
     def __init__(self, model: Path, folder: Path) -> None:
         self.model, self.work_dir = model, folder / "work"
-        run_calibrate(self.work_dir, model, write_documents(folder / "text.jsonl", documents=30))
-        run_score(self.work_dir, bits=(2, 4), unit="channel")
         run_allocate(self.work_dir, target_stored_bits=5.0, halves=True)
         run_quantize(self.work_dir)
         self.held_out = write_documents(folder / "held-out.jsonl", documents=9, offset=900)
@@ -62,9 +58,10 @@ class Chain:
 
 
 @pytest.fixture(scope="module")
-def chain(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    model = tiny_model("qwen3_moe", moe_intermediate_size=CHANNELS)
-    return Chain(model, tmp_path_factory.mktemp("halves"))
+def chain(scored_work: ScoredWork, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    folder = tmp_path_factory.mktemp("halves")
+    wide = {"moe_intermediate_size": CHANNELS}
+    return Chain(scored_work(folder, "qwen3_moe", config=wide, bits=(2, 4), unit="channel"), folder)
 
 
 def test_the_plan_has_the_better_channels_first_and_counts_what_halves_take(chain: Chain) -> None:

@@ -18,7 +18,7 @@ from mc_cli.artifacts.plan import Plan
 from mc_cli.errors import BudgetError, InputError, McError
 from mc_cli.recipe import Recipe, plan_run
 from mc_cli.settings import AllocateSettings, ScoreSettings
-from tests.conftest import TinyModel
+from tests.conftest import ScoredWork, TinyModel
 from tests.tiny_chain import LENGTH, run_allocate, run_calibrate, run_quantize, run_score, write_documents
 
 CHANNELS = 96
@@ -26,13 +26,11 @@ WIDTHS = (0, 1, 2, 3)
 
 
 @pytest.fixture(scope="module")
-def work(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(scored_work: ScoredWork, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A work directory of a mixtral of 96 channels, with everything measured."""
     folder = tmp_path_factory.mktemp("inside")
-    model = tiny_model("mixtral", intermediate_size=CHANNELS)
-    data = write_documents(folder / "text.jsonl", documents=30)
-    run_calibrate(folder / "work", model, data, gradient_tokens=7 * LENGTH)
-    run_score(folder / "work", bits=WIDTHS, unit="auto")
+    wide, every = {"intermediate_size": CHANNELS}, {"gradient_tokens": 7 * LENGTH}
+    scored_work(folder, "mixtral", config=wide, calibrate=every, bits=WIDTHS, unit="auto")
     return folder / "work"
 
 

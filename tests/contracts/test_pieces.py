@@ -16,7 +16,7 @@ from mc_cli.artifacts.plan import Plan
 from mc_cli.models import paged_experts
 from mc_cli.settings import QuantizerSettings, RunSettings
 from tests import tiny_chain
-from tests.conftest import TinyModel
+from tests.conftest import ScoredWork, TinyModel
 from tests.contracts.test_divided_experts import CHANNELS, ROW, SLOTS
 from tests.tiny_chain import run_allocate, run_calibrate, run_quantize, run_score, write_documents
 
@@ -50,10 +50,13 @@ def run_stages(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_bytes_in_pieces(
-    family: str, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, tiny_model: TinyModel, scored_work: ScoredWork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, text = tiny_model(family), write_documents(tmp_path / "text.jsonl", documents=30)
-    whole = run_stages(tmp_path / "whole", model, text, tiny_chain.COMPUTE, monkeypatch)
+    scored_work(tmp_path / "whole", family, bits=(2, 4))
+    run_allocate(tmp_path / "whole" / "work")
+    run_quantize(tmp_path / "whole" / "work")
+    whole = contents(tmp_path / "whole" / "work")
     read: list[tuple[str, int]] = []
     get = paged_experts.PagedWeights.get
 
@@ -69,16 +72,11 @@ def test_the_same_bytes_in_pieces(
 
 
 def test_cuts_blocks_drops_and_shared_slots_in_pieces(
-    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scored_work: ScoredWork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A plan by hand with everything in it, quantized twice over one calibration."""
-    model, text = (
-        tiny_model("mixtral", intermediate_size=CHANNELS),
-        write_documents(tmp_path / "text.jsonl", documents=30),
-    )
+    scored_work(tmp_path, "mixtral", config={"intermediate_size": CHANNELS}, bits=(2, 4))
     work_dir = tmp_path / "work"
-    run_calibrate(work_dir, model, text)
-    run_score(work_dir, bits=(2, 4))
     run_allocate(work_dir, target_stored_bits=6.0)
     plan = Plan.read(work_dir / "plan" / "plan.yaml")
     rows = dict.fromkeys(plan.expert_bits, ROW)

@@ -78,9 +78,13 @@ def test_pieces_give_the_tokens_of_the_whole(
         assert [token for part in parts for token in part] == [*whole, tokenizer.eos_token_id]
 
 
-def test_documents_between_long_ones_keep_their_order(tokenizers: dict[str, Any]) -> None:
+def test_documents_between_long_ones_keep_their_order(
+    tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizing, "PIECE", 2**15)
     tokenizer = tokenizers["bytes"]
-    documents = [Document(words(seed, count)) for seed, count in enumerate((3, 90_000, 5, 1, 80_000, 2))]
+    documents = [Document(words(seed, count)) for seed, count in enumerate((3, 12_000, 5, 1, 10_000, 2))]
+    assert len(documents[4].text) > tokenizing.PIECE
     wanted = [[*tokenizer(d.text, add_special_tokens=False)["input_ids"], 2] for d in documents]
     assert encode(documents, tokenizer) == wanted
 
@@ -88,7 +92,8 @@ def test_documents_between_long_ones_keep_their_order(tokenizers: dict[str, Any]
 def test_only_what_is_needed_of_a_huge_document_is_tokenized(
     tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizing, "WHOLE", 2**19)
+    monkeypatch.setattr(tokenizing, "PIECE", 2**15)
+    monkeypatch.setattr(tokenizing, "WHOLE", 2**16)
     tokenizer = tokenizers["bytes"]
     asked: list[int] = []
 
@@ -99,9 +104,9 @@ def test_only_what_is_needed_of_a_huge_document_is_tokenized(
             asked.extend(len(text) for text in ([texts] if isinstance(texts, str) else texts))
             return tokenizer(texts, **options)
 
-    windows = calibration_windows([Document(words(0, 600_000))], Counting(), sequences=2, length=16, seed=0)
+    windows = calibration_windows([Document(words(0, 75_000))], Counting(), sequences=2, length=16, seed=0)
     assert windows.token_ids.shape == (2, 16)
-    assert max(asked) <= tokenizing.PIECE and sum(asked) < 2**19 + 4 * tokenizing.PIECE
+    assert max(asked) <= tokenizing.PIECE and sum(asked) < 2**16 + 4 * tokenizing.PIECE
 
 
 class Letters:

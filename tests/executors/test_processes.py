@@ -19,9 +19,16 @@ from mc_cli.progress import SilentProgress
 from mc_cli.quantizers.rtn import RoundToNearest
 from mc_cli.settings import QuantizeSettings, RunSettings
 from mc_cli.stages import quantize
-from tests.conftest import TinyModel
+from tests.conftest import ScoredWork
 from tests.executors.jobs import Dying, Failing, equal, jobs
-from tests.tiny_chain import run_allocate, run_calibrate, run_quantize, run_score, write_documents
+from tests.stage_process import start_server
+from tests.tiny_chain import run_allocate, run_quantize
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> None:
+    """The one that other tests' processes are forked from as well."""
+    start_server()
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +107,10 @@ def test_workers_beside_a_gpu_are_refused() -> None:
         pass
 
 
-def test_packed_files_are_the_same_with_any_number_of_workers(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_packed_files_are_the_same_with_any_number_of_workers(scored_work: ScoredWork, tmp_path: Path) -> None:
     """And the threads of a job are among the settings that a packed model was made with; their number is not."""
     torch.set_num_threads(1)
-    data = write_documents(tmp_path / "text.jsonl", documents=24)
-    run_calibrate(tmp_path / "work", tiny_model("mixtral"), data)
-    run_score(tmp_path / "work", bits=(2, 3))
+    scored_work(tmp_path, "mixtral", bits=(2, 3))
     digests = []
     for variant, workers in (("main", ""), ("one", "1"), ("two", "2")):
         run_allocate(tmp_path / "work", variant=variant, target_stored_bits=3.0)

@@ -11,13 +11,13 @@ import pytest
 from mc_cli import native
 from tests.faults.sanitized import build, environment
 
-COUNT = 250
+COUNT = 150
 
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of processes that use the watched library."""
-    return environment(build(tmp_path_factory.mktemp("watched")))
+    return environment(build(tmp_path_factory.mktemp("watched"), "-O0"))
 
 
 @pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tomllib
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -12,21 +11,10 @@ from packaging.requirements import Requirement
 from mc_cli import chain
 from mc_cli.errors import MissingDependencyError
 from mc_cli.models.model_folder import BELOW_TRANSFORMERS, LEAST_TRANSFORMERS
-from tests.installation.conftest import Installed
 from tests.installation.environments import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-
-# The extra's modules cannot be imported, as where it is not installed.
-WITHOUT_EXTRA = """
-import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("pulp", "highspy", "datasets"):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Missing())
-"""
 
 
 def needs(lines: list[str]) -> dict[str, Requirement]:
@@ -70,10 +58,3 @@ def test_stages_name_all_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
             chain.stage_module(stage)
         for words in ("tested with 5.22.9 alone", "no-such-solver is not installed", "mixture-compressor[compress]"):
             assert words in str(told.value)
-
-
-def test_loading_and_generating_need_no_extra(installed: Installed, exported: Path) -> None:
-    environment = installed("editable")
-    script = WITHOUT_EXTRA + "from mc_cli.cli import app\napp(sys.argv[1:])\n"
-    told = environment.run("-c", script, "generate", str(exported / "out"), "--prompt", "the cat", "--json")
-    assert '"new_tokens"' in told

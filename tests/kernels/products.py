@@ -48,10 +48,10 @@ def error_of_bank(make: Callable[..., Any], made: list[Any], reference: Callable
     experts[experts == 1] = 6  # one more than there are
     tokens = rows(count, of["inputs"])
     expected = torch.zeros(count * SLOTS_PER_TOKEN, of["outputs"], dtype=torch.float64)
-    for slot, expert in enumerate(experts.tolist()):
-        part = parts[expert] if 0 <= expert < 6 else None
-        if part is not None:
-            expected[slot] = reference(tokens[slot // SLOTS_PER_TOKEN][None], *part)[0]
+    for expert, part in enumerate(parts):
+        slots = (experts == expert).nonzero()[:, 0]
+        if part is not None and len(slots):
+            expected[slots] = reference(tokens[slots // SLOTS_PER_TOKEN], *part)
     there = expected.abs().sum(1) > 0
     threads, worst = torch.get_num_threads(), 0.0
     try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mc_cli import native
+from tests.stage_process import run_script
 
 PROGRAM = """
 import ctypes
@@ -65,6 +66,6 @@ for outputs, inputs in ((33, 192), (16, 48), (272, 64)):
 
 @pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="closes pages as Linux does")
-def test_nothing_is_read_behind_the_end() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.returncode} after {done.stdout.splitlines()[-1:]}: {done.stderr[-2000:]}"
+def test_nothing_is_read_behind_the_end(tmp_path: Path) -> None:
+    done = run_script(PROGRAM, tmp_path)
+    assert done.status == 0, f"{done.status} after {done.out.splitlines()[-1:]}: {done.err[-2000:]}"

@@ -23,7 +23,7 @@ from mc_cli.models.memory import (
 from mc_cli.progress import SilentProgress, Step
 from mc_cli.stages import quantize
 from tests.conftest import TinyModel
-from tests.smaps import flags_of_page
+from tests.smaps import flags_of_pages
 from tests.tiny_chain import COMPUTE, QUANTIZE, run_allocate, run_calibrate, run_score, write_documents
 
 MIB = 2**20
@@ -174,6 +174,8 @@ def test_huge_pages_are_asked_for_under_blocks_and_what_is_between_them_alone() 
         held = ctypes.c_char.from_buffer(mapped)
         begin = ctypes.addressof(held)
         ask_for_huge_pages([(begin + size // 2 + 5000, 1000), (begin + size // 2 + 100, 50)])
-        asked = [place for place in range(0, size, mmap.PAGESIZE) if "hg" in flags_of_page(begin + place)]
+        pages = range(0, size, mmap.PAGESIZE)
+        flags = flags_of_pages(begin + place for place in pages)
+        asked = [place for place, found in zip(pages, flags, strict=True) if "hg" in found]
         del held
     assert asked == [size // 2, size // 2 + mmap.PAGESIZE]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from mc_cli.numerics.hessian import trace_error
 from mc_cli.parts import UnitId
 from mc_cli.quantizers import QuantizedLinear, quantizer_from_name
 from mc_cli.quantizers.job import Coded, CodingJob, InputMoments, code
+from tests.stage_process import run_script
 
 OUT, IN = 64, 32
 FAMILIES = {"trellis": "trellis", "gptq": "affine", "rtn": "affine"}
@@ -64,12 +63,13 @@ def test_a_job_gives_the_same_codes_in_another_process(name: str, tmp_path: Path
     torch.set_num_threads(1)
     (tmp_path / "job").write_bytes(pickle.dumps(job))
     script = (
-        "import pickle, sys, torch; from pathlib import Path; from mc_cli.quantizers.job import code\n"
-        "torch.set_num_threads(1); folder = Path(sys.argv[1])\n"
+        "import pickle, sys; from pathlib import Path; from mc_cli.quantizers.job import code\n"
+        "folder = Path(sys.argv[1])\n"
         "coded = code(pickle.loads((folder / 'job').read_bytes()))\n"
         "(folder / 'coded').write_bytes(pickle.dumps(coded))"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120)
+    done = run_script(script, tmp_path, ["script", str(tmp_path)])
+    assert done.status == 0, done.err
     assert equal(code(job), pickle.loads((tmp_path / "coded").read_bytes()))
 
 

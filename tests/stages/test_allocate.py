@@ -20,7 +20,7 @@ from mc_cli.models.companions import noted_folder
 from mc_cli.parts import Role
 from mc_cli.settings import AllocateSettings
 from mc_cli.stages.allocate import with_directory
-from tests.conftest import TinyModel
+from tests.conftest import ScoredWork, TinyModel
 from tests.tiny_chain import (
     run_allocate,
     run_calibrate,
@@ -33,10 +33,9 @@ from tests.tiny_chain import (
 
 
 @pytest.fixture(scope="module", params=["mixtral", "deepseek_v3", "gpt_oss"])
-def scored(request: pytest.FixtureRequest, tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scored(request: pytest.FixtureRequest, scored_work: ScoredWork, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scored")
-    run_calibrate(folder / "work", tiny_model(request.param), write_documents(folder / "text.jsonl", documents=24))
-    run_score(folder / "work", bits=(1, 2, 3, 4))
+    scored_work(folder, request.param)
     return folder / "work"
 
 

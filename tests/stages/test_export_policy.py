@@ -25,13 +25,11 @@ from mc_cli.serving.packed_weights import PackedWeights
 from mc_cli.settings import ExportSettings, PruneSettings, RunSettings
 from mc_cli.skipping.pruning import apply_pruning
 from mc_cli.stages import export
-from tests.conftest import TinyModel
+from tests.conftest import ScoredWork
 from tests.tiny_chain import (
     run_allocate,
-    run_calibrate,
     run_prune_eval,
     run_quantize,
-    run_score,
     write_documents,
 )
 
@@ -45,13 +43,10 @@ def do_export(work_dir: Path, out: Path, **changes: Any) -> StageResult:
 
 
 @pytest.fixture(scope="module")
-def measured(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def measured(scored_work: ScoredWork, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `work`, measured under odp, and `out`, its export."""
     folder = tmp_path_factory.mktemp("measured")
-    run_calibrate(
-        folder / "work", tiny_model("mixtral"), write_documents(folder / "text.jsonl", documents=40), sequences=16
-    )
-    run_score(folder / "work", bits=(2, 4))
+    scored_work(folder, "mixtral", documents=40, calibrate={"sequences": 16}, bits=(2, 4))
     run_allocate(folder / "work", target_stored_bits=4.0)
     run_quantize(folder / "work")
     write_documents(folder / "other.jsonl", documents=10, offset=80)

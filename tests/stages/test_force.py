@@ -12,7 +12,7 @@ from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.store import STAGE_FOLDERS
 from mc_cli.errors import BudgetError, CheckpointError, InputError, PlanError, StaleArtifactError
 from mc_cli.settings import PruneSettings
-from tests.conftest import TinyModel
+from tests.conftest import ScoredWork, TinyModel
 from tests.tiny_chain import (
     run_allocate,
     run_calibrate,
@@ -24,11 +24,10 @@ from tests.tiny_chain import (
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(scored_work: ScoredWork, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     work_dir = folder / "work"
-    run_calibrate(work_dir, tiny_model("mixtral"), write_documents(folder / "text.jsonl", documents=24))
-    run_score(work_dir)
+    scored_work(folder, "mixtral")
     run_allocate(work_dir)
     run_quantize(work_dir)
     run_prune_eval(work_dir, write_documents(folder / "held.jsonl", documents=24, offset=500))

@@ -12,24 +12,20 @@ import torch
 from mc_cli import native
 from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.errors import InputError, StaleArtifactError
-from tests.conftest import TinyModel
+from tests.conftest import ScoredWork
 from tests.tiny_chain import (
     LENGTH,
     run_allocate,
-    run_calibrate,
     run_prune_eval,
     run_quantize,
-    run_score,
     write_documents,
 )
 
 
 @pytest.fixture(scope="module")
-def quantized(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quantized(scored_work: ScoredWork, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantized")
-    data = write_documents(folder / "text.jsonl", documents=24)
-    run_calibrate(folder / "work", tiny_model("mixtral"), data)
-    run_score(folder / "work", bits=(2, 4))
+    scored_work(folder, "mixtral", bits=(2, 4))
     run_allocate(folder / "work", target_stored_bits=3.5)
     run_quantize(folder / "work")
     return folder

@@ -8,15 +8,14 @@ from pathlib import Path
 from mc_cli.artifacts.store import Manifest, StageFolder
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.settings import QuantizerSettings
-from tests.conftest import TinyModel
-from tests.tiny_chain import run_allocate, run_calibrate, run_quantize, run_score, write_documents
+from tests.conftest import ScoredWork
+from tests.tiny_chain import run_allocate, run_quantize
 
 
-def test_without_covariances_quantize_says_what_is_lost(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_without_covariances_quantize_says_what_is_lost(scored_work: ScoredWork, tmp_path: Path) -> None:
     trellis = QuantizerSettings(quantizer="trellis")
     work_dir = tmp_path / "work"
-    run_calibrate(work_dir, tiny_model("mixtral"), write_documents(tmp_path / "text.jsonl", documents=24))
-    run_score(work_dir, quantizer=trellis, bits=(2, 3))
+    scored_work(tmp_path, "mixtral", bits=(2, 3))
     run_allocate(work_dir, target_stored_bits=3.0)
     said = "without the covariance of the gradient"
     assert not any(said in warning for warning in run_quantize(work_dir, quantizer=trellis).warnings)

@@ -16,17 +16,16 @@ from mc_cli.errors import ArtifactError
 from mc_cli.packed import packed_model
 from mc_cli.packed.packed_model import model_bytes
 from mc_cli.parts import Role
-from tests.conftest import TinyModel
-from tests.tiny_chain import run_allocate, run_calibrate, run_quantize, run_score, write_documents
+from tests.conftest import ScoredWork
+from tests.tiny_chain import run_allocate, run_quantize
 
 
 @pytest.fixture(scope="module")
-def packed(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed(scored_work: ScoredWork, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A work directory after quantize."""
     folder = tmp_path_factory.mktemp("sizes")
     work_dir = folder / "work"
-    run_calibrate(work_dir, tiny_model("mixtral"), write_documents(folder / "text.jsonl", documents=24))
-    run_score(work_dir, bits=(2, 3))
+    scored_work(folder, "mixtral", bits=(2, 3))
     run_allocate(work_dir, target_stored_bits=3.0)
     run_quantize(work_dir)
     return work_dir
