@@ -111,7 +111,7 @@ def test_quantizers_are_built_with_the_settings_that_they_take() -> None:
         "integer": ("damping", "activation_order", "sweeps"),
         "mlx": ("damping", "activation_order", "sweeps"),
         "rtn": (),
-        "trellis": ("damping", "activation_order", "sweeps"),
+        "trellis": ("damping", "activation_order", "sweeps", "search"),
     }
 
 

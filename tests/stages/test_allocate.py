@@ -159,9 +159,9 @@ def test_the_gap_is_the_methods_own(
     work_dir = Path(shutil.copytree(scored, tmp_path / "work"))
     used: set[float] = set()
 
-    def search(table: Any, ground: Any, gap: float, settings: Any, real: Any = solver._search) -> Any:
+    def search(problem: Any, table: Any, ground: Any, gap: float, settings: Any, real: Any = solver._search) -> Any:
         used.add(gap)
-        return real(table, ground, gap, settings)
+        return real(problem, table, ground, gap, settings)
 
     monkeypatch.setattr(solver, "_search", search)
     run_allocate(work_dir, method=method)
