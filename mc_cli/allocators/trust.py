@@ -22,8 +22,8 @@ from mc_cli.artifacts.importance import Importance, LayerImportance
 
 Floats = npt.NDArray[np.float64]
 # An expert with so many tokens is believed half. Measured on two models (docs/results/allocation.md): with it plans of
-# 16,384 calibration tokens lose 14 and 41 % less KL on other text than with costs taken as measured, those of 32,768 as
-# much as with them or less.
+# 16,384 calibration tokens lose 14 and 41 % less KL on other text than with costs taken as measured, those of 32,768
+# tokens 5 and 26 % less.
 TRUSTED_TOKENS = 2048.0
 
 

@@ -11,9 +11,10 @@ from mc_cli.errors import InputError, McError, MissingFlagsError
 from mc_cli.parts import BESIDE_TEXT, DROPPED, KEPT_BITS, Role
 from mc_cli.settings import texts
 from mc_cli.settings.declared import Flag, StageSettings, setting
+from mc_cli.settings.drop import DROP_METHODS, drop_problems
 from mc_cli.settings.engines import ENGINES, engine_flag, role_conflicts, width_conflicts
 from mc_cli.settings.merge import MERGES, merge_problems
-from mc_cli.settings.prune import FREQUENCY, GLOBAL, PER_LAYER, REAP, ROUTER_WEIGHT
+from mc_cli.settings.prune import GLOBAL, PER_LAYER, REAP
 from mc_cli.settings.written import as_written, parse_bits_list, parse_file_size, parse_floors
 
 # (above this many bits per expert weight, width of what is computed for every token): measured, see docs/results.md.
@@ -29,7 +30,6 @@ TARGETS = ("target_stored_bits", "target_bits", "target_size_bytes", "cut_ratio"
 # `run` has channels measured for up to so many bits per expert weight.
 CUTS_WITHIN = 1.5
 CAMERA_Q = "camera-q"  # three groups of channels
-DROP_METHODS = (REAP, FREQUENCY, ROUTER_WEIGHT)
 _BUDGET, _METHOD, _PARTS = "Budget (exactly one)", "Method", "Widths of the other parts"
 _TARGET, _NOT_SET = "a target is above 0.", "not set"
 _WIDTH = "1 to 8, or 16 to keep the checkpoint's own."
@@ -314,7 +314,7 @@ class AllocateSettings(StageSettings):
         if self.engine is not None and self.vision_bits != KEPT_BITS:
             yield InputError(f"--vision-bits {self.vision_bits}: {self.engine} keeps that at 16 bits. Leave it out.")
         given = [name for name in TARGETS if getattr(self, name) is not None]
-        yield from map(InputError, self._drop_problems(given))
+        yield from map(InputError, drop_problems(self, given))
         budgets = [name for name in given if name != "experts_left"]
         if len(budgets) > 1 or not (given or self.drop_ratio is not None):
             kind = InputError if given else MissingFlagsError
@@ -361,30 +361,6 @@ class AllocateSettings(StageSettings):
             yield f"--method {CAMERA_Q} cuts no channels: leave --cut-ratio out, or choose camera-p."
         if self.floors:
             yield f"--floor counts whole experts, but --method {CAMERA_Q} gives widths to groups of channels."
-
-    def _drop_problems(self, targets: list[str]) -> Iterator[str]:
-        """The faults of requests about whole experts to drop."""
-        if self.drop_ratio is None:
-            if self.method in (REAP, ROUTER_WEIGHT):
-                yield (
-                    f"--method {self.method} scores whole experts to drop, and gives no widths: say how many with "
-                    "--drop-ratio, for example --drop-ratio 0.25."
-                )
-            return
-        if self.method not in (*DROP_METHODS, AllocateSettings.method):
-            yield f"--drop-ratio drops experts by {', '.join(DROP_METHODS)}, not by --method {self.method}."
-        if self.cut_ratio is not None:
-            yield "--drop-ratio and --cut-ratio exclude each other: give one."
-        widths = [bits for bits in self.bits or (KEPT_BITS,) if bits != DROPPED]
-        if not targets and len(widths) != 1:
-            yield (
-                f"--bits {','.join(map(str, self.bits or ()))}: with --drop-ratio and no budget all experts that are "
-                "left have one width, for example --bits 0,4."
-            )
-        if targets and KEPT_BITS in widths and self.bits:
-            yield "--bits 16 beside a budget: widths of a budget are coded. Leave the budget out to keep weights."
-        if not targets and self.floors:
-            yield "--floor counts experts by their width, but those that --drop-ratio leaves have one width."
 
     @property
     def drop_by(self) -> str:
