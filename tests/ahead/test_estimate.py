@@ -33,7 +33,7 @@ from tests.conftest import TinyModel
 from tests.models.test_hub import Hub, hub  # noqa: F401
 from tests.tiny_chain import CALIBRATE, LENGTH, run_calibrate, write_documents
 
-SECONDS = 3.0
+SECONDS = 15.0  # what should take 3: `make bench-estimates` measures that; here a slow machine must not fail
 DEEPSEEK_V3: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",

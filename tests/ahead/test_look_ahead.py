@@ -26,7 +26,7 @@ from tests.stage_process import run_command
 from tests.tiny_chain import run_allocate, run_quantize
 
 Run = Callable[..., Result]
-SECONDS = 3.0
+SECONDS = 15.0  # what should take 3: `make bench-estimates` measures that; here a slow machine must not fail
 
 
 @pytest.fixture(scope="module")
