@@ -94,6 +94,12 @@ class Batch:
         return None if self.kinds is None else self.kinds.reshape(-1)
 
     @property
+    def real_kinds(self) -> Tensor | None:
+        """The same without padding, [real tokens]."""
+        kinds, real = self.flat_kinds, self.real
+        return kinds if kinds is None or real is None else kinds[real]
+
+    @property
     def real(self) -> Tensor | None:
         """[tokens] bool, row after row: all but padding; None where there is none."""
         return self.real_of(slice(None))

@@ -34,3 +34,8 @@ def kind_masks(kinds: Tensor) -> dict[str, Tensor]:
     """Name -> bool mask of `kinds`'s shape for each measured kind that occurs."""
     masks = {name: kinds == number for number, name in enumerate(MEASURED)}
     return {name: mask for name, mask in masks.items() if bool(mask.any())}
+
+
+def kind_means(values: Tensor, kinds: Tensor) -> dict[str, float]:
+    """Name -> mean of `values` [n] over the tokens of each measured kind among the first n of `kinds` [tokens]."""
+    return {name: float(values[mask].mean()) for name, mask in kind_masks(kinds[: len(values)]).items()}

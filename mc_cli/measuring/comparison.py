@@ -107,10 +107,8 @@ def compare(
 
 def _kinds_of_real(windows: Windows) -> dict[str, torch.Tensor]:
     """Kind -> mask of the tokens that are no padding, row after row; empty for text alone."""
-    if windows.batch.kinds is None:
-        return {}
-    kinds, real = windows.batch.kinds.reshape(-1), windows.batch.real
-    return kind_masks(kinds if real is None else kinds[real])
+    kinds = windows.batch.real_kinds
+    return {} if kinds is None else kind_masks(kinds)
 
 
 def advance(walk: LayerWalk, block: ExpertBlock | None, layer: int) -> RoutingCapture | None:

@@ -1,4 +1,4 @@
-"""What thresholds by kind of token are fitted by: which tokens are of which kind, and what errors at them cost.
+"""The costs by which thresholds by kind of token are fitted: which tokens are of a kind, and what errors there cost.
 
 The loss of answers hardly reacts to what happens at most tokens of an image, and behind the last layer's experts not at
 all. Calibrate's backward pass has measured that token by token.
@@ -16,7 +16,7 @@ from mc_cli.artifacts.calibration import read_sensitivities
 from mc_cli.data import text
 from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.data.image_rows import special_numbers
-from mc_cli.data.kinds import IMAGE, KINDS, MEASURED, SPECIAL, kind_masks
+from mc_cli.data.kinds import IMAGE, KINDS, MEASURED, SPECIAL, kind_means
 from mc_cli.models.session import Session
 from mc_cli.parts import ModelInventory
 
@@ -45,8 +45,7 @@ def kind_scales(token_scale: Tensor, kinds: Tensor | None) -> dict[str, float]:
     token_scale  [tokens] of the first calibration tokens, as in `LayerSensitivity`
     kinds        [tokens] uint8 of all calibration tokens; None: all are text
     """
-    masks = {} if kinds is None else kind_masks(kinds[: len(token_scale)])
-    return {**dict.fromkeys(MEASURED, 1.0), **{kind: float(token_scale[mask].mean()) for kind, mask in masks.items()}}
+    return dict.fromkeys(MEASURED, 1.0) | ({} if kinds is None else kind_means(token_scale, kinds))
 
 
 def kind_tokens(token_ids: Tensor, kinds: Tensor, special: Sequence[int]) -> dict[str, list[int]]:

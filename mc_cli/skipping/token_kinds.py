@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mc_cli.data.kinds import IMAGE, KINDS, MEASURED, SPECIAL, TEXT
+from mc_cli.data.kinds import IMAGE, KINDS, PADDING, SPECIAL, TEXT, kind_masks
 
 _NUMBERED = (IMAGE, SPECIAL)  # kinds that numbers tell; all other tokens are text
 
@@ -105,10 +105,5 @@ class GivenKinds:
 
 
 def _places(kinds: Tensor, device: torch.device) -> dict[str, Tensor]:
-    found = {}
-    for number, name in enumerate(MEASURED):
-        mask = kinds == number if number != TEXT else (kinds != IMAGE) & (kinds != SPECIAL)
-        places = mask.nonzero()[:, 0]
-        if len(places):
-            found[name] = places.to(device)
-    return found
+    masks = kind_masks(kinds.masked_fill(kinds == PADDING, TEXT))
+    return {name: mask.nonzero()[:, 0].to(device) for name, mask in masks.items()}

@@ -26,7 +26,7 @@ from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.data.chat import ChatSettings
 from mc_cli.data.image_rows import images_line, images_warnings
 from mc_cli.data.inputs import Drawn, Feeder
-from mc_cli.data.kinds import kind_masks
+from mc_cli.data.kinds import kind_means
 from mc_cli.data.processors import sees
 from mc_cli.errors import ArtifactError
 from mc_cli.models.checkpoint import Checkpoint
@@ -120,7 +120,7 @@ class Calibrate(Stage[StageFolder, _Ready, StageResult]):
         images = artifact.read_image_report(folder.folder)
         kinds = None
         if images is not None:
-            kinds = read_calibration(folder.folder, vocabulary=self.session.vocabulary).kinds
+            kinds = read_calibration(folder.folder, vocabulary=self.session.vocabulary).flat_kinds
         summary = calibration_summary(
             inventory,
             read_routing(folder.folder, inventory),
@@ -270,7 +270,7 @@ def _forward_layer(walk: LayerWalk, checkpoint: Checkpoint, block: ExpertBlock |
     if block is None:
         walk.run_layer(advance=True)
         return
-    real, kinds = walk.inputs.real, walk.inputs.kinds
+    real = walk.inputs.real
     with watching(checkpoint.model, block, real=real) as capture:
         walk.run_layer(advance=True)
     # Sequence by sequence: in float64 all hidden states would be four times as large.
@@ -280,9 +280,7 @@ def _forward_layer(walk: LayerWalk, checkpoint: Checkpoint, block: ExpertBlock |
         walk.store.release(row)
     energies = torch.stack(rows)
     energy = float((energies if real is None else energies.reshape(-1)[real]).mean())
-    if kinds is not None:
-        kinds = kinds.reshape(-1) if real is None else kinds.reshape(-1)[real]
-    found = routing_statistics(capture, block, residual_energy=energy, kinds=kinds)
+    found = routing_statistics(capture, block, residual_energy=energy, kinds=walk.inputs.real_kinds)
     found.write(folder.path(artifact.routing_file(block.layer)))
 
 
@@ -391,10 +389,6 @@ def felt_by_kind(
     sensitivities: Mapping[int, LayerSensitivity], kinds: torch.Tensor | None
 ) -> dict[int, dict[str, float]]:
     """Layer -> kind of token -> mean sensitivity over that of all tokens; empty without images or a backward pass."""
-    found: dict[int, dict[str, float]] = {}
-    for layer, sensitivity in ({} if kinds is None else sensitivities).items():
-        assert kinds is not None
-        scale = sensitivity.token_scale
-        masks = kind_masks(kinds.reshape(-1)[: len(scale)])
-        found[layer] = {kind: float(scale[mask].mean()) for kind, mask in masks.items()}
-    return found
+    if kinds is None:
+        return {}
+    return {layer: kind_means(found.token_scale, kinds) for layer, found in sensitivities.items()}
