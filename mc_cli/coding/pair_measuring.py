@@ -22,7 +22,7 @@ from mc_cli.coding.cut_measuring import can_be_cut
 from mc_cli.coding.expert_inputs import ExpertInputs, Sample, expert_activations, expert_chunks, expert_down
 from mc_cli.coding.merging import member_shares, put_merged
 from mc_cli.coding.similarity import nearest_pairs
-from mc_cli.coding.trial import TRIAL_TOKENS, Half
+from mc_cli.coding.trial import TRIAL_TOKENS, Refit
 from mc_cli.models import experts
 
 Pair = tuple[int, int]
@@ -141,22 +141,12 @@ def _share_left(both: _Both, inputs: ExpertInputs) -> float:
     The fit is made on half of the pair's tokens and judged on the other half, both ways.
     """
     first, block = both.first, inputs.block
-    hidden = block.projections[1].out_features
-    felt = torch.ones(hidden) if inputs.sensitivity is None else inputs.sensitivity.gradient_square
-    felt = felt.to(inputs.device, torch.float64)
-    halves = [Half(hidden, block.channels, inputs.device) for _ in range(2)]
-    border, seen = inputs.count(first, limit=TRIAL_TOKENS) // 2, 0
+    refit = Refit(inputs, first, block.projections[1].out_features, block.channels)
     for chunk in inputs.chunks(first, limit=TRIAL_TOKENS):
         activated, outputs = both.merged(chunk.inputs)
         missing = (both.apart_at(chunk.inputs, chunk.tokens) - outputs) * chunk.weights[:, None]
         activated = activated * chunk.weights[:, None]
-        cut = min(max(0, border - seen), len(activated))
-        halves[0].add(activated[:cut], missing[:cut])
-        halves[1].add(activated[cut:], missing[cut:])
-        seen += len(activated)
-    without = sum(float(felt @ half.missing) for half in halves)
-    if without <= 0:
-        return 1.0
-    steps = [half.step(trusted=inputs.count(first)) for half in halves]
-    left = sum(float(felt @ half.left(step)) for half, step in zip(halves, reversed(steps), strict=True))
-    return max(left, 0.0) / without
+        for half, rows in zip(refit.halves, refit.next_rows(len(activated)), strict=True):
+            half.add(activated[rows], missing[rows])
+    without = sum(float(refit.felt @ half.missing) for half in refit.halves)
+    return max(refit.left(), 0.0) / without if without > 0 else 1.0

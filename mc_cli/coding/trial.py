@@ -34,30 +34,45 @@ def share_left(
     The fit is made on half of the expert's tokens and judged on the other half, both ways.
     1 where the expert has no tokens, or the forecast no error.
     """
-    hidden, channels = down.shape
-    halves = (Half(hidden, channels, down.device), Half(hidden, channels, down.device))
-    forecast_errors = [torch.zeros(len(down), dtype=torch.float64, device=down.device) for _ in halves]
-    border = inputs.count(expert, limit=TRIAL_TOKENS) // 2
-    seen = 0
+    refit = Refit(inputs, expert, *down.shape)
+    forecast_errors = [torch.zeros(len(down), dtype=torch.float64, device=down.device) for _ in refit.halves]
     for chunk in inputs.chunks(expert, limit=TRIAL_TOKENS):
         activated = [
             expert_activations(module, expert, chunk.inputs, up) * chunk.weights[:, None]
             for up in (original, forecast, shipped)
         ]
-        cut = max(0, border - seen)
-        for number, rows in enumerate((slice(cut), slice(cut, None))):
+        for number, rows in enumerate(refit.next_rows(len(chunk.inputs))):
             whole, forecast_rows, shipped_rows = (each[rows] for each in activated)
-            halves[number].add(shipped_rows, (whole - shipped_rows) @ down.T)
+            refit.halves[number].add(shipped_rows, (whole - shipped_rows) @ down.T)
             forecast_errors[number] += ((whole - forecast_rows) @ down.T).square().sum(0, dtype=torch.float64)
-        seen += len(chunk.inputs)
-    felt = torch.ones(len(down)) if inputs.sensitivity is None else inputs.sensitivity.gradient_square
-    felt = felt.to(down.device, torch.float64)
-    forecast_loss = sum(float(felt @ errors) for errors in forecast_errors)
-    if forecast_loss <= 0:
-        return 1.0
-    steps = [half.step(trusted=inputs.count(expert)) for half in halves]
-    left = sum(float(felt @ half.left(step)) for half, step in zip(halves, reversed(steps), strict=True))
-    return left / forecast_loss
+    forecast_loss = sum(float(refit.felt @ errors) for errors in forecast_errors)
+    return refit.left() / forecast_loss if forecast_loss > 0 else 1.0
+
+
+class Refit:
+    """A correction of one expert's down projection, made on half of its tokens and judged on the other, both ways.
+
+    halves  sums over the first and the second half of at most TRIAL_TOKENS tokens, to be added to in their order
+    felt    float64 [hidden]: what a squared error of each output feature matters
+    """
+
+    def __init__(self, inputs: ExpertInputs, expert: int, hidden: int, channels: int) -> None:
+        self.halves = (Half(hidden, channels, inputs.device), Half(hidden, channels, inputs.device))
+        felt = torch.ones(hidden) if inputs.sensitivity is None else inputs.sensitivity.gradient_square
+        self.felt = felt.to(inputs.device, torch.float64)
+        self._trusted = inputs.count(expert)
+        self._first = inputs.count(expert, limit=TRIAL_TOKENS) // 2  # tokens that the first half still takes
+
+    def next_rows(self, count: int) -> tuple[slice, slice]:
+        """The rows of the next so many tokens that belong to each half."""
+        cut = max(0, self._first)
+        self._first -= count
+        return slice(cut), slice(cut, None)
+
+    def left(self) -> float:
+        """The loss that is left of each half with the correction that the other one asks for, both together."""
+        steps = reversed([half.step(trusted=self._trusted) for half in self.halves])
+        return sum(float(self.felt @ half.left(step)) for half, step in zip(self.halves, steps, strict=True))
 
 
 class Half:
