@@ -1,14 +1,32 @@
-"""Checks the arrays of a file of measures, and tells all that is wrong at once."""
+"""The arrays of a file of measures: written if they are finite, and checked, with all that is wrong told at once."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mc_cli.artifacts.files import write_arrays
+from mc_cli.errors import ArtifactError
+
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+def write_measures(path: Path, arrays: Mapping[str, npt.NDArray[Any]], *, said: str) -> None:
+    """Writes the file in one atomic replace. Raises ArtifactError, and writes nothing, for numbers not finite.
+
+    said  what they are, for the error, up to its "not finite"; {} stands for the names of those that are not
+    """
+    bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if bad:
+        raise ArtifactError(
+            f"{path}: {said.format(', '.join(bad))} not finite, so nothing was written. Run score with --dtype "
+            "float32, or look for such numbers in the checkpoint."
+        )
+    write_arrays(path, arrays)
 
 
 def array_problems(

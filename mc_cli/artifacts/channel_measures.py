@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mc_cli.artifacts.array_checks import array_problems
-from mc_cli.artifacts.files import read_arrays, write_arrays
+from mc_cli.artifacts.array_checks import array_problems, write_measures
+from mc_cli.artifacts.files import read_arrays
 from mc_cli.errors import ArtifactError, listed
 
 Numbers = npt.NDArray[Any]
@@ -62,14 +62,7 @@ class ChannelMeasures:
 
     def write(self, path: Path) -> None:
         """Writes the file in one atomic replace. Raises ArtifactError, and writes nothing, for numbers not finite."""
-        arrays = self.arrays()
-        bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
-        if bad:
-            raise ArtifactError(
-                f"{path}: {', '.join(bad)} of some channels are not finite, so nothing was written. Run score with "
-                "--dtype float32, or look for such numbers in the checkpoint."
-            )
-        write_arrays(path, arrays)
+        write_measures(path, self.arrays(), said="{} of some channels are")
 
     @classmethod
     def read(cls, path: Path, *, num_experts: int, channels: int) -> ChannelMeasures:

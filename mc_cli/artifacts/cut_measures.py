@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mc_cli.artifacts.array_checks import array_problems
-from mc_cli.artifacts.files import read_arrays, write_arrays
+from mc_cli.artifacts.array_checks import array_problems, write_measures
+from mc_cli.artifacts.files import read_arrays
 from mc_cli.errors import ArtifactError, listed
 
 Numbers = npt.NDArray[Any]
@@ -52,12 +52,7 @@ class CutMeasures:
         """Writes the file in one atomic replace. Raises ArtifactError, and writes nothing, for numbers not finite."""
         arrays = {_ORDER: self.order, _KEPT: self.kept, _LOSS: self.loss, _LEFT: self.share_left}
         arrays |= {_UP: self.coded_up, _DOWN: self.coded_down}
-        if not all(np.isfinite(array).all() for array in arrays.values()):
-            raise ArtifactError(
-                f"{path}: what cutting some experts costs is not finite, so nothing was written. Run score with "
-                "--dtype float32, or look for such numbers in the checkpoint."
-            )
-        write_arrays(path, arrays)
+        write_measures(path, arrays, said="what cutting some experts costs is")
 
     @classmethod
     def read(cls, path: Path, *, num_experts: int, channels: int) -> CutMeasures:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mc_cli.artifacts.array_checks import array_problems
-from mc_cli.artifacts.files import read_arrays, write_arrays
+from mc_cli.artifacts.array_checks import array_problems, write_measures
+from mc_cli.artifacts.files import read_arrays
 from mc_cli.errors import ArtifactError, listed
 
 Numbers = npt.NDArray[Any]
@@ -47,12 +47,7 @@ class PairMeasures:
     def write(self, path: Path) -> None:
         """Writes the file in one atomic replace. Raises ArtifactError, and writes nothing, for numbers not finite."""
         arrays = {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}
-        if not all(np.isfinite(array).all() for array in arrays.values()):
-            raise ArtifactError(
-                f"{path}: what merging some experts costs is not finite, so nothing was written. Run score with "
-                "--dtype float32, or look for such numbers in the checkpoint."
-            )
-        write_arrays(path, arrays)
+        write_measures(path, arrays, said="what merging some experts costs is")
 
     @classmethod
     def read(cls, path: Path, *, num_experts: int) -> PairMeasures:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mc_cli.artifacts.array_checks import array_problems
-from mc_cli.artifacts.files import read_arrays, write_arrays
+from mc_cli.artifacts.array_checks import array_problems, write_measures
+from mc_cli.artifacts.files import read_arrays
 from mc_cli.errors import ArtifactError, listed
 
 Numbers = npt.NDArray[Any]
@@ -47,13 +47,7 @@ class ExpertSimilarity:
         """Writes the file in one atomic replace. Raises ArtifactError, and writes nothing, for numbers not finite."""
         arrays = {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}
         arrays[_SCALAR] = np.asarray(self.token_count, dtype=np.int64)
-        bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
-        if bad:
-            raise ArtifactError(
-                f"{path}: {', '.join(bad)} of some experts are not finite, so nothing was written. Run score with "
-                "--dtype float32, or look for such numbers in the checkpoint."
-            )
-        write_arrays(path, arrays)
+        write_measures(path, arrays, said="{} of some experts are")
 
     @classmethod
     def read(cls, path: Path, *, num_experts: int) -> ExpertSimilarity:
