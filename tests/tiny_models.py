@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,16 @@ def with_tensors(source: Path, folder: Path, tensors: dict[str, torch.Tensor]) -
     copy_without_weights(source, folder)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors")
     return folder
+
+
+def with_copied_experts(source: Path, folder: Path, originals: Mapping[int, int]) -> Path:
+    """A copy of a mixtral checkpoint in which experts of every layer are another one (expert -> whose copy it is)."""
+    tensors = read_tensors(source)
+    for name in list(tensors):
+        for copy, original in originals.items():
+            if f".experts.{original}." in name:
+                tensors[name.replace(f".experts.{original}.", f".experts.{copy}.")] = tensors[name].clone()
+    return with_tensors(source, folder, tensors)
 
 
 def with_own_code(source: Path, folder: Path) -> Path:

@@ -23,7 +23,7 @@ class MeasuredPairs:
     merging: Merging | None = None
 
     def menus(self, importance: Importance, hedge: float) -> dict[int, PairMenu]:
-        """What these pairs cost, by layer; `hedge` as in trust.py."""
+        """The cost of these pairs, by layer; `hedge` as in trust.py."""
         layers = [layer for layer in importance.layers if layer.layer in self.measures]
         return {layer.layer: pair_menu(layer, self.measures[layer.layer], hedge) for layer in layers}
 

@@ -1,4 +1,4 @@
-"""What a target leaves to the routed experts: widths and bytes of all that stands beside them, and the budget."""
+"""The budget that a target leaves to the routed experts, and widths and bytes of all that stands beside them."""
 
 from __future__ import annotations
 

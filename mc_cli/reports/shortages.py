@@ -1,4 +1,4 @@
-"""What calibration text left out: experts that few tokens reached, and routers whose choices are not explained."""
+"""Shortages of the calibration text: experts that few tokens reached, and routers whose choices are not explained."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ from tests.tiny_chain import (
     run_score,
     write_documents,
 )
-from tests.tiny_models import read_tensors, with_tensors
+from tests.tiny_models import read_tensors, with_copied_experts
 
 PLAIN = QuantizerSettings(error_correction=False)
 ROUNDING = 5e-5
@@ -86,12 +86,7 @@ def planted(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> 
     """Experts 3 and 5 are expert 0, and 7 is 2, in every layer; their routers' rows stay different."""
     folder = tmp_path_factory.mktemp("planted")
     source = tiny_model("mixtral", dtype=torch.float32)
-    tensors = read_tensors(source)
-    for name in list(tensors):
-        for copy, original in TWINS.items():
-            if f".experts.{original}." in name:
-                tensors[name.replace(f".experts.{original}.", f".experts.{copy}.")] = tensors[name].clone()
-    return scored_model(folder, with_tensors(source, folder / "model", tensors))
+    return scored_model(folder, with_copied_experts(source, folder / "model", TWINS))
 
 
 def original_of(model: Path) -> Any:

@@ -14,7 +14,7 @@ from mc_cli.errors import InputError
 from mc_cli.settings import ScoreSettings
 from tests.conftest import TinyModel
 from tests.tiny_chain import LENGTH, run_allocate, run_calibrate, run_quantize, run_score, write_documents
-from tests.tiny_models import read_tensors, with_tensors
+from tests.tiny_models import read_tensors, with_copied_experts
 
 TWINS = {3: 0, 7: 2}  # expert -> whose copy it is
 
@@ -23,12 +23,7 @@ TWINS = {3: 0, 7: 2}  # expert -> whose copy it is
 def work(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
     source = tiny_model("mixtral", dtype=torch.float32)
-    tensors = read_tensors(source)
-    for name in list(tensors):
-        for copy, original in TWINS.items():
-            if f".experts.{original}." in name:
-                tensors[name.replace(f".experts.{original}.", f".experts.{copy}.")] = tensors[name].clone()
-    model = with_tensors(source, folder / "model", tensors)
+    model = with_copied_experts(source, folder / "model", TWINS)
     data = write_documents(folder / "text.jsonl", documents=30)
     run_calibrate(folder / "work", model, data, gradient_tokens=7 * LENGTH)
     run_score(folder / "work", bits=(2, 4), pairs=6)
