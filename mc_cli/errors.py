@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -151,6 +151,11 @@ def listed(offenders: Iterable[str], limit: int = SHOWN) -> str:
     if len(lines) > limit:
         shown.append(f"  ... and {len(lines) - limit} more")
     return "\n".join(shown)
+
+
+def few(values: Sequence[object], most: int = 8) -> str:
+    """The first of many values in one line, with three dots where there are more."""
+    return ", ".join(map(str, values[:most])) + (" ..." if len(values) > most else "")
 
 
 def shown(value: object, limit: int = 40) -> str:

@@ -32,7 +32,7 @@ from mc_cli.artifacts.merging import Merging
 from mc_cli.artifacts.names import CHANNEL_ORDER, PLAN
 from mc_cli.artifacts.strict_yaml import read_yaml
 from mc_cli.encodings import MOST, all_widths
-from mc_cli.errors import PlanError, listed, shown
+from mc_cli.errors import PlanError, few, listed, shown
 from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role, too_few_survivors
 from mc_cli.registry import GRIDS, families
 from mc_cli.settings import LARGEST_GROUP
@@ -178,12 +178,12 @@ class Plan:
         beside = layer in inventory.layers_with_expert_biases
         if beside and divided:
             problems.append(
-                f"layer {layer}: experts {_some(divided)} are in blocks of channels, but have biases or norms of their "
+                f"layer {layer}: experts {few(divided)} are in blocks of channels, but have biases or norms of their "
                 "own, which belong to whole experts"
             )
         if moved and (beside or block.router_groups > 1):
             why = "experts have biases or norms of their own" if beside else "its router chooses groups of experts"
-            problems.append(f"layer {layer}: slots {_some(moved)} run experts of other slots, but {why}")
+            problems.append(f"layer {layer}: slots {few(moved)} run experts of other slots, but {why}")
         return problems
 
     def write(self, path: Path) -> None:
@@ -342,10 +342,6 @@ def _plain_problems(name: str, entries: Mapping[Any, Any]) -> list[str]:
         elif not isinstance(value, str | int | float | list | NoneType):
             problems.append(f"{name}: {key[:40]} is {shown(value)}, not a text, number or list")
     return problems
-
-
-def _some(numbers: list[int]) -> str:
-    return f"{', '.join(map(str, numbers[:8]))}{' ...' if len(numbers) > 8 else ''}"
 
 
 def _name(key: object) -> str:

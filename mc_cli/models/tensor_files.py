@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mc_cli.artifacts.places import file_inside
-from mc_cli.errors import CheckpointError, listed
+from mc_cli.errors import CheckpointError, few, listed
 from mc_cli.models.model_folder import read_model_json
 from mc_cli.sources import layouts_of
 from mc_cli.sources.folding import Folding, fold
@@ -192,7 +192,7 @@ def _no_weights(folder: Path, named: object) -> CheckpointError:
         held = f" {tensors[0]} holds {len(keys):,} tensors, {', '.join(keys[:3])} for example."
     return CheckpointError(
         f"{folder} has no {SINGLE} and no {INDEX}, the files that transformers reads weights from"
-        + (f", only {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}.{held} " if others else ". ")
+        + (f", only {few(others, 5)}.{held} " if others else ". ")
         + (
             "Pickled weights are never read: convert them to safetensors first."
             if pickled

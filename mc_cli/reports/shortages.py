@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from mc_cli.artifacts.calibration import LayerRouting, LayerSensitivity
+from mc_cli.errors import few
 from mc_cli.parts import ModelInventory
 
 
@@ -16,7 +17,7 @@ def unexplained_choices(sensitivities: Mapping[int, LayerSensitivity]) -> list[s
         return []
     return [
         f"the routers of {len(layers)} layers choose by something else than their scores and biases "
-        f"({_shown(layers)}): what it costs that they choose other experts is not in the layers' sensitivities."
+        f"({few(layers)}): what it costs that they choose other experts is not in the layers' sensitivities."
     ]
 
 
@@ -37,12 +38,12 @@ def starved_experts(routing: list[LayerRouting], inventory: ModelInventory) -> l
     messages = []
     if starved:
         messages.append(
-            f"{len(starved)} experts saw fewer tokens than their input has features (layer.expert: {_shown(starved)}); "
+            f"{len(starved)} experts saw fewer tokens than their input has features (layer.expert: {few(starved)}); "
             f"about {needed:,} more calibration tokens would give each enough."
         )
     if never:
         messages.append(
-            f"{len(never)} experts saw no calibration token (layer.expert: {_shown(never)}); "
+            f"{len(never)} experts saw no calibration token (layer.expert: {few(never)}); "
             "they will be rounded with the layer's pooled statistics. More varied text would help."
         )
     return messages
@@ -56,11 +57,7 @@ def starved_by_kind(routing: Sequence[LayerRouting]) -> list[str]:
         unseen = [f"{layer}.{e}" for layer, found in rows for e, count in enumerate(found.routing_count) if count == 0]
         if unseen:
             messages.append(
-                f"{len(unseen)} experts saw no {kind} token (layer.expert: {_shown(unseen)}): how they answer to "
+                f"{len(unseen)} experts saw no {kind} token (layer.expert: {few(unseen)}): how they answer to "
                 "one is not covered."
             )
     return messages
-
-
-def _shown(experts: list[str]) -> str:
-    return ", ".join(experts[:8]) + (" ..." if len(experts) > 8 else "")

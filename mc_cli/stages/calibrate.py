@@ -28,7 +28,7 @@ from mc_cli.data.image_rows import images_line, images_warnings
 from mc_cli.data.inputs import Drawn, Feeder
 from mc_cli.data.kinds import kind_means
 from mc_cli.data.processors import sees
-from mc_cli.errors import ArtifactError
+from mc_cli.errors import ArtifactError, few
 from mc_cli.models.checkpoint import Checkpoint
 from mc_cli.models.finite import require_finite
 from mc_cli.models.inventory import take_inventory
@@ -208,17 +208,17 @@ def _write_inventory(
     if beside_text is not None:
         folder.warn(beside_text, progress)
     if checkpoint.not_read:
-        shown = ", ".join(checkpoint.not_read[:5]) + (" ..." if len(checkpoint.not_read) > 5 else "")
         folder.warn(
             f"{checkpoint.folder} holds {len(checkpoint.not_read)} weight files or indexes that are not read, as "
-            f"transformers does not read them ({shown}); the weights are those of {checkpoint.files.said}.",
+            f"transformers does not read them ({few(checkpoint.not_read, 5)}); the weights are those of "
+            f"{checkpoint.files.said}.",
             progress,
         )
     if checkpoint.unused:
         kinds = list(kinds_of(checkpoint.unused))
         folder.warn(
             f"{artifact.LEFT_OUT} {len(checkpoint.unused)} {artifact.OF_THE_CLASS} "
-            f"{type(checkpoint.model).__name__} ({', '.join(kinds[:8])}{' ...' if len(kinds) > 8 else ''}; for example "
+            f"{type(checkpoint.model).__name__} ({few(kinds)}; for example "
             f"{checkpoint.unused[0]}). The config.json of every result does not count them.{_text_alone(checkpoint)}",
             progress,
         )

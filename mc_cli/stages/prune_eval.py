@@ -24,7 +24,7 @@ from mc_cli.data.chat import ChatSettings
 from mc_cli.data.image_rows import images_line, images_warnings
 from mc_cli.data.inputs import Drawn, Feeder
 from mc_cli.data.processors import sees
-from mc_cli.errors import MissingDependencyError
+from mc_cli.errors import MissingDependencyError, few
 from mc_cli.kernels.compiled import check_inputs, inputs_of
 from mc_cli.measuring.comparison import Compared, compare
 from mc_cli.measuring.lm_eval_tasks import Tasks, ready_tasks, run_tasks
@@ -227,10 +227,10 @@ def _warn_of_text(folder: StageFolder, drawn: Drawn[text.Windows], progress: Pro
             progress,
         )
     if windows.too_short:
-        shown = ", ".join(f"{domain} {count}" for domain, count in list(windows.too_short.items())[:8])
+        short = [f"{domain} {count}" for domain, count in windows.too_short.items()]
         folder.warn(
-            f"{len(windows.too_short)} domains of the text are shorter than one window and are not measured "
-            f"(tokens: {shown}{' ...' if len(windows.too_short) > 8 else ''}).",
+            f"{len(short)} domains of the text are shorter than one window and are not measured "
+            f"(tokens: {few(short)}).",
             progress,
         )
 

@@ -29,6 +29,7 @@ from mc_cli.coding.quantization import quantizer_for
 from mc_cli.coding.rerouting import Rerouting
 from mc_cli.coding.similarity import measure_similarity
 from mc_cli.data.batches import read_calibration
+from mc_cli.errors import few
 from mc_cli.executors import executor_for
 from mc_cli.models.checkpoint import Checkpoint
 from mc_cli.models.memory import release_freed_memory
@@ -192,7 +193,7 @@ def _merge(
         folder.warn(
             f"experts of {len(uncut)} layers cannot lose channels, as biases or norms belong to the whole expert or "
             "the activation mixes channels: they can be kept whole or dropped "
-            f"(layers {', '.join(map(str, uncut[:8]))}{' ...' if len(uncut) > 8 else ''}).",
+            f"(layers {few(uncut)}).",
             progress,
         )
     apart = [block.layer for block in inventory.expert_blocks if not folder.path(pair_file(block.layer)).exists()]
@@ -200,7 +201,7 @@ def _merge(
         folder.warn(
             f"no pairs were measured in {len(apart)} layers, whose experts have biases or norms of their own or an "
             "activation that mixes channels, or whose routers choose groups: no expert is merged there "
-            f"(layers {', '.join(map(str, apart[:8]))}{' ...' if len(apart) > 8 else ''}).",
+            f"(layers {few(apart)}).",
             progress,
         )
     unseen = [
@@ -209,7 +210,7 @@ def _merge(
     if unseen:
         folder.warn(
             f"{len(unseen)} experts saw no calibration token; their losses are measured on the layer's pooled tokens, "
-            f"as if one had reached each (layer.expert: {', '.join(unseen[:8])}{' ...' if len(unseen) > 8 else ''}).",
+            f"as if one had reached each (layer.expert: {few(unseen)}).",
             progress,
         )
     importance = Importance(
