@@ -65,7 +65,7 @@ def main() -> None:
     rows = [_row(stage, *(peaks[depth][stage] for depth in depths)) for stage in STAGES]
     _print_table(rows, depths)
     if options.out:
-        figures = {"shape": asdict(shape), "layers": depths, "threads": _threads(), "stages": rows}
+        figures = {"shape": asdict(shape), "layers": depths, "threads": threads(), "stages": rows}
         Path(options.out).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     growth = next(row for row in rows if row["stage"] == "quantize")["growth"]
     if growth >= 0.1:
@@ -88,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _threads() -> str:
+def threads() -> str:
+    """How many threads the processes that are measured compute on."""
     return os.environ.get("OMP_NUM_THREADS", "all")
 
 
@@ -100,21 +101,19 @@ def _measure(folder: Path, shape: Shape, layers: int) -> dict[str, Peak]:
 
 
 def _in_child(what: str, folder: Path, shape: Shape, layers: int) -> dict[str, Any]:
-    print(f"{layers:3} layers: {what} ...", end=" ", file=sys.stderr, flush=True)
-    arguments = [
-        "--child",
-        what,
-        "--folder",
-        str(folder),
-        "--shape",
-        json.dumps(asdict(shape)),
-        "--layers",
-        str(layers),
-    ]
+    asked = {"--child": what, "--folder": folder, "--shape": json.dumps(asdict(shape)), "--layers": layers}
+    return in_child(__file__, f"{layers:3} layers: {what}", asked)
+
+
+def in_child(program: str, told: str, asked: dict[str, object]) -> dict[str, Any]:
+    """Runs a program in a process of its own with these flags, saying so and how long; what its last line says."""
+    print(f"{told} ...", end=" ", file=sys.stderr, flush=True)
+    arguments = [str(word) for flag in asked.items() for word in flag]
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, check=True, text=True)
+    done = subprocess.run([sys.executable, program, *arguments], stdout=subprocess.PIPE, check=True, text=True)
     print(f"{time.monotonic() - begin:.0f} s", file=sys.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 # In the child

@@ -13,9 +13,7 @@ import argparse
 import base64
 import io
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,12 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from memory import WORDS, in_child, threads
 from rich.console import Console
 from rich.table import Table
 
 STAGES = ("calibrate", "score", "quantize", "prune-eval")
 INPUTS = ("text", "images")
-WORDS = ("tree", "river", "of", "the", "stone", "and", "walks", "under", "a", "bright", "sky", "while", "rain", "falls")
 AIM = 1.1  # times text alone plus the towers
 SPECIAL = ("</s>", "<image>", "<|user|>", "<|assistant|>")
 TEMPLATE = (
@@ -70,7 +68,7 @@ def main() -> None:
     rows = [_row(stage, *(peaks[stage, kind] for kind in INPUTS), towers) for stage in stages]
     _print_table(rows, towers)
     if options.out:
-        figures = {"shape": asdict(shape), "towers": towers, "threads": os.environ.get("OMP_NUM_THREADS", "all")}
+        figures = {"shape": asdict(shape), "towers": towers, "threads": threads()}
         Path(options.out).write_text(json.dumps({**figures, "stages": rows}, indent=1) + "\n", encoding="utf-8")
     worst = max(rows, key=lambda row: float(row["ratio"]))
     if worst["ratio"] > AIM:
@@ -91,13 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _in_child(what: str, folder: Path, shape: Shape) -> dict[str, Any]:
-    print(f"{what} ...", end=" ", file=sys.stderr, flush=True)
-    arguments = ["--child", what, "--folder", str(folder), "--shape", json.dumps(asdict(shape))]
-    begin = time.monotonic()
-    done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, check=True, text=True)
-    print(f"{time.monotonic() - begin:.0f} s", file=sys.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return in_child(__file__, what, {"--child": what, "--folder": folder, "--shape": json.dumps(asdict(shape))})
 
 
 # In the child
