@@ -74,7 +74,8 @@ def run_prune_eval(
     return prune_eval.run(settings, COMPUTE, work_dir, variant=variant, force=force, progress=SilentProgress())
 
 
-def run_export(work_dir: Path, out: Path, format: str, **changes: Any) -> StageResult:
+def run_export(work_dir: Path, out: Path, format: str, *, variant: str = MAIN, **changes: Any) -> StageResult:
     """export to `out`, after quantize."""
     settings = ExportSettings(format=format, out=str(out), **changes)
-    return export.run(settings, RunSettings(device="cpu"), work_dir, force=False, progress=SilentProgress())
+    compute = RunSettings(device="cpu")
+    return export.run(settings, compute, work_dir, variant=variant, force=False, progress=SilentProgress())

@@ -50,6 +50,7 @@ from mc_cli.settings import (
 from mc_cli.stages.allocate import with_directory
 from mc_cli.stages.calibrate import opened
 from mc_cli.stages.quantize import check_plan, existing_plan, plan_path
+from mc_cli.stages.score import role_widths
 
 __all__ = ["Look", "Outlook", "look_ahead"]
 
@@ -110,7 +111,7 @@ class Look:
             found.warnings += size.warnings
         if inventory is not None:
             work = self.workload(session, inventory, size)
-            needs = self._needs(session, inventory, size, {} if work is None else work.scratch_bytes)
+            needs = self._needs(session, inventory, size, work)
             found.needs += needs
             for need in needs:
                 with self.problems.catching():
@@ -131,6 +132,7 @@ class Look:
             tokens=work.tokens,
             length=work.length,
             packed_bytes=work.packed_bytes,
+            trial_bytes=work.trial_bytes,
             scratch=work.scratch_bytes,
         )
         machine = known_machine()
@@ -166,6 +168,7 @@ class Look:
             backward_tokens=min(tokens, -(-calibrate.gradient_tokens // length) * length),
             samples=calibrate.gradient_samples,
             widths=score.bits,
+            roles=tuple(role_widths(score, inventory)),
             loss_tokens=score.loss_tokens,
             corrects=quantize.quantizer.corrects_errors,
             quantizer=quantize.quantizer.quantizer,
@@ -326,7 +329,7 @@ class Look:
         )
 
     def _needs(
-        self, session: Session | None, inventory: ModelInventory, size: Size | None, scratch: Mapping[str, int]
+        self, session: Session | None, inventory: ModelInventory, size: Size | None, work: Workload | None
     ) -> list[Need]:
         tokens, length = None, 1
         with self.problems.catching():
@@ -341,7 +344,8 @@ class Look:
             tokens=tokens,
             length=length,
             packed_bytes=None if size is None else size.whole,
-            scratch=scratch,
+            trial_bytes=0 if work is None else work.trial_bytes,
+            scratch={} if work is None else work.scratch_bytes,
         )
 
     def _tokens(self, session: Session | None) -> tuple[int | None, int]:

@@ -77,6 +77,7 @@ def needs_of(
     tokens: int | None,
     length: int,
     packed_bytes: int | None,
+    trial_bytes: int,
     scratch: Mapping[str, int],
 ) -> list[Need]:
     """The space to be free in the work directory and where export writes; one entry where both are on one disk.
@@ -84,6 +85,7 @@ def needs_of(
     hidden_bytes   of one token's hidden state
     tokens         of calibration, at most; None: not known;  length   of one sequence
     packed_bytes   of the packed model; None: not known
+    trial_bytes    hidden states of score's walks with one role coded
     scratch        stage -> bytes of its scratch files, which are there while it runs
     """
     written = written_by(
@@ -94,6 +96,7 @@ def needs_of(
         tokens=tokens or 0,
         length=length,
         packed_bytes=packed_bytes or 0,
+        trial_bytes=trial_bytes,
         scratch=scratch,
     )
     inside = _in_work_dir(written, work)
@@ -141,6 +144,7 @@ def written_by(
     tokens: int,
     length: int,
     packed_bytes: int,
+    trial_bytes: int,
     scratch: Mapping[str, int],
 ) -> Written:
     """The bytes of each stage, for arguments as in `needs_of`. States are there twice while the next one is written."""
@@ -158,7 +162,7 @@ def written_by(
             tokens * hidden_bytes + way_back,
         )
     if "score" in todo:
-        running["score"] = 2 * tokens * hidden_bytes
+        running["score"] = 2 * (tokens * hidden_bytes + trial_bytes)
     if "quantize" in todo:
         stays["quantize"] = packed_bytes
         states = 2 if todo["quantize"].quantizer.corrects_errors else 1

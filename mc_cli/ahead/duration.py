@@ -22,7 +22,7 @@ def durations(work: Workload, machine: Machine, *, evaluated_tokens: int) -> dic
     read = stored / machine.disk_bytes
     return {
         "calibrate": read + forward + _backward(work, machine),
-        "score": read + forward + _moments(work, machine) + _forecasts(work, machine),
+        "score": read + forward + _moments(work, machine) + _forecasts(work, machine) + _roles(work, machine, forward),
         "allocate": 1.0,
         "quantize": read + (3 if work.corrects else 1) * forward + _moments(work, machine) + _coding(work, machine),
         "prune-eval": _EVALUATED * (read + forward * evaluated_tokens / max(1, work.tokens) + _head(work, machine)),
@@ -72,6 +72,13 @@ def _forecasts(work: Workload, machine: Machine) -> float:
     weights = work.inventory.expert_weight_count
     measured = 2.0 * 3 * work.loss_tokens * weights / machine.product_flops
     return widths * (weights * machine.draw_s_per_weight + _feedback(work, machine) + measured)
+
+
+def _roles(work: Workload, machine: Machine, forward: float) -> float:
+    """What stands beside the experts coded on trial, and some tokens through the model again for each role."""
+    weights = sum(math.prod(part.shape) for part in work.inventory.tensors if part.role in work.roles and part.packable)
+    again = len(work.roles) * work.trial_tokens / max(1, work.tokens)
+    return weights * machine.search_s_per_weight + again * forward
 
 
 def _coding(work: Workload, machine: Machine) -> float:

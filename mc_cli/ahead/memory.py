@@ -201,6 +201,9 @@ def _calibrate(work: Workload) -> _Steps:
 def _score(work: Workload) -> _Steps:
     hidden = _of_all_tokens(work, work.hidden_bytes)
     held = {"embedding and head": work.rest_bytes, "hidden states": hidden}
+    if work.roles and not work.pieces.scratch:
+        yield "the embedding is coded on trial", held | {"the embedding as it was, and coded": 2 * work.rest_bytes}
+        held["hidden states of roles"] = work.trial_bytes
     layer = {"the layer": work.layer_bytes(work.largest_layer)}
     yield _loading(work, held)
     kept = {"inputs of experts": 2 * hidden, "routing": _routing(work)} | _expert_apart(work)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from mc_cli.coding.role_costs import TOKENS
 from mc_cli.models.pieces import WHOLE, Pieces
 from mc_cli.parts import ExpertBlock, ModelInventory, Role
 
@@ -24,6 +25,7 @@ class Workload:
     batch_tokens         of one forward
     backward_tokens      of the backward pass, 0 without one;  samples: labels for each of them
     widths, loss_tokens  that score measures, and on how many tokens of an expert
+    roles                parts beside the experts whose cost score measures
     corrects             whether a second walk, through the original layers, goes beside quantize
     quantizer            by name
     packed_bytes         of the result
@@ -47,6 +49,7 @@ class Workload:
     quantizer: str
     packed_bytes: int
     workers: int = 0
+    roles: tuple[Role, ...] = ()
     pieces: Pieces = WHOLE
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -54,6 +57,18 @@ class Workload:
     def hidden_bytes(self) -> int:
         """Hidden states of all calibration tokens."""
         return self.tokens * self.hidden * self.itemsize
+
+    @property
+    def trial_tokens(self) -> int:
+        """Tokens that walk through the model once more for each role whose cost is measured."""
+        rows = max(1, self.tokens // self.length)
+        every = -(-rows // min(rows, max(1, TOKENS // self.length)))
+        return -(-rows // every) * self.length
+
+    @property
+    def trial_bytes(self) -> int:
+        """Hidden states of all these walks."""
+        return len(self.roles) * self.trial_tokens * self.hidden * self.itemsize
 
     @property
     def gradient_bytes(self) -> int:
@@ -108,7 +123,7 @@ class Workload:
             gradients += (2 * _FLOAT + self.itemsize) * self.samples * backward
         return {
             "calibrate": max(2 * hidden + sums, hidden + gradients),
-            "score": 3 * hidden + sums + apart,
+            "score": 3 * hidden + sums + apart + self.trial_bytes + (2 * self.rest_bytes if self.roles else 0),
             "quantize": 6 * hidden + sums + apart + packed,
         }
 

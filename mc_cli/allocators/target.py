@@ -6,9 +6,14 @@ import math
 from collections.abc import Mapping
 
 from mc_cli.allocators import Budget, Floor
+from mc_cli.allocators.beside import WIDTHS as ROLE_WIDTHS
+from mc_cli.allocators.beside import bought_widths
+from mc_cli.allocators.trust import hedged
+from mc_cli.artifacts.importance import Importance
 from mc_cli.encodings import encoding_for, family_of_role, stored_bytes
 from mc_cli.errors import PlanError, ShapeError
 from mc_cli.parts import BESIDE_TEXT, KEPT_BITS, ModelInventory, Role, TensorPart
+from mc_cli.registry import widths_of
 from mc_cli.settings import WIDTH_BORDERS, AllocateSettings, QuantizerSettings
 
 # A safetensors header spends about this much per tensor beside its name; counted so that --target-size holds for files.
@@ -17,14 +22,21 @@ _HEADER_BYTES_PER_FILE = 64
 
 
 def beside_experts(
-    settings: AllocateSettings, inventory: ModelInventory, quantizer: QuantizerSettings
+    settings: AllocateSettings,
+    inventory: ModelInventory,
+    quantizer: QuantizerSettings,
+    importance: Importance | None = None,
 ) -> tuple[dict[Role, int], int]:
     """(width per role, file bytes of all that is not a routed expert weight).
 
-    For a size in bytes: the widest that still leave the experts the mean width beside which they are the right ones.
+    For a size in bytes: the widths at which the whole is predicted to lose least, where `importance` holds what they
+    cost; else the widest that still leave the experts the mean width beside which they are the right ones.
     Raises PlanError for a width of its own of a tied head.
     """
     role_bits, others = _widths_beside(settings, inventory, quantizer)
+    if importance is not None and settings.target_size_bytes is not None and settings.engine is None:
+        role_bits |= _bought(settings, inventory, quantizer, hedged(importance, settings.hedge), role_bits)
+        others = other_bytes(inventory, role_bits, quantizer)
     if settings.vision_bits != KEPT_BITS and not {part.role for part in inventory.tensors} & set(BESIDE_TEXT):
         raise PlanError(
             f"--vision-bits {settings.vision_bits}: {inventory.model_type} has no tower and no projector. Leave it out."
@@ -58,6 +70,30 @@ def _widths_beside(
         if 8 * left > border * inventory.expert_weight_count:
             break
     return role_bits, others
+
+
+def _bought(
+    settings: AllocateSettings,
+    inventory: ModelInventory,
+    quantizer: QuantizerSettings,
+    importance: Importance,
+    role_bits: Mapping[Role, int],
+) -> dict[Role, int]:
+    """The widths of roles that nobody gave and whose costs were measured, by what each byte saves."""
+    given = {role for role, bits in settings.given_beside.items() if bits is not None}
+    sizes: dict[Role, dict[int, int]] = {}
+    for role in importance.role_costs.keys() & role_bits.keys() - given:
+        parts = [part for part in inventory.tensors if part.role is role and part.packable]
+        family = family_of_role(role, quantizer.family)
+        known = [bits for bits in ROLE_WIDTHS if bits in widths_of(family)]
+        if parts and known:
+            sizes[role] = {bits: sum(_part_bytes(part, bits, quantizer) for part in parts) for bits in known}
+    # Kept parts of these roles, biases say, are counted with everything else.
+    rest = other_bytes(inventory, {**role_bits, **{role: min(by) for role, by in sizes.items()}}, quantizer)
+    rest -= sum(min(by.values()) for by in sizes.values())
+    assert settings.target_size_bytes is not None
+    room = settings.target_size_bytes - inventory.directory_bytes - rest
+    return bought_widths(importance, sizes, room=room, widths=settings.bits or importance.candidate_bits)
 
 
 def floors_of(settings: AllocateSettings) -> list[Floor] | None:

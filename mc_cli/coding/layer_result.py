@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
 from mc_cli.artifacts.packed import ExpertLayout
-from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import MatrixReport
 from mc_cli.artifacts.streamed import Pieces
 from mc_cli.encodings import Encoding, encoding_for, family_of_role
@@ -40,8 +40,21 @@ class LayerResult:
         self.report.append(row)
 
 
+class Widths(Protocol):
+    """What a plan says of matrices that are no experts."""
+
+    @property
+    def role_bits(self) -> Mapping[Role, float]: ...
+
+    @property
+    def family(self) -> str: ...
+
+    @property
+    def group_size_limit(self) -> int: ...
+
+
 def planned_encoding(
-    plan: Plan, bits: float, out_features: int, in_features: int, *, role: Role = Role.EXPERT
+    plan: Widths, bits: float, out_features: int, in_features: int, *, role: Role = Role.EXPERT
 ) -> Encoding:
     """The encoding that `bits` mean in this plan for a matrix of this shape and role."""
     family = family_of_role(role, plan.family)

@@ -18,7 +18,7 @@ from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.calibration import LayerRouting
 from mc_cli.artifacts.channel_measures import ChannelMeasures
 from mc_cli.artifacts.cut_measures import CutMeasures
-from mc_cli.artifacts.importance import LayerImportance, ProjectionImportance
+from mc_cli.artifacts.importance import IN_NATS, LayerImportance, ProjectionImportance
 from mc_cli.artifacts.merging import Merging
 from mc_cli.artifacts.pair_measures import PairMeasures
 from mc_cli.artifacts.similarity import ExpertSimilarity
@@ -57,7 +57,7 @@ class LayerScorer:
         """How output errors of different layers are brought to one unit."""
         if not self._has_sensitivity:
             return "share of the residual stream's energy (no backward pass was run); the unit is not nats"
-        return "diagonal Fisher at the MoE output, labels sampled from the model; nats per token"
+        return IN_NATS
 
     def channels(self, module: Any, inputs: ExpertInputs) -> ChannelMeasures:
         """Every channel's measures; to be asked for before `score`, which moves channels. Raises FamilyError."""

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import MatrixReport
-from mc_cli.coding.layer_result import LayerResult, PackedTensors, measured, planned_encoding
+from mc_cli.coding.layer_result import LayerResult, PackedTensors, Widths, measured, planned_encoding
 from mc_cli.encodings import Encoding, has_grids
 from mc_cli.numerics.hessian import accumulate
 from mc_cli.parts import BESIDE_TEXT, KEPT_BITS, Role, TensorPart
@@ -38,7 +37,7 @@ class _InputSeen(Exception):
 class LinearCoder:
     """Packs the linears of one resident layer after another, and what lies outside of the layers."""
 
-    def __init__(self, walk: LayerWalk, plan: Plan, quantizer: Quantizer, executor: Executor) -> None:
+    def __init__(self, walk: LayerWalk, plan: Widths, quantizer: Quantizer, executor: Executor) -> None:
         self._walk = walk
         self._model = walk.source.model
         self._device = walk.source.device
@@ -121,6 +120,25 @@ class LinearCoder:
             alike = InputMoments(torch.eye(part.shape[1], device=self._device)[None])
             nearest = RoundToNearest(clip_search=True) if has_grids(encoding) else self._quantizer
             self._pack(path, part, nearest, alike, encoding, None, result)
+
+    def head(self, tensors: Sequence[TensorPart], result: LayerResult) -> None:
+        """Packs the head among `tensors`, if the plan says so, on what the walk's last layer gives; it is replaced."""
+        heads = [(path, part) for part in tensors if part.role is Role.HEAD and (path := self._packable(part))]
+        if not heads:
+            return
+        head = self._model.get_output_embeddings()  # type: ignore[operator]
+        hessian = torch.zeros((head.weight.shape[-1],) * 2, device=self._device)
+        moments, here = TokenMoments(self._walk, "the head", hessian), slice(0)
+
+        def capture(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            moments.add(here, args[0])
+
+        handle = head.register_forward_pre_hook(capture)
+        for rows in self._walk.batches():
+            here = rows
+            self._walk.logits(rows)
+        handle.remove()
+        self.sharing_input(heads, hessian, self._walk.inputs.real_tokens, result)
 
     def _pack(
         self,

@@ -12,6 +12,7 @@ from mc_cli.artifacts.routes import Flip, LayerRoutes
 from mc_cli.data.kinds import IMAGE, PADDING, kind_masks
 from mc_cli.data.text import Windows
 from mc_cli.models.memory import release_freed_memory
+from mc_cli.numerics.divergence import divergence
 from mc_cli.parts import ExpertBlock
 from mc_cli.progress import Progress
 from mc_cli.walking.layerwise import LayerSource, LayerWalk
@@ -35,7 +36,7 @@ class _Sums:
         self.tokens += len(labels)
         self.original -= float(reference.gather(1, at).double().sum())
         self.packed -= float(other.gather(1, at).double().sum())
-        self.divergence += float((reference.exp() * (reference - other)).double().sum())
+        self.divergence += float(divergence(reference, other).sum())
         self.same += float((reference.argmax(-1) == other.argmax(-1)).sum())
 
     def merge(self, other: _Sums) -> None:

@@ -166,32 +166,24 @@ def encode_panel(
     groups, rows = members.shape
     length = rows // rings
     check_rate(length, rate)
-    targets = targets.contiguous()
-    given = {"scales": scales, "members": members, "weights": weights, "feedback": feedback}
-    kept = {name: None if tensor is None else tensor.contiguous() for name, tensor in given.items()}
     assert codes.is_contiguous() and values.is_contiguous() and (errors is None or errors.is_contiguous())
-    if factor is not None:
-        factor = (factor[:1] if factor.stride(0) == 0 else factor).contiguous()
+    if factor is not None and factor.stride(0) == 0:
+        factor = factor[:1]
     levels, places = _levels(rate, table) if quick else (None, None)
-    table = (code_values(rate) if table is None else table).contiguous()
+    given = {"targets": targets, "factor": factor, "scales": scales, "members": members, "weights": weights}
+    given |= {"feedback": feedback, "values": code_values(rate) if table is None else table}
+    given |= {"levels": levels, "places": places}
+    kept = {name: None if tensor is None else tensor.contiguous() for name, tensor in given.items()}
+    shape = {"batch": batch, "first": first, "count": count, "inputs": values.shape[1], "outputs": outputs}
     failed = native.routine("mc_trellis_encode")(
-        targets=targets.data_ptr(),
-        factor=_address(factor),
         **{name: _address(tensor) for name, tensor in kept.items()},
-        values=table.data_ptr(),
         factors=1 if factor is None else len(factor),
-        batch=batch,
-        first=first,
-        count=count,
-        inputs=values.shape[1],
-        outputs=outputs,
+        **shape,
         groups=groups,
         rings=rings,
         length=length,
         numerator=rate.numerator,
         denominator=rate.denominator,
-        levels=_address(levels),
-        places=_address(places),
         level_count=0 if levels is None else len(levels),
         path=path,
         threads=torch.get_num_threads(),

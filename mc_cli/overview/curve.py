@@ -18,6 +18,10 @@ from mc_cli.stages.allocate import plan_of
 POINTS = 12  # sizes where none are asked for
 OURS = "global"
 BESIDE = ("uniform", "pmq", "layerwise")  # what a plan is compared with
+EXPERTS_ALONE = (
+    "These scores do not tell what attention, shared experts, embedding and head cost: predicted losses are of the "
+    "experts alone, and expected gaps too low. Run score --force, with a calibration that has --gradient-tokens."
+)
 _INSIDE = 1e-6  # part of the range by which its ends are kept away from, where rounding may leave no plan
 
 
@@ -27,7 +31,7 @@ class Point:
 
     stored_bits    stored bits per expert weight;  stored_bytes  of the whole model, headers of its files included
     role_bits      widths of what is not a routed expert
-    predicted_loss  nats per token; of the experts alone
+    predicted_loss  nats per token; of the experts alone where score has not measured what the rest costs
     """
 
     method: str
@@ -49,7 +53,7 @@ class Curve:
     """Points by method in the order of their size, and why a method has none at a size."""
 
     points: tuple[Point, ...]
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()  # and what predictions do not cover
 
     def of(self, method: str) -> list[Point]:
         """One method's points, the smallest first."""
@@ -86,6 +90,8 @@ def curve_of(
                 step.advance(note=method)
             if refused:
                 left_out.append(_refused(method, len(asked), refused))
+    if not scores.importance.role_costs:
+        left_out.append(EXPERTS_ALONE)
     return Curve(tuple(dict.fromkeys(points)), tuple(left_out))  # where widths end, several sizes give one plan
 
 

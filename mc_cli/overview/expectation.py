@@ -2,10 +2,10 @@
 
     log gap = level + slope * log predicted + what the model adds + what the plan adds
 
-Level and slope are those of all runs seen, each model (and whether its experts alone were compressed) with the same
-weight. The spread within models and the one between them are estimated from the residuals. Of a model with measured
-variants of its own, what it adds is estimated from those, drawn towards 0 by how few they are (best linear unbiased
-prediction in a model with random intercepts: Robinson 1991, Statistical Science 6(1)).
+Level and slope are those of all runs seen, each model with the same weight. The spread within models and the one
+between them are estimated from the residuals. Of a model with measured variants of its own, what it adds is estimated
+from those, drawn towards 0 by how few they are (best linear unbiased prediction in a model with random intercepts:
+Robinson 1991, Statistical Science 6(1)).
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from mc_cli.errors import ArtifactError
 COVERAGE = 0.9  # of the interval
 _QUANTILE = 1.645  # of a normal distribution, which 90 % of draws stay within on both sides
 _LEAST = 1e-9  # nats; less is no measure of anything
-_Group = tuple[str, bool]  # a model, and whether its experts alone were compressed: these differ in level
 _FILE = Path(__file__).with_name("runs_seen.json")
 
 
@@ -33,7 +32,6 @@ class Seen:
     model: str
     predicted: float
     gap: float
-    experts_only: bool = False  # whether all else was left as in the checkpoint
 
 
 @dataclass(frozen=True)
@@ -94,11 +92,11 @@ class Expectation:
 
 def fitted(seen: Sequence[Seen]) -> Expectation:
     """The relation in runs seen. Raises ValueError for fewer than two models, or none with two plans."""
-    rows: dict[_Group, list[tuple[float, float]]] = {}
+    rows: dict[str, list[tuple[float, float]]] = {}
     for run in seen:
         if min(run.gap, run.predicted) > _LEAST:
-            rows.setdefault((run.model, run.experts_only), []).append((math.log(run.predicted), math.log(run.gap)))
-    models = len({model for model, _ in rows})
+            rows.setdefault(run.model, []).append((math.log(run.predicted), math.log(run.gap)))
+    models = len(rows)
     if models < 2 or max(map(len, rows.values())) < 2:
         raise ValueError(f"{models} models and {len(seen)} plans are too few to tell how predictions turn out")
     centres = {model: _centre(points) for model, points in rows.items()}
@@ -117,7 +115,7 @@ def _centre(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
 
 
-def _slope(rows: Mapping[_Group, list[tuple[float, float]]], centres: Mapping[_Group, tuple[float, float]]) -> float:
+def _slope(rows: Mapping[str, list[tuple[float, float]]], centres: Mapping[str, tuple[float, float]]) -> float:
     """The common slope of all models' rows, each model with the same weight, its own level taken out."""
     across = square = 0.0
     for model, points in rows.items():
@@ -132,10 +130,7 @@ def runs_seen() -> tuple[Seen, ...]:
     """The runs that come with the tool, made by recipes/benchmarks/prediction.py."""
     try:
         rows = json.loads(_FILE.read_text(encoding="utf-8"))["runs"]
-        return tuple(
-            Seen(str(row["model"]), float(row["predicted"]), float(row["gap"]), bool(row["experts_only"]))
-            for row in rows
-        )
+        return tuple(Seen(str(row["model"]), float(row["predicted"]), float(row["gap"])) for row in rows)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{_FILE} is damaged: {error}. Install the package again.") from error
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mc_cli.allocators.beside import experts_loss_of
 from mc_cli.allocators.pairs_measured import NO_PAIRS, MeasuredPairs, read_pairs
-from mc_cli.allocators.programme import METHOD
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.importance import Importance
@@ -55,18 +55,18 @@ class Measured:
     @property
     def predicted_loss(self) -> float | None:
         """The loss that allocate predicted, nats per token; None where it could not tell, or the plan is another."""
-        return None if self.plan is None else predicted_loss_of(self.plan)
+        return predicted_loss_of(self.plan) if self.plan is not None and covers_model(self.plan) else None
 
 
 def predicted_loss_of(plan: Plan) -> float | None:
-    """Nats per token that a plan is predicted to cost; None where its scores do not tell.
+    """Nats per token that a plan is predicted to cost, see `covers_model`; None: its scores do not tell."""
+    whole = plan.objective.get("predicted_loss_of_model")
+    return whole if isinstance(whole, float) else experts_loss_of(plan)
 
-    It is the programme's own value for a plan in which one over the whole model cuts channels or merges pairs.
-    """
-    value = plan.objective.get("predicted_loss")
-    if value is None and plan.method == METHOD:
-        value = plan.objective.get("value")
-    return value if isinstance(value, float) else None
+
+def covers_model(plan: Plan) -> bool:
+    """Whether a plan's predicted loss is of the whole model, and not of the experts alone."""
+    return plan.objective.get("predicted_loss_of_model") is not None
 
 
 def require_work_dir(path: Path) -> None:

@@ -33,6 +33,11 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         facts["floors"] = "; ".join(budget["floors"])
     if objective.get("predicted_loss") is not None:
         facts["predicted loss"] = f"{objective['predicted_loss']:.6f} {objective.get('predicted_loss_unit', '')}"
+    if objective.get("predicted_loss_of_model") is not None:
+        costs = {role: objective.get(f"predicted_loss_of_{role.value}") for role in sorted(plan.role_bits)}
+        beside = ", ".join(f"{role.value} {cost:.6f}" for role, cost in costs.items() if cost is not None)
+        of_it = f", of it {beside}" if beside else ""
+        facts["of the whole model"] = f"{objective['predicted_loss_of_model']:.6f} nats per token{of_it}"
     if objective.get("value") is not None and objective["value"] != objective.get("predicted_loss"):
         facts["objective"] = f"{objective['value']:.6g} {objective.get('unit', '')}"
     facts["other widths"] = ", ".join(f"{role.value} {bits:g}" for role, bits in sorted(plan.role_bits.items()))

@@ -310,7 +310,7 @@ class AllocateSettings(StageSettings):
                 "--drop-ratio, --experts-left and width 0 out."
             )
         yield from width_conflicts(self.engine, [bits for bits in self.bits or () if bits != DROPPED], "--bits")
-        yield from role_conflicts(self.engine, self._given_beside)
+        yield from role_conflicts(self.engine, self.given_beside)
         if self.engine is not None and self.vision_bits != KEPT_BITS:
             yield InputError(f"--vision-bits {self.vision_bits}: {self.engine} keeps that at 16 bits. Leave it out.")
         given = [name for name in TARGETS if getattr(self, name) is not None]
@@ -402,7 +402,7 @@ class AllocateSettings(StageSettings):
         return {name: value for name, value in plain.items() if name not in left_out}
 
     @property
-    def _given_beside(self) -> dict[Role, int | None]:
+    def given_beside(self) -> dict[Role, int | None]:
         """The widths that were given for what is not an expert; DENSE follows SHARED unless set."""
         return {
             Role.ATTENTION: self.attention_bits,
@@ -416,7 +416,7 @@ class AllocateSettings(StageSettings):
     def role_bits(self, mean_bits: float) -> dict[Role, int]:
         """Width per role beside experts of `mean_bits`, kept beside kept ones; as an engine has them."""
         engine = ENGINES.get(self.engine or "")
-        coded = [bits for bits in self._given_beside.values() if bits is not None and bits != KEPT_BITS]
+        coded = [bits for bits in self.given_beside.values() if bits is not None and bits != KEPT_BITS]
         common = coded[0] if coded and engine is not None and engine.one_beside else None
 
         def width(role: Role, given: int | None) -> int:
@@ -429,4 +429,4 @@ class AllocateSettings(StageSettings):
             return usual if engine is None else engine.beside(role, common or usual)
 
         towers = {} if self.vision_bits == KEPT_BITS else dict.fromkeys(BESIDE_TEXT, self.vision_bits)
-        return {role: width(role, given) for role, given in self._given_beside.items()} | towers
+        return {role: width(role, given) for role, given in self.given_beside.items()} | towers

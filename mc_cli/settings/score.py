@@ -84,11 +84,20 @@ class ScoreSettings(StageSettings):
         ),
     )
 
+    roles: bool = setting(
+        True,
+        Flag(
+            "Measure what coding attention, shared experts, embedding and head costs as well: predicted losses are of "
+            "the whole model then.",
+            _SCORE,
+        ),
+    )
+
     engine: str | None = setting(None, engine_flag(_SCORE))
 
     def resolved(self) -> dict[str, Any]:
         """Plain JSON values of all fields that change the result; of what is measured besides, only what was asked."""
-        usual = {"unit": EXPERT, "similarity": False, "pairs": 0, "interpolate": False, "engine": None}
+        usual = {"unit": EXPERT, "similarity": False, "pairs": 0, "interpolate": False, "roles": True, "engine": None}
         if not self.pairs:
             usual["pair_merge"] = self.pair_merge
         return {name: value for name, value in super().resolved().items() if name not in usual or usual[name] != value}

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mc_cli.allocators import SolverSettings, allocate
+from mc_cli.allocators.beside import whole_prediction
 from mc_cli.allocators.channel_cuts import cut_plan
 from mc_cli.allocators.channel_groups import grouped_plan
 from mc_cli.allocators.cut_menus import CutMenu, cut_menu
@@ -297,10 +298,11 @@ def plan_of(
     pairs  of experts, where the plan may merge some
     Raises BudgetError for a target out of reach, InputError for what the method cannot use.
     """
-    role_bits, others = beside_experts(settings, inventory, quantizer)
+    role_bits, others = beside_experts(settings, inventory, quantizer, importance)
     cuts, pairs = cuts if may_cut(settings) else {}, pairs if may_merge(settings) else NO_PAIRS
     plan, considered = _allocated(settings, importance, role_bits, others, cuts, pairs, inventory, quantizer)
-    return _completed(plan, settings, inventory, quantizer, others), considered
+    plan = _completed(plan, settings, inventory, quantizer, others)
+    return replace(plan, objective={**plan.objective, **whole_prediction(plan, importance, inventory)}), considered
 
 
 def _completed(

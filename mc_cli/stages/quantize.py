@@ -13,9 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from mc_cli.allocators.stacks import check_alike
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.calibration import LayerSensitivity
@@ -30,7 +27,6 @@ from mc_cli.artifacts.store import RESUME, StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.coding.layer_quantizer import LayerQuantizer
 from mc_cli.coding.layer_result import LayerResult
-from mc_cli.coding.linears import TokenMoments
 from mc_cli.coding.part_writer import PartWriter
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.data.batches import Batch, read_calibration
@@ -143,7 +139,7 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
             if rest.linears:
                 walk.embed_again()
             _layers(walk, original, checkpoint, inventory, plan, worker, writer, folder, run.progress)
-            _head_and_rest(walk, checkpoint, inventory, plan, worker, writer, rest)
+            _head_and_rest(inventory, worker, writer, rest)
             weights.finish()
         _account(folder, inventory, self.settings, self.session, run.progress)
 
@@ -274,7 +270,8 @@ def _layers(
 ) -> None:
     """Every decoder layer; `original` walks beside, through the layers as they are in the checkpoint."""
     blocks = {block.layer: block for block in inventory.expert_blocks}
-    first = restore_progress(folder, walk, original)
+    beside = {} if original is None else {"original": original}
+    first = restore_progress(folder, walk, beside)
     with progress.step("quantize", total=walk.num_layers, unit="layer", done=first) as step:
         for layer in range(first, walk.num_layers):
             checkpoint.load(layer)
@@ -293,40 +290,17 @@ def _layers(
             writer.write(layer, parts, result)
             checkpoint.free(layer)
             release_freed_memory()
-            save_progress(folder, walk, original)
+            save_progress(folder, walk, beside)
             step.advance(note=f"layer {layer}")
 
 
-def _head_and_rest(
-    walk: LayerWalk,
-    checkpoint: Checkpoint,
-    inventory: ModelInventory,
-    plan: Plan,
-    worker: LayerQuantizer,
-    writer: PartWriter,
-    result: LayerResult,
-) -> None:
+def _head_and_rest(inventory: ModelInventory, worker: LayerQuantizer, writer: PartWriter, result: LayerResult) -> None:
     """Everything outside the layers; the head is packed if the plan says so, on the final normalised hidden states.
 
     result   what the embedding became; the head is added
     """
     parts = [part for part in inventory.tensors if part.layer is None]
-    heads = [(part.name.rpartition(".")[0], part) for part in parts if part.role is Role.HEAD and part.packable]
-    if heads and plan.role_bits.get(Role.HEAD, KEPT_BITS) != KEPT_BITS:
-        head = checkpoint.model.get_output_embeddings()
-        hessian = torch.zeros((head.weight.shape[-1],) * 2, device=checkpoint.device)
-
-        moments, here = TokenMoments(walk, "the head", hessian), slice(0)
-
-        def capture(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            moments.add(here, args[0])
-
-        handle = head.register_forward_pre_hook(capture)
-        for rows in walk.batches():
-            here = rows
-            walk.logits(rows)
-        handle.remove()
-        worker.linears.sharing_input(heads, hessian, walk.inputs.real_tokens, result)
+    worker.linears.head(parts, result)
     writer.write(REST, parts, result)
 
 

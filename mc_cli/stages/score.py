@@ -15,7 +15,7 @@ from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.artifacts.channel_measures import channel_file
 from mc_cli.artifacts.cut_measures import cut_file
 from mc_cli.artifacts.files import write_json
-from mc_cli.artifacts.importance import Importance, LayerImportance
+from mc_cli.artifacts.importance import Importance, LayerImportance, RoleCost
 from mc_cli.artifacts.names import IMPORTANCE
 from mc_cli.artifacts.pair_measures import pair_file
 from mc_cli.artifacts.similarity import similarity_file
@@ -27,6 +27,7 @@ from mc_cli.coding.layer_scorer import LayerScorer
 from mc_cli.coding.pair_measuring import can_be_merged
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.coding.rerouting import Rerouting
+from mc_cli.coding.role_costs import MEASURED, RoleTrials
 from mc_cli.coding.similarity import measure_similarity
 from mc_cli.data.batches import read_calibration
 from mc_cli.errors import few
@@ -36,17 +37,19 @@ from mc_cli.models.memory import release_freed_memory
 from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.session import Session, later_session
 from mc_cli.models.weight_digests import WeightDigests
-from mc_cli.parts import DROPPED, ModelInventory
+from mc_cli.parts import DROPPED, KEPT_BITS, ModelInventory, Role
 from mc_cli.progress import Progress, StageResult
 from mc_cli.quantizers import Quantizer
+from mc_cli.quantizers.job import Executor
 from mc_cli.reports.importance import importance_summary
-from mc_cli.settings import AUTO, EXPERT, RunSettings, ScoreSettings
+from mc_cli.settings import AUTO, EXPERT, AllocateSettings, RunSettings, ScoreSettings
 from mc_cli.stage import Plans, Run, Runs, Stage
 from mc_cli.walking.layerwise import LayerWalk
 from mc_cli.walking.resume import restore_progress, save_progress
 from mc_cli.walking.routing import watching
 
 STAGE = "score"
+_MIDDLE = 2.0  # bits per expert weight: what stands beside such experts is measured at the widths it has there
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,11 @@ class Score(Stage[StageFolder, _Ready, StageResult]):
         """Every layer, then one file of all."""
         with ready.weights, executor_for(self.session.compute, self.session.device) as executor:
             scorer = LayerScorer(self.settings, ready.quantizer, executor, self.work.folder("calibrate"))
-            _layers(ready, scorer, self.settings, self.session, folder, run.progress)
+            trials = _trials(ready, self.settings, executor)
+            _layers(ready, scorer, trials, self.settings, self.session, folder, run.progress)
+            costs = trials.costs()
             ready.weights.finish()
-        _merge(self.settings, ready.inventory, scorer.sensitivity_method, folder, run.progress)
+        _merge(self.settings, ready.inventory, scorer.sensitivity_method, costs, folder, run.progress)
 
     def result(self, folder: StageFolder, *, ran: bool) -> StageResult:
         """The cost of each width, by layer."""
@@ -109,9 +114,33 @@ class Score(Stage[StageFolder, _Ready, StageResult]):
 plan_stage, run = Plans(Score), Runs(Score)
 
 
+def role_widths(settings: ScoreSettings, inventory: ModelInventory) -> dict[Role, int]:
+    """The roles beside the experts whose cost score measures, and at which width."""
+    if not settings.roles:
+        return {}
+    planned = AllocateSettings(target_stored_bits=_MIDDLE, engine=settings.engine).role_bits(_MIDDLE)
+    there = {part.role for part in inventory.tensors if part.packable}
+    return {role: planned[role] for role in MEASURED if role in there and planned[role] != KEPT_BITS}
+
+
+def _trials(ready: _Ready, settings: ScoreSettings, executor: Executor) -> RoleTrials:
+    """The walks that measure what the parts beside the experts cost, where that is asked for."""
+    quantizer = settings.quantizer
+    return RoleTrials(
+        ready.walk,
+        ready.inventory,
+        role_widths(settings, ready.inventory),
+        ready.quantizer,
+        executor,
+        family=quantizer.family,
+        group_size_limit=quantizer.group_size,
+    )
+
+
 def _layers(
     ready: _Ready,
     scorer: LayerScorer,
+    trials: RoleTrials,
     settings: ScoreSettings,
     session: Session,
     folder: StageFolder,
@@ -120,10 +149,11 @@ def _layers(
     """Every decoder layer from where an earlier run stopped; those with experts are scored on the way."""
     walk, model = ready.walk, ready.checkpoint.model
     blocks = {block.layer: block for block in ready.inventory.expert_blocks}
-    first = restore_progress(folder, walk)
+    first = restore_progress(folder, walk, trials.states())
     with progress.step("score", total=walk.num_layers, unit="layer", done=first) as step:
         for layer in range(first, walk.num_layers):
             ready.checkpoint.load(layer)
+            trials.layer(layer)
             if layer in blocks:
                 with watching(model, blocks[layer], keep_inputs=True, store=walk.store) as capture:
                     walk.run_layer(advance=True)
@@ -146,7 +176,7 @@ def _layers(
                 walk.run_layer(advance=True)
             ready.checkpoint.free(layer)
             release_freed_memory()
-            save_progress(folder, walk)
+            save_progress(folder, walk, trials.states())
             step.advance(note=f"layer {layer}")
 
 
@@ -182,7 +212,12 @@ def _layer_file(layer: int) -> str:
 
 
 def _merge(
-    settings: ScoreSettings, inventory: ModelInventory, method: str, folder: StageFolder, progress: Progress
+    settings: ScoreSettings,
+    inventory: ModelInventory,
+    method: str,
+    roles: tuple[RoleCost, ...],
+    folder: StageFolder,
+    progress: Progress,
 ) -> None:
     """One importance.json of all layers; experts that no token reached are a warning."""
     layers = []
@@ -219,6 +254,7 @@ def _merge(
         candidate_bits=settings.bits,
         layers=tuple(layers),
         sensitivity_method=method,
+        roles=roles,
         warnings=tuple(folder.warnings),
     )
     importance.write(folder.path(IMPORTANCE))

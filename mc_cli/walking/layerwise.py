@@ -85,6 +85,13 @@ class LayerWalk:
         other.hidden = self.store.copy(self.hidden)
         return other
 
+    def of_rows(self, rows: slice) -> LayerWalk:
+        """A walk over some of the sequences, from the embedding on, whatever this one has passed."""
+        other = copy.copy(self)
+        other.inputs = self.inputs.select(rows)
+        other.embed_again()
+        return other
+
     def embed_again(self) -> None:
         """Starts anew with the embedding as it is now."""
         self.hidden, self._arguments = self._embed()

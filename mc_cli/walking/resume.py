@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -22,20 +23,25 @@ _NAME = re.compile(r"before_([0-9]+)\.safetensors")
 _STATE = re.compile(r"[a-z_]*before_[0-9]+\.safetensors")  # they hold their own digests, and go when the next comes
 
 
-def save_progress(folder: StageFolder, walk: LayerWalk, original: LayerWalk | None = None) -> None:
+def save_progress(folder: StageFolder, walk: LayerWalk, beside: Mapping[str, LayerWalk] = MappingProxyType({})) -> None:
     """Keeps the input of the walk's next layer; older states are removed after the new ones are safely on disk.
 
-    original  a walk at the same depth that is to go on with it
+    beside  name -> a walk at the same depth that is to go on with it
     """
     name = f"before_{walk.depth}.safetensors"
-    save_state(folder, name, walk.state() | ({} if original is None else original.state("original")), walk.store)
+    states = walk.state()
+    for beside_name, other in beside.items():
+        states |= other.state(beside_name)
+    save_state(folder, name, states, walk.store)
     path = folder.path(f"{RESUME}/{name}")
-    for other in path.parent.glob("before_*.safetensors"):
-        if other != path:
-            other.unlink()
+    for earlier in path.parent.glob("before_*.safetensors"):
+        if earlier != path:
+            earlier.unlink()
 
 
-def restore_progress(folder: StageFolder, walk: LayerWalk, original: LayerWalk | None = None) -> int:
+def restore_progress(
+    folder: StageFolder, walk: LayerWalk, beside: Mapping[str, LayerWalk] = MappingProxyType({})
+) -> int:
     """Moves the walks to the first layer that is not finished, and returns its index (0 on a fresh start).
 
     Raises ArtifactError where the state, or anything that was finished before it, is not as it was written.
@@ -49,11 +55,9 @@ def restore_progress(folder: StageFolder, walk: LayerWalk, original: LayerWalk |
             f"{folder.path(RESUME)} holds states behind layer {depth}, and the model has {walk.num_layers}. Use "
             "--force to begin this stage anew."
         )
-    names = ["hidden"] if original is None else ["hidden", "original"]
-    found = read_states(folder, f"before_{depth}.safetensors", names)
-    for moved, name in ((walk, "hidden"), (original, "original")):
-        if moved is None:
-            continue
+    walks = {"hidden": walk, **beside}
+    found = read_states(folder, f"before_{depth}.safetensors", list(walks))
+    for name, moved in walks.items():
         try:
             moved.restore(found[name], depth, found.get(f"{name}_handed"))
         except InputError as error:  # a state of another walk, such as one under another's name

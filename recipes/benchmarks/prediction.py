@@ -24,12 +24,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mc_cli.allocators.beside import experts_loss_of
 from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.work_dir import VARIANTS, WorkDir
 from mc_cli.overview.curve import point_of, reachable_bits
 from mc_cli.overview.sources import Measured, read_measured, read_scores
-from mc_cli.parts import KEPT_BITS
 from mc_cli.progress import SilentProgress
 from mc_cli.settings import (
     AllocateSettings,
@@ -45,9 +45,9 @@ from mc_cli.stages.allocate import plan_of
 SIZES = (2.06, 3.06, 1.56, 2.5, 4.0, 1.75, 3.5, 2.25, 2.75, 1.3)
 OURS_PUBLISHED = "**default: global, trellis**"
 UNITS = {
-    "predicted": "nats per token: predicted_loss of the plan, of the experts alone",
+    "predicted": "nats per token: predicted loss of the plan, of experts and what stands beside them",
+    "predicted_experts": "nats per token: the sum of what each expert is predicted to cost alone",
     "gap": "nats per token: loss of the packed model minus loss of the original, on held-out text",
-    "experts_only": "whether all but the experts was left as in the checkpoint",
     "calibration_tokens": "behind the scores that foretold",
     "measured_with": "text and calibration of the measurement, where they are not those of the prediction",
     "measured_at": "commit that was measured, where it is not that of the prediction",
@@ -157,7 +157,6 @@ def published(work_dir: Path, name: str, path: Path, table: str) -> Iterator[dic
             "predicted": point.predicted_loss,
             "stored_bits": point.stored_bits,
             "gap": float(cells["gap"].partition(" ")[0]),
-            "experts_only": True,
             "measured_at": row["commit"],
             "measured_with": f"{row['data']}; seeds {row['seeds']}",
         }
@@ -201,6 +200,7 @@ def row_of(entry: Measured) -> dict[str, Any]:
     return {
         "calibration_tokens": calibrated.settings["sequences"] * calibrated.settings["length"],
         "predicted": entry.predicted_loss,
+        "predicted_experts": experts_loss_of(entry.plan),
         "stored_bits": found.expert_stored_bits,
         "expert_bytes": sum(found.stored_bytes["expert"].values()),
         "model_bytes": entry.stored_bytes,
@@ -208,7 +208,6 @@ def row_of(entry: Measured) -> dict[str, Any]:
         "gap": entry.gap,
         "kl": found.total.kl_divergence,
         "tokens": found.total.tokens,
-        "experts_only": all(bits == KEPT_BITS for bits in entry.plan.role_bits.values()),
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mc_cli.artifacts.importance import UNITS, Importance, LayerImportance, ProjectionImportance
+from mc_cli.artifacts.importance import UNITS, Importance, LayerImportance, ProjectionImportance, RoleCost
 from mc_cli.errors import ArtifactError
 
 # Fields of a layer that are no measures.
@@ -65,9 +65,28 @@ def test_what_is_written_is_read_back(tmp_path: Path):
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "importance.json").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("cost", "says"),
+    [
+        (RoleCost("attention", 5, float("nan"), 10, 10), "'attention' costs nan"),
+        (RoleCost("attention", 5, -0.1, 10, 10), "'attention' costs -0.1"),
+        (RoleCost("tail", 5, 0.1, 10, 10), "'tail'"),
+    ],
+)
+def test_costs_of_roles_that_cannot_be_are_refused(tmp_path: Path, cost: RoleCost, says: str):
+    with pytest.raises(ArtifactError, match=f"roles: .*{says}"):
+        dataclasses.replace(importance_of(), roles=(cost,)).write(tmp_path / "importance.json")
+
+
+def test_costs_of_roles_are_read_back(tmp_path: Path):
+    importance = dataclasses.replace(importance_of(), roles=(RoleCost("attention", 5, 0.25, 10, 10),))
+    importance.write(tmp_path / "importance.json")
+    assert Importance.read(tmp_path / "importance.json") == importance
+
+
 def test_every_measure_has_a_unit():
     measures = {field.name for field in dataclasses.fields(LayerImportance)}
-    assert set(UNITS) == measures - FACTS
+    assert set(UNITS) == (measures - FACTS) | {"roles"}
 
 
 def test_a_score_without_predicted_losses_can_be_kept(tmp_path: Path):

@@ -216,7 +216,7 @@ def test_the_curve_of_a_finished_run(finished: Path, tmp_path: Path) -> None:
     assert all(point["expected_gap_low"] < point["expected_gap"] < point["expected_gap_high"] for point in ours)
     (measured,) = told["measured"]
     plan = json.loads(invoke("allocate", "-w", finished / "work", "--target-stored-bits", 4.5, "--json").stdout)
-    assert measured["predicted_loss"] == plan["summary"]["objective"]["predicted_loss"]
+    assert measured["predicted_loss"] == plan["summary"]["objective"]["predicted_loss_of_model"]
     assert told["best_that_fits"]["predicted_loss"] == pytest.approx(min(losses), abs=1e-9)
     assert figure.read_text().startswith("<?xml")
     assert "expected gap" in invoke("curve", "-w", finished / "work").stdout
@@ -236,7 +236,7 @@ def test_what_allocate_plans_is_a_point_of_the_curve(finished: Path) -> None:
     made = invoke("allocate", "-w", finished / "work", "--variant", "curve", "--target-size", size, "--json")
     assert made.exit_code == 0, made.stderr
     plan = json.loads(made.stdout)["summary"]
-    assert plan["objective"]["predicted_loss"] == point["predicted_loss"]
+    assert plan["objective"]["predicted_loss_of_model"] == point["predicted_loss"]
     assert plan["facts"]["stored bytes"] == point["stored_bytes"]
 
 

@@ -413,9 +413,8 @@ def test_embedding_is_rounded_before_the_layers_see_it(
     replace(plan, role_bits={**plan.role_bits, Role.EMBEDDING: bits}).write(tmp_path / "mine.yaml")
     seen: dict[str, Tensor] = {}
 
-    def first_inputs(_: Any, walk: LayerWalk, original: LayerWalk | None) -> int:
-        seen.update(packed=walk.hidden.clone())
-        seen.update({} if original is None else {"original": original.hidden.clone()})
+    def first_inputs(_: Any, walk: LayerWalk, beside: dict[str, LayerWalk]) -> int:
+        seen.update(packed=walk.hidden.clone(), **{name: other.hidden.clone() for name, other in beside.items()})
         return 0
 
     monkeypatch.setattr(quantize, "restore_progress", first_inputs)

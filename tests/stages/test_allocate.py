@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mc_cli.allocators import solver
+from mc_cli.allocators.beside import WIDTHS
 from mc_cli.artifacts.calibration import INVENTORY, read_inventory
 from mc_cli.artifacts.names import POINTER
 from mc_cli.artifacts.plan import Plan
@@ -110,7 +112,8 @@ def test_target_out_of_reach_says_what_is_feasible(scored: Path, tmp_path: Path)
 
 def test_a_target_size_out_of_reach_is_told_as_the_size_of_the_files(scored: Path, tmp_path: Path) -> None:
     work_dir = Path(shutil.copytree(scored, tmp_path / "work"))
-    run_allocate(work_dir, target_stored_bits=2.0)  # beside which all else is as wide as where nothing is left
+    narrowest = dict.fromkeys(("attention_bits", "shared_bits", "head_bits", "embedding_bits"), min(WIDTHS))
+    run_allocate(work_dir, target_stored_bits=2.0, **narrowest)
     asked = plan_of(work_dir).budget["other_bytes"] + beside_tensors(work_dir) + 10
     with pytest.raises(
         BudgetError, match=rf"10 bytes for all experts \({asked:,} with the rest of the model\)"
@@ -139,8 +142,9 @@ def test_borders_belong_to_the_narrower_width() -> None:
 def test_attention_is_as_wide_as_pays_beside_such_experts(
     scored: Path, tmp_path: Path, bits: float, beside: int
 ) -> None:
-    """The same for stored bits and for the size in bytes that they come to."""
+    """The same for stored bits and for the size in bytes that they come to, where nothing is known of other costs."""
     work_dir = Path(shutil.copytree(scored, tmp_path / "work"))
+    run_score(work_dir, roles=False, force=True)
     run_allocate(work_dir, target_stored_bits=bits)
     plan = plan_of(work_dir)
     assert plan.role_bits[Role.ATTENTION] == plan.role_bits[Role.SHARED] == beside
@@ -150,6 +154,26 @@ def test_attention_is_as_wide_as_pays_beside_such_experts(
         assert plan_of(work_dir).role_bits[Role.ATTENTION] == expected
     run_allocate(work_dir, target_stored_bits=bits, attention_bits=4, shared_bits=7, force=True)
     assert plan_of(work_dir).role_bits[Role.ATTENTION] == 4 and plan_of(work_dir).role_bits[Role.SHARED] == 7
+
+
+def test_a_size_of_the_whole_goes_where_a_byte_saves_most(scored: Path, tmp_path: Path) -> None:
+    """No plan with other widths beside the experts, of the same size, is predicted to lose less by more than a step."""
+    work_dir = Path(shutil.copytree(scored, tmp_path / "work"))
+    run_allocate(work_dir, target_stored_bits=2.4)
+    asked = {"target_stored_bits": None, "target_size_bytes": _size_of(plan_of(work_dir), work_dir), "force": True}
+    run_allocate(work_dir, **asked)
+    ours = plan_of(work_dir).objective["predicted_loss_of_model"]
+    for bits in WIDTHS:
+        others = dict.fromkeys(("attention_bits", "shared_bits", "head_bits", "embedding_bits"), bits)
+        with suppress(BudgetError):
+            run_allocate(work_dir, **asked, **others)
+            assert ours <= plan_of(work_dir).objective["predicted_loss_of_model"] * 1.02
+    run_allocate(work_dir, **asked, attention_bits=7)
+    assert plan_of(work_dir).role_bits[Role.ATTENTION] == 7, "a width that was given stays"
+
+
+def _size_of(plan: Plan, work_dir: Path) -> int:
+    return int(plan.budget["other_bytes"] + plan.budget["expert_bytes"] + beside_tensors(work_dir))
 
 
 @pytest.mark.parametrize(("method", "gaps"), [("pmq", {0.0}), ("global", {1e-4})])
