@@ -1,4 +1,4 @@
-"""The cost of each width."""
+"""The cost of each width of experts, and of what stands beside them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mc_cli.reports.tables import summary, table
 
 
 def importance_summary(importance: Importance) -> dict[str, Any]:
-    """Predicted losses by layer and width."""
+    """Predicted losses by layer and width, and what each part beside the experts costs where that was measured."""
     rows = [
         [
             layer.layer,
@@ -21,4 +21,9 @@ def importance_summary(importance: Importance) -> dict[str, Any]:
     widths = [f"all at {width} bits" if width else "each dropped alone" for width in importance.candidate_bits]
     title = "Predicted rise of the loss, summed over a layer's experts"
     facts = {"quantizer": importance.quantizer, "unit": importance.sensitivity_method}
-    return summary(facts, table(title, ["layer", "experts", *widths], rows))
+    tables = [table(title, ["layer", "experts", *widths], rows)]
+    if importance.roles:
+        beside = [[cost.role, cost.weight_count, cost.bits, round(cost.loss, 6)] for cost in importance.roles]
+        title = "KL divergence with one part beside the experts coded, nats per token"
+        tables.append(table(title, ["part", "weights", "bits", "cost"], beside, left=1))
+    return summary(facts, *tables)

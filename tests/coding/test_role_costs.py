@@ -17,7 +17,7 @@ from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.parts import KEPT_BITS, Role
 from mc_cli.settings import QuantizerSettings
 from tests.conftest import ScoredWork
-from tests.tiny_chain import run_export, run_quantize
+from tests.tiny_chain import run_export, run_quantize, run_score
 
 RTN = QuantizerSettings(quantizer="rtn")  # looks at no inputs, so that quantize codes as the trial did
 ROLES = {
@@ -55,3 +55,14 @@ def test_every_role_costs_what_a_model_with_it_coded_loses(
         wanted = float(kl_div(log_probabilities(coded, token_ids), original, reduction="batchmean", log_target=True))
         assert wanted > 1e-7, "nothing was coded"
         assert cost.loss == pytest.approx(wanted, rel=2e-3)
+
+
+def test_score_tells_what_each_part_costs_and_leaves_it_out_where_asked(
+    scored_work: ScoredWork, tmp_path: Path
+) -> None:
+    scored_work(tmp_path, "qwen2_moe")
+    shown = run_score(tmp_path / "work").summary["tables"]
+    assert [row[0] for row in shown[-1]["rows"]] == list(ROLES["qwen2_moe"])
+    alone = run_score(tmp_path / "work", roles=False, force=True).summary["tables"]
+    assert len(alone) == len(shown) - 1
+    assert not Importance.read(tmp_path / "work" / "importance" / "importance.json").roles
