@@ -74,9 +74,9 @@ class RoleTrials:
         }
         self._embedding: dict[str, torch.Tensor] = {}  # its weights as they become, where they are the head's as well
         self.twins: dict[Role, LayerWalk] = {}
-        for role in self._coders:
-            if role in IN_LAYERS:
-                self.twins[role] = walk.of_rows(self._rows)
+        if in_layers := [role for role in widths if role in IN_LAYERS]:
+            begun = walk.of_rows(self._rows)
+            self.twins = {role: begun.twin() for role in in_layers}
         if Role.EMBEDDING in self._coders:
             self._begin_embedding()
 

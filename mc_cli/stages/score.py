@@ -6,7 +6,7 @@ change of the layer's output is measured on the expert's own tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,19 +30,20 @@ from mc_cli.coding.rerouting import Rerouting
 from mc_cli.coding.role_costs import MEASURED, RoleTrials
 from mc_cli.coding.similarity import measure_similarity
 from mc_cli.data.batches import read_calibration
-from mc_cli.errors import few
+from mc_cli.encodings import encoding_for, family_of_role
+from mc_cli.errors import ShapeError, few
 from mc_cli.executors import executor_for
 from mc_cli.models.checkpoint import Checkpoint
 from mc_cli.models.memory import release_freed_memory
 from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.session import Session, later_session
 from mc_cli.models.weight_digests import WeightDigests
-from mc_cli.parts import DROPPED, KEPT_BITS, ModelInventory, Role
+from mc_cli.parts import DROPPED, KEPT_BITS, ModelInventory, Role, TensorPart
 from mc_cli.progress import Progress, StageResult
 from mc_cli.quantizers import Quantizer
 from mc_cli.quantizers.job import Executor
 from mc_cli.reports.importance import importance_summary
-from mc_cli.settings import AUTO, EXPERT, AllocateSettings, RunSettings, ScoreSettings
+from mc_cli.settings import AUTO, EXPERT, AllocateSettings, QuantizerSettings, RunSettings, ScoreSettings
 from mc_cli.stage import Plans, Run, Runs, Stage
 from mc_cli.walking.layerwise import LayerWalk
 from mc_cli.walking.resume import restore_progress, save_progress
@@ -115,12 +116,31 @@ plan_stage, run = Plans(Score), Runs(Score)
 
 
 def role_widths(settings: ScoreSettings, inventory: ModelInventory) -> dict[Role, int]:
-    """The roles beside the experts whose cost score measures, and at which width."""
-    if not settings.roles:
-        return {}
+    """The roles beside the experts whose cost score measures, and at which width; without those that have no codes."""
+    planned = _coded_roles(settings, inventory) if settings.roles else {}
+    return {
+        role: bits
+        for role, bits in planned.items()
+        if _can_be_coded((part for part in inventory.tensors if part.role is role), bits, settings.quantizer)
+    }
+
+
+def _coded_roles(settings: ScoreSettings, inventory: ModelInventory) -> dict[Role, int]:
+    """The roles beside the experts that allocate codes unless told otherwise, and at which width."""
     planned = AllocateSettings(target_stored_bits=_MIDDLE, engine=settings.engine).role_bits(_MIDDLE)
     there = {part.role for part in inventory.tensors if part.packable}
     return {role: planned[role] for role in MEASURED if role in there and planned[role] != KEPT_BITS}
+
+
+def _can_be_coded(parts: Iterable[TensorPart], bits: float, quantizer: QuantizerSettings) -> bool:
+    try:
+        for part in parts:
+            if part.packable:
+                family = family_of_role(part.role, quantizer.family)
+                encoding_for(family, bits, *part.shape, group_size_limit=quantizer.group_size)
+    except ShapeError:
+        return False
+    return True
 
 
 def _trials(ready: _Ready, settings: ScoreSettings, executor: Executor) -> RoleTrials:
@@ -237,6 +257,13 @@ def _merge(
             f"no pairs were measured in {len(apart)} layers, whose experts have biases or norms of their own or an "
             "activation that mixes channels, or whose routers choose groups: no expert is merged there "
             f"(layers {few(apart)}).",
+            progress,
+        )
+    uncosted = [role.value for role in _coded_roles(settings, inventory) if role not in {each.role for each in roles}]
+    if settings.roles and uncosted:
+        folder.warn(
+            f"what {', '.join(uncosted)} cost was not measured, as some of their matrices have no codes of that width: "
+            "keep them at 16 bits in allocate; predicted losses are of the experts alone where they are coded.",
             progress,
         )
     unseen = [

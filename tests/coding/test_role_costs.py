@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from mc_cli.artifacts.calibration import read_token_ids
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.work_dir import WorkDir
-from mc_cli.parts import KEPT_BITS, Role
-from mc_cli.settings import QuantizerSettings
+from mc_cli.parts import KEPT_BITS, ModelInventory, Role, TensorPart
+from mc_cli.settings import ENGINES, QuantizerSettings, ScoreSettings
+from mc_cli.stages.score import role_widths
 from tests.conftest import ScoredWork
 from tests.tiny_chain import run_export, run_quantize, run_score
 
@@ -66,3 +68,17 @@ def test_score_tells_what_each_part_costs_and_leaves_it_out_where_asked(
     alone = run_score(tmp_path / "work", roles=False, force=True).summary["tables"]
     assert len(alone) == len(shown) - 1
     assert not Importance.read(tmp_path / "work" / "importance" / "importance.json").roles
+
+
+@pytest.mark.parametrize(("rows_of", "measured"), [(64, {Role.ATTENTION}), (36, set())])
+def test_a_role_without_codes_of_the_width_is_not_measured(rows_of: int, measured: set[Role]) -> None:
+    """Groups of MLX are 32 weights and more, and an embedding is kept there."""
+    shapes = {Role.ATTENTION: (64, rows_of), Role.EMBEDDING: (96, 64), Role.ROUTER: (4, 64)}
+    parts = (
+        TensorPart(f"{role.value}.weight", role, None, shape, "float32", 4, packable=True)
+        for role, shape in shapes.items()
+    )
+    inventory = ModelInventory("mixtral", 1, (), tuple(parts), tied_head=True)
+    settings = ScoreSettings(engine="mlx", quantizer=QuantizerSettings(quantizer=ENGINES["mlx"].quantizer))
+    assert set(role_widths(settings, inventory)) == measured
+    assert role_widths(replace(settings, roles=False), inventory) == {}
