@@ -70,9 +70,9 @@ def test_score_tells_what_each_part_costs_and_leaves_it_out_where_asked(
     assert not Importance.read(tmp_path / "work" / "importance" / "importance.json").roles
 
 
-@pytest.mark.parametrize(("rows_of", "measured"), [(64, {Role.ATTENTION}), (36, set())])
+@pytest.mark.parametrize(("rows_of", "measured"), [(64, {Role.ATTENTION, Role.EMBEDDING}), (36, {Role.EMBEDDING})])
 def test_a_role_without_codes_of_the_width_is_not_measured(rows_of: int, measured: set[Role]) -> None:
-    """Groups of MLX are 32 weights and more, and an embedding is kept there."""
+    """Rows in MLX are whole groups of 32 weights or more."""
     shapes = {Role.ATTENTION: (64, rows_of), Role.EMBEDDING: (96, 64), Role.ROUTER: (4, 64)}
     parts = (
         TensorPart(f"{role.value}.weight", role, None, shape, "float32", 4, packable=True)
