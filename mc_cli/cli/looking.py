@@ -40,7 +40,7 @@ def curve(
         from mc_cli.overview.curve import curve_of, largest_within
         from mc_cli.overview.curve_report import curve_chart, curve_summary
         from mc_cli.overview.expectation import expectation_of
-        from mc_cli.overview.sources import read_measured, read_scores
+        from mc_cli.overview.sources import read_measured, read_scores, seen_of
         from mc_cli.reports.drawing import check_figure_path, write_figure
 
         asked = None if sizes is None else parse_sizes(sizes, "--sizes")
@@ -56,8 +56,7 @@ def curve(
                 best = largest_within(scores, room)
             except BudgetError as error:
                 left_out.append(f"--fit {fit}: {error}")
-        pairs = [(entry.predicted_loss, entry.gap) for entry in measured if entry.predicted_loss is not None]
-        expectation = expectation_of(pairs)
+        expectation = expectation_of(seen_of(measured))
         for sentence in (*found.left_out, *left_out):
             console.say_warning(sentence)
         made: dict[str, Any] = curve_summary(found, expectation, measured, fit=room, best=best)

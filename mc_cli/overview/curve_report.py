@@ -100,7 +100,7 @@ def measured_table(measured: Sequence[Measured], expectation: Expectation) -> di
     rows: list[list[Any]] = []
     for entry in measured:
         predicted = entry.predicted_loss
-        expected = None if predicted is None else prior.of(predicted)
+        expected = None if predicted is None else prior.of(predicted).measured_with(entry.noise)
         total = entry.evaluation.total
         row: list[Any] = [entry.work.variant, entry.stored_bytes, round(entry.evaluation.expert_stored_bits, 3)]
         row += [predicted, entry.gap, total.kl_divergence]

@@ -1,18 +1,20 @@
 """The measured loss gap that a predicted one probably becomes, with an interval, from runs that were measured.
 
-    log gap = level + slope * log predicted + what the model adds + what the plan adds
+    gap = predicted * ratio * what the model adds * what the plan adds  +  noise of the held-out text
 
-Level and slope are those of all runs seen, each model with the same weight. The spread within models and the one
-between them are estimated from the residuals. Of a model with measured variants of its own, what it adds is estimated
-from those, drawn towards 0 by how few they are (best linear unbiased prediction in a model with random intercepts:
-Robinson 1991, Statistical Science 6(1)).
+Ratio, and how much models and plans of one model differ, are estimated from all runs seen, each run by how much its
+text can tell: a gap over N tokens with KL divergence D is uncertain by sqrt(2 D / N), as the logarithm of a ratio of
+two near distributions has twice its mean as its variance. Both spreads are those at which the weighted squares of the
+residuals are as many as they should be (Paule and Mandel 1982, J. Res. NBS 87(5)). Of a model with measured variants
+of its own, what it adds is estimated from those, drawn towards nothing by how few they are (Robinson 1991, Statistical
+Science 6(1)).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,16 +24,22 @@ from mc_cli.errors import ArtifactError
 COVERAGE = 0.9  # of the interval
 _QUANTILE = 1.645  # of a normal distribution, which 90 % of draws stay within on both sides
 _LEAST = 1e-9  # nats; less is no measure of anything
+_SPREADS = 4.0  # the largest spread that is looked for, relative
+_HALVINGS = 60
 _FILE = Path(__file__).with_name("runs_seen.json")
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One plan that was predicted, and measured on held-out text; nats per token."""
+    """One plan that was predicted, and measured on held-out text; nats per token.
+
+    noise   standard deviation of the gap, as its text has so many tokens
+    """
 
     model: str
     predicted: float
     gap: float
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,19 +55,23 @@ class Expected:
         """How many times the lower end the upper one is."""
         return self.high / self.low
 
+    def measured_with(self, noise: float) -> Expected:
+        """The same for what a text shows whose gaps are uncertain by `noise`; it may end below 0."""
+        below, above = (math.hypot(self.gap - self.low, _QUANTILE * noise), self.high - self.gap)
+        return Expected(self.gap, self.gap - below, self.gap + math.hypot(above, _QUANTILE * noise))
+
 
 @dataclass(frozen=True)
 class Expectation:
     """How measured gaps follow predicted ones.
 
-    level, slope    of the logarithms
-    within, between  standard deviations of a plan's and of a model's own addend
-    added           what this model adds, by its own measured plans; added_error its standard deviation
-    models, plans   how many the figures are of;  own  how many plans of this model
+    ratio            of a model's gaps to its predictions, of all models
+    within, between  standard deviations, relative, of a plan's and of a model's own factor
+    added            logarithm of this model's factor, by its own measured plans; added_error its standard deviation
+    models, plans    how many the figures are of;  own  how many plans of this model
     """
 
-    level: float
-    slope: float
+    ratio: float
     within: float
     between: float
     models: int
@@ -70,59 +82,83 @@ class Expectation:
 
     def of(self, predicted: float) -> Expected:
         """The gap that a predicted loss probably becomes."""
-        middle = self.level + self.slope * math.log(max(predicted, _LEAST)) + self.added
+        middle = math.log(self.ratio * max(predicted, _LEAST)) + self.added
         width = _QUANTILE * math.hypot(self.within, self.added_error if self.own else self.between)
         return Expected(*(math.exp(middle + side * width) for side in (0, -1, 1)))
 
-    def with_own(self, measured: Iterable[tuple[float, float]]) -> Expectation:
-        """The same for a model of which (predicted, gap) of some plans were measured."""
-        residuals = [
-            math.log(gap) - self.level - self.slope * math.log(predicted)
-            for predicted, gap in measured
-            if min(gap, predicted) > _LEAST
-        ]
-        if not residuals:
+    def with_own(self, measured: Iterable[Seen]) -> Expectation:
+        """The same for a model of which some plans were measured."""
+        own = [run for run in measured if run.predicted > _LEAST]
+        level, error = _level(own, self.within)
+        if not own or level <= 0:  # nothing, or noise alone
             return self
-        count = len(residuals)
-        noise, spread = self.within**2 / count, self.between**2
+        noise, spread = (error / level) ** 2, self.between**2
         trust = spread / (spread + noise) if spread + noise else 0.0
-        error = math.sqrt(trust * noise)
-        return replace(self, added=trust * sum(residuals) / count, added_error=error, own=count)
+        added = trust * math.log(level / self.ratio)
+        return replace(self, added=added, added_error=math.sqrt(trust * noise), own=len(own))
 
 
 def fitted(seen: Sequence[Seen]) -> Expectation:
     """The relation in runs seen. Raises ValueError for fewer than two models, or none with two plans."""
-    rows: dict[str, list[tuple[float, float]]] = {}
+    rows: dict[str, list[Seen]] = {}
     for run in seen:
-        if min(run.gap, run.predicted) > _LEAST:
-            rows.setdefault(run.model, []).append((math.log(run.predicted), math.log(run.gap)))
-    models = len(rows)
-    if models < 2 or max(map(len, rows.values())) < 2:
-        raise ValueError(f"{models} models and {len(seen)} plans are too few to tell how predictions turn out")
-    centres = {model: _centre(points) for model, points in rows.items()}
-    slope = _slope(rows, centres)
-    levels = {model: y - slope * x for model, (x, y) in centres.items()}
-    level = sum(levels.values()) / len(levels)
+        if run.predicted > _LEAST:
+            rows.setdefault(run.model, []).append(run)
     count = sum(map(len, rows.values()))
-    squares = sum((y - levels[model] - slope * x) ** 2 for model, points in rows.items() for x, y in points)
-    within = math.sqrt(squares / max(1, count - len(rows) - 1))
-    spread = sum((own - level) ** 2 for own in levels.values()) / (len(levels) - 1)
-    # A new model's own addend varies as those seen do, and the mean of a few is not known better than that.
-    return Expectation(level, slope, within, math.sqrt(spread * (1 + 1 / len(levels))), models, count)
+    if len(rows) < 2 or count <= len(rows):
+        raise ValueError(f"{len(rows)} models and {len(seen)} plans are too few to tell how predictions turn out")
+    within = _spread(lambda spread: sum(_square(row, spread) for row in rows.values()), count - len(rows))
+    levels = [_level(row, within) for row in rows.values()]
+    known = [(math.log(level), error / level) for level, error in levels if level > 0]
+    between = _spread(lambda spread: _weighted(known, spread)[1], len(known) - 1)
+    # A new model's own factor varies as those seen do, and the mean of a few is not known better than that.
+    return Expectation(
+        math.exp(_weighted(known, between)[0]), within, between * math.sqrt(1 + 1 / len(known)), len(rows), count
+    )
 
 
-def _centre(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
+def _level(runs: Sequence[Seen], within: float) -> tuple[float, float]:
+    """(mean ratio of gap to prediction, its standard deviation), each run weighted by how much it tells."""
+    level = 1.0
+    total = 0.0
+    for _ in range(3):  # what plans add is relative to the level
+        weights = [1 / ((within * level) ** 2 + (run.noise / run.predicted) ** 2 + 1e-12) for run in runs]
+        total = sum(weights)
+        ratios = (weight * run.gap / run.predicted for weight, run in zip(weights, runs, strict=True))
+        level = sum(ratios) / total if total else 0.0
+    return level, math.sqrt(1 / total) if total else 0.0
 
 
-def _slope(rows: Mapping[str, list[tuple[float, float]]], centres: Mapping[str, tuple[float, float]]) -> float:
-    """The common slope of all models' rows, each model with the same weight, its own level taken out."""
-    across = square = 0.0
-    for model, points in rows.items():
-        mean_x, mean_y = centres[model]
-        across += sum((x - mean_x) * (y - mean_y) for x, y in points) / len(points)
-        square += sum((x - mean_x) ** 2 for x, _ in points) / len(points)
-    return across / square if square else 1.0
+def _square(runs: Sequence[Seen], within: float) -> float:
+    """The sum of squared residuals of one model's ratios, each over its variance."""
+    level, _ = _level(runs, within)
+    return sum(
+        (run.gap / run.predicted - level) ** 2 / ((within * level) ** 2 + (run.noise / run.predicted) ** 2 + 1e-12)
+        for run in runs
+    )
+
+
+def _weighted(values: Sequence[tuple[float, float]], spread: float) -> tuple[float, float]:
+    """(mean, sum of squared residuals over their variances) of (value, its error) pairs that vary by `spread`."""
+    weights = [1 / (spread**2 + error**2 + 1e-12) for _, error in values]
+    mean = sum(weight * value for weight, (value, _) in zip(weights, values, strict=True)) / sum(weights)
+    return mean, sum(weight * (value - mean) ** 2 for weight, (value, _) in zip(weights, values, strict=True))
+
+
+def _spread(squares: Callable[[float], float], expected: int) -> float:
+    """The spread at which the squares are as many as are expected; 0 where they are fewer without any."""
+    low, high = 0.0, _SPREADS
+    if expected < 1 or squares(low) <= expected:
+        return 0.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if squares(middle) > expected else (low, middle)
+    return (low + high) / 2
+
+
+def noise_of(kl: float, tokens: int) -> float:
+    """The standard deviation of a gap over so many tokens, nats per token."""
+    return math.sqrt(2 * max(0.0, kl) / max(1, tokens))
 
 
 @cache
@@ -130,11 +166,19 @@ def runs_seen() -> tuple[Seen, ...]:
     """The runs that come with the tool, made by recipes/benchmarks/prediction.py."""
     try:
         rows = json.loads(_FILE.read_text(encoding="utf-8"))["runs"]
-        return tuple(Seen(str(row["model"]), float(row["predicted"]), float(row["gap"])) for row in rows)
+        return tuple(
+            Seen(
+                str(row["model"]),
+                float(row["predicted"]),
+                float(row["gap"]),
+                noise_of(float(row["kl"]), int(row["tokens"])),
+            )
+            for row in rows
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{_FILE} is damaged: {error}. Install the package again.") from error
 
 
-def expectation_of(measured: Iterable[tuple[float, float]]) -> Expectation:
-    """How predictions of a model turn out, of which these (predicted, gap) were measured."""
+def expectation_of(measured: Iterable[Seen]) -> Expectation:
+    """How predictions of a model turn out, of which these plans were measured."""
     return fitted(runs_seen()).with_own(measured)

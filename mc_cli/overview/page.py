@@ -32,7 +32,7 @@ from mc_cli.overview.page_figures import (
     size_chart,
     spectrum_chart,
 )
-from mc_cli.overview.sources import Measured, Scores, read_measured, read_scores
+from mc_cli.overview.sources import Measured, Scores, read_measured, read_scores, seen_of
 from mc_cli.progress import Progress
 from mc_cli.reports.evaluation import evaluation_summary
 from mc_cli.reports.html import Section, page
@@ -87,7 +87,6 @@ def read_contents(work: WorkDir, progress: Progress) -> Contents:
             f"{work.variant}. Run `{work.command('quantize')}` and `{work.command('prune-eval')}` first."
         )
     curve, told = _curve(scores, progress)
-    pairs = [(entry.predicted_loss, entry.gap) for entry in others if entry.predicted_loss is not None]
     calibration = work.folder("calibrate")
     routing = [LayerRouting.read(calibration / routing_file(layer.layer)) for layer in scores.importance.layers]
     manifests = {stage: Manifest.read(work.folder(stage)) for stage in (*STAGE_FOLDERS, POLICY_STAGE)}
@@ -97,7 +96,7 @@ def read_contents(work: WorkDir, progress: Progress) -> Contents:
         measured=own,
         others=tuple(others),
         curve=curve,
-        expectation=expectation_of(pairs),
+        expectation=expectation_of(seen_of(others)),
         routing=tuple(routing),
         routes=read_routes(work.folder("prune-eval") / ROUTES),
         manifests={stage: manifest for stage, manifest in manifests.items() if manifest is not None},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.store import require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import InputError
+from mc_cli.overview.expectation import Seen, noise_of
 from mc_cli.parts import ModelInventory
 from mc_cli.settings import QuantizerSettings
 from mc_cli.stages.allocate import Cuts, read_cuts, scoring_quantizer, with_directory
@@ -48,6 +50,11 @@ class Measured:
         return self.evaluation.total.packed_loss - self.evaluation.total.original_loss
 
     @property
+    def noise(self) -> float:
+        """Standard deviation of the gap, as the text has so many tokens."""
+        return noise_of(self.evaluation.total.kl_divergence, self.evaluation.total.tokens)
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of all stored tensors."""
         return sum(sum(parts.values()) for parts in self.evaluation.stored_bytes.values())
@@ -56,6 +63,15 @@ class Measured:
     def predicted_loss(self) -> float | None:
         """The loss that allocate predicted, nats per token; None where it could not tell, or the plan is another."""
         return predicted_loss_of(self.plan) if self.plan is not None and covers_model(self.plan) else None
+
+
+def seen_of(measured: Iterable[Measured]) -> list[Seen]:
+    """The variants of which predicted and measured loss are known."""
+    return [
+        Seen(entry.work.path.name, entry.predicted_loss, entry.gap, entry.noise)
+        for entry in measured
+        if entry.predicted_loss is not None
+    ]
 
 
 def predicted_loss_of(plan: Plan) -> float | None:

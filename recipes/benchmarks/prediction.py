@@ -4,13 +4,10 @@ Calibrates and scores a model once, then allocates, quantizes and evaluates plan
 a variant of one work directory. Plans already in the output file are not made again. The rows are what `mc-cli curve`
 knows of predictions: mc_cli/overview/runs_seen.json holds those of all models.
 
---published FILE:TABLE measures nothing: it foretells, with the scores of the work directory, the plans whose gaps a
-file of docs/results/data holds, and adds those figures. --finished takes what was evaluated in the work
-directory already. --collect joins outputs to the file that the tool reads.
+--finished takes what was evaluated in the work directory already. --collect joins outputs to the file that the tool
+reads; say in their rows what was measured on what (`measured_with`) and at which commit (`measured_at`).
 
     python recipes/benchmarks/prediction.py --model DIR --data calibration.jsonl --heldout FOLDER --out results.json
-    python recipes/benchmarks/prediction.py --model DIR --published docs/results/data/quality.json:moe_21m \
-        --out more.json
     python recipes/benchmarks/prediction.py --collect results.json more.json --out mc_cli/overview/runs_seen.json
 """
 
@@ -28,8 +25,7 @@ from mc_cli.allocators.beside import experts_loss_of
 from mc_cli.artifacts.files import write_json
 from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.work_dir import VARIANTS, WorkDir
-from mc_cli.overview.curve import point_of, reachable_bits
-from mc_cli.overview.sources import Measured, read_measured, read_scores
+from mc_cli.overview.sources import Measured, read_measured
 from mc_cli.progress import SilentProgress
 from mc_cli.settings import (
     AllocateSettings,
@@ -39,18 +35,17 @@ from mc_cli.settings import (
     RunSettings,
     ScoreSettings,
 )
-from mc_cli.stages.allocate import plan_of
 
 # Stored bits per expert weight; in this order, so that a run that is stopped has seen all of the range.
 SIZES = (2.06, 3.06, 1.56, 2.5, 4.0, 1.75, 3.5, 2.25, 2.75, 1.3)
-OURS_PUBLISHED = "**default: global, trellis**"
 UNITS = {
     "predicted": "nats per token: predicted loss of the plan, of experts and what stands beside them",
     "predicted_experts": "nats per token: the sum of what each expert is predicted to cost alone",
     "gap": "nats per token: loss of the packed model minus loss of the original, on held-out text",
     "calibration_tokens": "behind the scores that foretold",
-    "measured_with": "text and calibration of the measurement, where they are not those of the prediction",
-    "measured_at": "commit that was measured, where it is not that of the prediction",
+    "tokens": "of held-out text, behind gap and KL divergence",
+    "measured_with": "text and calibration of the measurement",
+    "measured_at": "commit that was measured",
 }
 RANKED_AT = 2.25  # where many plans of equal bytes are made
 RANKED = (
@@ -72,10 +67,6 @@ def main() -> None:
     rows = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     name = arguments.model.removeprefix("bundled:").rstrip("/").rpartition("/")[2]
     work_dir = arguments.work_dir / name
-    if arguments.published:
-        path, _, table = arguments.published.rpartition(":")
-        arguments.out.write_text(json.dumps(list(published(work_dir, name, Path(path), table)), indent=1) + "\n")
-        return
     if arguments.finished:
         arguments.out.write_text(json.dumps(list(finished(work_dir, name)), indent=1) + "\n")
         return
@@ -99,7 +90,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--max-windows", type=int, default=64)
-    parser.add_argument("--published", metavar="FILE:TABLE", help="pair figures of a file with predictions")
     parser.add_argument("--finished", action="store_true", help="take the variants that were evaluated already")
     parser.add_argument("--collect", nargs="+", type=Path, help="outputs to join")
     parser.add_argument("--only", choices=("sizes", "ranked"), help="one of the two sets of plans")
@@ -131,35 +121,6 @@ def plans(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for method, bits, seed in RANKED
         ]
     return found
-
-
-def published(work_dir: Path, name: str, path: Path, table: str) -> Iterator[dict[str, Any]]:
-    """The plans of `global` in a table of results, with what the scores of the work directory foretell of them."""
-    scores = read_scores(WorkDir(work_dir))
-    found = json.loads(path.read_text(encoding="utf-8"))["tables"][table]
-    columns = [column.partition(",")[0] for column in found["columns"]]
-    calibrated = Manifest.read(WorkDir(work_dir).folder("calibrate"))
-    assert calibrated is not None
-    least, most = reachable_bits(scores)
-    for row in found["rows"]:
-        cells = dict(zip(columns, row["cells"], strict=True))
-        target = float(cells["stored bits" if "stored bits" in cells else "stored bits per expert weight"])
-        if not cells.get("method", OURS_PUBLISHED).startswith(OURS_PUBLISHED) or not least <= target <= most:
-            continue
-        settings = AllocateSettings(target_stored_bits=target)
-        plan, _ = plan_of(settings, scores.importance, scores.inventory, scores.quantizer, scores.cuts)
-        point = point_of(plan)
-        yield {
-            "model": name,
-            "method": "global",
-            "target": target,
-            "calibration_tokens": calibrated.settings["sequences"] * calibrated.settings["length"],
-            "predicted": point.predicted_loss,
-            "stored_bits": point.stored_bits,
-            "gap": float(cells["gap"].partition(" ")[0]),
-            "measured_at": row["commit"],
-            "measured_with": f"{row['data']}; seeds {row['seeds']}",
-        }
 
 
 def measured(arguments: argparse.Namespace, work_dir: Path, asked: dict[str, Any]) -> dict[str, Any]:
