@@ -22,6 +22,7 @@ ENGINE_MODELS ?= runs/engines
 help:
 	@echo "make demo     compress the bundled model end to end, print the table, generate a few words"
 	@echo "make test     run the tests"
+	@echo "make test-faults   a share of make faults and of make sanitize, which CI runs besides"
 	@echo "make test-quick   those of artifacts, plans, layouts, policies, data and rooms: for a change on the way"
 	@echo "make test-families   every model family with experts on a tiny checkpoint through all stages"
 	@echo "make test-engines   packed models in vLLM, in an environment of its own (.venv-vllm)"
@@ -73,7 +74,12 @@ demo: install
 # Files of tests are dealt to so many processes; each computes on one thread.
 TEST_JOBS ?= 2
 test: install-dev
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/faults
+
+# A share of `make faults` and of `make sanitize`, for every change.
+.PHONY: test-faults
+test-faults: install-dev
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile tests/faults
 
 # llama.cpp comes as the source distribution of its bindings, and takes minutes to compile.
 ENGINES ?= .engines
