@@ -16,7 +16,7 @@ from typing import Any
 
 from mc_cli.artifacts.importance import IN_NATS, Importance, RoleCost
 from mc_cli.artifacts.plan import Plan
-from mc_cli.parts import DROPPED, KEPT_BITS, ModelInventory, Role
+from mc_cli.parts import KEPT_BITS, ModelInventory, Role
 
 WHOLE_MODEL = "global"  # the method whose objective is the predicted loss
 # Experts coded together lose more than the sum of each alone, as errors pass through later layers and routers: KL on
@@ -62,7 +62,7 @@ def bought_widths(
     chosen = {role: int(corners[0].bits) for role, corners in hulls.items()}
     left = room - sum(corners[0].size for corners in hulls.values())
     steps = [step for role, corners in hulls.items() for step in _steps(corners, role)]
-    for choices in _experts(importance, [bits for bits in widths if bits != DROPPED]):
+    for choices in _experts(importance, widths):
         corners = hull(choices)
         left -= corners[0].size
         steps += _steps(corners, None)

@@ -12,7 +12,7 @@ from mc_cli.allocators.trust import hedged
 from mc_cli.artifacts.importance import Importance
 from mc_cli.encodings import encoding_for, family_of_role, stored_bytes
 from mc_cli.errors import PlanError, ShapeError
-from mc_cli.parts import BESIDE_TEXT, KEPT_BITS, ModelInventory, Role, TensorPart
+from mc_cli.parts import BESIDE_TEXT, DROPPED, KEPT_BITS, ModelInventory, Role, TensorPart
 from mc_cli.registry import widths_of
 from mc_cli.settings import WIDTH_BORDERS, AllocateSettings, QuantizerSettings
 
@@ -88,12 +88,18 @@ def _bought(
         known = [bits for bits in ROLE_WIDTHS if bits in widths_of(family)]
         if parts and known:
             sizes[role] = {bits: sum(_part_bytes(part, bits, quantizer) for part in parts) for bits in known}
+    widths = [bits for bits in settings.bits or importance.candidate_bits if bits != DROPPED]
+    measured = [
+        set(part.predicted_loss_by_bits) for layer in importance.layers for part in layer.projections or (layer,)
+    ]
+    if not sizes or not all(known >= set(widths) for known in measured):  # the strategy tells what it lacks
+        return {}
     # Kept parts of these roles, biases say, are counted with everything else.
     rest = other_bytes(inventory, {**role_bits, **{role: min(by) for role, by in sizes.items()}}, quantizer)
     rest -= sum(min(by.values()) for by in sizes.values())
     assert settings.target_size_bytes is not None
     room = settings.target_size_bytes - inventory.directory_bytes - rest
-    return bought_widths(importance, sizes, room=room, widths=settings.bits or importance.candidate_bits)
+    return bought_widths(importance, sizes, room=room, widths=widths)
 
 
 def floors_of(settings: AllocateSettings) -> list[Floor] | None:

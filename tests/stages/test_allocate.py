@@ -17,7 +17,7 @@ from mc_cli.artifacts.calibration import INVENTORY, read_inventory
 from mc_cli.artifacts.names import POINTER
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.work_dir import WorkDir
-from mc_cli.errors import BudgetError
+from mc_cli.errors import BudgetError, InputError
 from mc_cli.models.companions import noted_folder
 from mc_cli.parts import Role
 from mc_cli.settings import AllocateSettings
@@ -170,6 +170,8 @@ def test_a_size_of_the_whole_goes_where_a_byte_saves_most(scored: Path, tmp_path
             assert ours <= plan_of(work_dir).objective["predicted_loss_of_model"] * 1.02
     run_allocate(work_dir, **asked, attention_bits=7)
     assert plan_of(work_dir).role_bits[Role.ATTENTION] == 7, "a width that was given stays"
+    with pytest.raises(InputError, match="Not every candidate width asked for"):
+        run_allocate(work_dir, **asked, bits=(2, 2.5))
 
 
 def _size_of(plan: Plan, work_dir: Path) -> int:
