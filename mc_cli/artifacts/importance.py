@@ -247,6 +247,9 @@ class Importance:
             for each in self.roles
             if not _is_finite(each.loss) or each.loss < 0
         ]
+        names = [each.role for each in self.roles]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            found.append(f"roles: {shown(twice)} occur more than once")
         if unknown := [each.role for each in self.roles if each.role not in set(Role)]:
             found.append(f"roles: {shown(unknown)} are none of a model")
         if not self.layers or not self.candidate_bits:
