@@ -80,7 +80,7 @@ def test_costs_of_roles_that_cannot_be_are_refused(tmp_path: Path, cost: RoleCos
 
 def test_a_role_with_two_costs_is_refused(tmp_path: Path):
     costs = (RoleCost("attention", 5, 0.1, 10, 10), RoleCost("attention", 6, 0.1, 10, 10))
-    with pytest.raises(ArtifactError, match="roles: .*attention.* occur more than once"):
+    with pytest.raises(ArtifactError, match=r"roles: .*attention.* occur more than once"):
         dataclasses.replace(importance_of(), roles=costs).write(tmp_path / "importance.json")
 
 
