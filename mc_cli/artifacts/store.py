@@ -110,7 +110,7 @@ class StageFolder:
             state = self.state()
             if state == "done":
                 self.verify(up_to_bytes=SHOWN_BYTES)
-                self._tidy_finished()
+                self.tidy()
                 return False
             if state == "stale":
                 raise StaleArtifactError(
@@ -168,7 +168,7 @@ class StageFolder:
         for leftover in partials_below(self.folder)[0]:
             remove_partial(leftover)
 
-    def _tidy_finished(self) -> None:
+    def tidy(self) -> None:
         """Removes what killed runs left of a stage that is done; on a disk that is only read, it stays."""
         with suppress(ArtifactError, OSError):
             self._clean()

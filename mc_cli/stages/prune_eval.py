@@ -13,12 +13,13 @@ from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.calibration import ImageReport, TextReport
 from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.files import DigestCache, content_digest
+from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.names import EVALUATION
 from mc_cli.artifacts.packed import StoredBytes
 from mc_cli.artifacts.quantization import read_report
 from mc_cli.artifacts.routes import ROUTES, write_routes
 from mc_cli.artifacts.store import StageFolder, require_done
-from mc_cli.artifacts.work_dir import WorkDir
+from mc_cli.artifacts.work_dir import POLICY_STAGE, WorkDir
 from mc_cli.data import text
 from mc_cli.data.chat import ChatSettings
 from mc_cli.data.image_rows import images_line, images_warnings
@@ -88,6 +89,12 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
             inputs["tasks"] = _tasks_digest(Path(settings.include_path).expanduser(), self.session.digests())
         resolved = {**settings.resolved(), "dtype": self.session.dtype_name}
         return StageFolder(self.work, STAGE, resolved, inputs, reads=("calibrate",))
+
+    def kept(self, folder: StageFolder, run: Run) -> None:
+        """What a failure left of the policies, which have a folder of their own, goes as well."""
+        fitted = Manifest.read(self.work.folder(POLICY_STAGE)) if self.settings.prune.policy else None
+        if fitted is not None:
+            StageFolder(self.work, POLICY_STAGE, fitted.settings, fitted.inputs).tidy()
 
     def ready(self, folder: StageFolder, run: Run) -> _Ready:
         """The text, the tasks, and the checkpoint's headers."""

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.importance import Importance
+from mc_cli.artifacts.manifest import BEGUN
 from mc_cli.artifacts.pruning import read_pruning
 from mc_cli.artifacts.store import Manifest
 from mc_cli.data import text
@@ -185,7 +186,9 @@ def test_what_is_fitted_is_kept_and_other_settings_are_refused(quantized: Any, t
     prune = PruneSettings(policy=("odp",), target_rate=0.2)
     run_prune_eval(work_dir, folder / "other.jsonl", prune=prune)
     made = (work_dir / "pruning" / "odp" / "policy.json").stat().st_mtime_ns
+    (work_dir / "pruning" / BEGUN).write_text("{}", encoding="utf-8")  # as where removing it failed at the end
     assert not run_prune_eval(work_dir, folder / "other.jsonl", prune=prune).ran
+    assert not (work_dir / "pruning" / BEGUN).exists()
     with pytest.raises(StaleArtifactError, match=r"prune\.target_rate"):
         run_prune_eval(work_dir, folder / "other.jsonl", prune=PruneSettings(policy=("odp",), target_rate=0.3))
     run_prune_eval(work_dir, folder / "other.jsonl", prune=PruneSettings(policy=("odp",), target_rate=0.3), force=True)
