@@ -71,9 +71,8 @@ demo: install
 	$(BIN)/mc-cli run recipes/demo.yaml
 	$(BIN)/mc-cli generate runs/demo/model --prompt "Once upon a time" --max-new-tokens 40 --temperature 0.6 --seed 1
 
-# Files of tests are dealt to so many processes, each of which computes on one thread: one more than the processors that
-# they are to run on, as some tests wait for processes of their own.
-TEST_JOBS ?= 3
+# Files of tests are dealt to so many processes; each computes on one thread.
+TEST_JOBS ?= 2
 test: install-dev
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/faults
 
