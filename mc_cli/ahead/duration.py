@@ -75,7 +75,7 @@ def _forecasts(work: Workload, machine: Machine) -> float:
 
 
 def _roles(work: Workload, machine: Machine, forward: float) -> float:
-    """What stands beside the experts coded on trial, and some tokens through the model again for each role."""
+    """Coding on trial of the parts beside the experts, and some tokens through the model again for each role."""
     weights = sum(math.prod(part.shape) for part in work.inventory.tensors if part.role in work.roles and part.packable)
     again = len(work.roles) * work.trial_tokens / max(1, work.tokens)
     return weights * machine.search_s_per_weight + again * forward

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from mc_cli.coding.role_costs import TOKENS
+from mc_cli.coding.role_costs import trial_rows
 from mc_cli.models.pieces import WHOLE, Pieces
 from mc_cli.parts import ExpertBlock, ModelInventory, Role
 
@@ -62,8 +62,7 @@ class Workload:
     def trial_tokens(self) -> int:
         """Tokens that walk through the model once more for each role whose cost is measured."""
         rows = max(1, self.tokens // self.length)
-        every = -(-rows // min(rows, max(1, TOKENS // self.length)))
-        return -(-rows // every) * self.length
+        return len(range(rows)[trial_rows(rows, self.length)]) * self.length
 
     @property
     def trial_bytes(self) -> int:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from mc_cli.allocators.programme import METHOD
 from mc_cli.artifacts.importance import IN_NATS, Importance, RoleCost
 from mc_cli.artifacts.plan import Plan
 from mc_cli.parts import KEPT_BITS, ModelInventory, Role
 
-WHOLE_MODEL = "global"  # the method whose objective is the predicted loss
 # Experts coded together lose more than the sum of each alone, as errors pass through later layers and routers: KL on
 # other text was 1.3 to 1.9 times the sum, on two models of 16,384 and 32,768 calibration tokens, at 2.5 bits.
 EXPERTS_TOGETHER = 1.6
@@ -81,13 +81,13 @@ def experts_loss_of(plan: Plan) -> float | None:
     It is the programme's own value in a plan in which one over the whole model cuts channels or merges pairs.
     """
     value = plan.objective.get("predicted_loss")
-    if value is None and plan.method == WHOLE_MODEL:
+    if value is None and plan.method == METHOD:
         value = plan.objective.get("value")
     return value if isinstance(value, float) else None
 
 
 def whole_prediction(plan: Plan, importance: Importance, inventory: ModelInventory) -> dict[str, Any]:
-    """What the whole plan is predicted to cost, nats per token, and each role beside the experts; {}: nothing tells."""
+    """Predicted costs of the whole plan and of each role beside the experts, nats per token; {}: nothing tells."""
     costs, experts = importance.role_costs, experts_loss_of(plan)
     there = {part.role for part in inventory.tensors if part.packable}
     coded = {role: bits for role, bits in sorted(plan.role_bits.items()) if bits != KEPT_BITS and role in there}

@@ -41,7 +41,7 @@ class LayerResult:
 
 
 class Widths(Protocol):
-    """What a plan says of matrices that are no experts."""
+    """The widths of matrices that are no experts, as a plan gives them."""
 
     @property
     def role_bits(self) -> Mapping[Role, float]: ...

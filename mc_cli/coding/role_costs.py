@@ -1,4 +1,4 @@
-"""What coding the parts beside the experts costs: each role by itself at one width, measured at the model's output.
+"""Costs of coding the parts beside the experts: each role by itself at one width, measured at the model's output.
 
 Errors of attention, of shared experts and of the embedding pass through all layers after them and change what routers
 choose, so that no measure at the matrix itself says what they cost. For every role some calibration sequences walk
@@ -29,6 +29,12 @@ from mc_cli.walking.layerwise import LayerWalk
 TOKENS = 4096  # of calibration that walk again for every role, about
 IN_LAYERS = (Role.ATTENTION, Role.SHARED, Role.DENSE)
 MEASURED = (*IN_LAYERS, Role.EMBEDDING, Role.HEAD)
+
+
+def trial_rows(rows: int, length: int) -> slice:
+    """The sequences that walk again, of so many of that length: from all over, as text may be ordered by its kinds."""
+    count = min(rows, max(1, TOKENS // length))
+    return slice(0, None, -(-rows // count))
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,7 @@ class RoleTrials:
         widths  of the roles to measure, of which the model has matrices that can be packed
         """
         self._walk, self._inventory = walk, inventory
-        # Sequences from all over the calibration text, which may be ordered by its kinds.
-        count = min(walk.inputs.rows, max(1, TOKENS // walk.inputs.length))
-        self._rows = slice(0, None, -(-walk.inputs.rows // count))
+        self._rows = trial_rows(walk.inputs.rows, walk.inputs.length)
         self._widths = widths
         self._coders = {
             role: LinearCoder(walk, OneRole({role: bits}, family, group_size_limit), quantizer, executor)
@@ -97,7 +101,8 @@ class RoleTrials:
 
     def costs(self) -> tuple[RoleCost, ...]:
         """The cost of every role, once the main walk and all others have passed the last layer."""
-        found = [self._cost(role, twin.hidden) for role, twin in self.twins.items()]
+        heads = {Role.EMBEDDING: self._embedding}
+        found = [self._cost(role, twin.hidden, heads.get(role, {})) for role, twin in self.twins.items()]
         if Role.HEAD in self._coders:
             parts = [part for part in self._parts(Role.HEAD) if part.packable]
             with self._unharmed(parts):
@@ -106,19 +111,16 @@ class RoleTrials:
             found.append(self._cost(Role.HEAD, self._walk.hidden[self._rows], coded))
         return tuple(found)
 
-    def _cost(self, role: Role, hidden: torch.Tensor, head: Mapping[str, torch.Tensor] | None = None) -> RoleCost:
-        """The mean KL divergence of logits made of `hidden`, with other weights of the head where some are given."""
-        if role is Role.EMBEDDING and self._embedding:
-            head = self._embedding
+    def _cost(self, role: Role, hidden: torch.Tensor, head: Mapping[str, torch.Tensor]) -> RoleCost:
+        """The mean KL divergence of logits made of `hidden`, with the weights by name in `head` instead of the own."""
         total, tokens = 0.0, 0
-        parts = [part for part in self._inventory.tensors if head and part.name in head]
+        parts = [part for part in self._inventory.tensors if part.name in head]
         for place, row in enumerate(range(self._walk.inputs.rows)[self._rows]):
             rows = slice(row, row + 1)
             counted = self._counted(rows)
             original = self._predictions(rows, self._walk.hidden[rows])[counted]
             with self._unharmed(parts):
                 for part in parts:
-                    assert head is not None
                     self._weight(part).copy_(head[part.name])
                 changed = self._predictions(rows, hidden[place : place + 1])[counted]
             total += float(divergence(original, changed).sum())
@@ -165,6 +167,4 @@ class RoleTrials:
         return [part for part in self._inventory.tensors if part.role is role]
 
     def _weight(self, part: TensorPart) -> torch.Tensor:
-        path, _, leaf = part.name.rpartition(".")
-        weight: torch.Tensor = getattr(self._walk.source.model.get_submodule(path), leaf).data
-        return weight
+        return self._walk.source.model.get_parameter(part.name).data

@@ -57,8 +57,8 @@ class Expected:
 
     def measured_with(self, noise: float) -> Expected:
         """The same for what a text shows whose gaps are uncertain by `noise`; it may end below 0."""
-        below, above = (math.hypot(self.gap - self.low, _QUANTILE * noise), self.high - self.gap)
-        return Expected(self.gap, self.gap - below, self.gap + math.hypot(above, _QUANTILE * noise))
+        below, above = (math.hypot(side, _QUANTILE * noise) for side in (self.gap - self.low, self.high - self.gap))
+        return Expected(self.gap, self.gap - below, self.gap + above)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
         return StageFolder(self.work, STAGE, resolved, inputs, reads=("calibrate",))
 
     def kept(self, folder: StageFolder, run: Run) -> None:
-        """What a failure left of the policies, which have a folder of their own, goes as well."""
+        """Removes leftovers of a failure from the policies' folder, which is not this stage's own."""
         fitted = Manifest.read(self.work.folder(POLICY_STAGE)) if self.settings.prune.policy else None
         if fitted is not None:
             StageFolder(self.work, POLICY_STAGE, fitted.settings, fitted.inputs).tidy()

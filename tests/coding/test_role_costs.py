@@ -1,4 +1,4 @@
-"""What coding one role costs, against transformers' own model with that role's matrices replaced."""
+"""Costs of coding one role, against transformers' own model with that role's matrices replaced."""
 
 from __future__ import annotations
 
