@@ -17,6 +17,7 @@ from typing import Any
 from mc_cli.allocators.programme import METHOD
 from mc_cli.artifacts.importance import IN_NATS, Importance, RoleCost
 from mc_cli.artifacts.plan import Plan
+from mc_cli.numerics.hull import lower_hull
 from mc_cli.parts import KEPT_BITS, ModelInventory, Role
 
 # Experts coded together lose more than the sum of each alone, as errors pass through later layers and routers: KL on
@@ -103,14 +104,13 @@ def hull(choices: Sequence[Choice]) -> list[Choice]:
     >>> [corner.bits for corner in hull([Choice(1, 10, 8.0), Choice(2, 20, 6.0), Choice(3, 30, 1.0)])]
     [1, 3]
     """
-    corners: list[Choice] = []
+    by_size: dict[int, Choice] = {}
     for choice in sorted(choices, key=lambda choice: (choice.size, choice.cost)):
-        if corners and choice.cost >= corners[-1].cost:
-            continue
-        while len(corners) > 1 and _saved(corners[-2], corners[-1]) <= _saved(corners[-2], choice):
-            corners.pop()
-        corners.append(choice)
-    return corners
+        by_size.setdefault(choice.size, choice)
+    ordered = list(by_size.values())
+    cheapest = min(range(len(ordered)), key=lambda place: (ordered[place].cost, place))
+    points = [(choice.size, choice.cost) for choice in ordered[: cheapest + 1]]
+    return [ordered[place] for place in lower_hull(points)]
 
 
 def _saved(narrow: Choice, wide: Choice) -> float:

@@ -8,9 +8,8 @@ of transformers are used; the version is pinned, and checked here.
 from __future__ import annotations
 
 import copy
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from mc_cli.models.expert_files import ExpertReader, FusedExperts
 from mc_cli.models.expert_gates import Experts, up_name
 from mc_cli.models.experts import find_experts
 from mc_cli.models.finite import is_finite, weights_not_finite
+from mc_cli.models.header_checks import check_counts, check_dtypes, check_names, check_shapes, check_twice
 from mc_cli.models.inventory import find_decoder_layers, tied_tensors
 from mc_cli.models.memory import collector_paused
 from mc_cli.models.model_class import model_class
@@ -48,11 +48,9 @@ from mc_cli.models.skeleton import build_skeleton, initialise, non_persistent_bu
 from mc_cli.models.tensor_files import TensorFiles
 from mc_cli.sources import layouts_of
 from mc_cli.sources.folding import ACTIVATION_ENDINGS
-from mc_cli.sources.layout import StoredTensor
 
 __all__ = ["REST", "Checkpoint", "build_skeleton", "read_config", "rebuild_buffers"]
 
-_LAYERS_TO_LIST = 64  # a skeleton with this many layers too many is still built at once
 REST = -1  # everything outside the decoder layers
 
 
@@ -111,7 +109,7 @@ class Checkpoint:
         self.store = store or InMemory()
         self.text_alone = not model_class(config).whole
         self.files = TensorFiles(folder, quantization, named=getattr(config, "transformers_weights", None))
-        _check_counts(folder, config, self.files.tensors)
+        check_counts(folder, config, self.files.tensors)
         self.model = build_skeleton(plain_config_of(config), dtype=dtype)
         self.layers_path = find_decoder_layers(self.model)
         self.stored_dtypes: dict[str, torch.dtype] = {}
@@ -146,12 +144,12 @@ class Checkpoint:
             converter = by_pattern[pattern] if pattern is not None else None
             targets.setdefault(name, Target(name, converter)).pieces[pattern].append(tensor)
             self.stored_dtypes[name] = tensor.dtype or dequantized
-        self._check_names(targets)
-        self._check_twice(targets)
+        check_names(self.folder, targets)
+        check_twice(self.folder, targets)
         self._check_tied(targets)
         self._check_complete(targets, known)
-        self._check_shapes(targets, known)
-        self._check_dtypes(targets, known)
+        check_shapes(self.folder, targets, known)
+        check_dtypes(self.folder, targets, self.model)
         for target in targets.values():
             self._targets[self.layer_of(target.name)].append(target)
             if any(piece.layout is not None for piece in target.all_pieces):
@@ -159,28 +157,6 @@ class Checkpoint:
 
     def _is_of_activations(self, key: str) -> bool:
         return self._quantized and key.endswith(ACTIVATION_ENDINGS)
-
-    def _check_names(self, targets: dict[str, Target]) -> None:
-        """Raises CheckpointError for tensors of experts that are named otherwise than those of the other experts."""
-        misnamed = [key for target in targets.values() for key in target.misnamed]
-        if misnamed:
-            raise CheckpointError(
-                f"{self.folder}: the files hold {len(misnamed)} tensors that are not named like those of the other "
-                f"experts:\n{listed(misnamed)}\nCopy or download the files again."
-            )
-
-    def _check_twice(self, targets: dict[str, Target]) -> None:
-        """Raises CheckpointError for tensors that are there under two names, or fused and apart: they may differ."""
-        twice = [
-            f"{target.name}: {', '.join(piece.key for piece in target.all_pieces[:4])}"
-            for target in targets.values()
-            if target.is_twice
-        ]
-        if twice:
-            raise CheckpointError(
-                f"{self.folder}: the files hold {len(twice)} tensors twice, under different names:\n{listed(twice)}\n"
-                "Keep the tensors of one checkpoint."
-            )
 
     def _check_tied(self, targets: dict[str, Target]) -> None:
         """Leaves out a tied tensor that is stored beside its twin; they must be equal."""
@@ -219,44 +195,6 @@ class Checkpoint:
     def _is_tied_to(self, name: str, reached: set[str]) -> bool:
         tied = self.model.all_tied_weights_keys
         return tied.get(name) in reached or any(twin == name and other in reached for other, twin in tied.items())
-
-    def _check_shapes(self, targets: dict[str, Target], known: dict[str, torch.Tensor]) -> None:
-        """Raises CheckpointError for tensors that do not fit the skeleton, as far as the headers tell."""
-        wrong, lost = [], []
-        for name, target in targets.items():
-            wanted = tuple(known[name].shape)
-            if target.fuses_experts:
-                lost += target.lost_experts(wanted[0])
-            if not target.fits(wanted):
-                pieces = target.all_pieces
-                shapes = ", ".join(sorted({str(piece.shape) for piece in pieces}))
-                parts = f" of {len(pieces)} parts" if len(pieces) > 1 else ""
-                wrong.append(f"{name}: checkpoint {shapes}{parts}, config {wanted}")
-        if lost:
-            raise CheckpointError(
-                f"{self.folder} lacks {len(lost)} tensors of experts that config.json counts:\n{listed(lost)}\n"
-                "The download may be incomplete, or config.json may be of another model."
-            )
-        if wrong:
-            raise CheckpointError(
-                f"{self.folder}: {len(wrong)} tensors do not fit config.json:\n{listed(wrong)}\n"
-                "config.json may be of another model, or the files of another revision."
-            )
-
-    def _check_dtypes(self, targets: dict[str, Target], known: dict[str, torch.Tensor]) -> None:
-        """Raises CheckpointError for integers where the model computes with floats, and the other way round."""
-        wrong = [
-            f"{piece.key}: {str(piece.dtype).removeprefix('torch.')}"
-            for name, target in targets.items()
-            for piece in target.all_pieces
-            if piece.dtype is not None and piece.dtype.is_floating_point != known[name].is_floating_point()
-        ]
-        if wrong:
-            raise CheckpointError(
-                f"{self.folder}: {len(wrong)} tensors are stored as integers where {type(self.model).__name__} has "
-                f"floating-point numbers, or the other way round:\n{listed(wrong)}\nThe safetensors files are damaged, "
-                "or quantized in a way that config.json does not name. Download them again."
-            )
 
     def layer_of(self, name: str) -> int:
         """The decoder layer of a module-tree name, REST outside the layers."""
@@ -381,32 +319,6 @@ def _in_natural_order(names: Iterable[str]) -> list[str]:
     numbers = {key: number for number, key in enumerate(sorted(set(keys.values())))}
     order = {piece: numbers[key] for piece, key in keys.items()}
     return sorted(pieces, key=lambda name: [order[piece] for piece in pieces[name]])
-
-
-def _check_counts(folder: Path, config: PretrainedConfig, tensors: Mapping[str, StoredTensor]) -> None:
-    """Raises CheckpointError where config.json counts far more than the files hold, before a model of that is built.
-
-    Counts that are a little too high are listed tensor by tensor, once there is a skeleton to compare with.
-    """
-    text: Any = config.get_text_config()
-    numbers = {number for key in tensors for number in re.findall(r"\.(\d+)\.", f".{key}")[:1]}
-    longest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
-    largest = max(longest, len(tensors))
-    wrong = []
-    layers = getattr(text, "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > len(numbers) + _LAYERS_TO_LIST:
-        wrong.append(f"num_hidden_layers: {layers:,}, the files hold tensors of {len(numbers):,} layers")
-    elif isinstance(layers, int) and layers < 1:
-        wrong.append(f"num_hidden_layers: {layers:,}, and a model has one layer at least")
-    for name, value in sorted(text.to_dict().items()):
-        if name.endswith(("experts", "expert")) and isinstance(value, int) and value > largest:
-            wrong.append(f"{name}: {value:,}, no tensor of the files has more than {longest:,} rows or columns")
-    if wrong:
-        raise CheckpointError(
-            f"{folder / 'config.json'} counts what the files do not hold:\n{listed(wrong)}\n"
-            f"The {len(tensors):,} tensors there are {', '.join(sorted(tensors)[:3])} and others. The download may be "
-            "incomplete, or config.json may be of another model."
-        )
 
 
 def quantization_entry(config: PretrainedConfig) -> dict[str, Any] | None:

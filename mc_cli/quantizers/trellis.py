@@ -19,6 +19,7 @@ from mc_cli.numerics.rounding import propagate, propagate_panels
 from mc_cli.numerics.row_hessian import RowHessian, best_scales, eliminated
 from mc_cli.quantizers import Prepared, QuantizedLinear, result_of
 from mc_cli.quantizers.gptq import Gptq
+from mc_cli.settings.quantizer import QUICK
 
 NAME = "trellis"
 FAMILY = "trellis"
@@ -26,7 +27,6 @@ SETTINGS = ("damping", "activation_order", "sweeps", "search")
 CORRECTS_ERRORS = True
 JOINS_ROWS = True
 _LARGEST_SCALE = 65504.0  # float16 holds no more
-_QUICK = "quick"  # of --search
 _NOISE_SEED = 0
 _MOST_GAIN = 1.5  # the largest factor on scales; a code of 1 bit takes 1.4 at most
 LARGEST_GROUP = 3  # rings of 256 rows: what feeding back costs grows with their number
@@ -102,7 +102,7 @@ class Trellis:
         """
         if not isinstance(encoding, TrellisEncoding):
             return self._affine().quantize(weight, prepared, encoding)
-        coder = _Coder(weight, prepared, encoding, row_importance, quick=self.search == _QUICK)
+        coder = _Coder(weight, prepared, encoding, row_importance, quick=self.search == QUICK)
         coder.code()
         for _ in range(self.sweeps):
             coder.sweep()
@@ -118,7 +118,7 @@ class Trellis:
         """
         if not isinstance(encoding, TrellisEncoding):
             return self._affine().forecast(weight, prepared, encoding)
-        coder = _Coder(weight, prepared, encoding, row_importance, quick=self.search == _QUICK)
+        coder = _Coder(weight, prepared, encoding, row_importance, quick=self.search == QUICK)
         coder.draw()
         coder.lengthen()
         return rotate_back(coder.matrix(), encoding.block)

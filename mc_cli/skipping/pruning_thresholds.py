@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from mc_cli.numerics.hull import lower_hull
 from mc_cli.policies import weight_ranks
 
 _CANDIDATES = 1024  # thresholds looked at per layer, evenly over its calls
@@ -76,7 +77,7 @@ class Fitted:
 def spread_thresholds(curves: Sequence[LayerCurve], rate: float) -> Fitted:
     """Per-layer thresholds that skip about `rate` of all calls at the least summed cost."""
     wanted = rate * sum(curve.calls for curve in curves)
-    hulls = [_lower_hull(curve) for curve in curves]
+    hulls = [lower_hull(list(zip(curve.skipped.tolist(), curve.cost.tolist(), strict=True))) for curve in curves]
     segments = sorted(
         ((cost_of(curve, end) - cost_of(curve, begin)) / int(curve.skipped[end] - curve.skipped[begin]), number, begin)
         for number, (curve, hull) in enumerate(zip(curves, hulls, strict=True))
@@ -153,17 +154,3 @@ def _fitted(curves: Sequence[LayerCurve], places: Sequence[int]) -> Fitted:
         rate=sum(int(curve.skipped[place]) for curve, place in pairs) / sum(curve.calls for curve in curves),
         cost=sum(cost_of(curve, place) for curve, place in pairs),
     )
-
-
-def _lower_hull(curve: LayerCurve) -> list[int]:
-    """Places of the corners of the lower convex hull of cost over skipped calls, from the first to the last."""
-    hull: list[int] = []
-    points = list(zip(curve.skipped.tolist(), curve.cost.tolist(), strict=True))
-    for place, (across, up) in enumerate(points):
-        while len(hull) > 1:
-            (x0, y0), (x1, y1) = points[hull[-2]], points[hull[-1]]
-            if (y1 - y0) * (across - x0) < (up - y0) * (x1 - x0):
-                break
-            hull.pop()
-        hull.append(place)
-    return hull
