@@ -1,11 +1,13 @@
-"""Experts in one GGUF type, rounded by mc-cli and by llama.cpp with its importance matrix: KL on held-out text.
+"""Experts in GGUF's types, rounded by mc-cli and by llama.cpp with its importance matrix: KL on held-out text.
 
-    python recipes/benchmarks/gguf_types.py MODEL EXPORT... --calibration text.jsonl --heldout text.jsonl [--windows 16]
+    mc-cli calibrate -w W0 --model MODEL --data calibration.jsonl --seed 0 && mc-cli score -w W0 --for llama.cpp
+    python recipes/benchmarks/gguf_types.py W0 W1 W2 --heldout validation [--types IQ2_XXS Q2_K ...] [--mixed 2.56 3.06]
 
-MODEL   the original checkpoint;  EXPORT  directories of `mc-cli export --format gguf`, each with experts of one type
-llama.cpp's rounding is that of its own library, through llama-cpp-python; the importance matrix are the mean squares of
-inputs over the calibration text, as its own tool takes them. Both models get the same tensors beside the experts.
-Prints one JSON object for each export.
+W0 W1 W2  work directories, one for each seed, with calibration and scores for llama.cpp
+llama.cpp's rounding is that of its own library, through llama-cpp-python; its importance matrix are the mean squares of
+inputs over the tokens that mc-cli was calibrated on, as its own tool takes them. Beside the experts, which are
+measured alone, both models keep the original's tensors. A mixed plan is compared with the best of llama.cpp's types that takes no more bits.
+Prints one JSON object for each result.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from typing import Any
 import gguf
 import llama_cpp.llama_cpp as engine
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,6 +32,7 @@ from mc_cli.exporters.gguf import FILE, _Reader, write_gguf
 from mc_cli.exporters.gguf_architectures import architecture_of
 from mc_cli.exporters.gguf_names import Names
 from mc_cli.measuring.logit_source import Reading
+from mc_cli.numerics.gguf_types import TYPES, GgufType
 
 # Types of llama.cpp's presets that `pure` gives to all tensors.
 PRESETS = {
@@ -40,6 +46,11 @@ PRESETS = {
     "IQ2_S": 28,
     "IQ4_XS": 30,
 }
+
+# Flags of allocate that keep what is not an expert, so that experts alone make the difference.
+EXPERTS_ALONE = tuple(
+    part for role in ("attention", "shared", "dense", "head", "embedding") for part in (f"--{role}-bits", "16")
+)
 
 
 def windows(path: Path, tokenizer: Any, count: int, length: int) -> Tensor:
@@ -117,58 +128,106 @@ def divergence(expected: list[Tensor], other: Any, tokens: Tensor) -> float:
     return total / len(tokens)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("export", type=Path, nargs="+")
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--heldout", type=Path, required=True)
-    parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256)
-    asked = parser.parse_args()
-    original: Any = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(asked.model)
-    names = Names(original.config, architecture_of(original.config))
-    collected = Importance(original, names)
-    for row in windows(asked.calibration, tokenizer, 48, asked.length):
+class Beside:
+    """Results over one calibration, each beside what llama.cpp makes of the same model and tokens."""
+
+    def __init__(self, work: Path, heldout: Path, count: int, folder: Path) -> None:
+        calibration = json.loads((work / "calibration" / "manifest.json").read_text("utf-8"))
+        self.work, self.folder = work, folder
+        self.seed = calibration["settings"]["seed"]
+        model = Path(json.loads((work / "model.json").read_text("utf-8"))["folder"])
+        original: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.names = Names(original.config, architecture_of(original.config))
+        seen = load_file(work / "calibration" / "tokens.safetensors")["token_ids"]
+        collected = Importance(original, self.names)
         with torch.no_grad():
-            original(row[None], use_cache=False)
-    collected.remove()
-    heldout = windows(asked.heldout, tokenizer, asked.windows, asked.length)
-    with torch.no_grad():
-        expected = [original(row[None], use_cache=False).logits[0].float().log_softmax(-1) for row in heldout]
-    with tempfile.TemporaryDirectory() as folder:
-        dense = Path(folder, "dense.gguf")
+            for row in seen.split(8):
+                original(row, use_cache=False)
+        collected.remove()
+        self.importance = collected.sums
+        self.tokens = windows(heldout, AutoTokenizer.from_pretrained(model), count, seen.shape[1])
+        with torch.no_grad():
+            self.expected = [
+                original(row[None], use_cache=False).logits[0].float().log_softmax(-1) for row in self.tokens
+            ]
+        self.dense = folder / "dense.gguf"
         tied = set(original.all_tied_weights_keys or ())
         tensors = ((name, tensor, None) for name, tensor in original.state_dict().items() if name not in tied)
-        write_gguf(dense, original.config, asked.model, tensors, title="original")
-        for export in asked.export:
-            print(json.dumps(compared(export, dense, collected.sums, names, expected, heldout)), flush=True)
+        write_gguf(self.dense, original.config, model, tensors, title="original")
+        self.theirs: dict[str, float] = {}
+
+    def made(self, variant: str, *allocate: str) -> Path:
+        """The export of a plan that `allocate` makes with these flags."""
+        out = self.folder / variant
+        here = ("-w", str(self.work), "--variant", variant)
+        for stage in (
+            ("allocate", *here, "--for", "llama.cpp", *allocate, *EXPERTS_ALONE, "--force"),
+            ("quantize", *here),
+            ("export", *here, "--format", "gguf", "--out", str(out)),
+        ):
+            subprocess.run([sys.executable, "-m", "mc_cli", *stage], check=True, stdout=sys.stderr)
+        return out
+
+    def one_type(self, kind: GgufType) -> dict[str, Any]:
+        """KL with all experts in one type, rounded by either."""
+        stored = kind.size_bytes * 8 / kind.block
+        export = self.made(f"type-{kind.name}", "--method", "uniform", "--bits", str(kind.bits))
+        ours = _Reader(export, Reading(torch.float32, torch.device("cpu"))).model
+        found = {tensor.tensor_type.name for tensor in gguf.GGUFReader(export / FILE).tensors if "_exps" in tensor.name}
+        assert found == {kind.label}, f"{export}: experts in {found}"
+        result = self._row(kind.label, stored, divergence(self.expected, ours, self.tokens))
+        self.theirs[kind.label] = self._rounded_by_llama_cpp(kind.label, ours)
+        return self._beside(result, kind.label)
+
+    def mixed(self, bits: float) -> dict[str, Any]:
+        """KL of a plan with a type for each layer and projection, beside the best of the types measured before."""
+        export = self.made(f"mixed-{bits:g}", "--target-stored-bits", str(bits))
+        ours = _Reader(export, Reading(torch.float32, torch.device("cpu"))).model
+        experts = [tensor for tensor in gguf.GGUFReader(export / FILE).tensors if "_exps" in tensor.name]
+        stored = sum(int(tensor.n_bytes) for tensor in experts) * 8 / sum(int(tensor.n_elements) for tensor in experts)
+        result = self._row("mixed", stored, divergence(self.expected, ours, self.tokens))
+        sizes = {kind.label: kind.size_bytes * 8 / kind.block for kind in TYPES.values()}
+        fitting = [name for name in self.theirs if sizes[name] <= bits + 1e-9]
+        return self._beside(result, min(fitting, key=lambda name: self.theirs[name])) if fitting else result
+
+    def _row(self, name: str, stored: float, divergence: float) -> dict[str, Any]:
+        return {"seed": self.seed, "experts": name, "stored bits": round(stored, 4), "ours": divergence}
+
+    def _beside(self, result: dict[str, Any], theirs: str) -> dict[str, Any]:
+        other = self.theirs[theirs]
+        return result | {"beside": theirs, "llama.cpp": other, "ratio": result["ours"] / other}
+
+    def _rounded_by_llama_cpp(self, kind: str, model: Any) -> float:
+        """KL of `model` with the experts that llama.cpp rounds to this type in place of its own."""
+        target = self.folder / "theirs.gguf"
+        quantized_by_llama_cpp(self.dense, target, PRESETS[kind], self.importance)
+        theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(target).tensors}
+        for name, parameter in model.named_parameters():
+            place = self.names.place(name)
+            if "_exps" in place.names[0]:
+                assert {theirs[each].tensor_type.name for each in place.names} == {kind}
+                parts = [
+                    torch.tensor(gguf.dequantize(theirs[each].data, theirs[each].tensor_type)) for each in place.names
+                ]
+                parameter.data = place.joined(parts).reshape(parameter.shape)
+        return divergence(self.expected, model, self.tokens)
 
 
-def compared(
-    export: Path, dense: Path, importance: dict[str, Tensor], names: Names, expected: list[Tensor], heldout: Tensor
-) -> dict[str, Any]:
-    """KL of one export, and of the same model with the experts that llama.cpp rounds to its type."""
-    ours = _Reader(export, Reading(torch.float32, torch.device("cpu"))).model
-    stored = gguf.GGUFReader(export / FILE).tensors
-    kinds = {tensor.tensor_type.name for tensor in stored if "_exps" in tensor.name}
-    if len(kinds) != 1:
-        raise SystemExit(f"{export}: experts of several types, {', '.join(sorted(kinds))}; one is compared here")
-    (kind,) = kinds
-    result: dict[str, Any] = {"type": kind, "tokens": heldout.numel(), "ours": divergence(expected, ours, heldout)}
-    target = dense.with_name("theirs.gguf")
-    quantized_by_llama_cpp(dense, target, PRESETS[kind], importance)
-    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(target).tensors}
-    for name, parameter in ours.named_parameters():
-        place = names.place(name)
-        if "_exps" in place.names[0]:
-            assert {theirs[each].tensor_type.name for each in place.names} == {kind}
-            parts = [torch.tensor(gguf.dequantize(theirs[each].data, theirs[each].tensor_type)) for each in place.names]
-            parameter.data = place.joined(parts).reshape(parameter.shape)
-    result["llama.cpp"] = divergence(expected, ours, heldout)
-    result["ratio"] = result["ours"] / result["llama.cpp"]
-    return result
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, nargs="+")
+    parser.add_argument("--heldout", type=Path, required=True)
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--types", nargs="*", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--mixed", nargs="*", type=float, default=[])
+    asked = parser.parse_args()
+    for work in asked.work:
+        with tempfile.TemporaryDirectory() as folder:
+            beside = Beside(work, asked.heldout, asked.windows, Path(folder))
+            for name in asked.types:
+                print(json.dumps(beside.one_type(TYPES[name.lower()])), flush=True)
+            for bits in asked.mixed:
+                print(json.dumps(beside.mixed(bits)), flush=True)
 
 
 if __name__ == "__main__":
