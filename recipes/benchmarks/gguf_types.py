@@ -5,8 +5,9 @@
 
 W0 W1 W2  work directories, one for each seed, with calibration and scores for llama.cpp
 llama.cpp's rounding is that of its own library, through llama-cpp-python; its importance matrix are the mean squares of
-inputs over the tokens that mc-cli was calibrated on, as its own tool takes them. Beside the experts, which are
-measured alone, both models keep the original's tensors. A mixed plan is compared with the best of llama.cpp's types that takes no more bits.
+inputs over the tokens that mc-cli was calibrated on, as its own tool takes them. Beside the experts, which are measured
+alone, both models keep the original's tensors. A mixed plan is compared with the best of llama.cpp's types that takes
+no more bits.
 Prints one JSON object for each result.
 """
 
