@@ -22,6 +22,9 @@ NAME = "gguf"
 FAMILY = "gguf"
 SETTINGS = ("damping", "sweeps")
 CORRECTS_ERRORS = True
+_ROWS_FOR_ONE = 8  # of a forecast, of which one is coded
+_LEAST_CODED = 64  # rows of a matrix that a forecast codes, if it has as many
+_SIGN_SEED = 0
 
 
 def build(**settings: Any) -> GgufQuantizer:
@@ -103,9 +106,32 @@ class GgufQuantizer:
     def forecast(
         self, weight: Tensor, prepared: Prepared, encoding: Encoding, *, row_importance: Tensor | None = None
     ) -> Tensor:
-        """The weights as `quantize` codes them: the search is fast enough to be its own forecast."""
-        quantized = self.quantize(weight, prepared, encoding)
-        return encoding.dequantize(quantized.tensors, weight.shape[-1])
+        """A matrix of which some rows are coded; all others have the errors of one of these, scaled to their length.
+
+        Rows are coded independently, and what error feedback makes of errors depends on the inputs alone. The part of
+        an error that is along its row, as the Hessian has it, makes coded rows shorter, and stays so; the rest changes
+        sign at random.
+        """
+        every = min(_ROWS_FOR_ONE, weight.shape[-2] // _LEAST_CODED)
+        if not isinstance(encoding, GgufEncoding) or every < 2:
+            return self._whole(weight, prepared, encoding)
+        coded = weight[:, ::every].contiguous()
+        felt = coded if prepared.hessian is None else coded @ prepared.hessian
+        lengths, squares = weight.norm(dim=-1, keepdim=True), (coded * felt).sum(-1, keepdim=True)
+        if not bool((squares > 0).all()):  # rows or inputs that are all zero tell nothing of others
+            return self._whole(weight, prepared, encoding)
+        errors = coded - self._whole(coded, prepared, encoding)
+        along = (errors * felt).sum(-1, keepdim=True) / squares
+        across = (errors - along * coded) / lengths[:, ::every]
+        source = torch.arange(weight.shape[-2], device=weight.device) // every
+        draw = torch.Generator().manual_seed(_SIGN_SEED)
+        signs = torch.randint(0, 2, (len(source), 1), generator=draw).to(weight) * 2 - 1
+        signs[::every] = 1  # what was coded stays
+        drawn: Tensor = along[:, source] * weight + signs * lengths * across[:, source]
+        return weight - drawn
+
+    def _whole(self, weight: Tensor, prepared: Prepared, encoding: Encoding) -> Tensor:
+        return encoding.dequantize(self.quantize(weight, prepared, encoding).tensors, weight.shape[-1])
 
     def _affine(self) -> Gptq:
         return Gptq(damping=self.damping)

@@ -50,6 +50,35 @@ def test_feedback_and_sweeps_lower_the_error_of_what_gguf_reads(name: str) -> No
     assert float(losses[2].mean()) < LARGEST_LOSS.get(name, 0.012)
 
 
+@pytest.mark.parametrize("name", ["q2_k", "iq2_xs", "iq3_xxs", "iq4_xs"])
+def test_a_forecast_has_the_errors_of_what_is_coded(name: str) -> None:
+    """As large under the Hessian, and as much shorter along the rows; coded rows are themselves."""
+    weight, hessian = problem(outputs=320)
+    weight *= 0.5 + torch.rand(2, 320, 1, generator=torch.Generator().manual_seed(1))
+    quantizer, encoding = GgufQuantizer(), GgufEncoding(TYPES[name])
+    prepared = quantizer.prepare(hessian, basis="gguf")
+    coded = encoding.dequantize(quantizer.quantize(weight, prepared, encoding).tensors, weight.shape[-1])
+    found = quantizer.forecast(weight, prepared, encoding)
+    torch.testing.assert_close(
+        trace_error(weight - found, hessian), trace_error(weight - coded, hessian), rtol=0.1, atol=0
+    )
+    kept = [
+        ((read @ hessian) * weight).sum((1, 2)) / ((weight @ hessian) * weight).sum((1, 2)) for read in (found, coded)
+    ]
+    torch.testing.assert_close(1 - kept[0], 1 - kept[1], rtol=0.1, atol=1e-4)
+    torch.testing.assert_close(found[:, ::5], coded[:, ::5], rtol=0, atol=1e-6)
+    assert not torch.allclose(found, coded, rtol=0, atol=1e-3)
+
+
+def test_rows_of_zeros_are_forecast_as_they_are_coded() -> None:
+    weight, hessian = problem(outputs=128)
+    weight[0, 64] = 0
+    quantizer, encoding = GgufQuantizer(), GgufEncoding(TYPES["iq2_xs"])
+    prepared = quantizer.prepare(hessian, basis="gguf")
+    coded = encoding.dequantize(quantizer.quantize(weight, prepared, encoding).tensors, weight.shape[-1])
+    assert torch.equal(quantizer.forecast(weight, prepared, encoding), coded)
+
+
 def test_a_shared_hessian_gives_what_one_each_gives() -> None:
     weight, hessian = problem()
     quantizer, encoding = GgufQuantizer(sweeps=1), GgufEncoding(TYPES["iq2_xs"])
