@@ -1,6 +1,7 @@
 """How long each stage takes on a machine that was measured: operations by kind, each at its measured rate.
 
-Large products are counted as such; what is small beside them (routing, norms, softmax) is `_OVERHEAD`.
+Large products are counted as such, and bytes that functions of single numbers (norms, rotations, activations) read and
+write: in models of few hidden features they take as long. What is small beside both (routing, softmax) is `_OVERHEAD`.
 """
 
 from __future__ import annotations
@@ -13,21 +14,38 @@ from mc_cli.parts import Role
 
 _OVERHEAD = 1.25  # of products: shapes that are not square, attention, what lies between
 _EVALUATED = 2  # models that prune-eval runs
+_STARTING_S = 4.0  # of each stage: importing libraries, reading headers
+# Numbers read or written per token: times the hidden features of every layer, for norms, rotations and sums; times the
+# channels of the experts that are called, for activation, product and weighting.
+_BESIDE_PRODUCTS, _OF_CHANNELS = 24, 8
+_BACKWARD = 2.0  # times as many for every gradient that goes back
 
 
 def durations(work: Workload, machine: Machine, *, evaluated_tokens: int) -> dict[str, float]:
     """Seconds of each stage; allocate and export, which compute little, as what they read and write takes."""
-    forward = 2.0 * work.tokens * work.active_weights() * _OVERHEAD / machine.product_flops
+    forward = _forward(work, machine)
     stored = work.inventory.file_bytes
-    read = stored / machine.disk_bytes
+    read = _STARTING_S + stored / machine.disk_bytes
     return {
         "calibrate": read + forward + _backward(work, machine),
         "score": read + forward + _moments(work, machine) + _forecasts(work, machine) + _roles(work, machine, forward),
-        "allocate": 1.0,
+        "allocate": _STARTING_S,
         "quantize": read + (3 if work.corrects else 1) * forward + _moments(work, machine) + _coding(work, machine),
-        "prune-eval": _EVALUATED * (read + forward * evaluated_tokens / max(1, work.tokens) + _head(work, machine)),
-        "export": 3 * work.packed_bytes / machine.disk_bytes,
+        "prune-eval": read + _EVALUATED * (forward * evaluated_tokens / max(1, work.tokens) + _head(work, machine)),
+        "export": _STARTING_S + 3 * work.packed_bytes / machine.disk_bytes,
     }
+
+
+def _forward(work: Workload, machine: Machine) -> float:
+    """All calibration tokens through all layers once."""
+    products = 2.0 * work.tokens * work.active_weights() * _OVERHEAD / machine.product_flops
+    return products + work.tokens * _moved(work) / machine.moved_bytes
+
+
+def _moved(work: Workload) -> float:
+    """Bytes that a token moves in one forward beside products."""
+    channels = sum(block.top_k * block.projections[-1].in_features for block in work.inventory.expert_blocks)
+    return work.itemsize * float(_BESIDE_PRODUCTS * work.hidden * work.inventory.num_layers + _OF_CHANNELS * channels)
 
 
 def _head(work: Workload, machine: Machine) -> float:
@@ -41,7 +59,8 @@ def _backward(work: Workload, machine: Machine) -> float:
     flops = 2.0 * work.backward_tokens * work.active_weights() * (1 + work.samples)
     flops += 2.0 * len(work.inventory.expert_blocks) * work.samples * work.backward_tokens * work.hidden**2
     head = 2.0 * work.backward_tokens * work.vocabulary * work.hidden * (1 + work.samples)
-    return (flops + head) * _OVERHEAD / machine.product_flops
+    moved = work.backward_tokens * _moved(work) * (1 + _BACKWARD * work.samples)
+    return (flops + head) * _OVERHEAD / machine.product_flops + moved / machine.moved_bytes
 
 
 def _moments(work: Workload, machine: Machine) -> float:
@@ -71,21 +90,23 @@ def _forecasts(work: Workload, machine: Machine) -> float:
     widths = sum(1 for width in work.widths if width > 0)
     weights = work.inventory.expert_weight_count
     measured = 2.0 * 3 * work.loss_tokens * weights / machine.product_flops
-    return widths * (weights * machine.draw_s_per_weight + _feedback(work, machine) + measured)
+    return widths * (weights * machine.forecast_s(work.quantizer) + _feedback(work, machine) + measured)
 
 
 def _roles(work: Workload, machine: Machine, forward: float) -> float:
     """Coding on trial of the parts beside the experts, and some tokens through the model again for each role."""
     weights = sum(math.prod(part.shape) for part in work.inventory.tensors if part.role in work.roles and part.packable)
     again = len(work.roles) * work.trial_tokens / max(1, work.tokens)
-    return weights * machine.search_s_per_weight + again * forward
+    return weights * machine.coding_s(work.quantizer) + again * forward
 
 
 def _coding(work: Workload, machine: Machine) -> float:
     """Every weight through the search once, errors fed back; the corrections of down projections."""
     parts = (part for part in work.inventory.tensors if part.packable and part.role is not Role.HEAD)
     packed = sum(math.prod(part.shape) for part in parts)
-    seconds = (work.inventory.expert_weight_count + packed) * machine.search_s_per_weight + _feedback(work, machine)
+    seconds = (work.inventory.expert_weight_count + packed) * machine.coding_s(work.quantizer) + _feedback(
+        work, machine
+    )
     if work.corrects:
         for block in work.inventory.expert_blocks:
             channels, hidden = block.projections[-1].in_features, block.projections[-1].out_features

@@ -1,7 +1,8 @@
 """The speed of this machine, measured once in some seconds and kept for later estimates.
 
-What is measured is what the stages do: products in float32, factorizations in float64, the quantizer's search, reading
-memory, products with packed weights, writing to disk. Measured for the threads that torch takes here.
+What is measured is what the stages do: products in float32, functions of single numbers, factorizations in float64, the
+quantizers' searches, reading memory, products with packed weights, writing to disk. Measured for the threads that torch
+takes here.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from mc_cli.errors import ArtifactError
 if TYPE_CHECKING:
     import torch
 
-SCHEMA = 1
+SCHEMA = 2
 _SIDE = 1024  # of the matrices that are multiplied, factorized and searched
-_SEARCHED = ((256, 2.0), (256, 4.0))  # (outputs, bits) of what is searched: 1 to 4 bits lie around
+# Quantizer -> widths, 1 to 4 bits lie around; quantizers without a search of their own take as long as gptq.
+_SEARCHED = {"trellis": (2.0, 4.0), "gptq": (2.0, 4.0), "gguf": (2.3125, 4.25)}
+_CODED, _FORECAST = 256, 2048  # outputs of a matrix; a forecast has work that does not grow with them
 _WRITTEN = 64 << 20
 _LEAST_S = 0.25  # a measurement is repeated until it has taken so long
 
@@ -37,8 +40,8 @@ class Machine:
     when: str
     product_flops: float  # float32, large matrices
     factor_flops: float  # float64 Cholesky and triangular solve, as of in_features^3
-    search_s_per_weight: float  # of the quantizer's search, mean over widths
-    draw_s_per_weight: float  # of a forecast
+    moved_bytes: float  # read and written by functions of single numbers
+    coding: dict[str, list[float]]  # quantizer -> seconds per weight of coding, of forecasting; means over widths
     reading_bytes: float
     packed_bytes: float  # codes that products with one token go through
     disk_bytes: float  # written and flushed
@@ -47,6 +50,14 @@ class Machine:
     def plain(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+    def coding_s(self, quantizer: str) -> float:
+        """Seconds per weight of choosing codes, products of error feedback in matrices of the probe's size included."""
+        return self.coding.get(quantizer, self.coding["gptq"])[0]
+
+    def forecast_s(self, quantizer: str) -> float:
+        """Seconds per weight of forecasting what coding does to a matrix, likewise."""
+        return self.coding.get(quantizer, self.coding["gptq"])[1]
 
 
 def place_of_measurements() -> Path:
@@ -67,7 +78,12 @@ def known_machine() -> Machine | None:
             found: Machine = read_as(Machine, read_json(path))
     except ArtifactError:  # a memory only: `--probe` makes it anew
         return None
-    same = found.schema == SCHEMA and found.name == _name() and found.threads == torch.get_num_threads()
+    whole = (
+        found.schema == SCHEMA
+        and found.coding.keys() == _SEARCHED.keys()
+        and set(map(len, found.coding.values())) == {2}
+    )
+    same = whole and found.name == _name() and found.threads == torch.get_num_threads()
     return found if same else None
 
 
@@ -78,15 +94,14 @@ def probe() -> Machine:
     from mc_cli.measuring.speed import reading_rate
 
     generator = torch.Generator().manual_seed(0)
-    search, draw = _coding_seconds(generator)
     machine = Machine(
         name=_name(),
         threads=torch.get_num_threads(),
         when=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         product_flops=_product_flops(generator),
         factor_flops=_factor_flops(generator),
-        search_s_per_weight=search,
-        draw_s_per_weight=draw,
+        moved_bytes=_moved_rate(generator),
+        coding=_coding_seconds(generator),
         reading_bytes=reading_rate(repeats=3),
         packed_bytes=_packed_rate(generator),
         disk_bytes=_disk_rate(),
@@ -141,8 +156,16 @@ def _hessian(generator: torch.Generator) -> torch.Tensor:
     return (rows.T @ rows)[None]
 
 
-def _coding_seconds(generator: torch.Generator) -> tuple[float, float]:
-    """(seconds per weight of coding with the default quantizer, of forecasting); products of error feedback included"""
+def _moved_rate(generator: torch.Generator) -> float:
+    """Bytes read and written per second by a product of numbers one by one, its result new memory as in a forward."""
+    import torch
+
+    left, right = (torch.randn(8 * _SIDE, _SIDE, generator=generator) for _ in range(2))
+    return 3.0 * left.nbytes / _seconds(lambda: left * right)
+
+
+def _coding_seconds(generator: torch.Generator) -> dict[str, list[float]]:
+    """Quantizer -> seconds per weight of coding, and of forecasting."""
     import torch
 
     from mc_cli.coding.quantization import quantizer_for
@@ -150,17 +173,22 @@ def _coding_seconds(generator: torch.Generator) -> tuple[float, float]:
     from mc_cli.quantizers.job import CodingJob, InputMoments, code
     from mc_cli.settings import QuantizerSettings
 
-    settings = QuantizerSettings()
-    quantizer, moments = quantizer_for(settings), InputMoments(_hessian(generator))
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    for outputs, bits in _SEARCHED:
-        weights = torch.randn(1, outputs, _SIDE, generator=generator)
-        encoding = encoding_for(settings.family, bits, outputs, _SIDE)
-        moments.prepared(quantizer, encoding.basis)
-        for forecast, found in seconds.items():
-            job = CodingJob(("probe",), weights, moments, encoding, quantizer, forecast=forecast)
-            found.append(_seconds(lambda job=job: code(job)) / weights.numel())  # type: ignore[misc]
-    return sum(seconds[False]) / len(_SEARCHED), sum(seconds[True]) / len(_SEARCHED)
+    found = {}
+    for name, widths in _SEARCHED.items():
+        settings = QuantizerSettings(quantizer=name)
+        quantizer, moments = quantizer_for(settings), InputMoments(_hessian(generator))
+        seconds = []
+        for forecast, outputs in ((False, _CODED), (True, _FORECAST)):
+            weights = torch.randn(1, outputs, _SIDE, generator=generator)
+            of_widths = []
+            for bits in widths:
+                encoding = encoding_for(settings.family, bits, outputs, _SIDE)
+                moments.prepared(quantizer, encoding.basis)
+                job = CodingJob(("probe",), weights, moments, encoding, quantizer, forecast=forecast)
+                of_widths.append(_seconds(lambda job=job: code(job)) / weights.numel())  # type: ignore[misc]
+            seconds.append(sum(of_widths) / len(widths))
+        found[name] = seconds
+    return found
 
 
 def _packed_rate(generator: torch.Generator) -> float:

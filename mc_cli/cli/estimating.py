@@ -95,7 +95,7 @@ def estimate(given: Mapping[str, Any]) -> None:
 
 
 def _rates(found: Machine) -> str:
-    search = 1e9 * found.search_s_per_weight
+    search = 1e9 * found.coding_s("trellis")
     return (
         f"{found.product_flops / 1e9:.0f} Gflop/s in products, {search:,.0f} s of search for a billion weights, "
         f"{found.reading_bytes / 1e9:.1f} GB/s of reading"

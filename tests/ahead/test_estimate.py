@@ -15,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from typer.testing import CliRunner, Result
 
-from mc_cli import cli
+from mc_cli import ahead, cli
 from mc_cli.ahead import budget, machine
+from mc_cli.ahead import estimate as found_in
 from mc_cli.ahead.fit import cache_bytes, token_bytes
 from mc_cli.ahead.memory import memory_needs
 from mc_cli.ahead.workload import Workload
@@ -268,18 +269,35 @@ def test_scratch_on_disk_is_what_calibrate_writes(
 def test_what_was_measured_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_LEAST_S", 0.0)
     monkeypatch.setattr(machine, "_SIDE", 256)
+    monkeypatch.setattr(machine, "_FORECAST", 256)
     monkeypatch.setattr(machine, "_WRITTEN", 1 << 20)
     assert machine.known_machine() is None
     assert "no times are told: --probe does that" in estimate("bundled:demo-moe").stderr
     measured = found_by("bundled:demo-moe", "--probe", "--target-stored-bits", "3")
     rates = {name: value for name, value in measured["machine"].items() if isinstance(value, float)}
-    assert len(rates) == 7 and all(value > 0 for value in rates.values())
+    assert len(rates) == 6 and all(value > 0 for value in rates.values())
+    assert all(len(pair) == 2 and min(pair) > 0 for pair in measured["machine"]["coding"].values())
     assert measured["targets"][0]["tokens_per_s"] > 0
     assert set(measured["seconds"]) == {"calibrate", "score", "allocate", "quantize", "prune-eval", "export"}
     assert machine.place_of_measurements() == tmp_path / "cache" / "mc-cli" / "machine.json"
     assert found_by("bundled:demo-moe")["machine"] == measured["machine"]
+    for damaged in ({**measured["machine"], "coding": {"gptq": [1.0]}}, {**measured["machine"], "coding": 1}, []):
+        machine.place_of_measurements().write_text(json.dumps(damaged))
+        assert machine.known_machine() is None
     machine.place_of_measurements().write_text("{")
     assert machine.known_machine() is None
+
+
+def test_times_follow_the_quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coding in GGUF's points takes longer than in trellis codes, where the machine says so."""
+    rates = {"trellis": [2e-7, 1e-7], "gptq": [1e-7, 1e-7], "gguf": [4e-6, 5e-7]}
+    made = machine.Machine(machine._name(), torch.get_num_threads(), "", 1e11, 1e10, 1e10, rates, 3e9, 2e9, 1e9)
+    for module in (ahead, found_in):
+        monkeypatch.setattr(module, "known_machine", lambda: made)
+    ours = found_by("bundled:demo-moe", "--target-stored-bits", "3")["seconds"]
+    other = found_by("bundled:demo-moe", "--target-stored-bits", "3", "--for", "llama.cpp")["seconds"]
+    assert other["quantize"] > ours["quantize"] + 3e-6 * 2e6
+    assert other["calibrate"] == ours["calibrate"]
 
 
 def test_a_model_on_the_hub_is_described_without_its_weights(
