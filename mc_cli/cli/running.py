@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 from mc_cli.artifacts.work_dir import MAIN, SHARED, WorkDir
 from mc_cli.cli.libraries import prepare_libraries
 from mc_cli.cli.options import DEBUG, JSON, WORK_DIR, made_option, read, settings_of
-from mc_cli.errors import Problems
+from mc_cli.errors import InputError, Problems
 from mc_cli.failures import Listener, telling_errors
 from mc_cli.flags import COMPUTE, STAGES, run_flags, run_option
 from mc_cli.targets import SEVERAL
@@ -54,10 +55,22 @@ def run_stage(stage: str, given: Mapping[str, Any]) -> None:
 
 def run_all(given: Mapping[str, Any]) -> None:
     """All stages, from a recipe, from flags, or both."""
-    with telling_errors(debug=given["debug"]):
+    with telling_errors(debug=given["debug"]), _naming_recipe(given["recipe"]):
         plans = _plans_of(given)
-    with telling_errors(debug=given["debug"], work_dir=plans[0].work.path) as listeners:
-        _run_plans(plans, given["force_from"] or (STAGES[0] if given["force"] else None), given, listeners)
+    work, force_from = plans[0].work.path, given["force_from"] or (STAGES[0] if given["force"] else None)
+    with telling_errors(debug=given["debug"], work_dir=work) as listeners, _naming_recipe(given["recipe"]):
+        _run_plans(plans, force_from, given, listeners)
+
+
+@contextmanager
+def _naming_recipe(recipe: object) -> Iterator[None]:
+    """Says in errors about what the user handed in, such as a model's folder, in which file that was asked for."""
+    try:
+        yield
+    except InputError as error:
+        if recipe and str(recipe) not in str(error):
+            error.args = (f"{error} The settings are those of {recipe}.",)
+        raise
 
 
 def _plans_of(given: Mapping[str, Any]) -> list[RunPlan]:

@@ -260,6 +260,22 @@ def test_run_takes_a_recipe_and_flags_over_it(mc_cli: Invoke, stages: FakeStages
     assert asked["prune-eval"].length == 32
 
 
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_an_error_about_a_recipe_s_settings_names_the_recipe(
+    mc_cli: Invoke, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"calibrate: {{model: {tmp_path / 'empty'}, data: 'bundled:calibration'}}\n"
+        "allocate: {target_bits: 2}\nexport: {out: o}\n",
+        encoding="utf-8",
+    )
+    result = mc_cli("run", recipe, "-w", tmp_path / "w", *flags)
+    assert result.exit_code == 1
+    assert f"The settings are those of {recipe}." in " ".join(result.stderr.split())
+
+
 def test_run_names_what_it_lacks(mc_cli: Invoke, stages: FakeStages) -> None:
     result = mc_cli("run", "--model", "m")
     assert result.exit_code == 2

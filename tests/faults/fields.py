@@ -15,7 +15,7 @@ _MOST = 20_000
 NO_FIELD = "(no field)"
 REPLACED = "(replaced)"
 UNREADABLE = "(unreadable)"
-_SIXTEEN_BITS = {"F16", "BF16"}
+_SIXTEEN_BITS = ["F16", "BF16"]
 
 
 def changed_fields(before: bytes, path: Path) -> list[str]:
@@ -47,7 +47,7 @@ def _kind(name: str, then: dict[str, Any], now: dict[str, Any]) -> str:
         return name.replace("header.", "gone.", 1)
     if not name.startswith("header.") or not isinstance(before, list) or not isinstance(after, list):
         return name
-    other = before[1] == after[1] and {before[0], after[0]} == _SIXTEEN_BITS
+    other = before[1] == after[1] and [before[0], after[0]] in (_SIXTEEN_BITS, _SIXTEEN_BITS[::-1])
     return name.replace("header.", "floats.", 1) if other else name
 
 
