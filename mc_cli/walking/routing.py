@@ -95,14 +95,17 @@ class RoutingCapture:
         self._probabilities.append(probabilities)
 
     def routes(self) -> Routes:
-        """How many tokens each expert gets, and what the choice tells of a token, in bits."""
+        """How many tokens each expert gets, and what the choice tells of a token, in bits.
+
+        Zaya's routers have a choice more than there are experts, none of them; it is one of those that are told apart.
+        """
         counts = torch.bincount(self.index.reshape(-1), minlength=self._block.num_experts)
         tokens, conditional = 0, 0.0
-        total = torch.zeros(self._block.num_experts, dtype=torch.float64)
+        total = torch.zeros(1, dtype=torch.float64)
         parts = self._probabilities if self._real is None else [self._kept(torch.cat(self._probabilities))]
         for part in parts:
             tokens += len(part)
-            total += part.double().sum(0)
+            total = total + part.double().sum(0)
             conditional += float(torch.special.entr(part.double()).sum())
         entropy = float(torch.special.entr(total / tokens).sum())
         return Routes(counts.tolist(), (entropy - conditional / tokens) / math.log(2), entropy / math.log(2))

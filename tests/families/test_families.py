@@ -23,7 +23,15 @@ from mc_cli.models.checkpoint import Checkpoint, read_config
 from mc_cli.models.inventory import take_inventory
 from mc_cli.packed.packed_model import PackedSource
 from mc_cli.parts import Role
-from tests.families.contract import ROUNDING, TOKENS, relative, shapes, walked_logits, whole_logits
+from tests.families.contract import (
+    ROUNDING,
+    TOKENS,
+    relative,
+    shapes,
+    through_all_stages,
+    walked_logits,
+    whole_logits,
+)
 from tests.families.tiny_families import IMAGE_TEXT, TEXT, build_tiny_family
 from tests.packed_folders import packed_work_dir
 from tests.tiny_chain import run_export
@@ -93,3 +101,8 @@ def test_a_family_streams_packs_and_loads_whole(family: str, tmp_path: Path) -> 
     exact = Walked(PackedSource(work / "packed", dtype=torch.float32, device=CPU)).logits(batch)
     written = open_with_transformers(tmp_path / "dense", Reading(torch.float32, CPU)).logits(batch)
     assert float(relative(written, exact).median()) < 0.2
+
+
+def test_a_router_with_a_choice_that_is_no_expert_goes_through_all_stages(tmp_path: Path) -> None:
+    outcome = through_all_stages("zaya", tmp_path)
+    assert outcome.works, outcome.reason
