@@ -172,7 +172,7 @@ class Beside:
     def one_type(self, kind: GgufType) -> dict[str, Any]:
         """KL with all experts in one type, rounded by either."""
         stored = kind.size_bytes * 8 / kind.block
-        export = self.made(f"type-{kind.name}", "--method", "uniform", "--bits", str(kind.bits))
+        export = self.made(f"type-{kind.name.replace('_', '-')}", "--method", "uniform", "--bits", str(kind.bits))
         ours = _Reader(export, Reading(torch.float32, torch.device("cpu"))).model
         found = {tensor.tensor_type.name for tensor in gguf.GGUFReader(export / FILE).tensors if "_exps" in tensor.name}
         assert found == {kind.label}, f"{export}: experts in {found}"
