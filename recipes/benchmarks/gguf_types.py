@@ -1,9 +1,10 @@
 """Experts in GGUF's types, rounded by mc-cli and by llama.cpp with its importance matrix: KL on held-out text.
 
-    mc-cli calibrate -w W0 --model MODEL --data calibration.jsonl --seed 0 && mc-cli score -w W0 --for llama.cpp
+    mc-cli calibrate -w W0 --model MODEL --data calibration.jsonl --seed 0
+    mc-cli score -w W0 --for llama.cpp --bits 2,2.0625,2.3125,2.5625,3,3.0625,3.4375,4,4.25
     python recipes/benchmarks/gguf_types.py W0 W1 W2 --heldout validation [--types IQ2_XXS Q2_K ...] [--mixed 2.56 3.06]
 
-W0 W1 W2  work directories, one for each seed, with calibration and scores for llama.cpp
+W0 W1 W2  work directories, one for each seed, with calibration and scores of all types for llama.cpp
 llama.cpp's rounding is that of its own library, through llama-cpp-python; its importance matrix are the mean squares of
 inputs over the tokens that mc-cli was calibrated on, as its own tool takes them. Beside the experts, which are measured
 alone, both models keep the original's tensors. A mixed plan is compared with the best of llama.cpp's types that takes
@@ -172,7 +173,8 @@ class Beside:
     def one_type(self, kind: GgufType) -> dict[str, Any]:
         """KL with all experts in one type, rounded by either."""
         stored = kind.size_bytes * 8 / kind.block
-        export = self.made(f"type-{kind.name.replace('_', '-')}", "--method", "uniform", "--bits", str(kind.bits))
+        asked = ("--method", "uniform", "--target-stored-bits", str(stored), "--bits", str(kind.bits))
+        export = self.made(f"type-{kind.name.replace('_', '-')}", *asked)
         ours = _Reader(export, Reading(torch.float32, torch.device("cpu"))).model
         found = {tensor.tensor_type.name for tensor in gguf.GGUFReader(export / FILE).tensors if "_exps" in tensor.name}
         assert found == {kind.label}, f"{export}: experts in {found}"
