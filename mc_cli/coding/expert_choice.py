@@ -196,6 +196,8 @@ class ChoiceCosts:
                 for sample, total in enumerate(totals):
                     (gradient,) = torch.autograd.grad(total, hidden, retain_graph=sample + 1 < len(totals))
                     before[sample, rows] += gradient.to(before)
+                    self._store.release(before[sample, rows])
+                self._store.release(layer_inputs[rows])
 
     def _taken(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         assert self._call is not None

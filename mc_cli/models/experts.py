@@ -149,7 +149,11 @@ def expert_bias(module: Experts, projection: str, expert: int) -> torch.Tensor |
 
 def stacked_weights(module: Experts, projection: str, members: list[int]) -> torch.Tensor:
     """[members, out_features, in_features] float32, upright: one projection of several experts that are not packed."""
-    return torch.stack([expert_weight(module, projection, expert).float() for expert in members])
+    first = expert_weight(module, projection, members[0])
+    stacked = torch.empty((len(members), *first.shape), device=first.device)
+    for slot, expert in zip(stacked, members, strict=True):  # one after the other, as memory is given back in between
+        slot.copy_(expert_weight(module, projection, expert))
+    return stacked
 
 
 def dense_weight(module: Experts, projection: str, expert: int) -> torch.Tensor:

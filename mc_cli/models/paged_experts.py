@@ -32,13 +32,23 @@ class PagedWeights:
         self._store = store
         self._changed: dict[tuple[str, int], torch.Tensor] = {}
         self._held: dict[tuple[str, int], torch.Tensor] = {}
+        self._lent: dict[tuple[str, int], torch.Tensor] = {}  # the changed ones of the expert that was asked for last
 
     def get(self, projection: str, expert: int) -> torch.Tensor:
-        """One expert's weights; writing into them changes nothing, `put` does."""
+        """One expert's weights; writing into them changes nothing, `put` does.
+
+        Memory of changed weights is given back when another expert is asked for; they can be used even so.
+        """
         key = (projection, expert)
         if key in self._held:
             return self._held[key]
-        return self._changed[key] if key in self._changed else self._read(projection, expert)
+        if any(other != expert for _, other in self._lent):
+            lent, self._lent = self._lent, {}
+            self._store.release(*lent.values())
+        if key not in self._changed:
+            return self._read(projection, expert)
+        self._lent[key] = self._changed[key]
+        return self._changed[key]
 
     def put(self, projection: str, expert: int, weight: torch.Tensor, dtype: torch.dtype) -> None:
         """Puts weights in the place of an expert's, in the dtype that the module computes in."""

@@ -45,7 +45,7 @@ PRESETS = {
     "IQ2_XS": 20,
     "IQ3_XXS": 23,
     "IQ3_S": 26,
-    "IQ2_S": 28,
+    "IQ2_S": 29,  # named IQ2_M; 28, named IQ2_S, gives IQ2_XS
     "IQ4_XS": 30,
 }
 
