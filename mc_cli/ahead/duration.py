@@ -37,8 +37,9 @@ def durations(work: Workload, machine: Machine, *, evaluated_tokens: int) -> dic
 
 
 def _forward(work: Workload, machine: Machine) -> float:
-    """All calibration tokens through all layers once."""
-    products = 2.0 * work.tokens * work.active_weights() * _OVERHEAD / machine.product_flops
+    """All calibration tokens through all layers once; attention twice where experts are read one by one."""
+    weights = work.called_weights + (2 if work.is_apart else 1) * work.other_weights
+    products = 2.0 * work.tokens * weights * _OVERHEAD / machine.product_flops
     return products + work.tokens * _moved(work) / machine.moved_bytes
 
 
@@ -53,10 +54,17 @@ def _head(work: Workload, machine: Machine) -> float:
 
 
 def _backward(work: Workload, machine: Machine) -> float:
-    """Forward once more, then for each sample back through what is not a weight, and the gradients' covariance."""
+    """Forward once more, then for each sample back through what is not a weight, and the gradients' covariance.
+
+    All but routed experts is gone through once more for the costs of routers' choices, forward and back; where experts
+    are read one by one, forward twice more, and the experts once.
+    """
     if not work.backward_tokens:
         return 0.0
-    flops = 2.0 * work.backward_tokens * work.active_weights() * (1 + work.samples)
+    again = int(work.is_apart)
+    called = work.called_weights * (1 + again + work.samples)
+    others = work.other_weights * 2 * (1 + again + work.samples)
+    flops = 2.0 * work.backward_tokens * (called + others)
     flops += 2.0 * len(work.inventory.expert_blocks) * work.samples * work.backward_tokens * work.hidden**2
     head = 2.0 * work.backward_tokens * work.vocabulary * work.hidden * (1 + work.samples)
     moved = work.backward_tokens * _moved(work) * (1 + _BACKWARD * work.samples)

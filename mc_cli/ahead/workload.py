@@ -135,19 +135,21 @@ class Workload:
         """The expert layer with most weights."""
         return max(self.inventory.expert_blocks, key=lambda block: block.num_experts * block.weights_per_expert)
 
-    def active_weights(self) -> int:
-        """Weights that a token meets in all layers: of routed experts as many as it is sent to."""
-        total = 0
-        by_layer = {block.layer: block for block in self.inventory.expert_blocks}
-        for part in self.inventory.tensors:
-            if part.layer is None or len(part.shape) < 2:
-                continue
-            count = math.prod(part.shape)
-            block = by_layer.get(part.layer)
-            if part.role is Role.EXPERT and block is not None:
-                count = count * block.top_k // block.num_experts
-            total += count
-        return total
+    @property
+    def called_weights(self) -> int:
+        """Weights of the routed experts that a token is sent to, in all layers."""
+        return sum(block.top_k * block.weights_per_expert for block in self.inventory.expert_blocks)
+
+    @property
+    def other_weights(self) -> int:
+        """Weights of all other matrices in the layers, which every token meets."""
+        parts = (part for part in self.inventory.tensors if part.layer is not None and len(part.shape) > 1)
+        return sum(math.prod(part.shape) for part in parts if part.role is not Role.EXPERT)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether experts of any layer are read one by one."""
+        return any(map(self.apart_bytes, range(self.inventory.num_layers)))
 
     def _computed(self, layer: int | None) -> int:
         return self._sizes.get(layer, (0, 0))[0]
