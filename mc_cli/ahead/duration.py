@@ -112,9 +112,8 @@ def _coding(work: Workload, machine: Machine) -> float:
     """Every weight through the search once, errors fed back; the corrections of down projections."""
     parts = (part for part in work.inventory.tensors if part.packable and part.role is not Role.HEAD)
     packed = sum(math.prod(part.shape) for part in parts)
-    seconds = (work.inventory.expert_weight_count + packed) * machine.coding_s(work.quantizer) + _feedback(
-        work, machine
-    )
+    coded = work.inventory.expert_weight_count + packed
+    seconds = coded * machine.coding_s(work.quantizer) + _feedback(work, machine)
     if work.corrects:
         for block in work.inventory.expert_blocks:
             channels, hidden = block.projections[-1].in_features, block.projections[-1].out_features

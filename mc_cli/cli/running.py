@@ -69,7 +69,8 @@ def _naming_recipe(recipe: object) -> Iterator[None]:
         yield
     except InputError as error:
         if recipe and str(recipe) not in str(error):
-            error.args = (f"{error} The settings are those of {recipe}.",)
+            apart = "\n" if "\n" in str(error) else " "
+            error.args = (f"{error}{apart}The settings are those of {recipe}.",)
         raise
 
 
