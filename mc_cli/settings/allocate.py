@@ -28,8 +28,8 @@ WIDTH_BORDERS = sorted(
 )
 TARGETS = ("target_stored_bits", "target_bits", "target_size_bytes", "cut_ratio", "experts_left")  # one of them
 # `run` has channels measured for up to so many stored bits. On moe-21m plans with cuts had 14 to 20 % less KL up to
-# here, and a smaller loss; at 2.25 bits 13 % less KL, and the same loss (docs/results/inside-experts.md). Scores without
-# channels serve all larger targets, one after the other.
+# here, and a smaller loss; at 2.25 bits 13 % less KL, and the same loss (docs/results/inside-experts.md). Scores
+# without channels serve all larger targets, one after the other.
 CUTS_WITHIN = 1.75
 CAMERA_Q = "camera-q"  # three groups of channels
 _BUDGET, _METHOD, _PARTS = "Budget (exactly one)", "Method", "Widths of the other parts"
