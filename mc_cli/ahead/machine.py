@@ -1,8 +1,8 @@
 """The speed of this machine, measured once in some seconds and kept for later estimates.
 
-What is measured is what the stages do: products in float32, functions of single numbers, factorizations in float64, the
-quantizers' searches, reading memory, products with packed weights, writing to disk. Measured for the threads that torch
-takes here.
+The rates are those of what the stages do: products in float32, functions of single numbers, factorizations in float64,
+the quantizers' searches, reading memory, products with packed weights, writing to disk. Measured for the threads that
+torch takes here.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class Checkpoint:
         self._check_tied(targets)
         self._check_complete(targets, known)
         check_shapes(self.folder, targets, known)
-        check_dtypes(self.folder, targets, self.model)
+        check_dtypes(self.folder, targets, known, type(self.model).__name__)
         for target in targets.values():
             self._targets[self.layer_of(target.name)].append(target)
             if any(piece.layout is not None for piece in target.all_pieces):

@@ -149,10 +149,12 @@ def expert_bias(module: Experts, projection: str, expert: int) -> torch.Tensor |
 
 def stacked_weights(module: Experts, projection: str, members: list[int]) -> torch.Tensor:
     """[members, out_features, in_features] float32, upright: one projection of several experts that are not packed."""
-    first = expert_weight(module, projection, members[0])
-    stacked = torch.empty((len(members), *first.shape), device=first.device)
-    for slot, expert in zip(stacked, members, strict=True):  # one after the other, as memory is given back in between
-        slot.copy_(expert_weight(module, projection, expert))
+    weights = (expert_weight(module, projection, expert) for expert in members)
+    first = next(weights)
+    stacked = first.new_empty((len(members), *first.shape), dtype=torch.float32)
+    stacked[0] = first
+    for slot, weight in zip(stacked[1:], weights, strict=True):  # in turn, as memory is given back in between
+        slot.copy_(weight)
     return stacked
 
 

@@ -1,4 +1,4 @@
-"""What the headers of a checkpoint's files must agree with, before the first weight is read.
+"""Checks of the headers of a checkpoint's files, before the first weight is read.
 
 Tensors are compared with config.json's counts, with each other, and with the skeleton of the model. Each check raises
 one CheckpointError that names everything it found.
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from mc_cli.errors import CheckpointError, listed
@@ -100,9 +99,8 @@ def check_shapes(folder: Path, targets: Targets, known: Mapping[str, torch.Tenso
         )
 
 
-def check_dtypes(folder: Path, targets: Targets, model: nn.Module) -> None:
+def check_dtypes(folder: Path, targets: Targets, known: Mapping[str, torch.Tensor], model: str) -> None:
     """Raises CheckpointError for integers where the model computes with floats, and the other way round."""
-    known = model.state_dict()
     wrong = [
         f"{piece.key}: {str(piece.dtype).removeprefix('torch.')}"
         for name, target in targets.items()
@@ -111,7 +109,7 @@ def check_dtypes(folder: Path, targets: Targets, model: nn.Module) -> None:
     ]
     if wrong:
         raise CheckpointError(
-            f"{folder}: {len(wrong)} tensors are stored as integers where {type(model).__name__} has "
+            f"{folder}: {len(wrong)} tensors are stored as integers where {model} has "
             f"floating-point numbers, or the other way round:\n{listed(wrong)}\nThe safetensors files are damaged, "
             "or quantized in a way that config.json does not name. Download them again."
         )

@@ -34,6 +34,7 @@ from mc_cli.exporters.gguf import FILE, _Reader, write_gguf
 from mc_cli.exporters.gguf_architectures import architecture_of
 from mc_cli.exporters.gguf_names import Names
 from mc_cli.measuring.logit_source import Reading
+from mc_cli.numerics.divergence import divergence
 from mc_cli.numerics.gguf_types import TYPES, GgufType
 
 # Types of llama.cpp's presets that `pure` gives to all tensors.
@@ -121,12 +122,12 @@ def quantized_by_llama_cpp(source: Path, target: Path, preset: int, importance: 
 
 
 @torch.no_grad()
-def divergence(expected: list[Tensor], other: Any, tokens: Tensor) -> float:
+def mean_divergence(expected: list[Tensor], other: Any, tokens: Tensor) -> float:
     """Mean KL of the next-token distributions from `expected`, their logarithms, nats per token."""
     total = 0.0
     for row, wanted in zip(tokens, expected, strict=True):
         found = other(row[None], use_cache=False).logits[0].float().log_softmax(-1)
-        total += float((wanted.exp() * (wanted - found)).sum(-1).mean())
+        total += float(divergence(wanted, found).mean())
     return total / len(tokens)
 
 
@@ -178,7 +179,7 @@ class Beside:
         ours = _Reader(export, Reading(torch.float32, torch.device("cpu"))).model
         found = {tensor.tensor_type.name for tensor in gguf.GGUFReader(export / FILE).tensors if "_exps" in tensor.name}
         assert found == {kind.label}, f"{export}: experts in {found}"
-        result = self._row(kind.label, stored, divergence(self.expected, ours, self.tokens))
+        result = self._row(kind.label, stored, mean_divergence(self.expected, ours, self.tokens))
         self.theirs[kind.label] = self._rounded_by_llama_cpp(kind.label, ours)
         return self._beside(result, kind.label)
 
@@ -188,13 +189,13 @@ class Beside:
         ours = _Reader(export, Reading(torch.float32, torch.device("cpu"))).model
         experts = [tensor for tensor in gguf.GGUFReader(export / FILE).tensors if "_exps" in tensor.name]
         stored = sum(int(tensor.n_bytes) for tensor in experts) * 8 / sum(int(tensor.n_elements) for tensor in experts)
-        result = self._row("mixed", stored, divergence(self.expected, ours, self.tokens))
+        result = self._row("mixed", stored, mean_divergence(self.expected, ours, self.tokens))
         sizes = {kind.label: kind.size_bytes * 8 / kind.block for kind in TYPES.values()}
         fitting = [name for name in self.theirs if sizes[name] <= bits + 1e-9]
         return self._beside(result, min(fitting, key=lambda name: self.theirs[name])) if fitting else result
 
-    def _row(self, name: str, stored: float, divergence: float) -> dict[str, Any]:
-        return {"seed": self.seed, "experts": name, "stored bits": round(stored, 4), "ours": divergence}
+    def _row(self, name: str, stored: float, ours: float) -> dict[str, Any]:
+        return {"seed": self.seed, "experts": name, "stored bits": round(stored, 4), "ours": ours}
 
     def _beside(self, result: dict[str, Any], theirs: str) -> dict[str, Any]:
         other = self.theirs[theirs]
@@ -213,7 +214,7 @@ class Beside:
                     torch.tensor(gguf.dequantize(theirs[each].data, theirs[each].tensor_type)) for each in place.names
                 ]
                 parameter.data = place.joined(parts).reshape(parameter.shape)
-        return divergence(self.expected, model, self.tokens)
+        return mean_divergence(self.expected, model, self.tokens)
 
 
 def main() -> None:
