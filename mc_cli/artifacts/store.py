@@ -43,6 +43,7 @@ class StageFolder:
     settings   everything that changes the result; what does not (progress, batch of a GPU) stays out
     inputs     name -> digest of what the stage reads: model files, data, fingerprints of earlier stages
     reads      earlier stages whose files it reads beside those that `inputs` names
+    extras     settings that only add files: a result made with them serves where they are not asked for
     """
 
     work: WorkDir
@@ -51,6 +52,7 @@ class StageFolder:
     inputs: Mapping[str, str]
     warnings: list[str] = field(default_factory=list)
     reads: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -73,15 +75,27 @@ class StageFolder:
             return "new"
         manifest = Manifest.read(self.folder)
         if manifest is not None:
-            return "done" if manifest.fingerprint == self.fingerprint else "stale"
+            return "done" if self._is_served_by(manifest) else "stale"
         if not self.path(BEGUN).exists() or not holds_work(self.folder):
             return "new"
         return "begun" if read_begun(self.folder).get("fingerprint") == self.fingerprint else "stale"
+
+    def _is_served_by(self, manifest: Manifest) -> bool:
+        """Whether a finished result is what is asked for, or holds that and more."""
+        without = self._without_extras(manifest.settings)
+        return self.fingerprint in (manifest.fingerprint, fingerprint_of(self.stage, without, manifest.inputs))
+
+    def _without_extras(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """`settings` without those that only add files and are not asked for."""
+        more = {name for name in self.extras if name not in self.settings}
+        return {name: value for name, value in settings.items() if name not in more}
 
     def differences(self) -> list[str]:
         """Each setting and input that differs between what lies on disk and what is asked for now."""
         manifest = Manifest.read(self.folder)
         then = asdict(manifest) if manifest is not None else read_begun(self.folder)
+        if manifest is not None:
+            then["settings"] = self._without_extras(then["settings"])
         return [
             line
             for kind, now in (("settings", self.settings), ("inputs", self.inputs))

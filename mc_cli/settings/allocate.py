@@ -27,10 +27,9 @@ WIDTH_BORDERS = sorted(
     {above for widths in (BESIDE, EMBEDDING_BESIDE, HEAD_BESIDE) for above, _ in widths}, reverse=True
 )
 TARGETS = ("target_stored_bits", "target_bits", "target_size_bytes", "cut_ratio", "experts_left")  # one of them
-# `run` has channels measured for up to so many stored bits. On moe-21m plans with cuts had 14 to 20 % less KL up to
-# here, and a smaller loss; at 2.25 bits 13 % less KL, and the same loss (docs/results/inside-experts.md). Scores
-# without channels serve all larger targets, one after the other.
-CUTS_WITHIN = 1.75
+# `run` has channels measured for up to so many stored bits. On moe-21m plans with cuts had 13 to 20 % less KL up to
+# here (docs/results/inside-experts.md); larger sizes were not compared.
+CUTS_WITHIN = 2.25
 CAMERA_Q = "camera-q"  # three groups of channels
 _BUDGET, _METHOD, _PARTS = "Budget (exactly one)", "Method", "Widths of the other parts"
 _TARGET, _NOT_SET = "a target is above 0.", "not set"

@@ -50,6 +50,7 @@ from mc_cli.walking.resume import restore_progress, save_progress
 from mc_cli.walking.routing import watching
 
 STAGE = "score"
+_EXTRAS = ("unit", "similarity", "pairs", "pair_merge")  # measured besides, in files of their own
 _MIDDLE = 2.0  # bits per expert weight: what stands beside such experts is measured at the widths it has there
 
 
@@ -77,7 +78,7 @@ class Score(Stage[StageFolder, _Ready, StageResult]):
         calibrated = self.session.calibrated()
         resolved = {**self.settings.resolved(), "dtype": self.session.dtype_name, **self.session.compute.of_jobs}
         inputs = {**self.session.model_inputs(), "calibrate": calibrated.fingerprint}
-        return StageFolder(self.work, STAGE, resolved, inputs)
+        return StageFolder(self.work, STAGE, resolved, inputs, extras=_EXTRAS)
 
     def ready(self, folder: StageFolder, run: Run) -> _Ready:
         """The calibration, the checkpoint's headers, and the quantizer."""

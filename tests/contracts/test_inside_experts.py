@@ -15,7 +15,7 @@ from mc_cli.artifacts.calibration import INVENTORY, read_inventory
 from mc_cli.artifacts.channel_measures import ChannelMeasures, channel_file
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.plan import Plan
-from mc_cli.errors import BudgetError, InputError, McError
+from mc_cli.errors import BudgetError, InputError, McError, StaleArtifactError
 from mc_cli.recipe import Recipe, plan_run
 from mc_cli.settings import AllocateSettings, ScoreSettings
 from tests.conftest import ScoredWork, TinyModel
@@ -177,6 +177,19 @@ def test_experts_with_biases_stay_whole(tiny_model: TinyModel, tmp_path: Path) -
     assert not any(isinstance(entry, tuple) for row in plan.expert_bits.values() for entry in row)
 
 
+def test_scores_that_hold_more_serve_a_request_for_less(work: Path) -> None:
+    scores = ("importance.json", "manifest.json")
+    before = [(work / "importance" / name).read_bytes() for name in scores]
+    assert not run_score(work, bits=WIDTHS).ran
+    assert [(work / "importance" / name).read_bytes() for name in scores] == before
+    for changes, words in (({"unit": "channel"}, "unit: made with auto, asked for channel"), ({"pairs": 1}, "pairs")):
+        with pytest.raises(StaleArtifactError, match=words):
+            run_score(work, bits=WIDTHS, **changes)
+    with pytest.raises(StaleArtifactError, match="loss_tokens") as refused:
+        run_score(work, bits=WIDTHS, loss_tokens=7)
+    assert "unit" not in str(refused.value)
+
+
 def test_a_run_measures_channels_where_few_bits_are_asked_for() -> None:
     def scored(**allocate: Any) -> ScoreSettings:
         sections = {
@@ -189,7 +202,7 @@ def test_a_run_measures_channels_where_few_bits_are_asked_for() -> None:
 
     low = scored(target_stored_bits=1.0)
     assert low.unit == "auto"
-    high = scored(target_stored_bits=2.0)
+    high = scored(target_stored_bits=2.3)
     assert high.unit == "expert" and high.bits == low.bits
     assert scored(target_stored_bits=1.0, cuts=False).unit == "expert"
     assert scored(target_stored_bits=1.2, method="pmq") == scored(target_stored_bits=1.9, method="pmq")
