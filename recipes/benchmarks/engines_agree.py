@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from heldout_windows import windows
 from torch import Tensor
 
 
@@ -26,7 +27,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packed", required=True)
     parser.add_argument("--dense", required=True)
-    parser.add_argument("--text", required=True, help="JSON lines; its first tokens are prompts and what is compared")
+    parser.add_argument(
+        "--text", required=True, help="JSON lines, or a folder of them, to take prompts from"
+    )
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--length", type=int, default=64, help="tokens of a prompt")
@@ -37,7 +40,10 @@ def main() -> None:
         answer = {"vllm": by_vllm, "transformers": by_transformers}[name](**json.loads(Path(call).read_text("utf-8")))
         Path(result).write_text(json.dumps(answer), encoding="utf-8")
         return
-    prompts = windows(asked.packed, asked.text, asked.prompts, asked.length)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(asked.packed)
+    prompts = windows(Path(asked.text), tokenizer, asked.prompts, asked.length)
     found = {}
     for kind in ("packed", "dense"):
         call = {"model": getattr(asked, kind), "prompts": prompts, "new_tokens": asked.new_tokens}
@@ -46,16 +52,6 @@ def main() -> None:
         print(kind, json.dumps(found[kind]), flush=True)
     ratio = found["packed"]["logprobs"]["mean"] / found["dense"]["logprobs"]["mean"]
     print("packed over dense, mean difference of logprobs:", round(ratio, 3))
-
-
-def windows(model: str, text: str, count: int, length: int) -> list[list[int]]:
-    """So many runs of token ids, evenly spaced over the texts laid end to end."""
-    from transformers import AutoTokenizer
-
-    lines = [json.loads(line)["text"] for line in Path(text).read_text("utf-8").split("\n") if line]
-    ids = AutoTokenizer.from_pretrained(model)("\n".join(lines), add_special_tokens=False)["input_ids"]
-    step = (len(ids) - length) // count
-    return [ids[number * step : number * step + length] for number in range(count)]
 
 
 def run(engine: str, call: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import Any
 import gguf
 import llama_cpp.llama_cpp as engine
 import torch
+from heldout_windows import windows
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,15 +55,6 @@ PRESETS = {
 EXPERTS_ALONE = tuple(
     part for role in ("attention", "shared", "dense", "head", "embedding") for part in (f"--{role}-bits", "16")
 )
-
-
-def windows(path: Path, tokenizer: Any, count: int, length: int) -> Tensor:
-    """int64 [count, length] of evenly spaced runs of the texts, laid end to end."""
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    texts = [json.loads(line)["text"] for file in files for line in file.read_text("utf-8").split("\n") if line]
-    ids = torch.tensor(tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"])
-    starts = torch.linspace(0, len(ids) - length, count).long()
-    return torch.stack([ids[start : start + length] for start in starts])
 
 
 class Importance:
@@ -148,7 +140,7 @@ class Beside:
                 original(row, use_cache=False)
         collected.remove()
         self.importance = collected.sums
-        self.tokens = windows(heldout, AutoTokenizer.from_pretrained(model), count, seen.shape[1])
+        self.tokens = torch.tensor(windows(heldout, AutoTokenizer.from_pretrained(model), count, seen.shape[1]))
         with torch.no_grad():
             self.expected = [
                 original(row[None], use_cache=False).logits[0].float().log_softmax(-1) for row in self.tokens

@@ -17,34 +17,24 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-import numpy.typing as npt
+from heldout_windows import windows
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 from transformers import AutoTokenizer
 
 
-def windows(path: Path, tokenizer: Any, count: int, length: int) -> npt.NDArray[np.int64]:
-    """[count, length] token ids of evenly spaced runs of the texts, laid end to end."""
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    texts = [json.loads(line)["text"] for file in files for line in file.read_text("utf-8").split("\n") if line]
-    ids = np.array(tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"])
-    starts = np.linspace(0, len(ids) - length, count).astype(int)
-    return np.stack([ids[start : start + length] for start in starts])
-
-
-def log_probabilities(model: Any, rows: npt.NDArray[np.int64]) -> mx.array:
-    """float32 [rows, length - 1, vocabulary] of the next token."""
-    logits = mx.concatenate([model(mx.array(row[None]))[:, :-1].astype(mx.float32) for row in rows])
+def log_probabilities(model: Any, rows: mx.array) -> mx.array:
+    """float32 [rows, length - 1, vocabulary] of the next token; rows are [rows, length] token ids."""
+    logits = mx.concatenate([model(row[None])[:, :-1].astype(mx.float32) for row in rows])
     found = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     mx.eval(found)
     return found
 
 
-def compared(found: mx.array, original: mx.array, rows: npt.NDArray[np.int64]) -> dict[str, float]:
+def compared(found: mx.array, original: mx.array, rows: mx.array) -> dict[str, float]:
     """Mean KL of the original from it, loss, and share of the same top token."""
     kl = (mx.exp(original) * (original - found)).sum(-1).mean()
-    loss = -mx.take_along_axis(found, mx.array(rows[:, 1:, None]), axis=-1).mean()
+    loss = -mx.take_along_axis(found, rows[:, 1:, None], axis=-1).mean()
     same = (found.argmax(-1) == original.argmax(-1)).astype(mx.float32).mean()
     return {"kl": kl.item(), "loss": loss.item(), "same_top_token": same.item()}
 
@@ -68,14 +58,13 @@ def rounded_by_mlx(folder: Path, quantization: dict[str, Any]) -> Any:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    rows = windows(
-        arguments.heldout, AutoTokenizer.from_pretrained(arguments.model), arguments.windows, arguments.length
-    )
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    rows = mx.array(windows(arguments.heldout, tokenizer, arguments.windows, arguments.length))
     original_model = in_float32(load_model(arguments.model)[0])
     original = log_probabilities(original_model, rows)
     found: dict[str, Any] = {
         "model": arguments.model.name,
-        "tokens": int(rows[:, 1:].size),
+        "tokens": rows[:, 1:].size,
         "original_loss": compared(original, original, rows)["loss"],
         "exports": {},
     }
