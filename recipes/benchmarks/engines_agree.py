@@ -27,9 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packed", required=True)
     parser.add_argument("--dense", required=True)
-    parser.add_argument(
-        "--text", required=True, help="JSON lines, or a folder of them, to take prompts from"
-    )
+    parser.add_argument("--text", required=True, help="JSON lines, or a folder of them, to take prompts from")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--length", type=int, default=64, help="tokens of a prompt")
