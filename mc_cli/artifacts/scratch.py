@@ -10,6 +10,7 @@ import mmap
 import os
 import tempfile
 import weakref
+from bisect import bisect_right, insort
 from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
@@ -21,7 +22,9 @@ from mc_cli.errors import ArtifactError
 if TYPE_CHECKING:
     import torch
 
-_FIRST_BYTES, _MOST_BYTES = 1 << 22, 1 << 30  # of a scratch file, unless one tensor is larger
+# Tensors from so many bytes on have a file of their own: its pages and its room on the disk go with the tensor.
+_OWN_FILE_BYTES = 1 << 20
+_SHARED_FILE_BYTES = 1 << 24  # of a file for smaller ones: a process can map some 65,000 files
 _COPIED_BYTES = 1 << 26
 
 
@@ -61,8 +64,8 @@ class Scratch(InMemory):
         self._folder = folder
         self._pages: mmap.mmap | None = None  # the file that has room left
         self._used = 0
-        self._next = _FIRST_BYTES
         self._files: dict[int, Any] = {}  # first address -> weak reference to the mapped file
+        self._begins: list[int] = []  # the first addresses, sorted
         self._taken = self.most_bytes = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -74,9 +77,10 @@ class Scratch(InMemory):
             return torch.empty(tuple(shape), dtype=dtype)
         size = count * dtype.itemsize
         whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE  # pages of its own, which can be given back alone
+        if whole >= _OWN_FILE_BYTES:
+            return torch.frombuffer(self._file(whole), dtype=dtype, count=count).view(tuple(shape))
         if self._pages is None or self._used + whole > len(self._pages):
-            self._pages = self._file(max(whole, self._next))
-            self._used, self._next = 0, min(2 * self._next, _MOST_BYTES)
+            self._pages, self._used = self._file(_SHARED_FILE_BYTES), 0
         begin, self._used = self._used, self._used + whole
         return torch.frombuffer(self._pages, dtype=dtype, count=count, offset=begin).view(tuple(shape))
 
@@ -105,8 +109,10 @@ class Scratch(InMemory):
     def _file_of(self, tensor: torch.Tensor) -> tuple[int, mmap.mmap] | None:
         """(first address, file) that a tensor lies in."""
         address = tensor.data_ptr() if tensor.device.type == "cpu" else 0
-        for begin, reference in self._files.items():
-            pages = reference()
+        place = bisect_right(self._begins, address)
+        for begin in self._begins[max(0, place - 1) : place]:
+            reference = self._files.get(begin)
+            pages = None if reference is None else reference()
             if pages is not None and begin <= address < begin + len(pages):
                 return begin, pages
         return None
@@ -127,6 +133,7 @@ class Scratch(InMemory):
             raise ArtifactError(told) from error
         begin = torch.frombuffer(pages, dtype=torch.uint8, count=1).data_ptr()
         self._files[begin] = weakref.ref(pages, lambda _: self._gone(begin, size))
+        insort(self._begins, begin)
         self._taken += size
         self.most_bytes = max(self.most_bytes, self._taken)
         return pages
@@ -134,6 +141,7 @@ class Scratch(InMemory):
     def _gone(self, begin: int, size: int) -> None:
         """A file that no tensor lies in any more; its room on the disk is free again."""
         self._files.pop(begin, None)
+        self._begins.remove(begin)
         self._taken -= size
 
 

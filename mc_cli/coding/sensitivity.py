@@ -122,6 +122,8 @@ def backward_layer(
                 for turns in all_turns:
                     turns.batch = rows.start
                 run(rows)
+                for turns in all_turns:
+                    turns.forget()
     if costs is not None:
         costs.finish()
         costs.add_gradients(before, walk, layer_inputs, seed=seed)

@@ -123,7 +123,13 @@ class GradientTurns(Turns):
     def take(self, at_output: torch.Tensor) -> None:
         """The gradients [samples, tokens, hidden] at the current batch's leaf."""
         self._at_output[self.batch] = self._store.keep(at_output)
+        self._store.release(self._totals[self.batch])
         self.leaf = None
+
+    def forget(self) -> None:
+        """Drops the current batch, which has run for the last time."""
+        for kept in (self._totals, self._noted, self._found):
+            kept.pop(self.batch, None)
 
     def compute_gradients(self) -> None:
         """Takes the gradients through the experts, one after another, each for all batches and samples."""

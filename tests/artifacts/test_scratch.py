@@ -38,10 +38,23 @@ def test_released_pages_leave_memory_and_files_leave_the_folder(tmp_path: Path) 
     assert filled - before > 60 << 20 > resident_bytes() - before + (50 << 20)
     assert float(tensor[63, -1]) == 2.0
     assert not list(tmp_path.iterdir())
-    del tensor
-    scratch.empty((1, 1 << 18), torch.float32)
+
+
+def test_what_is_dropped_takes_nothing(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path)
+    small = [scratch.zeros((100, 100), torch.float32) for _ in range(20)]
+    shared = scratch.most_bytes
+    before = resident_bytes()
+    tensors = [scratch.empty((16, 1 << 18), torch.float32).fill_(2.0) for _ in range(4)]  # 16 MiB each
+    assert resident_bytes() - before > 60 << 20
+    assert scratch.most_bytes == shared + (64 << 20)
+    kept = tensors.pop(1)
+    del tensors
     gc.collect()
-    assert len(scratch._files) == 1
+    assert resident_bytes() - before < 20 << 20
+    assert float(kept.sum()) == 2.0 * kept.numel() and not any(each.any() for each in small)
+    again = [scratch.empty((16, 1 << 18), torch.float32) for _ in range(3)]
+    assert scratch.most_bytes == shared + (64 << 20) and len(again) == 3
 
 
 def test_a_disk_without_room_is_told(tmp_path: Path) -> None:
