@@ -82,9 +82,12 @@ def has_towers(config: Any) -> bool:
 
 
 def _classes_for(config: PretrainedConfig) -> Iterator[ModelClass]:
+    """All that continue text token by token: transformers lists classes for block diffusion among them."""
     for name, (_, mapping) in _AUTO.items():
         if type(config) not in mapping:
             continue
         found = mapping[type(config)]
         for kind in found if isinstance(found, tuple) else (found,):
+            if "Diffusion" in kind.__name__:
+                continue
             yield ModelClass(name, kind, whole=isinstance(config, kind.config_class))
