@@ -122,7 +122,7 @@ QUANTIZERS = Registry(
     marker="build",
     name_of=lambda module: module.NAME,
     required=("NAME",),
-    facts={"FAMILY": GRIDS, "SETTINGS": (), "CORRECTS_ERRORS": False, "JOINS_ROWS": False},
+    facts={"FAMILY": GRIDS, "SETTINGS": (), "CORRECTS_ERRORS": False, "JOINS_ROWS": False, "PROBED": ()},
 )
 ENCODINGS = Registry(
     "weight encoding",

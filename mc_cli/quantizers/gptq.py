@@ -18,6 +18,7 @@ from mc_cli.quantizers import Prepared, QuantizedLinear, grid_encoding, grid_res
 
 NAME = "gptq"
 FAMILY = "affine"
+PROBED = (2.0, 4.0)  # widths at which `estimate --probe` times it
 SETTINGS = ("damping", "activation_order", "sweeps")
 CORRECTS_ERRORS = False
 

@@ -20,7 +20,9 @@ class QuantizerSettings(StageSettings):
     quantizer: str = setting(
         "trellis",
         Flag(
-            "How weights are rounded: trellis (default), gptq, or rtn (round to nearest).", _QUANTIZER, metavar="NAME"
+            "How weights are rounded: trellis, gptq, or rtn (round to nearest); --for sets gguf, mlx or integer.",
+            _QUANTIZER,
+            metavar="NAME",
         ),
     )
     damping: float = setting(
