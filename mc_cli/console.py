@@ -77,7 +77,7 @@ def duration_text(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
 
 
-def value_text(value: Any, unit: str | None = None) -> str:
+def value_text(value: Any) -> str:
     """A cell: whole numbers grouped by thousands, other numbers to four figures, nothing as a dash."""
     if value is None:
         return "-"

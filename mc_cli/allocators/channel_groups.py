@@ -94,7 +94,7 @@ def grouped_plan(
         counts = _fitted(ranked, widths, limit, _size_of(block, quantizer, budget), budget)
         chosen[block.layer] = ranked, counts
         size += _total(counts, widths, _size_of(block, quantizer, budget))
-    return _plan(settings, inventory, quantizer, budget, widths, chosen, role_bits, share, size)
+    return _plan(inventory, quantizer, budget, widths, chosen, role_bits, share, size)
 
 
 def unmeasured(block: ExpertBlock) -> ChannelMeasures:
@@ -165,7 +165,6 @@ def _entry(row: list[int], widths: tuple[float, ...]) -> ExpertBits:
 
 
 def _plan(
-    settings: AllocateSettings,
     inventory: ModelInventory,
     quantizer: QuantizerSettings,
     budget: Budget,

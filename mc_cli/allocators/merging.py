@@ -177,7 +177,7 @@ def merge_plan(
         family=quantizer.family,
         group_size_limit=quantizer.group_size,
         budget=_budget(settings, inventory, quantizer, tables, merges),
-        objective=_objective(settings, merges),
+        objective=_objective(merges),
         solver={"name": _SOLVERS.get(settings.merge, "k-means"), "status": "constructed", "seed": settings.seed},
         warnings=(_PUZZLE_WARNING,) if puzzle else (),
         slots={} if puzzle else tables,
@@ -281,7 +281,7 @@ def within(products: _Squares, clusters: Clusters) -> float:
     )
 
 
-def _objective(settings: AllocateSettings, merges: Sequence[Merge]) -> dict[str, Any]:
+def _objective(merges: Sequence[Merge]) -> dict[str, Any]:
     return {
         "value": math.fsum(merge.cost for merge in merges) / len(merges),
         "unit": "share of the energy of experts' outputs, mean over layers",

@@ -69,7 +69,7 @@ class NarrowExperts:
             if type(getattr(text, name, None)) is int and getattr(text, name) == channels:
                 changed = copy.deepcopy(self.config)
                 setattr(changed.get_text_config(), name, self._width)
-                if _only_experts_shrink(self.config, changed, channels, self._width):
+                if _only_experts_shrink(self.config, changed, self._width):
                     self.config, self.config_changes = changed, {name: self._width}
                     return
         raise InputError(
@@ -87,7 +87,7 @@ def _widths(block: ExpertLayout) -> dict[int, int]:
     }
 
 
-def _only_experts_shrink(config: Any, changed: Any, channels: int, width: int) -> bool:
+def _only_experts_shrink(config: Any, changed: Any, width: int) -> bool:
     """Whether a model of the changed config has narrower routed experts, and all else as it was."""
     try:
         model = build_skeleton(changed, dtype=torch.float32)

@@ -120,7 +120,7 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
         run_our_experts(checkpoint.model)
         batch_size = self.session.batch_size(ready.inputs.length)
         walk = LayerWalk(checkpoint, ready.inputs, batch_size=batch_size, store=checkpoint.store)
-        writer = PartWriter(folder, checkpoint, inventory, self.session)
+        writer = PartWriter(folder, checkpoint, self.session)
         original = walk.twin() if quantizer.corrects_errors else None
         with ready.weights as weights, executor_for(self.session.compute, self.session.device) as executor:
             worker = LayerQuantizer(
