@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from mc_cli.artifacts.places import require_ordinary
+from mc_cli.bundled import named
 from mc_cli.errors import CheckpointError, InputError, first_line
 
 
@@ -18,10 +19,9 @@ def resolve_model(name: str, *, revision: str | None = None, asked_as: str = "--
     """
     if not name:
         raise InputError(f"{asked_as} is empty. Give a folder with config.json and *.safetensors, or a hub id.")
-    if name.startswith("bundled:"):
-        from mc_cli.bundled import bundled_path
-
-        return bundled_path(name.removeprefix("bundled:"))
+    bundled = named(name)
+    if bundled is not None:
+        return bundled
     path = Path(name).expanduser()
     if path.is_dir():
         return path

@@ -29,7 +29,7 @@ from mc_cli.models.inventory import find_decoder, find_decoder_layers, path_of, 
 from mc_cli.models.model_folder import read_config
 from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.router_masks import drop_experts
-from mc_cli.models.skeleton import build_skeleton, rebuild_buffers
+from mc_cli.models.skeleton import build_skeleton, put_tensor, rebuild_buffers
 from mc_cli.packed.packed_expert_modules import pack_experts
 from mc_cli.packed.packed_files import PackedFiles, open_packed
 from mc_cli.packed.packed_modules import follow_embedding, pack_weight, tie_head
@@ -250,7 +250,7 @@ class PackedSource:
     def load_names(self, names: Iterable[str]) -> None:
         """Materialises these stored tensors on the device. Raises ArtifactError on damage."""
         for name, tensor in self.files.read(names):
-            self._place(name, tensor.to(device=self.device, dtype=self._dtypes[name] or tensor.dtype))
+            put_tensor(self.model, name, tensor.to(device=self.device, dtype=self._dtypes[name] or tensor.dtype))
 
     def free(self, layer: int) -> None:
         """Returns a decoder layer's memory; buffers that no file holds stay."""
@@ -281,14 +281,6 @@ class PackedSource:
             if match is not None and match.lastgroup is not None:
                 return plan[group_names[match.lastgroup]]
         return tensor.dtype
-
-    def _place(self, name: str, tensor: torch.Tensor) -> None:
-        path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        if leaf in module._buffers:
-            module._buffers[leaf] = tensor
-        else:
-            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def read_packed_config(files: PackedFiles, *, trust_remote_code: bool = False) -> Any:
