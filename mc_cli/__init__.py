@@ -6,7 +6,7 @@
     model = mc_cli.load("DIR")
 
 Importing this package teaches transformers to load exported directories; it imports neither torch nor transformers.
-What it offers is imported when it is first used: `compress`, `load`, `evaluate`, `Plan`, `Evaluation`, `Compressed`.
+Its names are imported when they are first used: `compress`, `load`, `evaluate`, `Plan`, `Evaluation`, `Compressed`.
 """
 
 import importlib as _importlib

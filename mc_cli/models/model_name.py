@@ -1,4 +1,4 @@
-"""From the name of a model to its folder. Imports nothing heavy, so that a wrong name is refused at once."""
+"""Finds the folder of a model by its name. Imports nothing heavy, so that a wrong name is refused at once."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ _PRUNING = "Skipping experts while running"
 
 @dataclass(frozen=True)
 class PruneSettings(StageSettings):
-    """Which experts a token skips while running. Without `policy` none is skipped, and nothing else here counts."""
+    """The experts that a token skips while running. Without `policy` none is skipped, and nothing else here counts."""
 
     policy: tuple[str, ...] = setting(
         (),
