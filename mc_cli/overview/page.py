@@ -134,10 +134,10 @@ def _sections(found: Contents, unit_of: Any) -> Iterator[Section]:
     yield Section("widths", "Widths", figures=[bits_map(plan)], facts=_plan_facts(plan_summary(plan)["facts"]))
     yield Section(
         "importance",
-        "What each expert matters",
+        "How much each expert matters",
         [
-            "Every expert's predicted rise of the loss, alone at one width, from the largest to the smallest. A steep "
-            "line has few experts that matter, a flat one none that can be spared."
+            "The line shows every expert's predicted rise of the loss, alone at one width, from the largest to the "
+            "smallest. A steep line has few experts that matter, a flat one none that can be spared."
         ],
         figures=[spectrum_chart(found.scores.importance)],
     )
