@@ -1,6 +1,6 @@
 """`camera-q`: three groups of channels by their energy, each of a width of its own, as published.
 
-Of every layer all channels are ranked together. The middle group has a third of them, the others are as large as the
+All channels of a layer are ranked together. The middle group has a third of them, the others are as large as the
 layer's part of the budget lets them be. An expert holds some of each group: blocks of neighbouring channels, once they
 are sorted by energy.
 Source: CAMERA, arXiv:2508.02322, its quantization (three groups, one width for a channel's three vectors); its public

@@ -1,4 +1,4 @@
-"""Which experts of a layer become one, and the plan of that.
+"""Chooses the experts of a layer that become one, and makes the plan of that.
 
 sub-moe, average   k-means of the experts' outputs on common tokens (Sub-MoE, arXiv:2506.23266). Distances and means ask
                    for inner products alone, so that the outputs themselves are not kept.

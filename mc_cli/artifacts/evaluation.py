@@ -47,7 +47,7 @@ class AnswersResult:
 
 @dataclass(frozen=True)
 class PruningPoint:
-    """One operating point of a policy, or the unpruned model, measured on held-out text; see `units` of the file."""
+    """One operating point of a policy, or the model without one, on held-out text; see `units` of the file."""
 
     rate: Annotated[float, Within(0, 1)]
     tokens: int
@@ -70,7 +70,7 @@ class PruningPoint:
     on_front: bool = False
     answers: int = 0
     answers_right: int = 0
-    rate_by_kind: Mapping[str, float] = field(default_factory=dict)  # kind of token -> share of its calls dropped
+    rate_by_kind: Mapping[str, float] = field(default_factory=dict)  # kind of token -> share of its calls skipped
     thresholds_by_kind: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 

@@ -197,7 +197,7 @@ def _job(stage: FitPolicies, folder: StageFolder, progress: Progress) -> _Job:
     scales, nats = _scales(calibration, blocks)
     if not nats:
         folder.warn(
-            "calibrate measured no gradients (--gradient-tokens 0), so dropped calls are weighed by the residual "
+            "calibrate measured no gradients (--gradient-tokens 0), so skipped calls are weighed by the residual "
             "stream's energy, which compares layers less well.",
             progress,
         )

@@ -1,4 +1,4 @@
-"""Which class of transformers a checkpoint is loaded as: the one that its config.json names, text or more."""
+"""Finds the class of transformers that a checkpoint is loaded as: the one its config.json names, text or more."""
 
 from __future__ import annotations
 

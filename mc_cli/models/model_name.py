@@ -1,4 +1,4 @@
-"""From the name of a model to its folder. Imports nothing heavy, so that a wrong name is refused at once."""
+"""Finds the folder of a model by its name. Imports nothing heavy, so that a wrong name is refused at once."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def advice_for(error: Exception, revision: str | None) -> str:
         )
     if isinstance(error, ValueError) and not isinstance(error, errors.HFValidationError):
         return (
-            f"What answered for {constants.ENDPOINT} is not the hub, but perhaps a proxy or the login page of a "
-            "network. See to the network and to HF_ENDPOINT, or give a directory."
+            f"The server that answered for {constants.ENDPOINT} is not the hub, but perhaps a proxy or a login page of "
+            "the network. See to the network and to HF_ENDPOINT, or give a directory."
         )
     return (
         "Check the name, the revision and the network, or give a directory. Whole files are kept in the hub's cache, "

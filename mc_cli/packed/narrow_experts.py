@@ -1,7 +1,7 @@
 """How a plain checkpoint says that channels of experts are cut: its config.json has one width for all experts.
 
 So every expert that is stored has to keep as many channels, in every layer, and a number of the config has to mean the
-width of routed experts and nothing else. Which one it is, a skeleton tells that is built with another number there.
+width of routed experts and nothing else. A skeleton that is built with another number there tells which one it is.
 """
 
 from __future__ import annotations

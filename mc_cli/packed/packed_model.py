@@ -41,7 +41,7 @@ __all__ = ["PackedSource", "StoredBytes", "attach", "model_bytes", "stored_sizes
 
 
 _LONGEST = 300  # characters of a line about a layout, whose names may have any length
-LEARNED = "learned"  # stands for the stored part of a pruning policy's tensors
+LEARNED = "learned"  # stands for the stored part of a skipping policy's tensors
 
 
 def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict[str, str]:
@@ -50,7 +50,7 @@ def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict
     Its routers do not choose experts that the layout drops.
 
     kept_dtype   dtype of expert projections that are kept, and of `weight` where code reads it from a packed module
-    Returns full tensor name -> stored part (`codes`, `scales`, ...) of every packed tensor, and of what a pruning
+    Returns full tensor name -> stored part (`codes`, `scales`, ...) of every packed tensor, and of what a skipping
     policy learned. The policy itself is put on once the tensors are there, by `apply_pruning`.
     Raises ArtifactError if layout and model do not fit.
     """

@@ -1,4 +1,4 @@
-"""Which model families work, as their contract tests found: rows of the table that `mc-cli families` prints."""
+"""The model families that work, as their contract tests found: rows of the table that `mc-cli families` prints."""
 
 from __future__ import annotations
 

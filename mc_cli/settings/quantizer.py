@@ -1,4 +1,4 @@
-"""Settings of the quantizer. What depends on it is looked up in the registry when it is asked for, not before."""
+"""Settings of the quantizer. Values that depend on it are looked up in the registry when they are asked for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FULL, QUICK = "full", "quick"  # searches
 
 @dataclass(frozen=True)
 class QuantizerSettings(StageSettings):
-    """Which quantizer, and its knobs; score and quantize must agree on them, so that score predicts what ships."""
+    """The quantizer and its knobs; score and quantize must agree on them, so that score predicts what ships."""
 
     quantizer: str = setting(
         "trellis",
