@@ -119,8 +119,8 @@ MC_EXPORT int mc_keep_by_router(const float *hidden, const float *router, const 
 
 /* The nearest points to vectors under a metric, signs included: see numerics/gguf_lattice.py.
  *
- * points    [width][count], magnitudes; count at most 1024, a multiple of 16; width 4 or 8
- * metric    [width][width], symmetric;  wanted  [rows][width];  linear  [rows][width], metric times wanted
+ * points    [length][count], magnitudes; count at most 1024, a multiple of 16; length, of a vector: `width`, 4 or 8
+ * metric    [length][length], symmetric;  wanted  [rows][length];  linear  [rows][length], metric times wanted
  * scales    [rows], of points
  * parities  [rows]: 0 even, 1 odd number of minuses, 2 any; NULL: any
  * codes     [rows], index of the point;  signs  [rows], bit i: weight i is negative
