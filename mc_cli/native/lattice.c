@@ -1,9 +1,26 @@
 /* The nearest points of a table to many vectors, under one quadratic metric; see numerics/gguf_lattice.py.
  *
- * A vector is scale * sign_i * point_i. Its error under the metric M is, but for a constant,
- *   scale^2 * e(signs, point) - 2 scale * sum_i sign_i linear_i point_i,   linear = M wanted,
- * with e = sum_ij M_ij sign_i sign_j point_i point_j, which no row changes: it is computed once per pattern of signs, for
- * all points. So a row costs as much as under a diagonal metric. Points are taken 16 at a time, to be one vector. */
+ * A vector of L elements, 4 or 8, is s sigma_i p_i: a scale, signs, and a point of magnitudes. With M the metric, g
+ * what is wanted and l = M g (`linear`), its error (v - g)' M (v - g) is, but for a constant of the row,
+ *
+ *     s^2 e(sigma, p) - 2 s sum_i sigma_i l_i p_i,    e(sigma, p) = sum_ij M_ij sigma_i sigma_j p_i p_j
+ *
+ * No row changes e: it is computed once per pattern of signs, when that first comes up, for all points. A pattern and
+ * its opposite share it, and under a diagonal metric all do. So a row costs as much as under a diagonal metric.
+ *
+ * Tried are the signs of what is wanted and these with one turned, L + 1 patterns, or those of them with the parity
+ * asked for. Under each all points are compared, so the best of them is found; of equals the first pattern, then the
+ * first point. Other patterns might hold a better vector, but not under a diagonal metric with free parity and scales
+ * of 0 or more: there every term is least with the sign of l_i, which is that of g_i, and only that pattern is tried.
+ *
+ * Layout: points [L][count] and energies [2^(L - 1) patterns][count], so that 16 neighbours are one vector. A lane is
+ * a point and adds up its own L terms, in order: no sum crosses lanes, and vectors of any size give the same order.
+ * The least cost is found lane by lane, and then its first place among the costs of all points.
+ *
+ * Rounding: the energy's terms are rounded 2 L times at most, its product with s^2 twice more, and L additions follow,
+ * so a cost is off by up to (3 L + 2) 2^-24 (s^2 sum_ij |M_ij| p_i p_j + 2 |s| sum_i |l_i| p_i) to first order; the
+ * point found is within twice that of the best. Copies for processors with fused operations may differ in the last
+ * bits. One thread does all. */
 #include "compiler.h"
 #include "mc.h"
 
