@@ -78,9 +78,11 @@ def compress(
     >>> made.evaluation.total.kl_divergence  # doctest: +SKIP
     0.0081
     """
-    given = {"model": fspath(model), "data": fspath(data), "out": fspath(out), **settings}
-    place = Path(fspath(work_dir)) if work_dir is not None else Path(f"{fspath(out)}.work")
     problems = Problems()
+    paths = {"model": model, "data": data, "out": out, "work_dir": f"{out}.work" if work_dir is None else work_dir}
+    named = {name: _path(name, value, problems) for name, value in paths.items()}
+    place = Path(named.pop("work_dir"))
+    given = {**named, **settings}
     asked: list[tuple[str, str, Any]] = []
     unread: set[tuple[str, str]] = set()
     known = run_flags()
@@ -98,7 +100,7 @@ def compress(
         plan, force_from=STAGES[0] if force else None, progress=progress or SilentProgress(), tell=lambda result: None
     )
     return Compressed(
-        directory=Path(fspath(out)),
+        directory=Path(named["out"]),
         work_dir=place,
         plan=Plan.read(plan.work.folder("allocate") / PLAN),
         evaluation=Evaluation.read(plan.work.folder("prune-eval") / EVALUATION),
@@ -121,9 +123,12 @@ def load(
     from mc_cli.exporters.engines import check_engine
     from mc_cli.measuring.generation import load_model
 
-    check_engine(fspath(directory), "transformers")
+    problems = Problems()
+    folder = _path("directory", directory, problems)
+    problems.tell()
+    check_engine(folder, "transformers")
     compute = RunSettings(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    model: PreTrainedModel = load_model(Path(fspath(directory)), compute)
+    model: PreTrainedModel = load_model(Path(folder), compute)
     return model
 
 
@@ -145,10 +150,11 @@ def evaluate(
     >>> mc_cli.evaluate("demo-2.5.work", data="heldout.jsonl", force=True).total.kl_divergence  # doctest: +SKIP
     0.0079
     """
-    problems, work = Problems(), WorkDir(Path(fspath(work_dir)), variant)
+    problems = Problems()
+    work = WorkDir(Path(_path("work_dir", work_dir, problems)), variant)
     known = {flag.field: (section, flag) for section in (COMPUTE, "prune-eval") for flag in flags_of(section)}
     values: dict[str, dict[str, Any]] = {"prune-eval": {}, COMPUTE: {}}
-    for name, value in {"data": fspath(data), **settings}.items():
+    for name, value in {"data": _path("data", data, problems), **settings}.items():
         if name not in known:
             problems.refuse(_unknown(name, known))
             continue
@@ -160,6 +166,14 @@ def evaluate(
     check_stage("prune-eval", asked, compute, work, force=force)
     run_stage("prune-eval", asked, compute, work, force=force, progress=progress or SilentProgress())
     return Evaluation.read(work.folder("prune-eval") / EVALUATION)
+
+
+def _path(name: str, value: Any, problems: Problems) -> str:
+    """A path as text; what is none is added to `problems`."""
+    if isinstance(value, str | PathLike):
+        return fspath(value)
+    problems.refuse(f"{name} is {shown(value)}, a {type(value).__name__}: give a path or a name as text.")
+    return "."
 
 
 def _read(section: str, name: str, flag: Flag, value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,3 +113,14 @@ def test_nothing_heavy_is_imported_before_it_is_used() -> None:
 def test_other_names_are_not_offered() -> None:
     with pytest.raises(AttributeError, match="no attribute 'decompress'"):
         mc_cli.decompress  # noqa: B018
+
+
+def test_what_is_no_path_is_refused_by_name(tmp_path: Path) -> None:
+    anything: Any = None
+    with pytest.raises(InputError, match="directory is None, a NoneType"):
+        mc_cli.load(anything)
+    with pytest.raises(McError, match="data is None, a NoneType"):
+        mc_cli.evaluate(tmp_path, data=anything)
+    anything = 5
+    with pytest.raises(McError, match="out is 5, a int"):
+        mc_cli.compress("bundled:demo-moe", data="bundled:calibration", out=anything, target_stored_bits=2)

@@ -31,7 +31,7 @@ def generate(given: Mapping[str, Any]) -> None:
         from mc_cli.measuring.requests import check_generation
 
         check_engine(given["model"], "transformers")
-        folder = check_generation(given["model"], given["prompt"], given["seed"])
+        folder = check_generation(given["model"], given["prompt"], given["seed"], given["temperature"])
         from mc_cli.kernels.compiled import inputs_of
         from mc_cli.measuring.generation import generate
         from mc_cli.models.memory import peak_memory_bytes

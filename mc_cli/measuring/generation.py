@@ -81,7 +81,7 @@ def generate(
     The prompt itself is shown first, once the model is loaded.
     Raises InputError for an empty prompt or one too long for the model, CheckpointError where loading fails.
     """
-    folder = check_generation(model, prompt, seed)
+    folder = check_generation(model, prompt, seed, temperature)
     tokenizer = load_tokenizer(folder, trust_remote_code=compute.trust_remote_code)
     trusted = compute.trust_remote_code
     encoded: Any = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)

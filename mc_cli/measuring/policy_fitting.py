@@ -34,7 +34,7 @@ from mc_cli.models.memory import available_bytes
 from mc_cli.models.session import Session
 from mc_cli.packed.dense_tensors import load_dense
 from mc_cli.parts import ExpertBlock, ModelInventory
-from mc_cli.policies import LayerValues, dualsparse, odp, otp, policy_from_name, runs_halves
+from mc_cli.policies import LayerValues, drops_calls, dualsparse, odp, otp, policy_from_name, runs_halves
 from mc_cli.policies.static_experts import experts_to_drop
 from mc_cli.progress import Progress
 from mc_cli.settings import FREQUENCY, REAP, ROUTER_WEIGHT, PruneSettings
@@ -307,10 +307,21 @@ def _fitted(
     )
 
 
+NEAR_RATE = 0.02  # a chosen rate that is farther from the one that was asked for is told
+
+
 def _chosen(job: _Job, pruning: Pruning, learned: Mapping[str, Tensor]) -> Pruning:
-    """The policy with its operating point chosen: by rate, or by the measured rise of perplexity."""
-    if job.settings.target_rate is not None:
-        return chosen_by_rate(pruning, job.settings.target_rate)
+    """The policy with its operating point chosen: by rate, or by the measured rise of perplexity; some have but one."""
+    if not drops_calls(policy_from_name(pruning.policy)):
+        return pruning
+    asked = job.settings.target_rate
+    if asked is not None:
+        found = chosen_by_rate(pruning, asked)
+        reached = found.points[found.chosen].rate
+        if abs(reached - asked) <= NEAR_RATE:
+            return found
+        told = f"policy {found.policy}: --target-rate {asked:g} cannot be had; the nearest rate is {reached:.3f}."
+        return replace(found, notes=(*found.notes, told))
     checked = _checked(job, pruning, learned)
     limit = DEFAULT_MAX_LOSS if job.settings.max_loss is None else job.settings.max_loss
     return chosen_by_loss(checked, limit)

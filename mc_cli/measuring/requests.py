@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from mc_cli.artifacts.files import read_json
@@ -11,19 +12,22 @@ from mc_cli.models.model_name import check_model_folder, resolve_model
 from mc_cli.settings.compute import DTYPES
 
 UNTIMED = 2  # first tokens of a measurement: they find caches cold and buffers unmade
+LEAST_TEMPERATURE = 1e-6  # logits are divided by it, in float32
 _MOST_THREADS = 1024
 
 
-def check_generation(model: str, prompt: str, seed: int) -> Path:
+def check_generation(model: str, prompt: str, seed: int, temperature: float = 0.0) -> Path:
     """The folder of a model that is to continue `prompt`.
 
-    Raises InputError for a prompt that no tokenizer reads, a seed that torch does not take, and a model that is not
-    there; CheckpointError for what is no model folder.
+    Raises InputError for a prompt that no tokenizer reads, a seed that torch does not take, a temperature by which
+    logits cannot be divided, and a model that is not there; CheckpointError for what is no model folder.
     """
     if has_half_character(prompt):
         raise InputError("--prompt holds bytes that are not UTF-8, or half of a character, which no tokenizer reads.")
     if abs(seed) >= 1 << 63:
         raise InputError(f"--seed {shown(seed)}: give a number of at most 63 bits.")
+    if not (temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf):
+        raise InputError(f"--temperature {temperature:g}: 0, or a finite number of at least {LEAST_TEMPERATURE:g}.")
     folder = resolve_model(model, asked_as="DIR")
     check_model_folder(folder)
     return folder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.bundled import named
-from mc_cli.errors import CheckpointError, InputError, first_line
+from mc_cli.errors import CheckpointError, InputError, first_line, shown
 
 
 def resolve_model(name: str, *, revision: str | None = None, asked_as: str = "--model", fetch: bool = True) -> Path:
@@ -19,11 +19,12 @@ def resolve_model(name: str, *, revision: str | None = None, asked_as: str = "--
     """
     if not name:
         raise InputError(f"{asked_as} is empty. Give a folder with config.json and *.safetensors, or a hub id.")
-    bundled = named(name)
-    if bundled is not None:
-        return bundled
-    path = Path(name).expanduser()
+    path = named(name) or Path(name).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise InputError(
+                f"--revision {shown(revision)}: {asked_as} {name} is a folder here, not a hub id. Leave it out."
+            )
         return path
     if path.exists():
         raise InputError(f"{asked_as} {name} is a file. Give the folder that holds config.json and *.safetensors.")

@@ -18,13 +18,10 @@ def plan_summary(plan: Plan, considered: Sequence[Considered] = ()) -> dict[str,
     considered  the other ways to spend the budget, with what they are predicted to lose
     `--json` has budget, solver and objective whole.
     """
-    matrices = {layer: _matrix_widths(row) for layer, row in sorted(plan.expert_bits.items())}
-    widths = sorted({bits for row in matrices.values() for bits in row})
-    shared = {layer: sum(slot != expert for slot, expert in enumerate(table)) for layer, table in plan.slots.items()}
-    rows = [
-        [layer, *(row.count(bits) - (shared.get(layer, 0) if bits == DROPPED else 0) for bits in widths)]
-        for layer, row in matrices.items()
-    ]
+    own = {layer: _own_experts(plan, layer) for layer in sorted(plan.expert_bits)}
+    matrices = [bits for row in own.values() for bits in _matrix_widths(row)]
+    widths = sorted(set(matrices))
+    rows = [[layer, *(_experts_at(row, bits) for bits in widths)] for layer, row in own.items()]
     facts = plan_facts(plan)
     whole = {name: dict(getattr(plan, name)) for name in ("budget", "solver", "objective")}
     ways = [_ways(considered)] if considered else []
@@ -40,8 +37,7 @@ def plan_summary(plan: Plan, considered: Sequence[Considered] = ()) -> dict[str,
         return summary(facts, _merged_table(plan), **whole)
     title = "Experts per width (an expert whose projections differ counts once for each)"
     columns = ["layer", *(f"at {bits} bits" if bits else "dropped" for bits in widths)]
-    histogram = width_histogram([bits for row in matrices.values() for bits in row], widths)
-    return summary(facts, histogram, table(title, columns, rows), *ways, **whole)
+    return summary(facts, width_histogram(matrices, widths), table(title, columns, rows), *ways, **whole)
 
 
 def _ways(considered: Sequence[Considered]) -> dict[str, Any]:
@@ -114,7 +110,19 @@ def _clusters(plan: Plan) -> list[list[Any]]:
     return rows
 
 
+def _own_experts(plan: Plan, layer: int) -> tuple[ExpertBits, ...]:
+    """The experts of a layer that are stored or dropped, without those whose slots run another one."""
+    row = plan.expert_bits[layer]
+    slots = plan.slots.get(layer, range(len(row)))
+    return tuple(entry for number, (entry, runs) in enumerate(zip(row, slots, strict=True)) if runs == number)
+
+
 def _matrix_widths(row: tuple[ExpertBits, ...]) -> list[float]:
-    """The widths of a layer's experts, those of every projection and block where they differ."""
+    """The width of every matrix of a layer's experts: each has two, an up and a down projection, in every block."""
     found = [widths for entry in row for widths in widths_by_block(entry)]
-    return [bits for widths in found for bits in (widths.values() if isinstance(widths, dict) else (widths,))]
+    return [bits for widths in found for bits in (widths.values() if isinstance(widths, dict) else (widths, widths))]
+
+
+def _experts_at(row: tuple[ExpertBits, ...], bits: float) -> int:
+    """How many of a layer's experts have matrices of this width."""
+    return sum(bits in _matrix_widths((entry,)) for entry in row)

@@ -139,3 +139,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     return value
+
+
+def changed(settings: StageSettings) -> list[str]:
+    """Names of the fields that have another value than their default, those of settings within it left out."""
+    plain = [each for each in fields(settings) if not is_dataclass(each.default)]
+    return [each.name for each in plain if getattr(settings, each.name) != each.default]
+
+
+def without_effect(names: list[str], when: str) -> Iterator[InputError]:
+    """The fault of settings that were given and change nothing; `when` goes on with that."""
+    if names:
+        options = [f"--{name.replace('_', '-')}" for name in names]
+        change, them = ("changes", "it") if len(options) == 1 else ("change", "them")
+        yield InputError(f"{', '.join(options)} {change} nothing {when}. Leave {them} out.")

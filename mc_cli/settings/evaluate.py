@@ -8,7 +8,7 @@ from typing import Any
 
 from mc_cli.errors import InputError, McError
 from mc_cli.settings import texts
-from mc_cli.settings.declared import Flag, StageSettings, setting
+from mc_cli.settings.declared import Flag, StageSettings, changed, setting, without_effect
 from mc_cli.settings.prune import PruneSettings
 from mc_cli.settings.written import parse_names
 
@@ -102,5 +102,8 @@ class EvaluateSettings(StageSettings):
 
     def _conflicts(self) -> Iterator[McError]:
         yield from texts.two_templates(self.chat_template, self.no_chat_template)
+        if not self.tasks:
+            given = [name for name in changed(self) if name in ("include_path", "task_limit")]
+            yield from without_effect(given, "without --tasks")
         if self.stride < 0 or (self.length and self.stride > self.length):
             yield InputError(f"--stride {self.stride}: from 0 (no overlap) to --length {self.length}.")

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mc_cli.errors import InputError, McError
-from mc_cli.settings.declared import Flag, StageSettings, setting
+from mc_cli.settings.declared import Flag, StageSettings, changed, setting, without_effect
 from mc_cli.settings.written import parse_names, parse_rates
 
 REAP, FREQUENCY, ROUTER_WEIGHT = "reap", "frequency", "router-weight"  # by which experts are dropped as a whole
 PER_LAYER, GLOBAL = "layer", "global"  # the same share of experts in each layer, or the lowest of the whole model
+ALL, OTP, ODP = "all", "otp", "odp"  # policies with settings of their own
 _PRUNING = "Skipping experts while running"
 
 
@@ -125,9 +126,21 @@ class PruneSettings(StageSettings):
     def _conflicts(self) -> Iterator[McError]:
         if self.target_rate is not None and self.max_loss is not None:
             yield InputError("--target-rate and --max-loss exclude each other: one follows from the other. Give one.")
-        if self.policy:
+        if not self.policy:
+            if self.drop_experts:
+                yield InputError("--drop-experts needs --policy; --policy all drops whole experts and skips no calls.")
+            given = [name for name in changed(self) if name != "drop_experts"]
+            yield from without_effect(given, "without --policy, for example --policy odp")
             return
-        if self.target_rate is not None or self.max_loss is not None or self.sweep:
-            yield InputError("--target-rate, --max-loss and --sweep need --policy, for example --policy odp.")
-        if self.drop_experts:
-            yield InputError("--drop-experts needs --policy; --policy all drops whole experts and skips no calls.")
+        if self.policy == (ALL,):
+            if not self.drop_experts:
+                yield InputError(f"--policy {ALL} skips no calls, and drops no experts without --drop-experts SHARE.")
+            given = [name for name in changed(self) if name in ("target_rate", "max_loss")]
+            yield from without_effect(given, f"with --policy {ALL}, by which no token skips a call")
+        for prefix, there, of in (
+            ("drop_", self.drop_experts, "without --drop-experts"),
+            ("otp_", OTP in self.policy, f"without --policy {OTP}"),
+            ("protect", ODP in self.policy, f"without --policy {ODP}"),
+        ):
+            if not there:
+                yield from without_effect([name for name in changed(self) if name.startswith(prefix)], of)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_what_a_flag_refuses(flag: s.Flag, value: Any, said: str) -> None:
 
 def test_all_that_settings_refuse_is_told_at_once() -> None:
     with pytest.raises(
-        InputError, match=r"--protect 1\.0: a share[\s\S]*--otp-batch 0: at least 1[\s\S]*need --policy"
+        InputError, match=r"--protect 1\.0: a share[\s\S]*--otp-batch 0: at least 1[\s\S]*nothing without --policy"
     ):
         s.PruneSettings(protect=1.0, otp_batch=0, sweep=True)
     with pytest.raises(InputError) as refused:  # the width of dense MLPs follows, but nobody gave it
@@ -164,3 +165,26 @@ def test_parsed_values() -> None:
     assert parsed(flags["target_size_bytes"], "16GiB") == 16 * 2**30
     assert parsed(flags["tasks"], "arc_easy, piqa") == ("arc_easy", "piqa")
     assert parsed(flags["stride"], 4) == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: s.PruneSettings(otp_steps=5), "--otp-steps changes nothing without --policy, for example"),
+        (lambda: s.PruneSettings(policy=("odp",), otp_batch=2), "--otp-batch changes nothing without --policy otp"),
+        (lambda: s.PruneSettings(policy=("otp",), protect=0.1), "--protect changes nothing without --policy odp"),
+        (lambda: s.PruneSettings(policy=("all",)), "--policy all skips no calls, and drops no experts without"),
+        (
+            lambda: s.PruneSettings(policy=("all",), drop_experts=0.2, target_rate=0.1),
+            "--target-rate changes nothing",
+        ),
+        (
+            lambda: s.PruneSettings(policy=("odp",), drop_by="frequency"),
+            "--drop-by changes nothing without",
+        ),
+        (lambda: s.EvaluateSettings(data="d", task_limit=4), "--task-limit changes nothing without --tasks"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        make()
