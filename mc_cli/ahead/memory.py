@@ -69,7 +69,9 @@ def short_of_memory(needs: Sequence[MemoryNeed], free: int, work: Workload) -> l
     over = [need for need in needs if need.peak_bytes > free]
     if not over:
         return []
-    return [f"{free:,} bytes of memory are free now, less than is needed:\n{_lines(over)}\n{_remedy(free, work, needs)}"]
+    return [
+        f"{free:,} bytes of memory are free now, less than is needed:\n{_lines(over)}\n{_remedy(free, work, needs)}"
+    ]
 
 
 def _lines(needs: Sequence[MemoryNeed]) -> str:

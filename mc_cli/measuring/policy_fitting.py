@@ -55,6 +55,7 @@ from mc_cli.stage import Run, Stage
 from mc_cli.walking.layerwise import LayerSource
 
 BASELINES = ("top-k", "random", "router-threshold")
+LEAST_ROWS = 2  # windows that a policy is fitted on
 DEFAULT_MAX_LOSS = 0.01
 _CHECK_SHARE = 4  # one of so many fitting windows is kept for --max-loss; no threshold is fitted on it
 _MEMORY_SHARE = 0.5  # part of the free memory that the dense model of the whole-model training may take
@@ -267,12 +268,17 @@ def _inputs(
         found = drawn.made
         for message in [*text.report_warnings(drawn.text), *images_warnings(drawn.images)]:
             folder.warn(f"--fit-data: {message}", progress)
-    if found.rows < 2:
+    require_rows(found.rows, found.length)
+    return found
+
+
+def require_rows(rows: int, length: int) -> None:
+    """Raises InputError where there are fewer windows than fitting needs. length: tokens of one."""
+    if rows < LEAST_ROWS:
         raise InputError(
-            f"There are {found.rows} windows of {found.length} tokens to fit a policy on, and at least 2 are needed: "
+            f"There are {rows} windows of {length} tokens to fit a policy on, and at least {LEAST_ROWS} are needed: "
             "one is kept for checking. Give more text with --fit-data, or calibrate on more --sequences."
         )
-    return found
 
 
 def _fit_settings(job: _Job) -> FitSettings:

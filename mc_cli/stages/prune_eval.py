@@ -78,7 +78,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
         self.session.calibrated()
         inputs = {
             **self.session.model_inputs(),
-            "data": _source(settings, self.session).digest(self.session.digests()),
+            "data": evaluated_text(settings, self.session).digest(self.session.digests()),
             "quantize": require_done(self.work, "quantize").fingerprint,
         }
         if settings.prune.policy:
@@ -164,7 +164,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
         return replace(evaluation, pruning=pruning)
 
     def _fitting_inputs(self) -> dict[str, str]:
-        source = fitting_source(self.settings.prune, _source(self.settings, self.session))
+        source = fitting_source(self.settings.prune, evaluated_text(self.settings, self.session))
         return fitting_inputs(self.session, self.work, source)
 
     def _fitted(
@@ -173,7 +173,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
         """The policies in `pruning/`, fitted if they are not yet there; None without a policy."""
         if not self.settings.prune.policy:
             return None
-        source = fitting_source(self.settings.prune, _source(self.settings, self.session))
+        source = fitting_source(self.settings.prune, evaluated_text(self.settings, self.session))
         stage = FitPolicies(self.settings.prune, self.session, self.work, inventory, packed, source)
         fitted = run_stage(stage, force=run.force, progress=run.progress)
         for warning in fitted.warnings:
@@ -242,9 +242,11 @@ def _warn_of_text(folder: StageFolder, drawn: Drawn[text.Windows], progress: Pro
         )
 
 
-def _source(settings: EvaluateSettings, session: Session) -> text.TextSource:
+def evaluated_text(settings: EvaluateSettings, session: Session | None) -> text.TextSource:
+    """The text that is measured on; without a session as a model that sees none would read it."""
     chat = ChatSettings(settings.chat_template, settings.no_chat_template)
-    return text.TextSource(settings.data, settings.split, settings.text_field, chat, images=sees(session.config))
+    seeing = session is not None and sees(session.config)
+    return text.TextSource(settings.data, settings.split, settings.text_field, chat, images=seeing)
 
 
 def heldout_windows(settings: EvaluateSettings, session: Session) -> text.Windows:
@@ -254,7 +256,7 @@ def heldout_windows(settings: EvaluateSettings, session: Session) -> text.Window
 
 def _drawn(settings: EvaluateSettings, session: Session) -> Drawn[text.Windows]:
     """The windows of held-out data, and how it was read."""
-    source, trusted = _source(settings, session), session.compute.trust_remote_code
+    source, trusted = evaluated_text(settings, session), session.compute.trust_remote_code
     return Feeder(session.folder, session.config, session.vocabulary, source, trusted).evaluation(
         length=text.fit_length(settings.length, session.config),
         stride=settings.stride,
