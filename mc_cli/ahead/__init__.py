@@ -17,6 +17,7 @@ from mc_cli.ahead.duration import durations
 from mc_cli.ahead.machine import known_machine
 from mc_cli.ahead.memory import check_memory, memory_needs, short_of_memory
 from mc_cli.ahead.outlook import Outlook, roles_of
+from mc_cli.ahead.results import Asked, check_results
 from mc_cli.ahead.tasks import check_tasks
 from mc_cli.ahead.texts import Reader, check_texts, text_bytes
 from mc_cli.ahead.workload import Workload
@@ -29,9 +30,8 @@ from mc_cli.coding.quantization import quantizer_for
 from mc_cli.data import text
 from mc_cli.data.processors import sees
 from mc_cli.errors import InputError, Problems, reworded
-from mc_cli.exporters import check_model, exporter_from_name
+from mc_cli.exporters import check_model
 from mc_cli.kernels.compiled import check_inputs
-from mc_cli.measuring.policy_fitting import policy_names
 from mc_cli.models.companions import directory_bytes
 from mc_cli.models.memory import available_bytes, collector_paused, resident_bytes
 from mc_cli.models.pieces import Pieces
@@ -101,6 +101,7 @@ class Look:
         self._tokenizes, self._words = tokenizes, words
         self._by_expert = True  # whether the files allow that experts are read one by one; known once they are opened
         self._known: tuple[Session | None, ModelInventory | None] | None = None
+        self._plan: Plan | None = None  # that quantize is given, once it is read and found to fit
         self._all = stages
         self._todo = {stage: settings for stage, settings in stages.items() if stage in todo}
         self._compute = compute
@@ -116,6 +117,7 @@ class Look:
         self._names(session)
         self._places()
         size = self._size(inventory) if inventory is not None else None
+        self._results(session, inventory)
         if inventory is not None:
             found.facts |= {
                 "model type": inventory.model_type,
@@ -256,7 +258,7 @@ class Look:
                 found.tell()
 
     def _names(self, session: Session | None) -> None:
-        """Names that only a late stage looks up: quantizers, policies, lm-eval tasks, formats."""
+        """Names that only a late stage looks up: quantizers, policies, lm-eval tasks, formats of engines."""
         for stage in ("score", "quantize"):
             if stage in self._todo:
                 with self.problems.catching():
@@ -264,20 +266,21 @@ class Look:
         if "prune-eval" in self._todo:
             evaluated = self._todo["prune-eval"]
             with self.problems.catching():
-                if evaluated.prune.policy:
-                    policy_names(evaluated.prune)
-            with self.problems.catching():
                 check_tasks(evaluated)
             if session is not None:
                 with self.problems.catching():
                     check_inputs(evaluated.activation_bits, session.device)
-        if "export" in self._todo:
-            with self.problems.catching():
-                exporter_from_name(self._todo["export"].format)
         score = self._todo.get("score")
         if session is not None and score is not None and score.engine is not None:
             with self.problems.catching():
                 check_model(ENGINES[score.engine].format, session.config)
+
+    def _results(self, session: Session | None, inventory: ModelInventory | None) -> None:
+        """What policies and formats ask of the packed model."""
+        config = None if session is None else session.config
+        trusted = self._compute.trust_remote_code
+        asked = Asked(self._all, self._todo, self._work, config, inventory, self._plan, trusted)
+        check_results(asked, self.problems)
 
     def _places(self) -> None:
         """Places that can be written to."""
@@ -295,6 +298,7 @@ class Look:
             if quantize is not None and self._is_given(quantize):
                 plan = Plan.read(existing_plan(quantize, self._work))
                 check_plan(plan, quantize, inventory)
+                self._plan = plan
                 size = planned_size(plan, inventory, quantize.quantizer)
         score = self._score()
         if score is not None and "score" in self._todo:

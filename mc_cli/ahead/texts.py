@@ -13,7 +13,8 @@ from mc_cli.data.enough import Beginning
 from mc_cli.data.inputs import Feeder
 from mc_cli.data.text import TextSource
 from mc_cli.errors import InputError, Problems
-from mc_cli.measuring.policy_fitting import LEAST_ROWS, fitting_source, require_rows
+from mc_cli.measuring.policy_checks import LEAST_ROWS, require_rows
+from mc_cli.measuring.policy_fitting import fitting_source
 from mc_cli.models.session import Session
 from mc_cli.stages.calibrate import calibrated_text
 from mc_cli.stages.prune_eval import evaluated_text

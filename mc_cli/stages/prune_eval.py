@@ -15,7 +15,7 @@ from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.files import DigestCache, content_digest
 from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.names import EVALUATION
-from mc_cli.artifacts.packed import StoredBytes
+from mc_cli.artifacts.packed import StoredBytes, read_layout
 from mc_cli.artifacts.quantization import read_report
 from mc_cli.artifacts.routes import ROUTES, write_routes
 from mc_cli.artifacts.store import StageFolder, require_done
@@ -29,13 +29,12 @@ from mc_cli.errors import MissingDependencyError, few
 from mc_cli.kernels.compiled import check_inputs, inputs_of
 from mc_cli.measuring.comparison import Compared, compare
 from mc_cli.measuring.lm_eval_tasks import Tasks, ready_tasks, run_tasks
+from mc_cli.measuring.policy_checks import check_halves, dropped_experts, policy_names
 from mc_cli.measuring.policy_fitting import (
     FitPolicies,
     FittedPolicies,
-    check_halves,
     fitting_inputs,
     fitting_source,
-    policy_names,
 )
 from mc_cli.measuring.pruning_evaluation import evaluate_policies
 from mc_cli.models.checkpoint import Checkpoint
@@ -83,7 +82,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
         }
         if settings.prune.policy:
             policy_names(settings.prune)
-            check_halves(settings.prune, self.work)
+            check_halves(settings.prune, read_layout(self.work.folder("quantize")).experts)
             inputs |= self._fitting_inputs()
         if settings.tasks and settings.include_path is not None:
             inputs["tasks"] = _tasks_digest(Path(settings.include_path).expanduser(), self.session.digests())
@@ -99,6 +98,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
     def ready(self, folder: StageFolder, run: Run) -> _Ready:
         """The text, the tasks, and the checkpoint's headers."""
         inventory = calibration_artifact.read_inventory(self.work.folder("calibrate") / calibration_artifact.INVENTORY)
+        dropped_experts(self.settings.prune, self.work, inventory)  # too few left: refused while nothing is lost
         tasks = ready_tasks(self.settings, self.session)
         drawn = _drawn(self.settings, self.session)
         _warn_of_text(folder, drawn, run.progress)
