@@ -220,7 +220,8 @@ def planned_chain(plan: RunPlan, *, force_from: str | None) -> list[PlannedStage
         if waits_for:
             found.append(PlannedStage(stage, _WAITING, f"after {waits_for}"))
             continue
-        found.append(planned_stage(stage, plan.stages[stage], plan.compute, plan.work, force=force))
+        with reworded(renamed_in_run(stage)):
+            found.append(planned_stage(stage, plan.stages[stage], plan.compute, plan.work, force=force))
         if found[-1].state != _DONE or force:
             waits_for = stage
     return found

@@ -91,3 +91,12 @@ def test_rows_with_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_an_estimate_needs_no_text_of_the_length(tiny_model: TinyModel, given: Path) -> None:
     asked = ("estimate", tiny_model("mixtral"), "--target-stored-bits", "2.5", "--data", given / "short.txt")
     assert invoke(*asked)[0] == 0
+
+
+def test_errors_of_a_run_name_its_flags(given: Path) -> None:
+    status, said = small_run(given, "--stride", 100, "--dry-run")
+    assert status == 1 and "--stride 100: from 0 (no overlap) to --eval-length 64" in said
+    status, said = small_run(given, "--eval-length", 10**6, "--dry-run")
+    assert status == 1 and "--eval-length 1000000: the model has" in said
+    status, said = small_run(given, "--eval-data", given / "chat.jsonl", "--eval-text-field", "no", "--dry-run")
+    assert status == 1 and "--data" not in said.replace("--eval-data", "")
