@@ -48,11 +48,15 @@ def require_windows(
         domains.setdefault(document.domain if by_domain else ALL, []).append(document)
     tokens = Counter(dict.fromkeys(domains, 0))
     read = True  # whether all of the documents were
-    for domain, documents in domains.items():
-        for ids in token_ids(documents, tokenizer, renderer):
+    largest, count = -1, 0
+    for domain in sorted(domains, key=lambda name: -sum(map(_size, domains[name]))):
+        for ids in token_ids(domains[domain], tokenizer, renderer):
             tokens[domain] += len(ids)
-            text.check_vocabulary(torch.tensor([0, *ids]), vocabulary)
-            if tokens[domain] >= wanted * length or tokens.total() > _MOST_TOKENS:
+            count += len(ids)
+            if max(ids, default=-1) > largest:
+                largest = max(ids)
+                text.check_vocabulary(torch.tensor([largest]), vocabulary)
+            if tokens[domain] >= wanted * length or count > _MOST_TOKENS:
                 break
         else:
             continue
@@ -68,7 +72,7 @@ def require_windows(
         text.require_domain(tokens, length, flag)
     else:
         text.require_sequence(tokens[ALL], length, flag)
-    return min(wanted, sum(count // length for count in tokens.values()))
+    return min(wanted, sum(each // length for each in tokens.values()))
 
 
 def _try_chats(found: Beginning, renderer: Renderer) -> None:
@@ -78,3 +82,8 @@ def _try_chats(found: Beginning, renderer: Renderer) -> None:
     for chat in chats if found.whole else chats[:1]:
         if renderer.text(chat) is not None:
             return
+
+
+def _size(document: Document) -> int:
+    """Characters of a document, about."""
+    return len(document.text) if document.chat is None else len(str(document.chat.messages))
