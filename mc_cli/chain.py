@@ -15,8 +15,8 @@ from mc_cli.artifacts.files import nothing_remembered
 from mc_cli.artifacts.locks import work_dir_lock
 from mc_cli.artifacts.manifest import MANIFEST, Manifest
 from mc_cli.artifacts.work_dir import SHARED, STAGE_FOLDERS, WorkDir
-from mc_cli.errors import InputError, McError, MissingDependencyError, Problems
-from mc_cli.flags import STAGES, shared_with_score
+from mc_cli.errors import InputError, McError, MissingDependencyError, Problems, reworded
+from mc_cli.flags import STAGES, renamed_in_run, shared_with_score
 from mc_cli.progress import Progress, StageResult
 from mc_cli.recipe import RunPlan
 from mc_cli.settings import RunSettings
@@ -130,7 +130,8 @@ def look_ahead(stages: Mapping[str, Any], compute: RunSettings, work: WorkDir, *
     require_compress()
     from mc_cli import ahead
 
-    return ahead.look_ahead(stages, compute, work, todo=todo)
+    words = {stage: renamed_in_run(stage) for stage in stages if len(stages) > 1}
+    return ahead.look_ahead(stages, compute, work, todo=todo, words=words)
 
 
 def check_stage(stage: str, settings: Any, compute: RunSettings, work: WorkDir, *, force: bool) -> None:
@@ -219,7 +220,8 @@ def planned_chain(plan: RunPlan, *, force_from: str | None) -> list[PlannedStage
         if waits_for:
             found.append(PlannedStage(stage, _WAITING, f"after {waits_for}"))
             continue
-        found.append(planned_stage(stage, plan.stages[stage], plan.compute, plan.work, force=force))
+        with reworded(renamed_in_run(stage)):
+            found.append(planned_stage(stage, plan.stages[stage], plan.compute, plan.work, force=force))
         if found[-1].state != _DONE or force:
             waits_for = stage
     return found
@@ -260,9 +262,9 @@ def run_chains(
             for stage, force in _forced(force_from):
                 if number and stage in SHARED:
                     continue
-                results.append(
-                    run_stage(stage, plan.stages[stage], plan.compute, plan.work, force=force, progress=progress)
-                )
+                settings = plan.stages[stage]
+                with reworded(renamed_in_run(stage)):
+                    results.append(run_stage(stage, settings, plan.compute, plan.work, force=force, progress=progress))
                 tell(results[-1])
             made.append(results)
     return made

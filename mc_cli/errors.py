@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -128,6 +128,20 @@ def about(path: Path) -> Iterator[None]:
         if path.name not in str(error) and f"{path.parent}/" not in str(error):
             error.args = (f"{path}: {error}",)
         raise
+
+
+@contextmanager
+def reworded(names: Mapping[str, str]) -> Iterator[None]:
+    """An error raised inside names flags as `names` has them: each whole flag by the one that stands for it."""
+    try:
+        yield
+    except McError as error:
+        for each in (error, *getattr(error, "errors", ())):
+            each.args = (_FLAG.sub(lambda found: names.get(found[0], found[0]), str(each)),)
+        raise
+
+
+_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z](?![\w-])")
 
 
 def first_line(error: Exception) -> str:

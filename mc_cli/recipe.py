@@ -21,7 +21,7 @@ import yaml
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.artifacts.strict_yaml import read_yaml
 from mc_cli.artifacts.work_dir import MAIN, WorkDir, check_variant
-from mc_cli.errors import SHOWN, InputError, MissingFlagsError, Problems, listed, shown
+from mc_cli.errors import SHOWN, InputError, MissingFlagsError, Problems, listed, reworded, shown
 from mc_cli.flags import (
     COMPUTE,
     HELD_OUT,
@@ -30,6 +30,7 @@ from mc_cli.flags import (
     build,
     flags_of,
     plain_type,
+    renamed_in_run,
     run_option,
     shared_with_score,
     type_of,
@@ -214,7 +215,7 @@ def plan_run(
         complete = all(sections[name].get(field) for field in wanted)
         if name == "allocate":
             complete = any(sections[name].get(target) is not None for target in ANY_SIZE)
-        with problems.catching():
+        with problems.catching(), reworded(renamed_in_run(name)):
             built[name] = build(name, sections[name] if complete else {**sections[name], **_STANDS_IN.get(name, {})})
     with problems.catching():
         check_variant(recipe.variant)

@@ -80,7 +80,7 @@ NAME, DESCRIPTION, THRESHOLDS, WATCHES_ATTENTION, LEARNED = "toy", "a toy", "sha
 FAMILIES = "from mc_cli.encodings import families\nprint(*families())"
 KNOWN = "from mc_cli.policies import policy_from_name\npolicy_from_name('toy')"
 FITTED = """
-from mc_cli.measuring.policy_fitting import policy_names
+from mc_cli.measuring.policy_checks import policy_names
 from mc_cli.settings import PruneSettings
 policy_names(PruneSettings(policy=("top-k", "toy")))
 """

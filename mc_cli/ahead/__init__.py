@@ -17,8 +17,9 @@ from mc_cli.ahead.duration import durations
 from mc_cli.ahead.machine import known_machine
 from mc_cli.ahead.memory import check_memory, memory_needs, short_of_memory
 from mc_cli.ahead.outlook import Outlook, roles_of
+from mc_cli.ahead.results import Asked, check_results
 from mc_cli.ahead.tasks import check_tasks
-from mc_cli.ahead.texts import check_text, text_bytes
+from mc_cli.ahead.texts import Reader, check_texts, text_bytes
 from mc_cli.ahead.workload import Workload
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.exported_file import export_place
@@ -28,10 +29,9 @@ from mc_cli.artifacts.work_dir import FOLDERS, VARIANTS, WorkDir
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.data import text
 from mc_cli.data.processors import sees
-from mc_cli.errors import InputError, Problems
-from mc_cli.exporters import check_model, exporter_from_name
+from mc_cli.errors import InputError, Problems, reworded
+from mc_cli.exporters import check_model
 from mc_cli.kernels.compiled import check_inputs
-from mc_cli.measuring.policy_fitting import policy_names
 from mc_cli.models.companions import directory_bytes
 from mc_cli.models.memory import available_bytes, collector_paused, resident_bytes
 from mc_cli.models.pieces import Pieces
@@ -54,14 +54,25 @@ from mc_cli.stages.score import role_widths
 
 __all__ = ["Look", "Outlook", "look_ahead"]
 
+Words = Mapping[str, Mapping[str, str]]  # stage -> its own flag -> the command's
+NO_WORDS: Words = {}
 
-def look_ahead(stages: Mapping[str, Any], compute: RunSettings, work: WorkDir, *, todo: Collection[str]) -> Outlook:
+
+def look_ahead(
+    stages: Mapping[str, Any],
+    compute: RunSettings,
+    work: WorkDir,
+    *,
+    todo: Collection[str],
+    words: Words = NO_WORDS,
+) -> Outlook:
     """The needs of running the stages `todo`.
 
     stages   settings by stage: all of a run, or a single stage's
+    words    stage -> its flags that the command has under other names
     Raises one McError, or SeveralErrors naming everything that stands against it.
     """
-    look = Look(stages, compute, work, todo)
+    look = Look(stages, compute, work, todo, words=words)
     found = look.outlook()
     look.problems.tell()
     return found
@@ -78,11 +89,19 @@ class Look:
         todo: Collection[str],
         *,
         described: tuple[Session, ModelInventory] | None = None,
+        tokenizes: bool = True,
+        words: Words = NO_WORDS,
     ) -> None:
-        """`described`: a model of which only the description is here, not its files."""
+        """Nothing is read yet.
+
+        described   a model of which only the description is here, not its files
+        tokenizes   whether texts are looked at as the model's tokenizer reads them; others only have to be readable
+        """
         self._described = described
+        self._tokenizes, self._words = tokenizes, words
         self._by_expert = True  # whether the files allow that experts are read one by one; known once they are opened
         self._known: tuple[Session | None, ModelInventory | None] | None = None
+        self._plan: Plan | None = None  # that quantize is given, once it is read and found to fit
         self._all = stages
         self._todo = {stage: settings for stage, settings in stages.items() if stage in todo}
         self._compute = compute
@@ -98,6 +117,7 @@ class Look:
         self._names(session)
         self._places()
         size = self._size(inventory) if inventory is not None else None
+        self._results(session, inventory)
         if inventory is not None:
             found.facts |= {
                 "model type": inventory.model_type,
@@ -208,8 +228,6 @@ class Look:
                 session = first_session(self._work.path, asked.model, asked.revision, self._compute)
             else:
                 session = later_session(self._work.path, self._compute)
-            if "calibrate" in self._todo:
-                text.load_tokenizer(session.folder, trust_remote_code=self._compute.trust_remote_code)
         with self.problems.catching():
             if session is not None and "calibrate" in self._todo:
                 checkpoint, inventory = opened(session)
@@ -225,37 +243,22 @@ class Look:
         return calibration_artifact.read_inventory(path) if path.exists() else None
 
     def _texts(self, session: Session | None) -> None:
-        """Texts that can be read, have the field, and are not asked for longer windows than the model has room for."""
-        whole_run = "calibrate" in self._all
-        seeing = session is not None and sees(session.config)
-        for stage, flag in (("calibrate", "--data"), ("prune-eval", "--eval-data" if whole_run else "--data")):
-            if stage not in self._todo:
-                continue
-            settings = self._todo[stage]
+        """Texts that are enough for what is drawn of them."""
+        tokenizer = None
+        if session is not None and self._tokenizes and not {"calibrate", "prune-eval"}.isdisjoint(self._todo):
             with self.problems.catching():
-                check_text(
-                    settings.data, split=settings.split, text_field=settings.text_field, flag=flag, images=seeing
-                )
-            if session is not None:
-                with self.problems.catching():
-                    length = text.fit_length(settings.length, session.config)
-                    stride = getattr(settings, "stride", 0)
-                    if stride > length:
-                        raise InputError(f"--stride {stride}: from 0 (no overlap) to the window's length, {length}.")
-        prune = getattr(self._todo.get("prune-eval"), "prune", None)
-        if prune is not None and prune.policy and prune.fit_data is not None:
-            evaluated = self._todo["prune-eval"]
-            with self.problems.catching():
-                check_text(
-                    prune.fit_data,
-                    split=evaluated.split,
-                    text_field=evaluated.text_field,
-                    flag="--fit-data",
-                    images=seeing,
-                )
+                tokenizer = text.load_tokenizer(session.folder, trust_remote_code=self._compute.trust_remote_code)
+        reader = Reader(session, tokenizer, 0)
+        with self.problems.catching():
+            reader = Reader(session, tokenizer, self._tokens(session)[1])
+        for stage in ("calibrate", "prune-eval"):
+            found = Problems()
+            check_texts({stage: self._todo[stage]} if stage in self._todo else {}, reader, found)
+            with self.problems.catching(), reworded(self._words.get(stage, {})):
+                found.tell()
 
     def _names(self, session: Session | None) -> None:
-        """Names that only a late stage looks up: quantizers, policies, lm-eval tasks, formats."""
+        """Names that only a late stage looks up: quantizers, policies, lm-eval tasks, formats of engines."""
         for stage in ("score", "quantize"):
             if stage in self._todo:
                 with self.problems.catching():
@@ -263,20 +266,21 @@ class Look:
         if "prune-eval" in self._todo:
             evaluated = self._todo["prune-eval"]
             with self.problems.catching():
-                if evaluated.prune.policy:
-                    policy_names(evaluated.prune)
-            with self.problems.catching():
                 check_tasks(evaluated)
             if session is not None:
                 with self.problems.catching():
                     check_inputs(evaluated.activation_bits, session.device)
-        if "export" in self._todo:
-            with self.problems.catching():
-                exporter_from_name(self._todo["export"].format)
         score = self._todo.get("score")
         if session is not None and score is not None and score.engine is not None:
             with self.problems.catching():
                 check_model(ENGINES[score.engine].format, session.config)
+
+    def _results(self, session: Session | None, inventory: ModelInventory | None) -> None:
+        """What policies and formats ask of the packed model."""
+        config = None if session is None else session.config
+        trusted = self._compute.trust_remote_code
+        asked = Asked(self._all, self._todo, self._work, config, inventory, self._plan, trusted)
+        check_results(asked, self.problems)
 
     def _places(self) -> None:
         """Places that can be written to."""
@@ -294,6 +298,7 @@ class Look:
             if quantize is not None and self._is_given(quantize):
                 plan = Plan.read(existing_plan(quantize, self._work))
                 check_plan(plan, quantize, inventory)
+                self._plan = plan
                 size = planned_size(plan, inventory, quantize.quantizer)
         score = self._score()
         if score is not None and "score" in self._todo:

@@ -144,7 +144,7 @@ def _estimate(
             known = _from_hub(asked.model, asked.revision, compute, work, folder)
     if problems.errors:
         return Estimate(Outlook(), [], problems, known_machine())
-    look = Look(first, compute, work, tuple(first), described=None if known is None else known[:2])
+    look = Look(first, compute, work, tuple(first), described=None if known is None else known[:2], tokenizes=False)
     outlook = look.outlook()
     if known is not None:
         outlook.warnings += told(known[2])

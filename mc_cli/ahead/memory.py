@@ -7,7 +7,7 @@ terms are the tensors that the stage's code holds at that moment; what Python an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,7 +60,7 @@ def check_memory(needs: Sequence[MemoryNeed], limit: int, work: Workload) -> Non
     if over:
         raise InputError(
             f"--max-memory {limit:,} bytes is less than is needed even in pieces:\n{_lines(over)}\n"
-            f"{_remedy(limit, work)}"
+            f"{_remedy(limit, work, needs)}"
         )
 
 
@@ -69,7 +69,9 @@ def short_of_memory(needs: Sequence[MemoryNeed], free: int, work: Workload) -> l
     over = [need for need in needs if need.peak_bytes > free]
     if not over:
         return []
-    return [f"{free:,} bytes of memory are free now, less than is needed:\n{_lines(over)}\n{_remedy(free, work)}"]
+    return [
+        f"{free:,} bytes of memory are free now, less than is needed:\n{_lines(over)}\n{_remedy(free, work, needs)}"
+    ]
 
 
 def _lines(needs: Sequence[MemoryNeed]) -> str:
@@ -81,18 +83,23 @@ def _lines(needs: Sequence[MemoryNeed]) -> str:
     return listed(lines)
 
 
-def _remedy(limit: int, work: Workload) -> str:
-    """The settings that would keep all stages within the limit: the first of some that do, from the mildest on."""
-    base = resident_bytes()
+def _remedy(limit: int, work: Workload, needs: Sequence[MemoryNeed]) -> str:
+    """The settings that would keep all stages within the limit: the first of some that do, from the mildest on.
+
+    needs   of the stages to do, with the settings as they are
+    """
+    base, stages = resident_bytes(), {need.stage for need in needs}
+    least = max(need.peak_bytes for need in needs)
     for words, changed in _lighter(work):
-        if _most(changed, base) <= limit:
+        most = _most(changed, base, stages)
+        if most <= limit:
             return f"{words} would fit."
-    least = min(_most(lighter, base) for _, lighter in _lighter(work))
+        least = min(least, most)
     return f"No setting makes it fit: with the lightest ones about {least:,} bytes are needed."
 
 
-def _most(work: Workload, base: int) -> int:
-    return max(need.peak_bytes for need in memory_needs(work, base_bytes=base))
+def _most(work: Workload, base: int, stages: Collection[str]) -> int:
+    return max(need.peak_bytes for need in memory_needs(work, base_bytes=base) if need.stage in stages)
 
 
 def _lighter(work: Workload) -> Iterator[tuple[str, Workload]]:

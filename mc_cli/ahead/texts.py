@@ -1,56 +1,103 @@
-"""Whether a text can be read, before a stage needs it hours later."""
+"""Whether texts can be read and are enough, before a stage needs them hours later."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
-from mc_cli.data import documents
-from mc_cli.errors import InputError
+from mc_cli.data import documents, text
+from mc_cli.data.enough import Beginning
+from mc_cli.data.inputs import Feeder
+from mc_cli.data.text import TextSource
+from mc_cli.errors import InputError, Problems
+from mc_cli.measuring.policy_checks import LEAST_ROWS, require_rows
+from mc_cli.measuring.policy_fitting import fitting_source
+from mc_cli.models.session import Session
+from mc_cli.stages.calibrate import calibrated_text
+from mc_cli.stages.prune_eval import evaluated_text
 
 _READ_WHOLE = 1 << 25  # texts up to this many bytes are read as the stage will read them
-_BEGINNING = 1 << 16
 
 
-def check_text(data: str, *, split: str, text_field: str, flag: str, images: bool = False) -> None:
-    """Raises InputError for a text that is not there, cannot be opened, or lacks the field.
+@dataclass(frozen=True)
+class Reader:
+    """The model that is to read the texts.
 
-    images  whether the model sees, so that images of rows are looked for
-
-    A small text is read whole, of large .jsonl files the beginning, of other large files only that they open is known
-    before. Names of `datasets` are left to the library, which may have to fetch them.
+    tokenizer   None where the texts' lengths are not looked at
+    calibrated  tokens of one sequence of calibration
     """
-    path = documents.resolve_data(data, flag=flag)
-    if path is None:
+
+    session: Session | None
+    tokenizer: Any
+    calibrated: int
+
+
+def check_texts(todo: Mapping[str, Any], reader: Reader, problems: Problems) -> None:
+    """Texts that can be read, have the field, and fill what the stages `todo` draw of them; windows that fit the model.
+
+    todo   settings by stage. What is wrong is added to `problems`.
+    """
+    session = reader.session
+    calibrate, evaluated = todo.get("calibrate"), todo.get("prune-eval")
+    if calibrate is not None:
+        with problems.catching():
+            source = calibrated_text(calibrate, session)
+            found = first_of(source)
+            if session is not None:
+                _require(found, source, reader, text.fit_length(calibrate.length, session.config))
+    if evaluated is None:
         return
+    source = evaluated_text(evaluated, session)
+    with problems.catching():
+        found = first_of(source)
+        if session is not None:
+            length = text.fit_length(evaluated.length, session.config)
+            text.check_stride(evaluated.stride, length)
+            _require(found, source, reader, length, measured=True)
+    fitted = fitting_source(evaluated.prune, source) if evaluated.prune.policy else None
+    if fitted is not None:
+        with problems.catching():
+            windows = _require(first_of(fitted), fitted, reader, reader.calibrated, wanted=LEAST_ROWS)
+            require_rows(windows, reader.calibrated)
+
+
+def _require(
+    found: Beginning | None, source: TextSource, reader: Reader, length: int, *, wanted: int = 1, measured: bool = False
+) -> int:
+    """The number of windows, counted up to `wanted`; as many where that is not known. Raises as drawing them does."""
+    session, tokenizer = reader.session, reader.tokenizer
+    if found is None or session is None or tokenizer is None or not length:
+        return wanted
+    feeder = Feeder(session.folder, session.config, session.vocabulary, source, session.compute.trust_remote_code)
+    return feeder.require(found, tokenizer, length=length, wanted=wanted, measured=measured)
+
+
+def first_of(source: TextSource) -> Beginning | None:
+    """The documents of a text as far as they are read before a stage. Raises InputError where it cannot be read.
+
+    A small text is read whole, of large .jsonl and .parquet files the beginning, of other large files only that they
+    open is known before. Names of `datasets` are left to the library, which may have to fetch them: None.
+    """
+    path = documents.resolve_data(source.data, flag=source.flag)
+    if path is None:
+        return None
     files = _files(path)
     unreadable = [str(file) for file in files if not os.access(file, os.R_OK)]
     if unreadable:
-        raise InputError(f"{flag} {data} cannot be read: no permission for {', '.join(unreadable[:5])}.")
+        raise InputError(f"{source.flag} {source.data} cannot be read: no permission for {', '.join(unreadable[:5])}.")
+    asked: dict[str, Any] = {"text_field": source.text_field, "flag": source.flag, "images": source.images}
     if sum(file.stat().st_size for file in files) <= _READ_WHOLE:
-        documents.read_documents(data, split=split, text_field=text_field, flag=flag, images=images)
-        return
-    for file in files:
-        if file.suffix == ".jsonl":
-            _check_beginning(file, split, text_field, images)
-
-
-def _check_beginning(file: Path, split: str, text_field: str, images: bool) -> None:
-    """Reads the first lines as a file of their own."""
-    with file.open("rb") as handle:
-        lines = handle.readlines(_BEGINNING)
-    if len(lines) == 1 and len(lines[0]) > _READ_WHOLE:
-        return
-    with TemporaryDirectory() as folder:
-        beginning = Path(folder) / file.name
-        beginning.write_bytes(b"".join(lines))
-        try:
-            documents.read_documents(
-                str(beginning), split=split, text_field=text_field, images=images, beside=file.parent
-            )
-        except InputError as error:
-            raise InputError(str(error).replace(str(beginning), str(file))) from error
+        return Beginning(documents.read_documents(source.data, split=source.split, **asked), whole=True)
+    found = [
+        document
+        for file in files
+        if file.suffix in documents.BY_ROWS
+        for document in documents.first_documents(file, **asked)
+    ]
+    return Beginning(found, whole=False) if found else None
 
 
 def text_bytes(data: str) -> int | None:

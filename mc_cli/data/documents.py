@@ -17,10 +17,13 @@ from mc_cli.data.pictures import IMAGE_FIELDS, SUFFIXES, ImageSource, images_of_
 from mc_cli.errors import InputError, shown
 
 ALL = "all"
+DATA_FLAG = "--data"
 IMAGES_LEFT_OUT = ", its images left out"  # ends the kind of a row, for a model that reads none
 TEXT_FIELD = "text"  # where a row has it, it is taken; it is also what --text-field is unless given
 _SUFFIXES = (".txt", ".jsonl", ".parquet", ".json")
+BY_ROWS = (".jsonl", ".parquet")  # kinds of files of which the first rows are read without the others
 _ALONE = ".json"  # read from a folder that holds no other kind: settings and records end so as well
+_BEGINNING, _FIRST_ROWS = 1 << 18, 1024  # characters and rows of a large file that are looked at before a stage
 _TAGS = ("domain", "id", "_id", "uuid", "url")  # texts about a text
 
 
@@ -60,7 +63,7 @@ class Reading:
         )
 
 
-def resolve_data(data: str, *, flag: str = "--data") -> Path | None:
+def resolve_data(data: str, *, flag: str = DATA_FLAG) -> Path | None:
     """The file or folder that --data, or another `flag`, names; None if it is a `datasets` name."""
     if not data:
         raise InputError(
@@ -90,7 +93,7 @@ def data_digest(
     cache: DigestCache,
     *,
     template: str | None = None,
-    flag: str = "--data",
+    flag: str = DATA_FLAG,
     images: bool = False,
 ) -> str:
     """A digest of what --data holds: the files' contents, or the name and split of a datasets source.
@@ -129,9 +132,8 @@ def read_documents(
     split: str,
     text_field: str,
     reading: Reading | None = None,
-    flag: str = "--data",
+    flag: str = DATA_FLAG,
     images: bool = False,
-    beside: Path | None = None,
 ) -> list[Document]:
     """All documents of --data that are not empty, in order.
 
@@ -141,7 +143,6 @@ def read_documents(
     reading  is told how rows were read
     flag     what named the data, for messages
     images   whether the rows' images are read, for a model that sees; else fields of images are left out
-    beside   the folder that paths of images are relative to; None: that of the file
     Raises InputError naming file and line of what cannot be read.
     """
     reading = Reading() if reading is None else reading
@@ -156,14 +157,27 @@ def read_documents(
         reading.rows["file of an image"] += len(pictures)
         found = [Document("", images=(ImageSource(str(file), path=file),), where=str(file)) for file in pictures]
     else:
-        found = [
-            document for file in _files(path, flag) for document in _from_file(file, rows(beside or file.parent), flag)
-        ]
-    documents = [d for d in found if d.chat is not None or d.text.strip() or d.images]
+        found = [document for file in _files(path, flag) for document in _from_file(file, rows(file.parent), flag)]
+    documents = list(filter(_is_filled, found))
     reading.empty += len(found) - len(documents)
     if not documents:
         raise InputError(f"{flag} {data}: no text in it (field {text_field!r}).")
     return documents
+
+
+def first_documents(file: Path, *, text_field: str, flag: str, images: bool = False) -> list[Document]:
+    """The first documents of a large .jsonl or .parquet file, of which no more is read. Raises as `read_documents`."""
+    found, size = [], 0
+    for document in _from_file(file, _Rows(text_field, Reading(), images=images, folder=file.parent), flag):
+        found.append(document)
+        size += len(document.text) + (0 if document.chat is None else len(str(document.chat.messages)))
+        if size > _BEGINNING or len(found) == _FIRST_ROWS:
+            break
+    return list(filter(_is_filled, found))
+
+
+def _is_filled(document: Document) -> bool:
+    return document.chat is not None or bool(document.text.strip()) or bool(document.images)
 
 
 def _is_saved_dataset(path: Path) -> bool:

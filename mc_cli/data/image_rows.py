@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import bisect
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from mc_cli.artifacts.calibration import ImageReport
 from mc_cli.data.batches import TOKENS, Batch
 from mc_cli.data.chat import Renderer
-from mc_cli.data.documents import Document
+from mc_cli.data.documents import DATA_FLAG, Document
 from mc_cli.data.kinds import IMAGE, MEASURED, PADDING, SPECIAL, TEXT
 from mc_cli.data.pictures import PLACE
 from mc_cli.data.text import Windows
@@ -92,6 +93,14 @@ def has_images(documents: Iterable[Document]) -> bool:
     return any(document.pictures for document in documents)
 
 
+def fitting_rows(documents: Iterable[Document], maker: RowMaker, length: int, *, measured: bool) -> Iterator[_Row]:
+    """The rows of documents that are not left out. measured: only those in which something is to be predicted."""
+    for document in documents:
+        row = maker.row(document, length)
+        if row is not None and (not measured or bool(row.answers[1:].any())):
+            yield row
+
+
 def calibration_rows(
     documents: Sequence[Document], maker: RowMaker, *, sequences: int, length: int, seed: int
 ) -> Batch:
@@ -101,21 +110,15 @@ def calibration_rows(
     """
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
-    rows: list[_Row] = []
-    for index in order:
-        row = maker.row(documents[index], length)
-        rows += [] if row is None else [row]
-        if len(rows) == sequences:
-            break
-    return maker.batch(rows, length)
+    drawn = fitting_rows((documents[index] for index in order), maker, length, measured=False)
+    return maker.batch(list(islice(drawn, sequences)), length)
 
 
 def evaluation_rows(documents: Sequence[Document], maker: RowMaker, *, length: int, max_sequences: int) -> Windows:
     """All of the documents, or `max_sequences` taken evenly, whose answers are measured. Raises InputError as above."""
     if max_sequences and len(documents) > max_sequences:
         documents = [documents[index * len(documents) // max_sequences] for index in range(max_sequences)]
-    found = [row for document in documents if (row := maker.row(document, length)) is not None]
-    rows = [row for row in found if bool(row.answers[1:].any())]
+    rows = list(fitting_rows(documents, maker, length, measured=True))
     batch = maker.batch(rows, length)
     assert batch.answers is not None
     return Windows(batch, batch.answers[:, 1:].sum(-1), tuple(row.domain for row in rows))
@@ -124,7 +127,9 @@ def evaluation_rows(documents: Sequence[Document], maker: RowMaker, *, length: i
 class RowMaker:
     """Makes rows by a processor, its tokenizer and chat template, and counts what became of them in `report`."""
 
-    def __init__(self, processor: Any, renderer: Renderer, config: Any) -> None:
+    def __init__(self, processor: Any, renderer: Renderer, config: Any, flag: str = DATA_FLAG) -> None:
+        """flag: what named the data, for messages."""
+        self._flag = flag
         self._processor, self._renderer = processor, renderer
         self._tokenizer: Any = processor.tokenizer
         self.report = ImageReport(rows=0, images=0, cut=0, left_out=0, unmarked=0, tokens={})
@@ -164,8 +169,8 @@ class RowMaker:
         """The rows side by side, padded to the longest. Raises InputError for none, and for inputs of unlike shapes."""
         if not rows:
             raise InputError(
-                f"--data holds no row of at most {length} tokens in which something is to be predicted. Give other "
-                "rows, smaller images, or a larger --length."
+                f"{self._flag} holds no row of at most {length} tokens in which something is to be predicted. Give "
+                "other rows, smaller images, or a larger --length."
             )
         longest = max(len(row.ids) for row in rows)
         padding = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else 0
@@ -186,8 +191,8 @@ class RowMaker:
             if len({tensor.shape[1:] for tensor in held}) > 1:
                 shapes = ", ".join(sorted({str(list(tensor.shape)) for tensor in held})[:3])
                 raise InputError(
-                    f"--data: the processor makes {name} of different shapes of the images ({shapes}), which do not go "
-                    "into one batch. Give images of one size."
+                    f"{self._flag}: the processor makes {name} of different shapes of the images ({shapes}), which do "
+                    "not go into one batch. Give images of one size."
                 )
             inputs[name] = torch.cat(held)
             counts[name] = tuple(len(row.others[name]) if name in row.others else 0 for row in rows)

@@ -16,9 +16,9 @@ from mc_cli.artifacts.files import DigestCache, check_json_file
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.data.batches import Batch
 from mc_cli.data.chat import OWN_TEMPLATE, ChatSettings, Renderer
-from mc_cli.data.documents import IMAGES_LEFT_OUT, Document, Reading, data_digest, read_documents
+from mc_cli.data.documents import DATA_FLAG, IMAGES_LEFT_OUT, Document, Reading, data_digest, read_documents
 from mc_cli.data.tokenizing import token_ids
-from mc_cli.errors import CheckpointError, InputError, McError, shown
+from mc_cli.errors import CheckpointError, InputError, McError, few, shown
 from mc_cli.models.model_folder import config_file
 
 DEFAULT_LENGTH = 2048
@@ -104,7 +104,7 @@ class TextSource:
     split: str
     text_field: str
     chat: ChatSettings = field(default_factory=ChatSettings)
-    flag: str = "--data"
+    flag: str = DATA_FLAG
     images: bool = False
     reading: Reading = field(default_factory=Reading)
     renderer: Renderer | None = None
@@ -242,6 +242,12 @@ def fit_length(asked: int, config: Any) -> int:
     return asked or min(DEFAULT_LENGTH, limit)
 
 
+def check_stride(stride: int, length: int) -> None:
+    """Raises InputError for windows that would leave tokens between them out."""
+    if stride > length:
+        raise InputError(f"--stride {stride}: from 0 (no overlap) to the window's length, which is {length} here.")
+
+
 def check_vocabulary(token_ids: torch.Tensor, vocabulary: int) -> None:
     """Raises CheckpointError if the tokenizer makes ids that the model has no embedding for."""
     largest = int(token_ids.max())
@@ -260,12 +266,14 @@ def calibration_windows(
     length: int,
     seed: int,
     renderer: Renderer | None = None,
+    flag: str = DATA_FLAG,
 ) -> Batch:
     """At most `sequences` rows of `length` tokens: windows drawn by `seed` from shuffled documents, joined and cut.
 
     Long documents fill many windows in a row. So up to WINDOWS_PER_SEQUENCE times the text is tokenized, and the
     windows are drawn from all of it: few sequences still see many documents.
     renderer  makes texts of chats; None = by the tokenizer's own template
+    flag      what named the data, for messages
     Raises InputError if the text does not fill one window.
     """
     order = list(range(len(documents)))
@@ -280,13 +288,9 @@ def calibration_windows(
             stream.extend(ids)
         if len(stream) >= wanted:
             break
-    _check_rendered(renderer)
+    require_rendered(renderer)
+    require_sequence(len(stream), length, flag)
     available = len(stream) // length
-    if available == 0:
-        raise InputError(
-            f"--data holds {len(stream)} tokens, less than one sequence of --length {length}. "
-            "Give more text or a smaller --length."
-        )
     windows = torch.tensor(stream[: available * length], dtype=torch.int64).view(available, length)
     return Batch.of_text(windows[random.Random(seed).sample(range(available), min(sequences, available))])
 
@@ -299,34 +303,33 @@ def evaluation_windows(
     stride: int,
     max_sequences: int,
     renderer: Renderer | None = None,
+    flag: str = DATA_FLAG,
 ) -> Windows:
     """Windows over each domain's joined documents; every token but a domain's first is predicted once.
 
     stride         tokens from one window to the next; windows of 0 or `length` share the token between them
     max_sequences  0 = all; else windows taken evenly over the domains and inside them
     renderer       makes texts of chats; None = by the tokenizer's own template
+    flag           what named the data, for messages
 
     The last partial window of a domain is moved back to full length, its overlap being context.
     Raises InputError for a stride beyond the length, or where no domain fills a window.
     """
-    if stride > length:
-        raise InputError(f"--stride {stride}: from 0 (no overlap) to the window's length, which is {length} here.")
+    check_stride(stride, length)
     renderer = renderer or Renderer(tokenizer)
     streams: dict[str, array[int]] = {}
     for domain in sorted({document.domain for document in documents}):
         streams[domain] = array("q")
         for ids in token_ids([d for d in documents if d.domain == domain], tokenizer, renderer):
             streams[domain].extend(ids)
-    _check_rendered(renderer)
+    require_rendered(renderer)
+    require_domain({domain: len(stream) for domain, stream in streams.items()}, length, flag)
     rows = [
         (domain, begin, count)
         for domain, stream in streams.items()
         for begin, count in _spans(len(stream), length, stride or length)
     ]
     too_short = {domain: len(stream) for domain, stream in streams.items() if len(stream) < length}
-    if not rows:
-        held = ", ".join(f"{domain} {count}" for domain, count in too_short.items())
-        raise InputError(f"--data holds no domain with {length} tokens ({held}). Give more text or a smaller --length.")
     if max_sequences and len(rows) > max_sequences:
         rows = [rows[index * len(rows) // max_sequences] for index in range(max_sequences)]
     token_rows = [streams[domain][begin : begin + length].tolist() for domain, begin, _ in rows]
@@ -335,7 +338,30 @@ def evaluation_windows(
     return Windows(batch, torch.tensor(fresh), names, too_short)
 
 
-def _check_rendered(renderer: Renderer) -> None:
+def require_sequence(tokens: int, length: int, flag: str) -> None:
+    """Raises InputError where a text's tokens do not fill one sequence; the length is `--length` of `--data` alone."""
+    if tokens >= length:
+        return
+    if flag != DATA_FLAG:
+        raise InputError(
+            f"{flag} holds {tokens} tokens, less than one sequence of {length}, the length that was calibrated on. "
+            "Give more text."
+        )
+    raise InputError(
+        f"{flag} holds {tokens} tokens, less than one sequence of --length {length}. Give more text or a smaller "
+        "--length."
+    )
+
+
+def require_domain(tokens: Mapping[str, int], length: int, flag: str) -> None:
+    """Raises InputError where no domain fills one window. tokens: of each domain."""
+    if any(count >= length for count in tokens.values()):
+        return
+    held = few([f"{domain} {count}" for domain, count in tokens.items()])
+    raise InputError(f"{flag} holds no domain with {length} tokens ({held}). Give more text or a smaller --length.")
+
+
+def require_rendered(renderer: Renderer) -> None:
     """Raises InputError where the template refused every chat."""
     if renderer.refused and not renderer.rendered:
         raise InputError(

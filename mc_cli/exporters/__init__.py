@@ -4,7 +4,8 @@ An exporter file defines `NAME`, `DESCRIPTION`, `CARRIES_POLICY`, `export(job)`,
 load without further steps, and `open(directory, reading)`, which reads it as they do and gives logits. `DEQUANTIZES =
 True` says that it holds plain numbers in the model's own dtype, and is as large as the original. `ENGINES` names the
 engines that load it, `KEEPS` says what is left in it of a plan; `KEEPS_UNUSED = True` says that it writes `job.unused`;
-`check(config)` raises a McError for a model that it cannot hold, so that this is known before hours of work. Writing
+`check(config)` raises a McError for a model that it cannot hold, so that this is known before hours of work;
+`check_packed(layout, config)` the same for a packed model. Writing
 knows files only; what needs a live model comes with the job. Reading may use any engine, and nothing else knows which.
 """
 
@@ -15,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mc_cli.artifacts.packed import CONFIG_FOLDER
+from mc_cli.artifacts.packed import CONFIG_FOLDER, PackedLayout
 from mc_cli.artifacts.pruning import Pruning
+from mc_cli.errors import InputError
 from mc_cli.registry import Registry
 
 if TYPE_CHECKING:  # so that facts of formats are told without torch
@@ -31,7 +33,14 @@ _REGISTRY = Registry(
     marker="export",
     name_of=lambda module: module.NAME,
     required=("NAME", "DESCRIPTION", "CARRIES_POLICY", "open"),
-    facts={"DEQUANTIZES": False, "ENGINES": (), "KEEPS": "not stated", "KEEPS_UNUSED": False, "check": None},
+    facts={
+        "DEQUANTIZES": False,
+        "ENGINES": (),
+        "KEEPS": "not stated",
+        "KEEPS_UNUSED": False,
+        "check": None,
+        "check_packed": None,
+    },
 )
 
 
@@ -102,6 +111,19 @@ def check_model(name: str, config: Any) -> None:
     check = _REGISTRY.fact(exporter_from_name(name), "check")
     if check is not None:
         check(config)
+
+
+def check_packed(name: str, layout: PackedLayout, config: Any) -> None:
+    """Raises a McError where the exporter of that name says that it cannot hold a packed model of this layout."""
+    check = _REGISTRY.fact(exporter_from_name(name), "check_packed")
+    if check is not None:
+        check(layout, config)
+
+
+def require_unused_kept(name: str) -> None:
+    """Raises InputError for a format that leaves out what a checkpoint holds beside the model."""
+    if not keeps_unused(name):
+        raise InputError(f"--keep-unused: --format {name} holds the model alone. Use it with --format dense.")
 
 
 def dequantizes(name: str) -> bool:

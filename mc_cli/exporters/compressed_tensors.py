@@ -65,6 +65,11 @@ def _scheme_problems(layout: PackedLayout) -> Iterator[str]:
         yield f"{_BESIDE}: {', '.join(f'{bits:g} bits' for bits in sorted(beside))}, where there is one width"
 
 
+def check_packed(layout: PackedLayout, config: Any) -> None:
+    """Raises InputError, naming all of them, for experts and matrices that the format cannot hold."""
+    check_layout(layout, _holds, name=NAME, engine=NAME, further=_scheme_problems)
+
+
 def export(job: ExportJob) -> None:
     """Writes config.json with the schemes, packed tensors under the original checkpoint's names, and a card.
 
@@ -74,7 +79,7 @@ def export(job: ExportJob) -> None:
     files = open_packed(job.packed_folder)
     config = read_config(job.config_folder)
     check(config)
-    check_layout(files.layout, _holds, name=NAME, engine=NAME, further=_scheme_problems)
+    check_packed(files.layout, config)
     checkpoint = PackedCheckpoint(files, config)
     writer = ShardWriter(job.target, shard_bytes=job.shard_bytes)
     groups: dict[tuple[bool, IntegerEncoding], list[str]] = {}

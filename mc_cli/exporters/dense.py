@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mc_cli.artifacts.files import write_json, write_text
+from mc_cli.artifacts.packed import PackedLayout
 from mc_cli.exporters import ExportJob
 from mc_cli.exporters.model_card import model_card
 from mc_cli.exporters.reading import open_with_transformers
 from mc_cli.exporters.shards import ShardWriter
 from mc_cli.measuring.logit_source import LogitSource, Reading
+from mc_cli.packed.dense_tensors import plain_shapes
 
 NAME = "dense"
 CARRIES_POLICY = False
@@ -37,6 +40,11 @@ _SIZE_NOTE = (
     "These figures are of the packed model that this one was written from. This one has the original's size, less what "
     "was cut or dropped."
 )
+
+
+def check_packed(layout: PackedLayout, config: Any) -> None:
+    """Raises InputError for dropped and cut experts that config.json cannot say."""
+    plain_shapes(config, layout)
 
 
 def export(job: ExportJob) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mc_cli.artifacts.export_record import RECORD_KEY
 from mc_cli.artifacts.files import write_bytes_with, write_json, write_text
-from mc_cli.artifacts.packed import KEPT
+from mc_cli.artifacts.packed import KEPT, PackedLayout
 from mc_cli.artifacts.places import file_inside
 from mc_cli.data.batches import Batch
 from mc_cli.encodings import Encoding, encoding_from_key
@@ -56,6 +56,11 @@ def check(config: Any) -> None:
     architecture_of(config)
 
 
+def check_packed(layout: PackedLayout, config: Any) -> None:
+    """Raises InputError, naming all of them, for experts and matrices that the format cannot hold."""
+    check_layout(layout, _holds, name="GGUF", engine="llama.cpp", stacked=True)
+
+
 def export(job: ExportJob) -> None:
     """Writes `model.gguf`, config.json for transformers' readers of GGUF, and a card.
 
@@ -65,7 +70,7 @@ def export(job: ExportJob) -> None:
     files = open_packed(job.packed_folder)
     config = read_config(job.config_folder)
     check(config)
-    check_layout(files.layout, _holds, name="GGUF", engine="llama.cpp", stacked=True)
+    check_packed(files.layout, config)
     for sentence in differences(config):
         job.warn(sentence)
     write_json(job.target / "config.json", job.original_config())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mc_cli.artifacts.files import write_json, write_text
+from mc_cli.artifacts.packed import PackedLayout
 from mc_cli.encodings import Encoding
 from mc_cli.encodings.integer import IntegerEncoding
 from mc_cli.exporters import ExportJob
@@ -73,6 +74,11 @@ def _holds(encoding: Encoding) -> bool:
     return isinstance(encoding, IntegerEncoding)
 
 
+def check_packed(layout: PackedLayout, config: Any) -> None:
+    """Raises InputError, naming all of them, for experts and matrices that the format cannot hold."""
+    check_layout(layout, _holds, name="GPTQ", engine=NAME)
+
+
 def export(job: ExportJob) -> None:
     """Writes config.json with the widths by module, tensors in GPTQ's packing, and a card.
 
@@ -82,7 +88,7 @@ def export(job: ExportJob) -> None:
     files = open_packed(job.packed_folder)
     config = read_config(job.config_folder)
     check(config)
-    check_layout(files.layout, _holds, name="GPTQ", engine=NAME)
+    check_packed(files.layout, config)
     checkpoint = PackedCheckpoint(files, config)
     writer = ShardWriter(job.target, shard_bytes=job.shard_bytes)
     settings: dict[str, Settings] = {}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mc_cli.artifacts.files import write_json, write_text
+from mc_cli.artifacts.packed import PackedLayout
 from mc_cli.encodings import Encoding
 from mc_cli.encodings.mlx import MlxEncoding
 from mc_cli.errors import FamilyError, listed
@@ -90,6 +91,11 @@ def _holds(encoding: Encoding) -> bool:
     return isinstance(encoding, MlxEncoding)
 
 
+def check_packed(layout: PackedLayout, config: Any) -> None:
+    """Raises InputError, naming all of them, for experts and matrices that the format cannot hold."""
+    check_layout(layout, _holds, name="MLX", engine=NAME, stacked=True)
+
+
 def export(job: ExportJob) -> None:
     """Writes config.json with the widths by path, tensors in MLX's packing, and a card.
 
@@ -99,7 +105,7 @@ def export(job: ExportJob) -> None:
     files = open_packed(job.packed_folder)
     config = read_config(job.config_folder)
     check(config)
-    check_layout(files.layout, _holds, name="MLX", engine=NAME, stacked=True)
+    check_packed(files.layout, config)
     checkpoint = PackedCheckpoint(files, config)
     writer = ShardWriter(job.target, shard_bytes=job.shard_bytes)
     quantization: dict[str, Any] = {}

@@ -18,9 +18,7 @@ from torch import Tensor
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.damage import ALL_BYTES
 from mc_cli.artifacts.files import read_tensors
-from mc_cli.artifacts.importance import Importance
-from mc_cli.artifacts.names import IMPORTANCE, ROUTERS
-from mc_cli.artifacts.packed import read_layout
+from mc_cli.artifacts.names import ROUTERS
 from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, Pruning, read_pruning, write_pruning
 from mc_cli.artifacts.store import RESUME, StageFolder, require_done
 from mc_cli.artifacts.work_dir import POLICY_STAGE, WorkDir
@@ -29,15 +27,14 @@ from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.data.documents import ALL, Reading
 from mc_cli.data.image_rows import images_warnings
 from mc_cli.data.inputs import Feeder
-from mc_cli.errors import InputError, listed
+from mc_cli.measuring.policy_checks import dropped_experts, policy_names, require_rows
 from mc_cli.models.memory import available_bytes
 from mc_cli.models.session import Session
 from mc_cli.packed.dense_tensors import load_dense
 from mc_cli.parts import ExpertBlock, ModelInventory
-from mc_cli.policies import LayerValues, drops_calls, dualsparse, odp, otp, policy_from_name, runs_halves
-from mc_cli.policies.static_experts import experts_to_drop
+from mc_cli.policies import LayerValues, drops_calls, odp, otp, policy_from_name
 from mc_cli.progress import Progress
-from mc_cli.settings import FREQUENCY, REAP, ROUTER_WEIGHT, PruneSettings
+from mc_cli.settings import PruneSettings
 from mc_cli.skipping.kind_costs import costs_of_kinds
 from mc_cli.skipping.pruned_comparison import compare_points
 from mc_cli.skipping.pruning import pruners
@@ -54,7 +51,6 @@ from mc_cli.skipping.pruning_training import Routers, Target, TrainingSettings, 
 from mc_cli.stage import Run, Stage
 from mc_cli.walking.layerwise import LayerSource
 
-BASELINES = ("top-k", "random", "router-threshold")
 DEFAULT_MAX_LOSS = 0.01
 _CHECK_SHARE = 4  # one of so many fitting windows is kept for --max-loss; no threshold is fitted on it
 _MEMORY_SHARE = 0.5  # part of the free memory that the dense model of the whole-model training may take
@@ -92,38 +88,6 @@ class _Job:
     @property
     def batch_size(self) -> int:
         return self.session.batch_size(self.fit_inputs.length)
-
-
-def policy_names(settings: PruneSettings) -> list[str]:
-    """The policies to fit, the one that ships first. Raises InputError for unknown and untrainable ones."""
-    names = list(dict.fromkeys([*settings.policy, *(BASELINES if settings.sweep else ())]))
-    for name in names:
-        if policy_from_name(name).LEARNED and name != otp.NAME:
-            raise InputError(
-                f"--policy {name}: it has to be trained, and prune-eval trains {otp.NAME} alone. Give a policy "
-                "of which thresholds are all that is fitted."
-            )
-        if runs_halves(policy_from_name(name)) and name != dualsparse.NAME:
-            raise InputError(f"--policy {name}: prune-eval fits thresholds of halves for {dualsparse.NAME} alone.")
-    return names
-
-
-def check_halves(settings: PruneSettings, work: WorkDir) -> None:
-    """Raises InputError for a policy of halves where the packed model has none, naming its layers."""
-    asked = [name for name in settings.policy if runs_halves(policy_from_name(name))]
-    if not asked:
-        return
-    problems = []
-    for block in read_layout(work.folder("quantize")).experts:
-        if block.shared:
-            problems.append(f"{block.path}: {len(block.shared)} router slots run another's expert")
-        elif block.without_halves:
-            problems.append(f"{block.path}: {len(block.without_halves)} experts are not stored in two equal blocks")
-    if problems:
-        raise InputError(
-            f"--policy {asked[0]} runs the better half of an expert alone, but this model's are not stored in halves:\n"
-            f"{listed(problems)}\nRun allocate with --halves, then quantize, and prune-eval again."
-        )
 
 
 def fitting_source(settings: PruneSettings, heldout: text.TextSource) -> text.TextSource | None:
@@ -213,7 +177,7 @@ def _job(stage: FitPolicies, folder: StageFolder, progress: Progress) -> _Job:
         scales=scales,
         nats=nats,
         weight_count=sum(math.prod(tensor.shape) for tensor in stage.inventory.tensors),
-        dropped=_dropped(stage.settings, stage.work, blocks),
+        dropped=dropped_experts(stage.settings, stage.work, stage.inventory),
         fit_inputs=inputs.select(slice(0, -held)),
         check_inputs=inputs.select(slice(-held, None)),
         kind_scales=felt,
@@ -235,19 +199,6 @@ def _scales(calibration: Path, blocks: Mapping[int, ExpertBlock]) -> tuple[dict[
     return squared_error_scales(blocks, squares, energies)
 
 
-def _dropped(settings: PruneSettings, work: WorkDir, blocks: Mapping[int, ExpertBlock]) -> dict[int, list[int]]:
-    """Layer -> experts that are dropped as a whole, by what calibrate and score measured."""
-    if not settings.drop_experts:
-        return {}
-    importance = Importance.read(work.folder("score") / IMPORTANCE)
-    field_of = {REAP: "output_norm_mean", FREQUENCY: "routing_count", ROUTER_WEIGHT: "routing_weight_sum"}
-    scores = {layer.layer: getattr(layer, field_of[settings.drop_by]) for layer in importance.layers}
-    top_k = {layer: block.top_k for layer, block in blocks.items()}
-    packed = {block.path: block.dropped for block in read_layout(work.folder("quantize")).experts}
-    gone = {layer: packed[block.path] for layer, block in blocks.items()}
-    return experts_to_drop(scores, top_k, share=settings.drop_experts, scope=settings.drop_scope, gone=gone)
-
-
 def _inputs(
     settings: PruneSettings,
     session: Session,
@@ -267,11 +218,7 @@ def _inputs(
         found = drawn.made
         for message in [*text.report_warnings(drawn.text), *images_warnings(drawn.images)]:
             folder.warn(f"--fit-data: {message}", progress)
-    if found.rows < 2:
-        raise InputError(
-            f"There are {found.rows} windows of {found.length} tokens to fit a policy on, and at least 2 are needed: "
-            "one is kept for checking. Give more text with --fit-data, or calibrate on more --sequences."
-        )
+    require_rows(found.rows, found.length)
     return found
 
 

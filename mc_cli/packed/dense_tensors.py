@@ -24,6 +24,12 @@ from mc_cli.packed.plain_routers import PlainRouters
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def plain_shapes(config: Any, layout: PackedLayout) -> tuple[PlainRouters, NarrowExperts]:
+    """What dropped and cut experts change in a plain checkpoint. Raises InputError where it cannot hold them."""
+    routers = PlainRouters(config, layout)
+    return routers, NarrowExperts(routers.config, layout)
+
+
 class DenseTensors:
     """The dense tensors of a packed model, one part (decoder layer or REST) at a time.
 
@@ -48,8 +54,7 @@ class DenseTensors:
             folder, dtype=self.dtype, device=torch.device("cpu"), trust_remote_code=trust_remote_code
         )
         layout = self._source.layout if plain else PackedLayout(())
-        self._routers = PlainRouters(self._source.config, layout)
-        self._widths = NarrowExperts(self._routers.config, layout)
+        self._routers, self._widths = plain_shapes(self._source.config, layout)
         self._model: Any = build_skeleton(self._widths.config, dtype=self.dtype)
         self._stored = self._source.files.tensors
         self.parts = self._source.parts

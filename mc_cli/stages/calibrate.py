@@ -74,7 +74,7 @@ class Calibrate(Stage[StageFolder, _Ready, StageResult]):
     def folder(self) -> StageFolder:
         """Made from the model and the text."""
         settings = replace(self.settings, length=text.fit_length(self.settings.length, self.session.config))
-        data = _source(settings, self.session).digest(self.session.digests())
+        data = calibrated_text(settings, self.session).digest(self.session.digests())
         resolved = {**settings.resolved(), "dtype": self.session.dtype_name}
         return StageFolder(self.work, STAGE, resolved, {**self.session.calibrate_inputs(), "data": data})
 
@@ -134,14 +134,16 @@ class Calibrate(Stage[StageFolder, _Ready, StageResult]):
 plan_stage, run = Plans(Calibrate), Runs(Calibrate)
 
 
-def _source(settings: CalibrateSettings, session: Session) -> text.TextSource:
+def calibrated_text(settings: CalibrateSettings, session: Session | None) -> text.TextSource:
+    """The text that calibrate reads; without a session as a model that sees none would."""
     chat = ChatSettings(settings.chat_template, settings.no_chat_template)
-    return text.TextSource(settings.data, settings.split, settings.text_field, chat, images=sees(session.config))
+    seeing = session is not None and sees(session.config)
+    return text.TextSource(settings.data, settings.split, settings.text_field, chat, images=seeing)
 
 
 def _drawn(settings: CalibrateSettings, session: Session) -> Drawn[Batch]:
     """Calibration sequences drawn from the data, and how it was read."""
-    source, trusted = _source(settings, session), session.compute.trust_remote_code
+    source, trusted = calibrated_text(settings, session), session.compute.trust_remote_code
     return Feeder(session.folder, session.config, session.vocabulary, source, trusted).calibration(
         sequences=settings.sequences, length=text.fit_length(settings.length, session.config), seed=settings.seed
     )

@@ -31,7 +31,7 @@ from mc_cli.artifacts.pruning import Pruning, read_pruning
 from mc_cli.artifacts.store import require_done, verify_stages
 from mc_cli.artifacts.work_dir import POLICY_STAGE, STAGE_FOLDERS, VARIANTS, WorkDir
 from mc_cli.errors import ArtifactError, InputError, StaleArtifactError
-from mc_cli.exporters import ExportJob, dequantizes, exporter_from_name, keeps_unused
+from mc_cli.exporters import ExportJob, dequantizes, exporter_from_name, require_unused_kept
 from mc_cli.exporters.hub import push
 from mc_cli.exporters.model_card import CardFacts
 from mc_cli.measuring.logit_source import Reading
@@ -79,10 +79,8 @@ class Export(Stage[ExportFolder, _Ready, StageResult]):
         resolved = {name: value for name, value in self.settings.resolved().items() if name != "out"}
         if not resolved["keep_unused"]:  # as earlier versions noted it
             del resolved["keep_unused"]
-        elif not keeps_unused(self.settings.format):
-            raise InputError(
-                f"--keep-unused: --format {self.settings.format} holds the model alone. Use it with --format dense."
-            )
+        else:
+            require_unused_kept(self.settings.format)
         target = export_target(self.settings.out)
         for taken in (self.work.folder("quantize").resolve(), (self.work.path / VARIANTS).resolve()):
             if target == taken or taken in target.parents or target in taken.parents:

@@ -15,7 +15,7 @@ from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.files import DigestCache, content_digest
 from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.names import EVALUATION
-from mc_cli.artifacts.packed import StoredBytes
+from mc_cli.artifacts.packed import StoredBytes, read_layout
 from mc_cli.artifacts.quantization import read_report
 from mc_cli.artifacts.routes import ROUTES, write_routes
 from mc_cli.artifacts.store import StageFolder, require_done
@@ -29,13 +29,12 @@ from mc_cli.errors import MissingDependencyError, few
 from mc_cli.kernels.compiled import check_inputs, inputs_of
 from mc_cli.measuring.comparison import Compared, compare
 from mc_cli.measuring.lm_eval_tasks import Tasks, ready_tasks, run_tasks
+from mc_cli.measuring.policy_checks import check_halves, dropped_experts, policy_names
 from mc_cli.measuring.policy_fitting import (
     FitPolicies,
     FittedPolicies,
-    check_halves,
     fitting_inputs,
     fitting_source,
-    policy_names,
 )
 from mc_cli.measuring.pruning_evaluation import evaluate_policies
 from mc_cli.models.checkpoint import Checkpoint
@@ -78,12 +77,12 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
         self.session.calibrated()
         inputs = {
             **self.session.model_inputs(),
-            "data": _source(settings, self.session).digest(self.session.digests()),
+            "data": evaluated_text(settings, self.session).digest(self.session.digests()),
             "quantize": require_done(self.work, "quantize").fingerprint,
         }
         if settings.prune.policy:
             policy_names(settings.prune)
-            check_halves(settings.prune, self.work)
+            check_halves(settings.prune, read_layout(self.work.folder("quantize")).experts)
             inputs |= self._fitting_inputs()
         if settings.tasks and settings.include_path is not None:
             inputs["tasks"] = _tasks_digest(Path(settings.include_path).expanduser(), self.session.digests())
@@ -99,6 +98,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
     def ready(self, folder: StageFolder, run: Run) -> _Ready:
         """The text, the tasks, and the checkpoint's headers."""
         inventory = calibration_artifact.read_inventory(self.work.folder("calibrate") / calibration_artifact.INVENTORY)
+        dropped_experts(self.settings.prune, self.work, inventory)  # too few left: refused while nothing is lost
         tasks = ready_tasks(self.settings, self.session)
         drawn = _drawn(self.settings, self.session)
         _warn_of_text(folder, drawn, run.progress)
@@ -164,7 +164,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
         return replace(evaluation, pruning=pruning)
 
     def _fitting_inputs(self) -> dict[str, str]:
-        source = fitting_source(self.settings.prune, _source(self.settings, self.session))
+        source = fitting_source(self.settings.prune, evaluated_text(self.settings, self.session))
         return fitting_inputs(self.session, self.work, source)
 
     def _fitted(
@@ -173,7 +173,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
         """The policies in `pruning/`, fitted if they are not yet there; None without a policy."""
         if not self.settings.prune.policy:
             return None
-        source = fitting_source(self.settings.prune, _source(self.settings, self.session))
+        source = fitting_source(self.settings.prune, evaluated_text(self.settings, self.session))
         stage = FitPolicies(self.settings.prune, self.session, self.work, inventory, packed, source)
         fitted = run_stage(stage, force=run.force, progress=run.progress)
         for warning in fitted.warnings:
@@ -242,9 +242,11 @@ def _warn_of_text(folder: StageFolder, drawn: Drawn[text.Windows], progress: Pro
         )
 
 
-def _source(settings: EvaluateSettings, session: Session) -> text.TextSource:
+def evaluated_text(settings: EvaluateSettings, session: Session | None) -> text.TextSource:
+    """The text that is measured on; without a session as a model that sees none would read it."""
     chat = ChatSettings(settings.chat_template, settings.no_chat_template)
-    return text.TextSource(settings.data, settings.split, settings.text_field, chat, images=sees(session.config))
+    seeing = session is not None and sees(session.config)
+    return text.TextSource(settings.data, settings.split, settings.text_field, chat, images=seeing)
 
 
 def heldout_windows(settings: EvaluateSettings, session: Session) -> text.Windows:
@@ -254,7 +256,7 @@ def heldout_windows(settings: EvaluateSettings, session: Session) -> text.Window
 
 def _drawn(settings: EvaluateSettings, session: Session) -> Drawn[text.Windows]:
     """The windows of held-out data, and how it was read."""
-    source, trusted = _source(settings, session), session.compute.trust_remote_code
+    source, trusted = evaluated_text(settings, session), session.compute.trust_remote_code
     return Feeder(session.folder, session.config, session.vocabulary, source, trusted).evaluation(
         length=text.fit_length(settings.length, session.config),
         stride=settings.stride,

@@ -224,6 +224,23 @@ def test_a_limit_of_memory_is_kept_or_refused_before_any_work(tmp_path: Path, mu
         assert "--max-memory" not in fits.stderr
 
 
+@pytest.mark.parametrize("model", ["bundled:demo-moe", "mixtral"])
+def test_the_lightest_settings_need_no_more_than_the_present_ones(
+    tiny_model: TinyModel, tmp_path: Path, much_room: None, model: str
+) -> None:
+    """Of the stages to do: what others of a run would take is nothing to them."""
+    folder = model if model.startswith("bundled:") else tiny_model(model)
+    asked = ["calibrate", "--model", str(folder), "--data", "bundled:calibration", "-w", str(tmp_path / "w")]
+    asked += ["--sequences", "4", "--length", "64", "--gradient-tokens", "256", "--dry-run", "--max-memory"]
+    said = " ".join(CliRunner().invoke(cli.app, [*asked, "10MiB"]).stderr.split())
+    needed, least = (
+        int(re.search(rf"{words} about ([0-9,]+) bytes", said)[1].replace(",", ""))  # type: ignore[index]
+        for words in ("calibrate:", "with the lightest ones")
+    )
+    assert least <= needed
+    assert CliRunner().invoke(cli.app, [*asked, str(needed + 2**26)]).exit_code == 0
+
+
 def test_memory_grows_with_what_it_is_made_of(tiny_model: TinyModel) -> None:
     inventory = inventory_of(tiny_model("mixtral"))
     work = Workload(inventory, 32, 300, 4, 4096, 32, 256, 1024, 4, (2.0, 4.0), 64, True, "trellis", 0)
