@@ -50,6 +50,7 @@ class Outcome:
     reason        why it does not work, in a sentence; empty where it does
     packed_error  relative difference of the packed export's logits from the packed model's, median token
     dense_error   the same of the dense export
+    images        whether rows with images went through all stages, and logits are of them; else text alone
     """
 
     family: str
@@ -58,6 +59,7 @@ class Outcome:
     reason: str = ""
     packed_error: float | None = None
     dense_error: float | None = None
+    images: bool = False
 
 
 def read_outcomes() -> tuple[str, tuple[Outcome, ...]]:

@@ -6,10 +6,11 @@ python -m tests.families.contract --write [FAMILY ...]   writes the outcomes int
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,17 +18,30 @@ import transformers
 from safetensors import safe_open
 
 from mc_cli.data.batches import Batch
+from mc_cli.data.text import fit_length
 from mc_cli.errors import McError
 from mc_cli.families import TABLE, Outcome
+from mc_cli.measuring.logit_source import Walked
 from mc_cli.models.checkpoint import Checkpoint, read_config
 from mc_cli.models.inventory import take_inventory
 from mc_cli.models.model_class import model_class
+from mc_cli.packed.packed_model import PackedSource
 from mc_cli.walking.layerwise import LayerWalk
 from tests import tiny_chain
 from tests.families.tiny_families import IMAGE_TEXT, TEXT, build_tiny_family
+from tests.families.tiny_processors import (
+    SEEING,
+    image_batch,
+    other_pixels,
+    rows_with_images,
+    standing_in,
+    write_image_rows,
+)
 
 TOKENS = torch.randint(3, 290, (3, 12), generator=torch.Generator().manual_seed(7))
 ROUNDING = 2e-5  # relative: sums in another order
+TOLERANCES = {"transformers": 1e-4, "dense": 0.2}  # format -> relative error of the median token
+CPU = torch.device("cpu")
 
 
 def kind_of(family: str) -> str:
@@ -69,34 +83,87 @@ def shapes(folder: Path) -> dict[str, list[int]]:
     return found
 
 
+@dataclass(frozen=True)
+class Fed:
+    """What a family is fed in its contract test.
+
+    data, held_out  files for calibrate and prune-eval
+    batch           rows whose logits are compared
+    length          of the longest row, for both stages; None: theirs
+    """
+
+    data: Path
+    held_out: Path
+    batch: Batch
+    length: int | None = None
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """Settings of stages that read rows."""
+        return {} if self.length is None else {"length": self.length}
+
+
+def fed_with(family: str, model: Path, folder: Path) -> Fed:
+    """Rows with images where the family has a stand-in for its processor, within which this is called; else text."""
+    data, held_out = folder / "data.jsonl", folder / "held-out.jsonl"
+    if family not in SEEING:
+        tiny_chain.write_documents(data, documents=40)
+        tiny_chain.write_documents(held_out, documents=4, offset=100)
+        return Fed(data, held_out, Batch.of_text(TOKENS))
+    write_image_rows(data, rows=4)
+    write_image_rows(held_out, rows=4, offset=100)
+    length = fit_length(0, read_config(model))
+    return Fed(data, held_out, image_batch(model, held_out, rows=4), length)
+
+
+def check_streaming(family: str, model: Path, batch: Batch) -> None:
+    """Asserts that layer by layer the model computes what it computes whole, and that it sees what images show."""
+    whole = whole_logits(model, batch)
+    off = relative(walked_logits(model, batch), whole)
+    assert float(off.median()) < ROUNDING, f"{family}: layer by layer it is off by {float(off.median())}"
+    if family in SEEING:
+        felt = relative(whole_logits(model, other_pixels(batch)), whole)
+        told = [bool(row.max() > 0.01) for row in felt]
+        assert told == rows_with_images(batch) and any(told), f"{family}: rows that other pixels change: {told}"
+
+
+def logit_errors(work: Path, folder: Path, batch: Batch) -> list[float]:
+    """Median relative errors of the packed and of the dense export: what read-back found, or more on the batch."""
+    exact = Walked(PackedSource(work / "packed", dtype=torch.float32, device=CPU)).logits(batch)
+    errors = []
+    for format, tolerance in TOLERANCES.items():
+        summary = tiny_chain.run_export(work, folder / format, format).summary
+        off = float(relative(whole_logits(folder / format, batch), exact).median())
+        assert off <= tolerance, f"{format}: logits of the rows are off by {off}"
+        errors.append(float(f"{max(off, summary['read_back']['logit_error_median']):.2g}"))
+    return errors
+
+
 def through_all_stages(family: str, folder: Path) -> Outcome:
     """The family's outcome. Raises AssertionError where a result is wrong; a refusal of ours is an outcome."""
     model = build_tiny_family(family, folder / "model")
-    data = tiny_chain.write_documents(folder / "text.jsonl", documents=40)
-    held_out = tiny_chain.write_documents(folder / "held-out.jsonl", documents=4, offset=100)
     work = folder / "work"
-    try:
-        config = read_config(model)
-        source = Checkpoint(model, config, dtype=torch.float32, device=torch.device("cpu"))
-        take_inventory(source.model, stored_dtypes=source.stored_dtypes)
-        off = relative(walked_logits(model, Batch.of_text(TOKENS)), whole_logits(model, Batch.of_text(TOKENS)))
-        assert float(off.median()) < ROUNDING, f"{family}: layer by layer it is off by {float(off.median())}"
-        tiny_chain.run_calibrate(work, model, data, sequences=4)
-        tiny_chain.run_score(work, bits=(2, 4))
-        tiny_chain.run_allocate(work, target_stored_bits=3.6)
-        tiny_chain.run_quantize(work)
-        tiny_chain.run_prune_eval(work, held_out)
-        errors = []
-        for format in ("transformers", "dense"):
-            summary = tiny_chain.run_export(work, folder / format, format).summary
-            errors.append(float(f"{summary['read_back']['logit_error_median']:.2g}"))
-    except McError as error:
-        reason = " ".join(str(error).split()).partition(" Contract-tested families")[0]
-        return Outcome(family, kind_of(family), False, reason)
+    seen = family in SEEING
+    with standing_in(family) if seen else contextlib.nullcontext():
+        try:
+            config = read_config(model)
+            source = Checkpoint(model, config, dtype=torch.float32, device=CPU)
+            take_inventory(source.model, stored_dtypes=source.stored_dtypes)
+            fed = fed_with(family, model, folder)
+            check_streaming(family, model, fed.batch)
+            tiny_chain.run_calibrate(work, model, fed.data, sequences=4, **fed.settings)
+            tiny_chain.run_score(work, bits=(2, 4))
+            tiny_chain.run_allocate(work, target_stored_bits=3.6)
+            tiny_chain.run_quantize(work)
+            tiny_chain.run_prune_eval(work, fed.held_out, **fed.settings)
+            errors = logit_errors(work, folder, fed.batch)
+        except McError as error:
+            reason = " ".join(str(error).split()).partition(" Contract-tested families")[0]
+            return Outcome(family, kind_of(family), False, reason)
     coverage = json.loads((work / "packed" / "coverage.json").read_text(encoding="utf-8"))
     assert coverage["covered"] == 1.0, f"{family}: {coverage}"
     assert shapes(folder / "dense") == shapes(model), f"{family}: the dense export has other tensors than the source"
-    return Outcome(family, kind_of(family), True, "", *errors)
+    return Outcome(family, kind_of(family), True, "", *errors, images=seen)
 
 
 def main() -> int:
