@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mc_cli.artifacts.calibration import TOKENS
+from mc_cli.artifacts.calibration import INPUTS, TOKENS
 from mc_cli.artifacts.files import write_tensors
 from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.errors import ArtifactError, ShapeError
@@ -81,3 +81,13 @@ def test_calibration_rows_come_from_the_stages_folder(tmp_path: Path) -> None:
     assert torch.equal(read_calibration(tmp_path, vocabulary=24).token_ids, IDS)
     with pytest.raises(ArtifactError, match="vocabulary has 23"):
         read_calibration(tmp_path, vocabulary=23)
+
+
+def test_lists_are_given_as_lists_from_the_processor_to_the_model_and_over_the_disk(tmp_path: Path) -> None:
+    inputs = {"input_ids": IDS, "grid": torch.tensor([[2, 1], [1, 1], [3, 1]])}
+    batch = Batch(inputs, {"grid": (2, 0, 1, 0)}, lists=frozenset({"grid"}))
+    write_tensors(tmp_path / TOKENS, {"token_ids": IDS})
+    write_tensors(tmp_path / INPUTS, batch.stored())
+    for each in (batch, read_calibration(tmp_path, vocabulary=24)):
+        assert each["grid"] == [[2, 1], [1, 1], [3, 1]] and isinstance(each["input_ids"], torch.Tensor)
+        assert dict(**each.select(torch.tensor([2, 1])))["grid"] == [[3, 1]]

@@ -7,6 +7,7 @@ inputs, by name and shape, of a text with images, so that the chain reads rows w
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,16 +36,16 @@ Inputs = dict[str, Any]
 class Seeing:
     """What a family makes of an image.
 
-    tokens  that stand for an image
-    inputs  pixels [3, height, width] -> inputs of one image by name, one entry or several in the first dimension
-    types   names of inputs that tell tokens of images from others, [rows, length]
-    tile_tokens  that stand for what each tile adds, where a wide image has tiles beside the whole
+    tokens       that stand for an image
+    inputs       pixels [3, height, width] -> inputs of one image by name, with one entry or several
+    types        names of inputs that tell tokens of images from others, [rows, length]
+    wide_tokens  more tokens that stand for a wide image, where that is cut into tiles beside the whole
     """
 
     tokens: int
     inputs: Callable[[Tensor], Inputs]
     types: tuple[str, ...] = ()
-    tile_tokens: int = 0
+    wide_tokens: int = 0
 
 
 def _patches(pixels: Tensor, size: int = PATCH) -> Tensor:
@@ -128,7 +129,7 @@ def _listed_tiles(pixels: Tensor) -> Inputs:
 _TYPES = ("mm_token_type_ids",)
 SEEING: dict[str, Seeing] = {
     "aria": Seeing(4, _masked_frame),
-    "deepseek_ocr2": Seeing(145, _tiled_frame, tile_tokens=144),
+    "deepseek_ocr2": Seeing(145, _tiled_frame, wide_tokens=288),
     "dots3_note": Seeing(4, _flat_patches),
     "ernie4_5_vl_moe": Seeing(4, _flat_patches, (*_TYPES, "moe_mm_token_type_ids")),
     "gemma4": Seeing(4, _placed_patches, _TYPES),
@@ -151,8 +152,8 @@ SEEING: dict[str, Seeing] = {
     "qwen3_omni_moe_thinker": Seeing(4, _film_patches),
     "qwen3_vl_moe": Seeing(4, _film_patches, _TYPES),
     "qwen4_exp": Seeing(4, _film_patches, _TYPES),
-    "step3p7": Seeing(1, _tiled_frame, tile_tokens=1),
-    "unlimited_ocr": Seeing(3, _listed_tiles, tile_tokens=1),
+    "step3p7": Seeing(1, _tiled_frame, wide_tokens=2),
+    "unlimited_ocr": Seeing(3, _listed_tiles, wide_tokens=3),
 }
 
 
@@ -174,12 +175,14 @@ class TinyProcessor:
             inputs = self._seeing.inputs(self._pixels(image))
             for name, held in inputs.items():
                 made.setdefault(name, []).append(held)
-            tiles = len(inputs.get("pixel_values_local", ()))
-            ids += [START, *[IMAGE] * (self._seeing.tokens + tiles * self._seeing.tile_tokens), END]
-            ids += self._ids(words)
+            more = self._seeing.wide_tokens if "pixel_values_local" in inputs else 0
+            ids += [START, *[IMAGE] * (self._seeing.tokens + more), END, *self._ids(words)]
         tokens = torch.tensor([ids])
         types = {name: (tokens == IMAGE).long() for name in self._seeing.types}
-        found = {name: torch.cat(held) if isinstance(held[0], Tensor) else sum(held, []) for name, held in made.items()}
+        found = {
+            name: torch.cat(held) if isinstance(held[0], Tensor) else list(itertools.chain(*held))
+            for name, held in made.items()
+        }
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **types, **found}
 
     def _ids(self, text: str) -> list[int]:
@@ -187,7 +190,7 @@ class TinyProcessor:
 
     def _pixels(self, image: Image.Image) -> Tensor:
         """[3, height, width] from -1 to 1; an image's width matters where it may have tiles."""
-        width = image.width if self._seeing.tile_tokens else SIDE
+        width = image.width if self._seeing.wide_tokens else SIDE
         resized = image.convert("RGB").resize((width, SIDE))
         pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).reshape(SIDE, width, 3)
         return pixels.permute(2, 0, 1).float() / 127.5 - 1
