@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mc_cli.families import read_outcomes
+from mc_cli.families import Outcome, read_outcomes
 
 
 def families_table() -> dict[str, Any]:
@@ -15,6 +15,7 @@ def families_table() -> dict[str, Any]:
             "family": each.family,
             "inputs": each.kind,
             "works": each.works,
+            "checked_with": checked_with(each),
             "packed_error": each.packed_error,
             "dense_error": each.dense_error,
             "reason": each.reason,
@@ -22,3 +23,10 @@ def families_table() -> dict[str, Any]:
         for each in outcomes
     ]
     return {"transformers": release, "families": rows}
+
+
+def checked_with(outcome: Outcome) -> str:
+    """What went through all stages: nothing, text, or text and images."""
+    if not outcome.works:
+        return ""
+    return "images, text" if outcome.images else "text"

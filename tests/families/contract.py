@@ -1,12 +1,13 @@
 """The contract of a family: a tiny random checkpoint of it through all stages, and both exports read back.
 
+Image-text families go through with rows of images and text.
+
 python -m tests.families.contract [FAMILY ...]           compares each outcome with mc_cli/families/table.json
 python -m tests.families.contract --write [FAMILY ...]   writes the outcomes into it
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from mc_cli.models.model_class import model_class
 from mc_cli.packed.packed_model import PackedSource
 from mc_cli.walking.layerwise import LayerWalk
 from tests import tiny_chain
+from tests.families.own_processors import OWN, give_processor, same_processor
 from tests.families.tiny_families import IMAGE_TEXT, TEXT, build_tiny_family
 from tests.families.tiny_processors import (
     SEEING,
@@ -47,6 +49,11 @@ CPU = torch.device("cpu")
 def kind_of(family: str) -> str:
     """The family's inputs by the table."""
     return "image-text" if family in IMAGE_TEXT else "text"
+
+
+def sees_images(family: str) -> bool:
+    """Whether the contract test has a processor for the family, its own or a stand-in."""
+    return family in SEEING or family in OWN
 
 
 def walked_logits(folder: Path, batch: Batch, *, batch_size: int = 2) -> torch.Tensor:
@@ -104,9 +111,9 @@ class Fed:
 
 
 def fed_with(family: str, model: Path, folder: Path) -> Fed:
-    """Rows with images where the family has a stand-in for its processor, within which this is called; else text."""
+    """Rows with images where the family has a processor or a stand-in, within which this is called; else text."""
     data, held_out = folder / "data.jsonl", folder / "held-out.jsonl"
-    if family not in SEEING:
+    if not sees_images(family):
         tiny_chain.write_documents(data, documents=40)
         tiny_chain.write_documents(held_out, documents=4, offset=100)
         return Fed(data, held_out, Batch.of_text(TOKENS))
@@ -121,7 +128,7 @@ def check_streaming(family: str, model: Path, batch: Batch) -> None:
     whole = whole_logits(model, batch)
     off = relative(walked_logits(model, batch), whole)
     assert float(off.median()) < ROUNDING, f"{family}: layer by layer it is off by {float(off.median())}"
-    if family in SEEING:
+    if sees_images(family):
         felt = relative(whole_logits(model, other_pixels(batch)), whole)
         told = [bool(row.max() > 0.01) for row in felt]
         assert told == rows_with_images(batch) and any(told), f"{family}: rows that other pixels change: {told}"
@@ -140,11 +147,15 @@ def logit_errors(work: Path, folder: Path, batch: Batch) -> list[float]:
 
 
 def through_all_stages(family: str, folder: Path) -> Outcome:
-    """The family's outcome. Raises AssertionError where a result is wrong; a refusal of ours is an outcome."""
+    """The family's outcome. Raises AssertionError where a result is wrong; a refusal of ours is an outcome.
+
+    Image-text families are fed rows with images: all stages read them, and logits are compared given them.
+    """
     model = build_tiny_family(family, folder / "model")
     work = folder / "work"
-    seen = family in SEEING
-    with standing_in(family) if seen else contextlib.nullcontext():
+    if family in OWN:
+        give_processor(family, model)
+    with standing_in(family):
         try:
             config = read_config(model)
             source = Checkpoint(model, config, dtype=torch.float32, device=CPU)
@@ -163,7 +174,9 @@ def through_all_stages(family: str, folder: Path) -> Outcome:
     coverage = json.loads((work / "packed" / "coverage.json").read_text(encoding="utf-8"))
     assert coverage["covered"] == 1.0, f"{family}: {coverage}"
     assert shapes(folder / "dense") == shapes(model), f"{family}: the dense export has other tensors than the source"
-    return Outcome(family, kind_of(family), True, "", *errors, images=seen)
+    if family in OWN:
+        assert same_processor(model, folder / "transformers"), f"{family}: the export's processor makes other inputs"
+    return Outcome(family, kind_of(family), True, "", *errors, sees_images(family))
 
 
 def main() -> int:

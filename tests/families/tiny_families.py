@@ -221,13 +221,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"text_config": {"rope_parameters": _mrope(1, 1, 2) | {"partial_rotary_factor": 1.0}}},
     "aria": {
         "text_config": {},
-        "vision_config": {"model_type": "idefics3_vision"},
-        "projector_patch_to_query_dict": {16: 4},
+        "vision_config": {"model_type": "idefics3_vision", "image_size": 980, "patch_size": 196},
+        "projector_patch_to_query_dict": {25: 4},
     },
     "mistral_large4": {"text_config": _DSA, "vision_config": {"model_type": "pixtral"}},
     "unlimited_ocr": {"vision_config": _SAM, "text_config": {"num_key_value_heads": 4}},
     "deepseek_ocr2": {
-        "vision_config": {"sam_config": {"downsample_channels": [16, 32]}, "encoder_config": {}},
+        "vision_config": {"sam_config": {"downsample_channels": [16, 32], "image_size": 48}, "encoder_config": {}},
         "text_config": {
             "num_key_value_heads": 4,
             "mlp_layer_types": ["dense", "sparse"],
