@@ -13,10 +13,12 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors import safe_open
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
 
 from mc_cli.data.batches import Batch
 from mc_cli.data.text import fit_length
@@ -68,10 +70,17 @@ def walked_logits(folder: Path, batch: Batch, *, batch_size: int = 2) -> torch.T
     return torch.cat([walk.logits(rows) for rows in walk.batches()])
 
 
+def auto_class(folder: Path) -> Any:
+    """The auto class that people load a checkpoint with: that for images, where transformers has the model there."""
+    config = read_config(folder)
+    seeing = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if seeing else model_class(config).auto
+
+
 @torch.no_grad()
 def whole_logits(folder: Path, batch: Batch) -> torch.Tensor:
-    """Logits of the class that config.json names, loaded by transformers, row by row."""
-    model = model_class(read_config(folder)).auto.from_pretrained(folder, dtype=torch.float32).eval()
+    """Logits of a checkpoint as people load it, row by row."""
+    model = auto_class(folder).from_pretrained(folder, dtype=torch.float32).eval()
     rows = [batch.select(slice(row, row + 1)) for row in range(batch.rows)]
     return torch.cat([model(**row, use_cache=False).logits for row in rows])
 

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 from mc_cli.measuring.logit_source import Walked
-from mc_cli.models.model_class import model_class
-from mc_cli.models.model_folder import read_config
 from mc_cli.packed.packed_model import PackedSource
-from tests.families.contract import ROUNDING, relative, walked_logits, whole_logits
+from tests.families.contract import ROUNDING, auto_class, relative, walked_logits, whole_logits
 from tests.families.own_processors import OWN, give_processor
 from tests.families.tiny_families import build_tiny_family
 from tests.families.tiny_processors import image_batch, other_pixels, rows_with_images, standing_in, write_image_rows
@@ -49,7 +48,7 @@ def test_what_a_model_sees_survives_streaming_packing_and_export(family: str, tm
     exact = Walked(packed).logits(batch)
     for format, tolerance in (("transformers", 1e-4), ("dense", 0.2)):
         run_export(work, tmp_path / format, format)
-        assert model_class(read_config(tmp_path / format)).auto_name == "AutoModelForImageTextToText"
+        assert auto_class(tmp_path / format) is AutoModelForImageTextToText
         off = relative(whole_logits(tmp_path / format, batch), exact)
         assert float(off.median()) < tolerance, format
     source, dense = read_tensors(folder), read_tensors(tmp_path / "dense")
