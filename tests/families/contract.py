@@ -1,6 +1,6 @@
 """The contract of a family: a tiny random checkpoint of it through all stages, and both exports read back.
 
-Image-text families go through with rows of images and text.
+Image-text families go through with rows of images and text. Experts and embeddings are packed, towers kept.
 
 python -m tests.families.contract [FAMILY ...]           compares each outcome with mc_cli/families/table.json
 python -m tests.families.contract --write [FAMILY ...]   writes the outcomes into it
@@ -173,7 +173,7 @@ def through_all_stages(family: str, folder: Path) -> Outcome:
             check_streaming(family, model, fed.batch)
             tiny_chain.run_calibrate(work, model, fed.data, sequences=4, **fed.settings)
             tiny_chain.run_score(work, bits=(2, 4))
-            tiny_chain.run_allocate(work, target_stored_bits=3.6)
+            tiny_chain.run_allocate(work, target_stored_bits=3.6, embedding_bits=4)
             tiny_chain.run_quantize(work)
             tiny_chain.run_prune_eval(work, fed.held_out, **fed.settings)
             errors = logit_errors(work, folder, fed.batch)
