@@ -171,7 +171,8 @@ class _TrainingPruner:
         bias = self.router[otp.BIAS] + self.offset
         logits = otp.count_logits(otp.features(routed), self.router[otp.WEIGHT], bias)
         counts = otp.drawn_counts(logits, self.noise, self.temperature)
-        self.kept = otp.kept_share(counts if self.real is None else counts[self.real])
+        called = (routed.index < module.num_experts).any(-1)
+        self.kept = otp.kept_share(counts[called if self.real is None else called & self.real])
         return routed.index, otp.mixed_weights(flat, counts, renormalise=self.renormalise)
 
 

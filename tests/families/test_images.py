@@ -8,14 +8,16 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.measuring.logit_source import Walked
 from mc_cli.packed.packed_model import PackedSource
+from mc_cli.settings import PruneSettings
 from tests.families.contract import ROUNDING, auto_class, relative, walked_logits, whole_logits
 from tests.families.own_processors import OWN, give_processor
 from tests.families.tiny_families import build_tiny_family
 from tests.families.tiny_processors import image_batch, other_pixels, rows_with_images, standing_in, write_image_rows
 from tests.packed_folders import packed_work_dir
-from tests.tiny_chain import run_export
+from tests.tiny_chain import run_allocate, run_calibrate, run_export, run_prune_eval, run_quantize, run_score
 from tests.tiny_models import read_tensors
 
 FAMILIES = (
@@ -54,3 +56,22 @@ def test_what_a_model_sees_survives_streaming_packing_and_export(family: str, tm
     source, dense = read_tensors(folder), read_tensors(tmp_path / "dense")
     towers = [key for key in source if "vis" in key and "vision_moe" not in key]
     assert towers and all(torch.equal(source[key], dense[key]) for key in towers)
+
+
+def test_policies_skip_and_count_what_experts_see_alone(tmp_path: Path) -> None:
+    """Tokens of images are no calls of ERNIE's text experts: neither fitted on, nor counted as skipped."""
+    family = "ernie4_5_vl_moe"
+    folder, work = build_tiny_family(family, tmp_path / "model"), tmp_path / "work"
+    data = write_image_rows(tmp_path / "rows.jsonl", rows=4)
+    with standing_in(family):
+        run_calibrate(work, folder, data, sequences=4, length=128)
+        run_score(work, bits=(2, 4))
+        run_allocate(work, target_stored_bits=3.6)
+        run_quantize(work)
+        policies = PruneSettings(policy=("odp",), target_rate=0.2)
+        run_prune_eval(work, write_image_rows(tmp_path / "more.jsonl", rows=4, offset=8), length=128, prune=policies)
+    found = Evaluation.read(work / "evaluation" / "eval.json").pruning
+    assert found["unpruned"]["rate"] == 0
+    (point,) = found["points"]
+    assert list(point["rate_by_kind"]) == ["text"] and point["rate"] == pytest.approx(point["rate_by_kind"]["text"])
+    assert point["fitted_rate"] == pytest.approx(0.2, abs=0.02)
