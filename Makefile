@@ -154,11 +154,6 @@ smoke: install
 	$(BIN)/mc-cli status -w $(SMOKE)
 	$(BIN)/mc-cli generate $(SMOKE)/model --prompt "Once upon a time" --max-new-tokens 8
 
-# Mutated layouts, policies, tensors and files of packed models, through loaders and compiled code under
-# AddressSanitizer; `make sanitize COUNT=500 SEED=3` makes other cases.
-COUNT ?= 20000
-SEED ?= 0
-.PHONY: sanitize
 # PAGE: one of `mc-cli report`; screenshots, a PDF and what is wrong go to runs/browser. Needs Node and npm; the browser
 # comes with a package, so nothing else is fetched.
 PAGE := runs/demo/report.html
@@ -168,6 +163,11 @@ test-report: install
 	npm install --prefix recipes/browser --ignore-scripts --no-audit --no-fund
 	node recipes/browser/check.mjs $(PAGE) runs/browser
 
+# Mutated layouts, policies, tensors and files of packed models, through loaders and compiled code under
+# AddressSanitizer; `make sanitize COUNT=500 SEED=3` makes other cases.
+COUNT ?= 20000
+SEED ?= 0
+.PHONY: sanitize
 sanitize: install-dev
 	$(BIN)/python -m tests.faults.sanitized --count $(COUNT) --seed $(SEED)
 
@@ -194,7 +194,7 @@ RAY_VENV ?= .venv-ray
 test-ray:
 	$(MAKE) VENV=$(RAY_VENV) install-dev
 	$(RAY_VENV)/bin/python -m pip install --quiet -e '.[compress,ray]'
-	$(RAY_VENV)/bin/python -m pytest tests/executors
+	$(RAY_VENV)/bin/python -m pytest tests/engines/test_on_ray.py tests/executors
 
 # Trials: 2000 of 3000 damage files, 500 kill, 350 let file calls fail, 150 run two commands at once: docs/faults.md.
 .PHONY: faults

@@ -6,7 +6,7 @@
     model = mc_cli.load("DIR")
 
 Importing this package teaches transformers to load exported directories; it imports neither torch nor transformers.
-What it offers is imported when it is first used: `compress`, `load`, `evaluate`, `Plan`, `Evaluation`, `Compressed`.
+Its names are imported when they are first used: `compress`, `load`, `evaluate`, `Plan`, `Evaluation`, `Compressed`.
 """
 
 import importlib as _importlib
@@ -51,7 +51,7 @@ def __dir__() -> list[str]:
 def set_pruning_rate(model: _Any, rate: float | None) -> None:
     """Changes the share of expert calls that a loaded model skips: 0 for none, None for what it was exported with.
 
-    Raises InputError for a model without a pruning policy, or a rate outside those it was fitted for.
+    Raises InputError for a model without a skipping policy, or a rate outside those it was fitted for.
     """
     from mc_cli.packed import plugin
 

@@ -165,7 +165,7 @@ def forecast_stage(
     planned: list[PlannedStage] = []
     with problems.catching():
         planned = [planned_stage(stage, settings, compute, work, force=force)]
-    return planned, _forecast(problems, planned, {stage: settings}, compute, work, force=force)
+    return planned, _forecast(problems, planned, {stage: settings}, compute, work)
 
 
 def forecast_chain(plan: RunPlan, *, force_from: str | None) -> tuple[list[PlannedStage], Outlook | None]:
@@ -175,8 +175,7 @@ def forecast_chain(plan: RunPlan, *, force_from: str | None) -> tuple[list[Plann
     planned: list[PlannedStage] = []
     with problems.catching():
         planned = planned_chain(plan, force_from=force_from)
-    forced = force_from is not None
-    return planned, _forecast(problems, planned, plan.stages, plan.compute, plan.work, force=forced)
+    return planned, _forecast(problems, planned, plan.stages, plan.compute, plan.work)
 
 
 def forecast_chains(
@@ -200,8 +199,6 @@ def _forecast(
     stages: Mapping[str, Any],
     compute: RunSettings,
     work: WorkDir,
-    *,
-    force: bool,
 ) -> Outlook | None:
     """The outlook of the stages that are not done; None where all are. Raises what was collected with what is found."""
     done = {entry.stage for entry in planned if entry.state == _DONE and not entry.action.startswith("would")}
@@ -234,13 +231,9 @@ def run_chain(
     force_from: str | None,
     progress: Progress,
     tell: Callable[[StageResult], None],
-    head: Callable[[Outlook], None] | None = None,
 ) -> list[StageResult]:
-    """All stages in turn, those that are done skipped.
-
-    tell   called after each;  head   called with what the run will take, before the first
-    """
-    (results,) = run_chains([plan], force_from=force_from, progress=progress, tell=tell, head=head)
+    """All stages in turn, those that are done skipped; `tell` is called after each."""
+    (results,) = run_chains([plan], force_from=force_from, progress=progress, tell=tell)
     return results
 
 
@@ -254,8 +247,8 @@ def run_chains(
 ) -> list[list[StageResult]]:
     """The same for several variants of one work directory, one after the other; what they share is run in the first.
 
-    Everything that stands against any of them is told before any work. `head` hears of the first that has any
-    to do, with the disk space of all.
+    Everything that stands against any of them is told before any work. `head` is called with what the first that has
+    any to do will take, with the disk space of all.
     """
     outlooks = _check_chains(plans, force_from)
     if head is not None and outlooks:

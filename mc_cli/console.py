@@ -77,7 +77,7 @@ def duration_text(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
 
 
-def value_text(value: Any, unit: str | None = None) -> str:
+def value_text(value: Any) -> str:
     """A cell: whole numbers grouped by thousands, other numbers to four figures, nothing as a dash."""
     if value is None:
         return "-"
@@ -262,7 +262,7 @@ def print_chain(results: Sequence[StageResult]) -> None:
 
 
 def say_outlook(outlook: Outlook) -> None:
-    """To stderr: what a run will take, in a few lines, with its warnings."""
+    """Tells stderr in a few lines what a run will take, with its warnings."""
     facts = outlook.facts
     if "model bytes" in facts:
         model = f"{facts['model type']}, {size_text(facts['model bytes'])} now"
@@ -278,7 +278,7 @@ def say_outlook(outlook: Outlook) -> None:
 
 
 def say_run(results: Sequence[StageResult]) -> None:
-    """To stderr: what a whole run did, how long each stage took, and all that was warned of."""
+    """Tells stderr what a whole run did, how long each stage took, and all warnings."""
     total = sum(result.duration_s for result in results)
     say(f"run: finished in {duration_text(total)}, peak memory {size_text(peak_memory_bytes())}")
     for result in results:

@@ -114,7 +114,7 @@ class Recipe:
     def of_target(self, name: str) -> Recipe:
         """This recipe with one of its several targets, as a variant, to a folder and a repository of that name.
 
-        What score measures is the same for all: what the largest and the smallest target ask for.
+        Score measures the same for all: whatever the largest and the smallest target ask for.
         """
         assert self.targets is not None
         sections = {section: dict(values) for section, values in self.sections.items()}
@@ -187,7 +187,7 @@ def plan_run(
 ) -> RunPlan:
     """The settings of all stages. Raises InputError naming every required one that is missing, and all that is wrong.
 
-    What `run` adds to the defaults: quantize rounds as score did, evaluation reads the bundled held-out text, and wide
+    `run` adds to the defaults: quantize rounds as score did, evaluation reads the bundled held-out text, and wide
     targets have wide widths scored.
 
     problems  what is known to be wrong already;  unread  (section, field) of what was given and cannot be read

@@ -6,8 +6,8 @@ A package of yours brings a quantizer by one line of its pyproject.toml, and a m
     [project.entry-points."mc_cli.quantizers"]
     ternary = "my_package.ternary"
 
-Modules are imported when their kind is first asked for, never before. What the rest of the package has to know of an
-extension, it states itself in constants (`facts`), so that no name of one is tested anywhere.
+Modules are imported when their kind is first asked for, never before. An extension states in constants (`facts`) what
+the rest of the package has to know of it, so that no name of one is tested anywhere.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ QUANTIZERS = Registry(
     marker="build",
     name_of=lambda module: module.NAME,
     required=("NAME",),
-    facts={"FAMILY": GRIDS, "SETTINGS": (), "CORRECTS_ERRORS": False, "JOINS_ROWS": False},
+    facts={"FAMILY": GRIDS, "SETTINGS": (), "CORRECTS_ERRORS": False, "JOINS_ROWS": False, "PROBED": ()},
 )
 ENCODINGS = Registry(
     "weight encoding",

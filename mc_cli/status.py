@@ -179,7 +179,7 @@ def _export_status(folder: Path, fingerprint: str, earlier: Mapping[str, StageSt
 
 
 def _outdated(inputs: Any, earlier: Mapping[str, StageStatus]) -> str:
-    """Which earlier stages are no longer what this one read; empty if all are."""
+    """The earlier stages that are no longer what this one read; empty if all are."""
     reasons = []
     for name, fingerprint in inputs.items():
         if name not in earlier:

@@ -111,9 +111,9 @@ def side_by_side() -> str:
     lines = [
         "# Reports of whole runs",
         "",
-        "One calibration and one set of scores of each model, three sizes, by `mc-cli run`; the pages are those of",
-        "`mc-cli report`, and name every setting. What is measured is held-out text, which nothing was calibrated on.",
-        "Bytes are those of all stored tensors. `make docs` writes all of this from `data/`.",
+        "`mc-cli run` made them, at three sizes from one calibration and one set of scores of each model. Their pages",
+        "are those of `mc-cli report`, and name every setting. All figures are of held-out text, which nothing was",
+        "calibrated on. Bytes are those of all stored tensors. `make docs` writes all of this from `data/`.",
         "",
         "```sh",
         "mc-cli run --model DIR --data calibration.jsonl --eval-data validation --sequences 64 --length 256 \\",

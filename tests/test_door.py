@@ -42,6 +42,10 @@ def test_the_three_functions_make_load_and_measure_a_model(tiny_model: TinyModel
     assert made.directory == texts / "out" and made.work_dir == texts / "out.work"
     assert made.plan == mc_cli.Plan.read(made.work_dir / "plan" / "plan.yaml")
     assert made.evaluation == mc_cli.Evaluation.read(made.work_dir / "evaluation" / "eval.json")
+    made.plan.write(str(texts / "again.yaml"))
+    made.evaluation.write(str(texts / "again.json"))
+    assert mc_cli.Plan.read(str(texts / "again.yaml")) == made.plan
+    assert mc_cli.Evaluation.read(str(texts / "again.json")) == made.evaluation
     model = mc_cli.load(made.directory)
     with torch.no_grad():
         assert bool(model(input_ids=torch.arange(5, 20)[None]).logits.isfinite().all())

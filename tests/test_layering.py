@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,9 @@ LAYERS = (
     ("failures",),
     ("cli",),
 )
+# May be imported by all rooms above them.
+VOCABULARY = {"errors", "parts", "progress", "registry", "settings", "bundled"}
+_ROOM = re.compile(r"^\| `(\w+)(?:/|\.py)` \| .* \| ([^|]*)\|$", re.MULTILINE)
 LARGEST_ROOM = 1 / 6  # of the lines of the package: a larger one holds more than one subject
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Run by `import mc_cli`, which registers the plug-in and imports it only on use, and by `python -m mc_cli`.
@@ -56,7 +60,7 @@ def modules() -> list[Path]:
 
 
 def top_of(path: Path) -> str:
-    """`runtime` of mc_cli/data/text.py, `cli` of mc_cli/cli.py."""
+    """The room of a file: `data` of mc_cli/data/text.py, `chain` of mc_cli/chain.py."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
@@ -116,11 +120,27 @@ def test_every_module_has_a_layer() -> None:
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_downwards(path: Path) -> None:
     own = top_of(path)
-    if own in ENTRY_POINTS:
-        return
+    if own not in ENTRY_POINTS:
+        assert {name for name in neighbours(path) if RANK[name] >= RANK[own]} == set()
+
+
+def neighbours(path: Path) -> set[str]:
+    """The other rooms that a module imports from."""
     ours = {name.split(".")[1] for name in imports(parse(path)) if name.startswith("mc_cli.")}
     used = {name for name in ours if (ROOT / name).is_dir() or (ROOT / f"{name}.py").is_file()}  # not `__version__`
-    assert {name for name in used - {own} if RANK[name] >= RANK[own]} == set()
+    return used - {top_of(path)}
+
+
+def test_rooms_import_what_the_table_of_the_architecture_says() -> None:
+    page = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    said = {room: set(filter(None, cell.strip().split(", "))) for room, cell in _ROOM.findall(page)}
+    rooms = {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file()} - VOCABULARY - {"cli"}
+    assert rooms <= set(said)
+    found: dict[str, set[str]] = {room: set() for room in said}
+    for path in modules():
+        if top_of(path) in found:
+            found[top_of(path)] |= neighbours(path) - VOCABULARY
+    assert found == said
 
 
 def test_no_room_holds_more_than_a_sixth() -> None:

@@ -91,7 +91,7 @@ policy_names(PruneSettings(policy=("top-k", "toy")))
     [
         ("encodings", ENCODING.replace('"toy", (2,)', '"affine", (2,)'), FAMILIES, "Two families of weight encodings"),
         ("encodings", ENCODING.replace("WIDTHS =", "BITS ="), FAMILIES, "no weight encoding: it defines no WIDTHS."),
-        ("policies", POLICY.replace("LEARNED =", "TRAINED ="), KNOWN, "no pruning policy: it defines no LEARNED."),
+        ("policies", POLICY.replace("LEARNED =", "TRAINED ="), KNOWN, "no skipping policy: it defines no LEARNED."),
         ("policies", POLICY, FITTED, "--policy toy: it has to be trained, and prune-eval trains otp alone"),
     ],
 )

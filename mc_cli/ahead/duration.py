@@ -1,7 +1,8 @@
 """How long each stage takes on a machine that was measured: operations by kind, each at its measured rate.
 
 Large products are counted as such, and bytes that functions of single numbers (norms, rotations, activations) read and
-write: in models of few hidden features they take as long. What is small beside both (routing, softmax) is `_OVERHEAD`.
+write: in models of few hidden features they take as long. `_OVERHEAD` stands for all
+that is small beside both (routing, softmax).
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def cache_bytes(config: Mapping[str, Any], layers: int, context: int) -> int:
     """Bytes of keys and values of one sequence, as transformers keeps them.
 
     Layers that look back over a window alone keep that; those that keep no keys (linear attention, state spaces) count
-    nothing, since their state does not grow. Of latent attention the compressed keys and values are kept, once for all
+    nothing, since their state does not grow. Latent attention keeps its compressed keys and values, once for all
     heads.
     """
     heads = int(config.get("num_key_value_heads") or config.get("num_attention_heads") or 0)

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.files import read_json, write_json
 from mc_cli.errors import ArtifactError
+from mc_cli.registry import QUANTIZERS
 
 if TYPE_CHECKING:
     import torch
 
 SCHEMA = 2
 _SIDE = 1024  # of the matrices that are multiplied, factorized and searched
-# Quantizer -> widths, 1 to 4 bits lie around; quantizers without a search of their own take as long as gptq.
-_SEARCHED = {"trellis": (2.0, 4.0), "gptq": (2.0, 4.0), "gguf": (2.3125, 4.25)}
+_NO_SEARCH = "gptq"  # quantizers that are not probed take as long: errors are fed back, and nothing is searched
 _CODED, _FORECAST = 256, 2048  # outputs of a matrix; a forecast has work that does not grow with them
 _WRITTEN = 64 << 20
 _LEAST_S = 0.25  # a measurement is repeated until it has taken so long
@@ -53,11 +53,17 @@ class Machine:
 
     def coding_s(self, quantizer: str) -> float:
         """Seconds per weight of choosing codes, products of error feedback in matrices of the probe's size included."""
-        return self.coding.get(quantizer, self.coding["gptq"])[0]
+        return self.coding.get(quantizer, self.coding[_NO_SEARCH])[0]
 
     def forecast_s(self, quantizer: str) -> float:
         """Seconds per weight of forecasting what coding does to a matrix, likewise."""
-        return self.coding.get(quantizer, self.coding["gptq"])[1]
+        return self.coding.get(quantizer, self.coding[_NO_SEARCH])[1]
+
+
+def _probed() -> dict[str, tuple[float, ...]]:
+    """Quantizer -> the widths at which it is timed, of those that ask for it."""
+    facts = {name: QUANTIZERS.fact(module, "PROBED") for name, module in QUANTIZERS.modules.items()}
+    return {name: widths for name, widths in facts.items() if widths}
 
 
 def place_of_measurements() -> Path:
@@ -80,7 +86,7 @@ def known_machine() -> Machine | None:
         return None
     whole = (
         found.schema == SCHEMA
-        and found.coding.keys() == _SEARCHED.keys()
+        and found.coding.keys() == _probed().keys()
         and set(map(len, found.coding.values())) == {2}
     )
     same = whole and found.name == _name() and found.threads == torch.get_num_threads()
@@ -174,7 +180,7 @@ def _coding_seconds(generator: torch.Generator) -> dict[str, list[float]]:
     from mc_cli.settings import QuantizerSettings
 
     found = {}
-    for name, widths in _SEARCHED.items():
+    for name, widths in _probed().items():
         settings = QuantizerSettings(quantizer=name)
         quantizer, moments = quantizer_for(settings), InputMoments(_hessian(generator))
         seconds = []

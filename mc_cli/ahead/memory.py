@@ -82,7 +82,7 @@ def _lines(needs: Sequence[MemoryNeed]) -> str:
 
 
 def _remedy(limit: int, work: Workload) -> str:
-    """Which settings would keep all stages within the limit: the first of some that does, from the mildest on."""
+    """The settings that would keep all stages within the limit: the first of some that do, from the mildest on."""
     base = resident_bytes()
     for words, changed in _lighter(work):
         if _most(changed, base) <= limit:

@@ -37,7 +37,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Step:
-    """From one choice of a unit to the next wider one on its hull; `role` None: of an expert."""
+    """A step from one choice of a unit to the next wider one on its hull; `role` None: the unit is of an expert."""
 
     saved_per_byte: float
     size: int

@@ -48,7 +48,7 @@ def borders_of(channels: int) -> list[int]:
 def cutting_order(measures: ChannelMeasures) -> npt.NDArray[np.int64]:
     """int64 [experts, channels]: each expert's channels, those first that are cut last, by what is expected of each.
 
-    By what cutting it alone does to the loss; without a backward pass, to the layer's output.
+    The measure is what cutting it alone does to the loss; without a backward pass, to the layer's output.
     """
     felt = measures.down_square if measures.gradient_mass is None else measures.gradient_mass
     order: npt.NDArray[np.int64] = np.argsort(

@@ -1,6 +1,6 @@
 """`camera-q`: three groups of channels by their energy, each of a width of its own, as published.
 
-Of every layer all channels are ranked together. The middle group has a third of them, the others are as large as the
+All channels of a layer are ranked together. The middle group has a third of them, the others are as large as the
 layer's part of the budget lets them be. An expert holds some of each group: blocks of neighbouring channels, once they
 are sorted by energy.
 Source: CAMERA, arXiv:2508.02322, its quantization (three groups, one width for a channel's three vectors); its public
@@ -94,7 +94,7 @@ def grouped_plan(
         counts = _fitted(ranked, widths, limit, _size_of(block, quantizer, budget), budget)
         chosen[block.layer] = ranked, counts
         size += _total(counts, widths, _size_of(block, quantizer, budget))
-    return _plan(settings, inventory, quantizer, budget, widths, chosen, role_bits, share, size)
+    return _plan(inventory, quantizer, budget, widths, chosen, role_bits, share, size)
 
 
 def unmeasured(block: ExpertBlock) -> ChannelMeasures:
@@ -165,7 +165,6 @@ def _entry(row: list[int], widths: tuple[float, ...]) -> ExpertBits:
 
 
 def _plan(
-    settings: AllocateSettings,
     inventory: ModelInventory,
     quantizer: QuantizerSettings,
     budget: Budget,

@@ -146,7 +146,7 @@ def _bytes(block: ExpertBlock, name: str, channels: int, bits: float, family: st
 def menu_units(layer: LayerImportance, menu: CutMenu, candidate_bits: tuple[float, ...], budget: Budget) -> list[Unit]:
     """One unit per expert of a layer: whole, cut, or dropped where width 0 is a candidate.
 
-    Of its choices those that cost no less than a smaller one are left out.
+    Its menu leaves out choices that cost no less than a smaller one.
     """
     widths = tuple(bits for bits in candidate_bits if bits != DROPPED)
     parts = {part.name: part for part in layer.projections}

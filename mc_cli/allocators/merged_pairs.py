@@ -40,10 +40,10 @@ class PairMenu:
 
 
 def pair_menu(layer: LayerImportance, measures: PairMeasures, hedge: float) -> PairMenu:
-    """The menu of a layer, of what score measured.
+    """The menu of a layer, from what score measured.
 
-    Of a pair the expert with more calibration tokens is stored. What merging costs grows with the use of the less used
-    one, and that is drawn to the layer's mean by `hedge` (see trust.py), never below what was measured.
+    A pair stores the expert with more calibration tokens. The cost of merging grows with the use of the less used one,
+    and that use is drawn to the layer's mean by `hedge` (see trust.py), never below what was measured.
     """
     counts = np.asarray(layer.routing_count, dtype=np.float64)
     pairs: list[Pair] = [

@@ -1,7 +1,7 @@
 """The plan that merges experts and gives those that are stored widths within a budget.
 
 A stored expert computes what all experts of its cluster did, so that its errors cost what theirs would cost together:
-errors of different experts are taken to add up, as everywhere. What the merging itself costs is the same in all plans
+errors of different experts are taken to add up, as everywhere. The cost of the merging itself is the same in all plans
 of the same clusters, and is not in the objective.
 """
 

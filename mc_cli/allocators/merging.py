@@ -1,4 +1,4 @@
-"""Which experts of a layer become one, and the plan of that.
+"""Chooses the experts of a layer that become one, and makes the plan of that.
 
 sub-moe, average   k-means of the experts' outputs on common tokens (Sub-MoE, arXiv:2506.23266). Distances and means ask
                    for inner products alone, so that the outputs themselves are not kept.
@@ -177,7 +177,7 @@ def merge_plan(
         family=quantizer.family,
         group_size_limit=quantizer.group_size,
         budget=_budget(settings, inventory, quantizer, tables, merges),
-        objective=_objective(settings, merges),
+        objective=_objective(merges),
         solver={"name": _SOLVERS.get(settings.merge, "k-means"), "status": "constructed", "seed": settings.seed},
         warnings=(_PUZZLE_WARNING,) if puzzle else (),
         slots={} if puzzle else tables,
@@ -281,7 +281,7 @@ def within(products: _Squares, clusters: Clusters) -> float:
     )
 
 
-def _objective(settings: AllocateSettings, merges: Sequence[Merge]) -> dict[str, Any]:
+def _objective(merges: Sequence[Merge]) -> dict[str, Any]:
     return {
         "value": math.fsum(merge.cost for merge in merges) / len(merges),
         "unit": "share of the energy of experts' outputs, mean over layers",

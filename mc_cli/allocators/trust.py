@@ -3,8 +3,8 @@
 Costs are measured on calibration text, and weigh an expert by how much that text uses it. Other text uses others: an
 expert of arithmetic looks all but free where a hundredth of the calibration text is arithmetic. A programme picks the
 lowest of many such costs, and so errs more than they do. So an expert's cost is believed by the tokens that reached it,
-and for the rest it is the mean of its layer's experts. What differs between layers, and between the projections of a
-layer, stays as it was measured. Who knows that other text will be of another kind can ask for more (`--hedge`).
+and for the rest it is the mean of its layer's experts. Differences between layers, and between the projections of
+a layer, stay as they were measured. `--hedge` asks for more, where other text will be of another kind.
 
 Source: credibility estimates (Buehlmann 1967), z * own + (1 - z) * mean with z = tokens / (tokens + k).
 """

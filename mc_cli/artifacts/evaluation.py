@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +47,7 @@ class AnswersResult:
 
 @dataclass(frozen=True)
 class PruningPoint:
-    """One operating point of a policy, or the unpruned model, measured on held-out text; see `units` of the file."""
+    """One operating point of a policy, or the model without one, on held-out text; see `units` of the file."""
 
     rate: Annotated[float, Within(0, 1)]
     tokens: int
@@ -69,7 +70,7 @@ class PruningPoint:
     on_front: bool = False
     answers: int = 0
     answers_right: int = 0
-    rate_by_kind: Mapping[str, float] = field(default_factory=dict)  # kind of token -> share of its calls dropped
+    rate_by_kind: Mapping[str, float] = field(default_factory=dict)  # kind of token -> share of its calls skipped
     thresholds_by_kind: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
@@ -114,17 +115,18 @@ class Evaluation:
     kinds: Mapping[str, TextResult] = field(default_factory=dict)
     router_changes_by_kind: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | PathLike[str]) -> None:
         """Writes the JSON file in one atomic replace."""
         content = {"schema": SCHEMA, **asdict(self)}
         for name in ("pruning", "answers", "kinds", "router_changes_by_kind"):
             if not getattr(self, name):
                 del content[name]
-        write_json(path, content)
+        write_json(Path(path), content)
 
     @classmethod
-    def read(cls, path: Path) -> Evaluation:
+    def read(cls, path: str | PathLike[str]) -> Evaluation:
         """Reads the file back. Raises ArtifactError where it is damaged."""
+        path = Path(path)
         content = read_json(path)
         with reading(path, "an evaluation of this version", "Run prune-eval --force."):
             take_schema(content, SCHEMA)

@@ -50,7 +50,7 @@ class NotedExport:
 
 
 def remember_export(work_dir: Path, folder: Path, noted: NotedExport | None) -> None:
-    """Notes in the work directory what is exported from it to `folder`, None: nothing. What is gone is forgotten.
+    """Notes in the work directory what is exported from it to `folder` (None: nothing); forgets exports that are gone.
 
     A directory inside the work directory is noted by its path there, so that both can be moved together.
     """

@@ -1,6 +1,6 @@
 """`merging` in plan.yaml: how quantize makes one expert of those that share a stored one.
 
-Which experts those are is in `slots`: a slot that runs another's expert was merged into it. Both experts of a pair of
+`slots` says which experts those are: a slot that runs another's expert was merged into it. Both experts of a pair of
 puzzle stay experts of their own, so that pairs are listed here:
   merging: {method: sub-moe, rank: 1.0}
   merging: {method: puzzle, threshold: 0.4, pairs: {0: [[0, 5], [2, 3]]}}

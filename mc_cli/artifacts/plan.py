@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -186,8 +187,12 @@ class Plan:
             problems.append(f"layer {layer}: slots {few(moved)} run experts of other slots, but {why}")
         return problems
 
-    def write(self, path: Path) -> None:
-        """Writes the YAML file in one atomic replace, after that of its channels; equal plans give equal bytes."""
+    def write(self, path: str | PathLike[str]) -> None:
+        """Writes the YAML file in one atomic replace, after that of its channels; equal plans give equal bytes.
+
+        >>> plan.write("my.yaml")  # doctest: +SKIP
+        """
+        path = Path(path)
         order: dict[str, Any] = {}
         if self.channel_order is not None:
             beside = path.with_name(CHANNEL_ORDER if path.name == PLAN else f"{path.stem}.{CHANNEL_ORDER}")
@@ -212,8 +217,14 @@ class Plan:
         write_text(path, yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120))
 
     @classmethod
-    def read(cls, path: Path) -> Plan:
-        """Reads and checks the file. Raises PlanError naming all that is wrong with it."""
+    def read(cls, path: str | PathLike[str]) -> Plan:
+        """Reads and checks the file. Raises PlanError naming all that is wrong with it.
+
+        >>> plan = mc_cli.Plan.read("runs/x/plan/plan.yaml")  # doctest: +SKIP
+        >>> plan.bits_of(0, 3, "down_proj")  # doctest: +SKIP
+        2.5
+        """
+        path = Path(path)
         try:
             content = read_yaml(read_text(path))
         except yaml.YAMLError as error:

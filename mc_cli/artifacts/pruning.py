@@ -1,4 +1,4 @@
-"""`pruning/`: the online pruning policy of a packed model, with a table of operating points to choose from.
+"""`pruning/`: the skipping policy of a packed model, with a table of operating points to choose from.
 
 policy.json          which policy, per layer its values and whether weights are renormalised, and the operating points
 policy.safetensors   what a learned policy learned: `<experts path>.<name>`; absent for the others
@@ -57,15 +57,15 @@ class PrunedLayer:
 class OperatingPoint:
     """One rate that the policy can run at.
 
-    rate             share of expert calls dropped on the tokens that thresholds were fitted on
+    rate             share of expert calls skipped on the tokens that thresholds were fitted on
     thresholds       one per layer, in the order of `layers`
     by_kind          kind of token -> the same of its tokens; `thresholds` are then of tokens whose kind is not known,
                      and skip least. Empty: all kinds share `thresholds`
     predicted_loss   nats per token from the layers' sensitivities; None where a policy has no such prediction
-    checked_increase relative rise of perplexity over the unpruned packed model on calibration tokens that no threshold
-                     was fitted on; None where it was not measured
+    checked_increase relative rise of perplexity that skipping causes on calibration tokens that no threshold was
+                     fitted on; None where it was not measured
     checked_limit    what --max-loss is held against: the same one standard error higher, or, where that is more, the
-                     rise on text that the packed model itself would write: its KL divergence from the pruned one
+                     rise on text that the packed model itself would write: its KL divergence from the one that skips
     """
 
     rate: float
@@ -108,7 +108,7 @@ class Pruning:
         if not below or not above:
             known = ", ".join(f"{point.rate:.3f}" for point in ordered)
             raise InputError(
-                f"A pruning rate of {rate} is outside of what the policy {self.policy!r} was fitted for: {known}. "
+                f"A rate of {rate} is outside of what the policy {self.policy!r} was fitted for: {known}. "
                 "Choose one between them, or run `mc-cli prune-eval` with this rate as --target-rate."
             )
         low, high = below[-1], above[0]
@@ -134,7 +134,7 @@ class Pruning:
         problems = _problems(content)
         if problems:
             raise ArtifactError(
-                f"The pruning policy is damaged or of another version: {len(problems)} of its entries cannot be:\n"
+                f"The skipping policy is damaged or of another version: {len(problems)} of its entries cannot be:\n"
                 f"{listed(problems)}\nRun prune-eval --force again, then export; or copy or download the model again."
             )
         return cls(

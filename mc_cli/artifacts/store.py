@@ -143,7 +143,7 @@ class StageFolder:
     def start(self, *, force: bool) -> None:
         """Makes the folder ready to be written; what lies there is removed, unless it is this run's own beginning.
 
-        To be called once everything that could be refused has been read: with `force` it removes a finished result.
+        Call it once everything that could be refused has been read: with `force` it removes a finished result.
         """
         _discard_rest(self.folder)
         if force or self.state() == "new":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+PREFIX = "bundled:"
 BUNDLED = {
     "demo-moe": "demo-moe",
     "calibration": "text/calibration.jsonl",
@@ -13,6 +14,11 @@ BUNDLED = {
     "scenes-told": "scenes/text.jsonl",
     "scenes-heldout": "scenes/heldout.jsonl",
 }
+
+
+def named(text: str) -> Path | None:
+    """The path that `bundled:NAME` stands for; None for any other text. Raises InputError as `bundled_path`."""
+    return bundled_path(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else None
 
 
 def bundled_path(name: str) -> Path:

@@ -14,7 +14,7 @@ from mc_cli.cli.options import DEBUG, EFFORT, FIT, JSON, WORK_DIR, flag_paramete
 from mc_cli.errors import Problems
 from mc_cli.failures import telling_errors
 from mc_cli.flags import run_flags, run_option
-from mc_cli.settings import TARGETS, Flag
+from mc_cli.settings import TARGETS, Flag, QuantizerSettings
 from mc_cli.settings.written import parse_file_size
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def estimate(given: Mapping[str, Any]) -> None:
 
 
 def _rates(found: Machine) -> str:
-    search = 1e9 * found.coding_s("trellis")
+    search = 1e9 * found.coding_s(QuantizerSettings.quantizer)
     return (
         f"{found.product_flops / 1e9:.0f} Gflop/s in products, {search:,.0f} s of search for a billion weights, "
         f"{found.reading_bytes / 1e9:.1f} GB/s of reading"

@@ -188,8 +188,10 @@ def serve_parameters() -> list[inspect.Parameter]:
         help="After `--`: arguments for the engine's own command.", metavar="-- ARGUMENTS", show_default=False
     )
     option = partial(made_option, panel=_SERVER)
-    engine = "What computes: transformers, vllm, or auto: vllm where it is installed. [default: auto]"
-    dtype = "Of activations and kept weights: auto is the model's own; float32, bfloat16 or float16. [default: auto]"
+    engine = "Engine that computes: transformers, vllm, or auto: vllm where it is installed. [default: auto]"
+    dtype = (
+        "Type of activations and kept weights: auto is the model's own; float32, bfloat16 or float16. [default: auto]"
+    )
     host = option("--host", help="Address to listen at. [default: localhost]", metavar="ADDRESS")
     port = option("--port", help="Port to listen at. [default: 8000]", metavar="NUMBER", min=1, max=65535)
     return [

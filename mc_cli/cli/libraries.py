@@ -6,7 +6,7 @@ import os
 
 
 def prepare_libraries(*, debug: bool) -> None:
-    """Sets what the libraries read from the environment; must come before their import. What the user has set stays.
+    """Sets what the libraries read from the environment; must come before their import. Values that the user set stay.
 
     Threads that wait for each other sleep instead of spinning: on a machine that does other work too, spinning took
     five times the processor time. Before they do, they look for work for some 0.1 ms (GNU's OpenMP, which torch brings

@@ -108,7 +108,7 @@ def compare(
 
 
 _PAGE = made_option("--out", help="The page to write: one .html file.", metavar="FILE")
-_REPORTED = made_option("--variant", help="Which of several results. [default: main]", metavar="NAME")
+_REPORTED = made_option("--variant", help="Name of one of several results. [default: main]", metavar="NAME")
 
 
 def report(

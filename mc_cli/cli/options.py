@@ -50,7 +50,7 @@ def _folder(text: str) -> Path:
 WORK_DIR = made_option("--work-dir", "-w", help="Where the artifacts of this run lie.", metavar="DIR", parser=_folder)
 _VARIANT = made_option(
     "--variant",
-    help="Which of several results over one calibration and one set of scores. [default: main]",
+    help="Name of one of several results over one calibration and one set of scores. [default: main]",
     metavar="NAME",
 )
 _FORCE = made_option("--force", help="Rebuild what is there, also if it was made with other settings.")
@@ -120,7 +120,9 @@ def run_parameters() -> list[inspect.Parameter]:
     )
     effort = made_option("--effort", help=EFFORT, metavar="NAME")
     only = made_option(
-        "--only", help="Of several targets those of these names, separated by commas. [default: all]", metavar="NAMES"
+        "--only",
+        help="Names of the targets to make, where there are several, separated by commas. [default: all]",
+        metavar="NAMES",
     )
     return [
         parameter("recipe", Path | None, recipe, None),

@@ -133,7 +133,7 @@ def _run_plans(
 
 
 def _print_made(works: Sequence[WorkDir], made: Sequence[list[StageResult]], given: Mapping[str, Any]) -> None:
-    """To stdout: what came of every variant."""
+    """Prints to stdout what came of every variant."""
     from mc_cli import console
 
     names = [work.variant for work in works]
@@ -184,7 +184,7 @@ def list_formats(asked: bool) -> None:
 
 
 def _tell_end(result: StageResult) -> None:
-    """To stderr: that a stage has ended, and the warnings that were not shown while it ran."""
+    """Tells stderr that a stage has ended, with the warnings that were not shown while it ran."""
     from mc_cli.console import say, say_warning
 
     if result.ran:

@@ -52,7 +52,7 @@ def deal_channels(module: Any, inputs: ExpertInputs, runs: Mapping[int, Sequence
 def dealt(ranked: torch.Tensor) -> torch.Tensor:
     """int64 [n]: `ranked`, most important first, dealt so that neighbours are of eight ranks, far ones side by side.
 
-    What does not divide by eight, the least important, comes last.
+    The rest that does not divide by eight, the least important, comes last.
     """
     size = len(ranked) // _DEALT * _DEALT
     bits = _DEALT.bit_length() - 1

@@ -14,15 +14,13 @@ from mc_cli.artifacts.streamed import Pieces, write_pieces
 from mc_cli.coding.layer_result import LayerResult
 from mc_cli.models.checkpoint import Checkpoint
 from mc_cli.models.session import Session
-from mc_cli.parts import ModelInventory, Role, TensorPart
+from mc_cli.parts import Role, TensorPart
 
 
 class PartWriter:
     """Writes one part of the packed model: its tensors in final form, and its report."""
 
-    def __init__(
-        self, folder: StageFolder, checkpoint: Checkpoint, inventory: ModelInventory, session: Session
-    ) -> None:
+    def __init__(self, folder: StageFolder, checkpoint: Checkpoint, session: Session) -> None:
         self._folder = folder
         self._model = checkpoint.model
         self._store = checkpoint.store

@@ -48,8 +48,8 @@ def nearest_pairs(similarity: ExpertSimilarity, most: int) -> list[tuple[int, in
     """At most so many pairs of experts, those first whose outputs lose least when their mean stands for both.
 
     That is their squared distance times n m / (n + m), for n and m routed tokens. An expert is in at most `_PARTNERS`
-    pairs, so that a rarely used one, which is cheap to join to any other, does not take all places. Of equally near
-    pairs the first come first.
+    pairs, so that a rarely used one, which is cheap to join to any other, does not take all places. Equally near
+    pairs keep their order.
     """
     products = similarity.output_products
     squares = products.diagonal()

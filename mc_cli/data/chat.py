@@ -237,7 +237,7 @@ def _tools(where: str, tools: object) -> Sequence[Any] | None:
 
 
 def _filled(value: Any) -> Any:
-    """Without entries that are null: tables give every row all names that any row has."""
+    """The value without entries that are null: tables give every row all names that any row has."""
     if isinstance(value, Mapping):
         return {name: _filled(item) for name, item in value.items() if item is not None}
     return [_filled(item) for item in value] if isinstance(value, list) else value

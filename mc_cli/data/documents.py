@@ -11,6 +11,7 @@ from typing import Any
 from mc_cli.artifacts.files import DigestCache, content_digest
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.artifacts.strict_json import JsonError, has_half_character, parse_json
+from mc_cli.bundled import named
 from mc_cli.data.chat import CHAT_FIELDS, Chat, chat_of_row
 from mc_cli.data.pictures import IMAGE_FIELDS, SUFFIXES, ImageSource, images_of_row
 from mc_cli.errors import InputError, shown
@@ -65,10 +66,9 @@ def resolve_data(data: str, *, flag: str = "--data") -> Path | None:
         raise InputError(
             f"{flag} is missing: give a .txt, .jsonl, .json or .parquet file, a folder of them, or a datasets name."
         )
-    if data.startswith("bundled:"):
-        from mc_cli.bundled import bundled_path
-
-        return bundled_path(data.removeprefix("bundled:"))
+    bundled = named(data)
+    if bundled is not None:
+        return bundled
     path = Path(data).expanduser()
     try:
         there = path.exists() or path.is_symlink()

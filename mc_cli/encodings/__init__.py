@@ -254,7 +254,7 @@ def check_parts(
 def wrong_parts(
     encoding: Encoding, tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int
 ) -> list[str]:
-    """In what tensors [..., as `tensor_specs` has them] are not the stored parts of such matrices, a line each."""
+    """Reasons why tensors [..., as `tensor_specs` has them] are not the stored parts of such matrices, a line each."""
     import torch
 
     specs = encoding.tensor_specs(out_features, in_features)

@@ -1,4 +1,4 @@
-"""Which engines load an export, asked before one is started on it."""
+"""Tells which engines load an export, before one is started on it."""
 
 from __future__ import annotations
 

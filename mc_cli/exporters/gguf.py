@@ -30,7 +30,7 @@ from mc_cli.exporters.packed_checkpoint import check_layout
 from mc_cli.measuring.logit_source import LogitSource, Reading
 from mc_cli.models.inventory import tied_tensors
 from mc_cli.models.model_folder import read_config
-from mc_cli.models.skeleton import build_skeleton, rebuild_buffers
+from mc_cli.models.skeleton import build_skeleton, put_tensor, rebuild_buffers
 from mc_cli.packed.packed_files import PackedFiles, open_packed
 
 NAME = "gguf"
@@ -204,11 +204,7 @@ class _Reader:
             if getattr(module, "is_transposed", False) and whole.ndim > 2:
                 whole = whole.transpose(-1, -2)
             shape, dtype = getattr(module, leaf).shape, getattr(module, leaf).dtype
-            placed = whole.reshape(shape).to(reading.device, dtype).contiguous()
-            if leaf in module._buffers:
-                module._buffers[leaf] = placed
-            else:
-                module._parameters[leaf] = torch.nn.Parameter(placed, requires_grad=False)
+            put_tensor(model, name, whole.reshape(shape).to(reading.device, dtype).contiguous())
         model.tie_weights()
         rebuild_buffers(model, reading.device)
         self.model = model.eval()

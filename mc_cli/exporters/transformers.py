@@ -98,7 +98,7 @@ Without {DISTRIBUTION} loading stops with an error that names it: it never falls
 stay packed in memory."""
 
 _PRUNING = """\
-Tokens skip experts that they hardly need: the policy `{policy}` drops about {rate} of the expert calls, and a dropped
+Tokens skip experts that they hardly need: the policy `{policy}` skips about {rate} of the expert calls, and a skipped
 expert is not computed. It was fitted for {rates}, and rates between them.
 
 ```python

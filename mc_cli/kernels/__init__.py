@@ -14,8 +14,6 @@ import torch
 
 from mc_cli import native
 from mc_cli.encodings import Encoding, check_parts, family_of
-from mc_cli.encodings.affine import AffineEncoding
-from mc_cli.encodings.trellis import TrellisEncoding
 from mc_cli.kernels import affine, decoded, trellis
 from mc_cli.kernels.bank import GATES, CompiledBank, experts_output
 from mc_cli.kernels.compiled import activation_bytes
@@ -32,8 +30,8 @@ __all__ = [
     "runs_packed",
 ]
 
-_ROUTINES: dict[type, Any] = {TrellisEncoding: trellis, AffineEncoding: affine}
-_FAMILIES = {TrellisEncoding: "trellis codes", AffineEncoding: "affine grids"}
+# By the class of encodings that each multiplies.
+_ROUTINES: dict[type, Any] = {module.ENCODING: module for module in (trellis, affine)}
 
 
 def _routines(encoding: Encoding) -> Any:
@@ -105,7 +103,7 @@ def path_names(encodings: Iterable[Encoding], device: torch.device) -> str:
     """How products with matrices of these encodings are computed on a device, in words."""
     there = {type(encoding): encoding for encoding in encodings}
     names = {
-        _FAMILIES[kind]: _ROUTINES[kind].path_name(device) + _narrow(device) for kind in _ROUTINES if kind in there
+        module.CODES: module.path_name(device) + _narrow(device) for kind, module in _ROUTINES.items() if kind in there
     }
     others = (encoding for kind, encoding in there.items() if kind not in _ROUTINES)
     names |= {f"{family} encodings": decoded.path_name(device) for family in sorted(map(family_of, others))}

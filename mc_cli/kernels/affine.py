@@ -17,11 +17,13 @@ from mc_cli.errors import ShapeError
 from mc_cli.kernels.bank import CompiledBank
 from mc_cli.kernels.compiled import PATHS, activation_bytes, best_path, tokens_of
 from mc_cli.kernels.stored import Shape, check_bank
-from mc_cli.native.structures import AffineEntry
+from mc_cli.native.structures import AFFINE, AffineEntry
 
 # a matrix: its encoding; `codes`, `scales` and `zero_points`; in_features
 Matrix = tuple[AffineEncoding, Mapping[str, Tensor], int]
 
+ENCODING = AffineEncoding
+CODES = "affine grids"  # in words
 _FOR_MANY_TOKENS = 2  # paths from here on multiply many tokens fast, too
 FEW_TOKENS = 16  # on other paths, packed products of more tokens need longer than decoding first
 HALF_TOKENS = 192  # tokens of 16 bits; products of more in two bytes need longer than decoding and the library's own
@@ -78,7 +80,7 @@ class Bank(CompiledBank):
         if len(groups) != 1:
             raise ShapeError(f"Affine grids of one product have groups of one size, not of {sorted(groups)} inputs.")
         rows = [_entry(matrix, shape).row() for matrix, shape in zip(matrices, shapes, strict=True)]
-        super().__init__("affine", matrices, torch.tensor(rows, dtype=torch.int64), shapes, group=groups.pop())
+        super().__init__(AFFINE, matrices, torch.tensor(rows, dtype=torch.int64), shapes, group=groups.pop())
 
 
 def bank_of(matrices: Sequence[Matrix | None]) -> Bank | None:

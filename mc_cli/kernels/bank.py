@@ -7,7 +7,6 @@ import ctypes
 import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from mc_cli.encodings import FASTEST, MOST, Encoding
 from mc_cli.errors import ShapeError
 from mc_cli.kernels.compiled import activation_bytes, best_path, check
 from mc_cli.kernels.stored import Shape, StoredMemory, plain_numbers
-from mc_cli.native.structures import AFFINE, TRELLIS, Bank
+from mc_cli.native.structures import ENTRIES_OF, Bank
 
 # Activations of gates, in the order in which native/experts.c numbers them.
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -32,6 +31,7 @@ class CompiledBank:
     `in_features` and `out_features` are the most of any matrix: rows of inputs and outputs have room for these.
     It keeps addresses: the stored parts must stay where they are. Once one has been freed, products raise McError.
 
+    kind      TRELLIS or AFFINE of native/structures.py
     matrices  (encoding, stored parts, in_features) of each, as the kind's own bank has checked them, None for one
               that is not there
     entries   int64 [matrices, fields], each a `row` of its kind's entry in native/structures.py; the last field of one
@@ -42,7 +42,7 @@ class CompiledBank:
 
     def __init__(
         self,
-        kind: Literal["trellis", "affine"],
+        kind: int,
         matrices: Sequence[tuple[Encoding, Mapping[str, Tensor], int] | None],
         entries: Tensor,
         shapes: tuple[Shape | None, ...],
@@ -58,12 +58,12 @@ class CompiledBank:
         self.out_features = max(shape.out_features for shape in shapes if shape is not None)
         self.in_features = max(shape.in_features for shape in shapes if shape is not None)
         self._fields = Bank(
-            kind=TRELLIS if kind == "trellis" else AFFINE,
+            kind=kind,
             matrices=len(entries),
             inputs=self.in_features,
             outputs=self.out_features,
             **addresses,
-            **{kind: entries.data_ptr()},
+            **{ENTRIES_OF[kind]: entries.data_ptr()},
         )
         self.address = ctypes.addressof(self._fields)
         self._product = native.routine("mc_product")

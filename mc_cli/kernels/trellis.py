@@ -20,9 +20,12 @@ from mc_cli.kernels.bank import CompiledBank
 from mc_cli.kernels.compiled import PATHS, best_path, tokens_of
 from mc_cli.kernels.matrix_table import Matrix, matrix_table
 from mc_cli.kernels.trellis_gpu import GpuBank
+from mc_cli.native.structures import TRELLIS
 from mc_cli.numerics.rotation import rotate, signs
 from mc_cli.numerics.trellis_code import UNIT, lookup_tables
 
+ENCODING = TrellisEncoding
+CODES = "trellis codes"  # in words
 _FOR_MANY_TOKENS = 2  # paths from here on multiply any number of tokens as fast as the library does, or faster
 FEW_TOKENS = 8  # on other paths, up to here packed products are faster than decoding first
 MOST_INPUTS = 2**16  # with more, sums of byte products might leave int32
@@ -62,9 +65,7 @@ class Bank(CompiledBank):
     def __init__(self, matrices: Sequence[Matrix | None]) -> None:
         table, shapes = matrix_table(matrices, most_inputs=MOST_INPUTS)
         most_inputs = max(shape.in_features for shape in shapes if shape is not None)
-        super().__init__(
-            "trellis", matrices, table, shapes, tables=lookup_tables(), signs=signs(most_inputs), unit=UNIT
-        )
+        super().__init__(TRELLIS, matrices, table, shapes, tables=lookup_tables(), signs=signs(most_inputs), unit=UNIT)
 
 
 def bank_of(matrices: Sequence[Matrix | None]) -> Bank | GpuBank:

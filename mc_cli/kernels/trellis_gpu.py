@@ -288,7 +288,7 @@ def _on_device(in_features: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def _pair_tables() -> Tensor:
     """int16: for every rate, by all bits of two neighbouring windows, 128 + level of one, and of the next.
 
-    From 4 bits on, where a table for two would not fit, by the bits of one window, and the level twice.
+    From 4 bits on a table for two would not fit: it is by the bits of one window, and holds the level twice.
     """
     tables = []
     for rate in RATES:

@@ -133,9 +133,7 @@ def fitting_source(settings: PruneSettings, heldout: text.TextSource) -> text.Te
     return replace(heldout, data=settings.fit_data, flag="--fit-data", reading=Reading())
 
 
-def fitting_inputs(
-    settings: PruneSettings, session: Session, work: WorkDir, source: text.TextSource | None
-) -> dict[str, str]:
+def fitting_inputs(session: Session, work: WorkDir, source: text.TextSource | None) -> dict[str, str]:
     """Digests of what policies are fitted on."""
     if source is None:
         return {"fit data": require_done(work, "calibrate").inputs["data"]}
@@ -166,7 +164,7 @@ class FitPolicies(Stage[StageFolder, _Job, FittedPolicies]):
         resolved = {**self.settings.resolved(), "policy": self.names, "dtype": self.session.dtype_name}
         del resolved["sweep"]
         inputs = {name: require_done(self.work, name).fingerprint for name in ("calibrate", "quantize")}
-        inputs |= fitting_inputs(self.settings, self.session, self.work, self.text_source)
+        inputs |= fitting_inputs(self.session, self.work, self.text_source)
         reads = ("score",) if self.settings.drop_experts else ()
         return StageFolder(self.work, POLICY_STAGE, resolved, inputs, reads=reads)
 
@@ -199,7 +197,7 @@ def _job(stage: FitPolicies, folder: StageFolder, progress: Progress) -> _Job:
     scales, nats = _scales(calibration, blocks)
     if not nats:
         folder.warn(
-            "calibrate measured no gradients (--gradient-tokens 0), so dropped calls are weighed by the residual "
+            "calibrate measured no gradients (--gradient-tokens 0), so skipped calls are weighed by the residual "
             "stream's energy, which compares layers less well.",
             progress,
         )

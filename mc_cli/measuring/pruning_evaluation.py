@@ -24,23 +24,23 @@ from mc_cli.walking.layerwise import LayerSource
 
 UNPRUNED = "unpruned"
 UNITS = {
-    "rate": "share of routed expert calls dropped on this text",
+    "rate": "share of routed expert calls skipped on this text",
     "fitted_rate": "the same on the fitting text",
     "loss": "nats per token",
-    "loss_error": "standard error of the difference from the unpruned packed model's loss, over tokens",
-    "perplexity_rise": "relative to the unpruned packed model",
-    "kl_packed": "nats per token, KL(unpruned packed || pruned)",
-    "kl_original": "nats per token, KL(original || pruned)",
+    "loss_error": "standard error of the difference from the packed model's loss without a policy, over tokens",
+    "perplexity_rise": "relative to the packed model without a policy",
+    "kl_packed": "nats per token, KL(packed without a policy || with it)",
+    "kl_original": "nats per token, KL(original || packed with the policy)",
     "predicted_loss": "nats per token, from the layers' sensitivities, on the fitting text",
     "experts_per_token": "routed experts computed per token and MoE layer, mean",
     "activated_bytes": "stored bytes that one token's forward needs: experts by their calls, and all other weights but "
     "an embedding of which a row is read",
     "activated_parameters": "the same in weights",
-    "on_front": "no other point of this evaluation drops as many calls at a smaller or equal loss",
+    "on_front": "no other point of this evaluation skips as many calls at a smaller or equal loss",
 }
 ANSWER_UNITS = {
     "answers": "whole answers about images; answers_right: those that greedy decoding gives exactly",
-    "rate_by_kind": "share of the routed expert calls of a kind of token dropped on this text",
+    "rate_by_kind": "share of the routed expert calls of a kind of token skipped on this text",
     "thresholds_by_kind": "keep scores by kind of token and layer; thresholds: of tokens whose kind is not known",
 }
 
@@ -66,7 +66,7 @@ def evaluate_policies(
     batch_size: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Plain JSON values: units, the unpruned model, and every point that was asked for.
+    """Plain JSON values: units, the model without a policy, and every point that was asked for.
 
     sweep  all points of all policies; else each policy's chosen point
     """

@@ -22,7 +22,7 @@ from mc_cli.errors import ArtifactError, listed
 from mc_cli.measuring.logit_source import Generates, LogitSource, Open, Reading, Walked
 from mc_cli.models.checkpoint import REST
 from mc_cli.models.inventory import find_decoder_layers
-from mc_cli.models.skeleton import build_skeleton, non_persistent_buffers, rebuild_buffers
+from mc_cli.models.skeleton import build_skeleton, non_persistent_buffers, put_tensor, rebuild_buffers
 from mc_cli.packed.dense_tensors import DenseTensors
 from mc_cli.packed.packed_model import PackedSource
 
@@ -215,13 +215,7 @@ class _RoundedTwin:
 
     def load(self, part: int) -> None:
         for name, tensor in self._dense.by_module(part).items():
-            path, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(path)
-            placed = tensor.to(device=self.device, dtype=self._dtypes[name])
-            if leaf in module._buffers:
-                module._buffers[leaf] = placed
-            else:
-                module._parameters[leaf] = torch.nn.Parameter(placed, requires_grad=False)
+            put_tensor(self.model, name, tensor.to(device=self.device, dtype=self._dtypes[name]))
         if part == REST:
             self.model.tie_weights()
 

@@ -205,7 +205,7 @@ def experts_forward(
 
     top_k_index    [tokens, k] int64; indices >= num_experts are transformers' expert-parallel sentinels and skipped
     top_k_weights  [tokens, k]; used as passed: families differ in what they sum to
-    A pruning policy on the module (attribute `PRUNER`) may drop slots and change weights first.
+    A skipping policy on the module (attribute `PRUNER`) may leave out slots and change weights first.
     The sum over experts is accumulated in float32, or in float64 for a model in it.
     """
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])

@@ -1,7 +1,7 @@
 """Slots that run the first of their expert's two blocks of channels, and how an index says so.
 
-Of E experts, an index below E means the whole expert, E none, and E + 1 + e the first block of expert e alone. Only a
-pruner with the attribute `halves` gives such indices.
+With E experts, an index below E means the whole expert, E none, and E + 1 + e the first block of expert e alone. Only
+a pruner with the attribute `halves` gives such indices.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which class of transformers a checkpoint is loaded as: the one that its config.json names, text or more."""
+"""Finds the class of transformers that a checkpoint is loaded as: the one its config.json names, text or more."""
 
 from __future__ import annotations
 
@@ -82,9 +82,12 @@ def has_towers(config: Any) -> bool:
 
 
 def _classes_for(config: PretrainedConfig) -> Iterator[ModelClass]:
+    """All that continue text token by token: transformers lists classes for block diffusion among them."""
     for name, (_, mapping) in _AUTO.items():
         if type(config) not in mapping:
             continue
         found = mapping[type(config)]
         for kind in found if isinstance(found, tuple) else (found,):
+            if "Diffusion" in kind.__name__:
+                continue
             yield ModelClass(name, kind, whole=isinstance(config, kind.config_class))

@@ -1,4 +1,4 @@
-"""From the name of a model to its folder. Imports nothing heavy, so that a wrong name is refused at once."""
+"""Finds the folder of a model by its name. Imports nothing heavy, so that a wrong name is refused at once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from mc_cli.artifacts.places import require_ordinary
+from mc_cli.bundled import named
 from mc_cli.errors import CheckpointError, InputError, first_line
 
 
@@ -18,10 +19,9 @@ def resolve_model(name: str, *, revision: str | None = None, asked_as: str = "--
     """
     if not name:
         raise InputError(f"{asked_as} is empty. Give a folder with config.json and *.safetensors, or a hub id.")
-    if name.startswith("bundled:"):
-        from mc_cli.bundled import bundled_path
-
-        return bundled_path(name.removeprefix("bundled:"))
+    bundled = named(name)
+    if bundled is not None:
+        return bundled
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -78,8 +78,8 @@ def advice_for(error: Exception, revision: str | None) -> str:
         )
     if isinstance(error, ValueError) and not isinstance(error, errors.HFValidationError):
         return (
-            f"What answered for {constants.ENDPOINT} is not the hub, but perhaps a proxy or the login page of a "
-            "network. See to the network and to HF_ENDPOINT, or give a directory."
+            f"The server that answered for {constants.ENDPOINT} is not the hub, but perhaps a proxy or a login page of "
+            "the network. See to the network and to HF_ENDPOINT, or give a directory."
         )
     return (
         "Check the name, the revision and the network, or give a directory. Whole files are kept in the hub's cache, "

@@ -64,6 +64,16 @@ def rebuild_buffers(model: Any, device: torch.device) -> None:
             module._buffers[name] = buffer.to(device)
 
 
+def put_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Puts a tensor in the place of the parameter or buffer called `name`; a parameter wants no gradient."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
 def non_persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     """The module's own buffers that no checkpoint holds, by name."""
     names = module._non_persistent_buffers_set

@@ -4,7 +4,8 @@
  * spread over the lanes of a vector, which have to become floats and be added up for every row and token. Here a lane
  * belongs to a token: a vector has the sums of one row with 16 tokens, and one conversion, two multiplications by
  * scales and steps, and no sum across lanes serve all 16. A lane adds up a whole group, at most 65536 inputs: 65536 *
- * 255 * 127 is less than 2^31, so sums are exact, and in tiles they are the same.
+ * 255 * 127 is less than 2^31, so sums are exact, and in tiles they are the same. Floats are added group after group,
+ * for one token lane after lane: with the number of tokens that share a matrix, last bits of an output may change.
  *
  * Layout: 16 tokens lie in tiles of 1 KB, one for 64 inputs of all and each part: [groups * pitch / 64][2][16][16][4],
  * the indices being 64 inputs, part, fours of inputs, token, input. So 64 bytes hold the same four inputs of 16 tokens:

@@ -1,5 +1,19 @@
-/* Matrices of affine grids as numbers, for products of the library: (code - zero point) * scale, each in float32 and
- * then rounded to bfloat16 where that is wanted. Both operations round once, so all paths give the same bits. */
+/* Matrices of affine grids as numbers, for products of the library: v = (c - z) s, of codes c of 1 to 8 bits, with the
+ * scale s (float16) and the zero point z of a code's row and group of inputs; encodings/affine.py has the format.
+ *
+ * Layout: a row has its codes side by side, ceil(inputs / 8) words of 8 codes in `bits` bytes; scales and zero points
+ * are [rows][inputs / group], values [rows][inputs], float32 or bfloat16. A piece of work is 64 rows: a row's codes
+ * become bytes, one each (`unpack` of the path), and then group after group becomes values (`write`), with s and z the
+ * same in all lanes. Pieces share no value that they write, so threads change nothing.
+ *
+ * Exactness: z is a stored byte over 2^(8 - bits), so c - z is a whole number of steps of 2^-(8 - bits), at most 255
+ * of them up or down: 8 bits. A float16 has 11, so the product has 19 at most, between 2^-31 and 2^24: float32 holds
+ * both results, no operation rounds, and the float32 matrix is the stored one, on every path. Bfloat16 rounds once, to
+ * nearest, ties to even, by up to 2^-8 of the value. All that is of finite scales; the format has no others.
+ *
+ * Paths differ in how codes become bytes: by three halving steps of 64-bit words in plain C (affine_portable.c,
+ * also for AVX2 and NEON), or by vpermb and vpmultishiftqb (affine_avx512.c, also for AMX). Bytes and values are
+ * the same. */
 #include "affine.h"
 #include "threads.h"
 

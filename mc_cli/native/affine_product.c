@@ -1,10 +1,10 @@
 /* Products with affine grids: how the work is divided. The head of affine_portable.c says what is computed, and why it
  * is exact; the head of a path's file says how that path does it.
  *
- * First every token becomes bytes: for each of its groups, up to the last that one of its matrices has, a step, a coarse
- * and a fine part, with zeros behind a group's end up to a multiple of 64. Slots are sorted by matrix, so that a task is
- * one matrix and its places. Paths with blocks lay the tokens of large tasks out in 16s. Then each piece of work is 64
- * outputs of one task. */
+ * First every token becomes bytes: for each of its groups, up to the last that one of its matrices has, a step, a
+ * coarse and a fine part, with zeros behind a group's end up to a multiple of 64. Slots are sorted by matrix, so that
+ * a task is one matrix and its places. Paths with blocks lay the tokens of large tasks out in 16s. Then each piece of
+ * work is 64 outputs of one task. */
 #include "affine.h"
 #include "threads.h"
 

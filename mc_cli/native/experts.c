@@ -1,6 +1,24 @@
 /* The routed experts of a layer in one call: up projections, gates, down projections, and every token's weighted sum.
- * Values between the products stay in float32. Experts may differ in channels: a slot's row has room for the most, and
- * as much of it is written and read as the slot's own matrices have. */
+ *
+ *     y_t = sum_j p_tj D_e (act(g) * u),   where (g; u) = U_e x_t,   e = experts[t k + j],   j = 0 .. k - 1
+ *     act(g) = g / (1 + e^-g) (silu), or g (1 + tanh z) / 2 = g / (1 + e^-2z), z = sqrt(2 / pi) (g + 0.044715 g^3)
+ *
+ * U_e and D_e are matrices of two banks. Their products are those of mc_bank_product, with the errors that the files
+ * of the encodings state; each rounds its inputs to bytes. All between them is float32: bfloat16 inputs and weights
+ * are widened exactly, and outputs are narrowed once, at the end.
+ *
+ * Layout: hidden [slots][outputs of U], activated [slots][inputs of D], outputs [slots][outputs of D], of the largest
+ * matrix each. Experts may differ in channels: a slot with c of them has g in the first c numbers of its row of
+ * `hidden`, u in the next c, and act(g) * u in the first c of `activated`; what lies behind is not read. The row of
+ * outputs of a slot without an expert is zeros. The sum grows in the row of a token's first slot.
+ *
+ * Rounding: e^x = 2^n e^r with n = rint(x / ln 2), so |r| is ln 2 / 2 at most and the series up to r^7 leaves less
+ * than 1e-8 of e^r; n times the first part of ln 2, 355 / 512, takes 16 bits and is exact. Some roundings of float32
+ * remain: less than 2e-7 of e^x in all. A token's sum is taken in the order of its slots: each term is rounded k times
+ * at most, so its error is up to k 2^-24 sum_j |p_tj d_tj| to first order, d_tj the output of slot j.
+ *
+ * Gates are a piece of work per slot, sums one per token: threads change nothing. Processors that multiply and add
+ * with one rounding may differ from others in the last bits. */
 
 #include "product.h"
 #include "threads.h"

@@ -1,3 +1,24 @@
+/* What products of all encodings share: slots sorted by matrix, activations as bytes, bfloat16 and back, and the
+ * choice of a path. It prepares and divides work; the products themselves are in the encodings' files.
+ *
+ * Slots: slot s multiplies the inputs of token s / top_k with the matrix experts[s]. A counting sort puts the slots of
+ * a matrix side by side, in their order: slots[place] and places[slot] undo each other, but for slots without a
+ * matrix, which have no place. A task is a matrix and its run of places. Pieces of work are numbered through all
+ * tasks, ceil(outputs / rows) for each, and bisection finds the task of a piece. Pieces write different outputs, so
+ * neither the number of threads nor their order matters.
+ *
+ * Activations (split): with m = max_i |x_i|, 1e-30 at least, and a step t = m / 127, a_i = rint(x_i / t) and b_i =
+ * rint(254 (x_i / t - a_i)) are bytes in -127 .. 127: |x_i| / t is at most 127, and rint leaves 1/2 at most. So
+ *
+ *     x_i = t (a_i + b_i / 254) + e_i,    |e_i| <= t / 508 = m / 64516;    with a_i alone,  |e_i| <= t / 2 = m / 254.
+ *
+ * Float32 adds less than t / 2^15 to that: x_i * (127 / m) is 127 at most and rounded twice, t once, so this is 127
+ * (2^-23 + 2^-24) t and the rounding of the fine part, which is far smaller. The difference from a_i is exact. The
+ * sums of a and of b are exact in int32: 127 * 65536 is less than 2^31. What is not finite gives a step that is NaN,
+ * which every output of the token then shows. Copies for several processors give the same bytes: the product that a_i
+ * is taken from is used by rint as well, and so not fused with the subtraction.
+ *
+ * Bfloat16 is the upper half of float32: widening is exact, narrowing rounds once, to nearest, ties to even. */
 #include "product.h"
 #include "threads.h"
 

@@ -130,7 +130,7 @@ void mc_rotate(const float *x, const float *signs, int count, int block, float *
 /* `count` up to the next multiple of `unit`. */
 INLINE size_t whole(size_t count, size_t unit) { return (count + unit - 1) / unit * unit; }
 
-/* Without branches, so that many at once are vectors. */
+/* A float16 as float32; without branches, so that many at once are vectors. */
 INLINE float from_half(uint16_t half) {
     const uint32_t sign = (uint32_t)(half & 0x8000) << 16, size = half & 0x7fff;
     const float small = (float)(int32_t)size * 0x1p-24f;

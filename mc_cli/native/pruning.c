@@ -1,5 +1,25 @@
 /* The choice of a token's experts that are computed, in one call: keep scores as policies/odp.py and policies/otp.py
- * define them, then the rule that all policies share. One thread does it: it is done before a second one would wake. */
+ * define them, then the rule that all policies share. By falling weight w_0 >= w_1 >= .., ties in the order of slots:
+ *
+ *     share    s_r = w_r / (w_0 + .. + w_r)
+ *     odp      score_r = max_{q >= r} s_q, infinite where |hidden|_1 * received is `protect_at` or more. The loop that
+ *              skips the last rank while its share is under t stops at the first share that is not: it skips r where
+ *              all s_q with q >= r are under t, so where score_r is. One maximum from the end stands for the loop.
+ *     otp      logits l_r of keeping r + 1 experts: l_0 = 0, and l_r = l_{r-1} + <v_r, hidden> / |hidden|_2 +
+ *              <u_r, (log s_1, .., log s_{k-1})> + bias_r, with shares of `least_share` at least;
+ *              score_r = log sum_{q >= r} e^l_q - log sum_{q < r} e^l_q, the log-odds of keeping more than r experts;
+ *              infinite for r = 0.
+ *     rule     slots with a score at or above the threshold stay, and so does the first slot of largest weight; what is
+ *              left is scaled to the sum of all weights where that is wanted.
+ *
+ * Layout: slots are [tokens][k]; row r - 1 of `router` is v_r, then u_r. One thread takes token after token, as it is
+ * done before a second one would wake, and all processors have this path.
+ *
+ * Rounding: a sum over n features is 16 float32 sums side by side and then theirs, an order that vectors do not
+ * change. Each term is rounded n / 16 + 32 times at most, so to first order the error is up to (n / 16 + 32) 2^-24 of
+ * the sum of magnitudes. Running sums of weights and of logits are doubles. Torch adds in another order: scores agree
+ * but for the last places, and only a slot with a score that close to the threshold may be decided otherwise. Sources:
+ * Huang et al. 2024, arXiv:2410.06270 (odp); Huang et al. 2025, arXiv:2510.10962 (otp). */
 
 #include "mc.h"
 

@@ -138,7 +138,7 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "scales": "const float *",
             "parities": "const uint8_t *",
             "count": "int",
-            "width": "int",
+            "length": "int",
             "rows": "int",
             "codes": "int16_t *",
             "signs": "uint8_t *",

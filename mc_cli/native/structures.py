@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 
 TRELLIS, AFFINE = 0, 1  # kinds of a bank
+ENTRIES_OF = {TRELLIS: "trellis", AFFINE: "affine"}  # the field of a bank that holds its entries
 
 
 class Entry(ctypes.Structure):

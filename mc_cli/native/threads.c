@@ -1,9 +1,12 @@
 /* Work is divided among the threads of the OpenMP library that torch uses, where one is named (mc_use_team): they wait
- * for work already, and a second pool beside them would compete with them for the processor. Without one, it is divided
- * among a pool of our own. The pool's workers look for work for some microseconds before they sleep: within a token,
- * calls follow each other closely. Workers are never ended; after a fork the child starts its own.
+ * for work already, and a second pool beside them would compete with them for the processor. Without one, it is
+ * divided among a pool of our own. The pool's workers look for work for some microseconds before they sleep: within a
+ * token, calls follow each other closely. Workers are never ended; after a fork the child starts its own.
  *
- * Each thread has a run of neighbours to do, so that it fetches ahead what is its own, and then helps the others. */
+ * Each thread has a run of neighbours to do, so that it fetches ahead what is its own, and then helps the others: run
+ * r of R has the indices count r / R to count (r + 1) / R - 1, and one atomic counter. Whoever adds 1 to it has the
+ * index that it was at, so each index is done once, by whom and in which order is open. Nothing is summed here: the
+ * pieces of one call write to different places, and so results are the same for any number of threads. */
 
 #include "threads.h"
 

@@ -1,11 +1,31 @@
-/* Trellis codes: the search for the best code sequence (Viterbi), and the way back. See encodings/trellis.py.
+/* The search for the best code sequence (Viterbi), and the way back. encodings/trellis.py has the format, a file for
+ * each path of the processor the step, trellis_quick.c the same search with costs of a byte.
  *
- * A sequence of `length` weights is a ring of length * rate bits. The window of STATE_BITS bits that starts at bit
- * floor(i * rate) decides weight i. States here are windows with the first bit highest, so that one step of the
- * sequence shifts a state to the left. */
+ * A ring of T weights at R bits is T R bits. The window of weight i, 12 bits from bit o_i = floor(i R) on, says its
+ * value v_i; sought is the least sum_i w_i (v_i - x_i)^2. A state is a window with the first bit highest, so a step of
+ * k = o_{i+1} - o_i bits is a shift to the left: with G = 2^(12 - k), the states t G + g, and no others, lead to the
+ * states g 2^k + j (g < G; t, j < 2^k), and the least costs of paths that end there are
+ *
+ *     C'[g 2^k + j] = m_g + w (v[g 2^k + j] - x)^2,    m_g = min_t C[t G + g].
+ *
+ * The seam of a ring is passed by 12 - k bits, k of the last step. The best path over 48 weights on either side, or
+ * half the ring, says which; the first state has to begin, and the last to end with them. Given these, and but for
+ * rounding, the search is exact where errors are not fed back within the group; search_ring says how they are.
+ *
+ * Layout: costs [2][4096] and values [4096] by state; t of every m_g as bytes [T][2048], by which the way back goes. A
+ * panel is some inputs of a matrix, [input][output], in order: input n is searched for (x_n - sum_m U_mn e_m) / scale
+ * with U `factor`, and leaves the error e_n, what it missed over U_nn (GPTQ). All inputs of one group of outputs are
+ * one thread's, so threads change nothing.
+ *
+ * Rounding: costs are floats of 0 or more, ordered as their bits, so their k lowest bits can carry t through the
+ * minimum: that moves a cost by up to (2^k - 1) 2^-23 of itself. The square is v (w v + slope) + base, whose roundings
+ * and sum are up to 2^-22 w (|v| + |x|)^2 + 2^-23 C. So a step is off by up to 2^(k - 23) C + 2^-22 w (|v| + |x|)^2 to
+ * first order; of costs that near, the lower t may win. Plain C rounds the products, AVX2 and AVX-512 fuse them,
+ * alike. Source: QTIP, Tseng et al. 2024, arXiv:2406.11235 (bit-shift trellis, tail-biting); GPTQ, Frantar et al.
+ * 2022, arXiv:2210.17323. */
 
 #include "threads.h"
-#include "trellis_quick.h"
+#include "trellis_search.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -18,126 +38,8 @@
 #define SMALLEST_SCALE 1e-12f
 #define SMALLEST_WEIGHT 1e-30f
 
-/* One step of k bits: costs of reaching every state next, and which of the 2^k states before each was best.
- *
- * A value v costs weight * (v - target)^2 = v * (weight * v + slope) + base. Costs are ordered as their bits are, so the
- * low ones carry the choice; where rounding makes one negative, it is about zero and the order is of no use. */
-typedef struct {
-    const float *cost; /* [STATES] */
-    float *next;       /* [STATES] */
-    uint8_t *from;     /* [STATES >> k] */
-    const float *values;
-    float weight, slope, base;
-} Step;
-
-typedef void StepOf(const Step *);
-
-/* One copy for every k, with its shuffles as constants. */
-#define EACH(NAME, TARGET) \
-    TARGET static void NAME##_1(const Step *step) { NAME(step, 1); } \
-    TARGET static void NAME##_2(const Step *step) { NAME(step, 2); } \
-    TARGET static void NAME##_3(const Step *step) { NAME(step, 3); } \
-    TARGET static void NAME##_4(const Step *step) { NAME(step, 4); } \
-    TARGET static void NAME##_5(const Step *step) { NAME(step, 5); } \
-    static StepOf *const NAME##_of[] = {NAME##_1, NAME##_2, NAME##_3, NAME##_4, NAME##_5};
-
-typedef float four __attribute__((vector_size(16)));
-
-INLINE void step_portable(const Step *s, const int k) {
-    const int groups = STATES >> k, fan = 1 << k;
-    const int32_t *restrict before = (const int32_t *)s->cost;
-    float reached[STATES / 2] __attribute__((aligned(16)));
-    int32_t *restrict best = (int32_t *)reached;
-    uint8_t *restrict from = s->from;
-    for (int g = 0; g < groups; g++) {
-        int32_t least = before[g] & -fan;
-#pragma GCC unroll 64
-        for (int t = 1; t < fan; t++) {
-            const int32_t other = (before[t * groups + g] & -fan) | t;
-            least = other < least ? other : least;
-        }
-        best[g] = least;
-        from[g] = (uint8_t)(least & (fan - 1));
-    }
-    for (int g = 0; g < groups; g += 4) {
-        const four m = *(const four *)(reached + g) + s->base;
-#pragma GCC unroll 64
-        for (int part = 0; part < fan; part++) {
-            const four value = *(const four *)(s->values + (g << k) + 4 * part);
-            const four spread = k > 1 ? m[part >> (k - 2)] - (four){0}
-                : part ? TWICE_EACH(m, 2, 3) : TWICE_EACH(m, 0, 1);
-            *(four *)(s->next + (g << k) + 4 * part) = spread + value * (s->weight * value + s->slope);
-        }
-    }
-}
-
-EACH(step_portable, )
-
-#ifdef HAS_VECTORS
-#define FOR_AVX2 __attribute__((target("avx2,fma")))
-
-FOR_AVX2 INLINE void step_avx2(const Step *s, const int k) {
-    const int groups = STATES >> k, fan = 1 << k;
-    const __m256 scale = _mm256_set1_ps(s->weight), slope = _mm256_set1_ps(s->slope), base = _mm256_set1_ps(s->base);
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), mask = _mm256_set1_epi32(-fan);
-    const __m256i low_bytes = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
-                                               0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
-    for (int g = 0; g < groups; g += 8) {
-        const int32_t *before = (const int32_t *)s->cost + g;
-        __m256i least = _mm256_and_si256(_mm256_load_si256((const __m256i *)before), mask);
-#pragma GCC unroll 64
-        for (int t = 1; t < fan; t++) {
-            const __m256i other = _mm256_and_si256(_mm256_load_si256((const __m256i *)(before + t * groups)), mask);
-            least = _mm256_min_epi32(least, _mm256_or_si256(other, _mm256_set1_epi32(t)));
-        }
-        const __m256i bytes = _mm256_shuffle_epi8(_mm256_andnot_si256(mask, least), low_bytes);
-        _mm_storel_epi64((__m128i *)(s->from + g),
-                         _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
-        const __m256 reached = _mm256_add_ps(_mm256_castsi256_ps(least), base);
-#pragma GCC unroll 64
-        for (int part = 0; part < fan; part++) { /* lane j: that of the group before it, (8 * part + j) >> k */
-            const int at = (g << k) + part * 8;
-            const __m256i group = _mm256_srli_epi32(_mm256_add_epi32(lane, _mm256_set1_epi32(8 * part)), k);
-            const __m256 value = _mm256_load_ps(s->values + at);
-            const __m256 spread = _mm256_permutevar8x32_ps(reached, group);
-            _mm256_store_ps(s->next + at, _mm256_fmadd_ps(value, _mm256_fmadd_ps(scale, value, slope), spread));
-        }
-    }
-}
-
-EACH(step_avx2, FOR_AVX2)
-
-AVX512 INLINE void step_avx512(const Step *s, const int k) {
-    const int groups = STATES >> k, fan = 1 << k;
-    const __m512 scale = _mm512_set1_ps(s->weight), slope = _mm512_set1_ps(s->slope), base = _mm512_set1_ps(s->base);
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i mask = _mm512_set1_epi32(-fan);
-    for (int g = 0; g < groups; g += 16) {
-        const int32_t *before = (const int32_t *)s->cost + g;
-        __m512i least = _mm512_and_si512(_mm512_load_si512(before), mask);
-#pragma GCC unroll 64
-        for (int t = 1; t < fan; t++) {
-            const __m512i other = _mm512_and_si512(_mm512_load_si512(before + t * groups), mask);
-            least = _mm512_min_epi32(least, _mm512_or_si512(other, _mm512_set1_epi32(t)));
-        }
-        _mm_storeu_si128((__m128i *)(s->from + g), _mm512_cvtepi32_epi8(_mm512_andnot_si512(mask, least)));
-        const __m512 reached = _mm512_add_ps(_mm512_castsi512_ps(least), base);
-#pragma GCC unroll 64
-        for (int part = 0; part < fan; part++) {
-            const int at = (g << k) + part * 16;
-            const __m512i group = _mm512_srli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16 * part)), (unsigned)k);
-            const __m512 value = _mm512_load_ps(s->values + at);
-            const __m512 spread = _mm512_permutexvar_ps(group, reached);
-            _mm512_store_ps(s->next + at, _mm512_fmadd_ps(value, _mm512_fmadd_ps(scale, value, slope), spread));
-        }
-    }
-}
-
-EACH(step_avx512, AVX512)
-#endif
-
-static StepOf *const *const paths[] =
-    BY_PATH(step_portable_of, step_avx2_of, step_portable_of, step_avx512_of, step_avx512_of);
+static const SearchPath *const paths[] =
+    BY_PATH(&mc_search_portable, &mc_search_avx2, &mc_search_portable, &mc_search_avx512, &mc_search_avx512);
 
 typedef struct {
     float cost[2][STATES] __attribute__((aligned(64))); /* one per state at the weight reached, and room for the next */
@@ -161,10 +63,10 @@ typedef struct {
     const float *values;    /* [STATES] by window with the first bit LOWEST */
     const float *levels;    /* [level_count] for the quick search: the different values, ascending; NULL: the full one */
     const uint8_t *places;  /* [STATES] by window, where its value is among the levels */
-    int level_count, path;
+    int level_count;
     int factors; /* one for all matrices, or as many as those */
     int batch, first, count, inputs, outputs, groups, rings, length, pieces, numerator, denominator;
-    StepOf *const *steps;
+    const SearchPath *path;
     uint8_t *codes; /* [batch][outputs / length][inputs][bytes] */
     float *decoded; /* [batch][inputs][outputs], in units of the scales */
     float *errors;  /* [rows]: targets less values, over the factor's diagonal; NULL where there is no factor */
@@ -192,7 +94,7 @@ INLINE void advance(Scratch *s, const Search *search, int n, int bits, float tar
     }
     const Step step = {s->cost[(n - 1) & 1], s->cost[n & 1], s->from + (size_t)n * (STATES / 2), s->values,
                        weight, -2 * weight * target, weight * target * target};
-    search->steps[bits - 1](&step);
+    search->path->step[bits - 1](&step);
 }
 
 /* The first of the cheapest states at weight n, of those that lie `apart` from `first` on. */
@@ -425,8 +327,8 @@ int mc_trellis_encode(const float *targets, const float *factor, const float *sc
     Search search = {.targets = targets, .factor = factor, .scales = scales, .members = members, .weights = weights,
                      .feedback = feedback, .values = values, .factors = factors, .batch = batch, .first = first,
                      .count = count, .inputs = inputs, .outputs = outputs, .groups = groups, .rings = rings,
-                     .length = length, .steps = paths[known], .codes = codes,
-                     .levels = levels, .places = places, .level_count = level_count, .path = known,
+                     .length = length, .path = paths[known], .codes = codes,
+                     .levels = levels, .places = places, .level_count = level_count,
                      .numerator = numerator, .denominator = denominator,
                      .pieces = all < threads ? all : threads, /* all groups take as long; scratch has its price */
                      .decoded = decoded, .errors = errors, .offsets = malloc(sizeof(int) * ((size_t)length + 1))};

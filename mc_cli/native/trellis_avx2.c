@@ -1,9 +1,9 @@
 /* Products with trellis codes on AVX2, by the sums that trellis_portable.c derives.
  *
  * A vector has 8 lanes of 4 inputs. vpshufb looks up in tables of 16 bytes alone, so the hash comes from three tables
- * by four bits of a window each, which is the same one: the first table of 64 is linear in its bits under xor, so that
- * its entry for six bits is that for the low four, xor that for the high two, and the second one depends on its low two
- * bits and its high four likewise (small_tables puts the middle four bits together). The 64 levels are four tables of
+ * by four bits of a window each, which is the same one: codes are made of such tables (numerics/trellis_code.py), so
+ * that an entry of the first table of 64 is one by the low four bits, xor one by the high two, and an entry of the
+ * second one by the low two, xor one by the high four (small_tables puts the middle four bits together). The 64 levels are four tables of
  * 16; two of the hash's bits choose among what these give (vpblendvb looks at the highest bit of a byte), and vpsignb
  * negates where the hash is negative.
  *

@@ -1,6 +1,21 @@
-/* Matrices of trellis codes as numbers, in the basis of rotated inputs, for products of the library: level times scale
- * times unit, in float32. Decoding gives whole bytes, the same ones by every path, and both factors are one number per
- * output. */
+/* Matrices of trellis codes as numbers, in the basis of rotated inputs, for products of the library:
+ *
+ *     out[o][i] = (unit * scale_o) * v_oi,    v_oi a whole level in -127 .. 127
+ *
+ * where v_oi is what a window of 12 bits in the sequence of output o and input i stands for: the head of
+ * trellis_portable.c says how. There is no sum here, and rotating back is left to those who want it.
+ *
+ * Layout: codes are [sequences][groups of 4 inputs][planes][lanes][4 inputs], out is [outputs][inputs]. A piece of
+ * work is a sequence of `length` outputs. Eight groups at a time the path decodes to a block of 8 KB, [16][8
+ * groups][16 lanes][4], that stays in the first cache: output 16 l + k of the sequence is lane l of row k, 4 inputs
+ * side by side and one group 64 bytes after the other. Row after row of `out` then takes its 32 inputs from there.
+ * Lanes that a sequence lacks are not read, nor are inputs and outputs that only fill up a group or a sequence.
+ *
+ * Rounding: a byte is 128 + v, whole on every path, and v is exact in float32. The step `unit` * scale_o is rounded
+ * once per output and its product with v once, so a value is within 2^-23 of itself, to first order. Both are single
+ * multiplications in one order, in plain C for all paths: a path chooses only how windows are looked up (vpshufb,
+ * vqtbl4q, vpermb or one by one), so all give the same bits, whatever the threads. Source of the codes: QTIP, Tseng et
+ * al. 2024, arXiv:2406.11235; the layout and the tables are ours. */
 #include "trellis_product.h"
 #include "threads.h"
 

@@ -1,16 +1,22 @@
-/* Products with trellis codes on NEON, by the sums that trellis_portable.c derives. It has run under emulation alone,
- * where it gives the portable path's bits.
+/* Products with trellis codes on NEON, by the sums that trellis_portable.c derives: sum_i v_oi a_i and sum_i v_oi b_i,
+ * with levels v of the weights and bytes a and b of the activations. It has run under emulation alone, where it gives
+ * the portable path's bits.
  *
- * A vector has 4 lanes of 4 inputs. The six bits that index a table come out of two planes by two shifts and an or, for
- * 16 weights at once, and vqtbl4q looks all 64 bytes of a table up in one instruction: two or three look-ups a vector.
+ * Decoding: a vector has 4 lanes of 4 inputs, a quarter of the 64 bytes of a row of the block. The six bits that index
+ * a table come out of two planes by two shifts and an or, for 16 weights at once, and vqtbl4q looks all 64 bytes of a
+ * table up in one instruction: two or three look-ups a vector. Where codes have a sign, the highest bit of the hash,
+ * spread over its byte, negates the level by an xor and a subtraction. Lanes that a sequence lacks are multiplied,
+ * too; their sums are not read.
  *
- * NEON multiplies signed bytes by signed bytes, so 128 is taken away first (an xor of the highest bit), and sums are of
- * levels: nothing is to be taken away at the end (mc_trellis_finish_levels). A product of two bytes is at most 127 *
- * 127, the sum of two of them 32258: they fit 16 bits, so vmull and vpaddq are exact, and vpadalq adds pairs of these
- * into int32, which holds 65536 products.
+ * NEON multiplies signed bytes by signed bytes, so 128 is taken away first (an xor of the highest bit), and sums are
+ * of levels: nothing is to be taken away at the end (mc_trellis_finish_levels). A product of two bytes is at most 127
+ * * 127, the sum of two of them 32258: they fit 16 bits, so vmull and vpaddq are exact, and vpadalq adds pairs of
+ * these into int32, a lane's four inputs into one. 65536 inputs make 65536 * 127 * 127, less than 2^31: sums are exact
+ * in any order, and the same as those of other paths once these have taken away their 128 sum_i a_i.
  *
- * Two rows of activations pass together, with the same bytes: sums are [2 rows][4 quarters] of 4 lanes, in registers
- * while the groups of a block pass. With an odd number of rows one beyond the last is read and its sums are written. */
+ * Two rows of activations pass together, with the same bytes: sums are [2 rows][4 quarters] of 4 lanes, in
+ * registers while the groups of a block pass. With an odd number of rows one beyond the last is read and its sums
+ * are written. */
 #include "trellis_product.h"
 
 #ifdef HAS_NEON

@@ -1,10 +1,10 @@
-/* Products with trellis codes: how the work is divided. The head of trellis_portable.c says what is computed, and why it
- * is exact; the head of a path's file says how that path does it.
+/* Products with trellis codes: how the work is divided. The head of trellis_portable.c says what is computed, and why
+ * it is exact; the head of a path's file says how that path does it.
  *
- * First every token is rotated and becomes bytes, one row of coarse and one of fine parts with one step, at a place for
- * each of its slots: those of a matrix lie side by side, so that a task is one matrix and a run of rows. A matrix has
- * its own number of inputs and its own blocks of rotation; slots of a token that agree in both share what was found.
- * Then each piece of work is one sequence of outputs of one task: block after block of weights is decoded and
+ * First every token is rotated and becomes bytes, one row of coarse and one of fine parts with one step, at a place
+ * for each of its slots: those of a matrix lie side by side, so that a task is one matrix and a run of rows. A matrix
+ * has its own number of inputs and its own blocks of rotation; slots of a token that agree in both share what was
+ * found. Then each piece of work is one sequence of outputs of one task: block after block of weights is decoded and
  * multiplied with all rows, whose sums [rows][16][16] stay in int32 until the last block. */
 #include "trellis_product.h"
 #include "threads.h"

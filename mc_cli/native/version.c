@@ -1,3 +1,5 @@
+/* Which sources the library was made from, and where the fields of its structures lie: for Python to compare. It
+ * computes nothing. */
 #include "mc.h"
 
 #include <stddef.h>

@@ -23,9 +23,9 @@ def nearest_points(
 
     Bit i of signs is set where element i is negative.
 
-    points    float32 [count, width], magnitudes
-    metric    float32 [B, width, width], symmetric, positive semi-definite
-    wanted    float32 [B, rows, width];  linear  float32 [B, rows, width], metric times wanted, or what stands for it
+    points    float32 [count, length], magnitudes
+    metric    float32 [B, length, length], symmetric, positive semi-definite
+    wanted    float32 [B, rows, length];  linear  float32 [B, rows, length], metric times wanted, or what stands for it
     scales    float32 [B, rows]
     parities  uint8 [B, rows] of EVEN, ODD, ANY; None: any
     Raises McError where memory does not suffice.
@@ -57,7 +57,7 @@ def _compiled(
         scales=scales.data_ptr(),
         parities=None if parities is None else parities.data_ptr(),
         count=len(points),
-        width=points.shape[1],
+        length=points.shape[1],
         rows=len(wanted),
         codes=codes.data_ptr(),
         signs=signs.data_ptr(),
@@ -83,8 +83,8 @@ def nearest_in_torch(
 def _some_rows(
     points: Tensor, metric: Tensor, wanted: Tensor, linear: Tensor, scales: Tensor, parities: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    width = points.shape[1]
-    places = torch.arange(width, device=wanted.device)
+    length = points.shape[1]
+    places = torch.arange(length, device=wanted.device)
     nearest = ((wanted < 0).long() << places).sum(-1)
     tried = torch.cat([nearest.unsqueeze(1), nearest.unsqueeze(1) ^ 1 << places], 1)
     least = torch.full(scales.shape, torch.inf, device=wanted.device)

@@ -102,7 +102,7 @@ _LEVELS = {
 @cache
 def points(name: str) -> Tensor:
     """float32 [points, 8 or 4]: the points of a type, by index."""
-    width, bits = (8, 2) if name.startswith("iq2") else (4, 4)
+    length, bits = (8, 2) if name.startswith("iq2") else (4, 4)
     table = torch.frombuffer(bytearray(base64.b64decode(_TABLES[name])), dtype=torch.uint8)
     numbers = table.unsqueeze(-1) >> torch.arange(0, 8, bits, dtype=torch.uint8) & (1 << bits) - 1
-    return torch.tensor(_LEVELS[name], dtype=torch.float32)[numbers.long()].reshape(-1, width)
+    return torch.tensor(_LEVELS[name], dtype=torch.float32)[numbers.long()].reshape(-1, length)

@@ -125,10 +125,10 @@ class GgufCoder:
 
     def _round_panel(self, first: int, panel: Tensor, errors: Tensor) -> None:
         """Points of a panel's vectors; each vector takes in the errors of those before it in the panel."""
-        width = self.kind.vector
-        for start in range(first, first + panel.shape[1], width):
-            part = slice(start, start + width)
-            wanted = panel[:, start - first : start - first + width]
+        length = self.kind.vector
+        for start in range(first, first + panel.shape[1], length):
+            part = slice(start, start + length)
+            wanted = panel[:, start - first : start - first + length]
             if start > first:
                 owed = torch.bmm(self._factor[:, first:start, part].transpose(1, 2), errors[:, first:start])
                 wanted = wanted - owed
@@ -138,7 +138,7 @@ class GgufCoder:
             index = self._order[:, part, None].expand(-1, -1, wanted.shape[-1])
             steps = self.steps_at(index)
             rows = wanted.transpose(1, 2)
-            places = self._order[:, start] // width
+            places = self._order[:, start] // length
             codes, signs = nearest_points(
                 self.table, metric, rows, rows @ metric, steps[:, 0], self._parities(places, free=True)
             )
@@ -166,7 +166,7 @@ class GgufCoder:
         return ((other ^ other >> 1 ^ other >> 2 ^ other >> 3) & 1).to(torch.uint8)
 
     def _store(self, places: Tensor, codes: Tensor, signs: Tensor) -> Tensor:
-        """Puts points [B, out] of one vector of each matrix, int64 [B], into the fields; units [B, width, out]."""
+        """Puts points [B, out] of one vector of each matrix, int64 [B], into the fields; units [B, length, out]."""
         index = places[:, None, None].expand(-1, 1, codes.shape[-1])
         self.codes.scatter_(1, index, codes.long().unsqueeze(1))
         self.minuses.scatter_(1, index, signs.long().unsqueeze(1))
@@ -251,16 +251,16 @@ class GgufCoder:
 
     def _move_point(self, run: int, first: int, within: Tensor, pull: Tensor, place: int) -> None:
         """The best point of 8 or 4 weights, where it lowers the error."""
-        width = self.kind.vector
-        inside, part = slice(place, place + width), slice(first, first + width)
+        length = self.kind.vector
+        inside, part = slice(place, place + length), slice(first, first + length)
         step, _ = self.of_run(run)
         corner, here = within[:, inside, inside], pull[:, inside]
         now = self.units[:, part] * step.unsqueeze(1)
         damping = 1e-3 * corner.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] + 1e-30
-        eye = torch.eye(width, device=corner.device)
+        eye = torch.eye(length, device=corner.device)
         ideal = now + torch.linalg.solve(corner + damping * eye, here)
         linear = (torch.bmm(corner, now) + here).transpose(1, 2)
-        spot = first // width
+        spot = first // length
         places = torch.full((len(now),), spot, device=now.device)
         codes, signs = nearest_points(
             self.table, corner, ideal.transpose(1, 2), linear, step, self._parities(places, free=False)

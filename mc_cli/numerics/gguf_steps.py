@@ -17,7 +17,7 @@ _RATIOS = 8  # of the step that just reaches the largest weight
 _SMALLEST_RATIO = {8: 0.5, 16: 0.6, 64: 0.85, 256: 0.95}  # by the number of levels
 # For points: the step times their mean square is that of the weights, times these. They were 98 % of the optima.
 _POINT_RATIOS = (0.75, 0.9, 1.05, 1.2, 1.4)
-LARGEST_HALF = 65504.0
+LARGEST_HALF = 65504.0  # the largest float16
 
 
 def nearest_codes(kind: GgufType, wanted: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def _units(kind: GgufType, runs: Tensor, weights: Tensor, steps: Tensor) -> Tens
 
 
 def signed_points(table: Tensor, codes: Tensor, signs: Tensor) -> Tensor:
-    """float32 [..., width]: points with their signs, bit i of which belongs to element i."""
+    """float32 [..., length]: points with their signs, bit i of which belongs to element i."""
     places = torch.arange(table.shape[1], device=table.device)
     return table[codes.long()] * (1.0 - 2.0 * (signs.long().unsqueeze(-1) >> places & 1))
 

@@ -51,7 +51,7 @@ def _short_scales(scales: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Fractions:
-    """Float16 scales, zero points in 8 bits: fractions of a step. As encodings/affine.py stores them."""
+    """Float16 scales, and zero points of 8 bits in fractions of a step: encodings/affine.py stores these."""
 
     def covering(self, low: Tensor, high: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
         return _between(low, high, bits=bits)

@@ -93,8 +93,8 @@ def search_grid(weight: Tensor, *, bits: int, error_weights: Tensor | None = Non
     weight          float32 [..., rows, n], a group per row; not modified
     error_weights   float32, broadcastable to [..., 1, n], non-negative; None for ones
 
-    From 2 bits on: shrink min-max, shift the zero point, then alternate codes and least squares; never worse than
-    min-max. At 1 bit the best pair of levels is computed exactly.
+    From 2 bits on the search shrinks min-max, shifts the zero point, then alternates codes and least squares; it is
+    never worse than min-max. At 1 bit the best pair of levels is computed exactly.
     Raises McError for non-finite weights, ShapeError for scales beyond float16.
     """
     start = minmax_grid(weight, bits=bits, rule=rule)

@@ -25,7 +25,7 @@ from mc_cli.errors import McError, ShapeError
 from mc_cli.numerics.trellis_code import STATE_BITS, code_values
 
 LARGEST_RATE = 5
-_MOST_LEVELS = 128  # as in native/trellis_quick.h
+_MOST_LEVELS = 128  # as in native/trellis_search.h
 _WARM_UP = 48  # weights on either side of the seam from which the bits that cross it are chosen
 PIECE = 32  # weights between two looks at the errors so far, where errors are fed back; as in native/trellis.c
 _UNSETTLED = 12  # weights before such a look whose codes are still likely to change; as in native/trellis.c

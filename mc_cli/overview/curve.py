@@ -64,9 +64,7 @@ class Curve:
         return list(dict.fromkeys(point.method for point in self.points))
 
 
-def curve_of(
-    scores: Scores, sizes: Sequence[int] | None, progress: Progress, *, beside: Sequence[str] = BESIDE
-) -> Curve:
+def curve_of(scores: Scores, sizes: Sequence[int] | None, progress: Progress) -> Curve:
     """Plans of `global` at every size, and of other methods where they have one.
 
     sizes   bytes of the whole model; None: POINTS sizes from the smallest to the largest that can be reached
@@ -74,13 +72,13 @@ def curve_of(
     """
     asked = _asked(scores, sizes)
     problems, points, left_out = Problems(), [], []
-    with progress.step("curve", total=len(asked) * (1 + len(beside)), unit="plan") as step:
+    with progress.step("curve", total=len(asked) * (1 + len(BESIDE)), unit="plan") as step:
         for settings in asked:
             with problems.catching():
                 points.append(_point(scores, settings, OURS))
             step.advance(note=OURS)
         problems.tell()
-        for method in beside:
+        for method in BESIDE:
             refused = []
             for settings in asked:
                 try:

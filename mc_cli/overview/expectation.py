@@ -5,9 +5,9 @@
 Ratio, and how much models and plans of one model differ, are estimated from all runs seen, each run by how much its
 text can tell: a gap over N tokens with KL divergence D is uncertain by sqrt(2 D / N), as the logarithm of a ratio of
 two near distributions has twice its mean as its variance. Both spreads are those at which the weighted squares of the
-residuals are as many as they should be (Paule and Mandel 1982, J. Res. NBS 87(5)). Of a model with measured variants
-of its own, what it adds is estimated from those, drawn towards nothing by how few they are (Robinson 1991, Statistical
-Science 6(1)).
+residuals are as many as they should be (Paule and Mandel 1982, J. Res. NBS 87(5)). A model
+with measured variants of its own has what it adds estimated from those, drawn towards nothing by how few they are
+(Robinson 1991, Statistical Science 6(1)).
 """
 
 from __future__ import annotations

@@ -134,10 +134,10 @@ def _sections(found: Contents, unit_of: Any) -> Iterator[Section]:
     yield Section("widths", "Widths", figures=[bits_map(plan)], facts=_plan_facts(plan_summary(plan)["facts"]))
     yield Section(
         "importance",
-        "What each expert matters",
+        "How much each expert matters",
         [
-            "Every expert's predicted rise of the loss, alone at one width, from the largest to the smallest. A steep "
-            "line has few experts that matter, a flat one none that can be spared."
+            "The line shows every expert's predicted rise of the loss, alone at one width, from the largest to the "
+            "smallest. A steep line has few experts that matter, a flat one none that can be spared."
         ],
         figures=[spectrum_chart(found.scores.importance)],
     )
@@ -157,18 +157,18 @@ def _routing_section(found: Contents) -> Section:
     """The load of the experts and the routers' choices, before and after where the evaluation has both."""
     if not found.routes:
         sentence = (
-            "How evenly each layer's router spread the calibration tokens, before compression, and how often the "
-            "packed model chooses another expert on held-out text. An earlier version evaluated, which did not record "
-            "the load after compression: run prune-eval with --force."
+            "The charts show how evenly each layer's router spread the calibration tokens, before compression, and how "
+            "often the packed model chooses another expert on held-out text. An earlier version evaluated, which did "
+            "not record the load after compression: run prune-eval with --force."
         )
         charts = [*load_charts(found.routing), router_chart(found.measured.evaluation)]
         return Section("routing", "Routing", [sentence], figures=charts)
     sentences = [
-        "On held-out text, before and after compression: how evenly each layer's router spreads the tokens over its "
-        "experts, and how much its choice tells of the token, which is the mutual information of tokens and experts "
-        "under the softmax of its logits. Where both hardly move, the routers still do what they did.",
-        "A choice has flipped where a token goes to another expert than in the original. Which one became which is "
-        "told of tokens that exchanged one expert alone.",
+        "The charts show, on held-out text before and after compression, how evenly each layer's router spreads the "
+        "tokens over its experts, and how much its choice tells of the token, which is the mutual information of "
+        "tokens and experts under the softmax of its logits. Where both hardly move, routers still do what they did.",
+        "A choice has flipped where a token goes to another expert than in the original. The exchanges "
+        "are those of tokens that exchanged one expert alone.",
     ]
     return Section(
         "routing",

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from mc_cli.artifacts.files import read_json
@@ -16,7 +15,7 @@ from mc_cli.models.inventory import tied_tensors
 from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.published_names import as_published
 from mc_cli.models.router_masks import drop_experts
-from mc_cli.models.skeleton import build_skeleton, rebuild_buffers
+from mc_cli.models.skeleton import build_skeleton, put_tensor, rebuild_buffers
 from mc_cli.packed.narrow_experts import NarrowExperts
 from mc_cli.packed.packed_files import PackedFiles, open_packed
 from mc_cli.packed.packed_model import PackedSource, read_packed_config
@@ -121,13 +120,7 @@ def load_dense(
     wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     for part in tensors.parts:
         for name, tensor in tensors.by_module(part).items():
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            placed = tensor.to(device=device, dtype=wanted[name])
-            if leaf in module._buffers:
-                module._buffers[leaf] = placed
-            else:
-                module._parameters[leaf] = nn.Parameter(placed, requires_grad=False)
+            put_tensor(model, name, tensor.to(device=device, dtype=wanted[name]))
     model.tie_weights()
     rebuild_buffers(model, device)
     drop_experts(model, {block.path: block.dropped for block in open_packed(folder).layout.experts})

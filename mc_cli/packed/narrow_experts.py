@@ -1,7 +1,7 @@
 """How a plain checkpoint says that channels of experts are cut: its config.json has one width for all experts.
 
 So every expert that is stored has to keep as many channels, in every layer, and a number of the config has to mean the
-width of routed experts and nothing else. Which one it is, a skeleton tells that is built with another number there.
+width of routed experts and nothing else. A skeleton that is built with another number there tells which one it is.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class NarrowExperts:
             if type(getattr(text, name, None)) is int and getattr(text, name) == channels:
                 changed = copy.deepcopy(self.config)
                 setattr(changed.get_text_config(), name, self._width)
-                if _only_experts_shrink(self.config, changed, channels, self._width):
+                if _only_experts_shrink(self.config, changed, self._width):
                     self.config, self.config_changes = changed, {name: self._width}
                     return
         raise InputError(
@@ -87,7 +87,7 @@ def _widths(block: ExpertLayout) -> dict[int, int]:
     }
 
 
-def _only_experts_shrink(config: Any, changed: Any, channels: int, width: int) -> bool:
+def _only_experts_shrink(config: Any, changed: Any, width: int) -> bool:
     """Whether a model of the changed config has narrower routed experts, and all else as it was."""
     try:
         model = build_skeleton(changed, dtype=torch.float32)

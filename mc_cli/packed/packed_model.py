@@ -29,7 +29,7 @@ from mc_cli.models.inventory import find_decoder, find_decoder_layers, path_of, 
 from mc_cli.models.model_folder import read_config
 from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.router_masks import drop_experts
-from mc_cli.models.skeleton import build_skeleton, rebuild_buffers
+from mc_cli.models.skeleton import build_skeleton, put_tensor, rebuild_buffers
 from mc_cli.packed.own_buffers import note_buffers
 from mc_cli.packed.packed_expert_modules import pack_experts
 from mc_cli.packed.packed_files import PackedFiles, open_packed
@@ -42,7 +42,7 @@ __all__ = ["PackedSource", "StoredBytes", "attach", "model_bytes", "stored_sizes
 
 
 _LONGEST = 300  # characters of a line about a layout, whose names may have any length
-LEARNED = "learned"  # stands for the stored part of a pruning policy's tensors
+LEARNED = "learned"  # stands for the stored part of a skipping policy's tensors
 
 
 def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict[str, str]:
@@ -51,7 +51,7 @@ def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict
     Its routers do not choose experts that the layout drops.
 
     kept_dtype   dtype of expert projections that are kept, and of `weight` where code reads it from a packed module
-    Returns full tensor name -> stored part (`codes`, `scales`, ...) of every packed tensor, and of what a pruning
+    Returns full tensor name -> stored part (`codes`, `scales`, ...) of every packed tensor, and of what a skipping
     policy learned. The policy itself is put on once the tensors are there, by `apply_pruning`.
     Raises ArtifactError if layout and model do not fit.
     """
@@ -253,7 +253,7 @@ class PackedSource:
     def load_names(self, names: Iterable[str]) -> None:
         """Materialises these stored tensors on the device. Raises ArtifactError on damage."""
         for name, tensor in self.files.read(names):
-            self._place(name, tensor.to(device=self.device, dtype=self._dtypes[name] or tensor.dtype))
+            put_tensor(self.model, name, tensor.to(device=self.device, dtype=self._dtypes[name] or tensor.dtype))
 
     def free(self, layer: int) -> None:
         """Returns a decoder layer's memory; buffers that no file holds stay."""
@@ -284,14 +284,6 @@ class PackedSource:
             if match is not None and match.lastgroup is not None:
                 return plan[group_names[match.lastgroup]]
         return tensor.dtype
-
-    def _place(self, name: str, tensor: torch.Tensor) -> None:
-        path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        if leaf in module._buffers:
-            module._buffers[leaf] = tensor
-        else:
-            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def read_packed_config(files: PackedFiles, *, trust_remote_code: bool = False) -> Any:

@@ -135,7 +135,7 @@ class PackedQuantizer(HfQuantizer):
 def set_pruning_rate(model: Any, rate: float | None) -> None:
     """Lets a loaded packed model skip experts by the policy it was exported with, at another rate or not at all.
 
-    rate   share of expert calls to drop; None for the one it was exported with, 0 for none
+    rate   share of expert calls to skip; None for the one it was exported with, 0 for none
     Raises InputError for a model without a policy, or a rate that the policy was not fitted for.
     """
     from mc_cli.skipping.pruning import apply_pruning
@@ -144,7 +144,7 @@ def set_pruning_rate(model: Any, rate: float | None) -> None:
     policy = config.layout.pruning if isinstance(config, PackedConfig) else None
     if policy is None:
         raise InputError(
-            "This model has no pruning policy: it was not exported with one. Run `mc-cli prune-eval --policy odp` on "
+            "This model has no skipping policy: it was not exported with one. Run `mc-cli prune-eval --policy odp` on "
             "its work directory, then `mc-cli export`."
         )
     apply_pruning(model, policy, rate=rate)

@@ -1,4 +1,4 @@
-"""Online pruning policies, one file each, found by presence: which of a token's top-k experts are worth computing.
+"""Skipping policies, one file each, found by presence: each says which of a token's top-k experts to compute.
 
 A policy gives every (token, slot) a keep score; slots whose score is below the layer's threshold are skipped, the slot
 with the largest routing weight never is. So every policy has a threshold per layer, and with it any rate of skipped
@@ -26,7 +26,7 @@ from mc_cli.errors import ExtensionError, ShapeError
 from mc_cli.registry import Registry
 
 _REGISTRY = Registry(
-    "pruning policy",
+    "skipping policy",
     __name__,
     marker="keep_scores",
     name_of=lambda module: module.NAME,

@@ -1,4 +1,4 @@
-"""Online dynamic pruning: trailing experts go while their share of the kept routing weight is under the threshold.
+"""odp (online dynamic pruning): trailing experts are skipped while their share of the kept weight is under a threshold.
 
 Tokens that others look at are protected: those whose importance, the attention they receive times the L1 norm of their
 hidden state, is at or above `protect_at` keep all their experts. Thresholds are per layer.

@@ -1,4 +1,4 @@
-"""Online top-any pruning: a light router per layer that learned how many of a token's best experts to keep.
+"""otp (online top-any pruning): a light router per layer has learned how many of a token's best experts to compute.
 
 The router is one linear layer. It reads the token's hidden state, scaled to unit length, and the logarithms of the
 shares that odp compares with its thresholds; it gives logits over keeping the best 1, ..., k experts. While training,

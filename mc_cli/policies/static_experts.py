@@ -1,4 +1,4 @@
-"""Static pruning: whole experts that no token is sent to any more, chosen once by what calibration measured.
+"""--drop-experts: whole experts get no token any more; they are chosen once, by what calibration measured.
 
 The router chooses among the others as if the dropped ones had no row: their logits are minus infinity.
 """

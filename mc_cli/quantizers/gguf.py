@@ -20,6 +20,7 @@ from mc_cli.quantizers.gptq import Gptq
 
 NAME = "gguf"
 FAMILY = "gguf"
+PROBED = (2.3125, 4.25)  # widths at which `estimate --probe` times it
 SETTINGS = ("damping", "sweeps")
 CORRECTS_ERRORS = True
 _ROWS_FOR_ONE = 8  # of a forecast, of which one is coded

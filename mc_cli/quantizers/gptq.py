@@ -18,6 +18,7 @@ from mc_cli.quantizers import Prepared, QuantizedLinear, grid_encoding, grid_res
 
 NAME = "gptq"
 FAMILY = "affine"
+PROBED = (2.0, 4.0)  # widths at which `estimate --probe` times it
 SETTINGS = ("damping", "activation_order", "sweeps")
 CORRECTS_ERRORS = False
 
@@ -52,8 +53,7 @@ class Gptq:
     damping: float = 0.01
     activation_order: bool = True
     sweeps: int = 4
-
-    name = NAME
+    name: str = NAME  # other quantizers are this one on grids of their own
 
     def __post_init__(self) -> None:
         if not (self.damping >= 0 and self.sweeps >= 0):

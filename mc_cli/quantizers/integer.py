@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from mc_cli.quantizers.gptq import Gptq
@@ -13,13 +12,9 @@ SETTINGS = ("damping", "activation_order", "sweeps")
 CORRECTS_ERRORS = True
 
 
-def build(**settings: Any) -> IntegerQuantizer:
-    """The quantizer with `settings`, the fields of `Gptq`."""
-    return IntegerQuantizer(**settings)
+def build(**settings: Any) -> Gptq:
+    """`gptq` for grids of 4 and 8 bits around zero, and of 2 and 3 bits with whole zero points.
 
-
-@dataclass(frozen=True)
-class IntegerQuantizer(Gptq):
-    """`gptq` for grids of 4 and 8 bits around zero, and of 2 and 3 bits with whole zero points."""
-
-    name = NAME
+    `settings` are fields of `Gptq`.
+    """
+    return Gptq(name=NAME, **settings)

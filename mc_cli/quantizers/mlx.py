@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from mc_cli.quantizers.gptq import Gptq
@@ -13,13 +12,9 @@ SETTINGS = ("damping", "activation_order", "sweeps")
 CORRECTS_ERRORS = True
 
 
-def build(**settings: Any) -> MlxQuantizer:
-    """The quantizer with `settings`, the fields of `Gptq`."""
-    return MlxQuantizer(**settings)
+def build(**settings: Any) -> Gptq:
+    """`gptq` for what MLX loads; `settings` are fields of `Gptq`.
 
-
-@dataclass(frozen=True)
-class MlxQuantizer(Gptq):
-    """`gptq` for what MLX loads. The grids' rule comes with the encoding (numerics/grid_rules.py)."""
-
-    name = NAME
+    The grids' rule comes with the encoding (numerics/grid_rules.py).
+    """
+    return Gptq(name=NAME, **settings)

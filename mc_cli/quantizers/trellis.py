@@ -23,6 +23,7 @@ from mc_cli.settings.quantizer import QUICK
 
 NAME = "trellis"
 FAMILY = "trellis"
+PROBED = (2.0, 4.0)  # widths at which `estimate --probe` times it
 SETTINGS = ("damping", "activation_order", "sweeps", "search")
 CORRECTS_ERRORS = True
 JOINS_ROWS = True

@@ -75,8 +75,8 @@ def not_covered(inventory: ModelInventory, *, seen: bool = False) -> str | None:
         return None
     kept = ", ".join(f"{role.value} {size:,} bytes" for role, size in beside.items())
     return (
-        f"model_type {inventory.model_type!r} reads more than text. What is for images and sound alone is kept as it "
-        f"is ({kept}). Experts are measured with text alone: what they do for the tokens of images is not covered. "
+        f"model_type {inventory.model_type!r} reads more than text. Parts for images and sound alone are kept as they "
+        f"are ({kept}). Experts are measured with text alone: what they do for the tokens of images is not covered. "
         "Give rows with images with --data, or compare answers about images before relying on them."
     )
 

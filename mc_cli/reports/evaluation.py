@@ -82,7 +82,7 @@ def _pruning_facts(pruning: Mapping[str, Any]) -> dict[str, Any]:
     whole = pruning["unpruned"]
     return {
         "policy": pruning["policy"],
-        "expert calls dropped": f"{100 * chosen['rate']:.2f} %",
+        "expert calls skipped": f"{100 * chosen['rate']:.2f} %",
         "perplexity with the policy": f"{chosen['perplexity']:.4f} ({100 * chosen['perplexity_rise']:+.2f} % over "
         "the packed model)",
         "experts per token and layer": f"{chosen['experts_per_token']:.3f} of {whole['experts_per_token']:.3f}",
@@ -119,10 +119,10 @@ def _pruning_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
         ]
         for row in points
     ]
-    names = ("policy", "calls dropped %", "perplexity", "rise %", "KL (nats)", "experts per token")
+    names = ("policy", "calls skipped %", "perplexity", "rise %", "KL (nats)", "experts per token")
     columns = [*names, "activated bytes", "on the front"]
     digits = {"perplexity": PERPLEXITY}
-    whole_table = table("Expert calls dropped while running (* ships)", columns, rows, left=1, digits=digits)
+    whole_table = table("Expert calls skipped while running (* ships)", columns, rows, left=1, digits=digits)
     chosen = next(row for row in points if row["chosen"])
     whole = pruning["unpruned"]
     parts = [
@@ -141,7 +141,7 @@ def _kind_tables(chosen: Mapping[str, Any]) -> list[dict[str, Any]]:
     for kind, rate in rates.items():
         each = thresholds.get(kind, chosen["thresholds"])
         rows.append([kind, round(100 * rate, 2), *(round(pick(each), 4) for pick in (min, statistics.median, max))])
-    columns = ["tokens", "calls dropped %", "lowest threshold", "median of layers", "highest"]
+    columns = ["tokens", "calls skipped %", "lowest threshold", "median of layers", "highest"]
     return [table("Kinds of token with the policy that ships", columns, rows, left=1)] if rows else []
 
 
@@ -172,7 +172,7 @@ def _task_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
     if not evaluation.tasks:
         return []
     rows: list[list[Any]] = []
-    models = list(evaluation.tasks)  # original, packed, and with a policy pruned
+    models = list(evaluation.tasks)  # original, packed, and with a policy "pruned"
     results = [evaluation.tasks[name]["results"] for name in models]
     original = results[0]
     for task in sorted(original):
@@ -188,5 +188,6 @@ def _task_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
                         error if isinstance(error, str) else error and round(error, 4),
                     ]
                 )
-    columns = ["task", "metric", *models, "standard error"]
+    headings = ["with the policy" if name == "pruned" else name for name in models]
+    columns = ["task", "metric", *headings, "standard error"]
     return [table("lm-eval tasks", columns, rows, left=2)]

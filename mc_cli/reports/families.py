@@ -1,15 +1,19 @@
-"""Which model families work, as their contract tests found: rows of the table that `mc-cli families` prints."""
+"""The model families that work, as their contract tests found: rows of the table that `mc-cli families` prints."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from mc_cli.families import Outcome, read_outcomes
+from mc_cli.families import OUT_OF_SCOPE, Outcome, read_outcomes
 
 
 def families_table() -> dict[str, Any]:
     """The release of transformers, and a row for each of its families with experts; errors are of median tokens."""
     release, outcomes = read_outcomes()
+    outcomes += tuple(
+        Outcome(family, "-", works=False, reason=f"is out of scope: {held}, which does not continue text.")
+        for family, held in OUT_OF_SCOPE.items()
+    )
     rows = [
         {
             "family": each.family,

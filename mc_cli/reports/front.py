@@ -22,7 +22,7 @@ def draw_front(path: Path, points: Sequence[Mapping[str, Any]], *, title: str) -
         axes.plot(*zip(*places, strict=True), marker="o", markersize=4, label=name)
     ships = next(row for row in points if row["chosen"])
     axes.plot(100 * ships["rate"], 100 * ships["perplexity_rise"], marker="*", markersize=15, color="black")
-    axes.set(xlabel="expert calls dropped, %", ylabel="rise of perplexity, %", title=title)
+    axes.set(xlabel="expert calls skipped, %", ylabel="rise of perplexity, %", title=title)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend()

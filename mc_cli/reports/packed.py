@@ -25,7 +25,7 @@ def packed_summary(
         "stored bytes": sum(sizes.total for sizes in stored.values()),
         "compiled routines": routines,
         "expert coverage": f"{100 * coverage.covered:.1f} % ({coverage.quantized:,} quantized, "
-        f"{coverage.kept:,} kept, {coverage.pruned:,} pruned"
+        f"{coverage.kept:,} kept, {coverage.pruned:,} dropped"
         + (f", {coverage.shared:,} shared)" if coverage.shared else ")"),
     }
     if coverage.experts_dropped:

@@ -1,4 +1,4 @@
-"""Which widths a plan gives."""
+"""The widths that a plan gives."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def merged_groups(plan: Plan, layer: int) -> list[tuple[int, ...]]:
 
 
 def _merged_table(plan: Plan) -> dict[str, Any]:
-    """Which experts of every layer became one, or share magnitudes."""
+    """The experts of every layer that became one, or share magnitudes."""
     assert plan.merging is not None
     columns = ["layer", "experts", "left", "largest", "experts that became one"]
     title = "Pairs that share magnitudes" if plan.merging.pairs else "Clusters of merged experts"

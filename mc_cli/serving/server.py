@@ -1,6 +1,6 @@
 """A server with OpenAI's interface for one model, by the engine that is installed: started, watched, ended.
 
-What answers is the engine's own server, in a process of its own; this one says when it is ready, and passes Ctrl-C on.
+The engine's own server answers, in a process of its own; this one says when it is ready, and passes Ctrl-C on.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Settings of every stage, one file each: a field is declared with its default, unit, limits and flag in one place.
 
-Imports no torch. What depends on the quantizer is looked up in the registry when it is asked for, not before.
+This room imports no torch. Values that depend on the quantizer are looked up in the registry when they are asked for.
 """
 
 from mc_cli.settings.allocate import CAMERA_Q, CUTS_WITHIN, TARGETS, WIDTH_BORDERS, AllocateSettings

@@ -14,7 +14,7 @@ _MODEL, _TEXT = "Model", "Text"
 
 @dataclass(frozen=True)
 class CalibrateSettings(StageSettings):
-    """Which model, which text, and how the sensitivity of layers is measured."""
+    """The model, the text, and how the sensitivity of layers is measured."""
 
     model: str = setting(
         "",

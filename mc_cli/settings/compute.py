@@ -37,8 +37,8 @@ class RunSettings(Settings):
     dtype: str = setting(
         "auto",
         Flag(
-            "Of activations and kept weights: auto, float32, bfloat16 or float16; auto is float32 on a CPU and the "
-            "checkpoint's own on a GPU.",
+            "Type of activations and kept weights: auto, float32, bfloat16 or float16; auto is float32 on a CPU and "
+            "the checkpoint's own on a GPU.",
             COMPUTING,
             metavar="NAME",
             known=DTYPES,
@@ -49,8 +49,8 @@ class RunSettings(Settings):
         None,
         Flag(
             "The most memory that a stage may take, for example 8GiB. Large layers are read expert by expert, and what "
-            "is kept of tokens lies in scratch files of the work directory; results are the same bytes. What does not "
-            "fit even so is refused before the work begins, with the settings that would.",
+            "is kept of tokens lies in scratch files of the work directory; results are the same bytes. Work that does "
+            "not fit even so is refused before it begins, with the settings that would.",
             COMPUTING,
             option="--max-memory",
             metavar="SIZE",

@@ -118,7 +118,7 @@ class Settings:
 class StageSettings(Settings):
     """Base of what a stage's settings share: their plain form for manifests.
 
-    What changes the stage's result goes into its fingerprint; `not_fingerprinted` names the fields that do not.
+    Fields that change the stage's result go into its fingerprint; `not_fingerprinted` names those that do not.
     """
 
     not_fingerprinted: ClassVar[frozenset[str]] = frozenset()

@@ -1,4 +1,4 @@
-"""By which scores whole experts are dropped, and what requests to drop them may not say."""
+"""The scores by which whole experts are dropped, and the faults of requests to drop them."""
 
 from __future__ import annotations
 

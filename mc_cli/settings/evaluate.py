@@ -26,7 +26,7 @@ ACTIVATION_BITS = Flag(
 
 @dataclass(frozen=True)
 class EvaluateSettings(StageSettings):
-    """On which held-out text, and how, the packed model is measured, and which experts tokens skip."""
+    """The held-out text that the packed model is measured on, and how, and the experts that tokens skip."""
 
     data: str = setting(
         "",

@@ -25,7 +25,7 @@ def hub_name_problem(name: str) -> str:
 
 @dataclass(frozen=True)
 class ExportSettings(StageSettings):
-    """By which exporter, and where to; where it is sent afterwards changes nothing in the directory."""
+    """The format and the folder of an export; a repository to send it to changes nothing in the directory."""
 
     not_fingerprinted: ClassVar[frozenset[str]] = frozenset({"push_to_hub"})
 

@@ -16,7 +16,7 @@ _PRUNING = "Skipping experts while running"
 
 @dataclass(frozen=True)
 class PruneSettings(StageSettings):
-    """Which experts a token skips while running. Without `policy` nothing is pruned, and nothing else here counts."""
+    """The experts that a token skips while running. Without `policy` none is skipped, and nothing else here counts."""
 
     policy: tuple[str, ...] = setting(
         (),
@@ -32,7 +32,7 @@ class PruneSettings(StageSettings):
     target_rate: float | None = setting(
         None,
         Flag(
-            "Share of expert calls to drop.",
+            "Share of expert calls to skip.",
             _PRUNING,
             metavar="SHARE",
             default="not set",
@@ -43,7 +43,7 @@ class PruneSettings(StageSettings):
     max_loss: float | None = setting(  # None = 0.01, unless there is a target_rate
         None,
         Flag(
-            "Drop as many calls as raise the perplexity of fitting text by at most this share.",
+            "Skip as many calls as raise the perplexity of fitting text by at most this share.",
             _PRUNING,
             metavar="SHARE",
             default="0.01 unless --target-rate is set",
@@ -94,7 +94,7 @@ class PruneSettings(StageSettings):
     drop_experts: float = setting(
         0.0,
         Flag(
-            "Share of experts that no token is sent to any more; with --policy all, nothing else is dropped. Their "
+            "Share of experts that no token is sent to any more; with --policy all, nothing is skipped. Their "
             "weights stay stored: `allocate --method reap --drop-ratio` drops the same ones for good.",
             _PRUNING,
             metavar="SHARE",
@@ -105,7 +105,7 @@ class PruneSettings(StageSettings):
     drop_by: str = setting(
         REAP,
         Flag(
-            "Which experts: lowest by reap, frequency or router-weight.",
+            "Score by which the lowest experts are taken: reap, frequency or router-weight.",
             _PRUNING,
             metavar="NAME",
             known=(REAP, FREQUENCY, ROUTER_WEIGHT),
@@ -130,4 +130,4 @@ class PruneSettings(StageSettings):
         if self.target_rate is not None or self.max_loss is not None or self.sweep:
             yield InputError("--target-rate, --max-loss and --sweep need --policy, for example --policy odp.")
         if self.drop_experts:
-            yield InputError("--drop-experts needs --policy; --policy all drops whole experts and nothing per token.")
+            yield InputError("--drop-experts needs --policy; --policy all drops whole experts and skips no calls.")

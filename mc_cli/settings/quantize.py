@@ -13,7 +13,7 @@ from mc_cli.settings.quantizer import QuantizerSettings
 
 @dataclass(frozen=True)
 class QuantizeSettings(StageSettings):
-    """Which plan is followed, with which quantizer."""
+    """The plan that is followed, and the quantizer."""
 
     quantizer: QuantizerSettings = field(default=QuantizerSettings())
     plan: str | None = setting(

@@ -1,4 +1,4 @@
-"""Settings of the quantizer. What depends on it is looked up in the registry when it is asked for, not before."""
+"""Settings of the quantizer. Values that depend on it are looked up in the registry when they are asked for."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ FULL, QUICK = "full", "quick"  # searches
 
 @dataclass(frozen=True)
 class QuantizerSettings(StageSettings):
-    """Which quantizer, and its knobs; score and quantize must agree on them, so that score predicts what ships."""
+    """The quantizer and its knobs; score and quantize must agree on them, so that score predicts what ships."""
 
     quantizer: str = setting(
         "trellis",
         Flag(
-            "How weights are rounded: trellis (default), gptq, or rtn (round to nearest).", _QUANTIZER, metavar="NAME"
+            "How weights are rounded: trellis, gptq, or rtn (round to nearest); --for sets gguf, mlx or integer.",
+            _QUANTIZER,
+            metavar="NAME",
         ),
     )
     damping: float = setting(

@@ -22,7 +22,7 @@ EXPERT, CHANNEL, AUTO = "expert", "channel", "auto"
 
 @dataclass(frozen=True)
 class ScoreSettings(StageSettings):
-    """Which widths are measured, with which quantizer, on how many tokens."""
+    """The widths that are measured, the quantizer, and the number of tokens."""
 
     bits: tuple[float, ...] = setting(  # none given: what the encodings of the quantizer's family say
         (),

@@ -1,4 +1,4 @@
-"""One packed model at many operating points, each beside the unpruned one: loss, KL divergence, expert calls.
+"""One packed model at many operating points, each beside the model without a policy: loss, KL divergence, expert calls.
 
 All points go through a layer while it is resident, so that layers are read once; what a point keeps is its hidden
 states. Where those of all points would not fit, points go in groups and the model is read once per group.
@@ -30,8 +30,8 @@ _HIDDEN_BYTES = 2 * 1024**3  # hidden states of all points of a group take no mo
 class PointResult:
     """One operating point on the text.
 
-    loss                 nats per token;  loss_error  standard error of its difference from the unpruned model's
-    kl_packed            KL(unpruned packed || pruned), nats per token;  kl_original from the original model, if given
+    loss                 nats per token;  loss_error  standard error of its difference from that without a policy
+    kl_packed            KL(packed without a policy || with it), nats per token;  kl_original: from the original
     experts_per_token    layer -> mean number of routed experts computed
     experts_by_class     name of a token class -> mean over its tokens and the layers
     expert_calls         layer -> [experts] calls per token
@@ -45,7 +45,7 @@ class PointResult:
     loss: float
     loss_error: float
     kl_packed: float
-    kl_original: float | None
+    kl_original: float | None  # where the original was given
     rate: float
     answers_right: int | None
     experts_per_token: Mapping[int, float]
@@ -56,7 +56,7 @@ class PointResult:
 
 @dataclass(frozen=True)
 class PrunedComparison:
-    """The unpruned packed model's loss and every point's result. answers: how many there are, with images alone."""
+    """The packed model's loss without a policy, and every point's result. answers: their number, with images alone."""
 
     packed_loss: float
     original_loss: float | None

@@ -1,4 +1,4 @@
-"""Running a pruning policy: what the experts of a layer ask before each forward, and how it is put on and off a model.
+"""Runs a skipping policy: the experts of a layer ask it before each forward; it is put on a model and taken off again.
 
 A skipped slot gets the index that the experts interface skips, so its expert is neither computed nor its weights read.
 It works on the experts interface alone: for every family, dense or packed.
@@ -275,7 +275,7 @@ def check_policy(model: Any, pruning: Pruning) -> None:
     known = policies()
     if pruning.policy not in known:
         raise ArtifactError(
-            f"The pruning policy {shown(pruning.policy)} is unknown; this version of mc-cli has {', '.join(known)}. "
+            f"The skipping policy {shown(pruning.policy)} is unknown; this version of mc-cli has {', '.join(known)}. "
             "The model is of a newer version, its policy is of a package that is not installed here, or it is damaged."
         )
     modules = dict(model.named_modules())
@@ -304,7 +304,7 @@ def check_policy(model: Any, pruning: Pruning) -> None:
             problems.append(f"{layer.path}: drops {shown(list(layer.dropped))} of {module.num_experts} experts")
     if problems:
         raise ArtifactError(
-            f"The pruning policy does not fit {type(model).__name__}, {len(problems)} differences:\n"
+            f"The skipping policy does not fit {type(model).__name__}, {len(problems)} differences:\n"
             f"{listed(problems)}\nPolicy and model do not belong together, or are damaged; run prune-eval on it."
         )
 

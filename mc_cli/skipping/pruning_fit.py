@@ -112,7 +112,7 @@ def fit_policies(
     if not growing[0].layers or all(layer.top_k < 2 for layer in growing[0].layers):
         raise InputError(
             "This model's routers choose one expert per token, and a token's best expert is never skipped: there is "
-            "nothing to prune per token. Run prune-eval without --policy."
+            "nothing to skip per token. Run prune-eval without --policy."
         )
     return {part.name: _finished(part, settings, inputs.real_tokens, nats=nats) for part in growing}
 

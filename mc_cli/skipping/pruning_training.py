@@ -3,10 +3,11 @@
 1. Layer by layer, with one layer in memory: a router minimises the summed cost of what it skips (nats, see
    `pruning_samples`) plus a price per kept call. The price is the same in all layers: the slope of cost over calls at
    the target rate.
-2. Whole model, where it fits into memory: the pruned model's next-token distribution is distilled from the unpruned
-   one's, at one target rate after the other. Each rate has its price, the slope of cost over calls there, and an
-   offset of all log-odds, which goes up while fewer than the target are kept, and down while more are: so one run
-   serves several operating points. Only the routers change; weights are those of the packed model, dequantized.
+2. Whole model, where it fits into memory: the next-token distribution of the model that skips is distilled from that
+   of the model without a policy, at one target rate after the other. Each rate has its price, the slope of cost over
+   calls there, and an offset of all log-odds, which goes up while fewer than the target are kept, and down while more
+   are: so one run serves several operating points. Only the routers change; weights are those of the packed model,
+   dequantized.
 
 Masks are drawn by Gumbel-Softmax with a falling temperature. Every step's batch and noise follow from the seed and the
 step's number alone, so a run that was killed continues to the same bytes.
@@ -179,10 +180,10 @@ class _TrainingPruner:
 def distillation_loss(
     model: Any, batch: Batch, teacher: Tensor, pruners: Mapping[str, _TrainingPruner]
 ) -> tuple[Tensor, Tensor]:
-    """(KL(teacher || pruned model) in nats per token, mean kept share over the layers), both with gradients.
+    """(KL(teacher || model that skips) in nats per token, mean kept share over the layers), both with gradients.
 
     With answers the divergence is that of their tokens alone.
-    teacher  [sequences, length, vocabulary] log-probabilities of the unpruned model
+    teacher  [sequences, length, vocabulary] log-probabilities of the model without a policy
     """
     with ExitStack() as stack:
         for path, pruner in pruners.items():
@@ -230,7 +231,7 @@ def distil_routers(
     checkpoint: Path,
     progress: Progress,
 ) -> Routers:
-    """Routers after distillation from the unpruned model; continues at `checkpoint` where there is one.
+    """Routers after distillation from the model without a policy; continues at `checkpoint` where there is one.
 
     model        whole and dense (see `dense_tensors.load_dense`), not changed
     routers      what to start from;  layers  those that have one

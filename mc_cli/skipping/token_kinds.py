@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mc_cli.data.kinds import IMAGE, KINDS, PADDING, SPECIAL, TEXT, kind_masks
-
-_NUMBERED = (IMAGE, SPECIAL)  # kinds that numbers tell; all other tokens are text
+from mc_cli.data.kinds import KINDS, PADDING, TEXT, kind_masks
 
 # Name of a kind -> [n] int64 places of its tokens among those of a forward.
 Parts = Mapping[str, Tensor]

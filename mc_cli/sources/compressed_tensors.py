@@ -36,7 +36,7 @@ from mc_cli.sources.modelopt import nvfp4
 _ZEROS, _ORDER, _DIMENSIONS = "zero points", "group of each column", "rows and columns"
 _OTHERS = {_ZEROS: ".weight_zero_point", _ORDER: ".weight_g_idx", _DIMENSIONS: ".weight_shape"}
 _PACKED_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
-_MX_COLUMNS, _NV_COLUMNS = 32, 16
+_MX_COLUMNS = 32
 _NAIVE = ("naive-quantized", "float-quantized", "int-quantized", "mxfp8-quantized")
 _READ = ("pack-quantized", *_NAIVE, "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mixed-precision", "dense")
 _STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")

@@ -376,7 +376,7 @@ def _menus(
 
 
 def _order(inventory: ModelInventory, cuts: Cuts) -> ChannelOrder:
-    """Which channels the blocks of every layer take: those that were measured to be kept longest come first."""
+    """The channels that the blocks of every layer take: those that were measured to be kept longest come first."""
 
     def rows(block: ExpertBlock) -> npt.NDArray[np.int32]:
         if block.layer in cuts:

@@ -232,7 +232,7 @@ def _write_inventory(
 
 
 def _text_alone(checkpoint: Checkpoint) -> str:
-    """Which class loads the results, where people would take that of the whole model; transformers' error is silent."""
+    """Names the class that loads the results where people would take the whole model's; transformers tells nobody."""
     if not checkpoint.text_alone:
         return ""
     return (

@@ -284,7 +284,7 @@ def _kept_beside(unused: UnusedTensors) -> str:
 
 
 def expert_code_bits(layout: PackedLayout) -> tuple[float, int]:
-    """(bits of all routed experts' codes, number of their weights); kept weights count 16 bits, pruned ones none."""
+    """(bits of all routed experts' codes, number of their weights); kept weights count 16 bits, dropped ones none."""
     bits, weights = 0.0, 0
     for block in layout.experts:
         for projection, shape in block.projections.items():
@@ -343,7 +343,7 @@ def _pruning(
         return None
     if not exporter_from_name(settings.format).CARRIES_POLICY:
         folder.warn(
-            f"--format {settings.format} cannot carry the pruning policy {measured['policy']!r}: the exported model "
+            f"--format {settings.format} cannot carry the skipping policy {measured['policy']!r}: the exported model "
             "computes all experts. Use --format transformers for one that skips them.",
             progress,
         )

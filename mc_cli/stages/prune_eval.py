@@ -165,7 +165,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
 
     def _fitting_inputs(self) -> dict[str, str]:
         source = fitting_source(self.settings.prune, _source(self.settings, self.session))
-        return fitting_inputs(self.settings.prune, self.session, self.work, source)
+        return fitting_inputs(self.session, self.work, source)
 
     def _fitted(
         self, folder: StageFolder, inventory: ModelInventory, packed: PackedSource, run: Run

@@ -120,7 +120,7 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
         run_our_experts(checkpoint.model)
         batch_size = self.session.batch_size(ready.inputs.length)
         walk = LayerWalk(checkpoint, ready.inputs, batch_size=batch_size, store=checkpoint.store)
-        writer = PartWriter(folder, checkpoint, inventory, self.session)
+        writer = PartWriter(folder, checkpoint, self.session)
         original = walk.twin() if quantizer.corrects_errors else None
         with ready.weights as weights, executor_for(self.session.compute, self.session.device) as executor:
             worker = LayerQuantizer(
@@ -233,7 +233,7 @@ def _check_widths(plan: Plan, inventory: ModelInventory) -> None:
         if role not in _PLANNED_ROLES and bits != KEPT_BITS:
             problems.append(f"role_bits: {role.value} has {bits} bits, but is always kept: its width is 16 or left out")
         elif bits == 0:
-            problems.append(f"role_bits: {role.value} has 0 bits, but only experts can be pruned")
+            problems.append(f"role_bits: {role.value} has 0 bits, but only experts can be dropped")
         elif bits != KEPT_BITS and bits not in widths_of(family_of_role(role, plan.family)):
             problems.append(f"role_bits: {role.value} has {bits} bits{_but(family_of_role(role, plan.family))}")
     if plan.role_bits.get(Role.HEAD, KEPT_BITS) != KEPT_BITS and inventory.tied_head:
@@ -362,7 +362,7 @@ def _is_quantized_down(row: MatrixReport) -> bool:
 def _coverage(rows: list[MatrixReport], inventory: ModelInventory, layouts: list[ExpertLayout]) -> Coverage:
     """Expert weights by outcome, and the dropped experts by layer.
 
-    Raises ArtifactError unless every projection of every expert has exactly one row, and a row as pruned exactly if
+    Raises ArtifactError unless every projection of every expert has exactly one row, and a row `pruned` exactly if
     the layout drops its expert.
     """
     rows = [row for row in rows if row.role == Role.EXPERT.value]

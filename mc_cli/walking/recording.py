@@ -59,7 +59,7 @@ class LayerCall:
 
 
 class StandIn(nn.Module):
-    """In a decoder layer's place; what is asked of it beside a call is asked of the layer."""
+    """Stands in a decoder layer's place; what is asked of it beside a call is asked of the layer."""
 
     def __init__(self, real: nn.Module, answer: Callable[..., Any]) -> None:
         super().__init__()

@@ -248,7 +248,7 @@ def block_contender(
 ) -> Contender:
     """Runs go through all experts, a token's share at a time, so that none's weights are in a cache by chance.
 
-    skip   every token does without half of its experts, as under a pruning policy
+    skip   every token does without half of its experts, as under a skipping policy
     """
     turns = iter(range(10**9))
     tokens, share, experts = len(inputs), config.num_experts_per_tok, config.num_local_experts

@@ -1,17 +1,17 @@
-"""Loss over dropped expert calls: otp, odp, the baselines and an oracle over several seeds; and the time it saves.
+"""Loss over skipped expert calls: otp, odp, the baselines and an oracle over several seeds; and the time it saves.
 
 Reads a work directory with a packed model (after `mc-cli quantize`) and copies it, so that nothing in it changes. For
 every seed the policies are fitted on windows of --fit-data that the seed draws, and all operating points are measured
 on --heldout. Each policy's rise of perplexity and KL divergence are then read off at the same rates, between its two
 nearest points (0 at rate 0).
 
-The oracle drops, over all layers and tokens of the held-out text itself, the calls that change their layer's output
+The oracle skips, over all layers and tokens of the held-out text itself, the calls that change their layer's output
 least, in nats by the layers' sensitivities: a bound for what deciding per token and layer can reach, not a policy.
 
-Two more oracles know the true cost. On a few short windows every single drop is tried in a forward of its own, and the
+Two more oracles know the true cost. On a few short windows every single skip is tried in a forward of its own, and the
 cheapest are taken, rate by rate, each time measured anew behind those already taken: by the loss of the window's
-tokens, which sees the answer and so may gain by dropping, or by the KL divergence from the unpruned model, which does
-not. The oracle by output change is repeated on these windows, so that the three can be compared.
+tokens, which sees the answer and so may gain by skipping, or by the KL divergence from the model without skips, which
+does not. The oracle by output change is repeated on these windows, so that the three can be compared.
 
 Times are ratios within one run: the same tokens through the whole packed model, without and with a policy at each rate
 in turn, several rounds, medians. odp also watches attention, which costs time in a prompt's pass and none while
@@ -200,7 +200,7 @@ def oracle(
     layers, steps = [], []
     for sample in sample_layers(source, windows.batch, blocks, scales, batch_size=16, watch=False):
         layers.append(PrunedLayer(sample.block.layer, sample.block.path, sample.top_k, sample.renormalise))
-        worst_first = (sample.costs[:, :-1] - sample.costs[:, 1:]).flip(-1)  # of dropping the last slot, then the next
+        worst_first = (sample.costs[:, :-1] - sample.costs[:, 1:]).flip(-1)  # of skipping the last slot, then the next
         steps.append(worst_first.cummax(-1).values)  # a slot goes only after those behind it
     calls = sum(layer.top_k * len(cost) for layer, cost in zip(layers, steps, strict=True))
     ordered = torch.cat([cost.reshape(-1) for cost in steps]).sort().values
@@ -261,7 +261,7 @@ def true_oracles(arguments: argparse.Namespace, work_dir: Path) -> dict[str, lis
 
 @torch.no_grad()
 def greedy(model: Any, layers: list[PrunedLayer], ids: Tensor, *, by_loss: bool) -> dict[float, Tensor]:
-    """Rate -> [layers, length] slots kept of one window, each rate's drops chosen behind those of the one before."""
+    """Rate -> [layers, length] slots kept of one window, each rate's skips chosen behind those of the one before."""
     length = len(ids)
     keep = torch.tensor([layer.top_k for layer in layers])[:, None].repeat(1, length)
     calls, reference = int(keep.sum()), log_probabilities(model, layers, ids, keep[None])[0]
@@ -281,7 +281,7 @@ def greedy(model: Any, layers: list[PrunedLayer], ids: Tensor, *, by_loss: bool)
 def _costs(
     model: Any, layers: list[PrunedLayer], ids: Tensor, keep: Tensor, places: Tensor, reference: Tensor, by_loss: bool
 ) -> Tensor:
-    """[places] the window's loss, or divergence from the reference, with one more slot dropped at each place."""
+    """[places] the window's loss, or divergence from the reference, with one more slot skipped at each place."""
     variants = keep.repeat(len(places), 1, 1)
     variants[torch.arange(len(places)), places[:, 0], places[:, 1]] -= 1
     changed = log_probabilities(model, layers, ids, variants)
@@ -356,12 +356,12 @@ def show(results: Mapping[str, Any]) -> None:
     policies = list(dict.fromkeys(row["policy"] for row in seeds[0]["points"]))
     for name, title, factor in (
         ("perplexity_rise", "rise of perplexity, %", 100),
-        ("kl_packed", "KL from the unpruned packed model, nats per token", 1),
+        ("kl_packed", "KL from the packed model without a policy, nats per token", 1),
     ):
         table = Table(title=f"{title}: mean, least and most over {len(seeds)} seeds")
         table.add_column("policy")
         for rate in READ_AT:
-            table.add_column(f"{100 * rate:g} % dropped", justify="right")
+            table.add_column(f"{100 * rate:g} % skipped", justify="right")
         for policy in policies:
             groups = [[read_off(seed["points"], policy, rate, name) for seed in seeds] for rate in READ_AT]
             table.add_row(policy, *(spread([v * factor for v in group if v is not None]) for group in groups))
@@ -371,7 +371,7 @@ def show(results: Mapping[str, Any]) -> None:
                 table.add_row(bound, *(f"{value * factor:.4f}" if value is not None else "-" for value in values))
         console.print(table)
     table = Table(title="time over the time without a policy")
-    for name in ("policy", "dropped", "forward of a batch", "decoding one by one"):
+    for name in ("policy", "skipped", "forward of a batch", "decoding one by one"):
         table.add_column(name, justify="right")
     for row in results["times"]:
         table.add_row(

@@ -3,7 +3,7 @@
 First a packed model with fitted policies, token after token of its calibration text: every token is computed without a
 policy and with each at each rate in turn, at the same place of the same key-value cache, so that what else the machine
 does meets all of them alike. Then, with --block, one block of Mixtral-8x7B's experts with random weights, under routers
-of otp and thresholds of odp that drop a given share of calls. Figures are medians over tokens, over those without a
+of otp and thresholds of odp that skip a given share of calls. Figures are medians over tokens, over those without a
 policy.
 
     python recipes/benchmarks/skipping.py --work-dir runs/pruning --block --threads 1 0
@@ -125,7 +125,7 @@ def block(arguments: argparse.Namespace, rounds: int = 5) -> dict[Case, list[flo
 
 
 def pruner_at(policy: str, rate: float) -> LayerPruner:
-    """Drops second experts with less than `rate` of the weight: of `block`'s tokens that is this share of all calls."""
+    """Skips second experts with less than `rate` of the weight: of `block`'s tokens that is this share of all calls."""
     router: Mapping[str, Tensor] = otp.starting_router(4096, 2, rate) if policy == otp.NAME else {}
     numbers = {} if router else {odp.PROTECT_AT: float("inf")}
     shapes = {name: tuple(tensor.shape) for name, tensor in router.items()}

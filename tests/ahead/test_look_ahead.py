@@ -93,7 +93,7 @@ def test_everything_that_is_wrong_is_told_at_once(large: Path, tmp_path: Path, n
         assert result.exit_code == 1 and not result.stdout
         for words in (
             "Unknown export format 'ggml'",
-            "Unknown pruning policy 'otter'",
+            "Unknown skipping policy 'otter'",
             "unknown to lm-eval: arc_easyy (did you mean arc_easy?)",
             "eval.jsonl",
             "file is a file",
@@ -265,7 +265,7 @@ def test_plans_are_validated_by_a_dry_run(chain: Path, tmp_path: Path) -> None:
             ("prune-eval", "--data", "bundled:heldout", "--tasks", "no_such_task_7"),
             "unknown to lm-eval: no_such_task_7",
         ),
-        (("prune-eval", "--data", "bundled:heldout", "--policy", "odd"), "Unknown pruning policy 'odd'"),
+        (("prune-eval", "--data", "bundled:heldout", "--policy", "odd"), "Unknown skipping policy 'odd'"),
         (("prune-eval", "--data", "{new}/none.jsonl"), "no such file or folder"),
         (("allocate", "--target-bits", "0.5"), "cannot be met"),
         (("allocate", "--target-bits", "2", "--bits", "2,6"), "importance.json lacks 6"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.work_dir import WorkDir
-from mc_cli.errors import ExtensionError, InputError, McError
+from mc_cli.errors import ExtensionError, InputError, McError, MissingDependencyError
 from mc_cli.executors import executor_for
 from mc_cli.executors.here import Here
 from mc_cli.executors.parcels import packed, unpacked
@@ -125,3 +126,12 @@ def test_packed_files_are_the_same_with_any_number_of_workers(scored_work: Score
         assert manifest is not None and ("job_threads" in manifest.settings) == bool(workers)
         digests.append({name: facts["sha256"] for name, facts in manifest.outputs.items()})
     assert digests[0] == digests[1] == digests[2]
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with (
+        pytest.raises(MissingDependencyError, match=r"mixture-compressor\[ray\]"),
+        executor_for(RunSettings(workers="ray"), torch.device("cpu")),
+    ):
+        pass

@@ -12,16 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from mc_cli.cli import app
 from mc_cli.data.batches import Batch
 from mc_cli.errors import FamilyError
 from mc_cli.exporters.reading import open_with_transformers
-from mc_cli.families import facts_for, read_outcomes
+from mc_cli.families import OUT_OF_SCOPE, facts_for, read_outcomes
 from mc_cli.measuring.logit_source import Reading, Walked
 from mc_cli.models.checkpoint import Checkpoint, read_config
 from mc_cli.models.inventory import take_inventory
+from mc_cli.models.model_class import model_class
 from mc_cli.packed.packed_model import PackedSource
 from mc_cli.parts import Role
 from mc_cli.reports.families import families_table
@@ -41,14 +43,6 @@ from tests.tiny_chain import run_export
 # One of each kind of difference: a tower with experts, experts of images, own experts, hybrids, hyper-connections.
 REPRESENTATIVE = ("bailing_hybrid", "deepseek_v4", "dots3_note", "ernie4_5_vl_moe", "llama4", "qwen3_5_moe", "step3p7")
 CPU = torch.device("cpu")
-# Model folders of transformers with experts in their code that hold no language model that continues text, and why.
-OUT_OF_SCOPE = {
-    "diffusion_gemma": "block diffusion",
-    "nllb_moe": "encoder and decoder",
-    "openai_privacy_filter": "a classifier",
-    "switch_transformers": "encoder and decoder",
-    "vitpose_backbone": "images alone",
-}
 
 
 def test_every_family_with_experts_in_transformers_has_a_tiny_checkpoint() -> None:
@@ -78,9 +72,10 @@ def test_the_command_prints_the_table() -> None:
     found = CliRunner().invoke(app, ["families"])
     assert found.exit_code == 0
     assert all(f" {each.family} " in found.stdout for each in read_outcomes()[1])
+    assert all(f" {family} " in found.stdout for family in OUT_OF_SCOPE)
     rows = json.loads(CliRunner().invoke(app, ["families", "--json"]).stdout)["families"]
     told = {(row["inputs"], row["works"]): row["checked_with"] for row in rows}
-    assert told == {("text", True): "text", ("text", False): "", ("image-text", True): "images, text"}
+    assert told == {("text", True): "text", ("text", False): "", ("image-text", True): "images, text", ("-", False): ""}
 
 
 def test_older_and_newer_tables_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +83,14 @@ def test_older_and_newer_tables_are_read(tmp_path: Path, monkeypatch: pytest.Mon
     entries = [entry, {**entry, "family": "new", "images": True, "sound": True}]
     (tmp_path / "table.json").write_text(json.dumps({"transformers": "5.23.0", "families": entries}))
     monkeypatch.setattr("mc_cli.families.TABLE", tmp_path / "table.json")
-    assert [each["checked_with"] for each in families_table()["families"]] == ["text", "images, text"]
+    assert [each["checked_with"] for each in families_table()["families"][:2]] == ["text", "images, text"]
+
+
+@pytest.mark.parametrize("family", OUT_OF_SCOPE)
+def test_a_family_that_does_not_continue_text_is_refused_by_its_config(family: str) -> None:
+    config = AutoConfig.for_model("nllb-moe" if family == "nllb_moe" else family)
+    with pytest.raises(FamilyError, match="encoder-decoders, classifiers and diffusion"):
+        model_class(config)
 
 
 @pytest.mark.parametrize("family", [each.family for each in read_outcomes()[1] if not each.works])

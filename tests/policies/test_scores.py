@@ -44,7 +44,7 @@ def test_every_file_is_found_with_a_name_and_a_description() -> None:
     assert {"odp", "top-k", "random", "router-threshold"} <= policies().keys()
     for name, policy in policies().items():
         assert policy_from_name(name) is policy and policy.DESCRIPTION and policy.THRESHOLDS in (SPREAD, SHARED)
-    with pytest.raises(InputError, match="Unknown pruning policy 'none'"):
+    with pytest.raises(InputError, match="Unknown skipping policy 'none'"):
         policy_from_name("none")
 
 

@@ -101,7 +101,7 @@ def test_it_generates_with_a_cache_and_padding(measured: Path) -> None:
 
 
 def test_a_model_without_a_policy_says_so(measured: Path) -> None:
-    with pytest.raises(InputError, match="has no pruning policy"):
+    with pytest.raises(InputError, match="has no skipping policy"):
         mc_cli.set_pruning_rate(load_packed(measured / "work" / "packed"), 0.1)
 
 
@@ -110,12 +110,12 @@ def test_the_card_and_the_config_tell_of_the_policy(measured: Path) -> None:
     point = Pruning.from_json(config["quantization_config"]["pruning"]).at_rate(None)
     assert config["mc_pruning_rate"] == point.rate
     card = (measured / "out" / "README.md").read_text()
-    assert "the policy `odp` drops about 20" in card and "mc_pruning_rate=0" in card
+    assert "the policy `odp` skips about 20" in card and "mc_pruning_rate=0" in card
 
 
 def test_a_dense_export_says_that_it_cannot_carry_it(measured: Path, tmp_path: Path) -> None:
     result = do_export(measured / "work", tmp_path / "dense", format="dense")
-    assert any("cannot carry the pruning policy 'odp'" in warning for warning in result.warnings)
+    assert any("cannot carry the skipping policy 'odp'" in warning for warning in result.warnings)
     assert "mc_pruning_rate" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 

@@ -306,7 +306,7 @@ def test_the_recipes_tasks_run_offline_on_all_three_models(
         assert 0 <= model["results"]["minimal_pairs"]["acc,none"] <= 1
         assert model["n-samples"]["minimal_pairs"]["effective"] == 5
     (table,) = [table for table in result.summary["tables"] if table["title"] == "lm-eval tasks"]
-    assert [column["name"] for column in table["columns"]][2:5] == ["original", "packed", "pruned"]
+    assert [column["name"] for column in table["columns"]][2:5] == ["original", "packed", "with the policy"]
 
 
 def test_the_recipes_tasks_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,30 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mc_cli.errors import ExtensionError, McError, MissingDependencyError
-from mc_cli.executors import executor_for
+from mc_cli.errors import ExtensionError, McError
 from mc_cli.executors.here import Here
 from mc_cli.executors.on_ray import OnRay
 from mc_cli.quantizers.rtn import RoundToNearest
-from mc_cli.settings import RunSettings
 from tests.executors.jobs import Dying, Failing, equal, jobs
 
-try:
-    import ray
-    from ray.cluster_utils import Cluster
-except ImportError:
-    ray = None
-
-needs_ray = pytest.mark.skipif(ray is None, reason="ray is not installed; make test-ray installs it")
-
-
-@pytest.mark.skipif(ray is not None, reason="it is installed")
-def test_without_ray_the_extra_is_named() -> None:
-    with (
-        pytest.raises(MissingDependencyError, match=r"mixture-compressor\[ray\]"),
-        executor_for(RunSettings(workers="ray"), torch.device("cpu")),
-    ):
-        pass
+ray = pytest.importorskip("ray")
+cluster_utils = pytest.importorskip("ray.cluster_utils")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +24,7 @@ def cluster() -> Iterator[OnRay]:
     """Two nodes with one processor each."""
     root = str(Path(__file__).parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     nodes.add_node(num_cpus=1)
     ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
     torch.set_num_threads(1)
@@ -50,14 +34,12 @@ def cluster() -> Iterator[OnRay]:
     nodes.shutdown()
 
 
-@needs_ray
 def test_results_are_those_of_this_process_and_in_order(cluster: OnRay) -> None:
     assert sum(node["Alive"] for node in ray.nodes()) == 2
     wanted, found = list(Here().map(jobs())), list(cluster.map(jobs()))
     assert len(found) == 6 and all(map(equal, found, wanted))
 
 
-@needs_ray
 def test_a_worker_that_is_killed_costs_its_job(cluster: OnRay, tmp_path: Path) -> None:
     marker = tmp_path / "killed"
     found = list(cluster.map(jobs(4, quantizer=Dying(str(marker)))))
@@ -66,13 +48,11 @@ def test_a_worker_that_is_killed_costs_its_job(cluster: OnRay, tmp_path: Path) -
     assert all(map(equal, found, wanted))
 
 
-@needs_ray
 def test_errors_come_home(cluster: OnRay) -> None:
     with pytest.raises(ExtensionError, match=r"^these weights are refused$"):
         list(cluster.map(jobs(1, quantizer=Failing(ours=True))))
 
 
-@needs_ray
 def test_a_cluster_that_is_not_there_is_told(cluster: OnRay) -> None:
     assert ray.is_initialized()  # the driver has one cluster at a time: another address is not even tried
     executor = OnRay("ray://nowhere.invalid:1", threads=1)
