@@ -158,9 +158,13 @@ class Batch:
         """The batch's rows with their token ids and nothing else."""
         return Batch.of_text(self.token_ids)
 
-    def to(self, device: torch.device) -> Batch:
-        """The batch with all tensors on `device`."""
-        return replace(self, inputs={name: tensor.to(device) for name, tensor in self.inputs.items()})
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
+        """The batch with all tensors on `device`, those of numbers with a fraction in `dtype`; None: as they are."""
+        inputs = {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in self.inputs.items()
+        }
+        return replace(self, inputs=inputs)
 
     def stored(self) -> dict[str, Tensor]:
         """Tensors that `read_calibration` takes from the file beside the token ids; empty for text alone."""

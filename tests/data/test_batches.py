@@ -55,6 +55,9 @@ def test_rows_without_an_image_name_none() -> None:
 def test_all_tensors_go_to_the_device() -> None:
     moved = seeing().to(torch.device("meta"))
     assert {tensor.device.type for tensor in moved.inputs.values()} == {"meta"} and moved.counts == seeing().counts
+    cast = seeing().to(torch.device("cpu"), torch.bfloat16).inputs
+    assert {name for name, tensor in cast.items() if tensor.dtype == torch.bfloat16} == {"pixel_values"}
+    assert cast["input_ids"].dtype == cast["image_sizes"].dtype == torch.int64
 
 
 @pytest.mark.parametrize(

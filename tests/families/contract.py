@@ -81,7 +81,7 @@ def auto_class(folder: Path) -> Any:
 def whole_logits(folder: Path, batch: Batch) -> torch.Tensor:
     """Logits of a checkpoint as people load it, row by row."""
     model = auto_class(folder).from_pretrained(folder, dtype=torch.float32).eval()
-    rows = [batch.select(slice(row, row + 1)) for row in range(batch.rows)]
+    rows = [batch.select(slice(row, row + 1)).to(CPU, torch.float32) for row in range(batch.rows)]
     return torch.cat([model(**row, use_cache=False).logits for row in rows])
 
 

@@ -9,7 +9,9 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from mc_cli.artifacts.evaluation import Evaluation
-from mc_cli.measuring.logit_source import Walked
+from mc_cli.exporters.reading import open_with_transformers
+from mc_cli.measuring.logit_source import Reading, Walked
+from mc_cli.models.checkpoint import Checkpoint, read_config
 from mc_cli.packed.packed_model import PackedSource
 from mc_cli.settings import PruneSettings
 from tests.families.contract import ROUNDING, auto_class, relative, walked_logits, whole_logits
@@ -56,6 +58,22 @@ def test_what_a_model_sees_survives_streaming_packing_and_export(family: str, tm
     source, dense = read_tensors(folder), read_tensors(tmp_path / "dense")
     towers = [key for key in source if "vis" in key and "vision_moe" not in key]
     assert towers and all(torch.equal(source[key], dense[key]) for key in towers)
+
+
+@pytest.mark.parametrize("family", ["kimi_k25", "aria"])
+def test_pixels_come_in_the_dtype_of_a_model_that_takes_no_other(family: str, tmp_path: Path) -> None:
+    """float32 from the processor, and a tower in bfloat16."""
+    folder = build_tiny_family(family, tmp_path / "model")
+    if family in OWN:
+        give_processor(family, folder)
+    with standing_in(family):
+        batch = image_batch(folder, write_image_rows(tmp_path / "rows.jsonl", rows=4), rows=4)
+    assert batch.inputs["pixel_values"].dtype == torch.float32
+    source = Checkpoint(folder, read_config(folder), dtype=torch.bfloat16, device=torch.device("cpu"))
+    found = Walked(source).logits(batch)
+    reader = open_with_transformers(folder, Reading(torch.bfloat16, torch.device("cpu")))
+    assert float(relative(found, reader.logits(batch)).median()) < 0.05
+    assert float(relative(found, whole_logits(folder, batch)).median()) < 0.2
 
 
 def test_policies_skip_and_count_what_experts_see_alone(tmp_path: Path) -> None:

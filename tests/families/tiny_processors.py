@@ -61,6 +61,11 @@ def _frame(pixels: Tensor) -> Inputs:
     return {"pixel_values": pixels[None]}
 
 
+def _coarse_frame(pixels: Tensor) -> Inputs:
+    """Llama 4's: values in bfloat16."""
+    return {"pixel_values": pixels[None].bfloat16()}
+
+
 def _sized_frame(pixels: Tensor) -> Inputs:
     return {**_frame(pixels), "image_sizes": torch.tensor([[SIDE, SIDE]])}
 
@@ -94,7 +99,7 @@ def _masked_patches(pixels: Tensor) -> Inputs:
     return {
         "pixel_values": _patches(pixels).flatten(1)[None],
         "spatial_shapes": torch.tensor([[GRID, GRID]]),
-        "pixel_attention_mask": torch.ones(1, GRID * GRID, dtype=torch.int64),
+        "pixel_attention_mask": torch.ones(1, GRID * GRID, dtype=torch.int32),
     }
 
 
@@ -137,7 +142,7 @@ SEEING: dict[str, Seeing] = {
     "internvl@qwen3_moe": Seeing(4, _frame),
     "kimi_k25": Seeing(4, _square_patches),
     "lfm2_vl@lfm2_moe": Seeing(4, _masked_patches),
-    "llama4": Seeing(4, _frame),
+    "llama4": Seeing(4, _coarse_frame),
     "minimax_m3_vl": Seeing(4, _film_patches),
     "mistral3@mistral4": Seeing(4, _sized_frame),
     "mistral_large4": Seeing(4, _sized_frame),
