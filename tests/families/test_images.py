@@ -60,9 +60,9 @@ def test_what_a_model_sees_survives_streaming_packing_and_export(family: str, tm
     assert towers and all(torch.equal(source[key], dense[key]) for key in towers)
 
 
-@pytest.mark.parametrize("family", ["kimi_k25", "aria"])
-def test_pixels_come_in_the_dtype_of_a_model_that_takes_no_other(family: str, tmp_path: Path) -> None:
-    """float32 from the processor, and a tower in bfloat16."""
+@pytest.mark.parametrize("family", ["kimi_k25", "aria", "qwen3_vl_moe"])
+def test_a_model_in_bfloat16_is_streamed_as_it_is_whole(family: str, tmp_path: Path) -> None:
+    """Towers that take pixels in their own dtype alone; features that are added to coarsely rounded hidden states."""
     folder = build_tiny_family(family, tmp_path / "model")
     if family in OWN:
         give_processor(family, folder)
