@@ -44,6 +44,7 @@ from tests.families.tiny_processors import (
 
 TOKENS = torch.randint(3, 290, (3, 12), generator=torch.Generator().manual_seed(7))
 ROUNDING = 2e-5  # relative: sums in another order
+COARSE = 0.05  # relative, in bfloat16: a router may choose otherwise
 TOLERANCES = {"transformers": 1e-4, "dense": 0.2}  # format -> relative error of the median token
 CPU = torch.device("cpu")
 
@@ -58,10 +59,12 @@ def sees_images(family: str) -> bool:
     return family in SEEING or family in OWN
 
 
-def walked_logits(folder: Path, batch: Batch, *, batch_size: int = 2) -> torch.Tensor:
+def walked_logits(
+    folder: Path, batch: Batch, *, batch_size: int = 2, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Logits of a checkpoint with one layer in memory."""
     config = read_config(folder)
-    source = Checkpoint(folder, config, dtype=torch.float32, device=torch.device("cpu"))
+    source = Checkpoint(folder, config, dtype=dtype, device=CPU)
     walk = LayerWalk(source, batch, batch_size=batch_size)
     for layer in range(walk.num_layers):
         source.load(layer)
@@ -78,10 +81,10 @@ def auto_class(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def whole_logits(folder: Path, batch: Batch) -> torch.Tensor:
+def whole_logits(folder: Path, batch: Batch, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Logits of a checkpoint as people load it, row by row."""
-    model = auto_class(folder).from_pretrained(folder, dtype=torch.float32).eval()
-    rows = [batch.select(slice(row, row + 1)).to(CPU, torch.float32) for row in range(batch.rows)]
+    model = auto_class(folder).from_pretrained(folder, dtype=dtype).eval()
+    rows = [batch.select(slice(row, row + 1)).to(CPU, dtype) for row in range(batch.rows)]
     return torch.cat([model(**row, use_cache=False).logits for row in rows])
 
 
@@ -138,6 +141,9 @@ def check_streaming(family: str, model: Path, batch: Batch) -> None:
     off = relative(walked_logits(model, batch), whole)
     assert float(off.median()) < ROUNDING, f"{family}: layer by layer it is off by {float(off.median())}"
     if sees_images(family):
+        coarse = (logits(model, batch, dtype=torch.bfloat16).float() for logits in (walked_logits, whole_logits))
+        off = relative(*coarse)
+        assert float(off.median()) < COARSE, f"{family}: in bfloat16 it is off by {float(off.median())}"
         felt = relative(whole_logits(model, other_pixels(batch)), whole)
         told = [bool(row.max() > 0.01) for row in felt]
         assert told == rows_with_images(batch) and any(told), f"{family}: rows that other pixels change: {told}"
