@@ -242,12 +242,12 @@ def print_families(found: Mapping[str, Any]) -> None:
         "checkpoint through all stages; errors are relative differences of logits, median token"
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("family", "inputs", "packed", "dense", ""):
+    for name in ("family", "inputs", "checked with", "packed", "dense", ""):
         table.add_column(name, justify="right" if name in ("packed", "dense") else "left", overflow="fold")
     for row in rows:
         errors = ("-" if row[name] is None else f"{row[name]:.2g}" for name in ("packed_error", "dense_error"))
         outcome = Text("works", style="green") if row["works"] else Text(f"refused: {row['reason']}", style="yellow")
-        table.add_row(row["family"], row["inputs"], *errors, outcome)
+        table.add_row(row["family"], row["inputs"], row["checked_with"], *errors, outcome)
     console.print(table)
 
 

@@ -111,9 +111,9 @@ def _processor() -> LlavaProcessor:
     )
 
 
-def noise(seed: int) -> Image.Image:
+def noise(seed: int, width: int = SIDE, height: int = SIDE) -> Image.Image:
     """An image of random pixels."""
-    pixels = torch.randint(0, 256, (SIDE, SIDE, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
 
 

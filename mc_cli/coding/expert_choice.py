@@ -63,10 +63,13 @@ def margin_of(scores: torch.Tensor, index: torch.Tensor, *, groups: int = 1) -> 
     """The margins of scores [tokens, experts] under the choice `index` [tokens, k] int64.
 
     groups  of neighbouring experts; the next in line is looked for in groups of which one is chosen
+    A token that chooses none of them has no margin.
     """
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, index, True)
+    choices = scores.shape[1]
+    chosen = torch.zeros(len(scores), choices + 1, dtype=torch.bool, device=scores.device)
+    chosen = chosen.scatter_(1, index.clamp(max=choices), True)[:, :choices]
     used = chosen.unflatten(1, (groups, -1)).any(-1, keepdim=True)
-    open_ = used.expand(-1, -1, scores.shape[1] // groups).flatten(1) & ~chosen
+    open_ = used.expand(-1, -1, choices // groups).flatten(1) & ~chosen
     least, last = scores.masked_fill(~chosen, float("inf")).min(-1)
     most, following = scores.masked_fill(~open_, float("-inf")).max(-1)
     return Margin(last, following, least - most, scores.detach().std(-1, correction=0))

@@ -96,8 +96,10 @@ class ExpertInputs:
             kept = slice(None) if self._real is None else self._real[tokens]
             if len(tokens[kept]):
                 self._chosen[expert] = tokens[kept], weights[kept]
-        real_weights = self._routing[1] if self._real is None else self._routing[1][self._real]
-        self._mean_weight = float(real_weights.mean())
+        routed = self._routing[0] < block.num_experts
+        routed = routed if self._real is None else routed & self._real[:, None]
+        self._mean_weight = float(self._routing[1][routed].mean()) if bool(routed.any()) else 0.0
+        self._pooled = routed.any(-1)  # [tokens] bool
         self.sensitivity = sensitivity
         self._attention = torch.ones(len(self._routing[1]))
         if sensitivity is not None:
@@ -176,9 +178,10 @@ class ExpertInputs:
         return self._routing[1].square().sum(-1)
 
     def pool(self, limit: int = POOL_TOKENS) -> torch.Tensor:
-        """[tokens, hidden] float32: tokens of the whole layer, evenly spaced, at most `limit`."""
-        step = _step(self.token_count, limit)
-        inputs = self._inputs[::step] if self._real is None else self._inputs[self._real.nonzero()[::step, 0]]
+        """[tokens, hidden] float32: tokens that any of the layer's experts sees, evenly spaced, at most `limit`."""
+        step = _step(int(self._pooled.sum()), limit)
+        everything = bool(self._pooled.all())
+        inputs = self._inputs[::step] if everything else self._inputs[self._pooled.nonzero()[::step, 0]]
         return inputs.to(self.device).float()
 
     def sample(self, expert: int, limit: int) -> Sample:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import KeysView, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Batch:
     inputs   name -> tensor; `input_ids` is [rows, length] int64, and there always
     counts   name -> entries of each row, for inputs of which a row has none, one or many in the first dimension, such
              as images or their patches; in the rows' order. Inputs that are not named here have one entry per row.
+    lists    names of inputs that the model takes as lists of numbers; a batch holds them as tensors
     kinds    [rows, length] uint8, the place of each token's kind in KINDS; None: all are text
     answers  [rows, length] bool, tokens whose prediction is measured; None: all but the first of a row
 
@@ -40,6 +42,7 @@ class Batch:
     counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     kinds: Tensor | None = None
     answers: Tensor | None = None
+    lists: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         tokens = self.inputs.get(TOKENS)
@@ -128,8 +131,9 @@ class Batch:
     def keys(self) -> KeysView[str]:
         return self.inputs.keys()
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.inputs[name]
+    def __getitem__(self, name: str) -> Any:
+        """An input as the model takes it: a tensor, or a list."""
+        return self.inputs[name].tolist() if name in self.lists else self.inputs[name]
 
     def select(self, rows: slice | Tensor) -> Batch:
         """The rows of a range, or those with the given numbers, [n] int64; text comes as a view of a range.
@@ -148,19 +152,27 @@ class Batch:
                 inputs[name] = torch.cat(chosen)
                 counts[name] = tuple(self.counts[name][number] for number in numbers)
         kinds, answers = (None if mask is None else mask[rows] for mask in (self.kinds, self.answers))
-        return Batch(inputs, counts, kinds, answers)
+        return Batch(inputs, counts, kinds, answers, self.lists)
 
     def text_alone(self) -> Batch:
         """The batch's rows with their token ids and nothing else."""
         return Batch.of_text(self.token_ids)
 
-    def to(self, device: torch.device) -> Batch:
-        """The batch with all tensors on `device`."""
-        return replace(self, inputs={name: tensor.to(device) for name, tensor in self.inputs.items()})
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
+        """The batch with all tensors on `device`, those of numbers with a fraction in `dtype`; None: as they are."""
+        inputs = {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in self.inputs.items()
+        }
+        return replace(self, inputs=inputs)
 
     def stored(self) -> dict[str, Tensor]:
         """Tensors that `read_calibration` takes from the file beside the token ids; empty for text alone."""
-        found = {f"inputs.{name}": tensor for name, tensor in self.inputs.items() if name != TOKENS}
+        found = {
+            f"{'lists' if name in self.lists else 'inputs'}.{name}": tensor
+            for name, tensor in self.inputs.items()
+            if name != TOKENS
+        }
         found |= {f"counts.{name}": torch.tensor(counts) for name, counts in self.counts.items()}
         masks = {"kinds": self.kinds, "answers": self.answers}
         return found | {name: mask for name, mask in masks.items() if mask is not None}
@@ -175,16 +187,17 @@ def read_calibration(calibration: Path, *, vocabulary: int) -> Batch:
     stored = read_inputs(calibration)
     if not stored:
         return Batch.of_text(tokens)
-    inputs, counts = (
+    inputs, lists, counts = (
         {name.removeprefix(kind): tensor for name, tensor in stored.items() if name.startswith(kind)}
-        for kind in ("inputs.", "counts.")
+        for kind in ("inputs.", "lists.", "counts.")
     )
     try:
         return Batch(
-            {TOKENS: tokens, **inputs},
+            {TOKENS: tokens, **inputs, **lists},
             {name: tuple(tensor.tolist()) for name, tensor in counts.items()},
             stored.get("kinds"),
             stored.get("answers"),
+            frozenset(lists),
         )
     except ShapeError as error:
         raise ArtifactError(

@@ -132,6 +132,7 @@ class RowMaker:
         self._flag = flag
         self._processor, self._renderer = processor, renderer
         self._tokenizer: Any = processor.tokenizer
+        self._lists: set[str] = set()  # names of inputs that the processor makes as lists
         self.report = ImageReport(rows=0, images=0, cut=0, left_out=0, unmarked=0, tokens={})
         known = [*getattr(processor, "image_token_ids", [None])]
         known += [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
@@ -159,7 +160,7 @@ class RowMaker:
                 self.report["left_out"] += 1
                 return None
             self.report["cut"] += 1
-        fed = {name: tensor for name, tensor in made.items() if name not in (TOKENS, *_NOT_FED)}
+        fed = {name: self._tensor(name, held) for name, held in made.items() if name not in (TOKENS, *_NOT_FED)}
         per_token = {name: tensor[0, :length] for name, tensor in fed.items() if tensor.shape[:2] == (1, len(ids))}
         others = {name: tensor for name, tensor in fed.items() if name not in per_token}
         self.report["images"] += len(document.pictures)
@@ -199,7 +200,21 @@ class RowMaker:
         kinds = padded([row.kinds for row in rows], PADDING)
         self.report["tokens"] = {name: int((kinds == number).sum()) for number, name in enumerate(MEASURED)}
         self.report["rows"] += len(rows)
-        return Batch(inputs, counts, kinds, padded([row.answers for row in rows], 0))
+        lists = frozenset(self._lists & inputs.keys())
+        return Batch(inputs, counts, kinds, padded([row.answers for row in rows], 0), lists)
+
+    def _tensor(self, name: str, held: Any) -> Tensor:
+        """An input as a tensor; of lists, which some models want, the name is kept. Raises InputError for others."""
+        if isinstance(held, Tensor):
+            return held
+        self._lists.add(name)
+        try:
+            return torch.tensor(held)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"--data: the model's processor makes {name} as {type(held).__name__}, of which no tensor can be made: "
+                f"{first_line(error)} Rows with images cannot be read for this model: give text."
+            ) from error
 
     def _text(self, document: Document) -> tuple[str | None, Sequence[tuple[int, int]]]:
         """(the row's text before images are put in, where its answers are; none known: all of it)"""

@@ -17,6 +17,7 @@ from mc_cli.models.inventory import find_decoder_layers
 from mc_cli.models.memory import available_bytes
 from mc_cli.models.model_class import model_class
 from mc_cli.models.model_folder import read_config
+from mc_cli.models.skeleton import compute_dtype
 from mc_cli.packed.packed_model import LEARNED, PackedSource
 
 # The part of the free memory that a model may take; the rest is for activations and the tensors under comparison.
@@ -72,8 +73,8 @@ class _Whole:
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor:
-        device = self._model.device
-        rows = (batch.select(slice(row, row + 1)).to(device) for row in range(batch.rows))
+        where = self._model.device, compute_dtype(self._model)
+        rows = (batch.select(slice(row, row + 1)).to(*where) for row in range(batch.rows))
         return torch.cat([self._model(**row, use_cache=False).logits.float().cpu() for row in rows])
 
     @torch.inference_mode()

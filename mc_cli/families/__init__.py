@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Outcome:
     reason        why it does not work, in a sentence; empty where it does
     packed_error  relative difference of the packed export's logits from the packed model's, median token
     dense_error   the same of the dense export
+    images        whether rows with images went through all stages, and errors are of them too; else of text alone
     """
 
     family: str
@@ -66,12 +67,18 @@ class Outcome:
     reason: str = ""
     packed_error: float | None = None
     dense_error: float | None = None
+    images: bool = False
 
 
 def read_outcomes() -> tuple[str, tuple[Outcome, ...]]:
-    """(release of transformers, outcome of every family in it that has experts), as the contract test wrote them."""
+    """(release of transformers, outcome of every family in it that has experts), as the contract test wrote them.
+
+    Fields that a table lacks have their defaults; those that are not known are passed over.
+    """
     content = json.loads(TABLE.read_text(encoding="utf-8"))
-    return content["transformers"], tuple(Outcome(**entry) for entry in content["families"])
+    known = {field.name for field in fields(Outcome)}
+    entries = ({name: value for name, value in entry.items() if name in known} for entry in content["families"])
+    return content["transformers"], tuple(Outcome(**entry) for entry in entries)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from mc_cli.models.model_class import model_class
 from mc_cli.models.model_folder import read_config
 from mc_cli.models.model_name import check_model_folder
 from mc_cli.models.session import device_named, dtype_named
+from mc_cli.models.skeleton import compute_dtype
 from mc_cli.packed.packed_files import is_packed_folder, open_packed, weight_files
 from mc_cli.packed.stored_tensors import check_layer_count
 from mc_cli.settings import RunSettings
@@ -101,10 +102,12 @@ def generate(
     streamer = _Pieces(tokenizer, show)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # A processor gives pixels in a dtype of its own; a tokenizer's output has no dtype to be changed.
+    fed = encoded.to(network.device, compute_dtype(network)) if images else encoded.to(network.device)
     try:
         with torch.inference_mode():
             output = network.generate(
-                **encoded.to(network.device),
+                **fed,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad,
                 streamer=streamer,

@@ -40,6 +40,15 @@ def build_skeleton(config: PretrainedConfig, *, dtype: torch.dtype) -> PreTraine
     return model
 
 
+def compute_dtype(model: Any) -> torch.dtype:
+    """The dtype that a model computes in: its embedding's, also where that is packed; a tower may have others."""
+    embedding: Any = model.get_input_embeddings()
+    embedding = getattr(embedding, "base_layer", embedding)  # an adapter's
+    packed = getattr(embedding, "_mc_weight", None)
+    found: torch.dtype = packed.dtype if packed is not None else embedding.weight.dtype
+    return found
+
+
 def rebuild_buffers(model: Any, device: torch.device) -> None:
     """Fills the non-persistent buffers (rotary frequencies and the like) that no checkpoint holds.
 

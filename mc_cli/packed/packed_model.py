@@ -30,6 +30,7 @@ from mc_cli.models.model_folder import read_config
 from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.router_masks import drop_experts
 from mc_cli.models.skeleton import build_skeleton, put_tensor, rebuild_buffers
+from mc_cli.packed.own_buffers import note_buffers
 from mc_cli.packed.packed_expert_modules import pack_experts
 from mc_cli.packed.packed_files import PackedFiles, open_packed
 from mc_cli.packed.packed_modules import follow_embedding, pack_weight, tie_head
@@ -65,6 +66,7 @@ def attach(model: Any, layout: PackedLayout, *, kept_dtype: torch.dtype) -> dict
     for path, key in layout.linears.items():
         encoding = encoding_of(key)
         assert encoding is not None  # _check_linears
+        note_buffers(model, model.get_submodule(path))
         parts = pack_weight(model.get_submodule(path), encoding, dtype=kept_dtype)
         _initialised_around(model, path)
         packed |= {f"{path}.{name}": part for name, part in parts.items()}
@@ -224,9 +226,10 @@ class PackedSource:
         check_layer_count(self.config, self.files.tensors, self.folder)
         self.model: Any = build_skeleton(self.config, dtype=dtype)
         self.layers_path = find_decoder_layers(self.model)
+        # Before packed weights are there: a model's own code for the buffers of an embedding draws its weight, too.
+        rebuild_buffers(self.model, device)
         self.packed = attach(self.model, self.layout, kept_dtype=dtype)
         self._dtypes = self._check_names(dtype)
-        rebuild_buffers(self.model, device)
 
     @property
     def parts(self) -> list[int]:

@@ -21,6 +21,7 @@ from mc_cli.encodings import Encoding, check_parts
 from mc_cli.errors import PackedWeightError
 from mc_cli.kernels.with_gradients import product
 from mc_cli.models.memory import ask_for_huge_pages
+from mc_cli.models.skeleton import compute_dtype
 from mc_cli.packed.decoded_weight import DecodedWeight
 from mc_cli.packed.packed_expert_modules import PackedExpertsModule, unpack_experts
 from mc_cli.packed.stored_modules import Remade, Stored, base_of, forget_storage, restore_class, subclass
@@ -152,10 +153,7 @@ class _PackedEmbeddingInside(Remade):
 
     @property
     def dtype(self) -> torch.dtype:
-        embedding: Any = self.get_input_embeddings()  # type: ignore[attr-defined]
-        embedding = getattr(embedding, "base_layer", embedding)  # an adapter's
-        packed = getattr(embedding, "_mc_weight", None)
-        return packed.dtype if packed is not None else embedding.weight.dtype
+        return compute_dtype(self)
 
     def set_input_embeddings(self, value: Any) -> None:
         before: Any = self.get_input_embeddings()  # type: ignore[attr-defined]

@@ -70,8 +70,10 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from mc_cli.packed.kept_gradients import warn_of_kept_gradients
+        from mc_cli.packed.own_buffers import restore_buffers
         from mc_cli.packed.packed_modules import ask_for_huge_weights
 
+        restore_buffers(model)
         ask_for_huge_weights(model)
         warn_of_kept_gradients(model)
         if self.quantization_config.layout.pruning is not None:

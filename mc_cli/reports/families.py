@@ -19,6 +19,7 @@ def families_table() -> dict[str, Any]:
             "family": each.family,
             "inputs": each.kind,
             "works": each.works,
+            "checked_with": checked_with(each),
             "packed_error": each.packed_error,
             "dense_error": each.dense_error,
             "reason": each.reason,
@@ -26,3 +27,10 @@ def families_table() -> dict[str, Any]:
         for each in outcomes
     ]
     return {"transformers": release, "families": rows}
+
+
+def checked_with(outcome: Outcome) -> str:
+    """What went through all stages: nothing, text, or text and images."""
+    if not outcome.works:
+        return ""
+    return "images, text" if outcome.images else "text"

@@ -53,7 +53,8 @@ def starved_by_kind(routing: Sequence[LayerRouting]) -> list[str]:
     """A warning per kind of token that some experts never saw, though others did."""
     messages = []
     for kind in ("text", "image"):
-        rows = [(layer.layer, layer.by_kind[kind]) for layer in routing if kind in layer.by_kind]
+        found_of = [(layer.layer, layer.by_kind[kind]) for layer in routing if kind in layer.by_kind]
+        rows = [(layer, found) for layer, found in found_of if any(found.routing_count)]
         unseen = [f"{layer}.{e}" for layer, found in rows for e, count in enumerate(found.routing_count) if count == 0]
         if unseen:
             messages.append(

@@ -179,7 +179,7 @@ def _result(
     kept = {
         layer: torch.cat(run[block.path].kept or []).double() for layer, block in blocks.items() if block.path in run
     }
-    calls = sum(len(counts) * run[blocks[layer].path].layer.top_k for layer, counts in kept.items())
+    chosen = {layer: torch.cat(run[blocks[layer].path].chosen).double() for layer in kept}
     per_token = sum(kept.values()) / max(1, len(kept))
     real = slice(None) if batch.real is None else batch.real
     flat = {name: mask.reshape(-1)[real] for name, mask in classes.items()}
@@ -192,21 +192,27 @@ def _result(
         loss_error=math.sqrt(max(0.0, variance) / max(1, sums.tokens)),
         kl_packed=sums.divergences[0] / max(1, sums.tokens),
         kl_original=sums.divergences[1] / max(1, sums.tokens) if len(sums.divergences) > 1 else None,
-        rate=1.0 - sum(float(counts.sum()) for counts in kept.values()) / calls,
+        rate=1.0 - _total(kept) / _total(chosen),
         answers_right=None if batch.answers is None else sums.right,
         experts_per_token={layer: float(counts.mean()) for layer, counts in kept.items()},
         experts_by_class={name: float(per_token[mask].mean()) for name, mask in flat.items() if mask.any()},
         expert_calls={layer: _calls(run[blocks[layer].path]) / len(counts) for layer, counts in kept.items()},
-        rate_by_kind={} if batch.flat_kinds is None else _rates(kept, run, blocks, batch.flat_kinds[real]),
+        rate_by_kind={} if batch.flat_kinds is None else _rates(kept, chosen, batch.flat_kinds[real]),
     )
 
 
-def _rates(kept: Mapping[int, Tensor], run: Run, blocks: Mapping[int, ExpertBlock], kinds: Tensor) -> dict[str, float]:
+def _total(counts: Mapping[int, Tensor]) -> float:
+    return sum(float(each.sum()) for each in counts.values())
+
+
+def _rates(kept: Mapping[int, Tensor], chosen: Mapping[int, Tensor], kinds: Tensor) -> dict[str, float]:
     """Kind of token -> share of its calls that were skipped; kinds [tokens] uint8 of those that were counted."""
-    slots = sum(run[blocks[layer].path].layer.top_k for layer in kept)
-    computed = sum(kept.values())
-    assert isinstance(computed, Tensor)
-    return {kind: 1.0 - float(computed[mask].mean()) / slots for kind, mask in kind_masks(kinds).items()}
+    found = {}
+    for kind, mask in kind_masks(kinds).items():
+        calls = _total({layer: counts[mask] for layer, counts in chosen.items()})
+        if calls:
+            found[kind] = 1.0 - _total({layer: counts[mask] for layer, counts in kept.items()}) / calls
+    return found
 
 
 def _calls(pruner: LayerPruner) -> Tensor:

@@ -62,6 +62,7 @@ class LayerPruner:
 
     kept      with `count`: per forward, [tokens] slots kept;  calls: [experts] how often each expert was computed.
               A slot that runs half of its expert counts half
+    chosen    with `count`: per forward, [tokens] slots in which the router chose an expert
 
     by_kind   kind of token -> its threshold; `threshold` is then of tokens whose kind is not known
     tensors   the policy's learned tensors by name; None: they are attributes of the experts module
@@ -89,6 +90,7 @@ class LayerPruner:
         self.halves = runs_halves(self.policy)
         self.watch = AttentionWatch(real) if self.policy.WATCHES_ATTENTION else None
         self.kept: list[Tensor] | None = [] if count else None
+        self.chosen: list[Tensor] = []
         self.calls: Tensor | None = None
         self._kinds: TokenKinds | None = WalkedKinds(kinds) if isinstance(kinds, Tensor) else kinds
         self._real = real
@@ -117,7 +119,7 @@ class LayerPruner:
             parts = self._kinds.parts(len(weights), hidden.device)
         kept_index, kept_weights = self._decided(routed, bound, parts)
         if self.kept is not None:
-            self._count(self.kept, kept_index, module.num_experts)
+            self._count(self.kept, top_k_index.reshape(kept_index.shape), kept_index, module.num_experts)
         return kept_index, kept_weights
 
     def _decided(self, routed: Routed, bound: _Bound, parts: Parts | None) -> tuple[Tensor, Tensor]:
@@ -132,12 +134,13 @@ class LayerPruner:
             index[places], weights[places] = self._decided(routed.at(places), bound, {kind: places})
         return index, weights
 
-    def _count(self, kept: list[Tensor], index: Tensor, experts: int) -> None:
-        """Notes what is computed of the slots [tokens, k] that are left."""
+    def _count(self, kept: list[Tensor], before: Tensor, index: Tensor, experts: int) -> None:
+        """Notes what was chosen of the slots [tokens, k] and what is computed of those that are left."""
         if self._real is not None:
-            real = self._real[self._seen : self._seen + len(index)]
+            real = self._real[self._seen : self._seen + len(index)].to(index.device)
             self._seen += len(index)
-            index = index[real.to(index.device)]
+            before, index = before[real], index[real]
+        self.chosen.append((before < experts).sum(-1).to("cpu", torch.int16))
         mask = index < experts
         calls = torch.bincount(index[mask], minlength=experts).cpu()
         if self.halves:

@@ -31,7 +31,7 @@ _SAME_SUM = 1e-2
 class LayerSample:
     """One MoE layer on the fitting tokens.
 
-    routed       all tokens but padding, on the CPU; `received` estimated with `prior`
+    routed       all tokens but padding and those that no expert sees, on the CPU; `received` estimated with `prior`
     prior        mean attention received relative to a uniform look; None where nothing could be watched
     renormalise  the router's weights have the same sum for every token
     costs        [tokens, k] float32: of keeping the best 1, ..., k slots alone; the last column is zero
@@ -128,6 +128,13 @@ def sample_layers(
         release_freed_memory()
 
 
+def _counted(index: Tensor, num_experts: int, real: Tensor | None) -> Tensor | slice:
+    """The tokens of `index` [tokens, k] that are no padding and choose an expert at all: a mask, or a slice of all."""
+    routed = (index < num_experts).any(-1)
+    routed = routed if real is None else routed & real
+    return slice(None) if bool(routed.all()) else routed
+
+
 def _sample(
     walk: LayerWalk, block: ExpertBlock, scale: Tensor, capture: _Capture, margins: Sequence[float]
 ) -> LayerSample:
@@ -151,13 +158,14 @@ def _sample(
             walk.run_layer(on_batch, advance=True)
     finally:
         del module._mc_observer
-    real = slice(None) if walk.inputs.real is None else walk.inputs.real
+    index = torch.cat([batch.index for batch in capture.routed])
+    real = _counted(index, block.num_experts, walk.inputs.real)
     weights = torch.cat([batch.weights for batch in capture.routed])[real]
     renormalise = weights_are_normalised(weights)
     prior, received = _received(capture)
     routed = Routed(
         torch.cat([batch.hidden for batch in capture.routed])[real],
-        torch.cat([batch.index for batch in capture.routed])[real],
+        index[real],
         weights,
         None if received is None else received[real],
     )

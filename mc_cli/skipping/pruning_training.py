@@ -28,6 +28,7 @@ from torch import Tensor
 from mc_cli.artifacts.pruning import TENSOR_PREFIX, PrunedLayer
 from mc_cli.artifacts.states import read_state, write_state
 from mc_cli.data.batches import Batch
+from mc_cli.models.skeleton import compute_dtype
 from mc_cli.policies import Routed, otp
 from mc_cli.progress import Progress
 from mc_cli.skipping.pruning import pruned
@@ -172,7 +173,8 @@ class _TrainingPruner:
         bias = self.router[otp.BIAS] + self.offset
         logits = otp.count_logits(otp.features(routed), self.router[otp.WEIGHT], bias)
         counts = otp.drawn_counts(logits, self.noise, self.temperature)
-        self.kept = otp.kept_share(counts if self.real is None else counts[self.real])
+        called = (routed.index < module.num_experts).any(-1)
+        self.kept = otp.kept_share(counts[called if self.real is None else called & self.real])
         return routed.index, otp.mixed_weights(flat, counts, renormalise=self.renormalise)
 
 
@@ -263,7 +265,7 @@ def _train_step(
     number = state.step % len(targets)
     target = targets[number]
     rows = _batch_rows(inputs.rows, state.step, settings)
-    batch = inputs.select(rows).to(model.device)
+    batch = inputs.select(rows).to(model.device, compute_dtype(model))
     with torch.no_grad():
         teacher = model(**batch, use_cache=False).logits.float().log_softmax(-1)
     names = list(state.routers)

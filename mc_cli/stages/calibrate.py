@@ -278,7 +278,7 @@ def _forward_layer(walk: LayerWalk, checkpoint: Checkpoint, block: ExpertBlock |
     # Sequence by sequence: in float64 all hidden states would be four times as large.
     rows = []
     for row in walk.hidden:
-        rows.append(row.double().square().sum(-1))
+        rows.append(row.double().square().sum(-1).reshape(len(row), -1).mean(-1))  # several streams: their mean
         walk.store.release(row)
     energies = torch.stack(rows)
     energy = float((energies if real is None else energies.reshape(-1)[real]).mean())

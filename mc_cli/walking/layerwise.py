@@ -24,6 +24,7 @@ from mc_cli.models.checkpoint import REST
 from mc_cli.models.experts import Experts, find_experts, taking_turns
 from mc_cli.models.finite import require_finite
 from mc_cli.models.paged_experts import Suspended, Turns, paged_weights
+from mc_cli.models.skeleton import compute_dtype
 from mc_cli.walking.recording import LayerCall, NotLayerwise, Recording, same_arguments, stand_ins
 
 _PACKAGE = Path(__file__).parents[1]
@@ -227,7 +228,8 @@ class LayerWalk:
     def _forward(self, batch: Batch) -> Any:
         # Router logits are for a training loss; without routers in the pass there are none to make it from.
         with _without_router_logits(self.source.model):
-            return self.source.model(**batch.to(self.source.device), use_cache=False)
+            fed = batch.to(self.source.device, compute_dtype(self.source.model))
+            return self.source.model(**fed, use_cache=False)
 
     def _arguments_of(self, rows: slice) -> list[LayerCall]:
         same_length = -(rows.stop - rows.start)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 _SEED = 0
-_EQUAL = 1e-3  # relative: sums with random numbers of one, in bfloat16 at worst
+_EQUAL = 1e-3  # relative, or twice the dtype's own precision where that is coarser: a sum and a difference are rounded
 
 
 class NotLayerwise(Exception):
@@ -125,7 +125,8 @@ class Recording:
         for before, after in zip(calls, again, strict=True):
             one, other = (0 if call.added is None else call.added for call in (before, after))
             off = torch.as_tensor(one - other).abs().max()
-            if not off <= _EQUAL * noise.abs().max():
+            size = noise.abs().max() + torch.as_tensor(one).abs().max()
+            if not off <= max(_EQUAL, 2 * torch.finfo(noise.dtype).eps) * size:
                 raise NotLayerwise("it changes the hidden states between its layers by more than a sum")
         self._probed = True
 

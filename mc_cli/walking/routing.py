@@ -23,7 +23,8 @@ class RoutingCapture:
     """The inputs and the routing that a layer's experts were called with, in token order, on the CPU by batch.
 
     inputs     [tokens, hidden] in the model's dtype, only if `keep_inputs`
-    index      [tokens, k] int64;  weights [tokens, k] float32;  probabilities: sums per expert, see LayerRouting
+    index      [tokens, k] int64, from the number of experts on: none;  weights [tokens, k] float32
+    probabilities: sums per expert, see LayerRouting
     """
 
     def __init__(
@@ -98,11 +99,15 @@ class RoutingCapture:
         """How many tokens each expert gets, and what the choice tells of a token, in bits.
 
         Zaya's routers have a choice more than there are experts, none of them; it is one of those that are told apart.
+        Tokens that the router does not decide on, as ERNIE's for images, are left out.
         """
-        counts = torch.bincount(self.index.reshape(-1), minlength=self._block.num_experts)
+        index = self.index
+        decided = (index < self._probabilities[0].shape[-1]).any(-1)
+        counts = torch.bincount(index[decided].reshape(-1), minlength=self._block.num_experts)
         tokens, conditional = 0, 0.0
         total = torch.zeros(1, dtype=torch.float64)
-        parts = self._probabilities if self._real is None else [self._kept(torch.cat(self._probabilities))]
+        everything = self._real is None and bool(decided.all())
+        parts = self._probabilities if everything else [self._kept(torch.cat(self._probabilities))[decided]]
         for part in parts:
             tokens += len(part)
             total = total + part.double().sum(0)
@@ -112,9 +117,9 @@ class RoutingCapture:
 
     def probability_sums(self) -> torch.Tensor:
         """[experts] float64: over the tokens routed to an expert, the sum of its softmax probability before top-k."""
-        chosen = self._kept(torch.cat(self._probabilities)).gather(1, self.index)
-        sums = torch.zeros(self._block.num_experts, dtype=torch.float64)
-        return sums.index_add_(0, self.index.reshape(-1), chosen.reshape(-1).double())
+        probabilities = self._kept(torch.cat(self._probabilities))
+        chosen = probabilities.gather(1, self.index.clamp(max=probabilities.shape[-1] - 1))
+        return _sums(self.index, chosen, self._block.num_experts)
 
     def _kept(self, rows: torch.Tensor) -> torch.Tensor:
         return rows if self._real is None else rows[self._checked(self._real, len(rows))]
@@ -166,16 +171,15 @@ def routing_statistics(
     """Counts, sums and quantiles of one layer's routing; `kinds`: [tokens] uint8 of the captured tokens."""
     index, weights = capture.index, capture.weights
     flat_index, flat_weights = index.reshape(-1), weights.reshape(-1).double()
-    counts = torch.bincount(flat_index, minlength=block.num_experts)
-    sums = torch.zeros(block.num_experts, dtype=torch.float64).index_add_(0, flat_index, flat_weights)
-    ordered = weights.double().sort(dim=-1, descending=True).values
+    routed = (index < block.num_experts).any(-1)
+    ordered = weights[routed].double().sort(dim=-1, descending=True).values
     ratios = ordered[:, 1:] / ordered[:, :1]
     return LayerRouting(
         layer=block.layer,
         top_k=int(index.shape[-1]),
         token_count=int(index.shape[0]),
-        routing_count=counts.tolist(),
-        routing_weight_sum=sums.tolist(),
+        routing_count=_counts(index, block.num_experts).tolist(),
+        routing_weight_sum=_sums(index, weights, block.num_experts).tolist(),
         router_probability_sum=capture.probability_sums().tolist(),
         routing_weight_quantiles=[
             _quantiles(flat_weights[flat_index == expert]) for expert in range(block.num_experts)
@@ -191,11 +195,23 @@ def _by_kind(
 ) -> dict[str, KindRouting]:
     found = {}
     for name, mask in kind_masks(kinds).items():
-        chosen, routed = index[mask].reshape(-1), weights[mask].reshape(-1).double()
-        counts = torch.bincount(chosen, minlength=block.num_experts)
-        sums = torch.zeros(block.num_experts, dtype=torch.float64).index_add_(0, chosen, routed)
+        counts = _counts(index[mask], block.num_experts)
+        sums = _sums(index[mask], weights[mask], block.num_experts)
         found[name] = KindRouting(int(mask.sum()), counts.tolist(), sums.tolist())
     return found
+
+
+def _counts(index: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """[experts] int64: how many slots of `index` name each expert."""
+    flat = index.reshape(-1)
+    return torch.bincount(flat[flat < num_experts], minlength=num_experts)
+
+
+def _sums(index: torch.Tensor, values: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """[experts] float64: sums of `values` over the slots of `index`, of the same shape, that name each expert."""
+    flat, added = index.reshape(-1), values.reshape(-1).double()
+    named = flat < num_experts
+    return torch.zeros(num_experts, dtype=torch.float64).index_add_(0, flat[named], added[named])
 
 
 def _quantiles(values: torch.Tensor) -> Sequence[float]:

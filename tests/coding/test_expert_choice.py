@@ -45,6 +45,12 @@ def test_a_choice_of_all_experts_of_its_groups_has_no_next_in_line() -> None:
     assert float(coefficient(found.margin, found.spread)) == 0
 
 
+def test_a_token_that_chooses_none_has_no_next_in_line() -> None:
+    found = margin_of(torch.arange(12.0).view(2, 6), torch.tensor([[6, 6], [5, 1]]))
+    assert found.margin.tolist() == [math.inf, 7 - 10]
+    assert float(coefficient(found.margin, found.spread)[0]) == 0
+
+
 def test_over_all_margins_the_cost_rises_as_that_of_tipped_choices() -> None:
     """Numerically, from the probability of tipping itself: the derivative of its integral by the squared error."""
     spread = 1.7

@@ -190,3 +190,15 @@ def test_chunks_cover_all_experts_in_order(tiny_model: TinyModel, monkeypatch: p
     assert list(expert_chunks(block)) == [[0, 1, 2], [3, 4, 5], [6, 7]]
     monkeypatch.setattr(expert_inputs, "CHUNK_BYTES", 1)
     assert list(expert_chunks(block)) == [[expert] for expert in range(8)]
+
+
+def test_tokens_that_no_expert_sees_stand_in_for_none(tiny_model: TinyModel) -> None:
+    _, block = opened(tiny_model("mixtral"))
+    hidden, index = torch.randn(30, 32), torch.randint(0, 7, (30, 2))
+    index[::3] = block.num_experts
+    capture = RoutingCapture(block, keep_inputs=True)
+    capture.on_experts(torch.nn.Module(), (hidden, index, (index < block.num_experts).float()))
+    inputs = ExpertInputs(capture, block, CPU)
+    seen = (index < block.num_experts).any(-1)
+    assert torch.equal(inputs.pool(), hidden[seen]) and inputs.token_count == 30
+    assert float(inputs.sample(7, 10).weights.mean()) == 1, "the mean weight of those that are seen"

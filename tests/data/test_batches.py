@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mc_cli.artifacts.calibration import TOKENS
+from mc_cli.artifacts.calibration import INPUTS, TOKENS
 from mc_cli.artifacts.files import write_tensors
 from mc_cli.data.batches import Batch, read_calibration
 from mc_cli.errors import ArtifactError, ShapeError
@@ -55,6 +55,9 @@ def test_rows_without_an_image_name_none() -> None:
 def test_all_tensors_go_to_the_device() -> None:
     moved = seeing().to(torch.device("meta"))
     assert {tensor.device.type for tensor in moved.inputs.values()} == {"meta"} and moved.counts == seeing().counts
+    cast = seeing().to(torch.device("cpu"), torch.bfloat16).inputs
+    assert {name for name, tensor in cast.items() if tensor.dtype == torch.bfloat16} == {"pixel_values"}
+    assert cast["input_ids"].dtype == cast["image_sizes"].dtype == torch.int64
 
 
 @pytest.mark.parametrize(
@@ -81,3 +84,13 @@ def test_calibration_rows_come_from_the_stages_folder(tmp_path: Path) -> None:
     assert torch.equal(read_calibration(tmp_path, vocabulary=24).token_ids, IDS)
     with pytest.raises(ArtifactError, match="vocabulary has 23"):
         read_calibration(tmp_path, vocabulary=23)
+
+
+def test_lists_are_given_as_lists_from_the_processor_to_the_model_and_over_the_disk(tmp_path: Path) -> None:
+    inputs = {"input_ids": IDS, "grid": torch.tensor([[2, 1], [1, 1], [3, 1]])}
+    batch = Batch(inputs, {"grid": (2, 0, 1, 0)}, lists=frozenset({"grid"}))
+    write_tensors(tmp_path / TOKENS, {"token_ids": IDS})
+    write_tensors(tmp_path / INPUTS, batch.stored())
+    for each in (batch, read_calibration(tmp_path, vocabulary=24)):
+        assert each["grid"] == [[2, 1], [1, 1], [3, 1]] and isinstance(each["input_ids"], torch.Tensor)
+        assert dict(**each.select(torch.tensor([2, 1])))["grid"] == [[3, 1]]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from mc_cli.models.inventory import take_inventory
 from mc_cli.models.model_class import model_class
 from mc_cli.packed.packed_model import PackedSource
 from mc_cli.parts import Role
+from mc_cli.reports.families import families_table
 from tests.families.contract import (
     ROUNDING,
     TOKENS,
@@ -60,6 +62,7 @@ def test_families_of_the_table_work_or_say_why_not() -> None:
     ]
     for each in outcomes:
         assert each.works == (not each.reason) == (not facts_for(each.family).refused), each
+        assert each.images == (each.kind == "image-text"), each
         if each.works:
             assert each.packed_error is not None and each.packed_error <= 1e-4
             assert each.dense_error is not None and each.dense_error <= 0.2
@@ -70,6 +73,17 @@ def test_the_command_prints_the_table() -> None:
     assert found.exit_code == 0
     assert all(f" {each.family} " in found.stdout for each in read_outcomes()[1])
     assert all(f" {family} " in found.stdout for family in OUT_OF_SCOPE)
+    rows = json.loads(CliRunner().invoke(app, ["families", "--json"]).stdout)["families"]
+    told = {(row["inputs"], row["works"]): row["checked_with"] for row in rows}
+    assert told == {("text", True): "text", ("text", False): "", ("image-text", True): "images, text", ("-", False): ""}
+
+
+def test_older_and_newer_tables_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"family": "old", "kind": "image-text", "works": True}
+    entries = [entry, {**entry, "family": "new", "images": True, "sound": True}]
+    (tmp_path / "table.json").write_text(json.dumps({"transformers": "5.23.0", "families": entries}))
+    monkeypatch.setattr("mc_cli.families.TABLE", tmp_path / "table.json")
+    assert [each["checked_with"] for each in families_table()["families"][:2]] == ["text", "images, text"]
 
 
 @pytest.mark.parametrize("family", OUT_OF_SCOPE)
@@ -105,6 +119,9 @@ def test_a_family_streams_packs_and_loads_whole(family: str, tmp_path: Path) -> 
     assert float(relative(written, exact).median()) < 0.2
 
 
-def test_a_router_with_a_choice_that_is_no_expert_goes_through_all_stages(tmp_path: Path) -> None:
-    outcome = through_all_stages("zaya", tmp_path)
-    assert outcome.works, outcome.reason
+# A router with a choice that is no expert; images whose tokens text experts do not see; a processor that gives lists;
+# several streams of hidden states; a processor of the family's own, which the export has too.
+@pytest.mark.parametrize("family", ["zaya", "ernie4_5_vl_moe", "unlimited_ocr", "glm5_next", "llava@mixtral"])
+def test_a_family_goes_through_all_stages(family: str, tmp_path: Path) -> None:
+    outcome = through_all_stages(family, tmp_path)
+    assert outcome.works and outcome.images == (family in IMAGE_TEXT), outcome.reason

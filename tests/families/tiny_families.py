@@ -206,24 +206,33 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config": {"num_key_value_heads": 4, "head_dim": 16},
         "vision_config": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
     },
-    "gemma4": {"text_config": _GEMMA, "audio_config": None},
+    "gemma4": {"text_config": _GEMMA, "vision_config": {"pooling_kernel_size": 2}, "audio_config": None},
     "llama4": {
         "text_config": tiny_models.CONFIGS["llama4_text"],
-        "vision_config": {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+        "vision_config": {
+            "intermediate_size": 128,
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+        },
     },
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 313, "vision_end_token_id": 314},
     "kimi_k25": {"text_config": {"model_type": "deepseek_v3", "num_key_value_heads": 4}},
     "glm4v_moe": {"text_config": {"rope_parameters": _mrope(1, 1, 2) | {"partial_rotary_factor": 1.0}}},
     "aria": {
         "text_config": {},
-        "vision_config": {"model_type": "idefics3_vision"},
-        "projector_patch_to_query_dict": {16: 4},
+        "vision_config": {"model_type": "idefics3_vision", "image_size": 980, "patch_size": 196},
+        "projector_patch_to_query_dict": {25: 4},
     },
     "mistral_large4": {"text_config": _DSA, "vision_config": {"model_type": "pixtral"}},
     "unlimited_ocr": {"vision_config": _SAM, "text_config": {"num_key_value_heads": 4}},
     "deepseek_ocr2": {
-        "vision_config": {"sam_config": {"downsample_channels": [16, 32]}, "encoder_config": {}},
-        "text_config": {"num_key_value_heads": 4, "mlp_layer_types": ["dense", "sparse"]},
+        "vision_config": {"sam_config": {"downsample_channels": [16, 32], "image_size": 48}, "encoder_config": {}},
+        "text_config": {
+            "num_key_value_heads": 4,
+            "mlp_layer_types": ["dense", "sparse"],
+            "max_position_embeddings": 1024,  # an image has 145 tokens at least
+        },
     },
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [24, 24], "rope_parameters": _mrope(1, 1, 2)}},
     "glm5_next": {
@@ -238,6 +247,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "inkling_mm_model": {},
     "muse_spark": {
+        "out_hidden_size": 128,
         "text_config": {"moe_hidden_size": 16},
         "audio_config": {"patch_sizes": (4, 4), "hidden_sizes": (16, 32), "depths": (1, 1)},
     },

@@ -41,6 +41,9 @@ class ToyModel(nn.Module):
         self.layers = nn.ModuleList(ToyLayer(answer) for _ in range(3))
         self.head = nn.Linear(4, 20)
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
         assert not use_cache
         hidden = self.embed(input_ids)

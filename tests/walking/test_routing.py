@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from mc_cli.artifacts.calibration import QUANTILES
 from mc_cli.data.batches import Batch
+from mc_cli.data.kinds import IMAGE, TEXT
 from mc_cli.models.checkpoint import Checkpoint, read_config
 from mc_cli.models.experts import IMPLEMENTATION
 from mc_cli.models.inventory import take_inventory
 from mc_cli.parts import ExpertBlock, Projection
+from mc_cli.reports.shortages import starved_by_kind
 from mc_cli.walking.layerwise import LayerWalk
 from mc_cli.walking.routing import RoutingCapture, routing_statistics, watching
 from tests.conftest import TinyModel
@@ -119,6 +122,24 @@ def opened(folder: Path) -> tuple[Checkpoint, ExpertBlock]:
     checkpoint.model.set_experts_implementation(IMPLEMENTATION)
     inventory = take_inventory(checkpoint.model, stored_dtypes=checkpoint.stored_dtypes)
     return checkpoint, inventory.expert_blocks[0]
+
+
+def test_tokens_that_choose_no_expert_count_as_tokens_and_nothing_else() -> None:
+    """As images do in a layer whose experts are for text, and skipped ones where a router has a choice more."""
+    block = block_of(8, 2)
+    hidden, logits, weights, index = random_batches(8, 2, [40])[0]
+    none = torch.arange(40) % 3 == 0
+    found = captured(
+        block, [(hidden, logits, weights.masked_fill(none[:, None], 0), index.masked_fill(none[:, None], 8))]
+    )
+    alone = captured(block, [(hidden[~none], logits[~none], weights[~none], index[~none])])
+    kinds = torch.where(none, IMAGE, TEXT).to(torch.uint8)
+    routing = routing_statistics(found, block, residual_energy=1.0, kinds=kinds)
+    wanted = routing_statistics(alone, block, residual_energy=1.0)
+    assert replace(routing, token_count=wanted.token_count, by_kind={}) == wanted and routing.token_count == 40
+    assert routing.by_kind["text"].routing_count == wanted.routing_count
+    assert not any(routing.by_kind["image"].routing_count) and not starved_by_kind([routing])[1:]
+    assert found.routes() == alone.routes()
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "gpt_oss", "hunyuan_v1_moe", "phimoe", "jamba"])
