@@ -177,8 +177,8 @@ def report_warnings(report: TextReport | None) -> list[str]:
         names = ", ".join(report["left_out"])
         more = ", ..." if report["files_left_out"] > len(report["left_out"]) else ""
         found.append(
-            f"the folder of texts holds what is not read: {names}{more} ({report['files_left_out']:,} in all). Read are "
-            "its .txt, .jsonl and .parquet files, or where there are none its .json files; name others by "
+            f"the folder of texts holds what is not read: {names}{more} ({report['files_left_out']:,} in all). Read "
+            "are its .txt, .jsonl and .parquet files, or where there are none its .json files; name others by "
             "themselves, or write them as one of these kinds."
         )
     for name, count in report["rows"].items():
