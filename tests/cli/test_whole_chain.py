@@ -312,3 +312,33 @@ def test_several_targets_from_one_calibration(run_arguments: tuple[object, ...],
     assert small["stored_bits"] <= 4.25 < large["stored_bits"] <= 5 and small["stored_bytes"] < large["stored_bytes"]
     stages = json.loads(invoke("status", "-w", finished / "work", "--json").stdout)["stages"]
     assert {"4.25", "5"} <= {stage["variant"] for stage in stages}
+
+
+def test_a_run_with_a_plan_of_the_users_own(run_arguments: tuple[object, ...], finished: Path, tmp_path: Path) -> None:
+    """It needs no target and no allocate; report, status and compare know what it was made from."""
+    work, mine = finished / "work", tmp_path / "mine.yaml"
+    mine.write_text((work / "plan" / "plan.yaml").read_text().replace("method: global", "method: by hand"))
+    place = run_arguments.index("--target-stored-bits")
+    rest = (*run_arguments[:place], *run_arguments[place + 2 :], "--variant", "mine", "--plan", mine)
+    given = (*rest, "--out", tmp_path / "model")
+    refused = invoke("run", *given, "--target-stored-bits", 3)
+    assert refused.exit_code == 1 and "allocate is not run, and --target-stored-bits would change" in refused.stderr
+    planned = json.loads(invoke("run", *given, "--dry-run", "--json").stdout)["stages"]
+    assert [entry["stage"] for entry in planned] == [stage for stage in STAGES if stage != "allocate"]
+    made = invoke("run", *given)
+    assert made.exit_code == 0, made.stderr
+    again = json.loads(invoke("run", *given, "--json").stdout)["stages"]
+    assert [entry["ran"] for entry in again] == [False] * 5
+    stages = json.loads(invoke("status", "-w", work, "--variant", "mine", "--json").stdout)["stages"]
+    states = {entry["stage"]: (entry["state"], entry["detail"]) for entry in stages}
+    assert states.pop("allocate") == ("to do", "not needed: quantize was given a plan (--plan)")
+    assert {state for state, _ in states.values()} == {"done"}
+    assert invoke("status", "-w", work, "--verify").exit_code == 0
+    page = invoke("report", "-w", work, "--variant", "mine", "--out", tmp_path / "page.html")
+    assert page.exit_code == 0, page.stderr
+    text = (tmp_path / "page.html").read_text()
+    assert "mc-cli allocate" not in text and f"--plan {work}/variants/mine/packed/followed/plan.yaml" in text
+    assert "by hand" in text
+    measured = json.loads(invoke("curve", "-w", work, "--json").stdout)["measured"]
+    (own,) = (entry for entry in measured if entry["variant"] == "mine")
+    assert own["predicted_loss"] is None, "a plan that may have been edited is not believed"
