@@ -171,7 +171,7 @@ def forecast_stage(
 
 def forecast_chain(plan: RunPlan, *, force_from: str | None) -> tuple[list[PlannedStage], Outlook | None]:
     """The same of all stages."""
-    list(_forced(force_from))
+    list(_forced(force_from, plan.stages))
     problems = Problems()
     planned: list[PlannedStage] = []
     with problems.catching():
@@ -216,7 +216,7 @@ def planned_chain(plan: RunPlan, *, force_from: str | None) -> list[PlannedStage
     """Tells what running all stages now would do; behind one that is not done, later ones wait for what it makes."""
     found: list[PlannedStage] = []
     waits_for = ""
-    for stage, force in _forced(force_from):
+    for stage, force in _forced(force_from, plan.stages):
         if waits_for:
             found.append(PlannedStage(stage, _WAITING, f"after {waits_for}"))
             continue
@@ -259,7 +259,7 @@ def run_chains(
     with work_dir_lock(plans[0].work.path):  # between two stages, too, nothing else works in it
         for number, plan in enumerate(plans):
             results = []
-            for stage, force in _forced(force_from):
+            for stage, force in _forced(force_from, plan.stages):
                 if number and stage in SHARED:
                     continue
                 settings = plan.stages[stage]
@@ -303,7 +303,7 @@ def _check_chain(plan: RunPlan, force_from: str | None) -> Outlook | None:
     Raises a McError naming all that a late stage would refuse after hours.
     """
     done = set()
-    for stage, force in _forced(force_from):
+    for stage, force in _forced(force_from, plan.stages):
         try:
             if force or not _has_ended(stage, plan.work):
                 break
@@ -317,11 +317,12 @@ def _check_chain(plan: RunPlan, force_from: str | None) -> Outlook | None:
     return look_ahead(plan.stages, plan.compute, plan.work, todo=todo) if todo else None
 
 
-def _forced(force_from: str | None) -> Iterator[tuple[str, bool]]:
-    """Every stage, and whether it is rebuilt: from `force_from` on. Raises InputError for an unknown stage."""
+def _forced(force_from: str | None, stages: Collection[str]) -> Iterator[tuple[str, bool]]:
+    """Each of `stages`, and whether it is rebuilt: from `force_from` on. Raises InputError for an unknown stage."""
     if force_from is not None and force_from not in STAGES:
         raise InputError(f"--force-from {force_from!r}: no stage of that name. Choose one of {', '.join(STAGES)}.")
     begun = False
     for stage in STAGES:
         begun = begun or stage == force_from
-        yield stage, begun
+        if stage in stages:
+            yield stage, begun

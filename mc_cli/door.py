@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mc_cli.artifacts.evaluation import Evaluation
-from mc_cli.artifacts.names import EVALUATION, PLAN
+from mc_cli.artifacts.followed_plan import followed_plan
+from mc_cli.artifacts.names import EVALUATION
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.work_dir import MAIN, WorkDir
 from mc_cli.chain import check_stage, run_chain, run_stage
@@ -99,10 +100,12 @@ def compress(
     results = run_chain(
         plan, force_from=STAGES[0] if force else None, progress=progress or SilentProgress(), tell=lambda result: None
     )
+    followed = followed_plan(plan.work)
+    assert followed is not None, "the stages have just been run"
     return Compressed(
         directory=Path(named["out"]),
         work_dir=place,
-        plan=Plan.read(plan.work.folder("allocate") / PLAN),
+        plan=Plan.read(followed),
         evaluation=Evaluation.read(plan.work.folder("prune-eval") / EVALUATION),
         warnings=tuple(message for result in results for message in result.warnings),
     )

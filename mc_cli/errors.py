@@ -88,7 +88,14 @@ class PlanError(McError):
 
 
 class BudgetError(McError):
-    """No assignment of widths meets the budget; the message says what range is feasible."""
+    """No assignment of widths meets the budget; the message says what range is feasible.
+
+    told   the message without what to do about it, for commands that have other flags
+    """
+
+    def __init__(self, told: str, remedy: str = "") -> None:
+        super().__init__(f"{told} {remedy}".rstrip())
+        self.told = told
 
 
 class SolverError(McError):

@@ -143,7 +143,10 @@ def _of_variant(out: Path, name: str) -> str:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All that `run` needs: settings per stage, in order, and where to work, in which variant."""
+    """All that `run` needs: settings per stage, in order, and where to work, in which variant.
+
+    Where quantize is given a plan, allocate is not among the stages.
+    """
 
     work: WorkDir
     stages: Mapping[str, Any]
@@ -191,6 +194,8 @@ def plan_run(
     `run` adds to the defaults: quantize rounds as score did, evaluation reads the bundled held-out text, and wide
     targets have wide widths scored.
 
+    Where quantize is given a plan, allocate is left out, and a target refused, which would change nothing.
+
     problems  what is known to be wrong already;  unread  (section, field) of what was given and cannot be read
     """
     problems = problems or Problems()
@@ -202,6 +207,7 @@ def plan_run(
     missing = _missing(recipe, sections, unread)
     if missing:
         problems.add(MissingFlagsError(f"run lacks {len(missing)} settings:\n{listed(missing)}"))
+    stages = _stages_of(recipe, problems)
     engine = ENGINES.get(sections["score"].get("engine") or "")
     if engine is not None:
         sections["export"].setdefault("format", engine.format)
@@ -210,7 +216,7 @@ def plan_run(
     followed = {name: value for name, value in sections["score"].items() if name in shared_with_score()}
     sections["quantize"] = {**followed, **sections["quantize"]}
     built: dict[str, Any] = {}
-    for name in SECTIONS:
+    for name in (section for section in SECTIONS if section not in STAGES or section in stages):
         wanted = [flag.field for flag in flags_of(name) if flag.required]
         complete = all(sections[name].get(field) for field in wanted)
         if name == "allocate":
@@ -222,7 +228,7 @@ def plan_run(
     problems.tell()
     return RunPlan(
         WorkDir(Path(str(recipe.work_dir)), recipe.variant, engine=engine.name if engine else None),
-        {stage: built[stage] for stage in STAGES},
+        {stage: built[stage] for stage in stages},
         built[COMPUTE],
     )
 
@@ -242,6 +248,26 @@ def plan_runs(
     return plans
 
 
+def _stages_of(recipe: Recipe, problems: Problems) -> tuple[str, ...]:
+    """The stages of a run: without allocate where quantize is given a plan. What allocate was asked for is refused."""
+    plan = recipe.sections.get("quantize", {}).get("plan")
+    if plan is None:
+        return STAGES
+    shared = {flag.field for name in ("score", "quantize", "export") for flag in flags_of(name)}
+    asked = recipe.sections.get("allocate", {})
+    idle = [
+        run_option("allocate", flag)
+        for flag in flags_of("allocate")
+        if flag.field not in shared and asked.get(flag.field) is not None
+    ]
+    if idle:
+        problems.refuse(
+            f"--plan {plan}: the plan says how wide everything is, so allocate is not run, and {', '.join(idle)} would "
+            "change nothing. Leave --plan out, or what stands beside it."
+        )
+    return tuple(stage for stage in STAGES if stage != "allocate")
+
+
 # In place of what is missing, so that the section's other settings are looked at too; no plan is made of it.
 _STANDS_IN: dict[str, dict[str, Any]] = {"allocate": {"target_bits": 2.0}, "export": {"out": "missing"}}
 
@@ -259,9 +285,10 @@ def _missing(
     if not recipe.work_dir:
         missing.insert(0, "--work-dir (in a recipe: work_dir: ...)   Where this run's artifacts go.")
     targets = [name for name in ANY_SIZE if sections["allocate"].get(name) is not None or ("allocate", name) in unread]
-    if not targets:
+    given = sections["quantize"].get("plan") is not None or ("quantize", "plan") in unread
+    if not targets and not given:
         flags = "--target-stored-bits, --target-bits, --target-size, --cut-ratio, --drop-ratio, --experts-left"
-        missing.append(f"one of {flags}   How small the result is to be.")
+        missing.append(f"one of {flags}, or a --plan   How small the result is to be.")
     return missing
 
 

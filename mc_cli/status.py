@@ -17,6 +17,7 @@ from mc_cli.artifacts.export_record import ExportRecord
 from mc_cli.artifacts.exported import NotedExport, known_exports
 from mc_cli.artifacts.exported_file import export_place
 from mc_cli.artifacts.files import read_json, read_number
+from mc_cli.artifacts.followed_plan import follows_own_plan
 from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX, is_our_partial
 from mc_cli.artifacts.locks import process_in
 from mc_cli.artifacts.manifest import BEGUN, MANIFEST, Manifest
@@ -97,6 +98,7 @@ def _variant_status(
     for stage in STAGE_FOLDERS:
         if stage not in SHARED:
             earlier[stage] = _stage_status(work, stage, earlier, contents)
+    earlier["allocate"] = _not_needed(earlier["allocate"], work)
     made = [
         _export_status(folder, noted.fingerprint, earlier, contents)
         for folder, noted in sorted(exports.items())
@@ -106,6 +108,17 @@ def _variant_status(
     if not made:
         own.append(StageStatus(EXPORT, TO_DO, None))
     return [replace(entry, variant=work.variant) for entry in own]
+
+
+def _not_needed(allocate: StageStatus, work: WorkDir) -> StageStatus:
+    """allocate's entry, with the reason why it is to do where quantize was given a plan."""
+    try:
+        packed = Manifest.read(work.folder("quantize"))
+    except ArtifactError:  # said by its own entry
+        return allocate
+    if allocate.state != TO_DO or packed is None or not follows_own_plan(packed):
+        return allocate
+    return replace(allocate, detail="not needed: quantize was given a plan (--plan)")
 
 
 def _is_begun(folder: Path) -> bool:

@@ -51,6 +51,8 @@ def verified(directory: Path) -> list[Verified]:
     place = export_place(directory.resolve())
     if place.is_ours():
         return [_export(directory)]
+    if not directory.exists() and not place.is_begun():
+        raise InputError(f"{directory} does not exist. Give a work directory, or what export made.")
     if not directory.is_dir() and not place.is_begun():
         raise InputError(
             f"{directory} is no directory, and no file that export made. Give a work directory, or what export made."

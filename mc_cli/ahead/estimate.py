@@ -12,10 +12,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mc_cli.ahead import Look
-from mc_cli.ahead.budget import Size, reachable_size
+from mc_cli.ahead.budget import Size, planned_size, reachable_size
 from mc_cli.ahead.fit import Fit, cache_bytes, token_bytes
 from mc_cli.ahead.machine import Machine, known_machine
 from mc_cli.ahead.outlook import Outlook, gib
+from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import McError, Problems
 from mc_cli.models.hub_description import HubDescription, described, fetch_description, is_on_hub_alone, told
@@ -25,6 +26,7 @@ from mc_cli.models.session import Session, device_named, dtype_named
 from mc_cli.parts import ModelInventory
 from mc_cli.reports.tables import table
 from mc_cli.settings import RunSettings
+from mc_cli.stages.quantize import existing_plan
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def _estimate(
     session, inventory = look.model()
     if session is not None and inventory is not None:
         found.layers = _layers(inventory)
-        _add_outcomes(found, targets, session, inventory, fit_bytes, context)
+        _add_outcomes(found, targets, work, session, inventory, fit_bytes, context)
     return found
 
 
@@ -181,9 +183,18 @@ def _layers(inventory: ModelInventory) -> dict[str, Any]:
     }
 
 
+def _size_of(stages: Mapping[str, Any], work: WorkDir, inventory: ModelInventory) -> Size:
+    """What a run's target leads to, or the plan that it follows. Raises McError where neither can be had."""
+    if "allocate" in stages:
+        return reachable_size(stages["allocate"], stages["score"], inventory)
+    quantize = stages["quantize"]
+    return planned_size(Plan.read(existing_plan(quantize, work)), inventory, quantize.quantizer)
+
+
 def _add_outcomes(
     found: Estimate,
     targets: Sequence[Target],
+    work: WorkDir,
     session: Session,
     inventory: ModelInventory,
     fit_bytes: int | None,
@@ -195,7 +206,7 @@ def _add_outcomes(
     cache = cache_bytes(config.to_dict(), inventory.num_layers, length)
     for target in targets:
         try:
-            size = reachable_size(target.stages["allocate"], target.stages["score"], inventory)
+            size = _size_of(target.stages, work, inventory)
         except McError as error:
             found.problems.add(error)
             found.outcomes.append(Outcome(target.words, None, problem=str(error)))

@@ -150,7 +150,8 @@ def _too_small(problem: AllocationProblem, least: float, most: float, layers: Se
         remedy = f"{remedy[:-1]}, or lower --attention-bits, --shared-bits, --head-bits or --embedding-bits."
     return BudgetError(
         f"{asked}: with the candidate widths {_listing(problem.candidate_bits)}{floors} the experts take "
-        f"{budget.shown(least, most)}. {remedy}"
+        f"{budget.shown(least, most)}.",
+        remedy,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from mc_cli.artifacts.plan import ExpertBits
-from mc_cli.errors import InputError
+from mc_cli.errors import InputError, shown
 
 ALL_EXPERTS = -1  # `Unit.expert` of a unit that stands for every expert of its layer
 
@@ -138,10 +138,12 @@ class Floor:
     comparison: str = "=="
 
     def __post_init__(self) -> None:
-        if self.comparison not in ("==", ">=") or self.count < 1:
+        if self.comparison not in ("==", ">="):
+            raise InputError(f"Floor of {self.bits} bits: it compares with {shown(self.comparison)}. Use '==' or '>='.")
+        if self.count < 1:
             raise InputError(
-                f"Floor {self.comparison!r} {self.bits} bits, {self.count} experts: a floor compares with == or >=, "
-                "and asks for at least 1 expert."
+                f"Floor (--floor) of {self.bits} bits: it asks for {self.count} experts. Ask for at least 1 expert of "
+                "each layer, or leave the floor out."
             )
 
     def admits(self, bits: float) -> bool:

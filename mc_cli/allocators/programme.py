@@ -17,7 +17,7 @@ from mc_cli.allocators.strategy import SolverSettings
 from mc_cli.artifacts.considered import Considered
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.merging import Merging
-from mc_cli.artifacts.plan import Plan
+from mc_cli.artifacts.plan import ExpertBits, Plan
 from mc_cli.errors import BudgetError
 from mc_cli.parts import DROPPED, Role
 
@@ -109,9 +109,7 @@ def programme(
         if not menus and not asked.pairs:
             raise
         today = None
-    whole = _DROPPED if DROPPED in asked.candidate_bits else _PLAIN
     apart, plan, cuts = _without_merging(asked, menus, today)
-    chosen = (_CUTS if asked.pairs else _ALL) if cuts else whole
     ways = _pure(asked, menus)
     if menus:
         ways.append(Considered(_CUTS if asked.pairs else _ALL, apart))
@@ -121,12 +119,37 @@ def programme(
             values[_ALL] = asked.value(menus, asked.candidate_bits, merged=True)
         best = _ALL if cuts or (plan is None and menus) else _MERGED
         if plan is None or _clearly(values[best], plan, MERGING_CLEARLY):
-            chosen, cuts, plan = best, best == _ALL, asked.plan(menus if best == _ALL else {}, merged=True)
+            cuts, plan = best == _ALL, asked.plan(menus if best == _ALL else {}, merged=True)
         ways += [Considered(way, value) for way, value in values.items()]
     assert plan is not None
     if cuts or plan.slots:
         plan = replace(plan, objective={**plan.objective, "formula": _MERGED_FORMULA if plan.slots else _FORMULA})
+    chosen = _simplest(plan, pairs=bool(asked.pairs))
     return Programme(plan, cuts, tuple(replace(way, chosen=way.strategy == chosen) for way in ways))
+
+
+def _simplest(plan: Plan, *, pairs: bool) -> str:
+    """The way that a plan is: the one that allows for least beside what the plan does.
+
+    pairs   whether merging was considered, so that there is a way between cutting alone and all
+    """
+    entries = [entry for row in plan.expert_bits.values() for entry in row]
+    widths = {bits for entry in entries for bits in _widths_of(entry)}
+    cut = any(isinstance(entry, tuple) for entry in entries)
+    dropped = any(entry == DROPPED for entry in entries)  # slots without weights of their own, too, where some merge
+    if plan.slots:
+        return _ALL if cut else _MERGED
+    if cut and not dropped and len(widths - {DROPPED}) == 1:
+        return _CUT
+    if cut:
+        return _CUTS if pairs else _ALL
+    return _DROPPED if dropped else _PLAIN
+
+
+def _widths_of(entry: ExpertBits) -> set[float]:
+    """The widths that an expert's matrices have, those of each of its blocks."""
+    parts = [block.bits for block in entry] if isinstance(entry, tuple) else [entry]
+    return {bits for part in parts for bits in (part.values() if isinstance(part, dict) else (part,))}
 
 
 def _without_merging(asked: _Request, menus: _Menus, today: Plan | None) -> tuple[float | None, Plan | None, bool]:

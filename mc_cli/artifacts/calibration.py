@@ -196,15 +196,24 @@ def read_inputs(calibration: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-class TextReport(TypedDict):
-    """How rows became text."""
-
+class _RowsReport(TypedDict):
     rows: dict[str, int]
     empty_rows: int
     chat_template: str
     chats_rendered: int
     chats_refused: int
     example_of_refused: str
+
+
+class TextReport(_RowsReport, total=False):
+    """How rows became text; earlier versions did not tell the files left out.
+
+    files_left_out  how many files and folders in a folder of text were not read, where there are any
+    left_out        the names of the first of them
+    """
+
+    files_left_out: int
+    left_out: list[str]
 
 
 class ImageReport(TypedDict):

@@ -16,8 +16,8 @@ SCHEMA = 1
 class Considered:
     """One way to spend the budget of a plan.
 
-    predicted_loss  nats per token, as predicted_loss_by_bits; None where it cannot meet the budget
-    chosen          whether the plan is this one's
+    predicted_loss  the objective: nats per token, summed over what was measured alone; None where the budget is not met
+    chosen          whether the plan is this one's, and no simpler one's
     note            the width of those that have one
     """
 

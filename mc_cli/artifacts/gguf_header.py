@@ -1,4 +1,4 @@
-"""The head of a GGUF file, as far as it takes to find one text in it; reads no tensor and needs no package.
+"""The head of a GGUF file: one text in it, and where it ends; reads no tensor and needs no package.
 
 Source of the layout: the specification of GGUF version 3 in the repository of ggml (docs/gguf.md). Little-endian.
 """
@@ -15,7 +15,8 @@ from mc_cli.artifacts.places import require_ordinary
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number, by its kind
-_TEXT, _ARRAY = 8, 9
+_UINT32, _TEXT, _ARRAY = 4, 8, 9
+_ALIGNED, _ALIGNMENT = b"general.alignment", 32  # bytes, where a file names none
 _MOST_ENTRIES = 1 << 16
 _LONGEST_KEY = 1 << 16
 
@@ -46,6 +47,49 @@ def text_place(path: Path, key: str) -> Place | None:
             return None
 
 
+def tensors_begin(path: Path) -> int | None:
+    """The byte at which the tensors of a GGUF file begin; None for other files.
+
+    Raises InputError for what is no ordinary file, OSError where it cannot be read.
+    """
+    require_ordinary(path)
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        try:
+            return _behind_the_head(handle, size)
+        except _NotGguf:
+            return None
+
+
+def _behind_the_head(handle: BinaryIO, size: int) -> int:
+    """Goes past the metadata and the list of tensors, to where the first of them is aligned."""
+    if handle.read(4) != _MAGIC or _number(handle, "<I") not in _VERSIONS:
+        raise _NotGguf
+    tensors, entries, alignment = _number(handle, "<Q"), _number(handle, "<Q"), _ALIGNMENT
+    if max(tensors, entries) > _MOST_ENTRIES:
+        raise _NotGguf
+    for _ in range(entries):
+        name, kind = handle.read(_length(handle)), _number(handle, "<I")
+        if name == _ALIGNED and kind == _UINT32:
+            alignment = _number(handle, "<I")
+        else:
+            _skip(handle, kind, size)
+    for _ in range(tensors):
+        handle.seek(_length(handle), 1)
+        handle.seek(8 * _number(handle, "<I") + 4 + 8, 1)  # its shape; its type; where it lies behind the head
+    if not alignment or handle.tell() > size:
+        raise _NotGguf
+    return min(size, -(-handle.tell() // alignment) * alignment)
+
+
+def _length(handle: BinaryIO) -> int:
+    """The length of a name."""
+    length = _number(handle, "<Q")
+    if length > _LONGEST_KEY:
+        raise _NotGguf
+    return length
+
+
 def _found(handle: BinaryIO, key: bytes, size: int) -> Place | None:
     if handle.read(4) != _MAGIC or _number(handle, "<I") not in _VERSIONS:
         raise _NotGguf
@@ -54,10 +98,7 @@ def _found(handle: BinaryIO, key: bytes, size: int) -> Place | None:
     if entries > _MOST_ENTRIES:
         raise _NotGguf
     for _ in range(entries):
-        length = _number(handle, "<Q")
-        if length > _LONGEST_KEY:
-            raise _NotGguf
-        name, kind = handle.read(length), _number(handle, "<I")
+        name, kind = handle.read(_length(handle)), _number(handle, "<I")
         if name == key and kind == _TEXT:
             length, start = _number(handle, "<Q"), handle.tell()
             return Place(start, start + length) if start + length <= size else None

@@ -46,10 +46,18 @@ def require_inside(folder: Path, path: Path) -> None:
 
 
 def require_ordinary(path: Path) -> None:
-    """Raises InputError where `path` exists and is a folder, pipe, socket or device: reading one may never end."""
+    """Raises InputError for a folder, pipe, socket or device, whose reading may never end, and for a link to nothing.
+
+    What is not there at all passes: its reader says so.
+    """
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
+        if path.is_symlink():
+            raise InputError(
+                f"{path} is a link to {path.readlink()}, which is not there. Mend the link, or put the file itself "
+                "in its place."
+            ) from None
         return
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error

@@ -43,6 +43,10 @@ READ = (1, 2)  # schema 1 had neither blocks nor slots
 MOST_BLOCKS = 4096  # one expert has no more
 MOST_LAYERS = 100_000  # more than any model has
 REMEDY = "Run allocate again, or correct the file."
+_OF_WIDTH = " has width "  # of the problems that the rule of widths is told with
+_WIDTH_RULE = (
+    "A width is 0 (dropped), 1 to 8, a half step from 1.5 to 4.5, the stored bits of an IQ type of GGUF, or 16 (kept). "
+)
 
 Widths = float | dict[str, float]  # one for all projections, or by name; ints where whole, else what an encoding has
 
@@ -238,10 +242,8 @@ class Plan:
                 "Run allocate again."
             )
         if problems := _content_problems(content):
-            raise PlanError(
-                f"{path} is not a plan:\n{listed(problems)}\nA width is 0 (dropped), 1 to 8, a half "
-                f"step from 1.5 to 4.5, the stored bits of an IQ type of GGUF, or 16 (kept). {REMEDY}"
-            )
+            rule = _WIDTH_RULE if any(_OF_WIDTH in problem for problem in problems) else ""
+            raise PlanError(f"{path} is not a plan:\n{listed(problems)}\n{rule}{REMEDY}")
         return cls(
             model_type=content["model_type"],
             method=content["method"],
@@ -430,7 +432,7 @@ def _slots_problems(layer: object, table: object, row: object) -> list[str]:
 def _width_problem(where: str, bits: object) -> list[str]:
     whole = isinstance(bits, int) and not isinstance(bits, bool) and (0 <= bits <= 8 or bits == KEPT_BITS)
     fits = whole or (isinstance(bits, float) and bits % 1 != 0 and bits in all_widths())
-    return [] if fits else [f"{where} has width {shown(bits)}"]
+    return [] if fits else [f"{where}{_OF_WIDTH}{shown(bits)}"]
 
 
 def _widths(entry: Widths) -> set[float]:

@@ -118,7 +118,9 @@ def _tell(found: Estimate, given: Mapping[str, Any]) -> None:
 def _targets(given: Mapping[str, Any], problems: Problems) -> Iterator[tuple[str, RunPlan]]:
     """(target in words, the run that leads to it) of every target, or of the usual ones."""
     asked = [(field, text) for field in TARGETS for text in ",".join(given[field] or ()).split(",") if text]
-    if not asked:
+    if given.get("plan") is not None:  # targets beside it are refused
+        asked = asked or [("plan", str(given["plan"]))]
+    elif not asked:
         asked = [("target_stored_bits", str(bits)) for bits in _USUAL]
     for field, text in asked:
         with problems.catching():

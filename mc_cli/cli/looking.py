@@ -10,7 +10,7 @@ import typer
 from mc_cli.artifacts.work_dir import MAIN, WorkDir
 from mc_cli.cli.libraries import prepare_libraries
 from mc_cli.cli.options import DEBUG, FIT, JSON, WORK_DIR, made_option
-from mc_cli.errors import BudgetError, InputError
+from mc_cli.errors import InputError
 from mc_cli.failures import telling_errors
 from mc_cli.settings.written import parse_sizes
 
@@ -49,13 +49,8 @@ def curve(
             check_figure_path(out)
         scores = read_scores(WorkDir(work_dir))
         measured, left_out = read_measured(work_dir)
+        best = None if room is None else largest_within(scores, room)
         found = curve_of(scores, asked, ConsoleProgress())
-        best = None
-        if room is not None:
-            try:
-                best = largest_within(scores, room)
-            except BudgetError as error:
-                left_out.append(f"--fit {fit}: {error}")
         expectation = expectation_of(seen_of(measured))
         for sentence in (*found.left_out, *left_out):
             console.say_warning(sentence)

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from mc_cli.recipe import RunPlan
 
 _STATUS_VARIANT = made_option("--variant", help="Only this one of several results. [default: all]", metavar="NAME")
-_VERIFY_HELP = "Read every file, and say which are not as they were written, with exit status 1 if any."
+_VERIFY_HELP = (
+    "Read every file, and say which are not as they were written, with exit status 1 if any, or if an export is gone."
+)
 
 
 def run_stage(stage: str, given: Mapping[str, Any]) -> None:
@@ -227,7 +229,7 @@ def status(
     """Show what is done, begun, stale or still to do in a work directory; reads manifests only."""
     with telling_errors(debug=debug):
         from mc_cli import console
-        from mc_cli.status import DAMAGED, work_dir_status
+        from mc_cli.status import DAMAGED, MISSING, work_dir_status
         from mc_cli.verify import verified_status
 
         look = verified_status if verify else work_dir_status
@@ -236,7 +238,7 @@ def status(
             console.print_json({"work_dir": str(work_dir), "stages": [entry.plain() for entry in found]})
         else:
             console.print_status(found)
-    if verify and any(entry.state == DAMAGED for entry in found):
+    if verify and any(entry.state in (DAMAGED, MISSING) for entry in found):
         raise typer.Exit(1)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from mc_cli.artifacts.files import DigestCache, content_digest
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.artifacts.strict_json import JsonError, has_half_character, parse_json
+from mc_cli.artifacts.system_errors import refusal
 from mc_cli.bundled import named
 from mc_cli.data.chat import CHAT_FIELDS, Chat, chat_of_row
 from mc_cli.data.pictures import IMAGE_FIELDS, SUFFIXES, ImageSource, images_of_row
@@ -50,15 +52,19 @@ class Document:
 
 @dataclass
 class Reading:
-    """How rows were read, for the report: rows by the field that was taken, and those without a text."""
+    """How rows were read, for the report: rows by the field that was taken, and those without a text.
+
+    left_out  names in a folder that were not read, those of folders with a slash behind them
+    """
 
     rows: Counter[str] = field(default_factory=Counter)
     empty: int = 0
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def plain(self) -> bool:
-        """Whether all rows gave a text as it stands, from files of plain text or the field that was asked for."""
-        return not any(
+        """Whether all files were read, and all rows gave a text as it stands: the field asked for, or plain text."""
+        return not self.left_out and not any(
             name.startswith(("chat: ", "first text field: ")) or name.endswith(IMAGES_LEFT_OUT) for name in self.rows
         )
 
@@ -155,9 +161,12 @@ def read_documents(
         found = list(_from_datasets(data, path, split, rows(path), flag))
     elif images and (pictures := _picture_files(path)):
         reading.rows["file of an image"] += len(pictures)
+        reading.left_out += _left_out(path, pictures, ())
         found = [Document("", images=(ImageSource(str(file), path=file),), where=str(file)) for file in pictures]
     else:
-        found = [document for file in _files(path, flag) for document in _from_file(file, rows(file.parent), flag)]
+        files = _files(path, flag)
+        reading.left_out += _left_out(path, files, SUFFIXES if images else ())
+        found = [document for file in files for document in _from_file(file, rows(file.parent), flag)]
     documents = list(filter(_is_filled, found))
     reading.empty += len(found) - len(documents)
     if not documents:
@@ -207,6 +216,18 @@ def _files(path: Path, flag: str) -> list[Path]:
     for file in files:
         require_ordinary(file)
     return files
+
+
+def _left_out(path: Path, taken: Sequence[Path], read_by_rows: Collection[str]) -> list[str]:
+    """Names in a folder that are not taken, hidden ones apart, and those of images that rows may name."""
+    if not path.is_dir():
+        return []
+    others = [entry for entry in path.iterdir() if entry not in taken and not entry.name.startswith(".")]
+    return sorted(
+        f"{entry.name}/" if entry.is_dir() else entry.name
+        for entry in others
+        if not read_by_rows or not (entry.is_dir() or entry.suffix.lower() in read_by_rows)
+    )
 
 
 class _Rows:
@@ -296,8 +317,20 @@ def _from_file(path: Path, rows: _Rows, flag: str) -> Iterator[Document]:
             yield from _from_json(path, rows, flag)
         else:
             yield from _from_parquet(path, rows, flag)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{flag} {path} cannot be read: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{flag} {path} cannot be read as UTF-8 (byte {error.start}: {error.reason}){_encoding_of(path)}. Write "
+            "the file as UTF-8; `iconv -f latin1 -t utf-8 FILE` does so for one in latin-1."
+        ) from error
+    except OSError as error:
+        raise InputError(refusal(error, path, action=f"(of {flag}) cannot be read")) from error
+
+
+def _encoding_of(path: Path) -> str:
+    """A phrase on the encoding that the first bytes of a file tell; empty where they tell none."""
+    with path.open("rb") as file:
+        begin = file.read(2)
+    return ", its first bytes are those of UTF-16" if begin in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else ""
 
 
 def _from_jsonl(path: Path, rows: _Rows, flag: str) -> Iterator[Document]:
@@ -345,7 +378,9 @@ def _from_parquet(path: Path, rows: _Rows, flag: str) -> Iterator[Document]:
                     number += 1
                     yield rows.document(f"{flag} {path}, row {number}", row)
     except (ArrowException, UnicodeDecodeError, OverflowError) as error:
-        raise InputError(f"{flag} {path} is not a whole parquet file: {error}.") from error
+        raise InputError(
+            f"{flag} {path} is not a whole parquet file: {str(error).rstrip('. ')}. Download or write it again."
+        ) from error
 
 
 def _check_field(data: str, kind: str, text_field: str, names: list[str]) -> None:

@@ -22,6 +22,7 @@ from mc_cli.errors import CheckpointError, InputError, McError, few, shown
 from mc_cli.models.model_folder import config_file
 
 DEFAULT_LENGTH = 2048
+_NAMED = 5  # of files that were left out
 WINDOWS_PER_SEQUENCE = 16
 # A tokenizer is made from these files, in any of its forms.
 TOKENIZER_FILES = (
@@ -37,6 +38,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "config.json",
 )
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ class TextSource:
         given = self.chat != ChatSettings()
         if self.reading.plain and not given:
             return None
-        return {
+        left_out = self.reading.left_out
+        told: TextReport = {
             "rows": dict(sorted(self.reading.rows.items())),
             "empty_rows": self.reading.empty,
             "chat_template": self.renderer.name(),
@@ -147,6 +150,9 @@ class TextSource:
             "chats_refused": sum(self.renderer.refused.values()),
             "example_of_refused": self.renderer.example,
         }
+        if left_out:
+            told |= {"files_left_out": len(left_out), "left_out": left_out[:_NAMED]}
+        return told
 
 
 def report_line(report: TextReport) -> str:
@@ -157,6 +163,8 @@ def report_line(report: TextReport) -> str:
         parts.append(f"chat template: {report['chat_template']}, {report['chats_rendered']:,} rendered")
     if report["chats_refused"]:
         parts.append(f"{report['chats_refused']:,} left out")
+    if report.get("files_left_out"):
+        parts.append(f"{report['files_left_out']:,} files left out")
     return "; ".join(parts)
 
 
@@ -165,6 +173,14 @@ def report_warnings(report: TextReport | None) -> list[str]:
     if report is None:
         return []
     found = []
+    if report.get("files_left_out"):
+        names = ", ".join(report["left_out"])
+        more = ", ..." if report["files_left_out"] > len(report["left_out"]) else ""
+        found.append(
+            f"the folder of texts holds what is not read: {names}{more} ({report['files_left_out']:,} in all). Read "
+            "are its .txt, .jsonl and .parquet files, or where there are none its .json files; name others by "
+            "themselves, or write them as one of these kinds."
+        )
     for name, count in report["rows"].items():
         if name.endswith(IMAGES_LEFT_OUT):
             found.append(f"{count:,} rows have images, which this model does not read: their texts alone are taken.")
@@ -198,10 +214,17 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             if path.suffix == ".json":
                 check_json_file(path)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        _try_out(tokenizer)
+        if not _try_out(tokenizer) and not _has_vocabulary(folder):
+            raise ValueError("an empty one was made")
     except McError as error:
         raise CheckpointError(f"the tokenizer cannot be loaded. {error}") from error
     except Exception as error:  # the libraries raise many types for what stands in these files, custom code any
+        if not _has_vocabulary(folder):
+            raise CheckpointError(
+                f"{folder} lacks the files of its tokenizer: it holds none of {', '.join(_VOCABULARIES)}. Copy "
+                "tokenizer.json, tokenizer_config.json and what else the model's tokenizer was published with into "
+                "this folder, or download the model again."
+            ) from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CheckpointError(
             f"the tokenizer cannot be loaded from {shown_files} ({reason}). Copy, download or make these files again."
@@ -209,8 +232,16 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def _try_out(tokenizer: Any) -> None:
-    """Raises what the tokenizer raises on its first text, or TypeError for settings that are of another type."""
+def _has_vocabulary(folder: Path) -> bool:
+    """Whether a file is there that may hold the pieces of a tokenizer, in a form that transformers or a model reads."""
+    return any(file.name in _VOCABULARIES or file.suffix in (".model", ".tiktoken") for file in folder.iterdir())
+
+
+def _try_out(tokenizer: Any) -> bool:
+    """Whether a short text becomes tokens.
+
+    Raises what the tokenizer raises on its first text, or TypeError for settings that are of another type.
+    """
     eos, longest = tokenizer.eos_token_id, tokenizer.model_max_length
     if not isinstance(eos, int | None) or isinstance(eos, bool):
         raise TypeError(f"eos_token_id is {shown(eos)}, not a whole number")
@@ -220,7 +251,7 @@ def _try_out(tokenizer: Any) -> None:
     texts = list(own.values()) if isinstance(own, Mapping) else [own]
     if not all(isinstance(text, str | None) for text in texts):
         raise TypeError(f"chat_template is {shown(own)}, not a text")
-    tokenizer("a b", add_special_tokens=False, verbose=False)
+    return bool(tokenizer("a b", add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def fit_length(asked: int, config: Any) -> int:

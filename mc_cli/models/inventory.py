@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mc_cli.errors import CheckpointError, FamilyError
+from mc_cli.errors import CheckpointError, FamilyError, shown
 from mc_cli.families import CONTRACT_TESTED, FamilyFacts, facts_of, is_contract_tested
 from mc_cli.models import experts
 from mc_cli.models.model_class import has_towers
@@ -20,6 +20,19 @@ from mc_cli.models.model_folder import config_file
 from mc_cli.parts import ExpertBlock, ModelInventory, Role, TensorPart
 
 _ROUTER_NAMES = ("gate", "router")
+_EXPERT_CLASSES = "expert|sparsem|moe$|moe(block|layer)"  # names of modules that hold experts, whatever the case
+# Settings of config.json: how many experts there are, and which layers have some.
+_EXPERT_COUNTS = "(moe_)?(num|n)_(routed_|local_)?experts"
+_WHERE_EXPERTS = (
+    "num_hidden_layers",
+    "mlp_only_layers",
+    "mlp_layer_types",
+    "decoder_sparse_step",
+    "first_k_dense_replace",
+    "num_dense_layers",
+    "moe_layers",
+    "enable_moe_block",
+)
 _MLP_PARTS = {"mlp", "feed_forward", "block_sparse_moe", "ffn", "shared_mlp"}
 
 
@@ -86,18 +99,39 @@ def take_inventory(
 
 
 def _no_experts(model: nn.Module, model_type: str) -> FamilyError:
-    refused = facts_of(model.config).refused
-    is_mixture = any(re.search("moe|expert", type(module).__name__, re.IGNORECASE) for module in model.modules())
+    config: Any = model.config
+    refused, named = facts_of(config).refused, f"model_type {model_type!r} ({type(model).__name__})"
+    told = _expert_settings(config)
+    if not refused and told and not _has_modules_of_experts(model):
+        settings = ", ".join(f"{name} {shown(value)}" for name, value in told.items())
+        return FamilyError(
+            f"{named} is made for experts, but none of this model's layers has any, as {config_file(config)} says: "
+            f"{settings}. mc-cli has nothing to allocate bits among. Name a model with experts, or mend config.json."
+        )
     reason = (
         "is a Mixture of Experts whose experts do not use transformers' experts interface (fused expert parameters "
         "with a registered forward), the only way in which mc-cli reaches experts"
-        if is_mixture
+        if _has_modules_of_experts(model)
         else "is not a Mixture of Experts: it has no routed experts, and mc-cli has nothing to allocate bits among"
     )
-    return FamilyError(
-        f"model_type {model_type!r} ({type(model).__name__}) {refused or reason}. "
-        f"Contract-tested families: {', '.join(CONTRACT_TESTED)}."
+    return FamilyError(f"{named} {refused or reason}. Contract-tested families: {', '.join(CONTRACT_TESTED)}.")
+
+
+def _has_modules_of_experts(model: nn.Module) -> bool:
+    """Whether modules of a model are named as experts are, or as a layer's block of them is."""
+    return any(
+        "experts" in path.split(".") or re.search(_EXPERT_CLASSES, type(module).__name__, re.IGNORECASE)
+        for path, module in model.named_modules()
+        if path
     )
+
+
+def _expert_settings(config: Any) -> dict[str, Any]:
+    """Settings that say how many experts there are, and which layers have them; empty for a family without experts."""
+    text = config.get_text_config().to_dict()
+    counts = {name: value for name, value in text.items() if re.fullmatch(_EXPERT_COUNTS, name)}
+    where = {name: text[name] for name in _WHERE_EXPERTS if text.get(name) is not None}
+    return {**counts, **where} if counts else {}
 
 
 def _experts_of(layer: nn.Module, facts: FamilyFacts) -> list[tuple[str, experts.Experts]]:

@@ -6,7 +6,9 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mc_cli.artifacts.followed_plan import FOLLOWED, follows_own_plan
 from mc_cli.artifacts.manifest import Manifest
+from mc_cli.artifacts.names import PLAN
 from mc_cli.artifacts.work_dir import STAGE_FOLDERS, WorkDir
 from mc_cli.flags import SECTIONS, build, flags_of
 from mc_cli.settings import Flag
@@ -26,6 +28,8 @@ def command_lines(work: WorkDir, manifests: Mapping[str, Manifest], model: str) 
             words += ["--variant", work.variant]
         if stage == "calibrate":
             words += ["--model", model, "--data", _TEXT]
+        if stage == "quantize" and follows_own_plan(manifests[stage]):
+            words += ["--plan", str(work.folder(stage) / FOLLOWED / PLAN)]
         if stage == "prune-eval":
             words += ["--data", _TEXT]
         lines.append(shlex.join([*words, *_flags(stage, manifests[stage].settings)]))

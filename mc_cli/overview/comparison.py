@@ -17,6 +17,7 @@ from mc_cli.artifacts.strict_json import JsonError, parse_json
 from mc_cli.artifacts.work_dir import MAIN, STAGE_FOLDERS
 from mc_cli.errors import InputError, Problems, shown
 from mc_cli.overview.sources import Measured, read_measured
+from mc_cli.overview.tensor_bytes import tensor_bytes
 
 _NEEDED = ("contender", "gap")  # of a row in a file of figures
 _SAME_LOSS = 1e-4  # relative; two measurements of one original on one text differ by less
@@ -26,7 +27,7 @@ _SAME_LOSS = 1e-4  # relative; two measurements of one original on one text diff
 class Compared:
     """One result; what is not known of it is None.
 
-    stored_bytes   of all stored tensors; of an exported directory of all its files
+    stored_bytes   of all stored tensors, heads of their files and what lies beside them not counted
     stored_bits    stored bits per expert weight
     gap, kl        nats per token on the text it was measured on
     original_loss, tokens   by which two measurements on one text are known
@@ -64,7 +65,7 @@ def compare(sources: Sequence[Path]) -> tuple[list[Compared], list[str]]:
             warnings += told
     problems.tell()
     found = _told_apart(found)
-    return found, warnings + _unmeasured(found) + _other_texts(found)
+    return found, warnings + _unsized(found) + _unmeasured(found) + _other_texts(found)
 
 
 def _told_apart(found: Sequence[Compared]) -> list[Compared]:
@@ -86,6 +87,17 @@ def _own_name(entry: Compared, namesakes: Sequence[Compared]) -> str:
 
 def _folders_above(entry: Compared) -> tuple[str, ...]:
     return Path(entry.source).resolve().parent.parts[1:]
+
+
+def _unsized(found: Sequence[Compared]) -> list[str]:
+    """A sentence on exported directories whose weights cannot be counted."""
+    names = [entry.name for entry in found if entry.stored_bytes is None and export_place(Path(entry.source)).is_ours()]
+    if not names:
+        return []
+    return [
+        f"Stored bytes of {', '.join(names)} are not known: files of weights are not there, or not whole. Run "
+        "`mc-cli verify` on the directory."
+    ]
 
 
 def _unmeasured(found: Sequence[Compared]) -> list[str]:
@@ -135,14 +147,16 @@ def of_variant(entry: Measured, *, many: bool = False) -> Compared:
 
 
 def _exported(folder: Path) -> Compared:
-    """An exported directory: its files' bytes, and what the front matter of its model card says was measured."""
+    """An exported directory: its tensors' bytes, and what the front matter of its model card says was measured."""
     record = ExportRecord.read(folder)
     assert record is not None
     metrics = _card_metrics(folder)
     return Compared(
         name=folder.resolve().name,
         source=str(folder),
-        stored_bytes=sum(entry["size_bytes"] for entry in record.outputs.values()),
+        stored_bytes=tensor_bytes(folder, record.outputs)
+        if folder.is_dir()
+        else tensor_bytes(folder.parent, [folder.name]),
         stored_bits=metrics.get("stored_bits_per_expert_weight"),
         perplexity=metrics.get("perplexity"),
         gap=metrics.get("loss_gap"),

@@ -16,7 +16,7 @@ def comparison_summary(found: Sequence[Compared]) -> dict[str, Any]:
 
 
 def comparison_table(found: Sequence[Compared]) -> dict[str, Any]:
-    """Sizes and what was measured."""
+    """Bytes of all stored tensors, of work directories and exports alike, and what was measured."""
     rows = [
         [
             entry.name,
@@ -31,7 +31,7 @@ def comparison_table(found: Sequence[Compared]) -> dict[str, Any]:
         ]
         for entry in found
     ]
-    columns = ["result", "stored bytes", "stored bits per expert weight", "perplexity", "loss gap (nats)", "KL (nats)"]
+    columns = ["result", "tensor bytes", "stored bits per expert weight", "perplexity", "loss gap (nats)", "KL (nats)"]
     digits = {"perplexity": PERPLEXITY}
     return table("Results side by side", [*columns, "same top token %", "tokens", "runs"], rows, left=1, digits=digits)
 
@@ -50,7 +50,7 @@ def comparison_chart(found: Sequence[Compared], *, unit: tuple[str, int]) -> Cha
         places = [(entry.stored_bytes or 0) / scale if by_bytes else entry.stored_bits or 0.0 for entry in own]
         gaps = [entry.gap or 0.0 for entry in own]
         series.append(Series(source, places, gaps, POINTS, labels=[entry.name for entry in own]))
-    label = f"stored size, {name}" if by_bytes else "stored bits per expert weight"
+    label = f"stored size of all tensors, {name}" if by_bytes else "stored bits per expert weight"
     positive = all((entry.gap or 0.0) > 0 for entry in drawn)
     return Chart("Loss gap over size, measured", label, "loss gap, nats per token", series, log_y=positive)
 

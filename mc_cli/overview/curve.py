@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mc_cli.allocators import Budget, feasible_problem
 from mc_cli.allocators.feasibility import size_range
+from mc_cli.allocators.problem import BUDGET_FLAGS
 from mc_cli.artifacts.plan import Plan
 from mc_cli.errors import BudgetError, InputError, McError, Problems, first_line
 from mc_cli.overview.sources import Scores, predicted_loss_of
@@ -50,9 +51,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points by method in the order of their size, and why a method has none at a size."""
+    """Points by method in the order of their size, and why a method has none at a size.
+
+    sizes   for every size that was asked for, the smallest first: method -> the largest plan that it makes of it
+    """
 
     points: tuple[Point, ...]
+    sizes: tuple[Mapping[str, Point], ...]
     left_out: tuple[str, ...] = ()  # and what predictions do not cover
 
     def of(self, method: str) -> list[Point]:
@@ -71,18 +76,19 @@ def curve_of(scores: Scores, sizes: Sequence[int] | None, progress: Progress) ->
     Raises a McError naming every asked size that cannot be reached, and scores that hold no predicted losses.
     """
     asked = _asked(scores, sizes)
-    problems, points, left_out = Problems(), [], []
+    problems, left_out = Problems(), []
+    sizes_of: list[dict[str, Point]] = [{} for _ in asked]
     with progress.step("curve", total=len(asked) * (1 + len(BESIDE)), unit="plan") as step:
-        for settings in asked:
+        for settings, made in zip(asked, sizes_of, strict=True):
             with problems.catching():
-                points.append(_point(scores, settings, OURS))
+                made[OURS] = _point(scores, settings, OURS)
             step.advance(note=OURS)
         problems.tell()
         for method in BESIDE:
             refused = []
-            for settings in asked:
+            for settings, made in zip(asked, sizes_of, strict=True):
                 try:
-                    points.append(_point(scores, settings, method))
+                    made[method] = _point(scores, settings, method)
                 except (BudgetError, InputError) as error:
                     refused.append(error)
                 step.advance(note=method)
@@ -90,16 +96,29 @@ def curve_of(scores: Scores, sizes: Sequence[int] | None, progress: Progress) ->
                 left_out.append(_refused(method, len(asked), refused))
     if not scores.importance.role_costs:
         left_out.append(EXPERTS_ALONE)
-    return Curve(tuple(dict.fromkeys(points)), tuple(left_out))  # where widths end, several sizes give one plan
+    points = [made[method] for method in (OURS, *BESIDE) for made in sizes_of if method in made]
+    # Where widths end, several sizes give one plan.
+    distinct = {tuple(made.values()): made for made in sizes_of}
+    return Curve(tuple(dict.fromkeys(points)), tuple(distinct.values()), tuple(left_out))
 
 
 def largest_within(scores: Scores, size: int) -> Point:
-    """The plan of `global` that a whole of `size` bytes holds. Raises BudgetError where there is none."""
-    return _point(scores, AllocateSettings(target_size_bytes=size), OURS)
+    """The plan of `global` whose tensors fit into `size` bytes. Raises BudgetError, naming --fit, where none does."""
+    scores = replace(scores, inventory=replace(scores.inventory, directory_bytes=0))  # nobody loads these files
+    return _point(scores, AllocateSettings(target_size_bytes=size), OURS, flag="--fit")
 
 
 def _refused(method: str, asked: int, errors: Sequence[McError]) -> str:
     return f"{method} has no plan at {len(errors)} of {asked} sizes: {first_line(errors[0])}"
+
+
+def _told_of(flag: str, size: int | None, error: BudgetError) -> BudgetError:
+    """The error of a target in the words of the curve, which names sizes by `flag`; `size` None: nobody named it."""
+    told = error.told.replace(BUDGET_FLAGS["expert_bytes"], flag)
+    if size is None:
+        return BudgetError(told)
+    named = told if told.startswith(flag) else f"{flag} {size:,} bytes: {told}"
+    return BudgetError(named, "Name a size that is large enough.")
 
 
 def _asked(scores: Scores, sizes: Iterable[int] | None) -> list[AllocateSettings]:
@@ -119,11 +138,14 @@ def reachable_bits(scores: Scores) -> tuple[float, float]:
     return 8 * least / problem.weight_count, 8 * most / problem.weight_count
 
 
-def _point(scores: Scores, settings: AllocateSettings, method: str) -> Point:
+def _point(scores: Scores, settings: AllocateSettings, method: str, *, flag: str = "--sizes") -> Point:
     asked = AllocateSettings(
         target_stored_bits=settings.target_stored_bits, target_size_bytes=settings.target_size_bytes, method=method
     )
-    plan, _ = plan_of(asked, scores.importance, scores.inventory, scores.quantizer, scores.cuts, scores.pairs)
+    try:
+        plan, _ = plan_of(asked, scores.importance, scores.inventory, scores.quantizer, scores.cuts, scores.pairs)
+    except BudgetError as error:
+        raise _told_of(flag, settings.target_size_bytes, error) from error
     return point_of(plan)
 
 

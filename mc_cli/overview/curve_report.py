@@ -20,10 +20,10 @@ def curve_summary(
 ) -> dict[str, Any]:
     """Facts, the plans by size, other methods' plans, and what was measured.
 
-    fit   bytes to fit into, None: not asked;  best  the plan that uses them, None: none is small enough
+    fit   bytes to fit into;  best  the plan that uses them; None: not asked
     """
     facts: dict[str, Any] = {"expected gap": expectation_sentence(expectation)}
-    if fit is not None:
+    if fit is not None and best is not None:
         facts["fits"] = _fit_sentence(fit, best, expectation)
     tables = [_plans(curve, expectation, fit), _beside(curve)]
     if measured:
@@ -49,9 +49,7 @@ def expectation_sentence(expectation: Expectation) -> str:
     return f"{text}; none was measured here yet, so it is wide"
 
 
-def _fit_sentence(fit: int, best: Point | None, expectation: Expectation) -> str:
-    if best is None:
-        return f"nothing that was scored is as small as {fit:,} bytes"
+def _fit_sentence(fit: int, best: Point, expectation: Expectation) -> str:
     expected = expectation.of(best.predicted_loss)
     return (
         f"{best.stored_bits:.3f} stored bits per expert weight, {best.stored_bytes:,} stored bytes of {fit:,}; "
@@ -79,19 +77,17 @@ def _plans(curve: Curve, expectation: Expectation, fit: int | None) -> dict[str,
 
 
 def _beside(curve: Curve) -> dict[str, Any]:
-    """Predicted losses of other methods, by the size of our plans; empty where a method has no plan."""
+    """Predicted losses of the largest plan that each method makes of a size, and what it takes; empty without one."""
     names = [method for method in curve.methods if method != OURS]
-    ours = curve.of(OURS)
     rows: list[list[Any]] = []
-    for point in ours:
-        row: list[Any] = [round(point.stored_bits, 3), point.predicted_loss]
-        for name in names:
-            near = [other for other in curve.of(name) if abs(other.stored_bits - point.stored_bits) < 0.02]
-            row.append(
-                min(near, key=lambda other: abs(other.stored_bits - point.stored_bits)).predicted_loss if near else None
-            )
+    for made in curve.sizes:
+        row: list[Any] = []
+        for point in (made.get(name) for name in (OURS, *names)):
+            row += [None, None] if point is None else [round(point.stored_bits, 3), point.predicted_loss]
         rows.append(row)
-    return table(f"Predicted loss by method, {_UNIT}", ["stored bits per expert weight", OURS, *names], rows)
+    columns = [column for name in (OURS, *names) for column in (f"bits of {name}", f"loss of {name}")]
+    title = "The largest plan of each method within a size: stored bits per expert weight, and predicted loss"
+    return table(f"{title}, {_UNIT}", columns, rows)
 
 
 def measured_table(measured: Sequence[Measured], expectation: Expectation) -> dict[str, Any]:

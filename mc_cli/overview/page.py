@@ -11,6 +11,7 @@ from typing import Any
 from mc_cli import __version__
 from mc_cli.artifacts.calibration import LayerRouting, routing_file
 from mc_cli.artifacts.files import read_json
+from mc_cli.artifacts.followed_plan import follows_own_plan
 from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.names import POINTER
 from mc_cli.artifacts.routes import ROUTES, LayerRoutes, read_routes
@@ -90,6 +91,9 @@ def read_contents(work: WorkDir, progress: Progress) -> Contents:
     calibration = work.folder("calibrate")
     routing = [LayerRouting.read(calibration / routing_file(layer.layer)) for layer in scores.importance.layers]
     manifests = {stage: Manifest.read(work.folder(stage)) for stage in (*STAGE_FOLDERS, POLICY_STAGE)}
+    packed = manifests["quantize"]
+    if packed is not None and follows_own_plan(packed):
+        del manifests["allocate"]  # it may have made another plan, which has no part in this result
     return Contents(
         work=work,
         scores=scores,

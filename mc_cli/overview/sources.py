@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mc_cli.allocators.beside import experts_loss_of
 from mc_cli.allocators.pairs_measured import NO_PAIRS, MeasuredPairs, read_pairs
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.evaluation import Evaluation
+from mc_cli.artifacts.followed_plan import followed_plan, follows_own_plan
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.manifest import Manifest
-from mc_cli.artifacts.names import EVALUATION, IMPORTANCE, PLAN
+from mc_cli.artifacts.names import EVALUATION, IMPORTANCE
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.store import require_done
 from mc_cli.artifacts.work_dir import WorkDir
@@ -38,7 +39,10 @@ class Scores:
 
 @dataclass(frozen=True)
 class Measured:
-    """One variant that was evaluated: its plan, where the packed model was made from it, and the figures."""
+    """One variant that was evaluated: its plan, where the packed model was made from it, and the figures.
+
+    A plan that quantize was given is here without budget, objective and solver.
+    """
 
     work: WorkDir
     evaluation: Evaluation
@@ -111,14 +115,15 @@ def read_measured(path: Path) -> tuple[list[Measured], list[str]]:
     found, left_out = [], []
     for name in WorkDir(path).variants():
         work = WorkDir(path, name)
-        made = {stage: Manifest.read(work.folder(stage)) for stage in ("allocate", "quantize", "prune-eval")}
-        evaluated, packed, planned = made["prune-eval"], made["quantize"], made["allocate"]
+        evaluated, packed = (Manifest.read(work.folder(stage)) for stage in ("prune-eval", "quantize"))
         if evaluated is None:
             continue
         if packed is None or evaluated.inputs.get("quantize") != packed.fingerprint:
             left_out.append(f"Variant {name} is left out: {OTHERS}. Run `{work.command('prune-eval')}` again.")
             continue
-        own = planned is not None and packed.inputs.get("allocate") == planned.fingerprint
-        plan = Plan.read(work.folder("allocate") / PLAN) if own else None
+        followed = followed_plan(work)
+        plan = None if followed is None else Plan.read(followed)
+        if plan is not None and follows_own_plan(packed):  # its figures may be those of before it was edited
+            plan = replace(plan, budget={}, objective={}, solver={}, warnings=())
         found.append(Measured(work, Evaluation.read(work.folder("prune-eval") / EVALUATION), plan))
     return found, left_out

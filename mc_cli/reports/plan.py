@@ -45,13 +45,13 @@ def _ways(considered: Sequence[Considered]) -> dict[str, Any]:
     rows = [
         [
             f"{way.strategy}, {way.note}" if way.note else way.strategy,
-            "does not fit" if way.predicted_loss is None else f"{way.predicted_loss:.4f}",
+            "does not fit" if way.predicted_loss is None else f"{way.predicted_loss:.6g}",
             "chosen" if way.chosen else "",
         ]
         for way in considered
     ]
-    title = "Ways to spend the budget, by predicted loss (nats per token)"
-    return table(title, ["way", "predicted loss", ""], rows, left=1)
+    title = "Ways to spend the budget, by the objective: what each matrix or expert alone is predicted to cost, summed"
+    return table(f"{title} (nats per token)", ["way", "objective", ""], rows, left=1)
 
 
 def _inside(plan: Plan, widths: Sequence[float]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mc_cli.artifacts.plan import Plan
@@ -39,9 +39,16 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         of_it = f", of it {beside}" if beside else ""
         facts["of the whole model"] = f"{objective['predicted_loss_of_model']:.6f} nats per token{of_it}"
     if objective.get("value") is not None and objective["value"] != objective.get("predicted_loss"):
-        facts["objective"] = f"{objective['value']:.6g} {objective.get('unit', '')}"
+        facts["objective"] = f"{objective['value']:.6g} {objective.get('unit', '')}{_apart(objective)}"
     facts["other widths"] = ", ".join(f"{role.value} {bits:g}" for role, bits in sorted(plan.role_bits.items()))
     return facts
+
+
+def _apart(objective: Mapping[str, Any]) -> str:
+    """The reason why an objective in the predicted loss's unit is another figure; empty for other objectives."""
+    if objective.get("predicted_loss") is None or objective.get("predicted_loss_unit") != objective.get("unit"):
+        return ""
+    return "; sums each matrix coded alone, where predicted loss takes an expert of one width as it was coded whole"
 
 
 def _method(plan: Plan) -> str:

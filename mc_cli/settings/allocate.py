@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mc_cli.errors import InputError, McError, MissingFlagsError
+from mc_cli.errors import InputError, McError, MissingFlagsError, shown
 from mc_cli.parts import BESIDE_TEXT, DROPPED, KEPT_BITS, Role
 from mc_cli.settings import texts
 from mc_cli.settings.declared import Flag, StageSettings, setting
@@ -336,11 +336,18 @@ class AllocateSettings(StageSettings):
     def _cut_problems(self) -> Iterator[str]:
         """The faults of requests about cuts, made with a cut or without one."""
         if self.cut_ratio is None:
-            asked = {"--scope": self.scope != PER_LAYER, "--uniform-width": self.uniform_width}
-            asked["--bits 16"] = KEPT_BITS in (self.bits or ()) and self.experts_left is None
-            if self.drop_ratio is not None:
-                asked = {"--uniform-width": self.uniform_width}
-            yield from (f"{flag} is about channels to cut: give --cut-ratio." for flag, given in asked.items() if given)
+            if self.uniform_width:
+                yield "--uniform-width is about channels to cut: give --cut-ratio, or leave it out."
+            if self.drop_ratio is None and self.scope != PER_LAYER:
+                yield (
+                    f"--scope {shown(self.scope)} is about channels or experts that are left out by their scores: give "
+                    "--cut-ratio or --drop-ratio, or leave it out."
+                )
+            if self.drop_ratio is None and self.experts_left is None and KEPT_BITS in (self.bits or ()):
+                yield (
+                    "--bits 16 keeps the weights of what is left: give --cut-ratio, --drop-ratio or --experts-left, or "
+                    "widths of codes."
+                )
             return
         if self.experts_left is not None:
             yield "--cut-ratio and --experts-left exclude each other: give one."

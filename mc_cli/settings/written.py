@@ -87,13 +87,20 @@ def parse_floors(texts: list[str]) -> tuple[tuple[int, int], ...]:
     """(width, experts) pairs of texts like `3:1`; `none` alone is no floor. Raises InputError for anything else."""
     if texts == ["none"]:
         return ()
+    written = " ".join(texts)
     try:
-        return tuple((int(width), int(count or 1)) for width, _, count in (text.partition(":") for text in texts))
+        floors = tuple((int(width), int(count or 1)) for width, _, count in (text.partition(":") for text in texts))
     except ValueError as error:
-        written = " ".join(texts)
         raise InputError(
             f"--floor {written!r}: write WIDTH:EXPERTS, for example 3:1, once per width, or none."
         ) from error
+    for width, count in floors:
+        if count < 1:
+            raise InputError(
+                f"--floor {written!r}: it asks for {count} experts of width {width}, and a floor is at least 1 expert. "
+                "Write WIDTH:EXPERTS, for example 3:1, or leave this width out."
+            )
+    return floors
 
 
 def parse_rates(text: str) -> tuple[float, ...]:

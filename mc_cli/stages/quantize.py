@@ -17,6 +17,7 @@ from mc_cli.allocators.stacks import check_alike
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.calibration import LayerSensitivity
 from mc_cli.artifacts.files import file_digest, read_json, write_json
+from mc_cli.artifacts.followed_plan import FOLLOWED
 from mc_cli.artifacts.names import COVERAGE, PLAN
 from mc_cli.artifacts.packed import LAYOUT, ExpertLayout, PackedLayout
 from mc_cli.artifacts.places import require_ordinary
@@ -118,6 +119,8 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
         """The embedding, every layer, the head and the rest; then the account of it all."""
         checkpoint, inventory, plan, quantizer = ready.checkpoint, ready.inventory, ready.plan, self.settings.quantizer
         run_our_experts(checkpoint.model)
+        if self.settings.plan is not None:
+            plan.write(folder.path(f"{FOLLOWED}/{PLAN}"))
         batch_size = self.session.batch_size(ready.inputs.length)
         walk = LayerWalk(checkpoint, ready.inputs, batch_size=batch_size, store=checkpoint.store)
         writer = PartWriter(folder, checkpoint, self.session)

@@ -209,7 +209,11 @@ def test_what_cannot_be_cut_is_refused(asked: Any, measures: Any, kind: type[McE
         ({"cut_ratio": 0.2, "uniform_width": True, "scope": "global"}, "--scope global has no meaning"),
         ({"cut_ratio": 0.2, "scope": "all"}, "--scope 'all'"),
         ({"target_bits": 2.0, "uniform_width": True}, "--uniform-width is about channels to cut"),
-        ({"target_bits": 2.0, "bits": (2, 16)}, "--bits 16 is about channels to cut"),
+        ({"target_bits": 2.0, "scope": "global"}, "--scope 'global' is .*give --cut-ratio or --drop-ratio"),
+        (
+            {"target_bits": 2.0, "bits": (2, 16)},
+            "--bits 16 keeps the weights of what is left: give --cut-ratio",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together(asked: Any, words: str) -> None:

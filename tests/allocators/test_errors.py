@@ -127,9 +127,12 @@ def test_an_unknown_kind_of_budget():
         Budget("bits", 2)
 
 
-@pytest.mark.parametrize("floor", [(3, 0, "=="), (3, 1, "<=")])
-def test_a_floor_that_is_none(floor):
-    with pytest.raises(InputError, match="a floor compares with == or >=, and asks for at least 1 expert"):
+@pytest.mark.parametrize(
+    ("floor", "told"),
+    [((3, 0, "=="), "--floor.* it asks for 0 experts. Ask for at least 1"), ((3, 1, "<="), "compares with '<='. Use")],
+)
+def test_a_floor_that_is_none(floor, told):
+    with pytest.raises(InputError, match=told):
         Floor(*floor)
 
 

@@ -14,10 +14,21 @@ import pytest
 from mc_cli.ahead.budget import planned_size
 from mc_cli.allocators import Budget, CutMenu, Floor, SolverSettings, allocate
 from mc_cli.allocators.cut_menus import cut_menu, menu_of_shapes, menu_units
-from mc_cli.allocators.programme import _ALL, _CUT, _DROPPED, _PLAIN, CLEARLY, Programme, programme
+from mc_cli.allocators.programme import (
+    _ALL,
+    _CUT,
+    _CUTS,
+    _DROPPED,
+    _MERGED,
+    _PLAIN,
+    CLEARLY,
+    Programme,
+    _simplest,
+    programme,
+)
 from mc_cli.artifacts.cut_measures import CutMeasures
 from mc_cli.artifacts.importance import Importance
-from mc_cli.artifacts.plan import BlockBits, Plan
+from mc_cli.artifacts.plan import BlockBits, ExpertBits, Plan
 from mc_cli.encodings import planned_bytes
 from mc_cli.errors import ArtifactError, BudgetError, InputError
 from mc_cli.parts import too_few_survivors
@@ -183,8 +194,41 @@ def test_the_plain_plan_stays_where_cutting_is_not_clearly_better() -> None:
     everything, drops, plain = (values[name] for name in (_ALL, _DROPPED, _PLAIN))
     assert everything is not None and drops is not None and plain is not None
     assert everything <= drops * (1 + 1e-9) and drops <= plain * (1 + 1e-9)
-    assert [entry.strategy for entry in found.considered if entry.chosen] == [_DROPPED]
+    drops_some = any(0 in row for row in found.plan.expert_bits.values())
+    assert [entry.strategy for entry in found.considered if entry.chosen] == [_DROPPED if drops_some else _PLAIN]
     assert everything > (1 - CLEARLY) * today.objective["value"]
+
+
+@pytest.mark.parametrize("drops_some", [True, False])
+def test_the_way_that_is_marked_is_the_simplest_that_the_plan_is(drops_some: bool) -> None:
+    importance = scored(layers=2, seed=2)
+    prices = [0.0] * 3 if drops_some else [1e6] * 3
+    layers = [
+        dataclasses.replace(layer, predicted_loss_by_bits={**layer.predicted_loss_by_bits, 0: prices})
+        for layer in importance.layers
+    ]
+    found = made(dataclasses.replace(importance, layers=tuple(layers)), 1.6, 2, price=1e4)
+    assert any(0 in row for row in found.plan.expert_bits.values()) == drops_some
+    chosen = [entry for entry in found.considered if entry.chosen]
+    assert [entry.strategy for entry in chosen] == [_DROPPED if drops_some else _PLAIN]
+    assert chosen[0].predicted_loss == pytest.approx(found.plan.objective["value"], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("row", "slots", "pairs", "way"),
+    [
+        ((2, {"a": 1, "b": 3}), (), True, _PLAIN),
+        ((0, 2), (), True, _DROPPED),
+        (((BlockBits(32, 2), BlockBits(64, 0)), 2), (), True, _CUT),
+        (((BlockBits(32, 2), BlockBits(64, 0)), 3), (), True, _CUTS),
+        (((BlockBits(32, 2), BlockBits(64, 0)), 0), (), False, _ALL),
+        ((2, 0), (0, 0), True, _MERGED),
+        (((BlockBits(32, 2), BlockBits(64, 0)), 0), (0, 0), True, _ALL),
+    ],
+)
+def test_ways_of_plans(row: tuple[ExpertBits, ...], slots: tuple[int, ...], pairs: bool, way: str) -> None:
+    plan = Plan("mixtral", "global", {0: row}, {}, slots={0: slots} if slots else {})
+    assert _simplest(plan, pairs=pairs) == way
 
 
 def test_channels_are_cut_where_that_is_clearly_better() -> None:

@@ -127,6 +127,7 @@ def test_hand_edits_that_are_no_plan_are_all_named(tmp_path: Path, changes, expe
     assert str(caught.value).startswith(str(tmp_path / "plan.yaml"))
     for text in expected:
         assert text in str(caught.value)
+    assert ("A width is" in str(caught.value)) == ("has width" in str(caught.value))
 
 
 @pytest.mark.parametrize(

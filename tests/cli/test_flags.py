@@ -158,6 +158,8 @@ def test_floors(texts: list[str], floors: tuple[tuple[int, int], ...]) -> None:
 def test_floors_that_are_none() -> None:
     with pytest.raises(InputError, match=r"--floor 'three:1'.*for example 3:1"):
         parse_floors(["three:1"])
+    with pytest.raises(InputError, match=r"--floor '3:1 2:-1': it asks for -1 experts of width 2.*at least 1 expert"):
+        parse_floors(["3:1", "2:-1"])
 
 
 def test_parsed_values() -> None:

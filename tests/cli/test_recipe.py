@@ -103,6 +103,18 @@ def test_all_offenders_are_named_at_once(tmp_path: Path) -> None:
         assert words in said
 
 
+def test_a_plan_takes_the_place_of_a_target(tmp_path: Path) -> None:
+    given = {"calibrate": {"model": "m", "data": "d"}, "quantize": {"plan": "my.yaml"}, "export": {"out": "o"}}
+    found = plan_run(Recipe(given, "w"))
+    assert list(found.stages) == ["calibrate", "score", "quantize", "prune-eval", "export"]
+    assert found.stages["quantize"].plan == "my.yaml"
+    for asked, named in (({"target_bits": 2.0}, "--target-bits"), ({"method": "pmq", "gap": 0.1}, "--method, --gap")):
+        with pytest.raises(InputError, match=f"--plan my.yaml: .*allocate is not run, and {named} would change"):
+            plan_run(Recipe({**given, "allocate": asked}, "w"))
+    with pytest.raises(InputError, match="or a --plan"):
+        plan_run(Recipe({**given, "quantize": {}}, "w"))
+
+
 def test_what_is_missing_is_named_at_once() -> None:
     with pytest.raises(InputError) as caught:
         plan_run(Recipe())

@@ -76,6 +76,19 @@ def test_a_work_directory_and_status_say_the_same(mc_cli: Invoke, copied: Path) 
         assert result.exit_code == 1 and "other bytes than were written" in result.stdout
 
 
+def test_an_export_that_is_gone_is_named_and_counts(mc_cli: Invoke, made: Path) -> None:
+    work, gone = made / "work", made / "dense"
+    gone.rename(made / "aside")
+    try:
+        assert mc_cli("status", "-w", work).exit_code == 0
+        result = mc_cli("status", "-w", work, "--verify", "--json")
+    finally:
+        (made / "aside").rename(gone)
+    found = {entry["folder"]: entry for entry in json.loads(result.stdout)["stages"]}[str(gone)]
+    assert result.exit_code == 1 and found["state"] == "missing"
+    assert found["detail"] == f"{gone}: was exported, and is no longer there"
+
+
 class _Stop(Exception):
     pass
 
@@ -124,3 +137,4 @@ def test_what_is_neither_is_refused(name: str, mc_cli: Invoke, tmp_path: Path) -
     (tmp_path / "empty").mkdir()
     result = mc_cli("verify", tmp_path / name)
     assert result.exit_code == 1 and "directory" in result.stderr
+    assert ("does not exist" in result.stderr) == (name == "none")

@@ -223,9 +223,38 @@ def test_the_curve_of_a_finished_run(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_size_out_of_reach_is_told_with_the_range(finished: Path) -> None:
-    result = invoke("curve", "-w", finished / "work", "--sizes", "1B")
-    assert result.exit_code == 1
-    assert "Error:" in result.stderr and "bytes" in result.stderr
+    for flag in ("--sizes", "--fit"):
+        result = invoke("curve", "-w", finished / "work", flag, "1B")
+        assert result.exit_code == 1 and result.stdout == ""
+        words = " ".join(result.stderr.split())
+        assert (
+            f"Error: {flag} 1 bytes leaves nothing for the experts" in words and "with the rest of the model" in words
+        )
+        assert "--target" not in words and "--attention-bits" not in words
+
+
+def test_every_method_has_its_plan_of_each_size_or_a_warning(finished: Path) -> None:
+    result = invoke("curve", "-w", finished / "work", "--json")
+    told = json.loads(result.stdout)
+    _, beside, *_ = told["tables"]
+    methods = [column["name"].removeprefix("loss of ") for column in beside["columns"][1::2]]
+    assert methods[:2] == ["global", "uniform"] and len(beside["rows"]) > 5
+    for method in {"pmq", "layerwise"} - set(methods):  # without one plan: pmq's three widths were not all scored
+        assert any(line.startswith(f"{method} has no plan at 12 of 12") for line in told["left_out"])
+    for place, method in enumerate(methods):
+        cells = [(row[2 * place], row[2 * place + 1]) for row in beside["rows"]]
+        empty = cells.count((None, None))
+        warned = [line for line in told["left_out"] if line.startswith(f"{method} has no plan at {empty} of")]
+        assert len(warned) == (empty > 0), (method, cells, told["left_out"])
+        assert all(bits <= row[0] + 0.1 for (bits, _), row in zip(cells, beside["rows"], strict=True) if bits)
+
+
+def test_what_fits_and_the_rows_that_fit_are_of_one_size(finished: Path) -> None:
+    points = json.loads(invoke("curve", "-w", finished / "work", "--json").stdout)["points"]
+    size = points[3]["stored_bytes"]  # an asked size is what memory holds: tensors alone
+    told = json.loads(invoke("curve", "-w", finished / "work", "--fit", f"{size}B", "--json").stdout)
+    assert told["best_that_fits"]["predicted_loss"] <= points[3]["predicted_loss"] * (1 + 1e-3)
+    assert told["best_that_fits"]["stored_bytes"] <= size
 
 
 def test_what_allocate_plans_is_a_point_of_the_curve(finished: Path) -> None:
@@ -249,7 +278,7 @@ def test_results_side_by_side(finished: Path, tmp_path: Path) -> None:
     work, exported, peer = json.loads(result.stdout)["results"]
     for name in ("gap", "kl", "perplexity", "tokens", "original_loss"):
         assert exported[name] == pytest.approx(work[name]), "the card says what was measured"
-    assert exported["stored_bytes"] > work["stored_bytes"], "all files, tokenizer too"
+    assert exported["stored_bytes"] == work["stored_bytes"], "of tensors alone in both"
     assert peer["gap"] == 0.5
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert "another tool" in invoke("compare", *sources).stdout
@@ -283,3 +312,33 @@ def test_several_targets_from_one_calibration(run_arguments: tuple[object, ...],
     assert small["stored_bits"] <= 4.25 < large["stored_bits"] <= 5 and small["stored_bytes"] < large["stored_bytes"]
     stages = json.loads(invoke("status", "-w", finished / "work", "--json").stdout)["stages"]
     assert {"4.25", "5"} <= {stage["variant"] for stage in stages}
+
+
+def test_a_run_with_a_plan_of_the_users_own(run_arguments: tuple[object, ...], finished: Path, tmp_path: Path) -> None:
+    """It needs no target and no allocate; report, status and compare know what it was made from."""
+    work, mine = finished / "work", tmp_path / "mine.yaml"
+    mine.write_text((work / "plan" / "plan.yaml").read_text().replace("method: global", "method: by hand"))
+    place = run_arguments.index("--target-stored-bits")
+    rest = (*run_arguments[:place], *run_arguments[place + 2 :], "--variant", "mine", "--plan", mine)
+    given = (*rest, "--out", tmp_path / "model")
+    refused = invoke("run", *given, "--target-stored-bits", 3)
+    assert refused.exit_code == 1 and "allocate is not run, and --target-stored-bits would change" in refused.stderr
+    planned = json.loads(invoke("run", *given, "--dry-run", "--json").stdout)["stages"]
+    assert [entry["stage"] for entry in planned] == [stage for stage in STAGES if stage != "allocate"]
+    made = invoke("run", *given)
+    assert made.exit_code == 0, made.stderr
+    again = json.loads(invoke("run", *given, "--json").stdout)["stages"]
+    assert [entry["ran"] for entry in again] == [False] * 5
+    stages = json.loads(invoke("status", "-w", work, "--variant", "mine", "--json").stdout)["stages"]
+    states = {entry["stage"]: (entry["state"], entry["detail"]) for entry in stages}
+    assert states.pop("allocate") == ("to do", "not needed: quantize was given a plan (--plan)")
+    assert {state for state, _ in states.values()} == {"done"}
+    assert invoke("status", "-w", work, "--verify").exit_code == 0
+    page = invoke("report", "-w", work, "--variant", "mine", "--out", tmp_path / "page.html")
+    assert page.exit_code == 0, page.stderr
+    text = (tmp_path / "page.html").read_text()
+    assert "mc-cli allocate" not in text and f"--plan {work}/variants/mine/packed/followed/plan.yaml" in text
+    assert "by hand" in text
+    measured = json.loads(invoke("curve", "-w", work, "--json").stdout)["measured"]
+    (own,) = (entry for entry in measured if entry["variant"] == "mine")
+    assert own["predicted_loss"] is None, "a plan that may have been edited is not believed"

@@ -161,6 +161,56 @@ def test_data_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], Path | 
         read(make(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("é à".encode("latin-1"), ["byte 0", "Write the file as UTF-8", "iconv"]),
+        ("text".encode("utf-16"), ["its first bytes are those of UTF-16", "Write the file as UTF-8"]),
+    ],
+)
+def test_text_in_another_encoding_says_what_to_do(tmp_path: Path, content: bytes, told: list[str]) -> None:
+    path = tmp_path / "d.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as raised:
+        read(path)
+    assert str(path) in str(raised.value) and all(part in str(raised.value) for part in told)
+
+
+@pytest.mark.parametrize("within", ["", "folder"])
+def test_link_to_nothing_is_told_as_such(tmp_path: Path, within: str) -> None:
+    folder = tmp_path / within
+    folder.mkdir(exist_ok=True)
+    (folder / "d.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(InputError, match=f"d.txt is a link to {tmp_path}/gone.txt, which is not there. Mend"):
+        read(folder if within else folder / "d.txt")
+
+
+def test_message_of_a_bad_parquet_file_ends_with_one_stop(tmp_path: Path) -> None:
+    (tmp_path / "d.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError) as raised:
+        read(tmp_path / "d.parquet")
+    assert ".." not in str(raised.value).replace(str(tmp_path), "")
+
+
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.csv", "c.json", ".hidden", "p.png"):
+        (tmp_path / name).write_text("[]")
+    (tmp_path / "more").mkdir()
+    source = text.TextSource(str(tmp_path), "train", "text")
+    source.documents(tiny_tokenizer(tmp_path / "more"))
+    report = source.report()
+    assert report is not None
+    assert (report["files_left_out"], report["left_out"]) == (4, ["b.csv", "c.json", "more/", "p.png"])
+    (warning,) = text.report_warnings(report)
+    assert "holds what is not read: b.csv, c.json, more/, p.png (4 in all)." in warning
+    assert text.report_line(report).endswith("4 files left out")
+    for name in ("b.csv", "c.json", "p.png"):
+        (tmp_path / name).unlink()
+    alone = text.TextSource(str(tmp_path / "a.txt"), "train", "text")
+    alone.documents(None)
+    assert alone.report() is None
+
+
 def test_home_folder_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.txt").write_text("text", encoding="utf-8")
@@ -197,8 +247,16 @@ def test_documents_end_with_the_end_token(tokenizer: Any) -> None:
 
 
 def test_folder_without_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="the tokenizer cannot be loaded"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path} lacks the files of its tokenizer: it holds none of tok"):
         text.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])  # transformers makes an empty tokenizer for the first
+def test_model_without_the_files_of_its_tokenizer(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(CheckpointError) as raised:
+        text.load_tokenizer(tmp_path)
+    assert "tokenizer.json" in str(raised.value) and "sentencepiece" not in str(raised.value)
 
 
 def test_token_that_the_model_does_not_know() -> None:

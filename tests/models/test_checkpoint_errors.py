@@ -194,6 +194,23 @@ def test_dense_model(tiny_model: TinyModel) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model_type", "changes", "told"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": [0, 1]}, "mlp_only_layers [0, 1]"),
+        ("qwen3_moe", {"decoder_sparse_step": 9}, "decoder_sparse_step 9"),
+        ("deepseek_v3", {"first_k_dense_replace": 9}, "n_routed_experts"),
+    ],
+)
+def test_family_with_experts_and_a_model_without(
+    tmp_path: Path, model_type: str, changes: dict[str, object], told: str
+) -> None:
+    folder = tiny_models.build_tiny(model_type, tmp_path, **changes)
+    message = message_of(FamilyError, lambda: open_all(folder))
+    assert f"none of this model's layers has any, as {folder}/config.json says" in message and told in message
+    assert "interface" not in message and "Contract-tested" not in message
+
+
+@pytest.mark.parametrize(
     ("model_type", "reason"),
     [
         ("dbrx", "holds the experts of a layer as one matrix"),

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mc_cli.errors import InputError
 from mc_cli.overview.comparison import Compared, compare
 from mc_cli.overview.comparison_report import comparison_chart, comparison_summary
+from mc_cli.overview.tensor_bytes import tensor_bytes
 
 ROWS = [
     {"contender": "ours", "seed": 0, "target": 2.0, "stored_bits": 2.06, "model_bytes": 100, "gap": 0.02, "kl": 0.03},
@@ -32,6 +36,36 @@ def test_seeds_of_one_contender_become_their_mean(tmp_path: Path) -> None:
     (content,) = comparison_summary(found)["tables"]
     assert [row[0] for row in content["rows"]] == ["ours", "theirs"]
     assert all(len(row) == len(content["columns"]) for row in content["rows"])
+
+
+def test_bytes_of_an_export_are_those_of_its_tensors(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(3, 5), "b": torch.zeros(7, dtype=torch.uint8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    names = ["config.json", "model.safetensors"]
+    assert tensor_bytes(tmp_path, names) == 3 * 5 * 4 + 7
+    assert tensor_bytes(tmp_path, ["config.json"]) is None
+    assert tensor_bytes(tmp_path, [*names, "gone.safetensors"]) is None
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:20])
+    assert tensor_bytes(tmp_path, [*names, "cut.safetensors"]) is None
+
+
+@pytest.mark.parametrize("alignment", [None, 64])
+def test_bytes_of_a_gguf_file_are_those_behind_its_head(tmp_path: Path, alignment: int | None) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_array("names", ["one", "two"])
+    if alignment is not None:
+        writer.add_custom_alignment(alignment)
+    for name in ("a", "b"):
+        writer.add_tensor(name, np.zeros((4, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert tensor_bytes(tmp_path, ["model.gguf"]) == 2 * 4 * 32 * 4
+    (tmp_path / "other.gguf").write_bytes(b"no such file")
+    assert tensor_bytes(tmp_path, ["other.gguf"]) is None
 
 
 def test_other_texts_are_told() -> None:
