@@ -34,7 +34,7 @@ def policy_names(settings: PruneSettings) -> list[str]:
 
 def check_halves(settings: PruneSettings, layers: Iterable[ExpertLayout]) -> None:
     """Raises InputError for a policy of halves where a packed model has none, naming its layers."""
-    asked = _of_halves(settings)
+    asked = policies_of_halves(settings)
     if not asked:
         return
     problems = []
@@ -52,7 +52,7 @@ def check_halves(settings: PruneSettings, layers: Iterable[ExpertLayout]) -> Non
 
 def require_halves_asked(settings: PruneSettings, *, halves: bool) -> None:
     """Raises InputError for a policy of halves where allocate is asked for none, so that there will be none."""
-    asked = _of_halves(settings)
+    asked = policies_of_halves(settings)
     if asked and not halves:
         raise InputError(
             f"--policy {asked[0]} runs the better half of an expert alone, and without --halves experts are stored "
@@ -60,7 +60,8 @@ def require_halves_asked(settings: PruneSettings, *, halves: bool) -> None:
         )
 
 
-def _of_halves(settings: PruneSettings) -> list[str]:
+def policies_of_halves(settings: PruneSettings) -> list[str]:
+    """The policies asked for that run the better half of an expert alone."""
     return [name for name in settings.policy if runs_halves(policy_from_name(name))]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.calibration import ImageReport, TextReport
+from mc_cli.artifacts.damage import SHOWN_BYTES
 from mc_cli.artifacts.evaluation import Evaluation
 from mc_cli.artifacts.files import DigestCache, content_digest
 from mc_cli.artifacts.manifest import Manifest
@@ -18,7 +19,7 @@ from mc_cli.artifacts.names import EVALUATION
 from mc_cli.artifacts.packed import StoredBytes, read_layout
 from mc_cli.artifacts.quantization import read_report
 from mc_cli.artifacts.routes import ROUTES, write_routes
-from mc_cli.artifacts.store import StageFolder, require_done
+from mc_cli.artifacts.store import StageFolder, require_done, verify_stages
 from mc_cli.artifacts.work_dir import POLICY_STAGE, WorkDir
 from mc_cli.data import text
 from mc_cli.data.chat import ChatSettings
@@ -29,7 +30,7 @@ from mc_cli.errors import MissingDependencyError, few
 from mc_cli.kernels.compiled import check_inputs, inputs_of
 from mc_cli.measuring.comparison import Compared, compare
 from mc_cli.measuring.lm_eval_tasks import Tasks, ready_tasks, run_tasks
-from mc_cli.measuring.policy_checks import check_halves, dropped_experts, policy_names
+from mc_cli.measuring.policy_checks import check_halves, dropped_experts, policies_of_halves, policy_names
 from mc_cli.measuring.policy_fitting import (
     FitPolicies,
     FittedPolicies,
@@ -82,7 +83,9 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
         }
         if settings.prune.policy:
             policy_names(settings.prune)
-            check_halves(settings.prune, read_layout(self.work.folder("quantize")).experts)
+            if policies_of_halves(settings.prune):
+                verify_stages(self.work, ["quantize"], up_to_bytes=SHOWN_BYTES)  # the layout is not damaged
+                check_halves(settings.prune, read_layout(self.work.folder("quantize")).experts)
             inputs |= self._fitting_inputs()
         if settings.tasks and settings.include_path is not None:
             inputs["tasks"] = _tasks_digest(Path(settings.include_path).expanduser(), self.session.digests())

@@ -212,7 +212,7 @@ def test_a_run_measures_channels_where_some_are_cut(tmp_path: Path) -> None:
     }
     run = plan_run(Recipe(sections, str(tmp_path)))
     assert run.stages["score"].unit == "channel"
-    sections["allocate"] = {"target_bits": 2.0}
+    sections["allocate"] = {"target_bits": 2.5}
     assert plan_run(Recipe(sections, str(tmp_path))).stages["score"].unit == "expert"
 
 

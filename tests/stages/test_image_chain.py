@@ -172,7 +172,8 @@ def test_dense_export_sees_what_the_packed_model_sees(chain: Chain, tmp_path: Pa
 @pytest.mark.parametrize("policy", ["otp", "odp"])
 def test_policies_skip_calls_as_in_whole_rows(chain: Chain, tmp_path: Path, policy: str) -> None:
     """Padding is neither counted nor looks at anything, losses are those of answers, kinds have thresholds apart."""
-    asked = PruneSettings(policy=(policy,), target_rate=0.2, otp_steps=4, otp_batch=2)
+    training = {"otp_steps": 4, "otp_batch": 2} if policy == "otp" else {}
+    asked = PruneSettings(policy=(policy,), target_rate=0.2, **training)
     run_prune_eval(chain.work, chain.heldout, variant="main", force=True, length=96, stride=0, prune=asked)
     found = Evaluation.read(chain.work / "evaluation" / "eval.json").pruning
     point = next(entry for entry in found["points"] if entry["chosen"])
