@@ -213,6 +213,8 @@ def plan_run(
         sections["export"].setdefault("format", engine.format)
     with problems.catching():
         _widen(sections["score"], sections["allocate"], sections["export"])
+    if engine is None and not _may_be_unequal(sections["allocate"], sections["export"]):
+        sections["allocate"].setdefault("cuts", False)
     followed = {name: value for name, value in sections["score"].items() if name in shared_with_score()}
     sections["quantize"] = {**followed, **sections["quantize"]}
     built: dict[str, Any] = {}
@@ -309,9 +311,17 @@ def _widen(score: dict[str, Any], allocate: Mapping[str, Any], export: Mapping[s
         score["bits"] = widths_to_score(score.get("engine"), QuantizerSettings(quantizer=named), target)
     defaults = {"method": AllocateSettings.method, "cuts": True, "floors": None}
     usual = all(allocate.get(name, value) == value for name, value in defaults.items())
-    unequal = export.get("format", ExportSettings.format) == ExportSettings.format  # a plain checkpoint has one width
-    if targets and target <= CUTS_WITHIN and usual and unequal:
+    if targets and target <= CUTS_WITHIN and usual and _may_be_unequal(allocate, export):
         score.setdefault("unit", AUTO)
+
+
+def _may_be_unequal(allocate: Mapping[str, Any], export: Mapping[str, Any]) -> bool:
+    """Whether a budget's plan may cut experts to unequal widths, where scores hold channels, from an earlier run too.
+
+    A plain checkpoint has one width for all; so has what --uniform-width asks for, and that is cut by a ratio.
+    """
+    by_budget = not any(allocate.get(name) is not None for name in ("cut_ratio", "drop_ratio", "experts_left"))
+    return not by_budget or export.get("format", ExportSettings.format) == ExportSettings.format
 
 
 def _section(section: str, values: Any, problems: list[str]) -> dict[str, Any]:

@@ -207,3 +207,18 @@ def test_a_run_measures_channels_where_few_bits_are_asked_for() -> None:
     assert scored(target_stored_bits=1.0, cuts=False).unit == "expert"
     assert scored(target_stored_bits=1.2, method="pmq") == scored(target_stored_bits=1.9, method="pmq")
     assert scored(target_stored_bits=2.25, method="camera-q").unit == "channel"
+
+
+def test_a_plain_checkpoint_has_whole_experts_whatever_scores_hold(tmp_path: Path) -> None:
+    def planned_for(form: str, **allocate: Any) -> AllocateSettings:
+        sections = {
+            "calibrate": {"model": "m", "data": "d"},
+            "allocate": allocate,
+            "export": {"out": "x", "format": form},
+        }
+        settings: AllocateSettings = plan_run(Recipe(sections, str(tmp_path))).stages["allocate"]
+        return settings
+
+    assert not planned_for("dense", target_stored_bits=2.0).cuts
+    assert planned_for("dense", cut_ratio=0.2, method="heapr", uniform_width=True).cuts
+    assert planned_for("transformers", target_stored_bits=2.0).cuts

@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "calibrate": "calibrate --model model --data cal.jsonl -w w --sequences 6 --length 24 --gradient-tokens 48 "
         "--gradient-samples 1 --batch-tokens 48",
         "score": "score -w w --bits 1,2,3 --loss-tokens 64 --batch-tokens 48 --unit channel --similarity",
-        "allocate": "allocate -w w --target-stored-bits 2.5",
+        "allocate": "allocate -w w --target-stored-bits 2.5 --no-cuts",
         "quantize": "quantize -w w --batch-tokens 48",
         "prune-eval": "prune-eval -w w --data held.jsonl --length 24 --max-sequences 4 --policy otp --otp-steps 2 "
         "--otp-batch 2 --fit-sequences 4 --rates 0.2 --target-rate 0.2 --batch-tokens 48",
