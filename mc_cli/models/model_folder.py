@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,8 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     if not isinstance(code, dict):
         raise CheckpointError(f"{path}: auto_map is {code!r:.80}, not an object of class names. Download it again.")
     if model_type not in CONFIG_MAPPING and "AutoConfig" not in code:
-        near = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=1)
-        raise FamilyError(
-            f"{path}: transformers {transformers.__version__} knows no model_type {model_type!r:.80}"
-            + (f"; did you mean {near[0]!r}? " if near else ". ")
-            + SUPPORTED
-        )
+        told = f"{path}: transformers {transformers.__version__} knows no model_type {model_type!r:.80}"
+        raise FamilyError(told + (_text_part(raw) or _near(model_type)) + SUPPORTED)
     if model_type not in CONFIG_MAPPING and not trust_remote_code:
         raise FamilyError(
             f"{path}: model_type {model_type!r:.80} comes with Python code of its own, which is run only with "
@@ -113,6 +109,25 @@ def _check_dtype(path: Path, config: Any) -> None:
         raise CheckpointError(
             f"{path}: dtype is {str(dtype)!r:.80}, which is no type of weights such as bfloat16. Download it again."
         )
+
+
+def _near(model_type: str) -> str:
+    near = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=1)
+    return f"; did you mean {near[0]!r}? " if near else ". "
+
+
+def _text_part(raw: Mapping[str, Any]) -> str:
+    """The way to the text part of a model that transformers does not know as a whole, as DeepSeek-VL2; "" without."""
+    for entry in ("language_config", "text_config", "llm_config"):
+        text = raw.get(entry)
+        kind = text.get("model_type") if isinstance(text, dict) else None
+        if isinstance(kind, str) and kind in CONFIG_MAPPING:
+            return (
+                f", but {kind!r}, of which its {entry} is. With the model's own Python code in the folder (auto_map), "
+                f"give --trust-remote-code; else make a folder of the text part alone: {entry} as its config.json, and "
+                "the tensors of that part under the names that its class has. "
+            )
+    return ""
 
 
 def _read_config_json(folder: Path, path: Path) -> dict[str, Any]:

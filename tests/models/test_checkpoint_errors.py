@@ -468,3 +468,18 @@ def test_integers_in_the_place_of_weights(mixtral: Path) -> None:
     folder = tiny_models.with_tensors(mixtral, mixtral.parent / "integers", tensors)
     with pytest.raises(CheckpointError, match=f"1 tensors are stored as integers .*\n.*{re.escape(name)}: int"):
         open_all(folder)
+
+
+def test_a_model_whose_text_part_alone_is_known_is_told_the_way_to_it(tmp_path: Path) -> None:
+    """DeepSeek-VL2, as it is published: transformers has no class for the whole, and one for its decoder."""
+    content = {
+        "model_type": "deepseek_vl_v2",
+        "architectures": ["DeepseekVLV2ForCausalLM"],
+        "language_config": {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]},
+        "vision_config": {"model_type": "vision"},
+        "projector_config": {"model_type": "mlp_projector"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(FamilyError, match="knows no model_type 'deepseek_vl_v2', but 'deepseek_v2'") as refused:
+        read_config(tmp_path)
+    assert "--trust-remote-code" in str(refused.value) and "did you mean" not in str(refused.value)
