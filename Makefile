@@ -112,7 +112,7 @@ $(ENGINES)/formats/.installed $(ENGINES)/mlx/.installed $(ENGINES)/gptq/.install
 	@touch $@
 
 test-quick: install-dev
-	$(BIN)/python -m pytest tests/test_layering.py tests/test_facts.py tests/artifacts tests/policies tests/families \
+	$(BIN)/python -m pytest tests/test_layering.py tests/test_facts.py tests/artifacts tests/policies tests/families/test_facts.py \
 		tests/data tests/exporters tests/allocators/test_blocks.py tests/allocators/test_golden.py
 
 # Every family with experts in transformers on a tiny checkpoint through all stages, an hour or so on one core; what has
