@@ -64,7 +64,7 @@ def require_fitting_calls(source: str, place: str) -> None:
 
 
 def _called(func: ast.expr) -> Any:
-    """What `mc_cli.a.b` stands for; None for calls of anything else. Raises AttributeError where there is no such."""
+    """The object that `mc_cli.a.b` names; None for other calls. Raises AttributeError where there is none."""
     names: list[str] = []
     while isinstance(func, ast.Attribute):
         names.insert(0, func.attr)

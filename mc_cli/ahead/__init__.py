@@ -276,7 +276,7 @@ class Look:
                 check_model(ENGINES[score.engine].format, session.config)
 
     def _results(self, session: Session | None, inventory: ModelInventory | None) -> None:
-        """What policies and formats ask of the packed model."""
+        """Checks that policies and formats can have the packed model that they ask for."""
         config = None if session is None else session.config
         trusted = self._compute.trust_remote_code
         asked = Asked(self._all, self._todo, self._work, config, inventory, self._plan, trusted)

@@ -184,7 +184,7 @@ def _layers(inventory: ModelInventory) -> dict[str, Any]:
 
 
 def _size_of(stages: Mapping[str, Any], work: WorkDir, inventory: ModelInventory) -> Size:
-    """What a run's target leads to, or the plan that it follows. Raises McError where neither can be had."""
+    """The size that a run's target or plan leads to. Raises McError where neither can be had."""
     if "allocate" in stages:
         return reachable_size(stages["allocate"], stages["score"], inventory)
     quantize = stages["quantize"]

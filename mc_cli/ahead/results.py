@@ -1,4 +1,4 @@
-"""What policies and formats ask of the packed model, before it is made: by its layout or plan, else by the settings."""
+"""Demands of policies and formats on a packed model that is not made yet: by its layout or plan, else by settings."""
 
 from __future__ import annotations
 

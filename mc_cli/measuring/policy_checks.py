@@ -1,4 +1,4 @@
-"""What stands against policies that skip experts, as far as it is known before any is fitted."""
+"""Checks of policies that skip experts, as far as they can be made before any is fitted."""
 
 from __future__ import annotations
 

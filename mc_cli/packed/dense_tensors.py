@@ -25,7 +25,7 @@ _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def plain_shapes(config: Any, layout: PackedLayout) -> tuple[PlainRouters, NarrowExperts]:
-    """What dropped and cut experts change in a plain checkpoint. Raises InputError where it cannot hold them."""
+    """The changes of a plain checkpoint for dropped and cut experts. Raises InputError where it cannot hold them."""
     routers = PlainRouters(config, layout)
     return routers, NarrowExperts(routers.config, layout)
 

@@ -30,7 +30,7 @@ def families_table() -> dict[str, Any]:
 
 
 def checked_with(outcome: Outcome) -> str:
-    """What went through all stages: nothing, text, or text and images."""
+    """The inputs that went through all stages: none, text, or text and images."""
     if not outcome.works:
         return ""
     return "images, text" if outcome.images else "text"

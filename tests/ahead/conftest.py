@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from mc_cli import cli
 from mc_cli.ahead import disk
+from tests.conftest import ScoredWork
+from tests.tiny_chain import run_allocate, run_quantize
 
 
 @pytest.fixture
@@ -33,3 +35,13 @@ def small_run(
     asked |= {"--max-sequences": "4", "--eval-length": "64", "-w": str(folder / "work"), "--out": str(folder / "out")}
     flags = [each for pair in asked.items() for each in pair if pair[0] not in more]
     return invoke("run", *flags, *target, *more)
+
+
+@pytest.fixture(scope="module")
+def chain(scored_work: ScoredWork, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work directory with everything up to quantize."""
+    folder = tmp_path_factory.mktemp("chain")
+    scored_work(folder, "mixtral", bits=(1, 2, 3))
+    run_allocate(folder / "work", target_stored_bits=3.0)
+    run_quantize(folder / "work")
+    return folder

@@ -228,7 +228,7 @@ def test_a_limit_of_memory_is_kept_or_refused_before_any_work(tmp_path: Path, mu
 def test_the_lightest_settings_need_no_more_than_the_present_ones(
     tiny_model: TinyModel, tmp_path: Path, much_room: None, model: str
 ) -> None:
-    """Of the stages to do: what others of a run would take is nothing to them."""
+    """The remedy is of the stages to do: what others of a run would take is nothing to them."""
     folder = model if model.startswith("bundled:") else tiny_model(model)
     asked = ["calibrate", "--model", str(folder), "--data", "bundled:calibration", "-w", str(tmp_path / "w")]
     asked += ["--sequences", "4", "--length", "64", "--gradient-tokens", "256", "--dry-run", "--max-memory"]

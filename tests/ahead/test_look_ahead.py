@@ -21,9 +21,8 @@ from mc_cli.artifacts.packed import read_layout
 from mc_cli.errors import InputError
 from mc_cli.models import tensor_files
 from tests import sparse_models
-from tests.conftest import ScoredWork, TinyModel
+from tests.conftest import TinyModel
 from tests.stage_process import run_command
-from tests.tiny_chain import run_allocate, run_quantize
 
 Run = Callable[..., Result]
 SECONDS = 15.0  # what should take 3: `make bench-estimates` measures that; here a slow machine must not fail
@@ -215,16 +214,6 @@ def test_all_that_the_settings_refuse_is_told_at_once(tmp_path: Path) -> None:
 
 
 # Tiny models, and what stages of their own look at
-
-
-@pytest.fixture(scope="module")
-def chain(scored_work: ScoredWork, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A work directory with everything up to quantize."""
-    folder = tmp_path_factory.mktemp("chain")
-    scored_work(folder, "mixtral", bits=(1, 2, 3))
-    run_allocate(folder / "work", target_stored_bits=3.0)
-    run_quantize(folder / "work")
-    return folder
 
 
 def test_the_forecast_is_near_what_is_written(chain: Path, tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What policies and formats ask of the packed model is refused before it is made, and before anything is removed."""
+"""Policies and formats that the packed model cannot serve are refused before it is made, and before any removal."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from mc_cli.artifacts.calibration import INVENTORY, read_inventory
 from mc_cli.artifacts.packed import read_layout
 from mc_cli.artifacts.plan import Plan
 from tests.ahead.conftest import invoke, small_run
-from tests.conftest import ScoredWork
-from tests.tiny_chain import run_allocate, run_quantize
 
 _BUDGET, _CUT = ("--target-stored-bits", "2.5"), ("--cut-ratio", "0.3", "--method", "heapr")
 
@@ -78,19 +76,14 @@ def test_all_of_it_is_told_at_once(tmp_path: Path) -> None:
 # Where the packed model is there, or its plan
 
 
-@pytest.fixture(scope="module")
-def chain(scored_work: ScoredWork, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A work directory with everything up to quantize."""
-    folder = tmp_path_factory.mktemp("chain")
-    scored_work(folder, "mixtral", bits=(1, 2, 3))
-    run_allocate(folder / "work", target_stored_bits=3.0)
-    run_quantize(folder / "work")
-    return folder / "work"
+@pytest.fixture
+def packed(chain: Path) -> Path:
+    return chain / "work"
 
 
-def test_the_layout_of_a_plan_is_the_one_that_is_packed(chain: Path) -> None:
-    inventory = read_inventory(chain / "calibration" / INVENTORY)
-    assert planned_layout(Plan.read(chain / "plan" / "plan.yaml"), inventory) == read_layout(chain / "packed")
+def test_the_layout_of_a_plan_is_the_one_that_is_packed(packed: Path) -> None:
+    inventory = read_inventory(packed / "calibration" / INVENTORY)
+    assert planned_layout(Plan.read(packed / "plan" / "plan.yaml"), inventory) == read_layout(packed / "packed")
 
 
 _PACKED = {
@@ -102,28 +95,28 @@ _PACKED = {
 
 
 @pytest.mark.parametrize("name", _PACKED)
-def test_export_refuses_what_is_packed_in_a_dry_run_too(chain: Path, tmp_path: Path, name: str) -> None:
+def test_export_refuses_what_is_packed_in_a_dry_run_too(packed: Path, tmp_path: Path, name: str) -> None:
     for dry in (("--dry-run",), ()):
-        status, said = invoke("export", "-w", chain, "--format", name, "--out", tmp_path / "out", *dry)
+        status, said = invoke("export", "-w", packed, "--format", name, "--out", tmp_path / "out", *dry)
         assert status == 1 and _PACKED[name] in said
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_by_hand_is_held_against_policy_and_format(tmp_path: Path, chain: Path) -> None:
-    plan: dict[str, Any] = yaml.safe_load((chain / "plan" / "plan.yaml").read_text())
+def test_a_plan_by_hand_is_held_against_policy_and_format(tmp_path: Path, packed: Path) -> None:
+    plan: dict[str, Any] = yaml.safe_load((packed / "plan" / "plan.yaml").read_text())
     plan["expert_bits"][0][0] = 0
     plan.pop("channel_order", None)
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump(plan))
-    model = json.loads((chain / "model.json").read_text())["folder"]
+    model = json.loads((packed / "model.json").read_text())["folder"]
     asked = ("--model", model, "--bits", "1,2,3", "--plan", mine, "--policy", "dualsparse", "--format", "dense")
     status, said = small_run(tmp_path, *asked, "--dry-run", target=())
     assert status == 1 and "experts are not stored in two equal blocks" in said
     assert "The plan drops experts, which a plain checkpoint of model_type 'mixtral' cannot say" in said
 
 
-def test_what_cannot_be_dropped_leaves_the_evaluation(chain: Path, tmp_path: Path) -> None:
-    work = shutil.copytree(chain, tmp_path / "work")
+def test_what_cannot_be_dropped_leaves_the_evaluation(packed: Path, tmp_path: Path) -> None:
+    work = shutil.copytree(packed, tmp_path / "work")
     asked = ("prune-eval", "-w", work, "--data", "bundled:heldout", "--max-sequences", 4, "--length", 16)
     assert invoke(*asked)[0] == 0
     before = (work / "evaluation" / "eval.json").read_bytes()

@@ -104,7 +104,7 @@ def shapes(folder: Path) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class Fed:
-    """What a family is fed in its contract test.
+    """The inputs of a family in its contract test.
 
     data, held_out  files for calibrate and prune-eval
     batch           rows whose logits are compared

@@ -36,7 +36,7 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Seeing:
-    """What a family makes of an image.
+    """The inputs that a family makes of an image.
 
     tokens       that stand for an image
     inputs       pixels [3, height, width] -> inputs of one image by name, with one entry or several
@@ -239,5 +239,5 @@ def other_pixels(batch: Batch) -> Batch:
 
 
 def rows_with_images(batch: Batch) -> list[bool]:
-    """Of each row."""
+    """Whether each row has an image."""
     return [bool(row.any()) for row in batch.token_ids == IMAGE]

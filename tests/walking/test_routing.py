@@ -125,7 +125,7 @@ def opened(folder: Path) -> tuple[Checkpoint, ExpertBlock]:
 
 
 def test_tokens_that_choose_no_expert_count_as_tokens_and_nothing_else() -> None:
-    """As images do in a layer whose experts are for text, and skipped ones where a router has a choice more."""
+    """Such tokens are images where experts are for text, and skipped ones where a router has one choice more."""
     block = block_of(8, 2)
     hidden, logits, weights, index = random_batches(8, 2, [40])[0]
     none = torch.arange(40) % 3 == 0
