@@ -37,6 +37,7 @@ from mc_cli.models.model_files import kinds_of
 from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.session import Session, first_session
 from mc_cli.models.weight_digests import WeightDigests
+from mc_cli.numerics.products import fast_float32_products
 from mc_cli.packed.packable import require_packable
 from mc_cli.parts import ExpertBlock, ModelInventory
 from mc_cli.progress import Progress, StageResult
@@ -93,6 +94,7 @@ class Calibrate(Stage[StageFolder, _Ready, StageResult]):
         written = folder.path(artifact.TOKENS).exists() and not run.force
         return _Ready(checkpoint, inventory, weights, None if written else _drawn(self.settings, self.session))
 
+    @fast_float32_products()
     def do(self, folder: StageFolder, ready: _Ready, run: Run) -> None:
         """Tokens, inventory, the way forward, the way back, and what experts lack."""
         settings, inventory, checkpoint, progress = self.settings, ready.inventory, ready.checkpoint, run.progress

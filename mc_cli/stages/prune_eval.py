@@ -41,6 +41,7 @@ from mc_cli.measuring.pruning_evaluation import evaluate_policies
 from mc_cli.models.checkpoint import Checkpoint
 from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.session import Session, later_session
+from mc_cli.numerics.products import fast_float32_products
 from mc_cli.packed.packed_model import PackedSource, stored_sizes
 from mc_cli.parts import ModelInventory, Role
 from mc_cli.progress import Progress, SilentProgress, StageResult
@@ -108,6 +109,7 @@ class PruneEval(Stage[StageFolder, _Ready, StageResult]):
         check_inputs(self.settings.activation_bits, self.session.device)
         return _Ready(inventory, drawn.made, drawn.text, drawn.images, tasks, self.session.open_checkpoint())
 
+    @fast_float32_products()
     def do(self, folder: StageFolder, ready: _Ready, run: Run) -> None:
         """Measures both models, then what skips experts."""
         prune = self.settings.prune

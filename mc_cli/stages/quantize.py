@@ -44,6 +44,7 @@ from mc_cli.models.packed_experts import share_slots
 from mc_cli.models.router_masks import drop_experts
 from mc_cli.models.session import Session, later_session
 from mc_cli.models.weight_digests import WeightDigests
+from mc_cli.numerics.products import fast_float32_products
 from mc_cli.packed.packed_model import model_bytes, stored_sizes
 from mc_cli.parts import BESIDE_TEXT, DROPPED, KEPT_BITS, ModelInventory, Role
 from mc_cli.progress import Progress, StageResult
@@ -115,6 +116,7 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
         return _Ready(plan, inventory, checkpoint, weights, inputs, sensitivities)
 
     @large_blocks_mapped()
+    @fast_float32_products()
     def do(self, folder: StageFolder, ready: _Ready, run: Run) -> None:
         """The embedding, every layer, the head and the rest; then the account of it all."""
         checkpoint, inventory, plan, quantizer = ready.checkpoint, ready.inventory, ready.plan, self.settings.quantizer

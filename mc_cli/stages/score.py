@@ -38,6 +38,7 @@ from mc_cli.models.memory import release_freed_memory
 from mc_cli.models.own_experts import run_our_experts
 from mc_cli.models.session import Session, later_session
 from mc_cli.models.weight_digests import WeightDigests
+from mc_cli.numerics.products import fast_float32_products
 from mc_cli.parts import DROPPED, KEPT_BITS, ModelInventory, Role, TensorPart
 from mc_cli.progress import Progress, StageResult
 from mc_cli.quantizers import Quantizer
@@ -97,6 +98,7 @@ class Score(Stage[StageFolder, _Ready, StageResult]):
             sensitivities=calibration_artifact.read_sensitivities(calibration, inventory),
         )
 
+    @fast_float32_products()
     def do(self, folder: StageFolder, ready: _Ready, run: Run) -> None:
         """Every layer, then one file of all."""
         with ready.weights, executor_for(self.session.compute, self.session.device) as executor:
