@@ -19,7 +19,7 @@ from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.work_dir import MAIN, WorkDir
 from mc_cli.chain import check_stage, run_chain, run_stage
 from mc_cli.errors import InputError, Problems, shown
-from mc_cli.flags import COMPUTE, STAGES, build, flags_of, run_flags
+from mc_cli.flags import COMPUTE, STAGES, build, flags_of_command, run_flags
 from mc_cli.progress import Progress, SilentProgress
 from mc_cli.recipe import Recipe, field_value, plan_run
 from mc_cli.settings import Flag, RunSettings
@@ -155,7 +155,7 @@ def evaluate(
     """
     problems = Problems()
     work = WorkDir(Path(_path("work_dir", work_dir, problems)), variant)
-    known = {flag.field: (section, flag) for section in (COMPUTE, "prune-eval") for flag in flags_of(section)}
+    known = {flag.field: (section, flag) for section, flag in flags_of_command("prune-eval")}
     values: dict[str, dict[str, Any]] = {"prune-eval": {}, COMPUTE: {}}
     for name, value in {"data": _path("data", data, problems), **settings}.items():
         if name not in known:

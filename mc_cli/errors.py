@@ -28,6 +28,17 @@ class MissingFlagsError(InputError):
     exit_status: int = 2
 
 
+class IdleError(InputError):
+    """Settings were given that change nothing beside the others.
+
+    names   their fields
+    """
+
+    def __init__(self, message: str, names: Iterable[str]) -> None:
+        super().__init__(message)
+        self.names = frozenset(names)
+
+
 class SeveralErrors(InputError):
     """All that stands against a command, each in its own words."""
 

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from mc_cli import settings as s
-from mc_cli.errors import InputError, Problems
+from mc_cli.errors import IdleError, InputError, Problems
 from mc_cli.settings import Flag, Settings, flags_of_class
 
 RUN_LEAVES_OUT = {("allocate", "bits")}  # `run --bits` is what is scored; allocate chooses among that
@@ -31,6 +31,10 @@ SECTIONS: dict[str, type] = {
     COMPUTE: s.RunSettings,
 }
 STAGES = tuple(section for section in SECTIONS if section != COMPUTE)
+# What of `compute` changes nothing in a stage, so that its command does not take it; allocate computes nothing at all.
+_JOBS = frozenset({"workers", "job_threads"})
+_NOT_OF = {"calibrate": _JOBS, "prune-eval": _JOBS, "export": _JOBS | {"batch_tokens"}}
+_COMPUTES_NOTHING = ("allocate",)
 
 # `run` reads two texts; the flags of the one that is evaluated on get this prefix there.
 RUN_PREFIX = "eval"
@@ -42,6 +46,16 @@ _PREFIXED = ("data", "split", "text_field", "length")
 def flags_of(section: str) -> tuple[Flag, ...]:
     """The flags of a stage or of `compute`, nested settings included, in the table's order."""
     return tuple(_flags(SECTIONS[section]))
+
+
+def flags_of_command(stage: str) -> tuple[tuple[str, Flag], ...]:
+    """(section, flag) of all settings that a stage's command takes: its own, and those of `compute` that it reads."""
+    left_out = _NOT_OF.get(stage, frozenset())
+    computing = () if stage in _COMPUTES_NOTHING else flags_of(COMPUTE)
+    return (
+        *((stage, flag) for flag in flags_of(stage)),
+        *((COMPUTE, flag) for flag in computing if flag.field not in left_out),
+    )
 
 
 def _flags(cls: type) -> Iterator[Flag]:
@@ -102,10 +116,22 @@ def _owner(cls: type, name: str) -> type:
     return next((kind for kind in _nested(cls).values() if name in annotations_of(kind)), cls)
 
 
-def build(section: str, values: Mapping[str, Any]) -> Any:
-    """The settings of a section from flat field values. Raises InputError naming all that its dataclasses refuse."""
+def build(section: str, values: Mapping[str, Any], beneath: Mapping[str, Any] | None = None) -> Any:
+    """The settings of a section from flat field values. Raises InputError naming all that its dataclasses refuse.
+
+    beneath  values that nobody gave here, which hold where `values` has none and they have an effect
+    """
     known = {flag.field for flag in flags_of(section)}
-    return _build(SECTIONS[section], s.with_engine(values, known))
+    under = {name: value for name, value in (beneath or {}).items() if name not in values}
+    while True:
+        try:
+            return _build(SECTIONS[section], s.with_engine({**under, **values}, known))
+        except InputError as error:
+            found = [each for each in getattr(error, "errors", [error]) if isinstance(each, IdleError)]
+            idle = under.keys() & {name for each in found for name in each.names}
+            if not idle:
+                raise
+            under = {name: value for name, value in under.items() if name not in idle}
 
 
 def _build(cls: type, values: Mapping[str, Any]) -> Settings:

@@ -215,8 +215,9 @@ def plan_run(
         _widen(sections["score"], sections["allocate"], sections["export"])
     if engine is None and not _may_be_unequal(sections["allocate"], sections["export"]):
         sections["allocate"].setdefault("cuts", False)
+    beneath: dict[str, Mapping[str, Any]] = {name: effort.get(name, {}) for name in SECTIONS}
     followed = {name: value for name, value in sections["score"].items() if name in shared_with_score()}
-    sections["quantize"] = {**followed, **sections["quantize"]}
+    beneath["quantize"] = {**beneath["quantize"], **followed}
     built: dict[str, Any] = {}
     for name in (section for section in SECTIONS if section not in STAGES or section in stages):
         wanted = [flag.field for flag in flags_of(name) if flag.required]
@@ -224,7 +225,8 @@ def plan_run(
         if name == "allocate":
             complete = any(sections[name].get(target) is not None for target in ANY_SIZE)
         with problems.catching(), reworded(renamed_in_run(name)):
-            built[name] = build(name, sections[name] if complete else {**sections[name], **_STANDS_IN.get(name, {})})
+            given = {key: value for key, value in sections[name].items() if not _is_effort(recipe, effort, name, key)}
+            built[name] = build(name, given if complete else {**given, **_STANDS_IN.get(name, {})}, beneath[name])
     with problems.catching():
         check_variant(recipe.variant)
     problems.tell()
@@ -233,6 +235,11 @@ def plan_run(
         {stage: built[stage] for stage in stages},
         built[COMPUTE],
     )
+
+
+def _is_effort(recipe: Recipe, effort: Mapping[str, Any], section: str, key: str) -> bool:
+    """Whether a value comes of the effort, and nobody asked for it by itself."""
+    return key in effort.get(section, {}) and key not in recipe.sections.get(section, {})
 
 
 def plan_runs(

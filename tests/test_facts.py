@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,7 @@ from mc_cli.parts import Role
 from mc_cli.quantizers import quantizer_names, settings_taken
 from mc_cli.recipe import Recipe, plan_run
 from mc_cli.registry import candidate_widths, widths_of
-from mc_cli.settings import QuantizerSettings, ScoreSettings
+from mc_cli.settings import QuantizerSettings, QuantizeSettings, ScoreSettings
 
 HALVES = (1, 1.5, 2, 2.5, 3, 3.5, 4)
 GIVEN = {"model": "m", "data": "d"}
@@ -38,6 +39,38 @@ def test_defaults_follow_the_quantizer(name: str, family: str, corrects: bool, w
     assert ScoreSettings(quantizer=settings).bits == widths == settings.candidate_widths(3.5)
     for given in (True, False):
         assert QuantizerSettings(quantizer=name, error_correction=given).corrects_errors is given
+
+
+# A value other than the default of every field that a quantizer may leave unread.
+OTHERS = {"damping": 0.02, "activation_order": False, "sweeps": 3, "search": "quick"}
+
+
+@pytest.mark.parametrize("make", [ScoreSettings, QuantizeSettings])
+@pytest.mark.parametrize("name", quantizer_names())
+def test_what_a_quantizer_does_not_read_is_refused(name: str, make: type[ScoreSettings | QuantizeSettings]) -> None:
+    for field, value in OTHERS.items():
+        given = replace(QuantizerSettings(quantizer=name), **{field: value})
+        if field in settings_taken(name):
+            assert make(quantizer=given).quantizer.effective == given
+            continue
+        with pytest.raises(InputError, match=rf"{field.replace('_', '-')} changes nothing with --quantizer {name}"):
+            make(quantizer=given)
+        assert given.effective == QuantizerSettings(quantizer=name)
+
+
+def test_what_nobody_gave_is_left_out_where_it_has_no_effect() -> None:
+    """An effort's settings, and those that quantize would take over from score."""
+    sections = {"calibrate": {**GIVEN, "gradient_tokens": 0}, "score": {"quantizer": "gptq", "bits": (2, 4)}}
+    sections |= {"allocate": {"target_stored_bits": 2.5}, "export": {"out": "o"}}
+    plan = plan_run(Recipe(sections, "w", effort="fast"))
+    assert plan.stages["score"].quantizer == plan.stages["quantize"].quantizer == QuantizerSettings(quantizer="gptq")
+    assert plan.stages["score"].loss_tokens == 512 and not plan.stages["score"].interpolate
+    assert plan.stages["calibrate"].gradient_samples == 4
+    told = {"quantizer": "trellis", "damping": 0.02, "search": "quick"}
+    assert build("quantize", {"quantizer": "rtn"}, told).quantizer == QuantizerSettings(quantizer="rtn")
+    assert build("quantize", {}, told).quantizer == QuantizerSettings(**told)
+    with pytest.raises(InputError, match=r"^--search changes nothing with --quantizer gptq"):
+        build("quantize", {"quantizer": "gptq", "search": "quick"}, told)
 
 
 def test_wide_targets_have_more_scored() -> None:

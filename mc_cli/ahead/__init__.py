@@ -325,7 +325,7 @@ class Look:
         done = Manifest.read(replace(self._work, engine=engine).folder("score"))
         if done is None:
             return None
-        quantizer = QuantizerSettings(**done.settings["quantizer"])
+        quantizer = QuantizerSettings(**done.settings["quantizer"]).effective
         return ScoreSettings(
             tuple(done.settings["bits"]),
             quantizer,

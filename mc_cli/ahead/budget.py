@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mc_cli.allocators import AllocationProblem, Budget, feasible_problem, posed_problem, strategy_named
-from mc_cli.allocators.channel_cuts import shapes_cut
+from mc_cli.allocators.channel_cuts import check_exponents, shapes_cut
 from mc_cli.allocators.channel_groups import grouped_plan, unmeasured
 from mc_cli.allocators.channel_score import channel_score_named
 from mc_cli.allocators.cut_menus import CutMenu, menu_of_shapes
@@ -17,6 +17,7 @@ from mc_cli.allocators.halves import require_halves, sized_in_halves
 from mc_cli.allocators.merging import shapes_merged, stored_counts
 from mc_cli.allocators.programme import METHOD
 from mc_cli.allocators.target import beside_experts, budget_of, floors_of, other_bytes
+from mc_cli.allocators.trust import check_hedge
 from mc_cli.allocators.whole_drops import drop_plan
 from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionImportance
 from mc_cli.artifacts.plan import Plan
@@ -82,7 +83,9 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
         problem = posed_problem(measured, budget=budget, **_asked(settings, score, inventory, sample, {}))
         ends, weights = _range(problem, counts), inventory.expert_weight_count
         limit = math.floor(budget.limit(weights))
-        if strategy_named(settings.method).check is check_budget:
+        strategy = strategy_named(settings.method)
+        check_hedge(settings.hedge, strategy, by_size=settings.target_size_bytes is not None)
+        if strategy.check is check_budget:
             check_range(problem, ends, weights, problem.budget.limit(weights))
         else:
             asked = _asked(settings, score, inventory, inventory, {})
@@ -164,7 +167,7 @@ def _cut_size(
     settings: AllocateSettings, score: ScoreSettings, inventory: ModelInventory, role_bits: Mapping[Role, int]
 ) -> Size:
     """The size that a cut leads to that takes as much of every expert. Raises InputError for what lacks; ShapeError."""
-    channel_score_named(settings.method)
+    check_exponents(channel_score_named(settings.method), settings)
     _require_channels(score, "--cut-ratio")
     plan = Plan(inventory.model_type, settings.method, shapes_cut(settings, inventory), dict(role_bits))
     return planned_size(plan, inventory, score.quantizer)

@@ -81,6 +81,7 @@ def first_of(source: TextSource) -> Beginning | None:
     A small text is read whole, of large .jsonl and .parquet files the beginning, of other large files only that they
     open is known before. Names of `datasets` are left to the library, which may have to fetch them: None.
     """
+    source.check_split()
     path = documents.resolve_data(source.data, flag=source.flag)
     if path is None:
         return None
@@ -90,7 +91,7 @@ def first_of(source: TextSource) -> Beginning | None:
         raise InputError(f"{source.flag} {source.data} cannot be read: no permission for {', '.join(unreadable[:5])}.")
     asked: dict[str, Any] = {"text_field": source.text_field, "flag": source.flag, "images": source.images}
     if sum(file.stat().st_size for file in files) <= _READ_WHOLE:
-        return Beginning(documents.read_documents(source.data, split=source.split, **asked), whole=True)
+        return Beginning(source.read(), whole=True)
     found = [
         document
         for file in files

@@ -137,7 +137,7 @@ def cut_plan(
     needs; BudgetError for a ratio so small that no unit is cut.
     """
     score = channel_score_named(settings.method)
-    share = _share(score, settings)
+    share = check_exponents(score, settings)
     scores = [
         score.of(measures_of(block), ScoreAsked(block.layer, settings.seed, share)) for block in inventory.expert_blocks
     ]
@@ -180,8 +180,8 @@ def shapes_cut(settings: AllocateSettings, inventory: ModelInventory) -> dict[in
     return _expert_bits(_cut(alike, inventory, scores), settings.width_left)
 
 
-def _share(score: ChannelScore, settings: AllocateSettings) -> float:
-    """The largest activation's share in a score. Raises InputError for exponents that the method does not take."""
+def check_exponents(score: ChannelScore, settings: AllocateSettings) -> float:
+    """The largest activation's share in a score, --alpha. Raises InputError for exponents that it does not take."""
     given = {name: getattr(settings, name) for name in ("alpha", "beta", "gamma")}
     given = {name: value for name, value in given.items() if value is not None}
     unused = sorted(given.keys() - ({"alpha"} if score.takes_share else set()))

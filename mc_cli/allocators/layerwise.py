@@ -50,6 +50,7 @@ STRATEGY = Strategy(
     unit="nats per token",
     formula="sum over experts of predicted_loss_by_bits[bits], all experts of a layer at one width",
     costs=predicted_loss,
+    predicts=True,
     assign=assign,
     takes_floors=False,
     drops_experts=False,

@@ -70,6 +70,7 @@ class Strategy:
     candidate_bits  widths it chooses from unless others are asked for; None = every width that was measured
     floors          floors it keeps unless others are asked for
     takes_floors    whether floors mean anything to it
+    predicts        whether its costs are predicted losses, which `hedge` draws to their layer's mean
     uses_seed       whether its costs depend on the seed
     splits_experts  whether every projection of an expert gets a width of its own, where losses were measured so; its
                     costs are then the predicted losses of the projections
@@ -87,6 +88,7 @@ class Strategy:
     candidate_bits: tuple[float, ...] | None = None
     floors: tuple[Floor, ...] = ()
     takes_floors: bool = True
+    predicts: bool = False
     uses_seed: bool = False
     splits_experts: bool = False
     drops_experts: bool = True

@@ -49,6 +49,23 @@ def beside_experts(
     return role_bits, others
 
 
+def idle_widths(settings: AllocateSettings, inventory: ModelInventory) -> tuple[str, ...]:
+    """A warning for widths that were given for parts which the model has not; empty without any."""
+    there = {part.role for part in inventory.tensors}
+    follows_shared = settings.dense_bits is None and Role.DENSE in there
+    lacking = {
+        "--shared-bits": settings.shared_bits is not None and Role.SHARED not in there and not follows_shared,
+        "--dense-bits": settings.dense_bits is not None and Role.DENSE not in there,
+    }
+    what = {"--shared-bits": "shared experts", "--dense-bits": "MLPs of layers without experts"}
+    idle = [flag for flag, lacks in lacking.items() if lacks]
+    if not idle:
+        return ()
+    change = "changes" if len(idle) == 1 else "change"
+    lacks = " and no ".join(what[flag] for flag in idle)
+    return (f"{' and '.join(idle)} {change} nothing: {inventory.model_type} has no {lacks}.",)
+
+
 def _widths_beside(
     settings: AllocateSettings, inventory: ModelInventory, quantizer: QuantizerSettings
 ) -> tuple[dict[Role, int], int]:

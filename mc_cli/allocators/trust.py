@@ -18,13 +18,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mc_cli.allocators.strategy import Strategy
 from mc_cli.artifacts.importance import Importance, LayerImportance
+from mc_cli.errors import InputError
 
 Floats = npt.NDArray[np.float64]
 # An expert with so many tokens is believed half. Measured on two models (docs/results/allocation.md): with it plans of
 # 16,384 calibration tokens lose 14 and 41 % less KL on other text than with costs taken as measured, those of 32,768
 # tokens 5 and 26 % less.
 TRUSTED_TOKENS = 2048.0
+
+
+def check_hedge(hedge: float, strategy: Strategy, *, by_size: bool) -> None:
+    """Raises InputError for a share of other text where no predicted loss is looked at.
+
+    by_size  whether a size is asked for, as widths beside the experts are then bought by predicted losses
+    """
+    if hedge and not strategy.predicts and not by_size:
+        raise InputError(
+            f"--hedge {hedge:g} changes nothing with --method {strategy.name}, whose costs are no predicted losses "
+            f"({strategy.unit}). Leave it out, or choose --method global."
+        )
 
 
 def trusted(losses: npt.NDArray[Any], counts: Sequence[int] | npt.NDArray[Any], hedge: float) -> Floats:

@@ -23,6 +23,7 @@ STRATEGY = Strategy(
     unit="nats per token",
     formula="sum over experts, and their projections where measured, of predicted_loss_by_bits[bits]",
     costs=predicted_loss,
+    predicts=True,
     assign=assign,
     splits_experts=True,
 )

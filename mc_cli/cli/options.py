@@ -12,11 +12,11 @@ import typer
 from mc_cli.artifacts.work_dir import MAIN, SHARED
 from mc_cli.errors import InputError, Problems
 from mc_cli.flags import (
-    COMPUTE,
     HELD_OUT,
     build,
     default_text,
     flags_of,
+    flags_of_command,
     parsed,
     plain_type,
     run_flags,
@@ -26,7 +26,6 @@ from mc_cli.flags import (
 from mc_cli.settings import ACTIVATION_BITS, TARGETS, Flag
 from mc_cli.targets import SEVERAL, targets_of_text
 
-_NO_MODEL = ("allocate",)  # computes nothing on the model, so it takes no --device, --dtype, ...
 _RUN_DEFAULTS = {"eval_data": HELD_OUT}  # parameters whose default differs in `run`
 _METAVARS: dict[Any, str] = {str: "NAME", int: "NUMBER", float: "NUMBER"}
 _WORK = "Work directory and output"
@@ -96,12 +95,10 @@ def flag_parameter(
 
 def stage_parameters(stage: str) -> list[inspect.Parameter]:
     """All that a stage's command takes: flags of its settings, of how to compute, and the common ones."""
-    sections = (stage,) if stage in _NO_MODEL else (stage, COMPUTE)
     return [
         *(
             flag_parameter(section, flag, name=flag.field, option=flag.name, required=flag.required)
-            for section in sections
-            for flag in flags_of(section)
+            for section, flag in flags_of_command(stage)
         ),
         parameter("work_dir", Path, WORK_DIR),
         parameter("log_file", Path | None, _LOG_FILE, None),
@@ -176,6 +173,6 @@ def settings_of(*sections: str, given: Mapping[str, Any], beneath: Mapping[str, 
         values, unread = _given(section, given, problems)
         if unread.isdisjoint(TARGETS):  # without its target nothing is to be said of the rest
             with problems.catching():
-                built.append(build(section, {**(beneath or {} if number == 0 else {}), **values}))
+                built.append(build(section, values, beneath if number == 0 else None))
     problems.tell()
     return built

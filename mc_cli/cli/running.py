@@ -58,6 +58,10 @@ def run_stage(stage: str, given: Mapping[str, Any]) -> None:
 def run_all(given: Mapping[str, Any]) -> None:
     """All stages, from a recipe, from flags, or both."""
     with telling_errors(debug=given["debug"]), _naming_recipe(given["recipe"]):
+        if given["force"] and given["force_from"]:
+            raise InputError(
+                f"--force rebuilds all stages, --force-from {given['force_from']} those from one on: give one of them."
+            )
         plans = _plans_of(given)
     work, force_from = plans[0].work.path, given["force_from"] or (STAGES[0] if given["force"] else None)
     with telling_errors(debug=given["debug"], work_dir=work) as listeners, _naming_recipe(given["recipe"]):

@@ -194,6 +194,11 @@ def _is_saved_dataset(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
 
 
+def has_splits(path: Path) -> bool:
+    """Whether a folder holds several splits, as `datasets` saves a dictionary of them."""
+    return (path / "dataset_dict.json").is_file()
+
+
 def _picture_files(path: Path) -> list[Path]:
     """The images of a folder that holds no file of rows, or the one that `path` is."""
     if not path.is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from mc_cli.artifacts.places import require_ordinary
 from mc_cli.data.batches import Batch
 from mc_cli.data.chat import OWN_TEMPLATE, ChatSettings, Renderer
 from mc_cli.data.documents import DATA_FLAG, IMAGES_LEFT_OUT, Document, Reading, data_digest, read_documents
+from mc_cli.data.text_settings import check_field, check_split
 from mc_cli.data.tokenizing import token_ids
 from mc_cli.errors import CheckpointError, InputError, McError, few, shown
 from mc_cli.models.model_folder import config_file
@@ -24,6 +25,7 @@ from mc_cli.models.model_folder import config_file
 DEFAULT_LENGTH = 2048
 _NAMED = 5  # of files that were left out
 WINDOWS_PER_SEQUENCE = 16
+SPLIT_SETTING, TEXT_FIELD_SETTING = "split", "text_field"  # fields of settings
 # A tokenizer is made from these files, in any of its forms.
 TOKENIZER_FILES = (
     "tokenizer_config.json",
@@ -100,6 +102,7 @@ class TextSource:
     """The text that --data or a flag like it names, how it is read, and, after reading, how that went.
 
     images  whether images are read, for a model that sees
+    asked   which of split and text_field were given for this text
     """
 
     data: str
@@ -108,8 +111,29 @@ class TextSource:
     chat: ChatSettings = field(default_factory=ChatSettings)
     flag: str = DATA_FLAG
     images: bool = False
+    asked: Collection[str] = ()
     reading: Reading = field(default_factory=Reading)
     renderer: Renderer | None = None
+
+    def read(self) -> list[Document]:
+        """All documents, `reading` telling how. Raises InputError as `read_documents`, and for what changes nothing."""
+        self.check_split()
+        found = read_documents(
+            self.data,
+            split=self.split,
+            text_field=self.text_field,
+            reading=self.reading,
+            flag=self.flag,
+            images=self.images,
+        )
+        if TEXT_FIELD_SETTING in self.asked:
+            check_field(self.data, self.text_field, self.reading, self.flag)
+        return found
+
+    def check_split(self) -> None:
+        """Raises InputError for a split that was asked of files."""
+        if SPLIT_SETTING in self.asked:
+            check_split(self.data, self.split, self.flag)
 
     def digest(self, cache: DigestCache) -> str:
         """A digest of what is read and how."""
@@ -126,14 +150,7 @@ class TextSource:
     def documents(self, tokenizer: Any) -> list[Document]:
         """All documents; chats are rendered when they are encoded, by `self.renderer`."""
         self.renderer = Renderer(tokenizer, self.chat)
-        return read_documents(
-            self.data,
-            split=self.split,
-            text_field=self.text_field,
-            reading=self.reading,
-            flag=self.flag,
-            images=self.images,
-        )
+        return self.read()
 
     def report(self) -> TextReport | None:
         """How rows became text, None where each gave the text in the field that was asked for."""

@@ -94,7 +94,7 @@ def fitting_source(settings: PruneSettings, heldout: text.TextSource) -> text.Te
     """The text to fit on, read as the held-out text is; None for the calibration tokens."""
     if settings.fit_data is None:
         return None
-    return replace(heldout, data=settings.fit_data, flag="--fit-data", reading=Reading())
+    return replace(heldout, data=settings.fit_data, flag="--fit-data", asked=(), reading=Reading())
 
 
 def fitting_inputs(session: Session, work: WorkDir, source: text.TextSource | None) -> dict[str, str]:

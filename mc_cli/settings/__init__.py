@@ -6,7 +6,7 @@ This room imports no torch. Values that depend on the quantizer are looked up in
 from mc_cli.settings.allocate import CAMERA_Q, CUTS_WITHIN, TARGETS, WIDTH_BORDERS, AllocateSettings
 from mc_cli.settings.calibrate import CalibrateSettings
 from mc_cli.settings.compute import RunSettings
-from mc_cli.settings.declared import Flag, Settings, StageSettings, flags_of_class
+from mc_cli.settings.declared import Flag, Settings, StageSettings, changed, flags_of_class
 from mc_cli.settings.effort import EFFORTS
 from mc_cli.settings.engines import ENGINES, PER_PROJECTION, WHOLE_MODEL, Engine, widths_to_score, with_engine
 from mc_cli.settings.evaluate import ACTIVATION_BITS, EvaluateSettings
@@ -54,6 +54,7 @@ __all__ = [
     "ScoreSettings",
     "Settings",
     "StageSettings",
+    "changed",
     "flags_of_class",
     "widths_to_score",
     "with_engine",

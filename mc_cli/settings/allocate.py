@@ -10,7 +10,7 @@ from typing import Any
 from mc_cli.errors import InputError, McError, MissingFlagsError, shown
 from mc_cli.parts import BESIDE_TEXT, DROPPED, KEPT_BITS, Role
 from mc_cli.settings import texts
-from mc_cli.settings.declared import Flag, StageSettings, setting
+from mc_cli.settings.declared import Flag, StageSettings, changed, setting, without_effect
 from mc_cli.settings.drop import DROP_METHODS, drop_problems
 from mc_cli.settings.engines import ENGINES, engine_flag, role_conflicts, width_conflicts
 from mc_cli.settings.merge import MERGES, merge_problems
@@ -31,6 +31,7 @@ TARGETS = ("target_stored_bits", "target_bits", "target_size_bytes", "cut_ratio"
 # here (docs/results/inside-experts.md); larger sizes were not compared.
 CUTS_WITHIN = 2.25
 CAMERA_Q = "camera-q"  # three groups of channels
+EXPONENTS = ("alpha", "beta", "gamma")
 _BUDGET, _METHOD, _PARTS = "Budget (exactly one)", "Method", "Widths of the other parts"
 _TARGET, _NOT_SET = "a target is above 0.", "not set"
 _WIDTH = "1 to 8, or 16 to keep the checkpoint's own."
@@ -332,6 +333,19 @@ class AllocateSettings(StageSettings):
             )
         yield from map(InputError, self._cut_problems())
         yield from map(InputError, self._group_problems())
+        yield from self._idle()
+
+    def _idle(self) -> Iterator[McError]:
+        """The fault of settings of a programme over costs where none is solved, and of exponents that nothing takes."""
+        given = changed(self)
+        if self.is_by_scores and (self.has_one_width or self.method == CAMERA_Q):
+            idle = [name for name in given if name in ("hedge", "gap", "time_limit_s")]
+            yield from without_effect(self, idle, "where scores alone say what goes, and no programme is solved")
+        if self.drop_ratio is not None or self.experts_left is not None:
+            idle = [name for name in given if name in EXPONENTS]
+            yield from without_effect(self, idle, "with --drop-ratio or --experts-left")
+        elif self.method == CAMERA_Q:
+            yield from without_effect(self, [name for name in given if name in EXPONENTS[1:]], f"with {CAMERA_Q}")
 
     def _cut_problems(self) -> Iterator[str]:
         """The faults of requests about cuts, made with a cut or without one."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mc_cli.errors import McError
 from mc_cli.settings import texts
-from mc_cli.settings.declared import Flag, StageSettings, setting
+from mc_cli.settings.declared import Flag, StageSettings, changed, setting, without_effect
 
 _MODEL, _TEXT = "Model", "Text"
 
@@ -70,3 +70,6 @@ class CalibrateSettings(StageSettings):
 
     def _conflicts(self) -> Iterator[McError]:
         yield from texts.two_templates(self.chat_template, self.no_chat_template)
+        if not self.gradient_tokens:
+            idle = [name for name in changed(self) if name in ("gradient_samples", "choice_costs")]
+            yield from without_effect(self, idle, "with --gradient-tokens 0: there is no backward pass")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mc_cli.settings.declared import Flag, Settings, setting
+from mc_cli.errors import McError
+from mc_cli.settings.declared import Flag, Settings, changed, setting, without_effect
 from mc_cli.settings.written import parse_file_size
 
 COMPUTING = "Computing"
@@ -83,6 +85,11 @@ class RunSettings(Settings):
         ),
     )
     trust_remote_code: bool = setting(False, Flag("Run the Python code that the checkpoint brings along.", COMPUTING))
+
+    def _conflicts(self) -> Iterator[McError]:
+        if not self.workers:
+            idle = [name for name in changed(self) if name == "job_threads"]
+            yield from without_effect(self, idle, "without --workers, for example --workers 2")
 
     @property
     def of_jobs(self) -> dict[str, Any]:

@@ -6,11 +6,11 @@ The command line, recipes, the Python door and docs/reference/cli.md all read th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
-from mc_cli.errors import InputError, McError, Problems, shown
+from mc_cli.errors import IdleError, InputError, McError, Problems, shown
 
 LARGEST_COUNT = 1 << 31  # of what flags count: more tokens than any run reads, in as many sequences as tokens
 _LARGEST_NUMBER = 2**63 - 1
@@ -51,6 +51,10 @@ class Flag:
     def name(self) -> str:
         """The name on the command line, for example `--target-size`."""
         return self.option or "--" + self.field.replace("_", "-")
+
+    def given_as(self, value: Any) -> str:
+        """The flag that gives this value: its name, or for False the one that says no."""
+        return f"--no-{self.name.removeprefix('--')}" if value is False else self.name
 
     def refusal(self, value: Any) -> str:
         """The fault of a value of the field, as a message that begins with the flag; "" where nothing is."""
@@ -141,15 +145,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def changed(settings: StageSettings) -> list[str]:
+def changed(settings: Settings) -> list[str]:
     """Names of the fields that have another value than their default, those of settings within it left out."""
     plain = [each for each in fields(settings) if not is_dataclass(each.default)]
     return [each.name for each in plain if getattr(settings, each.name) != each.default]
 
 
-def without_effect(names: list[str], when: str) -> Iterator[InputError]:
-    """The fault of settings that were given and change nothing; `when` goes on with that."""
-    if names:
-        options = [f"--{name.replace('_', '-')}" for name in names]
-        change, them = ("changes", "it") if len(options) == 1 else ("change", "them")
-        yield InputError(f"{', '.join(options)} {change} nothing {when}. Leave {them} out.")
+def without_effect(settings: Settings, names: Collection[str], when: str) -> Iterator[IdleError]:
+    """The fault of fields that were given and change nothing; `when` goes on with that."""
+    flags = [flag for flag in flags_of_class(type(settings)) if flag.field in names]
+    if flags:
+        change, them = ("changes", "it") if len(flags) == 1 else ("change", "them")
+        options = ", ".join(flag.given_as(getattr(settings, flag.field)) for flag in flags)
+        yield IdleError(f"{options} {change} nothing {when}. Leave {them} out.", names)

@@ -48,5 +48,5 @@ def drop_problems(asked: DropAsked, targets: list[str]) -> Iterator[str]:
         )
     if targets and KEPT_BITS in widths and asked.bits:
         yield "--bits 16 beside a budget: widths of a budget are coded. Leave the budget out to keep weights."
-    if not targets and asked.floors:
-        yield "--floor counts experts by their width, but those that --drop-ratio leaves have one width."
+    if asked.floors:
+        yield "--floor chooses widths with whole experts: leave it out with --drop-ratio, or drop by width 0 of --bits."

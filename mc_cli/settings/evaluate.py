@@ -104,6 +104,6 @@ class EvaluateSettings(StageSettings):
         yield from texts.two_templates(self.chat_template, self.no_chat_template)
         if not self.tasks:
             given = [name for name in changed(self) if name in ("include_path", "task_limit")]
-            yield from without_effect(given, "without --tasks")
+            yield from without_effect(self, given, "without --tasks")
         if self.stride < 0 or (self.length and self.stride > self.length):
             yield InputError(f"--stride {self.stride}: from 0 (no overlap) to --length {self.length}.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mc_cli.errors import InputError, McError
-from mc_cli.settings.declared import Flag, StageSettings, setting
+from mc_cli.settings.declared import Flag, StageSettings, changed, setting, without_effect
 from mc_cli.settings.written import LARGEST_SIZE, parse_file_size
 
 SINGLE_FILE, SINGLE_FILE_FORMAT = ".gguf", "gguf"  # a target of such a name is one file
@@ -76,6 +76,9 @@ class ExportSettings(StageSettings):
     def _conflicts(self) -> Iterator[McError]:
         if not self.out:
             yield InputError("export needs --out, the directory to write.")
+        if self.format == SINGLE_FILE_FORMAT:
+            idle = [name for name in changed(self) if name == "shard_bytes"]
+            yield from without_effect(self, idle, f"with --format {SINGLE_FILE_FORMAT}, which is one file")
         if self.out.endswith(SINGLE_FILE) and self.format != SINGLE_FILE_FORMAT:
             yield InputError(
                 f"--out {self.out} names one file, which --format {self.format} does not write. Give --format "

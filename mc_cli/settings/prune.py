@@ -12,6 +12,8 @@ from mc_cli.settings.written import parse_names, parse_rates
 REAP, FREQUENCY, ROUTER_WEIGHT = "reap", "frequency", "router-weight"  # by which experts are dropped as a whole
 PER_LAYER, GLOBAL = "layer", "global"  # the same share of experts in each layer, or the lowest of the whole model
 ALL, OTP, ODP = "all", "otp", "odp"  # policies with settings of their own
+# What chooses how much is skipped, and what that is fitted on.
+_POINT, _FITTED = ("target_rate", "max_loss"), ("rates", "fit_data", "fit_sequences", "policy_seed")
 _PRUNING = "Skipping experts while running"
 
 
@@ -130,17 +132,18 @@ class PruneSettings(StageSettings):
             if self.drop_experts:
                 yield InputError("--drop-experts needs --policy; --policy all drops whole experts and skips no calls.")
             given = [name for name in changed(self) if name != "drop_experts"]
-            yield from without_effect(given, "without --policy, for example --policy odp")
+            yield from without_effect(self, given, "without --policy, for example --policy odp")
             return
         if self.policy == (ALL,):
             if not self.drop_experts:
                 yield InputError(f"--policy {ALL} skips no calls, and drops no experts without --drop-experts SHARE.")
-            given = [name for name in changed(self) if name in ("target_rate", "max_loss")]
-            yield from without_effect(given, f"with --policy {ALL}, by which no token skips a call")
+            idle = (*_POINT, *(() if self.sweep else _FITTED))  # a sweep fits the baselines
+            given = [name for name in changed(self) if name in idle]
+            yield from without_effect(self, given, f"with --policy {ALL}, by which no token skips a call")
         for prefix, there, of in (
             ("drop_", self.drop_experts, "without --drop-experts"),
             ("otp_", OTP in self.policy, f"without --policy {OTP}"),
             ("protect", ODP in self.policy, f"without --policy {ODP}"),
         ):
             if not there:
-                yield from without_effect([name for name in changed(self) if name.startswith(prefix)], of)
+                yield from without_effect(self, [name for name in changed(self) if name.startswith(prefix)], of)

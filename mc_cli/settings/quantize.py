@@ -31,3 +31,4 @@ class QuantizeSettings(StageSettings):
     def _conflicts(self) -> Iterator[McError]:
         if conflict := quantizer_conflict(self.engine, self.quantizer.quantizer):
             yield conflict
+        yield from self.quantizer.idle_conflicts()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
+from mc_cli.errors import IdleError
 from mc_cli.registry import QUANTIZERS, candidate_widths
-from mc_cli.settings.declared import Flag, StageSettings, setting
+from mc_cli.settings.declared import Flag, StageSettings, changed, setting, without_effect
 
 LARGEST_GROUP = 2**20  # inputs per scale; more than any matrix has
 _QUANTIZER = "Quantizer"
 FULL, QUICK = "full", "quick"  # searches
+# The fields that a quantizer reads where its SETTINGS name them; the others shape what every quantizer is handed.
+_OF_SOME = ("damping", "activation_order", "sweeps", "search")
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,23 @@ class QuantizerSettings(StageSettings):
     def resolved(self) -> dict[str, Any]:
         """Plain JSON values of all fields; the search only where another than the full one was asked for."""
         return {name: value for name, value in super().resolved().items() if (name, value) != ("search", FULL)}
+
+    @property
+    def idle(self) -> list[str]:
+        """The fields that were given and that the quantizer does not read; none of an unknown one."""
+        given = [name for name in changed(self) if name in _OF_SOME]  # without any, no quantizer is imported
+        if not given or self.quantizer not in QUANTIZERS.modules:
+            return []
+        return [name for name in given if name not in self._fact("SETTINGS")]
+
+    @property
+    def effective(self) -> QuantizerSettings:
+        """The same without what is idle, as a record of an earlier version may hold it."""
+        return replace(self, **{name: getattr(QuantizerSettings, name) for name in self.idle})
+
+    def idle_conflicts(self) -> Iterator[IdleError]:
+        """The fault of settings that the quantizer does not read, for those who were given them just now."""
+        yield from without_effect(self, self.idle, f"with --quantizer {self.quantizer}")
 
     @property
     def corrects_errors(self) -> bool:

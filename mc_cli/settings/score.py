@@ -9,13 +9,14 @@ from typing import Any
 from mc_cli.errors import InputError, McError
 from mc_cli.parts import DROPPED
 from mc_cli.registry import widths_of
-from mc_cli.settings.declared import Flag, StageSettings, setting
+from mc_cli.settings.declared import Flag, StageSettings, setting, without_effect
 from mc_cli.settings.engines import engine_flag, quantizer_conflict, width_conflicts, widths_to_score
 from mc_cli.settings.merge import MERGES, PUZZLE, SUB_MOE
 from mc_cli.settings.quantizer import QuantizerSettings
 from mc_cli.settings.written import as_written, parse_bits_list
 
 _SCORE = "Measures"
+_LEAST_BETWEEN = 3  # widths of which one lies between two others
 # Units that are measured: experts and their projections; channels besides; or channels where they can be cut.
 EXPERT, CHANNEL, AUTO = "expert", "channel", "auto"
 
@@ -112,6 +113,12 @@ class ScoreSettings(StageSettings):
         """Widths that the quantizer does not make, whole ones up to 8 it always does; and what an engine has not."""
         if conflict := quantizer_conflict(self.engine, self.quantizer.quantizer):
             yield conflict
+        yield from self.quantizer.idle_conflicts()
+        coded = [width for width in self.bits if width != DROPPED]
+        if self.interpolate and len(coded) < _LEAST_BETWEEN:
+            yield from without_effect(
+                self, ["interpolate"], f"with --bits {','.join(map(str, coded))}: none is between"
+            )
         yield from width_conflicts(self.engine, self.bits, "--bits")
         if self.engine is not None and self.pairs:
             yield InputError(f"--pairs {self.pairs}: experts are not merged for {self.engine}. Leave it out.")

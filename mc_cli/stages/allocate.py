@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mc_cli.allocators import SolverSettings, allocate
+from mc_cli.allocators import SolverSettings, allocate, strategy_named
 from mc_cli.allocators.beside import whole_prediction
 from mc_cli.allocators.channel_cuts import cut_plan
 from mc_cli.allocators.channel_groups import grouped_plan
@@ -21,8 +21,8 @@ from mc_cli.allocators.merged_widths import merged_widths_plan
 from mc_cli.allocators.merging import merge_plan, merges_of
 from mc_cli.allocators.pairs_measured import NO_PAIRS, MeasuredPairs, read_pairs
 from mc_cli.allocators.programme import METHOD, programme
-from mc_cli.allocators.target import beside_experts, budget_of, floors_of
-from mc_cli.allocators.trust import hedged
+from mc_cli.allocators.target import beside_experts, budget_of, floors_of, idle_widths
+from mc_cli.allocators.trust import check_hedge, hedged
 from mc_cli.allocators.whole_drops import drop_plan, require_a_drop
 from mc_cli.artifacts import calibration as calibration_artifact
 from mc_cli.artifacts.channel_measures import ChannelMeasures, channel_file
@@ -299,6 +299,7 @@ def plan_of(
     Raises BudgetError for a target out of reach, InputError for what the method cannot use.
     """
     role_bits, others = beside_experts(settings, inventory, quantizer, importance)
+    check_hedge(settings.hedge, strategy_named(settings.method), by_size=settings.target_size_bytes is not None)
     cuts, pairs = cuts if may_cut(settings) else {}, pairs if may_merge(settings) else NO_PAIRS
     plan, considered = _allocated(settings, importance, role_bits, others, cuts, pairs, inventory, quantizer)
     plan = _completed(plan, settings, inventory, quantizer, others)
@@ -313,7 +314,9 @@ def _completed(
     if settings.target_size_bytes is not None:
         budget["asked_file_bytes"] = settings.target_size_bytes
         budget["directory_bytes"] = inventory.directory_bytes
-    return replace(plan, budget=budget, family=quantizer.family, group_size_limit=quantizer.group_size)
+    warnings = (*plan.warnings, *idle_widths(settings, inventory))
+    coded: dict[str, Any] = {"family": quantizer.family, "group_size_limit": quantizer.group_size}
+    return replace(plan, budget=budget, warnings=warnings, **coded)
 
 
 def _allocated(

@@ -43,7 +43,7 @@ from mc_cli.parts import ExpertBlock, ModelInventory
 from mc_cli.progress import Progress, StageResult
 from mc_cli.reports.calibration import calibration_summary, not_covered
 from mc_cli.reports.shortages import starved_by_kind, starved_experts, unexplained_choices
-from mc_cli.settings import CalibrateSettings, RunSettings
+from mc_cli.settings import CalibrateSettings, RunSettings, changed
 from mc_cli.stage import Plans, Run, Runs, Stage
 from mc_cli.walking.layerwise import LayerWalk
 from mc_cli.walking.resume import read_state, read_states, restore_progress, save_progress, save_state
@@ -140,7 +140,8 @@ def calibrated_text(settings: CalibrateSettings, session: Session | None) -> tex
     """The text that calibrate reads; without a session as a model that sees none would."""
     chat = ChatSettings(settings.chat_template, settings.no_chat_template)
     seeing = session is not None and sees(session.config)
-    return text.TextSource(settings.data, settings.split, settings.text_field, chat, images=seeing)
+    asked = changed(settings)
+    return text.TextSource(settings.data, settings.split, settings.text_field, chat, images=seeing, asked=asked)
 
 
 def _drawn(settings: CalibrateSettings, session: Session) -> Drawn[Batch]:

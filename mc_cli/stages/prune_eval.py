@@ -47,7 +47,7 @@ from mc_cli.parts import ModelInventory, Role
 from mc_cli.progress import Progress, SilentProgress, StageResult
 from mc_cli.reports.evaluation import evaluation_summary
 from mc_cli.reports.front import draw_front
-from mc_cli.settings import EvaluateSettings, RunSettings
+from mc_cli.settings import EvaluateSettings, RunSettings, changed
 from mc_cli.stage import Plans, Run, Runs, Stage, run_stage
 
 STAGE = "prune-eval"
@@ -251,7 +251,8 @@ def evaluated_text(settings: EvaluateSettings, session: Session | None) -> text.
     """The text that is measured on; without a session as a model that sees none would read it."""
     chat = ChatSettings(settings.chat_template, settings.no_chat_template)
     seeing = session is not None and sees(session.config)
-    return text.TextSource(settings.data, settings.split, settings.text_field, chat, images=seeing)
+    asked = changed(settings)
+    return text.TextSource(settings.data, settings.split, settings.text_field, chat, images=seeing, asked=asked)
 
 
 def heldout_windows(settings: EvaluateSettings, session: Session) -> text.Windows:

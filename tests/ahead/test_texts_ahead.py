@@ -52,10 +52,38 @@ def test_what_is_too_short_in_several_ways_is_told_at_once(given: Path) -> None:
     wrong = ("--data", short, "--eval-data", short, "--policy", "odp", "--fit-data", short, "--eval-text-field", "no")
     status, said = small_run(given, *wrong, "--dry-run")
     assert status == 1 and "3 things stand against this" in said
-    status, said = small_run(
-        given, "--eval-data", given / "chat.jsonl", "--eval-text-field", "no", "--no-chat-template"
-    )
+    status, said = small_run(given, "--eval-data", given / "chat.jsonl", "--no-chat-template")
     assert status == 1 and "--eval-data holds no domain" in said
+
+
+IDLE = {
+    ("--split", "validation"): "--split validation changes nothing with --data bundled:calibration, which is no",
+    ("--eval-split", "train"): "--eval-split train changes nothing with --eval-data bundled:heldout, which is no",
+    (
+        "--data",
+        "long.txt",
+        "--text-field",
+        "body",
+    ): "--text-field body changes nothing with --data {}long.txt: no row has",
+    ("--eval-data", "rows.jsonl", "--eval-text-field", "body"): "(read were 2 by chat: messages)",
+}
+
+
+@pytest.mark.parametrize("flags", IDLE, ids=" ".join)
+def test_splits_and_fields_that_say_nothing_of_the_text_are_refused(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    (tmp_path / "long.txt").write_text(_LONG)
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(_CHAT)}\n" * 2)
+    filled = [str(tmp_path / each) if (tmp_path / each).is_file() else each for each in flags]
+    status, said = small_run(tmp_path, *filled, "--dry-run")
+    assert status == 1 and IDLE[flags].format(f"{tmp_path}/") in said
+
+
+def test_a_field_of_the_held_out_text_need_not_be_in_the_text_to_fit_on(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text(_LONG * 20)
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps({'body': _LONG})}\n" * 2)
+    read = ("--eval-data", tmp_path / "rows.jsonl", "--eval-text-field", "body")
+    status, said = small_run(tmp_path, *read, "--policy", "odp", "--fit-data", tmp_path / "long.txt", "--dry-run")
+    assert status == 0, said
 
 
 @pytest.mark.parametrize("name", ["short.txt", "chat.jsonl"])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 
 import numpy as np
+import pytest
 
-from mc_cli.allocators import Budget, allocate
-from mc_cli.allocators.trust import TRUSTED_TOKENS, hedged, trusted
+from mc_cli.allocators import Budget, allocate, strategies
+from mc_cli.allocators.strategy import CostSettings
+from mc_cli.allocators.trust import TRUSTED_TOKENS, check_hedge, hedged, trusted
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.plan import Plan
+from mc_cli.errors import InputError
 from tests.allocators.cases import made_up_importance
 from tests.allocators.test_dropping import droppable
 
@@ -78,3 +82,16 @@ def _lost(plan: Plan, importance: Importance, factors: dict[int, np.ndarray]) ->
         for layer in importance.layers
         for expert in range(layer.num_experts)
     )
+
+
+@pytest.mark.parametrize("name", strategies())
+def test_a_hedge_is_refused_where_no_predicted_loss_is_looked_at(name: str) -> None:
+    strategy, importance = strategies()[name], droppable(layers=2, experts=4, seed=3)
+    settings = CostSettings(strategy.exponents)
+    widths = tuple(bits for bits in importance.candidate_bits if bits)
+    layers = zip(importance.layers, hedged(importance, 0.5).layers, strict=True)
+    costs = [[strategy.costs(each, widths, settings) for each in pair] for pair in layers]
+    assert (costs[0][0] != costs[0][1]) is strategy.predicts
+    check_hedge(0.5, strategy, by_size=True)  # widths beside the experts are bought by predicted losses
+    with nullcontext() if strategy.predicts else pytest.raises(InputError, match=rf"hedge 0.5 .* --method {name}"):
+        check_hedge(0.5, strategy, by_size=False)

@@ -167,11 +167,13 @@ def test_a_stage_too_early_names_the_one_before(mc_cli: Invoke, stages: FakeStag
 
 def test_quantize_follows_what_score_used(mc_cli: Invoke, stages: FakeStages, tmp_path: Path) -> None:
     mc_cli("calibrate", "--model", "m", "--data", "d", "-w", tmp_path)
-    mc_cli("score", "-w", tmp_path, "--quantizer", "rtn", "--group-size", 32)
+    mc_cli("score", "-w", tmp_path, "--quantizer", "gptq", "--group-size", 32)
     mc_cli("allocate", "-w", tmp_path, "--target-bits", 2)
     assert mc_cli("quantize", "-w", tmp_path, "--damping", 0.2).exit_code == 0
     quantizer = stages.calls[-1][1].quantizer
-    assert (quantizer.quantizer, quantizer.group_size, quantizer.damping) == ("rtn", 32, 0.2)
+    assert (quantizer.quantizer, quantizer.group_size, quantizer.damping) == ("gptq", 32, 0.2)
+    told = mc_cli("quantize", "-w", tmp_path, "--quantizer", "rtn", "--sweeps", 4)
+    assert told.exit_code == 1 and "--sweeps changes nothing with --quantizer rtn. Leave it out." in told.stderr
 
 
 def test_dry_run_tells_all_four_states_and_does_nothing(mc_cli: Invoke, stages: FakeStages, tmp_path: Path) -> None:
@@ -235,6 +237,8 @@ def test_run_stops_at_what_is_stale_and_force_from_rebuilds_from_there(
     assert rebuilt.exit_code == 0
     assert [force for *_, force in stages.calls] == [False, False, True, True, True, True]
     assert mc_cli(*changed, "--force-from", "nothing").exit_code == 1
+    both = mc_cli(*changed, "--force", "--force-from", "allocate")
+    assert both.exit_code == 1 and "give one of them" in both.stderr
 
 
 def test_run_dry_run_waits_behind_what_is_not_done(mc_cli: Invoke, stages: FakeStages, tmp_path: Path) -> None:

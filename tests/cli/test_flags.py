@@ -99,7 +99,10 @@ def test_flags_are_the_fields(section: str) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_offers_its_fields_and_nothing_unused(stage: str) -> None:
     asked = {parameter.name for parameter in GROUP.commands[stage].params}
-    compute = {flag.field for flag in flags_of(COMPUTE)} if stage != "allocate" else set()
+    jobs = {"workers", "job_threads"}  # that score and quantize hand out
+    unread = {"calibrate": jobs, "prune-eval": jobs, "export": {*jobs, "batch_tokens"}}
+    computing = {flag.field for flag in flags_of(COMPUTE)} - unread.get(stage, set())
+    compute = computing if stage != "allocate" else set()
     place = WORDS if stage in SHARED else WORDS | {"variant"}
     listing = {"list"} if stage == "export" else set()  # of the formats; nothing is done
     assert asked == leaf_fields(SECTIONS[stage]) | compute | place | listing
@@ -184,7 +187,23 @@ def test_parsed_values() -> None:
             lambda: s.PruneSettings(policy=("odp",), drop_by="frequency"),
             "--drop-by changes nothing without",
         ),
+        (
+            lambda: s.PruneSettings(policy=("all",), drop_experts=0.2, fit_sequences=8),
+            "--fit-sequences changes nothing with --policy all",
+        ),
         (lambda: s.EvaluateSettings(data="d", task_limit=4), "--task-limit changes nothing without --tasks"),
+        (lambda: s.RunSettings(job_threads=2), "--job-threads changes nothing without --workers"),
+        (
+            lambda: s.CalibrateSettings("m", data="d", gradient_tokens=0, gradient_samples=2, choice_costs=False),
+            "--gradient-samples, --no-choice-costs change nothing with --gradient-tokens 0",
+        ),
+        (lambda: s.ScoreSettings((2, 4), interpolate=True), "--interpolate changes nothing with --bits 2,4"),
+        (lambda: s.ExportSettings("gguf", "o", shard_bytes=10**6), "--shard-size changes nothing with --format gguf"),
+        (lambda: s.AllocateSettings(cut_ratio=0.2, gap=0.1), "--gap changes nothing where scores alone say"),
+        (lambda: s.AllocateSettings(cut_ratio=0.2, time_limit_s=1), "--time-limit changes nothing where"),
+        (lambda: s.AllocateSettings(drop_ratio=0.2, hedge=0.1), "--hedge changes nothing where scores alone"),
+        (lambda: s.AllocateSettings(drop_ratio=0.2, target_bits=2, beta=1.0), "--beta changes nothing with --drop"),
+        (lambda: s.AllocateSettings(method="camera-q", target_bits=2, gamma=1.0), "--gamma changes nothing with"),
     ],
 )
 def test_settings_that_would_change_nothing_are_refused(make: Callable[[], Any], words: str) -> None:

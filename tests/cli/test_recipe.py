@@ -16,7 +16,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 WHOLE = """
 work_dir: runs/x
 calibrate: {model: m, data: d.txt, sequences: 4}
-score: {bits: [2, 3], quantizer: rtn, damping: 0.5}
+score: {bits: [2, 3], quantizer: gptq, damping: 0.5}
 allocate: {target_size_bytes: 2MiB, floors: {3: 1, 2: 2}, gap: 1e-3, dense_bits: null}
 quantize: {damping: 0.25}
 prune-eval: {tasks: [a, b]}
@@ -50,7 +50,7 @@ def test_values_reach_the_settings(tmp_path: Path) -> None:
 
 def test_quantize_rounds_as_score_did_unless_told(tmp_path: Path) -> None:
     quantizer = plan_run(recipe(tmp_path, WHOLE)).stages["quantize"].quantizer
-    assert quantizer == s.QuantizerSettings(quantizer="rtn", damping=0.25)
+    assert quantizer == s.QuantizerSettings(quantizer="gptq", damping=0.25)
 
 
 def test_run_never_evaluates_on_nothing(tmp_path: Path) -> None:

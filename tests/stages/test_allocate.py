@@ -207,3 +207,14 @@ def test_group_size_follows_score(tiny_model: TinyModel, tmp_path: Path) -> None
     run_quantize(work_dir, quantizer=QuantizerSettings(quantizer="rtn", group_size=16))
     layout = (work_dir / "packed" / "layout.json").read_text(encoding="utf-8")
     assert "_g16" in layout and "_g32" not in layout
+
+
+def test_widths_of_parts_that_a_model_has_not_are_told(scored: Path, tmp_path: Path) -> None:
+    work_dir = Path(shutil.copytree(scored, tmp_path / "work"))
+    roles = {part.role for part in read_inventory(work_dir / "calibration" / INVENTORY).tensors}
+    run_allocate(work_dir, target_stored_bits=2.4, shared_bits=4, dense_bits=4)
+    told = [message for message in plan_of(work_dir).warnings if "bits" in message and "nothing" in message]
+    assert bool(told) is not ({Role.SHARED, Role.DENSE} <= roles)
+    words = "has no shared experts and no MLPs of layers without experts."
+    flags = "--shared-bits and --dense-bits change nothing"
+    assert not told or told == [f"{flags}: {plan_of(work_dir).model_type} {words}"]
