@@ -23,7 +23,7 @@ from mc_cli.registry import QUANTIZERS
 if TYPE_CHECKING:
     import torch
 
-SCHEMA = 2
+SCHEMA = 3
 _SIDE = 1024  # of the matrices that are multiplied, factorized and searched
 _NO_SEARCH = "gptq"  # quantizers that are not probed take as long: errors are fed back, and nothing is searched
 _CODED, _FORECAST = 256, 2048  # outputs of a matrix; a forecast has work that does not grow with them
@@ -98,16 +98,19 @@ def probe() -> Machine:
     import torch
 
     from mc_cli.measuring.speed import reading_rate
+    from mc_cli.numerics.products import fast_float32_products
 
     generator = torch.Generator().manual_seed(0)
+    with fast_float32_products():  # as the stages compute
+        product_flops, coding = _product_flops(generator), _coding_seconds(generator)
     machine = Machine(
         name=_name(),
         threads=torch.get_num_threads(),
         when=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        product_flops=_product_flops(generator),
+        product_flops=product_flops,
         factor_flops=_factor_flops(generator),
         moved_bytes=_moved_rate(generator),
-        coding=_coding_seconds(generator),
+        coding=coding,
         reading_bytes=reading_rate(repeats=3),
         packed_bytes=_packed_rate(generator),
         disk_bytes=_disk_rate(),
