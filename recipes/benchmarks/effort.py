@@ -136,8 +136,9 @@ def parse() -> argparse.Namespace:
 def layer_of(place: Path, arguments: argparse.Namespace) -> tuple[str, str]:
     """(model, text): one layer of Qwen3-30B-A3B's widths with few experts, of which a token gets up to 8, and words."""
     import scale
+    from layer_shapes import SHAPES
 
-    shape = scale.SHAPES["qwen3-30b"]
+    shape = SHAPES["qwen3-30b"]
     chosen = {"num_experts": arguments.experts, "num_experts_per_tok": min(8, max(1, arguments.experts // 2))}
     tokens = arguments.sequences * arguments.length
     sizes = argparse.Namespace(layers=1, vocabulary=512, tokens=tokens)

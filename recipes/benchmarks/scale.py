@@ -21,108 +21,16 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from layer_shapes import SHAPES, Shape
 from memory import WORDS, _tokenizer
 
 STAGES = ("calibrate", "score", "quantize")  # allocate computes little, and a plan is made without it
 OFF_MEMORY, OFF_BYTES, OFF_TIME = 0.15, 0.001, 1.5
 POOL = 1 << 26  # random numbers, of which every tensor takes some
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's widths, the names of its experts' tensors, and the limit that its stages should keep."""
-
-    config: dict[str, Any]
-    moe: str  # the module of routers and experts in a layer
-    parts: tuple[str, str, str]  # gate, up and down projection of an expert
-    limit: int
-
-
-SHAPES = {
-    "tiny": Shape(  # to try this script out
-        {
-            "model_type": "mixtral",
-            "architectures": ["MixtralForCausalLM"],
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 512,
-        },
-        "block_sparse_moe",
-        ("w1", "w3", "w2"),
-        GIB,
-    ),
-    "mixtral-8x7b": Shape(
-        {
-            "model_type": "mixtral",
-            "architectures": ["MixtralForCausalLM"],
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 32000,
-        },
-        "block_sparse_moe",
-        ("w1", "w3", "w2"),
-        8 * GIB,
-    ),
-    "qwen3-30b": Shape(
-        {
-            "model_type": "qwen3_moe",
-            "architectures": ["Qwen3MoeForCausalLM"],
-            "hidden_size": 2048,
-            "moe_intermediate_size": 768,
-            "intermediate_size": 6144,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": True,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "vocab_size": 151936,
-        },
-        "mlp",
-        ("gate_proj", "up_proj", "down_proj"),
-        6 * GIB,
-    ),
-    "deepseek-v3": Shape(
-        {
-            "model_type": "deepseek_v3",
-            "architectures": ["DeepseekV3ForCausalLM"],
-            "hidden_size": 7168,
-            "moe_intermediate_size": 2048,
-            "intermediate_size": 18432,
-            "n_routed_experts": 256,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 8,
-            "n_group": 8,
-            "topk_group": 4,
-            "first_k_dense_replace": 0,
-            "q_lora_rank": 1536,
-            "kv_lora_rank": 512,
-            "qk_nope_head_dim": 128,
-            "qk_rope_head_dim": 64,
-            "v_head_dim": 128,
-            "num_attention_heads": 128,
-            "num_key_value_heads": 128,
-            "routed_scaling_factor": 2.5,
-            "vocab_size": 129280,
-        },
-        "mlp",
-        ("gate_proj", "up_proj", "down_proj"),
-        12 * GIB,
-    ),
-}
 
 
 def main() -> None:
@@ -142,7 +50,7 @@ def main() -> None:
     if options.out:
         facts = {
             name: getattr(options, name)
-            for name in ("shape", "layers", "tokens", "length", "coded", "samples", "vocabulary")
+            for name in ("shape", "layers", "tokens", "length", "coded", "samples", "unit", "vocabulary")
         }
         content = {**facts, "limit_bytes": limit, "stages": found, "rows": rows}
         Path(options.out).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -161,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=1, help="labels drawn for each token")
     parser.add_argument("--coded", type=int, default=4, help="experts of a layer that are coded; the others are kept")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="the first ones alone")
+    parser.add_argument("--unit", default="expert", choices=("expert", "channel"), help="what score measures")
     parser.add_argument("--vocabulary", type=int, help="ids; default: the shape's own")
     parser.add_argument("--limit", type=int, help="bytes; default: the shape's own")
     parser.add_argument("--dtype", default="float32")
@@ -173,7 +82,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _in_child(what: str, options: argparse.Namespace) -> dict[str, Any]:
-    names = ("shape", "layers", "tokens", "length", "samples", "coded", "vocabulary", "limit", "dtype", "folder")
+    names = (
+        "shape",
+        "layers",
+        "tokens",
+        "length",
+        "samples",
+        "coded",
+        "unit",
+        "vocabulary",
+        "limit",
+        "dtype",
+        "folder",
+    )
     given = [f"--{name}={getattr(options, name)}" for name in names if getattr(options, name) is not None]
     before, begin = os.times(), time.monotonic()
     command = [sys.executable, __file__, "--child", what, *given]
@@ -239,7 +160,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
             "gradient_tokens": options.tokens,
             "gradient_samples": options.samples,
         },
-        "score": {"bits": (2,), "loss_tokens": 64},
+        "score": {"bits": (2,), "loss_tokens": 64, "unit": options.unit},
         "quantize": {"plan": str(folder / "plan.yaml")},
         "compute": {
             "device": "cpu",
@@ -309,9 +230,10 @@ def _predicted(options: argparse.Namespace) -> dict[str, Any]:
     from mc_cli.recipe import Recipe, plan_run
 
     folder = Path(options.folder)
-    given = {**_settings(options), "allocate": {"target_stored_bits": 2.5}, "export": {"out": str(folder / "out")}}
+    given = {**_settings(options), "export": {"out": str(folder / "out")}}
     if not (folder / "plan.yaml").exists():
         del given["quantize"]
+        given["allocate"] = {"target_stored_bits": 2.5}
     plan = plan_run(Recipe(given, str(folder / "estimate")))
     look = Look(plan.stages, plan.compute, WorkDir(folder / "estimate"), tuple(plan.stages))
     outlook = look.outlook()
@@ -396,6 +318,9 @@ def _tensors(config: dict[str, Any], shape: Shape) -> Iterator[Sized]:
         if "n_shared_experts" in config:
             rest.append((f"{moe}.gate.e_score_correction_bias", (count,)))
             rest += _expert(f"{moe}.shared_experts", shape, hidden, inner * config["n_shared_experts"])
+        if "shared_expert_intermediate_size" in config:
+            rest.append((f"{moe}.shared_expert_gate.weight", (1, hidden)))
+            rest += _expert(f"{moe}.shared_expert", shape, hidden, config["shared_expert_intermediate_size"])
         yield rest
         for begin in range(0, count, 32):
             experts = range(begin, min(count, begin + 32))
@@ -425,6 +350,11 @@ def _attention(config: dict[str, Any]) -> Sized:
     narrow = size * config["num_key_value_heads"]
     found: Sized = [("q_proj.weight", (heads * size, hidden)), ("o_proj.weight", (hidden, heads * size))]
     found += [(f"{name}.weight", (narrow, hidden)) for name in ("k_proj", "v_proj")]
+    if config["model_type"] == "qwen2_moe":
+        found += [
+            (f"{name}.bias", (width,))
+            for name, width in (("q_proj", heads * size), ("k_proj", narrow), ("v_proj", narrow))
+        ]
     if config["model_type"] == "qwen3_moe":
         found += [(f"{name}.weight", (size,)) for name in ("q_norm", "k_norm")]
     return found
