@@ -15,15 +15,17 @@ from mc_cli.artifacts.files import nothing_remembered
 from mc_cli.artifacts.locks import work_dir_lock
 from mc_cli.artifacts.manifest import MANIFEST, Manifest
 from mc_cli.artifacts.work_dir import SHARED, STAGE_FOLDERS, WorkDir
-from mc_cli.errors import InputError, McError, MissingDependencyError, Problems, reworded
-from mc_cli.flags import STAGES, renamed_in_run, shared_with_score
+from mc_cli.errors import InputError, McError, MissingDependencyError, Problems
+from mc_cli.flags import STAGES, shared_with_score
 from mc_cli.progress import Progress, StageResult
 from mc_cli.recipe import RunPlan
 from mc_cli.settings import RunSettings
+from mc_cli.wording import Words
 
 if TYPE_CHECKING:
     from mc_cli.ahead import Outlook
 
+COMMAND_WORDS = Words()
 _WAITING, _DONE = "waiting", "done"
 _ACTIONS = {
     "new": "would run",
@@ -125,17 +127,30 @@ def planned_stage(stage: str, settings: Any, compute: RunSettings, work: WorkDir
     return PlannedStage(stage, state, actions[state], str(folder.folder), differences)
 
 
-def look_ahead(stages: Mapping[str, Any], compute: RunSettings, work: WorkDir, *, todo: Collection[str]) -> Outlook:
+def look_ahead(
+    stages: Mapping[str, Any],
+    compute: RunSettings,
+    work: WorkDir,
+    *,
+    todo: Collection[str],
+    words: Words = COMMAND_WORDS,
+) -> Outlook:
     """See `mc_cli.ahead`, which imports torch. Raises MissingDependencyError as `stage_module`."""
     require_compress()
     from mc_cli import ahead
 
-    words = {stage: renamed_in_run(stage) for stage in stages if len(stages) > 1}
     return ahead.look_ahead(stages, compute, work, todo=todo, words=words)
 
 
-def check_stage(stage: str, settings: Any, compute: RunSettings, work: WorkDir, *, force: bool) -> None:
+def check_stage(
+    stage: str, settings: Any, compute: RunSettings, work: WorkDir, *, force: bool, words: Words = COMMAND_WORDS
+) -> None:
     """Raises a McError naming all that stands against a stage, before it computes anything; nothing if it is done."""
+    with words.told(stage):
+        _check_stage(stage, settings, compute, work, force=force)
+
+
+def _check_stage(stage: str, settings: Any, compute: RunSettings, work: WorkDir, *, force: bool) -> None:
     if stage == STAGES[0] and (force or not _has_ended(stage, work)):  # before texts of any size are hashed
         look_ahead({stage: settings}, compute, work, todo=(stage,))
         return
@@ -176,7 +191,7 @@ def forecast_chain(plan: RunPlan, *, force_from: str | None) -> tuple[list[Plann
     planned: list[PlannedStage] = []
     with problems.catching():
         planned = planned_chain(plan, force_from=force_from)
-    return planned, _forecast(problems, planned, plan.stages, plan.compute, plan.work)
+    return planned, _forecast(problems, planned, plan.stages, plan.compute, plan.work, plan.words)
 
 
 def forecast_chains(
@@ -200,6 +215,7 @@ def _forecast(
     stages: Mapping[str, Any],
     compute: RunSettings,
     work: WorkDir,
+    words: Words = COMMAND_WORDS,
 ) -> Outlook | None:
     """The outlook of the stages that are not done; None where all are. Raises what was collected with what is found."""
     done = {entry.stage for entry in planned if entry.state == _DONE and not entry.action.startswith("would")}
@@ -207,7 +223,7 @@ def _forecast(
     found: Outlook | None = None
     if todo:
         with problems.catching(), nothing_remembered():
-            found = look_ahead(stages, compute, work, todo=todo)
+            found = look_ahead(stages, compute, work, todo=todo, words=words)
     problems.tell()
     return found
 
@@ -220,7 +236,7 @@ def planned_chain(plan: RunPlan, *, force_from: str | None) -> list[PlannedStage
         if waits_for:
             found.append(PlannedStage(stage, _WAITING, f"after {waits_for}"))
             continue
-        with reworded(renamed_in_run(stage)):
+        with plan.words.told(stage):
             found.append(planned_stage(stage, plan.stages[stage], plan.compute, plan.work, force=force))
         if found[-1].state != _DONE or force:
             waits_for = stage
@@ -262,9 +278,10 @@ def run_chains(
             for stage, force in _forced(force_from, plan.stages):
                 if number and stage in SHARED:
                     continue
-                settings = plan.stages[stage]
-                with reworded(renamed_in_run(stage)):
-                    results.append(run_stage(stage, settings, plan.compute, plan.work, force=force, progress=progress))
+                settings, shown = plan.stages[stage], plan.words.progress(stage, progress)
+                with plan.words.told(stage):
+                    made_now = run_stage(stage, settings, plan.compute, plan.work, force=force, progress=shown)
+                results.append(plan.words.result(made_now))
                 tell(results[-1])
             made.append(results)
     return made
@@ -314,7 +331,7 @@ def _check_chain(plan: RunPlan, force_from: str | None) -> Outlook | None:
             break
         done.add(stage)
     todo = [stage for stage in plan.stages if stage not in done]
-    return look_ahead(plan.stages, plan.compute, plan.work, todo=todo) if todo else None
+    return look_ahead(plan.stages, plan.compute, plan.work, todo=todo, words=plan.words) if todo else None
 
 
 def _forced(force_from: str | None, stages: Collection[str]) -> Iterator[tuple[str, bool]]:

@@ -7,6 +7,7 @@ Settings have the names of the command line's flags, with underscores: `--target
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -18,15 +19,17 @@ from mc_cli.artifacts.names import EVALUATION
 from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.work_dir import MAIN, WorkDir
 from mc_cli.chain import check_stage, run_chain, run_stage
-from mc_cli.errors import InputError, Problems, shown
-from mc_cli.flags import COMPUTE, STAGES, build, flags_of_command, run_flags
+from mc_cli.errors import InputError, McError, Problems, shown
+from mc_cli.flags import COMPUTE, STAGES, build, flags_of_command, run_flags, run_name
 from mc_cli.progress import Progress, SilentProgress
 from mc_cli.recipe import Recipe, field_value, plan_run
 from mc_cli.settings import Flag, RunSettings
+from mc_cli.wording import PYTHON, PYTHON_STAGE, Words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_RUN, _STAGE = Words(PYTHON), Words(PYTHON_STAGE)
 __all__ = ["Compressed", "compress", "evaluate", "load"]
 
 
@@ -70,7 +73,8 @@ def compress(
     effort     `fast`, `default` or `best`; settings go over it
     force      rebuilds every stage
     progress   where stages report to; without it nowhere, warnings are in the result
-    settings   flags of `mc-cli run` by name; one of target_stored_bits, target_bits and target_size is needed
+    settings   flags of `mc-cli run` by name, `engine` for `--for`; one of target_stored_bits, target_bits, target_size
+               or what else says how small the result is to be is needed
     Raises a McError that names everything that stands against it, before any work where that can be known.
 
     >>> made = mc_cli.compress(
@@ -80,13 +84,19 @@ def compress(
     0.0081
     """
     problems = Problems()
-    paths = {"model": model, "data": data, "out": out, "work_dir": f"{out}.work" if work_dir is None else work_dir}
+    paths: dict[str, Any] = {
+        "model": model,
+        "data": data,
+        "out": out,
+        "work_dir": f"{out}.work" if work_dir is None else work_dir,
+    }
     named = {name: _path(name, value, problems) for name, value in paths.items()}
     place = Path(named.pop("work_dir"))
     given = {**named, **settings}
     asked: list[tuple[str, str, Any]] = []
     unread: set[tuple[str, str]] = set()
-    known = run_flags()
+    known = _by_name(run_flags())
+    problems.errors += _twice(given, known)
     for name, value in given.items():
         if name not in known:
             problems.refuse(_unknown(name, known))
@@ -94,9 +104,9 @@ def compress(
         for section, flag in known[name]:
             unread.add((section, flag.field))
             with problems.catching():
-                asked.append((section, flag.field, _read(section, name, flag, value)))
+                asked.append((section, flag.field, _read(section, name, flag, value, _RUN)))
                 unread.remove((section, flag.field))
-    plan = plan_run(Recipe().override(asked, str(place), effort, variant), problems, unread)
+    plan = plan_run(Recipe(words=_RUN).override(asked, str(place), effort, variant), problems, unread)
     results = run_chain(
         plan, force_from=STAGES[0] if force else None, progress=progress or SilentProgress(), tell=lambda result: None
     )
@@ -130,7 +140,8 @@ def load(
     folder = _path("directory", directory, problems)
     problems.tell()
     check_engine(folder, "transformers")
-    compute = RunSettings(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    with _STAGE.told(COMPUTE):
+        compute = RunSettings(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     model: PreTrainedModel = load_model(Path(folder), compute)
     return model
 
@@ -155,19 +166,23 @@ def evaluate(
     """
     problems = Problems()
     work = WorkDir(Path(_path("work_dir", work_dir, problems)), variant)
-    known = {flag.field: (section, flag) for section, flag in flags_of_command("prune-eval")}
+    known = _by_name({flag.field: [(section, flag)] for section, flag in flags_of_command("prune-eval")})
     values: dict[str, dict[str, Any]] = {"prune-eval": {}, COMPUTE: {}}
-    for name, value in {"data": _path("data", data, problems), **settings}.items():
+    given = {"data": _path("data", data, problems), **settings}
+    problems.errors += _twice(given, known)
+    for name, value in given.items():
         if name not in known:
             problems.refuse(_unknown(name, known))
             continue
-        section, flag = known[name]
+        ((section, flag),) = known[name]
         with problems.catching():
-            values[section][name] = _read(section, name, flag, value)
+            values[section][flag.field] = _read(section, name, flag, value, _STAGE)
     problems.tell()
-    asked, compute = build("prune-eval", values["prune-eval"]), build(COMPUTE, values[COMPUTE])
-    check_stage("prune-eval", asked, compute, work, force=force)
-    run_stage("prune-eval", asked, compute, work, force=force, progress=progress or SilentProgress())
+    with _STAGE.told("prune-eval"):
+        asked, compute = build("prune-eval", values["prune-eval"]), build(COMPUTE, values[COMPUTE])
+        check_stage("prune-eval", asked, compute, work, force=force)
+        shown = _STAGE.progress("prune-eval", progress or SilentProgress())
+        run_stage("prune-eval", asked, compute, work, force=force, progress=shown)
     return Evaluation.read(work.folder("prune-eval") / EVALUATION)
 
 
@@ -179,12 +194,32 @@ def _path(name: str, value: Any, problems: Problems) -> str:
     return "."
 
 
-def _read(section: str, name: str, flag: Flag, value: Any) -> Any:
+def _by_name(known: Mapping[str, Sequence[tuple[str, Flag]]]) -> dict[str, Sequence[tuple[str, Flag]]]:
+    """Settings by their flags' names with underscores, and by their fields' as recipes have them."""
+    words = {name: (_RUN if name == run_name(*pairs[0]) else _STAGE).option(*pairs[0]) for name, pairs in known.items()}
+    return {**{words[name]: pairs for name, pairs in known.items()}, **known}
+
+
+def _twice(given: Mapping[str, Any], known: Mapping[str, Sequence[tuple[str, Flag]]]) -> list[McError]:
+    """The fault of one setting that was given under two names."""
+    names: dict[int, list[str]] = {}
+    for name in given:
+        if name in known:
+            names.setdefault(id(known[name]), []).append(name)
+    return [
+        InputError(f"{' and '.join(same)} are one setting. Give one of them.") for same in names.values() if same[1:]
+    ]
+
+
+def _read(section: str, name: str, flag: Flag, value: Any, words: Words) -> Any:
     plain = fspath(value) if isinstance(value, PathLike) else list(value) if isinstance(value, tuple) else value
     try:
-        return field_value(section, flag, plain)
+        with words.told(section):
+            return field_value(section, flag, plain)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} {error}.") from error
+    except InputError as error:
+        raise error if str(error).startswith(words.option(section, flag)) else InputError(f"{name}: {error}") from error
 
 
 def _unknown(name: str, known: dict[str, Any]) -> str:

@@ -69,6 +69,11 @@ class Problems:
         except McError as error:
             self.add(error)
 
+    def reword(self, names: Mapping[str, str]) -> None:
+        """Names settings as `names` has them in all that was collected."""
+        for error in self.errors:
+            error.args = (reworded_text(str(error), names),)
+
     def refuse(self, message: str) -> None:
         """An InputError of that message; none where it is empty."""
         if message:
@@ -150,16 +155,26 @@ def about(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reworded(names: Mapping[str, str]) -> Iterator[None]:
-    """An error raised inside names flags as `names` has them: each whole flag by the one that stands for it."""
+    """An error raised inside names settings as `names` has them, see `reworded_text`."""
     try:
         yield
     except McError as error:
         for each in (error, *getattr(error, "errors", ())):
-            each.args = (_FLAG.sub(lambda found: names.get(found[0], found[0]), str(each)),)
+            each.args = (reworded_text(str(each), names),)
         raise
 
 
-_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z](?![\w-])")
+def reworded_text(message: str, names: Mapping[str, str]) -> str:
+    """A message with each whole flag as `names` has it; commands that it tells to run keep their own flags."""
+    if not names:
+        return message
+    return _COMMAND_OR_FLAG.sub(lambda found: names.get(found[0], found[0]), message)
+
+
+# What stands in backticks, a command with its flags, or a flag.
+_COMMAND = r"(?:mc-cli [a-z-]+|\b(?:calibrate|score|allocate|quantize|prune-eval|export|generate|serve|bench))"
+_FLAG = r"(?<![\w-])--[a-z][a-z-]*[a-z](?![\w-])"
+_COMMAND_OR_FLAG = re.compile(rf"`[^`\n]*`|{_COMMAND}(?: --?[a-z][a-z-]*(?: (?!--)[^\s,;:]+)?)+|{_FLAG}")
 
 
 def first_line(error: Exception) -> str:

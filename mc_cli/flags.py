@@ -158,12 +158,6 @@ def run_option(section: str, flag: Flag) -> str:
     return f"--{RUN_PREFIX}-{flag.name.removeprefix('--')}" if prefixed else flag.name
 
 
-def renamed_in_run(section: str) -> dict[str, str]:
-    """A stage's flag -> what it is called in `run`, of those that have another name there."""
-    flags = {flag.name: run_option(section, flag) for flag in flags_of(section)}
-    return {name: option for name, option in flags.items() if name != option}
-
-
 def parsed(flag: Flag, value: Any) -> Any:
     """A flag's value as its field holds it. Raises InputError, naming the flag, for a value that it does not take."""
     if flag.parse is None or value is None:

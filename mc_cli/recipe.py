@@ -21,7 +21,7 @@ import yaml
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.artifacts.strict_yaml import read_yaml
 from mc_cli.artifacts.work_dir import MAIN, WorkDir, check_variant
-from mc_cli.errors import SHOWN, InputError, MissingFlagsError, Problems, listed, reworded, shown
+from mc_cli.errors import SHOWN, InputError, MissingFlagsError, Problems, listed, shown
 from mc_cli.flags import (
     COMPUTE,
     HELD_OUT,
@@ -30,7 +30,6 @@ from mc_cli.flags import (
     build,
     flags_of,
     plain_type,
-    renamed_in_run,
     run_option,
     shared_with_score,
     type_of,
@@ -53,7 +52,9 @@ from mc_cli.settings import (
 )
 from mc_cli.settings.export import SINGLE_FILE
 from mc_cli.targets import SEVERAL, Targets, read_targets
+from mc_cli.wording import PYTHON, RUN, TOP_KEYS, Words, keys_of
 
+RUN_WORDS = Words(RUN)
 _MOST_ENTRIES = 1000  # of one list in a recipe
 # Limits of a whole recipe: one with every setting there is has some 150 entries. Plans are read by the same reader.
 _CHARACTERS, _ENTRIES = 1 << 20, 10_000
@@ -70,6 +71,7 @@ class Recipe:
     description: str = ""
     effort: str = "default"
     variant: str = MAIN
+    words: Words = RUN_WORDS
 
     def override(
         self,
@@ -91,8 +93,13 @@ class Recipe:
                 sections.get("allocate", {}).pop(name, None)
         for section, name, value in flags:
             sections.setdefault(section, {})[name] = value
+        if ("score", "bits") in [(section, name) for section, name, _ in flags]:
+            _hand_bits_over(sections)
         place = work_dir or self.work_dir
-        found = Recipe(sections, place, self.description, effort or self.effort, variant or self.variant)
+        given = {(section, name) for section, name, _ in flags}
+        given |= {("", name) for name, value in zip(TOP_KEYS, (work_dir, variant, effort), strict=True) if value}
+        words = self.words.without(given)
+        found = Recipe(sections, place, self.description, effort or self.effort, variant or self.variant, words)
         return found._only(only) if only else found
 
     def _only(self, names: Sequence[str]) -> Recipe:
@@ -131,7 +138,7 @@ class Recipe:
         if repository := sections.get("export", {}).get("push_to_hub"):
             sections["export"]["push_to_hub"] = f"{repository}-{name}"
         variant = name if self.variant == MAIN else f"{self.variant}-{name}"
-        return Recipe(sections, self.work_dir, self.description, self.effort, variant)
+        return Recipe(sections, self.work_dir, self.description, self.effort, variant, self.words)
 
 
 def _of_variant(out: Path, name: str) -> str:
@@ -145,12 +152,13 @@ def _of_variant(out: Path, name: str) -> str:
 class RunPlan:
     """All that `run` needs: settings per stage, in order, and where to work, in which variant.
 
-    Where quantize is given a plan, allocate is not among the stages.
+    Where quantize is given a plan, allocate is not among the stages. words: of who asked, for messages.
     """
 
     work: WorkDir
     stages: Mapping[str, Any]
     compute: RunSettings
+    words: Words = RUN_WORDS
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -183,7 +191,19 @@ def read_recipe(path: Path) -> Recipe:
         raise InputError(f"{path} has {len(problems)} entries that cannot be used:\n{listed(problems)}")
     effort = content.get("effort", "default")
     variant = content.get("variant", MAIN)
-    return Recipe(sections, content.get("work_dir"), content.get("description", ""), effort, variant)
+    words = Words(RUN, keys_of(sections, [name for name in TOP_KEYS if name in content]))
+    return Recipe(sections, content.get("work_dir"), content.get("description", ""), effort, variant, words)
+
+
+def _hand_bits_over(sections: dict[str, dict[str, Any]]) -> None:
+    """Has allocate keep to the widths that `run --bits` has scored, where it would not choose among these by itself.
+
+    Methods with widths of their own, and plans by scores, whose experts have one width or groups of channels some.
+    """
+    asked = sections.setdefault("allocate", {})
+    shares = any(asked.get(name) is not None for name in ("cut_ratio", "drop_ratio", "experts_left"))
+    if shares or asked.get("method", AllocateSettings.method) != AllocateSettings.method:
+        asked["bits"] = sections["score"]["bits"]
 
 
 def plan_run(
@@ -206,7 +226,8 @@ def plan_run(
     sections["prune-eval"].setdefault("data", HELD_OUT)
     missing = _missing(recipe, sections, unread)
     if missing:
-        problems.add(MissingFlagsError(f"run lacks {len(missing)} settings:\n{listed(missing)}"))
+        lacks = "1 setting" if len(missing) == 1 else f"{len(missing)} settings"
+        problems.add(MissingFlagsError(f"run lacks {lacks}:\n{listed(missing)}"))
     stages = _stages_of(recipe, problems)
     engine = ENGINES.get(sections["score"].get("engine") or "")
     if engine is not None:
@@ -224,16 +245,18 @@ def plan_run(
         complete = all(sections[name].get(field) for field in wanted)
         if name == "allocate":
             complete = any(sections[name].get(target) is not None for target in ANY_SIZE)
-        with problems.catching(), reworded(renamed_in_run(name)):
+        with problems.catching(), recipe.words.told(name):
             given = {key: value for key, value in sections[name].items() if not _is_effort(recipe, effort, name, key)}
             built[name] = build(name, given if complete else {**given, **_STANDS_IN.get(name, {})}, beneath[name])
     with problems.catching():
         check_variant(recipe.variant)
-    problems.tell()
+    with recipe.words.told("allocate"):  # of all that was found: what a section has told keeps its words
+        problems.tell()
     return RunPlan(
         WorkDir(Path(str(recipe.work_dir)), recipe.variant, engine=engine.name if engine else None),
         {stage: built[stage] for stage in stages},
         built[COMPUTE],
+        recipe.words,
     )
 
 
@@ -285,8 +308,13 @@ def _missing(
     recipe: Recipe, sections: Mapping[str, Mapping[str, Any]], unread: Collection[tuple[str, str]]
 ) -> list[str]:
     """A line for every required setting that was not given."""
+
+    def option(section: str, flag: Flag) -> str:
+        name = recipe.words.option(section, flag)
+        return name if recipe.words.asked == PYTHON else f"{name} (in a recipe: {section}: {{{flag.field}: ...}})"
+
     missing = [
-        f"{run_option(section, flag)} (in a recipe: {section}: {{{flag.field}: ...}})   {flag.help}"
+        f"{option(section, flag)}   {flag.help}"
         for section in STAGES
         for flag in flags_of(section)
         if flag.required and not sections[section].get(flag.field) and (section, flag.field) not in unread
@@ -348,7 +376,7 @@ def _section(section: str, values: Any, problems: list[str]) -> dict[str, Any]:
             else:
                 checked[name] = field_value(section, known[name], value)
         except (InputError, OverflowError, TypeError, ValueError) as error:
-            problems.append(f"{section}: {name}: {error}")
+            problems.append(f"{section}: {name}: {str(error).removeprefix(f'{known[name].name} ')}")
     return checked
 
 

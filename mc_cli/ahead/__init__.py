@@ -29,7 +29,7 @@ from mc_cli.artifacts.work_dir import FOLDERS, VARIANTS, WorkDir
 from mc_cli.coding.quantization import quantizer_for
 from mc_cli.data import text
 from mc_cli.data.processors import sees
-from mc_cli.errors import InputError, Problems, reworded
+from mc_cli.errors import InputError, Problems, reworded_text
 from mc_cli.exporters import check_model
 from mc_cli.kernels.compiled import check_inputs
 from mc_cli.models.companions import directory_bytes
@@ -51,11 +51,12 @@ from mc_cli.stages.allocate import with_directory
 from mc_cli.stages.calibrate import opened
 from mc_cli.stages.quantize import check_plan, existing_plan, plan_path
 from mc_cli.stages.score import role_widths
+from mc_cli.wording import Words
 
+_COMMON = "calibrate"  # whose flags are meant where a message is not of one stage alone
 __all__ = ["Look", "Outlook", "look_ahead"]
 
-Words = Mapping[str, Mapping[str, str]]  # stage -> its own flag -> the command's
-NO_WORDS: Words = {}
+COMMAND_WORDS = Words()
 
 
 def look_ahead(
@@ -64,12 +65,12 @@ def look_ahead(
     work: WorkDir,
     *,
     todo: Collection[str],
-    words: Words = NO_WORDS,
+    words: Words = COMMAND_WORDS,
 ) -> Outlook:
     """The needs of running the stages `todo`.
 
     stages   settings by stage: all of a run, or a single stage's
-    words    stage -> its flags that the command has under other names
+    words    of who asked, for messages
     Raises one McError, or SeveralErrors naming everything that stands against it.
     """
     look = Look(stages, compute, work, todo, words=words)
@@ -90,7 +91,7 @@ class Look:
         *,
         described: tuple[Session, ModelInventory] | None = None,
         tokenizes: bool = True,
-        words: Words = NO_WORDS,
+        words: Words = COMMAND_WORDS,
     ) -> None:
         """Nothing is read yet.
 
@@ -108,9 +109,16 @@ class Look:
         self._work = work
         self.problems = Problems()
 
-    @collector_paused()
     def outlook(self) -> Outlook:
         """All that can be told; what stands against it is in `problems`."""
+        found = self._outlook()
+        names = self._words.names(_COMMON)
+        found.warnings = [reworded_text(message, names) for message in found.warnings]
+        self.problems.reword(names)
+        return found
+
+    @collector_paused()
+    def _outlook(self) -> Outlook:
         found = Outlook()
         session, inventory = self.model()
         self._texts(session)
@@ -254,21 +262,21 @@ class Look:
         for stage in ("calibrate", "prune-eval"):
             found = Problems()
             check_texts({stage: self._todo[stage]} if stage in self._todo else {}, reader, found)
-            with self.problems.catching(), reworded(self._words.get(stage, {})):
+            with self.problems.catching(), self._words.told(stage):
                 found.tell()
 
     def _names(self, session: Session | None) -> None:
         """Names that only a late stage looks up: quantizers, policies, lm-eval tasks, formats of engines."""
         for stage in ("score", "quantize"):
             if stage in self._todo:
-                with self.problems.catching():
+                with self.problems.catching(), self._words.told(stage):
                     quantizer_for(self._todo[stage].quantizer)
         if "prune-eval" in self._todo:
             evaluated = self._todo["prune-eval"]
-            with self.problems.catching():
+            with self.problems.catching(), self._words.told("prune-eval"):
                 check_tasks(evaluated)
             if session is not None:
-                with self.problems.catching():
+                with self.problems.catching(), self._words.told("prune-eval"):
                     check_inputs(evaluated.activation_bits, session.device)
         score = self._todo.get("score")
         if session is not None and score is not None and score.engine is not None:
@@ -279,7 +287,7 @@ class Look:
         """Checks that policies and formats can have the packed model that they ask for."""
         config = None if session is None else session.config
         trusted = self._compute.trust_remote_code
-        asked = Asked(self._all, self._todo, self._work, config, inventory, self._plan, trusted)
+        asked = Asked(self._all, self._todo, self._work, config, inventory, self._plan, trusted, self._words)
         check_results(asked, self.problems)
 
     def _places(self) -> None:
@@ -294,7 +302,7 @@ class Look:
         """The size of the packed model: as the budget asks, or as a plan says."""
         size: Size | None = None
         quantize = self._todo.get("quantize")
-        with self.problems.catching():
+        with self.problems.catching(), self._words.told("quantize"):
             if quantize is not None and self._is_given(quantize):
                 plan = Plan.read(existing_plan(quantize, self._work))
                 check_plan(plan, quantize, inventory)
@@ -302,12 +310,12 @@ class Look:
                 size = planned_size(plan, inventory, quantize.quantizer)
         score = self._score()
         if score is not None and "score" in self._todo:
-            with self.problems.catching():
+            with self.problems.catching(), self._words.told("score"):
                 kinds = replace(inventory, expert_blocks=tuple(kinds_of(inventory)))
                 check_engine(kinds, score)
                 importance_of_shapes(kinds, score)  # every width fits every matrix
         if score is not None and "allocate" in self._todo:
-            with self.problems.catching():
+            with self.problems.catching(), self._words.told("allocate"):
                 asked = reachable_size(self._todo["allocate"], score, inventory)
                 size = size or asked
         return size

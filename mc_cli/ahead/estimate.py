@@ -27,6 +27,7 @@ from mc_cli.parts import ModelInventory
 from mc_cli.reports.tables import table
 from mc_cli.settings import RunSettings
 from mc_cli.stages.quantize import existing_plan
+from mc_cli.wording import Words
 
 
 @dataclass(frozen=True)
@@ -119,20 +120,30 @@ class Estimate:
 
 
 def estimate(
-    targets: Sequence[Target], compute: RunSettings, work: WorkDir, *, fit_bytes: int | None, context: int | None
+    targets: Sequence[Target],
+    compute: RunSettings,
+    work: WorkDir,
+    *,
+    words: Words,
+    fit_bytes: int | None,
+    context: int | None,
 ) -> Estimate:
     """The estimate of a run for each of the targets; what one of them cannot have is among its problems.
 
+    words       of who asked, for messages
     fit_bytes   memory that the result is to run in;  context   tokens of keys and values; None: the model's own window
     """
     with TemporaryDirectory(prefix="mc-cli-") as folder:
-        return _estimate(targets, compute, work, fit_bytes, context, Path(folder))
+        found = _estimate(targets, compute, work, words, fit_bytes, context, Path(folder))
+    found.problems.reword(words.names("allocate"))  # of targets; others are in these words already
+    return found
 
 
 def _estimate(
     targets: Sequence[Target],
     compute: RunSettings,
     work: WorkDir,
+    words: Words,
     fit_bytes: int | None,
     context: int | None,
     folder: Path,
@@ -146,7 +157,8 @@ def _estimate(
             known = _from_hub(asked.model, asked.revision, compute, work, folder)
     if problems.errors:
         return Estimate(Outlook(), [], problems, known_machine())
-    look = Look(first, compute, work, tuple(first), described=None if known is None else known[:2], tokenizes=False)
+    there = None if known is None else known[:2]
+    look = Look(first, compute, work, tuple(first), described=there, tokenizes=False, words=words)
     outlook = look.outlook()
     if known is not None:
         outlook.warnings += told(known[2])

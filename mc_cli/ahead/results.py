@@ -25,6 +25,7 @@ from mc_cli.models.model_folder import read_config
 from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory
 from mc_cli.registry import QUANTIZERS
 from mc_cli.settings import CAMERA_Q, ENGINES, WHOLE_MODEL, AllocateSettings, ExportSettings, PruneSettings
+from mc_cli.wording import Words
 
 _DENSE, _ONE_WIDTH = "dense", "uniform"  # a format, and a method that gives all experts one width
 
@@ -37,6 +38,7 @@ class Asked:
     config     of the model;  None where it is not known
     inventory  None where it is not known
     plan       that quantize is given; None where one is to be made, or is no more needed
+    words      of who asked, for messages
     """
 
     stages: Mapping[str, Any]
@@ -46,6 +48,7 @@ class Asked:
     inventory: ModelInventory | None
     plan: Plan | None
     trust_remote_code: bool
+    words: Words
 
     @property
     def packs(self) -> bool:
@@ -76,11 +79,11 @@ def check_results(asked: Asked, problems: Problems) -> None:
     evaluate, export = asked.todo.get("prune-eval"), asked.todo.get("export")
     if evaluate is not None and evaluate.prune.policy:
         for check in _policy_checks(asked, evaluate.prune, layout):
-            with problems.catching():
+            with problems.catching(), asked.words.told("prune-eval"):
                 check()
     if export is not None:
         for check in _format_checks(asked, export, layout):
-            with problems.catching():
+            with problems.catching(), asked.words.told("export"):
                 check()
 
 

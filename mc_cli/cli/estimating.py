@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,7 @@ def estimate(given: Mapping[str, Any]) -> None:
             [Target(words, plan.stages) for words, plan in targets],
             plan.compute,
             plan.work,
+            words=replace(plan.words, more=(("--model", "DIR|ID"),)),
             fit_bytes=fit,
             context=given["context"],
         )

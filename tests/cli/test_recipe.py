@@ -94,7 +94,7 @@ def test_all_offenders_are_named_at_once(tmp_path: Path) -> None:
         "calibrate: length: is a text ('long'), should be a whole number",
         "calibrate: seed: is true or false (True), should be a whole number",
         "calibrate: model: is a list (['a']), should be a text",
-        "score: bits: --bits '2,x': write widths separated by commas",
+        "score: bits: '2,x': write widths separated by commas",
         "score: loss_tokens: is a number (1.5), should be a whole number",
         "score: activation_order: is a text ('yes'), should be true or false",
         "export: a text, should be settings",
@@ -163,7 +163,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_values_the_settings_refuse(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--sequences 0: at least 1"):
+    with pytest.raises(InputError, match=r"calibrate.sequences 0: at least 1"):
         plan_run(recipe(tmp_path, WHOLE.replace("sequences: 4", "sequences: 0")))
 
 
@@ -174,7 +174,7 @@ def test_effort_lies_beneath_recipe_and_flags(tmp_path: Path) -> None:
     assert best.stages["calibrate"].sequences == plain.stages["calibrate"].sequences == 4  # the recipe says so
     fast = plan_run(recipe(tmp_path, WHOLE).override([("score", "loss_tokens", 99)], None, "fast"))
     assert fast.stages["score"].loss_tokens == 99 and fast.stages["calibrate"].gradient_tokens == 8192
-    with pytest.raises(InputError, match="--effort 'most': known are fast, default, best"):
+    with pytest.raises(InputError, match="effort 'most': known are fast, default, best"):
         plan_run(recipe(tmp_path, WHOLE + "\neffort: most\n"))
 
 
