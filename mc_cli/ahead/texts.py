@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mc_cli.data import documents, text
+from mc_cli.data import dataset_names, documents, large_texts, text
 from mc_cli.data.enough import Beginning
 from mc_cli.data.inputs import Feeder
 from mc_cli.data.text import TextSource
@@ -45,14 +45,14 @@ def check_texts(todo: Mapping[str, Any], reader: Reader, problems: Problems) -> 
     if calibrate is not None:
         with problems.catching():
             source = calibrated_text(calibrate, session)
-            found = first_of(source)
+            found = first_of(source, online=session is not None)
             if session is not None:
                 _require(found, source, reader, text.fit_length(calibrate.length, session.config))
     if evaluated is None:
         return
     source = evaluated_text(evaluated, session)
     with problems.catching():
-        found = first_of(source)
+        found = first_of(source, online=session is not None)
         if session is not None:
             length = text.fit_length(evaluated.length, session.config)
             text.check_stride(evaluated.stride, length)
@@ -60,7 +60,9 @@ def check_texts(todo: Mapping[str, Any], reader: Reader, problems: Problems) -> 
     fitted = fitting_source(evaluated.prune, source) if evaluated.prune.policy else None
     if fitted is not None:
         with problems.catching():
-            windows = _require(first_of(fitted), fitted, reader, reader.calibrated, wanted=LEAST_ROWS)
+            windows = _require(
+                first_of(fitted, online=session is not None), fitted, reader, reader.calibrated, wanted=LEAST_ROWS
+            )
             require_rows(windows, reader.calibrated)
 
 
@@ -75,15 +77,17 @@ def _require(
     return feeder.require(found, tokenizer, length=length, wanted=wanted, measured=measured)
 
 
-def first_of(source: TextSource) -> Beginning | None:
+def first_of(source: TextSource, *, online: bool = True) -> Beginning | None:
     """The documents of a text as far as they are read before a stage. Raises InputError where it cannot be read.
 
-    A small text is read whole, of large .jsonl and .parquet files the beginning, of other large files only that they
-    open is known before. Names of `datasets` are left to the library, which may have to fetch them: None.
+    A small text is read whole, a large one looked through, see `mc_cli.data.large_texts`. Names of `datasets` are
+    looked up where `online`, of which no row is fetched: None, as of folders of images.
     """
     source.check_split()
     path = documents.resolve_data(source.data, flag=source.flag)
     if path is None:
+        if online:
+            dataset_names.check_dataset(source.data, source.split, source.text_field, source.flag)
         return None
     files = _files(path)
     unreadable = [str(file) for file in files if not os.access(file, os.R_OK)]
@@ -92,12 +96,12 @@ def first_of(source: TextSource) -> Beginning | None:
     asked: dict[str, Any] = {"text_field": source.text_field, "flag": source.flag, "images": source.images}
     if sum(file.stat().st_size for file in files) <= _READ_WHOLE:
         return Beginning(source.read(), whole=True)
-    found = [
-        document
-        for file in files
-        if file.suffix in documents.BY_ROWS
-        for document in documents.first_documents(file, **asked)
-    ]
+    if documents.is_saved_dataset(path):
+        found = large_texts.first_of_saved(path, split=source.split, **asked)
+    elif source.images and documents.picture_files(path):
+        found = []
+    else:
+        found = large_texts.look_through(documents.text_files(path, source.flag), **asked)
     return Beginning(found, whole=False) if found else None
 
 

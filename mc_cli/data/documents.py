@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,15 @@ from mc_cli.artifacts.strict_json import JsonError, has_half_character, parse_js
 from mc_cli.artifacts.system_errors import refusal
 from mc_cli.bundled import named
 from mc_cli.data.chat import CHAT_FIELDS, Chat, chat_of_row
+from mc_cli.data.dataset_names import TEXT_FIELD, check_field_of, dataset_rows, saved_rows
 from mc_cli.data.pictures import IMAGE_FIELDS, SUFFIXES, ImageSource, images_of_row
 from mc_cli.errors import InputError, shown
 
 ALL = "all"
 DATA_FLAG = "--data"
 IMAGES_LEFT_OUT = ", its images left out"  # ends the kind of a row, for a model that reads none
-TEXT_FIELD = "text"  # where a row has it, it is taken; it is also what --text-field is unless given
 _SUFFIXES = (".txt", ".jsonl", ".parquet", ".json")
-BY_ROWS = (".jsonl", ".parquet")  # kinds of files of which the first rows are read without the others
 _ALONE = ".json"  # read from a folder that holds no other kind: settings and records end so as well
-_BEGINNING, _FIRST_ROWS = 1 << 18, 1024  # characters and rows of a large file that are looked at before a stage
 _TAGS = ("domain", "id", "_id", "uuid", "url")  # texts about a text
 
 
@@ -108,7 +107,7 @@ def data_digest(
     images    whether files of images that rows name are part of it
     """
     path = resolve_data(data, flag=flag)
-    pictures = _picture_files(path) if images and path is not None else []
+    pictures = picture_files(path) if images and path is not None else []
     if pictures:
         return content_digest(["images", *([file.name, cache.digest(file)] for file in pictures), template])
     digest = _rows_digest(data, split, text_field, cache, template=template, flag=flag)
@@ -124,11 +123,11 @@ def _rows_digest(data: str, split: str, text_field: str, cache: DigestCache, *, 
     path = resolve_data(data, flag=flag)
     if path is None:
         return content_digest({"datasets": data, "split": split, "text_field": text_field, **extra})
-    if _is_saved_dataset(path):
+    if is_saved_dataset(path):
         files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
         named = [[str(file.relative_to(path)), cache.digest(file)] for file in files]
         return content_digest({"saved": named, "split": split, "text_field": text_field, **extra})
-    named = [[file.name, cache.digest(file)] for file in _files(path, flag)]
+    named = [[file.name, cache.digest(file)] for file in text_files(path, flag)]
     return content_digest([*named, text_field, *([extra] if extra else [])])
 
 
@@ -154,42 +153,32 @@ def read_documents(
     reading = Reading() if reading is None else reading
     path = resolve_data(data, flag=flag)
 
-    def rows(folder: Path | None) -> _Rows:
-        return _Rows(text_field, reading, images=images, folder=folder)
+    def rows(folder: Path | None) -> Rows:
+        return Rows(text_field, reading, images=images, folder=folder)
 
-    if path is None or _is_saved_dataset(path):
-        found = list(_from_datasets(data, path, split, rows(path), flag))
-    elif images and (pictures := _picture_files(path)):
+    if path is None or is_saved_dataset(path):
+        found = list(from_datasets(data, path, split, rows(path), flag))
+    elif images and (pictures := picture_files(path)):
         reading.rows["file of an image"] += len(pictures)
         reading.left_out += _left_out(path, pictures, ())
         found = [Document("", images=(ImageSource(str(file), path=file),), where=str(file)) for file in pictures]
     else:
-        files = _files(path, flag)
+        files = text_files(path, flag)
         reading.left_out += _left_out(path, files, SUFFIXES if images else ())
-        found = [document for file in files for document in _from_file(file, rows(file.parent), flag)]
-    documents = list(filter(_is_filled, found))
+        found = [document for file in files for document in from_file(file, rows(file.parent), flag)]
+    documents = list(filter(is_filled, found))
     reading.empty += len(found) - len(documents)
     if not documents:
         raise InputError(f"{flag} {data}: no text in it (field {text_field!r}).")
     return documents
 
 
-def first_documents(file: Path, *, text_field: str, flag: str, images: bool = False) -> list[Document]:
-    """The first documents of a large .jsonl or .parquet file, of which no more is read. Raises as `read_documents`."""
-    found, size = [], 0
-    for document in _from_file(file, _Rows(text_field, Reading(), images=images, folder=file.parent), flag):
-        found.append(document)
-        size += len(document.text) + (0 if document.chat is None else len(str(document.chat.messages)))
-        if size > _BEGINNING or len(found) == _FIRST_ROWS:
-            break
-    return list(filter(_is_filled, found))
-
-
-def _is_filled(document: Document) -> bool:
+def is_filled(document: Document) -> bool:
+    """Whether there is anything to read in it."""
     return document.chat is not None or bool(document.text.strip()) or bool(document.images)
 
 
-def _is_saved_dataset(path: Path) -> bool:
+def is_saved_dataset(path: Path) -> bool:
     """True for a folder that `datasets` wrote with save_to_disk: one split, or a dictionary of splits."""
     return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
 
@@ -199,7 +188,7 @@ def has_splits(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file()
 
 
-def _picture_files(path: Path) -> list[Path]:
+def picture_files(path: Path) -> list[Path]:
     """The images of a folder that holds no file of rows, or the one that `path` is."""
     if not path.is_dir():
         return [path] if path.suffix.lower() in SUFFIXES else []
@@ -209,7 +198,8 @@ def _picture_files(path: Path) -> list[Path]:
     return [file for file in files if file.suffix.lower() in SUFFIXES]
 
 
-def _files(path: Path, flag: str) -> list[Path]:
+def text_files(path: Path, flag: str) -> list[Path]:
+    """The files that are read of a path. Raises InputError for an unknown kind, and for a folder without any."""
     if not path.is_dir():
         if path.suffix not in _SUFFIXES:
             raise InputError(f"{flag} {path}: unknown kind of file; known are {', '.join(_SUFFIXES)}.")
@@ -235,7 +225,7 @@ def _left_out(path: Path, taken: Sequence[Path], read_by_rows: Collection[str]) 
     )
 
 
-class _Rows:
+class Rows:
     """Turns the rows of one source into documents; what the first row is like decides what later ones may be."""
 
     def __init__(self, text_field: str, reading: Reading, *, images: bool = False, folder: Path | None = None) -> None:
@@ -312,8 +302,9 @@ def _domain(value: object) -> str:
     return ALL if value is None else value if isinstance(value, str) else shown(value)
 
 
-def _from_file(path: Path, rows: _Rows, flag: str) -> Iterator[Document]:
-    try:
+def from_file(path: Path, rows: Rows, flag: str) -> Iterator[Document]:
+    """The documents of one file, one after another. Raises InputError naming the place of what cannot be read."""
+    with readable(path, flag):
         if path.suffix == ".txt":
             yield rows.plain_text(path)
         elif path.suffix == ".jsonl":
@@ -322,13 +313,25 @@ def _from_file(path: Path, rows: _Rows, flag: str) -> Iterator[Document]:
             yield from _from_json(path, rows, flag)
         else:
             yield from _from_parquet(path, rows, flag)
+
+
+@contextmanager
+def readable(path: Path, flag: str) -> Iterator[None]:
+    """What goes wrong with a file inside is an InputError that names it."""
+    try:
+        yield
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{flag} {path} cannot be read as UTF-8 (byte {error.start}: {error.reason}){_encoding_of(path)}. Write "
-            "the file as UTF-8; `iconv -f latin1 -t utf-8 FILE` does so for one in latin-1."
-        ) from error
+        raise not_utf8(path, flag, error.start, error.reason) from error
     except OSError as error:
         raise InputError(refusal(error, path, action=f"(of {flag}) cannot be read")) from error
+
+
+def not_utf8(path: Path, flag: str, place: int, reason: str) -> InputError:
+    """The fault of a file whose bytes are no UTF-8 from `place` on."""
+    return InputError(
+        f"{flag} {path} cannot be read as UTF-8 (byte {place}: {reason}){_encoding_of(path)}. Write "
+        "the file as UTF-8; `iconv -f latin1 -t utf-8 FILE` does so for one in latin-1."
+    )
 
 
 def _encoding_of(path: Path) -> str:
@@ -338,23 +341,26 @@ def _encoding_of(path: Path) -> str:
     return ", its first bytes are those of UTF-16" if begin in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else ""
 
 
-def _from_jsonl(path: Path, rows: _Rows, flag: str) -> Iterator[Document]:
+def _from_jsonl(path: Path, rows: Rows, flag: str) -> Iterator[Document]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{flag} {path}, line {number}"
-            try:
-                row = parse_json(line, finite=False)
-            except JsonError as error:
-                raise InputError(
-                    f"{where}: not a JSON object ({error}). Write one object in each line, as UTF-8, with its text in "
-                    "the field that --text-field names."
-                ) from error
-            yield rows.document(where, row)
+            if line.strip():
+                yield row_of_line(f"{flag} {path}, line {number}", line, rows)
 
 
-def _from_json(path: Path, rows: _Rows, flag: str) -> Iterator[Document]:
+def row_of_line(where: str, line: bytes, rows: Rows) -> Document:
+    """The document of a line of a .jsonl file. Raises InputError naming `where`."""
+    try:
+        row = parse_json(line, finite=False)
+    except JsonError as error:
+        raise InputError(
+            f"{where}: not a JSON object ({error}). Write one object in each line, as UTF-8, with its text in "
+            "the field that --text-field names."
+        ) from error
+    return rows.document(where, row)
+
+
+def _from_json(path: Path, rows: Rows, flag: str) -> Iterator[Document]:
     """The rows of a list, or of a list under `data`: objects, or texts."""
     try:
         content = parse_json(path.read_bytes(), finite=False)
@@ -370,61 +376,36 @@ def _from_json(path: Path, rows: _Rows, flag: str) -> Iterator[Document]:
         yield rows.document(f"{flag} {path}, row {number}", row)
 
 
-def _from_parquet(path: Path, rows: _Rows, flag: str) -> Iterator[Document]:
+def last_of_parquet(path: Path, rows: Rows, flag: str) -> Iterator[Document]:
+    """The documents of a .parquet file's last group of rows."""
+    with readable(path, flag):
+        yield from _from_parquet(path, rows, flag, last=True)
+
+
+def _from_parquet(path: Path, rows: Rows, flag: str, *, last: bool = False) -> Iterator[Document]:
     import pyarrow.parquet
     from pyarrow import ArrowException
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_field(f"{flag} {path}", "column", rows.text_field, file.schema_arrow.names)
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
+            check_field_of(f"{flag} {path}", "column", rows.text_field, file.schema_arrow.names)
+            begin = max(0, file.num_row_groups - 1) if last else 0
+            number = sum(file.metadata.row_group(group).num_rows for group in range(begin))
+            groups = list(range(begin, file.num_row_groups))
+            for batch in file.iter_batches(batch_size=1024, row_groups=groups):
                 for row in batch.to_pylist():
                     number += 1
                     yield rows.document(f"{flag} {path}, row {number}", row)
-    except (ArrowException, UnicodeDecodeError, OverflowError) as error:
-        raise InputError(
-            f"{flag} {path} is not a whole parquet file: {str(error).rstrip('. ')}. Download or write it again."
-        ) from error
+    except (ArrowException, UnicodeDecodeError, OverflowError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the system; Arrow's own have no number
+        reason = " ".join(str(error).split()).rstrip(". ")
+        raise InputError(f"{flag} {path} is not a whole parquet file: {reason}. Download or write it again.") from error
 
 
-def _check_field(data: str, kind: str, text_field: str, names: list[str]) -> None:
-    if text_field != TEXT_FIELD and text_field not in names:
-        raise InputError(f"{data} has no {kind} {text_field!r}; it has {', '.join(names)}. Name one with --text-field.")
-
-
-def _from_datasets(name: str, saved: Path | None, split: str, rows: _Rows, flag: str) -> Iterator[Document]:
-    found: Any = _saved_rows(saved, split, flag) if saved is not None else _dataset_rows(name, split, flag)
-    _check_field(f"{flag} {name}", "field", rows.text_field, found.column_names)
+def from_datasets(name: str, saved: Path | None, split: str, rows: Rows, flag: str) -> Iterator[Document]:
+    """The documents of a dataset, by name or saved in a folder. Raises InputError where it cannot be read."""
+    found = saved_rows(saved, split, flag) if saved is not None else dataset_rows(name, split, flag)
+    check_field_of(f"{flag} {name}", "field", rows.text_field, found.column_names)
     for number, row in enumerate(found, 1):
         yield rows.document(f"{flag} {name}, split {split}, row {number}", row)
-
-
-def _dataset_rows(name: str, split: str, flag: str) -> Any:
-    import datasets
-
-    base, _, config = name.partition(":")
-    try:
-        return datasets.load_dataset(base, config or None, split=split)
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise InputError(
-            f"{flag} {name}: neither a file here nor a dataset that `datasets` can load, split {split!r} "
-            f"({type(error).__name__}: {reason}). Check the name, --split and the network."
-        ) from error
-
-
-def _saved_rows(path: Path, split: str, flag: str) -> Any:
-    import datasets
-
-    try:
-        found: Any = datasets.load_from_disk(path)
-    except Exception as error:
-        raise InputError(
-            f"{flag} {path}: the saved dataset cannot be read ({type(error).__name__}: {error})."
-        ) from error
-    if not isinstance(found, datasets.DatasetDict):
-        return found
-    if split not in found:
-        raise InputError(f"{flag} {path} has no split {split!r}; it has {', '.join(found)}. Name one with --split.")
-    return found[split]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mc_cli.data.documents import TEXT_FIELD, Reading, has_splits, resolve_data
+from mc_cli.data.dataset_names import TEXT_FIELD
+from mc_cli.data.documents import Reading, has_splits, resolve_data
 from mc_cli.errors import InputError
 
 

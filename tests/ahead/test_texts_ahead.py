@@ -78,6 +78,16 @@ def test_splits_and_fields_that_say_nothing_of_the_text_are_refused(tmp_path: Pa
     assert status == 1 and IDLE[flags].format(f"{tmp_path}/") in said
 
 
+def test_names_of_datasets_and_large_texts_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "_READ_WHOLE", 10_000)
+    (tmp_path / "long.txt").write_bytes(_LONG.encode() * 20 + b"\xff")
+    long, name = ("--eval-data", tmp_path / "long.txt"), ("--eval-data", "nobody/has-this", "--eval-split", "test")
+    for flags, words in ((long, "cannot be read as UTF-8 (byte"), (name, "neither a file here nor a dataset")):
+        status, said = small_run(tmp_path, *flags)
+        assert status == 1 and f"--eval-data {flags[1]}" in said and words in said
+    assert not (tmp_path / "work" / "calibration").exists()
+
+
 def test_a_field_of_the_held_out_text_need_not_be_in_the_text_to_fit_on(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text(_LONG * 20)
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps({'body': _LONG})}\n" * 2)

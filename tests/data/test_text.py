@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from mc_cli.artifacts.files import DigestCache
 from mc_cli.data import text
+from mc_cli.data.dataset_names import check_dataset
 from mc_cli.data.documents import Document, data_digest, read_documents
 from mc_cli.data.text import calibration_windows, evaluation_windows
 from mc_cli.data.tokenizing import encode
@@ -109,6 +110,14 @@ def test_datasets_name_with_configuration_and_split(tmp_path: Path, monkeypatch:
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    check_dataset("org/name:small", "test[:50%]", "text", "--data")
+    with pytest.raises(
+        InputError, match=r"--data org/name:small has no split 'dev'; it has test. Name one with --split"
+    ):
+        check_dataset("org/name:small", "dev", "text", "--data")
+    with pytest.raises(InputError, match="neither a file here nor a dataset"):
+        check_dataset("org/name:large", "test", "text", "--data")
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.arrow"))  # no row was read
     assert read("org/name:small", split="test") == [Document("held out", "all")]
     with pytest.raises(InputError, match=r"neither a file here nor a dataset .* split 'train'"):
         read("org/name:small", split="train")
