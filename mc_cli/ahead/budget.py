@@ -11,6 +11,7 @@ from mc_cli.allocators import AllocationProblem, Budget, feasible_problem, posed
 from mc_cli.allocators.channel_cuts import check_exponents, shapes_cut
 from mc_cli.allocators.channel_groups import grouped_plan, unmeasured
 from mc_cli.allocators.channel_score import channel_score_named
+from mc_cli.allocators.costs import with_kept_width
 from mc_cli.allocators.cut_menus import CutMenu, menu_of_shapes
 from mc_cli.allocators.feasibility import check_budget, check_range, size_range
 from mc_cli.allocators.halves import require_halves, sized_in_halves
@@ -23,7 +24,7 @@ from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionI
 from mc_cli.artifacts.plan import Plan
 from mc_cli.encodings import Encoding, planned_bytes
 from mc_cli.errors import InputError, ShapeError, listed
-from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role
+from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role
 from mc_cli.registry import ENCODINGS, family_named
 from mc_cli.settings import (
     CAMERA_Q,
@@ -105,6 +106,8 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
 def _sizes(settings: AllocateSettings, score: ScoreSettings, inventory: ModelInventory) -> Importance:
     """The measures of score as far as shapes tell, in halves where asked. Raises InputError, PlanError, ShapeError."""
     measured = importance_of_shapes(inventory, score)
+    if KEPT_BITS in (settings.bits or ()):
+        measured = with_kept_width(measured, inventory, score.quantizer)
     if not settings.halves:
         return measured
     _require_channels(score, "--halves")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from mc_cli.allocators.strategy import CostSettings
-from mc_cli.artifacts.importance import LayerImportance
+from mc_cli.artifacts.importance import Importance, LayerImportance
 from mc_cli.encodings import planned_bytes
 from mc_cli.errors import InputError
-from mc_cli.parts import ExpertBlock
+from mc_cli.parts import KEPT_BITS, ExpertBlock, ModelInventory
 from mc_cli.settings import QuantizerSettings
 
 
@@ -38,6 +39,37 @@ def widths_of(
             "Run score with these candidate widths, or choose another method."
         )
     return {bits: measured[bits] for bits in candidate_bits}
+
+
+def with_kept_width(importance: Importance, inventory: ModelInventory, quantizer: QuantizerSettings) -> Importance:
+    """The measures with 16 bits as one more width: the checkpoint's own weights, which lose nothing."""
+    blocks = {block.layer: block for block in inventory.expert_blocks}
+    layers = tuple(_kept(layer, blocks[layer.layer], quantizer) for layer in importance.layers)
+    return replace(importance, candidate_bits=(*importance.candidate_bits, KEPT_BITS), layers=layers)
+
+
+def _kept(layer: LayerImportance, block: ExpertBlock, quantizer: QuantizerSettings) -> LayerImportance:
+    nothing: dict[float, Sequence[float]] = {KEPT_BITS: (0.0,) * layer.num_experts}
+    sizes = {
+        part.name: planned_bytes(
+            quantizer.family, KEPT_BITS, part.out_features, part.in_features, group_size_limit=quantizer.group_size
+        )
+        for part in block.projections
+    }
+    return replace(
+        layer,
+        loss_by_bits={**layer.loss_by_bits, **nothing},
+        predicted_loss_by_bits={**layer.predicted_loss_by_bits, **nothing},
+        stored_bytes_by_bits={**layer.stored_bytes_by_bits, KEPT_BITS: sum(sizes.values())},
+        projections=tuple(
+            replace(
+                part,
+                predicted_loss_by_bits={**part.predicted_loss_by_bits, **nothing},
+                stored_bytes_by_bits={**part.stored_bytes_by_bits, KEPT_BITS: sizes[part.name]},
+            )
+            for part in layer.projections
+        ),
+    )
 
 
 def halving(factors: Sequence[float], candidate_bits: tuple[float, ...]) -> dict[float, list[float]]:

@@ -34,7 +34,8 @@ def beside_experts(
     Raises PlanError for a width of its own of a tied head.
     """
     role_bits, others = _widths_beside(settings, inventory, quantizer)
-    if importance is not None and settings.target_size_bytes is not None and settings.engine is None:
+    by_cost = settings.target_size_bytes is not None and settings.engine is None and not settings.codes_no_expert
+    if importance is not None and by_cost:
         role_bits |= _bought(settings, inventory, quantizer, hedged(importance, settings.hedge), role_bits)
         others = other_bytes(inventory, role_bits, quantizer)
     if settings.vision_bits != KEPT_BITS and not {part.role for part in inventory.tensors} & set(BESIDE_TEXT):
@@ -76,7 +77,8 @@ def _widths_beside(
             del found[Role.HEAD]  # no matrix of its own
         return found
 
-    asked = settings.width_left if settings.has_one_width else settings.target_stored_bits or settings.target_bits
+    alike = settings.has_one_width or settings.codes_no_expert
+    asked = settings.width_left if alike else settings.target_stored_bits or settings.target_bits
     if asked is not None:
         role_bits = widths(asked)
         return role_bits, other_bytes(inventory, role_bits, quantizer)

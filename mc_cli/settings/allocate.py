@@ -357,10 +357,11 @@ class AllocateSettings(StageSettings):
                     f"--scope {shown(self.scope)} is about channels or experts that are left out by their scores: give "
                     "--cut-ratio or --drop-ratio, or leave it out."
                 )
-            if self.drop_ratio is None and self.experts_left is None and KEPT_BITS in (self.bits or ()):
+            by_scores = self.drop_ratio is not None or self.experts_left is not None
+            if not by_scores and KEPT_BITS in (self.bits or ()) and (self.method != "global" or self.halves):
                 yield (
-                    "--bits 16 keeps the weights of what is left: give --cut-ratio, --drop-ratio or --experts-left, or "
-                    "widths of codes."
+                    "--bits 16 keeps the weights of what is left: give --cut-ratio, --drop-ratio or --experts-left, a "
+                    "budget with method global and without --halves, or widths of codes."
                 )
             return
         if self.experts_left is not None:
@@ -409,6 +410,11 @@ class AllocateSettings(StageSettings):
     def width_left(self) -> float:
         """The width of what a cut, a drop or merging leaves."""
         return next((bits for bits in self.bits or () if bits != DROPPED), KEPT_BITS)
+
+    @property
+    def codes_no_expert(self) -> bool:
+        """Whether what is left of the experts keeps its weights, so that everything beside them does unless asked."""
+        return {bits for bits in self.bits or () if bits != DROPPED} == {KEPT_BITS}
 
     def resolved(self) -> dict[str, Any]:
         """Plain JSON values of all fields that change the result; those of cuts, drops and such only where asked."""

@@ -2,9 +2,11 @@
 
 For every seed the model is calibrated on windows of --data that the seed draws, and every channel is measured once.
 Then each score cuts each ratio of channels in every layer (--scope global: of the whole model), at 16 bits, so that
-nothing but the cut is measured. Whole experts are dropped by REAP for as large a share beside it. With the refit, down
-projections are fitted to the original layer's output; without it they stay as they are. Prints means over the seeds and
-the standard deviation of KL, and writes all figures as JSON; rows that --out has already are not measured again.
+nothing but the cut is measured. `ours` is what allocate does with a budget of that size: channels in HEAPr's order, as
+many of each expert as its measured costs say. Whole experts are dropped by REAP for as large a share beside it. With
+the refit, down projections are fitted to the original layer's output; without it they stay as they are. Prints means
+over the seeds and the standard deviation of KL, and writes all figures as JSON; rows that --out has already are not
+measured again.
 
     python recipes/benchmarks/cutting.py --model DIR --data calibration.jsonl --heldout FOLDER --out results.json
 """
@@ -19,9 +21,11 @@ from typing import Any
 from sweep import UNCODED, Calibrated, Row, Sweep, losses, numbers, parser_of, show, words
 
 from mc_cli.errors import BudgetError
+from mc_cli.parts import KEPT_BITS
 from mc_cli.settings import REAP, AllocateSettings, ScoreSettings
 
-SCORES = ("camera-p", "heapr", "activation-norm", "weight-norm", "random", REAP)
+OURS = "ours"
+SCORES = (OURS, "camera-p", "heapr", "activation-norm", "weight-norm", "random", REAP)
 SCORED = ScoreSettings(bits=(2,), quantizer=UNCODED["no"], loss_tokens=64, unit="channel")
 
 
@@ -53,7 +57,9 @@ def point(arguments: argparse.Namespace, seeded: Calibrated, name: str, ratio: f
     """Measures one score at one ratio; without figures where that share of the experts is none, or too many."""
     seeded.calibrate(SCORED)
     asked: dict[str, Any] = {"method": name, "scope": arguments.scope, "seed": seeded.seed}
-    if name == REAP:
+    if name == OURS:
+        asked = {"bits": (KEPT_BITS,), "target_stored_bits": KEPT_BITS * (1 - ratio)}
+    elif name == REAP:
         asked |= {"drop_ratio": ratio}
     else:
         asked |= {"cut_ratio": ratio, "uniform_width": arguments.uniform_width}
@@ -63,7 +69,8 @@ def point(arguments: argparse.Namespace, seeded: Calibrated, name: str, ratio: f
     except BudgetError as error:
         return {"refused": str(error).split(":")[0]}
     found, _ = seeded.measure(UNCODED[refit])
-    return losses(found) | {"cut": plan.budget["reached"]}
+    cut = 1 - plan.budget["reached"] / KEPT_BITS if name == OURS else plan.budget["reached"]
+    return losses(found) | {"cut": cut}
 
 
 if __name__ == "__main__":

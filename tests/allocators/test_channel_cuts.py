@@ -211,9 +211,10 @@ def test_what_cannot_be_cut_is_refused(asked: Any, measures: Any, kind: type[McE
         ({"target_bits": 2.0, "uniform_width": True}, "--uniform-width is about channels to cut"),
         ({"target_bits": 2.0, "scope": "global"}, "--scope 'global' is .*give --cut-ratio or --drop-ratio"),
         (
-            {"target_bits": 2.0, "bits": (2, 16)},
+            {"target_bits": 2.0, "bits": (2, 16), "method": "pmq"},
             "--bits 16 keeps the weights of what is left: give --cut-ratio",
         ),
+        ({"target_bits": 2.0, "bits": (2, 16), "halves": True}, "--bits 16 keeps the weights of what is left"),
     ],
 )
 def test_settings_that_do_not_go_together(asked: Any, words: str) -> None:

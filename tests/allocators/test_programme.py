@@ -7,12 +7,14 @@ import functools
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mc_cli.ahead.budget import planned_size
 from mc_cli.allocators import Budget, CutMenu, Floor, SolverSettings, allocate
+from mc_cli.allocators.costs import with_kept_width
 from mc_cli.allocators.cut_menus import cut_menu, menu_of_shapes, menu_units
 from mc_cli.allocators.programme import (
     _ALL,
@@ -31,7 +33,7 @@ from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.plan import BlockBits, ExpertBits, Plan
 from mc_cli.encodings import planned_bytes
 from mc_cli.errors import ArtifactError, BudgetError, InputError
-from mc_cli.parts import too_few_survivors
+from mc_cli.parts import DROPPED, too_few_survivors
 from mc_cli.settings import QuantizerSettings
 from tests.allocators.test_channel_cuts import inventory_of
 from tests.allocators.test_dropping import droppable
@@ -40,7 +42,8 @@ WIDTHS = (1, 2, 3)
 CHANNELS = 96
 FAMILY = "affine"
 EXACT = SolverSettings(gap=0.0)
-BITS = {"family": FAMILY, "widths": WIDTHS, "group_size_limit": 128}
+BITS = {"family": FAMILY, "group_size_limit": 128}
+Widths = tuple[float, ...]
 
 
 def scored(layers: int = 1, experts: int = 3, top_k: int = 2, seed: int = 0) -> Importance:
@@ -82,16 +85,19 @@ def cuts_of(layer: int, experts: int, seed: int, price: float) -> CutMeasures:
     return CutMeasures(order, np.array([0, 32, 64]), loss.astype(np.float32), left, coded[0], coded[1])
 
 
-def menus_of(importance: Importance, seed: int = 0, price: float = 0.3) -> dict[int, CutMenu]:
+def menus_of(importance: Importance, seed: int = 0, price: float = 0.3, widths: Widths = WIDTHS) -> dict[int, CutMenu]:
     experts = importance.layers[0].num_experts
     blocks = inventory_of(CHANNELS, len(importance.layers), experts).expert_blocks
+    coded: dict[str, Any] = {"hedge": 0, "widths": widths, **BITS}
     return {
-        block.layer: cut_menu(block, cuts_of(block.layer, experts, seed, price), [10**12] * experts, hedge=0, **BITS)
+        block.layer: cut_menu(block, cuts_of(block.layer, experts, seed, price), [10**12] * experts, **coded)
         for block in blocks
     }
 
 
-def every_choice(importance: Importance, layer: int, expert: int, seed: int, price: float) -> list[tuple[int, float]]:
+def every_choice(
+    importance: Importance, layer: int, expert: int, seed: int, price: float, widths: Widths = WIDTHS
+) -> list[tuple[int, float]]:
     """(bytes, loss) of all that may become of an expert but dropping it, in plain loops."""
     row = importance.layers[layer]
     experts = row.num_experts
@@ -99,7 +105,7 @@ def every_choice(importance: Importance, layer: int, expert: int, seed: int, pri
     cuts = cuts_of(layer, experts, seed, price)
     found = []
     up, down = row.projections
-    for kept, bits_up, bits_down in itertools.product((32, 64, 96), WIDTHS, WIDTHS):
+    for kept, bits_up, bits_down in itertools.product((32, 64, 96), widths, widths):
         size = sum(
             planned_bytes(FAMILY, bits, *block.shape_of(part.name, kept))
             for part, bits in ((up, bits_up), (down, bits_down))
@@ -130,12 +136,12 @@ def test_a_menu_holds_the_cheapest_of_every_size(seed: int) -> None:
         assert all(any(choice.entry is not None for choice in unit.choices) for unit in units)
 
 
-def least_loss(importance: Importance, limit: int, seed: int, price: float) -> float:
+def least_loss(importance: Importance, limit: int, seed: int, price: float, widths: Widths = WIDTHS) -> float:
     """By trying all plans of one layer."""
     layer = importance.layers[0]
     options = [
         [(0, layer.predicted_loss_by_bits[0][expert], True)]
-        + [(size, loss, False) for size, loss in every_choice(importance, 0, expert, seed, price)]
+        + [(size, loss, False) for size, loss in every_choice(importance, 0, expert, seed, price, widths)]
         for expert in range(layer.num_experts)
     ]
     best = math.inf
@@ -146,13 +152,14 @@ def least_loss(importance: Importance, limit: int, seed: int, price: float) -> f
     return best
 
 
-def made(importance: Importance, bits: float, seed: int = 0, price: float = 0.3) -> Programme:
+def made(importance: Importance, bits: float, seed: int = 0, price: float = 0.3, widths: Widths = WIDTHS) -> Programme:
     budget = Budget("stored_bits", bits)
+    candidates = (0, *widths) if DROPPED in importance.candidate_bits else widths
     return programme(
         importance,
-        menus_of(importance, seed, price),
-        importance.candidate_bits,
-        lambda: allocate(importance, budget=budget, role_bits={}, gap=0.0),
+        menus_of(importance, seed, price, widths),
+        candidates,
+        lambda: allocate(importance, budget=budget, role_bits={}, candidate_bits=candidates, gap=0.0),
         EXACT,
         budget=budget,
         role_bits={},
@@ -167,6 +174,18 @@ def test_the_programme_finds_what_trying_every_plan_finds(seed: int, bits: float
     limit = math.floor(bits * importance.layers[0].weights_per_expert * 3 / 8)
     assert found.considered[-1].strategy == _ALL
     assert found.considered[-1].predicted_loss == pytest.approx(least_loss(importance, limit, seed, 0.05), rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("widths", [(16,), (2, 16)])
+def test_kept_weights_are_one_more_width_that_loses_nothing(seed: int, widths: Widths) -> None:
+    inventory = inventory_of(CHANNELS, 1, 3)
+    importance = with_kept_width(scored(seed=seed), inventory, QuantizerSettings(quantizer="gptq"))
+    found = made(importance, 9.0, seed, 0.05, widths)
+    limit = math.floor(9 * importance.layers[0].weights_per_expert * 3 / 8)
+    assert found.cuts
+    assert found.plan.objective["value"] == pytest.approx(least_loss(importance, limit, seed, 0.05, widths), rel=1e-5)
+    assert found.plan.budget["expert_bytes"] <= limit
 
 
 def test_the_bytes_of_a_plan_are_those_that_its_shapes_take(tmp_path: Path) -> None:
@@ -266,7 +285,7 @@ def test_floors_and_other_methods_refuse_cuts() -> None:
 
 def test_what_shapes_tell_is_what_a_menu_has() -> None:
     block = inventory_of(CHANNELS).expert_blocks[0]
-    assert menu_of_shapes(block, **BITS).stored_bytes == menus_of(scored(experts=4))[0].stored_bytes
+    assert menu_of_shapes(block, widths=WIDTHS, **BITS).stored_bytes == menus_of(scored(experts=4))[0].stored_bytes
     half = menu_of_shapes(block, family="affine", widths=(1.5, 2), group_size_limit=128)
     assert set(half.stored_bytes["down_proj"][1.5]) == {None}
 
