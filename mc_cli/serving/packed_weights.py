@@ -6,7 +6,7 @@ tree. transformers knows the way from the one to the other, and does here what i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from mc_cli.models.published_names import as_published
 from mc_cli.models.skeleton import build_skeleton
 from mc_cli.packed.packed_model import PackedSource
 from mc_cli.packed.packed_modules import ask_for_huge_weights
+from mc_cli.serving.skipped_calls import CountedPolicy
 from mc_cli.skipping.pruning import pruners
 
 _EXPERTS = ".experts"
@@ -102,6 +103,7 @@ class PackedWeights:
     folder   a directory exported for transformers
     dtype    of the engine's activations, and of kept weights
     rate     share of expert calls to skip; None for the one that the model was exported with, 0 for none
+    counts   where given, `counted` has the policies' counts: those of forwards for which it gives True
     Raises ArtifactError as `PackedSource` where the directory is damaged, InputError for a rate that was not fitted.
     """
 
@@ -112,6 +114,7 @@ class PackedWeights:
         dtype: torch.dtype,
         device: torch.device,
         rate: float | None = None,
+        counts: Callable[[], bool] | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         source = PackedSource(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -123,6 +126,8 @@ class PackedWeights:
         self._taken: set[str] = set()  # paths of experts modules, and of linears and embeddings
         pruning = source.layout.pruning
         self._pruners = pruners(pruning, pruning.at_rate(rate)) if pruning is not None and rate != 0 else {}
+        self._counts, self._device = counts, device
+        self.counted: dict[str, CountedPolicy] = {}  # path of experts -> the policy that counts
 
     def rename(self, renames: Renames) -> None:
         """Adds a step from the names of a checkpoint to those of the engine's modules; twice the same is one."""
@@ -142,8 +147,10 @@ class PackedWeights:
         self._taken.add(path)
         pruner = self._pruners.get(path)
         module = experts_at(self._source.model, path)
+        if pruner is not None and self._counts is not None:
+            self.counted[path] = CountedPolicy(pruner, self._device, self._counts)
         if pruner is not None:
-            setattr(module, PRUNER, pruner)
+            setattr(module, PRUNER, self.counted.get(path, pruner))
         return LayerExperts(module, [*blocks[path].dropped, *(pruner.layer.dropped if pruner is not None else ())])
 
     def take_matrix(self, name: str, shards: Sequence[str] | None = None) -> Matrix | None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.logger import init_logger
 from vllm.model_executor import model_loader
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -17,7 +19,11 @@ from mc_cli.errors import InputError
 from mc_cli.models.router_masks import LOW
 from mc_cli.packed.plugin import PRUNING_RATE
 from mc_cli.serving.packed_weights import PackedWeights
+from mc_cli.serving.skipped_calls import SkippedCalls
 from mc_cli.serving.vllm_quantization import PackedExpertsMethod, PackedVllmConfig
+
+COUNT_SKIPPED = "mc_count_skipped"  # entry of config.json that `--hf-overrides` sets
+_LOG = init_logger("vllm.mc_cli")
 
 
 def take_over() -> None:
@@ -44,6 +50,7 @@ class PackedModelLoader(DefaultModelLoader):
             self._packed = None
             return super().create_model(vllm_config, model_config, prefix)
         _refuse_division(vllm_config.parallel_config)
+        counting = _is_counting(model_config, self.load_config.device or vllm_config.device_config.device)
         packed: PackedVllmConfig = vllm_config.quant_config
         folder, *_ = self._prepare_weights(model_config.model, None, model_config.revision, False, None)
         packed.weights = PackedWeights(
@@ -51,12 +58,15 @@ class PackedModelLoader(DefaultModelLoader):
             dtype=model_config.dtype,
             device=torch.device(self.load_config.device or vllm_config.device_config.device),
             rate=getattr(model_config.hf_config, PRUNING_RATE, None),
+            counts=_is_served if counting else None,
             trust_remote_code=model_config.trust_remote_code,
         )
         self._packed = packed
         model = super().create_model(vllm_config, model_config, prefix)
         packed.pack_embeddings(model)
         packed.weights.require_all_taken(f"vLLM's {type(model).__name__}")
+        if counting:
+            model._mc_skipped_calls = SkippedCalls(packed.weights.counted, _LOG.info)  # lives as long as the model
         return model
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
@@ -75,6 +85,23 @@ class PackedModelLoader(DefaultModelLoader):
         else:
             self.counter_before_loading_weights = time.perf_counter()  # vLLM tells how long it took
             yield from self._packed.weights.kept()
+
+
+def _is_served() -> bool:
+    """Whether vLLM computes requests, and does not warm up."""
+    return is_forward_context_available() and get_forward_context().attn_metadata is not None
+
+
+def _is_counting(model_config: Any, device: Any) -> bool:
+    """Whether skipped calls are to be counted. Raises InputError where they could not be."""
+    asked = getattr(model_config.hf_config, COUNT_SKIPPED, False)
+    if not isinstance(asked, bool):
+        raise InputError(f"{COUNT_SKIPPED} of --hf-overrides is true or false, not {asked!r}.")
+    if asked and torch.device(device).type != "cpu" and not model_config.enforce_eager:
+        raise InputError(
+            f"{COUNT_SKIPPED} counts while layers run one by one: CUDA graphs go on without. Add --enforce-eager."
+        )
+    return asked
 
 
 def _refuse_division(parallel: Any) -> None:

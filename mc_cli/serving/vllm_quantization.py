@@ -25,6 +25,7 @@ from mc_cli.serving.vllm_ops import multiplied, name_experts, name_matrix, throu
 _ACTIVATIONS = [torch.float32, torch.bfloat16, torch.float16]
 # Linears that vLLM's models merge into one, where they do not say it themselves.
 _MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+_LATENT = ".kv_b_proj"
 _LEAST_CAPABILITY = 75  # what the Triton kernels are written for; on a CPU nothing is asked
 
 
@@ -106,6 +107,8 @@ class PackedMatrixMethod(LinearMethodBase):
 
     def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
         """Nothing: our loader reads the packed tensors."""
+        if self.name.endswith(_LATENT):  # vLLM's latent attention takes the matrix out of a product with ones
+            layer.qweight = torch.empty(0)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[..., out_features] in the dtype of `x`."""

@@ -1,10 +1,12 @@
 """A packed model and the dense one it was made of, each in transformers and in vLLM: greedy tokens and logprobs.
 
-    .venv-vllm/bin/python recipes/benchmarks/engines_agree.py --packed DIR2 --dense DIR --text held-out.jsonl
+    .venv-vllm/bin/python recipes/benchmarks/engines_agree.py --packed DIR2 --dense DIR --text held-out
 
 Greedy tokens are compared in float32, prompt by prompt, up to the first that differs; how narrow it was there is the
-difference of transformers' two most likely logits. Logprobs of the text's own tokens are compared in bfloat16. Both
-models run in the environment of vLLM, each engine in a process of its own. Prints JSON.
+difference of transformers' two most likely logits. Logprobs of the text's own tokens are compared in bfloat16, between
+the engines, and of each with transformers' in float32: what an engine's rounding alone does. Errors are standard errors
+over prompts; packed and dense are compared token by token. Both models run in the environment of vLLM, each engine in a
+process of its own. Prints JSON.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--dense", required=True)
     parser.add_argument("--text", required=True, help="JSON lines, or a folder of them, to take prompts from")
     parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--logprob-prompts", type=int, default=640, help="prompts whose own logprobs are compared")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--length", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--engine", nargs=3, metavar=("NAME", "CALL", "RESULT"), help=argparse.SUPPRESS)
@@ -42,14 +45,17 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(asked.packed)
     prompts = windows(Path(asked.text), tokenizer, asked.prompts, asked.length)
-    found = {}
+    texts = windows(Path(asked.text), tokenizer, asked.logprob_prompts, asked.length)
+    apart = {}
     for kind in ("packed", "dense"):
-        call = {"model": getattr(asked, kind), "prompts": prompts, "new_tokens": asked.new_tokens}
+        call = {"model": getattr(asked, kind), "prompts": prompts, "texts": texts, "new_tokens": asked.new_tokens}
         of = {engine: run(engine, call, asked) for engine in ("transformers", "vllm")}
-        found[kind] = compared(of["transformers"], of["vllm"])
-        print(kind, json.dumps(found[kind]), flush=True)
-    ratio = found["packed"]["logprobs"]["mean"] / found["dense"]["logprobs"]["mean"]
-    print("packed over dense, mean difference of logprobs:", round(ratio, 3))
+        apart[kind] = differences(of["transformers"], of["vllm"])
+        told = {pair: told_of(each) for pair, each in apart[kind].items()}
+        print(kind, json.dumps({**parted(of["transformers"], of["vllm"]), **told}), flush=True)
+    for pair, packed in apart["packed"].items():
+        more = (packed.abs() - apart["dense"][pair].abs()).mean(1)
+        print(f"packed less dense, {pair}: {float(more.mean()):.5f} +- {standard_error(more):.5f}")
 
 
 def run(engine: str, call: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
@@ -65,8 +71,8 @@ def run(engine: str, call: dict[str, Any], asked: argparse.Namespace) -> dict[st
 
 
 @torch.no_grad()
-def by_transformers(model: str, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-    """Greedy tokens in float32 with their margins, and logprobs of the prompts' tokens in bfloat16."""
+def by_transformers(model: str, prompts: list[list[int]], texts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+    """Greedy tokens in float32 with their margins, and logprobs of the texts' tokens in float32 and bfloat16."""
     from transformers import AutoModelForCausalLM
 
     exact: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
@@ -77,10 +83,11 @@ def by_transformers(model: str, prompts: list[list[int]], new_tokens: int) -> di
         most = exact(made[None, :-1], use_cache=False).logits[0, len(prompt) - 1 :].topk(2, -1).values
         tokens.append(made[len(prompt) :].tolist())
         margins.append((most[:, 0] - most[:, 1]).tolist())
-    del exact
+    found: dict[str, Any] = {"tokens": tokens, "margins": margins}
     rounded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
-    logprobs = [_of_tokens(rounded(torch.tensor([prompt]), use_cache=False).logits[0], prompt) for prompt in prompts]
-    return {"tokens": tokens, "margins": margins, "logprobs": logprobs}
+    for name, loaded in (("exact", exact), ("logprobs", rounded)):
+        found[name] = [_of_tokens(loaded(torch.tensor([text]), use_cache=False).logits[0], text) for text in texts]
+    return found
 
 
 def _of_tokens(logits: Tensor, tokens: list[int]) -> list[float]:
@@ -89,11 +96,11 @@ def _of_tokens(logits: Tensor, tokens: list[int]) -> list[float]:
     return found.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
 
 
-def by_vllm(model: str, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-    """The same but for margins."""
+def by_vllm(model: str, prompts: list[list[int]], texts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+    """Greedy tokens in float32, and logprobs of the texts' tokens in bfloat16."""
     from vllm import LLM, SamplingParams
 
-    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    given, read = ([{"prompt_token_ids": prompt} for prompt in each] for each in (prompts, texts))
     found: dict[str, Any] = {}
     for dtype in ("float32", "bfloat16"):
         engine = LLM(
@@ -112,32 +119,47 @@ def by_vllm(model: str, prompts: list[list[int]], new_tokens: int) -> dict[str, 
         else:
             ask = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
             found["logprobs"] = [
-                [entry[token].logprob for entry, token in zip(answer.prompt_logprobs[1:], prompt[1:], strict=True)]
-                for answer, prompt in zip(engine.generate(given, ask), prompts, strict=True)
+                [entry[token].logprob for entry, token in zip(answer.prompt_logprobs[1:], text[1:], strict=True)]
+                for answer, text in zip(engine.generate(read, ask), texts, strict=True)
             ]
         del engine
     return found
 
 
-def compared(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """How many prompts go on alike, how narrow it was where they do not, and differences of logprobs."""
-    parted = []
+def parted(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """How many prompts go on alike, and how narrow it was where they do not."""
+    narrow = []
     for tokens, margins, others in zip(one["tokens"], one["margins"], other["tokens"], strict=True):
         if tokens != others:
             first = next(place for place, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b)
-            parted.append(margins[first])
-    apart = torch.tensor(one["logprobs"], dtype=torch.float64) - torch.tensor(other["logprobs"], dtype=torch.float64)
+            narrow.append(margins[first])
+    count = len(one["tokens"])
+    return {"prompts": count, "alike": count - len(narrow), "widest margin where they part": max(narrow, default=None)}
+
+
+def differences(transformers: dict[str, Any], vllm: dict[str, Any]) -> dict[str, Tensor]:
+    """[texts, tokens] differences of logprobs, by what is compared."""
+    exact, theirs, ours = (
+        torch.tensor(each, dtype=torch.float64)
+        for each in (transformers["exact"], transformers["logprobs"], vllm["logprobs"])
+    )
     return {
-        "prompts": len(one["tokens"]),
-        "alike": len(one["tokens"]) - len(parted),
-        "widest margin where they part": max(parted, default=None),
-        "logprobs": {
-            "tokens": apart.numel(),
-            "mean": float(apart.abs().mean()),
-            "most": float(apart.abs().max()),
-            "bias": float(apart.mean()),
-        },
+        "vLLM from transformers": ours - theirs,
+        "vLLM from float32": ours - exact,
+        "transformers from float32": theirs - exact,
     }
+
+
+def told_of(apart: Tensor) -> dict[str, float]:
+    """Mean magnitude with its standard error, the largest, and the mean with its sign."""
+    size = apart.abs()
+    error = standard_error(size.mean(1))
+    return {"mean": float(size.mean()), "error": error, "most": float(size.max()), "bias": float(apart.mean())}
+
+
+def standard_error(means: Tensor) -> float:
+    """Of the mean of what texts give, which are drawn independently."""
+    return float(means.std() / len(means) ** 0.5)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from typing import Any
 
 
 def main() -> None:
-    """Reads what to generate, and writes tokens, and how packed modules were called."""
+    """Reads what to generate, and writes tokens, and where calls are counted each layer's chosen and computed ones."""
     call, result = Path(sys.argv[1]), Path(sys.argv[2])
     asked: dict[str, Any] = json.loads(call.read_text(encoding="utf-8"))
     from vllm import LLM, SamplingParams
+
+    from mc_cli.serving.skipped_calls import skipped_calls
 
     model = LLM(
         model=asked["model"],
@@ -27,7 +29,10 @@ def main() -> None:
     ask = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True)
     answers = model.generate([{"prompt_token_ids": prompt} for prompt in asked["prompts"]], ask)
     tokens = [list(answer.outputs[0].token_ids) for answer in answers]
-    result.write_text(json.dumps({"tokens": tokens}), encoding="utf-8")
+    found: dict[str, Any] = {"tokens": tokens}
+    if (counted := skipped_calls()) is not None:
+        found["calls"] = [[calls.chosen, calls.computed] for calls in counted.by_layer().values()]
+    result.write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 NAMES = ("mixtral", "mixtral-dropped", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "granitemoe", "gpt_oss")
 # The bundled model through all stages, and what they are asked for beside 2.5 stored bits. Experts that are cut have
-# channels of their own number, and keep 16 bits or are coded; merged ones are stored once for several slots of a router.
+# channels of their own number and keep 16 bits, or are coded; merged ones are stored once for several router slots.
 STAGED: dict[str, dict[str, Any]] = {
     "demo": {},
     "demo-odp": {"policy": "odp", "target_rate": 0.25},
@@ -79,24 +79,39 @@ def _by_rounding(name: str, folder: Path) -> None:
 
 
 def expected(folder: Path) -> dict[str, Any]:
-    """Prompts of token ids, what transformers appends to each in float32, the most likely token each time, and how
-    narrowly."""
+    """Prompts of token ids, what transformers appends to each in float32, the most likely token each time, how
+    narrowly, and the expert calls that a policy was asked for and left, half an expert counting half."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    if getattr(model.hf_quantizer.quantization_config.layout, "pruning", None) is not None:
+    skipping = model.hf_quantizer.quantization_config.layout.pruning
+    if skipping is not None:
         _with_mean_attention(model)
     drawn = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, model.config.vocab_size, (1, 5 + 3 * row), generator=drawn) for row in range(PROMPTS)]
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     with torch.no_grad():
         made = [model.generate(prompt, **options, pad_token_id=0)[0, prompt.shape[1] :] for prompt in prompts]
-    return {
-        "prompts": [row[0].tolist() for row in prompts],
-        "tokens": [row.tolist() for row in made],
-        "margins": [_margins(model, prompt[0], row) for prompt, row in zip(prompts, made, strict=True)],
-    }
+    found = {"prompts": [row[0].tolist() for row in prompts], "tokens": [row.tolist() for row in made]}
+    counting = [] if skipping is None else _counting(model)
+    found["margins"] = [_margins(model, prompt[0], row) for prompt, row in zip(prompts, made, strict=True)]
+    found["calls"] = [[_sum(each.chosen), _sum(each.kept)] for each in counting]
+    return found
+
+
+def _counting(model: Any) -> list[Any]:
+    """The policies of the layers, which count from now on."""
+    from mc_cli.models.experts import PRUNER
+
+    found = [pruner for module in model.modules() if (pruner := getattr(module, PRUNER, None)) is not None]
+    for pruner in found:
+        pruner.kept, pruner.chosen = [], []
+    return found
+
+
+def _sum(counts: list[Any]) -> float:
+    return float(sum(part.sum() for part in counts))
 
 
 def _margins(model: Any, prompt: Any, made: Any) -> list[float]:

@@ -79,6 +79,21 @@ def test_a_rate_of_0_takes_the_policy_off(tmp_path: Path) -> None:
     assert_same(expected, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["demo-odp", "demo-otp", "demo-dualsparse"])
+def test_the_calls_that_it_counts_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """Layer by layer, of the same tokens; what vLLM runs to warm up is not counted, and a line tells the rate."""
+    expected = json.loads((MODELS / name / EXPECTED).read_text(encoding="utf-8"))
+    done = generated(MODELS / name, tmp_path, options={"hf_overrides": {"mc_count_skipped": True}})
+    assert done.returncode == 0, done.stderr[-5000:]
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    chosen, computed = (sum(column) for column in zip(*expected["calls"], strict=True))
+    if result["tokens"] == expected["tokens"]:
+        assert result["calls"] == expected["calls"]
+    assert sum(layer[0] for layer in result["calls"]) == chosen and 0.1 < 1 - computed / chosen < 0.4
+    told = f"{100 * (1 - sum(layer[1] for layer in result['calls']) / chosen):.1f} % of {chosen:,.0f} expert calls"
+    assert told in done.stdout + done.stderr
+
+
 def test_division_is_refused(tmp_path: Path) -> None:
     done = generated(MODELS / "demo", tmp_path, options={"enable_expert_parallel": True})
     assert done.returncode == 1
