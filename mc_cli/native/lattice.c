@@ -20,7 +20,10 @@
  * Rounding: the energy's terms are rounded 2 L times at most, its product with s^2 twice more, and L additions follow,
  * so a cost is off by up to (3 L + 2) 2^-24 (s^2 sum_ij |M_ij| p_i p_j + 2 |s| sum_i |l_i| p_i) to first order; the
  * point found is within twice that of the best. Copies for processors with fused operations may differ in the last
- * bits. One thread does all. */
+ * bits. One thread does all.
+ *
+ * Points may have signs of their own. Then there is one pattern, without a minus, and a row may be held to one half of
+ * the table. */
 #include "compiler.h"
 #include "mc.h"
 
@@ -29,8 +32,8 @@
 #include <string.h>
 
 #define LANES 16
-#define MOST_POINTS 1024
-#define ANY_PARITY 2
+#define MOST_POINTS 4096
+enum { EVEN, ODD, ANY, UNSIGNED, FIRST_HALF, SECOND_HALF };
 
 /* e of all points under one pattern of signs; points [length][count]. */
 INLINE void energies_of(const float *points, const float *metric, int count, int length, int signs, float *out) {
@@ -60,9 +63,10 @@ VERSIONS static void energies_4(const float *points, const float *metric, int co
     energies_of(points, metric, count, 4, signs, out);
 }
 
-/* The point of least error, if that is less than `least`, where it is then put; else -1. */
-INLINE int best_of(const float *points, const float *energy, const float *linear, int count, int length, float scale,
-                   int signs, float *costs, float *least) {
+/* The point of least error of `count`, if that is less than `least`, where it is then put; else -1.
+ * points [length][stride]. */
+INLINE int best_of(const float *points, const float *energy, const float *linear, int count, int stride, int length,
+                   float scale, int signs, float *costs, float *least) {
     float factors[8], lanes[LANES];
     for (int i = 0; i < length; i++) factors[i] = (signs >> i & 1 ? 2.0f : -2.0f) * linear[i] * scale;
     const float square = scale * scale;
@@ -71,7 +75,7 @@ INLINE int best_of(const float *points, const float *energy, const float *linear
         float sums[LANES];
         for (int k = 0; k < LANES; k++) sums[k] = square * energy[p + k];
         for (int i = 0; i < length; i++)
-            for (int k = 0; k < LANES; k++) sums[k] += factors[i] * points[(size_t)i * count + p + k];
+            for (int k = 0; k < LANES; k++) sums[k] += factors[i] * points[(size_t)i * stride + p + k];
         for (int k = 0; k < LANES; k++) lanes[k] = sums[k] < lanes[k] ? sums[k] : lanes[k];
         memcpy(costs + p, sums, sizeof sums);
     }
@@ -84,21 +88,21 @@ INLINE int best_of(const float *points, const float *energy, const float *linear
     return -1;
 }
 
-VERSIONS static int best_8(const float *points, const float *energy, const float *linear, int count, float scale,
-                           int signs, float *costs, float *least) {
-    return best_of(points, energy, linear, count, 8, scale, signs, costs, least);
+VERSIONS static int best_8(const float *points, const float *energy, const float *linear, int count, int stride,
+                           float scale, int signs, float *costs, float *least) {
+    return best_of(points, energy, linear, count, stride, 8, scale, signs, costs, least);
 }
 
-VERSIONS static int best_4(const float *points, const float *energy, const float *linear, int count, float scale,
-                           int signs, float *costs, float *least) {
-    return best_of(points, energy, linear, count, 4, scale, signs, costs, least);
+VERSIONS static int best_4(const float *points, const float *energy, const float *linear, int count, int stride,
+                           float scale, int signs, float *costs, float *least) {
+    return best_of(points, energy, linear, count, stride, 4, scale, signs, costs, least);
 }
 
 int mc_lattice_search(const float *points, const float *metric, const float *wanted, const float *linear,
-                      const float *scales, const uint8_t *parities, int count, int length, int rows, int16_t *codes,
+                      const float *scales, const uint8_t *rules, int count, int length, int rows, int16_t *codes,
                       uint8_t *signs) {
     const int patterns = 1 << (length - 1); /* a pattern and its opposite have the same energies */
-    if (count > MOST_POINTS || count % LANES || (length != 4 && length != 8)) return 1;
+    if (count > MOST_POINTS || count % (2 * LANES) || (length != 4 && length != 8)) return 1;
     float *energy = malloc(((size_t)patterns + 1) * count * sizeof *energy);
     if (energy == NULL) return 1;
     uint8_t known[128] = {0};
@@ -109,24 +113,28 @@ int mc_lattice_search(const float *points, const float *metric, const float *wan
     for (int row = 0; row < rows; row++) {
         int nearest = 0;
         for (int i = 0; i < length; i++) nearest |= (wanted[(size_t)row * length + i] < 0.0f) << i;
-        const int parity = parities == NULL ? ANY_PARITY : parities[row];
+        const int rule = rules == NULL ? ANY : rules[row];
+        const int turns = rule >= UNSIGNED || (rule == ANY && diagonal) ? 0 : length; /* the first pattern is the best */
+        const int held = rule == FIRST_HALF || rule == SECOND_HALF ? count / 2 : count;
+        const int begin = rule == SECOND_HALF ? held : 0;
+        if (rule >= UNSIGNED) nearest = 0;
         float least = INFINITY;
-        codes[row] = 0;
+        codes[row] = (int16_t)begin;
         signs[row] = 0;
-        for (int turn = 0; turn <= length; turn++) {
+        for (int turn = 0; turn <= turns; turn++) {
             const int tried = turn == 0 ? nearest : nearest ^ 1 << (turn - 1);
-            if (parity < ANY_PARITY && (__builtin_popcount(tried) & 1) != parity) continue;
-            if (parity == ANY_PARITY && diagonal && turn) break; /* the signs of what is wanted are the best ones */
+            if (rule < ANY && (__builtin_popcount(tried) & 1) != rule) continue;
             const int pattern = diagonal ? 0 : tried < patterns ? tried : tried ^ (2 * patterns - 1);
             float *of_pattern = energy + (size_t)pattern * count;
             if (!known[pattern]) {
                 (length == 8 ? energies_8 : energies_4)(points, metric, count, pattern, of_pattern);
                 known[pattern] = 1;
             }
-            const int found = (length == 8 ? best_8 : best_4)(points, of_pattern, linear + (size_t)row * length, count,
-                                                             scales[row], tried, costs, &least);
+            const int found =
+                (length == 8 ? best_8 : best_4)(points + begin, of_pattern + begin, linear + (size_t)row * length, held,
+                                                count, scales[row], tried, costs, &least);
             if (found >= 0) {
-                codes[row] = (int16_t)found;
+                codes[row] = (int16_t)(begin + found);
                 signs[row] = (uint8_t)tried;
             }
         }

@@ -119,14 +119,15 @@ MC_EXPORT int mc_keep_by_router(const float *hidden, const float *router, const 
 
 /* The nearest points to vectors under a metric, signs included: see numerics/gguf_lattice.py.
  *
- * points    [length][count], magnitudes; count at most 1024, a multiple of 16; length 4 or 8
+ * points    [length][count], magnitudes; count at most 4096, a multiple of 32; length 4 or 8
  * metric    [length][length], symmetric;  wanted  [rows][length];  linear  [rows][length], metric times wanted
  * scales    [rows], of points
- * parities  [rows]: 0 even, 1 odd number of minuses, 2 any; NULL: any
+ * rules     [rows]: 0 even, 1 odd number of minuses, 2 any; points with signs of their own: 3 all of them, 4 those of
+ *           the first half, 5 of the second; NULL: any
  * codes     [rows], index of the point;  signs  [rows], bit i: weight i is negative
  * Returns 1 where there is no memory, or for a table that is too large. */
 MC_EXPORT int mc_lattice_search(const float *points, const float *metric, const float *wanted, const float *linear,
-                                const float *scales, const uint8_t *parities, int count, int length, int rows,
+                                const float *scales, const uint8_t *rules, int count, int length, int rows,
                                 int16_t *codes, uint8_t *signs);
 
 #endif

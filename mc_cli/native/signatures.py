@@ -136,7 +136,7 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "wanted": "const float *",
             "linear": "const float *",
             "scales": "const float *",
-            "parities": "const uint8_t *",
+            "rules": "const uint8_t *",
             "count": "int",
             "length": "int",
             "rows": "int",

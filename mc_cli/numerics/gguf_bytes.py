@@ -4,7 +4,7 @@ Fields of weights [..., n], as gguf_types.py explains them:
   d, dmin   float16 [..., n / block]
   runs      uint8 [..., n / run], index into the type's factors;  minimums   uint8, likewise, the integers themselves
   codes     int16 [..., n / vector], index of a level or a point
-  signs     uint8 [..., n / 8], of the types of points: bit i is set where weight i of 8 is negative
+  signs     uint8 [..., n / 8], of the types of points but the IQ1: bit i is set where weight i of 8 is negative
 A test compares what they decode to with `gguf.dequantize`, bit by bit.
 """
 
@@ -46,6 +46,8 @@ def units(kind: GgufType, fields: Mapping[str, Tensor]) -> Tensor:
     if kind.levels:
         return torch.tensor(kind.levels, dtype=torch.float32, device=codes.device)[codes]
     magnitudes = points(kind.name).to(codes.device)[codes].flatten(-2)
+    if kind.signed:
+        return magnitudes
     return torch.where(spread_bits(fields["signs"]).bool(), -magnitudes, magnitudes)
 
 
@@ -242,6 +244,61 @@ def _word_bytes(words: Tensor) -> Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).contiguous().view(torch.uint8)
 
 
+def _short_bytes(words: Tensor) -> Tensor:
+    """Words of 16 bits [...] as bytes [..., 2]."""
+    return _bytes(torch.stack([words & 255, words >> 8], -1))
+
+
+def _shorts(b: Tensor) -> Tensor:
+    """int64: words of 16 bits, of bytes."""
+    pairs: Tensor = b.unflatten(-1, (-1, 2)).long()
+    return pairs[..., 0] | pairs[..., 1] << 8
+
+
+def _threes(numbers: Tensor) -> Tensor:
+    """int64 [..., n / 4]: words of four numbers of 3 bits."""
+    four: Tensor = numbers.long().unflatten(-1, (-1, 4))
+    return (four << torch.arange(0, 12, 3, device=four.device)).sum(-1)
+
+
+def _of_threes(words: Tensor) -> Tensor:
+    numbers: Tensor = words.unsqueeze(-1) >> torch.arange(0, 12, 3, device=words.device) & 7
+    return numbers.flatten(-2)
+
+
+_HALF = 2048  # points of an IQ1 type that are moved up; as many others are moved down
+
+
+def _pack_iq1_s(f: Fields) -> list[Tensor]:
+    codes = f["codes"].long() % _HALF
+    words = _threes(codes >> 8) | f["runs"].long() << 12
+    return [f["d"], _bytes(codes & 255), _short_bytes(words).flatten(-2)]
+
+
+def _unpack_iq1_s(b: Tensor) -> Fields:
+    words = _shorts(b[..., 34:])
+    codes = b[..., 2:34].long() | _of_threes(words) << 8 | (words >> 15).repeat_interleave(4, -1) * _HALF
+    return {"d": _half(b, 0), "codes": codes.to(torch.int16), "runs": _bytes(words >> 12)}
+
+
+def _pack_iq1_m(f: Fields) -> list[Tensor]:
+    codes = f["codes"].long()
+    d = _shorts(_raw(f["d"]))
+    nibbles = d >> torch.arange(0, 16, 4, device=d.device) & 15
+    return [
+        _bytes(codes & 255),
+        _joined(codes >> 8, bits=4, rows=1),
+        _short_bytes(_threes(f["runs"]) | nibbles << 12).flatten(-2),
+    ]
+
+
+def _unpack_iq1_m(b: Tensor) -> Fields:
+    words = _shorts(b[..., 48:])
+    d = _short_bytes(((words >> 12) << torch.arange(0, 16, 4, device=words.device)).sum(-1))
+    codes = b[..., :32].to(torch.int16) | _apart(b[..., 32:48], bits=4, rows=1) << 8
+    return {"d": d.contiguous().view(torch.float16), "codes": codes, "runs": _bytes(_of_threes(words))}
+
+
 def _pack_iq2_xxs(f: Fields) -> list[Tensor]:
     codes = _bytes(f["codes"]).unflatten(-1, (8, 4))
     signs = _word_bytes(_sevens(f)).unflatten(-1, (8, 4))
@@ -256,13 +313,11 @@ def _unpack_iq2_xxs(b: Tensor) -> Fields:
 
 def _pack_iq2_xs(f: Fields) -> list[Tensor]:
     words = f["codes"].long() | (f["signs"].long() & 127) << 9
-    words = torch.stack([words & 255, words >> 8], -1).flatten(-2)
-    return [f["d"], _bytes(words), _joined(f["runs"], bits=4, rows=1)]
+    return [f["d"], _short_bytes(words).flatten(-2), _joined(f["runs"], bits=4, rows=1)]
 
 
 def _unpack_iq2_xs(b: Tensor) -> Fields:
-    pairs = b[..., 2:66].unflatten(-1, (-1, 2)).long()
-    words = pairs[..., 0] | pairs[..., 1] << 8
+    words = _shorts(b[..., 2:66])
     runs = _bytes(_apart(b[..., 66:], bits=4, rows=1))
     return {"d": _half(b, 0), "codes": (words & 511).to(torch.int16), "signs": _signs_of(words >> 9), "runs": runs}
 
@@ -306,6 +361,8 @@ _LAYOUTS: Mapping[str, tuple[Callable[[Fields], list[Tensor]], Callable[[Tensor]
     "q8_0": (_pack_q8_0, _unpack_q8_0),
     "iq4_nl": (_pack_iq4_nl, _unpack_iq4_nl),
     "iq4_xs": (_pack_iq4_xs, _unpack_iq4_xs),
+    "iq1_s": (_pack_iq1_s, _unpack_iq1_s),
+    "iq1_m": (_pack_iq1_m, _unpack_iq1_m),
     "iq2_xxs": (_pack_iq2_xxs, _unpack_iq2_xxs),
     "iq2_xs": (_pack_iq2_xs, _unpack_iq2_xs),
     "iq2_s": (_pack_iq2_s, _unpack_iq2_s),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mc_cli.numerics.gguf_bytes import Fields
-from mc_cli.numerics.gguf_lattice import ANY, EVEN, nearest_points
+from mc_cli.numerics.gguf_lattice import ANY, EVEN, FIRST_HALF, SECOND_HALF, UNSIGNED, nearest_points
 from mc_cli.numerics.gguf_points import points
 from mc_cli.numerics.gguf_steps import (
     half,
@@ -89,7 +89,7 @@ class GgufCoder:
         found = {"d": self.d.half(), "runs": self.runs.to(torch.uint8), "codes": self.codes.to(torch.int16)}
         if self.kind.minimums:
             found |= {"dmin": self.dmin.half(), "minimums": self.minimums.to(torch.uint8)}
-        if not self.kind.levels:
+        if not self.kind.levels and not self.kind.signed:
             signs = self.minuses
             if self.kind.vector == 4:
                 pairs = signs.unflatten(1, (-1, 2))
@@ -140,7 +140,7 @@ class GgufCoder:
             rows = wanted.transpose(1, 2)
             places = self._order[:, start] // length
             codes, signs = nearest_points(
-                self.table, metric, rows, rows @ metric, steps[:, 0], self._parities(places, free=True)
+                self.table, metric, rows, rows @ metric, steps[:, 0], self._rules(places, free=True)
             )
             units = self._store(places, codes, signs)
             errors[:, part] = torch.bmm(inverse.transpose(1, 2), wanted - units * steps)
@@ -150,14 +150,21 @@ class GgufCoder:
         d = self.d.gather(1, inputs // self.kind.block)
         return d * self._factors[self.runs.gather(1, inputs // self.kind.run)]
 
-    def _parities(self, places: Tensor, *, free: bool) -> Tensor | None:
-        """uint8 [B, out]: which numbers of minuses keep 8 signs even, of one vector of each matrix, int64 [B].
+    def _rules(self, places: Tensor, *, free: bool) -> Tensor | None:
+        """uint8 [B, out]: which points and signs one vector of each matrix, int64 [B], may have; None: any.
 
-        With vectors of 4 the other half of the 8 decides, once it is there: with `free` the first half is chosen anew.
+        Where 8 signs are even and vectors have 4, the other half of the 8 decides, once it is there: with `free` the
+        first half is chosen anew.
         """
+        shape = (len(places), self.codes.shape[-1])
+        if self.kind.halved:
+            index = (places * self.kind.vector // self.kind.run)[:, None, None].expand(-1, 1, shape[1])
+            second = self.runs.gather(1, index)[:, 0] >= len(self.kind.factors) // 2
+            return torch.where(second, SECOND_HALF, FIRST_HALF).to(torch.uint8)
+        if self.kind.signed:
+            return torch.full(shape, UNSIGNED, dtype=torch.uint8, device=self.codes.device)
         if not self.kind.even:
             return None
-        shape = (len(places), self.codes.shape[-1])
         if self.kind.vector == VECTOR or (free and int(places[0]) % 2 == 0):
             parity = EVEN if self.kind.vector == VECTOR else ANY
             return torch.full(shape, parity, dtype=torch.uint8, device=self.codes.device)
@@ -216,6 +223,9 @@ class GgufCoder:
         slope, shift = _best_line(units, target, corner, fixed=not self.kind.minimums)
         slope = torch.where(torch.isfinite(slope), slope, step)
         index = nearest_factors(self.kind, slope * inverse_steps(self.d[:, block]))
+        if self.kind.halved:
+            half_of = len(self.kind.factors) // 2
+            index = index + self.runs[:, run] // half_of * half_of
         slope = self.d[:, block] * self._factors[index]
         whole = None
         if self.kind.minimums:
@@ -263,7 +273,7 @@ class GgufCoder:
         spot = first // length
         places = torch.full((len(now),), spot, device=now.device)
         codes, signs = nearest_points(
-            self.table, corner, ideal.transpose(1, 2), linear, step, self._parities(places, free=False)
+            self.table, corner, ideal.transpose(1, 2), linear, step, self._rules(places, free=False)
         )
         units = signed_points(self.table, codes, signs).transpose(1, 2)
         change = units * step.unsqueeze(1) - now

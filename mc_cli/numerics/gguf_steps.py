@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mc_cli.numerics.gguf_lattice import nearest_points
+from mc_cli.numerics.gguf_lattice import FIRST_HALF, SECOND_HALF, UNSIGNED, nearest_points
 from mc_cli.numerics.gguf_points import points
 from mc_cli.numerics.gguf_types import GgufType
 from mc_cli.numerics.grids import search_grid
@@ -43,6 +43,7 @@ def searched_steps(kind: GgufType, columns: Tensor, importance: Tensor) -> tuple
     """(step, minimum or None) [B, runs, out] that leave little of sum importance * (weight - rounded)^2.
 
     columns     float32 [B, in, out];  importance  float32 [B, in], non-negative
+    Of types whose runs are of one half of the table, steps below zero say that it is the second.
     """
     runs = columns.unflatten(1, (-1, kind.run))  # [B, runs, run, out]
     weights = importance.unflatten(1, (-1, kind.run)).unsqueeze(-1)
@@ -51,12 +52,14 @@ def searched_steps(kind: GgufType, columns: Tensor, importance: Tensor) -> tuple
         return grid.scales, grid.scales * grid.zero_points
     candidates = _candidate_steps(kind, runs, weights)
     best, least = candidates[0], torch.full_like(candidates[0], torch.inf)
-    for candidate in candidates:
-        units = _units(kind, runs, weights, candidate)
-        fitted = (weights * runs * units).sum(2) / (weights * units.square()).sum(2).clamp_min(1e-30)
-        for steps in (candidate, fitted):
-            error = (weights * (runs - units * steps.unsqueeze(2)).square()).sum(2)
-            best, least = torch.where(error < least, steps, best), torch.minimum(error, least)
+    for rule in (FIRST_HALF, SECOND_HALF) if kind.halved else (UNSIGNED if kind.signed else None,):
+        for candidate in candidates:
+            units = _units(kind, runs, weights, candidate, rule)
+            fitted = (weights * runs * units).sum(2) / (weights * units.square()).sum(2).clamp_min(1e-30)
+            for steps in (candidate, fitted):
+                error = (weights * (runs - units * steps.unsqueeze(2)).square()).sum(2)
+                signed = -steps if rule == SECOND_HALF else steps
+                best, least = torch.where(error < least, signed, best), torch.minimum(error, least)
     return best, None
 
 
@@ -73,8 +76,11 @@ def _candidate_steps(kind: GgufType, runs: Tensor, weights: Tensor) -> list[Tens
     return [extreme / end * ratio for end in (kind.levels[0], kind.levels[-1]) for ratio in ratios]
 
 
-def _units(kind: GgufType, runs: Tensor, weights: Tensor, steps: Tensor) -> Tensor:
-    """The units [B, runs, run, out] nearest to the weights at these steps, under the importance."""
+def _units(kind: GgufType, runs: Tensor, weights: Tensor, steps: Tensor, rule: int | None) -> Tensor:
+    """The units [B, runs, run, out] nearest to the weights at these steps, under the importance.
+
+    rule   of `nearest_points`, for points that have signs of their own
+    """
     if kind.levels:
         return levels_of(kind, runs.device)[nearest_codes(kind, runs * inverse_steps(steps).unsqueeze(2))]
     table = points(kind.name).to(runs.device)
@@ -85,7 +91,8 @@ def _units(kind: GgufType, runs: Tensor, weights: Tensor, steps: Tensor) -> Tens
             part = slice(first, first + kind.vector)
             wanted, diagonal = runs[:, run, part].transpose(1, 2), weights[:, run, part, 0]
             linear = wanted * diagonal.unsqueeze(1)
-            codes, signs = nearest_points(table, torch.diag_embed(diagonal), wanted, linear, steps[:, run])
+            rules = None if rule is None else torch.full(steps[:, run].shape, rule, dtype=torch.uint8)
+            codes, signs = nearest_points(table, torch.diag_embed(diagonal), wanted, linear, steps[:, run], rules)
             found[:, run, part] = signed_points(table, codes, signs).transpose(1, 2)
     return found
 
@@ -102,16 +109,24 @@ def half(numbers: Tensor) -> Tensor:
 
 
 def nearest_factors(kind: GgufType, ratios: Tensor) -> Tensor:
-    """int64 indices of the factors nearest to step / d."""
-    first, last = kind.factors[0], kind.factors[-1]
-    if len(kind.factors) == 1:
+    """int64 indices of the factors nearest to step / d, of the first half of a table that has them twice."""
+    count = len(kind.factors) // 2 if kind.halved else len(kind.factors)
+    first, last = kind.factors[0], kind.factors[count - 1]
+    if count == 1:
         return torch.zeros_like(ratios, dtype=torch.int64)
-    apart = (last - first) / (len(kind.factors) - 1)
-    return ((ratios - first) / apart).round_().clamp_(0, len(kind.factors) - 1).long()
+    apart = (last - first) / (count - 1)
+    return ((ratios - first) / apart).round_().clamp_(0, count - 1).long()
 
 
 def stored_steps(kind: GgufType, steps: Tensor) -> tuple[Tensor, Tensor]:
     """(d float32 [B, blocks, out], index of the factor int64 [B, runs, out]) nearest to `steps` [B, runs, out]."""
+    if kind.halved:
+        d, index = _nearest_steps(kind, steps.abs())
+        return d, index + (steps < 0) * (len(kind.factors) // 2)
+    return _nearest_steps(kind, steps)
+
+
+def _nearest_steps(kind: GgufType, steps: Tensor) -> tuple[Tensor, Tensor]:
     blocks = steps.unflatten(1, (-1, kind.block // kind.run))
     extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True)).squeeze(2)
     # with factors of both signs those below zero reach further

@@ -3,7 +3,7 @@
 A weight is `step * unit - minimum`. A block of 256 weights (32 in the small types) has a float16 `d`, and every run of
 `run` weights in it a small integer, so that step = d * factors[integer]. The K types with minimums have a second pair,
 minimum = dmin * integer. A unit is a level of a list, one code a weight; or a point of a table with a sign for every
-weight, one code for 8 or 4 neighbours (gguf_points.py).
+weight, one code for 8 or 4 neighbours (gguf_points.py). Points of the IQ1 types have signs of their own.
 Source of the format: ggml's quantization types, as the Python package `gguf` reads them.
 """
 
@@ -28,6 +28,8 @@ class GgufType:
     levels       units of one weight each, rising; empty for the types of points
     vector       weights of a point; 1 for levels
     even         whether 8 signs have to hold an even number of minuses, so that 7 are stored
+    signed       whether points have signs of their own, and none are stored
+    halved       whether a run's points are all of one half of the table: its integer says which, above all factors
     """
 
     name: str
@@ -42,6 +44,8 @@ class GgufType:
     levels: tuple[int, ...] = ()
     vector: int = 1
     even: bool = False
+    signed: bool = False
+    halved: bool = False
 
     @property
     def label(self) -> str:
@@ -58,9 +62,12 @@ def _halves(scale: float) -> tuple[float, ...]:
 
 
 _ONE = (1.0,)
+_ODD = tuple(range(1, 16, 2))
 TYPES = {
     kind.name: kind
     for kind in (
+        GgufType("iq1_s", 1.5625, 1.375, 256, 50, 19, 32, _ODD + _ODD, vector=8, signed=True, halved=True),
+        GgufType("iq1_m", 1.75, 1.5, 256, 56, 29, 16, _ODD, vector=8, signed=True),
         GgufType("q2_k", 2, 2, 256, 84, 10, 16, _whole(0, 15), minimums=16, levels=_whole(0, 3)),
         GgufType("iq2_xxs", 2.0625, 1.875, 256, 66, 16, 32, _halves(0.25), vector=8, even=True),
         GgufType("iq2_xs", 2.3125, 2, 256, 74, 17, 16, _halves(0.25), vector=8, even=True),

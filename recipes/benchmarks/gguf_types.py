@@ -1,7 +1,7 @@
 """Experts in GGUF's types, rounded by mc-cli and by llama.cpp with its importance matrix: KL on held-out text.
 
     mc-cli calibrate -w W0 --model MODEL --data calibration.jsonl --seed 0
-    mc-cli score -w W0 --for llama.cpp --bits 2,2.0625,2.3125,2.5625,3,3.0625,3.4375,4,4.25
+    mc-cli score -w W0 --for llama.cpp --bits 1.5625,1.75,2,2.0625,2.3125,2.5625,3,3.0625,3.4375,4,4.25
     python recipes/benchmarks/gguf_types.py W0 W1 W2 --heldout validation [--types IQ2_XXS Q2_K ...] [--mixed 2.56 3.06]
 
 W0 W1 W2  work directories, one for each seed, with calibration and scores of all types for llama.cpp
@@ -40,6 +40,8 @@ from mc_cli.numerics.gguf_types import TYPES, GgufType
 
 # Types of llama.cpp's presets that `pure` gives to all tensors.
 PRESETS = {
+    "IQ1_S": 24,
+    "IQ1_M": 31,
     "Q2_K": 10,
     "Q3_K": 11,
     "Q4_K": 14,
