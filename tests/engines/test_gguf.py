@@ -36,7 +36,7 @@ def opened(folder: Path) -> Any:
     )
 
 
-@pytest.mark.parametrize("width", [2.0625, 2.3125, 2.5625, 2, 3.0625, 3, 3.4375, 4, 4.25, 4.5, 5, 6, 8])
+@pytest.mark.parametrize("width", [1.5625, 1.75, 2.0625, 2.3125, 2.5625, 2, 3.0625, 3, 3.4375, 4, 4.25, 4.5, 5, 6, 8])
 def test_llama_cpp_computes_what_was_packed(width: float, tiny_model: TinyModel, tmp_path: Path) -> None:
     compare("mixtral", width, tiny_model, tmp_path)
 
