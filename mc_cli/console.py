@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -105,7 +106,8 @@ def table_of(content: Mapping[str, Any]) -> Table:
         unit = column.get("unit")
         name = str(column.get("name", ""))
         right = column.get("align", "left") == "right"
-        table.add_column(Text(f"{name} [{unit}]" if unit else name), justify="right" if right else "left")
+        heading = Text(f"{name} [{unit}]" if unit else name)
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")  # never cut off
     for row in content.get("rows", []):
         table.add_row(*(Text(_cell_text(cell, column)) for cell, column in zip_longest(row, columns)))
     return table
@@ -117,10 +119,17 @@ def _cell_text(value: Any, column: Mapping[str, Any] | None) -> str:
     return f"{value:.{digits}f}" if digits is not None and isinstance(value, float) else value_text(value)
 
 
-def facts_text(facts: Mapping[str, Any]) -> str:
-    """Aligned `label  value` lines; whole numbers of bytes also in a unit that can be read."""
+def facts_text(facts: Mapping[str, Any], *, columns: int | None = None) -> str:
+    """Aligned `label  value` lines; whole numbers of bytes also in a unit that can be read.
+
+    columns  of a terminal: values that are longer go on below their beginning
+    """
     width = max((len(label) for label in facts), default=0)
-    return "\n".join(f"{label:<{width}}  {_fact_text(label, value)}" for label, value in facts.items())
+    lines = (f"{label:<{width}}  {_fact_text(label, value)}" for label, value in facts.items())
+    if columns is None or columns < 2 * width:
+        return "\n".join(lines)
+    whole = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": " " * (width + 2)}
+    return "\n".join(textwrap.fill(line, columns, drop_whitespace=True, **whole) for line in lines)
 
 
 def _fact_text(label: str, value: Any) -> str:
@@ -135,7 +144,8 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
     console = console or stdout_console()
     facts = summary.get("facts")
     if isinstance(facts, Mapping) and facts:
-        console.print(Text(facts_text(facts)), soft_wrap=True)
+        columns = console.width if console.is_terminal else None
+        console.print(Text(facts_text(facts, columns=columns)), soft_wrap=True)
     for content in summary.get("tables") or []:
         console.print()
         console.print(table_of(content))
@@ -173,7 +183,7 @@ def print_speeds(models: Sequence[Speed], reading_rate: float) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = ("model", "dtype", "weights", "load s", "memory", "prompt tokens/s", "tokens/s", "ms/token", "read/token")
     for name in (*columns, "GB/s", "of reading"):
-        table.add_column(name, justify="left" if name in ("model", "dtype") else "right")
+        table.add_column(name, justify="left" if name in ("model", "dtype") else "right", overflow="fold")
     for speed in models:
         moved = speed.token_bytes / speed.token_s
         table.add_row(
@@ -204,9 +214,9 @@ def print_status(stages: Sequence[StageStatus]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     named = any(entry.variant not in (None, MAIN) for entry in stages)
     if named:
-        table.add_column("variant")
+        table.add_column("variant", overflow="fold")
     for name, right in (("stage", False), ("state", False), ("size", True), ("warnings", True), ("", False)):
-        table.add_column(name, justify="right" if right else "left")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
     for entry in stages:
         size = size_text(entry.size_bytes) if entry.size_bytes else "-"
         count = str(len(entry.warnings)) if entry.state in ("done", "stale") else "-"
@@ -221,7 +231,7 @@ def print_verified(found: Sequence[Verified]) -> None:
     styles = {"whole": "green", "begun": "yellow", "damaged": "red", "missing": "red"}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, right in (("what", False), ("state", False), ("files", True), ("size", True), ("folder", False)):
-        table.add_column(name, justify="right" if right else "left")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
     for entry in found:
         state = Text(entry.state, style=styles.get(entry.state, ""))
         table.add_row(entry.what, state, value_text(entry.files), size_text(entry.size_bytes), str(entry.folder))

@@ -13,6 +13,7 @@ from mc_cli.artifacts.routes import LayerRoutes
 from mc_cli.overview.routing import spread_of
 from mc_cli.parts import DROPPED
 from mc_cli.reports.charts import BARS, LINE, POINTS, STARS, Chart, Heat, Series
+from mc_cli.reports.plan_words import width_words
 from mc_cli.reports.tables import table
 
 _AT = 2  # bits at which experts are compared, where that was scored
@@ -69,7 +70,7 @@ def spectrum_chart(importance: Importance) -> Chart:
         losses = sorted(layer.predicted_loss_by_bits[width], reverse=True)
         series.append(Series(f"layer {layer.layer}", list(range(1, len(losses) + 1)), losses, LINE))
     positive = bool(series) and all(value > 0 for entry in series for value in entry.y)
-    title = f"Predicted loss of one expert alone at {width:g} bits"
+    title = f"Predicted loss of one expert alone at {width_words(width)}"
     return Chart(title, "rank among the layer's experts", _UNIT, series, log_y=positive)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mc_cli.artifacts.importance import Importance
+from mc_cli.reports.plan_words import width_words
 from mc_cli.reports.tables import summary, table
 
 
@@ -18,7 +19,7 @@ def importance_summary(importance: Importance) -> dict[str, Any]:
         ]
         for layer in importance.layers
     ]
-    widths = [f"all at {width} bits" if width else "each dropped alone" for width in importance.candidate_bits]
+    widths = [f"all at {width_words(width)}" if width else "each dropped alone" for width in importance.candidate_bits]
     title = "Predicted rise of the loss, summed over a layer's experts"
     facts = {"quantizer": importance.quantizer, "unit": importance.sensitivity_method}
     tables = [table(title, ["layer", "experts", *widths], rows)]

@@ -8,7 +8,7 @@ from typing import Any
 from mc_cli.artifacts.considered import Considered
 from mc_cli.artifacts.plan import ExpertBits, Plan, widths_by_block
 from mc_cli.parts import DROPPED
-from mc_cli.reports.plan_words import plan_facts, width_histogram
+from mc_cli.reports.plan_words import plan_facts, width_histogram, width_words
 from mc_cli.reports.tables import summary, table
 
 
@@ -36,7 +36,7 @@ def plan_summary(plan: Plan, considered: Sequence[Considered] = ()) -> dict[str,
     if plan.merging is not None and not considered:
         return summary(facts, _merged_table(plan), **whole)
     title = "Experts per width (an expert whose projections differ counts once for each)"
-    columns = ["layer", *(f"at {bits} bits" if bits else "dropped" for bits in widths)]
+    columns = ["layer", *(f"at {width_words(bits)}" if bits else "dropped" for bits in widths)]
     return summary(facts, width_histogram(matrices, widths), table(title, columns, rows), *ways, **whole)
 
 
@@ -68,7 +68,7 @@ def _inside(plan: Plan, widths: Sequence[float]) -> dict[str, Any]:
         kept = f"{sum(left) / (channels * len(row)):.0%}"
         dropped = len(plan.dropped(layer))
         rows.append([layer, left.count(channels), sum(cut), dropped, kept, *counts])
-    columns = ["layer", "whole", "cut", "dropped", "channels kept", *(f"at {bits} bits" for bits in coded)]
+    columns = ["layer", "whole", "cut", "dropped", "channels kept", *(f"at {width_words(bits)}" for bits in coded)]
     return table("Experts, and how many of their matrices have each width", columns, rows)
 
 

@@ -69,14 +69,15 @@ def width_histogram(widths: Sequence[float], kinds: Sequence[float]) -> dict[str
     counts = Counter(widths)
     most = max(counts.values(), default=1)
     shares = {kind: round(100 * counts[kind] / len(widths), 1) for kind in kinds}
-    rows = [[_width(kind), counts[kind], shares[kind], _bar(counts[kind], most)] for kind in kinds]
+    rows = [[width_words(kind), counts[kind], shares[kind], _bar(counts[kind], most)] for kind in kinds]
     content = table("Widths", ["width", "matrices", "%", "share"], rows, left=1)
     content["columns"][-1]["align"] = "left"
     return content
 
 
-def _width(bits: float) -> str:
-    return f"{bits:g} bits" if bits else "dropped"
+def width_words(bits: float) -> str:
+    """A width, as `1 bit`, `2.5 bits` or `dropped`."""
+    return (f"{bits:g} bit" if bits == 1 else f"{bits:g} bits") if bits else "dropped"
 
 
 def _bar(count: int, most: int) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
+from rich.console import Console
 
 from mc_cli import console, console_progress
 from mc_cli.console_progress import ConsoleProgress
@@ -123,3 +125,19 @@ def test_a_table_survives_missing_and_odd_fields(capsys: pytest.CaptureFixture[s
         {"tables": [{"columns": ["a", {"name": "b", "unit": "s", "align": "right"}], "rows": [["x", None]]}, {}]}
     )
     assert "b [s]" in capsys.readouterr().out
+
+
+def test_nothing_is_cut_off_where_a_terminal_is_narrow() -> None:
+    """Cells are folded and facts go on below their beginning; a file gets whole lines."""
+    facts = {"objective": "diagonal Fisher at the MoE output, labels sampled from the model; nats per token", "n": 3}
+    lines = console.facts_text(facts, columns=60).split("\n")
+    assert (
+        len(lines) == 3 and max(map(len, lines)) <= 60 and lines[1].startswith(" " * 11) and lines[2] == "n          3"
+    )
+    assert " ".join(" ".join(lines[:2]).split()) == " ".join(console.facts_text(facts).split("\n")[0].split())
+    drawn = Console(file=io.StringIO(), width=24)
+    columns = [{"name": "target"}, {"name": "bits per expert weight", "align": "right"}]
+    drawn.print(console.table_of({"columns": columns, "rows": [["--target-stored-bits 2.0", 2.0]]}))
+    said = drawn.file.getvalue()  # type: ignore[attr-defined]
+    first = "".join(line[:14].strip() for line in said.split("\n")[5:])
+    assert "…" not in said and first == "--target-stored-bits2.0"
