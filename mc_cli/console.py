@@ -128,8 +128,9 @@ def facts_text(facts: Mapping[str, Any], *, columns: int | None = None) -> str:
     lines = (f"{label:<{width}}  {_fact_text(label, value)}" for label, value in facts.items())
     if columns is None or columns < 2 * width:
         return "\n".join(lines)
-    whole = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": " " * (width + 2)}
-    return "\n".join(textwrap.fill(line, columns, drop_whitespace=True, **whole) for line in lines)
+    wrapper = textwrap.TextWrapper(columns, subsequent_indent=" " * (width + 2), break_long_words=False)
+    wrapper.break_on_hyphens = False
+    return "\n".join(wrapper.fill(line) for line in lines)
 
 
 def _fact_text(label: str, value: Any) -> str:
