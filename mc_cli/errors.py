@@ -200,6 +200,11 @@ def listed(offenders: Iterable[str], limit: int = SHOWN) -> str:
     return "\n".join(shown)
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things in words: `1 difference`, `2 differences`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def few(values: Sequence[object], most: int = 8) -> str:
     """The first of many values in one line, with three dots where there are more."""
     return ", ".join(map(str, values[:most])) + (" ..." if len(values) > most else "")

@@ -21,7 +21,7 @@ import yaml
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.artifacts.strict_yaml import read_yaml
 from mc_cli.artifacts.work_dir import MAIN, WorkDir, check_variant
-from mc_cli.errors import SHOWN, InputError, MissingFlagsError, Problems, listed, shown
+from mc_cli.errors import SHOWN, InputError, MissingFlagsError, Problems, counted, listed, shown
 from mc_cli.flags import (
     COMPUTE,
     HELD_OUT,
@@ -226,8 +226,7 @@ def plan_run(
     sections["prune-eval"].setdefault("data", HELD_OUT)
     missing = _missing(recipe, sections, unread)
     if missing:
-        lacks = "1 setting" if len(missing) == 1 else f"{len(missing)} settings"
-        problems.add(MissingFlagsError(f"run lacks {lacks}:\n{listed(missing)}"))
+        problems.add(MissingFlagsError(f"run lacks {counted(len(missing), 'setting')}:\n{listed(missing)}"))
     stages = _stages_of(recipe, problems)
     engine = ENGINES.get(sections["score"].get("engine") or "")
     if engine is not None:

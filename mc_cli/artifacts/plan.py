@@ -33,7 +33,7 @@ from mc_cli.artifacts.merging import Merging
 from mc_cli.artifacts.names import CHANNEL_ORDER, PLAN
 from mc_cli.artifacts.strict_yaml import read_yaml
 from mc_cli.encodings import MOST, all_widths
-from mc_cli.errors import PlanError, few, listed, shown
+from mc_cli.errors import PlanError, counted, few, listed, shown
 from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role, too_few_survivors
 from mc_cli.registry import GRIDS, families
 from mc_cli.settings import LARGEST_GROUP
@@ -142,7 +142,7 @@ class Plan:
                 problems += self._structure_problems(layer, blocks[layer], inventory)
         if problems:
             raise PlanError(
-                f"The plan does not describe this model, {len(problems)} differences:\n{listed(problems)}\n"
+                f"The plan does not describe this model, {counted(len(problems), 'difference')}:\n{listed(problems)}\n"
                 "Run allocate for this model, or correct plan.yaml."
             )
 
@@ -267,6 +267,11 @@ def _read_order(path: Path, content: Mapping[str, Any]) -> ChannelOrder | None:
         return None
     named = content["channel_order"]
     beside = path.with_name(named["file"])
+    if not beside.exists():
+        raise PlanError(
+            f"{path} takes channels in the order of {named['file']} (channel_order), which does not lie beside it. "
+            f"Copy it from the folder of the plan that this one was made of to {path.parent.absolute()}."
+        )
     order = ChannelOrder.read(beside, content["expert_bits"])
     if file_digest(beside) != named["sha256"]:
         raise PlanError(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mc_cli.artifacts.pruning import Pruning
 from mc_cli.data.batches import Batch
-from mc_cli.errors import ArtifactError, listed
+from mc_cli.errors import ArtifactError, counted, listed
 from mc_cli.measuring.logit_source import Generates, LogitSource, Open, Reading, Walked
 from mc_cli.models.checkpoint import REST
 from mc_cli.models.inventory import find_decoder_layers
@@ -230,6 +230,7 @@ class _RoundedTwin:
 def _raise_if_any(exported: Path, problems: list[str]) -> None:
     if problems:
         raise ArtifactError(
-            f"{exported}: reading back found {len(problems)} differences from the packed model:\n{listed(problems)}\n"
+            f"{exported}: reading back found {counted(len(problems), 'difference')} from the packed model:\n"
+            f"{listed(problems)}\n"
             "The disk may be faulty; if exporting again gives the same, this is a defect of mc-cli."
         )

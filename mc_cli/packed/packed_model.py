@@ -19,7 +19,7 @@ from transformers.core_model_loading import build_glob_alternation
 
 from mc_cli.artifacts.packed import PackedLayout, StoredBytes, encoding_of
 from mc_cli.artifacts.sizes import SIZES, read_sizes
-from mc_cli.errors import ArtifactError, McError, listed
+from mc_cli.errors import ArtifactError, McError, counted, listed
 from mc_cli.families import facts_of
 from mc_cli.models import experts
 from mc_cli.models.adopted_experts import adopt_experts
@@ -200,7 +200,7 @@ def _misfits(where: str, shape: tuple[int, ...], keys: Iterable[str]) -> list[st
 def _raise_if_any(model: nn.Module, problems: list[str]) -> None:
     if problems:
         raise ArtifactError(
-            f"The packed layout does not fit {type(model).__name__}, {len(problems)} differences:\n"
+            f"The packed layout does not fit {type(model).__name__}, {counted(len(problems), 'difference')}:\n"
             f"{listed(sorted(problem[:_LONGEST] for problem in problems))}\nThe files are of different models, or "
             "damaged; make the packed model again."
         )

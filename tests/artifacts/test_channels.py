@@ -91,7 +91,10 @@ def twice(rows: dict[str, Any]) -> None:
         (named(sha256="aa"), "not 64 hexadecimal digits"),
         (named(more=1), "not a mapping of file and sha256"),
         (lambda folder, content: content.update(channel_order="x"), "channel_order is 'x', not a dict"),
-        (lambda folder, content: (folder / "channels.safetensors").unlink(), "does not exist"),
+        (
+            lambda folder, content: (folder / "channels.safetensors").unlink(),
+            "which does not lie beside it. Copy it from the folder",
+        ),
         (lambda folder, content: (folder / "channels.safetensors").write_bytes(b"x" * 99), "not a whole safetensors"),
     ],
 )

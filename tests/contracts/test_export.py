@@ -211,7 +211,7 @@ def test_one_wrong_value_is_found(
     made = exported(format)
     out = made.copy(tmp_path / "out")
     change_tensor(out, name)
-    with pytest.raises(ArtifactError, match="1 differences") as error:
+    with pytest.raises(ArtifactError, match="1 difference from") as error:
         read_again(out, made.work / "packed", format, free_bytes=free_bytes)
     assert f"{WRONG[format, name] or name}: other values" in str(error.value)
 
