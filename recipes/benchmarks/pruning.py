@@ -68,7 +68,6 @@ VARIANTS_AT_ONCE = 32
 READ_AT = (0.1, 0.2, 0.25, 0.3, 0.4)
 BEYOND = 0.41  # of the oracle by output change too: a rate is read off between two points
 TIMED_TOKENS, ROUNDS = 1024, 5
-TIMED = ("otp", "odp")
 
 
 def main() -> None:
@@ -88,7 +87,7 @@ def main() -> None:
         results |= true_oracles(arguments, work_dir)
         save(arguments.out, results)
     if "times" not in results:
-        results["times"] = [row for policy in TIMED for row in times(work_dir, policy)]
+        results["times"] = [row for policy in arguments.policies for row in times(work_dir, policy)]
     save(arguments.out, results)
     show(results)
     first = next(iter(results["seeds"].values()))
@@ -106,6 +105,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, default=Path("runs/pruning"))
     parser.add_argument("--out", type=Path, default=Path("runs/pruning.json"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--policies", nargs="+", default=["otp", "odp"], help="baselines come with them")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--max-windows", type=int, default=128, help="held-out windows, evenly over the domains")
     parser.add_argument("--fit-windows", type=int, default=512)
@@ -133,7 +133,7 @@ def copy_inputs(packed: Path, work_dir: Path) -> None:
 def measure(arguments: argparse.Namespace, work_dir: Path, seed: int) -> dict[str, Any]:
     """All operating points of one seed on the held-out text."""
     prune = PruneSettings(
-        policy=("otp", "odp"),
+        policy=tuple(arguments.policies),
         sweep=True,
         target_rate=None,
         max_loss=1.0,  # every point is measured; which one would ship does not matter here
