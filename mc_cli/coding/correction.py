@@ -21,6 +21,7 @@ from torch import nn
 from mc_cli.coding.expert_inputs import Chunk, ExpertInputs
 from mc_cli.models import experts
 from mc_cli.numerics.hessian import least_squares
+from mc_cli.numerics.products import filled
 from mc_cli.walking.layerwise import LayerWalk
 
 # This part of the mean diagonal is added to the Hessian; 0.01 to 0.1 give the same KL divergence within 1 %, and 1
@@ -77,7 +78,7 @@ class Shortfall:
         self._inputs.store.release(self._missing)
         # attention * share * missing * routing weight, of which weights^2 holds attention and one weight squared
         pulled = missing * (chunk.weights * chunk.routing_weights / total)[:, None]
-        self._moments[expert].addmm_(pulled.T, activated * chunk.weights[:, None])
+        self._moments[expert].addmm_(filled(pulled).T, filled(activated * chunk.weights[:, None]))
 
     def step(self, expert: int, hessian: torch.Tensor, pooled_share: float) -> torch.Tensor:
         """[hidden, channels] float32: what to add to the expert's weights; its moments are dropped.

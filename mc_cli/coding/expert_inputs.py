@@ -15,6 +15,7 @@ from mc_cli.artifacts.scratch import InMemory
 from mc_cli.data.batches import Batch
 from mc_cli.models import experts
 from mc_cli.numerics.hessian import accumulate, shrink
+from mc_cli.numerics.products import linear
 from mc_cli.parts import ExpertBlock
 from mc_cli.walking.routing import RoutingCapture, require_every_token
 
@@ -262,7 +263,7 @@ def expert_down(module: Any, expert: int, activated: torch.Tensor, down_weight: 
 
 def _linear(module: Any, projection: str, expert: int, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     bias = experts.expert_bias(module, projection, expert)
-    return nn.functional.linear(inputs, weight.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype))
+    return linear(inputs, weight.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype))
 
 
 def up_hessians(inputs: ExpertInputs, members: list[int], *, strength: float) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from mc_cli.coding.expert_inputs import ExpertInputs, up_outputs
 from mc_cli.models.expert_gates import channels_of_rows, slopes_of
+from mc_cli.numerics.products import filled
 from mc_cli.numerics.row_hessian import RowHessian
 
 # Means over tokens and features overstate how far rows differ at any one token; on a trained model powers from 0.5 to 1
@@ -114,11 +115,11 @@ def _slope_moments(
     for chunk in inputs.chunks(expert, limit=SLOPE_TOKENS):
         slopes = slopes_of(module, up_outputs(module, expert, chunk.inputs, up_weight), reach) * chunk.weights[:, None]
         slopes = slopes if rows is None else slopes[:, rows]
-        slopes = torch.nn.functional.pad(slopes, (0, groups.numel() - slopes.shape[1]))
+        count += len(slopes)
+        slopes = filled(torch.nn.functional.pad(slopes, (0, groups.numel() - slopes.shape[1])))
         for moment, group in zip(moments, groups, strict=True):
             chosen = slopes[:, group]
             moment.addmm_(chosen.T, chosen)
-        count += len(slopes)
     return moments, count
 
 

@@ -14,6 +14,7 @@ import torch
 from mc_cli.coding.correction import correction
 from mc_cli.coding.expert_inputs import ExpertInputs, expert_activations
 from mc_cli.numerics.hessian import accumulate
+from mc_cli.numerics.products import filled
 
 TRIAL_TOKENS = 6144  # the most tokens of the expert that are used
 
@@ -86,7 +87,7 @@ class Half:
     def add(self, activated: torch.Tensor, missing: torch.Tensor) -> None:
         """Activations [n, channels] and what is missing of the outputs [n, hidden] at the same tokens, weighted."""
         self.missing += missing.square().sum(0, dtype=torch.float64)
-        self._moments.addmm_(missing.T, activated)
+        self._moments.addmm_(filled(missing).T, filled(activated))
         accumulate(self._hessian, activated)
 
     def step(self, *, trusted: int) -> torch.Tensor:

@@ -19,7 +19,6 @@ import torch
 
 from mc_cli import errors
 from mc_cli.errors import McError
-from mc_cli.numerics.products import prefer_onednn
 from mc_cli.quantizers.job import Coded, CodingJob, InputMoments, code
 
 KNOWN_MOMENTS = 2  # that a process remembers: score asks for those of both projections in turn
@@ -83,7 +82,6 @@ class Desk:
 
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
-        prefer_onednn()  # as the process that hands out jobs does
         self._known: OrderedDict[int, InputMoments] = OrderedDict()
 
     def knows(self, number: int) -> bool:

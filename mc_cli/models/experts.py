@@ -33,6 +33,7 @@ from mc_cli.models.packed_experts import (
     whole_weight,
 )
 from mc_cli.models.paged_experts import TURNS, Turns, paged_weights, routed_tokens, turns_of
+from mc_cli.numerics.products import linear
 from mc_cli.parts import Projection
 
 __all__ = [
@@ -86,7 +87,7 @@ class LowRank:
 
     def product(self, expert: int, inputs: torch.Tensor) -> torch.Tensor:
         """[tokens, out_features] for inputs [tokens, in_features], in the dtype of the factors."""
-        linear, inner = nn.functional.linear, self.inner[expert]
+        inner = self.inner[expert]
         return linear(linear(inputs.to(inner.dtype), inner), self.outer[expert]) * self.scaling
 
 
@@ -174,11 +175,11 @@ def project(module: Experts, projection: str, expert: int, inputs: torch.Tensor,
         place = module._mc_packed[projection][expert][block]
         parts = place.parts(module)
         if place.encoding is None:
-            outputs = nn.functional.linear(inputs, parts["weight"].to(inputs.dtype))
+            outputs = linear(inputs, parts["weight"].to(inputs.dtype))
         else:
             outputs = product(inputs, parts, place.encoding, in_features=place.in_features)
     else:
-        outputs = nn.functional.linear(inputs, expert_weight(module, projection, expert))
+        outputs = linear(inputs, expert_weight(module, projection, expert))
     for adapter in getattr(module, LOW_RANK, {}).get(projection, ()):
         outputs = outputs + adapter.product(expert, inputs).to(outputs.dtype)
     bias = expert_bias(module, projection, expert)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mc_cli.errors import McError, ShapeError
+from mc_cli.numerics.products import filled
 
 FLOAT64_LIMIT = 8192  # in_features up to which factors are computed in float64: 0.5 GB a matrix
 _TOKENS_AT_ONCE = 4096
@@ -33,6 +34,7 @@ def accumulate(hessian: Tensor, inputs: Tensor, weights: Tensor | None = None) -
         rows = inputs[start : start + _TOKENS_AT_ONCE].to(torch.float32)
         if weights is not None:
             rows = rows * weights[start : start + _TOKENS_AT_ONCE, None].to(torch.float32)
+        rows = filled(rows)
         hessian.addmm_(rows.T, rows)
 
 

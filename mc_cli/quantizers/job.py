@@ -16,6 +16,7 @@ from torch import Tensor
 from mc_cli.encodings import Encoding
 from mc_cli.errors import ExtensionError
 from mc_cli.numerics.hessian import trace_error
+from mc_cli.numerics.products import usual_products
 from mc_cli.numerics.row_hessian import RowHessian
 from mc_cli.parts import UnitId
 from mc_cli.quantizers import Prepared, Quantizer, check_made
@@ -113,6 +114,11 @@ def code(job: CodingJob) -> Coded:
     Raises InputError for a quantizer that needs a Hessian where there is none, ShapeError where the encoding does not
     fit, McError for weights that are not finite, ExtensionError for what a quantizer must not give.
     """
+    with usual_products():
+        return _code(job)
+
+
+def _code(job: CodingJob) -> Coded:
     prepared = job.inputs.prepared(job.quantizer, job.encoding.basis)
     if job.forecast:
         assert not isinstance(job.row_importance, RowHessian)

@@ -42,6 +42,24 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
+@pytest.mark.parametrize("tokens", [1, 63, 64, 130])
+def test_rows_that_are_filled_up_change_no_result(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    rows, weight = torch.randn(tokens, 96, generator=generator), torch.randn(32, 96, generator=generator)
+    exact = rows.double() @ weight.double().T
+    with fast_float32_products():
+        inputs = rows.clone().requires_grad_(True)
+        outputs = products.linear(inputs, weight)
+        (found,) = torch.autograd.grad(outputs.sum(), inputs)
+        assert len(products.filled(rows)) % 64 == 0 or not products._onednn_is_exact()
+        moments = products.filled(rows).T @ products.filled(rows)
+        with products.usual_products():
+            assert products.filled(rows) is rows
+    assert outputs.shape == (tokens, 32) and relative_error(outputs.detach(), exact) < 1e-5
+    assert relative_error(found, weight.double().sum(0).expand(tokens, -1)) < 1e-5
+    assert relative_error(moments, rows.double().T @ rows.double()) < 1e-5
+
+
 def test_the_switch_is_put_back_after_an_error(switch: Any) -> None:
     before = switch.fp32_precision
     with pytest.raises(ValueError), fast_float32_products():
