@@ -24,6 +24,7 @@ GROUP: Any = typer.main.get_command(app)
 OF_OTHERS = {"--check", "--help", "--target", "--version"}
 # of vLLM: what `mc-cli serve` gives it, and what its plug-in names when it refuses
 OF_OTHERS |= {"--middleware", "--load-format", "--tensor-parallel-size", "--pipeline-parallel-size"}
+OF_OTHERS |= {"--hf-overrides", "--enforce-eager"}
 OF_OTHERS |= {"--data-parallel-size", "--enable-expert-parallel"}
 _FENCE = re.compile(r"^```(?:sh|bash|console)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

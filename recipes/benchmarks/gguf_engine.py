@@ -19,6 +19,7 @@ from typing import Any
 import gguf
 import llama_cpp
 import torch
+from heldout_windows import windows
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -27,7 +28,6 @@ from mc_cli.exporters.gguf import open as open_gguf
 from mc_cli.measuring.logit_source import Reading
 from mc_cli.numerics.gguf_bytes import unpack, values
 from mc_cli.numerics.gguf_types import TYPES
-from recipes.benchmarks.gguf_types import windows
 
 
 class _Traits(ctypes.Structure):
@@ -126,17 +126,22 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--lines", type=int, default=10_000)
+    parser.add_argument("--more-lines", type=Path, help="JSON lines to take further lines from for token ids")
+    parser.add_argument("--tokens-alone", action="store_true", help="compare token ids and nothing else")
     asked = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(asked.model)
     path = asked.export / FILE
     files = sorted(asked.heldout.glob("*.jsonl")) if asked.heldout.is_dir() else [asked.heldout]
+    of_tokens = [*files, asked.more_lines] if asked.more_lines else files
+    if asked.tokens_alone:
+        return print(json.dumps({"token ids": token_ids(path, tokenizer, of_tokens, asked.lines)}))
     ours: Any = open_gguf(asked.export, Reading(torch.float32, torch.device("cpu")))
     result = {
         "dequantizers": dequantizers(path),
-        "token ids": token_ids(path, tokenizer, files, asked.lines),
+        "token ids": token_ids(path, tokenizer, of_tokens, asked.lines),
         "losses": losses(path, ours.model, windows(asked.heldout, tokenizer, asked.windows, asked.length)),
     }
-    print(json.dumps(result))
+    return print(json.dumps(result))
 
 
 if __name__ == "__main__":
