@@ -167,12 +167,14 @@ class OraclePruner:
     def __init__(self, layer: PrunedLayer, keep: Tensor) -> None:
         self.layer, self._keep, self._begin = layer, keep, 0
         self.kept: list[Tensor] = []
+        self.chosen: list[Tensor] = []
         self.calls = torch.zeros(1)
 
     def __call__(self, module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         keep = self._keep[self._begin : self._begin + len(weights)]
         self._begin += len(weights)
         self.kept.append(keep)
+        self.chosen.append((index < module.num_experts).sum(-1))
         mask = weight_ranks(weights) < keep[:, None]
         kept = kept_weights(weights, mask, renormalise=self.layer.renormalise)
         return index.masked_fill(~mask, module.num_experts), kept
