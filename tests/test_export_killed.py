@@ -40,7 +40,8 @@ def export_to(work_dir: Path, out: Path, *, force: bool, kill_at: int | None, co
 
     for name in CALLS:
         setattr(os, name, counted(getattr(os, name)))
-    settings = ExportSettings(out=str(out), format="gguf" if out.suffix else "transformers", shard_bytes=60_000)
+    kind: dict[str, Any] = {"format": "gguf"} if out.suffix else {"shard_bytes": 60_000}
+    settings = ExportSettings(out=str(out), **kind)
     export.run(settings, RunSettings(device="cpu"), work_dir, force=force, progress=SilentProgress())
     if count_into is not None:
         with count_into.open("w", encoding="utf-8") as handle:

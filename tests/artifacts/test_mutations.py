@@ -22,6 +22,7 @@ from mc_cli.artifacts.plan import Plan
 from mc_cli.artifacts.quantization import Coverage, read_report, write_report
 from mc_cli.artifacts.sizes import read_sizes, write_sizes
 from mc_cli.errors import BudgetError, InputError, McError
+from mc_cli.flags import SECTIONS
 from mc_cli.parts import Role
 from mc_cli.recipe import plan_runs, read_recipe
 from tests.artifacts.test_calibration import INVENTORY, ROUTING
@@ -132,6 +133,18 @@ compute: {batch_tokens: 64, dtype: float32}
 """
 
 
+# Flags that a recipe does not have, and its keys, by which settings of a recipe that can be read are named.
+NAMED = (
+    "--",
+    "allocate needs",
+    "run lacks",
+    "effort '",
+    "variant '",
+    "work_dir",
+    *(f"{section}." for section in SECTIONS),
+)
+
+
 def test_mutated_recipes_are_refused_by_name_or_read(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     draw = random.Random(4)
@@ -142,7 +155,7 @@ def test_mutated_recipes_are_refused_by_name_or_read(tmp_path: Path) -> None:
             data = flipped(RECIPE.encode(), draw)
         path.write_bytes(data)
         if not _refused(lambda: read_recipe(path), path, data):
-            _refused(lambda: plan_runs(read_recipe(path)), path, data, anywhere=("--", "allocate needs", "run lacks"))
+            _refused(lambda: plan_runs(read_recipe(path)), path, data, anywhere=NAMED)
 
 
 def _refused(read: Callable[[], object], path: Path, data: bytes, *, anywhere: tuple[str, ...] = ()) -> bool:

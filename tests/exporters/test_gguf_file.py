@@ -87,10 +87,10 @@ def test_done_stale_and_forced(work: Path, tmp_path: Path) -> None:
     before = out.read_bytes()
     again = do_export(work, out)
     assert not again.ran and again.summary == first.summary and out.read_bytes() == before
-    with pytest.raises(StaleArtifactError, match="setting shard_bytes"):
-        do_export(work, out, shard_bytes=1000)
+    with pytest.raises(StaleArtifactError, match="setting dtype"):
+        do_export(work, out, dtype="bfloat16")
     assert out.read_bytes() == before
-    assert do_export(work, out, shard_bytes=1000, force=True).ran and out.read_bytes() != before
+    assert do_export(work, out, dtype="bfloat16", force=True).ran and out.read_bytes() != before
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
