@@ -12,7 +12,7 @@ from mc_cli import door
 from mc_cli.artifacts.export_record import RECORD_KEY, ExportRecord
 from mc_cli.artifacts.exported_file import ExportFile
 from mc_cli.artifacts.gguf_header import text_place
-from mc_cli.errors import ArtifactError, InputError, StaleArtifactError
+from mc_cli.errors import ArtifactError, InputError
 from mc_cli.exporters import exporter_from_name
 from mc_cli.exporters.engines import check_engine
 from mc_cli.measuring.logit_source import Reading
@@ -81,16 +81,13 @@ def test_a_changed_byte_is_damage(where: int, work: Path, tmp_path: Path) -> Non
     assert do_export(work, out, force=True).ran and verified(out)[0].state == "whole"
 
 
-def test_done_stale_and_forced(work: Path, tmp_path: Path) -> None:
+def test_done_and_forced(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.gguf"
     first = do_export(work, out)
     before = out.read_bytes()
     again = do_export(work, out)
     assert not again.ran and again.summary == first.summary and out.read_bytes() == before
-    with pytest.raises(StaleArtifactError, match="setting dtype"):
-        do_export(work, out, dtype="bfloat16")
-    assert out.read_bytes() == before
-    assert do_export(work, out, dtype="bfloat16", force=True).ran and out.read_bytes() != before
+    assert do_export(work, out, force=True).ran and out.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
