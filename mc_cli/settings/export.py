@@ -32,7 +32,7 @@ class ExportSettings(StageSettings):
     format: str = setting(
         "transformers",
         Flag(
-            "transformers: packed, loads where mc-cli is installed; dense: dequantized, original layout; gguf, mlx, "
+            "transformers: packed, loads with this package beside it; dense: dequantized, original layout; gguf, mlx, "
             "compressed-tensors, gptq: for other engines, of plans made --for them.",
             _OUTPUT,
             metavar="NAME",
