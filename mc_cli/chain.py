@@ -20,12 +20,11 @@ from mc_cli.flags import STAGES, shared_with_score
 from mc_cli.progress import Progress, StageResult
 from mc_cli.recipe import RunPlan
 from mc_cli.settings import RunSettings
-from mc_cli.wording import Words
+from mc_cli.wording import COMMAND_WORDS, Words
 
 if TYPE_CHECKING:
     from mc_cli.ahead import Outlook
 
-COMMAND_WORDS = Words()
 _WAITING, _DONE = "waiting", "done"
 _ACTIONS = {
     "new": "would run",

@@ -171,7 +171,7 @@ def reworded_text(message: str, names: Mapping[str, str]) -> str:
     return _COMMAND_OR_FLAG.sub(lambda found: names.get(found[0], found[0]), message)
 
 
-# What stands in backticks, a command with its flags, or a flag.
+# Matches text in backticks, a command with its flags, or a flag.
 _COMMAND = r"(?:mc-cli [a-z-]+|\b(?:calibrate|score|allocate|quantize|prune-eval|export|generate|serve|bench))"
 _FLAG = r"(?<![\w-])--[a-z][a-z-]*[a-z](?![\w-])"
 _COMMAND_OR_FLAG = re.compile(rf"`[^`\n]*`|{_COMMAND}(?: --?[a-z][a-z-]*(?: (?!--)[^\s,;:]+)?)+|{_FLAG}")

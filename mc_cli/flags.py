@@ -31,7 +31,7 @@ SECTIONS: dict[str, type] = {
     COMPUTE: s.RunSettings,
 }
 STAGES = tuple(section for section in SECTIONS if section != COMPUTE)
-# What of `compute` changes nothing in a stage, so that its command does not take it; allocate computes nothing at all.
+# Settings of `compute` that change nothing in a stage: its command does not take them; allocate computes nothing.
 _JOBS = frozenset({"workers", "job_threads"})
 _NOT_OF = {"calibrate": _JOBS, "prune-eval": _JOBS, "export": _JOBS | {"batch_tokens"}}
 _COMPUTES_NOTHING = ("allocate",)

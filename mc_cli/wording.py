@@ -80,6 +80,9 @@ def python_name(option: str, field: str) -> str:
     return field if keyword.iskeyword(name) else name
 
 
+COMMAND_WORDS = Words()  # of a stage's own command
+
+
 @cache
 def _names(words: Words, section: str) -> Mapping[str, str]:
     found: dict[str, str] = {}

@@ -51,12 +51,10 @@ from mc_cli.stages.allocate import with_directory
 from mc_cli.stages.calibrate import opened
 from mc_cli.stages.quantize import check_plan, existing_plan, plan_path
 from mc_cli.stages.score import role_widths
-from mc_cli.wording import Words
+from mc_cli.wording import COMMAND_WORDS, Words
 
 _COMMON = "calibrate"  # whose flags are meant where a message is not of one stage alone
 __all__ = ["Look", "Outlook", "look_ahead"]
-
-COMMAND_WORDS = Words()
 
 
 def look_ahead(

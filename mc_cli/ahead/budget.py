@@ -24,7 +24,7 @@ from mc_cli.artifacts.importance import Importance, LayerImportance, ProjectionI
 from mc_cli.artifacts.plan import Plan
 from mc_cli.encodings import Encoding, planned_bytes
 from mc_cli.errors import InputError, ShapeError, listed
-from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role
+from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role
 from mc_cli.registry import ENCODINGS, family_named
 from mc_cli.settings import (
     CAMERA_Q,
@@ -105,9 +105,7 @@ def reachable_size(settings: AllocateSettings, score: ScoreSettings, inventory: 
 
 def _sizes(settings: AllocateSettings, score: ScoreSettings, inventory: ModelInventory) -> Importance:
     """The measures of score as far as shapes tell, in halves where asked. Raises InputError, PlanError, ShapeError."""
-    measured = importance_of_shapes(inventory, score)
-    if KEPT_BITS in (settings.bits or ()):
-        measured = with_kept_width(measured, inventory, score.quantizer)
+    measured = with_kept_width(importance_of_shapes(inventory, score), settings.bits, inventory, score.quantizer)
     if not settings.halves:
         return measured
     _require_channels(score, "--halves")

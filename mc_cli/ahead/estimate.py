@@ -134,41 +134,34 @@ def estimate(
     fit_bytes   memory that the result is to run in;  context   tokens of keys and values; None: the model's own window
     """
     with TemporaryDirectory(prefix="mc-cli-") as folder:
-        found = _estimate(targets, compute, work, words, fit_bytes, context, Path(folder))
+        look, found = _described(targets[0].stages, compute, work, words, Path(folder))
+        session, inventory = (None, None) if look is None else look.model()
+        if session is not None and inventory is not None:
+            found.layers = _layers(inventory)
+            _add_outcomes(found, targets, work, session, inventory, fit_bytes, context)
     found.problems.reword(words.names("allocate"))  # of targets; others are in these words already
     return found
 
 
-def _estimate(
-    targets: Sequence[Target],
-    compute: RunSettings,
-    work: WorkDir,
-    words: Words,
-    fit_bytes: int | None,
-    context: int | None,
-    folder: Path,
-) -> Estimate:
-    first = targets[0].stages
+def _described(
+    stages: Mapping[str, Any], compute: RunSettings, work: WorkDir, words: Words, folder: Path
+) -> tuple[Look | None, Estimate]:
+    """(the look at a run, its estimate without outcomes); no look at a model on the hub that cannot be described."""
     problems = Problems()
     known: tuple[Session, ModelInventory, HubDescription] | None = None
-    asked = first["calibrate"]
+    asked = stages["calibrate"]
     with problems.catching():
         if asked.model and is_on_hub_alone(asked.model, revision=asked.revision):
             known = _from_hub(asked.model, asked.revision, compute, work, folder)
     if problems.errors:
-        return Estimate(Outlook(), [], problems, known_machine())
+        return None, Estimate(Outlook(), [], problems, known_machine())
     there = None if known is None else known[:2]
-    look = Look(first, compute, work, tuple(first), described=there, tokenizes=False, words=words)
+    look = Look(stages, compute, work, tuple(stages), described=there, tokenizes=False, words=words)
     outlook = look.outlook()
     if known is not None:
         outlook.warnings += told(known[2])
         outlook.facts["bytes in its files"] = known[2].file_bytes
-    found = Estimate(outlook, [], look.problems, known_machine())
-    session, inventory = look.model()
-    if session is not None and inventory is not None:
-        found.layers = _layers(inventory)
-        _add_outcomes(found, targets, work, session, inventory, fit_bytes, context)
-    return found
+    return look, Estimate(outlook, [], look.problems, known_machine())
 
 
 def _from_hub(

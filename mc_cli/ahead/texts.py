@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,18 @@ def check_texts(todo: Mapping[str, Any], reader: Reader, problems: Problems) -> 
     """
     session = reader.session
     calibrate, evaluated = todo.get("calibrate"), todo.get("prune-eval")
+    first = partial(first_of, online=session is not None)
     if calibrate is not None:
         with problems.catching():
             source = calibrated_text(calibrate, session)
-            found = first_of(source, online=session is not None)
+            found = first(source)
             if session is not None:
                 _require(found, source, reader, text.fit_length(calibrate.length, session.config))
     if evaluated is None:
         return
     source = evaluated_text(evaluated, session)
     with problems.catching():
-        found = first_of(source, online=session is not None)
+        found = first(source)
         if session is not None:
             length = text.fit_length(evaluated.length, session.config)
             text.check_stride(evaluated.stride, length)
@@ -60,9 +62,7 @@ def check_texts(todo: Mapping[str, Any], reader: Reader, problems: Problems) -> 
     fitted = fitting_source(evaluated.prune, source) if evaluated.prune.policy else None
     if fitted is not None:
         with problems.catching():
-            windows = _require(
-                first_of(fitted, online=session is not None), fitted, reader, reader.calibrated, wanted=LEAST_ROWS
-            )
+            windows = _require(first(fitted), fitted, reader, reader.calibrated, wanted=LEAST_ROWS)
             require_rows(windows, reader.calibrated)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from mc_cli.allocators.strategy import CostSettings
@@ -41,8 +41,12 @@ def widths_of(
     return {bits: measured[bits] for bits in candidate_bits}
 
 
-def with_kept_width(importance: Importance, inventory: ModelInventory, quantizer: QuantizerSettings) -> Importance:
-    """The measures with 16 bits as one more width: the checkpoint's own weights, which lose nothing."""
+def with_kept_width(
+    importance: Importance, widths: Collection[float] | None, inventory: ModelInventory, quantizer: QuantizerSettings
+) -> Importance:
+    """The measures with 16 bits as one more width, where it is among `widths`: the own weights, which lose nothing."""
+    if KEPT_BITS not in (widths or ()):
+        return importance
     blocks = {block.layer: block for block in inventory.expert_blocks}
     layers = tuple(_kept(layer, blocks[layer.layer], quantizer) for layer in importance.layers)
     return replace(importance, candidate_bits=(*importance.candidate_bits, KEPT_BITS), layers=layers)

@@ -17,7 +17,8 @@ from mc_cli.allocators.strategy import SolverSettings
 from mc_cli.artifacts.considered import Considered
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.merging import Merging
-from mc_cli.artifacts.plan import ExpertBits, Plan
+from mc_cli.artifacts.plan import Plan, widths_by_block
+from mc_cli.artifacts.plan_content import widths_in
 from mc_cli.errors import BudgetError
 from mc_cli.parts import DROPPED, Role
 
@@ -134,7 +135,7 @@ def _simplest(plan: Plan, *, pairs: bool) -> str:
     pairs   whether merging was considered, so that there is a way between cutting alone and all
     """
     entries = [entry for row in plan.expert_bits.values() for entry in row]
-    widths = {bits for entry in entries for bits in _widths_of(entry)}
+    widths = {bits for entry in entries for part in widths_by_block(entry) for bits in widths_in(part)}
     cut = any(isinstance(entry, tuple) for entry in entries)
     dropped = any(entry == DROPPED for entry in entries)  # slots without weights of their own, too, where some merge
     if plan.slots:
@@ -144,12 +145,6 @@ def _simplest(plan: Plan, *, pairs: bool) -> str:
     if cut:
         return _CUTS if pairs else _ALL
     return _DROPPED if dropped else _PLAIN
-
-
-def _widths_of(entry: ExpertBits) -> set[float]:
-    """The widths that an expert's matrices have, those of each of its blocks."""
-    parts = [block.bits for block in entry] if isinstance(entry, tuple) else [entry]
-    return {bits for part in parts for bits in (part.values() if isinstance(part, dict) else (part,))}
 
 
 def _without_merging(asked: _Request, menus: _Menus, today: Plan | None) -> tuple[float | None, Plan | None, bool]:

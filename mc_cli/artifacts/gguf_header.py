@@ -6,9 +6,10 @@ Source of the layout: the specification of GGUF version 3 in the repository of g
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from mc_cli.artifacts.places import require_ordinary
 
@@ -19,6 +20,7 @@ _UINT32, _TEXT, _ARRAY = 4, 8, 9
 _ALIGNED, _ALIGNMENT = b"general.alignment", 32  # bytes, where a file names none
 _MOST_ENTRIES = 1 << 16
 _LONGEST_KEY = 1 << 16
+Found = TypeVar("Found")
 
 
 class _NotGguf(Exception):
@@ -38,13 +40,7 @@ def text_place(path: Path, key: str) -> Place | None:
 
     Raises InputError for what is no ordinary file, OSError where it cannot be read.
     """
-    require_ordinary(path)
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        try:
-            return _found(handle, key.encode(), size)
-        except _NotGguf:
-            return None
+    return _read(path, lambda handle, size: _found(handle, key.encode(), size))
 
 
 def tensors_begin(path: Path) -> int | None:
@@ -52,21 +48,24 @@ def tensors_begin(path: Path) -> int | None:
 
     Raises InputError for what is no ordinary file, OSError where it cannot be read.
     """
+    return _read(path, _behind_the_head)
+
+
+def _read(path: Path, found: Callable[[BinaryIO, int], Found]) -> Found | None:
+    """The answer of `found` to an open file and its size; None for what is no GGUF file."""
     require_ordinary(path)
     size = path.stat().st_size
     with path.open("rb") as handle:
         try:
-            return _behind_the_head(handle, size)
+            return found(handle, size)
         except _NotGguf:
             return None
 
 
 def _behind_the_head(handle: BinaryIO, size: int) -> int:
     """Goes past the metadata and the list of tensors, to where the first of them is aligned."""
-    if handle.read(4) != _MAGIC or _number(handle, "<I") not in _VERSIONS:
-        raise _NotGguf
-    tensors, entries, alignment = _number(handle, "<Q"), _number(handle, "<Q"), _ALIGNMENT
-    if max(tensors, entries) > _MOST_ENTRIES:
+    (tensors, entries), alignment = _counts(handle), _ALIGNMENT
+    if tensors > _MOST_ENTRIES:
         raise _NotGguf
     for _ in range(entries):
         name, kind = handle.read(_length(handle)), _number(handle, "<I")
@@ -82,6 +81,16 @@ def _behind_the_head(handle: BinaryIO, size: int) -> int:
     return min(size, -(-handle.tell() // alignment) * alignment)
 
 
+def _counts(handle: BinaryIO) -> tuple[int, int]:
+    """(tensors, entries of the metadata), by the first bytes of a file."""
+    if handle.read(4) != _MAGIC or _number(handle, "<I") not in _VERSIONS:
+        raise _NotGguf
+    tensors, entries = _number(handle, "<Q"), _number(handle, "<Q")
+    if entries > _MOST_ENTRIES:
+        raise _NotGguf
+    return tensors, entries
+
+
 def _length(handle: BinaryIO) -> int:
     """The length of a name."""
     length = _number(handle, "<Q")
@@ -91,12 +100,7 @@ def _length(handle: BinaryIO) -> int:
 
 
 def _found(handle: BinaryIO, key: bytes, size: int) -> Place | None:
-    if handle.read(4) != _MAGIC or _number(handle, "<I") not in _VERSIONS:
-        raise _NotGguf
-    handle.seek(8, 1)  # how many tensors there are
-    entries = _number(handle, "<Q")
-    if entries > _MOST_ENTRIES:
-        raise _NotGguf
+    _, entries = _counts(handle)
     for _ in range(entries):
         name, kind = handle.read(_length(handle)), _number(handle, "<I")
         if name == key and kind == _TEXT:

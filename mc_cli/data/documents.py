@@ -317,7 +317,7 @@ def from_file(path: Path, rows: Rows, flag: str) -> Iterator[Document]:
 
 @contextmanager
 def readable(path: Path, flag: str) -> Iterator[None]:
-    """What goes wrong with a file inside is an InputError that names it."""
+    """Turns errors of reading a file into an InputError that names it."""
     try:
         yield
     except UnicodeDecodeError as error:

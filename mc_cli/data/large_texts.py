@@ -19,6 +19,7 @@ from mc_cli.errors import InputError
 
 _STREAMED = 1 << 30  # bytes of a text that are looked at one by one: a second or two where the disk is not slower
 _PIECE, _PIECES = 1 << 20, 64  # bytes of a piece, and pieces of a file, of what is beyond
+_GOING_ON = bytes(range(0x80, 0xC0))  # bytes of a character behind its first one
 _BEGINNING, _FIRST_ROWS = 1 << 18, 1024  # characters and rows that are read as documents
 _SAMPLED_ROWS, _LINE = 64, 1 << 20  # rows of a file that are read besides, and bytes of a line at most
 _BY_ROWS = (".jsonl", ".parquet")  # kinds of files of which the first rows are read without the others
@@ -79,15 +80,9 @@ def _check_utf8(file: Path, flag: str, *, whole: bool) -> None:
         for number in range(_PIECES):
             begin = number * (size - _PIECE) // (_PIECES - 1)
             stream.seek(begin)
-            begin += len(stream.read(4)) - len(_without_rest(stream, begin)) if begin else 0
+            read = stream.read(4)
+            begin += len(read) - len(read.lstrip(_GOING_ON)) if begin else 0
             _check_stretch(file, flag, stream, begin, _PIECE, last=number == _PIECES - 1)
-
-
-def _without_rest(stream: IO[bytes], begin: int) -> bytes:
-    """The four bytes at `begin` from the first one on that begins a character."""
-    stream.seek(begin)
-    read = stream.read(4)
-    return read.lstrip(bytes(range(0x80, 0xC0)))
 
 
 def _check_stretch(file: Path, flag: str, stream: IO[bytes], begin: int, size: int, *, last: bool) -> None:

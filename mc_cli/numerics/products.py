@@ -48,7 +48,9 @@ def usual_products() -> Iterator[None]:
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` of rows in any number: [tokens, out_features]."""
-    return torch.nn.functional.linear(filled(inputs), weight, bias)[: len(inputs)]
+    rows = filled(inputs)
+    outputs = torch.nn.functional.linear(rows, weight, bias)
+    return outputs if rows is inputs else outputs[: len(inputs)]
 
 
 def filled(rows: Tensor) -> Tensor:

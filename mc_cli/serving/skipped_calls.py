@@ -50,7 +50,7 @@ class CountedPolicy:
     def __call__(
         self, module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the policy gives."""
+        """The choice that the policy makes."""
         kept = self._policy(module, hidden, index, weights)
         if self._is_served():
             whole, half = (kept[0] < module.num_experts).sum(), (kept[0] > module.num_experts).sum()

@@ -3,9 +3,10 @@
 This room imports no torch. Values that depend on the quantizer are looked up in the registry when they are asked for.
 """
 
-from mc_cli.settings.allocate import CAMERA_Q, CUTS_WITHIN, TARGETS, WIDTH_BORDERS, AllocateSettings
+from mc_cli.settings.allocate import CUTS_WITHIN, TARGETS, WIDTH_BORDERS, AllocateSettings
 from mc_cli.settings.calibrate import CalibrateSettings
 from mc_cli.settings.compute import RunSettings
+from mc_cli.settings.cut import CAMERA_Q
 from mc_cli.settings.declared import Flag, Settings, StageSettings, changed, flags_of_class
 from mc_cli.settings.effort import EFFORTS
 from mc_cli.settings.engines import ENGINES, PER_PROJECTION, WHOLE_MODEL, Engine, widths_to_score, with_engine

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mc_cli.errors import InputError, McError, MissingFlagsError, shown
+from mc_cli.errors import InputError, McError, MissingFlagsError
 from mc_cli.parts import BESIDE_TEXT, DROPPED, KEPT_BITS, Role
 from mc_cli.settings import texts
+from mc_cli.settings.cut import CAMERA_Q, cut_problems, group_problems
 from mc_cli.settings.declared import Flag, StageSettings, changed, setting, without_effect
 from mc_cli.settings.drop import DROP_METHODS, drop_problems
 from mc_cli.settings.engines import ENGINES, engine_flag, role_conflicts, width_conflicts
@@ -30,7 +31,6 @@ TARGETS = ("target_stored_bits", "target_bits", "target_size_bytes", "cut_ratio"
 # `run` has channels measured for up to so many stored bits. On moe-21m plans with cuts had 13 to 20 % less KL up to
 # here (docs/results/inside-experts.md); larger sizes were not compared.
 CUTS_WITHIN = 2.25
-CAMERA_Q = "camera-q"  # three groups of channels
 EXPONENTS = ("alpha", "beta", "gamma")
 _BUDGET, _METHOD, _PARTS = "Budget (exactly one)", "Method", "Widths of the other parts"
 _TARGET, _NOT_SET = "a target is above 0.", "not set"
@@ -331,8 +331,8 @@ class AllocateSettings(StageSettings):
             yield InputError(
                 "--halves divides whole experts by a budget's widths: leave it out with what cuts or merges."
             )
-        yield from map(InputError, self._cut_problems())
-        yield from map(InputError, self._group_problems())
+        yield from map(InputError, cut_problems(self))
+        yield from map(InputError, group_problems(self))
         yield from self._idle()
 
     def _idle(self) -> Iterator[McError]:
@@ -346,44 +346,6 @@ class AllocateSettings(StageSettings):
             yield from without_effect(self, idle, "with --drop-ratio or --experts-left")
         elif self.method == CAMERA_Q:
             yield from without_effect(self, [name for name in given if name in EXPONENTS[1:]], f"with {CAMERA_Q}")
-
-    def _cut_problems(self) -> Iterator[str]:
-        """The faults of requests about cuts, made with a cut or without one."""
-        if self.cut_ratio is None:
-            if self.uniform_width:
-                yield "--uniform-width is about channels to cut: give --cut-ratio, or leave it out."
-            if self.drop_ratio is None and self.scope != PER_LAYER:
-                yield (
-                    f"--scope {shown(self.scope)} is about channels or experts that are left out by their scores: give "
-                    "--cut-ratio or --drop-ratio, or leave it out."
-                )
-            by_scores = self.drop_ratio is not None or self.experts_left is not None
-            if not by_scores and KEPT_BITS in (self.bits or ()) and (self.method != "global" or self.halves):
-                yield (
-                    "--bits 16 keeps the weights of what is left: give --cut-ratio, --drop-ratio or --experts-left, a "
-                    "budget with method global and without --halves, or widths of codes."
-                )
-            return
-        if self.experts_left is not None:
-            yield "--cut-ratio and --experts-left exclude each other: give one."
-        if self.floors:
-            yield "--floor counts experts by their width, but those that --cut-ratio leaves have one width."
-        if len([bits for bits in self.bits or (KEPT_BITS,) if bits != DROPPED]) != 1:
-            yield (
-                f"--bits {','.join(map(str, self.bits or ()))}: with --cut-ratio all channels that are left have one "
-                "width, for example --bits 0,4; 0,16 keeps their weights."
-            )
-        if self.uniform_width and self.scope != PER_LAYER:
-            yield f"--uniform-width cuts every expert alike, so --scope {self.scope} has no meaning."
-
-    def _group_problems(self) -> Iterator[str]:
-        """The faults of requests about groups of channels."""
-        if self.method != CAMERA_Q:
-            return
-        if self.cut_ratio is not None:
-            yield f"--method {CAMERA_Q} cuts no channels: leave --cut-ratio out, or choose camera-p."
-        if self.floors:
-            yield f"--floor counts whole experts, but --method {CAMERA_Q} gives widths to groups of channels."
 
     @property
     def drop_by(self) -> str:

@@ -12,7 +12,7 @@ from mc_cli.settings.written import parse_names, parse_rates
 REAP, FREQUENCY, ROUTER_WEIGHT = "reap", "frequency", "router-weight"  # by which experts are dropped as a whole
 PER_LAYER, GLOBAL = "layer", "global"  # the same share of experts in each layer, or the lowest of the whole model
 ALL, OTP, ODP = "all", "otp", "odp"  # policies with settings of their own
-# What chooses how much is skipped, and what that is fitted on.
+# Settings that choose how much is skipped, and what that is fitted on.
 _POINT, _FITTED = ("target_rate", "max_loss"), ("rates", "fit_data", "fit_sequences", "policy_seed")
 _PRUNING = "Skipping experts while running"
 

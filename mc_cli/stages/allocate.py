@@ -41,7 +41,7 @@ from mc_cli.artifacts.store import StageFolder, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import InputError, MissingDependencyError
 from mc_cli.models.companions import directory_bytes, noted_folder
-from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock, ModelInventory, Role
+from mc_cli.parts import DROPPED, ExpertBlock, ModelInventory, Role
 from mc_cli.policies.static_experts import experts_to_drop
 from mc_cli.progress import StageResult
 from mc_cli.reports.figures import FIGURES, draw, figures_of
@@ -299,8 +299,7 @@ def plan_of(
     pairs  of experts, where the plan may merge some
     Raises BudgetError for a target out of reach, InputError for what the method cannot use.
     """
-    if KEPT_BITS in (settings.bits or ()):
-        importance = with_kept_width(importance, inventory, quantizer)
+    importance = with_kept_width(importance, settings.bits, inventory, quantizer)
     role_bits, others = beside_experts(settings, inventory, quantizer, importance)
     check_hedge(settings.hedge, strategy_named(settings.method), by_size=settings.target_size_bytes is not None)
     cuts, pairs = cuts if may_cut(settings) else {}, pairs if may_merge(settings) else NO_PAIRS

@@ -22,6 +22,7 @@ from mc_cli.artifacts.names import COVERAGE, PLAN
 from mc_cli.artifacts.packed import LAYOUT, ExpertLayout, PackedLayout
 from mc_cli.artifacts.places import require_ordinary
 from mc_cli.artifacts.plan import Plan, widths_by_block
+from mc_cli.artifacts.plan_content import widths_in
 from mc_cli.artifacts.quantization import Coverage, MatrixReport, read_report
 from mc_cli.artifacts.sizes import SIZES, write_sizes
 from mc_cli.artifacts.store import RESUME, StageFolder, require_done
@@ -246,7 +247,7 @@ def _check_widths(plan: Plan, inventory: ModelInventory) -> None:
     for layer, row in sorted(plan.expert_bits.items()):
         for expert, entry in enumerate(row):
             for each in widths_by_block(entry):
-                widths = set(each.values()) if isinstance(each, dict) else {each}
+                widths = widths_in(each)
                 if not widths - {DROPPED, KEPT_BITS} <= known:
                     problems.append(f"layer {layer} expert {expert}: {each} bits{_but(plan.family)}")
                 if DROPPED in widths and len(widths) > 1:

@@ -158,7 +158,7 @@ def told_of(apart: Tensor) -> dict[str, float]:
 
 
 def standard_error(means: Tensor) -> float:
-    """Of the mean of what texts give, which are drawn independently."""
+    """The standard error of a mean over texts, which are drawn independently."""
     return float(means.std() / len(means) ** 0.5)
 
 

@@ -180,7 +180,7 @@ def test_the_programme_finds_what_trying_every_plan_finds(seed: int, bits: float
 @pytest.mark.parametrize("widths", [(16,), (2, 16)])
 def test_kept_weights_are_one_more_width_that_loses_nothing(seed: int, widths: Widths) -> None:
     inventory = inventory_of(CHANNELS, 1, 3)
-    importance = with_kept_width(scored(seed=seed), inventory, QuantizerSettings(quantizer="gptq"))
+    importance = with_kept_width(scored(seed=seed), widths, inventory, QuantizerSettings(quantizer="gptq"))
     found = made(importance, 9.0, seed, 0.05, widths)
     limit = math.floor(9 * importance.layers[0].weights_per_expert * 3 / 8)
     assert found.cuts
