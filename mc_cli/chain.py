@@ -14,6 +14,7 @@ from mc_cli import DISTRIBUTION
 from mc_cli.artifacts.files import nothing_remembered
 from mc_cli.artifacts.locks import work_dir_lock
 from mc_cli.artifacts.manifest import MANIFEST, Manifest
+from mc_cli.artifacts.store import as_planned
 from mc_cli.artifacts.work_dir import SHARED, STAGE_FOLDERS, WorkDir
 from mc_cli.errors import InputError, McError, MissingDependencyError, Problems
 from mc_cli.flags import STAGES, shared_with_score
@@ -109,9 +110,7 @@ def followed_settings(stage: str, work: WorkDir) -> dict[str, Any]:
     """Field values that `stage` takes from an earlier one unless told otherwise: quantize rounds as score did."""
     if stage != "quantize":
         return {}
-    allocated = Manifest.read(work.folder("allocate"))
-    engine = allocated.settings.get("engine") if allocated else None
-    scored = Manifest.read(replace(work, engine=engine).folder("score"))
+    scored = Manifest.read(as_planned(work).folder("score"))
     recorded = scored.settings.get("quantizer", {}) if scored else {}
     return {name: value for name, value in recorded.items() if name in shared_with_score()}
 

@@ -223,7 +223,7 @@ def print_status(stages: Sequence[StageStatus]) -> None:
         count = str(len(entry.warnings)) if entry.state in ("done", "stale") else "-"
         state = Text(entry.state, style=styles.get(entry.state, ""))
         variant = [entry.variant or "(all)"] if named else []
-        table.add_row(*variant, entry.stage, state, size, count, Text(entry.detail))
+        table.add_row(*variant, entry.name, state, size, count, Text(entry.detail))
     stdout_console().print(table)
 
 

@@ -22,7 +22,7 @@ from mc_cli.artifacts.leftovers import PARTIAL_SUFFIX, is_our_partial
 from mc_cli.artifacts.locks import process_in
 from mc_cli.artifacts.manifest import BEGUN, MANIFEST, Manifest
 from mc_cli.artifacts.names import ROUTERS
-from mc_cli.artifacts.store import RESUME, StageFolder, read_begun, verify_stages
+from mc_cli.artifacts.store import RESUME, StageFolder, as_planned, read_begun, verify_stages
 from mc_cli.artifacts.work_dir import MAIN, POLICY_STAGE, SHARED, STAGE_FOLDERS, WorkDir
 from mc_cli.errors import ArtifactError, InputError
 
@@ -38,6 +38,7 @@ class StageStatus:
 
     folder    None for an export that was not made: only its command says where it goes
     variant   None for what all variants share
+    engine    whose scores they are, where `score --for` made them
     """
 
     stage: str
@@ -47,6 +48,12 @@ class StageStatus:
     size_bytes: int = 0
     warnings: tuple[str, ...] = ()
     variant: str | None = None
+    engine: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The stage in words: scores that were made for an engine name it."""
+        return self.stage if self.engine is None else f"{self.stage} --for {self.engine}"
 
     def plain(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -79,15 +86,30 @@ def work_dir_status(work_dir: Path, *, variant: str | None = None, contents: boo
         raise InputError(
             f"{work_dir} has no variant {variant!r}; it has {', '.join(there) or 'none yet'}. Name one with --variant."
         )
-    shared: dict[str, StageStatus] = {}
-    for stage in SHARED:
-        shared[stage] = _stage_status(work, stage, shared, contents)
-    found = list(shared.values())
+    calibrated = {"calibrate": _stage_status(work, "calibrate", {}, contents)}
+    scores = {engine: _scores(work, engine, calibrated, contents) for engine in (None, *work.engines())}
+    found = [*calibrated.values(), *(entry for entry in scores.values() if entry.state != TO_DO or len(scores) == 1)]
     for name in names if variant is None else [variant]:
-        found += _variant_status(WorkDir(work_dir, name), shared, exports, contents)
+        one = WorkDir(work_dir, name)
+        engine = _planned_for(one)
+        made = scores.get(engine) or _scores(work, engine, calibrated, contents)
+        found += _variant_status(one, {**calibrated, "score": made}, exports, contents)
     if damaged:  # nothing is known of any export
         return [*(entry for entry in found if entry.stage != EXPORT), *damaged]
     return found
+
+
+def _scores(work: WorkDir, engine: str | None, calibrated: Mapping[str, StageStatus], contents: bool) -> StageStatus:
+    """The scores that were made for an engine, or for none."""
+    return replace(_stage_status(replace(work, engine=engine), "score", calibrated, contents), engine=engine)
+
+
+def _planned_for(work: WorkDir) -> str | None:
+    """The engine that a variant's plan is made for."""
+    try:
+        return as_planned(work).engine
+    except ArtifactError:  # said by its own entry
+        return None
 
 
 def _variant_status(

@@ -83,7 +83,7 @@ def _under_way(entry: StageStatus) -> StageStatus:
 
 def _stage(entry: StageStatus) -> Verified:
     assert entry.folder is not None
-    name = entry.stage if entry.variant is None else f"{entry.stage} ({entry.variant})"
+    name = entry.name if entry.variant is None else f"{entry.name} ({entry.variant})"
     state = WHOLE if entry.state in (DONE, STALE) else entry.state
     detail = entry.detail if entry.state != DONE else ""
     if entry.stage == "export" and state == WHOLE:
@@ -92,11 +92,11 @@ def _stage(entry: StageStatus) -> Verified:
 
 
 def _count(entry: StageStatus) -> int:
-    """Files that the record of a finished stage names."""
+    """Files of a finished stage, its record among them."""
     if entry.folder is None or entry.state not in (DONE, STALE):
         return 0
     manifest = Manifest.read(entry.folder)
-    return 0 if manifest is None else len(manifest.outputs)
+    return 0 if manifest is None else len(manifest.outputs) + 1
 
 
 def _export(directory: Path) -> Verified:
@@ -112,7 +112,7 @@ def _export(directory: Path) -> Verified:
     size = sum(int(facts["size_bytes"]) for facts in record.outputs.values())
     name = f"export, {record.settings.get('format', 'of an unknown format')}"
     if wrong:
-        return Verified(name, DAMAGED, directory, len(record.outputs), size, listed(wrong))
+        return Verified(name, DAMAGED, directory, len(record.outputs) + 1, size, listed(wrong))
     more = place.unexpected(record)
     detail = f"{len(more)} files came later: {more[0]}{' ...' if len(more) > 1 else ''}" if more else ""
-    return Verified(name, WHOLE, directory, len(record.outputs), size, detail)
+    return Verified(name, WHOLE, directory, len(record.outputs) + 1, size, detail)

@@ -104,24 +104,33 @@ def _most(work: Workload, base: int, stages: Collection[str]) -> int:
 
 def _lighter(work: Workload) -> Iterator[tuple[str, Workload]]:
     """Settings in words, and the work with them; each on top of those before."""
-    words: list[str] = []
+    given: dict[str, int | str | None] = {}  # None: the flag is to be left out
     batch = max(work.length, 2048)
     if not work.pieces.scratch:
         limit = Pieces(available_bytes() or 0)
-        words, work = [f"--max-memory {limit.limit}"], replace(work, pieces=limit)
-        yield words[0], work
-    for flag, changes in (
-        (f"--batch-tokens {batch}", {"batch_tokens": min(work.batch_tokens, batch)}),
-        ("--gradient-samples 1", {"samples": 1}),
-        (f"--gradient-tokens {work.backward_tokens // 4}", {"backward_tokens": work.backward_tokens // 4}),
-        (f"--sequences {max(1, work.tokens // 4 // work.length)}", {"tokens": max(work.length, work.tokens // 4)}),
-        ("--gradient-tokens 0", {"backward_tokens": 0}),
-        ("--dtype bfloat16", {"itemsize": 2}),
+        given, work = {"--max-memory": limit.limit}, replace(work, pieces=limit)
+        yield _words(given), work
+    fewer = [work.workers >> halvings for halvings in range(1, work.workers.bit_length())]
+    for flag, value, changes in (
+        ("--batch-tokens", batch, {"batch_tokens": min(work.batch_tokens, batch)}),
+        *(("--workers", count, {"workers": count}) for count in fewer),
+        ("--workers", None, {"workers": 0}),
+        ("--gradient-samples", 1, {"samples": 1}),
+        ("--gradient-tokens", work.backward_tokens // 4, {"backward_tokens": work.backward_tokens // 4}),
+        ("--sequences", max(1, work.tokens // 4 // work.length), {"tokens": max(work.length, work.tokens // 4)}),
+        ("--gradient-tokens", 0, {"backward_tokens": 0}),
+        ("--dtype", "bfloat16", {"itemsize": 2}),
     ):
-        if any(getattr(work, name) > value for name, value in changes.items()):
-            words = [word for word in words if word.split()[0] != flag.split()[0]] + [flag]
+        if any(getattr(work, name) > less for name, less in changes.items()):
+            given[flag] = value
             work = replace(work, **changes)  # type: ignore[arg-type]
-            yield " ".join(words), work
+            yield _words(given), work
+
+
+def _words(given: Mapping[str, int | str | None]) -> str:
+    """Flags with their values, and those that are to be left out last."""
+    without = [f"without {flag}" for flag, value in given.items() if value is None]
+    return " ".join([*(f"{flag} {value}" for flag, value in given.items() if value is not None), *without])
 
 
 _Steps = Iterator[tuple[str, dict[str, int]]]

@@ -415,6 +415,6 @@ def _candidates(importance: Importance, strategy: Strategy, asked: Iterable[floa
         raise InputError(
             f"Not every candidate width {whose} ({', '.join(map(str, widths))}) was measured: importance.json lacks "
             f"{', '.join(map(str, missing))} and holds {', '.join(map(str, sorted(measured)))}. "
-            f"Run score with --bits {','.join(map(str, widths))}, or allocate with measured ones."
+            f"Run score with --bits {','.join(map(str, widths))}, or allocate --bits with measured ones."
         )
     return widths

@@ -113,7 +113,7 @@ def programme(
     apart, plan, cuts = _without_merging(asked, menus, today)
     ways = _pure(asked, menus)
     if menus:
-        ways.append(Considered(_CUTS if asked.pairs else _ALL, apart))
+        ways.append(Considered(_CUTS if asked.pairs else _ALL, apart, margin=CLEARLY))
     if asked.pairs:
         values = {_MERGED: asked.value({}, asked.candidate_bits, merged=True)}
         if menus:
@@ -121,7 +121,7 @@ def programme(
         best = _ALL if cuts or (plan is None and menus) else _MERGED
         if plan is None or _clearly(values[best], plan, MERGING_CLEARLY):
             cuts, plan = best == _ALL, asked.plan(menus if best == _ALL else {}, merged=True)
-        ways += [Considered(way, value) for way, value in values.items()]
+        ways += [Considered(way, value, margin=MERGING_CLEARLY) for way, value in values.items()]
     assert plan is not None
     if cuts or plan.slots:
         plan = replace(plan, objective={**plan.objective, "formula": _MERGED_FORMULA if plan.slots else _FORMULA})
@@ -196,4 +196,4 @@ def _one_width(asked: _Request, menus: _Menus, widths: tuple[float, ...]) -> Con
     if not reached:
         return Considered(_CUT, None)
     best = min(reached, key=lambda bits: reached[bits])
-    return Considered(_CUT, reached[best], note=f"{best} bits")
+    return Considered(_CUT, reached[best], note=f"{best} bits", margin=CLEARLY)

@@ -27,7 +27,7 @@ def beside_experts(
     quantizer: QuantizerSettings,
     importance: Importance | None = None,
 ) -> tuple[dict[Role, int], int]:
-    """(width per role, file bytes of all that is not a routed expert weight).
+    """(width of each role that the model has, file bytes of all that is not a routed expert weight).
 
     For a size in bytes: the widths at which the whole is predicted to lose least, where `importance` holds what they
     cost; else the widest that still leave the experts the mean width beside which they are the right ones.
@@ -47,7 +47,8 @@ def beside_experts(
             f"--head-bits {settings.head_bits}: this model's head is tied to its embedding, which gets "
             f"{role_bits[Role.EMBEDDING]} bits here. Give --embedding-bits for both."
         )
-    return role_bits, others
+    there = {part.role for part in inventory.tensors}
+    return {role: bits for role, bits in role_bits.items() if role in there}, others
 
 
 def idle_widths(settings: AllocateSettings, inventory: ModelInventory) -> tuple[str, ...]:

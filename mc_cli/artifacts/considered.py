@@ -19,12 +19,14 @@ class Considered:
     predicted_loss  the objective: nats per token, summed over what was measured alone; None where the budget is not met
     chosen          whether the plan is this one's, and no simpler one's
     note            the width of those that have one
+    margin          the share by which it has to lie below simpler ways to be chosen
     """
 
     strategy: str
     predicted_loss: float | None
     chosen: bool = False
     note: str = ""
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)

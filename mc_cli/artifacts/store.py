@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -341,15 +341,26 @@ def require_done(work: WorkDir, stage: str, *, only: Collection[str] | None = No
             f"{folder} {'is not finished' if begun else 'does not exist'}: this stage reads it. "
             f"Run `{work.command(stage)}` first{_other_variants(work, stage)}."
         )
+    made_for = replace(work, engine=engine_of(manifest))
     for name in STAGE_FOLDERS:
-        read = Manifest.read(work.folder(name)) if name in manifest.inputs else None
+        read = Manifest.read(made_for.folder(name)) if name in manifest.inputs else None
         if read is not None and read.fingerprint != manifest.inputs[name]:
             raise StaleArtifactError(
                 f"{folder} was made from an earlier run of {name}, which has been made anew since. "
-                f"Run `{work.command(stage)} --force` first."
+                f"Run `{made_for.command(stage)} --force` first."
             )
     verify_stages(work, [stage], up_to_bytes=0, only=only)
     return manifest
+
+
+def engine_of(manifest: Manifest | None) -> str | None:
+    """The engine whose scores a stage worked with; None where it was for none, or has not finished."""
+    return None if manifest is None else manifest.settings.get("engine")
+
+
+def as_planned(work: WorkDir) -> WorkDir:
+    """The work directory with the scores that its plan was made from."""
+    return replace(work, engine=engine_of(Manifest.read(work.folder("allocate"))))
 
 
 def _other_variants(work: WorkDir, stage: str) -> str:

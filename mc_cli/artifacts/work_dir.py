@@ -79,6 +79,14 @@ class WorkDir:
         names = sorted(entry.name for entry in above.iterdir() if is_variant(entry.name)) if above.is_dir() else []
         return [name for name in (MAIN, *names) if WorkDir(self.path, name)._has_folder()]
 
+    def engines(self) -> list[str]:
+        """The engines that have scores of their own, finished or not."""
+        before = STAGE_FOLDERS["score"] + "."
+        found = self.path.glob(f"{before}*") if self.path.is_dir() else ()
+        return sorted(
+            entry.name.removeprefix(before) for entry in found if entry.is_dir() and not entry.name.endswith(_OURS)
+        )
+
     def _has_folder(self) -> bool:
         return any(self.folder(stage).is_dir() for stage in FOLDERS if stage not in SHARED)
 

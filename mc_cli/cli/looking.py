@@ -12,6 +12,7 @@ from mc_cli.cli.libraries import prepare_libraries
 from mc_cli.cli.options import DEBUG, FIT, JSON, WORK_DIR, made_option
 from mc_cli.errors import InputError
 from mc_cli.failures import telling_errors
+from mc_cli.settings.engines import engine_flag
 from mc_cli.settings.written import parse_sizes
 
 _SIZES = made_option(
@@ -20,6 +21,8 @@ _SIZES = made_option(
     metavar="8GiB,12GiB",
 )
 _FIT = made_option("--fit", help=FIT, metavar="SIZE")
+_ENGINE = engine_flag("")
+_FOR = made_option(_ENGINE.option, help=_ENGINE.help, metavar=_ENGINE.metavar)
 _FIGURE = made_option("--out", help="Draw the figure there: .png or .svg.", metavar="FILE")
 
 
@@ -28,6 +31,7 @@ def curve(
     work_dir: Annotated[Path, WORK_DIR],
     sizes: Annotated[str | None, _SIZES] = None,
     fit: Annotated[str | None, _FIT] = None,
+    engine: Annotated[str | None, _FOR] = None,
     out: Annotated[Path | None, _FIGURE] = None,
     json: Annotated[bool, JSON] = False,
     debug: Annotated[bool, DEBUG] = False,
@@ -47,7 +51,7 @@ def curve(
         room = None if fit is None else parse_sizes(fit, "--fit")[0]
         if out is not None:
             check_figure_path(out)
-        scores = read_scores(WorkDir(work_dir))
+        scores = read_scores(WorkDir(work_dir, engine=_ENGINE.checked(engine)))
         measured, left_out = read_measured(work_dir)
         best = None if room is None else largest_within(scores, room)
         found = curve_of(scores, asked, ConsoleProgress())

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.names import IMPORTANCE
 from mc_cli.artifacts.packed import ExpertLayout, read_layout
+from mc_cli.artifacts.store import as_planned
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.errors import InputError, listed
 from mc_cli.parts import ModelInventory
@@ -72,7 +73,7 @@ def dropped_experts(settings: PruneSettings, work: WorkDir, inventory: ModelInve
     """
     if not settings.drop_experts:
         return {}
-    importance = Importance.read(work.folder("score") / IMPORTANCE)
+    importance = Importance.read(as_planned(work).folder("score") / IMPORTANCE)
     field_of = {REAP: "output_norm_mean", FREQUENCY: "routing_count", ROUTER_WEIGHT: "routing_weight_sum"}
     scores = {layer.layer: getattr(layer, field_of[settings.drop_by]) for layer in importance.layers}
     packed = {block.path: block.dropped for block in read_layout(work.folder("quantize")).experts}

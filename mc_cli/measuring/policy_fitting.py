@@ -20,7 +20,7 @@ from mc_cli.artifacts.damage import ALL_BYTES
 from mc_cli.artifacts.files import read_tensors
 from mc_cli.artifacts.names import ROUTERS
 from mc_cli.artifacts.pruning import TENSOR_PREFIX, OperatingPoint, Pruning, read_pruning, write_pruning
-from mc_cli.artifacts.store import RESUME, StageFolder, require_done
+from mc_cli.artifacts.store import RESUME, StageFolder, as_planned, require_done
 from mc_cli.artifacts.work_dir import POLICY_STAGE, WorkDir
 from mc_cli.data import text
 from mc_cli.data.batches import Batch, read_calibration
@@ -130,7 +130,7 @@ class FitPolicies(Stage[StageFolder, _Job, FittedPolicies]):
         inputs = {name: require_done(self.work, name).fingerprint for name in ("calibrate", "quantize")}
         inputs |= fitting_inputs(self.session, self.work, self.text_source)
         reads = ("score",) if self.settings.drop_experts else ()
-        return StageFolder(self.work, POLICY_STAGE, resolved, inputs, reads=reads)
+        return StageFolder(as_planned(self.work), POLICY_STAGE, resolved, inputs, reads=reads)
 
     def ready(self, folder: StageFolder, run: Run) -> _Job:
         """Tokens, what errors cost in each layer, and which experts are dropped whole."""

@@ -140,7 +140,10 @@ def reachable_bits(scores: Scores) -> tuple[float, float]:
 
 def _point(scores: Scores, settings: AllocateSettings, method: str, *, flag: str = "--sizes") -> Point:
     asked = AllocateSettings(
-        target_stored_bits=settings.target_stored_bits, target_size_bytes=settings.target_size_bytes, method=method
+        target_stored_bits=settings.target_stored_bits,
+        target_size_bytes=settings.target_size_bytes,
+        method=method,
+        engine=scores.engine,
     )
     try:
         plan, _ = plan_of(asked, scores.importance, scores.inventory, scores.quantizer, scores.cuts, scores.pairs)

@@ -15,6 +15,7 @@ from mc_cli.artifacts.followed_plan import follows_own_plan
 from mc_cli.artifacts.manifest import Manifest
 from mc_cli.artifacts.names import POINTER
 from mc_cli.artifacts.routes import ROUTES, LayerRoutes, read_routes
+from mc_cli.artifacts.store import as_planned
 from mc_cli.artifacts.work_dir import POLICY_STAGE, STAGE_FOLDERS, WorkDir
 from mc_cli.errors import BudgetError, InputError
 from mc_cli.overview.commands import command_lines
@@ -79,7 +80,7 @@ def report_page(work: WorkDir, progress: Progress, *, unit_of: Any) -> str:
 
 def read_contents(work: WorkDir, progress: Progress) -> Contents:
     """Everything that the page needs, read and computed."""
-    scores = read_scores(work)
+    scores = read_scores(as_planned(work))
     others, left_out = read_measured(work.path)
     own = next((entry for entry in others if entry.work.variant == work.variant), None)
     if own is None or own.plan is None:

@@ -28,13 +28,17 @@ OTHERS = "the evaluation is of another packed model, or the packed model of anot
 
 @dataclass(frozen=True)
 class Scores:
-    """All that allocate reads."""
+    """All that allocate reads.
+
+    engine   that the scores were made for
+    """
 
     importance: Importance
     inventory: ModelInventory
     quantizer: QuantizerSettings
     cuts: Cuts = field(default_factory=dict)
     pairs: MeasuredPairs = NO_PAIRS
+    engine: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def read_scores(work: WorkDir) -> Scores:
     inventory = calibration_artifact.read_inventory(work.folder("calibrate") / calibration_artifact.INVENTORY)
     importance = Importance.read(work.folder("score") / IMPORTANCE)
     measured = read_cuts(work, inventory), read_pairs(work, importance)
-    return Scores(importance, with_directory(inventory, work), scoring_quantizer(work), *measured)
+    return Scores(importance, with_directory(inventory, work), scoring_quantizer(work), *measured, engine=work.engine)
 
 
 def read_measured(path: Path) -> tuple[list[Measured], list[str]]:

@@ -41,17 +41,26 @@ def plan_summary(plan: Plan, considered: Sequence[Considered] = ()) -> dict[str,
 
 
 def _ways(considered: Sequence[Considered]) -> dict[str, Any]:
-    """The ways in which the budget could be spent, the chosen one marked."""
+    """The ways in which the budget could be spent, the chosen one marked, and why those below it are not chosen."""
+    chosen = next((way.predicted_loss for way in considered if way.chosen), None)
     rows = [
         [
             f"{way.strategy}, {way.note}" if way.note else way.strategy,
             "does not fit" if way.predicted_loss is None else f"{way.predicted_loss:.6g}",
-            "chosen" if way.chosen else "",
+            "chosen" if way.chosen else _too_near(way, chosen),
         ]
         for way in considered
     ]
     title = "Ways to spend the budget, by the objective: what each matrix or expert alone is predicted to cost, summed"
     return table(f"{title} (nats per token)", ["way", "objective", ""], rows, left=1)
+
+
+def _too_near(way: Considered, chosen: float | None) -> str:
+    """The reason why a way that is predicted to lose less than the chosen one was not chosen; empty for others."""
+    if not chosen or way.predicted_loss is None:
+        return ""
+    below = 1 - way.predicted_loss / chosen
+    return f"{below:.1%} below, less than the {way.margin:.0%} asked for" if 0 < below < way.margin else ""
 
 
 def _inside(plan: Plan, widths: Sequence[float]) -> dict[str, Any]:

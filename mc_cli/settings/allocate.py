@@ -311,6 +311,11 @@ class AllocateSettings(StageSettings):
                 f"--for {self.engine}: experts are neither dropped, cut nor merged there. Leave --cut-ratio, "
                 "--drop-ratio, --experts-left and width 0 out."
             )
+        if self.engine is not None and (self.halves or self.method == CAMERA_Q):
+            flag = "--halves" if self.halves else f"--method {CAMERA_Q}"
+            yield InputError(
+                f"{flag}: {self.engine} has one width for all channels of an expert. Leave it out, or --for."
+            )
         yield from width_conflicts(self.engine, [bits for bits in self.bits or () if bits != DROPPED], "--bits")
         yield from role_conflicts(self.engine, self.given_beside)
         if self.engine is not None and self.vision_bits != KEPT_BITS:

@@ -25,7 +25,7 @@ from mc_cli.artifacts.plan import Plan, widths_by_block
 from mc_cli.artifacts.plan_content import widths_in
 from mc_cli.artifacts.quantization import Coverage, MatrixReport, read_report
 from mc_cli.artifacts.sizes import SIZES, write_sizes
-from mc_cli.artifacts.store import RESUME, StageFolder, require_done
+from mc_cli.artifacts.store import RESUME, StageFolder, engine_of, require_done
 from mc_cli.artifacts.work_dir import WorkDir
 from mc_cli.coding.layer_quantizer import LayerQuantizer
 from mc_cli.coding.layer_result import LayerResult
@@ -89,7 +89,7 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
         if self.settings.plan is None:
             allocated = require_done(self.work, "allocate")
             inputs["allocate"] = allocated.fingerprint
-            _check_engine(self.settings.engine, allocated.settings.get("engine"), self.work)
+            _check_engine(self.settings.engine, engine_of(allocated), self.work)
         inputs["plan"] = file_digest(existing_plan(self.settings, self.work))
         resolved = {**self.settings.resolved(), "dtype": self.session.dtype_name, **self.session.compute.of_jobs}
         return StageFolder(self.work, STAGE, resolved, inputs)
@@ -101,7 +101,7 @@ class Quantize(Stage[StageFolder, _Ready, StageResult]):
         plan = Plan.read(plan_path(self.settings, self.work))
         check_plan(plan, self.settings, inventory)
         if self.settings.plan is None:
-            check_alike(plan, require_done(self.work, "allocate").settings.get("engine"))
+            check_alike(plan, engine_of(require_done(self.work, "allocate")))
         checkpoint = self.session.open_checkpoint()
         weights = self.session.digesting(checkpoint, folder)
         inputs = read_calibration(calibration, vocabulary=self.session.vocabulary)

@@ -224,6 +224,24 @@ def test_a_limit_of_memory_is_kept_or_refused_before_any_work(tmp_path: Path, mu
         assert "--max-memory" not in fits.stderr
 
 
+def test_fewer_workers_are_named_where_they_fit(tmp_path: Path, much_room: None) -> None:
+    folder = sparse_models.mixtral(tmp_path / "model", num_hidden_layers=2, shards=2)
+    asked = ["run", "--model", str(folder), "--data", "bundled:calibration", "--target-stored-bits", "2.5"]
+    asked += ["-w", str(tmp_path / "w"), "--out", str(tmp_path / "o"), "--batch-tokens", "2048", "--dry-run"]
+
+    def said(gib: int, *workers: str) -> str:
+        given = [*asked, "--max-memory", f"{gib}GiB", *workers]
+        return " ".join(CliRunner().invoke(cli.app, given).stderr.split())
+
+    remedies = {gib: said(gib, "--workers", "8") for gib in range(8, 72, 4)}
+    fewer = {gib: re.search(r"(--workers) (\d) would fit", text) for gib, text in remedies.items()}
+    assert {found[2] for found in fewer.values() if found} == {"1", "2", "4"}
+    assert all("than is needed" not in said(gib, *found.groups()) for gib, found in fewer.items() if found)
+    alone = [gib for gib, text in remedies.items() if " without --workers would fit" in text]
+    assert alone and all("than is needed" not in said(gib) for gib in alone)
+    assert all("than is needed" in said(gib, "--workers", "1") for gib in alone)
+
+
 @pytest.mark.parametrize("model", ["bundled:demo-moe", "mixtral"])
 def test_the_lightest_settings_need_no_more_than_the_present_ones(
     tiny_model: TinyModel, tmp_path: Path, much_room: None, model: str

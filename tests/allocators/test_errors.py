@@ -141,7 +141,7 @@ def test_candidate_widths_that_were_not_measured():
     budget = Budget("code_bits", 2.5)
     assert message_of(InputError, importance=importance, budget=budget, candidate_bits=(5, 2, 1)) == (
         "Not every candidate width asked for (1, 2, 5) was measured: importance.json lacks 1, 5 and holds 2, 3, 4. "
-        "Run score with --bits 1,2,5, or allocate with measured ones."
+        "Run score with --bits 1,2,5, or allocate --bits with measured ones."
     )
     text = message_of(InputError, importance=importance, budget=budget, method="pmq")
     assert text.startswith(

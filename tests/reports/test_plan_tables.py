@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mc_cli.artifacts.considered import Considered
 from mc_cli.artifacts.plan import Plan
 from mc_cli.reports.plan import plan_summary
 
@@ -24,3 +25,14 @@ def test_every_matrix_counts_once_and_every_expert_at_each_of_its_widths() -> No
     assert histogram == {"dropped": [2, 14.3], "2 bits": [6, 42.9], "3 bits": [6, 42.9]}
     (experts,) = (rows for title, rows in tables.items() if title.startswith("Experts per width"))
     assert experts == {0: [1, 2, 1], 1: [0, 2, 3]}
+
+
+def test_a_way_that_loses_less_and_is_not_chosen_says_why() -> None:
+    ways = (
+        Considered("plain", 0.100, chosen=True),
+        Considered("cut", 0.098, margin=0.05),
+        Considered("merged", 0.12, margin=0.25),
+        Considered("small", None),
+    )
+    found = plan_summary(Plan("mixtral", "by hand", {0: (2, 3)}, {}), ways)["tables"][-1]
+    assert [row[2] for row in found["rows"]] == ["chosen", "2.0% below, less than the 5% asked for", "", ""]

@@ -8,17 +8,23 @@ import pytest
 
 from mc_cli import chain
 from mc_cli.allocators.stacks import check_alike
+from mc_cli.artifacts.calibration import INVENTORY, read_inventory
 from mc_cli.artifacts.importance import Importance
 from mc_cli.artifacts.names import IMPORTANCE, PLAN
 from mc_cli.artifacts.plan import BlockBits, Plan
+from mc_cli.artifacts.store import as_planned, require_done
 from mc_cli.artifacts.work_dir import WorkDir
-from mc_cli.errors import InputError, McError, PlanError
+from mc_cli.errors import InputError, McError, PlanError, StaleArtifactError
 from mc_cli.flags import build
+from mc_cli.measuring.policy_checks import dropped_experts
+from mc_cli.overview.sources import read_scores
 from mc_cli.parts import Role
 from mc_cli.progress import SilentProgress
 from mc_cli.recipe import Recipe, plan_run
-from mc_cli.settings import ENGINES, AllocateSettings, ExportSettings, RunSettings, ScoreSettings
+from mc_cli.settings import ENGINES, AllocateSettings, ExportSettings, PruneSettings, RunSettings, ScoreSettings
 from mc_cli.stages import allocate, export, quantize, score
+from mc_cli.status import work_dir_status
+from mc_cli.verify import verified
 from tests.conftest import TinyModel
 from tests.tiny_chain import COMPUTE, run_calibrate, run_export, write_documents
 
@@ -45,14 +51,18 @@ def test_the_whole_way(tiny_model: TinyModel, tmp_path: Path) -> None:
     quantize.run(build("quantize", followed), COMPUTE, work, **SILENT)
     found = run_export(work, tmp_path / "out", "gguf").summary["read_back"]
     assert found["same_top_token"] == 1 and (tmp_path / "out" / "model.gguf").is_file()
+    inventory = read_inventory(work / "calibration" / INVENTORY)  # there are no scores but those for llama.cpp
+    dropping = PruneSettings(policy=("all",), drop_experts=0.34)
+    assert any(dropped_experts(dropping, WorkDir(work), inventory).values())
 
 
 @pytest.fixture(scope="module")
 def calibrated(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A work directory with the calibration of a model of which all rows are multiples of 64."""
+    """A work directory with scores for no engine, of a model of which all rows are multiples of 64."""
     work = tmp_path_factory.mktemp("calibrated") / "work"
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 3, "num_hidden_layers": 2}
     run_calibrate(work, tiny_model("mixtral", **sizes), write_documents(work.parent / "text.jsonl", documents=30))
+    score.run(build("score", {"bits": (2, 4), "sweeps": 0}), COMPUTE, work, **SILENT)
     return work
 
 
@@ -77,6 +87,23 @@ def test_the_whole_way_to_other_formats(
     given = ExportSettings(format=ENGINES[engine].format, out=str(tmp_path / "out"))
     found = export.run(given, RunSettings(dtype="float32"), calibrated, variant=engine, **SILENT).summary["read_back"]
     assert found["same_top_token"] == 1 and found["logit_error_max"] < 1e-3
+    there = [entry for entry in work_dir_status(calibrated, variant=engine) if entry.state == "done"]
+    assert {f"score --for {engine}", "score", "allocate", "quantize"} <= {entry.name for entry in there}
+    assert f"score --for {engine}" in {entry.what for entry in verified(calibrated)}
+    scores = read_scores(as_planned(work))
+    assert scores.engine == engine and scores.importance.quantizer == ENGINES[engine].quantizer
+
+
+def test_scores_for_an_engine_that_were_made_anew_make_its_plan_stale(calibrated: Path) -> None:
+    score.run(build("score", {"engine": "mlx", "bits": (2, 4), "sweeps": 0}), COMPUTE, calibrated, **SILENT)
+    settings = build("allocate", {"engine": "mlx", "target_stored_bits": 3.5})
+    allocate.run(settings, COMPUTE, calibrated, variant="anew", **SILENT)
+    again = {"force": True, "progress": SilentProgress()}
+    score.run(build("score", {"engine": "mlx", "bits": (2, 3, 4), "sweeps": 0}), COMPUTE, calibrated, **again)
+    [entry] = [entry for entry in work_dir_status(calibrated, variant="anew") if entry.stage == "allocate"]
+    assert (entry.state, entry.detail) == ("stale", "score was made anew since")
+    with pytest.raises(StaleArtifactError, match=r"mc-cli allocate -w .* --variant anew --for mlx --force"):
+        require_done(WorkDir(calibrated, "anew"), "allocate")
 
 
 def test_what_the_engine_cannot_hold_is_told_before_work(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -127,6 +154,9 @@ def test_what_does_not_go_together_is_refused() -> None:
         build("score", {**ENGINE, "bits": (0, 2, 4)})
     with pytest.raises(InputError, match="neither dropped, cut nor merged"):
         build("allocate", {**ENGINE, "cut_ratio": 0.2})
+    for blocks, flag in (({"halves": True}, "--halves"), ({"method": "camera-q"}, "--method camera-q")):
+        with pytest.raises(InputError, match=rf"{flag}: llama\.cpp has one width for all channels"):
+            build("allocate", {**ENGINE, **blocks, "target_stored_bits": 3.0})
 
 
 def test_formats_have_widths_of_their_own() -> None:
