@@ -78,6 +78,18 @@ class PackedModelLoader(DefaultModelLoader):
             self._packed.weights.load()
             _mask_routers(model)
 
+    def track_weights_loading(self, model: torch.nn.Module, loaded_weights: set[str] | None, **asked: Any) -> None:
+        """Raises ValueError for weights of vLLM's own layers that no file has filled.
+
+        What two modules hold is filled under either name: a block of transformers' and vLLM's runner in it have one
+        router.
+        """
+        if self._packed is not None and loaded_weights is not None:
+            held = {name: id(weight) for name, weight in model.named_parameters(remove_duplicate=False)}
+            filled = {held[name] for name in loaded_weights if name in held}
+            loaded_weights = loaded_weights | {name for name, weight in held.items() if weight in filled}
+        super().track_weights_loading(model, loaded_weights, **asked)
+
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """(name in the original checkpoint, tensor) of what vLLM's own layers hold."""
         if self._packed is None or self._packed.weights is None:

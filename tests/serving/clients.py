@@ -54,6 +54,23 @@ class Running:
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
+    def open_files(self) -> int:
+        """Files, sockets and pipes that its processes hold open."""
+        return sum(len(list(folder.glob("fd/*"))) for folder in self._processes())
+
+    def resident_bytes(self) -> int:
+        """Memory of its processes."""
+        pages = sum(int((folder / "statm").read_text().split()[1]) for folder in self._processes())
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def _processes(self) -> list[Path]:
+        """`/proc` folders of the server and of what it has started."""
+        found = [self.process.pid]
+        for number in found:  # grows while it is gone through
+            for children in Path(f"/proc/{number}/task").glob("*/children"):
+                found += map(int, children.read_text().split())
+        return [Path(f"/proc/{number}") for number in found]
+
     def end(self, number: signal.Signals = signal.SIGINT) -> int:
         """The exit status after a signal; raises where the server does not end."""
         self.process.send_signal(number)
@@ -120,6 +137,19 @@ def check_many_clients(running: Running, count: int) -> None:
         answers = list(pool.map(lambda prompt: completed(running.client(), prompt), prompts))
     assert answers[0].choices[0].text == alone
     assert all(answer.usage.completion_tokens >= 1 for answer in answers)
+
+
+def check_nothing_leaks(running: Running, count: int) -> None:
+    """Many clients at once, again and again, leave no open files in the server, and hardly more memory."""
+    check_many_clients(running, count)
+    before, resident = running.open_files(), running.resident_bytes()
+    for _ in range(3):
+        check_many_clients(running, count)
+    waited = time.monotonic() + ENDS_S  # connections are closed by the server in its own time
+    while running.open_files() > before + 2 and time.monotonic() < waited:
+        time.sleep(0.2)
+    assert running.open_files() <= before + 2
+    assert running.resident_bytes() < 1.1 * resident
 
 
 def check_it_lives(running: Running) -> None:
