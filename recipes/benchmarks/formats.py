@@ -5,9 +5,9 @@
 
 Calibrates once, scores for every engine, and gives each the same bytes for the whole model. A format that cannot be so
 small is a row without figures. KL and gap are of the packed values, computed by mc-cli in float32; what an engine
-rounds while it computes is not in them. `--engine` names an interpreter of an environment that holds an engine, in which the
-formats that it reads decode greedily on one thread: tokens per second of processor time, the prompt left out, the
-median of five turns (`engine_speed.py`). Rows that --out has already are not measured again.
+rounds while it computes is not in them. `--engine` names an interpreter of an environment that holds an engine, in
+which the formats that it reads decode greedily on one thread: tokens per second of processor time, the prompt left out,
+the median of five turns (`engine_speed.py`). Rows that --out has already are not measured again.
 """
 
 from __future__ import annotations
