@@ -109,6 +109,13 @@ MC_EXPORT int mc_keep_by_share(const float *hidden, const float *received, float
                                const int64_t *index, const float *weights, float threshold, int tokens, int k,
                                int absent, int renormalise, int64_t *kept_index, float *kept_weights);
 
+/* Scores of dualsparse: a slot's share of the token's weight, plus the margin; where the share less the margin is below
+ * the threshold, a slot that stays has the index `absent` + 1 + its expert: the first block alone.
+ *
+ * index, weights, and what is kept of them: [tokens][k]. Returns 0. */
+MC_EXPORT int mc_keep_halves(float margin, const int64_t *index, const float *weights, float threshold, int tokens,
+                             int k, int absent, int renormalise, int64_t *kept_index, float *kept_weights);
+
 /* Scores of otp: the log-odds of keeping more experts than a slot's rank; infinite for the best one.
  *
  * hidden  [tokens][features];  router [k - 1][features + k - 1], bias [k - 1];  smaller shares count as least_share

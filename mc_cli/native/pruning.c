@@ -1,5 +1,6 @@
-/* The choice of a token's experts that are computed, in one call: keep scores as policies/odp.py and policies/otp.py
- * define them, then the rule that all policies share. By falling weight w_0 >= w_1 >= .., ties in the order of slots:
+/* The choice of a token's experts that are computed, in one call: keep scores as policies/odp.py, policies/otp.py and
+ * policies/dualsparse.py define them, then the rule that all policies share. By falling weight w_0 >= w_1 >= .., ties in
+ * the order of slots:
  *
  *     share    s_r = w_r / (w_0 + .. + w_r)
  *     odp      score_r = max_{q >= r} s_q, infinite where |hidden|_1 * received is `protect_at` or more. The loop that
@@ -9,6 +10,8 @@
  *              <u_r, (log s_1, .., log s_{k-1})> + bias_r, with shares of `least_share` at least;
  *              score_r = log sum_{q >= r} e^l_q - log sum_{q < r} e^l_q, the log-odds of keeping more than r experts;
  *              infinite for r = 0.
+ *     halves   score_r = w_r / (w_0 + .. + w_{k-1}) + margin; a slot that stays, and of which that share less the margin
+ *              is below the threshold, runs its expert's first block alone; the best slot runs whole.
  *     rule     slots with a score at or above the threshold stay, and so does the first slot of largest weight; what is
  *              left is scaled to the sum of all weights where that is wanted.
  *
@@ -19,7 +22,7 @@
  * change. Each term is rounded n / 16 + 32 times at most, so to first order the error is up to (n / 16 + 32) 2^-24 of
  * the sum of magnitudes. Running sums of weights and of logits are doubles. Torch adds in another order: scores agree
  * but for the last places, and only a slot with a score that close to the threshold may be decided otherwise. Sources:
- * Huang et al. 2024, arXiv:2410.06270 (odp); Huang et al. 2025, arXiv:2510.10962 (otp). */
+ * Huang et al. 2024, arXiv:2410.06270 (odp); Huang et al. 2025, arXiv:2510.10962 (otp); arXiv:2508.18376 (halves). */
 
 #include "mc.h"
 
@@ -104,6 +107,28 @@ int mc_keep_by_share(const float *hidden, const float *received, float uniform, 
         rank_slots(weights + token * k, k, order, shares);
         for (int rank = k - 1; rank >= 0; rank--) scores[order[rank]] = most = fmaxf(most, shares[rank]);
         keep_slots(&s, token, scores);
+    }
+    return 0;
+}
+
+int mc_keep_halves(float margin, const int64_t *index, const float *weights, float threshold, int tokens, int k,
+                   int absent, int renormalise, int64_t *kept_index, float *kept_weights) {
+    const Slots s = {index, weights, kept_index, kept_weights, threshold, k, absent, renormalise};
+    float shares[MOST_SLOTS], scores[MOST_SLOTS];
+    for (int64_t token = 0; token < tokens; token++) {
+        const float *row = weights + token * k;
+        int64_t *kept = kept_index + token * k;
+        int best = 0;
+        float total = 0;
+        for (int slot = 0; slot < k; slot++) total += row[slot];
+        for (int slot = 0; slot < k; slot++) {
+            if (row[slot] > row[best]) best = slot;
+            shares[slot] = row[slot] / fmaxf(total, FLT_MIN);
+            scores[slot] = shares[slot] + margin;
+        }
+        keep_slots(&s, token, scores);
+        for (int slot = 0; slot < k; slot++)
+            if (slot != best && !(shares[slot] - margin >= threshold) && kept[slot] < absent) kept[slot] += absent + 1;
     }
     return 0;
 }

@@ -122,6 +122,7 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "features": "int",
             **_KEPT,
         },
+        "mc_keep_halves": {"margin": "float", **_KEPT},
         "mc_keep_by_router": {
             "hidden": "const float *",
             "router": "const float *",

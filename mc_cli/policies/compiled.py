@@ -53,6 +53,21 @@ class KeptByShare:
         return _kept(self._routine, inputs, routed, self._cut)
 
 
+class KeptHalves:
+    """`policies.kept_slots` of one layer by the scores of dualsparse; a call gives None where the reference has to
+    serve."""
+
+    def __init__(self, margin: float, cut: Cut) -> None:
+        self._routine = native.routine("mc_keep_halves")
+        self._margin = margin
+        self._cut = cut
+
+    def __call__(self, routed: Routed) -> _Kept | None:
+        if _readable(routed) is None:
+            return None
+        return _kept(self._routine, {"margin": self._margin}, routed, self._cut)
+
+
 class KeptByRouter:
     """`policies.kept_slots` of one layer by the scores of otp; a call gives None where the reference has to serve.
 

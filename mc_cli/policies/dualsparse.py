@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from mc_cli.policies import SHARED, LayerValues, Routed, weight_ranks
+from mc_cli.policies import SHARED, CompiledRule, Cut, LayerValues, Routed, compiled, weight_ranks
 
 NAME = "dualsparse"
 DESCRIPTION = "two thresholds on routing shares: an expert runs whole, its major half, or not (needs allocate --halves)"
@@ -28,12 +28,17 @@ MARGINS = (0.01, 0.03, 0.1)
 
 def keep_scores(routed: Routed, layer: LayerValues) -> Tensor:
     """[tokens, k] float32: the slot's share of the token's routing weight plus the margin; its major half stays."""
-    return _shares(routed.weights) + layer.numbers.get(MARGIN, MARGINS[0])
+    return _shares(routed.weights) + _margin(layer)
 
 
 def whole_scores(routed: Routed, layer: LayerValues) -> Tensor:
     """[tokens, k] float32: the share less the margin, by which the minor half stays as well."""
-    return _shares(routed.weights) - layer.numbers.get(MARGIN, MARGINS[0])
+    return _shares(routed.weights) - _margin(layer)
+
+
+def compiled_rule(layer: LayerValues, cut: Cut) -> CompiledRule:
+    """These scores and what becomes of them, in one call."""
+    return compiled.KeptHalves(_margin(layer), cut)
 
 
 def half_scores(weights: Tensor, margin: float) -> Tensor:
@@ -45,6 +50,10 @@ def half_scores(weights: Tensor, margin: float) -> Tensor:
     best = weight_ranks(weights) == 0
     halves = [(shares + sign * margin).masked_fill(best, math.inf) for sign in (1, -1)]
     return torch.cat(halves, dim=-1)
+
+
+def _margin(layer: LayerValues) -> float:
+    return layer.numbers.get(MARGIN, MARGINS[0])
 
 
 def _shares(weights: Tensor) -> Tensor:

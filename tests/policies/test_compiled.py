@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from mc_cli import native
-from mc_cli.policies import Cut, LayerValues, Routed, compiled_rule, kept_slots, odp, otp
+from mc_cli.policies import Cut, LayerValues, Routed, compiled_rule, dualsparse, kept_slots, odp, otp
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="nothing is compiled here")
+POLICIES = pytest.mark.parametrize("policy", [odp, otp, dualsparse], ids=lambda policy: policy.NAME)
 WIDTH = 37  # not a multiple of what is summed side by side
 
 
@@ -34,7 +35,9 @@ def values_of(policy: ModuleType, slots: int) -> LayerValues:
         otp.WEIGHT: torch.randn(slots - 1, WIDTH + slots - 1, generator=generator),
         otp.BIAS: torch.randn(slots - 1, generator=generator),
     }
-    return LayerValues(0, numbers={odp.PROTECT_AT: 120.0}, tensors=router if policy is otp else {})
+    return LayerValues(
+        0, numbers={odp.PROTECT_AT: 120.0, dualsparse.MARGIN: 0.03}, tensors=router if policy is otp else {}
+    )
 
 
 def same(policy: ModuleType, tokens: Routed, values: LayerValues, cut: Cut) -> None:
@@ -45,6 +48,9 @@ def same(policy: ModuleType, tokens: Routed, values: LayerValues, cut: Cut) -> N
     index, weights = found
     expected_index, expected_weights = kept_slots(policy, tokens, values, cut)
     distance = (policy.keep_scores(tokens, values) - cut.threshold).abs().nan_to_num(math.inf)
+    if policy is dualsparse:
+        distance = torch.minimum(distance, (policy.whole_scores(tokens, values) - cut.threshold).abs())
+        assert (index > cut.absent).any()  # some run half
     sure = (distance > 1e-5 * max(1.0, abs(cut.threshold))).all(-1)
     assert sure.float().mean() > 0.99
     assert index.dtype == torch.int64 and torch.equal(index[sure], expected_index[sure])
@@ -56,10 +62,10 @@ def same(policy: ModuleType, tokens: Routed, values: LayerValues, cut: Cut) -> N
 
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("slots", [2, 3, 8])
-@pytest.mark.parametrize("policy", [odp, otp], ids=["odp", "otp"])
+@POLICIES
 def test_decisions_are_those_of_the_reference(policy: ModuleType, slots: int, renormalise: bool) -> None:
     tokens, values = routed(slots), values_of(policy, slots)
-    for threshold in (0.05, 0.3, 0.45) if policy is odp else (-2.0, 0.0, 3.0):
+    for threshold in (-2.0, 0.0, 3.0) if policy is otp else (0.05, 0.3, 0.45):
         same(policy, tokens, values, Cut(threshold, 16, renormalise))
 
 
@@ -72,7 +78,7 @@ def test_odp_spares_the_same_tokens(received: float | str | None) -> None:
     same(odp, tokens, LayerValues(0), Cut(0.4, 16, True))
 
 
-@pytest.mark.parametrize("policy", [odp, otp], ids=["odp", "otp"])
+@POLICIES
 def test_single_tokens_strided_tensors_and_half_precision(policy: ModuleType) -> None:
     tokens, values, cut = routed(2), values_of(policy, 2), Cut(0.3, 16, True)
     rule = compiled_rule(policy, values, cut)
@@ -88,7 +94,7 @@ def test_single_tokens_strided_tensors_and_half_precision(policy: ModuleType) ->
     same(policy, replace(tokens, hidden=tokens.hidden.bfloat16()), values, cut)
 
 
-@pytest.mark.parametrize("policy", [odp, otp], ids=["odp", "otp"])
+@POLICIES
 def test_what_it_cannot_serve_is_left_to_the_reference(policy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, values, cut = routed(2), values_of(policy, 2), Cut(0.3, 16, True)
     rule = compiled_rule(policy, values, cut)
@@ -100,3 +106,12 @@ def test_what_it_cannot_serve_is_left_to_the_reference(policy: ModuleType, monke
         assert rule(replace(tokens, weights=tokens.weights.clone().requires_grad_())) is not None
     monkeypatch.setattr(native, "library", lambda: None)
     assert compiled_rule(policy, values, cut) is None
+
+
+def test_slots_without_an_expert_run_no_half() -> None:
+    tokens, values, cut = routed(3), values_of(dualsparse, 3), Cut(0.3, 16, False)
+    tokens.index[::3, 1] = cut.absent
+    rule = compiled_rule(dualsparse, values, cut)
+    assert rule is not None and (found := rule(tokens)) is not None
+    assert (found[0][::3, 1] == cut.absent).all()
+    assert (found[0] == kept_slots(dualsparse, tokens, values, cut)[0]).float().mean() > 0.999
