@@ -64,20 +64,27 @@ def propagate(columns: Tensor, factor: Tensor, round_column: Callable[[int, Tens
     propagate_panels(columns, factor, round_panel)
 
 
-def propagate_panels(columns: Tensor, factor: Tensor, round_panel: Callable[[int, Tensor, Tensor], None]) -> None:
+def propagate_panels(
+    columns: Tensor, factor: Tensor, round_panel: Callable[[int, Tensor, Tensor], None], *, size: int = _PANEL
+) -> Tensor:
     """Hands panels of columns, with their share of all earlier panels' errors, to `round_panel`, in processing order.
 
     columns, factor  as in `propagate`
     round_panel      (first position, wanted [B, n, out], errors [B, in, out]): fills `errors` of the panel's positions,
                      wanted, with what is owed within the panel, less what is stored, over the factor's diagonal
+    size             columns of a panel, but for the last one
+
+    Returns the errors. With D = what is stored - columns, D^T = -errors^T U, so the summed squares of a row's errors
+    are its d (U^T U)^-1 d^T: what its error costs under the damped Hessian.
     """
     errors = torch.empty_like(columns)
-    for first in range(0, columns.shape[1], _PANEL):
-        last = min(first + _PANEL, columns.shape[1])
+    for first in range(0, columns.shape[1], size):
+        last = min(first + size, columns.shape[1])
         panel = columns[:, first:last]
         if first:  # takes in the errors of all earlier panels
             panel = torch.baddbmm(panel, factor[:, :first, first:last].transpose(1, 2), errors[:, :first], alpha=-1)
         round_panel(first, panel, errors)
+    return errors
 
 
 def descend(columns: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, *, sweeps: int) -> tuple[Tensor, Grid]:

@@ -13,7 +13,7 @@ It may state facts that are not as for most:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +39,7 @@ class QuantizedLinear:
         Tensor  # float64 [B]: trace(D hessian D^T), D = weight - dequantized, hessian as handed in; NaN for None
     )
     notes: tuple[str, ...]  # fallbacks and raised dampings: "item 3: ..." counts the Hessians of the batch from 0
+    weight_energy: Tensor | None = None  # float64 [B]: trace(W hessian W^T), where the quantizer had it
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Prepared:
     inverse_cholesky: Tensor | None = None  # float32, like hessian: of the damped target, inputs in processing order
     order: Tensor | None = None  # int64 [B or 1, in_features]: place in the processing order -> input
     notes: tuple[str, ...] = ()
+    added: Tensor | None = None  # float32, [B or 1]: what the factor's target has on its diagonal beside `target`
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what the quantizer keeps for later
 
 
 class Quantizer(Protocol):
@@ -175,11 +178,17 @@ def grid_result(
 
 
 def result_of(
-    weight: Tensor, prepared: Prepared, encoding: Encoding, tensors: dict[str, Tensor], notes: tuple[str, ...] = ()
+    weight: Tensor,
+    prepared: Prepared,
+    encoding: Encoding,
+    tensors: dict[str, Tensor],
+    notes: tuple[str, ...] = (),
+    weight_energy: Tensor | None = None,
 ) -> QuantizedLinear:
     """Stored tensors of `weight` [B, out_features, in_features] with the loss of what they really decode to.
 
-    notes   of the quantizer, behind those of its preparation
+    notes          of the quantizer, behind those of its preparation
+    weight_energy  as `QuantizedLinear` has it
     Raises ExtensionError where the tensors are not what the encoding stores.
     """
     check_made(encoding, tensors, weight)
@@ -187,4 +196,4 @@ def result_of(
         loss = torch.full(weight.shape[:1], float("nan"), dtype=torch.float64, device=weight.device)
     else:
         loss = trace_error(weight - encoding.dequantize(tensors, weight.shape[-1]), prepared.hessian)
-    return QuantizedLinear(encoding, tensors, loss, prepared.notes + notes)
+    return QuantizedLinear(encoding, tensors, loss, prepared.notes + notes, weight_energy)

@@ -135,7 +135,7 @@ def _code(job: CodingJob) -> Coded:
         decoded,
         quantized.tensors,
         tuple(quantized.proxy_loss.tolist()),
-        _energies(job),
+        _energies(job) if quantized.weight_energy is None else tuple(quantized.weight_energy.tolist()),
         quantized.notes,
     )
 

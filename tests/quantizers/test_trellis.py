@@ -10,10 +10,14 @@ from torch import Tensor
 
 from mc_cli import native
 from mc_cli.encodings import encoding_for, encoding_from_key, stored_bytes
+from mc_cli.encodings.trellis import TrellisEncoding
 from mc_cli.errors import ArtifactError, InputError, McError, ShapeError
 from mc_cli.numerics.hessian import trace_error
+from mc_cli.numerics.rotation import rotate_back
+from mc_cli.numerics.rounding import propagate
 from mc_cli.numerics.row_hessian import RowHessian
-from mc_cli.quantizers import QuantizedLinear, quantizer_from_name
+from mc_cli.quantizers import Prepared, QuantizedLinear, quantizer_from_name
+from mc_cli.quantizers.trellis import _DRAWN_TOGETHER, _Coder
 from tests.dense_twin import _decode_trellis
 from tests.numerics.twins import correlated_hessian
 
@@ -220,6 +224,47 @@ def test_forecast_is_as_wrong_as_the_search(bits: int) -> None:
     forecast = trace_error(weight - quantizer.forecast(weight, prepared, encoding), hessian)
     ratio = forecast / quantizer.quantize(weight, prepared, encoding).proxy_loss
     assert bool(((ratio > 0.8) & (ratio < 1.25)).all()), ratio
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [40, 4000])  # fewer than inputs: errors are handed on with little loss
+def test_forecasts_are_drawn_as_if_column_by_column(bits: int, tokens: int) -> None:
+    inputs = 160
+    generator = torch.Generator().manual_seed(bits)
+    mixing = torch.eye(inputs) + 0.1 * torch.randn(inputs, inputs, generator=generator)
+    drawn = torch.randn(2, tokens, inputs, generator=generator) @ mixing
+    weight, hessian = weights(2, 48, inputs), drawn.mT @ drawn
+    quantizer, encoding = quantizer_from_name("trellis"), encoding_for("trellis", bits, 48, inputs)
+    prepared = quantizer.prepare(hessian, basis=encoding.basis)
+    forecast = quantizer.forecast(weight, prepared, encoding)
+    expected = _drawn_column_by_column(weight, prepared, encoding)
+    assert float((forecast - expected).norm() / (expected - weight).norm()) < 0.01
+    again = quantizer.forecast(weight, prepared, encoding)  # by what was remembered
+    other = quantizer.forecast(weight.clone(), prepared, encoding)
+    assert torch.equal(again, forecast) and torch.equal(other, forecast)
+
+
+def _drawn_column_by_column(weight: Tensor, prepared: Prepared, encoding: TrellisEncoding) -> Tensor:
+    """The same noise, each column with the errors of all before it; scales by products with the Hessian."""
+    coder = _Coder(weight, prepared, encoding, None, quick=False)
+    error, count = coder._sampled_error(), weight.shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    firsts = range(0, count, _DRAWN_TOGETHER)
+    shapes = [(len(weight), min(_DRAWN_TOGETHER, count - first), error.shape[-1]) for first in firsts]
+    noise = torch.cat([torch.randn(shape, generator=generator) for shape in shapes], 1)
+    kept, divisors, scales = 1 - error, coder._divisors(), coder._scales
+    size = (error * kept / error.shape[-1]).sqrt()
+
+    def draw(position: int, column: Tensor) -> Tensor:
+        wanted = column / divisors
+        values = kept * wanted + noise[:, position] * size * wanted.norm(dim=-1, keepdim=True)
+        coder._values[:, position] = values
+        return values * scales
+
+    propagate(coder._columns, coder._factor, draw)
+    coder._refit()
+    coder.lengthen()
+    return rotate_back(coder.matrix(), encoding.block)
 
 
 def test_equal_inputs_give_equal_bytes_and_items_do_not_mix() -> None:
