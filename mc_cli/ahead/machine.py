@@ -23,7 +23,7 @@ from mc_cli.registry import QUANTIZERS
 if TYPE_CHECKING:
     import torch
 
-SCHEMA = 3
+SCHEMA = 4
 _SIDE = 1024  # of the matrices that are multiplied, factorized and searched
 _NO_SEARCH = "gptq"  # quantizers that are not probed take as long: errors are fed back, and nothing is searched
 _CODED, _FORECAST = 256, 2048  # outputs of a matrix; a forecast has work that does not grow with them

@@ -147,13 +147,16 @@ def test_attention_is_as_wide_as_pays_beside_such_experts(
     run_score(work_dir, roles=False, force=True)
     run_allocate(work_dir, target_stored_bits=bits)
     plan = plan_of(work_dir)
-    assert plan.role_bits[Role.ATTENTION] == beside and Role.SHARED not in plan.role_bits  # it has no shared experts
+    assert plan.role_bits[Role.ATTENTION] == plan.role_bits.get(Role.SHARED, beside) == beside
+    has_shared = plan.model_type == "deepseek_v3"
+    assert (Role.SHARED in plan.role_bits) == has_shared
     size = plan.budget["other_bytes"] + int(bits * plan.budget["expert_weights"] / 8) + beside_tensors(work_dir)
     for asked, expected in ((size + 8, beside), (size * 4, 8)):
         run_allocate(work_dir, target_stored_bits=None, target_size_bytes=asked, force=True)
         assert plan_of(work_dir).role_bits[Role.ATTENTION] == expected
-    run_allocate(work_dir, target_stored_bits=bits, attention_bits=4, force=True)
-    assert plan_of(work_dir).role_bits[Role.ATTENTION] == 4
+    run_allocate(work_dir, target_stored_bits=bits, attention_bits=4, shared_bits=7, force=True)
+    widths = plan_of(work_dir).role_bits
+    assert widths[Role.ATTENTION] == 4 and widths.get(Role.SHARED) == (7 if has_shared else None)
 
 
 def test_a_size_of_the_whole_goes_where_a_byte_saves_most(scored: Path, tmp_path: Path) -> None:
