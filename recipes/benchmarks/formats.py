@@ -45,6 +45,7 @@ def main() -> None:
             row = next((row for row in rows if (row["format"], row["size"]) == (name, size)), None)
             if row is None:
                 rows.append(row := compressed(asked, name, size))
+                asked.out.write_text(json.dumps(rows, indent=1) + "\n")
             if "kl" in row:
                 for engine, interpreter in asked.engine:
                     if engine in FORMATS[name][1] and engine not in row["speed"]:
@@ -117,6 +118,7 @@ def compressed(asked: argparse.Namespace, name: str, size: int) -> dict[str, Any
 def decoded(interpreter: str, engine: str, folder: Path) -> float:
     """Tokens per second of processor time, in a process of the engine's environment with one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # else it wants most of the memory
     command = (interpreter, str(SPEED), engine, str(folder))
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
