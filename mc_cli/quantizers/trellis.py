@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from mc_cli.encodings import Encoding
 from mc_cli.encodings.trellis import TrellisEncoding, padded, sequence_length
 from mc_cli.errors import InputError, McError, ShapeError
 from mc_cli.numerics import trellis
+from mc_cli.numerics.drawn_errors import drawn_values
 from mc_cli.numerics.hessian import inverse_cholesky
 from mc_cli.numerics.rotation import rotate, rotate_back, rotate_hessian
 from mc_cli.numerics.rounding import propagate, propagate_panels
@@ -33,8 +33,6 @@ _NOISE_SEED = 0
 _MOST_GAIN = 1.5  # the largest factor on scales; a code of 1 bit takes 1.4 at most
 LARGEST_GROUP = 3  # rings of 256 rows: what feeding back costs grows with their number
 _POOLED_ROWS = 16  # divides every padded number of outputs
-_DRAWN_TOGETHER = 64  # columns of a forecast whose errors are drawn at a time
-_AGREED = 1e-3  # relative change of all errors of a matrix in a round at which they count as found
 _SAMPLED_INPUTS = 8  # inputs of a matrix on which the search is tried when only its errors' size is wanted
 
 
@@ -196,9 +194,10 @@ class _Coder:
         d^T H d is the sum of e^2 less what damping added, and the rest are products with `felt`.
         """
         assert prepared.added is not None
-        scales = self._scales[:, None]
-        errors = propagate_panels(self._columns, self._factor, self._noisy_panels(), size=_DRAWN_TOGETHER)
-        missed = torch.addcmul(-self._columns, self._values, scales)
+        self._values, errors = drawn_values(
+            self._columns, self._factor, scales=self._divisors(), error=self._sampled_error(), seed=_NOISE_SEED
+        )
+        missed = torch.addcmul(-self._columns, self._values, self._scales[:, None])
         whole, across = (self._columns * felt).sum(1), (missed * felt).sum(1)
         own = errors.square_().sum(1) - prepared.added[:, None] * missed.square_().sum(1)
         left = whole + across  # columns^T H coded
@@ -263,38 +262,6 @@ class _Coder:
         return torch.empty_like(codes).index_copy_(1, rings, codes), row_hessian.ungrouped(
             values.view(len(wanted), *row_hessian.rows.shape)
         )
-
-    def _noisy_panels(self) -> Callable[[int, Tensor, Tensor], None]:
-        """A stand-in for `_best_panel`: errors as large as the search's, row by row, from a normal distribution.
-
-        Every column takes in the errors of those before it. A panel is gone over as a whole, with the errors of the
-        round before, until they agree: after as many rounds as it has columns they are exact, and after three or four
-        they mostly agree. That takes a fourth of the time of one column after another.
-        """
-        error = self._sampled_error()
-        generator = torch.Generator(self._columns.device).manual_seed(_NOISE_SEED)
-        # The best values are uncorrelated with their errors, so they vary less than the weights do.
-        inverse, kept = self._divisors().reciprocal()[:, None], (1 - error)[:, None]
-        size = (error[:, None] * kept / error.shape[-1]).sqrt()
-        scales = self._scales[:, None]
-
-        def draw(first: int, panel: Tensor, errors: Tensor) -> None:
-            part = slice(first, first + panel.shape[1])
-            within = self._factor[:, part, part]
-            earlier, inverse_diagonal = within.triu(1).mT, within.diagonal(dim1=-2, dim2=-1).reciprocal()[..., None]
-            noise = torch.randn(panel.shape, generator=generator, device=panel.device).mul_(size)
-            wanted, before = panel, None
-            while True:
-                values = wanted * inverse
-                length = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
-                values = torch.addcmul(noise * length, kept, values)
-                found = torch.addcmul(wanted, values, scales, value=-1).mul_(inverse_diagonal)
-                if before is not None and _agree(found, before):
-                    break
-                before, wanted = found, torch.baddbmm(panel, earlier, found, alpha=-1)
-            self._values[:, part], errors[:, part] = values, found
-
-        return draw
 
     def _sampled_error(self) -> Tensor:
         """[B, out]: the search's mean squared error over the weights' mean square, on a few inputs of each matrix."""
@@ -419,12 +386,6 @@ class _Coder:
 
     def _codes_at(self, position: int) -> Tensor:
         return self._codes[:, :, position].flatten(0, 1)
-
-
-def _agree(found: Tensor, before: Tensor) -> bool:
-    """Whether a round changed the errors [B, n, out] of no matrix by more than `_AGREED` of them."""
-    change, size = (torch.linalg.vector_norm(each, dim=(1, 2)) for each in (found - before, found))
-    return bool((change <= _AGREED * size).all())
 
 
 def _felt(coder: _Coder, weight: Tensor, prepared: Prepared) -> Tensor:

@@ -12,12 +12,13 @@ from mc_cli import native
 from mc_cli.encodings import encoding_for, encoding_from_key, stored_bytes
 from mc_cli.encodings.trellis import TrellisEncoding
 from mc_cli.errors import ArtifactError, InputError, McError, ShapeError
+from mc_cli.numerics.drawn_errors import TOGETHER
 from mc_cli.numerics.hessian import trace_error
 from mc_cli.numerics.rotation import rotate_back
 from mc_cli.numerics.rounding import propagate
 from mc_cli.numerics.row_hessian import RowHessian
 from mc_cli.quantizers import Prepared, QuantizedLinear, quantizer_from_name
-from mc_cli.quantizers.trellis import _DRAWN_TOGETHER, _Coder
+from mc_cli.quantizers.trellis import _Coder
 from tests.dense_twin import _decode_trellis
 from tests.numerics.twins import correlated_hessian
 
@@ -249,8 +250,8 @@ def _drawn_column_by_column(weight: Tensor, prepared: Prepared, encoding: Trelli
     coder = _Coder(weight, prepared, encoding, None, quick=False)
     error, count = coder._sampled_error(), weight.shape[-1]
     generator = torch.Generator().manual_seed(0)
-    firsts = range(0, count, _DRAWN_TOGETHER)
-    shapes = [(len(weight), min(_DRAWN_TOGETHER, count - first), error.shape[-1]) for first in firsts]
+    firsts = range(0, count, TOGETHER)
+    shapes = [(len(weight), min(TOGETHER, count - first), error.shape[-1]) for first in firsts]
     noise = torch.cat([torch.randn(shape, generator=generator) for shape in shapes], 1)
     kept, divisors, scales = 1 - error, coder._divisors(), coder._scales
     size = (error * kept / error.shape[-1]).sqrt()
