@@ -46,6 +46,7 @@ from mc_cli.settings import (
     QuantizeSettings,
     RunSettings,
     ScoreSettings,
+    holds_tokenizer,
 )
 from mc_cli.stages.allocate import with_directory
 from mc_cli.stages.calibrate import opened
@@ -227,7 +228,9 @@ class Look:
         inventory: ModelInventory | None = None
         if set(self._todo) <= {"allocate", "export"} and "calibrate" not in self._all:
             inventory = self._noted_inventory()
-            return None, None if inventory is None else with_directory(inventory, self._work)
+            return None, None if inventory is None else with_directory(
+                inventory, replace(self._work, engine=self._engine)
+            )
         with self.problems.catching():
             if "calibrate" in self._all:
                 asked = self._all["calibrate"]
@@ -241,8 +244,16 @@ class Look:
             else:
                 inventory = self._noted_inventory()
         if session is not None and inventory is not None:
-            inventory = replace(inventory, directory_bytes=directory_bytes(session.folder, inventory))
+            twice = holds_tokenizer(self._engine)
+            size = directory_bytes(session.folder, inventory, tokenizer_twice=twice)
+            inventory = replace(inventory, directory_bytes=size)
         return session, inventory
+
+    @property
+    def _engine(self) -> str | None:
+        """The engine that the plan is made for."""
+        allocate = self._all.get("allocate")
+        return self._work.engine if allocate is None else allocate.engine
 
     def _noted_inventory(self) -> ModelInventory | None:
         path = self._work.folder("calibrate") / calibration_artifact.INVENTORY

@@ -13,7 +13,7 @@ from pathlib import Path
 from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.files import read_json
 from mc_cli.artifacts.names import POINTER
-from mc_cli.parts import ModelInventory
+from mc_cli.parts import ModelInventory, Role
 
 # Patterns of names in the model's folder, and of paths below it.
 MODEL_FILES = (
@@ -51,6 +51,9 @@ _CONFIG = "config.json"
 # are most), the loader's few lines, and what config.json gets beside the layout.
 _WRITTEN = 24 << 10
 _LAYER, _MATRIX, _UNIT, _LINEAR = 200, 80, 16, 24  # bytes in the layout: of a layer, a projection, an expert, a linear
+# Bytes in a GGUF file: of a text, its length, its kind, its score and the name that an unused id has; between tensors;
+# of what is said of the model.
+_TEXT, _GAP, _FACTS = 32, 32, 4 << 10
 _SHARDED = 1 << 30  # bytes from which on an index names every tensor's file
 _INDEXED, _PARTS = 64, 3  # bytes of such an entry beside the name; tensors that a packed matrix has at most
 
@@ -62,16 +65,18 @@ def companion_files(folder: Path, *, own_code: bool) -> list[Path]:
     return [path for path in found if not any(fnmatch.fnmatch(path.name, pattern) for pattern in _NEVER)]
 
 
-def directory_bytes(folder: Path, inventory: ModelInventory) -> int:
+def directory_bytes(folder: Path, inventory: ModelInventory, *, tokenizer_twice: bool = False) -> int:
     """The bytes, at most, of everything that an export holds beside its weights: what travels, and what is written.
 
-    folder   of the original model; code of its own is counted where config.json names some
+    folder           of the original model; code of its own is counted where config.json names some
+    tokenizer_twice  whether the file of the weights holds the tokenizer, too, as GGUF has it
     """
     config = folder / _CONFIG
     own_code = config.is_file() and b'"auto_map"' in config.read_bytes()
     travelling = sum(path.stat().st_size for path in companion_files(folder, own_code=own_code))
     native = 2 * config.stat().st_size if config.is_file() else 0  # written anew, with entries of transformers' own
-    return travelling + native + _layout_bytes(inventory) + _index_bytes(inventory) + _WRITTEN
+    inside = _inside_gguf(folder, inventory) if tokenizer_twice else 0
+    return travelling + native + _layout_bytes(inventory) + _index_bytes(inventory) + _WRITTEN + inside
 
 
 def noted_folder(work_dir: Path) -> Path | None:
@@ -82,6 +87,21 @@ def noted_folder(work_dir: Path) -> Path | None:
     with reading(path, "a note of the model's place", "Run calibrate again with --model."):
         folder = Path(read_as(str, read_json(path).get("folder"), "folder"))
     return folder if (folder / _CONFIG).is_file() else None
+
+
+def _inside_gguf(folder: Path, inventory: ModelInventory) -> int:
+    """What a GGUF file holds beside tensors: texts with their lengths, kinds of tokens, a template, gaps."""
+    path = folder / "tokenizer.json"
+    content = read_json(path, foreign=True) if path.is_file() else {}
+    model = content.get("model")
+    model = model if isinstance(model, dict) else {}
+    texts = [*(model.get("vocab") or ()), *(added.get("content") for added in content.get("added_tokens") or ())]
+    merges = ["".join(pair) if isinstance(pair, list) else pair for pair in model.get("merges") or ()]
+    held = sum(len(str(text).encode()) for text in texts) + sum(len(str(pair).encode()) + 1 for pair in merges)
+    vocabulary = max((part.shape[0] for part in inventory.tensors if part.role is Role.EMBEDDING), default=0)
+    templates = (each for pattern in ("tokenizer_config.json", "*.jinja") for each in folder.glob(pattern))
+    held += sum(each.stat().st_size for each in templates) + _GAP * len(inventory.tensors)
+    return held + _TEXT * (max(vocabulary, len(texts)) + len(merges)) + _FACTS
 
 
 def _layout_bytes(inventory: ModelInventory) -> int:

@@ -71,6 +71,11 @@ ENGINES: Mapping[str, Engine] = {
 }
 
 
+def holds_tokenizer(engine: str | None) -> bool:
+    """Whether the file of the weights holds the tokenizer in the format of an engine."""
+    return engine is not None and ENGINES[engine].format == "gguf"
+
+
 def engine_flag(panel: str) -> Flag:
     """The flag `--for` of a stage."""
     return Flag(

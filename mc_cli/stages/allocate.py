@@ -55,6 +55,7 @@ from mc_cli.settings import (
     AllocateSettings,
     QuantizerSettings,
     RunSettings,
+    holds_tokenizer,
 )
 from mc_cli.stage import Plans, Run, Runs, Stage
 
@@ -194,7 +195,10 @@ plan_stage, run = Plans(Allocate), Runs(Allocate)
 def with_directory(inventory: ModelInventory, work: WorkDir) -> ModelInventory:
     """The inventory with the bytes of what a result holds beside its weights; 0 where the model's folder has gone."""
     folder = noted_folder(work.path)
-    return inventory if folder is None else replace(inventory, directory_bytes=directory_bytes(folder, inventory))
+    if folder is None:
+        return inventory
+    twice = holds_tokenizer(work.engine)
+    return replace(inventory, directory_bytes=directory_bytes(folder, inventory, tokenizer_twice=twice))
 
 
 def read_channels(work: WorkDir, block: ExpertBlock) -> ChannelMeasures:

@@ -51,6 +51,13 @@ def test_the_whole_way(tiny_model: TinyModel, tmp_path: Path) -> None:
     quantize.run(build("quantize", followed), COMPUTE, work, **SILENT)
     found = run_export(work, tmp_path / "out", "gguf").summary["read_back"]
     assert found["same_top_token"] == 1 and (tmp_path / "out" / "model.gguf").is_file()
+    whole = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    sized = build("allocate", {**ENGINE, "target_size_bytes": whole + 4096})
+    allocate.run(sized, COMPUTE, work, variant="sized", **SILENT)
+    quantize.run(build("quantize", followed), COMPUTE, work, variant="sized", **SILENT)
+    warnings = run_export(work, tmp_path / "sized", "gguf", variant="sized").warnings
+    assert not any("--target-size" in text for text in warnings)
+    assert sum(path.stat().st_size for path in (tmp_path / "sized").iterdir()) <= whole + 4096
     inventory = read_inventory(work / "calibration" / INVENTORY)  # there are no scores but those for llama.cpp
     dropping = PruneSettings(policy=("all",), drop_experts=0.34)
     assert any(dropped_experts(dropping, WorkDir(work), inventory).values())
