@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mc_cli.errors import McError, ShapeError
-from mc_cli.numerics.products import filled
+from mc_cli.numerics.products import fast_float32_products, filled
 
 FLOAT64_LIMIT = 8192  # in_features up to which factors are computed in float64: 0.5 GB a matrix
 _TOKENS_AT_ONCE = 4096
@@ -163,9 +163,9 @@ def trace_error(difference: Tensor, hessian: Tensor) -> Tensor:
     difference  D, float32 [B, out_features, in_features]: weight minus what replaces it
     hessian     float32 [B or 1, in_features, in_features]
     """
-    if hessian.shape[0] == 1:
-        product = difference.flatten(0, 1) @ hessian[0]
-        product = product.unflatten(0, difference.shape[:2])
-    else:
-        product = torch.bmm(difference, hessian)
+    with fast_float32_products():
+        if hessian.shape[0] == 1:
+            product: Tensor = (difference.flatten(0, 1) @ hessian[0]).unflatten(0, difference.shape[:2])
+        else:
+            product = torch.bmm(difference, hessian)
     return product.mul_(difference).sum(-1, dtype=torch.float64).sum(-1)

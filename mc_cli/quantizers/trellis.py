@@ -15,6 +15,7 @@ from mc_cli.errors import InputError, McError, ShapeError
 from mc_cli.numerics import trellis
 from mc_cli.numerics.drawn_errors import drawn_values
 from mc_cli.numerics.hessian import inverse_cholesky
+from mc_cli.numerics.products import fast_float32_products
 from mc_cli.numerics.rotation import rotate, rotate_back, rotate_hessian
 from mc_cli.numerics.rounding import propagate, propagate_panels
 from mc_cli.numerics.row_hessian import RowHessian, best_scales, eliminated
@@ -183,7 +184,8 @@ class _Coder:
 
     def felt_columns(self) -> Tensor:
         """[B, in, out]: the Hessian times the columns."""
-        return torch.bmm(self._hessian, self._columns)
+        with fast_float32_products():
+            return torch.bmm(self._hessian, self._columns)
 
     def draw(self, felt: Tensor, prepared: Prepared) -> None:
         """Forecasts what `code`, `_refit` and `lengthen` make, with errors drawn at random in place of a search.
@@ -345,12 +347,13 @@ class _Coder:
 
     def _refit(self) -> None:
         """The scales that fit the values best under the Hessian: of every row alone, or of a group's rows together."""
-        felt = torch.bmm(self._hessian, self._values)
-        power = (self._values * felt).sum(1)
-        if self._row_hessian is None:
-            scales = (self._columns * felt).sum(1) / power
-        else:
-            scales = self._joint_scales(self._row_hessian, felt)
+        with fast_float32_products():
+            felt = torch.bmm(self._hessian, self._values)
+            power = (self._values * felt).sum(1)
+            if self._row_hessian is None:
+                scales = (self._columns * felt).sum(1) / power
+            else:
+                scales = self._joint_scales(self._row_hessian, felt)
         scales = _stored(scales)
         usable = (power > 0) & torch.isfinite(scales) & (scales > 0)
         self._scales = torch.where(usable, scales, self._scales)
