@@ -46,7 +46,6 @@ from mc_cli.settings import (
     QuantizeSettings,
     RunSettings,
     ScoreSettings,
-    holds_tokenizer,
 )
 from mc_cli.stages.allocate import with_directory
 from mc_cli.stages.calibrate import opened
@@ -244,8 +243,7 @@ class Look:
             else:
                 inventory = self._noted_inventory()
         if session is not None and inventory is not None:
-            twice = holds_tokenizer(self._engine)
-            size = directory_bytes(session.folder, inventory, tokenizer_twice=twice)
+            size = directory_bytes(session.folder, inventory, self._engine)
             inventory = replace(inventory, directory_bytes=size)
         return session, inventory
 

@@ -14,6 +14,7 @@ from mc_cli.artifacts.fields import read_as, reading
 from mc_cli.artifacts.files import read_json
 from mc_cli.artifacts.names import POINTER
 from mc_cli.parts import ModelInventory, Role
+from mc_cli.settings.engines import ENGINES
 
 # Patterns of names in the model's folder, and of paths below it.
 MODEL_FILES = (
@@ -65,18 +66,18 @@ def companion_files(folder: Path, *, own_code: bool) -> list[Path]:
     return [path for path in found if not any(fnmatch.fnmatch(path.name, pattern) for pattern in _NEVER)]
 
 
-def directory_bytes(folder: Path, inventory: ModelInventory, *, tokenizer_twice: bool = False) -> int:
+def directory_bytes(folder: Path, inventory: ModelInventory, engine: str | None = None) -> int:
     """The bytes, at most, of everything that an export holds beside its weights: what travels, and what is written.
 
-    folder           of the original model; code of its own is counted where config.json names some
-    tokenizer_twice  whether the file of the weights holds the tokenizer, too, as GGUF has it
+    folder   of the original model; code of its own is counted where config.json names some
+    engine   in whose format it is written: GGUF files hold the tokenizer, too, others more of each matrix
     """
     config = folder / _CONFIG
     own_code = config.is_file() and b'"auto_map"' in config.read_bytes()
     travelling = sum(path.stat().st_size for path in companion_files(folder, own_code=own_code))
     native = 2 * config.stat().st_size if config.is_file() else 0  # written anew, with entries of transformers' own
-    inside = _inside_gguf(folder, inventory) if tokenizer_twice else 0
-    return travelling + native + _layout_bytes(inventory) + _index_bytes(inventory) + _WRITTEN + inside
+    written = _layout_bytes(inventory) + _index_bytes(inventory) + _WRITTEN
+    return travelling + native + written + _format_bytes(folder, inventory, engine)
 
 
 def noted_folder(work_dir: Path) -> Path | None:
@@ -87,6 +88,20 @@ def noted_folder(work_dir: Path) -> Path | None:
     with reading(path, "a note of the model's place", "Run calibrate again with --model."):
         folder = Path(read_as(str, read_json(path).get("folder"), "folder"))
     return folder if (folder / _CONFIG).is_file() else None
+
+
+def _format_bytes(folder: Path, inventory: ModelInventory, engine: str | None) -> int:
+    """What an engine's format holds beside what is packed."""
+    if engine is None:
+        return 0
+    found = ENGINES[engine]
+    total = _inside_gguf(folder, inventory) if found.format == "gguf" else 0
+    for block in inventory.expert_blocks:
+        for part in block.projections:
+            pieces = 2 if part.name == "gate_up_proj" else 1  # gate and up by themselves
+            total += block.num_experts * pieces * found.more_bytes(part.out_features // pieces, part.in_features)
+    coded = (part for part in inventory.tensors if part.packable and part.role not in (Role.EXPERT, *found.kept))
+    return total + sum(found.more_bytes(*part.shape[-2:]) for part in coded)
 
 
 def _inside_gguf(folder: Path, inventory: ModelInventory) -> int:

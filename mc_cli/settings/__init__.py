@@ -14,7 +14,6 @@ from mc_cli.settings.engines import (
     PER_PROJECTION,
     WHOLE_MODEL,
     Engine,
-    holds_tokenizer,
     widths_to_score,
     with_engine,
 )
@@ -65,7 +64,6 @@ __all__ = [
     "StageSettings",
     "changed",
     "flags_of_class",
-    "holds_tokenizer",
     "widths_to_score",
     "with_engine",
 ]

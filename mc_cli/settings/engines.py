@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,24 @@ PER_PROJECTION = "projection"  # experts of a layer have one width per projectio
 WHOLE_MODEL = "model"  # all experts of the model have one width
 
 
+_ENTRY = 140  # bytes of a tensor's entry in a file's head, for experts with names of their own
+
+
+def _nothing(outputs: int, inputs: int) -> int:
+    """Stacked matrices have no names of their own, and nothing else."""
+    return 0
+
+
+def _of_gptq(outputs: int, inputs: int) -> int:
+    """Every input's group, as 32 bits; zero points of 4 bits, which are packed nowhere; four tensors."""
+    return 4 * inputs + outputs * -(-inputs // 128) // 2 + 4 * _ENTRY
+
+
+def _of_compressed_tensors(outputs: int, inputs: int) -> int:
+    """The shape, two numbers of 64 bits; three tensors."""
+    return 16 + 3 * _ENTRY
+
+
 @dataclass(frozen=True)
 class Engine:
     """Describes the plans that an engine can hold.
@@ -28,6 +46,7 @@ class Engine:
     widths      those of the quantizer that it takes; empty = all
     kept        what it has in the model's own dtype alone
     one_beside  whether all else that is coded has one width
+    more_bytes  (outputs, inputs) of a coded matrix -> bytes, at most, that the format holds of it and a packed file not
     """
 
     name: str
@@ -37,6 +56,7 @@ class Engine:
     widths: tuple[int, ...] = ()
     kept: tuple[Role, ...] = ()
     one_beside: bool = False
+    more_bytes: Callable[[int, int], int] = _nothing
 
     @property
     def role_widths(self) -> frozenset[float]:
@@ -57,7 +77,7 @@ ENGINES: Mapping[str, Engine] = {
     for engine in (
         Engine("llama.cpp", "gguf", "gguf"),
         Engine("mlx", "mlx", "mlx", kept=(Role.ROUTER,)),
-        Engine("gptq", "integer", "gptq", alike=None, kept=_OUTSIDE),
+        Engine("gptq", "integer", "gptq", alike=None, kept=_OUTSIDE, more_bytes=_of_gptq),
         Engine(
             "compressed-tensors",
             "integer",
@@ -66,14 +86,10 @@ ENGINES: Mapping[str, Engine] = {
             widths=(4, 8),
             kept=_OUTSIDE,
             one_beside=True,
+            more_bytes=_of_compressed_tensors,
         ),
     )
 }
-
-
-def holds_tokenizer(engine: str | None) -> bool:
-    """Whether the file of the weights holds the tokenizer in the format of an engine."""
-    return engine is not None and ENGINES[engine].format == "gguf"
 
 
 def engine_flag(panel: str) -> Flag:

@@ -55,7 +55,6 @@ from mc_cli.settings import (
     AllocateSettings,
     QuantizerSettings,
     RunSettings,
-    holds_tokenizer,
 )
 from mc_cli.stage import Plans, Run, Runs, Stage
 
@@ -197,8 +196,7 @@ def with_directory(inventory: ModelInventory, work: WorkDir) -> ModelInventory:
     folder = noted_folder(work.path)
     if folder is None:
         return inventory
-    twice = holds_tokenizer(work.engine)
-    return replace(inventory, directory_bytes=directory_bytes(folder, inventory, tokenizer_twice=twice))
+    return replace(inventory, directory_bytes=directory_bytes(folder, inventory, work.engine))
 
 
 def read_channels(work: WorkDir, block: ExpertBlock) -> ChannelMeasures:

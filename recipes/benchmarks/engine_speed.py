@@ -36,6 +36,25 @@ def in_transformers(folder: Path) -> tuple[Generate, int]:
     return generate, model.config.vocab_size
 
 
+def in_gptqmodel(folder: Path) -> tuple[Generate, int]:
+    import os
+
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # it compiles its decoding, which takes minutes
+    import torch
+    from gptqmodel import BACKEND, GPTQModel
+
+    torch.set_num_threads(1)
+    engine = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16)
+    engine.model.float()  # as the other engines compute
+
+    def generate(prompt: list[int], count: int) -> None:
+        length = {"max_new_tokens": count, "min_new_tokens": count}
+        with torch.no_grad():
+            engine.model.generate(torch.tensor([prompt]), do_sample=False, pad_token_id=0, **length)
+
+    return generate, engine.model.config.vocab_size
+
+
 def in_vllm(folder: Path) -> tuple[Generate, int]:
     import torch
 
@@ -83,7 +102,7 @@ def in_mlx(folder: Path) -> tuple[Generate, int]:
 
 ENGINES: dict[str, Callable[[Path], tuple[Generate, int]]] = {
     "transformers": in_transformers,
-    "gptqmodel": in_transformers,
+    "gptqmodel": in_gptqmodel,
     "compressed-tensors": in_transformers,
     "vllm": in_vllm,
     "llama.cpp": in_llama_cpp,

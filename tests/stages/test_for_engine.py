@@ -94,6 +94,12 @@ def test_the_whole_way_to_other_formats(
     given = ExportSettings(format=ENGINES[engine].format, out=str(tmp_path / "out"))
     found = export.run(given, RunSettings(dtype="float32"), calibrated, variant=engine, **SILENT).summary["read_back"]
     assert found["same_top_token"] == 1 and found["logit_error_max"] < 1e-3
+    asked_size = 2 * sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    sized = build("allocate", {**asked, "target_size_bytes": asked_size})
+    allocate.run(sized, COMPUTE, calibrated, variant=f"{engine}-sized", **SILENT)
+    quantize.run(build("quantize", followed), COMPUTE, calibrated, variant=f"{engine}-sized", **SILENT)
+    run_export(calibrated, tmp_path / "sized", ENGINES[engine].format, variant=f"{engine}-sized")
+    assert sum(path.stat().st_size for path in (tmp_path / "sized").iterdir()) <= asked_size
     there = [entry for entry in work_dir_status(calibrated, variant=engine) if entry.state == "done"]
     assert {f"score --for {engine}", "score", "allocate", "quantize"} <= {entry.name for entry in there}
     assert f"score --for {engine}" in {entry.what for entry in verified(calibrated)}
