@@ -91,7 +91,7 @@ def noted_folder(work_dir: Path) -> Path | None:
 
 
 def _format_bytes(folder: Path, inventory: ModelInventory, engine: str | None) -> int:
-    """What an engine's format holds beside what is packed."""
+    """What an engine's format holds beside what is packed, where experts have at most 4 bits and the rest has 8."""
     if engine is None:
         return 0
     found = ENGINES[engine]
@@ -99,9 +99,11 @@ def _format_bytes(folder: Path, inventory: ModelInventory, engine: str | None) -
     for block in inventory.expert_blocks:
         for part in block.projections:
             pieces = 2 if part.name == "gate_up_proj" else 1  # gate and up by themselves
-            total += block.num_experts * pieces * found.more_bytes(part.out_features // pieces, part.in_features)
-    coded = (part for part in inventory.tensors if part.packable and part.role not in (Role.EXPERT, *found.kept))
-    return total + sum(found.more_bytes(*part.shape[-2:]) for part in coded)
+            total += block.num_experts * pieces * found.more_bytes(part.out_features // pieces, part.in_features, 4)
+    for tensor in inventory.tensors:
+        if tensor.packable and tensor.role not in (Role.EXPERT, *found.kept):
+            total += found.more_bytes(tensor.shape[-2], tensor.shape[-1], 8)
+    return total
 
 
 def _inside_gguf(folder: Path, inventory: ModelInventory) -> int:

@@ -22,17 +22,17 @@ WHOLE_MODEL = "model"  # all experts of the model have one width
 _ENTRY = 140  # bytes of a tensor's entry in a file's head, for experts with names of their own
 
 
-def _nothing(outputs: int, inputs: int) -> int:
+def _nothing(outputs: int, inputs: int, bits: int) -> int:
     """Stacked matrices have no names of their own, and nothing else."""
     return 0
 
 
-def _of_gptq(outputs: int, inputs: int) -> int:
-    """Every input's group, as 32 bits; zero points of 4 bits, which are packed nowhere; four tensors."""
-    return 4 * inputs + outputs * -(-inputs // 128) // 2 + 4 * _ENTRY
+def _of_gptq(outputs: int, inputs: int, bits: int) -> int:
+    """Every input's group, as 32 bits; zero points, which are packed for 2 and 3 bits alone; four tensors."""
+    return 4 * inputs + outputs * -(-inputs // 128) * bits // 8 + 4 * _ENTRY
 
 
-def _of_compressed_tensors(outputs: int, inputs: int) -> int:
+def _of_compressed_tensors(outputs: int, inputs: int, bits: int) -> int:
     """The shape, two numbers of 64 bits; three tensors."""
     return 16 + 3 * _ENTRY
 
@@ -46,7 +46,7 @@ class Engine:
     widths      those of the quantizer that it takes; empty = all
     kept        what it has in the model's own dtype alone
     one_beside  whether all else that is coded has one width
-    more_bytes  (outputs, inputs) of a coded matrix -> bytes, at most, that the format holds of it and a packed file not
+    more_bytes  (outputs, inputs, bits) of a coded matrix -> bytes that the format has of it beside what is packed
     """
 
     name: str
@@ -56,7 +56,7 @@ class Engine:
     widths: tuple[int, ...] = ()
     kept: tuple[Role, ...] = ()
     one_beside: bool = False
-    more_bytes: Callable[[int, int], int] = _nothing
+    more_bytes: Callable[[int, int, int], int] = _nothing
 
     @property
     def role_widths(self) -> frozenset[float]:
