@@ -31,6 +31,7 @@ CORRECTS_ERRORS = True
 JOINS_ROWS = True
 _LARGEST_SCALE = 65504.0  # float16 holds no more
 _NOISE_SEED = 0
+_LEAST_POWER = 1e-4  # of a forecast's values, relative to what it is the difference of
 _MOST_GAIN = 1.5  # the largest factor on scales; a code of 1 bit takes 1.4 at most
 LARGEST_GROUP = 3  # rings of 256 rows: what feeding back costs grows with their number
 _POOLED_ROWS = 16  # divides every padded number of outputs
@@ -204,8 +205,9 @@ class _Coder:
         own = errors.square_().sum(1) - prepared.added[:, None] * missed.square_().sum(1)
         left = whole + across  # columns^T H coded
         power = left + across + own  # coded^T H coded
-        fitted = _stored(self._scales * left / power)
-        usable = (power > 0) & torch.isfinite(fitted) & (fitted > 0)
+        sure = power > _LEAST_POWER * (whole + own)  # what is left of a difference that is nearly 0 says nothing
+        fitted = _stored(torch.where(sure, self._scales * left / power, 0.0))
+        usable = fitted > 0
         ratio = torch.where(usable, fitted, self._scales) / self._divisors()
         self._scales = torch.where(usable, fitted, self._scales)
         self._lengthen(whole, left * ratio)

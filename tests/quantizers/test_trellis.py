@@ -228,7 +228,7 @@ def test_forecast_is_as_wrong_as_the_search(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
-@pytest.mark.parametrize("tokens", [40, 4000])  # fewer than inputs: errors are handed on with little loss
+@pytest.mark.parametrize("tokens", [2, 40, 4000])  # fewer than inputs: errors are handed on with little loss
 def test_forecasts_are_drawn_as_if_column_by_column(bits: int, tokens: int) -> None:
     inputs = 160
     generator = torch.Generator().manual_seed(bits)
