@@ -24,6 +24,16 @@ from mc_cli.progress import Progress, StageResult, Step
 INTERVAL_S = 30.0  # between two lines about the same step
 
 
+def check_log(path: Path | None) -> None:
+    """Raises InputError where a log could not be written; nothing is made."""
+    if path is None:
+        return
+    above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if path.is_dir() or (above != path and not above.is_dir()) or not os.access(above, os.W_OK):
+        wrong = "is a directory" if path.is_dir() else f"nothing can be written to {above}"
+        raise InputError(f"--log-file: {path} cannot be written: {wrong}. Name another file.")
+
+
 class Logbook:
     """A file that is added to; None: nothing is written.
 
@@ -51,7 +61,9 @@ class Logbook:
         self._file.flush()
 
     def stage(self, result: StageResult) -> None:
-        """That a stage has ended, or was found done."""
+        """That a stage has ended, or was found done, whose warnings are told again."""
+        for message in () if result.ran else result.warnings:
+            self.note("warning", message=message)
         self.note(
             "stage",
             stage=result.stage,

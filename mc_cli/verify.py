@@ -109,10 +109,10 @@ def _export(directory: Path) -> Verified:
         return Verified("export", MISSING, directory, 0, 0, f"it has no {RECORD}")
     place = export_place(directory)
     wrong = place.damage(record.outputs, up_to_bytes=ALL_BYTES)
-    size = sum(int(facts["size_bytes"]) for facts in record.outputs.values())
+    files, size = record.extent(directory)
     name = f"export, {record.settings.get('format', 'of an unknown format')}"
     if wrong:
-        return Verified(name, DAMAGED, directory, len(record.outputs) + 1, size, listed(wrong))
+        return Verified(name, DAMAGED, directory, files, size, listed(wrong))
     more = place.unexpected(record)
     detail = f"{len(more)} files came later: {more[0]}{' ...' if len(more) > 1 else ''}" if more else ""
-    return Verified(name, WHOLE, directory, len(record.outputs) + 1, size, detail)
+    return Verified(name, WHOLE, directory, files, size, detail)

@@ -22,7 +22,7 @@ _HEAD = """# Command line
 Made by `python recipes/generate_cli_docs.py` from the commands themselves; do not edit.
 
 Results go to stdout, progress and warnings to stderr. Exit status: 0 done, 1 error (one paragraph; `--debug` adds the
-traceback), 2 wrong or missing flags, 130 stopped with Ctrl-C and 143 with SIGTERM (finished layers are kept; the same
+traceback), 2 unknown or missing flags, 130 stopped with Ctrl-C and 143 with SIGTERM (finished layers are kept; the same
 command continues).
 A flag goes over a recipe's value, and a recipe's value over the default.
 """

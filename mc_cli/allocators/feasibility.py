@@ -13,6 +13,8 @@ import numpy.typing as npt
 from mc_cli.allocators.problem import BUDGET_FLAGS, AllocationProblem
 from mc_cli.errors import BudgetError
 
+_OVER = 0.75  # bits: scales and zero points take less
+
 Row = tuple[tuple[tuple[bool, ...], int], ...]  # (which floors it serves, size) of each choice of a unit
 Sizes = npt.NDArray[np.int64]
 
@@ -136,7 +138,10 @@ def _too_small(problem: AllocationProblem, least: float, most: float, layers: Se
     floors = f" and {'; '.join(problem.rules)}" if problem.rules else ""
     where = f" in each of {len(layers)} layers (first: layer {layers[0]})" if layers else ""
     remedy = f"Ask for {BUDGET_FLAGS[budget.kind]} of at least that"
-    if problem.floors:
+    wider = _wider_ones(problem)
+    if wider:
+        remedy += "."
+    elif problem.floors:
         remedy += ", add a narrower candidate width, or ask for fewer floors."
     else:
         remedy += ", or add a narrower candidate width."
@@ -150,9 +155,22 @@ def _too_small(problem: AllocationProblem, least: float, most: float, layers: Se
         remedy = f"{remedy[:-1]}, or lower --attention-bits, --shared-bits, --head-bits or --embedding-bits."
     return BudgetError(
         f"{asked}: with the candidate widths {_listing(problem.candidate_bits)}{floors} the experts take "
-        f"{budget.shown(least, most)}.",
+        f"{budget.shown(least, most)}{wider}.",
         remedy,
     )
+
+
+def _wider_ones(problem: AllocationProblem) -> str:
+    """Words for units that take far more than the narrowest width says, as their shape has no encoding so narrow."""
+    found = []
+    for unit in problem.units:
+        choice = min((each for each in unit.choices if each.bits), key=lambda each: each.bits, default=None)
+        stored = 0.0 if choice is None else 8 * choice.stored_bytes / unit.weight_count
+        if choice is not None and choice.entry is None and stored > choice.bits + _OVER:
+            found.append(f"{unit}: {stored:g} bits at width {choice.bits:g}")
+    if not found:
+        return ""
+    return f"; {len(found)} of {len(problem.units)} units have rows for which there is no such encoding ({found[0]})"
 
 
 def _listing(widths: Sequence[float]) -> str:

@@ -59,7 +59,7 @@ class Unit:
     channels: int = 0
 
     def __str__(self) -> str:
-        name = f"layers.{self.layer}.experts.{self.expert}"
+        name = f"layers.{self.layer}.experts" + ("" if self.expert == ALL_EXPERTS else f".{self.expert}")
         name = name if self.projection is None else f"{name}.{self.projection}"
         return name if self.block is None else f"{name}.block {self.block}"
 

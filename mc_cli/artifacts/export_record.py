@@ -47,6 +47,12 @@ class ExportRecord:
     schema: int = SCHEMA
     variant: str = MAIN  # of the work directory; written where it is another
 
+    def extent(self, target: Path) -> tuple[int, int]:
+        """(files, bytes) of the export at a place, this record among them: a file of its own, or inside the one."""
+        size = sum(int(facts["size_bytes"]) for facts in self.outputs.values())
+        own = target / RECORD
+        return (len(self.outputs) + 1, size + own.stat().st_size) if own.is_file() else (len(self.outputs), size)
+
     @classmethod
     def read(cls, target: Path) -> ExportRecord | None:
         """The record of a directory or of a file, None where it has none. Raises ArtifactError for a damaged one."""

@@ -36,11 +36,12 @@ def run_stage(stage: str, given: Mapping[str, Any]) -> None:
         prepare_libraries(debug=given["debug"])
         from mc_cli import chain, console
         from mc_cli.console_progress import ConsoleProgress
-        from mc_cli.logbook import Logbook, LoggedProgress
+        from mc_cli.logbook import Logbook, LoggedProgress, check_log
 
         work = WorkDir(work_dir, given.get("variant", MAIN))
         settings, compute = settings_of(stage, COMPUTE, given=given, beneath=chain.followed_settings(stage, work))
         if given["dry_run"]:
+            check_log(given["log_file"])
             return _print_planned(*chain.forecast_stage(stage, settings, compute, work, force=given["force"]), given)
         chain.check_stage(stage, settings, compute, work, force=given["force"])
         logbook = Logbook(given["log_file"])
@@ -112,9 +113,10 @@ def _run_plans(
     prepare_libraries(debug=given["debug"])
     from mc_cli import chain, console
     from mc_cli.console_progress import ConsoleProgress
-    from mc_cli.logbook import Logbook, LoggedProgress
+    from mc_cli.logbook import Logbook, LoggedProgress, check_log
 
     if given["dry_run"]:
+        check_log(given["log_file"])
         return _print_forecasts(plans, chain.forecast_chains(plans, force_from=force_from), given)
     logbook = Logbook(given["log_file"])
     listeners.append(logbook.end)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mc_cli.allocators import Budget, feasible_problem
+from mc_cli.allocators import Budget, feasible_problem, strategy_named
 from mc_cli.allocators.feasibility import size_range
 from mc_cli.allocators.problem import BUDGET_FLAGS
 from mc_cli.artifacts.plan import Plan
@@ -85,6 +85,10 @@ def curve_of(scores: Scores, sizes: Sequence[int] | None, progress: Progress) ->
             step.advance(note=OURS)
         problems.tell()
         for method in BESIDE:
+            if lacking := _lacking(scores, method):
+                left_out.append(lacking)
+                step.advance(len(asked))
+                continue
             refused = []
             for settings, made in zip(asked, sizes_of, strict=True):
                 try:
@@ -100,6 +104,14 @@ def curve_of(scores: Scores, sizes: Sequence[int] | None, progress: Progress) ->
     # Where widths end, several sizes give one plan.
     distinct = {tuple(made.values()): made for made in sizes_of}
     return Curve(tuple(dict.fromkeys(points)), tuple(distinct.values()), tuple(left_out))
+
+
+def _lacking(scores: Scores, method: str) -> str:
+    """The reason why a method with widths of its own has no place beside scores for an engine; empty for others."""
+    own = strategy_named(method).candidate_bits
+    if scores.engine is None or own is None or set(own) <= set(scores.importance.candidate_bits):
+        return ""
+    return f"{method} is left out: it is for {', '.join(map(str, own))} bits, which scores for {scores.engine} lack."
 
 
 def largest_within(scores: Scores, size: int) -> Point:

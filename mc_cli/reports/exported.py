@@ -26,7 +26,7 @@ def export_summary(record: ExportRecord, found: ReadBack, *, format: str, folder
 
 
 def _place(record: ExportRecord, target: Path) -> dict[str, Any]:
-    size = sum(entry["size_bytes"] for entry in record.outputs.values())
+    files, size = record.extent(target)
     if target.is_file():
         return {"file": str(target), "file bytes": size}
-    return {"directory": str(target), "directory bytes": size, "files": len(record.outputs) + 1}
+    return {"directory": str(target), "directory bytes": size, "files": files}

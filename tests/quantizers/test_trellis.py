@@ -321,3 +321,13 @@ def test_what_does_not_fit_is_refused() -> None:
         quantizer.quantize(weight * torch.nan, fitting, encoding)
     with pytest.raises(ShapeError, match="does not fit float16"):
         quantizer.quantize(weight * 1e6, fitting, encoding)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_forecasts_of_dead_experts_and_rows_are_zeros(bits: int) -> None:
+    weight, hessian = weights(3, 48, INPUTS), correlated_hessian(3, INPUTS, seed=18)
+    weight[0], weight[1, 3], hessian[2] = 0, 0, 0  # an expert, a row; and an expert that saw no tokens
+    quantizer, encoding = quantizer_from_name("trellis"), encoding_for("trellis", bits, 48, INPUTS)
+    forecast = quantizer.forecast(weight, quantizer.prepare(hessian, basis=encoding.basis), encoding)
+    assert not forecast[0].any() and not forecast[1, 3].any()
+    assert bool(torch.isfinite(forecast).all()) and bool(forecast[2].any())

@@ -217,3 +217,14 @@ def test_run_gives_every_stage_what_the_engine_needs() -> None:
     assert plan.stages["score"].quantizer.quantizer == plan.stages["quantize"].quantizer.quantizer == "gguf"
     assert plan.stages["export"].format == "gguf" and plan.work.engine == "llama.cpp"
     assert plan.stages["score"].bits == (2.0625, 2.3125, 2.5625, 3.0625, 3.4375, 4.25)
+
+
+def test_a_budget_below_what_rows_allow_names_them(calibrated: Path) -> None:
+    """Rows of 64 weights have no type of llama.cpp below 4.5 bits, whatever width is asked for."""
+    pytest.importorskip("gguf")
+    score.run(build("score", {**ENGINE, "bits": (2.0625, 4.25), "sweeps": 0}), COMPUTE, calibrated, **SILENT)
+    with pytest.raises(McError) as caught:
+        settings = build("allocate", {**ENGINE, "target_stored_bits": 3.0})
+        allocate.run(settings, COMPUTE, calibrated, variant="narrow", **SILENT)
+    said = str(caught.value)
+    assert "gate_up_proj: 4.5 bits at width 2.0625" in said and "narrower candidate" not in said
