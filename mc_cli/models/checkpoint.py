@@ -221,7 +221,12 @@ class Checkpoint:
             missing = {name for name, tensor in self.model.named_parameters(remove_duplicate=False) if tensor.is_meta}
             self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         root.requires_grad_(False)
-        _check_finite(root, where, self.dtype)
+        wrong = _not_finite(root)
+        if wrong:
+            begin = "" if part == REST else f"{self.layers_path}.{part}."
+            made = [target for target in targets if target.name.removeprefix(begin) in wrong]
+            pieces = [piece for target in made for piece in target.all_pieces]
+            raise weights_not_finite(where, list(wrong.values()), self.dtype, self.files, pieces)
 
     def _page_experts(self, part: int, where: str) -> set[str]:
         """The names of fused experts of a part that stay in its files, to be read expert by expert."""
@@ -348,8 +353,9 @@ def plain_config_of(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _check_finite(root: nn.Module, where: str, dtype: torch.dtype) -> None:
-    wrong = []
+def _not_finite(root: nn.Module) -> dict[str, str]:
+    """Name of a tensor with numbers that are not finite -> a line about it."""
+    wrong = {}
     for name, tensor in root.state_dict().items():
         if tensor.is_meta or not tensor.is_floating_point() or is_finite(tensor):
             continue
@@ -357,6 +363,5 @@ def _check_finite(root: nn.Module, where: str, dtype: torch.dtype) -> None:
         counts = [row.numel() - int(row.isfinite().sum()) for row in rows]
         which = [str(index) for index, count in enumerate(counts) if count]
         of_experts = f", experts {', '.join(which[:10])}" if len(counts) > 1 else ""
-        wrong.append(f"{name}: {sum(counts):,} of {tensor.numel():,} values{of_experts}")
-    if wrong:
-        raise weights_not_finite(where, wrong, dtype)
+        wrong[name] = f"{name}: {sum(counts):,} of {tensor.numel():,} values{of_experts}"
+    return wrong

@@ -12,6 +12,7 @@ from mc_cli.errors import CheckpointError
 from mc_cli.models.conversion_targets import Target, joined_rows
 from mc_cli.models.finite import is_finite, weights_not_finite
 from mc_cli.models.tensor_files import TensorFiles
+from mc_cli.sources.layout import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,17 @@ class FusedExperts:
     target: Target
     shape: Sequence[int]
 
+    def stored_of(self, expert: int) -> list[StoredTensor]:
+        """The stored tensors that hold one expert's part."""
+        if not self.target.fuses_experts:
+            return self.target.all_pieces
+        return [self.target.pieces[pattern][expert] for pattern in self.target.patterns]
+
     def read(self, files: TensorFiles, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """One expert's part, as the model lays it out."""
         whole = torch.empty(tuple(self.shape), dtype=dtype)
         if self.target.fuses_experts:
-            keys = [self.target.pieces[pattern][expert].key for pattern in self.target.patterns]
+            keys = [stored.key for stored in self.stored_of(expert)]
             with files.reading(keys) as slices:
                 return joined_rows([slices[key] for key in keys], whole)
         (stored,) = self.target.all_pieces
@@ -64,6 +71,7 @@ class ExpertReader:
             if not is_finite(weight):
                 count = weight.numel() - int(weight.isfinite().sum())
                 wrong = [f"{fused.target.name}: {count:,} of {weight.numel():,} values of expert {expert}"]
-                raise weights_not_finite(self._where, wrong, self._dtype)
+                stored = fused.stored_of(expert)
+                raise weights_not_finite(self._where, wrong, self._dtype, self._files, stored)
             self._checked.add((projection, expert))
         return weight.to(self._device)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
 from mc_cli.artifacts.scratch import InMemory
 from mc_cli.errors import CheckpointError, InputError, McError, listed
+from mc_cli.models.tensor_files import TensorFiles
+from mc_cli.sources.layout import StoredTensor
 
 _AT_ONCE = 1 << 24  # numbers of a tensor that lies in a file
 _FLOAT16 = f"{torch.finfo(torch.float16).max:,.0f}"
@@ -59,9 +62,27 @@ def not_finite(what: str, count: int, of: int, dtype: torch.dtype, model: object
     )
 
 
-def weights_not_finite(where: str, wrong: list[str], dtype: torch.dtype) -> CheckpointError:
-    """The error for weights of a layer, a line for each tensor."""
-    return CheckpointError(f"{where}: weights that are NaN or infinite:\n{listed(wrong)}\n{damaged_weights(dtype)}")
+def weights_not_finite(
+    where: str, wrong: list[str], dtype: torch.dtype, files: TensorFiles, stored: Iterable[StoredTensor]
+) -> CheckpointError:
+    """The error for weights of a layer, a line for each tensor of the model, and for each of the files.
+
+    stored   what these tensors are made of
+    """
+    damaged = [
+        f"{piece.key} in {', '.join(sorted({part.file for part in piece.parts.values()}))}"
+        for piece in stored
+        if not _is_finite_stored(files, piece)
+    ]
+    in_files = f"In the files these are:\n{listed(damaged)}\n" if damaged else ""
+    told = f"weights that are NaN or infinite:\n{listed(wrong)}\n{in_files}{damaged_weights(dtype)}"
+    return CheckpointError(f"{where}: {told}")
+
+
+def _is_finite_stored(files: TensorFiles, stored: StoredTensor) -> bool:
+    with files.reading([stored.key]) as slices:
+        tensor = slices[stored.key][...]
+    return not tensor.is_floating_point() or is_finite(tensor.float())
 
 
 def damaged_weights(dtype: torch.dtype) -> str:

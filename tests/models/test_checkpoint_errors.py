@@ -398,6 +398,10 @@ def test_values_that_are_not_finite_are_named_and_counted(mixtral: Path) -> None
     assert "layer 1" in message and "NaN or infinite" in message
     assert "mlp.experts.gate_up_proj: 8 of 24,576 values, experts 5, 6" in message
     assert "input_layernorm.weight: 1 of 32 values" in message
+    told = message.partition("In the files these are:")[2]
+    for name in ("block_sparse_moe.experts.5.w1", "block_sparse_moe.experts.6.w3", "input_layernorm"):
+        assert f"model.layers.1.{name}.weight in model.safetensors" in told
+    assert told.count(" in model.safetensors") == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
