@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mc_cli.allocators.problem import BUDGET_FLAGS, AllocationProblem
 from mc_cli.errors import BudgetError
 
-_OVER = 0.75  # bits: scales and zero points take less
+_OVER = 1.5  # bits: scales and zero points take less, in whatever groups
 
 Row = tuple[tuple[tuple[bool, ...], int], ...]  # (which floors it serves, size) of each choice of a unit
 Sizes = npt.NDArray[np.int64]

@@ -36,7 +36,7 @@ def drawn_values(columns: Tensor, factor: Tensor, *, scales: Tensor, error: Tens
         earlier, inverse_diagonal = within.triu(1).mT, within.diagonal(dim1=-2, dim2=-1).reciprocal()[..., None]
         noise = torch.randn(panel.shape, generator=generator, device=panel.device).mul_(size)
         wanted, before = panel, None
-        while True:
+        for _ in range(panel.shape[1] + 1):
             found = wanted * inverse
             length = torch.linalg.vector_norm(found, dim=-1, keepdim=True)
             found = torch.addcmul(noise * length, kept, found)
