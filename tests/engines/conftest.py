@@ -7,5 +7,6 @@ _ENGINES = {
     "test_mlx.py": "mlx_lm",
     "test_compressed_tensors.py": "compressed_tensors",
     "test_gptq.py": "gptqmodel",
+    "test_on_ray.py": "ray",
 }
 collect_ignore = [file for file, engine in _ENGINES.items() if find_spec(engine) is None]
