@@ -134,7 +134,7 @@ $(VLLM_VENV)/.installed: pyproject.toml setup.py mixture_compressor.pth $(wildca
 .PHONY: test-engines
 test-engines: install-dev $(VLLM_VENV)/.installed
 	$(BIN)/python -m tests.engines.models $(ENGINE_MODELS)
-	MC_CLI_ENGINE_MODELS=$(ENGINE_MODELS) $(VLLM_VENV)/bin/python -m pytest tests/engines
+	MC_CLI_ENGINE_MODELS=$(ENGINE_MODELS) $(VLLM_VENV)/bin/python -m pytest tests/engines/test_vllm.py
 
 check: install-dev
 	$(BIN)/ruff check .
