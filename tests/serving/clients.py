@@ -172,6 +172,7 @@ def check_it_ends(running: Running) -> None:
     before = len(running.said())
     assert running.end() == 0, running.said()[-3000:]
     assert running.said().rstrip().endswith("The server has ended.")
-    assert "Traceback" not in running.said()[before:] and "Aborted" not in running.said()[before:]
+    said = running.said()[before:]
+    assert "Traceback" not in said and "Aborted" not in said, said[-3000:]
     with socket.socket() as tried:
         assert tried.connect_ex(("localhost", running.port)) != 0
