@@ -237,7 +237,7 @@ def test_fewer_workers_are_named_where_they_fit(tmp_path: Path, much_room: None)
     fewer = {gib: re.search(r"(--workers) (\d) would fit", text) for gib, text in remedies.items()}
     assert {found[2] for found in fewer.values() if found} <= {"1", "2", "4"} and any(fewer.values())
     assert all("than is needed" not in said(gib, *found.groups()) for gib, found in fewer.items() if found)
-    alone = [gib for gib, text in remedies.items() if " without --workers would fit" in text]
+    alone = [gib for gib, text in remedies.items() if ") without --workers would fit" in text]
     assert alone and all("than is needed" not in said(gib) for gib in alone)
     assert all("than is needed" in said(gib, "--workers", "1") for gib in alone)
 
