@@ -91,7 +91,7 @@ def noted_folder(work_dir: Path) -> Path | None:
 
 
 def _format_bytes(folder: Path, inventory: ModelInventory, engine: str | None) -> int:
-    """What an engine's format holds beside what is packed, where experts have at most 4 bits and the rest has 8."""
+    """Counts the bytes of an engine's format beside what is packed: experts have at most 4 bits, the rest has 8."""
     if engine is None:
         return 0
     found = ENGINES[engine]
@@ -107,7 +107,7 @@ def _format_bytes(folder: Path, inventory: ModelInventory, engine: str | None) -
 
 
 def _inside_gguf(folder: Path, inventory: ModelInventory) -> int:
-    """What a GGUF file holds beside tensors: texts with their lengths, kinds of tokens, a template, gaps."""
+    """Counts the bytes of a GGUF file beside tensors: texts with their lengths, kinds of tokens, a template, gaps."""
     path = folder / "tokenizer.json"
     content = read_json(path, foreign=True) if path.is_file() else {}
     model = content.get("model")

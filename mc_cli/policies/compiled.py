@@ -63,7 +63,7 @@ class KeptHalves:
         self._cut = cut
 
     def __call__(self, routed: Routed) -> _Kept | None:
-        if _readable(routed) is None:
+        if not _is_served(routed):
             return None
         return _kept(self._routine, {"margin": self._margin}, routed, self._cut)
 
@@ -101,26 +101,28 @@ class KeptByRouter:
         return _kept(self._routine, inputs, routed, self._cut)
 
 
-def _readable(routed: Routed) -> Tensor | None:
-    """The hidden states as routines read them; None where there are no routines for these tokens."""
+def _is_served(routed: Routed) -> bool:
+    """Whether there are routines for these tokens. Raises ShapeError where the tensors are not of the same ones."""
     hidden, weights, index = routed.hidden, routed.weights, routed.index
     if weights.ndim != 2 or hidden.shape[:-1] != weights.shape[:-1] or index.shape != weights.shape:
         raise ShapeError(
             f"hidden states {list(hidden.shape)}, experts {list(index.shape)} and weights {list(weights.shape)} are "
             "not of the same tokens"
         )
-    if (
+    return not (
         weights.dtype is not torch.float32
+        or hidden.dtype is torch.float64
         or not (weights.is_cpu and hidden.is_cpu and index.is_cpu)
         or index.dtype is not torch.int64
         or not 1 <= weights.shape[-1] <= _MOST_SLOTS
         or max(hidden.numel(), weights.numel()) > _MOST_VALUES
         or (torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad))
-    ):
-        return None
-    if hidden.dtype is not torch.float32:
-        return None if hidden.dtype is torch.float64 else hidden.float().contiguous()
-    return hidden.contiguous()
+    )
+
+
+def _readable(routed: Routed) -> Tensor | None:
+    """The hidden states as routines read them; None where there are no routines for these tokens."""
+    return routed.hidden.float().contiguous() if _is_served(routed) else None
 
 
 def _is_plain(tensor: Tensor) -> bool:

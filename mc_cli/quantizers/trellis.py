@@ -395,13 +395,13 @@ class _Coder:
 
 def _felt(coder: _Coder, weight: Tensor, prepared: Prepared) -> Tensor:
     """The coder's `felt_columns`, remembered for the weights that came last."""
-    known = prepared.memo.get("felt")
-    if known is not None and known[0]() is weight:
-        felt: Tensor = known[1]
-        return felt
-    prepared.memo.clear()
-    prepared.memo["felt"] = weakref.ref(weight), coder.felt_columns()
-    return _felt(coder, weight, prepared)
+    known, felt = prepared.memo.get("felt", (None, None))
+    if felt is None or known() is not weight:
+        prepared.memo.clear()  # before another as large is made
+        felt = coder.felt_columns()
+        prepared.memo["felt"] = weakref.ref(weight), felt
+    found: Tensor = felt
+    return found
 
 
 def _group_notes(row_importance: Tensor | RowHessian | None, weight: Tensor) -> tuple[str, ...]:

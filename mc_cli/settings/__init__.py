@@ -9,14 +9,7 @@ from mc_cli.settings.compute import RunSettings
 from mc_cli.settings.cut import CAMERA_Q
 from mc_cli.settings.declared import Flag, Settings, StageSettings, changed, flags_of_class
 from mc_cli.settings.effort import EFFORTS
-from mc_cli.settings.engines import (
-    ENGINES,
-    PER_PROJECTION,
-    WHOLE_MODEL,
-    Engine,
-    widths_to_score,
-    with_engine,
-)
+from mc_cli.settings.engines import ENGINES, PER_PROJECTION, WHOLE_MODEL, Engine, widths_to_score, with_engine
 from mc_cli.settings.evaluate import ACTIVATION_BITS, EvaluateSettings
 from mc_cli.settings.export import ExportSettings
 from mc_cli.settings.merge import AVERAGE, MERGEMOE, MERGES, PUZZLE, SUB_MOE
