@@ -11,6 +11,7 @@ from torch import nn
 from mc_cli.artifacts.packed import ExpertLayout, encoding_of
 from mc_cli.encodings import Encoding
 from mc_cli.errors import ShapeError
+from mc_cli.kernels.slots import shared_slots
 from mc_cli.models.expert_gates import Experts, rows_by_channel, rows_of_block, up_name
 
 SLOTS = "_mc_slots"  # attribute of an experts module: per router slot the expert that it runs; where some share one
@@ -145,11 +146,7 @@ def stored_slots(
     if top_k_index.device not in tables:
         numbers = [absent if expert is None else expert for expert in module.__dict__[SLOTS]]
         tables[top_k_index.device] = torch.tensor([*numbers, absent], device=top_k_index.device)
-    experts = tables[top_k_index.device][top_k_index.clamp(max=absent)]
-    same = experts[..., :, None] == experts[..., None, :]
-    weights = torch.where(same, top_k_weights[..., None, :], 0).sum(-1).to(top_k_weights.dtype)
-    again = (same & same.new_ones(same.shape[-2:]).tril(-1)).any(-1)
-    return experts.masked_fill(again, absent), weights.masked_fill(again, 0)
+    return shared_slots(tables[top_k_index.device], top_k_index, top_k_weights)
 
 
 def whole_weight(module: PackedExperts, projection: str, expert: int) -> torch.Tensor:

@@ -124,6 +124,14 @@ MC_EXPORT int mc_keep_by_router(const float *hidden, const float *router, const 
                                 int features, const int64_t *index, const float *weights, float threshold, int tokens,
                                 int k, int absent, int renormalise, int64_t *kept_index, float *kept_weights);
 
+/* Slots of a token that run one expert as one slot with the sum of their weights; the others get `absent` and 0.
+ *
+ * table    [absent + 1]: the expert that a router slot runs, `absent` for none
+ * index, weights, and what they become: [tokens][k], weights bfloat16 where `bfloat16` is set, float32 otherwise; sums
+ *          are float32, in the order of slots. Returns 0. */
+MC_EXPORT int mc_share_slots(const int64_t *table, const int64_t *index, const void *weights, int bfloat16, int tokens,
+                             int k, int absent, int64_t *shared_index, void *shared_weights);
+
 /* The nearest points to vectors under a metric, signs included: see numerics/gguf_lattice.py.
  *
  * points    [length][count], magnitudes; count at most 4096, a multiple of 32; length 4 or 8

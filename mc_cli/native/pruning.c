@@ -1,4 +1,5 @@
-/* The choice of a token's experts that are computed, in one call: keep scores as policies/odp.py, policies/otp.py and
+/* The choice of a token's experts that are computed, in one call. At the end of the file, slots that run one expert
+ * become one. Before it, keep scores as policies/odp.py, policies/otp.py and
  * policies/dualsparse.py define them, then the rule that all policies share. By falling weight w_0 >= w_1 >= .., ties in
  * the order of slots:
  *
@@ -25,6 +26,8 @@
  * Huang et al. 2024, arXiv:2410.06270 (odp); Huang et al. 2025, arXiv:2510.10962 (otp); arXiv:2508.18376 (halves). */
 
 #include "mc.h"
+
+#include "product.h"
 
 #include <float.h>
 #include <math.h>
@@ -162,6 +165,37 @@ int mc_keep_by_router(const float *hidden, const float *router, const float *bia
         for (int rank = 1; rank < k; rank++)
             scores[order[rank]] = (float)(log_sum(logits + rank, k - rank) - log_sum(logits, rank));
         keep_slots(&s, token, scores);
+    }
+    return 0;
+}
+
+/* The stored expert that a router slot runs; `absent` for a number that is none of the router's. */
+static int64_t stored_expert(const int64_t *table, int64_t slot, int absent) {
+    return slot < 0 || slot > absent ? absent : table[slot];
+}
+
+static float weight_at(const void *weights, int64_t place, int bfloat16) {
+    if (!bfloat16) return ((const float *)weights)[place];
+    const uint32_t bits = (uint32_t)((const uint16_t *)weights)[place] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+int mc_share_slots(const int64_t *table, const int64_t *index, const void *weights, int bfloat16, int tokens, int k,
+                   int absent, int64_t *shared_index, void *shared_weights) {
+    for (int64_t place = 0; place < (int64_t)tokens * k; place++) {
+        const int64_t first = place / k * k, expert = stored_expert(table, index[place], absent);
+        int again = 0;
+        float sum = 0;
+        for (int64_t other = first; other < first + k; other++) {
+            if (stored_expert(table, index[other], absent) != expert) continue;
+            again |= other < place;
+            sum += weight_at(weights, other, bfloat16);
+        }
+        shared_index[place] = again ? absent : expert;
+        if (bfloat16) ((uint16_t *)shared_weights)[place] = to_bfloat16(again ? 0 : sum);
+        else ((float *)shared_weights)[place] = again ? 0 : sum;
     }
     return 0;
 }

@@ -131,6 +131,17 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "features": "int",
             **_KEPT,
         },
+        "mc_share_slots": {
+            "table": "const int64_t *",
+            "index": "const int64_t *",
+            "weights": "const void *",
+            "bfloat16": "int",
+            "tokens": "int",
+            "k": "int",
+            "absent": "int",
+            "shared_index": "int64_t *",
+            "shared_weights": "void *",
+        },
         "mc_lattice_search": {
             "points": "const float *",
             "metric": "const float *",
