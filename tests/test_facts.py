@@ -62,9 +62,9 @@ def test_what_nobody_gave_is_left_out_where_it_has_no_effect() -> None:
     """An effort's settings, and those that quantize would take over from score."""
     sections = {"calibrate": {**GIVEN, "gradient_tokens": 0}, "score": {"quantizer": "gptq", "bits": (2, 4)}}
     sections |= {"allocate": {"target_stored_bits": 2.5}, "export": {"out": "o"}}
-    plan = plan_run(Recipe(sections, "w", effort="fast"))
+    plan = plan_run(Recipe(sections, "w", effort="best"))
     assert plan.stages["score"].quantizer == plan.stages["quantize"].quantizer == QuantizerSettings(quantizer="gptq")
-    assert plan.stages["score"].loss_tokens == 512 and not plan.stages["score"].interpolate
+    assert plan.stages["score"].loss_tokens == 4096 and not plan.stages["score"].all_widths
     assert plan.stages["calibrate"].gradient_samples == 4
     told = {"quantizer": "trellis", "damping": 0.02, "search": "quick"}
     assert build("quantize", {"quantizer": "rtn"}, told).quantizer == QuantizerSettings(quantizer="rtn")

@@ -11,6 +11,7 @@ import math
 
 from mc_cli.ahead.machine import Machine
 from mc_cli.ahead.workload import Workload
+from mc_cli.coding.interpolation import mean_widths
 from mc_cli.parts import Role
 
 _OVERHEAD = 1.25  # of products: shapes that are not square, attention, what lies between
@@ -95,8 +96,10 @@ def _feedback(work: Workload, machine: Machine) -> float:
 
 
 def _forecasts(work: Workload, machine: Machine) -> float:
-    """Every expert at every width: drawing errors, feeding them back, and measuring outputs on some tokens."""
-    widths = sum(1 for width in work.widths if width > 0)
+    """Every expert at its widths: drawing errors, feeding them back, and measuring outputs on some tokens."""
+    coded, blocks = [width for width in work.widths if width > 0], work.inventory.expert_blocks
+    each = [len(coded) if work.all_widths else mean_widths(coded, block.num_experts) for block in blocks]
+    widths = sum(each) / max(1, len(each))
     weights = work.inventory.expert_weight_count
     measured = 2.0 * 3 * work.loss_tokens * weights / machine.product_flops
     return widths * (weights * machine.forecast_s(work.quantizer) + _feedback(work, machine) + measured)

@@ -239,7 +239,7 @@ def _score(work: Workload) -> _Steps:
         }
     )
     yield "second moments are factorized", measured | {"codes on trial": up, "copies": _factorized(block)}
-    yield "experts are measured", measured | {"codes on trial": max(5 * up, up + 5 * down)}
+    yield "experts are measured", measured | {"codes on trial": max(5 * up, 2 * up + 5 * down)}
 
 
 def _quantize(work: Workload) -> _Steps:

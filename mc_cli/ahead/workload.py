@@ -24,7 +24,7 @@ class Workload:
     tokens, length       of calibration in all, and of one sequence
     batch_tokens         of one forward
     backward_tokens      of the backward pass, 0 without one;  samples: labels for each of them
-    widths, loss_tokens  that score measures, and on how many tokens of an expert
+    widths, loss_tokens  that score measures, and on how many tokens of an expert;  all_widths: of every expert
     roles                parts beside the experts whose cost score measures
     corrects             whether a second walk, through the original layers, goes beside quantize
     quantizer            by name
@@ -48,6 +48,7 @@ class Workload:
     corrects: bool
     quantizer: str
     packed_bytes: int
+    all_widths: bool = False
     workers: int = 0
     roles: tuple[Role, ...] = ()
     pieces: Pieces = WHOLE

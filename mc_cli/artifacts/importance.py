@@ -97,8 +97,9 @@ class LayerImportance:
     groups_used: Annotated[int, Within(1)] = 1
     up_share_left: float = 1.0
     blocks: tuple[BlockImportance, ...] = ()  # in channel order; all of an expert's or none
-    # Widths whose losses were not measured: on a line between neighbours, in the logarithm of the loss over bits.
+    # Widths whose losses were measured on the reference experts alone; for the others see coding/interpolation.py.
     interpolated_bits: tuple[Annotated[float, Within(0, 16)], ...] = ()
+    reference_experts: tuple[Annotated[int, Within(0)], ...] = ()
 
     def __post_init__(self) -> None:
         for name in _PER_EXPERT:
@@ -262,7 +263,7 @@ class Importance:
         self.check()
         content = asdict(self)
         for layer in content["layers"]:
-            for name in ("blocks", "interpolated_bits"):
+            for name in ("blocks", "interpolated_bits", "reference_experts"):
                 if not layer[name]:
                     del layer[name]
         if not self.roles:

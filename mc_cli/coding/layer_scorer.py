@@ -1,12 +1,12 @@
 """Scores a resident layer: how much each expert matters, and what each candidate width costs with the quantizer.
 
-Every expert is coded, or forecast, at every candidate width, and the change of the layer's output is measured on the
-expert's own tokens.
+Every expert is coded, or forecast, at candidate widths, and the change of the layer's output is measured on its own
+tokens: at all widths for a few experts of the layer, at some for the others (see interpolation.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from mc_cli.coding.cut_coding import Forecasts
 from mc_cli.coding.cut_measuring import measure_cuts
 from mc_cli.coding.expert_inputs import ExpertInputs, Sample, expert_activations, expert_chunks, expert_down
 from mc_cli.coding.expert_view import ExpertView
-from mc_cli.coding.interpolation import fill_between, measured_widths
+from mc_cli.coding.interpolation import bend, fill_between, measured_widths, reference_experts
 from mc_cli.coding.output_error import output_norm_mean, predicted_loss, squared_output_error
 from mc_cli.coding.pair_measuring import measure_pairs
 from mc_cli.coding.rerouting import Rerouting
@@ -49,7 +49,7 @@ class LayerScorer:
         self._executor = executor
         self._calibration = calibration
         self._widths = tuple(width for width in settings.bits if width != DROPPED)
-        self._measured = measured_widths(self._widths) if settings.interpolate else self._widths
+        self._measured = self._widths if settings.all_widths else measured_widths(self._widths)
         self._has_sensitivity = (calibration / calibration_artifact.SENSITIVITY).exists()
 
     @property
@@ -109,19 +109,26 @@ class LayerScorer:
         """Every measure of one resident layer; `rerouting` where dropping experts is to be measured."""
         block = inputs.block
         routing = LayerRouting.read(self._calibration / calibration_artifact.routing_file(block.layer))
-        rows: list[dict[str, Any]] = []
+        between = self._measured != self._widths
+        references = reference_experts(list(map(inputs.count, range(block.num_experts)))) if between else []
+        found: dict[int, dict[str, Any]] = {}
         if deals_channels(self._settings.quantizer.family):
             deal_channels(module, inputs, dict.fromkeys(range(block.num_experts), (range(block.channels),)))
         view = ExpertView(module, inputs, self._quantizer, self._settings.quantizer.shrinkage)
-        for members in expert_chunks(block):
-            rows += self._score_chunk(view, members, routing, rerouting)
+        for chunk in expert_chunks(block):
+            for asked, widths in ((True, self._widths), (False, self._measured)):
+                members = [expert for expert in chunk if (expert in references) is asked]
+                if members:
+                    found |= zip(members, self._score_chunk(view, members, widths, routing, rerouting), strict=True)
+        rows = [found[expert] for expert in range(block.num_experts)]
         left = self._share_left(view) if self._settings.quantizer.corrects_errors else 1.0
         up, down = (part.name for part in block.projections)
         for row in rows:
             _scale_up_cost(row, up, down, left)
-            if self._settings.interpolate:
-                for name in ("loss", "predicted", up, down):
-                    fill_between(row[name], self._widths)
+        for name in ("loss", "predicted", up, down) if references else ():
+            bent = bend([rows[expert][name] for expert in references], self._widths)
+            for row in rows:
+                fill_between(row[name], self._widths, bent)
         bits, widths, names = self._settings.bits, self._widths, [part.name for part in block.projections]
         sizes = {part.name: {width: self._stored_bytes(part, width) for width in widths} for part in block.projections}
         return LayerImportance(
@@ -149,6 +156,7 @@ class LayerScorer:
             groups_used=block.groups_used,
             up_share_left=left,
             interpolated_bits=tuple(width for width in self._widths if width not in self._measured),
+            reference_experts=tuple(references),
         )
 
     def _share_left(self, view: ExpertView) -> float:
@@ -171,7 +179,12 @@ class LayerScorer:
         )
 
     def _score_chunk(
-        self, view: ExpertView, members: list[int], routing: LayerRouting, rerouting: Rerouting | None
+        self,
+        view: ExpertView,
+        members: list[int],
+        widths: Sequence[float],
+        routing: LayerRouting,
+        rerouting: Rerouting | None,
     ) -> list[dict[str, Any]]:
         module, inputs, up, down = view.module, view.inputs, view.up, view.down
         weights = {part.name: view.weights(part, members) for part in (up, down)}
@@ -188,8 +201,8 @@ class LayerScorer:
                 others = inputs.others(expert, self._settings.loss_tokens)
                 changes = [(own, samples[slot]), (rerouting.change(expert, others), others)]
                 rows[slot]["loss"][DROPPED], rows[slot]["predicted"][DROPPED] = self._dropped(changes, inputs, routing)
-        forecasts = self._executor.map(self._jobs(view, members, weights))
-        for width in self._measured:
+        forecasts = self._executor.map(self._jobs(view, members, widths, weights))
+        for width in widths:
             up_new, down_new = next(forecasts).decoded, next(forecasts).decoded
             for slot, expert in enumerate(members):
                 sample, row = samples[slot], rows[slot]
@@ -206,7 +219,9 @@ class LayerScorer:
                     row[name][width] = self._predicted(changed_output - output, sample.weights, sample, inputs, routing)
         return rows
 
-    def _jobs(self, view: ExpertView, members: list[int], weights: dict[str, torch.Tensor]) -> Iterator[CodingJob]:
+    def _jobs(
+        self, view: ExpertView, members: list[int], widths: Sequence[float], weights: dict[str, torch.Tensor]
+    ) -> Iterator[CodingJob]:
         """The forecasts of both projections, width after width."""
         up, down = view.up, view.down
         moments = {
@@ -214,7 +229,7 @@ class LayerScorer:
             down.name: view.down_moments(members, weights[up.name]),
         }
         importance = {part.name: view.importance(part, members) for part in (up, down)}
-        for width in self._measured:
+        for width in widths:
             for part in (up, down):
                 name, encoding = part.name, self._encoding(part, width)
                 yield view.forecast(

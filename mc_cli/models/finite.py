@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from mc_cli.artifacts.scratch import InMemory
 from mc_cli.errors import CheckpointError, InputError, McError, listed
 from mc_cli.models.tensor_files import TensorFiles
+from mc_cli.numerics import finite
 from mc_cli.sources.layout import StoredTensor
 
 _AT_ONCE = 1 << 24  # numbers of a tensor that lies in a file
@@ -17,15 +17,13 @@ _FLOAT16 = f"{torch.finfo(torch.float16).max:,.0f}"
 
 
 def is_finite(tensor: torch.Tensor, store: InMemory | None = None) -> bool:
-    """Whether all values are finite. One pass without temporaries: 20 times as fast as `isfinite` on a CPU.
+    """Whether all values are finite.
 
     store   that the tensor may lie in: some of it at a time is in memory
     """
-    if tensor.numel() == 0:
-        return True
-    tensor = tensor.detach()
-    for piece in (tensor,) if store is None or not tensor.is_contiguous() else tensor.view(-1).split(_AT_ONCE):
-        if not all(math.isfinite(float(extreme)) for extreme in piece.aminmax()):
+    whole = store is None or not tensor.is_contiguous()
+    for piece in (tensor,) if whole else tensor.detach().view(-1).split(_AT_ONCE):
+        if not finite.is_finite(piece):
             return False
         if store is not None:
             store.release(piece)

@@ -100,6 +100,16 @@ MC_EXPORT int mc_trellis_encode(const float *targets, const float *factor, const
                                 const uint8_t *places, int level_count, int path, int threads, uint8_t *codes,
                                 float *decoded, float *errors);
 
+/* Draws errors of `count` inputs of a batch of matrices, from `first` on, each with its share of those before it.
+ *
+ * targets      [batch][count][outputs], less what inputs before `first` owe
+ * factor       [factors][inputs][inputs], factors 1 or batch: of the damped inverse Hessian
+ * scales       [batch][outputs], none 0;  kept, size: what is left of a value, and the noise beside it, over |x|
+ * values, errors  [batch][inputs][outputs], filled for these inputs. Returns 0, or 1 without memory. */
+MC_EXPORT int mc_draw_errors(const float *targets, const float *factor, const float *scales, const float *kept,
+                             const float *size, int seed, int factors, int batch, int first, int count, int inputs,
+                             int outputs, int threads, float *values, float *errors);
+
 /* Scores of odp: the largest share from a slot to the last; infinite for spared tokens.
  *
  * hidden      [tokens][features], NULL where no token is spared

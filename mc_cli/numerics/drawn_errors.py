@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from mc_cli import native
+from mc_cli.errors import McError
 from mc_cli.numerics.rounding import propagate_panels
 
 TOGETHER = 64  # columns whose errors are drawn at a time
@@ -19,34 +23,92 @@ def drawn_values(columns: Tensor, factor: Tensor, *, scales: Tensor, error: Tens
     scales           float32 [B, out], none of them 0
     error            float32 [B, out]: mean squared error of a row's values over their mean square, below 1
 
-    A column's errors are normally distributed, as large as `error` says of what it wants; values are shorter by the
-    same share, since the best values are uncorrelated with their errors. What a column wants holds the errors of those
-    before it: a panel is gone over as a whole, with the errors of the round before, until they agree. After as many
-    rounds as it has columns they are exact, and mostly after three or four they agree; column after column takes four
-    times as long.
+    A column's errors are as large as `error` says of what it wants, and nearly normal; values are shorter by the same
+    share, since the best values are uncorrelated with their errors. All matrices of a batch have the same `noise`.
+    What a column wants holds the errors of those before it. The compiled routine takes column after column. Tensor
+    operations go over a panel as a whole, with the errors of the round before, until they agree: after as many rounds
+    as it has columns they are exact, and mostly after three or four they agree.
     """
-    generator = torch.Generator(columns.device).manual_seed(seed)
-    scales, kept = scales[:, None], (1 - error)[:, None]
-    inverse, size = scales.reciprocal(), (error[:, None] * kept / error.shape[-1]).sqrt()
-    values = torch.empty_like(columns)
+    kept = 1 - error
+    size = (error * kept / error.shape[-1]).sqrt()
+    values = torch.empty_like(columns, memory_format=torch.contiguous_format)
 
     def draw(first: int, panel: Tensor, errors: Tensor) -> None:
         part = slice(first, first + panel.shape[1])
         within = factor[:, part, part]
         earlier, inverse_diagonal = within.triu(1).mT, within.diagonal(dim1=-2, dim2=-1).reciprocal()[..., None]
-        noise = torch.randn(panel.shape, generator=generator, device=panel.device).mul_(size)
+        random = noise(first, *panel.shape[1:], seed=seed).to(panel.device) * size[:, None]
         wanted, before = panel, None
         for _ in range(panel.shape[1] + 1):
-            found = wanted * inverse
+            found = wanted / scales[:, None]
             length = torch.linalg.vector_norm(found, dim=-1, keepdim=True)
-            found = torch.addcmul(noise * length, kept, found)
-            missed = torch.addcmul(wanted, found, scales, value=-1).mul_(inverse_diagonal)
+            found = torch.addcmul(random * length, kept[:, None], found)
+            missed = torch.addcmul(wanted, found, scales[:, None], value=-1).mul_(inverse_diagonal)
             if before is not None and _agree(missed, before):
                 break
             before, wanted = missed, torch.baddbmm(panel, earlier, missed, alpha=-1)
         values[:, part], errors[:, part] = found, missed
 
-    return values, propagate_panels(columns, factor, draw, size=TOGETHER)
+    def compiled_draw(first: int, panel: Tensor, errors: Tensor) -> None:
+        _draw(first, panel, factor, scales, kept, size, seed, values, errors)
+
+    is_compiled = columns.is_cpu and native.library() is not None
+    return values, propagate_panels(columns, factor, compiled_draw if is_compiled else draw, size=TOGETHER)
+
+
+def noise(first: int, columns: int, rows: int, *, seed: int) -> Tensor:
+    """float32 [columns, rows] of variance 1, nearly normal: of columns `first` and on of a matrix of so many rows.
+
+    Sums of the four bytes of a hash of the place, as in native/drawn.c.
+    """
+    places = torch.arange(first * rows, (first + columns) * rows, dtype=torch.int64).view(columns, rows)
+    bits = _mixed(places + _mixed(torch.tensor(seed)))
+    total = sum((bits >> shift) & 255 for shift in (0, 8, 16, 24))
+    assert isinstance(total, Tensor)
+    return (total - 510).float() / math.sqrt((2**16 - 1) / 3)
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """The hash of numbers modulo 2^32, int64: Chris Wellons' lowbias32."""
+    numbers = numbers & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        numbers = ((numbers ^ (numbers >> shift)) * factor) & 0xFFFFFFFF
+    return numbers ^ (numbers >> 16)
+
+
+def _draw(
+    first: int,
+    panel: Tensor,
+    factor: Tensor,
+    scales: Tensor,
+    kept: Tensor,
+    size: Tensor,
+    seed: int,
+    values: Tensor,
+    errors: Tensor,
+) -> None:
+    """The values and errors of a panel, in one compiled call."""
+    if factor.stride(0) == 0:
+        factor = factor[:1]
+    batch, count, outputs = panel.shape
+    given = {"targets": panel, "factor": factor, "scales": scales, "kept": kept, "size": size}
+    read = {name: tensor.contiguous() for name, tensor in given.items()}
+    assert values.is_contiguous() and errors.is_contiguous()
+    failed = native.routine("mc_draw_errors")(
+        **{name: tensor.data_ptr() for name, tensor in read.items()},
+        seed=seed,
+        factors=len(factor),
+        batch=batch,
+        first=first,
+        count=count,
+        inputs=values.shape[1],
+        outputs=outputs,
+        threads=torch.get_num_threads(),
+        values=values.data_ptr(),
+        errors=errors.data_ptr(),
+    )
+    if failed:
+        raise McError(f"No memory left to draw errors of {batch} matrices of {outputs} outputs.")
 
 
 def _agree(errors: Tensor, before: Tensor) -> bool:

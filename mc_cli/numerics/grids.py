@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mc_cli.errors import McError, ShapeError
+from mc_cli.numerics.finite import is_finite
 from mc_cli.numerics.grid_rules import FRACTIONS, LARGEST_SCALE, SMALLEST_SCALE, GridRule
 
 # The clip search shrinks min-max by factors from 1 down to these. Exhaustive search on a trained mixture's experts,
@@ -74,7 +75,7 @@ def minmax_grid(weight: Tensor, *, bits: int, rule: GridRule = FRACTIONS) -> Gri
     Groups of zeros get the smallest scale and zero point 0: code 0 is exactly zero.
     Raises McError for non-finite weights, ShapeError for scales beyond float16.
     """
-    if not bool(torch.isfinite(weight).all()):
+    if not is_finite(weight):
         raise McError("weights hold non-finite values and cannot be quantized; check the checkpoint")
     if bits == 1:
         mean = weight.mean(-1)

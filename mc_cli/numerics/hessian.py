@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mc_cli.errors import McError, ShapeError
+from mc_cli.numerics.finite import is_finite
 from mc_cli.numerics.products import fast_float32_products, filled
 
 FLOAT64_LIMIT = 8192  # in_features up to which factors are computed in float64: 0.5 GB a matrix
@@ -78,7 +79,7 @@ def inverse_cholesky(hessian: Tensor, *, damping: float) -> InverseFactor:
     with the damping, so that they are rounded on their own; an all-zero Hessian counts as the identity.
     Raises McError for non-finite Hessians and for matrices that no damping makes positive definite.
     """
-    if not bool(torch.isfinite(hessian).all()):
+    if not is_finite(hessian):
         raise McError("a Hessian holds non-finite values: the inputs of that layer overflowed during calibration")
     factor = torch.empty_like(hessian, memory_format=torch.contiguous_format)
     used: list[float] = []
@@ -129,7 +130,7 @@ def _invert_into(factor: Tensor, hessian: Tensor, added: float) -> bool:
     torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
     del lower
     factor.copy_(inverse.flip(0, 1))
-    return bool(torch.isfinite(factor).all())
+    return is_finite(factor)
 
 
 def least_squares(moments: Tensor, hessian: Tensor, *, damping: float) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mc_cli.encodings import Encoding
 from mc_cli.encodings.gguf import GgufEncoding
 from mc_cli.errors import InputError, McError, ShapeError
+from mc_cli.numerics.finite import is_finite
 from mc_cli.numerics.gguf_bytes import pack
 from mc_cli.numerics.gguf_rounding import VECTOR, GgufCoder
 from mc_cli.numerics.hessian import inverse_cholesky
@@ -91,7 +92,7 @@ class GgufQuantizer:
         encoding.tensor_specs(*weight.shape[-2:])
         if encoding.basis != prepared.basis:
             raise ShapeError(f"prepared for {prepared.basis}, asked for {encoding.key}")
-        if not bool(torch.isfinite(weight).all()):
+        if not is_finite(weight):
             raise McError("Weights that are not finite cannot be quantized.")
         rows = weight.float()
         factor, order, target = _moments(prepared, rows)

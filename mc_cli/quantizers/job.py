@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mc_cli.encodings import Encoding
 from mc_cli.errors import ExtensionError
+from mc_cli.numerics.finite import is_finite
 from mc_cli.numerics.hessian import trace_error
 from mc_cli.numerics.products import usual_products
 from mc_cli.numerics.row_hessian import RowHessian
@@ -144,7 +145,7 @@ def _check_decoded(job: CodingJob, decoded: Tensor, what: str) -> None:
     """Raises ExtensionError where that is no matrix like the weights, or has numbers that are not finite."""
     if decoded.shape != job.weights.shape or decoded.dtype != torch.float32:
         wrong = f"{decoded.dtype} {list(decoded.shape)}, not torch.float32 {list(job.weights.shape)}"
-    elif not bool(torch.isfinite(decoded).all()):
+    elif not is_finite(decoded):
         wrong = f"{int((~torch.isfinite(decoded)).sum()):,} of {decoded.numel():,} numbers that are NaN or infinite"
     else:
         return

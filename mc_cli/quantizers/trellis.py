@@ -14,6 +14,7 @@ from mc_cli.encodings.trellis import TrellisEncoding, padded, sequence_length
 from mc_cli.errors import InputError, McError, ShapeError
 from mc_cli.numerics import trellis
 from mc_cli.numerics.drawn_errors import drawn_values
+from mc_cli.numerics.finite import is_finite
 from mc_cli.numerics.hessian import inverse_cholesky
 from mc_cli.numerics.products import fast_float32_products
 from mc_cli.numerics.rotation import rotate, rotate_back, rotate_hessian
@@ -124,8 +125,9 @@ class Trellis:
         """
         if not isinstance(encoding, TrellisEncoding):
             return self._affine().forecast(weight, prepared, encoding)
-        coder = _Coder(weight, prepared, encoding, row_importance, quick=self.search == QUICK)
-        coder.draw(_felt(coder, weight, prepared), prepared)
+        columns, felt = _same_at_all_widths(weight, prepared, encoding)
+        coder = _Coder(weight, prepared, encoding, row_importance, quick=self.search == QUICK, columns=columns)
+        coder.draw(felt, prepared)
         return rotate_back(coder.matrix(), encoding.block)
 
     def _affine(self) -> Gptq:
@@ -143,36 +145,30 @@ class _Coder:
         importance: Tensor | RowHessian | None,
         *,
         quick: bool,
+        columns: Tensor | None = None,
     ) -> None:
-        if weight.ndim != 3:
-            raise ShapeError(f"weights come as [batch, out_features, in_features], not {tuple(weight.shape)}")
-        encoding.tensor_specs(*weight.shape[-2:])
-        if encoding.basis != prepared.basis or prepared.target is None or prepared.inverse_cholesky is None:
-            raise ShapeError(f"prepared for {prepared.basis}, asked for {encoding.key}")
-        if not bool(torch.isfinite(weight).all()):
-            raise McError("Weights that are not finite cannot be quantized.")
-        batch = len(weight)
+        """columns  `_columns` of the weights where they are known; not modified"""
+        self._columns = _columns(weight, prepared, encoding) if columns is None else columns  # [B, in, out]
+        assert prepared.target is not None and prepared.inverse_cholesky is not None  # `_columns` has asked
+        batch, _, padded_outputs = self._columns.shape
         self._encoding = encoding
         self._quick = quick
         self._hessian = prepared.target.expand(batch, -1, -1)
         self._factor = prepared.inverse_cholesky.expand(batch, -1, -1)
         self._outputs = weight.shape[1]
-        spare = padded(self._outputs) - self._outputs  # rows of zeros, whose codes do not matter
-        rows = torch.nn.functional.pad(rotate(weight.float(), encoding.block), (0, 0, 0, spare))
-        self._columns = rows.transpose(1, 2).contiguous()
         self._length = sequence_length(self._outputs)
         self._row_hessian = importance if isinstance(importance, RowHessian) else None
         self._scales = _stored(self._columns.square().mean(1).sqrt())  # [B, out]
         if isinstance(importance, RowHessian):
             self._importance = importance.diagonal()  # [B, out], of a squared error of an output
         elif importance is not None:
-            self._importance = torch.nn.functional.pad(importance, (0, spare))
+            self._importance = torch.nn.functional.pad(importance, (0, padded_outputs - self._outputs))
         else:
             self._importance = torch.ones_like(self._scales)
-        self._rings = torch.arange(rows.shape[1], device=weight.device).view(-1, self._length)
+        self._rings = torch.arange(padded_outputs, device=weight.device).view(-1, self._length)
         self._values = torch.empty_like(self._columns)
         self._fed = None if self._row_hessian is None else self._feedback(self._row_hessian)
-        shape = (batch, rows.shape[1] // self._length, weight.shape[2], int(self._length * encoding.rate) // 8)
+        shape = (batch, padded_outputs // self._length, weight.shape[2], int(self._length * encoding.rate) // 8)
         self._codes = torch.empty(shape, dtype=torch.uint8, device=weight.device)
 
     def code(self) -> None:
@@ -191,7 +187,7 @@ class _Coder:
     def draw(self, felt: Tensor, prepared: Prepared) -> None:
         """Forecasts what `code`, `_refit` and `lengthen` make, with errors drawn at random in place of a search.
 
-        felt   `felt_columns`, which are the same at every width
+        felt   `felt_columns`
 
         Products with the Hessian H are not needed: with D = coded - columns, and e the errors as they are fed back,
         d^T H d is the sum of e^2 less what damping added, and the rest are products with `felt`.
@@ -393,15 +389,34 @@ class _Coder:
         return self._codes[:, :, position].flatten(0, 1)
 
 
-def _felt(coder: _Coder, weight: Tensor, prepared: Prepared) -> Tensor:
-    """The coder's `felt_columns`, remembered for the weights that came last."""
-    known, felt = prepared.memo.get("felt", (None, None))
-    if felt is None or known() is not weight:
-        prepared.memo.clear()  # before another as large is made
-        felt = coder.felt_columns()
-        prepared.memo["felt"] = weakref.ref(weight), felt
-    found: Tensor = felt
-    return found
+def _columns(weight: Tensor, prepared: Prepared, encoding: TrellisEncoding) -> Tensor:
+    """float32 [B, in, out], contiguous: the weights rotated, behind them rows of zeros, whose codes do not matter.
+
+    Raises ShapeError where shape or preparation do not fit, McError for weights that are not finite.
+    """
+    if weight.ndim != 3:
+        raise ShapeError(f"weights come as [batch, out_features, in_features], not {tuple(weight.shape)}")
+    if encoding.basis != prepared.basis or prepared.target is None or prepared.inverse_cholesky is None:
+        raise ShapeError(f"prepared for {prepared.basis}, asked for {encoding.key}")
+    if not is_finite(weight):
+        raise McError("Weights that are not finite cannot be quantized.")
+    encoding.tensor_specs(*weight.shape[-2:])
+    rows = rotate(weight.float(), encoding.block)
+    spare = padded(weight.shape[1]) - weight.shape[1]
+    return torch.nn.functional.pad(rows, (0, 0, 0, spare)).transpose(1, 2).contiguous()
+
+
+def _same_at_all_widths(weight: Tensor, prepared: Prepared, encoding: TrellisEncoding) -> tuple[Tensor, Tensor]:
+    """(`_columns`, the Hessian times them), remembered for the weights that came last."""
+    known, *found = prepared.memo.get("columns", (None, None, None))
+    if known is None or known() is not weight:
+        prepared.memo.clear()  # before others as large are made
+        columns = _columns(weight, prepared, encoding)
+        assert prepared.target is not None
+        with fast_float32_products():
+            found = [columns, torch.bmm(prepared.target.expand(len(columns), -1, -1), columns)]
+        prepared.memo["columns"] = weakref.ref(weight), *found
+    return found[0], found[1]
 
 
 def _group_notes(row_importance: Tensor | RowHessian | None, weight: Tensor) -> tuple[str, ...]:

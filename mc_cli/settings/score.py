@@ -16,7 +16,7 @@ from mc_cli.settings.quantizer import QuantizerSettings
 from mc_cli.settings.written import as_written, parse_bits_list
 
 _SCORE = "Measures"
-_LEAST_BETWEEN = 3  # widths of which one lies between two others
+LEAST_WIDTHS = 5  # with fewer, all are measured on every expert
 # Units that are measured: experts and their projections; channels besides; or channels where they can be cut.
 EXPERT, CHANNEL, AUTO = "expert", "channel", "auto"
 
@@ -77,10 +77,11 @@ class ScoreSettings(StageSettings):
             known=tuple(name for name in MERGES if name != PUZZLE),
         ),
     )
-    interpolate: bool = setting(
+    all_widths: bool = setting(
         False,
         Flag(
-            "Measure every second width, and take the losses of those between from a line through their logarithms.",
+            "Measure every width on every expert. By default a few experts of each layer have all measured, the others "
+            "every third, where there are five or more; losses between are bent as those few experts' are.",
             _SCORE,
         ),
     )
@@ -98,7 +99,7 @@ class ScoreSettings(StageSettings):
 
     def resolved(self) -> dict[str, Any]:
         """Plain JSON values of all fields that change the result; of what is measured besides, only what was asked."""
-        usual = {"unit": EXPERT, "similarity": False, "pairs": 0, "interpolate": False, "roles": True, "engine": None}
+        usual = {"unit": EXPERT, "similarity": False, "pairs": 0, "roles": True, "engine": None}
         if not self.pairs:
             usual["pair_merge"] = self.pair_merge
         return {name: value for name, value in super().resolved().items() if name not in usual or usual[name] != value}
@@ -115,9 +116,9 @@ class ScoreSettings(StageSettings):
             yield conflict
         yield from self.quantizer.idle_conflicts()
         coded = [width for width in self.bits if width != DROPPED]
-        if self.interpolate and len(coded) < _LEAST_BETWEEN:
+        if self.all_widths and len(coded) < LEAST_WIDTHS:
             yield from without_effect(
-                self, ["interpolate"], f"with --bits {','.join(map(str, coded))}: none is between"
+                self, ["all_widths"], f"with --bits {','.join(map(str, coded))}: fewer than {LEAST_WIDTHS} all are"
             )
         yield from width_conflicts(self.engine, self.bits, "--bits")
         if self.engine is not None and self.pairs:

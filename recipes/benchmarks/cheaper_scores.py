@@ -2,11 +2,10 @@
 
 For every seed the model is calibrated once. Every way scores it in a work directory of its own and makes a plan for
 every size, which is coded with the full search, or where the name says so with the quick one, and measured:
-  full                  every width measured with the full search
-  quick                 every width measured with the quick search
-  between               every second width measured, those between interpolated, with the full search
-  quick between         the same with the quick search
-  quick between, quick  and coded with the quick search, too
+  all           every width measured on every expert, with the full search
+  usual         some widths, the others on a few experts of a layer alone, with the full search: the default
+  quick         the same with the quick search
+  quick, quick  and coded with the quick search, too
 Prints means over the seeds and writes all figures as JSON; rows that --out has already are not measured
 again. Seconds of score are the processor's, of a second run.
 
@@ -28,19 +27,18 @@ from mc_cli.stages import score
 
 @dataclass(frozen=True)
 class Way:
-    """The search of score, whether it interpolates, and the search of quantize."""
+    """The search of score, whether it measures all widths, and the search of quantize."""
 
     search: str = "full"
-    interpolate: bool = False
+    all_widths: bool = False
     coded: str = "full"
 
 
 WAYS = {
-    "full": Way(),
+    "all": Way(all_widths=True),
+    "usual": Way(),
     "quick": Way("quick"),
-    "between": Way(interpolate=True),
-    "quick between": Way("quick", interpolate=True),
-    "quick between, quick": Way("quick", interpolate=True, coded="quick"),
+    "quick, quick": Way("quick", coded="quick"),
 }
 
 
@@ -71,8 +69,8 @@ def parse() -> argparse.Namespace:
 
 def scored(seeded: Calibrated, way: Way) -> tuple[Calibrated, float]:
     """(the work directory of a way's scores, processor seconds of scoring)."""
-    work = seeded.beside(f"{way.search}{'-between' if way.interpolate else ''}")
-    asked = ScoreSettings(quantizer=QuantizerSettings(search=way.search), interpolate=way.interpolate)
+    work = seeded.beside(f"{way.search}{'-all' if way.all_widths else ''}")
+    asked = ScoreSettings(quantizer=QuantizerSettings(search=way.search), all_widths=way.all_widths)
     work.calibrate(asked)
     begun = time.process_time()
     score.run(asked, RunSettings(), work.work_dir, **AGAIN)

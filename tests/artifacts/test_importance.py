@@ -17,6 +17,7 @@ from mc_cli.errors import ArtifactError
 # Fields of a layer that are no measures.
 FACTS = {
     "interpolated_bits",
+    "reference_experts",
     "blocks",
     "layer",
     "weights_per_expert",

@@ -197,7 +197,7 @@ def test_parsed_values() -> None:
             lambda: s.CalibrateSettings("m", data="d", gradient_tokens=0, gradient_samples=2, choice_costs=False),
             "--gradient-samples, --no-choice-costs change nothing with --gradient-tokens 0",
         ),
-        (lambda: s.ScoreSettings((2, 4), interpolate=True), "--interpolate changes nothing with --bits 2,4"),
+        (lambda: s.ScoreSettings((2, 4), all_widths=True), "--all-widths changes nothing with --bits 2,4"),
         (lambda: s.ExportSettings("gguf", "o", shard_bytes=10**6), "--shard-size changes nothing with --format gguf"),
         (lambda: s.AllocateSettings(cut_ratio=0.2, gap=0.1), "--gap changes nothing where scores alone say"),
         (lambda: s.AllocateSettings(cut_ratio=0.2, time_limit_s=1), "--time-limit changes nothing where"),

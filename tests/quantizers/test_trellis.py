@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from mc_cli import native
 from mc_cli.encodings import encoding_for, encoding_from_key, stored_bytes
 from mc_cli.encodings.trellis import TrellisEncoding
 from mc_cli.errors import ArtifactError, InputError, McError, ShapeError
-from mc_cli.numerics.drawn_errors import TOGETHER
+from mc_cli.numerics import drawn_errors
+from mc_cli.numerics.drawn_errors import noise
 from mc_cli.numerics.hessian import trace_error
 from mc_cli.numerics.rotation import rotate_back
 from mc_cli.numerics.rounding import propagate
@@ -23,6 +25,7 @@ from tests.dense_twin import _decode_trellis
 from tests.numerics.twins import correlated_hessian
 
 INPUTS = 64
+COMPILED = pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
 
 
 def weights(*shape: int, seed: int = 0) -> Tensor:
@@ -168,7 +171,7 @@ def test_errors_are_fed_into_later_rows(outputs: int) -> None:
     assert fed.notes == plain.notes
 
 
-@pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
+@COMPILED
 # items: with a Hessian for both, or one each. 768 outputs have three rings in one group, which takes long in torch.
 @pytest.mark.parametrize(
     ("outputs", "related_rows", "items"),
@@ -227,9 +230,14 @@ def test_forecast_is_as_wrong_as_the_search(bits: int) -> None:
     assert bool(((ratio > 0.8) & (ratio < 1.25)).all()), ratio
 
 
+@pytest.mark.parametrize("way", [pytest.param("compiled", marks=COMPILED), "torch"])
 @pytest.mark.parametrize("bits", [1, 2, 3])
 @pytest.mark.parametrize("tokens", [2, 40, 4000])  # fewer than inputs: errors are handed on with little loss
-def test_forecasts_are_drawn_as_if_column_by_column(bits: int, tokens: int) -> None:
+def test_forecasts_are_drawn_as_if_column_by_column(
+    bits: int, tokens: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "torch":
+        monkeypatch.setattr(drawn_errors, "native", SimpleNamespace(library=lambda: None))
     inputs = 160
     generator = torch.Generator().manual_seed(bits)
     mixing = torch.eye(inputs) + 0.1 * torch.randn(inputs, inputs, generator=generator)
@@ -239,7 +247,8 @@ def test_forecasts_are_drawn_as_if_column_by_column(bits: int, tokens: int) -> N
     prepared = quantizer.prepare(hessian, basis=encoding.basis)
     forecast = quantizer.forecast(weight, prepared, encoding)
     expected = _drawn_column_by_column(weight, prepared, encoding)
-    assert float((forecast - expected).norm() / (expected - weight).norm()) < 0.01
+    close = 0.02 if way == "torch" else 1e-4
+    assert float((forecast - expected).norm() / (expected - weight).norm()) < close
     again = quantizer.forecast(weight, prepared, encoding)  # by what was remembered
     other = quantizer.forecast(weight.clone(), prepared, encoding)
     assert torch.equal(again, forecast) and torch.equal(other, forecast)
@@ -249,16 +258,13 @@ def _drawn_column_by_column(weight: Tensor, prepared: Prepared, encoding: Trelli
     """The same noise, each column with the errors of all before it; scales by products with the Hessian."""
     coder = _Coder(weight, prepared, encoding, None, quick=False)
     error, count = coder._sampled_error(), weight.shape[-1]
-    generator = torch.Generator().manual_seed(0)
-    firsts = range(0, count, TOGETHER)
-    shapes = [(len(weight), min(TOGETHER, count - first), error.shape[-1]) for first in firsts]
-    noise = torch.cat([torch.randn(shape, generator=generator) for shape in shapes], 1)
+    random = noise(0, count, error.shape[-1], seed=0)
     kept, divisors, scales = 1 - error, coder._divisors(), coder._scales
     size = (error * kept / error.shape[-1]).sqrt()
 
     def draw(position: int, column: Tensor) -> Tensor:
         wanted = column / divisors
-        values = kept * wanted + noise[:, position] * size * wanted.norm(dim=-1, keepdim=True)
+        values = kept * wanted + random[position] * size * wanted.norm(dim=-1, keepdim=True)
         coder._values[:, position] = values
         return values * scales
 
@@ -266,6 +272,18 @@ def _drawn_column_by_column(weight: Tensor, prepared: Prepared, encoding: Trelli
     coder._refit()
     coder.lengthen()
     return rotate_back(coder.matrix(), encoding.block)
+
+
+def test_noise_is_nearly_normal_and_of_independent_places() -> None:
+    whole = noise(0, 512, 384, seed=3)
+    assert torch.equal(noise(100, 30, 384, seed=3), whole[100:130])
+    assert not torch.equal(noise(0, 512, 384, seed=4), whole)
+    assert abs(float(whole.mean())) < 0.01 and abs(float(whole.var()) - 1) < 0.01
+    assert 2.6 < float(whole.pow(4).mean()) < 2.8  # a normal one has 3
+    columns, rows = torch.corrcoef(whole), torch.corrcoef(whole.T)
+    for correlation, count in ((columns, 384), (rows, 512)):
+        beside = correlation[~torch.eye(len(correlation), dtype=torch.bool)]
+        assert abs(float(beside.std()) * count**0.5 - 1) < 0.05  # as of independent numbers
 
 
 def test_equal_inputs_give_equal_bytes_and_items_do_not_mix() -> None:
