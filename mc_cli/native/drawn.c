@@ -10,10 +10,11 @@
  * in a batch: a hash of 32 bits, whose four bytes are summed. That sum is nearly normal: its kurtosis is 2.7.
  *
  * Layout: panels [count][outputs] per matrix, values and errors [inputs][outputs], so that a vector is of neighbouring
- * outputs; all errors of a panel lie in the second cache. A thread takes one matrix.
+ * outputs; the errors of a panel and 1024 outputs lie in the second cache. A thread takes one matrix, or where there are
+ * fewer and large ones, some of its outputs: all meet twice for every input, as |x_j| is of all outputs.
  *
  * Rounding: what is owed is subtracted input by input, four at a time, each sum of four first; |x|^2 is 16 sums side by
- * side and then theirs. Copies for processors with fused operations may differ in the last bits. */
+ * side and then theirs, for every 1024 outputs, and then those: threads change nothing. Copies for processors with fused operations may differ in the last bits. */
 #include "product.h"
 #include "threads.h"
 
@@ -21,6 +22,8 @@
 #include <stdlib.h>
 
 #define LANES 16
+#define AT_ONCE 1024    /* outputs that one thread takes at a time */
+#define MOST_ALONE 4 /* from so many tiles on threads share a matrix, where there are more of them than matrices */
 #define MEAN 510                /* of the sum of four bytes */
 #define DEVIATION 147.80054127f /* (4 (2^16 - 1) / 12)^(1/2) */
 
@@ -38,39 +41,42 @@ INLINE float noise_at(uint32_t place) {
 }
 
 /* Takes off `wanted` what errors of earlier inputs of the panel owe to it; factor: the entry of the first of them. */
-VERSIONS static void take_owed(float *wanted, const float *errors, const float *factor, int inputs, int earlier,
-                               int outputs) {
+VERSIONS static void take_owed(float *wanted, const float *errors, const float *factor, size_t inputs, int earlier,
+                               size_t outputs, int count) {
     int i = 0;
     for (; i + 4 <= earlier; i += 4) {
-        const float *e = errors + (size_t)i * outputs, *u = factor + (size_t)i * inputs;
-        const float a = u[0], b = u[inputs], c = u[2 * (size_t)inputs], d = u[3 * (size_t)inputs];
-        for (int o = 0; o < outputs; o++)
-            wanted[o] -= (a * e[o] + b * e[o + outputs]) + (c * e[o + 2 * (size_t)outputs] + d * e[o + 3 * (size_t)outputs]);
+        const float *e = errors + i * outputs, *f = e + outputs, *g = f + outputs, *h = g + outputs;
+        const float *u = factor + i * inputs, a = u[0], b = u[inputs], c = u[2 * inputs], d = u[3 * inputs];
+        for (int o = 0; o < count; o++) wanted[o] -= (a * e[o] + b * f[o]) + (c * g[o] + d * h[o]);
     }
     for (; i < earlier; i++) {
-        const float *e = errors + (size_t)i * outputs, a = factor[(size_t)i * inputs];
-        for (int o = 0; o < outputs; o++) wanted[o] -= a * e[o];
+        const float *e = errors + i * outputs, a = factor[i * inputs];
+        for (int o = 0; o < count; o++) wanted[o] -= a * e[o];
     }
 }
 
-/* Values of one input, and its errors. */
-VERSIONS static void draw(const float *wanted, const float *scales, const float *kept, const float *size, uint32_t place,
-                          float inverse_diagonal, int outputs, float *values, float *errors) {
-    float sums[LANES] = {0}, length = 0;
+/* x = wanted / scales; returns the sum of its squares. */
+VERSIONS static float in_units(const float *wanted, const float *scales, int count, float *x) {
+    float sums[LANES] = {0}, total = 0;
     int o = 0;
-    for (; o + LANES <= outputs; o += LANES)
+    for (; o + LANES <= count; o += LANES)
         for (int lane = 0; lane < LANES; lane++) {
-            const float x = wanted[o + lane] / scales[o + lane];
-            values[o + lane] = x;
-            sums[lane] += x * x;
+            const float value = wanted[o + lane] / scales[o + lane];
+            x[o + lane] = value;
+            sums[lane] += value * value;
         }
-    for (; o < outputs; o++) {
-        values[o] = wanted[o] / scales[o];
-        length += values[o] * values[o];
+    for (; o < count; o++) {
+        x[o] = wanted[o] / scales[o];
+        total += x[o] * x[o];
     }
-    for (int lane = 0; lane < LANES; lane++) length += sums[lane];
-    length = sqrtf(length);
-    for (o = 0; o < outputs; o++) {
+    for (int lane = 0; lane < LANES; lane++) total += sums[lane];
+    return total;
+}
+
+/* values: x before, v after. */
+VERSIONS static void draw(const float *wanted, const float *scales, const float *kept, const float *size, uint32_t place,
+                          float length, float inverse_diagonal, int count, float *values, float *errors) {
+    for (int o = 0; o < count; o++) {
         values[o] = kept[o] * values[o] + size[o] * length * noise_at(place + (uint32_t)o);
         errors[o] = (wanted[o] - values[o] * scales[o]) * inverse_diagonal;
     }
@@ -78,34 +84,67 @@ VERSIONS static void draw(const float *wanted, const float *scales, const float 
 
 typedef struct {
     const float *targets, *factor, *scales, *kept, *size;
-    float *values, *errors, *room;
+    float *values, *errors, *wanted, *squares; /* the last two: room, [batch][outputs] and [batch][tiles] */
     uint32_t seed;
-    int factors, first, count, inputs, outputs;
-} Drawn;
+    int factors, first, count, inputs, outputs, tiles;
+} Panel;
 
-static void draw_matrix(void *context, int matrix) {
-    const Drawn *d = context;
-    const size_t inputs = d->inputs, outputs = d->outputs, start = (matrix * inputs + d->first) * outputs;
-    const float *factor = d->factor + (d->factors == 1 ? 0 : matrix) * inputs * inputs;
-    float *wanted = d->room + matrix * outputs, *errors = d->errors + start, *values = d->values + start;
-    for (int j = 0; j < d->count; j++) {
-        const size_t input = d->first + j;
-        memcpy(wanted, d->targets + ((size_t)matrix * d->count + j) * outputs, outputs * sizeof *wanted);
-        take_owed(wanted, errors, factor + d->first * inputs + input, d->inputs, j, d->outputs);
-        draw(wanted, d->scales + matrix * outputs, d->kept + matrix * outputs, d->size + matrix * outputs,
-             d->seed + (uint32_t)(input * outputs), 1 / factor[input * inputs + input], d->outputs,
-             values + j * outputs, errors + j * outputs);
+/* One input of one matrix. */
+typedef struct {
+    const Panel *panel;
+    int matrix, column; /* column: of the panel */
+    float length;
+} Input;
+
+static void want_tile(void *context, int tile) {
+    const Input *at = context;
+    const Panel *p = at->panel;
+    const size_t inputs = p->inputs, outputs = p->outputs, begin = (size_t)tile * AT_ONCE, row = at->matrix * outputs + begin;
+    const int count = p->outputs - (int)begin < AT_ONCE ? p->outputs - (int)begin : AT_ONCE;
+    const size_t start = (at->matrix * inputs + p->first) * outputs + begin;
+    const float *factor = p->factor + (p->factors == 1 ? 0 : at->matrix) * inputs * inputs;
+    const float *target = p->targets + ((size_t)at->matrix * p->count + at->column) * outputs + begin;
+    memcpy(p->wanted + row, target, count * sizeof *target);
+    take_owed(p->wanted + row, p->errors + start, factor + p->first * inputs + p->first + at->column, inputs, at->column,
+              outputs, count);
+    p->squares[at->matrix * p->tiles + tile] =
+        in_units(p->wanted + row, p->scales + row, count, p->values + start + at->column * outputs);
+}
+
+static void draw_tile(void *context, int tile) {
+    const Input *at = context;
+    const Panel *p = at->panel;
+    const size_t inputs = p->inputs, outputs = p->outputs, begin = (size_t)tile * AT_ONCE, row = at->matrix * outputs + begin;
+    const int count = p->outputs - (int)begin < AT_ONCE ? p->outputs - (int)begin : AT_ONCE;
+    const size_t input = p->first + at->column, start = (at->matrix * inputs + input) * outputs + begin;
+    const float *factor = p->factor + (p->factors == 1 ? 0 : at->matrix) * inputs * inputs;
+    draw(p->wanted + row, p->scales + row, p->kept + row, p->size + row, p->seed + (uint32_t)(input * outputs + begin),
+         at->length, 1 / factor[input * inputs + input], count, p->values + start, p->errors + start);
+}
+
+static void draw_matrix(const Panel *p, int matrix, int threads) {
+    for (int column = 0; column < p->count; column++) {
+        Input at = {p, matrix, column, 0};
+        mc_parallel(want_tile, &at, p->tiles, threads);
+        for (int tile = 0; tile < p->tiles; tile++) at.length += p->squares[matrix * p->tiles + tile];
+        at.length = sqrtf(at.length);
+        mc_parallel(draw_tile, &at, p->tiles, threads);
     }
 }
+
+static void draw_alone(void *context, int matrix) { draw_matrix(context, matrix, 1); }
 
 int mc_draw_errors(const float *targets, const float *factor, const float *scales, const float *kept, const float *size,
                    int seed, int factors, int batch, int first, int count, int inputs, int outputs, int threads,
                    float *values, float *errors) {
-    float *room = malloc((size_t)batch * outputs * sizeof *room);
+    const int tiles = (outputs + AT_ONCE - 1) / AT_ONCE;
+    float *room = malloc((size_t)batch * (outputs + tiles) * sizeof *room);
     if (room == NULL) return 1;
-    Drawn d = {targets, factor, scales, kept, size, values, errors, room, mixed((uint32_t)seed), factors,
-               first, count, inputs, outputs};
-    mc_parallel(draw_matrix, &d, batch, threads);
+    Panel p = {targets, factor, scales, kept,  size,   values, errors,  room, room + (size_t)batch * outputs,
+               mixed((uint32_t)seed), factors, first, count, inputs, outputs, tiles};
+    if (batch >= threads || tiles < MOST_ALONE) mc_parallel(draw_alone, &p, batch, threads);
+    else
+        for (int matrix = 0; matrix < batch; matrix++) draw_matrix(&p, matrix, threads);
     free(room);
     return 0;
 }

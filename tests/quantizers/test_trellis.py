@@ -274,6 +274,26 @@ def _drawn_column_by_column(weight: Tensor, prepared: Prepared, encoding: Trelli
     return rotate_back(coder.matrix(), encoding.block)
 
 
+@COMPILED
+def test_threads_that_share_a_matrix_draw_the_same_errors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(1, 70, 4500, generator=generator)  # outputs of five threads, the last with few
+    factor = torch.eye(70) + 0.1 * torch.randn(70, 70, generator=generator).triu(1)
+    given = {"scales": columns.square().mean(1).sqrt(), "error": torch.full((1, 4500), 0.1)}
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(drawn_errors.drawn_values(columns, factor[None], **given, seed=0))
+    finally:
+        torch.set_num_threads(before)
+    close = {"rtol": 1e-5, "atol": 1e-6}  # products of torch's own before them add up in another order
+    for alone, shared in zip(*found, strict=True):
+        assert torch.equal(alone[:, :64], shared[:, :64])
+        torch.testing.assert_close(shared, alone, **close)
+
+
 def test_noise_is_nearly_normal_and_of_independent_places() -> None:
     whole = noise(0, 512, 384, seed=3)
     assert torch.equal(noise(100, 30, 384, seed=3), whole[100:130])
