@@ -194,7 +194,7 @@ class Look:
             backward_tokens=min(tokens, -(-calibrate.gradient_tokens // length) * length),
             samples=calibrate.gradient_samples,
             widths=score.bits,
-            all_widths=score.all_widths,
+            all_widths=score.measures_all,
             roles=tuple(role_widths(score, inventory)),
             loss_tokens=score.loss_tokens,
             corrects=quantize.quantizer.corrects_errors,

@@ -49,7 +49,7 @@ class LayerScorer:
         self._executor = executor
         self._calibration = calibration
         self._widths = tuple(width for width in settings.bits if width != DROPPED)
-        some = self._widths if settings.all_widths else measured_widths(self._widths)
+        some = self._widths if settings.measures_all else measured_widths(self._widths)
         self._measured = tuple(width for width in self._widths if width in some)
         self._has_sensitivity = (calibration / calibration_artifact.SENSITIVITY).exists()
 

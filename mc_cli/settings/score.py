@@ -81,7 +81,7 @@ class ScoreSettings(StageSettings):
         False,
         Flag(
             "Measure every width on every expert. By default a few experts of each layer have all measured, the others "
-            "every third, where there are five or more; losses between are bent as those few experts' are.",
+            "every third, where there are five or more and no --for; losses between are bent as those few's are.",
             _SCORE,
         ),
     )
@@ -96,6 +96,12 @@ class ScoreSettings(StageSettings):
     )
 
     engine: str | None = setting(None, engine_flag(_SCORE))
+
+    @property
+    def measures_all(self) -> bool:
+        """Whether all experts have every width measured: types of an engine have no order that a line could follow."""
+        coded = [width for width in self.bits if width != DROPPED]
+        return self.all_widths or self.engine is not None or len(coded) < LEAST_WIDTHS
 
     def resolved(self) -> dict[str, Any]:
         """Plain JSON values of all fields that change the result; of what is measured besides, only what was asked."""
@@ -120,6 +126,8 @@ class ScoreSettings(StageSettings):
             yield from without_effect(
                 self, ["all_widths"], f"with --bits {','.join(map(str, coded))}: fewer than {LEAST_WIDTHS} all are"
             )
+        elif self.all_widths and self.engine is not None:
+            yield from without_effect(self, ["all_widths"], f"with --for {self.engine}: all are measured")
         yield from width_conflicts(self.engine, self.bits, "--bits")
         if self.engine is not None and self.pairs:
             yield InputError(f"--pairs {self.pairs}: experts are not merged for {self.engine}. Leave it out.")

@@ -198,6 +198,12 @@ def test_parsed_values() -> None:
             "--gradient-samples, --no-choice-costs change nothing with --gradient-tokens 0",
         ),
         (lambda: s.ScoreSettings((2, 4), all_widths=True), "--all-widths changes nothing with --bits 2,4"),
+        (
+            lambda: s.ScoreSettings(
+                engine="llama.cpp", quantizer=s.QuantizerSettings(quantizer="gguf"), all_widths=True
+            ),
+            "--all-widths changes nothing with --for llama.cpp",
+        ),
         (lambda: s.ExportSettings("gguf", "o", shard_bytes=10**6), "--shard-size changes nothing with --format gguf"),
         (lambda: s.AllocateSettings(cut_ratio=0.2, gap=0.1), "--gap changes nothing where scores alone say"),
         (lambda: s.AllocateSettings(cut_ratio=0.2, time_limit_s=1), "--time-limit changes nothing where"),
