@@ -66,7 +66,11 @@ def packed_linear(
     if isinstance(bank, CompiledBank):
         return bank.linear(inputs)
     rows = inputs.reshape(-1, in_features)
-    outputs = _routines(encoding).decoded_product(rows, tensors, encoding) if bank is None else bank.product(rows)
+    if bank is not None:
+        outputs = bank.product(rows)
+    else:
+        check_parts(encoding, tensors, in_features)
+        outputs = _routines(encoding).decoded_product(rows, tensors, encoding)
     return outputs.view(*inputs.shape[:-1], outputs.shape[-1]).to(inputs.dtype)
 
 

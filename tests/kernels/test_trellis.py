@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mc_cli import kernels, native
 from mc_cli.encodings.trellis import TrellisEncoding, trellis_for
-from mc_cli.kernels import packed_linear
+from mc_cli.kernels import packed_linear, runs_packed
 from mc_cli.kernels.trellis import (
     FEW_TOKENS,
     MOST_INPUTS,
@@ -176,7 +176,12 @@ def test_linear_is_the_product_in_the_dtype_of_its_inputs(count: int, dtype: tor
     assert count == 1 or not tokens.is_contiguous()
     expected = bank.product(tokens.reshape(-1, 128)).view(count, 2, 272).to(dtype)
     assert torch.equal(bank.linear(tokens), expected)
-    assert torch.equal(packed_linear(tokens, tensors, encoding, in_features=128), expected)
+    found = packed_linear(tokens, tensors, encoding, in_features=128)
+    if runs_packed(tokens, encoding):
+        assert torch.equal(found, expected)
+    else:  # many tokens on a processor whose products with decoded matrices are faster: other sums
+        step = 2**-6 if dtype == torch.bfloat16 else 1e-2 if dtype == torch.float16 else 1e-3
+        assert float((found - expected).norm() / expected.norm()) < step
 
 
 @needs_library
