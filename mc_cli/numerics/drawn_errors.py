@@ -12,7 +12,7 @@ from mc_cli.errors import McError
 from mc_cli.numerics.rounding import propagate_panels
 
 TOGETHER = 64  # columns whose errors are drawn at a time
-_AGREED = 3e-3  # relative change of all errors of a matrix in a round at which they count as found
+_AGREED = 1e-3  # relative change of all errors of a matrix in a round at which they count as found
 
 
 def drawn_values(columns: Tensor, factor: Tensor, *, scales: Tensor, error: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,26 @@ def drawn_values(columns: Tensor, factor: Tensor, *, scales: Tensor, error: Tens
         values[:, part], errors[:, part] = found, missed
 
     def compiled_draw(first: int, panel: Tensor, errors: Tensor) -> None:
-        _draw(first, panel, factor, scales, kept, size, seed, values, errors)
+        batch, count, outputs = panel.shape
+        assert values.is_contiguous() and errors.is_contiguous()
+        own = factor[:1] if factor.stride(0) == 0 else factor
+        given = {"targets": panel, "factor": own, "scales": scales, "kept": kept, "size": size}
+        read = {name: tensor.contiguous() for name, tensor in given.items()}
+        failed = native.routine("mc_draw_errors")(
+            **{name: tensor.data_ptr() for name, tensor in read.items()},
+            seed=seed,
+            factors=len(own),
+            batch=batch,
+            first=first,
+            count=count,
+            inputs=values.shape[1],
+            outputs=outputs,
+            threads=torch.get_num_threads(),
+            values=values.data_ptr(),
+            errors=errors.data_ptr(),
+        )
+        if failed:
+            raise McError(f"No memory left to draw errors of {batch} matrices of {outputs} outputs.")
 
     is_compiled = columns.is_cpu and native.library() is not None
     return values, propagate_panels(columns, factor, compiled_draw if is_compiled else draw, size=TOGETHER)
@@ -74,41 +93,6 @@ def _mixed(numbers: Tensor) -> Tensor:
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         numbers = ((numbers ^ (numbers >> shift)) * factor) & 0xFFFFFFFF
     return numbers ^ (numbers >> 16)
-
-
-def _draw(
-    first: int,
-    panel: Tensor,
-    factor: Tensor,
-    scales: Tensor,
-    kept: Tensor,
-    size: Tensor,
-    seed: int,
-    values: Tensor,
-    errors: Tensor,
-) -> None:
-    """The values and errors of a panel, in one compiled call."""
-    if factor.stride(0) == 0:
-        factor = factor[:1]
-    batch, count, outputs = panel.shape
-    given = {"targets": panel, "factor": factor, "scales": scales, "kept": kept, "size": size}
-    read = {name: tensor.contiguous() for name, tensor in given.items()}
-    assert values.is_contiguous() and errors.is_contiguous()
-    failed = native.routine("mc_draw_errors")(
-        **{name: tensor.data_ptr() for name, tensor in read.items()},
-        seed=seed,
-        factors=len(factor),
-        batch=batch,
-        first=first,
-        count=count,
-        inputs=values.shape[1],
-        outputs=outputs,
-        threads=torch.get_num_threads(),
-        values=values.data_ptr(),
-        errors=errors.data_ptr(),
-    )
-    if failed:
-        raise McError(f"No memory left to draw errors of {batch} matrices of {outputs} outputs.")
 
 
 def _agree(errors: Tensor, before: Tensor) -> bool:

@@ -148,13 +148,13 @@ class _Coder:
         columns: Tensor | None = None,
     ) -> None:
         """columns  `_columns` of the weights where they are known; not modified"""
-        self._columns = _columns(weight, prepared, encoding) if columns is None else columns  # [B, in, out]
-        assert prepared.target is not None and prepared.inverse_cholesky is not None  # `_columns` has asked
+        hessian, factor = _fitting(weight, prepared, encoding)
+        self._columns = _columns(weight, encoding) if columns is None else columns  # [B, in, out]
         batch, _, padded_outputs = self._columns.shape
         self._encoding = encoding
         self._quick = quick
-        self._hessian = prepared.target.expand(batch, -1, -1)
-        self._factor = prepared.inverse_cholesky.expand(batch, -1, -1)
+        self._hessian = hessian.expand(batch, -1, -1)
+        self._factor = factor.expand(batch, -1, -1)
         self._outputs = weight.shape[1]
         self._length = sequence_length(self._outputs)
         self._row_hessian = importance if isinstance(importance, RowHessian) else None
@@ -179,15 +179,10 @@ class _Coder:
             propagate(self._columns, self._factor, self.best_codes)
         self._refit()
 
-    def felt_columns(self) -> Tensor:
-        """[B, in, out]: the Hessian times the columns."""
-        with fast_float32_products():
-            return torch.bmm(self._hessian, self._columns)
-
     def draw(self, felt: Tensor, prepared: Prepared) -> None:
         """Forecasts what `code`, `_refit` and `lengthen` make, with errors drawn at random in place of a search.
 
-        felt   `felt_columns`
+        felt   [B, in, out]: the Hessian times the columns
 
         Products with the Hessian H are not needed: with D = coded - columns, and e the errors as they are fed back,
         d^T H d is the sum of e^2 less what damping added, and the rest are products with `felt`.
@@ -310,7 +305,7 @@ class _Coder:
         energies [B] of the weights under the Hessian, float64, and a note for every item of which so little is left
         that it is not made up for.
         """
-        felt = self.felt_columns()
+        felt = _felt(self._hessian, self._columns)
         coded = self._values * self._scales[:, None]
         whole = (self._columns * felt).sum(1)
         return whole.double().sum(-1), self._lengthen(whole, (coded * felt).sum(1))
@@ -389,21 +384,32 @@ class _Coder:
         return self._codes[:, :, position].flatten(0, 1)
 
 
-def _columns(weight: Tensor, prepared: Prepared, encoding: TrellisEncoding) -> Tensor:
-    """float32 [B, in, out], contiguous: the weights rotated, behind them rows of zeros, whose codes do not matter.
-
-    Raises ShapeError where shape or preparation do not fit, McError for weights that are not finite.
-    """
+def _fitting(weight: Tensor, prepared: Prepared, encoding: TrellisEncoding) -> tuple[Tensor, Tensor]:
+    """The Hessian and its factor. Raises ShapeError where the weights' shape or the preparation do not fit."""
     if weight.ndim != 3:
         raise ShapeError(f"weights come as [batch, out_features, in_features], not {tuple(weight.shape)}")
+    encoding.tensor_specs(*weight.shape[-2:])
     if encoding.basis != prepared.basis or prepared.target is None or prepared.inverse_cholesky is None:
         raise ShapeError(f"prepared for {prepared.basis}, asked for {encoding.key}")
+    return prepared.target, prepared.inverse_cholesky
+
+
+def _columns(weight: Tensor, encoding: TrellisEncoding) -> Tensor:
+    """float32 [B, in, out], contiguous: the weights rotated, behind them rows of zeros, whose codes do not matter.
+
+    Raises McError for weights that are not finite.
+    """
     if not is_finite(weight):
         raise McError("Weights that are not finite cannot be quantized.")
-    encoding.tensor_specs(*weight.shape[-2:])
     rows = rotate(weight.float(), encoding.block)
     spare = padded(weight.shape[1]) - weight.shape[1]
     return torch.nn.functional.pad(rows, (0, 0, 0, spare)).transpose(1, 2).contiguous()
+
+
+def _felt(hessian: Tensor, columns: Tensor) -> Tensor:
+    """[B, in, out]: the Hessian, of each item or of all, times the columns."""
+    with fast_float32_products():
+        return torch.bmm(hessian.expand(len(columns), -1, -1), columns)
 
 
 def _same_at_all_widths(weight: Tensor, prepared: Prepared, encoding: TrellisEncoding) -> tuple[Tensor, Tensor]:
@@ -411,10 +417,9 @@ def _same_at_all_widths(weight: Tensor, prepared: Prepared, encoding: TrellisEnc
     known, *found = prepared.memo.get("columns", (None, None, None))
     if known is None or known() is not weight:
         prepared.memo.clear()  # before others as large are made
-        columns = _columns(weight, prepared, encoding)
-        assert prepared.target is not None
-        with fast_float32_products():
-            found = [columns, torch.bmm(prepared.target.expand(len(columns), -1, -1), columns)]
+        hessian, _ = _fitting(weight, prepared, encoding)
+        columns = _columns(weight, encoding)
+        found = [columns, _felt(hessian, columns)]
         prepared.memo["columns"] = weakref.ref(weight), *found
     return found[0], found[1]
 
