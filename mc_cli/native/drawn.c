@@ -10,11 +10,12 @@
  * in a batch: a hash of 32 bits, whose four bytes are summed. That sum is nearly normal: its kurtosis is 2.7.
  *
  * Layout: panels [count][outputs] per matrix, values and errors [inputs][outputs], so that a vector is of neighbouring
- * outputs; the errors of a panel and 1024 outputs lie in the second cache. A thread takes one matrix, or where there are
- * fewer and large ones, some of its outputs: all meet twice for every input, as |x_j| is of all outputs.
+ * outputs; the errors of a panel and 1024 outputs lie in the second cache. A thread takes one matrix, or where there
+ * are fewer and large ones, some of its outputs: all meet twice for every input, as |x_j| is of all outputs.
  *
  * Rounding: what is owed is subtracted input by input, four at a time, each sum of four first; |x|^2 is 16 sums side by
- * side and then theirs, for every 1024 outputs, and then those: threads change nothing. Copies for processors with fused operations may differ in the last bits. */
+ * side and then theirs, for every 1024 outputs, and then those: threads change nothing. Copies for processors with fused
+ * operations may differ in the last bits. */
 #include "product.h"
 #include "threads.h"
 
@@ -22,8 +23,8 @@
 #include <stdlib.h>
 
 #define LANES 16
-#define AT_ONCE 1024    /* outputs that one thread takes at a time */
-#define MOST_ALONE 4 /* from so many tiles on threads share a matrix, where there are more of them than matrices */
+#define AT_ONCE 1024            /* outputs that one thread takes at a time, a tile */
+#define LEAST_SHARED 4          /* tiles from which on threads share a matrix, where there are more than matrices */
 #define MEAN 510                /* of the sum of four bytes */
 #define DEVIATION 147.80054127f /* (4 (2^16 - 1) / 12)^(1/2) */
 
@@ -96,30 +97,47 @@ typedef struct {
     float length;
 } Input;
 
+/* Some outputs of that input: where they begin, in numbers of floats. */
+typedef struct {
+    size_t row;   /* in [batch][outputs] */
+    size_t first; /* in [batch][inputs][outputs], of the panel's first input */
+    size_t place; /* likewise, of this input */
+    int count;
+} Tile;
+
+static Tile tile_of(const Input *at, int tile) {
+    const Panel *p = at->panel;
+    const size_t outputs = p->outputs, begin = (size_t)tile * AT_ONCE;
+    const size_t first = ((size_t)at->matrix * p->inputs + p->first) * outputs + begin;
+    const int left = p->outputs - (int)begin;
+    return (Tile){at->matrix * outputs + begin, first, first + at->column * outputs, left < AT_ONCE ? left : AT_ONCE};
+}
+
+/* The column of the factor of what is owed to an input, from the panel's first input on. */
+static const float *owed_to(const Input *at) {
+    const Panel *p = at->panel;
+    const size_t inputs = p->inputs, matrix = p->factors == 1 ? 0 : at->matrix;
+    return p->factor + (matrix * inputs + p->first) * inputs + p->first + at->column;
+}
+
 static void want_tile(void *context, int tile) {
     const Input *at = context;
     const Panel *p = at->panel;
-    const size_t inputs = p->inputs, outputs = p->outputs, begin = (size_t)tile * AT_ONCE, row = at->matrix * outputs + begin;
-    const int count = p->outputs - (int)begin < AT_ONCE ? p->outputs - (int)begin : AT_ONCE;
-    const size_t start = (at->matrix * inputs + p->first) * outputs + begin;
-    const float *factor = p->factor + (p->factors == 1 ? 0 : at->matrix) * inputs * inputs;
-    const float *target = p->targets + ((size_t)at->matrix * p->count + at->column) * outputs + begin;
-    memcpy(p->wanted + row, target, count * sizeof *target);
-    take_owed(p->wanted + row, p->errors + start, factor + p->first * inputs + p->first + at->column, inputs, at->column,
-              outputs, count);
-    p->squares[at->matrix * p->tiles + tile] =
-        in_units(p->wanted + row, p->scales + row, count, p->values + start + at->column * outputs);
+    const Tile t = tile_of(at, tile);
+    const size_t target = ((size_t)at->matrix * p->count + at->column) * p->outputs + (size_t)tile * AT_ONCE;
+    memcpy(p->wanted + t.row, p->targets + target, t.count * sizeof *p->wanted);
+    take_owed(p->wanted + t.row, p->errors + t.first, owed_to(at), p->inputs, at->column, p->outputs, t.count);
+    p->squares[at->matrix * p->tiles + tile] = in_units(p->wanted + t.row, p->scales + t.row, t.count, p->values + t.place);
 }
 
 static void draw_tile(void *context, int tile) {
     const Input *at = context;
     const Panel *p = at->panel;
-    const size_t inputs = p->inputs, outputs = p->outputs, begin = (size_t)tile * AT_ONCE, row = at->matrix * outputs + begin;
-    const int count = p->outputs - (int)begin < AT_ONCE ? p->outputs - (int)begin : AT_ONCE;
-    const size_t input = p->first + at->column, start = (at->matrix * inputs + input) * outputs + begin;
-    const float *factor = p->factor + (p->factors == 1 ? 0 : at->matrix) * inputs * inputs;
-    draw(p->wanted + row, p->scales + row, p->kept + row, p->size + row, p->seed + (uint32_t)(input * outputs + begin),
-         at->length, 1 / factor[input * inputs + input], count, p->values + start, p->errors + start);
+    const Tile t = tile_of(at, tile);
+    const float diagonal = owed_to(at)[(size_t)at->column * p->inputs];
+    const size_t noise = (size_t)(p->first + at->column) * p->outputs + (size_t)tile * AT_ONCE;
+    draw(p->wanted + t.row, p->scales + t.row, p->kept + t.row, p->size + t.row, p->seed + (uint32_t)noise, at->length,
+         1 / diagonal, t.count, p->values + t.place, p->errors + t.place);
 }
 
 static void draw_matrix(const Panel *p, int matrix, int threads) {
@@ -140,9 +158,11 @@ int mc_draw_errors(const float *targets, const float *factor, const float *scale
     const int tiles = (outputs + AT_ONCE - 1) / AT_ONCE;
     float *room = malloc((size_t)batch * (outputs + tiles) * sizeof *room);
     if (room == NULL) return 1;
-    Panel p = {targets, factor, scales, kept,  size,   values, errors,  room, room + (size_t)batch * outputs,
-               mixed((uint32_t)seed), factors, first, count, inputs, outputs, tiles};
-    if (batch >= threads || tiles < MOST_ALONE) mc_parallel(draw_alone, &p, batch, threads);
+    Panel p = {.targets = targets, .factor = factor, .scales = scales, .kept = kept, .size = size, .values = values,
+               .errors = errors, .wanted = room, .squares = room + (size_t)batch * outputs,
+               .seed = mixed((uint32_t)seed), .factors = factors, .first = first, .count = count, .inputs = inputs,
+               .outputs = outputs, .tiles = tiles};
+    if (batch >= threads || tiles < LEAST_SHARED) mc_parallel(draw_alone, &p, batch, threads);
     else
         for (int matrix = 0; matrix < batch; matrix++) draw_matrix(&p, matrix, threads);
     free(room);

@@ -182,10 +182,7 @@ float *mc_room_for(size_t floats) {
 }
 
 VERSIONS static void widen(const uint16_t *restrict bfloat16s, size_t count, float *restrict floats) {
-    for (size_t i = 0; i < count; i++) {
-        const uint32_t bits = (uint32_t)bfloat16s[i] << 16;
-        memcpy(floats + i, &bits, 4);
-    }
+    for (size_t i = 0; i < count; i++) floats[i] = from_bfloat16(bfloat16s[i]);
 }
 
 VERSIONS static void narrow(const float *restrict floats, size_t count, uint16_t *restrict bfloat16s) {

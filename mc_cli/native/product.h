@@ -143,6 +143,13 @@ INLINE float from_half(uint16_t half) {
     return value;
 }
 
+INLINE float from_bfloat16(uint16_t half) {
+    const uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 /* Bfloat16, to nearest, ties to even; NaN stays one */
 INLINE uint16_t to_bfloat16(float value) {
     uint32_t bits;

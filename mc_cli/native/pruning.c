@@ -1,7 +1,6 @@
-/* The choice of a token's experts that are computed, in one call. At the end of the file, slots that run one expert
- * become one. Before it, keep scores as policies/odp.py, policies/otp.py and
- * policies/dualsparse.py define them, then the rule that all policies share. By falling weight w_0 >= w_1 >= .., ties in
- * the order of slots:
+/* The choice of a token's experts that are computed, in one call: keep scores as policies/odp.py, policies/otp.py and
+ * policies/dualsparse.py define them, then the rule that all policies share; behind them, mc_share_slots makes one slot
+ * of those that run one expert. By falling weight w_0 >= w_1 >= .., ties in the order of slots:
  *
  *     share    s_r = w_r / (w_0 + .. + w_r)
  *     odp      score_r = max_{q >= r} s_q, infinite where |hidden|_1 * received is `protect_at` or more. The loop that
@@ -24,8 +23,6 @@
  * the sum of magnitudes. Running sums of weights and of logits are doubles. Torch adds in another order: scores agree
  * but for the last places, and only a slot with a score that close to the threshold may be decided otherwise. Sources:
  * Huang et al. 2024, arXiv:2410.06270 (odp); Huang et al. 2025, arXiv:2510.10962 (otp); arXiv:2508.18376 (halves). */
-
-#include "mc.h"
 
 #include "product.h"
 
@@ -175,11 +172,7 @@ static int64_t stored_expert(const int64_t *table, int64_t slot, int absent) {
 }
 
 static float weight_at(const void *weights, int64_t place, int bfloat16) {
-    if (!bfloat16) return ((const float *)weights)[place];
-    const uint32_t bits = (uint32_t)((const uint16_t *)weights)[place] << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+    return bfloat16 ? from_bfloat16(((const uint16_t *)weights)[place]) : ((const float *)weights)[place];
 }
 
 int mc_share_slots(const int64_t *table, const int64_t *index, const void *weights, int bfloat16, int tokens, int k,

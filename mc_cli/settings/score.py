@@ -100,8 +100,7 @@ class ScoreSettings(StageSettings):
     @property
     def measures_all(self) -> bool:
         """Whether all experts have every width measured: types of an engine have no order that a line could follow."""
-        coded = [width for width in self.bits if width != DROPPED]
-        return self.all_widths or self.engine is not None or len(coded) < LEAST_WIDTHS
+        return self.all_widths or self.engine is not None
 
     def resolved(self) -> dict[str, Any]:
         """Plain JSON values of all fields that change the result; of what is measured besides, only what was asked."""
