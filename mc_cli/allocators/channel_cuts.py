@@ -26,7 +26,7 @@ from mc_cli.settings import PER_LAYER, AllocateSettings, QuantizerSettings
 Widths = npt.NDArray[np.int64]  # [experts], how many channels each keeps
 # The down projection rotates gcd(channels, 128) inputs together, and a trellis sequence takes a multiple of 16 of them.
 _LARGE_UNIT, _SMALL_UNIT = 128, 32
-MOST_BORDERS = 16  # numbers of channels that score measures beside 0; larger experts have every second, or so
+MOST_BORDERS = 16  # numbers of channels that score measures beside 0; larger experts have every second unit, or so
 _PLAIN_UNIT = 16  # stock products of all experts at once take rows of a multiple of 16 bytes
 
 
@@ -37,12 +37,25 @@ def unit_of(channels: int, width_left: float, *, uniform: bool = False) -> int:
     return _SMALL_UNIT if channels <= _LARGE_UNIT else _LARGE_UNIT
 
 
-def borders_of(channels: int) -> list[int]:
-    """Rising: 0, and the numbers of channels that are coded and that an expert may be cut to."""
+def coded_borders_of(channels: int) -> list[int]:
+    """Rising: 0, and the numbers of channels that an expert may be cut to where they are coded."""
     unit = unit_of(channels, width_left=1)
     units = range(unit, channels, unit)
     step = max(1, -(-len(units) // MOST_BORDERS))
     return [0, *units[::step]]
+
+
+def borders_of(channels: int) -> list[int]:
+    """Rising: 0, and the numbers of channels at which score measures a cut: all that an expert may be cut to.
+
+    Weights that stay at 16 bits can be cut anywhere, and so halves of units are among them, and halves of those, as
+    long as there are no more than 16.
+    """
+    step = unit_of(channels, width_left=1)
+    while step % 2 == 0 and (channels - 1) // (step // 2) <= MOST_BORDERS:
+        step //= 2
+    finer = range(step, channels, step) if (channels - 1) // step <= MOST_BORDERS else ()
+    return sorted({*coded_borders_of(channels), *finer})
 
 
 def cutting_order(measures: ChannelMeasures) -> npt.NDArray[np.int64]:

@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from mc_cli.allocators.channel_cuts import borders_of
+from mc_cli.allocators.channel_cuts import borders_of, coded_borders_of
 from mc_cli.allocators.problem import Budget, Choice, Unit
 from mc_cli.allocators.trust import trusted
 from mc_cli.artifacts.cut_measures import CutMeasures
@@ -22,7 +22,7 @@ from mc_cli.artifacts.importance import LayerImportance
 from mc_cli.artifacts.plan import BlockBits, ExpertBits
 from mc_cli.encodings import planned_bytes
 from mc_cli.errors import ShapeError
-from mc_cli.parts import DROPPED, ExpertBlock
+from mc_cli.parts import DROPPED, KEPT_BITS, ExpertBlock
 
 Floats = npt.NDArray[np.float64]
 
@@ -48,6 +48,11 @@ class CutMenu:
     def whole(cls, layer: LayerImportance) -> CutMenu:
         """The menu of a layer whose experts are not cut."""
         return cls(channels=0, kept=(), loss=np.zeros((layer.num_experts, 0)), shares={}, stored_bytes={})
+
+    def unit(self, widths: tuple[float, ...]) -> int:
+        """The number of channels at whose multiples experts may be cut, at one of these widths or another."""
+        rows = [row for by_width in self.stored_bytes.values() for bits, row in by_width.items() if bits in widths]
+        return math.gcd(*(kept for row in rows for kept, size in zip(self.kept, row, strict=True) if size is not None))
 
     def sizes(self, block_shapes: Mapping[str, int], widths: tuple[float, ...]) -> Iterator[tuple[int, Choice]]:
         """(cut, the choice without its cost) of all cuts and widths that can be coded.
@@ -95,7 +100,7 @@ def cut_menu(
 ) -> CutMenu:
     """The menu of a layer, of what score measured; counts, hedge: see `trust.trusted`, by which cuts are priced."""
     up, down = (part.name for part in block.projections)
-    places = np.flatnonzero(cuts.kept > 0)
+    places = np.flatnonzero((cuts.kept > 0) & np.isin(cuts.kept, _borders(block, widths)))
     kept = cuts.kept[places]
     return CutMenu(
         channels=block.channels,
@@ -111,7 +116,7 @@ def cut_menu(
 
 def menu_of_shapes(block: ExpertBlock, *, family: str, widths: tuple[float, ...], group_size_limit: int) -> CutMenu:
     """The menu of a layer as far as shapes tell, before anything is measured; costs are made up."""
-    kept = borders_of(block.channels)[1:]
+    kept = _borders(block, widths)[1:]
     ones = np.ones((block.num_experts, len(kept)))
     return CutMenu(
         channels=block.channels,
@@ -122,13 +127,24 @@ def menu_of_shapes(block: ExpertBlock, *, family: str, widths: tuple[float, ...]
     )
 
 
+def _borders(block: ExpertBlock, widths: tuple[float, ...]) -> list[int]:
+    """Rising, from 0: where an expert may be cut at one of the widths at least."""
+    return borders_of(block.channels) if KEPT_BITS in widths else coded_borders_of(block.channels)
+
+
 def cut_bytes(
     block: ExpertBlock, kept: Sequence[int], *, family: str, widths: tuple[float, ...], group_size_limit: int
 ) -> dict[str, dict[float, tuple[int | None, ...]]]:
     """Projection -> width -> stored bytes at each cut; None where what is left cannot be coded at this width."""
+    coded = set(coded_borders_of(block.channels))
     return {
         part.name: {
-            bits: tuple(_bytes(block, part.name, count, bits, family, group_size_limit) for count in kept)
+            bits: tuple(
+                _bytes(block, part.name, count, bits, family, group_size_limit)
+                if bits == KEPT_BITS or count in coded
+                else None
+                for count in kept
+            )
             for bits in widths
             if bits != DROPPED
         }

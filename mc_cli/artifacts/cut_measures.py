@@ -38,7 +38,7 @@ class CutMeasures:
     share_left  float32 [borders]: what is left of it where the down projection makes good for the cut, measured on one
                 expert of the layer; ones where it does not
     coded_up    float32 [experts, borders]: what coding the up projection of what is left costs over that of the whole
-                expert at the same width; coded_down likewise
+                expert at the same width; coded_down likewise; 1 at borders where nothing is coded
     """
 
     order: Numbers

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mc_cli.allocators.channel_cuts import borders_of
+from mc_cli.allocators.channel_cuts import borders_of, coded_borders_of
 from mc_cli.artifacts.cut_measures import CutMeasures
 from mc_cli.coding.correction import correction
 from mc_cli.coding.cut_coding import Cost, Forecasts, coded_left
@@ -52,14 +52,16 @@ def measure_cuts(by: Forecasts, order: torch.Tensor, *, refitted: bool) -> CutMe
         places = np.linspace(0, len(borders) - 1, TRIED_BORDERS + 1).round().astype(int)
         tried = sorted({borders[place] for place in places})
         left = np.interp(borders, tried, _shares_left(module, inputs, order, tried))
-    coded_up, coded_down = coded_left(by, order, borders)
+    coded = np.isin(borders, coded_borders_of(block.channels))
+    shares = np.ones((2, block.num_experts, len(borders)), dtype=np.float32)
+    shares[:, :, coded] = coded_left(by, order, np.asarray(borders)[coded].tolist())
     return CutMeasures(
         order=order.cpu().numpy().astype(np.int32),
         kept=np.asarray(borders, dtype=np.int64),
         loss=np.asarray(losses, dtype=np.float32),
         share_left=left.astype(np.float32),
-        coded_up=coded_up,
-        coded_down=coded_down,
+        coded_up=shares[0],
+        coded_down=shares[1],
     )
 
 

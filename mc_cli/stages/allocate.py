@@ -357,8 +357,11 @@ def _allocated(
         return plain(), ()
     shared |= {"pairs": pairs.menus(importance, settings.hedge), "merging": pairs.merging}
     found = programme(importance, menus, widths, plain, SolverSettings(**solving), **shared)
-    plan = replace(found.plan, channel_order=_order(inventory, cuts)) if found.cuts else found.plan
-    return plan, found.considered
+    if not found.cuts:
+        return found.plan, found.considered
+    units = sorted({menu.unit(widths) for menu in menus.values()})
+    budget = {**found.plan.budget, "channels_per_unit": units}
+    return replace(found.plan, channel_order=_order(inventory, cuts), budget=budget), found.considered
 
 
 def _menus(

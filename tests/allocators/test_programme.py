@@ -14,6 +14,7 @@ import pytest
 
 from mc_cli.ahead.budget import planned_size
 from mc_cli.allocators import Budget, CutMenu, Floor, SolverSettings, allocate
+from mc_cli.allocators.channel_cuts import borders_of
 from mc_cli.allocators.costs import with_kept_width
 from mc_cli.allocators.cut_menus import cut_menu, menu_of_shapes, menu_units
 from mc_cli.allocators.programme import (
@@ -284,8 +285,19 @@ def test_floors_and_other_methods_refuse_cuts() -> None:
 
 
 def test_what_shapes_tell_is_what_a_menu_has() -> None:
+    """Shapes know of finer borders too, which widths that are coded cannot have and 16 bits can."""
     block = inventory_of(CHANNELS).expert_blocks[0]
-    assert menu_of_shapes(block, widths=WIDTHS, **BITS).stored_bytes == menus_of(scored(experts=4))[0].stored_bytes
+    told = menu_of_shapes(block, widths=(*WIDTHS, 16), **BITS)
+    assert told.kept == tuple(borders_of(CHANNELS)[1:])
+    measured = menus_of(scored(experts=4))[0]
+    for name, by_width in measured.stored_bytes.items():
+        for bits, sizes in by_width.items():
+            own = dict(zip(told.kept, told.stored_bytes[name][bits], strict=True))
+            assert {kept: size for kept, size in own.items() if size is not None} == dict(
+                zip(measured.kept, sizes, strict=True)
+            )
+        rows, columns = block.shape_of(name, 1)
+        assert told.stored_bytes[name][16] == tuple(2 * rows * columns * kept for kept in told.kept)
     half = menu_of_shapes(block, family="affine", widths=(1.5, 2), group_size_limit=128)
     assert set(half.stored_bytes["down_proj"][1.5]) == {None}
 

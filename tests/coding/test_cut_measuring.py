@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mc_cli.allocators.channel_cuts import borders_of, cutting_order
+from mc_cli.allocators.channel_cuts import borders_of, coded_borders_of, cutting_order
 from mc_cli.coding.channel_measuring import measure_channels
 from mc_cli.coding.cut_coding import Forecasts, coded_left
 from mc_cli.coding.cut_measuring import _share_left, can_be_cut, measure_cuts
@@ -155,13 +155,44 @@ def test_a_refit_takes_back_what_channels_that_are_left_repeat() -> None:
     assert _share_left(columns, felt, halves, 0, 10**9) == 1
 
 
-def test_borders_are_what_can_be_coded() -> None:
-    assert borders_of(512) == [0, 128, 256, 384]
-    assert borders_of(128) == [0, 32, 64, 96]
-    assert borders_of(1408) == [0, *range(128, 1408, 128)]
-    assert borders_of(100) == [0, 32, 64, 96]
-    assert borders_of(32) == [0]
-    assert len(borders_of(16384)) <= 17 and set(borders_of(16384)) <= set(range(0, 16384, 128))
+def test_borders_of_what_is_coded_are_multiples_of_a_unit() -> None:
+    assert coded_borders_of(512) == [0, 128, 256, 384]
+    assert coded_borders_of(128) == [0, 32, 64, 96]
+    assert coded_borders_of(1408) == [0, *range(128, 1408, 128)]
+    assert coded_borders_of(100) == [0, 32, 64, 96]
+    assert coded_borders_of(32) == [0]
+    assert len(coded_borders_of(16384)) <= 17 and set(coded_borders_of(16384)) <= set(range(0, 16384, 128))
+
+
+def test_weights_that_stay_have_finer_borders_where_those_are_few() -> None:
+    assert borders_of(512) == [*range(0, 512, 32)]
+    assert borders_of(128) == [*range(0, 128, 8)]
+    assert borders_of(768) == [*range(0, 768, 64)]
+    assert borders_of(1) == [0]
+    for channels in (*range(1, 300), 1408, 2560, 14336, 16384):
+        borders = borders_of(channels)
+        assert set(borders) >= set(coded_borders_of(channels)) and borders == sorted(set(borders))
+        assert len(borders) <= 17 and borders[0] == 0 and borders[-1] < channels
+    assert borders_of(14336) == coded_borders_of(14336)
+
+
+def test_no_coding_is_tried_between_borders_of_what_is_coded(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cost of what is left is measured at coded borders, and 1 stands at the others, where only 16 bits are."""
+    module, block = opened(tiny_model("mixtral"))
+    half = block.channels // 2
+    monkeypatch.setattr("mc_cli.coding.cut_measuring.coded_borders_of", lambda channels: [0, half])
+    inputs, *_ = inputs_of(block, COUNTS)
+    order = torch.from_numpy(cutting_order(measure_channels(module, inputs, None)))
+    by = forecasts_of(module, inputs)
+    found = measure_cuts(by, order, refitted=False)
+    coded = np.isin(found.kept, [0, half])
+    assert coded.sum() == 2 and len(coded) > 4
+    expected = coded_left(by, order, [0, half])
+    for own, measured in zip((found.coded_up, found.coded_down), expected, strict=True):
+        np.testing.assert_array_equal(own[:, coded], measured)
+        assert (own[:, ~coded] == 1).all()
 
 
 def test_experts_with_biases_cannot_be_cut(tiny_model: TinyModel) -> None:
