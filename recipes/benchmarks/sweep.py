@@ -1,8 +1,8 @@
 """A sweep of plans over calibration seeds: calibrate and score once a seed, then make, code and measure every plan.
 
 Rows are kept in one JSON file, a list, and are written as soon as they are measured: a sweep that was broken off goes
-on where it ended, and sweeps of other models or texts may use the same file. `inside_experts.py`, `cutting.py`,
-`merging.py` and `quality.py` are sweeps.
+on where it ended, and sweeps of other models or texts may use the same file. `blocks.py`, `inside_experts.py`,
+`cutting.py`, `merging.py` and `quality.py` are sweeps.
 """
 
 from __future__ import annotations
@@ -103,10 +103,13 @@ class Calibrated:
         allocate.run(settings, RunSettings(), self.work_dir, **AGAIN)
         return Plan.read(self.folder("allocate") / PLAN)
 
-    def measure(self, quantizer: QuantizerSettings, **looked: Any) -> tuple[Evaluation, float]:
-        """(what the plan loses on the held-out text, seconds of coding it)."""
+    def measure(
+        self, quantizer: QuantizerSettings, *, plan: Path | None = None, **looked: Any
+    ) -> tuple[Evaluation, float]:
+        """(what the plan loses on the held-out text, seconds of coding it); `plan` beside the work directory's own."""
         given, begun = self.arguments, time.monotonic()
-        quantize.run(QuantizeSettings(quantizer=quantizer), RunSettings(), self.work_dir, **AGAIN)
+        followed = None if plan is None else str(plan)
+        quantize.run(QuantizeSettings(plan=followed, quantizer=quantizer), RunSettings(), self.work_dir, **AGAIN)
         seconds = time.monotonic() - begun
         heldout = EvaluateSettings(data=given.heldout, length=given.length, max_sequences=given.max_windows)
         prune_eval.run(replace(heldout, **looked), RunSettings(), self.work_dir, **AGAIN)
