@@ -43,7 +43,7 @@ class StageFolder:
     settings   everything that changes the result; what does not (progress, batch of a GPU) stays out
     inputs     name -> digest of what the stage reads: model files, data, fingerprints of earlier stages
     reads      earlier stages whose files it reads beside those that `inputs` names
-    extras     settings that only add files: a result made with them serves where they are not asked for
+    extras     settings with which more is measured: a result made with them serves where they are not asked for
     """
 
     work: WorkDir
@@ -86,7 +86,7 @@ class StageFolder:
         return self.fingerprint in (manifest.fingerprint, fingerprint_of(self.stage, without, manifest.inputs))
 
     def _without_extras(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """`settings` without those that only add files and are not asked for."""
+        """`settings` without those by which there is more than is asked for."""
         more = {name for name in self.extras if name not in self.settings}
         return {name: value for name, value in settings.items() if name not in more}
 

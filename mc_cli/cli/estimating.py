@@ -111,8 +111,9 @@ def _tell(found: Estimate, given: Mapping[str, Any]) -> None:
         console.say_warning(message)
     if given["json"]:
         return console.print_json(found.plain())
-    console.print_summary(found.summary())
-    if found.machine is None:
+    summary = found.summary()
+    console.print_summary(summary)
+    if found.machine is None and summary["tables"]:  # of a model that cannot be read nothing is told
         console.say("This machine was not measured, so no times are told: --probe does that.")
     return None
 

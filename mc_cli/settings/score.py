@@ -104,7 +104,7 @@ class ScoreSettings(StageSettings):
 
     def resolved(self) -> dict[str, Any]:
         """Plain JSON values of all fields that change the result; of what is measured besides, only what was asked."""
-        usual = {"unit": EXPERT, "similarity": False, "pairs": 0, "roles": True, "engine": None}
+        usual = {"unit": EXPERT, "similarity": False, "pairs": 0, "roles": True, "engine": None, "all_widths": False}
         if not self.pairs:
             usual["pair_merge"] = self.pair_merge
         return {name: value for name, value in super().resolved().items() if name not in usual or usual[name] != value}

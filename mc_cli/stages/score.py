@@ -51,7 +51,7 @@ from mc_cli.walking.resume import restore_progress, save_progress
 from mc_cli.walking.routing import watching
 
 STAGE = "score"
-_EXTRAS = ("unit", "similarity", "pairs", "pair_merge")  # measured besides, in files of their own
+_EXTRAS = ("unit", "similarity", "pairs", "pair_merge", "all_widths")  # what is asked for and more is measured
 _MIDDLE = 2.0  # bits per expert weight: what stands beside such experts is measured at the widths it has there
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -170,6 +171,15 @@ def test_budgets_out_of_reach_are_told_and_the_others_shown(tmp_path: Path) -> N
     assert re.search(r"--target-size 3MB +cannot be met", result.stdout)
     assert re.search(r"--target-stored-bits 2.5 +\d", result.stdout)
     assert not (tmp_path / "w").exists()
+
+
+def test_a_model_that_cannot_be_read_is_the_one_thing_told(tiny_model: TinyModel, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(tiny_model("mixtral"), tmp_path / "broken"))
+    weights = next(broken.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    told = estimate(broken, "--target-stored-bits", 2.5)
+    assert told.exit_code == 1 and weights.name in told.output
+    assert "was not measured" not in told.output
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])

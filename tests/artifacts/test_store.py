@@ -49,6 +49,23 @@ def test_new_begun_done(tmp_path: Path) -> None:
     assert stage(tmp_path).state() == "done" and not stage(tmp_path).begin(force=False)
 
 
+def test_a_result_with_more_serves_where_less_is_asked_for(tmp_path: Path) -> None:
+    def asked(**more: Any) -> StageFolder:
+        settings = {"bits": [1, 2], **more}
+        return StageFolder(WorkDir(tmp_path), "score", settings, {"model": "m"}, extras=("all_widths", "unit"))
+
+    folder = asked(all_widths=True)
+    assert folder.begin(force=False)
+    folder.finish("1.2")
+    assert asked().state() == asked(all_widths=True).state() == "done"
+    assert asked(unit="channel").state() == "stale"
+    assert not any("all_widths" in line for line in asked(unit="channel").differences())
+    again = asked()
+    assert again.begin(force=True)
+    again.finish("1.2")
+    assert asked(all_widths=True).state() == "stale", "less does not serve where more is asked for"
+
+
 def test_manifest_tells_what_made_the_folder(tmp_path: Path) -> None:
     folder = finished(tmp_path)
     assert names(folder.folder) == ["deep/result.txt", MANIFEST]
