@@ -37,7 +37,11 @@ class _InputSeen(Exception):
 class LinearCoder:
     """Packs the linears of one resident layer after another, and what lies outside of the layers."""
 
-    def __init__(self, walk: LayerWalk, plan: Widths, quantizer: Quantizer, executor: Executor) -> None:
+    def __init__(
+        self, walk: LayerWalk, plan: Widths, quantizer: Quantizer, executor: Executor, *, forecast: bool = False
+    ) -> None:
+        """`forecast`: weights get errors as large as coding makes them (`CodingJob.forecast`); nothing is packed."""
+        self._forecast = forecast
         self._walk = walk
         self._model = walk.source.model
         self._device = walk.source.device
@@ -155,11 +159,20 @@ class LinearCoder:
         weight: torch.Tensor = module.weight.data
         row = MatrixReport(path, part.role.value, "quantized", weight.numel(), encoding.bits, encoding.key, tokens)
         size = max(1, _PIECE_WEIGHTS // weight.shape[1]) if encoding.rows_apart else len(weight)
-        jobs = _pieces(path, weight.split(size), moments, encoding, quantizer)
+        rows_of = weight.split(size)
+        jobs = (
+            CodingJob((path,), rows.float()[None], moments, encoding, quantizer, forecast=self._forecast)
+            for rows in rows_of
+        )
+        if self._forecast:
+            for rows, told in zip(rows_of, self._executor.map(jobs), strict=True):
+                rows.copy_(told.decoded[0])
+            result.linears[path] = (encoding.key, {})
+            return
         pieces: list[PackedTensors] = []
         loss = energy = 0.0
         notes: dict[str, None] = {}
-        for rows, coded in zip(weight.split(size), self._executor.map(jobs), strict=True):
+        for rows, coded in zip(rows_of, self._executor.map(jobs), strict=True):
             rows.copy_(coded.decoded[0])
             pieces.append({name: tensor[0] for name, tensor in coded.tensors.items()})
             loss += coded.proxy_loss[0]
@@ -281,10 +294,3 @@ def _fitting(parts: Mapping[str, TensorPart]) -> Iterator[list[str]]:
         room -= size
     if paths:
         yield paths
-
-
-def _pieces(
-    path: str, weights: Sequence[torch.Tensor], moments: InputMoments, encoding: Encoding, quantizer: Quantizer
-) -> Iterator[CodingJob]:
-    for rows in weights:
-        yield CodingJob((path,), rows.float()[None], moments, encoding, quantizer)

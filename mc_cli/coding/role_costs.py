@@ -3,8 +3,8 @@
 Errors of attention, of shared experts and of the embedding pass through all layers after them and change what routers
 choose, so that no measure at the matrix itself says what they cost. For every role some calibration sequences walk
 through the model a second time, with this role's matrices coded and everything else as in the checkpoint. The KL
-divergence of what comes out from what the original gives is the cost. Matrices are coded as quantize codes them, on
-inputs of the original model.
+divergence of what comes out from what the original gives is the cost. Matrices get the errors that quantize would make
+of them, on inputs of the original model: drawn at random, where a search would take long.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class RoleTrials:
         self._rows = trial_rows(walk.inputs.rows, walk.inputs.length)
         self._widths = widths
         self._coders = {
-            role: LinearCoder(walk, OneRole({role: bits}, family, group_size_limit), quantizer, executor)
+            role: LinearCoder(walk, OneRole({role: bits}, family, group_size_limit), quantizer, executor, forecast=True)
             for role, bits in widths.items()
         }
         self._embedding: dict[str, torch.Tensor] = {}  # its weights as they become, where they are the head's as well
