@@ -188,7 +188,8 @@ def read_recipe(path: Path) -> Recipe:
         if not isinstance(content.get(name, ""), str)
     ]
     if problems:
-        raise InputError(f"{path} has {len(problems)} entries that cannot be used:\n{listed(problems)}")
+        entries = "an entry" if len(problems) == 1 else f"{len(problems)} entries"
+        raise InputError(f"{path} has {entries} that cannot be used:\n{listed(problems)}")
     effort = content.get("effort", "default")
     variant = content.get("variant", MAIN)
     words = Words(RUN, keys_of(sections, [name for name in TOP_KEYS if name in content]))
