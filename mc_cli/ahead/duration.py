@@ -106,10 +106,12 @@ def _forecasts(work: Workload, machine: Machine) -> float:
 
 
 def _roles(work: Workload, machine: Machine, forward: float) -> float:
-    """Coding on trial of the parts beside the experts, and some tokens through the model again for each role."""
+    """Errors of the parts beside the experts, drawn as those of experts are, and some tokens through the model again
+    for each role.
+    """
     weights = sum(math.prod(part.shape) for part in work.inventory.tensors if part.role in work.roles and part.packable)
     again = len(work.roles) * work.trial_tokens / max(1, work.tokens)
-    return weights * machine.coding_s(work.quantizer) + again * forward
+    return weights * machine.forecast_s(work.quantizer) + again * forward
 
 
 def _coding(work: Workload, machine: Machine) -> float:
