@@ -3,7 +3,7 @@
 Inputs of a matrix of 256 outputs, a ring each, of normally distributed weights, each error weighed; with errors fed
 back, and without. Ways take turns; figures are medians over the turns, in time of the processor, so that they are of
 use with one thread. `quick` is `--search quick` on the best path, with its weighted squared error relative to the full
-search's. `torch` is what serves where nothing is compiled.
+search's, whose own is told per weight. `torch` is what serves where nothing is compiled.
 
     python recipes/benchmarks/search.py --threads 1
 """
@@ -44,13 +44,15 @@ def main() -> None:
     if not arguments.without_torch:
         ways.append((None, False))
     table = Table(title=f"Nanoseconds per weight, {arguments.threads} threads; with errors fed back / without")
-    for name in ("bits", *names, "quick", *(() if arguments.without_torch else ("torch",)), "error, quick / full"):
+    for name in ("bits", *names, "quick", *(() if arguments.without_torch else ("torch",)), "error", "quick / full"):
         table.add_column(name, justify="right")
     for bits in arguments.rates:
         found, errors = row(Fraction(bits), ways, arguments)
         cells = [f"{found[way, True]:.0f} / {found[way, False]:.0f}" for way in ways]
         quick = next(place for place, (_, quick) in enumerate(ways) if quick)
-        share = [errors[ways[quick], fed] / errors[ways[quick - 1], fed] for fed in (True, False)]
+        full = [errors[ways[quick - 1], fed] for fed in (True, False)]
+        share = [errors[ways[quick], fed] / error for fed, error in zip((True, False), full, strict=True)]
+        cells.append(" / ".join(f"{error / (arguments.rings * LENGTH):.6f}" for error in full))
         table.add_row(f"{bits:g}", *cells, f"{share[0]:.4f} / {share[1]:.4f}")
     Console(width=140).print(table)
 
