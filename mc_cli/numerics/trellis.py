@@ -26,7 +26,8 @@ from mc_cli.numerics.trellis_code import STATE_BITS, code_values
 
 LARGEST_RATE = 5
 _MOST_LEVELS = 128  # as in native/trellis_search.h
-_WARM_UP = 48  # weights on either side of the seam from which the bits that cross it are chosen
+_TRIALS = 3  # bits across the seam that are tried beside those which the best path begins with
+_WARM_UP = 48  # weights before the seam from which every state has its cost at a ring's first weight
 PIECE = 32  # weights between two looks at the errors so far, where errors are fed back; as in native/trellis.c
 _UNSETTLED = 12  # weights before such a look whose codes are still likely to change; as in native/trellis.c
 _SEQUENCES_AT_ONCE = {"cpu": 256, "cuda": 2048}  # torch search; on a GPU up to 1 GB of choices, for few launches
@@ -274,36 +275,63 @@ def encode_in_torch(
             aim[:, later] -= torch.bmm((error - fed[:, here])[:, None], feedback[:, here, later])[:, 0]
             fed[:, here] = error
 
-        looked_at = None if feedback is None else look
-        states = _ring_states(aim[:, ring], weights[:, first // length], rate, by_state, looked_at)
+        def search(overlap: Tensor | None, ring: slice = ring, first: int = first) -> tuple[Tensor, Tensor, Tensor]:
+            """`_ring_states` of every group's ring, its errors fed back."""
+            looked_at = None if feedback is None else look
+            found = _ring_states(aim[:, ring], weights[:, first // length], rate, by_state, looked_at, overlap)
+            if feedback is not None:
+                look(by_state[found[0]], length, length)
+            return found
+
+        before = aim.clone(), fed.clone()
+        states, closed, begins = search(None)
+        if not bool(closed.all()):
+            once = states, aim.clone(), fed.clone()
+            aim.copy_(before[0])
+            fed.copy_(before[1])
+            again = search(begins)[0], aim, fed
+            states, *moved = (torch.where(closed[:, None], *pair) for pair in zip(once, again, strict=True))
+            aim.copy_(moved[0])
+            fed.copy_(moved[1])
         values.append(by_state[states])
         codes.append(_packed(_reversed_bits().to(states.device)[states], rate))
-        if feedback is not None:
-            look(values[-1], length, length)
     return torch.stack(codes, 1), torch.stack(values, 1)
 
 
 def _ring_states(
-    aim: Tensor, weights: Tensor, rate: Fraction, values: Tensor, look: Callable[[Tensor, int, int], None] | None
-) -> Tensor:
-    """int64 [groups, length]: the best states for targets `aim` [groups, length], which `look` moves on the way.
+    aim: Tensor,
+    weights: Tensor,
+    rate: Fraction,
+    values: Tensor,
+    look: Callable[[Tensor, int, int], None] | None,
+    overlap: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(int64 [groups, length], bool [groups], int64 [groups]): the best states, whether they close, and their seam.
 
-    values  [states]
-    look  (values so far, how many of them are settled, weights so far)
+    aim      [groups, length], the targets;  values [states]
+    look     moves targets on the way: (values so far, how many of them are settled, weights so far)
+    overlap  [groups], the bits across the seam, with which the states then begin and end. None: those with which the
+             best path begins; as long as that to a state which ends with them begins with others, three times, these
     """
     length = aim.shape[-1]
     steps = _steps(length, rate)
-    before = min(_WARM_UP, length // 2)
-    seam = _Path(values, steps, None)
-    for place in range(-before, before):
-        seam.advance(place % length, aim, weights)
-    overlap = seam.trace_back()[:, before - 1] & ((1 << (STATE_BITS - steps[-1])) - 1)
     path = _Path(values, steps, overlap)
+    if overlap is None:
+        for place in range(max(0, length - _WARM_UP), length):
+            path.advance(place, aim, weights)
+        path.forget()
     for place in range(length):
         if look is not None and place and place % PIECE == 0:
             look(values[path.trace_back()], place - _UNSETTLED, place)
         path.advance(place, aim, weights)
-    return path.trace_back(closed=True)
+    first = path.trace_back()[:, 0] >> steps[-1] if overlap is None else overlap
+    seam = first
+    for _ in range(1 + _TRIALS):
+        states = path.trace_back(seam)
+        begins = states[:, 0] >> steps[-1]
+        closed = begins == seam
+        seam = begins
+    return states, closed, first
 
 
 class _Path:
@@ -314,31 +342,39 @@ class _Path:
         self._values = values
         self._steps = steps
         self._overlap = overlap
+        self._cost: Tensor | None = None
         self._places: list[int] = []
         self._choices: list[Tensor] = []
 
     def advance(self, place: int, targets: Tensor, weights: Tensor) -> None:
         """One place further; targets and weights [rings, length]."""
         miss = weights[:, place, None] * (self._values - targets[:, place, None]).square()
-        if not self._places:
+        if self._cost is None:
             self._cost = miss
             if self._overlap is not None:
                 begins = torch.arange(1 << STATE_BITS, device=targets.device) >> self._steps[-1]
                 self._cost = miss.masked_fill(begins != self._overlap[:, None], float("inf"))
         else:
-            fan = 1 << self._steps[self._places[-1]]
+            fan = 1 << self._steps[place - 1]
             cost, choice = self._cost.unflatten(1, (fan, -1)).min(1)
-            self._choices.append(choice.to(torch.uint8))
+            if self._places:
+                self._choices.append(choice.to(torch.uint8))
             self._cost = cost.repeat_interleave(fan, 1) + miss
         self._places.append(place)
 
-    def trace_back(self, *, closed: bool = False) -> Tensor:
-        """int64 [rings, places so far]: the states of least cost; `closed`: that end with the bits of the overlap."""
+    def forget(self) -> None:
+        """States keep what they cost more than the cheapest, and not how they were reached: paths begin here."""
+        assert self._cost is not None
+        self._cost = self._cost - self._cost.amin(1, keepdim=True)
+        self._places, self._choices = [], []
+
+    def trace_back(self, ends: Tensor | None = None) -> Tensor:
+        """int64 [rings, places so far]: the states of least cost; of those that end with the bits `ends` [rings]."""
+        assert self._cost is not None
         cost, total = self._cost, 1 << STATE_BITS
-        if closed:
-            assert self._overlap is not None
-            ends = torch.arange(total, device=cost.device) & ((total >> self._steps[-1]) - 1)
-            cost = cost.masked_fill(ends != self._overlap[:, None], float("inf"))
+        if ends is not None:
+            last = torch.arange(total, device=cost.device) & ((total >> self._steps[-1]) - 1)
+            cost = cost.masked_fill(last != ends[:, None], float("inf"))
         path = [cost.argmin(1)]
         for before, choice in zip(reversed(self._places[:-1]), reversed(self._choices), strict=True):
             group = path[-1] >> self._steps[before]

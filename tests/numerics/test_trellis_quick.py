@@ -48,12 +48,14 @@ class Twin:
         whole = np.floor(self.units * cost + 0.5).astype(np.int64)
         return np.minimum(np.where(whole > 96, 96 + (whole - 96 >> 3), whole), 224)
 
-    def path(self, places: list[int], overlap: int | None) -> list[int]:
-        """States of the best path along these places, which begins and ends with the overlap, if there is one."""
-        last, states = self.steps[-1], np.arange(4096)
+    def ring(self) -> np.ndarray | None:
+        """The values of the best path, from states as 48 weights before the seam leave them, to one that closes.
+
+        None where none is found, and the full search serves.
+        """
+        length, last, states = len(self.targets), self.steps[-1], np.arange(4096)
+        places = [*range(length - 48, length), *range(length)]
         cost, floor, choices = self.metric(places[0]), 0, []
-        if overlap is not None:
-            cost = np.where(states >> last == overlap, cost, 255)
         for before, place in pairwise(places):
             step = self.steps[before]
             each = cost.reshape(1 << step, -1)
@@ -61,30 +63,36 @@ class Twin:
             reached = each.min(0) - floor
             floor = reached.min()
             cost = np.minimum(255, np.repeat(reached, 1 << step) + self.metric(place))
-        if overlap is not None:
-            cost = np.where(states & ((4096 >> last) - 1) == overlap, cost, 1000)
-        found = [int(cost.argmin())]
+        steps = choices[1 - length :]
+        found = self.traced(int(cost.argmin()), steps)
+        for _ in range(4):
+            overlap = found[0] >> last
+            ends = states & ((4096 >> last) - 1) == overlap
+            found = self.traced(int(np.where(ends, cost, 1000).argmin()), steps)
+            if found[0] >> last == overlap:
+                return np.asarray(self.values[found])
+        return None
+
+    def traced(self, state: int, choices: list[tuple[int, np.ndarray]]) -> list[int]:
+        """The states of the path that leads to this one."""
+        found = [state]
         for step, choice in reversed(choices):
             group = found[-1] >> step
             found.append(int(choice[group] * (4096 >> step) + group))
         return found[::-1]
 
-    def ring(self) -> np.ndarray:
-        length = len(self.targets)
-        seam = self.path([place % length for place in range(-32, 32)], None)
-        overlap = seam[31] & ((4096 >> self.steps[-1]) - 1)
-        return self.values[self.path(list(range(length)), overlap)]
-
 
 @compiled
 @pytest.mark.parametrize("rate", [Fraction(1), Fraction(3, 2), Fraction(2), Fraction(3), Fraction(5)])
 def test_it_finds_what_its_twin_finds(rate: Fraction) -> None:
-    targets, weights = drawn(3)
+    targets, weights = drawn(6)
     codes, values = encode(targets, rate, weights, quick=True)
     assert torch.equal(decode(codes, rate), values)
     twins = [Twin(rate, *ring).ring() for ring in zip(targets.double().numpy(), weights.double().numpy(), strict=True)]
+    closed = [ring for ring, twin in enumerate(twins) if twin is not None]
+    assert len(closed) >= 3
     # Metrics are rounded from float32 here and from float64 there: a tie may go to another level.
-    assert (values.numpy() == np.stack(twins)).mean() > 0.97
+    assert (values.numpy()[closed] == np.stack([twins[ring] for ring in closed])).mean() > 0.97
 
 
 @compiled
