@@ -116,16 +116,16 @@ INLINE int cheapest(const Scratch *s, int n, int apart, int first) {
     return state;
 }
 
-/* state[0 .. count - 1] of the best path over the `count` weights from `first` on: to any state (overlap < 0), or to
- * one that ends with the bits `overlap`. The first `known` are of an earlier look at the same path: where both meet they
- * stay one. Returns the first weight whose state may have changed. */
-INLINE int trace_back(Scratch *s, const Search *search, int first, int count, int last_bits, int overlap, int known) {
+/* state[0 .. count - 1] of the best path over the first `count` weights: to any state (overlap < 0), or to one that ends
+ * with the bits `overlap`. The first `known` are of an earlier look at the same path: where both meet they stay one.
+ * Returns the first weight whose state may have changed. */
+INLINE int trace_back(Scratch *s, const Search *search, int count, int last_bits, int overlap, int known) {
     int state = overlap < 0 ? cheapest(s, count - 1, 1, 0) : cheapest(s, count - 1, STATES >> last_bits, overlap);
     for (int n = count - 1; n >= 0; n--) {
         if (n < known && s->state[n] == state) return n + 1;
         s->state[n] = (uint16_t)state;
         if (n == 0) break;
-        const int bits = step_bits(search, (first + n - 1) % search->length);
+        const int bits = step_bits(search, n - 1);
         const int group = state >> bits;
         state = s->from[(size_t)n * (STATES / 2) + group] * (STATES >> bits) + group;
     }
@@ -239,7 +239,7 @@ INLINE int search_ring(const Search *search, Scratch *s, const float *weights, c
     int looked_at = 0, counted = 0; /* weights of the path that is in state[]; those whose errors are fed back */
     for (int n = open ? 0 : 1; n < length; n++) {
         if (feedback && n && n % PIECE == 0) {
-            const int changed = trace_back(s, search, 0, n, last_bits, -1, looked_at);
+            const int changed = trace_back(s, search, n, last_bits, -1, looked_at);
             feed_back(s, feedback, rows, start, changed < counted ? changed : counted, n - UNSETTLED, start + n);
             looked_at = n;
             counted = n - UNSETTLED;
@@ -248,12 +248,12 @@ INLINE int search_ring(const Search *search, Scratch *s, const float *weights, c
     }
     int changed = length, end = *overlap;
     if (open) {
-        changed = trace_back(s, search, 0, length, last_bits, -1, looked_at);
+        changed = trace_back(s, search, length, last_bits, -1, looked_at);
         end = *overlap = s->state[0] >> last_bits;
         looked_at = length;
     }
     for (int trial = 0;; trial++) {
-        const int closing = trace_back(s, search, 0, length, last_bits, end, looked_at);
+        const int closing = trace_back(s, search, length, last_bits, end, looked_at);
         changed = closing < changed ? closing : changed;
         if (s->state[0] >> last_bits == end) break;
         if (!open || trial == TRIALS) return 0;
