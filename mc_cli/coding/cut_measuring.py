@@ -47,14 +47,13 @@ def measure_cuts(by: Forecasts, order: torch.Tensor, *, refitted: bool) -> CutMe
         _losses(module, inputs.sample(expert, tokens), expert, order[expert], borders, cost)
         for expert in range(block.num_experts)
     ]
-    left = np.ones(len(borders))
+    left, coded = np.ones(len(borders)), coded_borders_of(block.channels)
     if refitted:
-        places = np.linspace(0, len(borders) - 1, TRIED_BORDERS + 1).round().astype(int)
-        tried = sorted({borders[place] for place in places})
+        places = np.linspace(0, len(coded) - 1, TRIED_BORDERS + 1).round().astype(int)
+        tried = sorted({*(coded[place] for place in places), borders[-1]})
         left = np.interp(borders, tried, _shares_left(module, inputs, order, tried))
-    coded = np.isin(borders, coded_borders_of(block.channels))
     shares = np.ones((2, block.num_experts, len(borders)), dtype=np.float32)
-    shares[:, :, coded] = coded_left(by, order, np.asarray(borders)[coded].tolist())
+    shares[:, :, np.isin(borders, coded)] = coded_left(by, order, coded)
     return CutMeasures(
         order=order.cpu().numpy().astype(np.int32),
         kept=np.asarray(borders, dtype=np.int64),

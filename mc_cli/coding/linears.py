@@ -159,20 +159,20 @@ class LinearCoder:
         weight: torch.Tensor = module.weight.data
         row = MatrixReport(path, part.role.value, "quantized", weight.numel(), encoding.bits, encoding.key, tokens)
         size = max(1, _PIECE_WEIGHTS // weight.shape[1]) if encoding.rows_apart else len(weight)
-        rows_of = weight.split(size)
+        pieces_of_rows = weight.split(size)
         jobs = (
             CodingJob((path,), rows.float()[None], moments, encoding, quantizer, forecast=self._forecast)
-            for rows in rows_of
+            for rows in pieces_of_rows
         )
         if self._forecast:
-            for rows, told in zip(rows_of, self._executor.map(jobs), strict=True):
+            for rows, told in zip(pieces_of_rows, self._executor.map(jobs), strict=True):
                 rows.copy_(told.decoded[0])
             result.linears[path] = (encoding.key, {})
             return
         pieces: list[PackedTensors] = []
         loss = energy = 0.0
         notes: dict[str, None] = {}
-        for rows, coded in zip(rows_of, self._executor.map(jobs), strict=True):
+        for rows, coded in zip(pieces_of_rows, self._executor.map(jobs), strict=True):
             rows.copy_(coded.decoded[0])
             pieces.append({name: tensor[0] for name, tensor in coded.tensors.items()})
             loss += coded.proxy_loss[0]

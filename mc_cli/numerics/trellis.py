@@ -330,6 +330,8 @@ def _ring_states(
         states = path.trace_back(seam)
         begins = states[:, 0] >> steps[-1]
         closed = begins == seam
+        if bool(closed.all()):
+            break
         seam = begins
     return states, closed, first
 

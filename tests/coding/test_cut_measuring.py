@@ -38,7 +38,8 @@ def test_a_cut_costs_what_zeroed_channels_change(
 ) -> None:
     """At borders of any number of channels, since tiny experts have fewer than a unit."""
     borders = [0, 5, 11]
-    monkeypatch.setattr("mc_cli.coding.cut_measuring.borders_of", lambda channels: borders)
+    for found in ("borders_of", "coded_borders_of"):
+        monkeypatch.setattr(f"mc_cli.coding.cut_measuring.{found}", lambda channels: borders)
     module, block = opened(tiny_model(model_type))
     inputs, *_ = inputs_of(block, COUNTS)
     assert can_be_cut(module, inputs)
