@@ -180,18 +180,19 @@ def test_errors_are_fed_into_later_rows(outputs: int) -> None:
 def test_compiled_panels_are_the_torch_columns(
     monkeypatch: pytest.MonkeyPatch, outputs: int, related_rows: bool, items: int
 ) -> None:
-    """Sums are in another order, so a code that is as good as another may be another, and all that errors are fed into
-    after it: of one item at the most.
+    """Sums are in another order, so a code that is as good as another may be another: few are.
+
+    Errors are fed into all that comes after, so a tie at an early input changes most of an item: these seeds have none.
     """
     inputs = 16 if outputs == 768 else INPUTS
-    weight, hessian = weights(2, outputs, inputs), correlated_hessian(items, inputs, seed=19)
+    weight, hessian = weights(2, outputs, inputs), correlated_hessian(items, inputs, seed=29)
     importance = related(outputs, batch=2, seed=20)[1] if related_rows else None
     found = quantized(weight, hessian, 1.5, importance=importance)
     monkeypatch.setattr(native, "library", lambda: None)
     expected = quantized(weight, hessian, 1.5, importance=importance)
-    same = (found.tensors["codes"] == expected.tensors["codes"]).flatten(1).float().mean(1)
-    assert same.max() > 0.9
-    assert torch.allclose(found.proxy_loss, expected.proxy_loss, rtol=0.02)
+    same = (found.tensors["codes"] == expected.tensors["codes"]).float().mean()
+    assert same > 0.9
+    assert torch.allclose(found.proxy_loss, expected.proxy_loss, rtol=0.01)
 
 
 def test_unrelated_rows_are_coded_by_importance_alone() -> None:
