@@ -49,11 +49,6 @@ class CutMenu:
         """The menu of a layer whose experts are not cut."""
         return cls(channels=0, kept=(), loss=np.zeros((layer.num_experts, 0)), shares={}, stored_bytes={})
 
-    def unit(self, widths: tuple[float, ...]) -> int:
-        """The number of channels at whose multiples experts may be cut, at one of these widths or another."""
-        rows = [row for by_width in self.stored_bytes.values() for bits, row in by_width.items() if bits in widths]
-        return math.gcd(*(kept for row in rows for kept, size in zip(self.kept, row, strict=True) if size is not None))
-
     def sizes(self, block_shapes: Mapping[str, int], widths: tuple[float, ...]) -> Iterator[tuple[int, Choice]]:
         """(cut, the choice without its cost) of all cuts and widths that can be coded.
 

@@ -81,9 +81,10 @@ typedef struct {
 /* Bits by which the window moves between weight i and weight i + 1 of a ring. */
 INLINE int step_bits(const Search *search, int i) { return search->offsets[i + 1] - search->offsets[i]; }
 
-/* Costs at the first weight of a path: of any state (overlap < 0), or of those that begin with the bits `overlap`. */
+/* Costs at the first weight of a path: of any state (overlap < 0), or of those that begin with the bits `overlap`, which
+ * the quick search is never held to. */
 INLINE void begin_path(Scratch *s, float target, float weight, int last_bits, int overlap) {
-    if (s->quick) { mc_quick_begin(s->quick, target, weight, last_bits, overlap); return; }
+    if (s->quick) { mc_quick_begin(s->quick, target, weight); return; }
     for (int state = 0; state < STATES; state++) {
         const float miss = s->values[state] - target;
         s->cost[0][state] = (overlap < 0 || state >> last_bits == overlap) ? weight * miss * miss : 1e30f;
@@ -273,7 +274,7 @@ INLINE void search_rings(const Search *search, Scratch *s, const float *weights,
     for (int ring = 0; ring < search->rings; ring++) {
         int overlap = -1;
         memcpy(s->before, s->aim, 2 * sizeof(float) * rows);
-        if (!search_ring(search, s, weights, feedback, ring, &overlap)) {
+        if (!search_ring(search, s, weights, feedback, ring, &overlap)) { /* again, in full and held to these bits */
             Quick *quick = s->quick;
             s->quick = NULL;
             memcpy(s->aim, s->before, 2 * sizeof(float) * rows);

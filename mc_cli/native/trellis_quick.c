@@ -52,11 +52,10 @@ VERSIONS static void measure(Quick *q, float target, float weight) {
     }
 }
 
-void mc_quick_begin(Quick *q, float target, float weight, int last_bits, int overlap) {
+void mc_quick_begin(Quick *q, float target, float weight) {
     measure(q, target, weight);
     q->floor = 0;
-    for (int state = 0; state < STATES; state++)
-        q->cost[0][state] = overlap < 0 || state >> last_bits == overlap ? q->metric[q->places[state]] : WORST;
+    for (int state = 0; state < STATES; state++) q->cost[0][state] = q->metric[q->places[state]];
 }
 
 void mc_quick_advance(Quick *q, int n, int bits, float target, float weight, uint8_t *from) {

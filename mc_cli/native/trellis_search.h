@@ -83,8 +83,8 @@ extern const SearchPath mc_search_portable, mc_search_avx2, mc_search_avx512;
 /* levels: in ascending order, `count` of them; places: by state. */
 void mc_quick_init(Quick *q, const float *levels, int count, const uint8_t *places, const SearchPath *path);
 
-/* Costs of a first weight: of any state (overlap < 0), or of those that begin with the bits `overlap`. */
-void mc_quick_begin(Quick *q, float target, float weight, int last_bits, int overlap);
+/* Costs of a first weight. */
+void mc_quick_begin(Quick *q, float target, float weight);
 
 /* Costs at weight n from those at weight n - 1, `bits` further on. from [STATES >> bits]: which state before was
  * best. */

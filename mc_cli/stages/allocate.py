@@ -359,7 +359,7 @@ def _allocated(
     found = programme(importance, menus, widths, plain, SolverSettings(**solving), **shared)
     if not found.cuts:
         return found.plan, found.considered
-    units = sorted({menu.unit(widths) for menu in menus.values()})
+    units = sorted({math.gcd(*menu.kept) for menu in menus.values()})
     budget = {**found.plan.budget, "channels_per_unit": units}
     return replace(found.plan, channel_order=_order(inventory, cuts), budget=budget), found.considered
 
