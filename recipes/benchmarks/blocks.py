@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -159,12 +158,9 @@ WAYS: dict[str, Maker] = {"plain": plain, "halves": halves, "blocks": blocks}
 def main() -> None:
     arguments = parse()
     sweep = Sweep(arguments)
-    with sweep.seeds() as seeds:
-        for seeded in seeds:
-            for coded, size, way in product(arguments.quantizers, arguments.sizes, arguments.ways):
-                if sweep.lacks(seeded.seed, coded=coded, size=size, way=way):
-                    row = point(arguments, seeded.beside(coded), QUANTIZERS[coded], way, size)
-                    sweep.add(seeded.seed, {"coded": coded, "size": size, "way": way, **row})
+    for seeded, key in sweep.missing(coded=arguments.quantizers, size=arguments.sizes, way=arguments.ways):
+        row = point(arguments, seeded.beside(key["coded"]), QUANTIZERS[key["coded"]], key["way"], key["size"])
+        sweep.add(seeded.seed, key | row)
     show(sweep.rows, ("coded", "size", "way"), {name: name for name in ("stored_bits", "divided", "gap", "kl")})
 
 

@@ -14,7 +14,6 @@ measured again.
 from __future__ import annotations
 
 import argparse
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,10 @@ SCORED = ScoreSettings(bits=(2,), quantizer=UNCODED["no"], loss_tokens=64, unit=
 def main() -> None:
     arguments = parse()
     sweep = Sweep(arguments)
-    with sweep.seeds() as seeds:
-        for seeded in seeds:
-            for ratio, name, refit in product(arguments.ratios, arguments.scores, arguments.refits):
-                key = {"score": name, "scope": arguments.scope, "ratio": ratio, "refit": refit}
-                if sweep.lacks(seeded.seed, **key):
-                    sweep.add(seeded.seed, key | point(arguments, seeded, name, ratio, refit))
+    axes = {"ratio": arguments.ratios, "score": arguments.scores, "refit": arguments.refits}
+    for seeded, key in sweep.missing(scope=[arguments.scope], **axes):
+        row = point(arguments, seeded, key["score"], key["ratio"], key["refit"])
+        sweep.add(seeded.seed, key | row)
     figures = {name: name for name in ("cut", "gap", "kl")}
     show(sweep.rows, ("ratio", "score", "refit"), figures, sort=lambda row: (row["ratio"], row.get("kl", 0)))
 

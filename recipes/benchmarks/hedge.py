@@ -12,7 +12,6 @@ are not measured again.
 from __future__ import annotations
 
 import argparse
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,8 @@ def main() -> None:
     sweep = Sweep(arguments)
     sizes = [int(size) if size.is_integer() else size for size in arguments.sizes]
     kinds: list[float | str] = [*arguments.shares, UNIFORM]
-    with sweep.seeds() as seeds:
-        for seeded in seeds:
-            for size, share in product(sizes, kinds):
-                if sweep.lacks(seeded.seed, size=size, hedge=share, whole=arguments.whole):
-                    row = {"size": size, "hedge": share, "whole": arguments.whole}
-                    sweep.add(seeded.seed, row | point(seeded, size, share, whole=arguments.whole))
+    for seeded, key in sweep.missing(size=sizes, hedge=kinds, whole=[arguments.whole]):
+        sweep.add(seeded.seed, key | point(seeded, key["size"], key["hedge"], whole=arguments.whole))
     show(sweep.rows, ("size", "hedge"), {name: name for name in ("stored_bits", "predicted", "gap", "kl")}, sort=_order)
 
 

@@ -23,7 +23,6 @@ import argparse
 import hashlib
 import json
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +71,8 @@ WAYS = {
 def main() -> None:
     arguments = parse()
     sweep = Sweep(arguments)
-    with sweep.seeds() as seeds:
-        for seeded in seeds:
-            for size, name in product(arguments.sizes, arguments.ways):
-                if sweep.lacks(seeded.seed, way=name, size=size):
-                    sweep.add(seeded.seed, {"way": name, "size": size, **point(sweep, seeded, WAYS[name], size)})
+    for seeded, key in sweep.missing(size=arguments.sizes, way=arguments.ways):
+        sweep.add(seeded.seed, key | point(sweep, seeded, WAYS[key["way"]], key["size"]))
     show(sweep.rows, ("size", "way"), {name: name for name in ("stored_bits", "predicted", "gap", "kl")})
 
 

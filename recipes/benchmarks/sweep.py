@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,15 @@ class Sweep:
         """Whether no row has this key yet."""
         wanted = {**self._setting(seed), **key}
         return not any(all(row.get(name) == value for name, value in wanted.items()) for row in self.rows)
+
+    def missing(self, **axes: Sequence[Any]) -> Iterator[tuple[Calibrated, Row]]:
+        """(a seed's work directory, key) of each combination that has no row yet; the last axis changes fastest."""
+        with self.seeds() as seeds:
+            for seeded in seeds:
+                for values in product(*axes.values()):
+                    key = dict(zip(axes, values, strict=True))
+                    if self.lacks(seeded.seed, **key):
+                        yield seeded, key
 
     def add(self, seed: int, row: Row) -> None:
         """Writes the file with one more row, and shows it."""
